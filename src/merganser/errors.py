@@ -1,0 +1,74 @@
+"""Every error a user can meet.
+
+    MergeError                 the root; exit code 2: the user can mend it
+    ├── RecipeError            (ValueError)   the recipe: syntax, keys, references, counts
+    │   └── ParameterError                    a method's parameter: name, type, range, count
+    ├── CheckpointError        (ValueError)   a checkpoint: header, index, config, shapes, dtypes
+    │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that is not there
+    │   └── NonFiniteError                    NaN or infinity in an input or result
+    ├── OutputError            (OSError)      the target: exists, locked, no room, not writable
+    ├── MemoryLimitError       (MemoryError)  the work does not fit the memory limit
+    └── UnsupportedError       (NotImplementedError)  understood, and not available in this version
+
+Messages read `where: what is wrong, what was found, what is allowed or what to do`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "MemoryLimitError",
+    "MergeError",
+    "NonFiniteError",
+    "NotFoundError",
+    "OutputError",
+    "ParameterError",
+    "RecipeError",
+    "UnsupportedError",
+    "did_you_mean",
+]
+
+
+class MergeError(Exception):
+    """Anything that the user can mend. The command line prints the message and exits with 2."""
+
+
+class RecipeError(MergeError, ValueError):
+    """The recipe is not valid."""
+
+
+class ParameterError(RecipeError):
+    """A parameter of a merge method is unknown, of the wrong type, out of range or of the wrong count."""
+
+
+class CheckpointError(MergeError, ValueError):
+    """A checkpoint cannot be read, or does not fit the others."""
+
+
+class NotFoundError(CheckpointError, FileNotFoundError):
+    """A model, file or tensor is not there."""
+
+
+class NonFiniteError(CheckpointError):
+    """A tensor holds NaN or infinity."""
+
+
+class OutputError(MergeError, OSError):
+    """The target cannot be written."""
+
+
+class MemoryLimitError(MergeError, MemoryError):
+    """The merge needs more memory than it may use."""
+
+
+class UnsupportedError(MergeError, NotImplementedError):
+    """The request is understood, and this version cannot do it."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
