@@ -1,0 +1,1 @@
+"""One merge method per file; nothing else lives here."""

@@ -1,0 +1,1 @@
+"""Maths that two or more merge methods share."""
