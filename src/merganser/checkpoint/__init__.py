@@ -1,0 +1,27 @@
+"""Tensors on disk: what a checkpoint holds, where, and how to read it; where a written one puts every byte.
+
+checkpoint = open_checkpoint("path/to/model")
+tensor = checkpoint.tensors["model.norm.weight"]
+with checkpoint.reader() as reader:
+    reader.read_into(tensor, 0, memoryview(bytearray(tensor.nbytes)))
+"""
+
+from merganser.checkpoint.dtypes import DTYPE_BY_NAME, DTYPES, DType
+from merganser.checkpoint.folder import Checkpoint, open_checkpoint
+from merganser.checkpoint.layout import INDEX_NAME, Shard, index_json, plan_shards
+from merganser.checkpoint.reader import Reader
+from merganser.checkpoint.tensor import TensorInfo
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_BY_NAME",
+    "INDEX_NAME",
+    "Checkpoint",
+    "DType",
+    "Reader",
+    "Shard",
+    "TensorInfo",
+    "index_json",
+    "open_checkpoint",
+    "plan_shards",
+]

@@ -1,0 +1,210 @@
+"""A checkpoint on disk, opened from its headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from merganser.checkpoint.hub import is_hub_id, snapshot
+from merganser.checkpoint.jsonfile import os_reason, read_object
+from merganser.checkpoint.pickled import read_pickled
+from merganser.checkpoint.quantised import why_quantised
+from merganser.checkpoint.reader import Reader
+from merganser.checkpoint.safetensors import read_header
+from merganser.checkpoint.sidefiles import side_file_names
+from merganser.checkpoint.tensor import TensorInfo
+from merganser.checkpoint.weights import choose_weights, refuse_name
+from merganser.errors import CheckpointError, NotFoundError
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk: what it holds and where, without its weights.
+
+    Attributes:
+        reference: the path or Hub id as the user wrote it.
+        path: the local folder.
+        config: the contents of `config.json`; empty where there is none.
+        tensors: by name, in the order of the files and of the bytes within each.
+        weight_files: the files that hold the tensors.
+        metadata: the `__metadata__` of the safetensors headers.
+    """
+
+    reference: str
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    weight_files: list[Path]
+    metadata: dict[str, str]
+
+    @cached_property
+    def side_files(self) -> list[Path]:
+        """The files to copy to an output beside the weights and config: tokenizer, templates, code, licence.
+
+        A copy keeps their place below `path`.
+
+        Raises:
+            CheckpointError: one is a link that leaves the folder.
+        """
+        return [_inside(self.path, name, str(self.path)) for name in side_file_names(self.path)]
+
+    @cached_property
+    def quantised(self) -> str | None:
+        """What says that the weights are quantised, such as `fp8 (config.json quantization_config.quant_method)`."""
+        return why_quantised(self.config, self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def reader(self) -> Reader:
+        """Return a new reader; it serves the tensors of any checkpoint."""
+        return Reader()
+
+
+def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+    """Open a checkpoint: read its headers, index and config, and none of its weights.
+
+    Args:
+        reference: a folder, a weight file, or the id of a model on the Hugging Face Hub (`org/name`). What exists on
+            disk is never looked up on the Hub, nor is what looks like a path.
+        revision: the branch, tag or commit on the Hub.
+        cache_dir: the folder for models from the Hub; by default the one that huggingface_hub uses.
+
+    Raises:
+        NotFoundError: there is no such model, or one of its files is missing.
+        CheckpointError: a file is damaged, contradicts another, or is not a checkpoint.
+        UnsupportedError: a GGUF file or a LoRA adapter.
+    """
+    path = _existing(reference)
+    if path is None and is_hub_id(reference):
+        path = snapshot(reference, revision=revision, cache_dir=cache_dir)
+    elif path is None:
+        raise NotFoundError(f"model {reference!r} not found: no such file or folder")
+    elif revision is not None:
+        raise CheckpointError(f"{reference}: revision {revision!r} is given, but the model is a folder on this machine")
+    try:
+        return _open_folder(reference, path) if path.is_dir() else _open_file(reference, path)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {os_reason(error)}") from None
+
+
+def _existing(reference: str) -> Path | None:
+    if not reference.strip() or "\0" in reference:
+        raise NotFoundError(f"model {reference!r} not found: the path is empty or holds a NUL character")
+    try:
+        path = Path(reference).expanduser()
+        return path if path.exists() else None
+    except PermissionError:
+        raise CheckpointError(f"{reference}: cannot be read: permission denied") from None
+    except (OSError, RuntimeError, UnicodeError):  # too long, no such home, a loop of links, half a character
+        return None
+
+
+def _open_file(reference: str, file: Path) -> Checkpoint:
+    refuse_name(str(file), file.name)
+    return _assemble(reference, file.parent, [file])
+
+
+def _open_folder(reference: str, folder: Path) -> Checkpoint:
+    weights = choose_weights(str(folder), [path.name for path in folder.iterdir()])
+    if weights.index is None:
+        return _assemble(reference, folder, [folder / name for name in weights.files])
+    index = folder / weights.index
+    weight_map = read_weight_map(index)
+    files = []
+    for name in sorted(set(weight_map.values())):
+        file = _inside(folder, name, str(index))
+        if not file.exists():
+            count = sum(target == name for target in weight_map.values())
+            raise NotFoundError(f"{file}: no such file, but {index} says that it holds {count} tensors")
+        files.append(file)
+    checkpoint = _assemble(reference, folder, files)
+    _check_index(index, weight_map, checkpoint.tensors)
+    return checkpoint
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read which file holds which tensor from an index, and check that no file lies outside the index's folder.
+
+    Raises:
+        CheckpointError: the index is damaged, or one of its paths leaves the folder.
+    """
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: must have a 'weight_map' from names of tensors to names of files")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise CheckpointError(f"{index}: tensor {name!r}: the name of its file must be a string, found {file!r}")
+        _check_relative(index, file)
+    return weight_map
+
+
+def _check_relative(index: Path, name: str) -> None:
+    windows, posix = PureWindowsPath(name), PurePosixPath(name)
+    leaves = windows.anchor or posix.is_absolute() or ".." in windows.parts or ".." in posix.parts
+    if leaves or "\0" in name or "\\" in name:
+        raise CheckpointError(f"{index}: file {name!r} is not inside the checkpoint's folder, where it must be")
+
+
+def _inside(folder: Path, name: str, where: str) -> Path:
+    """Return the file `name` of `folder`, unless links lead out of it; those of the Hub's cache may."""
+    file = folder / name
+    home = folder.resolve()
+    target = file.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        # The Hub's cache keeps the contents in ../../blobs and fills the folder of a revision with links.
+        allowed.append((home.parent.parent / "blobs").resolve())
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise CheckpointError(
+            f"{where}: file {name!r} is a link that leaves the checkpoint's folder; put the file itself there"
+        )
+    return file
+
+
+def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        for tensor in _read(file, metadata):
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"{file}: tensor {tensor.name!r} is in {tensors[tensor.name].file.name} too; it can be in one only"
+                )
+            tensors[tensor.name] = tensor
+    if not tensors:
+        raise CheckpointError(f"{files[0]}: holds no tensors")
+    config = folder / "config.json"
+    return Checkpoint(reference, folder, read_object(config) if config.exists() else {}, tensors, files, metadata)
+
+
+def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
+    if file.is_dir():
+        raise CheckpointError(f"{file}: is a directory, a file with weights is needed")
+    if not file.name.endswith(".safetensors"):
+        return read_pickled(file)
+    tensors, found = read_header(file)
+    metadata.update(found)
+    return tensors
+
+
+def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    folder = index.parent
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in no file of the index")
+        found = tensors[name].file
+        if found != folder / file:
+            raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in {found.name}")
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise CheckpointError(f"{tensor.file}: tensor {name!r} is not in the index {index.name}")

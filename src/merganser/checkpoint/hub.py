@@ -1,0 +1,138 @@
+"""Models of the Hugging Face Hub: only the files that a merge needs, from the cache when there is no network."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import NoReturn
+
+from merganser.checkpoint.jsonfile import os_reason, read_object
+from merganser.checkpoint.sidefiles import is_side_file
+from merganser.checkpoint.weights import PICKLED_SUFFIXES, choose_weights
+from merganser.errors import CheckpointError, NotFoundError
+
+__all__ = ["is_hub_id", "snapshot"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".ckpt", *PICKLED_SUFFIXES)
+
+
+def is_hub_id(reference: str) -> bool:
+    """Say whether a reference that is no file or folder can be the id of a model on the Hub."""
+    return _HUB_ID.fullmatch(reference) is not None and not reference.endswith(_FILE_SUFFIXES)
+
+
+def snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Path:
+    """Fetch what a merge needs of a model on the Hub, and return the folder that holds it.
+
+    Without a network, or with `HF_HUB_OFFLINE=1`, the folder is the one in the cache.
+
+    Raises:
+        NotFoundError: the Hub has no such model or revision, or it is not in the cache and there is no network.
+        CheckpointError: access is refused, or fetching failed.
+    """
+    names = None if _offline() else _list_files(model, revision)
+    if names is None:
+        return _cached(model, revision, cache_dir)
+    weights = choose_weights(f"{model} on the Hub", names)
+    first = [name for name in names if name == "config.json" or is_side_file(name)]
+    folder = _fetch(model, revision, cache_dir, [*first, *weights.files, *([weights.index] if weights.index else [])])
+    if weights.index is not None:
+        shards = read_object(folder / weights.index).get("weight_map")
+        wanted = {file for file in shards.values() if isinstance(file, str)} if isinstance(shards, dict) else set()
+        # The folder is named after the commit: the shards come from the same one, even when a branch moves meanwhile.
+        _fetch(model, folder.name, cache_dir, sorted(wanted & set(names)))
+    return folder
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _list_files(model: str, revision: str | None) -> list[str] | None:
+    """Return the names of the model's files, or None when the Hub cannot be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().list_repo_files(model, revision=revision)
+    except HfHubHTTPError as error:
+        if error.response.status_code >= 500:
+            return None
+        _refuse(model, revision, error)
+    except Exception as error:
+        if _is_network(error):
+            return None
+        _refuse(model, revision, error)
+
+
+def _cached(model: str, revision: str | None, cache_dir: Path | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # One small file is named because huggingface_hub else insists on every file of the repository.
+        return Path(
+            snapshot_download(
+                model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=["config.json"]
+            )
+        )
+    except Exception as error:
+        at = f" at revision {revision!r}" if revision else ""
+        if isinstance(error, FileNotFoundError):
+            raise NotFoundError(
+                f"model {model!r} not found: no such folder, the cache does not have it{at}, "
+                "and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
+            ) from None
+        _refuse(model, revision, error)
+
+
+def _fetch(model: str, revision: str | None, cache_dir: Path | None, names: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, cache_dir=cache_dir, allow_patterns=[glob.escape(name) for name in names]
+            )
+        )
+    except Exception as error:
+        _refuse(model, revision, error)
+
+
+def _is_network(error: Exception) -> bool:
+    # huggingface_hub has changed its HTTP library more than once.
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in (
+        "httpx",
+        "httpx2",
+        "httpcore",
+        "requests",
+        "urllib3",
+    )
+
+
+def _refuse(model: str, revision: str | None, error: Exception) -> NoReturn:
+    """Raise our own error. It quotes no message of the library's: these hold addresses with signatures in them."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        raise CheckpointError(
+            f"model {model!r}: access is restricted; accept its terms on its page, then run `hf auth login`"
+        ) from None
+    if isinstance(error, errors.RepositoryNotFoundError):
+        raise NotFoundError(
+            f"model {model!r} not found: no such folder, and the Hub has no such model, "
+            "or it is private (then run `hf auth login`)"
+        ) from None
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise NotFoundError(f"model {model!r} not found: the Hub has the model, but no revision {revision!r}") from None
+    if isinstance(error, errors.HFValidationError):
+        raise NotFoundError(f"model {model!r} not found: no such folder, and not a valid id of the Hub") from None
+    if isinstance(error, errors.HfHubHTTPError):
+        raise CheckpointError(f"model {model!r}: the Hub answered with status {error.response.status_code}") from None
+    if isinstance(error, OSError):
+        raise CheckpointError(f"model {model!r}: could not be fetched: {os_reason(error)}") from None
+    raise CheckpointError(f"model {model!r}: could not be fetched: {type(error).__name__}") from None

@@ -1,0 +1,98 @@
+"""JSON from files that others wrote: bounded, strict, with errors that name the place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from merganser.errors import CheckpointError, NotFoundError
+
+__all__ = ["MAX_JSON_BYTES", "os_reason", "parse_object", "read_object"]
+
+MAX_JSON_BYTES = 100_000_000
+"""The most JSON that is ever parsed; the safetensors format sets the same limit for its header."""
+
+_MAX_DIGITS = 20
+
+
+def os_reason(error: OSError) -> str:
+    """Return the operating system's reason in lower case: `permission denied`, `is a directory`."""
+    return (error.strerror or type(error).__name__).lower()
+
+
+def _integer(text: str) -> int:
+    # Converting a million digits takes seconds: a trap, since no size or count needs more than 64 bits.
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} appears twice")
+    return found
+
+
+def parse_object(data: bytes, where: str, *, duplicates: bool = False) -> dict[str, Any]:
+    """Parse `data` as one JSON object.
+
+    Args:
+        data: UTF-8 text.
+        where: what the text is, for messages.
+        duplicates: whether a key may appear twice (the last one counts).
+
+    Raises:
+        CheckpointError: the text is not UTF-8, not JSON, nested too deeply or not an object.
+    """
+
+    def bad(reason: str) -> NoReturn:
+        raise CheckpointError(f"{where}: {reason}") from None
+
+    hook: Callable[[list[tuple[str, Any]]], Any] = dict if duplicates else _unique
+    try:
+        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=hook, parse_int=_integer)
+    except UnicodeDecodeError as error:
+        bad(f"is not UTF-8 text (byte {error.start})")
+    except json.JSONDecodeError as error:
+        bad(f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}")
+    except RecursionError:
+        bad("is nested too deeply")
+    except ValueError as error:
+        bad(f"is not acceptable JSON: {error}")
+    if not isinstance(parsed, dict):
+        bad(f"must be a JSON object, found {_JSON_NAMES.get(type(parsed), type(parsed).__name__)}")
+    return parsed
+
+
+_JSON_NAMES: dict[type, str] = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold one object.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: it cannot be read, is too large or is not a JSON object.
+    """
+    try:
+        with file.open("rb") as handle:
+            data = handle.read(MAX_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFoundError(f"{file}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file}: is larger than {MAX_JSON_BYTES:,} bytes, the most that is accepted for JSON")
+    return parse_object(data.removeprefix(b"\xef\xbb\xbf"), str(file), duplicates=True)
