@@ -172,6 +172,21 @@ def statistic(
     return Statistic((Round(measure, solve),), over=over, when=when)
 
 
+def takes(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names that a measure, solve or combine function wants handed in."""
+    return getattr(function, "_takes", None) or tuple(inspect.signature(function).parameters)
+
+
+def taking(*names: str) -> Callable[[T], T]:
+    """Declare the names that a function made by another wants handed in, where its own signature is `**given`."""
+
+    def decorate(function: T) -> T:
+        function._takes = names  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
 Law = Literal["identical", "zero_delta", "order", "differs"]
 
 
@@ -194,7 +209,7 @@ class MergeMethod:
     breaks: Mapping[Law, str]
     compat: Mapping[str, Any]
     no_effect: Mapping[str, str]
-    validate: Callable[..., str | None] | None
+    validate: Callable[[Mapping[str, Any]], str | None] | None
     doc: Docstring = field(repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -240,7 +255,7 @@ def merge_method(
     breaks: Mapping[Law, str] | None = None,
     compat: Mapping[str, Any] | None = None,
     no_effect: Mapping[str, str] | None = None,
-    validate: Callable[..., str | None] | None = None,
+    validate: Callable[[Mapping[str, Any]], str | None] | None = None,
 ) -> Callable[[Callable[..., Tensor]], MergeMethod]:
     """Make a merge method of a function.
 
@@ -257,7 +272,7 @@ def merge_method(
         breaks: Laws of the contract suite that do not hold, each with the reason.
         compat: Parameter values that reproduce mergekit where it differs from the definition.
         no_effect: Parameters that mergekit accepts here without using them, each with a word of explanation.
-        validate: Looks at all parameters of a tensor together (numbers as floats or lists of floats, by name);
+        validate: Looks at all parameters of a tensor together, by their names in recipes (per-model ones as tuples);
             returns a complaint or None.
     """
 

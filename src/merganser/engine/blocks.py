@@ -1,0 +1,247 @@
+"""Run a merge method over the blocks of one tensor: the one place that knows the order of things.
+
+Blocks are the unit of all arithmetic. Their borders depend on the tensor's shape and the method's scope alone, so
+sums of measurements, and with them every byte, are the same for any memory limit, chunk size or number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from ..method import MergeMethod
+from ..ops.random import keys
+from .kernels import Kernels, Values
+
+BLOCK = 1 << 19
+"""Elements of a block, at most, on a CPU (a row or a whole tensor may be larger where the method needs it)."""
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the shape as rows and columns: a row is all weights of one output unit; a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def block_ranges(shape: Sequence[int], scope: str, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into blocks.
+
+    Args:
+        shape: Shape of the tensor.
+        scope: "element", "row" or "tensor", as in the method.
+        block: Elements of a block, at most.
+
+    Yields:
+        First element and end of each block.
+    """
+    size = math.prod(shape)
+    if scope == "tensor" or size <= block:
+        yield 0, size
+        return
+    step = block
+    if scope == "row":
+        columns = matrix_shape(shape)[1]
+        step = max(block // columns, 1) * columns
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
+
+
+def block_shape(shape: Sequence[int], scope: str, size: int) -> tuple[int, ...]:
+    """Return the shape in which a block of `size` elements is handed to the method."""
+    if scope == "tensor":
+        return tuple(shape)
+    if scope == "row":
+        columns = matrix_shape(shape)[1]
+        return (size // columns if columns else 0, columns)
+    return (size,)
+
+
+def merge_tensors(
+    method: MergeMethod,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    name: str = "tensor",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
+    block: int = BLOCK,
+    compiled: bool = False,
+    allow_nonfinite: bool = False,
+) -> Tensor:
+    """Merge one tensor in memory.
+
+    Args:
+        method: The merge method.
+        base: The base tensor, or None where the method takes none.
+        models: The other tensors, of the same shape, on the same device.
+        parameters: Values by the names that recipes use; a single value of a per-model parameter counts for all.
+        name: Name of the tensor: part of the key of random draws.
+        seed: Seed of random draws.
+        dtype: Dtype of the result; by default what the inputs promote to.
+        compute: Dtype of the arithmetic; by default float32, or float64 if an input or `dtype` is.
+        block: Elements of a block, at most.
+        compiled: Fuse with `torch.compile`.
+        allow_nonfinite: Merge NaN and infinity instead of refusing them.
+
+    Returns:
+        The merged tensor, in the shape of the inputs.
+
+    Raises:
+        ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
+        NonFiniteError: An input holds NaN or infinity, or the result overflows `dtype`.
+        ValueError: Shapes or devices differ, or the number of models does not suit the method.
+    """
+    inputs = [*models] if base is None else [base, *models]
+    shapes = {tuple(tensor.shape) for tensor in inputs}
+    if len(shapes) != 1:
+        raise ValueError(f"{method.name}: tensors of one shape are needed, got {sorted(shapes)}")
+    if len(models) < method.min_models or (method.max_models is not None and len(models) > method.max_models):
+        raise ValueError(f"{method.name} takes {method.models_text()}, got {len(models)} models")
+    if (base is None) is (method.base == "required") or (base is not None and method.base == "unused"):
+        raise ValueError(f"{method.name} takes {method.models_text()}, got {'no' if base is None else 'a'} base")
+    if dtype is None:
+        dtype = inputs[0].dtype
+        for tensor in inputs[1:]:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    if compute is None:
+        wide = torch.float64 in (dtype, *(tensor.dtype for tensor in inputs))
+        compute = torch.float64 if wide else torch.float32
+    values = Values.of(method, fill(method, parameters or {}, len(models)))
+    device = inputs[0].device
+    kernels = Kernels(method, values.static, compute, dtype, device, compiled, not allow_nonfinite)
+    shape = tuple(inputs[0].shape)
+    run = TensorRun(kernels, values, shape, keys(seed, name, len(models)), block)
+    flat = [tensor.reshape(-1) for tensor in inputs]
+
+    def read(start: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
+        parts = [tensor[start:end] for tensor in flat]
+        return (None, parts) if base is None else (parts[0], parts[1:])
+
+    known: dict[str, Tensor] = {}
+    for statistic, declared, _ in kernels.statistics:
+        for index in range(len(declared.rounds)):
+            total = run.total(run.measure(statistic, index, known, range_, *read(*range_)) for range_ in run.ranges)
+            run.solve(statistic, index, total, known, run.size)
+    result = torch.empty(math.prod(shape), dtype=dtype, device=device)
+    for start, end in run.ranges:
+        merged, finite = run.combine(known, (start, end), *read(start, end))
+        if not finite:
+            raise NonFiniteError(f"{name}: an input or the result is not finite ({method.name}, {dtype})")
+        result[start:end] = merged
+    return result.view(shape)
+
+
+def fill(method: MergeMethod, parameters: Mapping[str, Any], n_models: int) -> dict[str, Any]:
+    """Check parameters and complete them with defaults.
+
+    Raises:
+        ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
+    """
+    from ..errors import ParameterError
+
+    for given in parameters:
+        method.parameter(given, method.name)
+    filled: dict[str, Any] = {}
+    for parameter in method.parameters.values():
+        if parameter.name not in parameters and parameter.required:
+            raise ParameterError(f"{method.name}: {parameter.name} is required: {parameter.help}")
+        value = parameters.get(parameter.name, parameter.default)
+        if not parameter.per_model:
+            filled[parameter.name] = parameter.check(value, method.name)
+            continue
+        each = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * n_models
+        if len(each) != n_models:
+            raise ParameterError(
+                f"{method.name}: {parameter.name} needs {n_models} values, one per model, got {len(each)}"
+            )
+        filled[parameter.name] = tuple(parameter.check(v, method.name) for v in each)
+    complaint = method.validate(filled) if method.validate else None
+    if complaint:
+        raise ParameterError(f"{method.name}: {complaint}")
+    return filled
+
+
+class TensorRun:
+    """The work on one output tensor: its blocks, parameters, random keys and statistics.
+
+    Args:
+        kernels: The method's kernels.
+        values: The parameters of this tensor.
+        shape: Shape of the tensor.
+        random_keys: From `ops.random.keys`.
+        block: Elements of a block, at most.
+    """
+
+    def __init__(
+        self, kernels: Kernels, values: Values, shape: tuple[int, ...], random_keys: Tensor, block: int = BLOCK
+    ) -> None:
+        self.kernels = kernels
+        self.values = values
+        self.shape = shape
+        self.size = math.prod(shape)
+        self.ranges = list(block_ranges(shape, kernels.method.scope, block))
+        self._keys = random_keys.to(kernels.device)
+        self._numbers = kernels.numbers(values)
+
+    def measure(
+        self,
+        name: str,
+        index: int,
+        known: Mapping[str, Tensor],
+        range_: tuple[int, int],
+        base: Tensor | None,
+        models: Sequence[Tensor],
+    ) -> tuple[Tensor, bool]:
+        """Measure one block, on the CPU afterwards; also say whether it is finite."""
+        measured, finite = self.kernels.measure(name, index, *self._arguments(known, range_, base, models))
+        return measured.cpu(), bool(finite)
+
+    def total(self, parts: Iterator[tuple[Tensor, bool]]) -> Tensor:
+        """Add the measurements of blocks, in their order."""
+        total: Tensor | None = None
+        for measured, _ in parts:
+            wide = measured if measured.is_floating_point() else measured.to(torch.int64)
+            total = wide if total is None else total + wide
+        assert total is not None
+        return total
+
+    def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
+        """Solve a round and put its result into `known`: as `previous`, and under its name after the last round."""
+        given = {key: value.cpu() for key, value in known.items()}
+        given["size"] = torch.tensor(size, dtype=torch.float64)
+        solved = self.kernels.solve(name, index, total, self.values, given)
+        known["previous"] = solved
+        if index == len(self.kernels.method.statistics[name].rounds) - 1:
+            known[name] = solved
+            del known["previous"]
+
+    def combine(
+        self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
+    ) -> tuple[Tensor, bool]:
+        """Merge one block, flat; also say whether the inputs and the result are finite."""
+        merged, finite = self.kernels.combine(*self._arguments(known, range_, base, models))
+        return merged.reshape(-1), bool(finite)
+
+    def _arguments(
+        self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
+        start, end = range_
+        shape = block_shape(self.shape, self.kernels.method.scope, end - start)
+        on_device = {name: self.kernels.to_device(value) for name, value in known.items()}
+        offset = torch.tensor(start, dtype=torch.int64, device=self.kernels.device)
+        return (
+            None if base is None else base.reshape(shape),
+            [model.reshape(shape) for model in models],
+            self._numbers,
+            on_device,
+            self._keys,
+            offset,
+        )

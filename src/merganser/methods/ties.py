@@ -1,0 +1,81 @@
+"""TIES: trim, elect sign, disjoint mean."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
+from ..ops import deltas, disjoint_mean, elect_sign, magnitude_cut
+
+
+def magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
+    """Return what is trimmed by."""
+    return [delta.abs() for delta in deltas(base, models)]
+
+
+def trim(base: Tensor, models: list[Tensor], cut: Tensor) -> list[Tensor]:
+    """Set the task vectors' entries below the cut to 0."""
+    return [torch.where(d.abs() >= cut[i, 0], d, torch.zeros_like(d)) for i, d in enumerate(deltas(base, models))]
+
+
+def mass(base: Tensor, models: list[Tensor], cut: Tensor) -> Tensor:
+    """Measure the L1 norms before and after the trim, shape [2, T]."""
+    before = [delta.abs().double().sum() for delta in deltas(base, models)]
+    after = [delta.abs().double().sum() for delta in trim(base, models, cut)]
+    return torch.stack(before + after).view(2, -1)
+
+
+def restore(measured: Tensor) -> Tensor:
+    """Solve for the factors that restore the L1 norms, shape [T]."""
+    before, after = measured
+    return torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
+
+
+@merge_method(
+    family="task vectors",
+    cite="yadav2023ties",
+    statistics={"cut": magnitude_cut(magnitudes, over="trim_over"), "gain": statistic(mass, restore, when="rescale")},
+)
+def ties(
+    base: Tensor,
+    models: list[Tensor],
+    cut: Tensor,
+    gain: Tensor | None,
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Fraction] = default(1.0),
+    lambda_: Scale = default(1.0),
+    normalize: bool = True,
+    rescale: bool = False,
+    trim_over: Literal["tensor", "model"] = "tensor",
+) -> Tensor:
+    """Trim the task vectors, elect a sign per element, average those that agree.
+
+        cut_i    = k-th largest |delta_i|, k = floor(density_i * size)
+        trimmed  = delta_i where |delta_i| >= cut_i, else 0
+        sign     = + where sum_i weight_i * trimmed_i >= 0, else -
+        merged   = base + lambda * (sum of weight_i * trimmed_i with that sign) / (sum of their weight_i)
+
+    Use when:
+        The fine-tunes were trained on clearly different tasks and their task vectors disagree in sign.
+
+    Args:
+        weight: Factor of each task vector, in the vote and in the mean.
+        density: Share of each task vector that is kept, the largest entries. The paper keeps 0.2.
+        lambda_: Factor of the merged task vector.
+        normalize: Divide by the sum of the weights that agree (a mean), instead of adding (a sum).
+        rescale: Scale each trimmed task vector back to the L1 norm that it had.
+        trim_over: Rank the entries inside each tensor, or over the whole model as the paper does.
+
+    Differs from the paper:
+        The paper has no weights; equal weights give its formula.
+        The default trims per tensor; `trim_over: model` is the paper's.
+        Entries whose magnitude equals the cut are all kept.
+        An exact tie of the vote elects plus; the authors' code takes the majority sign of the whole model.
+    """
+    trimmed = trim(base, models, cut)
+    if gain is not None:
+        trimmed = [delta * gain[i] for i, delta in enumerate(trimmed)]
+    positive = elect_sign([delta * weight[i] for i, delta in enumerate(trimmed)])
+    return base + lambda_ * disjoint_mean(trimmed, weight, positive, normalize=normalize)
