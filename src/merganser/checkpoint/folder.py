@@ -16,13 +16,13 @@ from merganser.checkpoint.reader import Reader
 from merganser.checkpoint.safetensors import read_header
 from merganser.checkpoint.sidefiles import side_file_names
 from merganser.checkpoint.tensor import TensorInfo
-from merganser.checkpoint.weights import choose_weights, refuse_name
+from merganser.checkpoint.weights import PICKLED_SUFFIXES, choose_weights, refuse_name
 from merganser.errors import CheckpointError, NotFoundError
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model on disk: what it holds and where, without its weights.
 
@@ -102,7 +102,8 @@ def _existing(reference: str) -> Path | None:
         raise NotFoundError(f"model {reference!r} not found: the path is empty or holds a NUL character")
     try:
         path = Path(reference).expanduser()
-        return path if path.exists() else None
+        path.stat()
+        return path
     except PermissionError:
         raise CheckpointError(f"{reference}: cannot be read: permission denied") from None
     except (OSError, RuntimeError, UnicodeError):  # too long, no such home, a loop of links, half a character
@@ -144,15 +145,17 @@ def read_weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file:
             raise CheckpointError(f"{index}: tensor {name!r}: the name of its file must be a string, found {file!r}")
-        _check_relative(index, file)
+        _check_shard_name(index, file)
     return weight_map
 
 
-def _check_relative(index: Path, name: str) -> None:
+def _check_shard_name(index: Path, name: str) -> None:
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     leaves = windows.anchor or posix.is_absolute() or ".." in windows.parts or ".." in posix.parts
     if leaves or "\0" in name or "\\" in name:
         raise CheckpointError(f"{index}: file {name!r} is not inside the checkpoint's folder, where it must be")
+    if not name.endswith((".safetensors", *PICKLED_SUFFIXES)):
+        raise CheckpointError(f"{index}: file {name!r} is not a file of weights")
 
 
 def _inside(folder: Path, name: str, where: str) -> Path:
@@ -188,8 +191,12 @@ def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
 
 
 def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
-    if file.is_dir():
-        raise CheckpointError(f"{file}: is a directory, a file with weights is needed")
+    if not file.exists():
+        raise NotFoundError(f"{file}: is a link to a file that is not there; fetch the checkpoint again")
+    if not file.is_file():
+        # A pipe or a device would wait or never end.
+        kind = "a directory" if file.is_dir() else "not a regular file"
+        raise CheckpointError(f"{file}: is {kind}, a file with weights is needed")
     if not file.name.endswith(".safetensors"):
         return read_pickled(file)
     tensors, found = read_header(file)

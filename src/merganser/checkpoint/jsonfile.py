@@ -9,10 +9,15 @@ from typing import Any, NoReturn
 
 from merganser.errors import CheckpointError, NotFoundError
 
-__all__ = ["MAX_JSON_BYTES", "os_reason", "parse_object", "read_object"]
+__all__ = ["LFS_MAGIC", "LFS_POINTER", "MAX_JSON_BYTES", "os_reason", "parse_object", "read_object"]
 
 MAX_JSON_BYTES = 100_000_000
 """The most JSON that is ever parsed; the safetensors format sets the same limit for its header."""
+
+LFS_MAGIC = b"version "
+"""What a Git LFS pointer begins with: a clone without Git LFS has these few lines in place of each large file."""
+
+LFS_POINTER = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or fetch the file again"
 
 _MAX_DIGITS = 20
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merganser.checkpoint.dtypes import DTYPE_BY_NAME
-from merganser.checkpoint.jsonfile import os_reason
+from merganser.checkpoint.jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
 from merganser.checkpoint.tensor import TensorInfo
 from merganser.errors import CheckpointError, NotFoundError
 
@@ -88,6 +88,8 @@ def _load(file: Path) -> Any:
         raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
     if not magic:
         raise CheckpointError(f"{file}: the file is empty; fetch it again")
+    if magic == LFS_MAGIC[: len(magic)]:
+        raise CheckpointError(f"{file}: {LFS_POINTER}")
     try:
         with warnings.catch_warnings():
             # torch warns of its own deprecated storage classes when it reads old files.
@@ -107,7 +109,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _state_dict(file: Path, loaded: object) -> dict[str, torch.Tensor]:
+def _state_dict(file: Path, loaded: Any) -> dict[str, torch.Tensor]:
     import torch
 
     def has_tensors(value: object) -> bool:

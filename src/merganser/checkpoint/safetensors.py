@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merganser.checkpoint.dtypes import DTYPES, DType
-from merganser.checkpoint.jsonfile import MAX_JSON_BYTES, os_reason, parse_object
+from merganser.checkpoint.jsonfile import LFS_MAGIC, LFS_POINTER, MAX_JSON_BYTES, os_reason, parse_object
 from merganser.checkpoint.tensor import TensorInfo
 from merganser.errors import CheckpointError, NotFoundError
 
@@ -54,7 +54,10 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
                 raise CheckpointError(
                     f"{file}: not a safetensors file: it has {size} bytes, the format needs 8 or more"
                 )
-            length = int.from_bytes(handle.read(_LENGTH_BYTES), "little")
+            first = handle.read(_LENGTH_BYTES)
+            if first == LFS_MAGIC:
+                raise CheckpointError(f"{file}: {LFS_POINTER}")
+            length = int.from_bytes(first, "little")
             if length > MAX_JSON_BYTES:
                 raise CheckpointError(
                     f"{file}: not a safetensors file, or damaged: "
@@ -68,8 +71,6 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
             raw = handle.read(length)
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{file}: is a directory, a safetensors file is needed") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
     if len(raw) != length:
