@@ -1,0 +1,24 @@
+"""What tensor names mean: layers, roles, ties; and the configs that go with them.
+
+Structure is inferred from names, shapes and config. Nothing here reads weights, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from .config import is_tied, set_config_dtype, set_tied
+from .infer import Anatomy, infer_anatomy
+from .roles import Part, Position, Role
+from .slicing import SlicedConfig, slice_config
+
+__all__ = [
+    "Anatomy",
+    "Part",
+    "Position",
+    "Role",
+    "SlicedConfig",
+    "infer_anatomy",
+    "is_tied",
+    "set_config_dtype",
+    "set_tied",
+    "slice_config",
+]

@@ -1,0 +1,147 @@
+"""Reading and changing a checkpoint's config.json: where the settings of the language model live, ties and dtype."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = [
+    "COUNT_KEYS",
+    "as_int",
+    "is_tied",
+    "layer_counts",
+    "model_types",
+    "set_config_dtype",
+    "set_tied",
+    "text_scopes",
+    "words",
+]
+
+
+def words(text: str) -> frozenset[str]:
+    """Return the words of a table written as text."""
+    return frozenset(text.split())
+
+
+# Every name under which published configs keep the number of layers.
+COUNT_KEYS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_transformer_layers",
+    "n_blocks",
+    "num_blocks",
+    "depth",
+    "decoder_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "num_encoder_layers",
+)
+
+# Sub-configs of towers beside the language model.
+_SIDE_CONFIG = re.compile(r"vision|visual|vit_|image|audio|speech|sound|projector|vq|quant|talker|token2wav|code|draft")
+
+# Only families whose config class sets the flag are listed: for others an absent key says nothing.
+_TIED_BY_DEFAULT = words(
+    """albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert cohere
+    cohere2 convbert ctrl data2vec-text deberta deberta-v2 distilbert electra ernie ernie4_5 ernie4_5_moe esm falcon
+    falcon_mamba flaubert fnet gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gpt-sw3 gpt2 gpt_bigcode gpt_neo
+    ibert internvl jetmoe led lfm2 lfm2_moe longformer longt5 m2m_100 mamba marian mbart megatron-bert mistral3
+    mobilebert modernbert modernbert-decoder mpnet mpt mt5 mvp nllb-moe openai-gpt opt paligemma pegasus pegasus_x plbart
+    recurrent_gemma roberta roberta-prelayernorm roformer smollm3 starcoder2 switch_transformers t5 t5gemma umt5
+    vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod zamba zamba2"""
+)
+_UNTIED_BY_DEFAULT = words(
+    """apertus arcee bamba bitnet codegen dbrx deepseek_v2 deepseek_v3 diffllama dots1 exaone4 falcon_h1 glm glm4
+    glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium idefics2 idefics3 jamba
+    llama llama4 llama4_text llava llava_next mamba2 minimax mistral mixtral mllama_text_model nemotron nemotron_h olmo
+    olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next qwen3_vl
+    rembert rwkv seed_oss smolvlm stablelm"""
+)
+
+
+def text_scopes(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the dicts that describe the language model: the config itself, then `text_config` and its kin.
+
+    Sub-configs of vision and audio towers, quantisation and the like are left out.
+    """
+    yield config  # type: ignore[misc]  # callers that write pass the copy they made, a dict
+    for key, value in config.items():
+        nested = isinstance(value, dict) and (key.endswith("_config") or key in ("text", "llm", "language_model"))
+        if nested and not _SIDE_CONFIG.search(key):
+            yield from text_scopes(value)
+
+
+def model_types(config: Mapping[str, Any]) -> list[str]:
+    """Return the `model_type` of each text scope, outermost first."""
+    return [scope["model_type"] for scope in text_scopes(config) if isinstance(scope.get("model_type"), str)]
+
+
+def layer_counts(config: Mapping[str, Any]) -> set[int]:
+    """Return every number of layers that the text scopes name, under any of `COUNT_KEYS`."""
+    return {
+        count for scope in text_scopes(config) for key in COUNT_KEYS if (count := as_int(scope.get(key))) is not None
+    }
+
+
+def as_int(value: object) -> int | None:
+    """Return `value` when it is an integer and not a bool, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def is_tied(config: Mapping[str, Any]) -> bool | None:
+    """Say whether the output head shares the input embedding.
+
+    An explicit `tie_word_embeddings` decides, the outermost first; without one the default of the model type does.
+
+    Returns:
+        None when the config does not say and the model type is not a known one.
+    """
+    for scope in text_scopes(config):
+        flag = scope.get("tie_word_embeddings")
+        if isinstance(flag, bool):
+            return flag
+    for model_type in model_types(config):
+        if model_type in _TIED_BY_DEFAULT:
+            return True
+        if model_type in _UNTIED_BY_DEFAULT:
+            return False
+    return None
+
+
+def set_tied(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """Return a copy with `tie_word_embeddings` set at the top level and in every text sub-config that has the key."""
+    result = copy.deepcopy(dict(config))
+    for scope in text_scopes(result):
+        if scope is result or "tie_word_embeddings" in scope:
+            scope["tie_word_embeddings"] = tied
+    return result
+
+
+def set_config_dtype(config: Mapping[str, Any], dtype_name: str) -> dict[str, Any]:
+    """Return a copy that declares `dtype_name` wherever the config declares a dtype, sub-configs of towers included.
+
+    Both spellings, `dtype` and `torch_dtype`, are kept as found. A config that has neither gets `torch_dtype`, which
+    every version of transformers reads.
+
+    Args:
+        config: The contents of config.json.
+        dtype_name: For example "bfloat16", without "torch.".
+    """
+    result = copy.deepcopy(dict(config))
+    _replace_dtype(result, dtype_name)
+    if "dtype" not in result and "torch_dtype" not in result:
+        result["torch_dtype"] = dtype_name
+    return result
+
+
+def _replace_dtype(scope: dict[str, Any], dtype_name: str) -> None:
+    for key in ("dtype", "torch_dtype"):
+        if key in scope:
+            scope[key] = dtype_name
+    for key, value in scope.items():
+        if isinstance(value, dict) and key.endswith("_config") and "quant" not in key:
+            _replace_dtype(value, dtype_name)

@@ -1,0 +1,263 @@
+"""From names, shapes and config to the structure of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .config import as_int, is_tied, layer_counts, model_types, text_scopes
+from .roles import SIDE, Part, Position, Role, outside_position, outside_role, role_in_layer
+from .stacks import find_stacks, split_at, walk
+
+__all__ = ["Anatomy", "infer_anatomy"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """The structure of a checkpoint.
+
+    Attributes:
+        parts: Every tensor name, and what it means.
+        stacks: Prefix of each indexed stack and its number of layers, the main one first.
+        main: The stack that slicing renumbers. None without stacks, and when there are several equal candidates, as in
+            encoder-decoder models.
+        n_layers: Number of layers of the main stack, 0 when there is none.
+        tied: `(alias, source)` pairs of names: the alias is absent from the file because it shares the source.
+        embedding: Name of the input embedding.
+        head: Name of the output matrix over the vocabulary, if the file holds one.
+        vocab_size: Rows of the input embedding.
+    """
+
+    parts: dict[str, Part]
+    stacks: dict[str, int]
+    main: str | None
+    n_layers: int
+    tied: list[tuple[str, str]]
+    embedding: str | None
+    head: str | None
+    vocab_size: int | None
+
+    def rename_layer(self, name: str, new_index: int) -> str:
+        """Return the name that the tensor has as part of layer `new_index` of its stack.
+
+        Tensors outside layers keep their name.
+        """
+        part = self.parts[name]
+        if part.layer is None:
+            return name
+        prefix = f"{part.stack}."
+        rest = name[len(prefix) :].partition(".")[2]
+        return f"{prefix}{new_index}.{rest}"
+
+    def depth(self, name: str) -> float | None:
+        """Return how deep the tensor's layer lies, 0 for the first layer to 1 for the last (1 for a single layer).
+
+        In encoder-decoder models this is the depth in the tensor's own stack. None outside the layers.
+        """
+        part = self.parts[name]
+        if part.position != "layer" or part.layer is None or part.stack is None:
+            return None
+        last = (self.n_layers if part.stack == self.main else self.stacks[part.stack]) - 1
+        return part.layer / last if last else 1.0
+
+
+def infer_anatomy(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Anatomy:
+    """Infer layers, roles and ties of a checkpoint.
+
+    Args:
+        shapes: Every tensor name and its shape.
+        config: The contents of config.json; may be empty.
+    """
+    stacks = find_stacks(shapes, layer_counts(config))
+    main = _main_stack(stacks, shapes, config)
+    n_layers = _without_prediction_layers(stacks[main], config) if main is not None else 0
+    if main is not None:
+        stacks[main] = n_layers
+    order = sorted(stacks, key=lambda prefix: (prefix != main, "decoder" in prefix, prefix))
+    stacks = {prefix: stacks[prefix] for prefix in order}
+    parts = _parts(shapes, stacks, main, config)
+    embedding = _embedding(parts, shapes, config)
+    head = _head(parts, shapes, embedding)
+    return Anatomy(
+        parts=parts,
+        stacks=stacks,
+        main=main,
+        n_layers=n_layers,
+        tied=_ties(parts, shapes, config, embedding, head),
+        embedding=embedding,
+        head=head,
+        vocab_size=shapes[embedding][0] if embedding else None,
+    )
+
+
+def _main_stack(stacks: Mapping[str, int], shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> str | None:
+    candidates = [prefix for prefix in stacks if not SIDE.search(prefix.lower())] or list(stacks)
+    if len(candidates) <= 1:
+        return candidates[0] if candidates else None
+    mirrored = {prefix.replace("encoder", "decoder") for prefix in candidates if "encoder" in prefix}
+    if config.get("is_encoder_decoder") is True or mirrored & set(candidates):
+        return None
+    counts = layer_counts(config)
+    named = [p for p in candidates if stacks[p] in counts or _without_prediction_layers(stacks[p], config) in counts]
+    if len(named) == 1:
+        return named[0]
+    weight: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        if hit := split_at(name, named or candidates):
+            weight[hit[0]] += math.prod(shape)
+    (first, most), (_, second) = weight.most_common(2)
+    return first if most >= 2 * second else None
+
+
+def _without_prediction_layers(found: int, config: Mapping[str, Any]) -> int:
+    """DeepSeek appends its multi-token prediction layers to the same list, behind the ones that config counts."""
+    for scope in text_scopes(config):
+        extra = as_int(scope.get("num_nextn_predict_layers"))
+        if extra and found - extra in layer_counts(config) and found not in layer_counts(config):
+            return found - extra
+    return found
+
+
+def _side_prefixes(stacks: Mapping[str, int], main: str | None) -> tuple[str, ...]:
+    """Return the roots of the towers beside the main stack: what their prefix has up to where it leaves main's."""
+    if main is None:
+        return ()
+    roots = []
+    for prefix in stacks:
+        words, own = prefix.split("."), main.split(".")
+        shared = next((i for i, pair in enumerate(zip(words, own, strict=False)) if pair[0] != pair[1]), len(own))
+        if prefix != main and shared < len(words):
+            roots.append(".".join(words[: shared + 1]) + ".")
+    return tuple(roots)
+
+
+def _parts(
+    shapes: Mapping[str, Shape], stacks: Mapping[str, int], main: str | None, config: Mapping[str, Any]
+) -> dict[str, Part]:
+    hits = {name: split_at(name, stacks) for name in shapes}
+    ssm: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for hit in hits.values():
+        if hit and hit[2].endswith(".A_log"):
+            ssm[hit[:2]].append(hit[2].removesuffix(".A_log"))
+    has_experts = any("expert" in name or "moe" in name for name in shapes)
+    side_prefixes = _side_prefixes(stacks, main)
+    parts = {}
+    for name, shape in shapes.items():
+        hit = hits[name]
+        side = name.startswith(side_prefixes) or (main is not None and bool(SIDE.search(name.lower())))
+        if hit is None:
+            role = outside_role(name, side=side)
+            parts[name] = Part(name, None, None, _position_outside(name, role, side, config), role, None)
+            continue
+        stack, index, suffix = hit
+        role = role_in_layer(suffix, shape, ssm_modules=ssm[stack, index], has_experts=has_experts)
+        layer = index if index < stacks[stack] else None
+        position: Position = "layer" if main in (stack, None) else outside_position(name, role, side=side)
+        if layer is None:
+            position = "after"
+        parts[name] = Part(name, stack, layer, position, role, _expert_index(suffix) if role == "expert" else None)
+    return parts
+
+
+def _position_outside(name: str, role: Role, side: bool, config: Mapping[str, Any]) -> Position:
+    # LFM2 calls its final norm "embedding_norm".
+    if name.endswith("embedding_norm.weight") and any(kind.startswith("lfm2") for kind in model_types(config)):
+        return "after"
+    return outside_position(name, role, side=side)
+
+
+def _expert_index(suffix: str) -> int | None:
+    return next((index for prefix, index, _ in walk(suffix) if "expert" in prefix.rsplit(".", 1)[-1]), None)
+
+
+_EMBEDDING_WORDS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "tok_embeddings",
+    "embed_in",
+    "shared",
+    "embeddings",
+    "embedding",
+)
+
+
+def _embedding(parts: Mapping[str, Part], shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> str | None:
+    sizes = {size for scope in text_scopes(config) if (size := as_int(scope.get("vocab_size"))) is not None}
+    best: tuple[tuple[bool, bool, int, str], str] | None = None
+    for name, part in parts.items():
+        shape = shapes[name]
+        if part.role != "embedding" or part.stack is not None or len(shape) != 2 or SIDE.search(name.lower()):
+            continue
+        module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if module not in _EMBEDDING_WORDS and shape[0] not in sizes:
+            continue
+        # T5 and BART: "shared" is the source, the copies in encoder and decoder are its aliases.
+        word = _EMBEDDING_WORDS.index(module) if module in _EMBEDDING_WORDS else len(_EMBEDDING_WORDS)
+        rank = (bool(sizes) and shape[0] not in sizes, module != "shared", word, name)
+        if best is None or rank < best[0]:
+            best = (rank, name)
+    return best[1] if best else None
+
+
+def _head(parts: Mapping[str, Part], shapes: Mapping[str, Shape], embedding: str | None) -> str | None:
+    if embedding is None:
+        return None
+    rows = shapes[embedding][0]
+    fits = [
+        name
+        for name, part in parts.items()
+        if part.role == "head" and part.position == "after" and len(shapes[name]) == 2 and name != embedding
+    ]
+    named = [name for name in fits if name.removesuffix(".weight").endswith(("lm_head", "embed_out", "proj_out"))]
+    return next(iter(sorted(name for name in fits if shapes[name][0] == rows) or sorted(named)), None)
+
+
+# Output matrices that are not called lm_head.
+_HEAD_NAMES = {"gpt_neox": "embed_out.weight", "gpt_neox_japanese": "embed_out.weight", "whisper": "proj_out.weight"}
+_LM_SUFFIXES = ("CausalLM", "LMHeadModel", "MaskedLM", "PreTraining", "ConditionalGeneration", "WithLMHead")
+
+
+def _ties(
+    parts: Mapping[str, Part],
+    shapes: Mapping[str, Shape],
+    config: Mapping[str, Any],
+    embedding: str | None,
+    head: str | None,
+) -> list[tuple[str, str]]:
+    if embedding is None:
+        return []
+    ties = []
+    if embedding.rsplit(".", 2)[-2:] == ["shared", "weight"]:
+        root = embedding.removesuffix("shared.weight")
+        copies = (f"{root}{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
+        ties += [(copy, embedding) for copy in copies if copy not in parts]
+    architectures = config.get("architectures")
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else None
+    has_head = named is None or named.endswith(_LM_SUFFIXES)
+    if head is None and has_head and is_tied(config):
+        ties += _head_aliases(parts, shapes, config, embedding)
+    return ties
+
+
+def _head_aliases(
+    parts: Mapping[str, Part], shapes: Mapping[str, Shape], config: Mapping[str, Any], embedding: str
+) -> list[tuple[str, str]]:
+    rows = shapes[embedding][0]
+    # Encoders keep the bias of the tied matrix, and its name tells the name of the matrix.
+    for name, part in parts.items():
+        if part.role == "head" and shapes[name] == (rows,) and name.endswith(".bias"):
+            module = name.removesuffix(".bias")
+            if any(other.startswith(module + ".") and other != name for other in parts):
+                return [(f"{module}.decoder.weight", embedding), (f"{module}.decoder.bias", name)]
+            return [(f"{module}.weight", embedding)]
+    for kind in model_types(config):
+        if kind in _HEAD_NAMES:
+            return [(_HEAD_NAMES[kind], embedding)]
+    root = "language_model." if embedding.startswith("language_model.") else ""
+    return [(f"{root}lm_head.weight", embedding)]
