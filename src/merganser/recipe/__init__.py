@@ -1,0 +1,25 @@
+"""Recipes: what to merge, and how."""
+
+from .load import load_recipe, load_recipes
+from .model import Recipe, Slice, Source
+from .place import Place
+from .reference import ModelReference
+from .resolver import Inputs, Resolver, check_layer_ranges, check_recipe, layer_depth
+from .setting import Rule, Setting
+
+__all__ = [
+    "Inputs",
+    "ModelReference",
+    "Place",
+    "Recipe",
+    "Resolver",
+    "Rule",
+    "Setting",
+    "Slice",
+    "Source",
+    "check_layer_ranges",
+    "check_recipe",
+    "layer_depth",
+    "load_recipe",
+    "load_recipes",
+]

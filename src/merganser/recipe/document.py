@@ -1,0 +1,306 @@
+"""Read YAML safely: line numbers are kept, nothing is constructed but texts, numbers, flags, lists and mappings."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from ..errors import NotFoundError, RecipeError
+from .place import Node, Place, Scalar, shown
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 100_000
+MAX_DEPTH = 64
+MAX_KEY = 200
+MAX_INTEGER = 2**63
+
+# mergekit users write 1e-4, which YAML 1.1 takes for a text
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_NULLS = ("", "~", "null", "Null", "NULL")
+_FLAGS = {
+    spelling: value
+    for word, value in [("yes", True), ("no", False), ("true", True), ("false", False), ("on", True), ("off", False)]
+    for spelling in (word, word.capitalize(), word.upper())
+}
+_CORE = "tag:yaml.org,2002:"
+_TAGS = {"str": str, "int": int, "float": (int, float), "bool": bool, "null": type(None), "seq": list, "map": dict}
+_LOADER = cast(type[yaml.SafeLoader], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One YAML document: its root, and its text as written."""
+
+    root: Node
+    file: str
+    text: str
+
+
+def read_text(path: Path) -> str:
+    """Read a recipe file.
+
+    Raises:
+        NotFoundError: There is no such file.
+        RecipeError: It cannot be read, is too large, or not UTF-8.
+    """
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: there is no such recipe file") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: this is a folder; give the recipe file in it") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{shown(str(path))}: the recipe cannot be read: {error}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{Place(str(path), line, '')}: the file is not UTF-8 text; save it as UTF-8") from None
+
+
+def parse_text(text: str, file: str) -> list[Document]:
+    """Parse the documents of a YAML text; documents without content are left out.
+
+    Args:
+        text: The YAML text.
+        file: Name of the file for messages.
+
+    Raises:
+        RecipeError: The text is not YAML, or uses what recipes may not: object tags, more than 100,000 values
+            (aliases counted where they are used), more than 64 levels, the same key twice.
+    """
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"{file}: a recipe may have {MAX_BYTES:,} characters at most")
+    builder = _Builder(file)
+    starts: list[int] = []
+    roots: list[Node] = []
+    try:
+        for event in yaml.parse(text, Loader=_LOADER):
+            if isinstance(event, yaml.DocumentStartEvent):
+                starts.append(event.start_mark.line if event.start_mark else 0)
+            root = builder.take(event)
+            if root is not None:
+                roots.append(root)
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise RecipeError(f"{Place(file, line, '')}: not valid YAML: a character that is not allowed") from None
+    except UnicodeEncodeError:
+        raise RecipeError(f"{file}: not valid YAML: half a surrogate pair") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 0
+        raise RecipeError(f"{Place(file, line, '')}: not valid YAML: {error.problem or error.context}") from None
+    lines = text.splitlines(keepends=True)
+    # a comment above the first "---" belongs to the first document
+    cuts = [0, *starts[1:], len(lines)]
+    return [
+        Document(root, file, "".join(lines[cuts[i] : cuts[i + 1]]))
+        for i, root in enumerate(roots)
+        if root.value is not None
+    ]
+
+
+def parse_mapping(value: Mapping[Any, Any], file: str) -> Document:
+    """Take over a recipe given as a mapping of Python; its text is the YAML that says the same.
+
+    Raises:
+        RecipeError: It holds what YAML recipes cannot.
+    """
+    builder = _Builder(file)
+    root = builder.convert(value, 1)
+    return Document(root, file, yaml.safe_dump(plain(root), sort_keys=False))
+
+
+def plain(node: Node) -> Any:
+    """Return the node's value as plain lists, dictionaries and scalars."""
+    if isinstance(node.value, dict):
+        return {key: plain(child) for key, child in node.value.items()}
+    if isinstance(node.value, list):
+        return [plain(child) for child in node.value]
+    return node.value
+
+
+@dataclass(slots=True)
+class _Open:
+    """A list or mapping whose end has not come yet."""
+
+    node: Node
+    anchor: str | None
+    size: int = 1
+    key: tuple[str, int] | None = None
+    merged: list[Node] = field(default_factory=list)
+
+
+class _Builder:
+    """Make nodes of parser events, on a stack of its own: depth cannot exhaust that of Python."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.open: list[_Open] = []
+        self.anchors: dict[str, tuple[Node, int] | None] = {}
+        self.size = 0
+
+    def error(self, line: int, problem: str) -> RecipeError:
+        return RecipeError(f"{Place(self.file, line, '')}: {problem}")
+
+    def take(self, event: yaml.Event) -> Node | None:
+        """Take the next event; return the root of a document when it is complete."""
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        if isinstance(event, yaml.DocumentStartEvent):
+            self.anchors.clear()
+            self.size = 0
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self.anchors:
+                raise self.error(line, f"alias *{event.anchor} has no anchor before it")
+            target = self.anchors[event.anchor]
+            if target is None:
+                raise self.error(line, f"alias *{event.anchor} stands inside what it names")
+            if self._expects_key():
+                raise self.error(line, "a key must be a plain text")
+            return self._add(Node(target[0].value, line), target[1])
+        elif isinstance(event, yaml.ScalarEvent):
+            if self._expects_key():
+                self._start_pair(event.value, line)
+                return None
+            node = Node(self._scalar(event, line), line)
+            if event.anchor:
+                self.anchors[event.anchor] = (node, 1)
+            return self._add(node, 1)
+        elif isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
+            if self._expects_key():
+                raise self.error(line, "a key must be a plain text")
+            value: list[Node] | dict[str, Node] = [] if isinstance(event, yaml.SequenceStartEvent) else {}
+            self._check_tag(event.tag, value, line)
+            self.open.append(_Open(Node(value, line), event.anchor))
+            if event.anchor:
+                self.anchors[event.anchor] = None
+            self._check_size(1, len(self.open), line)
+        elif isinstance(event, yaml.SequenceEndEvent | yaml.MappingEndEvent):
+            done = self.open.pop()
+            if isinstance(done.node.value, dict):
+                for source in done.merged:
+                    self._merge(done.node.value, source)
+            if done.anchor:
+                self.anchors[done.anchor] = (done.node, done.size)
+            return self._add(done.node, done.size, counted=True)
+        return None
+
+    def convert(self, value: object, depth: int) -> Node:
+        """Make a node of a Python value."""
+        self._check_size(1, depth, 0)
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str) or len(key) > MAX_KEY:
+                    raise self.error(0, f"a key must be a short text, got {shown(key)}")
+            return Node({str.__str__(key): self.convert(child, depth + 1) for key, child in value.items()}, 0)
+        if isinstance(value, list | tuple):
+            return Node([self.convert(child, depth + 1) for child in value], 0)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        # numbers and texts of other packages (numpy, enum) become plain ones
+        if value is None or isinstance(value, bool):
+            return Node(value, 0)
+        if isinstance(value, str):
+            return Node(str.__str__(value), 0)
+        if isinstance(value, int):
+            return Node(self._finite(int(value), 0), 0)
+        if isinstance(value, float):
+            return Node(self._finite(float(value), 0), 0)
+        raise self.error(0, f"a recipe holds texts, numbers, flags, lists and mappings, got a {type(value).__name__}")
+
+    def _expects_key(self) -> bool:
+        return bool(self.open) and isinstance(self.open[-1].node.value, dict) and self.open[-1].key is None
+
+    def _start_pair(self, key: str, line: int) -> None:
+        self._check_size(1, len(self.open) + 1, line)
+        if len(key) > MAX_KEY:
+            raise self.error(line, f"a key of {len(key):,} characters; {MAX_KEY} are allowed")
+        pairs = cast(dict[str, Node], self.open[-1].node.value)
+        if key in pairs:
+            raise self.error(line, f"key {key!r} is written twice, first in line {pairs[key].line}")
+        self.open[-1].key = (key, line)
+
+    def _add(self, node: Node, size: int, counted: bool = False) -> Node | None:
+        """Put a complete node into what is open; return it where nothing is."""
+        if not counted:
+            self._check_size(size, len(self.open) + 1, node.line)
+        if not self.open:
+            return node
+        parent = self.open[-1]
+        parent.size += size
+        if isinstance(parent.node.value, list):
+            parent.node.value.append(node)
+        elif parent.key is not None and isinstance(parent.node.value, dict):
+            key, line = parent.key
+            parent.key = None
+            if key == "<<":
+                parent.merged.append(node)
+            else:
+                parent.node.value[key] = Node(node.value, line)
+        return None
+
+    def _merge(self, pairs: dict[str, Node], source: Node) -> None:
+        """Add the pairs of a `<<:` entry; keys written out win."""
+        for mapping in source.value if isinstance(source.value, list) else [source]:
+            if not isinstance(mapping.value, dict):
+                raise self.error(source.line, f"'<<' takes a mapping or a list of mappings, got {shown(mapping.value)}")
+            for key, node in mapping.value.items():
+                pairs.setdefault(key, node)
+
+    def _check_size(self, size: int, depth: int, line: int) -> None:
+        self.size += size
+        if self.size > MAX_NODES:
+            raise self.error(line, f"a recipe may hold {MAX_NODES:,} values at most, those of aliases included")
+        if depth > MAX_DEPTH:
+            raise self.error(line, f"a recipe may be nested {MAX_DEPTH} levels deep at most")
+
+    def _check_tag(self, tag: str | None, value: object, line: int) -> None:
+        if tag in (None, "!"):
+            return
+        name = str(tag).removeprefix(_CORE)
+        if name not in _TAGS or not str(tag).startswith(_CORE):
+            raise self.error(line, f"the tag {shown(tag)} is not allowed; recipes hold plain values only")
+        if not isinstance(value, cast(Any, _TAGS[name])):
+            raise self.error(line, f"the tag !!{name} does not fit {shown(value)}")
+
+    def _scalar(self, event: yaml.ScalarEvent, line: int) -> Scalar:
+        text: str = event.value
+        plain = event.style in (None, "") and event.tag is None
+        if event.tag in ("!", f"{_CORE}str") or not (plain or event.tag):
+            return text
+        value = self._resolve(text, line)
+        self._check_tag(event.tag, value, line)
+        return value
+
+    def _resolve(self, text: str, line: int) -> Scalar:
+        """Read a plain scalar as YAML 1.1 does, but `1e-4` as the number it is."""
+        if text in _NULLS:
+            return None
+        if text in _FLAGS:
+            return _FLAGS[text]
+        if _NOT_FINITE.fullmatch(text):
+            raise self.error(line, f"{shown(text)} is not a finite number")
+        if _INTEGER.fullmatch(text):
+            # more digits than Python converts are too many here anyway
+            return self._finite(int(text.replace("_", "")[:40]), line)
+        if _FLOAT.fullmatch(text):
+            return self._finite(float(text.replace("_", "")), line)
+        return text
+
+    def _finite(self, number: int | float, line: int) -> int | float:
+        """Refuse numbers that no setting can mean."""
+        if isinstance(number, int) and abs(number) >= MAX_INTEGER:
+            raise self.error(line, "a number of too many digits")
+        if not math.isfinite(number):
+            raise self.error(line, f"{number} is not a finite number")
+        return number

@@ -1,0 +1,104 @@
+"""What a recipe says, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .place import Place
+from .reference import ModelReference
+from .setting import Setting
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model, or a range of its layers, in a slice.
+
+    Args:
+        model: The checkpoint.
+        layer_range: First layer and the one after the last; None for the whole model.
+        parameters: Settings for this model alone.
+        place: Where it stands.
+    """
+
+    model: ModelReference
+    layer_range: tuple[int, int] | None
+    parameters: Mapping[str, Setting]
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A piece of the output: as many layers as each of its sources has.
+
+    Args:
+        sources: The models, the base among them where it is listed.
+        parameters: Settings for this slice.
+        base_model: The base of this slice; None for that of the recipe.
+        place: Where it stands.
+    """
+
+    sources: tuple[Source, ...]
+    parameters: Mapping[str, Setting]
+    base_model: ModelReference | None
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe as written; `Resolver` says what it means for a merge method.
+
+    Args:
+        name: Name of a stage, or a title.
+        merge_method: Name of the merge method.
+        models: The models; empty where there are slices.
+        slices: The slices; empty where there are models.
+        base_model: The base.
+        parameters: Settings for everything.
+        dtype: Type that every input is cast to when it is read; also that of the output without `out_dtype`.
+        out_dtype: Type of the output.
+        tokenizer_donor: Whose tokenizer the output gets, where the recipe says so; None for the donor's.
+        chat_template: Jinja text for the output; None for the donor's.
+        compat: "mergekit" where mergekit's numbers are wanted.
+        random_seed: Seed, where the recipe has one and the command gives none.
+        place: Start of the document.
+        text: The document as written.
+        places: Where each top-level key stands.
+        warnings: What the recipe says to no effect.
+    """
+
+    name: str | None
+    merge_method: str
+    models: tuple[Source, ...]
+    slices: tuple[Slice, ...]
+    base_model: ModelReference | None
+    parameters: Mapping[str, Setting]
+    dtype: str | None
+    out_dtype: str | None
+    tokenizer_donor: ModelReference | None
+    chat_template: str | None
+    compat: Literal["mergekit"] | None
+    random_seed: int | None
+    place: Place
+    text: str = field(repr=False)
+    places: Mapping[str, Place] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+    def place_of(self, key: str) -> Place:
+        """Return where a top-level key stands, the start of the recipe if it is not there."""
+        return self.places.get(key, self.place)
+
+    @property
+    def donor(self) -> ModelReference:
+        """The model whose config, tokenizer and other side files the output gets: the base, else the first model."""
+        return self.references()[0]
+
+    def references(self) -> tuple[ModelReference, ...]:
+        """Return every checkpoint once: the base first where one is named, then in the order of appearance."""
+        found = [self.base_model]
+        found += [source.model for source in self.models]
+        for piece in self.slices:
+            found += [source.model for source in piece.sources]
+            found.append(piece.base_model)
+        return tuple(dict.fromkeys(reference for reference in found if reference is not None))

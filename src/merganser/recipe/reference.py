@@ -1,0 +1,100 @@
+"""References to models: which checkpoint, which revision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import UnsupportedError
+from .place import Entry, shown
+
+_SYNTAX = "path[@revision][+lora[@revision]]"
+_KEYS = ("model", "lora", "override_architecture")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReference:
+    """A checkpoint: a folder, or the id of a model on the Hub.
+
+    A path that has "@" or "+" in its name is written as a mapping: `{path: ./my+model}`.
+
+    Args:
+        path: Folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
+        lora: Folder or Hub id of an adapter on top.
+        lora_revision: Its revision.
+        override_architecture: Kept from mergekit recipes; nothing depends on it.
+    """
+
+    path: str
+    revision: str | None = None
+    lora: str | None = None
+    lora_revision: str | None = None
+    override_architecture: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.path}@{self.revision}" if self.revision else self.path
+        if self.lora:
+            text += f"+{self.lora}@{self.lora_revision}" if self.lora_revision else f"+{self.lora}"
+        return text
+
+    @classmethod
+    def parse(cls, entry: Entry) -> ModelReference:
+        """Read a reference from a recipe.
+
+        Raises:
+            RecipeError: It is neither `path[@revision][+lora[@revision]]` nor a mapping of the same.
+        """
+        if not isinstance(entry.value, dict):
+            path, plus, lora = entry.text().partition("+")
+            base = cls(*_split(path, entry))
+            return cls(base.path, base.revision, *_split(lora, entry)) if plus else base
+        # {path, revision} alone, or {model: ..., lora: ..., override_architecture}
+        if "path" in entry.value:
+            return cls(*_part(entry))
+        fields = entry.mapping(_KEYS, required=["model"])
+        lora_part = _part(fields["lora"]) if "lora" in fields else (None, None)
+        architecture = fields["override_architecture"].text() if "override_architecture" in fields else None
+        model = cls.parse(fields["model"]) if isinstance(fields["model"].value, str) else cls(*_part(fields["model"]))
+        if model.lora and lora_part[0]:
+            raise entry.error(f"two adapters on one model, {model.lora} and {lora_part[0]}; name one")
+        return cls(
+            model.path,
+            model.revision,
+            model.lora or lora_part[0],
+            model.lora_revision or lora_part[1],
+            architecture,
+        )
+
+    @classmethod
+    def parse_supported(cls, entry: Entry) -> ModelReference:
+        """Read a reference, and refuse what this version cannot merge.
+
+        Raises:
+            RecipeError: It is not a reference.
+            UnsupportedError: It names an adapter.
+        """
+        reference = cls.parse(entry)
+        if reference.lora:
+            raise UnsupportedError(
+                f"{entry.place}: LoRA adapters in references come in a later version, found {shown(reference.lora)}; "
+                "merge the adapter into its model first, and name the result"
+            )
+        return reference
+
+
+def _part(entry: Entry) -> tuple[str, str | None]:
+    """Read `path`, `path@revision`, or `{path, revision}`, whose path is taken literally."""
+    if not isinstance(entry.value, dict):
+        return _split(entry.text(), entry)
+    fields = entry.mapping(("path", "revision"), required=["path"])
+    return fields["path"].text(), fields["revision"].text() if "revision" in fields else None
+
+
+def _split(text: str, entry: Entry) -> tuple[str, str | None]:
+    path, at, revision = text.strip().partition("@")
+    if not path or (at and not revision) or "+" in text or "@" in revision:
+        raise entry.error(
+            f"a model is written {_SYNTAX}, got {shown(entry.value)}; "
+            "where a path itself has '@' or '+', write {path: ..., revision: ...}"
+        )
+    return path, revision or None

@@ -1,0 +1,355 @@
+"""What a recipe means for its merge method: the inputs of each slice, and the parameters of each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ParameterError, RecipeError
+from .model import Recipe, Slice, Source
+from .place import Place, shown
+from .reference import ModelReference
+from .setting import Rule, Setting, evaluate
+
+if TYPE_CHECKING:
+    from ..method import MergeMethod, Parameter
+
+# mergekit takes it for every method, and its result never depends on it
+_NO_EFFECT = {"int8_mask": "it changes how mergekit stores masks, not the result"}
+_AFTER_LAYERS = ("model.norm.weight", "lm_head.weight")
+
+Chain = tuple[Rule, ...]
+
+
+def check_recipe(recipe: Recipe) -> Resolver:
+    """Check a recipe against its merge method.
+
+    Raises:
+        RecipeError: There is no such method, or it does not take these models.
+        ParameterError: A parameter is unknown, missing, mistyped or out of range.
+    """
+    from ..registry import get_method
+
+    try:
+        method = get_method(recipe.merge_method)
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.place_of('merge_method')}: {error}") from error
+    return Resolver(recipe, method)
+
+
+def check_layer_ranges(recipe: Recipe, n_layers: Mapping[ModelReference, int]) -> None:
+    """Check that every range of layers exists.
+
+    Args:
+        recipe: The recipe.
+        n_layers: Number of layers of each model; models that are not in it are not checked.
+
+    Raises:
+        RecipeError: A range ends after the last layer of its model.
+    """
+    for piece in recipe.slices:
+        for source in piece.sources:
+            count = n_layers.get(source.model)
+            if source.layer_range and count is not None and source.layer_range[1] > count:
+                raise RecipeError(
+                    f"{source.place}: layer_range {list(source.layer_range)} is too long: {source.model} has "
+                    f"{count} layers, so the end may be {count} at most"
+                )
+
+
+def layer_depth(index: int, count: int) -> float:
+    """Return the depth of a slice's layer for layer schedules: 0 for the first, 1 for the last (and for a lone one)."""
+    return index / (count - 1) if count > 1 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a slice merges: its base, if the method uses one, and the models beside it, in order."""
+
+    base: Source | None
+    models: tuple[Source, ...]
+
+
+class Resolver:
+    """A recipe in the eyes of its merge method.
+
+    Args:
+        recipe: The recipe.
+        method: Its merge method.
+
+    Attributes:
+        slices: The slices; for a recipe of `models`, one over everything.
+        warnings: What has no effect, one line each.
+        differences: Where `compat: mergekit` would give other numbers, one line each.
+
+    Raises:
+        RecipeError: The method does not take these models.
+        ParameterError: A parameter is unknown, missing, mistyped or out of range, at any level.
+    """
+
+    def __init__(self, recipe: Recipe, method: MergeMethod) -> None:
+        self.recipe = recipe
+        self.method = method
+        self.warnings = list(recipe.warnings)
+        self.differences: list[str] = []
+        self.slices = self._slices()
+        self._sources = [self._split(piece) for piece in self.slices]
+        self._checked: dict[Place, tuple[Rule, ...]] = {}
+        self._check_settings()
+        self._chains = [
+            self._slice_chains(piece, inputs) for piece, inputs in zip(self.slices, self._sources, strict=True)
+        ]
+        self._interned: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+        self._constant = [self._constant_parameters(i) for i in range(len(self.slices))]
+        self._note_differences()
+        self.warnings = list(dict.fromkeys(self.warnings))
+
+    @property
+    def depth_after_layers(self) -> float:
+        """Depth of tensors after the layers (final norm, head): 1; mergekit has 0."""
+        return 0.0 if self.recipe.compat == "mergekit" else 1.0
+
+    def sources(self, slice_index: int) -> Inputs:
+        """Return the base and the models of a slice, each with its range of layers.
+
+        The base is here also where the recipe does not list it among the sources.
+        """
+        return self._sources[slice_index]
+
+    def inputs(self, slice_index: int) -> tuple[ModelReference | None, tuple[int, ...]]:
+        """Return the base of a slice, None without one, and the positions of the models in `slices[i].sources`."""
+        base, models = self._sources[slice_index].base, self._sources[slice_index].models
+        listed = self.slices[slice_index].sources
+        positions = tuple(i for i, source in enumerate(listed) if source in models)
+        return base.model if base else None, positions
+
+    def parameters(self, slice_index: int, output_name: str, input_names: Sequence[str], t: float) -> Mapping[str, Any]:
+        """Return all parameters of the method for one tensor; equal parameters are the same object.
+
+        Args:
+            slice_index: Slice of the tensor.
+            output_name: Its name in the output, which filters of shared parameters look at.
+            input_names: Its name in each model beside the base, which filters of per-model parameters look at.
+            t: Depth of its layer in the slice, 0 to 1.
+
+        Returns:
+            The value of each parameter; a tuple with one entry per model for per-model parameters.
+
+        Raises:
+            ParameterError: No filter of a required parameter matches, or the values do not go together.
+        """
+        constant = self._constant[slice_index]
+        if constant is not None:
+            return constant
+        values = tuple(
+            tuple(self._value(p, chain, name, t) for chain, name in zip(chains, input_names, strict=True))
+            if p.per_model
+            else self._value(p, chains[0], output_name, t)
+            for p, chains in self._chains[slice_index]
+        )
+        return self._intern(values, slice_index, output_name)
+
+    def _slices(self) -> tuple[Slice, ...]:
+        """Return the slices, and take `models` for one slice over everything."""
+        recipe = self.recipe
+        if recipe.slices:
+            return recipe.slices
+        place = recipe.place_of("models")
+        sources = recipe.models
+        if self._lone_base() and recipe.compat == "mergekit" and recipe.base_model:
+            sources = (*sources, Source(recipe.base_model, None, {}, recipe.place_of("base_model")))
+        return (Slice(sources, {}, None, place),)
+
+    def _lone_base(self) -> bool:
+        """Whether the base is neither among the models nor used by the method, so that mergekit makes it a model."""
+        base = self.recipe.base_model
+        listed = (source.model for source in self.recipe.models)
+        return bool(self.recipe.models) and self.method.base == "unused" and base is not None and base not in listed
+
+    def _split(self, piece: Slice) -> Inputs:
+        """Tell the base of a slice from the models, and count them."""
+        method = self.method
+        seen: dict[ModelReference, Place] = {}
+        for source in piece.sources:
+            if source.model in seen:
+                raise RecipeError(f"{source.place}: {source.model} is listed twice, first at {seen[source.model]}")
+            seen[source.model] = source.place
+        base = None
+        if method.base != "unused":
+            reference = piece.base_model or self.recipe.base_model
+            if reference is None and method.base == "required":
+                raise RecipeError(f"{self.recipe.place}: {method.name} needs a base; name it in 'base_model'")
+            base = self._base_source(piece, reference) if reference else None
+        elif piece.base_model:
+            self.warnings.append(f"{piece.place}: base_model has no effect on {method.name}")
+        models = tuple(source for source in piece.sources if base is None or source.model != base.model)
+        if len(models) < method.min_models or len(models) > (method.max_models or len(models)):
+            found = f"{len(models)} model{'s' * (len(models) != 1)}" + (f" and the base {base.model}" if base else "")
+            raise RecipeError(f"{piece.place}: {method.name} takes {method.models_text()}, got {found}")
+        if base is not None and base.parameters:
+            self.warnings.append(
+                f"{base.place}: parameters of the base have no effect; {method.name} takes it as it is"
+            )
+        return Inputs(base, models)
+
+    def _base_source(self, piece: Slice, reference: ModelReference) -> Source:
+        """Return the base as listed, or with the range of layers that all models have."""
+        for source in piece.sources:
+            if source.model == reference:
+                return source
+        ranges = {source.layer_range for source in piece.sources}
+        if len(ranges) > 1:
+            raise RecipeError(
+                f"{piece.place}: list the base {reference} among the sources: the models have different layers, "
+                "so its layer_range is not clear"
+            )
+        return Source(reference, ranges.pop(), {}, self.recipe.place_of("base_model"))
+
+    def _check_settings(self) -> None:
+        """Check every value at every level."""
+        self._check_level(self.recipe.parameters)
+        for piece in self.slices:
+            self._check_level(piece.parameters)
+            for source in piece.sources:
+                self._check_level(source.parameters, source)
+
+    def _check_level(self, settings: Mapping[str, Setting], source: Source | None = None) -> None:
+        for name, setting in settings.items():
+            where = _parent(setting.place)
+            reason = _NO_EFFECT.get(name) if name not in self.method.parameters else None
+            reason = reason or self.method.no_effect.get(name)
+            if reason:
+                self.warnings.append(f"{where}: {name} has no effect on {self.method.name}: {reason}")
+                continue
+            parameter = self.method.parameter(name, str(where))
+            self._checked[setting.place] = tuple(
+                replace(rule, values=tuple(_check(parameter, value, rule, where) for value in rule.values))
+                for rule in setting.rules
+            )
+            if source is not None and not parameter.per_model:
+                problem = f"{name} is one value for all models of {self.method.name}"
+                if parameter.required and not any(name in level for level in self._shared_levels()):
+                    raise ParameterError(f"{where}: {problem}; write it in the recipe's 'parameters'")
+                self.warnings.append(f"{where}: {name} has no effect here: {problem}")
+
+    def _shared_levels(self) -> Iterable[Mapping[str, Setting]]:
+        return [self.recipe.parameters, *(piece.parameters for piece in self.slices)]
+
+    def _slice_chains(self, piece: Slice, inputs: Inputs) -> list[tuple[Parameter, tuple[Chain, ...]]]:
+        """Return, for each parameter, the rules of each model (or the shared ones), most specific first."""
+        levels = [piece.parameters, self.recipe.parameters]
+        chains: list[tuple[Parameter, tuple[Chain, ...]]] = []
+        for p in self.method.parameters.values():
+            if p.per_model:
+                chains.append((p, tuple(self._chain(p, [s.parameters, *levels], s) for s in inputs.models)))
+            else:
+                chains.append((p, (self._chain(p, levels, piece),)))
+        return chains
+
+    def _chain(self, p: Parameter, levels: Sequence[Mapping[str, Setting]], of: Source | Slice) -> Chain:
+        rules: list[Rule] = []
+        for level in levels:
+            if p.name in level:
+                for rule in self._checked[level[p.name].place]:
+                    rules.append(rule)
+                    if rule.filter is None:
+                        return tuple(rules)
+        if not p.required:
+            default = self.method.compat.get(p.name, p.default) if self.recipe.compat else p.default
+            rules.append(Rule(None, (default,), self.recipe.place))
+        elif not rules:
+            one = f" for each model, and {of.model} has none" if isinstance(of, Source) else ""
+            here = " here or" if isinstance(of, Source) else ""
+            raise ParameterError(
+                f"{of.place}: {self.method.name} needs {p.name}{one}; write it{here} in the recipe's 'parameters': "
+                f"{p.allowed}"
+            )
+        return tuple(rules)
+
+    def _value(self, p: Parameter, chain: Chain, name: str, t: float) -> Any:
+        for rule in chain:
+            if rule.matches(name):
+                return evaluate(rule.values, t, pick=p.kind != "number")
+        raise ParameterError(
+            f"{chain[-1].place}: {p.name} has no value for {shown(name)}: no filter matches; "
+            f"add an entry without a filter"
+        )
+
+    def _constant_parameters(self, slice_index: int) -> Mapping[str, Any] | None:
+        """Return the parameters of a slice in which they are the same for all tensors."""
+        chains = self._chains[slice_index]
+        if any(len(chain) > 1 or chain[0].filter or len(chain[0].values) > 1 for _, each in chains for chain in each):
+            return None
+        values = tuple(
+            tuple(chain[0].values[0] for chain in each) if p.per_model else each[0][0].values[0] for p, each in chains
+        )
+        return self._intern(values, slice_index, "")
+
+    def _intern(self, values: tuple[Any, ...], slice_index: int, name: str) -> Mapping[str, Any]:
+        """Return the one mapping of these values; check values together when they are new."""
+        known = self._interned.get(values)
+        if known is not None:
+            return known
+        method = self.method
+        validate: Callable[..., str | None] | None = method.validate
+        if validate is not None:
+            arguments = {
+                p.argument: list(value) if p.per_model else value
+                for p, value in zip(method.parameters.values(), values, strict=True)
+            }
+            complaint = validate(**arguments)
+            if complaint:
+                at = f" ({name})" if name else ""
+                raise ParameterError(f"{self.slices[slice_index].place}{at}: {complaint}")
+        mapping = MappingProxyType(dict(zip(method.parameters, values, strict=True)))
+        self._interned[values] = mapping
+        return mapping
+
+    def _note_differences(self) -> None:
+        """Say where mergekit's numbers would be others."""
+        if self.recipe.compat == "mergekit":
+            return
+        name = self.method.name
+        for parameter, value in self.method.compat.items():
+            found = [
+                rule.values
+                for chains in self._chains
+                for p, each in chains
+                if p.name == parameter
+                for chain in each
+                for rule in chain
+            ]
+            others = dict.fromkeys(v for values in found for v in values if v != value)
+            if others:
+                mine = ", ".join(shown(other) for other in others)
+                self.differences.append(
+                    f"{name}: {parameter} is {mine} here; with `compat: mergekit` it is {shown(value)}, as in mergekit"
+                )
+        scheduled = [p.name for p, each in self._chains[-1] if any(_schedule_goes_on(chain) for chain in each)]
+        if scheduled:
+            self.differences.append(
+                f"{', '.join(scheduled)}: tensors after the layers (final norm, head) take the last value of a layer "
+                "schedule; mergekit gives them the first, and so does `compat: mergekit`"
+            )
+        if self._lone_base():
+            self.differences.append(
+                f"{name}: {self.recipe.base_model} is not among the models and only lends its config and tokenizer; "
+                "mergekit merges it as a further model, and so does `compat: mergekit`"
+            )
+
+
+def _schedule_goes_on(chain: Chain) -> bool:
+    """Whether a layer schedule reaches tensors after the layers, with another value than at its start."""
+    return any(
+        rule.values[0] != rule.values[-1] and any(rule.matches(name) for name in _AFTER_LAYERS) for rule in chain
+    )
+
+
+def _check(parameter: Parameter, value: object, rule: Rule, where: Place) -> Any:
+    return parameter.check(value, str(replace(where, line=rule.place.line)))
+
+
+def _parent(place: Place) -> Place:
+    return replace(place, key=place.key.rpartition(".")[0])
