@@ -38,16 +38,19 @@ class PickledFile:
         """Fill `buffer`, which is not empty, with the bytes of the row-major tensor `name` from byte `start` on."""
         import torch
 
-        # A dimension of length 1 in front would make the whole tensor a single row.
-        tensor = self._tensors[name].squeeze()
-        tensor = tensor.reshape(-1) if tensor.dim() == 0 or tensor.is_contiguous() else tensor
-        # Only the rows that hold the range are copied: the tensor may be a view with any strides.
-        row = tensor[0].numel() * tensor.element_size()
-        first, offset = divmod(start, row)
-        last = -(-(start + len(buffer)) // row)
-        rows = tensor[first:last].resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-        target = torch.frombuffer(buffer, dtype=torch.uint8)
-        target.copy_(rows[offset : offset + len(buffer)])
+        tensor, end = self._tensors[name], start + len(buffer)
+        if tensor.is_contiguous() and not tensor.is_neg():
+            found = tensor.reshape(-1).view(torch.uint8)[start:end]
+        else:
+            # Only the rows that hold the range are copied. A dimension of length 1 in front would make the whole
+            # tensor a single row.
+            tensor = tensor.squeeze()
+            tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
+            row = tensor[0].numel() * tensor.element_size()
+            first = start // row
+            rows = tensor[first : -(-end // row)].resolve_neg().clone(memory_format=torch.contiguous_format)
+            found = rows.reshape(-1).view(torch.uint8)[start - first * row : end - first * row]
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(found)
 
 
 def read_pickled(file: Path) -> list[TensorInfo]:

@@ -154,9 +154,10 @@ def _check_layout(file: Path, tensors: list[TensorInfo], start: int, size: int) 
             )
         position, previous = tensor.offset + tensor.nbytes, tensor.name
     if position > size:
+        past = next(tensor.name for tensor in tensors if tensor.offset + tensor.nbytes > size)
         raise CheckpointError(
             f"{file}: truncated: header promises {position} bytes, file has {size}; "
-            f"tensor {previous!r} runs past the end; fetch the file again"
+            f"tensor {past!r} runs past the end; fetch the file again"
         )
     if position < size:
         raise CheckpointError(

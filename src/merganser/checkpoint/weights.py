@@ -125,13 +125,16 @@ def _only(where: str, what: str, names: list[str]) -> str:
 
 def _complete(where: str, key: tuple[str, int, str], shards: dict[int, str]) -> tuple[str, ...]:
     stem, count, suffix = key
-    if len(shards) < count or set(shards) != set(range(1, count + 1)):
-        missing = next(number for number in range(1, len(shards) + 2) if number not in shards)
-        width = len(f"{count:05d}")
+    # No set of all numbers is made: the count is whatever a name says.
+    missing = next(number for number in range(1, len(shards) + 2) if number not in shards)
+    width = len(str(count)) if count > 99_999 else 5
+    if missing <= count:
         raise NotFoundError(
             f"{where}: shard {missing} of {count} is missing ({stem}-{missing:0{width}d}-of-{count:0{width}d}{suffix}); "
             f"{len(shards)} are there; fetch the checkpoint again"
         )
+    if len(shards) > count:
+        raise CheckpointError(f"{where}: shard {max(shards)} of {count} is one too many ({shards[max(shards)]})")
     return tuple(shards[number] for number in range(1, count + 1))
 
 

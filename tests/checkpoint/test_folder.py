@@ -1,0 +1,410 @@
+"""Every layout in which checkpoints are published, and every way in which a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.checkpoint.making import Tensors, check_equal, raw_file, some_tensors, tensor_bytes, write_shards
+
+from merganser.checkpoint import open_checkpoint
+from merganser.errors import CheckpointError, MergeError, NotFoundError, UnsupportedError
+
+A: Tensors = {"a": torch.arange(4.0)}
+B: Tensors = {"b": torch.ones(2, 3)}
+C: Tensors = {"c": torch.zeros(1)}
+
+
+def numbered(stem: str, suffix: str, *parts: Tensors) -> dict[str, Tensors]:
+    return {f"{stem}-{i:05d}-of-{len(parts):05d}{suffix}": part for i, part in enumerate(parts, start=1)}
+
+
+LAYOUTS: list[tuple[str, dict[str, Tensors], str | None, Tensors]] = [
+    ("single", {"model.safetensors": A}, None, A),
+    ("sharded", numbered("model", ".safetensors", A, B), "model.safetensors.index.json", A | B),
+    ("other basename", numbered("my-llm.v2", ".safetensors", A, B), "my-llm.v2.safetensors.index.json", A | B),
+    ("sharded, no index", numbered("model", ".safetensors", A, B, C), None, A | B | C),
+    ("other basename, no index", numbered("weights", ".safetensors", A, B), None, A | B),
+    ("one other file", {"my-model_v2.safetensors": A}, None, A),
+    ("one shard of one", numbered("model", ".safetensors", A), None, A),
+    ("consolidated", {"consolidated.safetensors": A}, None, A),
+    ("consolidated parts", {"consolidated.00.safetensors": A, "consolidated.01.safetensors": B}, None, A | B),
+    (
+        "consolidated shards",
+        numbered("consolidated", ".safetensors", A, B),
+        "consolidated.safetensors.index.json",
+        A | B,
+    ),
+    ("mistral", {"consolidated.safetensors": B, **numbered("model", ".safetensors", A, C)}, None, A | C),
+    ("mistral single", {"consolidated.safetensors": B, "model.safetensors": A}, None, A),
+    ("consolidated and other", {"consolidated.safetensors": B, "other.safetensors": A}, None, A),
+    ("bin too", {"model.safetensors": A, "pytorch_model.bin": B}, None, A),
+    ("consolidated and bin", {"consolidated.safetensors": A, "pytorch_model.bin": B}, None, A),
+    ("variant too", {"model.safetensors": A, "model.fp16.safetensors": B}, None, A),
+    ("optimizer too", {"optimizer.safetensors": B, "pytorch_model.bin": A}, None, A),
+    ("leftover shards", {"model.safetensors": A, **numbered("model", ".safetensors", B, C)}, None, A),
+    ("bin", {"pytorch_model.bin": A}, None, A),
+    ("sharded bin", numbered("pytorch_model", ".bin", A, B), "pytorch_model.bin.index.json", A | B),
+    ("sharded bin, no index", numbered("pytorch_model", ".bin", A, B), None, A | B),
+    ("pt", {"anything.pt": A}, None, A),
+    ("pth", {"consolidated.00.pth": A}, None, A),
+    ("bin and training state", {"pytorch_model.bin": A, "training_args.bin": B, "scheduler.pt": C}, None, A),
+]
+
+
+@pytest.mark.parametrize(
+    ("shards", "index", "wanted"), [case[1:] for case in LAYOUTS], ids=[case[0] for case in LAYOUTS]
+)
+def test_layout(shards: dict[str, Tensors], index: str | None, wanted: Tensors, tmp_path: Path) -> None:
+    write_shards(tmp_path, shards, index)
+    checkpoint = open_checkpoint(str(tmp_path))
+    check_equal(checkpoint, wanted)
+    assert checkpoint.path == tmp_path
+    assert checkpoint.config == {}
+    assert {tensor.file for tensor in checkpoint.tensors.values()} == set(checkpoint.weight_files)
+    assert checkpoint.nbytes == sum(tensor.nbytes for tensor in wanted.values())
+
+
+def test_index_may_name_a_subfolder(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    write_shards(tmp_path, {"part/x.safetensors": A, "y.safetensors": B}, "model.safetensors.index.json")
+    check_equal(open_checkpoint(str(tmp_path)), A | B)
+
+
+@pytest.mark.parametrize("name", ["some.safetensors", "some.bin", "some.pt", "some.pth"])
+def test_path_of_a_file(name: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, {name: A, "model.safetensors": B})
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    checkpoint = open_checkpoint(str(tmp_path / name))
+    check_equal(checkpoint, A)
+    assert (checkpoint.path, checkpoint.config) == (tmp_path, {"model_type": "llama"})
+
+
+def test_tensors_come_in_file_order(tmp_path: Path) -> None:
+    first, second = {"z": torch.zeros(2), "b": torch.zeros(2)}, {"a": torch.zeros(2)}
+    write_shards(tmp_path, numbered("model", ".safetensors", first, second), "model.safetensors.index.json")
+    checkpoint = open_checkpoint(str(tmp_path))
+    placed = [(str(tensor.file), tensor.offset) for tensor in checkpoint.tensors.values()]
+    assert placed == sorted(placed)
+    assert list(checkpoint.tensors)[-1] == "a"
+
+
+def test_relative_and_home_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path / "org" / "name", {"model.safetensors": A})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for reference in ("org/name", "./org/name", "~/org/name"):
+        checkpoint = open_checkpoint(reference)
+        check_equal(checkpoint, A)
+        assert checkpoint.reference == reference
+
+
+def test_config_and_metadata(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"model.safetensors": A})
+    (tmp_path / "model.safetensors").write_bytes(
+        raw_file(
+            {"__metadata__": {"format": "pt"}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+            tensor_bytes(A["a"]),
+        )
+    )
+    (tmp_path / "config.json").write_text('\ufeff{"model_type": "llama", "rope": Infinity}')
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.config == {"model_type": "llama", "rope": float("inf")}
+    assert checkpoint.metadata == {"format": "pt"}
+
+
+INDEX = "model.safetensors.index.json"
+SHARDS = numbered("model", ".safetensors", A, B)
+FIRST, SECOND = SHARDS
+
+
+def put(folder: Path, files: dict[str, object]) -> None:
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, dict):
+            write_shards(target.parent, {target.name: content})
+        else:
+            assert isinstance(content, bytes)
+            target.write_bytes(content)
+
+
+def mapping(**files: object) -> bytes:
+    return json.dumps({"weight_map": files}).encode()
+
+
+both = mapping(a=FIRST, b=SECOND)
+BAD: list[tuple[str, dict[str, object], type[MergeError], str]] = [
+    ("no files", {}, CheckpointError, r"no weights: .*the folder is empty"),
+    ("no weights", {"config.json": b"{}"}, CheckpointError, r"no weights: .*\*\.safetensors .*found config\.json"),
+    ("only optimizer", {"optimizer.pt": A}, CheckpointError, "no weights: .*found optimizer.pt"),
+    ("gguf", {"model-Q4.gguf": b"GGUF"}, UnsupportedError, "GGUF inputs come with a later version"),
+    ("h5", {"tf_model.h5": b"x"}, CheckpointError, r"found tf_model\.h5; convert them to safetensors"),
+    (
+        "adapter",
+        {"adapter_config.json": b"{}", "adapter_model.safetensors": A},
+        UnsupportedError,
+        "LoRA references come",
+    ),
+    ("adapter beside", {"adapter_config.json": b"{}", "model.safetensors": A}, UnsupportedError, "LoRA adapter"),
+    (
+        "two files",
+        {"x.safetensors": A, "y.safetensors": B},
+        CheckpointError,
+        "2 weight files and no index.*x.saf.*y.saf",
+    ),
+    ("two indexes", {"x.safetensors.index.json": both, "y.safetensors.index.json": both}, CheckpointError, "2 indexes"),
+    (
+        "two sets",
+        {"x-00001-of-00001.safetensors": A, "y-00001-of-00001.safetensors": B},
+        CheckpointError,
+        r"2 sets of shards.*x-\*-of-1\.safetensors, y-\*-of-1",
+    ),
+    ("shard missing", {SECOND: B}, NotFoundError, r"shard 1 of 2 is missing \(model-00001-of-00002\.safetensors\)"),
+    (
+        "too many shards",
+        {"model-00003-of-00002.safetensors": B, **SHARDS},
+        CheckpointError,
+        "shard 3 of 2 is one too many",
+    ),
+    (
+        "indexed file missing",
+        {INDEX: both, FIRST: A},
+        NotFoundError,
+        rf"{SECOND}: no such file, but .*{INDEX} says .* 1 t",
+    ),
+    ("all missing", {INDEX: both}, NotFoundError, rf"{FIRST}: no such file"),
+    ("index broken", {INDEX: b"{"}, CheckpointError, rf"{INDEX}: is not valid JSON: .*line 1"),
+    ("index list", {INDEX: b"[]"}, CheckpointError, rf"{INDEX}: must be a JSON object, found a list"),
+    ("index empty", {INDEX: b""}, CheckpointError, rf"{INDEX}: is not valid JSON"),
+    ("index without map", {INDEX: b"{}"}, CheckpointError, rf"{INDEX}: must have a 'weight_map'"),
+    ("index with empty map", {INDEX: mapping()}, CheckpointError, rf"{INDEX}: must have a 'weight_map'"),
+    ("index, number", {INDEX: mapping(a=3)}, CheckpointError, r"tensor 'a': the name of its file .* found 3"),
+    ("index, no name", {INDEX: mapping(a="")}, CheckpointError, r"tensor 'a': the name of its file .* found ''"),
+    ("index, no weights", {INDEX: mapping(a="config.json")}, CheckpointError, "'config.json' is not a file of weights"),
+    (
+        "not in file said",
+        {INDEX: mapping(a=SECOND, b=FIRST), **SHARDS},
+        CheckpointError,
+        f"'a' should be in {SECOND}, but",
+    ),
+    (
+        "in no file",
+        {INDEX: mapping(a=FIRST, b=SECOND, q=FIRST), **SHARDS},
+        CheckpointError,
+        "'q' .*is in no file of the",
+    ),
+    (
+        "not in index",
+        {INDEX: mapping(a=FIRST), FIRST: A | B},
+        CheckpointError,
+        f"tensor 'b' is not in the index {INDEX}",
+    ),
+    ("in two files", {FIRST: A, SECOND: A}, CheckpointError, f"tensor 'a' is in {FIRST} too"),
+    ("no tensors", {"model.safetensors": {}}, CheckpointError, "holds no tensors"),
+    ("empty file", {"model.safetensors": b""}, CheckpointError, r"model\.safetensors: the file is empty"),
+    ("random", {"model.safetensors": b"\x89PNG" * 99}, CheckpointError, r"model\.safetensors: not a safetensors file"),
+    (
+        "random shard",
+        {INDEX: both, FIRST: A, SECOND: b"<html>" * 9},
+        CheckpointError,
+        f"{SECOND}: not a safetensors file",
+    ),
+    ("lfs config", {"model.safetensors": b"version https://git-lfs.github.com/"}, CheckpointError, "Git LFS pointer"),
+    (
+        "config broken",
+        {"model.safetensors": A, "config.json": b'{\n"a": 1,\n}'},
+        CheckpointError,
+        r"config\.json: .*line [23]",
+    ),
+    (
+        "config list",
+        {"model.safetensors": A, "config.json": b"[]"},
+        CheckpointError,
+        r"config\.json: must be a JSON obj",
+    ),
+    ("config bytes", {"model.safetensors": A, "config.json": b"\xff"}, CheckpointError, r"config\.json: is not UTF-8"),
+    ("config deep", {"model.safetensors": A, "config.json": b"[" * 99999}, CheckpointError, r"config\.json: is nested"),
+]
+
+
+@pytest.mark.parametrize(("files", "kind", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_folder_is_refused(files: dict[str, object], kind: type[MergeError], message: str, tmp_path: Path) -> None:
+    put(tmp_path, files)
+    with pytest.raises(kind, match=message) as caught:
+        open_checkpoint(str(tmp_path))
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+OUTSIDE = ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "C:\\x.safetensors", "..\\x.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "\\\\host\\x.safetensors", "C:x.safetensors", "x\0.safetensors"])
+def test_index_may_not_leave_the_folder(name: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, {"x.safetensors": A})
+    put(tmp_path / "model", {INDEX: mapping(a=name)})
+    with pytest.raises(CheckpointError, match="is not inside the checkpoint's folder") as caught:
+        open_checkpoint(str(tmp_path / "model"))
+    assert str(tmp_path / "model" / INDEX) in str(caught.value)
+
+
+def test_link_of_an_index_may_not_leave_the_folder(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"x.safetensors": A})
+    put(tmp_path / "model", {INDEX: mapping(a="y.safetensors")})
+    (tmp_path / "model" / "y.safetensors").symlink_to("../x.safetensors")
+    with pytest.raises(CheckpointError, match=r"'y\.safetensors' is a link that leaves the checkpoint's folder"):
+        open_checkpoint(str(tmp_path / "model"))
+
+
+def test_dead_link(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    with pytest.raises(NotFoundError, match=r"model\.safetensors: is a link to a file that is not there"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_directory_in_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a directory"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_pipe_in_place_of_a_file_does_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is not a regular file"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("closed", ["model.safetensors", "config.json", "pytorch_model.bin", "."])
+def test_no_permission(closed: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_shards(folder, {"pytorch_model.bin" if closed.endswith("bin") else "model.safetensors": A})
+    (folder / "config.json").write_text("{}")
+    target = folder / closed
+    target.chmod(0)
+    try:
+        with pytest.raises(CheckpointError, match="cannot be read: permission denied"):
+            open_checkpoint(str(folder))
+    finally:
+        target.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("./nope", "model './nope' not found: no such file or folder"),
+        ("/nope/nope", "model '/nope/nope' not found: no such file or folder"),
+        ("~/nope-nope", "model '~/nope-nope' not found: no such file or folder"),
+        ("~no-such-user/x", "not found: no such file or folder"),
+        ("a/b/c", "model 'a/b/c' not found: no such file or folder"),
+        ("a\\b", r"model 'a\\\\b' not found: no such file or folder"),
+        ("nope/model.safetensors", "not found: no such file or folder"),
+        ("", "model '' not found: the path is empty"),
+        ("a\0b", r"model 'a\\x00b' not found"),
+        ("./\ud800", "not found"),
+        ("./" + "x" * 5000, "not found: no such file or folder"),
+    ],
+)
+def test_no_such_path(reference: str, message: str) -> None:
+    with pytest.raises(NotFoundError, match=message):
+        open_checkpoint(reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("x.gguf", UnsupportedError, r"x\.gguf: GGUF inputs come with a later version"),
+        ("adapter_model.safetensors", UnsupportedError, "LoRA references come with a later version"),
+        ("config.json", CheckpointError, "not a checkpoint: give a folder, or a file that ends in .safetensors"),
+    ],
+)
+def test_file_that_is_no_checkpoint(name: str, kind: type[MergeError], message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(kind, match=message):
+        open_checkpoint(str(tmp_path / name))
+
+
+def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"model.safetensors": A})
+    with pytest.raises(CheckpointError, match="revision 'main' is given, but the model is a folder"):
+        open_checkpoint(str(tmp_path), revision="main")
+
+
+SIDE = [
+    "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "added_tokens.json", "additional_chat_templates/tool.jinja",
+    "chat_template.jinja", "configuration_my.py", "generation_config.json", "merges.txt", "modeling_my.py",
+    "preprocessor_config.json", "processor_config.json", "qwen.tiktoken", "sentencepiece.bpe.model",
+    "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
+]  # fmt: skip
+NOT_SIDE = [
+    ".gitattributes", ".hidden.json", "README.md", "adapter_note.json", "config.json", "consolidated.safetensors",
+    "flax_model.msgpack", "ggml.gguf", "image.png", "merge.json", "mergekit_config.yml", "model.onnx", "optimizer.pt",
+    "other.safetensors.index.json", "params.json", "pytorch_model.bin", "runs/events.json", "scheduler.pt",
+    "train_results.json", "trainer_state.json", "training_args.bin", "training_args.json",
+]  # fmt: skip
+
+
+def test_side_files(tmp_path: Path) -> None:
+    for name in SIDE + NOT_SIDE:
+        put(tmp_path, {name: b"{}"})
+    write_shards(tmp_path, {"model.safetensors": A})
+    assert open_checkpoint(str(tmp_path)).side_files == [tmp_path / name for name in sorted(SIDE)]
+
+
+def test_side_file_may_not_be_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x")
+    write_shards(tmp_path / "model", {"model.safetensors": A})
+    (tmp_path / "model" / "tokenizer.json").symlink_to("../secret")
+    checkpoint = open_checkpoint(str(tmp_path / "model"))
+    with pytest.raises(CheckpointError, match=r"'tokenizer\.json' is a link that leaves the checkpoint's folder"):
+        _ = checkpoint.side_files
+
+
+def int8(*names: str) -> Tensors:
+    return {name: torch.zeros(2, dtype=torch.uint8) for name in names}
+
+
+QUANTISED: list[tuple[dict[str, object], Callable[[], Tensors], str | None]] = [
+    ({}, some_tensors, None),
+    ({"quantization_config": None}, some_tensors, None),
+    (
+        {"quantization_config": {"quant_method": "fp8"}},
+        some_tensors,
+        "fp8 (config.json quantization_config.quant_method)",
+    ),
+    ({"quantization_config": {"bits": 4}}, some_tensors, "config.json has quantization_config"),
+    ({"quantization": {"bits": 4, "group_size": 64}}, some_tensors, "config.json has quantization"),
+    (
+        {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+        some_tensors,
+        "awq (config.json text_config.quantization_config.quant_method)",
+    ),
+    ({}, lambda: {"w": torch.zeros(2).to(torch.float8_e4m3fn)}, "float8_e4m3fn (tensor 'w')"),
+    ({}, lambda: int8("l.qweight", "l.qzeros", "l.scales"), "tensor 'l.qweight' belongs to quantised weights"),
+    ({}, lambda: int8("l.weight", "l.weight.absmax"), "tensor 'l.weight.absmax' belongs to quantised weights"),
+    ({}, lambda: int8("l.weight", "l.weight.quant_state.bitsandbytes__nf4"), "belongs to quantised weights"),
+    ({}, lambda: int8("l.weight", "l.SCB"), "tensor 'l.SCB' belongs to quantised weights"),
+    ({}, lambda: int8("l.weight", "l.weight_scale"), "uint8 with scales (tensors 'l.weight' and 'l.weight_scale')"),
+    ({}, lambda: int8("l.w_blocks", "l.w_scales"), "uint8 with scales (tensors 'l.w_blocks' and 'l.w_scales')"),
+    ({}, lambda: {"l.weight": torch.zeros(2), "l.scales": torch.zeros(2), "l.weight_scale": torch.zeros(2)}, None),
+    ({}, lambda: int8("position_ids", "l.weight"), None),
+]
+
+
+@pytest.mark.parametrize(("config", "tensors", "why"), QUANTISED)
+def test_quantised(config: dict[str, object], tensors: Callable[[], Tensors], why: str | None, tmp_path: Path) -> None:
+    write_shards(tmp_path, {"model.safetensors": tensors()})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = open_checkpoint(str(tmp_path)).quantised
+    if why is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.search(re.escape(why), found)
