@@ -5,6 +5,7 @@ from .model import Recipe, Slice, Source
 from .place import Place
 from .reference import ModelReference
 from .resolver import Inputs, Resolver, check_layer_ranges, check_recipe, layer_depth
+from .schema import json_schema
 from .setting import Rule, Setting
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Source",
     "check_layer_ranges",
     "check_recipe",
+    "json_schema",
     "layer_depth",
     "load_recipe",
     "load_recipes",

@@ -60,7 +60,8 @@ def read_text(path: Path) -> str:
     except IsADirectoryError:
         raise RecipeError(f"{path}: this is a folder; give the recipe file in it") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{shown(str(path))}: the recipe cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"{shown(str(path))}: the recipe cannot be read: {reason}") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -97,9 +98,7 @@ def parse_text(text: str, file: str) -> list[Document]:
     except UnicodeEncodeError:
         raise RecipeError(f"{file}: not valid YAML: half a surrogate pair") from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 0
-        raise RecipeError(f"{Place(file, line, '')}: not valid YAML: {error.problem or error.context}") from None
+        raise _syntax_error(error, text, file) from None
     lines = text.splitlines(keepends=True)
     # a comment above the first "---" belongs to the first document
     cuts = [0, *starts[1:], len(lines)]
@@ -108,6 +107,17 @@ def parse_text(text: str, file: str) -> list[Document]:
         for i, root in enumerate(roots)
         if root.value is not None
     ]
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str) -> RecipeError:
+    mark, start = error.problem_mark or error.context_mark, error.context_mark
+    line = mark.line + 1 if mark else 0
+    problem = error.problem or error.context
+    if line and text.splitlines()[line - 1 : line] and text.splitlines()[line - 1].lstrip(" ").startswith("\t"):
+        problem = "a tab cannot indent a line; use spaces"
+    elif start and error.problem and start.line + 1 != line:
+        problem = f"{error.problem} {error.context}, which starts in line {start.line + 1}"
+    return RecipeError(f"{Place(file, line, '')}: not valid YAML: {problem}")
 
 
 def parse_mapping(value: Mapping[Any, Any], file: str) -> Document:
@@ -216,7 +226,7 @@ class _Builder:
             return Node(self._finite(int(value), 0), 0)
         if isinstance(value, float):
             return Node(self._finite(float(value), 0), 0)
-        raise self.error(0, f"a recipe holds texts, numbers, flags, lists and mappings, got a {type(value).__name__}")
+        raise self.error(0, f"a recipe holds texts, numbers, flags, lists and mappings, got {type(value).__name__!r}")
 
     def _expects_key(self) -> bool:
         return bool(self.open) and isinstance(self.open[-1].node.value, dict) and self.open[-1].key is None
@@ -269,7 +279,8 @@ class _Builder:
             return
         name = str(tag).removeprefix(_CORE)
         if name not in _TAGS or not str(tag).startswith(_CORE):
-            raise self.error(line, f"the tag {shown(tag)} is not allowed; recipes hold plain values only")
+            short = str(tag).replace(_CORE, "!!")
+            raise self.error(line, f"the tag {shown(short)} is not allowed; recipes hold plain values only")
         if not isinstance(value, cast(Any, _TAGS[name])):
             raise self.error(line, f"the tag !!{name} does not fit {shown(value)}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 from ..errors import NotFoundError, RecipeError, UnsupportedError
-from .document import Document, parse_mapping, parse_text, read_text
+from .document import MAX_BYTES, Document, parse_mapping, parse_text, read_text
 from .model import Recipe, Slice, Source
 from .place import Entry, Node, Place, shown
 from .reference import ModelReference
@@ -142,6 +142,8 @@ def _stages(recipes: list[Recipe]) -> list[Recipe]:
 
 def _recipe(document: Document) -> Recipe:
     root = Entry(document.root, Place(document.file, document.root.line, ""))
+    if not isinstance(root.value, dict):
+        raise root.error(f"a recipe is a mapping with lines such as 'merge_method: linear', got {shown(root.value)}")
     fields = root.mapping(KEYS, required=["merge_method"])
     _one_of_models_slices_modules(root, fields)
     warnings: list[str] = []
@@ -254,7 +256,7 @@ def _seed(entry: Entry) -> int:
 
 
 def _chat_template(entry: Entry) -> str:
-    text = entry.text()
+    text = entry.text(longest=MAX_BYTES)
     if text in LATER_CHAT_TEMPLATES:
         raise UnsupportedError(
             f"{entry.place}: the chat template {text!r} comes in a later version; "

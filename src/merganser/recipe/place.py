@@ -96,17 +96,19 @@ class Entry:
             for i, node in enumerate(self.value)
         ]
 
-    def text(self) -> str:
+    def text(self, longest: int = 1000) -> str:
         """Return a text that is not blank.
 
         Raises:
-            RecipeError: This is not a text, or a blank one.
+            RecipeError: This is not a text, or a blank one, or has more than `longest` characters.
         """
         if not isinstance(self.value, str):
             hint = "; put it in quotes" if isinstance(self.value, int | float) else ""
             raise self.error(f"expected a text, got {shown(self.value)}{hint}")
         if not self.value.strip():
             raise self.error("the text is empty")
+        if len(self.value) > longest:
+            raise self.error(f"a text of {len(self.value):,} characters; {longest:,} are allowed")
         return self.value
 
     def choice(self, allowed: Mapping[str, str] | Collection[str], aliases: Mapping[str, str] | None = None) -> str:

@@ -101,6 +101,7 @@ class Resolver:
         self._chains = [
             self._slice_chains(piece, inputs) for piece, inputs in zip(self.slices, self._sources, strict=True)
         ]
+        self._matched: set[Place] = set()
         self._interned: dict[tuple[Any, ...], Mapping[str, Any]] = {}
         self._constant = [self._constant_parameters(i) for i in range(len(self.slices))]
         self._note_differences()
@@ -151,6 +152,15 @@ class Resolver:
         )
         return self._intern(values, slice_index, output_name)
 
+    def idle_filters(self) -> list[str]:
+        """Return a warning for each filter that decided nothing so far; call it after `parameters` for all tensors."""
+        rules = {rule.place: rule for each in self._chains for _, chains in each for chain in chains for rule in chain}
+        return [
+            f"{place}: no tensor takes this value: its name must contain {shown(rule.filter)}, and no earlier filter"
+            for place, rule in rules.items()
+            if rule.filter is not None and place not in self._matched
+        ]
+
     def _slices(self) -> tuple[Slice, ...]:
         """Return the slices, and take `models` for one slice over everything."""
         recipe = self.recipe
@@ -180,7 +190,9 @@ class Resolver:
         if method.base != "unused":
             reference = piece.base_model or self.recipe.base_model
             if reference is None and method.base == "required":
-                raise RecipeError(f"{self.recipe.place}: {method.name} needs a base; name it in 'base_model'")
+                raise RecipeError(
+                    f"{self.recipe.place_of('merge_method')}: {method.name} needs a base; name it in 'base_model'"
+                )
             base = self._base_source(piece, reference) if reference else None
         elif piece.base_model:
             self.warnings.append(f"{piece.place}: base_model has no effect on {method.name}")
@@ -271,6 +283,8 @@ class Resolver:
     def _value(self, p: Parameter, chain: Chain, name: str, t: float) -> Any:
         for rule in chain:
             if rule.matches(name):
+                if rule.filter is not None:
+                    self._matched.add(rule.place)
                 return evaluate(rule.values, t, pick=p.kind != "number")
         raise ParameterError(
             f"{chain[-1].place}: {p.name} has no value for {shown(name)}: no filter matches; "
@@ -312,20 +326,14 @@ class Resolver:
         if self.recipe.compat == "mergekit":
             return
         name = self.method.name
+        sources = [source for piece in self.slices for source in piece.sources]
+        levels = [*self._shared_levels(), *(source.parameters for source in sources)]
         for parameter, value in self.method.compat.items():
-            found = [
-                rule.values
-                for chains in self._chains
-                for p, each in chains
-                if p.name == parameter
-                for chain in each
-                for rule in chain
-            ]
-            others = dict.fromkeys(v for values in found for v in values if v != value)
-            if others:
-                mine = ", ".join(shown(other) for other in others)
+            declared = self.method.parameters[parameter]
+            if declared.default != value and not any(parameter in level for level in levels):
                 self.differences.append(
-                    f"{name}: {parameter} is {mine} here; with `compat: mergekit` it is {shown(value)}, as in mergekit"
+                    f"{name}: {parameter} is {shown(declared.default)} by default, mergekit computes with "
+                    f"{shown(value)}, and so does `compat: mergekit`. {declared.help}"
                 )
         scheduled = [p.name for p, each in self._chains[-1] if any(_schedule_goes_on(chain) for chain in each)]
         if scheduled:
@@ -342,9 +350,8 @@ class Resolver:
 
 def _schedule_goes_on(chain: Chain) -> bool:
     """Whether a layer schedule reaches tensors after the layers, with another value than at its start."""
-    return any(
-        rule.values[0] != rule.values[-1] and any(rule.matches(name) for name in _AFTER_LAYERS) for rule in chain
-    )
+    reached = [next((rule for rule in chain if rule.matches(name)), None) for name in _AFTER_LAYERS]
+    return any(rule is not None and rule.values[0] != rule.values[-1] for rule in reached)
 
 
 def _check(parameter: Parameter, value: object, rule: Rule, where: Place) -> Any:
