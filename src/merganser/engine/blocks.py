@@ -30,26 +30,31 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def block_ranges(shape: Sequence[int], scope: str, block: int = BLOCK) -> Iterator[tuple[int, int]]:
-    """Cut a tensor into blocks.
+    """Cut a tensor into blocks, on borders between rows where rows are not longer than a block.
 
     Args:
         shape: Shape of the tensor.
         scope: "element", "row" or "tensor", as in the method.
-        block: Elements of a block, at most.
+        block: Elements of a block, at most; a row or tensor that the scope needs whole may be larger.
 
     Yields:
         First element and end of each block.
     """
     size = math.prod(shape)
-    if scope == "tensor" or size <= block:
-        yield 0, size
-        return
-    step = block
-    if scope == "row":
-        columns = matrix_shape(shape)[1]
-        step = max(block // columns, 1) * columns
+    step = block_step(shape, scope, block)
     for start in range(0, size, step):
         yield start, min(start + step, size)
+
+
+def block_step(shape: Sequence[int], scope: str, block: int = BLOCK) -> int:
+    """Return the number of elements of every block of a tensor but the last."""
+    columns = matrix_shape(shape)[1]
+    step = max(block // max(columns, 1), 1) * columns
+    if scope == "tensor":
+        step = math.prod(shape)
+    elif scope == "element" and columns > block:
+        step = block
+    return max(step, 1)
 
 
 def block_shape(shape: Sequence[int], scope: str, size: int) -> tuple[int, ...]:

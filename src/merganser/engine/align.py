@@ -1,0 +1,307 @@
+"""Match the tensors of the inputs: which tensors of which models make each tensor of the output.
+
+Works from names and shapes. No table of architectures is needed; structure matters only for slices, layer schedules
+and tied heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..anatomy import Anatomy, Part, infer_anatomy, is_tied
+from ..checkpoint import Checkpoint, TensorInfo
+from ..errors import CheckpointError, RecipeError
+from ..recipe import ModelReference, Recipe, layer_depth
+
+# buffers that old checkpoints hold and that model code computes by itself
+_RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A checkpoint of the recipe, opened, and what its names mean."""
+
+    reference: ModelReference
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    tied: bool
+
+    @classmethod
+    def of(cls, reference: ModelReference, checkpoint: Checkpoint) -> Member:
+        """Read the structure of a checkpoint."""
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        anatomy = infer_anatomy(shapes, checkpoint.config)
+        tied = is_tied(checkpoint.config)
+        return cls(reference, checkpoint, anatomy, bool(anatomy.tied) if tied is None else tied)
+
+    @cached_property
+    def layers(self) -> dict[int, dict[str, str]]:
+        """Names of the main stack's tensors: by layer, by the part that follows the number."""
+        grouped: dict[int, dict[str, str]] = {}
+        for name, part in self.anatomy.parts.items():
+            if part.stack == self.anatomy.main and part.layer is not None:
+                grouped.setdefault(part.layer, {})[name[len(f"{part.stack}.{part.layer}.") :]] = name
+        return grouped
+
+    def tensor(self, name: str) -> TensorInfo | None:
+        """Return a tensor by name; a head that is absent because it is tied is the embedding."""
+        found = self.checkpoint.tensors.get(name)
+        if found is None:
+            source = dict(self.anatomy.tied).get(name)
+            if source is None and self.tied and self.anatomy.head is None and _is_head(name):
+                source = self.anatomy.embedding
+            if source is not None:
+                found = self.checkpoint.tensors[source]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of the output and the tensors of the inputs that it is made from.
+
+    Args:
+        name: Name in the output.
+        rule: Name that filters of shared parameters look at (a tied head follows its embedding).
+        part: What the name means, in the output's numbering.
+        slice_index: Slice whose parameters count.
+        t: Position in a layer schedule, 0 to 1.
+        inputs: The tensor of each model of the slice.
+    """
+
+    name: str
+    rule: str
+    part: Part
+    slice_index: int
+    t: float
+    inputs: Mapping[ModelReference, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """All slots, in the order of the output.
+
+    Args:
+        slots: One per tensor of the output.
+        tied: Whether the output's head shares its embedding.
+        layers: For slices, the donor's layer for each layer of the output.
+        warnings: What was dropped or decided.
+    """
+
+    slots: list[Slot]
+    tied: bool
+    layers: list[int] | None
+    warnings: list[str]
+
+
+def after_layers(recipe: Recipe) -> float:
+    """Return the depth of what comes after the layers, for layer schedules: 1, where mergekit has 0."""
+    return 0.0 if recipe.compat == "mergekit" else 1.0
+
+
+def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Alignment:
+    """Align whole models.
+
+    Args:
+        recipe: A recipe with models.
+        donor: Gives the names and their order.
+        members: All inputs of the merge.
+
+    Raises:
+        CheckpointError: Tensors are missing, or too many, or of different shapes.
+    """
+    warnings: list[str] = []
+    names = list(donor.checkpoint.tensors)
+    tied = all(member.tied for member in members)
+    head = _head_name(members)
+    if head and head not in donor.checkpoint.tensors and not tied:
+        names.append(head)
+        untied = [str(m.reference) for m in members if not m.tied]
+        warnings.append(
+            f"{head}: {', '.join(untied)} has a head of its own, so the output has one, too, and is not tied"
+        )
+    drop = _droppable(names, head, tied, members, warnings)
+    names = [name for name in names if name not in drop]
+    _check_names(donor, members, set(names), drop)
+    end = after_layers(recipe)
+    slots = []
+    for name in names:
+        part = donor.anatomy.parts.get(name) or _parts_of(name, members)
+        rule = name
+        if tied and name == head and donor.anatomy.embedding:
+            # one matrix under two names must stay one matrix
+            rule = donor.anatomy.embedding
+        depth = donor.anatomy.depth(name) if name in donor.anatomy.parts else None
+        t = depth if depth is not None else (end if part.position == "after" and rule == name else 0.0)
+        slots.append(Slot(name, rule, part, 0, t, _inputs(name, {m.reference: (m, name) for m in members})))
+    return Alignment(slots, tied, None, warnings)
+
+
+def align_slices(
+    recipe: Recipe,
+    slices: Sequence[Mapping[ModelReference, range]],
+    donor: Member,
+    members: Mapping[ModelReference, Member],
+) -> Alignment:
+    """Align slices: layers are stacked in the order of the recipe, the rest comes from the first and last slice.
+
+    Args:
+        recipe: A recipe with slices, whose ranges were checked.
+        slices: For each slice, its models and their layers; all of a slice have equally many.
+        donor: Gives the names outside the layers.
+        members: All inputs by reference.
+
+    Raises:
+        RecipeError: A model has no single stack of layers.
+        CheckpointError: Tensors are missing or of different shapes.
+    """
+    for member in members.values():
+        if member.anatomy.main is None:
+            raise RecipeError(
+                f"{recipe.place}: {member.reference} has no single stack of numbered layers, so it cannot be sliced"
+            )
+    names = list(donor.checkpoint.tensors)
+    parts = donor.anatomy.parts
+    slots: list[Slot] = []
+    layers: list[int] = []
+    warnings: list[str] = []
+    tied = all(member.tied for member in members.values())
+
+    def outside(position: str, index: int, t: float) -> None:
+        used = {reference: members[reference] for reference in slices[index]}
+        for name in names:
+            if parts[name].position == position or (position == "after" and _behind(parts[name], donor.anatomy)):
+                slots.append(
+                    Slot(name, name, parts[name], index, t, _inputs(name, {r: (m, name) for r, m in used.items()}))
+                )
+
+    outside("before", 0, 0.0)
+    for index, starts in enumerate(slices):
+        first = next(iter(starts))
+        count = len(starts[first])
+        for step in range(count):
+            slots += _layer(members, starts, step, len(layers), index)
+            layers.append(min(starts[first][step], donor.anatomy.n_layers - 1))
+    outside("after", len(slices) - 1, after_layers(recipe))
+    return Alignment(slots, tied and not any(slot.name == donor.anatomy.head for slot in slots), layers, warnings)
+
+
+def _layer(
+    members: Mapping[ModelReference, Member],
+    starts: Mapping[ModelReference, range],
+    step: int,
+    index: int,
+    slice_index: int,
+) -> Iterable[Slot]:
+    """Yield the slots of one layer of the output."""
+    first = next(iter(starts))
+    t = layer_depth(step, len(starts[first]))
+    named = {reference: members[reference].layers[layers[step]] for reference, layers in starts.items()}
+    pattern = named[first]
+    for reference, names in named.items():
+        if names.keys() != pattern.keys():
+            odd = sorted(names.keys() ^ pattern.keys())
+            raise CheckpointError(
+                f"layer {starts[reference][step]} of {reference} and layer {starts[first][step]} of {first} hold "
+                f"different tensors: {_some(odd)}"
+            )
+    for suffix, name in pattern.items():
+        anatomy = members[first].anatomy
+        new = anatomy.rename_layer(name, index)
+        old = anatomy.parts[name]
+        part = Part(new, old.stack, index, old.position, old.role, old.expert)
+        sources = {reference: (members[reference], names[suffix]) for reference, names in named.items()}
+        yield Slot(new, new, part, slice_index, t, _inputs(new, sources))
+
+
+def _behind(part: Part, anatomy: Anatomy) -> bool:
+    """Say whether a tensor is numbered with the layers but is not one of them (a prediction layer)."""
+    return part.position == "layer" and part.stack == anatomy.main and part.layer is None
+
+
+def _inputs(name: str, sources: Mapping[ModelReference, tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
+    """Look up one tensor in every model and compare shapes and kinds."""
+    found: dict[ModelReference, TensorInfo] = {}
+    for reference, (member, own) in sources.items():
+        tensor = member.tensor(own)
+        if tensor is None:
+            raise CheckpointError(f"{reference}: tensor {own!r} is missing; the other models have it")
+        found[reference] = tensor
+    (first, expected), *rest = found.items()
+    for reference, tensor in rest:
+        if tensor.shape != expected.shape:
+            raise CheckpointError(_shape_message(name, first, expected, reference, tensor, sources))
+        if (tensor.dtype.kind == "float") is not (expected.dtype.kind == "float"):
+            raise CheckpointError(
+                f"{name}: {first} holds {expected.dtype.name}, {reference} holds {tensor.dtype.name}; "
+                "numbers and integer buffers cannot be merged with each other"
+            )
+    return found
+
+
+def _shape_message(
+    name: str,
+    first: ModelReference,
+    expected: TensorInfo,
+    other: ModelReference,
+    tensor: TensorInfo,
+    sources: Mapping[ModelReference, tuple[Member, str]],
+) -> str:
+    shapes = f"{list(expected.shape)} in {first}, {list(tensor.shape)} in {other}"
+    part = sources[other][0].anatomy.parts.get(tensor.name)
+    if part is not None and part.role in ("embedding", "head") and tensor.shape[1:] == expected.shape[1:]:
+        return (
+            f"{name}: vocabularies differ: {shapes}. Models are merged row by row, so both must have the same "
+            "tokenizer; building a common vocabulary (tokenizer: union) comes with a later version"
+        )
+    return f"{name}: shapes differ: {shapes}. Only models of one architecture and size can be merged"
+
+
+def _head_name(members: Iterable[Member]) -> str | None:
+    return next((m.anatomy.head for m in members if m.anatomy.head in m.checkpoint.tensors), None)
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
+
+
+def _droppable(
+    names: Sequence[str], head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]
+) -> set[str]:
+    """Return names that some models hold and the output need not: recomputed buffers and copies of tied heads."""
+    everywhere = set.intersection(*(set(m.checkpoint.tensors) for m in members))
+    somewhere = set.union(*(set(m.checkpoint.tensors) for m in members)) | set(names)
+    drop = {name for name in somewhere - everywhere if _RECOMPUTED.search(name)}
+    if drop:
+        warnings.append(f"{_some(sorted(drop))}: not in every model; left out, as model code computes it by itself")
+    if tied and head and head not in everywhere:
+        drop.add(head)
+        warnings.append(f"{head}: every model is tied, so the copy that some of them hold is left out")
+    return drop
+
+
+def _check_names(donor: Member, members: Iterable[Member], names: set[str], drop: set[str]) -> None:
+    """Refuse models that lack tensors of the output, or hold others."""
+    for member in members:
+        own = set(member.checkpoint.tensors) - drop
+        missing = sorted(name for name in names if member.tensor(name) is None)
+        extra = sorted(own - names)
+        if missing or extra:
+            lines = [f"{member.reference} and {donor.reference} do not hold the same tensors"]
+            if missing:
+                lines.append(f"{len(missing)} missing in {member.reference}: {_some(missing)}")
+            if extra:
+                lines.append(f"{len(extra)} only in {member.reference}: {_some(extra)}")
+            lines.append("only models of one architecture can be merged")
+            raise CheckpointError("; ".join(lines))
+
+
+def _parts_of(name: str, members: Iterable[Member]) -> Part:
+    return next(m.anatomy.parts[name] for m in members if name in m.anatomy.parts)
+
+
+def _some(names: Sequence[str], limit: int = 4) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,368 @@
+"""Plan a merge: everything that will be read, held and written, known from headers alone."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..anatomy import set_config_dtype, set_tied, slice_config
+from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
+from ..errors import CheckpointError, RecipeError
+from ..method import MergeMethod
+from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges
+from ..registry import get_method
+from .align import Alignment, Member, Slot, align_models, align_slices
+from .blocks import BLOCK, block_ranges
+
+COMPILE_FROM = 1 << 28
+"""Input elements from which a merge is fused: compiling takes seconds, less than eager arithmetic on this many."""
+
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """How one tensor of the output is made.
+
+    Args:
+        name: Name in the output.
+        dtype: Dtype in the output.
+        shape: Shape.
+        copy: True for integers: all inputs must be equal, and are copied.
+        base: The base's tensor, where the method takes one.
+        models: The other inputs, in the order of the recipe.
+        parameters: Resolved values by their names in recipes.
+        layer: Layer in the output, if in a layer.
+        role: What the tensor does ("attention", "norm", ...).
+        shard: Index of the shard that holds it.
+        offset: First byte in that shard.
+        nbytes: Size in the output, bytes.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    copy: bool
+    base: TensorInfo | None
+    models: tuple[TensorInfo, ...]
+    parameters: Mapping[str, Any]
+    layer: int | None
+    role: str
+    shard: int
+    offset: int
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """The base, if any, and the models."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A merge, decided down to the byte. Nothing was written, and no weights were read.
+
+    Args:
+        recipe: The recipe.
+        method: Its merge method.
+        checkpoints: The opened inputs, by reference, the donor first.
+        donor: Gives config, names, and files that are not weights.
+        tensors: The output, in the order of its shards.
+        shards: Files of the output, with their headers.
+        config: config.json of the output; empty where the donor has none.
+        side_files: Files to copy: path below the output, and source.
+        compiled: Whether kernels will be fused.
+        seed: Seed of random draws.
+        workers: Threads that merge.
+        device: "cpu" or "cuda[:i]".
+        warnings: What the user should know before running.
+        differences: Where mergekit would compute other numbers for this recipe.
+    """
+
+    recipe: Recipe
+    method: MergeMethod
+    checkpoints: Mapping[ModelReference, Checkpoint]
+    donor: ModelReference
+    tensors: Sequence[PlannedTensor]
+    shards: Sequence[Shard]
+    config: Mapping[str, Any]
+    side_files: Mapping[str, Path]
+    compiled: bool
+    seed: int
+    workers: int
+    device: str
+    warnings: Sequence[str] = field(default_factory=list)
+    differences: Sequence[str] = field(default_factory=list)
+
+    @cached_property
+    def passes(self) -> int:
+        """How often the inputs are read: once per measuring round, once to combine."""
+        return 1 + sum(
+            len(statistic.rounds)
+            for statistic in self.method.statistics.values()
+            if statistic.when is None or any(t.parameters.get(statistic.when) for t in self.tensors)
+        )
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes read from the inputs, all passes together."""
+        return sum(tensor.nbytes for t in self.tensors for tensor in t.inputs) * self.passes
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """Bytes of the output's weights."""
+        return sum(shard.size for shard in self.shards)
+
+    @cached_property
+    def n_parameters(self) -> int:
+        """Number of weights of the output."""
+        return sum(t.size for t in self.tensors if not t.copy)
+
+    @cached_property
+    def peak_memory(self) -> int:
+        """Largest resident memory to expect, bytes: measured constants, and what the workers hold."""
+        return estimate_memory(self.method, self.tensors, self.workers, self.compiled)
+
+    @property
+    def seconds(self) -> float:
+        """Rough time to expect: passes at 4 GB/s from memory, the first read and the writing at 0.5 GB/s."""
+        once = self.bytes_read / self.passes
+        return 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + (20 if self.compiled else 0)
+
+
+def build_plan(
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    out_shard_size: int = SHARD_BYTES,
+    threads: int | None = None,
+    device: str = "cpu",
+    cache_dir: Path | None = None,
+    compiled: bool | None = None,
+) -> Plan:
+    """Plan a merge from the headers of its inputs.
+
+    Args:
+        recipe: From `load_recipe`.
+        seed: Seed of random draws.
+        out_shard_size: Largest size of an output file, bytes.
+        threads: Threads that merge; by default one per core, at most 8.
+        device: "cpu", "cuda", "cuda:i", or "auto" (the first GPU, else the CPU).
+        cache_dir: Folder for models from the Hub.
+        compiled: Fuse kernels; by default where the work is large and a C++ compiler is at hand.
+
+    Raises:
+        RecipeError: The recipe does not suit the method or the models.
+        CheckpointError: An input is missing, damaged, quantised, or does not fit the others.
+    """
+    method = get_method_at(recipe)
+    resolver = Resolver(recipe, method)
+    members = _open_all(recipe, cache_dir)
+    donor = members[recipe.donor]
+    if recipe.slices:
+        check_layer_ranges(recipe, {ref: member.anatomy.n_layers for ref, member in members.items()})
+        slices = [_layer_ranges(resolver.sources(i)) for i in range(len(resolver.slices))]
+        alignment = align_slices(recipe, slices, donor, members)
+    else:
+        alignment = align_models(recipe, donor, [members[source.model] for source in _all(resolver.sources(0))])
+    drafts = [_draft(slot, recipe, method, resolver) for slot in alignment.slots]
+    _check_whole_model(recipe, method, drafts)
+    shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
+    config, config_warnings = _config(recipe, donor, alignment, drafts)
+    work = sum(d.size * len(d.inputs) for d in drafts)
+    if compiled is None:
+        compiled = method.fuse and work >= COMPILE_FROM and has_compiler(device)
+    return Plan(
+        recipe=recipe,
+        method=method,
+        checkpoints={reference: member.checkpoint for reference, member in members.items()},
+        donor=recipe.donor,
+        tensors=_place(drafts, shards),
+        shards=shards,
+        config=config,
+        side_files=_side_files(recipe, members),
+        compiled=compiled,
+        seed=seed,
+        workers=threads or min(os.cpu_count() or 1, 8),
+        device=device,
+        warnings=[*resolver.warnings, *alignment.warnings, *config_warnings, *_code_warnings(donor)],
+        differences=resolver.differences,
+    )
+
+
+def get_method_at(recipe: Recipe) -> MergeMethod:
+    """Look up the recipe's method; an error names the recipe's line."""
+    try:
+        return get_method(recipe.merge_method)
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.place_of('merge_method')}: {error}") from None
+
+
+def has_compiler(device: str) -> bool:
+    """Say whether kernels can be fused: on a CPU this takes a C++ compiler."""
+    if device != "cpu":
+        return True
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def estimate_memory(method: MergeMethod, tensors: Sequence[PlannedTensor], workers: int, compiled: bool) -> int:
+    """Estimate the largest resident memory of a run, bytes."""
+    # Python and torch themselves; torch.compile's machinery and the kernels it loads
+    resident = 300_000_000 + (220_000_000 if compiled else 0)
+    largest = 0
+    for tensor in tensors:
+        size = max((end - start for start, end in block_ranges(tensor.shape, method.scope)), default=0)
+        raw = sum(t.dtype.itemsize for t in tensor.inputs) + tensor.dtype.itemsize
+        # eager arithmetic holds float32 copies of all inputs and about as many intermediate results
+        wide = 0 if compiled and size >= BLOCK // 2 else 8 * (len(tensor.inputs) + 2)
+        largest = max(largest, size * (raw + wide))
+    return resident + workers * largest
+
+
+def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Member]:
+    members = {}
+    for reference in recipe.references():
+        checkpoint = open_checkpoint(reference.path, revision=reference.revision, cache_dir=cache_dir)
+        if checkpoint.quantised:
+            raise CheckpointError(
+                f"{reference}: its weights are quantised ({checkpoint.quantised}); merging them as they are would give "
+                "garbage. Use the unquantised model; reading quantised ones comes with a later version"
+            )
+        members[reference] = Member.of(reference, checkpoint)
+    return members
+
+
+def _all(inputs: Inputs) -> tuple[Source, ...]:
+    return inputs.models if inputs.base is None else (inputs.base, *inputs.models)
+
+
+def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
+    return {source.model: range(*source.layer_range) for source in _all(inputs) if source.layer_range}
+
+
+def _draft(slot: Slot, recipe: Recipe, method: MergeMethod, resolver: Resolver) -> PlannedTensor:
+    """Decide dtype, inputs and parameters of one tensor; its place comes later."""
+    given = resolver.sources(slot.slice_index)
+    base_tensor = slot.inputs[given.base.model] if given.base is not None else None
+    model_tensors = tuple(slot.inputs[source.model] for source in given.models)
+    inputs = model_tensors if base_tensor is None else (base_tensor, *model_tensors)
+    copy = inputs[0].dtype.kind != "float"
+    parameters: Mapping[str, Any] = {}
+    dtype = inputs[0].dtype
+    if not copy:
+        declared = recipe.out_dtype or recipe.dtype
+        dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.dtype for tensor in inputs])
+        names = [tensor.name for tensor in model_tensors]
+        parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
+    return PlannedTensor(
+        name=slot.name,
+        dtype=dtype,
+        shape=inputs[0].shape,
+        copy=copy,
+        base=base_tensor,
+        models=model_tensors,
+        parameters=parameters,
+        layer=slot.part.layer,
+        role=slot.part.role,
+        shard=0,
+        offset=0,
+        nbytes=dtype.nbytes(inputs[0].numel),
+    )
+
+
+def _place(drafts: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[PlannedTensor]:
+    """Put every tensor at its place, in the order of the shards' bytes."""
+    from dataclasses import replace
+
+    by_name = {draft.name: draft for draft in drafts}
+    return [
+        replace(by_name[name], shard=index, offset=offset, nbytes=nbytes)
+        for index, shard in enumerate(shards)
+        for name, (offset, nbytes) in shard.entries.items()
+    ]
+
+
+def promote(dtypes: Sequence[DType]) -> DType:
+    """Return the float dtype that holds all of these."""
+    names = {dtype.name for dtype in dtypes}
+    if len(names) == 1:
+        return dtypes[0]
+    return DTYPE_BY_NAME["float64" if "float64" in names else "float32"]
+
+
+def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[PlannedTensor]) -> None:
+    """A statistic over the whole model needs the same parameters everywhere."""
+    merged = [draft for draft in drafts if not draft.copy]
+    for name, statistic in method.statistics.items():
+        if merged and merged[0].parameters.get(statistic.over, statistic.over) == "model":
+            odd = next((d for d in merged if d.parameters != merged[0].parameters), None)
+            if odd is not None:
+                raise RecipeError(
+                    f"{recipe.place}: {method.name} measures {name} over the whole model, so its parameters cannot "
+                    f"differ between tensors; they do between {merged[0].name} and {odd.name}"
+                )
+
+
+def _config(
+    recipe: Recipe, donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the output's config.json: the donor's, with layers, tie and dtype as they will be."""
+    config = dict(donor.checkpoint.config)
+    warnings: list[str] = []
+    if not config:
+        return {}, ["the donor has no config.json, so the output has none"]
+    if alignment.layers is not None:
+        sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
+        config = sliced.config
+        warnings += sliced.warnings
+    if alignment.tied != donor.tied:
+        config = set_tied(config, alignment.tied)
+    # what most weights are
+    sizes: dict[str, int] = {}
+    for draft in drafts:
+        if not draft.copy:
+            sizes[draft.dtype.name] = sizes.get(draft.dtype.name, 0) + draft.size
+    if sizes:
+        config = set_config_dtype(config, max(sizes, key=lambda name: sizes[name]))
+    return config, warnings
+
+
+def _side_files(recipe: Recipe, members: Mapping[ModelReference, Member]) -> dict[str, Path]:
+    """Return the files to copy: the donor's, with the tokenizer of the model that the recipe names for it."""
+    donor = members[recipe.donor].checkpoint
+    files = {path.relative_to(donor.path).as_posix(): path for path in donor.side_files}
+    other = recipe.tokenizer_donor
+    if other is not None and other != recipe.donor:
+        files = {name: path for name, path in files.items() if not is_tokenizer_file(name)}
+        checkpoint = members[other].checkpoint
+        for path in checkpoint.side_files:
+            name = path.relative_to(checkpoint.path).as_posix()
+            if is_tokenizer_file(name):
+                files[name] = path
+    return files
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Say whether a side file belongs to the tokenizer."""
+    last = name.rpartition("/")[2]
+    exact = {"vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"}
+    endings = (".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm")
+    return last in exact or last.startswith(("tokenizer", "chat_template")) or last.endswith(endings)
+
+
+def _code_warnings(donor: Member) -> list[str]:
+    code = [path.name for path in donor.checkpoint.side_files if path.suffix == ".py"]
+    if not code:
+        return []
+    return [f"{', '.join(code)}: code that comes with {donor.reference}; it is copied, and was not run"]

@@ -1,0 +1,205 @@
+"""The run record (`merge.json`) and the model card: what was read, done and written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint import Checkpoint, TensorInfo
+from ..recipe import ModelReference
+from .plan import Plan, PlannedTensor
+from .staging import digest
+
+RECORD_NAME = "merge.json"
+RECORD_FORMAT = 1
+
+
+def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
+    """Identify a merge: a run continues only what has the same fingerprint."""
+    facts = {
+        "versions": versions(plan),
+        "recipe": plan.recipe.text,
+        "seed": plan.seed,
+        "compiled": plan.compiled,
+        "device": plan.device.partition(":")[0],
+        "settings": dict(settings),
+        "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.shards],
+        "inputs": [[file["path"], file["bytes"], file["mtime_ns"]] for file in input_files(plan)],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def versions(plan: Plan) -> dict[str, str]:
+    """Return the versions that results depend on."""
+    import torch
+
+    return {
+        "merganser": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        f"method {plan.method.name}": str(plan.method.version),
+    }
+
+
+def input_files(plan: Plan) -> list[dict[str, Any]]:
+    """Return the weight files of the inputs, with size and time of change."""
+    found = {}
+    for reference, checkpoint in plan.checkpoints.items():
+        for file in checkpoint.weight_files:
+            status = file.stat()
+            found[file] = {
+                "model": str(reference),
+                "path": str(file),
+                "bytes": status.st_size,
+                "mtime_ns": status.st_mtime_ns,
+            }
+    return list(found.values())
+
+
+def input_hashes(plan: Plan, digests: Mapping[tuple[Path, str], bytes]) -> list[dict[str, Any]]:
+    """Return the weight files of the inputs with a hash of the tensors that were read.
+
+    The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks (whole rows, at most 524,288
+    elements); that of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. Files of
+    which not every tensor was read say how many were.
+    """
+    tensors: dict[Path, list[TensorInfo]] = defaultdict(list)
+    for checkpoint in plan.checkpoints.values():
+        for tensor in checkpoint.tensors.values():
+            tensors[tensor.file].append(tensor)
+    files = input_files(plan)
+    for entry in files:
+        held = tensors[Path(entry["path"])]
+        read = [digests[t.file, t.name] for t in held if (t.file, t.name) in digests]
+        del entry["mtime_ns"]
+        entry["tensors"] = len(held)
+        entry["tensors_read"] = len(read)
+        entry["xxh3_128_of_tensors"] = digest(b"".join(read)).hex()
+    return files
+
+
+def layer_summary(tensors: Sequence[PlannedTensor], samples: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Sum up by layer and role how far models and merge moved from the base (or first model), on the samples.
+
+    Returns:
+        One entry per layer and role: number of tensors and parameters, relative distances of each model and of the
+        merge (Frobenius norm of the difference over that of the base).
+    """
+    groups: dict[tuple[int, str], list[PlannedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[-1 if tensor.layer is None else tensor.layer, tensor.role].append(tensor)
+    summary = []
+    for (layer, role), members in sorted(groups.items()):
+        found = [samples[t.name] for t in members if t.name in samples]
+        norm = sum(s["norm"] ** 2 for s in found) ** 0.5
+        entry: dict[str, Any] = {
+            "layer": None if layer < 0 else layer,
+            "role": role,
+            "tensors": len(members),
+            "parameters": sum(t.size for t in members),
+        }
+        if found and norm > 0 and len({len(s["models"]) for s in found}) == 1:
+            each = zip(*(s["models"] for s in found), strict=True)
+            entry["models"] = [sum(x**2 for x in values) ** 0.5 / norm for values in each]
+            entry["merged"] = sum(s["merged"] ** 2 for s in found) ** 0.5 / norm
+        summary.append(entry)
+    return summary
+
+
+def make_record(
+    plan: Plan,
+    *,
+    inputs: list[dict[str, Any]],
+    outputs: Sequence[Mapping[str, Any]],
+    layers: Sequence[Mapping[str, Any]],
+    timings: Mapping[str, float],
+    continued: bool,
+) -> dict[str, Any]:
+    """Put the run record together."""
+    return {
+        "format": RECORD_FORMAT,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions(plan),
+        "recipe": plan.recipe.text,
+        "method": plan.method.name,
+        "seed": plan.seed,
+        "compat": plan.recipe.compat,
+        "donor": str(plan.donor),
+        "models": [str(reference) for reference in plan.checkpoints],
+        "parameters": plan.n_parameters,
+        "tensors": len(plan.tensors),
+        "dtypes": sorted({t.dtype.name for t in plan.tensors}),
+        "device": plan.device,
+        "compiled": plan.compiled,
+        "workers": plan.workers,
+        "continued": continued,
+        "warnings": list(plan.warnings),
+        "differences_from_mergekit": list(plan.differences),
+        "inputs": inputs,
+        "outputs": list(outputs),
+        "layers": list(layers),
+        "timings": dict(timings),
+    }
+
+
+def model_card(plan: Plan, title: str) -> str:
+    """Write the README.md of the output."""
+    models = list(plan.checkpoints)
+    hub = [str(reference.path) for reference in models if _is_hub(reference, plan.checkpoints[reference])]
+    front = ["---", "library_name: transformers", "tags:", "- merge", "- merganser"]
+    if hub:
+        front += ["base_model:", *(f"- {name}" for name in hub)]
+    listed = "\n".join(f"- {_shown(reference, hub)}" for reference in models)
+    return (
+        "\n".join([*front, "---"])
+        + f"""
+
+# {title}
+
+Merged with [Merganser](https://pypi.org/project/merganser/) {__version__}, method `{plan.method.name}`
+({plan.method.doc.summary.rstrip(".")}).
+
+## Models
+
+{listed}
+
+Config, tokenizer and other files are those of {_shown(plan.donor, hub)}.
+
+## Recipe
+
+```yaml
+{plan.recipe.text.strip()}
+```
+
+`{RECORD_NAME}` says what was read and written, with hashes; `merganser verify .` checks them.
+"""
+    )
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    found = hashlib.sha256()
+    while data := file.read(1 << 20):
+        found.update(data)
+    return found.hexdigest()
+
+
+def _is_hub(reference: ModelReference, checkpoint: Checkpoint) -> bool:
+    return not Path(reference.path).expanduser().exists() and checkpoint.path != Path(reference.path)
+
+
+def _shown(reference: ModelReference, hub: Sequence[str]) -> str:
+    """Name a model in the card: Hub ids as they are, folders by their last part only."""
+    return str(reference) if reference.path in hub else f"`{Path(reference.path).name}`"

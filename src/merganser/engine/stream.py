@@ -1,0 +1,398 @@
+"""Stream tensors through a merge method: read, compute, write, on several threads at once.
+
+Every worker takes a task, reads its blocks into buffers of its own, runs the method and writes the result to its final
+place. Reading, arithmetic and writing of different workers overlap, since all three leave Python's lock. What is in
+memory at any time is a block of every input per worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import DTYPE_BY_NAME, Reader, TensorInfo
+from ..errors import CheckpointError, NonFiniteError
+from .blocks import TensorRun, block_step
+from .plan import PlannedTensor
+from .staging import Staging, digest
+from .tasks import Group, GroupState, Schedule, Task
+
+SAMPLE = 1 << 16
+"""Elements at the start of each tensor on which the run record's distances are measured."""
+
+_ALIGNMENT = 64
+
+
+class Stopped(Exception):
+    """The run was asked to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What all workers of a run share.
+
+    Args:
+        reader: Reads inputs.
+        staging: Takes the output.
+        schedule: Hands out tasks.
+        device: Where kernels run.
+        advance: Told the bytes read, the bytes written and the tensors completed.
+        finish: Told each finished task that combined: group, task, its journal entry.
+        allow_nonfinite: Merge NaN and infinity.
+    """
+
+    reader: Reader
+    staging: Staging
+    schedule: Schedule
+    device: torch.device
+    advance: Callable[[int, int, int], None]
+    finish: Callable[[Group, Task, dict[str, Any]], None]
+    allow_nonfinite: bool
+
+
+class Worker:
+    """One thread's share of a run: its buffers, and what it does with a task."""
+
+    def __init__(self, context: Context) -> None:
+        self._c = context
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._stream = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def work(self) -> None:
+        """Do tasks until none is left."""
+        try:
+            while (taken := self._c.schedule.take()) is not None:
+                state, task = taken
+                if self._stream is None:
+                    totals = self._do(state, task)
+                else:
+                    with torch.cuda.stream(self._stream):
+                        totals = self._do(state, task)
+                self._c.schedule.done(state, task, totals)
+        except Stopped:
+            pass
+        except BaseException as error:
+            self._c.schedule.fail(error)
+
+    def _do(self, state: GroupState, task: Task) -> list[Tensor | None] | None:
+        combining = task.stage in (-1, len(state.stages))
+        if not combining:
+            name, index, _ = state.stages[task.stage]
+            return [
+                None if run is None else self._measure(run, name, index, state.known[i], tensor, task.segment, state)
+                for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True))
+            ]
+        if state.group.bundle:
+            entry = self._combine_bundle(state, measure=task.stage == -1)
+        else:
+            run = state.runs[0]
+            assert run is not None
+            entry = self._combine_segment(state.group, task, run, state.known[0])
+        self._c.finish(state.group, task, entry)
+        return None
+
+    def _ranges(self, run: TensorRun, group: Group, segment: int) -> Sequence[tuple[int, int]]:
+        first, end = group.segments[segment]
+        return run.ranges if group.bundle else run.ranges[first:end]
+
+    def _measure(
+        self,
+        run: TensorRun,
+        name: str,
+        index: int,
+        known: dict[str, Tensor],
+        tensor: PlannedTensor,
+        segment: int,
+        state: GroupState,
+    ) -> Tensor:
+        """Measure the blocks of a segment, and add them up in order."""
+
+        def parts() -> Iterator[tuple[Tensor, bool]]:
+            for start, end in self._ranges(run, state.group, segment):
+                inputs = self._read(tensor, start, end)
+                measured = run.measure(name, index, known, (start, end), *self._split(tensor, inputs))
+                if not measured[1]:
+                    self._refuse(tensor, inputs)
+                yield measured
+
+        return run.total(parts())
+
+    def _combine_segment(self, group: Group, task: Task, run: TensorRun, known: dict[str, Tensor]) -> dict[str, Any]:
+        tensor = group.tensors[0]
+        ranges = self._ranges(run, group, task.segment)
+        for other in tensor.inputs:
+            size = other.dtype.itemsize
+            self._c.reader.will_need(other, ranges[0][0] * size, (ranges[-1][1] - ranges[0][0]) * size)
+        hashes: list[list[bytes]] = [[] for _ in tensor.inputs]
+        written: list[bytes] = []
+        sample: dict[str, Any] | None = None
+        for start, end in ranges:
+            inputs = self._read(tensor, start, end)
+            for found, data in zip(hashes, inputs, strict=True):
+                found += block_digests(tensor.shape, start, end, data)
+            merged = self._merge(run, tensor, known, start, end, inputs)
+            written += self._write(tensor, start, merged)
+            if start == 0:
+                sample = distances(tensor, inputs, merged)
+        entry: dict[str, Any] = {"in": [_hex(found) for found in hashes], "out": _hex(written)}
+        if sample is not None:
+            entry["sample"] = {tensor.name: sample}
+        self._c.advance(0, 0, 1 if task.segment == len(group.segments) - 1 else 0)
+        return entry
+
+    def _combine_bundle(self, state: GroupState, *, measure: bool) -> dict[str, Any]:
+        """Merge many small tensors: everything is read at once, where it lies together, and written at once."""
+        tensors, runs = state.group.tensors, state.runs
+        inputs = self._read_bundle(tensors)
+        hashes: list[list[str]] = []
+        samples: dict[str, Any] = {}
+        outputs: list[Tensor] = []
+        whole = self._merge_flat(state, inputs)
+        position = 0
+        for i, (tensor, run) in enumerate(zip(tensors, runs, strict=True)):
+            own = [column[i] for column in inputs[: len(tensor.inputs)]]
+            hashes.append([_hex(block_digests(tensor.shape, 0, tensor.size, data)) for data in own])
+            if run is None:
+                merged = self._copy(tensor, own)
+            elif whole is not None:
+                merged = whole[position : position + tensor.size]
+            else:
+                merged = self._merge_whole(run, tensor, own, state.known[i], measure=measure)
+            position += tensor.size
+            outputs.append(merged)
+            if run is not None and tensor.size:
+                samples[tensor.name] = distances(tensor, own, merged)
+            if self._c.schedule.stopping:
+                raise Stopped
+        written = self._write_together(tensors, outputs)
+        self._c.advance(0, 0, len(tensors))
+        return {"in": hashes, "out": _hex(written), "sample": samples}
+
+    def _merge_whole(
+        self, run: TensorRun, tensor: PlannedTensor, inputs: list[Tensor], known: dict[str, Tensor], *, measure: bool
+    ) -> Tensor:
+        """Measure, solve and combine a tensor of one block."""
+        if not run.ranges:
+            return torch.empty(0, dtype=run.kernels.output)
+        range_ = run.ranges[0]
+        if measure:
+            for name, statistic, _ in run.kernels.statistics:
+                for index in range(len(statistic.rounds)):
+                    part = run.measure(name, index, known, range_, *self._split(tensor, inputs))
+                    if not part[1]:
+                        self._refuse(tensor, inputs)
+                    run.solve(name, index, run.total(iter([part])), known, run.size)
+        return self._merge(run, tensor, known, *range_, inputs)
+
+    def _merge_flat(self, state: GroupState, inputs: list[list[Tensor]]) -> Tensor | None:
+        """Merge a bundle as one block where its tensors differ in nothing that an element could notice."""
+        runs = state.runs
+        first = runs[0]
+        if first is None or len(runs) < 2:
+            return None
+        method = first.kernels.method
+        alike = all(run is not None and run.kernels is first.kernels and run.values is first.values for run in runs)
+        same_types = all(len({data.dtype for data in column}) == 1 for column in inputs)
+        same_width = len({len(tensor.inputs) for tensor in state.group.tensors}) == 1
+        if (
+            not alike
+            or not same_types
+            or not same_width
+            or method.scope != "element"
+            or method.random
+            or first.kernels.statistics
+        ):
+            return None
+        columns = [torch.cat([data.reshape(-1) for data in column]) for column in inputs]
+        size = columns[0].numel()
+        planned = replace(state.group.tensors[0], shape=(size,))
+        run = TensorRun(first.kernels, first.values, (size,), torch.zeros((1, 2), dtype=torch.int32))
+        if not run.ranges:
+            return None
+        merged, finite = run.combine({}, (0, size), *self._split(planned, self._send(columns)))
+        # the search for the culprit is left to the tensors one by one
+        return merged.cpu() if finite or self._c.allow_nonfinite else None
+
+    def _merge(
+        self,
+        run: TensorRun,
+        tensor: PlannedTensor,
+        known: dict[str, Tensor],
+        start: int,
+        end: int,
+        inputs: list[Tensor],
+    ) -> Tensor:
+        merged, finite = run.combine(known, (start, end), *self._split(tensor, self._send(inputs)))
+        if not finite and not self._c.allow_nonfinite:
+            self._refuse(tensor, inputs)
+        if self._c.schedule.stopping:
+            raise Stopped
+        return merged.cpu()
+
+    def _refuse(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> None:
+        """Say which input is not finite.
+
+        Raises:
+            NonFiniteError: Always, unless such numbers are allowed.
+        """
+        if self._c.allow_nonfinite:
+            return
+        for source, data in zip(tensor.inputs, inputs, strict=True):
+            if not torch.isfinite(data).all():
+                raise NonFiniteError(
+                    f"{source.file}: tensor {source.name!r} holds NaN or infinity; "
+                    "merge it all the same with --allow-nonfinite"
+                )
+        raise NonFiniteError(
+            f"{tensor.name}: the merged tensor is not finite, though its inputs are: it overflows {tensor.dtype.name}; "
+            "choose a wider dtype or smaller weights, or keep it with --allow-nonfinite"
+        )
+
+    def _copy(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> Tensor:
+        """Copy an integer buffer that all inputs agree on."""
+        first, *others = inputs
+        for source, other in zip(tensor.inputs[1:], others, strict=True):
+            if not torch.equal(first, other):
+                raise CheckpointError(
+                    f"{tensor.name}: this {tensor.dtype.name} buffer differs between {tensor.inputs[0].file} and "
+                    f"{source.file}; whole numbers are copied when equal, not merged"
+                )
+        return first.reshape(-1).clone()
+
+    def _read(self, tensor: PlannedTensor, start: int, end: int) -> list[Tensor]:
+        """Read elements of every input into this worker's buffer; valid until the next read."""
+        if self._c.schedule.stopping:
+            raise Stopped
+        spans = [
+            (source, start * source.dtype.itemsize, (end - start) * source.dtype.itemsize) for source in tensor.inputs
+        ]
+        views = self._fill(spans)
+        return [view.view(getattr(torch, source.dtype.name)) for view, source in zip(views, tensor.inputs, strict=True)]
+
+    def _read_bundle(self, tensors: Sequence[PlannedTensor]) -> list[list[Tensor]]:
+        """Read whole tensors, every input of each; inputs that lie side by side in a file are read at once.
+
+        Returns:
+            For each position among the inputs, the tensors in order.
+        """
+        width = max(len(tensor.inputs) for tensor in tensors)
+        wanted = [[tensor.inputs[k] if k < len(tensor.inputs) else None for tensor in tensors] for k in range(width)]
+        spans: list[tuple[TensorInfo, int, int]] = []
+        places: list[list[tuple[int, int]]] = []
+        for column in wanted:
+            found: list[tuple[int, int]] = []
+            for source in column:
+                if source is None:
+                    found.append((-1, 0))
+                    continue
+                last = spans[-1][0] if found and spans else None
+                if last is not None and _adjoin(last, source):
+                    run = replace(last, nbytes=last.nbytes + source.nbytes)
+                    found.append((len(spans) - 1, last.nbytes))
+                    spans[-1] = (run, 0, run.nbytes)
+                else:
+                    found.append((len(spans), 0))
+                    spans.append((source, 0, source.nbytes))
+            places.append(found)
+        views = self._fill(spans)
+        empty = torch.empty(0, dtype=torch.uint8)
+        return [
+            [
+                empty if source is None else _typed(views[span][at : at + source.nbytes], source)
+                for source, (span, at) in zip(column, found, strict=True)
+            ]
+            for column, found in zip(wanted, places, strict=True)
+        ]
+
+    def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> list[Tensor]:
+        """Read byte ranges one behind the other into the buffer."""
+        places, total = [], 0
+        for _, _, nbytes in spans:
+            places.append(total)
+            total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        if self._buffer.numel() < total:
+            self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=self._stream is not None)
+        view = self._buffer.numpy().data
+        done = 0
+        for (source, start, nbytes), place in zip(spans, places, strict=True):
+            self._c.reader.read_into(source, start, view[place : place + nbytes])
+            done += nbytes
+        self._c.advance(done, 0, 0)
+        return [self._buffer[place : place + nbytes] for (_, _, nbytes), place in zip(spans, places, strict=True)]
+
+    def _send(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Move inputs to the device."""
+        if self._stream is None:
+            return list(inputs)
+        return [tensor.to(self._c.device, non_blocking=True) for tensor in inputs]
+
+    def _split(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        sent = self._send(inputs)
+        return (None, sent) if tensor.base is None else (sent[0], sent[1:])
+
+    def _write(self, tensor: PlannedTensor, start: int, merged: Tensor) -> list[bytes]:
+        data = _bytes(merged)
+        self._c.staging.write(tensor.shard, tensor.offset + start * tensor.dtype.itemsize, data)
+        self._c.advance(0, data.nbytes, 0)
+        return [digest(data)]
+
+    def _write_together(self, tensors: Sequence[PlannedTensor], outputs: Sequence[Tensor]) -> list[bytes]:
+        """Write a bundle; its tensors lie one behind the other."""
+        data = b"".join(_bytes(output) for output in outputs)
+        self._c.staging.write(tensors[0].shard, tensors[0].offset, memoryview(data))
+        self._c.advance(0, len(data), 0)
+        return [digest(data)]
+
+
+def block_digests(shape: Sequence[int], start: int, end: int, data: Tensor) -> list[bytes]:
+    """Hash the blocks of an input, cut as for an elementwise method, so that hashes do not depend on the method."""
+    view = _bytes(data)
+    size = data.element_size()
+    step = block_step(shape, "element")
+    return [digest(view[(a - start) * size : (min(a + step, end) - start) * size]) for a in range(start, end, step)]
+
+
+def distances(tensor: PlannedTensor, inputs: Sequence[Tensor], merged: Tensor) -> dict[str, Any]:
+    """Measure on the first elements of a tensor how far models and merge are from the base (or the first model).
+
+    Returns:
+        Norm of the base, and norms of the differences of each model and of the merge from it.
+    """
+    flat = [data.reshape(-1)[:SAMPLE].double() for data in inputs]
+    origin = flat[0]
+    norms = [float((other - origin).norm()) for other in flat[1:]]
+    return {
+        "norm": float(origin.norm()),
+        "models": norms,
+        "merged": float((merged.reshape(-1)[:SAMPLE].double() - origin).norm()),
+        "n": int(origin.numel()),
+    }
+
+
+def _adjoin(first: TensorInfo, second: TensorInfo) -> bool:
+    return (
+        first.source is None
+        and second.source is None
+        and first.file == second.file
+        and first.offset + first.nbytes == second.offset
+    )
+
+
+def _typed(data: Tensor, source: TensorInfo) -> Tensor:
+    dtype = getattr(torch, DTYPE_BY_NAME[source.dtype.name].name)
+    if data.data_ptr() % source.dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data
+
+
+def _hex(digests: Sequence[bytes]) -> str:
+    return b"".join(digests).hex()

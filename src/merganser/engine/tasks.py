@@ -1,0 +1,315 @@
+"""Divide a plan into tasks, and hand them out in an order that respects what each of them needs.
+
+A group is one large tensor, or a bundle of small ones. A large tensor is cut into segments of a fixed number of
+blocks; each segment is a task in every pass. What a pass measured is added in the order of the segments, whoever did
+the work, so that results do not depend on who did it. The same tasks run on threads, processes or machines.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.random import keys
+from .blocks import BLOCK, TensorRun, block_step
+from .kernels import Kernels, Values
+from .plan import Plan, PlannedTensor
+
+SEGMENT_BLOCKS = 16
+BUNDLE_TENSORS = 512
+_EAGER_BELOW = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that are worked on together.
+
+    Args:
+        index: Position in the plan's order.
+        tensors: One large tensor, or a bundle of small ones that lie one behind the other in the output.
+        segments: Ranges of blocks of the large tensor, per task; a bundle has one task.
+    """
+
+    index: int
+    tensors: tuple[PlannedTensor, ...]
+    segments: tuple[tuple[int, int], ...]
+
+    @property
+    def bundle(self) -> bool:
+        """Whether one task does the whole group."""
+        return len(self.segments) == 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Task:
+    """One segment of one group in one pass.
+
+    Args:
+        group: Index of the group.
+        stage: Number of the pass; -1 for all passes at once, the last one combines.
+        segment: Index of the segment.
+    """
+
+    group: int
+    stage: int
+    segment: int
+
+
+def make_groups(plan: Plan) -> list[Group]:
+    """Divide the plan's tensors into groups."""
+    groups: list[Group] = []
+    bundle: list[PlannedTensor] = []
+    filled = 0
+
+    def close() -> None:
+        nonlocal filled
+        if bundle:
+            groups.append(Group(len(groups), tuple(bundle), ((0, 1),)))
+            bundle.clear()
+            filled = 0
+
+    for tensor in plan.tensors:
+        step = block_step(tensor.shape, plan.method.scope)
+        blocks = 1 if tensor.copy else -(-tensor.size // step)
+        if blocks > 1:
+            close()
+            cuts = tuple((a, min(a + SEGMENT_BLOCKS, blocks)) for a in range(0, blocks, SEGMENT_BLOCKS))
+            groups.append(Group(len(groups), (tensor,), cuts))
+            continue
+        if bundle and (
+            filled + tensor.size > BLOCK or len(bundle) >= BUNDLE_TENSORS or bundle[-1].shard != tensor.shard
+        ):
+            close()
+        bundle.append(tensor)
+        filled += tensor.size
+    close()
+    return groups
+
+
+class KernelCache:
+    """The kernels of a run, one set per combination of static parameters and dtypes."""
+
+    def __init__(self, plan: Plan, device: torch.device, *, check_finite: bool) -> None:
+        self._plan = plan
+        self._device = device
+        self._check = check_finite
+        self._kernels: dict[Any, Kernels] = {}
+        self._values: dict[int, Values] = {}
+        self._lock = threading.Lock()
+
+    def run(self, tensor: PlannedTensor) -> TensorRun:
+        """Prepare the work on a tensor."""
+        method = self._plan.method
+        with self._lock:
+            values = self._values.get(id(tensor.parameters))
+            if values is None:
+                values = self._values[id(tensor.parameters)] = Values.of(method, tensor.parameters)
+            wide = tensor.dtype.name == "float64" or any(t.dtype.name == "float64" for t in tensor.inputs)
+            # vectors and scraps are not worth a kernel of their own; the threshold depends on nothing but the shape
+            rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+            small = tensor.size < _EAGER_BELOW or (method.scope != "element" and min(rows, tensor.size // rows) == 1)
+            compiled = self._plan.compiled and method.fuse and not small
+            key = (tuple(values.static.items()), wide, tensor.dtype.name, compiled)
+            if key not in self._kernels:
+                self._kernels[key] = Kernels(
+                    method,
+                    values.static,
+                    torch.float64 if wide else torch.float32,
+                    getattr(torch, tensor.dtype.name),
+                    self._device,
+                    compiled,
+                    self._check,
+                )
+        random = keys(self._plan.seed, tensor.name, len(tensor.models) if method.random else 1)
+        return TensorRun(self._kernels[key], values, tensor.shape, random)
+
+
+@dataclass
+class GroupState:
+    """Where the work on a group stands.
+
+    Args:
+        group: The group.
+        runs: The work on each tensor; None for copies.
+        stages: Passes: name, round and "tensor" or "model" of each measurement; the last pass combines.
+    """
+
+    group: Group
+    runs: list[TensorRun | None]
+    stages: list[tuple[str, int, str]]
+    stage: int = 0
+    known: list[dict[str, Tensor]] = field(default_factory=list)
+    totals: dict[int, list[Tensor | None]] = field(default_factory=dict)
+    open_tasks: int = 0
+
+    @cached_property
+    def size(self) -> int:
+        """Number of elements that are merged."""
+        return sum(run.size for run in self.runs if run is not None)
+
+
+class Schedule:
+    """Hands out tasks; thread-safe.
+
+    Args:
+        groups: All groups.
+        state: Makes the state of a group when its turn comes.
+        whole_model: Whether some statistic is measured over the whole model.
+        finished: Segments that an earlier run finished, by group.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        state: Callable[[Group], GroupState],
+        *,
+        whole_model: bool,
+        finished: Mapping[int, set[int]],
+    ) -> None:
+        self._groups = groups
+        self._make = state
+        self._whole = whole_model
+        self._finished = finished
+        self._states: dict[int, GroupState] = {}
+        self._ready: list[Task] = []
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._stopped = False
+        todo = [group for group in groups if len(finished.get(group.index, ())) < len(group.segments)]
+        if whole_model and todo:
+            todo = list(groups)
+        self._waiting: Iterator[Group] = iter(todo)
+        self._left = len(todo)
+        self._at_barrier = 0
+        self._todo = todo
+
+    def take(self) -> tuple[GroupState, Task] | None:
+        """Wait for a task; None when all is done or stopped."""
+        with self._changed:
+            while True:
+                if self._stopped or self._error or not self._left:
+                    return None
+                if self._ready:
+                    task = heapq.heappop(self._ready)
+                    return self._states[task.group], task
+                group = next(self._waiting, None)
+                if group is None:
+                    self._changed.wait()
+                    continue
+                state = self._make(group)
+                self._states[group.index] = state
+                self._open(state)
+
+    def done(self, state: GroupState, task: Task, totals: list[Tensor | None] | None) -> None:
+        """Report a task as done, with what it measured for each tensor of the group."""
+        with self._changed:
+            if totals is not None:
+                state.totals[task.segment] = totals
+            state.open_tasks -= 1
+            if state.open_tasks == 0:
+                self._advance(state, whole=task.stage == -1)
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop everybody because of an error."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Ask everybody to stop at the next border between blocks."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether work should end."""
+        return self._stopped or self._error is not None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong, if anything did."""
+        return self._error
+
+    def _open(self, state: GroupState) -> None:
+        """Put the tasks of the group's present pass on the heap."""
+        group = state.group
+        combining = state.stage == len(state.stages)
+        done = self._finished.get(group.index, set())
+        if group.bundle and not self._whole:
+            tasks = [Task(group.index, -1, 0)]
+        else:
+            segments = [s for s in range(len(group.segments)) if not (combining and s in done)]
+            tasks = [Task(group.index, state.stage, s) for s in segments]
+        state.open_tasks = len(tasks)
+        for task in tasks:
+            heapq.heappush(self._ready, task)
+        if not tasks:
+            self._close(state)
+
+    def _close(self, state: GroupState) -> None:
+        self._left -= 1
+        del self._states[state.group.index]
+
+    def _advance(self, state: GroupState, *, whole: bool) -> None:
+        """Go to the next pass of a group, or of all groups where the pass was over the model."""
+        if whole or state.stage == len(state.stages):
+            self._close(state)
+            return
+        name, index, over = state.stages[state.stage]
+        if over == "tensor":
+            for i, run in enumerate(state.runs):
+                if run is not None:
+                    run.solve(
+                        name, index, _sum(state.totals[s][i] for s in sorted(state.totals)), state.known[i], run.size
+                    )
+            self._next(state)
+            return
+        self._at_barrier += 1
+        if self._at_barrier == len(self._todo):
+            self._at_barrier = 0
+            self._solve_model(name, index)
+
+    def _next(self, state: GroupState) -> None:
+        state.totals = {}
+        state.stage += 1
+        self._open(state)
+
+    def _solve_model(self, name: str, index: int) -> None:
+        """Solve a round that was measured over the whole model, for everybody."""
+        states = [self._states[group.index] for group in self._todo]
+        parts = [
+            state.totals[s][i]
+            for state in states
+            for i, run in enumerate(state.runs)
+            if run is not None
+            for s in sorted(state.totals)
+        ]
+        runs = [(run, state.known[i]) for state in states for i, run in enumerate(state.runs) if run is not None]
+        size = sum(state.size for state in states)
+        if runs:
+            total = _sum(iter(parts))
+            first, known = runs[0]
+            first.solve(name, index, total, known, size)
+            for _, other in runs[1:]:
+                other.pop("previous", None)
+                other.update({k: v for k, v in known.items() if k in ("previous", name)})
+        for state in states:
+            self._next(state)
+
+
+def _sum(parts: Iterator[Tensor | None]) -> Tensor:
+    total: Tensor | None = None
+    for part in parts:
+        assert part is not None
+        total = part if total is None else total + part
+    assert total is not None
+    return total
