@@ -48,6 +48,18 @@ def write_shards(folder: Path, shards: dict[str, Tensors], index: str | None = N
         (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def put(folder: Path, files: dict[str, object]) -> None:
+    """Write files from bytes, or from tensors."""
+    for name, content in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, dict):
+            write_shards(target.parent, {target.name: content})
+        else:
+            assert isinstance(content, bytes)
+            target.write_bytes(content)
+
+
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 

@@ -10,12 +10,13 @@ from typing import NoReturn
 
 from merganser.checkpoint.jsonfile import os_reason, read_object
 from merganser.checkpoint.sidefiles import is_side_file
-from merganser.checkpoint.weights import PICKLED_SUFFIXES, choose_weights
+from merganser.checkpoint.weights import PICKLED_SUFFIXES, choose_weights, is_weight_file
 from merganser.errors import CheckpointError, NotFoundError
 
 __all__ = ["is_hub_id", "snapshot"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_TIMEOUT_SECONDS = 10.0
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".ckpt", *PICKLED_SUFFIXES)
 
 
@@ -59,7 +60,9 @@ def _list_files(model: str, revision: str | None) -> list[str] | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return HfApi().list_repo_files(model, revision=revision)
+        # Not `list_repo_files`: that tries again for half a minute when there is no network.
+        info = HfApi().model_info(model, revision=revision, timeout=_TIMEOUT_SECONDS)
+        return [file.rfilename for file in info.siblings or ()]
     except HfHubHTTPError as error:
         if error.response.status_code >= 500:
             return None
@@ -73,21 +76,23 @@ def _list_files(model: str, revision: str | None) -> list[str] | None:
 def _cached(model: str, revision: str | None, cache_dir: Path | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    unreachable = "the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
     try:
         # One small file is named because huggingface_hub else insists on every file of the repository.
-        return Path(
-            snapshot_download(
-                model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=["config.json"]
-            )
+        found = snapshot_download(
+            model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=["config.json"]
         )
-    except Exception as error:
+    except FileNotFoundError:
         at = f" at revision {revision!r}" if revision else ""
-        if isinstance(error, FileNotFoundError):
-            raise NotFoundError(
-                f"model {model!r} not found: no such folder, the cache does not have it{at}, "
-                "and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
-            ) from None
+        raise NotFoundError(
+            f"model {model!r} not found: no such folder, the cache does not have it{at}, and {unreachable}"
+        ) from None
+    except Exception as error:
         _refuse(model, revision, error)
+    folder = Path(found)
+    if not any(is_weight_file(path.name) for path in folder.iterdir()):
+        raise NotFoundError(f"model {model!r}: the cache has no weights of it ({folder}), and {unreachable}")
+    return folder
 
 
 def _fetch(model: str, revision: str | None, cache_dir: Path | None, names: list[str]) -> Path:
