@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -227,4 +228,96 @@ def test_bad_folder_is_refused(files: dict[str, object], kind: type[MergeError],
     assert str(caught.value).startswith(str(tmp_path))
 
 
-OUT
+OUTSIDE = ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "C:\\x.safetensors", "..\\x.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "\\\\host\\x.safetensors", "C:x.safetensors", "x\0.safetensors"])
+def test_index_may_not_leave_the_folder(name: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, {"x.safetensors": A})
+    put(tmp_path / "model", {INDEX: mapping(a=name)})
+    with pytest.raises(CheckpointError, match="is not inside the checkpoint's folder") as caught:
+        open_checkpoint(str(tmp_path / "model"))
+    assert str(tmp_path / "model" / INDEX) in str(caught.value)
+
+
+def test_link_of_an_index_may_not_leave_the_folder(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"x.safetensors": A})
+    put(tmp_path / "model", {INDEX: mapping(a="y.safetensors")})
+    (tmp_path / "model" / "y.safetensors").symlink_to("../x.safetensors")
+    with pytest.raises(CheckpointError, match=r"'y\.safetensors' is a link that leaves the checkpoint's folder"):
+        open_checkpoint(str(tmp_path / "model"))
+
+
+def test_dead_link(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    with pytest.raises(NotFoundError, match=r"model\.safetensors: is a link to a file that is not there"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_directory_in_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is a directory"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
+def test_pipe_in_place_of_a_file_does_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: is not a regular file"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("closed", ["model.safetensors", "config.json", "pytorch_model.bin", "."])
+def test_no_permission(closed: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_shards(folder, {"pytorch_model.bin" if closed.endswith("bin") else "model.safetensors": A})
+    (folder / "config.json").write_text("{}")
+    target = folder / closed
+    target.chmod(0)
+    try:
+        with pytest.raises(CheckpointError, match="cannot be read: permission denied"):
+            open_checkpoint(str(folder))
+    finally:
+        target.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("./nope", "model './nope' not found: no such file or folder"),
+        ("/nope/nope", "model '/nope/nope' not found: no such file or folder"),
+        ("~/nope-nope", "model '~/nope-nope' not found: no such file or folder"),
+        ("~no-such-user/x", "not found: no such file or folder"),
+        ("a/b/c", "model 'a/b/c' not found: no such file or folder"),
+        ("a\\b", r"model 'a\\\\b' not found: no such file or folder"),
+        ("nope/model.safetensors", "not found: no such file or folder"),
+        ("", "model '' not found: the path is empty"),
+        ("a\0b", r"model 'a\\x00b' not found"),
+        ("./\ud800", "not found"),
+        ("./" + "x" * 5000, "not found: no such file or folder"),
+    ],
+)
+def test_no_such_path(reference: str, message: str) -> None:
+    with pytest.raises(NotFoundError, match=message):
+        open_checkpoint(reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("x.gguf", UnsupportedError, r"x\.gguf: GGUF inputs come with a later version"),
+        ("adapter_model.safetensors", UnsupportedError, "LoRA references come with a later version"),
+        ("config.json", CheckpointError, "not a checkpoint: give a folder, or a file that ends in .safetensors"),
+    ],
+)
+def test_file_that_is_no_checkpoint(name: str, kind: type[MergeError], message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(kind, match=message):
+        open_checkpoint(str(tmp_path / name))
+
+
+def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"model.safetensors": A})
+    with pytest.raises(CheckpointError, match="revision 'main' is given, but the model is a folder"):
+        open_checkpoint(str(tmp_path), revision="main")
