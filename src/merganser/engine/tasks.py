@@ -35,16 +35,13 @@ class Group:
         index: Position in the plan's order.
         tensors: One large tensor, or a bundle of small ones that lie one behind the other in the output.
         segments: Ranges of blocks of the large tensor, per task; a bundle has one task.
+        bundle: Whether these are small tensors, of one block each.
     """
 
     index: int
     tensors: tuple[PlannedTensor, ...]
     segments: tuple[tuple[int, int], ...]
-
-    @property
-    def bundle(self) -> bool:
-        """Whether one task does the whole group."""
-        return len(self.segments) == 1
+    bundle: bool
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,7 +68,7 @@ def make_groups(plan: Plan) -> list[Group]:
     def close() -> None:
         nonlocal filled
         if bundle:
-            groups.append(Group(len(groups), tuple(bundle), ((0, 1),)))
+            groups.append(Group(len(groups), tuple(bundle), ((0, 1),), bundle=True))
             bundle.clear()
             filled = 0
 
@@ -81,7 +78,7 @@ def make_groups(plan: Plan) -> list[Group]:
         if blocks > 1:
             close()
             cuts = tuple((a, min(a + SEGMENT_BLOCKS, blocks)) for a in range(0, blocks, SEGMENT_BLOCKS))
-            groups.append(Group(len(groups), (tensor,), cuts))
+            groups.append(Group(len(groups), (tensor,), cuts, bundle=False))
             continue
         if bundle and (
             filled + tensor.size > BLOCK or len(bundle) >= BUNDLE_TENSORS or bundle[-1].shard != tensor.shard
