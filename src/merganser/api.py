@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from .engine.plan import Plan
     from .engine.run import Progress, Result
 
@@ -21,7 +24,7 @@ def plan(recipe: _Source, **options: Any) -> Plan:
     Args:
         recipe: A recipe, the path of one, its YAML text, or the same as a mapping.
         **options: As for `merganser.engine.plan.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
-            `cache_dir`, `compiled`.
+            `max_memory`, `cache_dir`, `compiled`.
 
     Raises:
         MergeError: The recipe or its inputs cannot be merged; the message says why.
@@ -71,3 +74,66 @@ def merge(
         allow_nonfinite=allow_nonfinite,
         progress=progress,
     )
+
+
+def merge_state_dicts(
+    method: str,
+    models: Sequence[Mapping[str, Tensor]],
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    **parameters: Any,
+) -> dict[str, Tensor]:
+    """Merge state dicts in memory, on the device that they are on; for souping inside a training loop.
+
+        averaged = merganser.merge_state_dicts("linear", [a.state_dict(), b.state_dict()], weight=1.0)
+
+    Args:
+        method: Name of a merge method.
+        models: The state dicts, with the same names and shapes.
+        base: State dict of the base, where the method takes one.
+        seed: Seed of random draws.
+        dtype: Dtype of the merged tensors; by default what the inputs of each promote to.
+        **parameters: As in recipes (`lambda_` for `lambda`); a list gives one value per model.
+
+    Returns:
+        New tensors under the same names. Whole numbers and flags are copied from the first input.
+
+    Raises:
+        ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
+        CheckpointError: Names or shapes differ, or buffers of whole numbers do.
+        UnsupportedError: The parameters ask for a statistic over the whole model.
+    """
+    import torch
+
+    from .engine.blocks import merge_tensors
+    from .errors import CheckpointError, UnsupportedError
+    from .registry import get_method
+
+    found = get_method(method)
+    settings = {name.rstrip("_"): value for name, value in parameters.items()}
+    for name, statistic in found.statistics.items():
+        if "model" in (statistic.over, settings.get(statistic.over)):
+            raise UnsupportedError(f"{method}: {name} is measured over the whole model; merge checkpoints instead")
+    everything = [*models] if base is None else [base, *models]
+    names = everything[0].keys()
+    for position, other in enumerate(everything):
+        if other.keys() != names:
+            odd = sorted(other.keys() ^ names)
+            raise CheckpointError(f"state dict {position}: different names: {', '.join(odd[:4])}")
+    merged: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name in names:
+            inputs = [state[name] for state in everything]
+            if any(tensor.shape != inputs[0].shape for tensor in inputs):
+                raise CheckpointError(f"{name}: shapes differ: {', '.join(str(list(t.shape)) for t in inputs)}")
+            if not inputs[0].is_floating_point():
+                if any(not torch.equal(inputs[0], other) for other in inputs[1:]):
+                    raise CheckpointError(f"{name}: this buffer of {inputs[0].dtype} differs between the models")
+                merged[name] = inputs[0].clone()
+                continue
+            own = inputs[1:] if base is not None else inputs
+            start = inputs[0] if base is not None else None
+            merged[name] = merge_tensors(found, start, own, settings, name=name, seed=seed, dtype=dtype)
+    return merged

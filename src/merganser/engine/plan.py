@@ -13,7 +13,7 @@ from typing import Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, MemoryLimitError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges
 from ..registry import get_method
@@ -85,6 +85,7 @@ class Plan:
         compiled: Whether kernels will be fused.
         seed: Seed of random draws.
         workers: Threads that merge.
+        max_memory: Largest resident memory allowed, bytes.
         device: "cpu" or "cuda[:i]".
         warnings: What the user should know before running.
         differences: Where mergekit would compute other numbers for this recipe.
@@ -101,17 +102,32 @@ class Plan:
     compiled: bool
     seed: int
     workers: int
+    max_memory: int
     device: str
     warnings: Sequence[str] = field(default_factory=list)
     differences: Sequence[str] = field(default_factory=list)
 
     @cached_property
+    def settings(self) -> list[Mapping[str, Any]]:
+        """Every distinct set of parameters."""
+        return list({id(t.parameters): t.parameters for t in self.tensors if not t.copy}.values())
+
+    @cached_property
     def passes(self) -> int:
-        """How often the inputs are read: once per measuring round, once to combine."""
+        """How often the inputs are read, at most: once per measuring round, once to combine."""
         return 1 + sum(
             len(statistic.rounds)
             for statistic in self.method.statistics.values()
-            if statistic.when is None or any(t.parameters.get(statistic.when) for t in self.tensors)
+            if any(statistic.wanted(parameters) for parameters in self.settings)
+        )
+
+    @cached_property
+    def whole_model(self) -> bool:
+        """Whether something is measured over the whole model before the first tensor is merged."""
+        return any(
+            statistic.wanted(parameters) and parameters.get(statistic.over, statistic.over) == "model"
+            for statistic in self.method.statistics.values()
+            for parameters in self.settings
         )
 
     @cached_property
@@ -147,6 +163,7 @@ def build_plan(
     seed: int = 0,
     out_shard_size: int = SHARD_BYTES,
     threads: int | None = None,
+    max_memory: int | None = None,
     device: str = "cpu",
     cache_dir: Path | None = None,
     compiled: bool | None = None,
@@ -157,7 +174,8 @@ def build_plan(
         recipe: From `load_recipe`.
         seed: Seed of random draws.
         out_shard_size: Largest size of an output file, bytes.
-        threads: Threads that merge; by default one per core, at most 8.
+        threads: Threads that merge; by default one per core, at most 8. Fewer run where memory would not suffice.
+        max_memory: Largest resident memory, bytes; by default a quarter of the machine's, at most 4 GB.
         device: "cpu", "cuda", "cuda:i", or "auto" (the first GPU, else the CPU).
         cache_dir: Folder for models from the Hub.
         compiled: Fuse kernels; by default where the work is large and a C++ compiler is at hand.
@@ -165,6 +183,7 @@ def build_plan(
     Raises:
         RecipeError: The recipe does not suit the method or the models.
         CheckpointError: An input is missing, damaged, quantised, or does not fit the others.
+        MemoryLimitError: The method cannot work within `max_memory`; the message says what it needs.
     """
     method = get_method_at(recipe)
     resolver = Resolver(recipe, method)
@@ -183,6 +202,8 @@ def build_plan(
     work = sum(d.size * len(d.inputs) for d in drafts)
     if compiled is None:
         compiled = method.fuse and work >= COMPILE_FROM and has_compiler(device)
+    limit = max_memory or default_memory()
+    workers = fit_workers(method, drafts, threads or min(os.cpu_count() or 1, 8), compiled, limit)
     return Plan(
         recipe=recipe,
         method=method,
@@ -194,7 +215,8 @@ def build_plan(
         side_files=_side_files(recipe, members),
         compiled=compiled,
         seed=seed,
-        workers=threads or min(os.cpu_count() or 1, 8),
+        workers=workers,
+        max_memory=limit,
         device=device,
         warnings=[*resolver.warnings, *alignment.warnings, *config_warnings, *_code_warnings(donor)],
         differences=resolver.differences,
@@ -216,10 +238,36 @@ def has_compiler(device: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
+def default_memory() -> int:
+    """Return the default memory limit, bytes: a quarter of the machine's memory, at most 4 GB, at least 1 GB."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 4_000_000_000
+    return max(min(total // 4, 4_000_000_000), 1_000_000_000)
+
+
+def fit_workers(method: MergeMethod, tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int) -> int:
+    """Return how many workers, at most `wanted`, stay within a memory limit.
+
+    Raises:
+        MemoryLimitError: Not even one does.
+    """
+    for workers in range(wanted, 0, -1):
+        needed = estimate_memory(method, tensors, workers, compiled)
+        if needed <= limit:
+            return workers
+    largest = max(tensors, key=lambda tensor: tensor.size)
+    raise MemoryLimitError(
+        f"--max-memory: {method.name} needs {needed / 1e6:.0f} MB for this merge, {limit / 1e6:.0f} MB are allowed; "
+        f"its largest tensor is {largest.name} {list(largest.shape)}"
+    )
+
+
 def estimate_memory(method: MergeMethod, tensors: Sequence[PlannedTensor], workers: int, compiled: bool) -> int:
     """Estimate the largest resident memory of a run, bytes."""
     # Python and torch themselves; torch.compile's machinery and the kernels it loads
-    resident = 300_000_000 + (220_000_000 if compiled else 0)
+    resident = 265_000_000 + (165_000_000 if compiled else 0)
     largest = 0
     for tensor in tensors:
         size = max((end - start for start, end in block_ranges(tensor.shape, method.scope)), default=0)

@@ -161,13 +161,7 @@ class _Run:
     def execute(self) -> dict[tuple[int, int], Mapping[str, Any]]:
         """Do all tasks; return the journal's entries by group and segment."""
         finished = self._trusted()
-        whole = any(
-            statistic.over in self._plan.method.parameters and tensor.parameters.get(statistic.over) == "model"
-            for statistic in self._plan.method.statistics.values()
-            for tensor in [t for t in self._plan.tensors if not t.copy][:1]
-        )
-        whole = whole or any(s.over == "model" for s in self._plan.method.statistics.values())
-        schedule = Schedule(self.groups, self._state, whole_model=whole, finished=finished)
+        schedule = Schedule(self.groups, self._state, whole_model=self._plan.whole_model, finished=finished)
         if self._progress:
             self._progress.start(self._plan, self._staging.continued)
         threads_before = torch.get_num_threads()
