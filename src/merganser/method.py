@@ -14,8 +14,8 @@ The signature is the contract. Positional names say what is handed in:
 
 Keyword-only names are parameters. Their annotation carries type, range and search interval, their default is the
 default of the recipe, and without one they are required. A trailing underscore is dropped (`lambda_` is `lambda`).
-Numbers arrive as tensors (0-d, or one entry per model), so that schedules do not recompile; flags, counts and
-choices arrive as plain Python values.
+Numbers arrive as float64 tensors (0-d, or one entry per model), so that schedules do not recompile; combined with a
+block, a 0-d one (`weight[i]`) does not widen it. Flags, counts and choices arrive as plain Python values.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .docstring import Docstring, parse_docstring
 from .errors import ParameterError, did_you_mean
 
 T = TypeVar("T")
+When = str | Callable[..., bool] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +158,27 @@ class Statistic:
     Args:
         rounds: Passes over the inputs; `previous` names the solved result of the round before.
         over: "tensor", "model", or the name of the parameter that says which.
-        when: Name of a flag parameter without which the passes are saved and the statistic is None.
+        when: Says from the parameters that it names (per-model ones are tuples) whether this tensor needs the
+            statistic; the name of a flag does, too. Where it is not needed its passes are saved and it is None.
     """
 
     rounds: tuple[Round, ...]
     over: str = "tensor"
-    when: str | None = None
+    when: When = None
+
+    def wanted(self, parameters: Mapping[str, Any]) -> bool:
+        """Say whether a tensor needs the statistic.
+
+        Args:
+            parameters: All parameters of the tensor, by their names in recipes.
+        """
+        if self.when is None or isinstance(self.when, str):
+            return self.when is None or bool(parameters[self.when])
+        return self.when(**{name: parameters[name.rstrip("_")] for name in takes(self.when)})
 
 
 def statistic(
-    measure: Callable[..., Tensor], solve: Callable[..., Tensor], *, over: str = "tensor", when: str | None = None
+    measure: Callable[..., Tensor], solve: Callable[..., Tensor], *, over: str = "tensor", when: When = None
 ) -> Statistic:
     """Declare a statistic of one pass."""
     return Statistic((Round(measure, solve),), over=over, when=when)

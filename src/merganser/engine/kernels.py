@@ -29,7 +29,7 @@ class Values:
     """Parameters of one output tensor, in the forms that kernels and solvers take.
 
     Args:
-        static: Flags, counts and choices.
+        static: Flags, counts and choices, and which statistics are wanted ("measure NAME").
         numbers: Numeric parameters, float64: 0-d, or shape [T].
     """
 
@@ -47,6 +47,7 @@ class Values:
                 numbers[parameter.argument] = torch.tensor(value, dtype=torch.float64)
             else:
                 static[parameter.argument] = value
+        static.update({f"measure {name}": s.wanted(parameters) for name, s in method.statistics.items()})
         return cls(static, numbers)
 
 
@@ -56,7 +57,7 @@ class Kernels:
 
     Args:
         method: The merge method.
-        static: Flags, counts and choices by argument name.
+        static: Flags, counts and choices by argument name, and which statistics are wanted, as in `Values`.
         compute: float32, or float64 where an input or the output is.
         output: Dtype of the result.
         device: Where the kernels run.
@@ -76,15 +77,15 @@ class Kernels:
     @cached_property
     def statistics(self) -> list[tuple[str, Statistic, str]]:
         """Statistics to measure, in order: name, declaration, "tensor" or "model"."""
-        wanted = []
-        for name, statistic in self.method.statistics.items():
-            if statistic.when is None or self.static[statistic.when]:
-                wanted.append((name, statistic, str(self.static.get(statistic.over, statistic.over))))
-        return wanted
+        return [
+            (name, statistic, str(self.static.get(statistic.over, statistic.over)))
+            for name, statistic in self.method.statistics.items()
+            if self.static[f"measure {name}"]
+        ]
 
     def numbers(self, values: Values) -> dict[str, Tensor]:
-        """Return numeric parameters in the compute dtype, on the device."""
-        return {name: value.to(self.device, self.compute) for name, value in values.numbers.items()}
+        """Return numeric parameters on the device."""
+        return {name: value.to(self.device) for name, value in values.numbers.items()}
 
     def measure(
         self,
