@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoint.making import Tensors, put, some_tensors, write_shards
 
 from merganser.checkpoint import open_checkpoint
 from merganser.errors import CheckpointError
+from tests.checkpoint.making import Tensors, put, some_tensors, write_shards
 
 A: Tensors = {"a": torch.arange(4.0)}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoint.making import Tensors, check_equal, put, raw_file, tensor_bytes, write_shards
 
 from merganser.checkpoint import open_checkpoint
 from merganser.errors import CheckpointError, MergeError, NotFoundError, UnsupportedError
+from tests.checkpoint.making import Tensors, check_equal, put, raw_file, tensor_bytes, write_shards
 
 A: Tensors = {"a": torch.arange(4.0)}
 B: Tensors = {"b": torch.ones(2, 3)}
@@ -231,7 +231,9 @@ def test_bad_folder_is_refused(files: dict[str, object], kind: type[MergeError],
 OUTSIDE = ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "C:\\x.safetensors", "..\\x.safetensors"]
 
 
-@pytest.mark.parametrize("name", [*OUTSIDE, "\\\\host\\x.safetensors", "C:x.safetensors", "x\0.safetensors"])
+@pytest.mark.parametrize(
+    "name", [*OUTSIDE, "\\\\host\\x.safetensors", "C:x.safetensors", "sub\\x.safetensors", "x\0.safetensors"]
+)
 def test_index_may_not_leave_the_folder(name: str, tmp_path: Path) -> None:
     write_shards(tmp_path, {"x.safetensors": A})
     put(tmp_path / "model", {INDEX: mapping(a=name)})

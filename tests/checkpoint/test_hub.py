@@ -13,11 +13,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 from huggingface_hub import constants
-from tests.checkpoint.making import Tensors, check_equal, write_shards
 
 from merganser.checkpoint import Checkpoint, open_checkpoint
 from merganser.checkpoint.hub import is_hub_id
 from merganser.errors import CheckpointError, MergeError, NotFoundError, UnsupportedError
+from tests.checkpoint.making import Tensors, check_equal, write_shards
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_thisIsASecretThatMustNotBeShown"

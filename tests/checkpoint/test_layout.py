@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from tests.checkpoint.making import check_equal, some_tensors, tensor_bytes
 
 from merganser.checkpoint import DTYPE_BY_NAME, DTYPES, Shard, index_json, open_checkpoint, plan_shards
 from merganser.checkpoint.dtypes import DType
+from tests.checkpoint.making import check_equal, some_tensors, tensor_bytes
 
 Spec = tuple[str, DType, tuple[int, ...]]
 
@@ -115,6 +115,7 @@ def test_layout_is_tight_aligned_and_stable(tensors: list[Spec], shard_bytes: in
     bits = {name: dtype.bits for name, dtype, _ in tensors}
     members = [name for shard in shards for name in shard.entries]
     assert sorted(members) == sorted(order)
+    assert all(shard.entries for shard in shards) or not tensors
     for shard in shards:
         position = len(shard.header)
         for name, (offset, nbytes) in shard.entries.items():

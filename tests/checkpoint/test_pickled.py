@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.checkpoint.making import check_equal, read_all, some_tensors, tensor_bytes
 
 from merganser.checkpoint import open_checkpoint
 from merganser.checkpoint.pickled import read_pickled
 from merganser.errors import CheckpointError, MergeError, NotFoundError
+from tests.checkpoint.making import check_equal, read_all, some_tensors, tensor_bytes
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:

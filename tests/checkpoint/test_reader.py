@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.checkpoint.making import check_equal, only, some_tensors, tensor_bytes, write_shards
 
 from merganser.checkpoint import Reader, open_checkpoint
 from merganser.checkpoint.reader import _OpenFile
 from merganser.errors import CheckpointError, NotFoundError
+from tests.checkpoint.making import check_equal, only, some_tensors, tensor_bytes, write_shards
 
 
 def test_every_range_of_a_tensor(tmp_path: Path) -> None:

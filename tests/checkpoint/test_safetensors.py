@@ -12,11 +12,11 @@ import safetensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.checkpoint.making import entry, raw_file, some_tensors, tensor_bytes
 
 from merganser.checkpoint import DTYPES
 from merganser.checkpoint.safetensors import read_header
 from merganser.errors import CheckpointError, MergeError, NotFoundError
+from tests.checkpoint.making import entry, raw_file, some_tensors, tensor_bytes
 
 
 def test_header_is_read(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from merganser.checkpoint.hub import is_hub_id, snapshot
@@ -150,9 +150,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_shard_name(index: Path, name: str) -> None:
-    windows, posix = PureWindowsPath(name), PurePosixPath(name)
-    leaves = windows.anchor or posix.is_absolute() or ".." in windows.parts or ".." in posix.parts
-    if leaves or "\0" in name or "\\" in name:
+    # As Windows reads it, which knows both slashes, drives and shares: an index must mean the same everywhere.
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts or "\0" in name or "\\" in name:
         raise CheckpointError(f"{index}: file {name!r} is not inside the checkpoint's folder, where it must be")
     if not name.endswith((".safetensors", *PICKLED_SUFFIXES)):
         raise CheckpointError(f"{index}: file {name!r} is not a file of weights")

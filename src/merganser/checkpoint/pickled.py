@@ -48,7 +48,7 @@ class PickledFile:
             tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
             row = tensor[0].numel() * tensor.element_size()
             first = start // row
-            rows = tensor[first : -(-end // row)].resolve_neg().clone(memory_format=torch.contiguous_format)
+            rows = tensor[first : -(-end // row)].clone(memory_format=torch.contiguous_format)
             found = rows.reshape(-1).view(torch.uint8)[start - first * row : end - first * row]
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(found)
 
