@@ -1,0 +1,242 @@
+"""Write the documents that are made from the code: method pages and index, recipe schema, command line, errors.
+
+scripts/docs            write them
+scripts/docs --check    fail where one is out of date
+"""
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTE = "<!-- written by scripts/docs: edit the code, not this page -->\n\n"
+
+SCOPES = {
+    "element": "elements: each by itself, in chunks of any size",
+    "row": "rows: all weights of an output unit together",
+    "tensor": "whole tensors: one at a time in memory",
+}
+FAMILIES = {
+    "averages": "Averages",
+    "spherical": "Averages on spheres",
+    "task vectors": "Task vectors",
+    "spectral": "Spectral methods",
+    "layers": "Layers",
+    "sidecars": "Sidecars",
+}
+
+
+def main() -> int:
+    """Write the documents, or compare them."""
+    check = "--check" in sys.argv[1:]
+    pages = documents()
+    known = {path for path in (ROOT / "docs" / "methods").glob("*.md")}
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    orphans = sorted(known - pages.keys())
+    if check:
+        for path in [*stale, *orphans]:
+            print(f"{path.relative_to(ROOT)}: out of date; run scripts/docs", file=sys.stderr)
+        return 1 if stale or orphans else 0
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(pages[path], encoding="utf-8")
+    for path in orphans:
+        path.unlink()
+    print(f"{len(pages)} documents, {len(stale)} written, {len(orphans)} removed")
+    return 0
+
+
+def documents() -> dict[Path, str]:
+    """Make every generated document."""
+    from merganser.recipe.schema import json_schema
+    from merganser.registry import methods
+
+    found = methods()
+    works = bibliography()
+    docs = ROOT / "docs"
+    pages = {docs / "methods" / f"{name}.md": method_page(method, works) for name, method in found.items()}
+    pages[docs / "methods" / "README.md"] = method_index(found)
+    pages[docs / "errors.md"] = errors_page()
+    pages[docs / "cli.md"] = cli_page()
+    pages[ROOT / "src" / "merganser" / "recipe.schema.json"] = json.dumps(json_schema(), indent=1) + "\n"
+    return pages
+
+
+def method_page(method, works: dict[str, dict[str, str]]) -> str:
+    """Make the page of one method."""
+    doc = method.doc
+    source = Path(inspect.getsourcefile(method.combine)).resolve().relative_to(ROOT).as_posix()
+    lines = [f"# {method.name}", "", doc.summary, ""]
+    lines += fenced(doc.body)
+    lines += ["## Use when", "", doc.sections["Use when"], "", "## Parameters", ""]
+    lines += parameter_table(method)
+    lines += ["", f"Takes {method.models_text()}."]
+    if method.no_effect:
+        lines += ["", "Accepted for mergekit's sake, without effect:"]
+        lines += [f"`{name}` ({why})" for name, why in method.no_effect.items()]
+    if method.compat:
+        values = ", ".join(f"`{name}: {value}`" for name, value in method.compat.items())
+        lines += ["", f"`compat: mergekit` sets {values}."]
+    lines += ["", "## Differs from the paper", "", doc.sections["Differs from the paper"], ""]
+    lines += ["## Works on", "", f"{SCOPES[method.scope].capitalize()}.", ""]
+    if method.statistics:
+        passes = sum(len(statistic.rounds) for statistic in method.statistics.values())
+        names = ", ".join(method.statistics)
+        lines += [f"Measures beforehand: {names} ({passes} pass{'es' * (passes > 1)} over the inputs, at most).", ""]
+    if method.breaks:
+        lines += ["Does not hold:", ""]
+        lines += [f"- {LAWS[law]}: {why}." for law, why in method.breaks.items()] + [""]
+    lines += ["## Example", "", "```yaml", example(method), "```", "", "## Reference", "", citation(method.cite, works)]
+    lines += ["", f"Source: [`{source}`](../../{source}), version {method.version}."]
+    return NOTE + "\n".join(lines) + "\n"
+
+
+LAWS = {
+    "identical": "identical models return that model",
+    "zero_delta": "models equal to the base return the base",
+    "order": "the order of the models does not matter",
+    "differs": "the result differs from every input",
+}
+
+
+def fenced(body: str) -> list[str]:
+    """Set the indented formulas of a docstring's body as code."""
+    lines: list[str] = []
+    inside = False
+    for line in body.splitlines():
+        formula = line.startswith("    ")
+        if formula and not inside:
+            lines.append("```")
+        if inside and line and not formula:
+            while lines[-1] == "":
+                lines.pop()
+            lines += ["```", ""]
+        inside = formula or (inside and not line)
+        lines.append(line[4:] if formula else line)
+    if inside:
+        lines.append("```")
+    return [*lines, ""]
+
+
+def parameter_table(method) -> list[str]:
+    """Make the table of a method's parameters."""
+    if not method.parameters:
+        return ["None."]
+    lines = ["| name | per model | value | default | |", "|---|---|---|---|---|"]
+    for p in method.parameters.values():
+        default = "required" if p.required else f"`{str(p.default).lower() if p.kind == 'flag' else p.default}`"
+        lines.append(f"| `{p.name}` | {'yes' if p.per_model else ''} | {p.allowed} | {default} | {p.help} |")
+    return lines
+
+
+def example(method) -> str:
+    """Make a recipe that runs, with every required parameter."""
+    needs_base = method.base == "required"
+    lines = [f"merge_method: {method.name}"] + ["base_model: path/to/base"] * needs_base + ["models:"]
+    count = max(method.min_models, min(2, method.max_models or 2))
+    for i in range(count):
+        lines.append(f"  - model: path/to/expert-{'abcdefgh'[i]}")
+        each = [p for p in method.parameters.values() if p.per_model and p.required]
+        if each:
+            lines.append("    parameters:")
+            lines += [f"      {p.name}: {suggestion(p)}" for p in each]
+    shared = [p for p in method.parameters.values() if not p.per_model and p.required]
+    if shared:
+        lines.append("parameters:")
+        lines += [f"  {p.name}: {suggestion(p)}" for p in shared]
+    return "\n".join([*lines, "dtype: bfloat16"])
+
+
+def suggestion(parameter) -> float:
+    """Suggest a value for a required parameter."""
+    low, high = (parameter.range.search if parameter.range else None) or (0.0, 1.0)
+    return round((low + high) / 2, 3)
+
+
+def method_index(found) -> str:
+    """Make the index: grouped by family, with what was probed rather than typed."""
+    from merganser.testing import probe
+
+    lines = ["# Merge methods", "", "Every method is one file; its page says the formula, when to use it, and where it"]
+    lines += ["differs from its paper. The columns are probed on small tensors by the contract suite.", ""]
+    families = dict.fromkeys([*FAMILIES, *sorted({m.family for m in found.values()})])
+    for family in families:
+        members = [m for m in found.values() if m.family == family]
+        if not members:
+            continue
+        lines += [f"## {FAMILIES.get(family, family.capitalize())}", ""]
+        lines += ["| method | | takes | works on | order matters | identical models return that model | random |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for m in members:
+            facts = probe(m)
+            yes = {True: "yes", False: "no", None: "unknown"}
+            lines.append(
+                f"| [{m.name}]({m.name}.md) | {m.doc.summary} | {m.models_text()} | {m.scope}s | "
+                f"{yes[facts['order_matters']]} | {yes[facts['identical_models_return_the_model']]} | {yes[m.random]} |"
+            )
+        lines.append("")
+    return NOTE + "\n".join(lines)
+
+
+def bibliography() -> dict[str, dict[str, str]]:
+    """Read the fields of references.bib that a page shows."""
+    text = (ROOT / "references.bib").read_text(encoding="utf-8")
+    works = {}
+    for entry in re.split(r"^@", text, flags=re.MULTILINE)[1:]:
+        key = entry.partition("{")[2].partition(",")[0].strip()
+        fields = re.findall(r"^\s*(\w+)\s*=\s*[{\"](.*?)[}\"],?\s*$", entry, flags=re.MULTILINE)
+        works[key] = {name.lower(): re.sub(r"[{}]", "", value) for name, value in fields}
+    return works
+
+
+def citation(key: str, works: dict[str, dict[str, str]]) -> str:
+    """Set a citation."""
+    if key == "-":
+        return "No publication."
+    work = works[key]
+    number = work.get("eprint") or ""
+    link = f" [arXiv:{number}](https://arxiv.org/abs/{number})" if number else ""
+    link = link or (f" {work['url']}" if "url" in work else "")
+    return f"{work['author'].replace(' and ', ', ')} ({work['year']}). *{work['title']}*.{link} `{key}`"
+
+
+def errors_page() -> str:
+    """Make the page of errors from the tree in the module."""
+    from merganser import errors
+
+    lines = inspect.cleandoc(errors.__doc__).splitlines()
+    return (
+        NOTE
+        + "\n".join(["# Errors", "", lines[0], "", "```", *(line[4:] for line in lines[2:-2]), "```", "", lines[-1]])
+        + "\n"
+    )
+
+
+def cli_page() -> str:
+    """Make the page of the command line from its own help."""
+    import click
+    import typer.main
+
+    from merganser.cli import app
+
+    command = typer.main.get_command(app)
+    lines = ["# Command line", ""]
+    context = click.Context(command, info_name="merganser")
+    for name in command.list_commands(context):
+        verb = command.get_command(context, name)
+        lines += [f"## merganser {name}", "", inspect.cleandoc(verb.help or "").replace("\f", ""), ""]
+        lines += ["| option | |", "|---|---|"]
+        for parameter in verb.params:
+            if parameter.name == "help":
+                continue
+            names = ", ".join(f"`{n}`" for n in [*parameter.opts, *parameter.secondary_opts])
+            shown = f"`{parameter.human_readable_name}`" if isinstance(parameter, click.Argument) else names
+            lines.append(f"| {shown} | {(getattr(parameter, 'help', '') or '').strip()} |")
+        lines.append("")
+    return NOTE + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
