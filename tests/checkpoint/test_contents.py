@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,3 +90,13 @@ def test_quantised(config: dict[str, object], tensors: Callable[[], Tensors], wh
     else:
         assert found is not None
         assert re.search(re.escape(why), found)
+
+
+def test_opening_safetensors_loads_no_heavy_library(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"model.safetensors": A})
+    code = (
+        "import sys; from merganser.checkpoint import open_checkpoint; open_checkpoint(sys.argv[1]); "
+        "print(sorted({'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
