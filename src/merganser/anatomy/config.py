@@ -42,16 +42,18 @@ COUNT_KEYS = (
 )
 
 # Sub-configs of towers beside the language model.
-_SIDE_CONFIG = re.compile(r"vision|visual|vit_|image|audio|speech|sound|projector|vq|quant|talker|token2wav|code|draft")
+_SIDE_CONFIG = re.compile(
+    r"vision|visual|vit_|image|audio|speech|sound|projector|vq|quant|talker|token2wav|codec|code_|draft"
+)
 
 # Only families whose config class sets the flag are listed: for others an absent key says nothing.
 _TIED_BY_DEFAULT = words(
-    """albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert cohere
-    cohere2 convbert ctrl data2vec-text deberta deberta-v2 distilbert electra ernie ernie4_5 ernie4_5_moe esm falcon
+    """albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert
+    cohere cohere2 convbert ctrl data2vec-text deberta deberta-v2 distilbert electra ernie ernie4_5 ernie4_5_moe esm falcon
     falcon_mamba flaubert fnet gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gpt-sw3 gpt2 gpt_bigcode gpt_neo
     ibert internvl jetmoe led lfm2 lfm2_moe longformer longt5 m2m_100 mamba marian mbart megatron-bert mistral3
-    mobilebert modernbert modernbert-decoder mpnet mpt mt5 mvp nllb-moe openai-gpt opt paligemma pegasus pegasus_x plbart
-    recurrent_gemma roberta roberta-prelayernorm roformer smollm3 starcoder2 switch_transformers t5 t5gemma umt5
+    mobilebert modernbert modernbert-decoder mpnet mpt mt5 mvp nllb-moe openai-gpt opt paligemma pegasus pegasus_x
+    plbart recurrent_gemma roberta roberta-prelayernorm roformer smollm3 starcoder2 switch_transformers t5 t5gemma umt5
     vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod zamba zamba2"""
 )
 _UNTIED_BY_DEFAULT = words(
@@ -63,16 +65,17 @@ _UNTIED_BY_DEFAULT = words(
 )
 
 
-def text_scopes(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def text_scopes(config: Mapping[str, Any], depth: int = 4) -> Iterator[dict[str, Any]]:
     """Yield the dicts that describe the language model: the config itself, then `text_config` and its kin.
 
-    Sub-configs of vision and audio towers, quantisation and the like are left out.
+    Sub-configs of vision and audio towers, quantisation and the like are left out, and so is what is nested
+    deeper than `depth`.
     """
     yield config  # type: ignore[misc]  # callers that write pass the copy they made, a dict
-    for key, value in config.items():
+    for key, value in config.items() if depth else ():
         nested = isinstance(value, dict) and (key.endswith("_config") or key in ("text", "llm", "language_model"))
         if nested and not _SIDE_CONFIG.search(key):
-            yield from text_scopes(value)
+            yield from text_scopes(value, depth - 1)
 
 
 def model_types(config: Mapping[str, Any]) -> list[str]:

@@ -104,11 +104,11 @@ def _main_stack(stacks: Mapping[str, int], shapes: Mapping[str, Shape], config: 
         return None
     counts = layer_counts(config)
     named = [p for p in candidates if stacks[p] in counts or _without_prediction_layers(stacks[p], config) in counts]
-    if len(named) == 1:
-        return named[0]
+    if len(named) <= 1:
+        return named[0] if named else None
     weight: Counter[str] = Counter()
     for name, shape in shapes.items():
-        if hit := split_at(name, named or candidates):
+        if hit := split_at(name, named):
             weight[hit[0]] += math.prod(shape)
     (first, most), (_, second) = weight.most_common(2)
     return first if most >= 2 * second else None
@@ -152,14 +152,16 @@ def _parts(
         side = name.startswith(side_prefixes) or (main is not None and bool(SIDE.search(name.lower())))
         if hit is None:
             role = outside_role(name, side=side)
-            parts[name] = Part(name, None, None, _position_outside(name, role, side, config), role, None)
+            expert = _expert_index(name) if role == "expert" else None
+            parts[name] = Part(name, None, None, _position_outside(name, role, side, config), role, expert)
             continue
         stack, index, suffix = hit
         role = role_in_layer(suffix, shape, ssm_modules=ssm[stack, index], has_experts=has_experts)
         layer = index if index < stacks[stack] else None
         position: Position = "layer" if main in (stack, None) else outside_position(name, role, side=side)
         if layer is None:
-            position = "after"
+            # A prediction layer carries its own embedding and head.
+            position, role = "after", outside_role(suffix, side=False) if role == "other" else role
         parts[name] = Part(name, stack, layer, position, role, _expert_index(suffix) if role == "expert" else None)
     return parts
 
@@ -240,7 +242,9 @@ def _ties(
     architectures = config.get("architectures")
     named = str(architectures[0]) if isinstance(architectures, list) and architectures else None
     has_head = named is None or named.endswith(_LM_SUFFIXES)
-    if head is None and has_head and is_tied(config):
+    # An unknown config class without the flag: a language model whose file has no head can only be tied.
+    tied = is_tied(config) if named is None else is_tied(config) is not False
+    if head is None and has_head and tied:
         ties += _head_aliases(parts, shapes, config, embedding)
     return ties
 

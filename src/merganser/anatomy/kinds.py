@@ -126,7 +126,8 @@ def _refit_sparse_step(scope: dict[str, Any], layers: Sequence[int]) -> None:
     step = as_int(scope.get("decoder_sparse_step"))
     if step is None or step <= 1:
         return
-    dense = set(scope.get("mlp_only_layers") or [])
+    given = scope.get("mlp_only_layers")
+    dense = {index for index in given if as_int(index) is not None} if isinstance(given, list) else set()
     scope["mlp_only_layers"] = sorted(dense | {index for index in range(max(layers) + 1) if (index + 1) % step})
     scope["decoder_sparse_step"] = 1
 
@@ -153,9 +154,10 @@ def stale_rules(scope: Mapping[str, Any], count: int) -> list[str]:
     implied = implied_lists(scope, count).get("layer_types")
     if implied is None or scope.get("layer_types") == implied:
         return []
-    keys = [key for key in (*_PERIOD_KEYS, "global_attn_every_n_layers", "max_window_layers") if scope.get(key)]
+    keys = ("sliding_window_pattern", "full_attention_interval", "global_attn_every_n_layers", "max_window_layers")
     return [
-        f"{key}={scope[key]} does not describe the chosen layers; layer_types does, for readers that know it "
-        "(transformers 4.53 and later)"
-        for key in keys[:1]
+        f"{key}={scope[key]} does not describe the chosen layers; layer_types does, so load it with a transformers "
+        "version that reads layer_types"
+        for key in keys
+        if scope.get(key)
     ]

@@ -44,10 +44,11 @@ _BEHIND = re.compile(r"\bmtp\b|nextn|draft|eagle|medusa|talker|token2wav")
 
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)")
 _POSITION = re.compile(
-    r"rotary|inv_freq|rel(ative)?_(pos|attention_bias)|alibi|position_(emb|bias|ids)|embed_positions|pos_?emb|^wpe$"
+    r"rotary|inv_freq|rel(ative)?_(pos|attention_bias)|alibi|position_(emb|bias|ids)|embed_positions|pos_?emb"
+    r"|^wpe$|^rope$|^freqs"
 )
 _EXPERT = re.compile(r"experts?(_|$|\d)")
-_CONV = re.compile(r"^(short_?)?conv(_?\d*d?)$|conv1d|conv2d|conv_1d")
+_CONV = re.compile(r"^(short_?)?conv(_?\d*d?|_in|_out)$|conv1d|conv2d|conv_1d")
 _SSM = re.compile(r"mamba|ssm|rg_lru|temporal_block|recurrent|^a_log$|^dt_")
 _ATTENTION = re.compile(
     r"attn|attention|^(q|k|v|qk|kv|qkv|query|key|value|query_key_value|w[qkv]|wqkv|o|out)(_(proj|lin|linear))?$"
@@ -60,8 +61,8 @@ _EMBEDDING = re.compile(
     r"embed|^wte$|^shared$|^(tok|word|char)_emb|^emb$|token_type|patch|(cls|class|mask|dist)_token|^probe$|project_in"
 )
 _HEAD = re.compile(
-    r"head|classif|^score$|^cls$|pooler|predict|embed_out|proj_out|project_out|^output$|logits|vocab_|qa_outputs"
-    r"|generator|seq_relationship|^summary"
+    r"head|classif|^score$|^cls$|pooler|predict|embed_out|proj_out|project_out|^output(_layer)?$|logits|vocab_"
+    r"|qa_outputs|generator|seq_relationship|^summary"
 )
 _PARAMETER = frozenset({"weight", "bias", "gamma", "beta", "scale"})
 
@@ -118,6 +119,8 @@ def outside_role(name: str, *, side: bool) -> Role:
         return "norm"
     if any(_POSITION.search(word) for word in modules):
         return "position"
+    if any(_EXPERT.search(word) for word in words):
+        return "expert"
     if side and (role := _attention_or_mlp(words)) != "other" and not any("embed" in word for word in words):
         return role
     if any(_HEAD.search(word) for word in modules) and modules[-1] != "probe":
