@@ -22,7 +22,7 @@ from .kernels import prepare_compiler_cache
 from .plan import Plan
 from .record import RECORD_NAME, file_hash, fingerprint, input_hashes, layer_summary, make_record, model_card
 from .staging import Staging, digest
-from .stream import Context, Worker
+from .stream import Context, Stopped, Worker
 from .tasks import Group, GroupState, KernelCache, Schedule, Task, make_groups
 
 _PIECE = 1 << 22
@@ -172,11 +172,11 @@ class _Run:
         try:
             with Reader() as reader:
                 context = Context(
-                    reader, self._staging, schedule, self._device, self._advance, self._finish, self._allow
+                    reader, self._staging, self._device, self._advance, lambda: schedule.stopping, self._allow
                 )
+                workers = [Worker(context) for _ in range(self._plan.workers)]
                 self._join(
-                    [threading.Thread(target=Worker(context).work, daemon=True) for _ in range(self._plan.workers)],
-                    schedule,
+                    [threading.Thread(target=self._work, args=(w, schedule), daemon=True) for w in workers], schedule
                 )
         finally:
             torch.set_num_threads(threads_before)
@@ -185,6 +185,20 @@ class _Run:
         if schedule.error is not None:
             raise schedule.error
         return self._entries
+
+    def _work(self, worker: Worker, schedule: Schedule) -> None:
+        """Do tasks until none is left."""
+        try:
+            while (taken := schedule.take()) is not None:
+                state, task = taken
+                done = worker.do(state, task)
+                if done.entry is not None:
+                    self._finish(state.group, task, done.entry)
+                schedule.done(state, task, done.totals)
+        except Stopped:
+            pass
+        except BaseException as error:
+            schedule.fail(error)
 
     def _join(self, threads: list[threading.Thread], schedule: Schedule) -> None:
         for thread in threads:

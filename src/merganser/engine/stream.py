@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from ..checkpoint import DTYPE_BY_NAME, Reader, TensorInfo
 from ..errors import CheckpointError, NonFiniteError
 from .blocks import TensorRun, block_step
 from .plan import PlannedTensor
-from .staging import Staging, digest
-from .tasks import Group, GroupState, Schedule, Task
+from .staging import digest
+from .tasks import Group, GroupState, Task
 
 SAMPLE = 1 << 16
 """Elements at the start of each tensor on which the run record's distances are measured."""
@@ -31,27 +31,45 @@ class Stopped(Exception):
     """The run was asked to stop."""
 
 
+class Output(Protocol):
+    """Takes the output's bytes."""
+
+    def write(self, shard: int, offset: int, data: memoryview) -> None:
+        """Write bytes at their final place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What all workers of a run share.
+    """What all workers of a process share.
 
     Args:
         reader: Reads inputs.
-        staging: Takes the output.
-        schedule: Hands out tasks.
+        output: Takes the output.
         device: Where kernels run.
         advance: Told the bytes read, the bytes written and the tensors completed.
-        finish: Told each finished task that combined: group, task, its journal entry.
+        stopping: Says whether work should end at the next border between blocks.
         allow_nonfinite: Merge NaN and infinity.
     """
 
     reader: Reader
-    staging: Staging
-    schedule: Schedule
+    output: Output
     device: torch.device
     advance: Callable[[int, int, int], None]
-    finish: Callable[[Group, Task, dict[str, Any]], None]
+    stopping: Callable[[], bool]
     allow_nonfinite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a task gave.
+
+    Args:
+        totals: For a task that measured: the sum of each tensor of the group.
+        entry: For a task that combined: its journal entry, with hashes of what was read and written.
+    """
+
+    totals: list[Tensor | None] | None = None
+    entry: dict[str, Any] | None = None
 
 
 class Worker:
@@ -62,38 +80,31 @@ class Worker:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._stream = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def work(self) -> None:
-        """Do tasks until none is left."""
-        try:
-            while (taken := self._c.schedule.take()) is not None:
-                state, task = taken
-                if self._stream is None:
-                    totals = self._do(state, task)
-                else:
-                    with torch.cuda.stream(self._stream):
-                        totals = self._do(state, task)
-                self._c.schedule.done(state, task, totals)
-        except Stopped:
-            pass
-        except BaseException as error:
-            self._c.schedule.fail(error)
+    def do(self, state: GroupState, task: Task) -> Done:
+        """Do a task.
 
-    def _do(self, state: GroupState, task: Task) -> list[Tensor | None] | None:
-        combining = task.stage in (-1, len(state.stages))
-        if not combining:
+        Raises:
+            Stopped: The run was asked to stop.
+            MergeError: An input or the target is at fault.
+        """
+        if self._stream is None:
+            return self._do(state, task)
+        with torch.cuda.stream(self._stream):
+            return self._do(state, task)
+
+    def _do(self, state: GroupState, task: Task) -> Done:
+        if task.stage not in (-1, len(state.stages)):
             name, index, _ = state.stages[task.stage]
-            return [
+            totals = [
                 None if run is None else self._measure(run, name, index, state.known[i], tensor, task.segment, state)
                 for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True))
             ]
+            return Done(totals=totals)
         if state.group.bundle:
-            entry = self._combine_bundle(state, measure=task.stage == -1)
-        else:
-            run = state.runs[0]
-            assert run is not None
-            entry = self._combine_segment(state.group, task, run, state.known[0])
-        self._c.finish(state.group, task, entry)
-        return None
+            return Done(entry=self._combine_bundle(state, measure=task.stage == -1))
+        run = state.runs[0]
+        assert run is not None
+        return Done(entry=self._combine_segment(state.group, task, run, state.known[0]))
 
     def _ranges(self, run: TensorRun, group: Group, segment: int) -> Sequence[tuple[int, int]]:
         first, end = group.segments[segment]
@@ -166,7 +177,7 @@ class Worker:
             outputs.append(merged)
             if run is not None and tensor.size:
                 samples[tensor.name] = distances(tensor, own, merged)
-            if self._c.schedule.stopping:
+            if self._c.stopping():
                 raise Stopped
         written = self._write_together(tensors, outputs)
         self._c.advance(0, 0, len(tensors))
@@ -229,7 +240,7 @@ class Worker:
         merged, finite = run.combine(known, (start, end), *self._split(tensor, self._send(inputs)))
         if not finite and not self._c.allow_nonfinite:
             self._refuse(tensor, inputs)
-        if self._c.schedule.stopping:
+        if self._c.stopping():
             raise Stopped
         return merged.cpu()
 
@@ -265,7 +276,7 @@ class Worker:
 
     def _read(self, tensor: PlannedTensor, start: int, end: int) -> list[Tensor]:
         """Read elements of every input into this worker's buffer; valid until the next read."""
-        if self._c.schedule.stopping:
+        if self._c.stopping():
             raise Stopped
         spans = [
             (source, start * source.dtype.itemsize, (end - start) * source.dtype.itemsize) for source in tensor.inputs
@@ -337,14 +348,14 @@ class Worker:
 
     def _write(self, tensor: PlannedTensor, start: int, merged: Tensor) -> list[bytes]:
         data = _bytes(merged)
-        self._c.staging.write(tensor.shard, tensor.offset + start * tensor.dtype.itemsize, data)
+        self._c.output.write(tensor.shard, tensor.offset + start * tensor.dtype.itemsize, data)
         self._c.advance(0, data.nbytes, 0)
         return [digest(data)]
 
     def _write_together(self, tensors: Sequence[PlannedTensor], outputs: Sequence[Tensor]) -> list[bytes]:
         """Write a bundle; its tensors lie one behind the other."""
         data = b"".join(_bytes(output) for output in outputs)
-        self._c.staging.write(tensors[0].shard, tensors[0].offset, memoryview(data))
+        self._c.output.write(tensors[0].shard, tensors[0].offset, memoryview(data))
         self._c.advance(0, len(data), 0)
         return [digest(data)]
 
