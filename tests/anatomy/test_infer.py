@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.anatomy.architectures import ARCHITECTURES, Real, published, real
 
 from merganser.anatomy import Anatomy, infer_anatomy
+from tests.anatomy.architectures import ARCHITECTURES, Real, published, real
 
 EXPECTED = {
     block.split(" | ", 1)[0]: block

@@ -52,7 +52,7 @@ layered = st.builds(
 
 
 @given(st.one_of(checkpoint, layered), config)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_parts_cover_all_names(shapes, config):
     anatomy = infer_anatomy(shapes, config)
     assert list(anatomy.parts) == list(shapes)
@@ -71,7 +71,7 @@ def test_parts_cover_all_names(shapes, config):
 
 
 @given(st.one_of(checkpoint, layered), config, st.integers(0, 99))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_rename_is_undone_by_renaming_back(shapes, config, index):
     anatomy = infer_anatomy(shapes, config)
     for tensor, part in anatomy.parts.items():
@@ -102,7 +102,7 @@ def test_a_permutation_of_layers_is_undone_by_its_inverse(count, order, suffixes
 
 
 @given(layered, config, st.lists(st.integers(0, 3), max_size=5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_slicing_any_config_gives_a_config_or_a_reason(shapes, config, layers):
     anatomy = infer_anatomy(shapes, config)
     before = repr(config)

@@ -3,11 +3,11 @@
 import copy
 
 import pytest
-from tests.anatomy.architectures import build, load_config, names_in_memory, published, real
 
 from merganser.anatomy import infer_anatomy, slice_config
 from merganser.anatomy.kinds import fit_period
 from merganser.errors import CheckpointError, UnsupportedError
+from tests.anatomy.architectures import build, load_config, names_in_memory, published, real
 
 # Lists that newer versions of transformers write out and older ones derive.
 DERIVED = ("layer_types", "no_rope_layers", "moe_layers", "mlp_layer_types")
