@@ -48,20 +48,20 @@ _SIDE_CONFIG = re.compile(
 
 # Only families whose config class sets the flag are listed: for others an absent key says nothing.
 _TIED_BY_DEFAULT = words(
-    """albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom
-    camembert cohere cohere2 convbert ctrl data2vec-text deberta deberta-v2 distilbert electra ernie ernie4_5
-    ernie4_5_moe esm falcon falcon_mamba flaubert fnet gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gpt-sw3 gpt2
-    gpt_bigcode gpt_neo ibert internvl jetmoe led lfm2 lfm2_moe longformer longt5 m2m_100 mamba marian mbart megatron-bert mistral3
-    mobilebert modernbert modernbert-decoder mpnet mpt mt5 mvp nllb-moe openai-gpt opt paligemma pegasus pegasus_x
-    plbart recurrent_gemma roberta roberta-prelayernorm roformer smollm3 starcoder2 switch_transformers t5 t5gemma umt5
-    vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod zamba zamba2"""
+    """albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert
+    cohere cohere2 convbert ctrl data2vec-text deberta deberta-v2 distilbert electra ernie ernie4_5 ernie4_5_moe esm
+    falcon falcon_mamba flaubert fnet gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gpt-sw3 gpt2 gpt_bigcode
+    gpt_neo ibert internvl jetmoe led lfm2 lfm2_moe longformer longt5 m2m_100 mamba marian mbart megatron-bert
+    mistral3 mobilebert modernbert modernbert-decoder mpnet mpt mt5 mvp nllb-moe openai-gpt opt paligemma pegasus
+    pegasus_x plbart recurrent_gemma roberta roberta-prelayernorm roformer smollm3 starcoder2 switch_transformers t5
+    t5gemma umt5 vaultgemma whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet xmod zamba zamba2"""
 )
 _UNTIED_BY_DEFAULT = words(
     """apertus arcee bamba bitnet codegen dbrx deepseek_v2 deepseek_v3 diffllama dots1 exaone4 falcon_h1 glm glm4
-    glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium idefics2 idefics3 jamba
-    llama llama4 llama4_text llava llava_next mamba2 minimax mistral mixtral mllama_text_model nemotron nemotron_h olmo
-    olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next qwen3_vl
-    rembert rwkv seed_oss smolvlm stablelm"""
+    glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium idefics2 idefics3
+    jamba llama llama4 llama4_text llava llava_next mamba2 minimax mistral mixtral mllama_text_model nemotron
+    nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe
+    qwen3_next qwen3_vl rembert rwkv seed_oss smolvlm stablelm"""
 )
 
 
