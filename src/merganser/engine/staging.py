@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +19,59 @@ from ..checkpoint import Shard
 from ..errors import OutputError
 
 _JOURNAL = "journal.jsonl"
+# file systems that know no locks; two runs into one target are up to the user there
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class Staging:
-    """The growing output.
+    """The growing output; it holds the target's lock until it is published, kept or removed.
 
     Args:
         out: The target folder.
         shards: Files of the output.
         fingerprint: Identifies recipe, inputs and versions; another one never continues this journal.
+        beside: Bytes that will be written beside the shards.
         overwrite: Whether the target may exist.
         fresh: Start again even where a run could be continued.
 
     Raises:
-        OutputError: The target exists, its parent does not, there is no room, or another run works on it.
+        OutputError: The target exists, its parent cannot be written, there is no room, or another run works on it.
     """
 
     def __init__(
-        self, out: Path, shards: Sequence[Shard], fingerprint: str, *, overwrite: bool = False, fresh: bool = False
+        self,
+        out: Path,
+        shards: Sequence[Shard],
+        fingerprint: str,
+        *,
+        beside: int = 0,
+        overwrite: bool = False,
+        fresh: bool = False,
     ) -> None:
-        self.out = out
-        self.folder = out.with_name(f".{out.name}.merging")
-        self._shards = shards
-        self._lock = threading.Lock()
-        self._files: list[int] = []
-        self.continued = False
         check_target(out, overwrite=overwrite)
+        self.out = out
+        # absolute: the current folder may change, and "a/.." has no name
+        self._target = Path(os.path.abspath(out))  # noqa: PTH100
+        self.folder = self._target.with_name(f".{self._target.name}.merging")
+        self._lock_file = self._target.with_name(f".{self._target.name}.merging.lock")
+        self._shards = shards
+        self._files: list[int] = []
+        self._users = 0
+        self._idle = threading.Condition()
+        self._journal_lock = threading.Lock()
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(exist_ok=True)
-            self._guard = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._guard: int | None = _acquire(self._lock_file)
         except OSError as error:
-            raise OutputError(f"{out}: cannot be written: {error.strerror}") from None
+            raise self.write_error(error) from None
+        if self._guard is None:
+            raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+        self.continued = False
         try:
-            fcntl.flock(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._guard)
-            raise OutputError(f"{out}: another run is writing it; wait for it, or stop it") from None
-        self.finished = {} if fresh else self._read_journal(fingerprint)
-        self.continued = bool(self.finished)
-        try:
-            self._prepare(fingerprint)
+            self.folder.mkdir(exist_ok=True)
+            self.finished, length = ({}, 0) if fresh else self._read_journal(fingerprint)
+            self.continued = bool(self.finished)
+            self._prepare(fingerprint, length, beside)
         except OSError as error:
             (self.keep if self.continued else self.remove)()
             raise self.write_error(error) from None
@@ -70,24 +82,30 @@ class Staging:
         Raises:
             OutputError: The disk is full or failed.
         """
-        view = data.cast("B")
         try:
-            while view:
-                count = os.pwrite(self._files[shard], view, offset)
-                offset += count
-                view = view[count:]
+            with self._file(shard) as descriptor:
+                write_all(descriptor, offset, data)
         except OSError as error:
             raise self.write_error(error) from None
 
     def read(self, shard: int, offset: int, buffer: memoryview) -> None:
-        """Read back what was written."""
+        """Read back what was written.
+
+        Raises:
+            OutputError: The disk failed, or somebody cut the file.
+        """
         view = buffer.cast("B")
-        while view:
-            count = os.preadv(self._files[shard], [view], offset)
-            if not count:
-                raise OutputError(f"{self.folder}: {self._shards[shard].name} became shorter while it was written")
-            offset += count
-            view = view[count:]
+        try:
+            with self._file(shard) as descriptor:
+                while view:
+                    count = os.preadv(descriptor, [view], offset)
+                    if not count:
+                        name = self._shards[shard].name
+                        raise OutputError(f"{self.folder}: {name} became shorter while it was written")
+                    offset += count
+                    view = view[count:]
+        except OSError as error:
+            raise self.write_error(error) from None
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Add a finished task to the journal.
@@ -97,7 +115,7 @@ class Staging:
         """
         line = json.dumps(entry, separators=(",", ":"))
         try:
-            with self._lock:
+            with self._journal_lock:
                 self._journal.write(line + "\n")
                 self._journal.flush()
         except OSError as error:
@@ -110,93 +128,118 @@ class Staging:
             OutputError: The target appeared meanwhile, or the disk failed.
         """
         try:
-            self.close_files(sync=True)
-            (self.folder / _JOURNAL).unlink()
-            (self.folder / "lock").unlink()
+            check_target(self.out, overwrite=overwrite)
+            self._close_files()
             for path in self.folder.rglob("*"):
                 _sync(path)
+            (self.folder / _JOURNAL).unlink()
             _sync(self.folder)
-            check_target(self.out, overwrite=overwrite)
-            old = self.out.with_name(f".{self.out.name}.replaced")
-            if self.out.exists():
-                self.out.rename(old)
-            self.folder.rename(self.out)
-            if old.exists():
-                shutil.rmtree(old)
-            _sync(self.out.parent)
+            _replace(self._target, self.folder)
+            _sync(self._target.parent)
         except OSError as error:
             raise self.write_error(error) from None
-        finally:
-            os.close(self._guard)
+        self._release()
 
     def keep(self) -> None:
         """Leave the folder for the next run to continue."""
-        self.close_files(sync=False)
-        os.close(self._guard)
+        self._close_files()
+        self._release()
 
     def remove(self) -> None:
         """Delete the folder and all in it."""
-        self.close_files(sync=False)
+        self._close_files()
         shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._guard)
-
-    def close_files(self, *, sync: bool) -> None:
-        """Close the shards and the journal."""
-        for descriptor in self._files:
-            if sync:
-                os.fsync(descriptor)
-            os.close(descriptor)
-        self._files = []
-        if hasattr(self, "_journal"):
-            with contextlib.suppress(OSError):
-                self._journal.close()
+        self._release()
 
     def write_error(self, error: OSError) -> OutputError:
         """Turn an error of the system into one with a remedy."""
+        if isinstance(error, OutputError):
+            return error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return OutputError(
                 f"{self.out}: the disk is full; free some room and run the same command again, it continues"
             )
         return OutputError(f"{self.out}: cannot be written: {error.strerror or error}")
 
-    def _prepare(self, fingerprint: str) -> None:
+    @contextlib.contextmanager
+    def _file(self, shard: int) -> Iterator[int]:
+        """Lend a shard's descriptor; it is not closed meanwhile, since its number may be reused at once."""
+        with self._idle:
+            if not self._files:
+                raise OutputError(f"{self.out}: the run has ended")
+            self._users += 1
+        try:
+            yield self._files[shard]
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
+
+    def _close_files(self) -> None:
+        """Close the shards and the journal, when no thread uses them any more."""
+        with self._idle:
+            files, self._files = self._files, []
+            self._idle.wait_for(lambda: not self._users)
+        for descriptor in files:
+            os.close(descriptor)
+        if hasattr(self, "_journal"):
+            with contextlib.suppress(OSError):
+                self._journal.close()
+
+    def _release(self) -> None:
+        """Give the lock back; its file goes while it is still held, so that nobody holds one that has no name."""
+        if self._guard is not None:
+            self._lock_file.unlink(missing_ok=True)
+            os.close(self._guard)
+            self._guard = None
+
+    def _prepare(self, fingerprint: str, journal_length: int, beside: int) -> None:
         """Open the shards, with their headers and full sizes, and the journal."""
         if not self.continued:
             for path in self.folder.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        needed = sum(shard.size for shard in self._shards)
-        present = sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.safetensors"))
-        free = shutil.disk_usage(self.folder).free
-        if needed - present > free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._check_room(beside)
         for shard in self._shards:
-            descriptor = os.open(self.folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
             self._files.append(descriptor)
             os.ftruncate(descriptor, shard.size)
-            os.pwrite(descriptor, shard.header, 0)
+        for index, shard in enumerate(self._shards):
+            self.write(index, 0, memoryview(shard.header))
         self._journal = (self.folder / _JOURNAL).open("a", encoding="utf-8")
+        self._journal.truncate(journal_length)
         if not self.continued:
             self.note({"fingerprint": fingerprint})
 
-    def _read_journal(self, fingerprint: str) -> dict[tuple[int, int], dict[str, Any]]:
-        """Return the finished tasks by (group, segment); none where another merge was begun here."""
+    def _check_room(self, beside: int) -> None:
+        needed = sum(shard.size for shard in self._shards) + beside
+        present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        free = shutil.disk_usage(self.folder).free
+        if needed - present > free:
+            raise OutputError(
+                f"{self.out}: the disk is too full: {_megabytes(needed - present)} are to be written, "
+                f"{_megabytes(free)} are free; make room, or choose a target on another disk"
+            )
+
+    def _read_journal(self, fingerprint: str) -> tuple[dict[tuple[int, int], dict[str, Any]], int]:
+        """Return the finished tasks by (group, segment), and the length of the journal's sound part, bytes.
+
+        Nothing is finished where another merge was begun here.
+        """
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        length = 0
         path = self.folder / _JOURNAL
         if not path.exists():
-            return {}
-        found: dict[tuple[int, int], dict[str, Any]] = {}
-        with path.open(encoding="utf-8", errors="replace") as lines:
+            return found, length
+        with path.open("rb") as lines:
             for number, line in enumerate(lines):
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    # the last line of a killed run may be cut off
-                    continue
-                if number == 0 and entry.get("fingerprint") != fingerprint:
-                    return {}
-                if "group" in entry:
+                entry = _parse(line)
+                # the last line of a killed run may be cut off; nothing behind a damaged one is trusted
+                if entry is None or (entry != {"fingerprint": fingerprint} if number == 0 else "group" not in entry):
+                    break
+                if number:
                     found[entry["group"], entry["segment"]] = entry
-        return found
+                length += len(line)
+        return found, length
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -205,21 +248,94 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: The target exists and may not be replaced.
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise OutputError(f"{out}: is not a folder; choose another target")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{out}: exists; choose another target, or allow it to be replaced with --overwrite")
-    if not (out / "merge.json").exists():
-        raise OutputError(
-            f"{out}: exists and was not written by merganser (it has no merge.json), so --overwrite does not touch it"
-        )
+    try:
+        if out.is_symlink():
+            raise OutputError(f"{out}: is a link; choose another target, or the folder that it leads to")
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise OutputError(f"{out}: is not a folder; choose another target")
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise OutputError(f"{out}: the current folder is in it, and would be replaced; choose another target")
+        if not any(out.iterdir()):
+            return
+        if not overwrite:
+            raise OutputError(f"{out}: exists; choose another target, or allow it to be replaced with --overwrite")
+        if not (out / "merge.json").exists():
+            raise OutputError(
+                f"{out}: exists and was not written by merganser (it has no merge.json), "
+                "so --overwrite does not touch it"
+            )
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def write_all(descriptor: int, offset: int, data: memoryview) -> None:
+    """Write bytes at their place in a file.
+
+    Raises:
+        OSError: The disk is full or failed.
+    """
+    view = data.cast("B")
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        offset += count
+        view = view[count:]
 
 
 def digest(data: memoryview | bytes) -> bytes:
     """Return the xxh3-128 digest of some bytes."""
     return xxhash.xxh3_128_digest(data)
+
+
+def _acquire(path: Path) -> int | None:
+    """Lock a file that its owner deletes when he is done; None if another run holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        # its owner deleted it between the opening and the locking
+        os.close(descriptor)
+
+
+def _replace(target: Path, folder: Path) -> None:
+    """Put a folder in the place of another, or of none."""
+    old = target.with_name(f".{target.name}.replaced")
+    exists = target.exists()
+    if exists:
+        # one may be there: of a run that was killed right here
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    try:
+        folder.rename(target)
+    except OSError:
+        if exists:
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Read a line of the journal; None if it is damaged."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not line.endswith(b"\n") or not isinstance(entry, dict):
+        return None
+    return entry
 
 
 def _sync(path: Path) -> None:
@@ -228,3 +344,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
