@@ -64,7 +64,7 @@ class Slot:
 
     Args:
         name: Name in the output.
-        rule: Name that filters of shared parameters look at (a tied head follows its embedding).
+        rule: Name that filters of parameters look at (a tied head follows its embedding).
         part: What the name means, in the output's numbering.
         slice_index: Slice whose parameters count.
         t: Position in a layer schedule, 0 to 1.
@@ -113,22 +113,13 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         CheckpointError: Tensors are missing, or too many, or of different shapes.
     """
     warnings: list[str] = []
-    names = list(donor.checkpoint.tensors)
-    tied = all(member.tied for member in members)
-    head = _head_name(members)
-    if head and head not in donor.checkpoint.tensors and not tied:
-        names.append(head)
-        untied = [str(m.reference) for m in members if not m.tied]
-        warnings.append(
-            f"{head}: {', '.join(untied)} has a head of its own, so the output has one, too, and is not tied"
-        )
-    drop = _droppable(names, head, tied, members, warnings)
-    names = [name for name in names if name not in drop]
-    _check_names(donor, members, set(names), drop)
+    names, head, tied, drop = _names(donor, members, warnings)
+    for member in members:
+        _check_names(donor, member, names, set(member.checkpoint.tensors) - drop)
     end = after_layers(recipe)
     slots = []
     for name in names:
-        part = donor.anatomy.parts.get(name) or _parts_of(name, members)
+        part = _part(name, [donor, *members])
         rule = name
         if tied and name == head and donor.anatomy.embedding:
             # one matrix under two names must stay one matrix
@@ -157,35 +148,45 @@ def align_slices(
         RecipeError: A model has no single stack of layers.
         CheckpointError: Tensors are missing or of different shapes.
     """
-    for member in members.values():
+    used = [members[reference] for reference in dict.fromkeys(r for piece in slices for r in piece)]
+    for member in used:
         if member.anatomy.main is None:
             raise RecipeError(
                 f"{recipe.place}: {member.reference} has no single stack of numbered layers, so it cannot be sliced"
             )
-    names = list(donor.checkpoint.tensors)
-    parts = donor.anatomy.parts
+    warnings: list[str] = []
+    names, head, tied, drop = _names(donor, used, warnings)
+    if tied and head:
+        # embedding and head may come from different slices; what was tied stays one matrix
+        drop.add(head)
+        names = [name for name in names if name != head]
+    if tied and slices[0].keys() != slices[-1].keys():
+        warnings.append(
+            f"the models are tied, so the output's head is its embedding: that of {', '.join(map(str, slices[0]))}"
+        )
     slots: list[Slot] = []
     layers: list[int] = []
-    warnings: list[str] = []
-    tied = all(member.tied for member in members.values())
 
     def outside(position: str, index: int, t: float) -> None:
-        used = {reference: members[reference] for reference in slices[index]}
-        for name in names:
-            if parts[name].position == position or (position == "after" and _behind(parts[name], donor.anatomy)):
-                slots.append(
-                    Slot(name, name, parts[name], index, t, _inputs(name, {r: (m, name) for r, m in used.items()}))
-                )
+        sources = {reference: members[reference] for reference in slices[index]}
+        parts = {name: _part(name, [donor, *used]) for name in names}
+        found = [name for name in names if parts[name].position == position]
+        for member in sources.values():
+            own = (name for name, part in member.anatomy.parts.items() if part.position == position)
+            _check_names(donor, member, found, set(own) - drop)
+        for name in found:
+            inputs = _inputs(name, {reference: (member, name) for reference, member in sources.items()})
+            slots.append(Slot(name, name, parts[name], index, t, inputs))
 
     outside("before", 0, 0.0)
     for index, starts in enumerate(slices):
-        first = next(iter(starts))
-        count = len(starts[first])
-        for step in range(count):
+        # per-layer settings in the config are the donor's
+        own = starts.get(donor.reference) or next(iter(starts.values()))
+        for step in range(len(own)):
             slots += _layer(members, starts, step, len(layers), index)
-            layers.append(min(starts[first][step], donor.anatomy.n_layers - 1))
+            layers.append(min(own[step], donor.anatomy.n_layers - 1))
     outside("after", len(slices) - 1, after_layers(recipe))
-    return Alignment(slots, tied and not any(slot.name == donor.anatomy.head for slot in slots), layers, warnings)
+    return Alignment(slots, tied, layers, warnings)
 
 
 def _layer(
@@ -199,6 +200,10 @@ def _layer(
     first = next(iter(starts))
     t = layer_depth(step, len(starts[first]))
     named = {reference: members[reference].layers[layers[step]] for reference, layers in starts.items()}
+    common = set.intersection(*(set(names) for names in named.values()))
+    for reference, names in named.items():
+        kept = {suffix: name for suffix, name in names.items() if suffix in common or not _RECOMPUTED.search(name)}
+        named[reference] = kept
     pattern = named[first]
     for reference, names in named.items():
         if names.keys() != pattern.keys():
@@ -214,11 +219,6 @@ def _layer(
         part = Part(new, old.stack, index, old.position, old.role, old.expert)
         sources = {reference: (members[reference], names[suffix]) for reference, names in named.items()}
         yield Slot(new, new, part, slice_index, t, _inputs(new, sources))
-
-
-def _behind(part: Part, anatomy: Anatomy) -> bool:
-    """Say whether a tensor is numbered with the layers but is not one of them (a prediction layer)."""
-    return part.position == "layer" and part.stack == anatomy.main and part.layer is None
 
 
 def _inputs(name: str, sources: Mapping[ModelReference, tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
@@ -237,6 +237,11 @@ def _inputs(name: str, sources: Mapping[ModelReference, tuple[Member, str]]) -> 
             raise CheckpointError(
                 f"{name}: {first} holds {expected.dtype.name}, {reference} holds {tensor.dtype.name}; "
                 "numbers and integer buffers cannot be merged with each other"
+            )
+        if expected.dtype.kind != "float" and tensor.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{name}: {first} holds {expected.dtype.name}, {reference} holds {tensor.dtype.name}; "
+                "buffers of whole numbers are copied when they are equal, dtype included"
             )
     return found
 
@@ -267,38 +272,61 @@ def _is_head(name: str) -> bool:
     return name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
 
 
-def _droppable(
-    names: Sequence[str], head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]
-) -> set[str]:
+def _names(
+    donor: Member, members: Sequence[Member], warnings: list[str]
+) -> tuple[list[str], str | None, bool, set[str]]:
+    """Decide which tensors the output has.
+
+    Returns:
+        Their names in the donor's order, the head's name, whether it is tied, and what is left out.
+    """
+    names = list(donor.checkpoint.tensors)
+    everyone = list(dict.fromkeys([donor, *members]))
+    tied = all(member.tied for member in members)
+    head = _head_name(everyone)
+    if head and head not in donor.checkpoint.tensors and not tied:
+        names.append(head)
+        untied = [str(m.reference) for m in members if not m.tied]
+        warnings.append(
+            f"{head}: {', '.join(untied)} has a head of its own, so the output has one, too, and is not tied"
+        )
+    drop = _droppable(head, tied, everyone, warnings)
+    return [name for name in names if name not in drop], head, tied, drop
+
+
+def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]) -> set[str]:
     """Return names that some models hold and the output need not: recomputed buffers and copies of tied heads."""
-    everywhere = set.intersection(*(set(m.checkpoint.tensors) for m in members))
-    somewhere = set.union(*(set(m.checkpoint.tensors) for m in members)) | set(names)
-    drop = {name for name in somewhere - everywhere if _RECOMPUTED.search(name)}
+    names = dict.fromkeys(name for m in members for name in m.checkpoint.tensors)
+    drop = {name for name in names if _RECOMPUTED.search(name) and not _alike(name, members)}
     if drop:
-        warnings.append(f"{_some(sorted(drop))}: not in every model; left out, as model code computes it by itself")
-    if tied and head and head not in everywhere:
+        warnings.append(f"{_some(sorted(drop))}: not alike in every model; left out, as model code computes it")
+    if tied and head and any(head not in m.checkpoint.tensors for m in members):
         drop.add(head)
         warnings.append(f"{head}: every model is tied, so the copy that some of them hold is left out")
     return drop
 
 
-def _check_names(donor: Member, members: Iterable[Member], names: set[str], drop: set[str]) -> None:
-    """Refuse models that lack tensors of the output, or hold others."""
-    for member in members:
-        own = set(member.checkpoint.tensors) - drop
-        missing = sorted(name for name in names if member.tensor(name) is None)
-        extra = sorted(own - names)
-        if missing or extra:
-            lines = [f"{member.reference} and {donor.reference} do not hold the same tensors"]
-            if missing:
-                lines.append(f"{len(missing)} missing in {member.reference}: {_some(missing)}")
-            if extra:
-                lines.append(f"{len(extra)} only in {member.reference}: {_some(extra)}")
-            lines.append("only models of one architecture can be merged")
-            raise CheckpointError("; ".join(lines))
+def _alike(name: str, members: Sequence[Member]) -> bool:
+    """Say whether every model holds a tensor that some hold, in one shape and dtype."""
+    held = (member.checkpoint.tensors.get(name) for member in members)
+    return len({tensor and (tensor.shape, tensor.dtype) for tensor in held}) == 1
 
 
-def _parts_of(name: str, members: Iterable[Member]) -> Part:
+def _check_names(donor: Member, member: Member, names: Sequence[str], own: set[str]) -> None:
+    """Refuse a model that lacks tensors of the output, or holds others."""
+    missing = sorted(name for name in names if member.tensor(name) is None)
+    extra = sorted(own.difference(names))
+    if missing or extra:
+        lines = [f"{member.reference} and {donor.reference} do not hold the same tensors"]
+        if missing:
+            lines.append(f"{len(missing)} missing in {member.reference}: {_some(missing)}")
+        if extra:
+            lines.append(f"{len(extra)} only in {member.reference}: {_some(extra)}")
+        lines.append("only models of one architecture can be merged")
+        raise CheckpointError("; ".join(lines))
+
+
+def _part(name: str, members: Iterable[Member]) -> Part:
     return next(m.anatomy.parts[name] for m in members if name in m.anatomy.parts)
 
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
-from ..errors import CheckpointError, MemoryLimitError, RecipeError
+from ..errors import CheckpointError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges
 from ..registry import get_method
 from .align import Alignment, Member, Slot, align_models, align_slices
-from .blocks import BLOCK, block_ranges
+from .blocks import block_step
+from .devices import has_compiler, resolve_device
+from .memory import default_memory, estimate_memory, fit_workers
 
 COMPILE_FROM = 1 << 28
 """Input elements from which a merge is fused: compiling takes seconds, less than eager arithmetic on this many."""
@@ -68,6 +69,11 @@ class PlannedTensor:
         """The base, if any, and the models."""
         return self.models if self.base is None else (self.base, *self.models)
 
+    @property
+    def nbytes_read(self) -> int:
+        """Size of the inputs, bytes."""
+        return sum(tensor.nbytes for tensor in self.inputs)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -114,12 +120,8 @@ class Plan:
 
     @cached_property
     def passes(self) -> int:
-        """How often the inputs are read, at most: once per measuring round, once to combine."""
-        return 1 + sum(
-            len(statistic.rounds)
-            for statistic in self.method.statistics.values()
-            if any(statistic.wanted(parameters) for parameters in self.settings)
-        )
+        """How often inputs are read, at most: once per measuring round, once to combine."""
+        return max((self._passes(parameters) for parameters in self.settings), default=1)
 
     @cached_property
     def whole_model(self) -> bool:
@@ -132,8 +134,13 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes read from the inputs, all passes together."""
-        return sum(tensor.nbytes for t in self.tensors for tensor in t.inputs) * self.passes
+        """Bytes read from the inputs, all passes together; tensors of one block are read once for all of them."""
+        passes = {id(parameters): self._passes(parameters) for parameters in self.settings}
+        total = 0
+        for t in self.tensors:
+            once = t.copy or not (self.whole_model or t.size > block_step(t.shape, self.method.scope))
+            total += t.nbytes_read * (1 if once else passes[id(t.parameters)])
+        return total
 
     @cached_property
     def bytes_written(self) -> int:
@@ -153,8 +160,12 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Rough time to expect: passes at 4 GB/s from memory, the first read and the writing at 0.5 GB/s."""
-        once = self.bytes_read / self.passes
+        once = sum(t.nbytes_read for t in self.tensors)
         return 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + (20 if self.compiled else 0)
+
+    def _passes(self, parameters: Mapping[str, Any]) -> int:
+        statistics = self.method.statistics.values()
+        return 1 + sum(len(statistic.rounds) for statistic in statistics if statistic.wanted(parameters))
 
 
 def build_plan(
@@ -184,7 +195,11 @@ def build_plan(
         RecipeError: The recipe does not suit the method or the models.
         CheckpointError: An input is missing, damaged, quantised, or does not fit the others.
         MemoryLimitError: The method cannot work within `max_memory`; the message says what it needs.
+        UnsupportedError: There is no such device.
+        ValueError: A number is below 1.
     """
+    _check_options(out_shard_size, threads, max_memory)
+    found_device = resolve_device(device)
     method = get_method_at(recipe)
     resolver = Resolver(recipe, method)
     members = _open_all(recipe, cache_dir)
@@ -201,8 +216,8 @@ def build_plan(
     config, config_warnings = _config(recipe, donor, alignment, drafts)
     work = sum(d.size * len(d.inputs) for d in drafts)
     if compiled is None:
-        compiled = method.fuse and work >= COMPILE_FROM and has_compiler(device)
-    limit = max_memory or default_memory()
+        compiled = method.fuse and work >= COMPILE_FROM and has_compiler(found_device)
+    limit = default_memory() if max_memory is None else max_memory
     workers = fit_workers(method, drafts, threads or min(os.cpu_count() or 1, 8), compiled, limit)
     return Plan(
         recipe=recipe,
@@ -217,8 +232,14 @@ def build_plan(
         seed=seed,
         workers=workers,
         max_memory=limit,
-        device=device,
-        warnings=[*resolver.warnings, *alignment.warnings, *config_warnings, *_code_warnings(donor)],
+        device=str(found_device),
+        warnings=[
+            *resolver.warnings,
+            *resolver.idle_filters(),
+            *alignment.warnings,
+            *config_warnings,
+            *_code_warnings(donor),
+        ],
         differences=resolver.differences,
     )
 
@@ -231,51 +252,10 @@ def get_method_at(recipe: Recipe) -> MergeMethod:
         raise RecipeError(f"{recipe.place_of('merge_method')}: {error}") from None
 
 
-def has_compiler(device: str) -> bool:
-    """Say whether kernels can be fused: on a CPU this takes a C++ compiler."""
-    if device != "cpu":
-        return True
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
-
-
-def default_memory() -> int:
-    """Return the default memory limit, bytes: a quarter of the machine's memory, at most 4 GB, at least 1 GB."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 4_000_000_000
-    return max(min(total // 4, 4_000_000_000), 1_000_000_000)
-
-
-def fit_workers(method: MergeMethod, tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int) -> int:
-    """Return how many workers, at most `wanted`, stay within a memory limit.
-
-    Raises:
-        MemoryLimitError: Not even one does.
-    """
-    for workers in range(wanted, 0, -1):
-        needed = estimate_memory(method, tensors, workers, compiled)
-        if needed <= limit:
-            return workers
-    largest = max(tensors, key=lambda tensor: tensor.size)
-    raise MemoryLimitError(
-        f"--max-memory: {method.name} needs {needed / 1e6:.0f} MB for this merge, {limit / 1e6:.0f} MB are allowed; "
-        f"its largest tensor is {largest.name} {list(largest.shape)}"
-    )
-
-
-def estimate_memory(method: MergeMethod, tensors: Sequence[PlannedTensor], workers: int, compiled: bool) -> int:
-    """Estimate the largest resident memory of a run, bytes."""
-    # Python and torch themselves; torch.compile's machinery and the kernels it loads
-    resident = 265_000_000 + (165_000_000 if compiled else 0)
-    largest = 0
-    for tensor in tensors:
-        size = max((end - start for start, end in block_ranges(tensor.shape, method.scope)), default=0)
-        raw = sum(t.dtype.itemsize for t in tensor.inputs) + tensor.dtype.itemsize
-        # eager arithmetic holds float32 copies of all inputs and about as many intermediate results
-        wide = 0 if compiled and size >= BLOCK // 2 else 8 * (len(tensor.inputs) + 2)
-        largest = max(largest, size * (raw + wide))
-    return resident + workers * largest
+def _check_options(out_shard_size: int, threads: int | None, max_memory: int | None) -> None:
+    for name, value in (("out_shard_size", out_shard_size), ("threads", threads), ("max_memory", max_memory)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Member]:
@@ -311,7 +291,9 @@ def _draft(slot: Slot, recipe: Recipe, method: MergeMethod, resolver: Resolver) 
     if not copy:
         declared = recipe.out_dtype or recipe.dtype
         dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.dtype for tensor in inputs])
-        names = [tensor.name for tensor in model_tensors]
+        # only slices give a tensor other names in the models; a tied head goes by the name of the output
+        sliced = bool(recipe.slices) and slot.part.layer is not None
+        names = [tensor.name if sliced else slot.rule for tensor in model_tensors]
         parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
     return PlannedTensor(
         name=slot.name,
@@ -331,8 +313,6 @@ def _draft(slot: Slot, recipe: Recipe, method: MergeMethod, resolver: Resolver) 
 
 def _place(drafts: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[PlannedTensor]:
     """Put every tensor at its place, in the order of the shards' bytes."""
-    from dataclasses import replace
-
     by_name = {draft.name: draft for draft in drafts}
     return [
         replace(by_name[name], shard=index, offset=offset, nbytes=nbytes)
@@ -351,15 +331,19 @@ def promote(dtypes: Sequence[DType]) -> DType:
 
 def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[PlannedTensor]) -> None:
     """A statistic over the whole model needs the same parameters everywhere."""
-    merged = [draft for draft in drafts if not draft.copy]
+    merged = {id(draft.parameters): draft for draft in drafts if not draft.copy}
+    if len(merged) < 2:
+        return
+    first, other, *_ = merged.values()
     for name, statistic in method.statistics.items():
-        if merged and merged[0].parameters.get(statistic.over, statistic.over) == "model":
-            odd = next((d for d in merged if d.parameters != merged[0].parameters), None)
-            if odd is not None:
-                raise RecipeError(
-                    f"{recipe.place}: {method.name} measures {name} over the whole model, so its parameters cannot "
-                    f"differ between tensors; they do between {merged[0].name} and {odd.name}"
-                )
+        over = [
+            d.parameters.get(statistic.over, statistic.over) for d in merged.values() if statistic.wanted(d.parameters)
+        ]
+        if "model" in over:
+            raise RecipeError(
+                f"{recipe.place}: {method.name} measures {name} over the whole model, so its parameters cannot "
+                f"differ between tensors; they do between {first.name} and {other.name}"
+            )
 
 
 def _config(
