@@ -44,6 +44,7 @@ def merge(
     overwrite: bool = False,
     fresh: bool = False,
     allow_nonfinite: bool = False,
+    cluster: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
@@ -55,6 +56,7 @@ def merge(
         overwrite: Replace a target that merganser wrote before.
         fresh: Start again even where an interrupted run could be continued.
         allow_nonfinite: Merge NaN and infinity instead of refusing them.
+        cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.
         progress: Told how the run advances.
         **options: As for `plan`.
 
@@ -72,6 +74,7 @@ def merge(
         overwrite=overwrite,
         fresh=fresh,
         allow_nonfinite=allow_nonfinite,
+        cluster=cluster,
         progress=progress,
     )
 

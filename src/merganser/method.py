@@ -228,6 +228,12 @@ class MergeMethod:
         """Call the function itself."""
         return self.combine(*args, **kwargs)
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        """Travel by name: other processes look it up in their own registry."""
+        from .registry import get_method
+
+        return get_method, (self.name,)
+
     @property
     def random(self) -> bool:
         """Whether the result depends on the seed."""

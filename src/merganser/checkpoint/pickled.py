@@ -8,7 +8,7 @@ format are loaded whole.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,17 @@ class PickledFile:
 
     def __init__(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
         self.file = file
-        self._tensors = tensors
+        self.tensors = tensors
+
+    def __reduce__(self) -> tuple[Callable[[Path], PickledFile], tuple[Path]]:
+        """Travel as a path: other processes open the file by themselves."""
+        return _reopen, (self.file,)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer`, which is not empty, with the bytes of the row-major tensor `name` from byte `start` on."""
         import torch
 
-        tensor, end = self._tensors[name], start + len(buffer)
+        tensor, end = self.tensors[name], start + len(buffer)
         if tensor.is_contiguous() and not tensor.is_neg():
             found = tensor.reshape(-1).view(torch.uint8)[start:end]
         else:
@@ -51,6 +55,12 @@ class PickledFile:
             rows = tensor[first : -(-end // row)].clone(memory_format=torch.contiguous_format)
             found = rows.reshape(-1).view(torch.uint8)[start - first * row : end - first * row]
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(found)
+
+
+def _reopen(file: Path) -> PickledFile:
+    return PickledFile(
+        file, {name: _plain(file, name, value) for name, value in _state_dict(file, _load(file)).items()}
+    )
 
 
 def read_pickled(file: Path) -> list[TensorInfo]:
@@ -67,10 +77,9 @@ def read_pickled(file: Path) -> list[TensorInfo]:
         NotFoundError: there is no such file.
         CheckpointError: the file needs more than the restricted unpickler allows, or holds something else.
     """
-    tensors = {name: _plain(file, name, value) for name, value in _state_dict(file, _load(file)).items()}
-    source = PickledFile(file, tensors)
+    source = _reopen(file)
     found = []
-    for name, tensor in tensors.items():
+    for name, tensor in source.tensors.items():
         dtype = DTYPE_BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
         if dtype is None or dtype.bits < 8:
             raise CheckpointError(f"{file}: tensor {name!r}: dtype {tensor.dtype} cannot be read")

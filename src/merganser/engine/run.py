@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +22,8 @@ from .kernels import prepare_compiler_cache
 from .plan import Plan
 from .record import RECORD_NAME, file_hash, fingerprint, input_hashes, layer_summary, make_record, model_card
 from .staging import Staging, digest
-from .stream import Context, Stopped, Worker
-from .tasks import Group, GroupState, KernelCache, Schedule, Task, make_groups
+from .stream import Context, Done, Stopped, Worker
+from .tasks import Group, GroupState, KernelCache, Schedule, Task, make_groups, start_group
 
 _PIECE = 1 << 22
 
@@ -62,6 +62,7 @@ def run_plan(
     overwrite: bool = False,
     fresh: bool = False,
     allow_nonfinite: bool = False,
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Carry out a plan.
@@ -72,6 +73,7 @@ def run_plan(
         overwrite: Replace a target that merganser wrote before.
         fresh: Start again even where an interrupted run could be continued.
         allow_nonfinite: Merge NaN and infinity instead of refusing them.
+        cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.
         progress: Told how the run advances.
 
     Raises:
@@ -85,7 +87,7 @@ def run_plan(
         out, plan.shards, fingerprint(plan, {"allow_nonfinite": allow_nonfinite}), overwrite=overwrite, fresh=fresh
     )
     try:
-        run = _Run(plan, staging, device, allow_nonfinite, progress)
+        run = _Run(plan, staging, device, allow_nonfinite, cluster, progress)
         entries = run.execute()
         merged = time.monotonic()
         outputs = _write_side_files(plan, staging.folder, out.name)
@@ -145,13 +147,20 @@ class _Run:
     """The threads of one run, and what they tell."""
 
     def __init__(
-        self, plan: Plan, staging: Staging, device: torch.device, allow_nonfinite: bool, progress: Progress | None
+        self,
+        plan: Plan,
+        staging: Staging,
+        device: torch.device,
+        allow_nonfinite: bool,
+        cluster: str | None,
+        progress: Progress | None,
     ) -> None:
         self.groups = make_groups(plan)
         self._plan = plan
         self._staging = staging
         self._device = device
         self._allow = allow_nonfinite
+        self._cluster = cluster
         self._progress = progress
         self._lock = threading.Lock()
         self.hasher = Hasher(plan, staging)
@@ -161,7 +170,12 @@ class _Run:
     def execute(self) -> dict[tuple[int, int], Mapping[str, Any]]:
         """Do all tasks; return the journal's entries by group and segment."""
         finished = self._trusted()
-        schedule = Schedule(self.groups, self._state, whole_model=self._plan.whole_model, finished=finished)
+        schedule = Schedule(
+            self.groups,
+            lambda group: start_group(group, self._kernels),
+            whole_model=self._plan.whole_model,
+            finished=finished,
+        )
         if self._progress:
             self._progress.start(self._plan, self._staging.continued)
         threads_before = torch.get_num_threads()
@@ -170,14 +184,10 @@ class _Run:
             prepare_compiler_cache()
         self.hasher.start()
         try:
-            with Reader() as reader:
-                context = Context(
-                    reader, self._staging, self._device, self._advance, lambda: schedule.stopping, self._allow
-                )
-                workers = [Worker(context) for _ in range(self._plan.workers)]
-                self._join(
-                    [threading.Thread(target=self._work, args=(w, schedule), daemon=True) for w in workers], schedule
-                )
+            if self._cluster is None:
+                self._locally(schedule)
+            else:
+                self._on_cluster(schedule, self._cluster)
         finally:
             torch.set_num_threads(threads_before)
             if schedule.error is not None or schedule.stopping:
@@ -186,21 +196,56 @@ class _Run:
             raise schedule.error
         return self._entries
 
-    def _work(self, worker: Worker, schedule: Schedule) -> None:
-        """Do tasks until none is left."""
-        try:
-            while (taken := schedule.take()) is not None:
-                state, task = taken
-                done = worker.do(state, task)
-                if done.entry is not None:
-                    self._finish(state.group, task, done.entry)
-                schedule.done(state, task, done.totals)
-        except Stopped:
-            pass
-        except BaseException as error:
-            schedule.fail(error)
+    def _locally(self, schedule: Schedule) -> None:
+        """Do all tasks on threads of this process."""
+        with Reader() as reader:
+            context = Context(
+                reader, self._staging, self._device, self._advance, lambda: schedule.stopping, self._allow
+            )
 
-    def _join(self, threads: list[threading.Thread], schedule: Schedule) -> None:
+            def work() -> None:
+                worker = Worker(context)
+                while (taken := schedule.take()) is not None:
+                    self._done(schedule, *taken, worker.do(*taken))
+
+            self._join([work] * self._plan.workers, schedule)
+
+    def _on_cluster(self, schedule: Schedule, address: str) -> None:
+        """Do all tasks on the nodes of a cluster; each has a thread here that waits for it."""
+        from .cluster import Cluster
+
+        cluster = Cluster(address)
+        try:
+            plan = cluster.share(self._plan)
+
+            def done(state: GroupState, task: Task, result: Done, amounts: list[int]) -> None:
+                self._advance(*amounts)
+                self._done(schedule, state, task, result)
+
+            def work() -> None:
+                cluster.work(plan, self._staging.folder, self._allow, schedule, done)
+
+            self._join([work] * cluster.n_workers(), schedule)
+        finally:
+            cluster.close()
+
+    def _done(self, schedule: Schedule, state: GroupState, task: Task, done: Done) -> None:
+        if done.entry is not None:
+            self._finish(state.group, task, done.entry)
+        schedule.done(state, task, done.totals)
+
+    def _join(self, works: Sequence[Callable[[], None]], schedule: Schedule) -> None:
+        """Run functions on threads of their own until all have ended."""
+
+        def guarded(work: Callable[[], None]) -> None:
+            try:
+                work()
+            except Stopped:
+                pass
+            except BaseException as error:
+                schedule.fail(error)
+
+        threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
         for thread in threads:
             thread.start()
         try:
@@ -214,16 +259,6 @@ class _Run:
             for thread in threads:
                 thread.join(max(deadline - time.monotonic(), 0))
             raise
-
-    def _state(self, group: Group) -> GroupState:
-        runs = [None if tensor.copy else self._kernels.run(tensor) for tensor in group.tensors]
-        first = next((run for run in runs if run is not None), None)
-        stages = [
-            (name, index, over)
-            for name, statistic, over in (first.kernels.statistics if first else ())
-            for index in range(len(statistic.rounds))
-        ]
-        return GroupState(group, list(runs), stages, known=[{} for _ in runs])
 
     def _trusted(self) -> dict[int, set[int]]:
         """Compare what the journal says was written with what is there; return the segments that agree."""

@@ -152,6 +152,18 @@ class GroupState:
         return sum(run.size for run in self.runs if run is not None)
 
 
+def start_group(group: Group, kernels: KernelCache) -> GroupState:
+    """Prepare the work on a group."""
+    runs = [None if tensor.copy else kernels.run(tensor) for tensor in group.tensors]
+    first = next((run for run in runs if run is not None), None)
+    stages = [
+        (name, index, over)
+        for name, statistic, over in (first.kernels.statistics if first else ())
+        for index in range(len(statistic.rounds))
+    ]
+    return GroupState(group, runs, stages, known=[{} for _ in runs])
+
+
 class Schedule:
     """Hands out tasks; thread-safe.
 
@@ -214,6 +226,12 @@ class Schedule:
                 self._advance(state, whole=task.stage == -1)
             self._changed.notify_all()
 
+    def give_back(self, task: Task) -> None:
+        """Let somebody else do a task: whoever took it is lost."""
+        with self._changed:
+            heapq.heappush(self._ready, task)
+            self._changed.notify_all()
+
     def fail(self, error: BaseException) -> None:
         """Stop everybody because of an error."""
         with self._changed:
@@ -230,6 +248,11 @@ class Schedule:
     def stopping(self) -> bool:
         """Whether work should end."""
         return self._stopped or self._error is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do, or no reason to go on."""
+        return self.stopping or not self._left
 
     @property
     def error(self) -> BaseException | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError, RecipeError
@@ -317,7 +316,7 @@ class Resolver:
             if complaint:
                 at = f" ({name})" if name else ""
                 raise ParameterError(f"{self.slices[slice_index].place}{at}: {complaint}")
-        mapping = MappingProxyType(dict(zip(method.parameters, values, strict=True)))
+        mapping = dict(zip(method.parameters, values, strict=True))
         self._interned[values] = mapping
         return mapping
 
