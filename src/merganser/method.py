@@ -145,10 +145,13 @@ class Round:
         measure: Gets a block of the inputs (and whatever else it names), returns a float64 or int64 tensor of fixed
             shape. The results of all blocks are added, in the order of the blocks.
         solve: Gets the sum as its first argument and whatever else it names, on the CPU in float64.
+        tally: Where given, what `measure` returns is only the material (of the block's size), and this makes the
+            additive tensor of it. It always runs eagerly, for what `torch.compile` does badly, such as counting.
     """
 
     measure: Callable[..., Tensor]
     solve: Callable[..., Tensor]
+    tally: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

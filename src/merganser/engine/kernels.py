@@ -100,8 +100,9 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         """Measure one block: round `index` of statistic `name`; also say whether the block is finite."""
         function = self._function(("measure", name, index))
-        result: tuple[Tensor, Tensor] = function(base, list(models), dict(numbers), dict(known), keys, offset)
-        return result
+        measured, finite = function(base, list(models), dict(numbers), dict(known), keys, offset)
+        tally = self.method.statistics[name].rounds[index].tally
+        return (measured if tally is None else tally(measured)), finite
 
     def solve(self, name: str, index: int, measured: Tensor, values: Values, known: Mapping[str, Tensor]) -> Tensor:
         """Solve a round of a statistic from the sum of its measurements.
