@@ -232,7 +232,7 @@ class _Run:
     def _done(self, schedule: Schedule, state: GroupState, task: Task, done: Done) -> None:
         if done.entry is not None:
             self._finish(state.group, task, done.entry)
-        schedule.done(state, task, done.totals)
+        schedule.done(state, task, done.sums)
 
     def _join(self, works: Sequence[Callable[[], None]], schedule: Schedule) -> None:
         """Run functions on threads of their own until all have ended."""

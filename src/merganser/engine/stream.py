@@ -7,24 +7,24 @@ memory at any time is a block of every input per worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import DTYPE_BY_NAME, Reader, TensorInfo
+from ..checkpoint import Reader
 from ..errors import CheckpointError, NonFiniteError
 from .blocks import TensorRun, block_step
+from .buffers import InputBuffer
 from .plan import PlannedTensor
 from .staging import digest
+from .sums import Sum
 from .tasks import Group, GroupState, Task
 
 SAMPLE = 1 << 16
 """Elements at the start of each tensor on which the run record's distances are measured."""
-
-_ALIGNMENT = 64
 
 
 class Stopped(Exception):
@@ -64,11 +64,11 @@ class Done:
     """What a task gave.
 
     Args:
-        totals: For a task that measured: the sum of each tensor of the group.
+        sums: For a task that measured: for each tensor of the group, or one for all where this is over the model.
         entry: For a task that combined: its journal entry, with hashes of what was read and written.
     """
 
-    totals: list[Tensor | None] | None = None
+    sums: Sequence[Sum] = ()
     entry: dict[str, Any] | None = None
 
 
@@ -77,7 +77,7 @@ class Worker:
 
     def __init__(self, context: Context) -> None:
         self._c = context
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._buffer = InputBuffer(context.reader, pinned=context.device.type == "cuda")
         self._stream = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def do(self, state: GroupState, task: Task) -> Done:
@@ -94,12 +94,7 @@ class Worker:
 
     def _do(self, state: GroupState, task: Task) -> Done:
         if task.stage not in (-1, len(state.stages)):
-            name, index, _ = state.stages[task.stage]
-            totals = [
-                None if run is None else self._measure(run, name, index, state.known[i], tensor, task.segment, state)
-                for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True))
-            ]
-            return Done(totals=totals)
+            return Done(sums=self._measure_group(state, task))
         if state.group.bundle:
             return Done(entry=self._combine_bundle(state, measure=task.stage == -1))
         run = state.runs[0]
@@ -110,6 +105,17 @@ class Worker:
         first, end = group.segments[segment]
         return run.ranges if group.bundle else run.ranges[first:end]
 
+    def _measure_group(self, state: GroupState, task: Task) -> list[Sum]:
+        """Measure a segment of every tensor of a group."""
+        name, index, over = state.stages[task.stage]
+        sums = [Sum()] if over == "model" else [Sum() for _ in state.runs]
+        for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True)):
+            if run is not None and tensor.size:
+                ranges = self._ranges(run, state.group, task.segment)
+                total = run.total(self._measure(run, name, index, state.known[i], tensor, range_) for range_ in ranges)
+                sums[0 if over == "model" else i].add((tensor.name, task.segment), total)
+        return sums
+
     def _measure(
         self,
         run: TensorRun,
@@ -117,20 +123,15 @@ class Worker:
         index: int,
         known: dict[str, Tensor],
         tensor: PlannedTensor,
-        segment: int,
-        state: GroupState,
-    ) -> Tensor:
-        """Measure the blocks of a segment, and add them up in order."""
-
-        def parts() -> Iterator[tuple[Tensor, bool]]:
-            for start, end in self._ranges(run, state.group, segment):
-                inputs = self._read(tensor, start, end)
-                measured = run.measure(name, index, known, (start, end), *self._split(tensor, inputs))
-                if not measured[1]:
-                    self._refuse(tensor, inputs)
-                yield measured
-
-        return run.total(parts())
+        range_: tuple[int, int],
+        inputs: list[Tensor] | None = None,
+    ) -> tuple[Tensor, bool]:
+        """Measure a block of a tensor; its inputs are read, unless they are at hand."""
+        inputs = inputs or self._read(tensor, *range_)
+        measured = run.measure(name, index, known, range_, *self._split(tensor, inputs))
+        if not measured[1]:
+            self._refuse(tensor, inputs)
+        return measured
 
     def _combine_segment(self, group: Group, task: Task, run: TensorRun, known: dict[str, Tensor]) -> dict[str, Any]:
         tensor = group.tensors[0]
@@ -158,7 +159,8 @@ class Worker:
     def _combine_bundle(self, state: GroupState, *, measure: bool) -> dict[str, Any]:
         """Merge many small tensors: everything is read at once, where it lies together, and written at once."""
         tensors, runs = state.group.tensors, state.runs
-        inputs = self._read_bundle(tensors)
+        inputs, nbytes = self._buffer.read_bundle(tensors)
+        self._c.advance(nbytes, 0, 0)
         hashes: list[list[str]] = []
         samples: dict[str, Any] = {}
         outputs: list[Tensor] = []
@@ -193,9 +195,7 @@ class Worker:
         if measure:
             for name, statistic, _ in run.kernels.statistics:
                 for index in range(len(statistic.rounds)):
-                    part = run.measure(name, index, known, range_, *self._split(tensor, inputs))
-                    if not part[1]:
-                        self._refuse(tensor, inputs)
+                    part = self._measure(run, name, index, known, tensor, range_, inputs)
                     run.solve(name, index, run.total(iter([part])), known, run.size)
         return self._merge(run, tensor, known, *range_, inputs)
 
@@ -224,7 +224,7 @@ class Worker:
         run = TensorRun(first.kernels, first.values, (size,), torch.zeros((1, 2), dtype=torch.int32))
         if not run.ranges:
             return None
-        merged, finite = run.combine({}, (0, size), *self._split(planned, self._send(columns)))
+        merged, finite = run.combine({}, (0, size), *self._split(planned, columns))
         # the search for the culprit is left to the tensors one by one
         return merged.cpu() if finite or self._c.allow_nonfinite else None
 
@@ -237,7 +237,7 @@ class Worker:
         end: int,
         inputs: list[Tensor],
     ) -> Tensor:
-        merged, finite = run.combine(known, (start, end), *self._split(tensor, self._send(inputs)))
+        merged, finite = run.combine(known, (start, end), *self._split(tensor, inputs))
         if not finite and not self._c.allow_nonfinite:
             self._refuse(tensor, inputs)
         if self._c.stopping():
@@ -265,76 +265,22 @@ class Worker:
 
     def _copy(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> Tensor:
         """Copy an integer buffer that all inputs agree on."""
-        first, *others = inputs
+        first, *others = (data.reshape(-1).view(torch.uint8) for data in inputs)
         for source, other in zip(tensor.inputs[1:], others, strict=True):
             if not torch.equal(first, other):
                 raise CheckpointError(
                     f"{tensor.name}: this {tensor.dtype.name} buffer differs between {tensor.inputs[0].file} and "
                     f"{source.file}; whole numbers are copied when equal, not merged"
                 )
-        return first.reshape(-1).clone()
+        return inputs[0].reshape(-1).clone()
 
     def _read(self, tensor: PlannedTensor, start: int, end: int) -> list[Tensor]:
-        """Read elements of every input into this worker's buffer; valid until the next read."""
+        """Read elements of every input; valid until the next read."""
         if self._c.stopping():
             raise Stopped
-        spans = [
-            (source, start * source.dtype.itemsize, (end - start) * source.dtype.itemsize) for source in tensor.inputs
-        ]
-        views = self._fill(spans)
-        return [view.view(getattr(torch, source.dtype.name)) for view, source in zip(views, tensor.inputs, strict=True)]
-
-    def _read_bundle(self, tensors: Sequence[PlannedTensor]) -> list[list[Tensor]]:
-        """Read whole tensors, every input of each; inputs that lie side by side in a file are read at once.
-
-        Returns:
-            For each position among the inputs, the tensors in order.
-        """
-        width = max(len(tensor.inputs) for tensor in tensors)
-        wanted = [[tensor.inputs[k] if k < len(tensor.inputs) else None for tensor in tensors] for k in range(width)]
-        spans: list[tuple[TensorInfo, int, int]] = []
-        places: list[list[tuple[int, int]]] = []
-        for column in wanted:
-            found: list[tuple[int, int]] = []
-            for source in column:
-                if source is None:
-                    found.append((-1, 0))
-                    continue
-                last = spans[-1][0] if found and spans else None
-                if last is not None and _adjoin(last, source):
-                    run = replace(last, nbytes=last.nbytes + source.nbytes)
-                    found.append((len(spans) - 1, last.nbytes))
-                    spans[-1] = (run, 0, run.nbytes)
-                else:
-                    found.append((len(spans), 0))
-                    spans.append((source, 0, source.nbytes))
-            places.append(found)
-        views = self._fill(spans)
-        empty = torch.empty(0, dtype=torch.uint8)
-        return [
-            [
-                empty if source is None else _typed(views[span][at : at + source.nbytes], source)
-                for source, (span, at) in zip(column, found, strict=True)
-            ]
-            for column, found in zip(wanted, places, strict=True)
-        ]
-
-    def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> list[Tensor]:
-        """Read byte ranges one behind the other into the buffer."""
-        places, total = [], 0
-        for _, _, nbytes in spans:
-            places.append(total)
-            total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        if self._buffer.numel() < total:
-            self._buffer = torch.empty(0, dtype=torch.uint8)
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=self._stream is not None)
-        view = self._buffer.numpy().data
-        done = 0
-        for (source, start, nbytes), place in zip(spans, places, strict=True):
-            self._c.reader.read_into(source, start, view[place : place + nbytes])
-            done += nbytes
-        self._c.advance(done, 0, 0)
-        return [self._buffer[place : place + nbytes] for (_, _, nbytes), place in zip(spans, places, strict=True)]
+        inputs, nbytes = self._buffer.read(tensor, start, end)
+        self._c.advance(nbytes, 0, 0)
+        return inputs
 
     def _send(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Move inputs to the device."""
@@ -354,6 +300,8 @@ class Worker:
 
     def _write_together(self, tensors: Sequence[PlannedTensor], outputs: Sequence[Tensor]) -> list[bytes]:
         """Write a bundle; its tensors lie one behind the other."""
+        if len(outputs) == 1:
+            return self._write(tensors[0], 0, outputs[0])
         data = b"".join(_bytes(output) for output in outputs)
         self._c.output.write(tensors[0].shard, tensors[0].offset, memoryview(data))
         self._c.advance(0, len(data), 0)
@@ -383,22 +331,6 @@ def distances(tensor: PlannedTensor, inputs: Sequence[Tensor], merged: Tensor) -
         "merged": float((merged.reshape(-1)[:SAMPLE].double() - origin).norm()),
         "n": int(origin.numel()),
     }
-
-
-def _adjoin(first: TensorInfo, second: TensorInfo) -> bool:
-    return (
-        first.source is None
-        and second.source is None
-        and first.file == second.file
-        and first.offset + first.nbytes == second.offset
-    )
-
-
-def _typed(data: Tensor, source: TensorInfo) -> Tensor:
-    dtype = getattr(torch, DTYPE_BY_NAME[source.dtype.name].name)
-    if data.data_ptr() % source.dtype.itemsize:
-        data = data.clone()
-    return data.view(dtype)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

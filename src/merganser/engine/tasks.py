@@ -11,7 +11,6 @@ import heapq
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ..ops.random import keys
 from .blocks import BLOCK, TensorRun, block_step
 from .kernels import Kernels, Values
 from .plan import Plan, PlannedTensor
+from .sums import Sum
 
 SEGMENT_BLOCKS = 16
 BUNDLE_TENSORS = 512
@@ -108,7 +108,7 @@ class KernelCache:
             values = self._values.get(id(tensor.parameters))
             if values is None:
                 values = self._values[id(tensor.parameters)] = Values.of(method, tensor.parameters)
-            wide = tensor.dtype.name == "float64" or any(t.dtype.name == "float64" for t in tensor.inputs)
+            wide = "float64" in (self._plan.recipe.dtype, tensor.dtype.name, *(t.dtype.name for t in tensor.inputs))
             # vectors and scraps are not worth a kernel of their own; the threshold depends on nothing but the shape
             rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
             small = tensor.size < _EAGER_BELOW or (method.scope != "element" and min(rows, tensor.size // rows) == 1)
@@ -136,6 +136,10 @@ class GroupState:
         group: The group.
         runs: The work on each tensor; None for copies.
         stages: Passes: name, round and "tensor" or "model" of each measurement; the last pass combines.
+        stage: The present pass.
+        known: What was solved for each tensor, by name.
+        sums: What the present pass measured for each tensor.
+        open_tasks: Tasks of the present pass that are not done.
     """
 
     group: Group
@@ -143,13 +147,8 @@ class GroupState:
     stages: list[tuple[str, int, str]]
     stage: int = 0
     known: list[dict[str, Tensor]] = field(default_factory=list)
-    totals: dict[int, list[Tensor | None]] = field(default_factory=dict)
+    sums: list[Sum] = field(default_factory=list)
     open_tasks: int = 0
-
-    @cached_property
-    def size(self) -> int:
-        """Number of elements that are merged."""
-        return sum(run.size for run in self.runs if run is not None)
 
 
 def start_group(group: Group, kernels: KernelCache) -> GroupState:
@@ -196,31 +195,45 @@ class Schedule:
             todo = list(groups)
         self._waiting: Iterator[Group] = iter(todo)
         self._left = len(todo)
-        self._at_barrier = 0
-        self._todo = todo
+        # copies take no part in measuring
+        self._measuring = sum(not all(tensor.copy for tensor in group.tensors) for group in todo)
+        self._arrived: list[GroupState] = []
+        self._model_sum = Sum()
 
     def take(self) -> tuple[GroupState, Task] | None:
         """Wait for a task; None when all is done or stopped."""
-        with self._changed:
-            while True:
-                if self._stopped or self._error or not self._left:
-                    return None
-                if self._ready:
-                    task = heapq.heappop(self._ready)
-                    return self._states[task.group], task
-                group = next(self._waiting, None)
-                if group is None:
-                    self._changed.wait()
-                    continue
-                state = self._make(group)
+        while True:
+            with self._changed:
+                group = None
+                while group is None:
+                    if self.finished:
+                        return None
+                    if self._ready:
+                        task = heapq.heappop(self._ready)
+                        return self._states[task.group], task
+                    group = next(self._waiting, None)
+                    if group is None:
+                        self._changed.wait()
+            # outside the lock: it takes a while for many small tensors
+            state = self._make(group)
+            with self._changed:
                 self._states[group.index] = state
                 self._open(state)
+                self._changed.notify_all()
 
-    def done(self, state: GroupState, task: Task, totals: list[Tensor | None] | None) -> None:
-        """Report a task as done, with what it measured for each tensor of the group."""
+    def done(self, state: GroupState, task: Task, sums: Sequence[Sum]) -> None:
+        """Report a task as done.
+
+        Args:
+            state: Where the group of the task stands.
+            task: The task.
+            sums: What it measured: for each tensor of the group, or one for all where this is over the model.
+        """
         with self._changed:
-            if totals is not None:
-                state.totals[task.segment] = totals
+            if task.stage not in (-1, len(state.stages)):
+                over_model = state.stages[task.stage][2] == "model"
+                for known, more in zip([self._model_sum] if over_model else state.sums, sums, strict=True):
+                    known.merge(more)
             state.open_tasks -= 1
             if state.open_tasks == 0:
                 self._advance(state, whole=task.stage == -1)
@@ -270,6 +283,7 @@ class Schedule:
             segments = [s for s in range(len(group.segments)) if not (combining and s in done)]
             tasks = [Task(group.index, state.stage, s) for s in segments]
         state.open_tasks = len(tasks)
+        state.sums = [Sum() for _ in state.runs]
         for task in tasks:
             heapq.heappush(self._ready, task)
         if not tasks:
@@ -286,50 +300,35 @@ class Schedule:
             return
         name, index, over = state.stages[state.stage]
         if over == "tensor":
-            for i, run in enumerate(state.runs):
-                if run is not None:
-                    run.solve(
-                        name, index, _sum(state.totals[s][i] for s in sorted(state.totals)), state.known[i], run.size
-                    )
+            for run, known, found in zip(state.runs, state.known, state.sums, strict=True):
+                if run is not None and not found.empty:
+                    run.solve(name, index, found.total(), known, run.size)
             self._next(state)
             return
-        self._at_barrier += 1
-        if self._at_barrier == len(self._todo):
-            self._at_barrier = 0
+        self._arrived.append(state)
+        if len(self._arrived) == self._measuring:
             self._solve_model(name, index)
 
     def _next(self, state: GroupState) -> None:
-        state.totals = {}
         state.stage += 1
         self._open(state)
 
     def _solve_model(self, name: str, index: int) -> None:
         """Solve a round that was measured over the whole model, for everybody."""
-        states = [self._states[group.index] for group in self._todo]
-        parts = [
-            state.totals[s][i]
+        states, self._arrived = self._arrived, []
+        found, self._model_sum = self._model_sum, Sum()
+        runs = [
+            (run, known)
             for state in states
-            for i, run in enumerate(state.runs)
+            for run, known in zip(state.runs, state.known, strict=True)
             if run is not None
-            for s in sorted(state.totals)
         ]
-        runs = [(run, state.known[i]) for state in states for i, run in enumerate(state.runs) if run is not None]
-        size = sum(state.size for state in states)
-        if runs:
-            total = _sum(iter(parts))
+        if not found.empty:
             first, known = runs[0]
-            first.solve(name, index, total, known, size)
+            first.solve(name, index, found.total(), known, sum(run.size for run, _ in runs))
+            solved = {key: known[key] for key in ("previous", name) if key in known}
             for _, other in runs[1:]:
                 other.pop("previous", None)
-                other.update({k: v for k, v in known.items() if k in ("previous", name)})
+                other.update(solved)
         for state in states:
             self._next(state)
-
-
-def _sum(parts: Iterator[Tensor | None]) -> Tensor:
-    total: Tensor | None = None
-    for part in parts:
-        assert part is not None
-        total = part if total is None else total + part
-    assert total is not None
-    return total
