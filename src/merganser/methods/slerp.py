@@ -1,10 +1,9 @@
 """SLERP: along the arc between two models."""
 
-import torch
 from torch import Tensor
 
 from ..method import Fraction, merge_method, statistic
-from ..ops import gram, unit_gram
+from ..ops import along, arc, gram, unit_gram
 
 _PARALLEL = 0.9995
 
@@ -14,24 +13,20 @@ def inner_products(base: Tensor, models: list[Tensor]) -> Tensor:
     return gram([base, *models])
 
 
-def coefficients(measured: Tensor, t: Tensor) -> Tensor:
-    """Solve for the factors of the base and of the model, shape [2]."""
+def on_arc(measured: Tensor, t: Tensor) -> Tensor:
+    """Solve for the factors of `along`, shape [3]."""
     _, cosines = unit_gram(measured)
-    cosine = cosines[0, 1]
-    if cosine.abs() > _PARALLEL:
-        return torch.stack([1 - t, t])
-    angle = torch.arccos(cosine)
-    return torch.stack([torch.sin((1 - t) * angle), torch.sin(t * angle)]) / torch.sin(angle)
+    return arc(cosines[0, 1], t, straight=cosines[0, 1].abs() > _PARALLEL)
 
 
 @merge_method(
     family="spherical",
     cite="shoemake1985slerp",
     models=(1, 1),
-    statistics={"share": statistic(inner_products, coefficients)},
+    statistics={"factors": statistic(inner_products, on_arc)},
     breaks={"order": "the base is the start of the arc"},
 )
-def slerp(base: Tensor, models: list[Tensor], share: Tensor, *, t: Fraction) -> Tensor:
+def slerp(base: Tensor, models: list[Tensor], factors: Tensor, *, t: Fraction) -> Tensor:
     """Interpolate along the great circle between two models, tensor by tensor.
 
         angle  = arccos(<base, model> / (|base| |model|))
@@ -47,4 +42,4 @@ def slerp(base: Tensor, models: list[Tensor], share: Tensor, *, t: Fraction) -> 
         The arc is that of the whole tensor as one vector, and the vectors keep their own lengths.
         Where |cos(angle)| is above 0.9995 the straight line is taken; that is most tensors of close fine-tunes.
     """
-    return base * share[0] + models[0] * share[1]
+    return along(base, models[0], factors)

@@ -29,7 +29,7 @@ def task_arithmetic(
     Args:
         weight: Factor of each task vector; a negative one forgets the task.
         lambda_: Factor of the sum.
-        normalize: Divide the sum by the sum of the weights.
+        normalize: Divide the sum by the sum of the weights (unless they cancel).
 
     Differs from the paper:
         The paper has one factor for all task vectors: lambda here, with weight 1.

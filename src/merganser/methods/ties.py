@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
-from ..ops import deltas, disjoint_mean, elect_sign, magnitude_cut
+from ..ops import deltas, disjoint_mean, l1_gain, l1_norms, magnitude_cut, scaled
 
 
 def magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
@@ -14,33 +14,28 @@ def magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
     return [delta.abs() for delta in deltas(base, models)]
 
 
-def trim(base: Tensor, models: list[Tensor], cut: Tensor) -> list[Tensor]:
+def trim(base: Tensor, models: list[Tensor], cut: Tensor | None) -> list[Tensor]:
     """Set the task vectors' entries below the cut to 0."""
-    return [torch.where(d.abs() >= cut[i, 0], d, torch.zeros_like(d)) for i, d in enumerate(deltas(base, models))]
+    vectors = deltas(base, models)
+    if cut is None:
+        return vectors
+    return [torch.where(delta.abs() >= cut[i, 0], delta, torch.zeros_like(delta)) for i, delta in enumerate(vectors)]
 
 
-def mass(base: Tensor, models: list[Tensor], cut: Tensor) -> Tensor:
+def norms(base: Tensor, models: list[Tensor], cut: Tensor | None) -> Tensor:
     """Measure the L1 norms before and after the trim, shape [2, T]."""
-    before = [delta.abs().double().sum() for delta in deltas(base, models)]
-    after = [delta.abs().double().sum() for delta in trim(base, models, cut)]
-    return torch.stack(before + after).view(2, -1)
-
-
-def restore(measured: Tensor) -> Tensor:
-    """Solve for the factors that restore the L1 norms, shape [T]."""
-    before, after = measured
-    return torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 1.0)
+    return l1_norms(deltas(base, models), trim(base, models, cut))
 
 
 @merge_method(
     family="task vectors",
     cite="yadav2023ties",
-    statistics={"cut": magnitude_cut(magnitudes, over="trim_over"), "gain": statistic(mass, restore, when="rescale")},
+    statistics={"cut": magnitude_cut(magnitudes, over="trim_over"), "gain": statistic(norms, l1_gain, when="rescale")},
 )
 def ties(
     base: Tensor,
     models: list[Tensor],
-    cut: Tensor,
+    cut: Tensor | None,
     gain: Tensor | None,
     *,
     weight: PerModel[Weight],
@@ -71,11 +66,8 @@ def ties(
     Differs from the paper:
         The paper has no weights; equal weights give its formula.
         The default trims per tensor; `trim_over: model` is the paper's.
-        Entries whose magnitude equals the cut are all kept.
+        Entries whose magnitude equals the cut are all kept, and at least one is unless the density is 0.
         An exact tie of the vote elects plus; the authors' code takes the majority sign of the whole model.
     """
-    trimmed = trim(base, models, cut)
-    if gain is not None:
-        trimmed = [delta * gain[i] for i, delta in enumerate(trimmed)]
-    positive = elect_sign([delta * weight[i] for i, delta in enumerate(trimmed)])
-    return base + lambda_ * disjoint_mean(trimmed, weight, positive, normalize=normalize)
+    trimmed = scaled(trim(base, models, cut), gain)
+    return base + lambda_ * disjoint_mean(trimmed, weight, normalize=normalize)

@@ -4,21 +4,47 @@ Everything here is plain torch on float32 (or float64) blocks, written so that i
 fused: no `add(alpha=...)`, no `lerp`, whose vector and scalar forms round differently.
 """
 
-from .gram import gram, unit_gram
-from .order import magnitude_cut, order_statistic
+from .drop import check_spread, drop, drop_norms, magprune, magprune_norms, restores_l1
+from .gram import gram, inverse_norms, unit_gram
+from .middle import keep_middle, middle_cut, middle_norms
+from .order import at_least, magnitude_cut, order_statistic
+from .overlap import average_changes, changed
 from .random import Random
-from .sum import deltas, normalizer, weighted_sum
-from .votes import disjoint_mean, elect_sign
+from .rows import by_rank, sort_rows
+from .sphere import along, arc
+from .sum import deltas, l1_gain, l1_norms, normalizer, scaled, weighted_sum
+from .votes import agreeing_sum, disjoint_mean, elect_sign
 
 __all__ = [
     "Random",
+    "agreeing_sum",
+    "along",
+    "arc",
+    "at_least",
+    "average_changes",
+    "by_rank",
+    "changed",
+    "check_spread",
     "deltas",
     "disjoint_mean",
+    "drop",
+    "drop_norms",
     "elect_sign",
     "gram",
+    "inverse_norms",
+    "keep_middle",
+    "l1_gain",
+    "l1_norms",
     "magnitude_cut",
+    "magprune",
+    "magprune_norms",
+    "middle_cut",
+    "middle_norms",
     "normalizer",
     "order_statistic",
+    "restores_l1",
+    "scaled",
+    "sort_rows",
     "unit_gram",
     "weighted_sum",
 ]

@@ -32,3 +32,9 @@ def unit_gram(products: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.outer(norms, norms)
     cosines = torch.where(scale > 0, products / torch.where(scale > 0, scale, torch.ones_like(scale)), 0.0)
     return norms, cosines.clamp(-1, 1)
+
+
+def inverse_norms(norms: Tensor) -> Tensor:
+    """Return 1 / norm, and 0 where a tensor has no direction: of norm 0, or too small to be divided by in float32."""
+    known = norms > 1e-30
+    return torch.where(known, 1 / torch.where(known, norms, torch.ones_like(norms)), 0.0)

@@ -1,22 +1,29 @@
 """Exact order statistics without a sort.
 
-The bit pattern of a non-negative float32 grows with its value. A histogram of its upper 15 bits, then one of the lower
-16 bits inside the bin that holds the cut, finds the k-th largest value exactly. Both histograms are additive, so
-they neither depend on how the work is divided nor need the values to be held.
+The bit pattern of a non-negative number grows with its value. A histogram of its upper 15 bits, then one of the next
+16 bits inside the bin that holds the cut, finds the k-th largest float32 exactly; a third one reaches 2**-36 of a
+float64. Histograms are additive, so they neither depend on how the work is divided nor need the values to be held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..method import Round, Statistic, takes, taking
+from ..method import Round, Statistic, When, takes, taking
 
 _HIGH = 1 << 15
 _LOW = 1 << 16
+# the sign of -0.0 is not part of a pattern
+_UNSIGNED = (1 << 31) - 1
+_WIDE_UNSIGNED = (1 << 47) - 1
+# in place of a bin: the answer does not depend on the values
+_NOTHING = -1
+_EVERYTHING = -2
 
 
 def order_statistic(
@@ -24,7 +31,8 @@ def order_statistic(
     ranks: Callable[..., Tensor],
     *,
     over: str = "tensor",
-    when: str | None = None,
+    when: When = None,
+    wide: bool = False,
 ) -> Statistic:
     """Declare the k-th largest of some non-negative values of every element.
 
@@ -33,79 +41,121 @@ def order_statistic(
 
     Args:
         values: Gets what it names (`base`, `models`, parameters, ...), returns S tensors of non-negative values.
-        ranks: Gets what it names, among them `size`, the number of elements; returns the ranks k, counted from 1 for
-            the largest, int64, shape [S, R].
+        ranks: Gets what it names, beside parameters and earlier statistics also `size`, the number of elements, and
+            `positive`, for each value tensor the number of elements above 0 (and above 1e-40), shape [S]; returns the
+            ranks k, counted from 1 for the largest, int64, shape [S, R].
         over: "tensor", "model", or the name of the parameter that says which.
-        when: Name of the flag without which nothing is measured.
+        when: As in `Statistic`.
+        wide: Values are float64 and told apart to 2**-36 of their size, at the price of a third pass; the statistic
+            is int64, the bits of the float64 values, for `at_least`. Otherwise values are told apart as float32.
     """
     names = takes(values)
     rank_names = takes(ranks)
+    pattern = _wide_pattern if wide else _pattern
+    shift = 32 if wide else 16
 
     @taking(*names)
     def upper(**given: Any) -> Tensor:
         found = values(**{name: given[name] for name in names})
-        return torch.stack([_histogram(_bits(value) >> 16, _HIGH) for value in found])
+        return torch.stack([_histogram((pattern(value) >> shift).to(torch.int32), _HIGH) for value in found])
 
-    @taking("measured", *rank_names)
-    def pick(measured: Tensor, **given: Any) -> Tensor:
+    @taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
+    def pick(measured: Tensor, size: Tensor, **given: Any) -> Tensor:
+        given.update(size=size, positive=size - measured[:, 0])
         wanted = ranks(**{name: given[name] for name in rank_names})
-        return _descend(measured.to(torch.int64).unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
+        found = _descend(measured.unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
+        found[..., 0] = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, found[..., 0]))
+        return found
 
-    @taking("previous", *names)
-    def lower(previous: Tensor, **given: Any) -> Tensor:
+    def lower(level: int, previous: Tensor, **given: Any) -> Tensor:
         found = values(**{name: given[name] for name in names})
         rows = []
         for i, value in enumerate(found):
-            bits = _bits(value)
+            bits = pattern(value) >> (shift - 16 * level)
             # values outside the bin are counted in an extra slot
             rows += [
-                _histogram(torch.where((bits >> 16) == previous[i, j, 0], bits & (_LOW - 1), _LOW), _LOW + 1)[:_LOW]
+                _histogram(
+                    torch.where((bits >> 16) == previous[i, j, 0], bits & (_LOW - 1), _LOW).to(torch.int32), _LOW + 1
+                )[:_LOW]
                 for j in range(previous.shape[1])
             ]
         return torch.stack(rows)
 
-    @taking("measured", "previous", *dict.fromkeys([*rank_names, "size"]))
-    def refine(measured: Tensor, previous: Tensor, **given: Any) -> Tensor:
-        shape = previous.shape[:2]
-        found = _descend(measured.to(torch.int64).view(*shape, _LOW), previous[..., 1])
-        bits = ((previous[..., 0] << 16) | found[..., 0]).to(torch.int32)
-        cut = bits.view(torch.float32).double()
-        wanted = ranks(**{name: given[name] for name in rank_names})
-        cut = torch.where(wanted <= 0, torch.inf, cut)
-        return torch.where(wanted > given["size"], 0.0, cut)
+    def refine(measured: Tensor, previous: Tensor) -> Tensor:
+        found = _descend(measured.view(*previous.shape[:2], _LOW), previous[..., 1])
+        prefix = previous[..., 0]
+        found[..., 0] = torch.where(prefix < 0, prefix, (prefix << 16) | found[..., 0])
+        return found
 
-    return Statistic((Round(upper, pick), Round(lower, refine)), over=over, when=when)
+    def finish(measured: Tensor, previous: Tensor) -> Tensor:
+        bits = refine(measured, previous)[..., 0]
+        if wide:
+            cut = (bits.clamp(min=0) << 16).view(torch.float64)
+        else:
+            cut = bits.clamp(min=0).to(torch.int32).view(torch.float32).double()
+        cut = torch.where(bits == _NOTHING, torch.inf, torch.where(bits == _EVERYTHING, 0.0, cut))
+        return cut.view(torch.int64) if wide else cut
+
+    levels = shift // 16
+    rounds = [Round(upper, pick)]
+    for level in range(1, levels + 1):
+        measure = taking("previous", *names)(partial(lower, level))
+        rounds.append(Round(measure, finish if level == levels else refine))
+    return Statistic(tuple(rounds), over=over, when=when)
+
+
+def at_least(value: Tensor, cut: Tensor) -> Tensor:
+    """Say where non-negative float64 values reach a cut of a wide order statistic.
+
+    Args:
+        value: Any shape, float64.
+        cut: 0-d, int64.
+    """
+    return value >= cut.view(torch.float64)
 
 
 def magnitude_cut(
-    values: Callable[..., Sequence[Tensor]], *, density: str = "density", over: str = "tensor", when: str | None = None
+    values: Callable[..., Sequence[Tensor]], *, density: str = "density", over: str = "tensor"
 ) -> Statistic:
     """Declare the smallest magnitude that a trim to `density` keeps, shape [T, 1].
 
-    The cut of model i is the k-th largest magnitude, k = floor(density_i * size); it is infinite when k is 0. All
-    entries whose magnitude equals the cut are kept.
+    The cut of model i is the k-th largest magnitude, k = floor(density_i * size) and at least 1 unless density_i is 0;
+    then it is infinite. All entries whose magnitude equals the cut are kept. Where all densities are 1 there is no
+    cut, and nothing is measured.
 
     Args:
         values: Returns the magnitudes, one tensor per model.
         density: Name of the per-model parameter.
         over: "tensor", "model", or the name of the parameter that says which.
-        when: Name of the flag without which nothing is measured.
     """
 
     @taking(density, "size")
     def ranks(**given: Any) -> Tensor:
-        kept: Tensor = (given[density] * given["size"]).floor()
-        return kept.to(torch.int64).unsqueeze(1)
+        kept: Tensor = (given[density] * given["size"]).floor().clamp(min=1)
+        return torch.where(given[density] > 0, kept, 0.0).to(torch.int64).unsqueeze(1)
 
-    return order_statistic(values, ranks, over=over, when=when)
+    @taking(density)
+    def trims(**given: Any) -> bool:
+        return any(value < 1 for value in given[density])
+
+    return order_statistic(values, ranks, over=over, when=trims)
 
 
-def _bits(value: Tensor) -> Tensor:
-    """Return the bit pattern of non-negative values as int32; float64 is cut to float32's precision, downwards."""
-    flat = value.reshape(-1).abs()
-    if flat.dtype == torch.float64:
-        flat = (flat.view(torch.int64) & -(1 << 29)).view(torch.float64)
-    return flat.float().view(torch.int32)
+def comparable(value: Tensor) -> Tensor:
+    """Return non-negative values as they are told apart: float64 is cut to float32's precision, downwards."""
+    if value.dtype == torch.float64:
+        return (value.view(torch.int64) & -(1 << 29)).view(torch.float64)
+    return value
+
+
+def _pattern(value: Tensor) -> Tensor:
+    """Return the bits of non-negative values as they are told apart, int32."""
+    return comparable(value).reshape(-1).float().view(torch.int32) & _UNSIGNED
+
+
+def _wide_pattern(value: Tensor) -> Tensor:
+    """Return the upper 47 bits of non-negative float64 values behind the sign, int64."""
+    return (value.reshape(-1).view(torch.int64) >> 16) & _WIDE_UNSIGNED
 
 
 def _histogram(index: Tensor, bins: int) -> Tensor:

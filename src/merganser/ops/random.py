@@ -11,6 +11,7 @@ from torch import Tensor
 # two odd multipliers of a 32-bit finalizer with low bias (C. Wellons, "Prospecting for hash functions", 2018)
 _FIRST = 0x7FEB352D
 _SECOND = 0x846CA68B - (1 << 32)
+_SIGN = -(1 << 31)
 
 
 def keys(seed: int, tensor: str, models: int) -> Tensor:
@@ -48,7 +49,7 @@ class Random:
 
         Args:
             model: Position of the model.
-            shape: Shape of the block.
+            shape: Shape of the block, fewer than 2**31 elements.
 
         Returns:
             Multiples of 2**-24, float32.
@@ -56,15 +57,38 @@ class Random:
         size = 1
         for extent in shape:
             size = size * extent
-        index = torch.arange(size, dtype=torch.int64, device=self._keys.device) + self._offset
-        low, high = index.to(torch.int32), (index >> 32).to(torch.int32)
-        word = _mix(low ^ self._keys[model, 0])
-        word = _mix((word + self._keys[model, 1]) ^ (high * _FIRST))
-        return (((word >> 8) & 0xFFFFFF).float() * 2.0**-24).view(shape)
+        first, above = self._offset.to(torch.int32), (self._offset >> 32).to(torch.int32)
+        word = torch.arange(size, dtype=torch.int32, device=self._keys.device)
+        word += first
+        # compared without sign, an index below the block's first has overflowed into the upper half
+        high = above + ((word ^ _SIGN) < (first ^ _SIGN))
+        word ^= self._keys[model, 0]
+        word = _mix(word)
+        word += self._keys[model, 1]
+        word ^= high * _FIRST
+        word = _mix(word)
+        return (word >> 8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24).view(shape)
+
+    def keep(self, model: int, shape: Sequence[int], probability: Tensor) -> Tensor:
+        """Say for every element of a block whether its draw keeps it.
+
+        Args:
+            model: Position of the model.
+            shape: Shape of the block, fewer than 2**31 elements.
+            probability: 0-d, or in the shape of the block; 1 keeps all, 0 none.
+
+        Returns:
+            The draws below the probability, bool.
+        """
+        # to the next multiple of the draws' step: rounding to their precision cannot change the comparison then
+        return self.uniform(model, shape) < (probability * 2.0**24).ceil() * 2.0**-24
 
 
 def _mix(word: Tensor) -> Tensor:
-    """Scramble int32 words, bijectively."""
-    word = (word ^ ((word >> 16) & 0xFFFF)) * _FIRST
-    word = (word ^ ((word >> 15) & 0x1FFFF)) * _SECOND
-    return word ^ ((word >> 16) & 0xFFFF)
+    """Scramble int32 words in place, bijectively."""
+    word ^= (word >> 16).bitwise_and_(0xFFFF)
+    word *= _FIRST
+    word ^= (word >> 15).bitwise_and_(0x1FFFF)
+    word *= _SECOND
+    word ^= (word >> 16).bitwise_and_(0xFFFF)
+    return word

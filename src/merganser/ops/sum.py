@@ -1,4 +1,4 @@
-"""Task vectors and weighted sums."""
+"""Task vectors, weighted sums and norms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+_NO_WEIGHT = 1e-8
+_NO_MASS = 1e-7
 
 
 def deltas(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
@@ -27,5 +30,21 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
 
 
 def normalizer(total: Tensor) -> Tensor:
-    """Return `total`, or 1 where it is 0: a divisor that leaves an empty sum alone."""
-    return torch.where(total == 0, torch.ones_like(total), total)
+    """Return a sum of weights, or 1 where they cancel: a divisor that leaves the weighted sum alone then."""
+    return torch.where(total.abs() < _NO_WEIGHT, torch.ones_like(total), total)
+
+
+def l1_norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """Measure the L1 norms of tensors before and after something was done to them, shape [2, T], float64."""
+    return torch.stack([tensor.double().abs().sum() for tensor in (*before, *after)]).view(2, -1)
+
+
+def l1_gain(measured: Tensor) -> Tensor:
+    """Solve `l1_norms` for the factors that restore the norms, shape [T]; 1 where a norm is below 1e-7."""
+    before, after = measured
+    return torch.where((before < _NO_MASS) | (after < _NO_MASS), 1.0, before / after)
+
+
+def scaled(tensors: Sequence[Tensor], factor: Tensor | None) -> list[Tensor]:
+    """Return `tensors[i] * factor[i]`, or the tensors themselves if the factor is None."""
+    return list(tensors) if factor is None else [tensor * factor[i] for i, tensor in enumerate(tensors)]

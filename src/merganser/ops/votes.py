@@ -7,33 +7,59 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .sum import normalizer
 
+def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
+    """Elect the sign of the weighted sum, element by element: True for plus. An exact tie elects plus.
 
-def elect_sign(tensors: Sequence[Tensor]) -> Tensor:
-    """Elect the sign of the sum, element by element: True for plus. An exact tie elects plus."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
+    The sum is formed in float64: a vote that is decided by rounding would replace one model's entry by another's.
+
+    Args:
+        tensors: Task vectors, already trimmed.
+        weight: One entry per tensor, shape [T], float64; all 1 if None.
+    """
+    wide = [tensor.double() for tensor in tensors]
+    if weight is not None:
+        wide = [tensor * weight[i] for i, tensor in enumerate(wide)]
+    total = wide[0]
+    for tensor in wide[1:]:
         total = total + tensor
     return total >= 0
 
 
-def disjoint_mean(tensors: Sequence[Tensor], weight: Tensor, positive: Tensor, *, normalize: bool) -> Tensor:
-    """Add the entries that have the elected sign, `weight[i] * tensors[i]`.
+def agreeing_sum(
+    tensors: Sequence[Tensor], weight: Tensor, positive: Tensor, *, count: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Add the weighted entries that have the elected sign, and their weights.
 
     Args:
         tensors: Task vectors, already trimmed.
         weight: One entry per tensor, shape [T].
-        positive: The elected signs, as from `elect_sign` over the weighted tensors.
-        normalize: Divide by the sum of the weights of the entries that were added (1 where none was, or where they
-            cancel).
+        positive: The elected signs, as from `elect_sign`.
+        count: Whether the weights are wanted.
+
+    Returns:
+        `sum_i weight[i] * tensors[i]` and `sum_i weight[i]` over the agreeing entries; the latter is 1 where it would
+        be 0, or where it is not wanted.
     """
-    zero = torch.zeros_like(tensors[0])
-    total, count = zero, zero
+    zero, one = torch.zeros_like(tensors[0]), torch.ones_like(tensors[0])
+    total, weights = zero, zero
     for i, tensor in enumerate(tensors):
         weighted = tensor * weight[i]
         agrees = torch.where(positive, weighted > 0, weighted < 0)
         total = total + torch.where(agrees, weighted, zero)
-        if normalize:
-            count = count + torch.where(agrees, weight[i].expand_as(zero), zero)
-    return total / normalizer(count) if normalize else total
+        if count:
+            weights = weights + torch.where(agrees, one * weight[i], zero)
+    return total, torch.where(weights == 0, one, weights) if count else one
+
+
+def disjoint_mean(tensors: Sequence[Tensor], weight: Tensor, *, normalize: bool) -> Tensor:
+    """Elect signs and average the entries that have them.
+
+    Args:
+        tensors: Task vectors, already trimmed.
+        weight: One entry per tensor, in the vote and in the mean, shape [T], float64.
+        normalize: Divide by the sum of the weights of the entries that were added (1 where none was, or where they
+            cancel); otherwise their sum is returned.
+    """
+    total, weights = agreeing_sum(tensors, weight, elect_sign(tensors, weight), count=normalize)
+    return total / weights if normalize else total

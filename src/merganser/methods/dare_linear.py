@@ -1,0 +1,55 @@
+"""DARE: drop entries of the task vectors at random, rescale the rest, add them to the base."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
+from ..ops import Random, drop, drop_norms, l1_gain, normalizer, restores_l1, scaled, weighted_sum
+
+
+@merge_method(
+    family="task vectors",
+    cite="yu2024dare",
+    statistics={"gain": statistic(drop_norms, l1_gain, when=restores_l1)},
+    compat={"rescale_to": "l1"},
+)
+def dare_linear(
+    base: Tensor,
+    models: list[Tensor],
+    rng: Random,
+    gain: Tensor | None,
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Fraction] = default(1.0),
+    lambda_: Scale = default(1.0),
+    normalize: bool = False,
+    rescale: bool = True,
+    rescale_to: Literal["expectation", "l1"] = "expectation",
+) -> Tensor:
+    """Drop entries of the task vectors at random, rescale the survivors, add the weighted task vectors to the base.
+
+        kept_i = delta_i / density_i with probability density_i, else 0     (for every element on its own)
+        merged = base + lambda * sum_i weight_i * kept_i
+
+    Use when:
+        The task vectors are small and redundant, as after supervised fine-tuning, and should interfere less. It fails
+        on large ones, such as those of continued pre-training.
+
+    Args:
+        weight: Factor of each task vector.
+        density: Probability of an entry to be kept; the paper's drop rate is 1 - density.
+        lambda_: Factor of the sum.
+        normalize: Divide the sum by the sum of the weights (unless they cancel).
+        rescale: Make up for what was dropped.
+        rescale_to: Divide the survivors by the density, which keeps the expectation of every entry, or scale them so
+            that each task vector has the L1 norm that it had, which only keeps it in the mean over a tensor.
+
+    Differs from the paper:
+        Nothing. Draws depend on the seed, the tensor's name, the model's position and the element alone.
+    """
+    kept = drop(base, models, rng, density, rescale=rescale and gain is None)
+    total = weighted_sum(scaled(kept, gain), weight)
+    if normalize:
+        total = total / normalizer(weight.sum())
+    return base + lambda_ * total

@@ -1,0 +1,54 @@
+"""DARE before TIES: drop entries at random, rescale the rest, elect signs, add those that agree."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
+from ..ops import Random, disjoint_mean, drop, drop_norms, l1_gain, restores_l1, scaled
+
+
+@merge_method(
+    family="task vectors",
+    cite="yu2024dare",
+    statistics={"gain": statistic(drop_norms, l1_gain, when=restores_l1)},
+    compat={"rescale_to": "l1"},
+)
+def dare_ties(
+    base: Tensor,
+    models: list[Tensor],
+    rng: Random,
+    gain: Tensor | None,
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Fraction] = default(1.0),
+    lambda_: Scale = default(1.0),
+    normalize: bool = False,
+    rescale: bool = True,
+    rescale_to: Literal["expectation", "l1"] = "expectation",
+) -> Tensor:
+    """Drop entries of the task vectors at random, rescale the survivors, elect a sign per element, add those that agree.
+
+        kept_i = delta_i / density_i with probability density_i, else 0     (for every element on its own)
+        sign   = + where sum_i weight_i * kept_i >= 0, else -
+        merged = base + lambda * (sum of weight_i * kept_i with that sign)
+
+    Use when:
+        As DARE, and the task vectors disagree in sign.
+
+    Args:
+        weight: Factor of each task vector, in the vote and in the sum.
+        density: Probability of an entry to be kept; the paper's drop rate is 1 - density.
+        lambda_: Factor of the merged task vector.
+        normalize: Divide by the sum of the weights that agree, as TIES does.
+        rescale: Make up for what was dropped.
+        rescale_to: Divide the survivors by the density, which keeps the expectation of every entry, or scale them so
+            that each task vector has the L1 norm that it had, which only keeps it in the mean over a tensor.
+
+    Differs from the paper:
+        TIES does not trim what DARE has dropped already.
+        The default adds; `normalize: true` is the disjoint mean of TIES.
+        An exact tie of the vote elects plus.
+    """
+    kept = drop(base, models, rng, density, rescale=rescale and gain is None)
+    return base + lambda_ * disjoint_mean(scaled(kept, gain), weight, normalize=normalize)

@@ -1,0 +1,72 @@
+"""DELLA without the vote: drop small entries of the task vectors more often, rescale the rest, add them to the base."""
+
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from ..method import Fraction, Number, PerModel, Scale, Weight, default, merge_method, statistic
+from ..ops import (
+    Random,
+    check_spread,
+    l1_gain,
+    magprune,
+    magprune_norms,
+    normalizer,
+    restores_l1,
+    scaled,
+    weighted_sum,
+)
+
+
+@merge_method(
+    family="task vectors",
+    cite="deep2024della",
+    scope="row",
+    statistics={"gain": statistic(magprune_norms, l1_gain, when=restores_l1)},
+    compat={"rescale_to": "l1"},
+    validate=check_spread,
+)
+def della_linear(
+    base: Tensor,
+    models: list[Tensor],
+    rng: Random,
+    gain: Tensor | None,
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Fraction] = default(1.0),
+    epsilon: PerModel[Annotated[Tensor, Number(0.0, search=(0.0, 0.2))]] = default(0.15),
+    lambda_: Scale = default(1.0),
+    normalize: bool = False,
+    rescale: bool = True,
+    rescale_to: Literal["expectation", "l1"] = "expectation",
+) -> Tensor:
+    """Drop entries of the task vectors at random, small ones more often, rescale the survivors, add them to the base.
+
+        p_ij   = density_i - epsilon_i + 2 epsilon_i (rank_ij - 1) / (n - 1)
+        kept_i = delta_ij / p_ij with probability p_ij, else 0
+        merged = base + lambda * sum_i weight_i * kept_i
+
+    rank_ij is the rank of |delta_ij| among the n entries of its row, 1 for the smallest.
+
+    Use when:
+        As DARE, where large changes matter more than small ones; della elects signs, too.
+
+    Args:
+        weight: Factor of each task vector.
+        density: Mean probability of an entry to be kept; 1 keeps all, 0 none.
+        epsilon: Half the difference between the probabilities of the largest and the smallest entry of a row.
+        lambda_: Factor of the sum.
+        normalize: Divide the sum by the sum of the weights (unless they cancel).
+        rescale: Make up for what was dropped.
+        rescale_to: Divide each survivor by its own probability, which keeps the expectation of every entry, or scale
+            them so that each task vector has the L1 norm that it had, which favours large entries.
+
+    Differs from the paper:
+        A row is all weights of one output unit, for convolutions too; a vector is one row.
+        Of equal entries in a row the first has the smaller rank. The probability in a row of one element is density.
+    """
+    kept = magprune(base, models, rng, density, epsilon, rescale=rescale and gain is None)
+    total = weighted_sum(scaled(kept, gain), weight)
+    if normalize:
+        total = total / normalizer(weight.sum())
+    return base + lambda_ * total

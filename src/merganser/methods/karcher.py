@@ -1,0 +1,99 @@
+"""Karcher mean: the point of the sphere with the least squared distances to the models."""
+
+import torch
+from torch import Tensor
+
+from ..method import Count, NonNegative, Positive, default, merge_method, statistic
+from ..ops import gram, inverse_norms, unit_gram, weighted_sum
+
+# vectors closer to opposite than this have no arc between them
+_OPPOSITE = 1e-7
+
+
+def tangent(direction: Tensor, cosines: Tensor, share: Tensor, tol: Tensor) -> Tensor:
+    """Return the mean of the tangents that lead from a direction to all models.
+
+    Args:
+        direction: As factors of the unit vectors, shape [T].
+        cosines: Inner products of the unit vectors, shape [T, T].
+        share: Of each model, shape [T].
+        tol: Angles below this are passed over.
+
+    Returns:
+        Factors of the unit vectors, shape [T].
+    """
+    cosine = (cosines @ direction).clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    sine = torch.sin(angle)
+    away = (angle >= tol) & (sine > _OPPOSITE)
+    pull = torch.where(away, share * angle / torch.where(away, sine, 1.0), 0.0)
+    return pull - (pull @ cosine) * direction
+
+
+def length(factors: Tensor, cosines: Tensor) -> Tensor:
+    """Return the norm of a sum of unit vectors."""
+    return (factors @ cosines @ factors).clamp(min=0).sqrt()
+
+
+def factors(measured: Tensor, max_iter: int, tol: Tensor, zero_norm: Tensor) -> Tensor:
+    """Solve for the factor of each model, shape [T]."""
+    norms, cosines = unit_gram(measured)
+    present = norms > zero_norm
+    if not present.any():
+        return torch.full_like(norms, 1 / len(norms))
+    share = present.double() / present.sum()
+    mean = length(share, cosines)
+    direction = share / mean
+    if mean < tol:
+        direction = torch.zeros_like(share)
+        direction[int(present.int().argmax())] = 1.0
+    for _ in range(max_iter):
+        step = tangent(direction, cosines, share, tol)
+        size = length(step, cosines)
+        if size < tol:
+            break
+        direction = torch.cos(size) * direction + torch.sin(size) / size * step
+        direction = direction / length(direction, cosines)
+    return norms.mean() * direction * inverse_norms(norms)
+
+
+def inner_products(models: list[Tensor]) -> Tensor:
+    """Measure the inner products, shape [T, T]."""
+    return gram(models)
+
+
+@merge_method(
+    family="spherical",
+    cite="karcher1977mean",
+    statistics={"share": statistic(inner_products, factors)},
+    compat={"zero_norm": 1e-5},
+)
+def karcher(
+    models: list[Tensor],
+    share: Tensor,
+    *,
+    max_iter: Count = 10,
+    tol: Positive = default(1e-5),
+    zero_norm: NonNegative = default(0.0),
+) -> Tensor:
+    """Take the mean of the models' directions on the sphere, and give it their mean length.
+
+        direction = argmin_{|u| = 1} sum_i arccos(<u, model_i> / |model_i|)^2
+        merged    = mean_i |model_i| * direction
+
+    Found by u <- exp_u(mean_i log_u(model_i / |model_i|)), tensor by tensor, from the normalised mean.
+
+    Use when:
+        Several models of equal standing, and the norm of the weights should not shrink as it does in an average.
+
+    Args:
+        max_iter: Steps, at most.
+        tol: Stop when a step is shorter than this; models nearer than this angle do not pull.
+        zero_norm: Models whose norm is not above this have no direction; they count in the mean length.
+
+    Differs from the paper:
+        The paper defines the mean on any manifold; here a tensor of a model is one point of a sphere.
+        Opposite models have no mean direction; then the search starts from the first model.
+        mergekit leaves out models with a norm of up to 1e-5 (`zero_norm`), and gives zeros where that is all of them.
+    """
+    return weighted_sum(models, share)

@@ -1,0 +1,94 @@
+"""The random drops of DARE and DELLA, and how the survivors are scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .random import Random
+from .rows import by_rank
+from .sum import deltas, l1_norms
+
+
+def drop(base: Tensor, models: Sequence[Tensor], rng: Random, density: Tensor, *, rescale: bool) -> list[Tensor]:
+    """Drop entries of the task vectors at random, as DARE does.
+
+    Args:
+        base: The base.
+        models: The models.
+        rng: The draws.
+        density: Probability to be kept, one entry per model, shape [T].
+        rescale: Divide the survivors by that probability; they are float64 then.
+    """
+    return [
+        _survivors(delta, rng.keep(i, delta.shape, density[i]), density[i] if rescale else None)
+        for i, delta in enumerate(deltas(base, models))
+    ]
+
+
+def magprune(
+    base: Tensor, models: Sequence[Tensor], rng: Random, density: Tensor, epsilon: Tensor, *, rescale: bool
+) -> list[Tensor]:
+    """Drop entries of the task vectors at random, small ones of a row more often, as DELLA does.
+
+    Args:
+        base: The base, shape [rows, columns].
+        models: The models.
+        rng: The draws.
+        density: Mean probability to be kept, one entry per model, shape [T]; 1 keeps all, 0 none.
+        epsilon: The smallest entry of a row is kept with density - epsilon, the largest with density + epsilon.
+        rescale: Divide the survivors by their own probability; they are float64 then.
+    """
+    columns = base.shape[1]
+    rank = torch.arange(columns, dtype=torch.float64, device=base.device)
+    kept = []
+    for i, delta in enumerate(deltas(base, models)):
+        spread = torch.where((density[i] > 0) & (density[i] < 1), epsilon[i], 0.0)
+        # a lonely element is neither small nor large
+        table = density[i] + spread * (2 * rank / (columns - 1) - 1 if columns > 1 else rank)
+        probability = by_rank(delta.abs(), _round_up(table, delta.dtype))
+        keep = rng.keep(i, delta.shape, probability)
+        kept.append(_survivors(delta, keep, probability if rescale else None))
+    return kept
+
+
+def drop_norms(base: Tensor, models: list[Tensor], rng: Random, density: Tensor) -> Tensor:
+    """Measure the L1 norms before and after `drop`, shape [2, T]."""
+    return l1_norms(deltas(base, models), drop(base, models, rng, density, rescale=False))
+
+
+def magprune_norms(base: Tensor, models: list[Tensor], rng: Random, density: Tensor, epsilon: Tensor) -> Tensor:
+    """Measure the L1 norms before and after `magprune`, shape [2, T]."""
+    return l1_norms(deltas(base, models), magprune(base, models, rng, density, epsilon, rescale=False))
+
+
+def restores_l1(rescale: bool, rescale_to: str) -> bool:
+    """Say whether the survivors are scaled by what was measured, instead of by their probability."""
+    return rescale and rescale_to == "l1"
+
+
+def check_spread(parameters: Mapping[str, Any]) -> str | None:
+    """Complain where the probabilities of `magprune` leave the open interval from 0 to 1."""
+    for i, (density, epsilon) in enumerate(zip(parameters["density"], parameters["epsilon"], strict=True)):
+        if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+            return (
+                f"density - epsilon and density + epsilon of model {i} must lie between 0 and 1, both excluded, got "
+                f"density {density:g} and epsilon {epsilon:g}; an epsilon below {min(density, 1 - density):g} will do"
+            )
+    return None
+
+
+def _survivors(delta: Tensor, keep: Tensor, probability: Tensor | None) -> Tensor:
+    if probability is not None:
+        # in float64, for a vote may depend on the last bit; nothing is kept where this divides by 0
+        delta = delta.double() / probability
+    return torch.where(keep, delta, torch.zeros_like(delta))
+
+
+def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the next number of a dtype upwards: no draw lies between the two."""
+    rounded = value.to(dtype)
+    return torch.where(rounded < value, torch.nextafter(rounded, torch.ones_like(rounded)), rounded)

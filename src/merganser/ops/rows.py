@@ -1,0 +1,82 @@
+"""Order within rows: the one thing here that needs a sort.
+
+On a CPU the bits of a magnitude and its column are packed into one integer, so that sorting values alone (which uses
+vector instructions, as sorting with indices does not) tells where each column went.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# elements that are sorted together: the packed integers stay in the cache
+_CHUNK = 1 << 16
+
+
+def by_rank(magnitudes: Tensor, table: Tensor) -> Tensor:
+    """Look up every element's rank within its row.
+
+    Args:
+        magnitudes: Non-negative values, shape [rows, columns].
+        table: What the smallest, the second smallest, ... element of a row gets; of equal ones the first is the
+            smaller. Shape [columns].
+
+    Returns:
+        Shape [rows, columns], in the dtype of the table.
+    """
+    return _by_rank_op(magnitudes, table) if torch.compiler.is_compiling() else _by_rank(magnitudes, table)
+
+
+def sort_rows(values: Tensor) -> Tensor:
+    """Sort every row of a matrix of non-negative values in ascending order; shape [rows, columns]."""
+    return _sort_rows_op(values) if torch.compiler.is_compiling() else _sort_rows(values)
+
+
+def _by_rank(magnitudes: Tensor, table: Tensor) -> Tensor:
+    if magnitudes.device.type == "cpu" and magnitudes.dtype == torch.float32:
+        return _by_packed_sort(magnitudes, table)
+    columns = magnitudes.sort(dim=1, stable=True).indices
+    found = torch.empty_like(magnitudes, dtype=table.dtype)
+    return found.scatter_(1, columns, table.expand(columns.shape))
+
+
+def _sort_rows(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        ordered = values.clone(memory_format=torch.contiguous_format)
+        ordered.numpy().sort(axis=-1)
+        return ordered
+    return values.sort(dim=1).values
+
+
+def _by_packed_sort(magnitudes: Tensor, table: Tensor) -> Tensor:
+    rows, columns = magnitudes.shape
+    found = torch.empty((rows, columns), dtype=table.dtype)
+    step = max(_CHUNK // max(columns, 1), 1)
+    # an int64 in memory is its lower half, then its upper half
+    halves = torch.empty((min(step, rows), columns, 2), dtype=torch.int32)
+    packed = halves.view(torch.int64).squeeze(-1)
+    column = torch.arange(columns, dtype=torch.int32)
+    bits = magnitudes.view(torch.int32)
+    for start in range(0, rows, step):
+        part = bits[start : start + step]
+        n = len(part)
+        halves[:n, :, 0] = column
+        halves[:n, :, 1] = part
+        packed[:n].numpy().sort(axis=-1)
+        found[start : start + n].scatter_(1, packed[:n].bitwise_and_(0xFFFFFFFF), table.expand(n, columns))
+    return found
+
+
+# for the compiler they are black boxes; called like this otherwise, they would have it imported
+_by_rank_op = torch.library.custom_op("merganser::by_rank", _by_rank, mutates_args=())
+_sort_rows_op = torch.library.custom_op("merganser::sort_rows", _sort_rows, mutates_args=())
+
+
+@_by_rank_op.register_fake
+def _(magnitudes: Tensor, table: Tensor) -> Tensor:
+    return torch.empty_like(magnitudes, dtype=table.dtype)
+
+
+@_sort_rows_op.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)

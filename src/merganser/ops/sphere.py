@@ -1,0 +1,40 @@
+"""Points on the arc between two tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def arc(cosine: Tensor, t: Tensor, straight: Tensor) -> Tensor:
+    """Return the factors with which `along` goes from one tensor to another on an arc.
+
+    Args:
+        cosine: Cosine of the angle between the tensors, float64, of any shape.
+        t: Position: 0 is the first tensor, 1 the second.
+        straight: Where to take the straight line, bool, in the shape of `cosine`.
+
+    Returns:
+        Shape [3, *cosine.shape]: factors of the first tensor, of the second, and of second minus first.
+    """
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    sine = torch.sin(angle)
+    first = torch.where(straight, 1 - t, torch.sin((1 - t) * angle) / sine)
+    second = torch.where(straight, t, torch.sin(t * angle) / sine)
+    both = torch.where(straight, 1.0, torch.cos((t - 0.5) * angle) / torch.cos(angle / 2))
+    beyond = t > 0.5
+    zero = torch.zeros_like(both)
+    return torch.stack(
+        [torch.where(beyond, zero, both), torch.where(beyond, both, zero), torch.where(beyond, -first, second)]
+    )
+
+
+def along(first: Tensor, second: Tensor, factors: Tensor) -> Tensor:
+    """Return the point on the arc, measured from the nearer end: equal tensors and both ends come out bit by bit.
+
+    Args:
+        first: Where t is 0.
+        second: Where t is 1.
+        factors: From `arc`.
+    """
+    return first * factors[0] + second * factors[1] + (second - first) * factors[2]

@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merganser.method import takes
+from merganser.ops.order import at_least, comparable, magnitude_cut, order_statistic
+
+
+def run(statistic, blocks, **parameters):
+    """Run a statistic over blocks of S value tensors as the engine does: add the counts, then solve."""
+    given = {**parameters, "size": torch.tensor(sum(block[0].numel() for block in blocks), dtype=torch.float64)}
+
+    def call(function, **more):
+        known = {**given, **more}
+        return function(**{name: known[name] for name in takes(function)})
+
+    for round_ in statistic.rounds:
+        total = sum(call(round_.measure, models=block).to(torch.int64) for block in blocks)
+        given["previous"] = call(round_.solve, measured=total)
+    return given["previous"]
+
+
+def values(models):
+    return models
+
+
+def kth_largest(tensors, wanted, *, wide=False, cut=1):
+    """Return the statistic of `wanted` ranks (the same for each tensor), measured over `cut` blocks."""
+    ranks = torch.tensor([wanted] * len(tensors))
+    statistic = order_statistic(values, lambda size: ranks, wide=wide)
+    blocks = list(zip(*[tensor.tensor_split(cut) for tensor in tensors], strict=True))
+    return run(statistic, blocks)
+
+
+def sorted_kth(tensor, wanted):
+    found = sorted(tensor.double().reshape(-1).tolist(), reverse=True)
+    return [math.inf if k <= 0 else 0.0 if k > len(found) else found[k - 1] for k in wanted]
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_finds_what_a_sort_finds(scale, bits):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [(torch.randn(2011, generator=generator) * scale).abs() for _ in range(2)]
+    if bits == 16:
+        tensors = [tensor.bfloat16().float() for tensor in tensors]
+    wanted = [1, 2, 1000, 1500, 2010, 2011]
+    found = kth_largest(tensors, wanted)
+    assert found.shape == (2, 6)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [sorted_kth(tensor, wanted) for tensor in tensors]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(0, allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=40),
+    st.data(),
+)
+def test_finds_what_a_sort_finds_in_any_list(numbers, data):
+    tensor = torch.tensor(numbers, dtype=torch.float32)
+    wanted = data.draw(st.lists(st.integers(-1, len(numbers) + 2), min_size=1, max_size=3))
+    assert kth_largest([tensor], wanted).tolist() == [sorted_kth(tensor, wanted)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, 1e-40, 0.5, 0.5000001, 1.0, 1.0078125, 3e38]), min_size=1, max_size=30),
+    st.integers(1, 30),
+)
+def test_ties_count_one_by_one(numbers, k):
+    tensor = torch.tensor(numbers, dtype=torch.float32)
+    assert kth_largest([tensor], [k]).tolist() == [sorted_kth(tensor, [k])]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_ranks_outside_the_tensor(wide):
+    tensor = torch.tensor([3.0, 1.0, 2.0])
+    found = kth_largest([tensor.double() if wide else tensor], [-5, 0, 1, 3, 4, 100], wide=wide)
+    found = found.view(torch.float64) if wide else found
+    assert found.tolist() == [[math.inf, math.inf, 3.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_blocks_do_not_matter(wide):
+    tensor = torch.randn(5000, generator=torch.Generator().manual_seed(1), dtype=torch.float64).abs()
+    tensor = tensor if wide else tensor.float()
+    whole = kth_largest([tensor], [1, 17, 2500, 5000], wide=wide)
+    for cut in (2, 7, 100):
+        assert torch.equal(kth_largest([tensor], [1, 17, 2500, 5000], wide=wide, cut=cut), whole)
+
+
+def test_float64_is_cut_to_float32_downwards():
+    step = 2.0**-23
+    tensor = torch.tensor([1 + 0.1 * step, 1 + 0.9 * step, 1 + 1.1 * step, 2.0], dtype=torch.float64)
+    assert kth_largest([tensor], [1, 2, 3, 4]).tolist() == [[2.0, 1 + step, 1.0, 1.0]]
+    assert comparable(tensor).tolist() == [1.0, 1.0, 1 + step, 2.0]
+    # what reaches the cut is what the statistic counted as reaching it
+    assert (tensor >= kth_largest([tensor], [2])[0, 0]).sum() == 2
+
+
+def test_comparable_leaves_float32_alone():
+    tensor = torch.tensor([0.1, 3.0])
+    assert comparable(tensor) is tensor
+
+
+def test_negative_zero_is_zero():
+    assert kth_largest([torch.tensor([-0.0, 1.0, -0.0])], [1, 2, 3]).tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_a_wide_statistic_tells_apart_what_float32_does_not():
+    generator = torch.Generator().manual_seed(2)
+    tensor = 1 + torch.rand(300, generator=generator, dtype=torch.float64) * 2.0**-20
+    assert len(tensor.float().unique()) < 20
+    for k in (1, 2, 150, 299, 300):
+        cut = kth_largest([tensor], [k], wide=True)
+        assert cut.dtype == torch.int64
+        assert at_least(tensor, cut[0, 0]).sum() == k
+        # to 2**-36 of its size, downwards
+        exact = sorted_kth(tensor, [k])[0]
+        assert 0 <= exact - float(cut.view(torch.float64)) <= 2.0**-36
+
+
+def test_a_wide_statistic_of_tiny_numbers():
+    tensor = torch.tensor([1e-150, 2e-150, 3e-60, 0.0], dtype=torch.float64)
+    for k in (1, 2, 3):
+        assert at_least(tensor, kth_largest([tensor], [k], wide=True)[0, 0]).sum() == k
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_ranks_can_depend_on_how_many_are_positive(wide):
+    dtype = torch.float64 if wide else torch.float32
+    tensors = [torch.tensor([0.0, 4.0, 0.0, 2.0, 1e-30, 3.0], dtype=dtype), torch.zeros(6, dtype=dtype)]
+    statistic = order_statistic(values, lambda positive: positive.long().unsqueeze(1), wide=wide)
+    found = run(statistic, [tensors])
+    found = found.view(torch.float64) if wide else found
+    assert found[0].item() == pytest.approx(1e-30)
+    assert found[1].item() == math.inf
+
+
+def density_cut(tensors, density):
+    given = torch.tensor(density, dtype=torch.float64)
+    return run(magnitude_cut(values), [tensors], density=given)[:, 0].tolist()
+
+
+def test_the_cut_of_a_density():
+    tensor = torch.arange(1.0, 101.0)
+    # floor(0.29 * 100) is 28 in binary, as everywhere in Python
+    densities = [0.0, 0.001, 0.01, 0.1, 0.29, 0.999, 1.0]
+    assert density_cut([tensor] * 7, densities) == [math.inf, 100, 100, 91, 73, 2, 1]
+
+
+def test_nothing_is_measured_where_nothing_is_trimmed():
+    statistic = magnitude_cut(values)
+    assert not statistic.wanted({"density": (1.0, 1.0)})
+    assert statistic.wanted({"density": (1.0, 0.9)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [False, True])
+def test_fused_histograms_count_the_same(wide):
+    tensors = [torch.randn(5000, dtype=torch.float64 if wide else torch.float32).abs() for _ in range(2)]
+    statistic = order_statistic(values, lambda size: torch.tensor([[10, 100], [20, 6000]]), wide=wide)
+    previous = run(statistic, [tensors])
+    for round_ in statistic.rounds:
+        names = takes(round_.measure)
+        known = {"models": tensors, "previous": torch.tensor([[[40, 7], [50, 3]], [[60, 1], [-2, 1]]])}
+        arguments = {name: known[name] for name in names}
+        fused = torch.compile(lambda given, call=round_.measure: call(**given), fullgraph=True, dynamic=True)
+        assert torch.equal(fused(arguments), round_.measure(**arguments))
+    assert previous.shape == (2, 2)
