@@ -130,6 +130,8 @@ def merge_tensors(
         parts = [tensor[start:end] for tensor in flat]
         return (None, parts) if base is None else (parts[0], parts[1:])
 
+    if not run.ranges:
+        return torch.empty(shape, dtype=dtype, device=device)
     known: dict[str, Tensor] = {}
     for statistic, declared, _ in kernels.statistics:
         for index in range(len(declared.rounds)):
