@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections import defaultdict
@@ -13,6 +14,7 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint import Checkpoint, TensorInfo
+from ..errors import NotFoundError
 from ..recipe import ModelReference
 from .plan import Plan, PlannedTensor
 from .staging import digest
@@ -49,11 +51,18 @@ def versions(plan: Plan) -> dict[str, str]:
 
 
 def input_files(plan: Plan) -> list[dict[str, Any]]:
-    """Return the weight files of the inputs, with size and time of change."""
+    """Return the weight files of the inputs, with size and time of change.
+
+    Raises:
+        NotFoundError: One is no longer there.
+    """
     found = {}
     for reference, checkpoint in plan.checkpoints.items():
         for file in checkpoint.weight_files:
-            status = file.stat()
+            try:
+                status = file.stat()
+            except OSError as error:
+                raise NotFoundError(f"{file}: cannot be read any more: {error.strerror}") from None
             found[file] = {
                 "model": str(reference),
                 "path": str(file),
@@ -90,7 +99,7 @@ def layer_summary(tensors: Sequence[PlannedTensor], samples: Mapping[str, Mappin
 
     Returns:
         One entry per layer and role: number of tensors and parameters, relative distances of each model and of the
-        merge (Frobenius norm of the difference over that of the base).
+        merge (Frobenius norm of the difference over that of the base), where those are finite.
     """
     groups: dict[tuple[int, str], list[PlannedTensor]] = defaultdict(list)
     for tensor in tensors:
@@ -107,8 +116,11 @@ def layer_summary(tensors: Sequence[PlannedTensor], samples: Mapping[str, Mappin
         }
         if found and norm > 0 and len({len(s["models"]) for s in found}) == 1:
             each = zip(*(s["models"] for s in found), strict=True)
-            entry["models"] = [sum(x**2 for x in values) ** 0.5 / norm for values in each]
-            entry["merged"] = sum(s["merged"] ** 2 for s in found) ** 0.5 / norm
+            models = [sum(x**2 for x in values) ** 0.5 / norm for values in each]
+            merged = sum(s["merged"] ** 2 for s in found) ** 0.5 / norm
+            # JSON knows neither NaN nor infinity
+            if all(map(math.isfinite, [norm, merged, *models])):
+                entry.update(models=models, merged=merged)
         summary.append(entry)
     return summary
 
@@ -156,6 +168,7 @@ def model_card(plan: Plan, title: str) -> str:
     front = ["---", "library_name: transformers", "tags:", "- merge", "- merganser"]
     if hub:
         front += ["base_model:", *(f"- {name}" for name in hub)]
+    fence = "```" if "```" not in plan.recipe.text else "~~~~~~"
     listed = "\n".join(f"- {_shown(reference, hub)}" for reference in models)
     return (
         "\n".join([*front, "---"])
@@ -174,9 +187,9 @@ Config, tokenizer and other files are those of {_shown(plan.donor, hub)}.
 
 ## Recipe
 
-```yaml
+{fence}yaml
 {plan.recipe.text.strip()}
-```
+{fence}
 
 `{RECORD_NAME}` says what was read and written, with hashes; `merganser verify .` checks them.
 """

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import threading
 import time
 from collections import defaultdict
@@ -16,16 +12,17 @@ from typing import Any, Protocol
 
 import torch
 
-from ..checkpoint import INDEX_NAME, Reader, index_json
-from ..errors import MergeError, OutputError, UnsupportedError
+from ..checkpoint import Reader
+from ..errors import MergeError, OutputError
+from .devices import resolve_device as resolve_device
+from .finish import side_file_bytes, write_rest
+from .hashing import Hasher, span, written_digest
 from .kernels import prepare_compiler_cache
 from .plan import Plan
-from .record import RECORD_NAME, file_hash, fingerprint, input_hashes, layer_summary, make_record, model_card
-from .staging import Staging, digest
+from .record import fingerprint, input_files
+from .staging import Staging
 from .stream import Context, Done, Stopped, Worker
 from .tasks import Group, GroupState, KernelCache, Schedule, Task, make_groups, start_group
-
-_PIECE = 1 << 22
 
 
 class Interrupted(Exception):
@@ -33,7 +30,10 @@ class Interrupted(Exception):
 
 
 class Progress(Protocol):
-    """Told how a run advances, from several threads."""
+    """Told how a run advances, from several threads, one at a time.
+
+    What an earlier run finished is told before the start.
+    """
 
     def start(self, plan: Plan, continued: bool) -> None:
         """The run begins, or continues."""
@@ -83,64 +83,55 @@ def run_plan(
     """
     device = resolve_device(plan.device)
     started = time.monotonic()
+    _refuse_inputs(plan, out)
+    inputs = input_files(plan)
     staging = Staging(
-        out, plan.shards, fingerprint(plan, {"allow_nonfinite": allow_nonfinite}), overwrite=overwrite, fresh=fresh
+        out,
+        plan.shards,
+        fingerprint(plan, {"allow_nonfinite": allow_nonfinite}),
+        beside=side_file_bytes(plan),
+        overwrite=overwrite,
+        fresh=fresh,
     )
     try:
         run = _Run(plan, staging, device, allow_nonfinite, cluster, progress)
         entries = run.execute()
         merged = time.monotonic()
-        outputs = _write_side_files(plan, staging.folder, out.name)
         hashes = run.hasher.result()
-        weights = [
-            {"file": shard.name, "bytes": shard.size, "sha256": found}
-            for shard, found in zip(plan.shards, hashes, strict=True)
-        ]
-        record = make_record(
+        record = write_rest(
             plan,
-            inputs=input_hashes(plan, _tensor_digests(run.groups, entries)),
-            outputs=[*weights, *outputs],
-            layers=layer_summary(plan.tensors, _samples(entries)),
+            staging.folder,
+            staging.target.name,
+            groups=run.groups,
+            entries=entries,
+            hashes=hashes,
+            inputs=inputs,
             timings={"merge_seconds": round(merged - started, 3), "seconds": round(time.monotonic() - started, 3)},
             continued=staging.continued,
         )
-        (staging.folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         staging.publish(overwrite=overwrite)
-    except (KeyboardInterrupt, Interrupted):
+    except KeyboardInterrupt:
         staging.keep()
         raise Interrupted(f"{out}: stopped; run the same command again to continue") from None
-    except OutputError:
-        staging.keep()
+    except MergeError as error:
+        # what the disk refuses it may take later; any other mistake would only be made again
+        (staging.keep if isinstance(error, OutputError) else staging.remove)()
         raise
     except OSError as error:
         staging.keep()
         raise staging.write_error(error) from None
-    except MergeError:
-        staging.remove()
-        raise
     except BaseException:
         staging.keep()
         raise
     return Result(out, record)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device of that name.
-
-    Raises:
-        UnsupportedError: There is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UnsupportedError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UnsupportedError(f"--device {name}: no such GPU here; torch sees {torch.cuda.device_count()}")
-    if device.type not in ("cpu", "cuda"):
-        raise UnsupportedError(f"--device {name}: only cpu and cuda are supported")
-    return device
+def _refuse_inputs(plan: Plan, out: Path) -> None:
+    """Refuse to replace what is merged."""
+    target = out.resolve()
+    for reference, checkpoint in plan.checkpoints.items():
+        if checkpoint.path.resolve().is_relative_to(target):
+            raise OutputError(f"{out}: {reference}, an input of this merge, lies there; choose another target")
 
 
 class _Run:
@@ -188,12 +179,13 @@ class _Run:
                 self._locally(schedule)
             else:
                 self._on_cluster(schedule, self._cluster)
+            if schedule.error is not None:
+                raise schedule.error
+        except BaseException:
+            self.hasher.stop()
+            raise
         finally:
             torch.set_num_threads(threads_before)
-            if schedule.error is not None or schedule.stopping:
-                self.hasher.stop()
-        if schedule.error is not None:
-            raise schedule.error
         return self._entries
 
     def _locally(self, schedule: Schedule) -> None:
@@ -246,18 +238,19 @@ class _Run:
                 schedule.fail(error)
 
         threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 # with a timeout, so that Ctrl-C is heard
                 while thread.is_alive():
                     thread.join(0.1)
-        except KeyboardInterrupt:
+        except BaseException:
             schedule.stop()
             deadline = time.monotonic() + 0.8
             for thread in threads:
-                thread.join(max(deadline - time.monotonic(), 0))
+                if thread.ident is not None:
+                    thread.join(max(deadline - time.monotonic(), 0))
             raise
 
     def _trusted(self) -> dict[int, set[int]]:
@@ -267,7 +260,7 @@ class _Run:
             if index >= len(self.groups) or segment >= len(self.groups[index].segments):
                 continue
             group = self.groups[index]
-            if _found(self._plan, self._staging, group, segment) != entry["out"]:
+            if written_digest(self._plan, self._staging, group, segment) != entry["out"]:
                 continue
             trusted[index].add(segment)
             self._entries[index, segment] = entry
@@ -286,141 +279,3 @@ class _Run:
         if self._progress:
             with self._lock:
                 self._progress.advance(read, written, tensors)
-
-
-def span(plan: Plan, group: Group, segment: int) -> tuple[int, int, int]:
-    """Return where a task's output lies: shard, first byte, number of bytes."""
-    first, last = group.tensors[0], group.tensors[-1]
-    if group.bundle:
-        return first.shard, first.offset, last.offset + last.nbytes - first.offset
-    from .blocks import block_step
-
-    step = block_step(first.shape, plan.method.scope)
-    start, end = (min(block * step, first.size) for block in group.segments[segment])
-    size = first.dtype.itemsize
-    return first.shard, first.offset + start * size, (end - start) * size
-
-
-def _found(plan: Plan, staging: Staging, group: Group, segment: int) -> str:
-    """Hash what lies at a task's place in the output, as the task hashed what it wrote."""
-    shard, offset, nbytes = span(plan, group, segment)
-    buffer = memoryview(bytearray(nbytes))
-    staging.read(shard, offset, buffer)
-    if group.bundle:
-        return digest(buffer).hex()
-    from .blocks import block_step
-
-    step = block_step(group.tensors[0].shape, plan.method.scope) * group.tensors[0].dtype.itemsize
-    return b"".join(digest(buffer[at : at + step]) for at in range(0, nbytes, step)).hex()
-
-
-class Hasher:
-    """Hashes the output's files from front to back while they are written, on a thread of its own."""
-
-    def __init__(self, plan: Plan, staging: Staging) -> None:
-        self._shards = plan.shards
-        self._staging = staging
-        self._changed = threading.Condition()
-        self._done: list[dict[int, int]] = [{0: len(shard.header)} for shard in plan.shards]
-        self._stopped = False
-        self._hashes: list[str] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def add(self, shard: int, offset: int, nbytes: int) -> None:
-        """Tell that a range is written."""
-        if nbytes:
-            with self._changed:
-                self._done[shard][offset] = offset + nbytes
-                self._changed.notify()
-
-    def stop(self) -> None:
-        """End without a result."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-
-    def result(self) -> list[str]:
-        """Wait for the sha256 of every file, in the order of the shards."""
-        while self._thread.is_alive():
-            self._thread.join(0.1)
-        if self._error is not None:
-            raise self._error
-        return self._hashes
-
-    def _work(self) -> None:
-        buffer = memoryview(bytearray(_PIECE))
-        try:
-            for index, shard in enumerate(self._shards):
-                found = hashlib.sha256()
-                position = 0
-                while position < shard.size:
-                    end = self._wait(index, position)
-                    if end is None:
-                        return
-                    while position < end:
-                        piece = buffer[: min(_PIECE, end - position)]
-                        self._staging.read(index, position, piece)
-                        found.update(piece)
-                        position += len(piece)
-                self._hashes.append(found.hexdigest())
-        except BaseException as error:
-            self._error = error
-
-    def _wait(self, index: int, position: int) -> int | None:
-        with self._changed:
-            while position not in self._done[index]:
-                if self._stopped:
-                    return None
-                self._changed.wait()
-            return self._done[index].pop(position)
-
-
-def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, Any]]:
-    """Write config, index, tokenizer and the rest; return them with their hashes."""
-    names = []
-
-    def put(name: str, data: bytes) -> None:
-        (folder / name).write_bytes(data)
-        names.append(name)
-
-    for name, source in plan.side_files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
-        names.append(name)
-    if plan.recipe.chat_template is not None:
-        put("chat_template.jinja", plan.recipe.chat_template.encode())
-    if plan.config:
-        put("config.json", (json.dumps(plan.config, indent=2) + "\n").encode())
-    if len(plan.shards) > 1:
-        put(INDEX_NAME, index_json(plan.shards))
-    put("README.md", model_card(plan, title).encode())
-    return [
-        {"file": name, "bytes": os.path.getsize(folder / name), "sha256": file_hash(folder / name)}  # noqa: PTH202
-        for name in dict.fromkeys(names)
-    ]
-
-
-def _tensor_digests(
-    groups: list[Group], entries: Mapping[tuple[int, int], Mapping[str, Any]]
-) -> dict[tuple[Path, str], bytes]:
-    """Put the digests of blocks together to those of the input tensors."""
-    found: dict[tuple[Path, str], bytes] = {}
-    for group in groups:
-        if group.bundle:
-            columns = entries[group.index, 0]["in"]
-        else:
-            parts = [entries[group.index, segment]["in"] for segment in range(len(group.segments))]
-            columns = [["".join(column) for column in zip(*parts, strict=True)]]
-        for tensor, column in zip(group.tensors, columns, strict=True):
-            for source, text in zip(tensor.inputs, column, strict=True):
-                found[source.file, source.name] = digest(bytes.fromhex(text))
-    return found
-
-
-def _samples(entries: Mapping[tuple[int, int], Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    return {name: sample for entry in entries.values() for name, sample in entry.get("sample", {}).items()}

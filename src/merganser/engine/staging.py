@@ -51,16 +51,16 @@ class Staging:
         check_target(out, overwrite=overwrite)
         self.out = out
         # absolute: the current folder may change, and "a/.." has no name
-        self._target = Path(os.path.abspath(out))  # noqa: PTH100
-        self.folder = self._target.with_name(f".{self._target.name}.merging")
-        self._lock_file = self._target.with_name(f".{self._target.name}.merging.lock")
+        self.target = Path(os.path.abspath(out))  # noqa: PTH100
+        self.folder = self.target.with_name(f".{self.target.name}.merging")
+        self._lock_file = self.target.with_name(f".{self.target.name}.merging.lock")
         self._shards = shards
         self._files: list[int] = []
         self._users = 0
         self._idle = threading.Condition()
         self._journal_lock = threading.Lock()
         try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self.target.parent.mkdir(parents=True, exist_ok=True)
             self._guard: int | None = _acquire(self._lock_file)
         except OSError as error:
             raise self.write_error(error) from None
@@ -134,8 +134,8 @@ class Staging:
                 _sync(path)
             (self.folder / _JOURNAL).unlink()
             _sync(self.folder)
-            _replace(self._target, self.folder)
-            _sync(self._target.parent)
+            _replace(self.target, self.folder)
+            _sync(self.target.parent)
         except OSError as error:
             raise self.write_error(error) from None
         self._release()

@@ -1,0 +1,128 @@
+"""What follows the last tensor: the files beside the weights, and the run record."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import INDEX_NAME, index_json
+from ..errors import CheckpointError
+from .plan import Plan
+from .record import RECORD_NAME, file_hash, input_files, input_hashes, layer_summary, make_record, model_card
+from .staging import digest
+from .tasks import Group
+
+Entries = Mapping[tuple[int, int], Mapping[str, Any]]
+"""The journal: what each task read and wrote, by group and segment."""
+
+
+def write_rest(
+    plan: Plan,
+    folder: Path,
+    title: str,
+    *,
+    groups: Sequence[Group],
+    entries: Entries,
+    hashes: Sequence[str],
+    inputs: Sequence[Mapping[str, Any]],
+    timings: Mapping[str, float],
+    continued: bool,
+) -> dict[str, Any]:
+    """Write config, index, tokenizer, model card and run record.
+
+    Args:
+        plan: The plan.
+        folder: Holds the weights.
+        title: Name of the output.
+        groups: All groups of the plan.
+        entries: What their tasks read and wrote.
+        hashes: sha256 of each shard.
+        inputs: From `input_files`, before the first read.
+        timings: For the record.
+        continued: Whether an earlier run had begun.
+
+    Returns:
+        The run record.
+
+    Raises:
+        CheckpointError: An input changed meanwhile, or a file to copy cannot be read.
+        OSError: The target cannot be written.
+    """
+    for before, now in zip(inputs, input_files(plan), strict=True):
+        if before != now:
+            raise CheckpointError(f"{now['path']}: was changed while it was merged; merge again")
+    weights = [
+        {"file": shard.name, "bytes": shard.size, "sha256": found}
+        for shard, found in zip(plan.shards, hashes, strict=True)
+    ]
+    record = make_record(
+        plan,
+        inputs=input_hashes(plan, _tensor_digests(groups, entries)),
+        outputs=[*weights, *_write_side_files(plan, folder, title)],
+        layers=layer_summary(plan.tensors, _samples(entries)),
+        timings=timings,
+        continued=continued,
+    )
+    (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def side_file_bytes(plan: Plan) -> int:
+    """Return the size of what `write_rest` will write, roughly."""
+    copied = sum(source.stat().st_size for source in plan.side_files.values() if source.exists())
+    return copied + 1_000 * len(plan.tensors)
+
+
+def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, Any]]:
+    """Write the files beside the weights; return them with their hashes."""
+    texts: dict[str, bytes] = {"README.md": model_card(plan, title).encode()}
+    if plan.recipe.chat_template is not None:
+        texts["chat_template.jinja"] = plan.recipe.chat_template.encode()
+    if plan.config:
+        texts["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
+    if len(plan.shards) > 1:
+        texts[INDEX_NAME] = index_json(plan.shards)
+    for name, source in plan.side_files.items():
+        if name not in texts:
+            _copy(source, folder / name)
+    for name, data in texts.items():
+        (folder / name).write_bytes(data)
+    names = dict.fromkeys([*plan.side_files, *texts])
+    return [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file's contents.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy)
+
+
+def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[Path, str], bytes]:
+    """Put the digests of blocks together to those of the input tensors."""
+    found: dict[tuple[Path, str], bytes] = {}
+    for group in groups:
+        if group.bundle:
+            columns = entries[group.index, 0]["in"]
+        else:
+            parts = [entries[group.index, segment]["in"] for segment in range(len(group.segments))]
+            columns = [["".join(column) for column in zip(*parts, strict=True)]]
+        for tensor, column in zip(group.tensors, columns, strict=True):
+            for source, text in zip(tensor.inputs, column, strict=True):
+                found[source.file, source.name] = digest(bytes.fromhex(text))
+    return found
+
+
+def _samples(entries: Entries) -> dict[str, Mapping[str, Any]]:
+    return {name: sample for entry in entries.values() for name, sample in entry.get("sample", {}).items()}
