@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -305,18 +305,11 @@ class Resolver:
         known = self._interned.get(values)
         if known is not None:
             return known
-        method = self.method
-        validate: Callable[..., str | None] | None = method.validate
-        if validate is not None:
-            arguments = {
-                p.argument: list(value) if p.per_model else value
-                for p, value in zip(method.parameters.values(), values, strict=True)
-            }
-            complaint = validate(**arguments)
-            if complaint:
-                at = f" ({name})" if name else ""
-                raise ParameterError(f"{self.slices[slice_index].place}{at}: {complaint}")
-        mapping = dict(zip(method.parameters, values, strict=True))
+        mapping = dict(zip(self.method.parameters, values, strict=True))
+        complaint = self.method.validate(mapping) if self.method.validate is not None else None
+        if complaint:
+            at = f" ({name})" if name else ""
+            raise ParameterError(f"{self.slices[slice_index].place}{at}: {complaint}")
         self._interned[values] = mapping
         return mapping
 
@@ -331,8 +324,8 @@ class Resolver:
             declared = self.method.parameters[parameter]
             if declared.default != value and not any(parameter in level for level in levels):
                 self.differences.append(
-                    f"{name}: {parameter} is {shown(declared.default)} by default, mergekit computes with "
-                    f"{shown(value)}, and so does `compat: mergekit`. {declared.help}"
+                    f"{name}: {parameter} is {shown(declared.default)} by default; mergekit computes with "
+                    f"{shown(value)}, and so does `compat: mergekit` (see `merganser methods {name}`)"
                 )
         scheduled = [p.name for p, each in self._chains[-1] if any(_schedule_goes_on(chain) for chain in each)]
         if scheduled:
