@@ -110,7 +110,7 @@ def merge_tensors(
         raise ValueError(f"{method.name}: tensors of one shape are needed, got {sorted(shapes)}")
     if len(models) < method.min_models or (method.max_models is not None and len(models) > method.max_models):
         raise ValueError(f"{method.name} takes {method.models_text()}, got {len(models)} models")
-    if (base is None) is (method.base == "required") or (base is not None and method.base == "unused"):
+    if method.base == ("required" if base is None else "unused"):
         raise ValueError(f"{method.name} takes {method.models_text()}, got {'no' if base is None else 'a'} base")
     if dtype is None:
         dtype = inputs[0].dtype
