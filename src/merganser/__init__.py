@@ -1,3 +1,66 @@
-"""Merge large language models on the machine you have."""
+"""Merge large language models on the machine you have.
+
+    import merganser
+
+    merganser.merge("recipe.yaml", "out")
+
+Every public name is loaded when it is first used: importing merganser loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors, methods
+    from .api import merge, plan
+    from .checkpoint import open_checkpoint
+    from .difference import diff
+    from .errors import MergeError
+    from .inspection import inspect
+    from .recipe import load_recipe, load_recipes
+    from .verification import verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "MergeError",
+    "diff",
+    "errors",
+    "inspect",
+    "load_recipe",
+    "load_recipes",
+    "merge",
+    "methods",
+    "open_checkpoint",
+    "plan",
+    "verify",
+]
+
+_MODULES = ("errors", "methods")
+_HOMES = {
+    "MergeError": "errors",
+    "diff": "difference",
+    "inspect": "inspection",
+    "load_recipe": "recipe",
+    "load_recipes": "recipe",
+    "merge": "api",
+    "open_checkpoint": "checkpoint",
+    "plan": "api",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

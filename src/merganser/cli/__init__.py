@@ -1,0 +1,73 @@
+"""The command `merganser`: one file per verb, each of which prints what one public call returns.
+
+Nothing here imports torch before there is work for it, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from .. import __version__
+from ._errors import STOPPED, Verb
+from .diff import diff
+from .inspect import inspect
+from .merge import merge
+from .methods import methods
+from .plan import plan
+from .verify import verify
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="merganser",
+    help="Merge large language models on the machine you have.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+for verb in (merge, plan, methods, inspect, diff, verify):
+    app.command(cls=Verb)(verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"merganser {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Merge large language models on the machine you have."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command, by default that of this process.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal that lacks a letter shows a question mark
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        app(arguments, prog_name="merganser")
+        raise SystemExit(0)
+    except SystemExit as end:
+        if arguments is None and end.code == STOPPED:
+            # Python would wait for threads that are in the middle of a block
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(STOPPED)
+        raise

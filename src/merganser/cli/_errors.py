@@ -1,0 +1,58 @@
+"""From errors to messages and exit codes: 2 what the user can mend, 130 Ctrl-C, 1 a defect of ours."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from .. import __version__
+from ..errors import MergeError
+from ._text import complain
+
+STOPPED = 130
+"""Exit code after Ctrl-C."""
+
+_BROKEN_PIPE = 141  # what a shell reports for a command that SIGPIPE ended
+
+
+class Verb(TyperCommand):
+    """A command that ends every error in a message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            typer.Exit: With the exit code.
+        """
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except (typer.Exit, typer.Abort):
+            raise
+        except BrokenPipeError:
+            # whoever read our output has enough; Python would complain once more when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(_BROKEN_PIPE) from None
+        except KeyboardInterrupt:
+            complain("error", "stopped")
+            raise typer.Exit(STOPPED) from None
+        except MergeError as error:
+            if os.environ.get("MERGANSER_DEBUG"):
+                traceback.print_exc()
+            complain("error", str(error))
+            raise typer.Exit(2) from None
+        except Exception:
+            traceback.print_exc()
+            complain(
+                "error",
+                f"this is a defect of merganser {__version__} (Python {platform.python_version()}, "
+                f"{platform.system()}), not of your input; please report it with the lines above",
+            )
+            raise typer.Exit(1) from None

@@ -1,0 +1,62 @@
+"""Options that several verbs share, and what they mean together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ._text import on_terminal, parse_size
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT", help="A folder, a file of weights, or a Hub id (org/name@revision).", show_default=False
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Threads that merge.  [default: one per core, 8 at most]", show_default=False
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")]
+ShardSize = Annotated[
+    int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest size of an output file, such as 5GB or 900MiB.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", help="Seed of random draws.  [default: the recipe's, else 0]", show_default=False),
+]
+MaxMemory = Annotated[
+    int | None,
+    typer.Option(parser=parse_size, metavar="SIZE", help="Memory that the merge may use.", show_default=False),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Folder for models from the Hub.  [default: huggingface_hub's]", show_default=False
+    ),
+]
+KeepStages = Annotated[
+    bool,
+    typer.Option("--keep-stages", help="Keep the results of a recipe's other documents, in .OUT.stages."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+AllTensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
+
+SHARD_SIZE = "5GB"
+
+
+def chosen(**options: Any) -> dict[str, Any]:
+    """Return the options that were given; the defaults of the others are not ours to know."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def quieten_hub(quiet: bool = False) -> None:
+    """Keep the Hub's own progress bars off what is no terminal."""
+    if quiet or not on_terminal():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

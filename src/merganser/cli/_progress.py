@@ -1,0 +1,111 @@
+"""Live progress on stderr; silent where nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ._text import complain, count_text, on_terminal, plural, size_text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from ..engine.plan import Plan
+
+
+def _bar(counted: str) -> Progress:
+    """Make a bar over bytes; `counted` is a format of what else is told."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TextColumn(counted),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        expand=True,
+    )
+
+
+@contextmanager
+def byte_progress(description: str, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar for work that tells its bytes, done and in all."""
+    if quiet or not on_terminal():
+        yield None
+        return
+    with _bar("") as bar:
+        task = bar.add_task(description, total=None)
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield tell
+
+
+class MergeProgress:
+    """Tells what a plan warns of when it starts, then how its run advances; as `merganser.engine.run.Progress`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._bytes = 0
+        self._tensors = 0
+        self._total = 0
+        self.plans: list[Plan] = []
+
+    def __enter__(self) -> MergeProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def start(self, plan: Plan, continued: bool) -> None:
+        """A run begins, or continues."""
+        self._close()
+        self.plans.append(plan)
+        # what an earlier run finished was told before the start
+        before, self._total = self._bytes, len(plan.tensors)
+        if self._quiet:
+            return
+        stage = f"{plan.recipe.name}: " if plan.recipe.name else ""
+        for warning in plan.warnings:
+            complain("warning", f"{stage}{warning}")
+        for difference in plan.differences:
+            complain("note", f"{stage}differs from mergekit: {difference}")
+        if continued:
+            tensors = plural(self._tensors, "tensor")
+            complain("note", f"{stage}continuing an interrupted run: {tensors}, {size_text(before)} are there already")
+        if on_terminal():
+            self._bar = _bar("{task.fields[tensors]}")
+            self._task = self._bar.add_task(
+                plan.recipe.name or plan.method.name,
+                total=plan.bytes_read + plan.bytes_written,
+                completed=before,
+                tensors=self._counted(),
+            )
+            self._bar.start()
+
+    def advance(self, read: int, written: int, tensors: int) -> None:
+        """So many more bytes were read and written, and tensors completed."""
+        self._bytes += read + written
+        self._tensors += tensors
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._bytes, tensors=self._counted())
+
+    def _counted(self) -> str:
+        return f"{count_text(self._tensors)}/{count_text(self._total)} tensors"
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._task = None, None
+            self._bytes = self._tensors = 0

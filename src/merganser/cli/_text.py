@@ -1,0 +1,141 @@
+"""Words and numbers as people read them, and where they go: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+
+_COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "note": typer.colors.CYAN}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+
+
+def say(text: str = "") -> None:
+    """Print a line of data."""
+    typer.echo(text)
+
+
+def head(text: str) -> None:
+    """Print a heading."""
+    typer.secho(text, bold=True)
+
+
+def complain(kind: str, text: str) -> None:
+    """Print an error, a warning or a note to stderr."""
+    typer.secho(f"{kind}: ", nl=False, err=True, fg=_COLOURS[kind], bold=True)
+    typer.echo(text, err=True)
+
+
+def say_json(value: Any) -> None:
+    """Print one JSON document."""
+    typer.echo(json.dumps(value, indent=1, default=_plain, allow_nan=False, ensure_ascii=False))
+
+
+def _plain(value: object) -> Any:
+    return dict(value) if isinstance(value, Mapping) else str(value)
+
+
+def size_text(count: float) -> str:
+    """Write a number of bytes: `1.08 GB`."""
+    return _scaled(count, ("bytes", "KB", "MB", "GB", "TB"))
+
+
+def count_text(count: float) -> str:
+    """Write a number of things: `4,096`, `494 M`."""
+    return f"{count:,.0f}" if count < 10_000 else _scaled(count, ("", "K", "M", "B", "T"))
+
+
+def passes_text(count: int) -> str:
+    """Write `1 pass`, `up to 3 passes`: what is small is read once."""
+    return "1 pass" if count == 1 else f"up to {count} passes"
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    if count < 1000:
+        return f"{count:.0f} {units[0]}"
+    for unit in units[1:]:
+        count /= 1000
+        if count < 999.5 or unit == units[-1]:
+            break
+    return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
+
+
+def time_text(seconds: float) -> str:
+    """Write a duration: `7.2 s`, `2 min 10 s`, `1 h 5 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def plural(count: int, thing: str) -> str:
+    """Write `1 file`, `2 files`, `12,345 tensors`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def number_text(value: float | None) -> str:
+    """Write a measured number with three digits, `-` where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:.3g}"
+
+
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """List names, the first few of many."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str = "  ") -> list[str]:
+    """Align columns; nothing is ever cut off or wrapped, so that output can be searched.
+
+    Args:
+        rows: The cells; the last one of a row may be as long as it likes.
+        right: Columns that are aligned to the right.
+        indent: Start of each line.
+    """
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return lines
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes: `5GB`, `500 MB`, `1GiB`, `1000000`.
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _UNITS:
+        hint = ""
+        if match is not None and unit in ("B", "M", "K", "G"):
+            known = {"B": "GB, as mergekit means it"}.get(unit, f"{unit}B")
+            hint = f" Did you mean {match[1]}{known}?"
+        raise typer.BadParameter(f"expected a size such as 5GB, 500MB, 1GiB or a number of bytes, got {text!r}.{hint}")
+    size = int(float(match[1]) * _UNITS[unit])
+    if size < 1:
+        raise typer.BadParameter(f"expected a size of at least 1 byte, got {text!r}")
+    return size
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches stderr."""
+    return sys.stderr.isatty()

@@ -1,0 +1,78 @@
+"""`merganser inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from . import _options as options
+from ._text import count_text, head, plural, say, say_json, size_text, some, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..inspection import Inspection, Share
+
+
+def inspect(
+    checkpoint: options.Checkpoint,
+    cache_dir: options.CacheDir = None,
+    tensors: options.AllTensors = False,
+    json: options.Json = False,
+) -> None:
+    """Describe a checkpoint: files, layers, roles, ties, dtypes."""
+    options.quieten_hub()
+    from ..inspection import inspect as look
+
+    found = look(checkpoint, cache_dir=cache_dir)
+    if json:
+        described = asdict(found)
+        if not tensors:
+            described["tensors"] = len(found.tensors)
+        say_json(described)
+        return
+    _print(found)
+    if tensors:
+        say("tensors")
+        for line in table([[t.name, str(list(t.shape)), t.dtype, t.role, t.file] for t in found.tensors]):
+            say(line)
+    if found.warnings:
+        say("warnings")
+    for warning in found.warnings:
+        say(f"  {warning}")
+
+
+def _print(found: Inspection) -> None:
+    size = (
+        f"{plural(len(found.tensors), 'tensor')}, {count_text(found.parameters)} parameters, {size_text(found.bytes)}"
+    )
+    head(f"{found.architecture or 'unknown architecture'} · {size}")
+    rows = [["folder", str(found.path)]]
+    if found.layers:
+        rows.append(["layers", f"{found.layers} ({next(iter(found.stacks))})"])
+    others = list(found.stacks.items())[1 if found.layers else 0 :]
+    if others:
+        rows.append(["other stacks", ", ".join(f"{prefix}: {count}" for prefix, count in others)])
+    if found.vocabulary is not None:
+        rows.append(["vocabulary", f"{found.vocabulary:,}"])
+    rows.append(["tied", ", ".join(f"{alias} = {source}" for alias, source in found.tied) or "nothing"])
+    rows.append(["quantised", found.quantised or "no"])
+    if found.side_files:
+        rows.append(["other files", some(found.side_files, 6)])
+    for line in table(rows):
+        say(line)
+    for title, shares in (("dtypes", found.dtypes), ("roles", found.roles)):
+        say(title)
+        for line in table(_shares(shares), right=(1, 2)):
+            say(line)
+    say("files")
+    rows = [[file.file, plural(file.tensors, "tensor"), size_text(file.bytes)] for file in found.files]
+    for line in table(rows, right=(1, 2)):
+        say(line)
+
+
+def _shares(shares: Mapping[str, Share]) -> list[list[str]]:
+    return [
+        [kind, plural(share.tensors, "tensor"), f"{count_text(share.parameters)} parameters"]
+        for kind, share in shares.items()
+    ]

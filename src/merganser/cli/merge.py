@@ -1,0 +1,102 @@
+"""`merganser merge`."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import _options as options
+from ._errors import STOPPED
+from ._progress import MergeProgress
+from ._text import complain, count_text, head, plural, say, say_json, size_text, time_text
+
+if TYPE_CHECKING:
+    from ..engine.plan import Plan
+
+
+def merge(
+    recipe: options.RecipeFile,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write; it appears when the merge is complete.")
+    ],
+    threads: options.Threads = None,
+    device: options.Device = "cpu",
+    out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
+    seed: options.Seed = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of merganser.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again; do not continue an interrupted run.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Merge NaN and infinity instead of refusing them.")
+    ] = False,
+    max_memory: options.MaxMemory = None,
+    cache_dir: options.CacheDir = None,
+    keep_stages: options.KeepStages = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="A Ray cluster that shares storage with this machine.", show_default=False
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Merge models by a recipe into a new checkpoint.
+
+    An interrupted merge is continued by the same command.
+    """
+    options.quieten_hub(quiet)
+    from ..recipe import load_recipes
+
+    recipes = load_recipes(recipe)  # what is wrong with it is said before torch is loaded
+    from ..engine.run import Interrupted
+    from ..stages import merge_stages
+
+    given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
+    with MergeProgress(quiet) as progress:
+        try:
+            result = merge_stages(
+                recipes,
+                out,
+                keep_stages=keep_stages,
+                overwrite=overwrite,
+                fresh=fresh,
+                allow_nonfinite=allow_nonfinite,
+                cluster=cluster,
+                progress=progress,
+                **given,
+            )
+        except Interrupted as error:
+            complain("error", str(error))
+            raise typer.Exit(STOPPED) from None
+    if json:
+        say_json({"out": str(result.out), "record": result.record})
+    elif not quiet:
+        _summary(progress.plans[-1], result.out, result.record, [plan.recipe.name for plan in progress.plans[:-1]])
+
+
+def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str | None]) -> None:
+    # ru_maxrss is in KiB, on macOS in bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    used = plan.tensors[0].inputs
+    base = "a base and " if plan.tensors[0].base is not None else ""
+    models = plural(len(used) - bool(base), "model")
+    head(
+        f"{record['method']} · {base}{models} · {plural(record['tensors'], 'tensor')} · "
+        f"{count_text(record['parameters'])} parameters · {time_text(record['timings']['seconds'])} · "
+        f"peak {size_text(peak)}"
+    )
+    written = f"{plural(len(plan.shards), 'file')}, {size_text(plan.bytes_written)}"
+    say(f"wrote {out} ({written}) and {out / 'merge.json'}")
+    if stages:
+        say(f"after the stages {', '.join(filter(None, stages))}")
+    say(f"check it:  merganser verify {out}")
+    architectures = plan.config.get("architectures") or [""]
+    if plan.config:
+        kind = "AutoModelForCausalLM" if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
+        say(f'load it:   transformers.{kind}.from_pretrained("{out}")')

@@ -1,0 +1,118 @@
+"""`merganser methods`."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import asdict
+from itertools import groupby
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._options import Json
+from ._text import head, say, say_json, table
+
+if TYPE_CHECKING:
+    from ..description import MethodDescription, ParameterDescription
+
+_LAWS = {
+    "identical": "identical models are not returned as they are",
+    "zero_delta": "models equal to the base do not give the base",
+    "order": "the order of the models matters",
+    "differs": "the result may equal an input",
+}
+_SCOPES = {"element": "element by element", "row": "whole rows", "tensor": "whole tensors"}
+
+
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One method, to read all about it.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the merge methods, or explain one."""
+    from ..description import describe
+    from ..registry import get_method
+    from ..registry import methods as all_methods
+
+    if name is not None:
+        found = describe(get_method(name))
+        if json:
+            say_json(asdict(found))
+        else:
+            _page(found)
+        return
+    every = sorted((describe(method) for method in all_methods().values()), key=lambda m: (m.family, m.name))
+    if json:
+        say_json([asdict(method) for method in every])
+        return
+    width = max(len(method.name) for method in every)
+    for number, (family, members) in enumerate(groupby(every, key=lambda method: method.family)):
+        if number:
+            say()
+        head(family)
+        for method in members:
+            say(f"  {method.name:<{width}}  {method.summary}")
+            say(f"  {'':<{width}}  {method.models}; {_SCOPES[method.scope]}")
+    say()
+    say("merganser methods NAME explains one.")
+
+
+def _page(method: MethodDescription) -> None:
+    head(f"{method.name} · {method.family}")
+    say(method.summary)
+    _block("", method.formula)
+    _block("Use when", method.use_when)
+    random = "; the result depends on the seed" if method.random else ""
+    _block("Takes", f"{method.models}; {_SCOPES[method.scope]}{random}")
+    if method.parameters:
+        say()
+        head("Parameters")
+        for parameter in method.parameters:
+            _parameter(parameter)
+    for name, reason in method.no_effect.items():
+        _wrapped(f"{name}: accepted, without effect: {reason}", "  ")
+    _block("Differs from the paper", method.differs)
+    if method.breaks:
+        say()
+        head("Unlike other methods")
+        for law, reason in method.breaks.items():
+            _wrapped(f"{_LAWS.get(law, law)}: {reason}", "  ")
+    cited = "no publication" if method.cite == "-" else method.cite
+    _block("Reference", f"{method.citation} [{cited}]" if method.citation else cited)
+
+
+def _parameter(parameter: ParameterDescription) -> None:
+    per = "; one value per model" if parameter.per_model else ""
+    default = "required" if parameter.required else f"default {_value(parameter.default)}"
+    for line in table([[parameter.name, f"{parameter.allowed}{per}; {default}"]]):
+        say(line)
+    _wrapped(parameter.help, "      ")
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _block(title: str, text: str) -> None:
+    """Print a section; its lines stay as they are, so that formulas do."""
+    if not text:
+        return
+    say()
+    if title:
+        head(title)
+    for line in text.splitlines():
+        if title:
+            _wrapped(line, "  ")
+        else:
+            say(line.rstrip())
+
+
+def _wrapped(text: str, indent: str) -> None:
+    width = min(get_terminal_size().columns, 100)
+    own = text[: len(text) - len(text.lstrip())]
+    for line in textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent + own) or [""]:
+        say(line)

@@ -1,0 +1,172 @@
+"""`merganser plan`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import _options as options
+from ._text import count_text, head, passes_text, plural, say, say_json, size_text, some, table, time_text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from ..stages import PlannedStage
+    from ..summary import InputSummary, PlanSummary, TensorGroup, TensorSummary
+
+
+def plan(
+    recipe: options.RecipeFile,
+    threads: options.Threads = None,
+    device: options.Device = "cpu",
+    out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
+    seed: options.Seed = None,
+    max_memory: options.MaxMemory = None,
+    cache_dir: options.CacheDir = None,
+    keep_stages: options.KeepStages = False,
+    tensors: options.AllTensors = False,
+    json: options.Json = False,
+) -> None:
+    """Show what a merge will read, do and write; nothing is written."""
+    options.quieten_hub()
+    from ..recipe import load_recipes
+    from ..stages import plan_stages
+    from ..summary import summarise, tensor_summaries
+
+    given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
+    stages = plan_stages(
+        load_recipes(recipe),
+        keep_stages=keep_stages,
+        **given,
+    )
+    if json:
+        say_json({"stages": [_as_json(stage, tensors=tensors) for stage in stages]})
+        return
+    for number, stage in enumerate(stages):
+        if number:
+            say()
+        if len(stages) > 1:
+            name = f": {stage.name}" if stage.name else ""
+            head(f"Stage {number + 1} of {len(stages)}{name}")
+        _print(stage, summarise(stage.plan), tensor_summaries(stage.plan) if tensors else [])
+
+
+def _as_json(stage: PlannedStage, *, tensors: bool) -> dict[str, Any]:
+    from ..summary import summarise, tensor_summaries
+
+    found = asdict(summarise(stage.plan))
+    found["donor"] = stage.shown(found["donor"])
+    for entry in found["inputs"]:
+        made = entry["path"] in stage.made
+        entry["reference"] = stage.shown(entry["reference"])
+        entry["path"] = None if made else entry["path"]
+    for key in ("warnings", "differences"):
+        found[key] = [stage.shown(line) for line in found[key]]
+    if tensors:
+        found["each_tensor"] = [asdict(tensor) for tensor in tensor_summaries(stage.plan)]
+    return found
+
+
+def _print(stage: PlannedStage, found: PlanSummary, tensors: list[TensorSummary]) -> None:
+    head(f"{found.method} → {plural(found.tensors, 'tensor')}, {count_text(found.parameters)} parameters")
+    say("reads")
+    for line in table([_input(stage, entry) for entry in found.inputs], right=(2, 3, 4)):
+        say(line)
+    files = f"gives {some(found.donor_files, 6)}" if found.donor_files else "the donor, has no files to give"
+    say(f"  {stage.shown(found.donor)} {files}")
+    say("makes")
+    for line in table(_groups(found.groups), right=(1,)):
+        say(line)
+    if tensors:
+        say("tensors")
+        for line in table([_tensor(tensor) for tensor in tensors]):
+            say(line)
+    say("writes")
+    dtypes = ", ".join(found.dtypes)
+    for line in table([[name, size_text(size), dtypes] for name, size in found.files.items()], right=(1,)):
+        say(line)
+    say("expects")
+    for line in table(_costs(found)):
+        say(line)
+    for title, lines in (("warns", found.warnings), ("differs from mergekit", found.differences)):
+        if lines:
+            say(title)
+        for line in lines:
+            say(f"  {stage.shown(line)}")
+
+
+def _input(stage: PlannedStage, entry: InputSummary) -> list[str]:
+    tensors = plural(entry.tensors, "tensor")
+    if entry.tensors_read not in (0, entry.tensors):
+        tensors = f"{entry.tensors_read:,} of {tensors}"
+    made = " (made by an earlier stage; planned from its headers)" if entry.path in stage.made else ""
+    return [
+        entry.used_as,
+        f"{stage.shown(entry.reference)}",
+        plural(entry.files, "file"),
+        size_text(entry.bytes),
+        tensors,
+        f"{', '.join(entry.dtypes)}{made}",
+    ]
+
+
+def _groups(groups: Sequence[TensorGroup]) -> list[list[str]]:
+    """Say how tensors are made; what holds for all of them is said once."""
+    merged = [group.parameters for group in groups if not group.copied]
+    everywhere = [
+        (name, value)
+        for name, value in (merged[0].items() if len(merged) > 1 else ())
+        if all(parameters[name] == value for parameters in merged)
+    ]
+    rows = [
+        [
+            _label(group),
+            plural(group.tensors, "tensor"),
+            "copied, equal in all inputs"
+            if group.copied
+            else _values([item for item in group.parameters.items() if item not in everywhere]),
+        ]
+        for group in groups
+    ]
+    return [*rows, ["everywhere", "", _values(everywhere)]] if everywhere else rows
+
+
+def _label(group: TensorGroup) -> str:
+    roles = ", ".join(group.roles)
+    if group.copied:
+        label = "integers"
+    elif group.layers is not None:
+        first, last = group.layers
+        label = f"{f'layer {first}' if first == last else f'layers {first}-{last}'} {roles}".rstrip()
+    else:
+        label = roles or "all"
+    return f"{label} ({some(group.names, 3)})" if group.names else label
+
+
+def _values(items: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in items)
+
+
+def _tensor(tensor: TensorSummary) -> list[str]:
+    return [tensor.name, str(list(tensor.shape)), tensor.dtype, tensor.role, tensor.file, _values(_texts(tensor))]
+
+
+def _texts(tensor: TensorSummary) -> Iterator[tuple[str, str]]:
+    from ..summary import value_text
+
+    for name, value in tensor.parameters.items():
+        each = value if isinstance(value, tuple) else (value,)
+        yield name, ", ".join(value_text([one]) for one in each)
+
+
+def _costs(found: PlanSummary) -> list[list[str]]:
+    fused = "fused kernels" if found.compiled else "eager"
+    work = f"{found.device}, {plural(found.threads, 'thread')}, {fused}"
+    rows = [
+        ["read", f"{size_text(found.bytes_read)} in {passes_text(found.passes)}"],
+        ["written", size_text(found.bytes_written)],
+        ["peak memory", f"about {size_text(found.peak_memory)}, at most {size_text(found.max_memory)}"],
+        ["time", f"about {time_text(max(1, round(found.seconds)))} on {work}"],
+    ]
+    return rows if found.seed is None else [*rows, ["seed", str(found.seed)]]

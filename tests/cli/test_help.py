@@ -1,0 +1,83 @@
+"""Help, version and wrong usage."""
+
+from __future__ import annotations
+
+import pytest
+
+from merganser import __version__
+from tests.cli.tiny import run
+
+VERBS = ["merge", "plan", "methods", "inspect", "diff", "verify"]
+
+
+def test_help_lists_every_verb_in_the_order_of_work() -> None:
+    found = run("--help")
+    assert found.code == 0
+    assert found.out == (
+        "Usage: merganser [OPTIONS] COMMAND [ARGS]...\n"
+        "\n"
+        "  Merge large language models on the machine you have.\n"
+        "\n"
+        "Options:\n"
+        "  --version   Print the version and exit.\n"
+        "  -h, --help  Show this message and exit.\n"
+        "\n"
+        "Commands:\n"
+        "  merge    Merge models by a recipe into a new checkpoint.\n"
+        "  plan     Show what a merge will read, do and write; nothing is written.\n"
+        "  methods  List the merge methods, or explain one.\n"
+        "  inspect  Describe a checkpoint: files, layers, roles, ties, dtypes.\n"
+        "  diff     Compare two checkpoints, tensor by tensor, by layer and role.\n"
+        "  verify   Check an output against the hashes in its merge.json.\n"
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_of_a_verb(verb: str, option: str) -> None:
+    found = run(verb, option)
+    assert found.code == 0
+    assert found.out.startswith(f"Usage: merganser {verb} ")
+    assert "--json" in found.out
+
+
+def test_options_of_merge() -> None:
+    text = run("merge", "--help").out
+    options = ["threads", "device", "out-shard-size", "seed", "overwrite", "fresh", "allow-nonfinite", "max-memory"]
+    for name in [*options, "cache-dir", "keep-stages", "quiet", "json"]:
+        assert f"--{name}" in text
+    assert "[default: 5GB]" in text
+
+
+def test_version() -> None:
+    assert run("--version").out == f"merganser {__version__}\n"
+
+
+def test_without_a_verb_help_is_shown() -> None:
+    found = run()
+    assert found.code == 2
+    assert "Usage: merganser" in found.out + found.err
+
+
+WRONG = [
+    (["mrege"], "No such command 'mrege'. Did you mean 'merge'?"),
+    (["merge", "r.yaml", "out", "--trheads", "2"], "--threads"),
+    (["merge"], "Missing argument"),
+    (["merge", "r.yaml"], "Missing argument"),
+    (["merge", "r.yaml", "out", "--threads", "0"], "--threads"),
+    (["merge", "r.yaml", "out", "--threads", "two"], "--threads"),
+    (["merge", "r.yaml", "out", "--seed", "-1"], "--seed"),
+    (["merge", "r.yaml", "out", "--out-shard-size", "5B"], "Did you mean 5GB"),
+    (["merge", "r.yaml", "out", "--max-memory", "much"], "expected a size such as 5GB"),
+    (["diff", "a"], "Missing argument"),
+    (["plan", "r.yaml", "out"], "unexpected extra argument"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_usage(arguments: list[str], message: str) -> None:
+    found = run(*arguments)
+    assert found.code == 2
+    assert message in found.err
+    assert not found.out
+    assert "Traceback" not in found.err

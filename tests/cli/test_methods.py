@@ -1,0 +1,163 @@
+"""`merganser methods`: the index and the page of a method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from torch import Tensor
+
+from merganser.cli.methods import _page
+from merganser.description import citation, describe
+from merganser.method import Fraction, PerModel, Scale, Weight, default, merge_method
+from merganser.registry import method_names, methods
+from tests.cli.tiny import run
+
+
+@merge_method(
+    family="toys",
+    cite="-",
+    breaks={"order": "the first model leads"},
+    no_effect={"int8_mask": "nothing is stored"},
+)
+def toy(
+    base: Tensor,
+    models: list[Tensor],
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Fraction] = default(0.5),
+    lambda_: Scale = default(1.0),
+    normalize: bool = True,
+    rule: Literal["strict", "loose"] = "strict",
+) -> Tensor:
+    """Do what toys do.
+
+        merged = base + lambda * (sum_i weight_i * delta_i)
+
+    Use when:
+        You play, and have a great deal of time to read lines that are so long that they must be wrapped somewhere.
+
+    Args:
+        weight: Factor of each model.
+        density: Share that is kept.
+        lambda_: Factor of all.
+        normalize: Divide by the sum of the weights.
+        rule: Which of two.
+
+    Differs from the paper:
+        There is none.
+    """
+    raise AssertionError
+
+
+def test_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "72")
+    _page(describe(toy))
+    assert capsys.readouterr().out == (
+        "toy · toys\n"
+        "Do what toys do.\n"
+        "\n"
+        "    merged = base + lambda * (sum_i weight_i * delta_i)\n"
+        "\n"
+        "Use when\n"
+        "  You play, and have a great deal of time to read lines that are so long\n"
+        "  that they must be wrapped somewhere.\n"
+        "\n"
+        "Takes\n"
+        "  1 or more models and a base; element by element\n"
+        "\n"
+        "Parameters\n"
+        "  weight  any finite number; one value per model; required\n"
+        "      Factor of each model.\n"
+        "  density  a number between 0 and 1; one value per model; default 0.5\n"
+        "      Share that is kept.\n"
+        "  lambda  any finite number; default 1\n"
+        "      Factor of all.\n"
+        "  normalize  true or false; default true\n"
+        "      Divide by the sum of the weights.\n"
+        "  rule  one of strict, loose; default strict\n"
+        "      Which of two.\n"
+        "  int8_mask: accepted, without effect: nothing is stored\n"
+        "\n"
+        "Differs from the paper\n"
+        "  There is none.\n"
+        "\n"
+        "Unlike other methods\n"
+        "  the order of the models matters: the first model leads\n"
+        "\n"
+        "Reference\n"
+        "  no publication\n"
+    )
+
+
+def test_index_has_every_method_under_its_family() -> None:
+    found = run("methods")
+    assert (found.code, found.err) == (0, "")
+    family = ""
+    seen = {}
+    for line in found.out.splitlines():
+        if line and not line.startswith(" "):
+            family = line
+        elif line.strip() and line[2] != " ":
+            seen[line.split()[0]] = family
+    assert seen == {name: method.family for name, method in methods().items()}
+    for method in methods().values():
+        assert method.doc.summary in found.out
+    assert found.out.endswith("merganser methods NAME explains one.\n")
+
+
+def test_every_page_and_json() -> None:
+    every = run("methods", "--json").json
+    assert sorted(method["name"] for method in every) == method_names()
+    for method in every:
+        page = run("methods", method["name"])
+        assert page.code == 0
+        assert method["formula"] in page.out
+        for parameter in method["parameters"]:
+            assert f"  {parameter['name']}  {parameter['allowed']}" in page.out
+        assert run("methods", method["name"], "--json").json == method
+
+
+def test_unknown() -> None:
+    found = run("methods", "teis")
+    assert found.code == 2
+    assert found.err.startswith("error: unknown merge method 'teis'. Did you mean 'ties'? Known: ")
+
+
+BIBLIOGRAPHY = """
+@inproceedings{yadav2023ties,
+  title     = {{TIES}-Merging: Resolving Interference When Merging Models},
+  author    = {Yadav, Prateek and Tam, Derek and Choshen, Leshem},
+  year      = {2023},
+}
+
+@article{two, author = "Ann A and Bob B",
+  year = 1999,
+  title = "A {Title}
+     of two lines"
+}
+@misc{bare,
+  title = {Only a title}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("yadav2023ties", "Yadav, Prateek et al., TIES-Merging: Resolving Interference When Merging Models, 2023"),
+        ("two", "Ann A and Bob B, A Title of two lines, 1999"),
+        ("bare", "Only a title"),
+        ("yadav2023", None),
+        ("-", None),
+    ],
+)
+def test_citation(tmp_path: Path, key: str, text: str | None) -> None:
+    file = tmp_path / "references.bib"
+    file.write_text(BIBLIOGRAPHY)
+    assert citation(key, file) == text
+
+
+def test_without_a_bibliography(tmp_path: Path) -> None:
+    assert citation("yadav2023ties", tmp_path / "references.bib") is None
