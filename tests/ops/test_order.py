@@ -18,7 +18,7 @@ def run(statistic, blocks, **parameters):
         return function(**{name: known[name] for name in takes(function)})
 
     for round_ in statistic.rounds:
-        total = sum(call(round_.measure, models=block).to(torch.int64) for block in blocks)
+        total = sum(round_.tally(call(round_.measure, models=block)).to(torch.int64) for block in blocks)
         given["previous"] = call(round_.solve, measured=total)
     return given["previous"]
 

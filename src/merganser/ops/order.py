@@ -24,6 +24,8 @@ _WIDE_UNSIGNED = (1 << 47) - 1
 # in place of a bin: the answer does not depend on the values
 _NOTHING = -1
 _EVERYTHING = -2
+# in place of lower bits: the value lies in another bin
+_OUTSIDE = -1
 
 
 def order_statistic(
@@ -57,7 +59,7 @@ def order_statistic(
     @taking(*names)
     def upper(**given: Any) -> Tensor:
         found = values(**{name: given[name] for name in names})
-        return torch.stack([_histogram((pattern(value) >> shift).to(torch.int32), _HIGH) for value in found])
+        return torch.stack([(pattern(value) >> shift).to(torch.int16) for value in found])
 
     @taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
     def pick(measured: Tensor, size: Tensor, **given: Any) -> Tensor:
@@ -72,13 +74,8 @@ def order_statistic(
         rows = []
         for i, value in enumerate(found):
             bits = pattern(value) >> (shift - 16 * level)
-            # values outside the bin are counted in an extra slot
-            rows += [
-                _histogram(
-                    torch.where((bits >> 16) == previous[i, j, 0], bits & (_LOW - 1), _LOW).to(torch.int32), _LOW + 1
-                )[:_LOW]
-                for j in range(previous.shape[1])
-            ]
+            inside = [(bits >> 16) == previous[i, j, 0].to(bits.dtype) for j in range(previous.shape[1])]
+            rows += [torch.where(here, bits & (_LOW - 1), _OUTSIDE).to(torch.int32) for here in inside]
         return torch.stack(rows)
 
     def refine(measured: Tensor, previous: Tensor) -> Tensor:
@@ -97,10 +94,10 @@ def order_statistic(
         return cut.view(torch.int64) if wide else cut
 
     levels = shift // 16
-    rounds = [Round(upper, pick)]
+    rounds = [Round(upper, pick, tally=_count_all)]
     for level in range(1, levels + 1):
         measure = taking("previous", *names)(partial(lower, level))
-        rounds.append(Round(measure, finish if level == levels else refine))
+        rounds.append(Round(measure, finish if level == levels else refine, tally=_count_inside))
     return Statistic(tuple(rounds), over=over, when=when)
 
 
@@ -158,12 +155,23 @@ def _wide_pattern(value: Tensor) -> Tensor:
     return (value.reshape(-1).view(torch.int64) >> 16) & _WIDE_UNSIGNED
 
 
-def _histogram(index: Tensor, bins: int) -> Tensor:
-    """Count int32 indices."""
-    if torch.compiler.is_compiling():
-        counts = torch.zeros(bins, dtype=torch.int32, device=index.device)
-        return counts.scatter_add_(0, index.long(), torch.ones_like(index))
-    return torch.bincount(index, minlength=bins).to(torch.int32)
+def _count_all(codes: Tensor) -> Tensor:
+    """Count the upper bits: int16, shape [S, n], to int32, shape [S, bins]."""
+    return torch.stack([torch.bincount(row, minlength=_HIGH) for row in codes]).to(torch.int32)
+
+
+def _count_inside(codes: Tensor) -> Tensor:
+    """Count the lower bits of the few values inside the bin: int32, shape [S * R, n], to int32, shape [S * R, bins]."""
+    rows = []
+    for row in codes:
+        if row.device.type == "cpu":
+            # numpy skips what is outside several times faster than torch
+            array = row.numpy()
+            inside = torch.from_numpy(array[array >= 0])
+        else:
+            inside = row[row >= 0]
+        rows.append(torch.bincount(inside, minlength=_LOW))
+    return torch.stack(rows).to(torch.int32)
 
 
 def _descend(counts: Tensor, rank: Tensor) -> Tensor:
