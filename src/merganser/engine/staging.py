@@ -51,7 +51,7 @@ class Staging:
         check_target(out, overwrite=overwrite)
         self.out = out
         # absolute: the current folder may change, and "a/.." has no name
-        self.target = Path(os.path.abspath(out))  # noqa: PTH100
+        self.target = out.resolve()
         self.folder = self.target.with_name(f".{self.target.name}.merging")
         self._lock_file = self.target.with_name(f".{self.target.name}.merging.lock")
         self._shards = shards
@@ -128,7 +128,7 @@ class Staging:
             OutputError: The target appeared meanwhile, or the disk failed.
         """
         try:
-            check_target(self.out, overwrite=overwrite)
+            check_target(self.target, overwrite=overwrite)
             self._close_files()
             for path in self.folder.rglob("*"):
                 _sync(path)
