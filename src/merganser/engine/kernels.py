@@ -173,6 +173,8 @@ class Kernels:
             finite = sum(tensor * 0 for tensor in read).sum() == 0 if check else keys.new_ones(())
             return result, finite
 
+        # the compiler keeps what it made by code object, and gives up at the ninth variant: a code object per kernel
+        kernel.__code__ = kernel.__code__.replace(co_name=f"merge_by_{self.method.name}")
         return kernel
 
 
