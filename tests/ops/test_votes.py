@@ -57,12 +57,12 @@ def test_the_mean_by_hand(pairs, normalize):
     total, count = sum(x for x, _ in chosen), sum(w for _, w in chosen)
     expected = total / (count or 1) if normalize else total
     tensors = [torch.tensor([e], dtype=torch.float64) for e in entries]
-    found = disjoint_mean(tensors, torch.tensor(weights, dtype=torch.float64), normalize=normalize)
+    found = disjoint_mean(tensors, torch.tensor(weights, dtype=torch.float64), torch.float64, normalize=normalize)
     torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64))
 
 
 def test_nobody_agrees_with_nothing():
-    total, weights = agreeing_sum(column(0, 0, 0), UNIT, torch.tensor([True]))
+    total, weights = agreeing_sum(column(0, 0, 0), UNIT, torch.tensor([True]), torch.float32)
     assert total.item() == 0
     assert weights.item() == 1
 
@@ -70,17 +70,24 @@ def test_nobody_agrees_with_nothing():
 def test_weights_that_cancel_do_not_divide():
     weight = torch.tensor([1.0, -1.0], dtype=torch.float64)
     # both say plus, one by a negative weight: 2 * 1 + (-3) * (-1) = 5
-    assert disjoint_mean(column(2, -3), weight, normalize=True).item() == 5
+    assert disjoint_mean(column(2, -3), weight, torch.float32, normalize=True).item() == 5
 
 
 def test_zeros_do_not_count():
-    assert disjoint_mean(column(3, 0, -1), UNIT, normalize=True).item() == 3
-    assert disjoint_mean(column(3, 1, -1), UNIT, normalize=True).item() == 2
-    assert disjoint_mean(column(3, 1, -1), UNIT, normalize=False).item() == 4
+    assert disjoint_mean(column(3, 0, -1), UNIT, torch.float32, normalize=True).item() == 3
+    assert disjoint_mean(column(3, 1, -1), UNIT, torch.float32, normalize=True).item() == 2
+    assert disjoint_mean(column(3, 1, -1), UNIT, torch.float32, normalize=False).item() == 4
 
 
-def test_keeps_the_dtype():
+def test_the_mean_has_the_dtype_asked_for():
     for dtype in (torch.float32, torch.float64):
         tensors = [torch.ones(5, dtype=dtype), torch.ones(5, dtype=dtype)]
         for normalize in (True, False):
-            assert disjoint_mean(tensors, UNIT[:2], normalize=normalize).dtype == dtype
+            assert disjoint_mean(tensors, UNIT[:2], dtype, normalize=normalize).dtype == dtype
+
+
+def test_the_vote_sees_what_the_mean_does_not():
+    # 1 + 2**-30 outvotes 1, though both are 1 in float32
+    close = [torch.tensor([-1 - 2.0**-30], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)]
+    assert disjoint_mean(close, UNIT[:2], torch.float32, normalize=True).item() == -1
+    assert disjoint_mean([tensor.float() for tensor in close], UNIT[:2], torch.float32, normalize=True).item() == 1

@@ -1,4 +1,4 @@
-"""Davari and Belilovsky 2023, "Model Breadcrumbs", section 3.2: mask the top gamma and the bottom beta of each layer.
+"""Davari and Belilovsky 2024, "Model Breadcrumbs", section 3.2: mask the top gamma and the bottom beta of each layer.
 
 As in the authors' code: first the largest floor(gamma n) entries are removed, then the largest floor((1 - beta) n) of the
 rest are kept; density is 1 - beta.

@@ -1,4 +1,4 @@
-"""Davari and Belilovsky 2023, "Model Breadcrumbs", section 3.2, followed by the election of TIES-Merging."""
+"""Davari and Belilovsky 2024, "Model Breadcrumbs", section 3.2, followed by the election of TIES-Merging."""
 
 from tests.reference.breadcrumbs import crumbs
 from tests.reference.ties import elect_and_merge

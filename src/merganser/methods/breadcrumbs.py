@@ -10,7 +10,7 @@ from ..ops import keep_middle, l1_gain, middle_cut, middle_norms, normalizer, sc
 
 @merge_method(
     family="task vectors",
-    cite="davari2023breadcrumbs",
+    cite="davari2024breadcrumbs",
     scope="row",
     statistics={"cut": middle_cut(), "gain": statistic(middle_norms, l1_gain, when="rescale")},
     compat={"precedence": "density"},

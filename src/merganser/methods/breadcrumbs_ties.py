@@ -10,7 +10,7 @@ from ..ops import disjoint_mean, keep_middle, l1_gain, middle_cut, middle_norms,
 
 @merge_method(
     family="task vectors",
-    cite="davari2023breadcrumbs",
+    cite="davari2024breadcrumbs",
     scope="row",
     statistics={"cut": middle_cut(), "gain": statistic(middle_norms, l1_gain, when="rescale")},
     compat={"precedence": "density"},
@@ -58,4 +58,4 @@ def breadcrumbs_ties(
         An exact tie of the vote elects plus.
     """
     kept = scaled(keep_middle(base, models, cut, density, gamma, precedence, by), gain)
-    return base + lambda_ * disjoint_mean(kept, weight, normalize=normalize)
+    return base + lambda_ * disjoint_mean(kept, weight, base.dtype, normalize=normalize)

@@ -50,5 +50,5 @@ def dare_ties(
         The default adds; `normalize: true` is the disjoint mean of TIES.
         An exact tie of the vote elects plus.
     """
-    kept = drop(base, models, rng, density, rescale=rescale and gain is None)
-    return base + lambda_ * disjoint_mean(scaled(kept, gain), weight, normalize=normalize)
+    kept = drop(base, models, rng, density, rescale=rescale and gain is None, exact=True)
+    return base + lambda_ * disjoint_mean(scaled(kept, gain), weight, base.dtype, normalize=normalize)

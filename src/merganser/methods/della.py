@@ -57,5 +57,5 @@ def della(
         Of equal entries in a row the first has the smaller rank. The probability in a row of one element is density.
         An exact tie of the vote elects plus.
     """
-    kept = magprune(base, models, rng, density, epsilon, rescale=rescale and gain is None)
-    return base + lambda_ * disjoint_mean(scaled(kept, gain), weight, normalize=normalize)
+    kept = magprune(base, models, rng, density, epsilon, rescale=rescale and gain is None, exact=True)
+    return base + lambda_ * disjoint_mean(scaled(kept, gain), weight, base.dtype, normalize=normalize)

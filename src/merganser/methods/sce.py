@@ -102,5 +102,5 @@ def sce(
         An exact tie of the vote elects plus.
     """
     vectors = select_by_spread(base, models, cut if select == "delta" else None)
-    total, agreeing = agreeing_sum(vectors, share, elect_sign(vectors))
+    total, agreeing = agreeing_sum(vectors, share, elect_sign(vectors), base.dtype)
     return base + total / torch.maximum(agreeing, floor.to(agreeing.dtype))

@@ -70,4 +70,4 @@ def ties(
         An exact tie of the vote elects plus; the authors' code takes the majority sign of the whole model.
     """
     trimmed = scaled(trim(base, models, cut), gain)
-    return base + lambda_ * disjoint_mean(trimmed, weight, normalize=normalize)
+    return base + lambda_ * disjoint_mean(trimmed, weight, base.dtype, normalize=normalize)

@@ -13,7 +13,9 @@ from .rows import by_rank
 from .sum import deltas, l1_norms
 
 
-def drop(base: Tensor, models: Sequence[Tensor], rng: Random, density: Tensor, *, rescale: bool) -> list[Tensor]:
+def drop(
+    base: Tensor, models: Sequence[Tensor], rng: Random, density: Tensor, *, rescale: bool, exact: bool = False
+) -> list[Tensor]:
     """Drop entries of the task vectors at random, as DARE does.
 
     Args:
@@ -21,16 +23,24 @@ def drop(base: Tensor, models: Sequence[Tensor], rng: Random, density: Tensor, *
         models: The models.
         rng: The draws.
         density: Probability to be kept, one entry per model, shape [T].
-        rescale: Divide the survivors by that probability; they are float64 then.
+        rescale: Divide the survivors by that probability.
+        exact: Divide in float64, for a vote that should not be decided by rounding.
     """
     return [
-        _survivors(delta, rng.keep(i, delta.shape, density[i]), density[i] if rescale else None)
+        _survivors(delta, rng.keep(i, delta.shape, density[i]), density[i] if rescale else None, exact)
         for i, delta in enumerate(deltas(base, models))
     ]
 
 
 def magprune(
-    base: Tensor, models: Sequence[Tensor], rng: Random, density: Tensor, epsilon: Tensor, *, rescale: bool
+    base: Tensor,
+    models: Sequence[Tensor],
+    rng: Random,
+    density: Tensor,
+    epsilon: Tensor,
+    *,
+    rescale: bool,
+    exact: bool = False,
 ) -> list[Tensor]:
     """Drop entries of the task vectors at random, small ones of a row more often, as DELLA does.
 
@@ -40,7 +50,8 @@ def magprune(
         rng: The draws.
         density: Mean probability to be kept, one entry per model, shape [T]; 1 keeps all, 0 none.
         epsilon: The smallest entry of a row is kept with density - epsilon, the largest with density + epsilon.
-        rescale: Divide the survivors by their own probability; they are float64 then.
+        rescale: Divide the survivors by their own probability.
+        exact: Divide in float64, for a vote that should not be decided by rounding.
     """
     columns = base.shape[1]
     rank = torch.arange(columns, dtype=torch.float64, device=base.device)
@@ -51,7 +62,7 @@ def magprune(
         table = density[i] + spread * (2 * rank / (columns - 1) - 1 if columns > 1 else rank)
         probability = by_rank(delta.abs(), _round_up(table, delta.dtype))
         keep = rng.keep(i, delta.shape, probability)
-        kept.append(_survivors(delta, keep, probability if rescale else None))
+        kept.append(_survivors(delta, keep, probability if rescale else None, exact))
     return kept
 
 
@@ -81,10 +92,10 @@ def check_spread(parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _survivors(delta: Tensor, keep: Tensor, probability: Tensor | None) -> Tensor:
+def _survivors(delta: Tensor, keep: Tensor, probability: Tensor | None, exact: bool) -> Tensor:
     if probability is not None:
-        # in float64, for a vote may depend on the last bit; nothing is kept where this divides by 0
-        delta = delta.double() / probability
+        # nothing is kept where this divides by 0
+        delta = (delta.double() if exact else delta) / probability
     return torch.where(keep, delta, torch.zeros_like(delta))
 
 

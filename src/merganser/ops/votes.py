@@ -27,7 +27,7 @@ def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tenso
 
 
 def agreeing_sum(
-    tensors: Sequence[Tensor], weight: Tensor, positive: Tensor, *, count: bool = True
+    tensors: Sequence[Tensor], weight: Tensor, positive: Tensor, dtype: torch.dtype, *, count: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Add the weighted entries that have the elected sign, and their weights.
 
@@ -35,16 +35,17 @@ def agreeing_sum(
         tensors: Task vectors, already trimmed.
         weight: One entry per tensor, shape [T].
         positive: The elected signs, as from `elect_sign`.
+        dtype: In which they are added.
         count: Whether the weights are wanted.
 
     Returns:
         `sum_i weight[i] * tensors[i]` and `sum_i weight[i]` over the agreeing entries; the latter is 1 where it would
         be 0, or where it is not wanted.
     """
-    zero, one = torch.zeros_like(tensors[0]), torch.ones_like(tensors[0])
+    zero, one = torch.zeros_like(tensors[0], dtype=dtype), torch.ones_like(tensors[0], dtype=dtype)
     total, weights = zero, zero
     for i, tensor in enumerate(tensors):
-        weighted = tensor * weight[i]
+        weighted = tensor.to(dtype) * weight[i]
         agrees = torch.where(positive, weighted > 0, weighted < 0)
         total = total + torch.where(agrees, weighted, zero)
         if count:
@@ -52,14 +53,15 @@ def agreeing_sum(
     return total, torch.where(weights == 0, one, weights) if count else one
 
 
-def disjoint_mean(tensors: Sequence[Tensor], weight: Tensor, *, normalize: bool) -> Tensor:
+def disjoint_mean(tensors: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, *, normalize: bool) -> Tensor:
     """Elect signs and average the entries that have them.
 
     Args:
         tensors: Task vectors, already trimmed.
         weight: One entry per tensor, in the vote and in the mean, shape [T], float64.
+        dtype: Of the mean. The vote is in float64, and sees what the tensors hold beyond this.
         normalize: Divide by the sum of the weights of the entries that were added (1 where none was, or where they
             cancel); otherwise their sum is returned.
     """
-    total, weights = agreeing_sum(tensors, weight, elect_sign(tensors, weight), count=normalize)
+    total, weights = agreeing_sum(tensors, weight, elect_sign(tensors, weight), dtype, count=normalize)
     return total / weights if normalize else total

@@ -1,0 +1,57 @@
+import pytest
+import torch
+
+from merganser.engine.blocks import merge_tensors
+from merganser.methods.ram import ram
+from merganser.methods.ramplus_tl import ramplus_tl
+from tests.methods.bars import assert_reaches_bars, make_models
+from tests.reference.ramplus_tl import ramplus_tl as reference
+
+SETTINGS = [
+    {},
+    {"epsilon": 3e-4},
+    {"epsilon": 1e-3, "r": 0.5, "alpha": 3.0},
+    {"epsilon": 1e-3, "r": -0.5, "alpha": 100.0},
+    {"epsilon": 1e-3, "alpha": 0.0},
+]
+
+
+@pytest.mark.parametrize("parameters", SETTINGS, ids=str)
+@pytest.mark.parametrize("change", [0.02, 1.0])
+def test_reaches_the_bars(parameters, change):
+    base, models = make_models((80, 125), 3, change=change)
+    assert_reaches_bars(ramplus_tl, reference, base, models, parameters)
+
+
+def test_reaches_the_bars_on_a_million_elements():
+    base, models = make_models((1000, 1000), 3)
+    assert_reaches_bars(ramplus_tl, reference, base, models, {"epsilon": 1e-3, "alpha": 3.0})
+
+
+def test_by_hand():
+    base = torch.zeros(6)
+    # one shared change; the first has three of its own, the second one
+    models = [torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0, 0.0]), torch.tensor([4.0, 0.0, 0.0, 0.0, 1.0, 0.0])]
+    found = merge_tensors(ramplus_tl, base, models, {"r": 0.5, "alpha": 10})
+    assert found.tolist() == pytest.approx([3, 1 + 0.5 / 3, 1 + 0.5 / 3, 1 + 0.5 / 3, 1.5, 0])
+    found = merge_tensors(ramplus_tl, base, models, {"r": 0.5, "alpha": 0.5})
+    assert found.tolist() == pytest.approx([3, 1 + 0.5 / 3, 1 + 0.5 / 3, 1 + 0.5 / 3, 1.25, 0])
+
+
+def test_no_amplification_is_ram_bit_by_bit():
+    base, models = make_models((80, 125), 3)
+    plain = merge_tensors(ram, base, models, {"epsilon": 1e-3})
+    for parameters in ({"r": 0}, {"alpha": 0}):
+        assert torch.equal(merge_tensors(ramplus_tl, base, models, {"epsilon": 1e-3, **parameters}), plain)
+
+
+def test_disjoint_changes_are_not_amplified():
+    base, models = make_models((80, 125), 2)
+    even = torch.arange(125) % 2 == 0
+    models = [torch.where(even, models[0], base), torch.where(even, base, models[1])]
+    assert torch.equal(merge_tensors(ramplus_tl, base, models), merge_tensors(ram, base, models))
+
+
+def test_the_statistic_says_over_what_it_counts():
+    assert ramplus_tl.statistics["factor"].over == "counts"
+    assert ramplus_tl.parameters["counts"].choices == ("tensor", "model")
