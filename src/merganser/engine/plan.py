@@ -21,7 +21,7 @@ from .blocks import block_step
 from .devices import has_compiler, resolve_device
 from .memory import default_memory, estimate_memory, fit_workers
 
-COMPILE_FROM = 1 << 28
+COMPILE_FROM = 1 << 29
 """Input elements from which a merge is fused: compiling takes seconds, less than eager arithmetic on this many."""
 
 SHARD_BYTES = 5_000_000_000
