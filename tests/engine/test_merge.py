@@ -7,7 +7,7 @@ import torch
 
 from merganser import _cases
 from merganser.api import merge, plan
-from merganser.engine import blocks, tasks
+from merganser.engine import tasks
 from merganser.engine.blocks import merge_tensors
 from merganser.registry import get_method, methods
 from tests.making import (
@@ -63,17 +63,6 @@ def test_every_method_in_small_tensors(tmp_path, name, with_base, parameters):
     tensors = [read_model(path) for path in paths]
     expected = merged_one_by_one(name, tensors[0] if with_base else None, tensors[1:], parameters, seed=7)
     assert_equal(read_model(result.out), expected)
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks of 128 elements in segments of 2: most weights are large tensors, the rest is bundled."""
-    monkeypatch.setattr(blocks, "BLOCK", 128)
-    monkeypatch.setattr(tasks, "SEGMENT_BLOCKS", 2)
-    for function in (blocks.block_ranges, blocks.block_step):
-        monkeypatch.setattr(function, "__defaults__", (128,))
-    monkeypatch.setattr(blocks.TensorRun.__init__, "__defaults__", (128,))
-    monkeypatch.setitem(blocks.merge_tensors.__kwdefaults__, "block", 128)
 
 
 @pytest.mark.parametrize(
