@@ -122,8 +122,8 @@ class _Sums:
         self.bb += other.bb
         self.ab += other.ab
         self.dd += other.dd
-        # max() would drop a NaN that comes second
-        self.largest = other.largest if math.isnan(other.largest) else max(self.largest, other.largest)
+        # max() may drop a NaN, but then `dd` holds one, too
+        self.largest = max(self.largest, other.largest)
 
     def distance(self) -> Distance:
         """Return what the sums mean."""

@@ -99,8 +99,8 @@ def test_ctrl_c_and_on(models: Path) -> None:
     for seed, name in enumerate("xyz"):
         generator = torch.Generator().manual_seed(seed)
         shape = (1024, 1024)
-        big = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(shape, generator=generator) for i in range(16)}
-        write(models / name, {key: tensor.bfloat16() for key, tensor in big.items()}, num_hidden_layers=16)
+        big = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(shape, generator=generator) for i in range(8)}
+        write(models / name, {key: tensor.bfloat16() for key, tensor in big.items()}, num_hidden_layers=8)
     file = recipe(
         models / "r.yaml",
         {
