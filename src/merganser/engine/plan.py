@@ -18,7 +18,7 @@ from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_lay
 from ..registry import get_method
 from .align import Alignment, Member, Slot, align_models, align_slices
 from .blocks import block_step
-from .devices import has_compiler, resolve_device
+from .devices import has_compiler, resolve_devices
 from .memory import default_memory, estimate_memory, fit_workers
 
 COMPILE_FROM = 1 << 29
@@ -187,7 +187,7 @@ def build_plan(
         out_shard_size: Largest size of an output file, bytes.
         threads: Threads that merge; by default one per core, at most 8. Fewer run where memory would not suffice.
         max_memory: Largest resident memory, bytes; by default a quarter of the machine's, at most 4 GB.
-        device: "cpu", "cuda", "cuda:i", or "auto" (the first GPU, else the CPU).
+        device: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
         cache_dir: Folder for models from the Hub.
         compiled: Fuse kernels; by default where the work is large and a C++ compiler is at hand.
 
@@ -199,7 +199,7 @@ def build_plan(
         ValueError: A number is below 1.
     """
     _check_options(out_shard_size, threads, max_memory)
-    found_device = resolve_device(device)
+    devices = resolve_devices(device)
     method = get_method_at(recipe)
     resolver = Resolver(recipe, method)
     members = _open_all(recipe, cache_dir)
@@ -216,7 +216,7 @@ def build_plan(
     config, config_warnings = _config(recipe, donor, alignment, drafts)
     work = sum(d.size * len(d.inputs) for d in drafts)
     if compiled is None:
-        compiled = method.fuse and work >= COMPILE_FROM and has_compiler(found_device)
+        compiled = method.fuse and work >= COMPILE_FROM and has_compiler(devices[0])
     limit = default_memory() if max_memory is None else max_memory
     workers = fit_workers(method, drafts, threads or min(os.cpu_count() or 1, 8), compiled, limit)
     return Plan(
@@ -232,7 +232,7 @@ def build_plan(
         seed=seed,
         workers=workers,
         max_memory=limit,
-        device=str(found_device),
+        device=",".join(str(found) for found in devices),
         warnings=[
             *resolver.warnings,
             *resolver.idle_filters(),

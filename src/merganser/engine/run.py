@@ -6,7 +6,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ import torch
 
 from ..checkpoint import Reader
 from ..errors import MergeError, OutputError
-from .devices import resolve_device as resolve_device
+from .devices import resolve_devices
 from .finish import side_file_bytes, write_rest
 from .hashing import Hasher, span, written_digest
 from .kernels import prepare_compiler_cache
@@ -81,7 +82,7 @@ def run_plan(
         CheckpointError: An input is damaged, not finite, or integer buffers differ.
         Interrupted: Ctrl-C.
     """
-    device = resolve_device(plan.device)
+    devices = resolve_devices(plan.device)
     started = time.monotonic()
     _refuse_inputs(plan, out)
     inputs = input_files(plan)
@@ -94,7 +95,7 @@ def run_plan(
         fresh=fresh,
     )
     try:
-        run = _Run(plan, staging, device, allow_nonfinite, cluster, progress)
+        run = _Run(plan, staging, devices, allow_nonfinite, cluster, progress)
         entries = run.execute()
         merged = time.monotonic()
         hashes = run.hasher.result()
@@ -141,7 +142,7 @@ class _Run:
         self,
         plan: Plan,
         staging: Staging,
-        device: torch.device,
+        devices: Sequence[torch.device],
         allow_nonfinite: bool,
         cluster: str | None,
         progress: Progress | None,
@@ -149,13 +150,13 @@ class _Run:
         self.groups = make_groups(plan)
         self._plan = plan
         self._staging = staging
-        self._device = device
         self._allow = allow_nonfinite
         self._cluster = cluster
         self._progress = progress
         self._lock = threading.Lock()
         self.hasher = Hasher(plan, staging)
-        self._kernels = KernelCache(plan, device, check_finite=not allow_nonfinite)
+        self._kernels = [KernelCache(plan, device, check_finite=not allow_nonfinite) for device in devices]
+        self._devices = devices
         self._entries: dict[tuple[int, int], Mapping[str, Any]] = {}
 
     def execute(self) -> dict[tuple[int, int], Mapping[str, Any]]:
@@ -163,7 +164,7 @@ class _Run:
         finished = self._trusted()
         schedule = Schedule(
             self.groups,
-            lambda group: start_group(group, self._kernels),
+            lambda group: start_group(group, self._kernels[0]),
             whole_model=self._plan.whole_model,
             finished=finished,
         )
@@ -191,16 +192,20 @@ class _Run:
     def _locally(self, schedule: Schedule) -> None:
         """Do all tasks on threads of this process."""
         with Reader() as reader:
-            context = Context(
-                reader, self._staging, self._device, self._advance, lambda: schedule.stopping, self._allow
-            )
 
-            def work() -> None:
-                worker = Worker(context)
+            def work(index: int) -> None:
+                kernels, device = self._kernels[index], self._devices[index]
+                worker = Worker(
+                    Context(reader, self._staging, device, self._advance, lambda: schedule.stopping, self._allow)
+                )
                 while (taken := schedule.take()) is not None:
-                    self._done(schedule, *taken, worker.do(*taken))
+                    state, task = taken
+                    # statistics lie on the CPU, so that every device can go on where another measured
+                    own = state if index == 0 else replace(start_group(state.group, kernels), known=state.known)
+                    self._done(schedule, state, task, worker.do(own, task))
 
-            self._join([work] * self._plan.workers, schedule)
+            n = len(self._devices)
+            self._join([partial(work, i % n) for i in range(max(self._plan.workers, n))], schedule)
 
     def _on_cluster(self, schedule: Schedule, address: str) -> None:
         """Do all tasks on the nodes of a cluster; each has a thread here that waits for it."""
