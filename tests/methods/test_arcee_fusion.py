@@ -51,6 +51,14 @@ def test_equal_importances_are_all_kept():
     assert torch.equal(merge_tensors(arcee_fusion, base, [model]), model)
 
 
+@pytest.mark.parametrize("unit", range(1001, 1041))
+def test_an_entry_that_equals_the_threshold_is_kept(unit):
+    """One row, so importance goes as |delta|: the quartiles are 3, 4 and 8, the threshold is 11.5 units."""
+    delta = torch.tensor([[1, -2, 3, 3.5, -4, 5, 8, 11, -11.5]]) * unit * 2.0**-20
+    merged = merge_tensors(arcee_fusion, torch.zeros(1, 9), [delta])
+    assert torch.equal(merged, torch.where(delta.abs() >= delta.abs().max(), delta, torch.zeros(1, 9)))
+
+
 def test_a_row_of_one_entry_has_no_divergence_and_is_taken_over():
     base, (model,) = make_models((50, 1), 1)
     assert torch.equal(merge_tensors(arcee_fusion, base, [model]), model)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -21,6 +23,16 @@ def test_reaches_the_bars(change, parameters, n):
 def test_reaches_the_bars_on_a_million_elements():
     _, models = make_models((1000, 1000), 4, change=0.3)
     assert_reaches_bars(karcher, reference, None, models)
+
+
+def test_models_nearer_than_tol_do_not_pull():
+    """Four models at one place and one at a right angle: the mean starts 0.245 from the four."""
+    models = [torch.tensor([1.0, 0.0])] * 4 + [torch.tensor([0.0, 1.0])]
+    start, away = math.atan(1 / 4), 1 / 5 * math.atan(4)
+    # with all of them the step is short, and none is made; alone the one takes a long one
+    for tol, angle in ((0.24, start), (0.25, start + away)):
+        merged = merge_tensors(karcher, None, models, {"tol": tol, "max_iter": 1})
+        torch.testing.assert_close(merged, torch.tensor([math.cos(angle), math.sin(angle)]), rtol=1e-5, atol=0)
 
 
 def test_the_tangents_at_the_mean_add_up_to_zero():

@@ -9,7 +9,7 @@ from tests.reference.model_stock import model_stock as reference
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("shape", [(80, 125), (10_000,), (20, 5, 100)])
-@pytest.mark.parametrize("parameters", [{}, {"filter_wise": True}, {"norm_floor": 5.0}])
+@pytest.mark.parametrize("parameters", [{}, {"filter_wise": True}, {"norm_floor": 50.0}])
 def test_reaches_the_bars(n, shape, parameters):
     base, models = make_models(shape, n, change=0.5)
     assert_reaches_bars(model_stock, reference, base, models, parameters)

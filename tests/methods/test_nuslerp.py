@@ -63,10 +63,20 @@ def test_all_weight_on_one_model_gives_it(axis):
         assert torch.equal(merge_tensors(nuslerp, None, models, {"weight": weight, **axis}), model)
 
 
-def test_weights_that_cancel_count_as_equal():
+@pytest.mark.parametrize(
+    ("weight", "like"), [([1, -1], [1, 1]), ([1e-7, 3e-7], [1, 1]), ([0.015625, 0.046875], [1, 3])]
+)
+def test_only_the_ratio_of_weights_counts_until_they_cancel(weight, like):
     base, models = make_models((60, 50), 2)
-    merged = merge_tensors(nuslerp, base, models, {"weight": [1, -1]})
-    assert torch.equal(merged, merge_tensors(nuslerp, base, models, {"weight": [1, 1]}))
+    merged = merge_tensors(nuslerp, base, models, {"weight": weight})
+    assert torch.equal(merged, merge_tensors(nuslerp, base, models, {"weight": like}))
+
+
+def test_only_the_products_in_use_are_measured():
+    for flatten, row_wise, wanted in ((True, False, "whole"), (True, True, "whole"), (False, True, "columns")):
+        parameters = {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+        assert [name for name, s in nuslerp.statistics.items() if s.wanted(parameters)] == [wanted]
+    assert not any(s.wanted({**ROWS, "nuslerp_row_wise": False}) for s in nuslerp.statistics.values())
 
 
 @pytest.mark.parametrize("axis", [{}, ROWS, COLUMNS])

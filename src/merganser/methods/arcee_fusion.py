@@ -16,18 +16,13 @@ def importance(base: Tensor, models: list[Tensor]) -> Tensor:
     """Return |delta| * KL(model's row || base's row), float64, never negative.
 
     The divergence of nearly equal distributions is the small difference of large sums. In the form
-    sum q ((1 + r) log(1 + r) - r), r = p / q - 1, nothing cancels, and an error in normalising enters squared.
+    sum q ((1 + r) log(1 + r) - r), r = p / q - 1, no sums cancel, and an error in normalising enters squared.
     """
     before, after = base.double(), models[0].double()
-    delta = after - before
-    q, p = torch.softmax(before, 1), torch.softmax(after, 1)
-    # log(p / q)
-    shift = delta - (torch.logsumexp(after, 1, keepdim=True) - torch.logsumexp(before, 1, keepdim=True))
-    change = torch.where(shift.abs() < 1, q * torch.expm1(shift.clamp(-1, 1)), p - q)
-    q = q + _SMALL
-    r = change / q
+    q = torch.softmax(before, 1) + _SMALL
+    r = (torch.softmax(after, 1) + _SMALL - q) / q
     divergence = (q * ((1 + r) * torch.log1p(r) - r)).sum(1, keepdim=True).clamp(min=0)
-    return delta.abs() * divergence
+    return (after - before).abs() * divergence
 
 
 def ranked(base: Tensor, models: list[Tensor]) -> list[Tensor]:
