@@ -18,8 +18,8 @@ from .inspection import open_reference
 
 __all__ = ["Difference", "Distance", "GroupDistance", "MisshapenTensor", "TensorDistance", "diff"]
 
-BLOCK = 1 << 20
-"""Elements that are compared at a time: 8 MB for each float64 copy."""
+BLOCK = 1 << 17
+"""Elements that are compared at a time: 1 MB for each float64 copy, so that all of them stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,16 @@ def test_json(models: Path) -> None:
     assert stage["differences"] == list(plan.differences) != []
 
 
+def test_many_files_are_summed_up(models: Path) -> None:
+    file = recipe(models / "r.yaml", linear("a", "b"))
+    plan = make_plan(file, out_shard_size=100)
+    found = run("plan", file, "--out-shard-size", "100")
+    (line,) = [line for line in found.out.splitlines() if ".safetensors" in line]
+    first, last, largest = plan.shards[0].name, plan.shards[-1].name, max(shard.size for shard in plan.shards)
+    sizes = f"{size_text(plan.bytes_written)}  bfloat16, each {size_text(largest)} or less"
+    assert line == f"  {first} to {last}  {sizes}"
+
+
 def test_every_tensor(models: Path) -> None:
     file = recipe(models / "r.yaml", slerp(parameters={"t": [0.2, 0.8]}))
     found = run("plan", file, "--tensors")

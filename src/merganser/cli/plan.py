@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..stages import PlannedStage
     from ..summary import InputSummary, PlanSummary, TensorGroup, TensorSummary
 
+_MOST_FILES = 8
+
 
 def plan(
     recipe: options.RecipeFile,
@@ -83,8 +85,7 @@ def _print(stage: PlannedStage, found: PlanSummary, tensors: list[TensorSummary]
         for line in table([_tensor(tensor) for tensor in tensors]):
             say(line)
     say("writes")
-    dtypes = ", ".join(found.dtypes)
-    for line in table([[name, size_text(size), dtypes] for name, size in found.files.items()], right=(1,)):
+    for line in table(_files(found), right=(1,)):
         say(line)
     say("expects")
     for line in table(_costs(found)):
@@ -141,7 +142,7 @@ def _label(group: TensorGroup) -> str:
         label = f"{f'layer {first}' if first == last else f'layers {first}-{last}'} {roles}".rstrip()
     else:
         label = roles or "all"
-    return f"{label} ({some(group.names, 3)})" if group.names else label
+    return f"{label} ({some(group.names, 3 if len(group.names) < 4 else 1)})" if group.names else label
 
 
 def _values(items: Iterable[tuple[str, str]]) -> str:
@@ -158,6 +159,15 @@ def _texts(tensor: TensorSummary) -> Iterator[tuple[str, str]]:
     for name, value in tensor.parameters.items():
         each = value if isinstance(value, tuple) else (value,)
         yield name, ", ".join(value_text([one]) for one in each)
+
+
+def _files(found: PlanSummary) -> list[list[str]]:
+    dtypes = ", ".join(found.dtypes)
+    names = list(found.files)
+    if len(names) <= _MOST_FILES:
+        return [[name, size_text(size), dtypes] for name, size in found.files.items()]
+    largest = size_text(max(found.files.values()))
+    return [[f"{names[0]} to {names[-1]}", size_text(found.bytes_written), f"{dtypes}, each {largest} or less"]]
 
 
 def _costs(found: PlanSummary) -> list[list[str]]:
