@@ -165,5 +165,7 @@ def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert found[name].shape == tensor.shape, name
-        same = torch.equal(found[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))
+        same = torch.equal(
+            found[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)
+        )
         assert same, name

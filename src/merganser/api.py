@@ -120,6 +120,8 @@ def merge_state_dicts(
         if "model" in (statistic.over, settings.get(statistic.over)):
             raise UnsupportedError(f"{method}: {name} is measured over the whole model; merge checkpoints instead")
     everything = [*models] if base is None else [base, *models]
+    if not everything:
+        raise ValueError(f"{method} takes {found.models_text()}, got no models")
     names = everything[0].keys()
     for position, other in enumerate(everything):
         if other.keys() != names:
@@ -131,12 +133,25 @@ def merge_state_dicts(
             inputs = [state[name] for state in everything]
             if any(tensor.shape != inputs[0].shape for tensor in inputs):
                 raise CheckpointError(f"{name}: shapes differ: {', '.join(str(list(t.shape)) for t in inputs)}")
-            if not inputs[0].is_floating_point():
-                if any(not torch.equal(inputs[0], other) for other in inputs[1:]):
-                    raise CheckpointError(f"{name}: this buffer of {inputs[0].dtype} differs between the models")
-                merged[name] = inputs[0].clone()
+            if any(not tensor.is_floating_point() for tensor in inputs):
+                merged[name] = _copy_equal(name, inputs)
                 continue
             own = inputs[1:] if base is not None else inputs
             start = inputs[0] if base is not None else None
             merged[name] = merge_tensors(found, start, own, settings, name=name, seed=seed, dtype=dtype)
     return merged
+
+
+def _copy_equal(name: str, inputs: Sequence[Tensor]) -> Tensor:
+    """Copy a buffer of whole numbers or flags that all models agree on."""
+    import torch
+
+    from .errors import CheckpointError
+
+    first = inputs[0]
+    dtypes = dict.fromkeys(str(tensor.dtype) for tensor in inputs)
+    if len(dtypes) > 1:
+        raise CheckpointError(f"{name}: whole numbers are copied when equal, dtype included; got {', '.join(dtypes)}")
+    if any(not torch.equal(first, other) for other in inputs[1:]):
+        raise CheckpointError(f"{name}: this buffer of {first.dtype} differs between the models")
+    return first.clone()

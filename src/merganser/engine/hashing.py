@@ -73,6 +73,8 @@ class Hasher:
         with self._changed:
             self._stopped = True
             self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def result(self) -> list[str]:
         """Wait for the sha256 of every file, in the order of the shards.
@@ -98,6 +100,8 @@ class Hasher:
                     if end is None:
                         return
                     while position < end:
+                        if self._stopped:
+                            return
                         piece = buffer[: min(_PIECE, end - position)]
                         self._staging.read(index, position, piece)
                         found.update(piece)

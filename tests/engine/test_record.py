@@ -1,0 +1,169 @@
+"""The run record and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+import yaml
+
+import merganser
+from merganser.api import merge
+from merganser.engine import blocks
+from merganser.verification import verify
+from tests.making import llama, llama_config, make_recipe, read_json, read_model, write_llamas, write_model
+
+
+def test_outputs_are_listed_with_size_and_sha256(tmp_path):
+    result = merge(
+        make_recipe("linear", write_llamas(tmp_path), parameters={"weight": 1}), tmp_path / "out", out_shard_size=9000
+    )
+    listed = {entry["file"]: (entry["bytes"], entry["sha256"]) for entry in result.record["outputs"]}
+    found = {
+        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in result.out.iterdir()
+        if path.name != "merge.json"
+    }
+    assert len(found) > 4
+    assert listed == found
+    assert verify(result.out).ok
+    assert read_json(result.out, "merge.json") == result.record
+
+
+def test_what_it_says_of_the_run(tmp_path):
+    paths = write_llamas(tmp_path)
+    recipe = make_recipe("ties", paths[1:], paths[0], {"weight": 0.5, "density": 0.5})
+    record = merge(recipe, tmp_path / "out", seed=3, threads=2).record
+    own = llama(0)
+    assert record["method"] == "ties"
+    assert record["seed"] == 3
+    assert record["donor"] == str(paths[0])
+    assert record["models"] == [str(path) for path in paths]
+    assert record["tensors"] == len(own)
+    assert record["parameters"] == sum(tensor.numel() for tensor in own.values())
+    assert record["dtypes"] == ["float32"]
+    assert record["versions"]["merganser"] == merganser.__version__
+    assert record["versions"]["torch"] == torch.__version__
+    assert "method ties" in record["versions"]
+    assert record["workers"] == 2
+    assert record["continued"] is False
+    assert record["timings"]["seconds"] >= record["timings"]["merge_seconds"] > 0
+    assert yaml.safe_load(record["recipe"]) == recipe
+
+
+def hashes(record):
+    return {entry["path"]: entry["xxh3_128_of_tensors"] for entry in record["inputs"]}
+
+
+def test_hashes_of_inputs_are_those_of_the_inputs_alone(tmp_path, small_blocks):
+    """Not of the method, the threads, the layout of the output, or whether the run was continued."""
+    paths = write_llamas(tmp_path)
+    runs = [
+        ("linear", {"weight": 1}, {}),
+        ("ties", {"weight": 1, "density": 0.5}, {"threads": 1}),
+        ("ties", {"weight": 1, "density": 0.5}, {"threads": 3, "out_shard_size": 3000}),
+        ("della", {"weight": 1, "density": 0.5}, {"out_shard_size": 1}),
+        ("model_stock", {}, {}),
+    ]
+    found = []
+    for i, (method, parameters, options) in enumerate(runs):
+        base = None if method == "linear" else paths[0]
+        models = paths if base is None else paths[1:]
+        found.append(
+            hashes(merge(make_recipe(method, models, base, parameters), tmp_path / f"out{i}", **options).record)
+        )
+    assert len(found[0]) == 4
+    assert len(set(found[0].values())) == 4
+    assert all(other == found[0] for other in found)
+
+
+def test_a_changed_bit_changes_the_hash_of_its_file_alone(tmp_path):
+    paths = write_llamas(tmp_path)
+    recipe = make_recipe("linear", paths, parameters={"weight": 1})
+    before = hashes(merge(recipe, tmp_path / "a").record)
+    file = paths[0] / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    after = hashes(merge(recipe, tmp_path / "b").record)
+    assert {path for path in before if before[path] != after[path]} == {str(file)}
+
+
+def test_files_that_were_read_in_part_say_so(tmp_path):
+    paths = write_llamas(tmp_path, 2)
+    piece = {"sources": [{"model": str(paths[0]), "layer_range": [0, 1]}]}
+    record = merge({"merge_method": "passthrough", "slices": [piece]}, tmp_path / "out").record
+    (entry,) = record["inputs"]
+    assert (entry["tensors"], entry["tensors_read"]) == (21, 12)
+    assert entry["model"] == str(paths[0])
+    assert entry["bytes"] == (paths[0] / "model.safetensors").stat().st_size
+
+
+def test_the_summary_by_layer_and_role(tmp_path, small_blocks):
+    """Relative distances of models and merge from the base, over all tensors of a layer and role."""
+    base = {
+        "model.embed_tokens.weight": torch.full((32, 16), 2.0),
+        "model.layers.0.mlp.up_proj.weight": torch.full((24, 16), 1.0),
+        "model.layers.0.mlp.down_proj.weight": torch.full((3, 8), 2.0),
+        "model.layers.0.input_layernorm.weight": torch.zeros(16),
+        "model.layers.1.mlp.up_proj.weight": torch.full((4, 4), 3.0),
+        "position_ids": torch.arange(3),
+    }
+    first = {**base, "model.layers.0.mlp.up_proj.weight": torch.full((24, 16), 2.0)}
+    second = {**base, "model.layers.0.mlp.down_proj.weight": torch.full((3, 8), 0.0)}
+    paths = [write_model(tmp_path / f"m{i}", own) for i, own in enumerate((base, first, second))]
+    record = merge(make_recipe("task_arithmetic", paths[1:], paths[0], {"weight": 0.5}), tmp_path / "out").record
+    summary = {(entry["layer"], entry["role"]): entry for entry in record["layers"]}
+    # distances are measured on the first block of a tensor; every other number counts all of it
+    seen = min(24 * 16, blocks.BLOCK)
+    norm = (seen * 1.0 + 24 * 4.0) ** 0.5
+    mlp = summary[0, "mlp"]
+    assert (mlp["tensors"], mlp["parameters"]) == (2, 24 * 16 + 24)
+    assert mlp["models"] == pytest.approx([seen**0.5 / norm, (24 * 4.0) ** 0.5 / norm])
+    assert mlp["merged"] == pytest.approx((seen * 0.25 + 24 * 1.0) ** 0.5 / norm)
+    assert (summary[1, "mlp"]["models"], summary[1, "mlp"]["merged"]) == ([0, 0], 0)
+    assert summary[None, "embedding"]["merged"] == 0
+    # a base of zeros has no relative distance
+    assert "merged" not in summary[0, "norm"]
+    assert sum(entry["tensors"] for entry in summary.values()) == len(base)
+    assert sum(entry["parameters"] for entry in summary.values()) == sum(t.numel() for t in base.values())
+
+
+def test_the_card_has_the_recipe(tmp_path):
+    paths = write_llamas(tmp_path)
+    text = f"""# how it was made
+merge_method: linear
+models:
+  - model: {paths[1]}
+  - model: {paths[0]}  # second
+parameters: {{weight: 1}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    card = (merge(tmp_path / "recipe.yaml", tmp_path / "my-merge").out / "README.md").read_text()
+    front, _, body = card.removeprefix("---\n").partition("---\n")
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "merganser"]}
+    assert "\n# my-merge\n" in body
+    assert f"```yaml\n{text}```\n" in body
+    assert "other files are those of `m1`" in body
+
+
+def test_a_recipe_with_a_fence_does_not_end_the_block(tmp_path):
+    paths = write_llamas(tmp_path, 2)
+    recipe = make_recipe("linear", paths, parameters={"weight": 1}, chat_template="{% if x %}\n```\n{% endif %}")
+    card = (merge(recipe, tmp_path / "out").out / "README.md").read_text()
+    assert card.count("\n~~~~~~") == 2
+
+
+def test_sampling_starts_at_the_first_element_of_large_tensors(tmp_path, monkeypatch):
+    """The record's distances are measured on the beginning of a tensor, not on all of it."""
+    monkeypatch.setattr("merganser.engine.stream.SAMPLE", 8)
+    base, other = torch.ones(64), torch.ones(64)
+    other[:8] = 3
+    other[8:] = 100
+    paths = [write_model(tmp_path / f"m{i}", {"w": own}, llama_config()) for i, own in enumerate((base, other))]
+    record = merge(make_recipe("task_arithmetic", paths[1:], paths[0], {"weight": 0.5}), tmp_path / "out").record
+    (entry,) = record["layers"]
+    assert entry["models"] == [pytest.approx(2.0)]
+    assert entry["merged"] == pytest.approx(1.0)
+    assert read_model(tmp_path / "out")["w"][-1] == 50.5

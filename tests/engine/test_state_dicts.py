@@ -1,0 +1,109 @@
+"""Merging in memory, as inside a training loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from merganser.api import merge_state_dicts
+from merganser.engine.blocks import merge_tensors
+from merganser.errors import CheckpointError, NonFiniteError, ParameterError, RecipeError, UnsupportedError
+from merganser.registry import get_method
+from tests.making import assert_equal
+
+
+def make(seed, *, dtype=torch.float32):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model[2].num_batches_tracked += 7
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("method", "with_base", "parameters"),
+    [
+        ("linear", False, {"weight": 1.0}),
+        ("linear", False, {"weight": [0.2, 0.8], "normalize": False}),
+        ("ties", True, {"weight": 0.5, "density": [0.3, 0.6], "lambda_": 0.7}),
+        ("dare_ties", True, {"weight": 0.5, "density": 0.5}),
+        ("slerp", True, {"t": 0.25}),
+    ],
+)
+def test_modules(method, with_base, parameters):
+    base, *models = (make(seed).state_dict() for seed in range(2 if method == "slerp" else 3))
+    base = base if with_base else None
+    found = merge_state_dicts(method, models, base=base, seed=5, **parameters)
+    named = {name.rstrip("_"): value for name, value in parameters.items()}
+    for name in models[0]:
+        if name.endswith("num_batches_tracked"):
+            assert found[name].item() == 7
+            continue
+        own = None if base is None else base[name]
+        expected = merge_tensors(get_method(method), own, [model[name] for model in models], named, name=name, seed=5)
+        assert torch.equal(found[name], expected)
+    loaded = make(9)
+    loaded.load_state_dict(found)
+    assert_equal(loaded.state_dict(), found)
+    assert loaded[1](torch.ones(2, 8)).isfinite().all()
+
+
+def test_nothing_is_shared_with_the_inputs_or_tracked():
+    models = [dict(make(seed).named_parameters()) for seed in range(2)]
+    before = {name: tensor.detach().clone() for name, tensor in models[0].items()}
+    found = merge_state_dicts("linear", models, weight=1.0)
+    for name, tensor in found.items():
+        assert not tensor.requires_grad
+        tensor.zero_()
+        assert torch.equal(models[0][name], before[name])
+
+
+def test_buffers_are_copied_not_shared():
+    models = [make(seed).state_dict() for seed in range(2)]
+    found = merge_state_dicts("linear", models, weight=1.0)
+    found["2.num_batches_tracked"] += 1
+    assert models[0]["2.num_batches_tracked"] == 7
+
+
+def test_dtypes():
+    first, second = make(0, dtype=torch.bfloat16).state_dict(), make(1).state_dict()
+    assert merge_state_dicts("linear", [first, second], weight=1.0)["1.weight"].dtype == torch.float32
+    assert merge_state_dicts("linear", [first, first], weight=1.0)["1.weight"].dtype == torch.bfloat16
+    wide = merge_state_dicts("linear", [first, first], weight=1.0, dtype=torch.float64)
+    assert wide["1.weight"].dtype == torch.float64
+    assert wide["2.num_batches_tracked"].dtype == torch.int64
+
+
+def changed(state, **changes):
+    return {**state, **{name.replace("__", "."): value for name, value in changes.items()}}
+
+
+def test_errors():
+    state = make(0).state_dict()
+    with pytest.raises(CheckpointError, match=r"state dict 1: different names: extra, more"):
+        merge_state_dicts("linear", [state, changed(state, extra=torch.ones(1), more=torch.ones(1))], weight=1)
+    with pytest.raises(CheckpointError, match=r"1\.weight: shapes differ: \[8, 8\], \[8, 9\]"):
+        merge_state_dicts("linear", [state, {**state, "1.weight": torch.ones(8, 9)}], weight=1)
+    other = {**state, "2.num_batches_tracked": torch.tensor(8)}
+    with pytest.raises(CheckpointError, match=r"2\.num_batches_tracked: .* differs between the models"):
+        merge_state_dicts("linear", [state, other], weight=1)
+    mixed = [state, {**state, "1.bias": torch.ones(8, dtype=torch.int64)}]
+    for order in (mixed, mixed[::-1]):
+        with pytest.raises(CheckpointError, match=r"1\.bias: .*float32.*int64|1\.bias: .*int64.*float32"):
+            merge_state_dicts("linear", order, weight=1)
+    with pytest.raises(NonFiniteError, match=r"1\.bias"):
+        merge_state_dicts("linear", [state, {**state, "1.bias": torch.full((8,), float("nan"))}], weight=1)
+    with pytest.raises(ParameterError, match=r"unknown parameter 'wieght' of linear\. Did you mean 'weight'"):
+        merge_state_dicts("linear", [state, state], wieght=1)
+    with pytest.raises(ParameterError, match="weight needs 2 values, one per model, got 3"):
+        merge_state_dicts("linear", [state, state], weight=[1, 2, 3])
+    with pytest.raises(RecipeError, match="unknown merge method 'liner'"):
+        merge_state_dicts("liner", [state, state], weight=1)
+    with pytest.raises(UnsupportedError, match="cut is measured over the whole model"):
+        merge_state_dicts("ties", [state, state], base=state, weight=1, density=0.5, trim_over="model")
+    with pytest.raises(ValueError, match="got no base"):
+        merge_state_dicts("ties", [state, state], weight=1)
+    with pytest.raises(ValueError, match="got a base"):
+        merge_state_dicts("linear", [state, state], base=state, weight=1)
+    with pytest.raises(ValueError, match="models"):
+        merge_state_dicts("linear", [], weight=1)
