@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def _compare(
     all_bytes = sum(one.nbytes + other.nbytes for one, other in pairs.values())
     done = 0
     found = {}
-    with Reader() as reader:
+    with Reader() as reader, _one_thread():
         buffers = _Buffer(reader), _Buffer(reader)
         for name, (one, other) in pairs.items():
             if one.dtype.kind == other.dtype.kind == "float":
@@ -245,6 +246,19 @@ def _compare(
                 if progress is not None:
                     progress(done, all_bytes)
     return found
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from sharing out blocks that are too small for that."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Buffer:
