@@ -36,6 +36,13 @@ _TAGS = {"str": str, "int": int, "float": (int, float), "bool": bool, "null": ty
 _LOADER = cast(type[yaml.SafeLoader], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that would be read as a number."""
+
+
+_Dumper.add_implicit_resolver(f"{_CORE}float", _FLOAT, list("-+.0123456789"))
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One YAML document: its root, and its text as written."""
@@ -128,7 +135,7 @@ def parse_mapping(value: Mapping[Any, Any], file: str) -> Document:
     """
     builder = _Builder(file)
     root = builder.convert(value, 1)
-    return Document(root, file, yaml.safe_dump(plain(root), sort_keys=False))
+    return Document(root, file, yaml.dump(plain(root), Dumper=_Dumper, sort_keys=False))
 
 
 def plain(node: Node) -> Any:

@@ -106,24 +106,12 @@ class Resolver:
         self._note_differences()
         self.warnings = list(dict.fromkeys(self.warnings))
 
-    @property
-    def depth_after_layers(self) -> float:
-        """Depth of tensors after the layers (final norm, head): 1; mergekit has 0."""
-        return 0.0 if self.recipe.compat == "mergekit" else 1.0
-
     def sources(self, slice_index: int) -> Inputs:
         """Return the base and the models of a slice, each with its range of layers.
 
         The base is here also where the recipe does not list it among the sources.
         """
         return self._sources[slice_index]
-
-    def inputs(self, slice_index: int) -> tuple[ModelReference | None, tuple[int, ...]]:
-        """Return the base of a slice, None without one, and the positions of the models in `slices[i].sources`."""
-        base, models = self._sources[slice_index].base, self._sources[slice_index].models
-        listed = self.slices[slice_index].sources
-        positions = tuple(i for i, source in enumerate(listed) if source in models)
-        return base.model if base else None, positions
 
     def parameters(self, slice_index: int, output_name: str, input_names: Sequence[str], t: float) -> Mapping[str, Any]:
         """Return all parameters of the method for one tensor; equal parameters are the same object.

@@ -101,8 +101,8 @@ def _rules_of(method: MergeMethod) -> Schema:
         }
     }
     if method.base == "required":
-        # a slice may name a base of its own
-        then["anyOf"] = [{"required": ["base_model"]}, {"required": ["slices"]}]
+        in_slices = {"required": ["slices"], "properties": {"slices": {"items": {"required": ["base_model"]}}}}
+        then["anyOf"] = [{"required": ["base_model"]}, in_slices]
     return {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": then}
 
 

@@ -1,0 +1,241 @@
+"""What each mistake in a recipe is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from merganser.errors import MergeError, NotFoundError, RecipeError, UnsupportedError
+from merganser.recipe import load_recipe
+
+MODELS = "models: [{model: a}, {model: b}]\n"
+LINEAR = "merge_method: linear\n" + MODELS
+KEYS = (
+    "name, merge_method, models, slices, modules, base_model, parameters, dtype, out_dtype, tokenizer_source, "
+    "tokenizer, chat_template, compat, random_seed"
+)
+LATER = "comes in a later version"
+
+
+def _source(layer_range: str) -> str:
+    return f"merge_method: passthrough\nslices:\n  - sources:\n      - model: a\n        layer_range: {layer_range}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n", "<recipe>: the recipe is empty"),
+        ("# nothing\n---\n", "<recipe>: the recipe is empty"),
+        ("- a\n- b\n", "<recipe>:1: a recipe is a mapping with lines such as 'merge_method: linear', got a list"),
+        (
+            "word\nword\n",
+            "<recipe>:1: a recipe is a mapping with lines such as 'merge_method: linear', got 'word word'",
+        ),
+        (MODELS, "<recipe>:1: 'merge_method' is missing"),
+        ("merge_method:\n" + MODELS, "<recipe>:1: 'merge_method' is missing"),
+        ("merge_method: [ties]\n" + MODELS, "<recipe>:1 merge_method: expected a text, got a list"),
+        ("merge_method: 7\n" + MODELS, "<recipe>:1 merge_method: expected a text, got 7; put it in quotes"),
+        ("merge_method: ' '\n" + MODELS, "<recipe>:1 merge_method: the text is empty"),
+        (
+            f"merge_method: {'x' * 5000}\n" + MODELS,
+            "<recipe>:1 merge_method: a text of 5,000 characters; 1,000 are allowed",
+        ),
+        (
+            LINEAR + "base_mode: a\n",
+            f"<recipe>:3: unknown key 'base_mode'. Did you mean 'base_model'? Allowed: {KEYS}",
+        ),
+        (LINEAR + "lorem: a\n", f"<recipe>:3: unknown key 'lorem'. Allowed: {KEYS}"),
+        (
+            "merge_method: linear\n",
+            "<recipe>:1: a recipe has exactly one of models, slices and modules, got none of them",
+        ),
+        (
+            LINEAR + "slices: []\n",
+            "<recipe>:1: a recipe has exactly one of models, slices and modules, got models and slices",
+        ),
+        ("merge_method: linear\nmodels: []\n", "<recipe>:2 models: the list is empty"),
+        (
+            "merge_method: linear\nmodels: {model: a}\n",
+            "<recipe>:2 models: expected a list (lines that start with '- '), got a mapping",
+        ),
+        (
+            "merge_method: linear\nmodels:\n  - a\n",
+            "<recipe>:3 models[0]: expected a mapping with the keys model, parameters, got 'a'",
+        ),
+        (
+            "merge_method: linear\nmodels:\n  - model: a\n    parametres: {}\n",
+            "<recipe>:4 models[0]: unknown key 'parametres'. Did you mean 'parameters'? Allowed: model, parameters",
+        ),
+        ("merge_method: linear\nmodels: [{parameters: {}}]\n", "<recipe>:2 models[0]: 'model' is missing"),
+        (
+            "merge_method: linear\nmodels: [{model: a@b@c}]\n",
+            "<recipe>:2 models[0].model: a model is written path[@revision][+lora[@revision]], got 'a@b@c'; where a path "
+            "itself has '@' or '+', write {path: ..., revision: ...}",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: {path: a, rev: b}}]\n",
+            "<recipe>:2 models[0].model: unknown key 'rev'. Allowed: path, revision",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: {model: a+b, lora: c}}]\n",
+            "<recipe>:2 models[0].model: two adapters on one model, b and c; name one",
+        ),
+        (
+            LINEAR + "dtype: BF16\n",
+            "<recipe>:3 dtype: 'BF16' is not known. Did you mean 'bfloat16'? Allowed: float32, float16, bfloat16, float64",
+        ),
+        (
+            LINEAR + "out_dtype: int64\n",
+            "<recipe>:3 out_dtype: 'int64' is not known. Allowed: float32, float16, bfloat16, float64",
+        ),
+        (
+            LINEAR + "compat: mergkit\n",
+            "<recipe>:3 compat: 'mergkit' is not known. Did you mean 'mergekit'? Allowed: mergekit",
+        ),
+        (
+            LINEAR + "random_seed: true\n",
+            "<recipe>:3 random_seed: expected a whole number of at least 0, got true",
+        ),
+        (
+            LINEAR + "chat_template: chatmll\n",
+            "<recipe>:3 chat_template: expected 'chatml' or a Jinja template, got 'chatmll'",
+        ),
+        (
+            LINEAR + "tokenizer_source: a\ntokenizer: {source: a}\n",
+            "<recipe>:4 tokenizer: give 'tokenizer' or 'tokenizer_source', not both",
+        ),
+        (
+            _source("[4, 2]"),
+            "<recipe>:5 slices[0].sources[0].layer_range: [4, 2] runs backwards. Did you mean [2, 4]?",
+        ),
+        (
+            _source("[2, 2]"),
+            "<recipe>:5 slices[0].sources[0].layer_range: [2, 2] holds no layer: the end is not included",
+        ),
+        (_source("[-1, 2]"), "<recipe>:5 slices[0].sources[0].layer_range: layers count from 0, got [-1, 2]"),
+        *(
+            (
+                _source(bad),
+                "<recipe>:5 slices[0].sources[0].layer_range: expected [first layer, layer after the last], two whole "
+                "numbers",
+            )
+            for bad in ("[2]", "2", "[0, 1.5]", "[true, 2]", "[0, 2, 4]")
+        ),
+        (_source(""), "<recipe>:4 slices[0].sources[0]: 'layer_range' is missing"),
+        (
+            _source("[0, 2]") + "      - {model: b, layer_range: [2, 5]}\n",
+            "<recipe>:3 slices[0].sources: all sources of a slice must have as many layers, got [0, 2], [2, 5]",
+        ),
+        (
+            _source("[0, 2]") + "    layer_range: [0, 2]\n",
+            "<recipe>:6 slices[0]: unknown key 'layer_range'. Allowed: sources, parameters, base_model, residual_weight",
+        ),
+        (LINEAR + "parameters: 3\n", "<recipe>:3 parameters: expected a mapping, got 3"),
+        (LINEAR + "parameters:\n  weight:\n", "<recipe>:4 parameters: 'weight' has no value"),
+        (LINEAR + "parameters: {weight: []}\n", "<recipe>:3 parameters.weight: the list is empty"),
+        (
+            LINEAR + "parameters: {weight: [[1]]}\n",
+            "<recipe>:3 parameters.weight[0]: expected a number, flag or text, got a list",
+        ),
+        (
+            LINEAR + "parameters: {weight: [1, ~]}\n",
+            "<recipe>:3 parameters.weight[1]: expected a number, flag or text, got nothing",
+        ),
+        (LINEAR + "parameters: {weight: {filter: x}}\n", "<recipe>:3 parameters.weight: 'value' is missing"),
+        (
+            LINEAR + "parameters:\n  weight:\n    - filter: x\n      vaule: 1\n",
+            "<recipe>:6 parameters.weight[0]: unknown key 'vaule'. Did you mean 'value'? Allowed: filter, value",
+        ),
+        (
+            LINEAR + "parameters:\n  weight:\n    - {filter: x, value: 1}\n    - 2\n",
+            "<recipe>:6 parameters.weight[1]: a list of {filter, value} holds nothing else, got 2",
+        ),
+        (
+            LINEAR + "parameters: {weight: {value: {value: 1}}}\n",
+            "<recipe>:3 parameters.weight.value: expected a number, flag or text, got a mapping",
+        ),
+        (
+            LINEAR + f"parameters: {{weight: {'x' * 201}}}\n",
+            "<recipe>:3 parameters.weight: a value of 201 characters; 200 are allowed",
+        ),
+        (
+            f"{LINEAR}---\n{LINEAR}",
+            "<recipe>: expected one recipe, got 2 documents; load_recipes reads them all",
+        ),
+    ],
+)
+def test_malformed(text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(text)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "merge_method: linear\nmodules: {text_decoder: {models: [{model: a}]}}\n",
+            "<recipe>:2 modules: recipes for models of several parts come in a later version; write 'models' or 'slices'",
+        ),
+        *(
+            (
+                f"merge_method: linear\nmodels: [{{model: {written}}}]\n",
+                "<recipe>:2 models[0].model: LoRA adapters in references come in a later version, found 'b'; merge the "
+                "adapter into its model first, and name the result",
+            )
+            for written in ("a+b", "a@r+b@s", "{model: a, lora: b}", "{model: {path: a}, lora: {path: b}}")
+        ),
+        *(
+            (
+                f"{LINEAR}{key}\n",
+                f"<recipe>:3 {place}: the union of tokenizers {LATER}; name the model whose tokenizer to keep",
+            )
+            for key, place in [
+                ("tokenizer_source: union", "tokenizer_source"),
+                ("tokenizer: {source: union}", "tokenizer.source"),
+            ]
+        ),
+        (LINEAR + "tokenizer: {}\n", f"<recipe>:3 tokenizer: the union of tokenizers {LATER}"),
+        *(
+            (
+                f"{LINEAR}tokenizer: {{source: a, {key}}}\n",
+                f"<recipe>:3 tokenizer.{place}: changing the vocabulary {LATER}",
+            )
+            for key, place in [("tokens: {x: {source: a}}", "tokens"), ("pad_to_multiple_of: 8", "pad_to_multiple_of")]
+        ),
+        (
+            LINEAR + "tokenizer_source: c\n",
+            f"<recipe>:3 tokenizer_source: a tokenizer from outside the recipe {LATER}, got 'c'; the recipe has a, b",
+        ),
+        (
+            LINEAR + "chat_template: llama3\n",
+            f"<recipe>:3 chat_template: the chat template 'llama3' {LATER}; write the template itself, or leave the key "
+            "out to keep the donor's",
+        ),
+    ],
+)
+def test_later_features(text: str, message: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        load_recipe(text)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        ("no.yaml", NotFoundError, "no.yaml: there is no such recipe file"),
+        (
+            "merge_method: linear",
+            NotFoundError,
+            "'merge_method: linear': there is no such recipe file; a YAML text needs a line break to be taken for one",
+        ),
+        ("a\0b", RecipeError, r"'a\x00b': the recipe cannot be read: embedded null byte"),
+        ("a: \ud800\n", RecipeError, "<recipe>: not valid YAML: half a surrogate pair"),
+        ({"merge_method": "linear", "models": [{"modl": "a"}]}, RecipeError, "<recipe> models[0]: unknown key 'modl'. "
+         "Did you mean 'model'? Allowed: model, parameters"),
+    ],
+)  # fmt: skip
+def test_bad_sources(source: str, kind: type[MergeError], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        load_recipe(source)
+    assert type(caught.value) is kind
+    assert str(caught.value) == message
