@@ -32,7 +32,7 @@ def main() -> int:
     """Write the documents, or compare them."""
     check = "--check" in sys.argv[1:]
     pages = documents()
-    known = {path for path in (ROOT / "docs" / "methods").glob("*.md")}
+    known = set((ROOT / "docs" / "methods").glob("*.md"))
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     orphans = sorted(known - pages.keys())
     if check:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors, methods
-    from .api import merge, plan
+    from .api import merge, merge_state_dicts, plan
     from .checkpoint import open_checkpoint
     from .difference import diff
     from .errors import MergeError
@@ -32,6 +32,7 @@ __all__ = [
     "load_recipe",
     "load_recipes",
     "merge",
+    "merge_state_dicts",
     "methods",
     "open_checkpoint",
     "plan",
@@ -46,6 +47,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "load_recipes": "recipe",
     "merge": "api",
+    "merge_state_dicts": "api",
     "open_checkpoint": "checkpoint",
     "plan": "api",
     "verify": "verification",

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from merganser.cli import main
 from merganser.method import MergeMethod
 from merganser.recipe import check_recipe, load_recipe, load_recipes
 from merganser.testing import contract
-from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
