@@ -150,12 +150,39 @@ def test_tokenizer_donor(line: str, donor: ModelReference | None) -> None:
 def test_chat_templates() -> None:
     jinja = "{{ messages[0]['content'] }}"
     assert load_recipe({"merge_method": "x", "models": [{"model": "a"}], "chat_template": jinja}).chat_template == jinja
-    chatml = load_recipe(LINEAR + "chat_template: chatml\n").chat_template
-    template = pytest.importorskip("jinja2").Template(chatml)
-    messages = [{"role": "user", "content": "Hi"}]
-    assert template.render(messages=messages, add_generation_prompt=True) == (
-        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert load_recipe(LINEAR + "chat_template: auto\n").chat_template == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chatml", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "llama3",
+            "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("mistral", "<s>[INST] Hi [/INST]"),
+        ("exaone", "[|system|][|endofturn|]\n[|user|]Hi\n[|assistant|]"),
+        (
+            "alpaca",
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            "\n\n### Instruction:\nHi\n\n### Response:\n",
+        ),
+    ],
+)
+def test_named_chat_templates(name: str, text: str) -> None:
+    template = load_recipe(LINEAR + f"chat_template: {name}\n").chat_template
+    rendered = pytest.importorskip("jinja2").Template(template)
+    values = {"add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>"}
+    assert rendered.render(messages=[{"role": "user", "content": "Hi"}], **values) == text
+    talk = [
+        {"role": "system", "content": "Be"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+    ]
+    said = rendered.render(messages=talk, **values)
+    assert 0 <= said.index("Be") < said.index("Hi") < said.index("Yo")
 
 
 def _stage(name: str | None, *models: str) -> str:

@@ -97,7 +97,8 @@ def _source(layer_range: str) -> str:
         ),
         (
             LINEAR + "chat_template: chatmll\n",
-            "<recipe>:3 chat_template: expected 'chatml' or a Jinja template, got 'chatmll'",
+            "<recipe>:3 chat_template: expected one of auto, alpaca, chatml, exaone, llama3, mistral or a Jinja template, "
+            "got 'chatmll'. Did you mean 'chatml'?",
         ),
         (
             LINEAR + "tokenizer_source: a\ntokenizer: {source: a}\n",
@@ -205,11 +206,6 @@ def test_malformed(text: str, message: str) -> None:
         (
             LINEAR + "tokenizer_source: c\n",
             f"<recipe>:3 tokenizer_source: a tokenizer from outside the recipe {LATER}, got 'c'; the recipe has a, b",
-        ),
-        (
-            LINEAR + "chat_template: llama3\n",
-            f"<recipe>:3 chat_template: the chat template 'llama3' {LATER}; write the template itself, or leave the key "
-            "out to keep the donor's",
         ),
     ],
 )

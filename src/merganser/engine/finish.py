@@ -79,8 +79,8 @@ def side_file_bytes(plan: Plan) -> int:
 def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, Any]]:
     """Write the files beside the weights; return them with their hashes."""
     texts: dict[str, bytes] = {"README.md": model_card(plan, title).encode()}
-    if plan.recipe.chat_template is not None:
-        texts["chat_template.jinja"] = plan.recipe.chat_template.encode()
+    if plan.chat_template is not None:
+        texts["chat_template.jinja"] = plan.chat_template.encode()
     if plan.config:
         texts["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
     if len(plan.shards) > 1:

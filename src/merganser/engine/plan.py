@@ -20,6 +20,7 @@ from .align import Alignment, Member, Slot, align_models, align_slices
 from .blocks import block_step
 from .devices import has_compiler, resolve_devices
 from .memory import default_memory, estimate_memory, fit_workers
+from .sidefiles import chat_template, code_warnings, side_files
 
 COMPILE_FROM = 1 << 29
 """Input elements from which a merge is fused: compiling takes seconds, less than eager arithmetic on this many."""
@@ -88,6 +89,7 @@ class Plan:
         shards: Files of the output, with their headers.
         config: config.json of the output; empty where the donor has none.
         side_files: Files to copy: path below the output, and source.
+        chat_template: Jinja text to write; None where the donor's files hold it, or none does.
         compiled: Whether kernels will be fused.
         seed: Seed of random draws.
         workers: Threads that merge.
@@ -105,6 +107,7 @@ class Plan:
     shards: Sequence[Shard]
     config: Mapping[str, Any]
     side_files: Mapping[str, Path]
+    chat_template: str | None
     compiled: bool
     seed: int
     workers: int
@@ -214,6 +217,7 @@ def build_plan(
     _check_whole_model(recipe, method, drafts)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(recipe, donor, alignment, drafts)
+    template, template_warnings = chat_template(recipe, members)
     work = sum(d.size * len(d.inputs) for d in drafts)
     if compiled is None:
         compiled = method.fuse and work >= COMPILE_FROM and has_compiler(devices[0])
@@ -227,7 +231,8 @@ def build_plan(
         tensors=_place(drafts, shards),
         shards=shards,
         config=config,
-        side_files=_side_files(recipe, members),
+        side_files=side_files(recipe, members),
+        chat_template=template,
         compiled=compiled,
         seed=seed,
         workers=workers,
@@ -238,7 +243,8 @@ def build_plan(
             *resolver.idle_filters(),
             *alignment.warnings,
             *config_warnings,
-            *_code_warnings(donor),
+            *code_warnings(donor),
+            *template_warnings,
         ],
         differences=resolver.differences,
     )
@@ -368,33 +374,3 @@ def _config(
     if sizes:
         config = set_config_dtype(config, max(sizes, key=lambda name: sizes[name]))
     return config, warnings
-
-
-def _side_files(recipe: Recipe, members: Mapping[ModelReference, Member]) -> dict[str, Path]:
-    """Return the files to copy: the donor's, with the tokenizer of the model that the recipe names for it."""
-    donor = members[recipe.donor].checkpoint
-    files = {path.relative_to(donor.path).as_posix(): path for path in donor.side_files}
-    other = recipe.tokenizer_donor
-    if other is not None and other != recipe.donor:
-        files = {name: path for name, path in files.items() if not is_tokenizer_file(name)}
-        checkpoint = members[other].checkpoint
-        for path in checkpoint.side_files:
-            name = path.relative_to(checkpoint.path).as_posix()
-            if is_tokenizer_file(name):
-                files[name] = path
-    return files
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Say whether a side file belongs to the tokenizer."""
-    last = name.rpartition("/")[2]
-    exact = {"vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"}
-    endings = (".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm")
-    return last in exact or last.startswith(("tokenizer", "chat_template")) or last.endswith(endings)
-
-
-def _code_warnings(donor: Member) -> list[str]:
-    code = [path.name for path in donor.checkpoint.side_files if path.suffix == ".py"]
-    if not code:
-        return []
-    return [f"{', '.join(code)}: code that comes with {donor.reference}; it is copied, and was not run"]

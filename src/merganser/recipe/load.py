@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from ..errors import NotFoundError, RecipeError, UnsupportedError
+from ..errors import NotFoundError, RecipeError, UnsupportedError, did_you_mean
 from .document import MAX_BYTES, Document, parse_mapping, parse_text, read_text
 from .model import Recipe, Slice, Source
 from .place import Entry, Node, Place, shown
 from .reference import ModelReference
 from .setting import Setting
+from .templates import AUTO, CHAT_TEMPLATES
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DTYPE_ALIASES = {
@@ -42,16 +43,6 @@ MODEL_KEYS = ("model", "parameters")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
-
-CHAT_TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    )
-}
-LATER_CHAT_TEMPLATES = ("auto", "alpaca", "exaone", "llama3", "mistral")
 
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
 
@@ -257,15 +248,14 @@ def _seed(entry: Entry) -> int:
 
 def _chat_template(entry: Entry) -> str:
     text = entry.text(longest=MAX_BYTES)
-    if text in LATER_CHAT_TEMPLATES:
-        raise UnsupportedError(
-            f"{entry.place}: the chat template {text!r} comes in a later version; "
-            "write the template itself, or leave the key out to keep the donor's"
-        )
+    if text == AUTO:
+        return AUTO
     if text in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[text]
     if len(text) < 20 or "{" not in text:
-        raise entry.error(f"expected 'chatml' or a Jinja template, got {shown(text)}")
+        known = (AUTO, *CHAT_TEMPLATES)
+        hint = did_you_mean(text, known)
+        raise entry.error(f"expected one of {', '.join(known)} or a Jinja template, got {shown(text)}.{hint}")
     return text
 
 

@@ -59,7 +59,7 @@ class Recipe:
         dtype: Type that every input is cast to when it is read; also that of the output without `out_dtype`.
         out_dtype: Type of the output.
         tokenizer_donor: Whose tokenizer the output gets, where the recipe says so; None for the donor's.
-        chat_template: Jinja text for the output; None for the donor's.
+        chat_template: Jinja text for the output; "auto" for what most of the models have; None for the donor's.
         compat: "mergekit" where mergekit's numbers are wanted.
         random_seed: Seed, where the recipe has one and the command gives none.
         place: Start of the document.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..registry import methods
 from .load import DTYPES
+from .templates import AUTO, CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from ..method import MergeMethod, Parameter
@@ -52,7 +53,9 @@ def _properties(known: dict[str, MergeMethod]) -> Schema:
         "out_dtype": _described(dtype, "Type of the output."),
         "tokenizer_source": _described(_REFERENCE, "'base', or the model whose tokenizer the output gets."),
         "tokenizer": _object({"source": _REFERENCE}, required=["source"]),
-        "chat_template": _described({"type": "string", "minLength": 6}, "'chatml', or a Jinja template."),
+        "chat_template": _described(
+            {"type": "string", "minLength": 4}, f"{AUTO}, {', '.join(CHAT_TEMPLATES)}, or a Jinja template."
+        ),
         "compat": _described({"enum": ["mergekit", None]}, "Reproduce mergekit where it differs from the papers."),
         "random_seed": {"type": "integer", "minimum": 0},
     }
