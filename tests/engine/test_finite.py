@@ -7,9 +7,11 @@ import re
 
 import pytest
 import torch
+from torch import Tensor
 
 from merganser.api import merge
 from merganser.errors import NonFiniteError
+from merganser.method import merge_method, statistic
 from tests.making import llama, llama_config, make_recipe, read_model, write_model
 
 # in a bundle, and in a large tensor of several segments
@@ -89,3 +91,31 @@ def test_a_float32_input_beyond_the_range_of_the_output(tmp_path):
 
     with pytest.raises(NonFiniteError, match="it overflows float16"):
         merge(recipe_of("linear", write(tmp_path, harm), out_dtype="float16"), tmp_path / "out")
+
+
+def mean_of_all(models: list[Tensor]) -> Tensor:
+    """Measure the sum."""
+    return models[0].double().sum()
+
+
+def picky(measured: Tensor) -> Tensor:
+    """Solve, as linear algebra does, with finite numbers only."""
+    assert measured.isfinite().all()
+    return measured
+
+
+@merge_method(family="toys", cite="-", statistics={"total": statistic(mean_of_all, picky)}, fuse=False)
+def toy(models: list[Tensor], total: Tensor) -> Tensor:
+    """Add the sum."""
+    return models[0] + total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_solver_never_sees_them(tmp_path, small_blocks, monkeypatch, name):
+    def harm(i, own):
+        own[name].view(-1)[-1] = float("nan")
+
+    paths = write(tmp_path, harm)
+    monkeypatch.setattr("merganser.engine.plan.get_method", lambda name: toy)
+    with pytest.raises(NonFiniteError, match=re.escape(f"tensor {name!r} holds NaN or infinity")):
+        merge(make_recipe("linear", paths), tmp_path / "out")

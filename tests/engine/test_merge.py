@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -131,7 +133,9 @@ def test_a_statistic_over_the_model_passes_by_copies_and_empty_tensors(tmp_path)
     """Copies and empty tensors take no part in the measuring, and must not be waited for."""
     extra = {"a.position_ids": torch.arange(6), "b.none": torch.zeros(0, 4)}
     paths = [write_model(tmp_path / f"m{i}", {**llama(i), **extra}, llama_config()) for i in range(3)]
-    recipe = make_recipe("ties", paths[1:], paths[0], {"weight": 1, "density": 0.4, "trim_over": "model"})
+    # a statistic over the model, and one over each tensor behind it
+    parameters = {"weight": 1, "density": 0.4, "trim_over": "model", "rescale": True}
+    recipe = make_recipe("ties", paths[1:], paths[0], parameters)
     # every tensor in a file of its own, so that copies are groups of their own
     result = merge(recipe, tmp_path / "out", out_shard_size=1, threads=2)
     alone = merge(recipe, tmp_path / "alone", threads=1)
@@ -227,6 +231,24 @@ def test_odd_shapes_and_parameters_that_differ_inside_a_bundle(tmp_path):
     for size in (10**9, 40, 1):
         result = merge(recipe, tmp_path / f"out{size}", out_shard_size=size, threads=2)
         assert_equal(read_model(result.out), expected)
+
+
+def test_tensors_that_begin_at_odd_bytes(tmp_path):
+    """Inputs that lie side by side are read at once, and need not be aligned."""
+    values = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5), "c": torch.tensor([True]), "d": torch.randn(2)}
+    tags = {"a": "BF16", "b": "F32", "c": "BOOL", "d": "F32"}
+    header, data = {}, b""
+    for name, tensor in values.items():
+        own = tensor.view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": tags[name], "shape": list(tensor.shape), "data_offsets": [len(data), len(data + own)]}
+        data += own
+    text = json.dumps(header).encode()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    other = write_model(tmp_path / "other", values)
+    recipe = make_recipe("linear", [tmp_path / "m", other], parameters={"weight": 1}, dtype="float32")
+    found = read_model(merge(recipe, tmp_path / "out").out)
+    assert_equal(found, {name: tensor if name == "c" else tensor.float() for name, tensor in values.items()})
 
 
 def test_thousands_of_small_tensors(tmp_path):

@@ -11,6 +11,7 @@ import yaml
 import merganser
 from merganser.api import merge
 from merganser.engine import blocks
+from merganser.registry import get_method
 from merganser.verification import verify
 from tests.making import llama, llama_config, make_recipe, read_json, read_model, write_llamas, write_model
 
@@ -58,17 +59,25 @@ def hashes(record):
 
 def test_hashes_of_inputs_are_those_of_the_inputs_alone(tmp_path, small_blocks):
     """Not of the method, the threads, the layout of the output, or whether the run was continued."""
-    paths = write_llamas(tmp_path)
+    # rows of one block and more among them
+    paths = [
+        write_model(
+            tmp_path / f"m{i}", {**llama(i), "long": torch.randn(5, 300), "vector": torch.randn(300)}, shards=1 + i % 2
+        )
+        for i in range(3)
+    ]
     runs = [
         ("linear", {"weight": 1}, {}),
         ("ties", {"weight": 1, "density": 0.5}, {"threads": 1}),
         ("ties", {"weight": 1, "density": 0.5}, {"threads": 3, "out_shard_size": 3000}),
         ("della", {"weight": 1, "density": 0.5}, {"out_shard_size": 1}),
         ("model_stock", {}, {}),
+        ("karcher", {}, {}),
     ]
+    assert {get_method(name).scope for name, _, _ in runs} == {"element", "row"}
     found = []
     for i, (method, parameters, options) in enumerate(runs):
-        base = None if method == "linear" else paths[0]
+        base = None if get_method(method).base == "unused" else paths[0]
         models = paths if base is None else paths[1:]
         found.append(
             hashes(merge(make_recipe(method, models, base, parameters), tmp_path / f"out{i}", **options).record)
@@ -155,10 +164,10 @@ def test_a_recipe_with_a_fence_does_not_end_the_block(tmp_path):
     assert card.count("\n~~~~~~") == 2
 
 
-def test_sampling_starts_at_the_first_element_of_large_tensors(tmp_path, monkeypatch):
+def test_sampling_starts_at_the_first_element_of_large_tensors(tmp_path, monkeypatch, small_blocks):
     """The record's distances are measured on the beginning of a tensor, not on all of it."""
     monkeypatch.setattr("merganser.engine.stream.SAMPLE", 8)
-    base, other = torch.ones(64), torch.ones(64)
+    base, other = torch.ones(1024), torch.ones(1024)
     other[:8] = 3
     other[8:] = 100
     paths = [write_model(tmp_path / f"m{i}", {"w": own}, llama_config()) for i, own in enumerate((base, other))]

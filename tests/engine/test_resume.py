@@ -13,13 +13,14 @@ import threading
 import time
 
 import pytest
+import torch
 
 from merganser.api import merge
 from merganser.engine import staging
 from merganser.engine.run import Interrupted
 from merganser.errors import NonFiniteError, OutputError
 from tests.engine.interrupting import Counter, Stopper, in_a_process, merge_and_die, merge_slowly, stop
-from tests.making import make_recipe, read_files, write_llamas
+from tests.making import make_recipe, read_files, write_llamas, write_model
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 
@@ -139,6 +140,23 @@ def test_only_what_is_missing_is_done(tmp_path, recipe, expected):
     assert progress.tensors == counter.tensors == result.record["tensors"]
     assert progress.written == counter.written
     assert read_files(result.out) == files
+
+
+def test_a_large_tensor_is_continued_in_its_middle(tmp_path):
+    """Segments that are done are not done again, though they are measured again."""
+    generator = torch.Generator().manual_seed(0)
+    paths = [write_model(tmp_path / f"m{i}", {"w": torch.randn(64, 16, generator=generator)}) for i in range(3)]
+    recipe = make_recipe("ties", paths[1:], paths[0], {"weight": 1, "density": 0.5})
+    counter = Counter()
+    files = read_files(merge(recipe, tmp_path / "elsewhere" / "out", progress=counter, threads=1).out)
+    # two passes measure; two of four segments are written then
+    stop(recipe, tmp_path / "out", counter.calls * 5 // 6, threads=1)
+    progress = Counter()
+    assert read_files(merge(recipe, tmp_path / "out", progress=progress).out) == files
+    assert progress.written_before == 2 * counter.written // 4
+    assert progress.written == counter.written
+    assert progress.read == counter.read - counter.read // 3 // 2
+    assert progress.tensors == 1
 
 
 def staged(tmp_path):

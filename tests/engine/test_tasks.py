@@ -198,6 +198,17 @@ def test_the_first_error_of_any_thread_ends_the_run_and_all_threads(tmp_path, mo
     assert not (tmp_path / ".out.merging.lock").exists()
 
 
+def test_the_callers_number_of_threads_is_kept(tmp_path):
+    recipe = make_recipe("linear", write_llamas(tmp_path, 2), parameters={"weight": 1})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        merge(recipe, tmp_path / "out")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_files_are_closed(tmp_path):
     recipe = make_recipe("linear", write_llamas(tmp_path, 2), parameters={"weight": 1})
     merge(recipe, tmp_path / "warm")

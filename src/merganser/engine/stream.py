@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint import Reader
 from ..errors import CheckpointError, NonFiniteError
-from .blocks import TensorRun, block_step
+from .blocks import TensorRun, block_step, matrix_shape
 from .buffers import InputBuffer
 from .plan import PlannedTensor
 from .staging import digest
@@ -309,11 +310,17 @@ class Worker:
 
 
 def block_digests(shape: Sequence[int], start: int, end: int, data: Tensor) -> list[bytes]:
-    """Hash the blocks of an input, cut as for an elementwise method, so that hashes do not depend on the method."""
+    """Hash an input, cut in the same places whatever the method's blocks are, so that hashes do not depend on it."""
     view = _bytes(data)
     size = data.element_size()
     step = block_step(shape, "element")
-    return [digest(view[(a - start) * size : (min(a + step, end) - start) * size]) for a in range(start, end, step)]
+    columns = matrix_shape(shape)[1]
+    cuts = {start, *range(-(-start // step) * step, end, step)}
+    if columns > step:
+        # rows that are longer than a block: a block may be a row, or begin inside of one
+        cuts.update(range(-(-start // columns) * columns, end, columns))
+    ordered = [*sorted(cuts), end]
+    return [digest(view[(a - start) * size : (b - start) * size]) for a, b in pairwise(ordered)]
 
 
 def distances(tensor: PlannedTensor, inputs: Sequence[Tensor], merged: Tensor) -> dict[str, Any]:
