@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.ops.sum import deltas, l1_gain, l1_norms, normalizer, scaled, weighted_sum
+from merganser.ops.sum import deltas, l1_gain, l1_norms, normalizer, not_negative, round_down, scaled, weighted_sum
 
 
 def test_task_vectors():
@@ -54,3 +54,18 @@ def test_scaling_by_nothing_changes_nothing():
     tensors = [torch.tensor([1.0]), torch.tensor([2.0])]
     assert [a is b for a, b in zip(scaled(tensors, None), tensors, strict=True)] == [True, True]
     assert [t.tolist() for t in scaled(tensors, torch.tensor([3.0, 5.0]))] == [[3], [10]]
+
+
+@pytest.mark.parametrize("number", [1e-5, 0.1, 0.3, 1 / 3, 0.5, 0.0, -0.1, 1e-46])
+def test_rounding_down_does_not_change_what_is_above(number):
+    value = torch.tensor(number, dtype=torch.float64)
+    rounded = round_down(value, torch.float32)
+    assert rounded.dtype == torch.float32
+    above = torch.nextafter(rounded, torch.tensor(torch.inf))
+    assert rounded.double() <= value < above.double()
+    assert torch.equal(round_down(value, torch.float64), value)
+
+
+def test_signs_of_numbers_beyond_float32():
+    values = torch.tensor([0.0, -0.0, 1e-300, -1e-300, 1e300, -1e300, torch.inf, -torch.inf], dtype=torch.float64)
+    assert not_negative(values).tolist() == [True, True, True, False, True, False, True, False]

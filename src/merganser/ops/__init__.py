@@ -12,7 +12,7 @@ from .overlap import average_changes, changed
 from .random import Random
 from .rows import by_rank, sort_rows
 from .sphere import along, arc
-from .sum import deltas, l1_gain, l1_norms, normalizer, scaled, weighted_sum
+from .sum import deltas, l1_gain, l1_norms, normalizer, round_down, scaled, weighted_sum
 from .votes import agreeing_sum, disjoint_mean, elect_sign
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "normalizer",
     "order_statistic",
     "restores_l1",
+    "round_down",
     "scaled",
     "sort_rows",
     "unit_gram",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .random import Random
 from .rows import by_rank
-from .sum import deltas, l1_norms
+from .sum import deltas, l1_norms, round_down
 
 
 def drop(
@@ -60,7 +60,8 @@ def magprune(
         spread = torch.where((density[i] > 0) & (density[i] < 1), epsilon[i], 0.0)
         # a lonely element is neither small nor large
         table = density[i] + spread * (2 * rank / (columns - 1) - 1 if columns > 1 else rank)
-        probability = by_rank(delta.abs(), _round_up(table, delta.dtype))
+        # to the next float32 upwards: no draw lies between the two
+        probability = by_rank(delta.abs(), -round_down(-table, delta.dtype))
         keep = rng.keep(i, delta.shape, probability)
         kept.append(_survivors(delta, keep, probability if rescale else None, exact))
     return kept
@@ -97,9 +98,3 @@ def _survivors(delta: Tensor, keep: Tensor, probability: Tensor | None, exact: b
         # nothing is kept where this divides by 0
         delta = (delta.double() if exact else delta) / probability
     return torch.where(keep, delta, torch.zeros_like(delta))
-
-
-def _round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the next number of a dtype upwards: no draw lies between the two."""
-    rounded = value.to(dtype)
-    return torch.where(rounded < value, torch.nextafter(rounded, torch.ones_like(rounded)), rounded)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..method import Round, Statistic, When, takes, taking
+from .sum import not_negative
 
 _HIGH = 1 << 15
 _LOW = 1 << 16
@@ -108,7 +109,7 @@ def at_least(value: Tensor, cut: Tensor) -> Tensor:
         value: Any shape, float64.
         cut: 0-d, int64.
     """
-    return value >= cut.view(torch.float64)
+    return not_negative(value - cut.view(torch.float64))
 
 
 def magnitude_cut(

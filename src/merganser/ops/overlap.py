@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .sum import deltas
+from .sum import deltas, round_down
 
 
 def changed(base: Tensor, models: Sequence[Tensor], epsilon: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Find the elements that models changed. They are compared in float64, for the threshold is not a float32.
+    """Find the elements that models changed.
 
     Args:
         base: The base.
@@ -21,7 +21,9 @@ def changed(base: Tensor, models: Sequence[Tensor], epsilon: Tensor) -> tuple[li
     Returns:
         Where each model changed an element, bool; and how many models changed it, in the dtype of the base.
     """
-    active = [vector.abs() > epsilon for vector in deltas(base.double(), [model.double() for model in models])]
+    # above the number: above the next one that is rounded down to
+    threshold = round_down(epsilon, base.dtype)
+    active = [vector.abs() > threshold for vector in deltas(base, models)]
     count = torch.zeros_like(base)
     for mask in active:
         count = count + mask

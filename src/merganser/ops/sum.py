@@ -48,3 +48,21 @@ def l1_gain(measured: Tensor) -> Tensor:
 def scaled(tensors: Sequence[Tensor], factor: Tensor | None) -> list[Tensor]:
     """Return `tensors[i] * factor[i]`, or the tensors themselves if the factor is None."""
     return list(tensors) if factor is None else [tensor * factor[i] for i, tensor in enumerate(tensors)]
+
+
+def round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest number of a dtype that is not above a float64.
+
+    What lies in that dtype is above the one where it is above the other.
+    """
+    rounded = value.to(dtype)
+    return torch.where(rounded > value, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded)
+
+
+def not_negative(value: Tensor) -> Tensor:
+    """Say where float64 values are 0 or more.
+
+    Fused kernels convert masks of float64 to the width of float32 one by one; this compares at that width. The factor
+    keeps what is small from becoming 0; large numbers may well become infinite.
+    """
+    return (value * 2.0**900).float() >= 0

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .sum import not_negative
+
 
 def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
     """Elect the sign of the weighted sum, element by element: True for plus. An exact tie elects plus.
@@ -23,7 +25,7 @@ def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tenso
     total = wide[0]
     for tensor in wide[1:]:
         total = total + tensor
-    return total >= 0
+    return not_negative(total)
 
 
 def agreeing_sum(
