@@ -253,6 +253,6 @@ def test_a_statistic_over_the_model_needs_the_same_parameters_everywhere(tmp_pat
     parameters = {"weight": 1, "density": density, "trim_over": "model"}
     with pytest.raises(RecipeError, match="ties measures cut over the whole model, so its parameters cannot differ"):
         plan(make_recipe("ties", paths[1:], paths[0], parameters))
-    mixed = [{"filter": "embed", "value": "tensor"}, {"value": "model"}]
+    mixed = [{"filter": "lm_head", "value": "tensor"}, {"value": "model"}]
     with pytest.raises(RecipeError, match="cannot differ between tensors"):
         plan(make_recipe("ties", paths[1:], paths[0], {"weight": 1, "density": 0.5, "trim_over": mixed}))

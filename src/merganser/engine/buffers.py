@@ -32,47 +32,44 @@ class InputBuffer:
         spans = [
             (source, start * source.dtype.itemsize, (end - start) * source.dtype.itemsize) for source in tensor.inputs
         ]
-        views, nbytes = self._fill(spans)
-        return [_typed(view, source) for view, source in zip(views, tensor.inputs, strict=True)], nbytes
+        places, total = self._fill(spans)
+        return [
+            self._typed(source, place, nbytes) for (source, _, nbytes), place in zip(spans, places, strict=True)
+        ], total
 
-    def read_bundle(self, tensors: Sequence[PlannedTensor]) -> tuple[list[list[Tensor]], int]:
+    def read_bundle(self, tensors: Sequence[PlannedTensor]) -> tuple[list[list[Tensor]], list[list[memoryview]], int]:
         """Read whole tensors, every input of each; inputs that lie side by side in a file are read at once.
 
         Returns:
-            For each position among the inputs, the tensors in order; and the bytes read.
+            For each tensor its inputs, flat; the same as bytes; and the number of bytes.
         """
-        width = max(len(tensor.inputs) for tensor in tensors)
-        wanted = [[tensor.inputs[k] if k < len(tensor.inputs) else None for tensor in tensors] for k in range(width)]
-        spans: list[tuple[TensorInfo, int, int]] = []
-        places: list[list[tuple[int, int]]] = []
-        for column in wanted:
-            found: list[tuple[int, int]] = []
-            for source in column:
-                if source is None:
-                    found.append((-1, 0))
+        sources = [tensor.inputs for tensor in tensors]
+        runs: list[tuple[TensorInfo, int]] = []
+        places: list[list[tuple[int, int]]] = [[] for _ in tensors]
+        for k in range(max(map(len, sources))):
+            last = None
+            for inputs, found in zip(sources, places, strict=True):
+                if k >= len(inputs):
                     continue
-                last = spans[-1][0] if found and spans else None
-                if last is not None and _adjoin(last, source):
-                    run = replace(last, nbytes=last.nbytes + source.nbytes)
-                    found.append((len(spans) - 1, last.nbytes))
-                    spans[-1] = (run, 0, run.nbytes)
-                else:
-                    found.append((len(spans), 0))
-                    spans.append((source, 0, source.nbytes))
-            places.append(found)
-        views, nbytes = self._fill(spans)
-        empty = torch.empty(0, dtype=torch.uint8)
-        columns = [
-            [
-                empty if source is None else _typed(views[span][at : at + source.nbytes], source)
-                for source, (span, at) in zip(column, found, strict=True)
-            ]
-            for column, found in zip(wanted, places, strict=True)
-        ]
-        return columns, nbytes
+                source = inputs[k]
+                if last is None or not _adjoin(last, source):
+                    runs.append((source, 0))
+                first, length = runs[-1]
+                found.append((len(runs) - 1, length))
+                runs[-1] = (first, length + source.nbytes)
+                last = source
+        starts, nbytes = self._fill([(replace(first, nbytes=length), 0, length) for first, length in runs])
+        memory = self._buffer.numpy().data
+        values: list[list[Tensor]] = []
+        raw: list[list[memoryview]] = []
+        for inputs, found in zip(sources, places, strict=True):
+            begins = [starts[run] + at for run, at in found]
+            raw.append([memory[at : at + source.nbytes] for source, at in zip(inputs, begins, strict=True)])
+            values.append([self._typed(source, at, source.nbytes) for source, at in zip(inputs, begins, strict=True)])
+        return values, raw, nbytes
 
-    def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> tuple[list[Tensor], int]:
-        """Read byte ranges one behind the other into the buffer."""
+    def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> tuple[list[int], int]:
+        """Read byte ranges one behind the other into the buffer; return where each begins, and the bytes read."""
         places, total = [], 0
         for _, _, nbytes in spans:
             places.append(total)
@@ -84,8 +81,14 @@ class InputBuffer:
         memory = self._buffer.numpy().data
         for (source, start, nbytes), place in zip(spans, places, strict=True):
             self._reader.read_into(source, start, memory[place : place + nbytes])
-        views = [self._buffer[place : place + nbytes] for (_, _, nbytes), place in zip(spans, places, strict=True)]
-        return views, sum(nbytes for _, _, nbytes in spans)
+        return places, sum(nbytes for _, _, nbytes in spans)
+
+    def _typed(self, source: TensorInfo, place: int, nbytes: int) -> Tensor:
+        """Return a part of the buffer in the dtype of what was read there."""
+        data = self._buffer[place : place + nbytes]
+        if place % source.dtype.itemsize:
+            data = data.clone()
+        return data.view(getattr(torch, source.dtype.name))
 
 
 def _adjoin(first: TensorInfo, second: TensorInfo) -> bool:
@@ -95,9 +98,3 @@ def _adjoin(first: TensorInfo, second: TensorInfo) -> bool:
         and first.file == second.file
         and first.offset + first.nbytes == second.offset
     )
-
-
-def _typed(data: Tensor, source: TensorInfo) -> Tensor:
-    if data.data_ptr() % source.dtype.itemsize:
-        data = data.clone()
-    return data.view(getattr(torch, source.dtype.name))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,11 +147,11 @@ class Worker:
         for start, end in ranges:
             inputs = self._read(tensor, start, end)
             for found, data in zip(hashes, inputs, strict=True):
-                found += block_digests(tensor.shape, start, end, data)
+                found += block_digests(tensor.shape, start, end, _bytes(data))
             merged = self._merge(run, tensor, known, start, end, inputs)
             written += self._write(tensor, start, merged)
             if start == 0:
-                sample = distances(tensor, inputs, merged)
+                sample = distances(inputs, merged)
         entry: dict[str, Any] = {"in": [_hex(found) for found in hashes], "out": _hex(written)}
         if sample is not None:
             entry["sample"] = {tensor.name: sample}
@@ -159,45 +160,37 @@ class Worker:
 
     def _combine_bundle(self, state: GroupState, *, measure: bool) -> dict[str, Any]:
         """Merge many small tensors: everything is read at once, where it lies together, and written at once."""
-        tensors, runs = state.group.tensors, state.runs
-        inputs, nbytes = self._buffer.read_bundle(tensors)
+        tensors = state.group.tensors
+        inputs, raw, nbytes = self._buffer.read_bundle(tensors)
         self._c.advance(nbytes, 0, 0)
-        hashes: list[list[str]] = []
-        samples: dict[str, Any] = {}
-        outputs: list[Tensor] = []
         whole = self._merge_flat(state, inputs)
-        position = 0
-        for i, (tensor, run) in enumerate(zip(tensors, runs, strict=True)):
-            own = [column[i] for column in inputs[: len(tensor.inputs)]]
-            hashes.append([_hex(block_digests(tensor.shape, 0, tensor.size, data)) for data in own])
-            if run is None:
-                merged = self._copy(tensor, own)
-            elif whole is not None:
-                merged = whole[position : position + tensor.size]
-            else:
-                merged = self._merge_whole(run, tensor, own, state.known[i], measure=measure)
-            position += tensor.size
-            outputs.append(merged)
-            if run is not None and tensor.size:
-                samples[tensor.name] = distances(tensor, own, merged)
-            if self._c.stopping():
-                raise Stopped
-        written = self._write_together(tensors, outputs)
+        if whole is not None:
+            outputs = list(torch.split(whole, [tensor.size for tensor in tensors]))
+            written = self._write(tensors[0], 0, whole)
+        else:
+            outputs = [self._merge_small(state, i, own, measure=measure) for i, own in enumerate(inputs)]
+            written = self._write_together(tensors, outputs)
+        hashes = [
+            [_hex(block_digests(tensor.shape, 0, tensor.size, view)) for view in views]
+            for tensor, views in zip(tensors, raw, strict=True)
+        ]
+        samples = bundle_distances(tensors, inputs, outputs)
         self._c.advance(0, 0, len(tensors))
         return {"in": hashes, "out": _hex(written), "sample": samples}
 
-    def _merge_whole(
-        self, run: TensorRun, tensor: PlannedTensor, inputs: list[Tensor], known: dict[str, Tensor], *, measure: bool
-    ) -> Tensor:
-        """Measure, solve and combine a tensor of one block."""
+    def _merge_small(self, state: GroupState, index: int, inputs: list[Tensor], *, measure: bool) -> Tensor:
+        """Copy a tensor of a bundle, or measure, solve and combine it; return it flat."""
+        tensor, run, known = state.group.tensors[index], state.runs[index], state.known[index]
+        if run is None:
+            return self._copy(tensor, inputs)
         if not run.ranges:
             return torch.empty(0, dtype=run.kernels.output)
         range_ = run.ranges[0]
         if measure:
             for name, statistic, _ in run.kernels.statistics:
-                for index in range(len(statistic.rounds)):
-                    part = self._measure(run, name, index, known, tensor, range_, inputs)
-                    run.solve(name, index, run.total(iter([part])), known, run.size)
+                for round_ in range(len(statistic.rounds)):
+                    part = self._measure(run, name, round_, known, tensor, range_, inputs)
+                    run.solve(name, round_, run.total(iter([part])), known, run.size)
         return self._merge(run, tensor, known, *range_, inputs)
 
     def _merge_flat(self, state: GroupState, inputs: list[list[Tensor]]) -> Tensor | None:
@@ -208,18 +201,10 @@ class Worker:
             return None
         method = first.kernels.method
         alike = all(run is not None and run.kernels is first.kernels and run.values is first.values for run in runs)
-        same_types = all(len({data.dtype for data in column}) == 1 for column in inputs)
-        same_width = len({len(tensor.inputs) for tensor in state.group.tensors}) == 1
-        if (
-            not alike
-            or not same_types
-            or not same_width
-            or method.scope != "element"
-            or method.random
-            or first.kernels.statistics
-        ):
+        same_types = len({tuple(data.dtype for data in own) for own in inputs}) == 1
+        if not alike or not same_types or method.scope != "element" or method.random or first.kernels.statistics:
             return None
-        columns = [torch.cat([data.reshape(-1) for data in column]) for column in inputs]
+        columns = [torch.cat(column) for column in zip(*inputs, strict=True)]
         size = columns[0].numel()
         planned = replace(state.group.tensors[0], shape=(size,))
         run = TensorRun(first.kernels, first.values, (size,), torch.zeros((1, 2), dtype=torch.int32))
@@ -309,10 +294,18 @@ class Worker:
         return [digest(data)]
 
 
-def block_digests(shape: Sequence[int], start: int, end: int, data: Tensor) -> list[bytes]:
-    """Hash an input, cut in the same places whatever the method's blocks are, so that hashes do not depend on it."""
-    view = _bytes(data)
-    size = data.element_size()
+def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) -> list[bytes]:
+    """Hash elements of an input, cut in the same places whatever the method's blocks are.
+
+    Args:
+        shape: Shape of the tensor.
+        start: The first element.
+        end: The one behind the last.
+        data: The bytes of all of them.
+    """
+    if start == end:
+        return [digest(data)]
+    size = data.nbytes // (end - start)
     step = block_step(shape, "element")
     columns = matrix_shape(shape)[1]
     cuts = {start, *range(-(-start // step) * step, end, step)}
@@ -320,10 +313,10 @@ def block_digests(shape: Sequence[int], start: int, end: int, data: Tensor) -> l
         # rows that are longer than a block: a block may be a row, or begin inside of one
         cuts.update(range(-(-start // columns) * columns, end, columns))
     ordered = [*sorted(cuts), end]
-    return [digest(view[(a - start) * size : (b - start) * size]) for a, b in pairwise(ordered)]
+    return [digest(data[(a - start) * size : (b - start) * size]) for a, b in pairwise(ordered)]
 
 
-def distances(tensor: PlannedTensor, inputs: Sequence[Tensor], merged: Tensor) -> dict[str, Any]:
+def distances(inputs: Sequence[Tensor], merged: Tensor) -> dict[str, Any]:
     """Measure on the first elements of a tensor how far models and merge are from the base (or the first model).
 
     Returns:
@@ -337,6 +330,29 @@ def distances(tensor: PlannedTensor, inputs: Sequence[Tensor], merged: Tensor) -
         "models": norms,
         "merged": float((merged.reshape(-1)[:SAMPLE].double() - origin).norm()),
         "n": int(origin.numel()),
+    }
+
+
+def bundle_distances(
+    tensors: Sequence[PlannedTensor], inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Measure `distances` for each tensor of a bundle that is not a copy, by name: in one go where they are small."""
+    merged = [i for i, tensor in enumerate(tensors) if not tensor.copy and tensor.size]
+    widths = {len(inputs[i]) for i in merged}
+    if len(widths) != 1 or any(tensors[i].size > SAMPLE for i in merged):
+        return {tensors[i].name: distances(inputs[i], outputs[i]) for i in merged}
+    sizes = [tensors[i].size for i in merged]
+    starts = list(accumulate(sizes[:-1], initial=0))
+
+    def norms(flat: Tensor) -> list[float]:
+        return np.sqrt(np.add.reduceat((flat * flat).numpy(), starts)).tolist()  # type: ignore[no-any-return]
+
+    origin, *others = (torch.cat([inputs[i][k] for i in merged]).double() for k in range(widths.pop()))
+    result = torch.cat([outputs[i] for i in merged]).double()
+    columns = zip(norms(origin), norms(result - origin), sizes, *(norms(o - origin) for o in others), strict=True)
+    return {
+        tensors[i].name: {"norm": norm, "models": models, "merged": distance, "n": n}
+        for i, (norm, distance, n, *models) in zip(merged, columns, strict=True)
     }
 
 

@@ -99,6 +99,8 @@ class KernelCache:
         self._check = check_finite
         self._kernels: dict[Any, Kernels] = {}
         self._values: dict[int, Values] = {}
+        self._random = plan.method.random
+        self._no_keys = keys(0, "", 1)
         self._lock = threading.Lock()
 
     def run(self, tensor: PlannedTensor) -> TensorRun:
@@ -124,7 +126,7 @@ class KernelCache:
                     compiled,
                     self._check,
                 )
-        random = keys(self._plan.seed, tensor.name, len(tensor.models) if method.random else 1)
+        random = keys(self._plan.seed, tensor.name, len(tensor.models)) if self._random else self._no_keys
         return TensorRun(self._kernels[key], values, tensor.shape, random)
 
 
@@ -283,7 +285,7 @@ class Schedule:
             segments = [s for s in range(len(group.segments)) if not (combining and s in done)]
             tasks = [Task(group.index, state.stage, s) for s in segments]
         state.open_tasks = len(tasks)
-        state.sums = [Sum() for _ in state.runs]
+        state.sums = [] if combining else [Sum() for _ in state.runs]
         for task in tasks:
             heapq.heappush(self._ready, task)
         if not tasks:
