@@ -123,6 +123,8 @@ def weak_inputs(method: MergeMethod, with_base: bool, shape: Sequence[int]) -> I
     yield "a zero base", (None if base is None else zero, models)
     yield "a zero model", (base, [zero, *models[1:]])
     yield "constants", (None if base is None else zero, [zero + i for i in range(1, len(models) + 1)])
+    denormal = models[0] * 1e-42
+    yield "a denormal model", (None if base is None else zero, [denormal, *models[1:]])
     yield "numbers near 1e-30", make_inputs(method, with_base, shape, scale=1e-30)
     yield "denormal numbers", make_inputs(method, with_base, shape, scale=1e-42)
     centre = zero if base is None else base

@@ -41,6 +41,8 @@ def test_fresh_processes_with_other_hash_seeds_give_the_same_bytes(tmp_path, mon
 
 
 @pytest.mark.slow
+# inside the compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].fuse])
 def test_fused_kernels_agree_with_eager_ones(name):
     check_compiled(METHODS[name])

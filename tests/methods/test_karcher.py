@@ -68,6 +68,17 @@ def test_models_without_a_direction_count_in_the_length():
     torch.testing.assert_close(merged, models[0] / 2, rtol=1e-6, atol=0)
 
 
+def test_where_directions_cancel_the_search_starts_at_the_first_and_opposite_models_do_not_pull():
+    _, (first, other) = make_models((7,), 2, change=3.0)
+    merged = merge_tensors(karcher, None, [first, -3 * first])
+    torch.testing.assert_close(merged, 2 * first, rtol=1e-6, atol=0)
+    models = [first, -first / 3, other, -1.7 * other]
+    expected = reference(None, models, max_iter=1)
+    assert float(expected @ first.double()) > 0
+    merged = merge_tensors(karcher, None, models, {"max_iter": 1})
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_zero_norm_says_what_counts_as_no_direction():
     big, small = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1e-6])
     both = merge_tensors(karcher, None, [big, small])
