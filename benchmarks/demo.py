@@ -16,19 +16,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.zoo import Zoo, held_out_loss, load_zoo
+from benchmarks.zoo import Zoo, load_zoo
+from benchmarks.zoo.loss import loss_of_text
 
 TOKENS = 4096
 
 MERGES = {
     "average": "merge_method: linear\nmodels:\n{models}parameters:\n  weight: 1.0\n",
-    "task arithmetic": "merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n{models}parameters:\n  weight: 0.4\n",
+    "task arithmetic": "merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n{models}parameters:\n  weight: 0.3\n",
     "TIES": (
         "merge_method: ties\nbase_model: {base}\nmodels:\n{models}parameters:\n  weight: 1.0\n  density: 0.5\n"
-        "  lambda: 1.0\n"
+        "  lambda: 0.5\n"
     ),
     "DARE-TIES": (
-        "merge_method: dare_ties\nbase_model: {base}\nmodels:\n{models}parameters:\n  weight: 0.4\n  density: 0.5\n"
+        "merge_method: dare_ties\nbase_model: {base}\nmodels:\n{models}parameters:\n  weight: 0.3\n  density: 0.5\n"
     ),
 }
 
@@ -45,9 +46,9 @@ def main() -> int:
     console.print("\n2. Merges")
     merged = {name: merge(console, zoo, name, recipe, out) for name, recipe in MERGES.items()}
     console.print("\n3. Held-out loss in bits per byte; lower is better")
-    models = {"base": zoo.base, **{f"{d} expert": path for d, path in zoo.experts.items()}, **merged}
+    models = {"base": zoo.base, **{f"{d} expert".replace("_", " "): path for d, path in zoo.experts.items()}, **merged}
     console.print(table(zoo, models))
-    console.print(f"\nMerged models lie in {out}/, each with its run record merge.json. Load one with transformers:")
+    console.print(f"\nMerged models lie in {out}/, each with its run record. Load one with transformers:")
     console.print(Text(f'  AutoModelForCausalLM.from_pretrained("{merged["TIES"]}")'))
     console.print(f"Done in {time.monotonic() - started:.0f} s.")
     return 0
@@ -65,19 +66,30 @@ def merge(console: Console, zoo: Zoo, name: str, recipe: str, out: Path) -> Path
     return target
 
 
+def measure(zoo: Zoo, path: Path, domains: list[str]) -> dict[str, float]:
+    """Load a model with transformers and measure it on every domain, in bits per byte."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return {
+        d: loss_of_text(model, tokenizer, zoo.texts[d]["test"], max_tokens=TOKENS, window=128).bits_per_byte
+        for d in domains
+    }
+
+
 def table(zoo: Zoo, models: dict[str, Path]) -> Table:
     """Measure every model on every domain."""
     domains = [*zoo.experts, zoo.retained]
-    losses = {
-        name: {d: held_out_loss(path, zoo.texts[d]["test"], max_tokens=TOKENS).bits_per_byte for d in domains}
-        for name, path in models.items()
-    }
+    losses = {name: measure(zoo, path, domains) for name, path in models.items()}
     base = losses["base"]
-    gain = {domain: base[domain] - losses[f"{domain} expert"][domain] for domain in zoo.experts}
-    result = Table(box=None, pad_edge=False)
-    result.add_column("model")
+    gain = {domain: base[domain] - losses[f"{domain} expert".replace("_", " ")][domain] for domain in zoo.experts}
+    result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("model", no_wrap=True)
     for domain in domains:
-        result.add_column(domain.replace("_", " "), justify="right")
+        result.add_column(domain.replace("_", "\n"), justify="right")
     result.add_column("recovered", justify="right")
     result.add_column("forgotten", justify="right")
     for name, row in losses.items():
