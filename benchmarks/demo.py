@@ -80,6 +80,11 @@ def measure(zoo: Zoo, path: Path, domains: list[str]) -> dict[str, float]:
     }
 
 
+def _header(word: str) -> str:
+    """Set a long word in two lines, so that the table fits a terminal of 80 columns."""
+    return word.replace("_", "\n") if "_" in word or len(word) < 9 else f"{word[:5]}-\n{word[5:]}"
+
+
 def table(zoo: Zoo, models: dict[str, Path]) -> Table:
     """Measure every model on every domain."""
     domains = [*zoo.experts, zoo.retained]
@@ -89,9 +94,9 @@ def table(zoo: Zoo, models: dict[str, Path]) -> Table:
     result = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     result.add_column("model", no_wrap=True)
     for domain in domains:
-        result.add_column(domain.replace("_", "\n"), justify="right")
-    result.add_column("recovered", justify="right")
-    result.add_column("forgotten", justify="right")
+        result.add_column(_header(domain), justify="right")
+    result.add_column(_header("recovered"), justify="right")
+    result.add_column(_header("forgotten"), justify="right")
     for name, row in losses.items():
         shares = [(base[d] - row[d]) / gain[d] for d in zoo.experts]
         is_expert = name.endswith(" expert")
