@@ -15,7 +15,7 @@ from .sources import cache_folder
 
 __all__ = ["ZOOS", "Loss", "Zoo", "default_folder", "held_out_loss", "load_zoo"]
 
-ZOOS = ("tiny",)
+ZOOS = ("tiny", "real")
 
 
 @dataclass(frozen=True)

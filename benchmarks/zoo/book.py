@@ -28,7 +28,7 @@ class Book:
         if self._path.exists():
             found = json.loads(self._path.read_text(encoding="utf-8"))
             if found.get("format") == FORMAT and found.get("zoo") == name:
-                self.content["models"] = found["models"]
+                self.content = found
 
     def finished(self, model: str, settings: dict[str, Any]) -> bool:
         """Whether this model was made with just these settings and its files are unchanged."""

@@ -97,11 +97,10 @@ def _enter(reports: Any, barrier: Any, stop: Any) -> None:
     _reports, _barrier = reports, barrier
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent alone acts on it
     threading.Thread(target=_watch, args=(stop,), daemon=True).start()
+    os.environ["TQDM_DISABLE"] = "1"  # progress is told by the parent, for all workers together
     import torch
-    from transformers.utils import logging
 
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
 
 
 def _watch(stop: Any) -> None:

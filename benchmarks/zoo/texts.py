@@ -62,12 +62,12 @@ def bible_text(module: str) -> str:
     Lines are cut after full stops so that splits and windows have somewhere to begin.
     """
     begin = module.index('"""') + 3
-    text = module[begin : module.index('"""', begin)]
+    text = " ".join(module[begin : module.index('"""', begin)].split())
     return text.replace(". ", ".\n") + "\n"
 
 
 def bible_verses(module: str) -> dict[int, str]:
-    """Verse number (book, chapter, verse as BBCCCVVV with the book's leading 1 or 2) to verse text."""
+    """Verse number (book, chapter, verse as BBCCCVVV, Genesis being book 1) to verse text."""
     begin = module.index('"""') + 3
     end = module.index('"""', begin)
     text = module[begin:end]
@@ -75,7 +75,7 @@ def bible_verses(module: str) -> dict[int, str]:
     index = ast.literal_eval(module[index_begin : module.index("}", index_begin) + 1])
     starts = sorted((start, verse) for verse, start in index.items())
     ends = [start for start, _ in starts[1:]] + [len(text)]
-    return {verse: text[start:stop].strip() for (start, verse), stop in zip(starts, ends, strict=True)}
+    return {verse: " ".join(text[start:stop].split()) for (start, verse), stop in zip(starts, ends, strict=True)}
 
 
 def catalogue(data: bytes) -> dict[str, str]:

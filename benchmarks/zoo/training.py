@@ -142,7 +142,7 @@ def train_base(
     model = LlamaForCausalLM(LlamaConfig(**architecture))
     optimise(report, model, _open(streams), settings, mine, SHARDS, exchange)
     if 0 in mine:
-        save(model, tokenizer, target)
+        save(model, sorted(tokenizer.iterdir()), target)
 
 
 def train_expert(
@@ -155,20 +155,20 @@ def train_expert(
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     optimise(report, model, _open(streams), settings, [0], 1, None)
-    save(model, tokenizer, target)
+    save(model, sorted(tokenizer.iterdir()), target)
 
 
 def _open(streams: list[tuple[Path, float]]) -> list[tuple[np.ndarray, float]]:
     return [(np.load(path, mmap_mode="r"), share) for path, share in streams]
 
 
-def save(model: Any, tokenizer: Path, target: Path) -> None:
-    """Write a bfloat16 checkpoint with its tokenizer; the folder appears whole."""
+def save(model: Any, tokenizer: list[Path], target: Path) -> None:
+    """Write a bfloat16 checkpoint with the files of its tokenizer; the folder appears whole."""
     import shutil
 
     import torch
 
     with appears_whole(target) as folder:
         model.to(torch.bfloat16).save_pretrained(folder)
-        for file in tokenizer.iterdir():
+        for file in tokenizer:
             shutil.copy(file, folder)
