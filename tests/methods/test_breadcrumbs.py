@@ -18,6 +18,7 @@ SETTINGS = [
     {"density": [0.15, 0.5, 1.0], "gamma": [0.006, 0.2, 0.3], "precedence": "density"},
     {"density": [0.15, 0.5, 1.0], "gamma": [0.006, 0.2, 0.3], "by": "row"},
     {"density": [0.15, 0.9, 1.0], "gamma": [0.0, 0.2, 1.0], "by": "row", "precedence": "density", "rescale": True},
+    {"density": [0.0, 0.0, 0.9], "gamma": [0.0, 0.2, 1.0], "by": "row"},
 ]
 
 

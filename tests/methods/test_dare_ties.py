@@ -40,6 +40,16 @@ def test_a_full_density_is_ties_without_a_trim(dtype, normalize):
     assert torch.equal(merge_tensors(dare_ties, base, models, parameters), plain)
 
 
+def test_a_vote_of_16_bit_weights_is_not_decided_by_rounding():
+    # task vectors of few steps: weighted sums that are 0 in decimals are common
+    base = torch.zeros(20_000, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    models = [(torch.randint(-12, 13, (20_000,), generator=generator) * 2.0**-10).bfloat16() for _ in range(3)]
+    parameters = {"weight": WEIGHT, "density": [0.6, 0.3, 0.9]}
+    merged = merge_tensors(dare_ties, base, models, parameters)
+    assert torch.equal(merged, reference(base, models, **parameters).bfloat16())
+
+
 def test_one_model_has_no_one_to_disagree_with():
     base, (model,) = make_models((80, 125), 1)
     parameters = {"weight": 0.7, "density": 0.4}
