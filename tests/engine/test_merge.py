@@ -278,10 +278,12 @@ def test_bin_files_merge_like_safetensors(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "parameters"), [("linear", {"weight": 0.4}), ("ties", {"weight": 0.4, "density": 0.3})]
 )
-def test_compiled_equals_eager(tmp_path, name, parameters):
+def test_compiled_equals_eager(tmp_path, monkeypatch, name, parameters):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     generator = torch.Generator().manual_seed(0)
     paths = []
     for i in range(3):
