@@ -5,6 +5,7 @@ from merganser.engine.blocks import merge_tensors
 from merganser.methods.ram import ram
 from merganser.methods.ramplus_tl import ramplus_tl
 from tests.methods.bars import assert_reaches_bars, make_models
+from tests.methods.whole_model import merge_whole_model
 from tests.reference.ramplus_tl import ramplus_tl as reference
 
 SETTINGS = [
@@ -52,6 +53,13 @@ def test_disjoint_changes_are_not_amplified():
     assert torch.equal(merge_tensors(ramplus_tl, base, models), merge_tensors(ram, base, models))
 
 
-def test_the_statistic_says_over_what_it_counts():
-    assert ramplus_tl.statistics["factor"].over == "counts"
-    assert ramplus_tl.parameters["counts"].choices == ("tensor", "model")
+def test_counts_over_the_model_are_those_of_one_long_tensor():
+    tensors = [make_models((20, 30), 3, seed=1, change=0.01), make_models((500,), 3, seed=2, change=0.1)]
+    parameters = {"epsilon": 1e-3, "alpha": 3.0}
+    merged = merge_whole_model(ramplus_tl, tensors, {**parameters, "counts": "model"})
+    base = torch.cat([base.reshape(-1) for base, _ in tensors])
+    models = [torch.cat([models[i].reshape(-1) for _, models in tensors]) for i in range(3)]
+    long = merge_tensors(ramplus_tl, base, models, parameters)
+    assert torch.equal(torch.cat([result.reshape(-1) for result in merged]), long)
+    # which the tensors are not on their own
+    assert not torch.equal(merged[0], merge_tensors(ramplus_tl, *tensors[0], parameters))

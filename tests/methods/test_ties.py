@@ -4,6 +4,7 @@ import torch
 from merganser.engine.blocks import merge_tensors
 from merganser.methods.ties import ties
 from tests.methods.bars import assert_reaches_bars, make_models
+from tests.methods.whole_model import merge_whole_model
 from tests.reference.ties import ties as reference
 
 WEIGHT = [0.5, 0.3, 0.4]
@@ -77,6 +78,19 @@ def test_a_full_density_measures_nothing_and_changes_nothing():
     whole = merge_tensors(ties, base, models, {"weight": WEIGHT})
     # one model is trimmed, by nothing
     assert torch.equal(merge_tensors(ties, base, models, {"weight": WEIGHT, "density": [1, 1 - 1e-9, 1]}), whole)
+
+
+def test_a_trim_over_the_model_is_that_of_one_long_tensor():
+    tensors = [make_models((20, 30), 3, seed=1, change=0.01), make_models((500,), 3, seed=2, change=0.1)]
+    parameters = {"weight": WEIGHT, "density": [0.1, 0.3, 0.8]}
+    merged = merge_whole_model(ties, tensors, {**parameters, "trim_over": "model"})
+    base = torch.cat([base.reshape(-1) for base, _ in tensors])
+    models = [torch.cat([models[i].reshape(-1) for _, models in tensors]) for i in range(3)]
+    assert torch.equal(
+        torch.cat([result.reshape(-1) for result in merged]), merge_tensors(ties, base, models, parameters)
+    )
+    # which the tensors are not on their own
+    assert not torch.equal(merged[0], merge_tensors(ties, *tensors[0], parameters))
 
 
 def test_rescaling_restores_the_norm():
