@@ -136,8 +136,7 @@ def merge_state_dicts(
             if any(not tensor.is_floating_point() for tensor in inputs):
                 merged[name] = _copy_equal(name, inputs)
                 continue
-            own = inputs[1:] if base is not None else inputs
-            start = inputs[0] if base is not None else None
+            start, own = (None, inputs) if base is None else (inputs[0], inputs[1:])
             merged[name] = merge_tensors(found, start, own, settings, name=name, seed=seed, dtype=dtype)
     return merged
 

@@ -116,6 +116,6 @@ def test_a_solver_never_sees_them(tmp_path, small_blocks, monkeypatch, name):
         own[name].view(-1)[-1] = float("nan")
 
     paths = write(tmp_path, harm)
-    monkeypatch.setattr("merganser.engine.plan.get_method", lambda name: toy)
+    monkeypatch.setattr("merganser.registry.get_method", lambda name: toy)
     with pytest.raises(NonFiniteError, match=re.escape(f"tensor {name!r} holds NaN or infinity")):
         merge(make_recipe("linear", paths), tmp_path / "out")

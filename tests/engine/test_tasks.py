@@ -92,7 +92,7 @@ def test_a_method_that_needs_whole_tensors_says_which_is_too_large(tmp_path, mon
         """Look at everything."""
         return models[0]
 
-    monkeypatch.setattr("merganser.engine.plan.get_method", lambda name: whole)
+    monkeypatch.setattr("merganser.registry.get_method", lambda name: whole)
     recipe = make_recipe("linear", sparse(tmp_path, 2, SHAPES))
     # two inputs, an output, and float32 copies of as much again
     need = 32000 * 2048 * (2 * 2 + 2 + 8 * 4)
@@ -188,7 +188,7 @@ def test_the_first_error_of_any_thread_ends_the_run_and_all_threads(tmp_path, mo
             raise ZeroDivisionError("a defect")
         return models[0]
 
-    monkeypatch.setattr("merganser.engine.plan.get_method", lambda name: broken)
+    monkeypatch.setattr("merganser.registry.get_method", lambda name: broken)
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError, match="a defect"):
         merge(make_recipe("linear", write_llamas(tmp_path, 2)), tmp_path / "out", threads=3, out_shard_size=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -105,45 +106,52 @@ def merge_tensors(
         ValueError: Shapes or devices differ, or the number of models does not suit the method.
     """
     inputs = [*models] if base is None else [base, *models]
-    shapes = {tuple(tensor.shape) for tensor in inputs}
+    _check_inputs(method, base, models)
+    dtypes = [tensor.dtype for tensor in inputs]
+    dtype = dtype or reduce(torch.promote_types, dtypes)
+    compute = compute or (torch.float64 if torch.float64 in (dtype, *dtypes) else torch.float32)
+    values = Values.of(method, fill(method, parameters or {}, len(models)))
+    device = inputs[0].device
+    kernels = Kernels(method, values.static, compute, dtype, device, compiled, not allow_nonfinite)
+    shape = tuple(inputs[0].shape)
+    run = TensorRun(kernels, values, shape, keys(seed, name, len(models)), block)
+    if not run.ranges:
+        return torch.empty(shape, dtype=dtype, device=device)
+    result = torch.empty(math.prod(shape), dtype=dtype, device=device)
+    complaint = f"{name}: an input or the result is not finite ({method.name}, {dtype})"
+    _run_on(run, [tensor.reshape(-1) for tensor in inputs], base is not None, result, complaint)
+    return result.view(shape)
+
+
+def _run_on(run: TensorRun, inputs: Sequence[Tensor], with_base: bool, result: Tensor, complaint: str) -> None:
+    """Measure, solve and combine flat inputs."""
+
+    def read(start: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
+        parts = [tensor[start:end] for tensor in inputs]
+        return (parts[0], parts[1:]) if with_base else (None, parts)
+
+    def checked(found: tuple[Tensor, bool]) -> tuple[Tensor, bool]:
+        if not found[1]:
+            raise NonFiniteError(complaint)
+        return found
+
+    known: dict[str, Tensor] = {}
+    for name, statistic, _ in run.kernels.statistics:
+        for index in range(len(statistic.rounds)):
+            total = run.total(checked(run.measure(name, index, known, range_, *read(*range_))) for range_ in run.ranges)
+            run.solve(name, index, total, known, run.size)
+    for start, end in run.ranges:
+        result[start:end] = checked(run.combine(known, (start, end), *read(start, end)))[0]
+
+
+def _check_inputs(method: MergeMethod, base: Tensor | None, models: Sequence[Tensor]) -> None:
+    shapes = {tuple(tensor.shape) for tensor in ([*models] if base is None else [base, *models])}
     if len(shapes) != 1:
         raise ValueError(f"{method.name}: tensors of one shape are needed, got {sorted(shapes)}")
     if len(models) < method.min_models or (method.max_models is not None and len(models) > method.max_models):
         raise ValueError(f"{method.name} takes {method.models_text()}, got {len(models)} models")
     if method.base == ("required" if base is None else "unused"):
         raise ValueError(f"{method.name} takes {method.models_text()}, got {'no' if base is None else 'a'} base")
-    if dtype is None:
-        dtype = inputs[0].dtype
-        for tensor in inputs[1:]:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    if compute is None:
-        wide = torch.float64 in (dtype, *(tensor.dtype for tensor in inputs))
-        compute = torch.float64 if wide else torch.float32
-    values = Values.of(method, fill(method, parameters or {}, len(models)))
-    device = inputs[0].device
-    kernels = Kernels(method, values.static, compute, dtype, device, compiled, not allow_nonfinite)
-    shape = tuple(inputs[0].shape)
-    run = TensorRun(kernels, values, shape, keys(seed, name, len(models)), block)
-    flat = [tensor.reshape(-1) for tensor in inputs]
-
-    def read(start: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
-        parts = [tensor[start:end] for tensor in flat]
-        return (None, parts) if base is None else (parts[0], parts[1:])
-
-    if not run.ranges:
-        return torch.empty(shape, dtype=dtype, device=device)
-    known: dict[str, Tensor] = {}
-    for statistic, declared, _ in kernels.statistics:
-        for index in range(len(declared.rounds)):
-            total = run.total(run.measure(statistic, index, known, range_, *read(*range_)) for range_ in run.ranges)
-            run.solve(statistic, index, total, known, run.size)
-    result = torch.empty(math.prod(shape), dtype=dtype, device=device)
-    for start, end in run.ranges:
-        merged, finite = run.combine(known, (start, end), *read(start, end))
-        if not finite:
-            raise NonFiniteError(f"{name}: an input or the result is not finite ({method.name}, {dtype})")
-        result[start:end] = merged
-    return result.view(shape)
 
 
 def fill(method: MergeMethod, parameters: Mapping[str, Any], n_models: int) -> dict[str, Any]:

@@ -8,19 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
 from ..errors import CheckpointError, RecipeError
 from ..method import MergeMethod
-from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges
-from ..registry import get_method
+from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .align import Alignment, Member, Slot, align_models, align_slices
 from .blocks import block_step
 from .devices import has_compiler, resolve_devices
 from .memory import default_memory, estimate_memory, fit_workers
 from .sidefiles import chat_template, code_warnings, side_files
+
+if TYPE_CHECKING:
+    import torch
 
 COMPILE_FROM = 1 << 29
 """Input elements from which a merge is fused: compiling takes seconds, less than eager arithmetic on this many."""
@@ -203,24 +205,14 @@ def build_plan(
     """
     _check_options(out_shard_size, threads, max_memory)
     devices = resolve_devices(device)
-    method = get_method_at(recipe)
-    resolver = Resolver(recipe, method)
+    resolver = check_recipe(recipe)
+    method = resolver.method
     members = _open_all(recipe, cache_dir)
-    donor = members[recipe.donor]
-    if recipe.slices:
-        check_layer_ranges(recipe, {ref: member.anatomy.n_layers for ref, member in members.items()})
-        slices = [_layer_ranges(resolver.sources(i)) for i in range(len(resolver.slices))]
-        alignment = align_slices(recipe, slices, donor, members)
-    else:
-        alignment = align_models(recipe, donor, [members[source.model] for source in _all(resolver.sources(0))])
-    drafts = [_draft(slot, recipe, method, resolver) for slot in alignment.slots]
-    _check_whole_model(recipe, method, drafts)
+    alignment, drafts = _drafts(recipe, resolver, members)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
-    config, config_warnings = _config(recipe, donor, alignment, drafts)
-    template, template_warnings = chat_template(recipe, members)
-    work = sum(d.size * len(d.inputs) for d in drafts)
-    if compiled is None:
-        compiled = method.fuse and work >= COMPILE_FROM and has_compiler(devices[0])
+    config, config_warnings = _config(members[recipe.donor], alignment, drafts)
+    template = chat_template(recipe, members)
+    compiled = _pays(method, drafts, devices) if compiled is None else compiled
     limit = default_memory() if max_memory is None else max_memory
     workers = fit_workers(method, drafts, threads or min(os.cpu_count() or 1, 8), compiled, limit)
     return Plan(
@@ -232,30 +224,15 @@ def build_plan(
         shards=shards,
         config=config,
         side_files=side_files(recipe, members),
-        chat_template=template,
+        chat_template=template[0],
         compiled=compiled,
         seed=seed,
         workers=workers,
         max_memory=limit,
         device=",".join(str(found) for found in devices),
-        warnings=[
-            *resolver.warnings,
-            *resolver.idle_filters(),
-            *alignment.warnings,
-            *config_warnings,
-            *code_warnings(donor),
-            *template_warnings,
-        ],
+        warnings=[*resolver.warnings, *resolver.idle_filters(), *alignment.warnings, *config_warnings, *template[1]],
         differences=resolver.differences,
     )
-
-
-def get_method_at(recipe: Recipe) -> MergeMethod:
-    """Look up the recipe's method; an error names the recipe's line."""
-    try:
-        return get_method(recipe.merge_method)
-    except RecipeError as error:
-        raise RecipeError(f"{recipe.place_of('merge_method')}: {error}") from None
 
 
 def _check_options(out_shard_size: int, threads: int | None, max_memory: int | None) -> None:
@@ -277,6 +254,21 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Me
     return members
 
 
+def _pays(method: MergeMethod, drafts: Sequence[PlannedTensor], devices: Sequence[torch.device]) -> bool:
+    """Say whether fusing kernels is possible and saves more time than it costs."""
+    work = sum(draft.size * len(draft.inputs) for draft in drafts)
+    return method.fuse and work >= COMPILE_FROM and has_compiler(devices[0])
+
+
+def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]) -> Alignment:
+    donor = members[recipe.donor]
+    if not recipe.slices:
+        return align_models(recipe, donor, [members[source.model] for source in _all(resolver.sources(0))])
+    check_layer_ranges(recipe, {reference: member.anatomy.n_layers for reference, member in members.items()})
+    slices = [_layer_ranges(resolver.sources(i)) for i in range(len(resolver.slices))]
+    return align_slices(recipe, slices, donor, members)
+
+
 def _all(inputs: Inputs) -> tuple[Source, ...]:
     return inputs.models if inputs.base is None else (inputs.base, *inputs.models)
 
@@ -285,7 +277,17 @@ def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
     return {source.model: range(*source.layer_range) for source in _all(inputs) if source.layer_range}
 
 
-def _draft(slot: Slot, recipe: Recipe, method: MergeMethod, resolver: Resolver) -> PlannedTensor:
+def _drafts(
+    recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]
+) -> tuple[Alignment, list[PlannedTensor]]:
+    """Match the inputs' tensors, and decide how each tensor of the output is made."""
+    alignment = _align(recipe, resolver, members)
+    drafts = [_draft(slot, recipe, resolver) for slot in alignment.slots]
+    _check_whole_model(recipe, resolver.method, drafts)
+    return alignment, drafts
+
+
+def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
     """Decide dtype, inputs and parameters of one tensor; its place comes later."""
     given = resolver.sources(slot.slice_index)
     base_tensor = slot.inputs[given.base.model] if given.base is not None else None
@@ -352,14 +354,12 @@ def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[Pla
             )
 
 
-def _config(
-    recipe: Recipe, donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the output's config.json: the donor's, with layers, tie and dtype as they will be."""
+def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]) -> tuple[dict[str, Any], list[str]]:
+    """Return the output's config.json: the donor's, with layers, tie and dtype as they will be; and warnings."""
     config = dict(donor.checkpoint.config)
     warnings: list[str] = []
     if not config:
-        return {}, ["the donor has no config.json, so the output has none"]
+        return {}, ["the donor has no config.json, so the output has none", *code_warnings(donor)]
     if alignment.layers is not None:
         sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
         config = sliced.config
@@ -373,4 +373,4 @@ def _config(
             sizes[draft.dtype.name] = sizes.get(draft.dtype.name, 0) + draft.size
     if sizes:
         config = set_config_dtype(config, max(sizes, key=lambda name: sizes[name]))
-    return config, warnings
+    return config, [*warnings, *code_warnings(donor)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def run_plan(
         overwrite=overwrite,
         fresh=fresh,
     )
-    try:
+    with _keep_or_remove(staging):
         run = _Run(plan, staging, devices, allow_nonfinite, cluster, progress)
         entries = run.execute()
         merged = time.monotonic()
@@ -111,9 +112,17 @@ def run_plan(
             continued=staging.continued,
         )
         staging.publish(overwrite=overwrite)
+    return Result(out, record)
+
+
+@contextmanager
+def _keep_or_remove(staging: Staging) -> Iterator[None]:
+    """Decide what becomes of a staging folder when a run fails."""
+    try:
+        yield
     except KeyboardInterrupt:
         staging.keep()
-        raise Interrupted(f"{out}: stopped; run the same command again to continue") from None
+        raise Interrupted(f"{staging.out}: stopped; run the same command again to continue") from None
     except MergeError as error:
         # what the disk refuses it may take later; any other mistake would only be made again
         (staging.keep if isinstance(error, OutputError) else staging.remove)()
@@ -124,7 +133,6 @@ def run_plan(
     except BaseException:
         staging.keep()
         raise
-    return Result(out, record)
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
