@@ -159,6 +159,7 @@ def test_nothing_is_measured_where_nothing_is_trimmed():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("wide", [False, True])
 def test_fused_histograms_count_the_same(wide):
     tensors = [torch.randn(5000, dtype=torch.float64 if wide else torch.float32).abs() for _ in range(2)]

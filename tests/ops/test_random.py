@@ -154,6 +154,7 @@ def test_keep_by_element():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_fused_draws_are_the_same_bits():
     def draw(keys, offset, like):
         return Random(keys, offset).uniform(1, like.shape) + like

@@ -7,6 +7,7 @@ source is the same.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,7 @@ class Kernels:
         """Wrap a measure or combine function: conversion, what it takes by name, rounding, finiteness."""
         names = takes(function)
         compute, static, check = self.compute, dict(self.static), self.check_finite
+        limit = math.inf if round_to is None else _overflow(round_to)
 
         def kernel(
             base: Tensor | None,
@@ -167,15 +169,24 @@ class Kernels:
             result = function(**{name: given.get(name) for name in names})
             read = [given["base"], *given["models"]] if base is not None else given["models"]
             if round_to is not None:
+                # told before rounding: a fused kernel would not look at the rounded numbers
+                wide = result.reshape(read[0].shape)
+                read = [*read, torch.where(wide.abs() < limit, wide, torch.full_like(wide, torch.inf))]
                 result = result.to(round_to)
-                read = [*read, result.reshape(read[0].shape).to(compute)]
-            # 0 times anything finite is 0: cheaper than looking at every number's class
-            finite = sum(tensor * 0 for tensor in read).sum() == 0 if check else keys.new_ones(())
+            # a finite number less itself is 0: cheaper than looking at every number's class (the compiler takes 0 times
+            # a number for 0, whatever the number)
+            finite = sum(tensor - tensor for tensor in read).sum() == 0 if check else keys.new_ones(())
             return result, finite
 
         # the compiler keeps what it made by code object, and gives up at the ninth variant: a code object per kernel
         kernel.__code__ = kernel.__code__.replace(co_name=f"merge_by_{self.method.name}")
         return kernel
+
+
+def _overflow(dtype: torch.dtype) -> float:
+    """Return the least number that is rounded to infinity: half a step above the largest."""
+    found = torch.finfo(dtype)
+    return found.max + found.max / (2 / found.eps - 1) / 2
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
