@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,7 @@ class Cluster:
         except ImportError:
             raise UnsupportedError("--cluster: Ray is not installed; pip install 'merganser[ray]'") from None
         self._ray = ray
+        _knock(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -167,3 +169,18 @@ class Cluster:
                 return self._ray.get(reference)
             if schedule.finished:
                 raise Stopped
+
+
+def _knock(address: str) -> None:
+    """Find out within seconds whether anything listens at HOST:PORT; Ray itself tries for minutes.
+
+    Raises:
+        MergeError: Nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise MergeError(f"--cluster {address}: no Ray cluster answers there: {error}") from None
