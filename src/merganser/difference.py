@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .anatomy import Anatomy, infer_anatomy
-from .checkpoint import Checkpoint, Reader, TensorInfo
+from .checkpoint import Reader, TensorInfo
 from .errors import CheckpointError
 from .inspection import open_reference
+from .side_by_side import Blocks, anatomy_of, one_thread, widen, with_ties
 
 __all__ = ["Difference", "Distance", "GroupDistance", "MisshapenTensor", "TensorDistance", "diff"]
-
-BLOCK = 1 << 17
-"""Elements that are compared at a time: 1 MB for each float64 copy, so that all of them stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +155,8 @@ def diff(
         CheckpointError: One is damaged, or they have no tensor of one name and shape.
     """
     first, second = (open_reference(str(each), cache_dir=cache_dir) for each in (a, b))
-    structure_a, structure_b = _anatomy(first), _anatomy(second)
-    tensors_a, tensors_b = _with_ties(first, structure_a), _with_ties(second, structure_b)
+    structure_a, structure_b = anatomy_of(first), anatomy_of(second)
+    tensors_a, tensors_b = with_ties(first, structure_a), with_ties(second, structure_b)
     common = [name for name in tensors_a if name in tensors_b and (name in first.tensors or name in second.tensors)]
     pairs = {name: (tensors_a[name], tensors_b[name]) for name in common}
     misshapen = [
@@ -202,16 +197,6 @@ def diff(
     )
 
 
-def _anatomy(checkpoint: Checkpoint) -> Anatomy:
-    return infer_anatomy({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, checkpoint.config)
-
-
-def _with_ties(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, TensorInfo]:
-    """Return all tensors, and those they share under other names: a tied head is compared with a head of its own."""
-    ties = {alias: checkpoint.tensors[source] for alias, source in anatomy.tied}
-    return {**checkpoint.tensors, **ties}
-
-
 def _group(
     layer: float,
     role: str,
@@ -232,15 +217,12 @@ def _compare(
     all_bytes = sum(one.nbytes + other.nbytes for one, other in pairs.values())
     done = 0
     found = {}
-    with Reader() as reader, _one_thread():
-        buffers = _Buffer(reader), _Buffer(reader)
+    with Reader() as reader, one_thread():
+        blocks = Blocks(reader, 2)
         for name, (one, other) in pairs.items():
-            if one.dtype.kind == other.dtype.kind == "float":
-                blocks = _compare_numbers(buffers, one, other)
-            else:
-                blocks = _compare_bytes(buffers, one, other)
+            compare = _compare_numbers if one.dtype.kind == other.dtype.kind == "float" else _compare_bytes
             found[name] = _Sums()
-            for sums, nbytes in blocks:
+            for sums, nbytes in compare(blocks, one, other):
                 found[name].add(sums)
                 done += nbytes
                 if progress is not None:
@@ -248,62 +230,20 @@ def _compare(
     return found
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch from sharing out blocks that are too small for that."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class _Buffer:
-    """Memory that blocks of one checkpoint are read into, one after the other."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._memory = np.empty(0, dtype=np.uint8)
-
-    def read(self, tensor: TensorInfo, start: int, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Read bytes of a tensor; they hold until the next call."""
-        if len(self._memory) < nbytes:
-            self._memory = np.empty(nbytes, dtype=np.uint8)
-        data = self._memory[:nbytes]
-        self._reader.read_into(tensor, start, data.data)
-        return data
-
-
-def _compare_bytes(buffers: tuple[_Buffer, _Buffer], one: TensorInfo, other: TensorInfo) -> Iterator[tuple[_Sums, int]]:
+def _compare_bytes(blocks: Blocks, one: TensorInfo, other: TensorInfo) -> Iterator[tuple[_Sums, int]]:
     """Compare what are not numbers; yield what each block gave, and the bytes read for it."""
     if one.dtype != other.dtype:
         yield _Sums(identical=False), one.nbytes + other.nbytes
         return
-    for start in range(0, one.nbytes, BLOCK):
-        nbytes = min(BLOCK, one.nbytes - start)
-        a, b = buffers[0].read(one, start, nbytes), buffers[1].read(other, start, nbytes)
-        yield _Sums(identical=np.array_equal(a, b)), 2 * nbytes
+    for a, b in blocks.bytes((one, other)):
+        yield _Sums(identical=np.array_equal(a, b)), len(a) + len(b)
 
 
-def _compare_numbers(
-    buffers: tuple[_Buffer, _Buffer], one: TensorInfo, other: TensorInfo
-) -> Iterator[tuple[_Sums, int]]:
+def _compare_numbers(blocks: Blocks, one: TensorInfo, other: TensorInfo) -> Iterator[tuple[_Sums, int]]:
     """Compare two tensors of numbers; yield what each block gave, and the bytes read for it."""
-    import torch
-
     yield _Sums(identical=one.dtype == other.dtype, numbers=True), 0
-    for start in range(0, one.numel, BLOCK):
-        count = min(BLOCK, one.numel - start)
-        raw = []
-        wide = []
-        for buffer, tensor in zip(buffers, (one, other), strict=True):
-            size = tensor.dtype.itemsize
-            raw.append(buffer.read(tensor, start * size, count * size))
-            wide.append(torch.from_numpy(raw[-1]).view(getattr(torch, tensor.dtype.name)).double())
-        a, b = wide
+    for raw in blocks.numbers((one, other)):
+        a, b = widen(raw[0], one), widen(raw[1], other)
         apart = a - b
         sums = _Sums(
             identical=np.array_equal(raw[0], raw[1]),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merganser import diff, difference
+from merganser import diff, difference, side_by_side
 from merganser.errors import CheckpointError
 from tests.cli.tiny import run, state, write
 
@@ -23,7 +23,7 @@ def test_identical(models: Path) -> None:
 
 
 def test_against_a_plain_calculation(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(difference, "BLOCK", 7)
+    monkeypatch.setattr(side_by_side, "BLOCK", 7)
     found = diff("a", "b")
     a, b = ({name: tensor.double() for name, tensor in state(seed).items()} for seed in (0, 1))
     assert {tensor.name for tensor in found.tensors} == set(a)
@@ -157,7 +157,7 @@ def test_fp8_is_compared_as_bytes(tmp_path: Path) -> None:
 
 
 def test_progress_tells_every_byte(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(difference, "BLOCK", 50)
+    monkeypatch.setattr(side_by_side, "BLOCK", 50)
     told: list[tuple[int, int]] = []
     diff("a", "b", progress=lambda done, total: told.append((done, total)))
     assert told == sorted(told)
