@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,8 +23,9 @@ from .kernels import prepare_compiler_cache
 from .plan import Plan
 from .record import fingerprint, input_files
 from .staging import Staging
-from .stream import Context, Done, Stopped, Worker
+from .stream import Context, Done
 from .tasks import Group, GroupState, KernelCache, Schedule, Task, make_groups, start_group
+from .threads import join, work_on_threads
 
 
 class Interrupted(Exception):
@@ -200,20 +201,11 @@ class _Run:
     def _locally(self, schedule: Schedule) -> None:
         """Do all tasks on threads of this process."""
         with Reader() as reader:
-
-            def work(index: int) -> None:
-                kernels, device = self._kernels[index], self._devices[index]
-                worker = Worker(
-                    Context(reader, self._staging, device, self._advance, lambda: schedule.stopping, self._allow)
-                )
-                while (taken := schedule.take()) is not None:
-                    state, task = taken
-                    # statistics lie on the CPU, so that every device can go on where another measured
-                    own = state if index == 0 else replace(start_group(state.group, kernels), known=state.known)
-                    self._done(schedule, state, task, worker.do(own, task))
-
-            n = len(self._devices)
-            self._join([partial(work, i % n) for i in range(max(self._plan.workers, n))], schedule)
+            contexts = [
+                Context(reader, self._staging, device, self._advance, lambda: schedule.stopping, self._allow)
+                for device in self._devices
+            ]
+            work_on_threads(schedule, contexts, self._kernels, self._plan.workers, partial(self._done, schedule))
 
     def _on_cluster(self, schedule: Schedule, address: str) -> None:
         """Do all tasks on the nodes of a cluster; each has a thread here that waits for it."""
@@ -230,7 +222,7 @@ class _Run:
             def work() -> None:
                 cluster.work(plan, self._staging.folder, self._allow, schedule, done)
 
-            self._join([work] * cluster.n_workers(), schedule)
+            join([work] * cluster.n_workers(), schedule)
         finally:
             cluster.close()
 
@@ -238,33 +230,6 @@ class _Run:
         if done.entry is not None:
             self._finish(state.group, task, done.entry)
         schedule.done(state, task, done.sums)
-
-    def _join(self, works: Sequence[Callable[[], None]], schedule: Schedule) -> None:
-        """Run functions on threads of their own until all have ended."""
-
-        def guarded(work: Callable[[], None]) -> None:
-            try:
-                work()
-            except Stopped:
-                pass
-            except BaseException as error:
-                schedule.fail(error)
-
-        threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                # with a timeout, so that Ctrl-C is heard
-                while thread.is_alive():
-                    thread.join(0.1)
-        except BaseException:
-            schedule.stop()
-            deadline = time.monotonic() + 0.8
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join(max(deadline - time.monotonic(), 0))
-            raise
 
     def _trusted(self) -> dict[int, set[int]]:
         """Compare what the journal says was written with what is there; return the segments that agree."""

@@ -1,0 +1,75 @@
+"""Carry out a plan in memory: the bytes that would be written, as a state dict."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Reader
+from .devices import resolve_devices
+from .kernels import prepare_compiler_cache
+from .plan import Plan
+from .stream import Context, Done
+from .tasks import GroupState, KernelCache, Schedule, Task, make_groups, start_group
+from .threads import work_on_threads
+
+
+class _Memory:
+    """Shards in memory, laid out as they would be on disk."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._shards = [torch.empty(shard.size, dtype=torch.uint8) for shard in plan.shards]
+
+    def write(self, shard: int, offset: int, data: memoryview) -> None:
+        """Write bytes at their final place."""
+        self._shards[shard].numpy().data[offset : offset + data.nbytes] = data.cast("B")
+
+    def tensor(self, shard: int, offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor that lies in a shard; it shares the shard's memory."""
+        return self._shards[shard][offset : offset + nbytes].view(dtype).view(shape)
+
+
+def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
+    """Carry out a plan without writing anything.
+
+    Args:
+        plan: From `build_plan`.
+        allow_nonfinite: Merge NaN and infinity instead of refusing them.
+
+    Returns:
+        The tensors by name, on the CPU, bit for bit what `run_plan` would write.
+
+    Raises:
+        CheckpointError: An input is damaged, not finite, or integer buffers differ.
+    """
+    memory = _Memory(plan)
+    devices = resolve_devices(plan.device)
+    kernels = [KernelCache(plan, device, check_finite=not allow_nonfinite) for device in devices]
+    schedule = Schedule(
+        make_groups(plan),
+        lambda group: start_group(group, kernels[0]),
+        whole_model=plan.whole_model,
+        finished={},
+    )
+    if plan.compiled:
+        prepare_compiler_cache()
+
+    def done(state: GroupState, task: Task, result: Done) -> None:
+        schedule.done(state, task, result.sums)
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Reader() as reader:
+            contexts = [
+                Context(reader, memory, device, lambda *_: None, lambda: schedule.stopping, allow_nonfinite)
+                for device in devices
+            ]
+            work_on_threads(schedule, contexts, kernels, plan.workers, done)
+    finally:
+        torch.set_num_threads(threads_before)
+    if schedule.error is not None:
+        raise schedule.error
+    return {
+        t.name: memory.tensor(t.shard, t.offset, t.nbytes, getattr(torch, t.dtype.name), t.shape) for t in plan.tensors
+    }
