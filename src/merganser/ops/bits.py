@@ -1,0 +1,68 @@
+"""Flags and small whole numbers, packed into bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# eight bytes of 0 or 1, as one little-endian number, times this have their eight bits in the highest byte
+_GATHER = sum(1 << (56 - 7 * k) for k in range(8))
+
+
+def packed_size(count: int, bits: int = 1) -> int:
+    """Return how many bytes so many numbers of so many bits take."""
+    return -(-count * bits // 8)
+
+
+def pack_flags(flags: Tensor) -> Tensor:
+    """Pack flags 8 to a byte, the first in the lowest bit; the last byte is filled with 0.
+
+    Args:
+        flags: Any shape, bool.
+
+    Returns:
+        Shape [ceil(size / 8)], uint8.
+    """
+    count = flags.numel()
+    padded = torch.zeros(8 * packed_size(count), dtype=torch.uint8, device=flags.device)
+    padded[:count] = flags.reshape(-1)
+    return ((padded.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+
+
+def unpack_flags(packed: Tensor, count: int) -> Tensor:
+    """Return the first `count` flags that `pack_flags` packed, flat, bool."""
+    codes = torch.arange(256, device=packed.device)
+    table = sum(((codes >> k) & 1) << (8 * k) for k in range(8))
+    assert isinstance(table, Tensor)
+    return table[packed.to(torch.int64)].view(torch.uint8)[:count].view(torch.bool)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack whole numbers from 0 to 2^bits - 1, the first in the lowest bits.
+
+    Args:
+        codes: Any shape, any type of whole numbers.
+        bits: 1, 2, 4, 8 or 16.
+
+    Returns:
+        Shape [ceil(size * bits / 8)], uint8.
+    """
+    flat = codes.reshape(-1).to(torch.int32)
+    if bits == 16:
+        return torch.stack([flat & 255, flat >> 8], dim=1).reshape(-1).to(torch.uint8)
+    share = 8 // bits
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % share)).view(-1, share)
+    packed = padded[:, 0]
+    for k in range(1, share):
+        packed = packed | (padded[:, k] << (k * bits))
+    return packed.to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Return the first `count` numbers that `pack_codes` packed, flat, int32."""
+    wide = packed.to(torch.int32)
+    if bits == 16:
+        low, high = wide.view(-1, 2).unbind(dim=1)
+        return (low | (high << 8))[:count]
+    columns = [(wide >> (k * bits)) & ((1 << bits) - 1) for k in range(8 // bits)]
+    return torch.stack(columns, dim=1).reshape(-1)[:count]

@@ -1,0 +1,105 @@
+"""What a merge method stores beside the shared model, and how a task's own tensors come back from it.
+
+A sidecar method is a merge method whose result, the shared model, is only half of the output. The other half is
+declared with it:
+
+    @merge_method(family="sidecars", cite="...", sidecar=Sidecar(parts, encode, decode))
+
+The three functions take by name what they need, as measures do:
+
+    base, merged      blocks of the base and of the shared model as it was written, in the compute dtype
+    models            the models, for `encode`; each is read when it is asked for, so ask once
+    shape, n_models   for `parts`
+    NAME              a parameter, a statistic, and for `decode` a part: that of the task that is restored
+
+Keyword-only names of `encode` are parameters of the recipe, like those of the method itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from .ops.bits import packed_size
+
+if TYPE_CHECKING:
+    from .method import Statistic, When
+
+Encoded = Mapping[str, Tensor | Sequence[Tensor]]
+"""Parts by name: a tensor for a shared part, one tensor per model for the others."""
+
+Kept = Literal["own", "merged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor that is stored for a tensor of the model.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype, by torch's name; None for that of the tensor in the task's model (in the shared model, for a
+            shared part), to which the engine rounds it.
+        shared: Whether it is stored once for all tasks, and not for each.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    shared: bool = False
+
+
+def packed(count: int, bits: int = 1) -> Part:
+    """Declare a part of so many numbers of so many bits, packed into bytes as `ops.pack_flags` does."""
+    return Part((packed_size(count, bits),), "uint8")
+
+
+@dataclass(frozen=True, slots=True)
+class Lossless:
+    """Settings with which restoring gives the models back, to rounding.
+
+    Args:
+        parameters: Their values, by their names in recipes.
+        models: With how many models; None for any number.
+    """
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    models: int | None = None
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What is stored for the tasks, and how it is made and read.
+
+    Args:
+        parts: Returns the parts of a block of that shape, by name. It sees headers only, so that sizes and places are
+            known before anything is read. The parts of a tensor are those of its blocks, one behind the other.
+        encode: Returns the parts of a block, from the models and the shared model.
+        decode: Returns a task's block from its parts.
+        scope: What one call sees, as for methods: single elements (flat blocks of a multiple of 8 elements), whole rows
+            (a multiple of 8 rows), or the whole tensor.
+        statistics: Measured beforehand as those of methods are, with `merged` at hand, too; one number per model, shape
+            [T]. They are stored for each task under their names, float64, and handed to `decode`.
+        base: Says from the parameters that it names whether restoring takes the base; by default it does where `decode`
+            names it.
+        matrices: Whether only matrices of the layers are treated. The method then has a parameter `others`, which says
+            what stands for the other tensors: "own" (stored for each task as they are) or "merged" (the shared
+            model's, nothing is stored).
+        lossless: Settings that give the models back; None where none does.
+    """
+
+    parts: Callable[..., Mapping[str, Part]]
+    encode: Callable[..., Encoded]
+    decode: Callable[..., Tensor]
+    scope: Literal["element", "row", "tensor"] = "element"
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    base: When = None
+    matrices: bool = False
+    lossless: Lossless | None = None
+
+
+def numel(shape: Sequence[int]) -> int:
+    """Return the number of elements of a block of that shape."""
+    return math.prod(shape)
