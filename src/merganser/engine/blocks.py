@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..method import MergeMethod
 from ..ops.random import keys
-from .kernels import Kernels, Values
+from .kernels import Block, Kernels, Values
 
 BLOCK = 1 << 19
 """Elements of a block, at most, on a CPU (a row or a whole tensor may be larger where the method needs it)."""
@@ -216,7 +216,7 @@ class TensorRun:
         models: Sequence[Tensor],
     ) -> tuple[Tensor, bool]:
         """Measure one block, on the CPU afterwards; also say whether it is finite."""
-        measured, finite = self.kernels.measure(name, index, *self._arguments(known, range_, base, models))
+        measured, finite = self.kernels.measure(name, index, self._block(known, range_, base, models))
         return measured.cpu(), bool(finite)
 
     def total(self, parts: Iterator[tuple[Tensor, bool]]) -> Tensor:
@@ -242,17 +242,17 @@ class TensorRun:
         self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
     ) -> tuple[Tensor, bool]:
         """Merge one block, flat; also say whether the inputs and the result are finite."""
-        merged, finite = self.kernels.combine(*self._arguments(known, range_, base, models))
+        merged, finite = self.kernels.combine(self._block(known, range_, base, models))
         return merged.reshape(-1), bool(finite)
 
-    def _arguments(
+    def _block(
         self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
-    ) -> tuple[Any, ...]:
+    ) -> Block:
         start, end = range_
         shape = block_shape(self.shape, self.kernels.method.scope, end - start)
         on_device = {name: self.kernels.to_device(value) for name, value in known.items()}
         offset = torch.tensor(start, dtype=torch.int64, device=self.kernels.device)
-        return (
+        return Block(
             None if base is None else base.reshape(shape),
             [model.reshape(shape) for model in models],
             self._numbers,

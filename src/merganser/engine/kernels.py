@@ -7,12 +7,13 @@ source is the same.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from ..method import MergeMethod, Statistic, takes
 from ..ops.random import Random
+from .ahead import Function, cache_folder, compile_ahead, known_sources
 
 # (kind, name, round): ("combine", "", 0) or ("measure", "cut", 1)
 _Phase = tuple[str, str, int]
+_Kernel = Callable[["Block"], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,52 @@ class Values:
         return cls(static, numbers)
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What a kernel is called with.
+
+    Args:
+        base: The block of the base, if the method takes one, in its dtype in the file.
+        models: The blocks of the other inputs.
+        numbers: Numeric parameters.
+        known: Solved statistics.
+        keys: Keys of random draws, from `ops.random.keys`.
+        offset: Index of the block's first element in the tensor, int64, 0-d.
+    """
+
+    base: Tensor | None
+    models: Sequence[Tensor]
+    numbers: Mapping[str, Tensor]
+    known: Mapping[str, Tensor]
+    keys: Tensor
+    offset: Tensor
+
+    def flat(self) -> list[Tensor]:
+        """Return all tensors, in a fixed order."""
+        inputs = [*self.models] if self.base is None else [self.base, *self.models]
+        return [*inputs, *self.numbers.values(), *self.known.values(), self.keys, self.offset]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Block:
+        """Return a block of the same structure, made of other tensors in the order of `flat`."""
+        left = iter(tensors)
+        base = None if self.base is None else next(left)
+        models = [next(left) for _ in self.models]
+        numbers = {name: next(left) for name in self.numbers}
+        return Block(base, models, numbers, {name: next(left) for name in self.known}, next(left), next(left))
+
+    @property
+    def names(self) -> list[Any]:
+        """Return what stands where in `flat`."""
+        return [self.base is not None, len(self.models), list(self.numbers), list(self.known)]
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """Return what a compiled kernel depends on, beside the sizes of the inputs."""
+        inputs = [*self.models] if self.base is None else [self.base, *self.models]
+        others = [*self.numbers.values(), *self.known.values(), self.keys]
+        return (*(x.dtype for x in inputs), inputs[0].dim(), *((x.dtype, x.shape) for x in others))
+
+
 @dataclass
 class Kernels:
     """The kernels of a method for one combination of static parameters and dtypes.
@@ -73,7 +122,9 @@ class Kernels:
     device: torch.device
     compiled: bool = False
     check_finite: bool = True
-    _functions: dict[_Phase, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    _functions: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    _fused: dict[Any, _Kernel] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @cached_property
     def statistics(self) -> list[tuple[str, Statistic, str]]:
@@ -88,20 +139,9 @@ class Kernels:
         """Return numeric parameters on the device."""
         return {name: value.to(self.device) for name, value in values.numbers.items()}
 
-    def measure(
-        self,
-        name: str,
-        index: int,
-        base: Tensor | None,
-        models: Sequence[Tensor],
-        numbers: Mapping[str, Tensor],
-        known: Mapping[str, Tensor],
-        keys: Tensor,
-        offset: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def measure(self, name: str, index: int, block: Block) -> tuple[Tensor, Tensor]:
         """Measure one block: round `index` of statistic `name`; also say whether the block is finite."""
-        function = self._function(("measure", name, index))
-        measured, finite = function(base, list(models), dict(numbers), dict(known), keys, offset)
+        measured, finite = self._run(("measure", name, index), block)
         tally = self.method.statistics[name].rounds[index].tally
         return (measured if tally is None else tally(measured)), finite
 
@@ -120,32 +160,51 @@ class Kernels:
         given = {**self.static, **values.numbers, **known}
         return solve(**{first: measured}, **{key: given[key] for key in rest})
 
-    def combine(
-        self,
-        base: Tensor | None,
-        models: Sequence[Tensor],
-        numbers: Mapping[str, Tensor],
-        known: Mapping[str, Tensor],
-        keys: Tensor,
-        offset: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def combine(self, block: Block) -> tuple[Tensor, Tensor]:
         """Merge one block; also say whether the inputs and the result are finite."""
-        function = self._function(("combine", "", 0))
-        result: tuple[Tensor, Tensor] = function(base, list(models), dict(numbers), dict(known), keys, offset)
-        return result
+        return self._run(("combine", "", 0), block)
 
     def to_device(self, solved: Tensor) -> Tensor:
         """Move a solved statistic to where kernels take it: floats in the compute dtype, integers as they are."""
         return solved.to(self.device, self.compute) if solved.is_floating_point() else solved.to(self.device)
 
+    def _run(self, phase: _Phase, block: Block) -> tuple[Tensor, Tensor]:
+        # a single row or column is another thing to a compiler
+        if not self.compiled or min(block.models[0].shape, default=0) < 2:
+            return _on_block(self._function(phase))(block)
+        form = (phase, *block.form)
+        with self._lock:
+            if form not in self._fused:
+                self._fused[form] = self._fuse(phase, block)
+        return self._fused[form](block)
+
+    def _fuse(self, phase: _Phase, block: Block) -> _Kernel:
+        """Compile a kernel for blocks of one form: ahead of time if that can be done, else just in time."""
+        function = _on_block(self._function(phase))
+        if self.device.type == "cpu" and known_sources(inspect.getsourcefile(self.method.combine)):
+            identity = [self.method.name, phase, self.static, self.compute, self.output, self.check_finite, block.names]
+            n_inputs = len(block.models) + (block.base is not None)
+            flat = block.flat()
+            library = compile_ahead(
+                lambda tensors: function(block.rebuild(tensors)),
+                identity,
+                flat,
+                [True] * n_inputs + [False] * (len(flat) - n_inputs),
+            )
+            if library is not None:
+                return partial(_on_tensors, library)
+        name = ("compiled", *phase)
+        if name not in self._functions:
+            self._functions[name] = _compile(self._function(phase))
+        return _on_block(self._functions[name])
+
     def _function(self, phase: _Phase) -> Callable[..., Any]:
         if phase not in self._functions:
             kind, name, index = phase
             if kind == "combine":
-                function = self._call(self.method.combine, round_to=self.output)
+                self._functions[phase] = self._call(self.method.combine, round_to=self.output)
             else:
-                function = self._call(self.method.statistics[name].rounds[index].measure, round_to=None)
-            self._functions[phase] = _compile(function) if self.compiled else function
+                self._functions[phase] = self._call(self.method.statistics[name].rounds[index].measure, round_to=None)
         return self._functions[phase]
 
     def _call(self, function: Callable[..., Tensor], *, round_to: torch.dtype | None) -> Callable[..., Any]:
@@ -189,6 +248,19 @@ def _overflow(dtype: torch.dtype) -> float:
     return found.max + found.max / (2 / found.eps - 1) / 2
 
 
+def _on_tensors(kernel: Function, block: Block) -> tuple[Tensor, Tensor]:
+    """Hand a block to a kernel of flat arguments."""
+    result, finite = kernel(block.flat())
+    return result, finite
+
+
+def _on_block(kernel: Callable[..., tuple[Tensor, Tensor]]) -> _Kernel:
+    """Spread a block to the arguments of a kernel."""
+    return lambda block: kernel(
+        block.base, list(block.models), dict(block.numbers), dict(block.known), block.keys, block.offset
+    )
+
+
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Fuse a kernel: one thread per call (the engine runs several calls at once), without holding Python's lock."""
     return torch.compile(
@@ -201,5 +273,4 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def prepare_compiler_cache() -> None:
     """Keep compiled kernels under the user's cache folder, unless the user chose another place."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "merganser" / "compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
