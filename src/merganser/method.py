@@ -21,120 +21,62 @@ block, a 0-d one (`weight[i]`) does not widen it. Flags, counts and choices arri
 from __future__ import annotations
 
 import inspect
-import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 
 from .docstring import Docstring, parse_docstring
 from .errors import ParameterError, did_you_mean
+from .parameter import (
+    Count,
+    Embeddings,
+    Fraction,
+    NonNegative,
+    Number,
+    Others,
+    Parameter,
+    PerModel,
+    Positive,
+    Scale,
+    Weight,
+    default,
+    read_parameter,
+)
+
+if TYPE_CHECKING:
+    from .sidecar import Sidecar
+
+__all__ = [
+    "Count",
+    "Embeddings",
+    "Fraction",
+    "Law",
+    "MergeMethod",
+    "NonNegative",
+    "Number",
+    "Others",
+    "Parameter",
+    "PerModel",
+    "Positive",
+    "Round",
+    "Scale",
+    "Scope",
+    "Statistic",
+    "Weight",
+    "When",
+    "applies",
+    "default",
+    "merge_method",
+    "statistic",
+    "takes",
+    "taking",
+]
 
 T = TypeVar("T")
 When = str | Callable[..., bool] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """Range of a numeric parameter.
-
-    Args:
-        low: Smallest allowed value.
-        high: Largest allowed value.
-        open: Whether the ends themselves are not allowed.
-        search: Interval that a search explores by default.
-    """
-
-    low: float = -math.inf
-    high: float = math.inf
-    open: bool = False
-    search: tuple[float, float] | None = None
-
-    def __contains__(self, value: float) -> bool:
-        if self.open:
-            return self.low < value < self.high
-        return self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        if math.isinf(self.low) and math.isinf(self.high):
-            return "any finite number"
-        if math.isinf(self.high):
-            return f"a number {'above' if self.open else 'of at least'} {self.low:g}"
-        return f"a number between {self.low:g} and {self.high:g}{', both excluded' if self.open else ''}"
-
-
-PER_MODEL = "one value per model"
-
-Weight = Annotated[Tensor, Number(search=(0.0, 1.0))]
-Scale = Annotated[Tensor, Number(search=(0.0, 2.0))]
-Fraction = Annotated[Tensor, Number(0.0, 1.0, search=(0.05, 1.0))]
-NonNegative = Annotated[Tensor, Number(0.0)]
-Positive = Annotated[Tensor, Number(0.0, open=True)]
-Count = Annotated[int, Number(1)]
-PerModel = Annotated[T, PER_MODEL]
-
-
-def default(value: float) -> Any:
-    """Give a numeric parameter its default; for a `PerModel` parameter, the default of each model."""
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """A setting of a merge method, as the recipe writes it."""
-
-    name: str
-    kind: Literal["number", "integer", "flag", "choice"]
-    per_model: bool
-    required: bool
-    default: Any
-    range: Number | None
-    choices: tuple[str, ...]
-    help: str
-
-    @property
-    def argument(self) -> str:
-        """Name of the keyword argument (`lambda_` for `lambda`)."""
-        return f"{self.name}_" if self.name == "lambda" else self.name
-
-    @property
-    def allowed(self) -> str:
-        """What a value may be, in words."""
-        if self.kind == "flag":
-            return "true or false"
-        if self.kind == "choice":
-            return "one of " + ", ".join(self.choices)
-        return str(self.range).replace("a number", "a whole number") if self.kind == "integer" else str(self.range)
-
-    def check(self, value: object, where: str) -> Any:
-        """Return `value` in the parameter's type.
-
-        Args:
-            value: One scalar from the recipe.
-            where: Start of the message: the place in the recipe.
-
-        Raises:
-            ParameterError: `value` has the wrong type or is out of range.
-        """
-        wrong = ParameterError(f"{where}: {self.name} must be {self.allowed}, got {value!r}")
-        if self.kind == "flag":
-            # mergekit recipes write flags as numbers, too
-            if value not in (True, False) or isinstance(value, str):
-                raise wrong
-            return bool(value)
-        if self.kind == "choice":
-            if value not in self.choices:
-                raise ParameterError(f"{wrong}.{did_you_mean(str(value), self.choices)}")
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise wrong
-        if self.kind == "integer" and value != int(value):
-            raise wrong
-        if self.range is not None and value not in self.range:
-            raise wrong
-        return int(value) if self.kind == "integer" else float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +117,7 @@ class Statistic:
         Args:
             parameters: All parameters of the tensor, by their names in recipes.
         """
-        if self.when is None or isinstance(self.when, str):
-            return self.when is None or bool(parameters[self.when])
-        return self.when(**{name: parameters[name.rstrip("_")] for name in takes(self.when)})
+        return applies(self.when, parameters)
 
 
 def statistic(
@@ -185,6 +125,13 @@ def statistic(
 ) -> Statistic:
     """Declare a statistic of one pass."""
     return Statistic((Round(measure, solve),), over=over, when=when)
+
+
+def applies(when: When, parameters: Mapping[str, Any]) -> bool:
+    """Say whether a condition holds for these parameters, given by their names in recipes; None always does."""
+    if when is None or isinstance(when, str):
+        return when is None or bool(parameters[when])
+    return when(**{name: parameters[name.rstrip("_")] for name in takes(when)})
 
 
 def takes(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -205,7 +152,11 @@ def taking(*names: str) -> Callable[[T], T]:
 Law = Literal["identical", "zero_delta", "order", "differs"]
 
 
-@dataclass(frozen=True)
+Scope = Literal["element", "row", "tensor", "matrix"]
+
+
+# as a key: one object per method
+@dataclass(frozen=True, eq=False)
 class MergeMethod:
     """A registered merge method: the function, and what its signature says about it."""
 
@@ -215,7 +166,7 @@ class MergeMethod:
     parameters: Mapping[str, Parameter]
     family: str
     cite: str
-    scope: Literal["element", "row", "tensor"]
+    scope: Scope
     base: Literal["required", "optional", "unused"]
     min_models: int
     max_models: int | None
@@ -225,6 +176,7 @@ class MergeMethod:
     compat: Mapping[str, Any]
     no_effect: Mapping[str, str]
     validate: Callable[[Mapping[str, Any]], str | None] | None
+    sidecar: Sidecar | None
     doc: Docstring = field(repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -268,7 +220,7 @@ def merge_method(
     *,
     family: str,
     cite: str,
-    scope: Literal["element", "row", "tensor"] = "element",
+    scope: Scope = "element",
     models: tuple[int, int | None] = (1, None),
     statistics: Mapping[str, Statistic] | None = None,
     version: int = 1,
@@ -277,6 +229,7 @@ def merge_method(
     compat: Mapping[str, Any] | None = None,
     no_effect: Mapping[str, str] | None = None,
     validate: Callable[[Mapping[str, Any]], str | None] | None = None,
+    sidecar: Sidecar | None = None,
 ) -> Callable[[Callable[..., Tensor]], MergeMethod]:
     """Make a merge method of a function.
 
@@ -284,7 +237,8 @@ def merge_method(
         family: Group in the index of methods.
         cite: Key in `references.bib`, or "-" where no publication exists.
         scope: What one call must see: single elements (flat blocks of any length), whole rows (blocks of shape
-            [rows, columns], a row being all weights of one output unit), or the whole tensor in its own shape.
+            [rows, columns], a row being all weights of one output unit), the whole tensor in its own shape, or one
+            whole weight matrix (see below).
         models: Least and largest number of models beside the base (None: no limit).
         statistics: Measured beforehand, by the name under which the function takes them, in this order; each may use
             those before it.
@@ -295,23 +249,36 @@ def merge_method(
         no_effect: Parameters that mergekit accepts here without using them, each with a word of explanation.
         validate: Looks at all parameters of a tensor together, by their names in recipes (per-model ones as tuples);
             returns a complaint or None.
+        sidecar: What is stored for each model beside the result; what its `encode` declares are parameters, too.
+
+    A method of scope "matrix" gets the matrices of the model one by one, shape [rows, columns]: 2-D tensors that
+    multiply what comes in, and the experts of a packed tensor [experts, rows, columns]. What becomes of all other
+    tensors, its parameters `others: Others` and `embeddings: Embeddings` say, which it declares and does not read. It
+    takes a base. Its statistics are over the model (what it needs of a matrix it has at hand), and count the matrices
+    alone. It is never fused.
+
+    Raises:
+        TypeError: The declaration contradicts itself, or the docstring does not describe a parameter.
     """
 
     def decorate(function: Callable[..., Tensor]) -> MergeMethod:
         doc = parse_docstring(function.__doc__ or "")
         hints = typing.get_type_hints(function, include_extras=True)
         signature = inspect.signature(function).parameters
-        parameters = [
-            _parameter(p, hints[p.name], doc) for p in signature.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
-        ]
+        parameters = _parameters([function] if sidecar is None else [function, sidecar.encode], doc)
         base = "unused"
         if "base" in signature:
             base = "optional" if type(None) in typing.get_args(hints["base"]) else "required"
+        complaint = _matrix_complaint(scope, hints, base, statistics or {})
+        if sidecar is not None:
+            complaint = complaint or sidecar.complaint(parameters, scope, base)
+        if complaint:
+            raise TypeError(f"{function.__name__}: {complaint}")
         return MergeMethod(
             name=function.__name__,
             combine=function,
             statistics=dict(statistics or {}),
-            parameters={p.name: p for p in parameters},
+            parameters=parameters,
             family=family,
             cite=cite,
             scope=scope,
@@ -319,43 +286,42 @@ def merge_method(
             min_models=models[0],
             max_models=models[1],
             version=version,
-            fuse=fuse,
+            fuse=fuse and scope != "matrix",
             breaks=dict(breaks or {}),
             compat=dict(compat or {}),
             no_effect=dict(no_effect or {}),
             validate=validate,
+            sidecar=sidecar,
             doc=doc,
         )
 
     return decorate
 
 
-def _parameter(declared: inspect.Parameter, hint: Any, doc: Docstring) -> Parameter:
-    """Read a parameter from its annotation."""
-    name = declared.name.rstrip("_")
-    required = declared.default is inspect.Parameter.empty
-    notes: tuple[Any, ...] = ()
-    if typing.get_origin(hint) is Annotated:
-        hint, *rest = typing.get_args(hint)
-        notes = tuple(rest)
-    kinds: dict[Any, Literal["number", "integer", "flag"]] = {bool: "flag", int: "integer", Tensor: "number"}
-    choices: tuple[str, ...] = ()
-    kind: Literal["number", "integer", "flag", "choice"]
-    if typing.get_origin(hint) is Literal:
-        kind, choices = "choice", typing.get_args(hint)
-    elif hint in kinds:
-        kind = kinds[hint]
-    else:
-        raise TypeError(f"parameter {name!r}: annotate it with Weight, Fraction, ..., Count, bool or Literal[...]")
-    if declared.name not in doc.args:
-        raise TypeError(f"parameter {name!r} is missing from the docstring's Args")
-    return Parameter(
-        name=name,
-        kind=kind,
-        per_model=PER_MODEL in notes,
-        required=required,
-        default=None if required else declared.default,
-        range=next((note for note in notes if isinstance(note, Number)), None),
-        choices=choices,
-        help=doc.args[declared.name],
-    )
+def _parameters(functions: Sequence[Callable[..., Any]], doc: Docstring) -> dict[str, Parameter]:
+    """Read the parameters that functions declare, by name; of two of one name the first counts."""
+    found: dict[str, Parameter] = {}
+    for function in functions:
+        hints = typing.get_type_hints(function, include_extras=True)
+        for declared in inspect.signature(function).parameters.values():
+            if declared.kind is inspect.Parameter.KEYWORD_ONLY:
+                parameter = read_parameter(declared, hints[declared.name], doc)
+                found.setdefault(parameter.name, parameter)
+    return found
+
+
+def _matrix_complaint(
+    scope: Scope, hints: Mapping[str, Any], base: str, statistics: Mapping[str, Statistic]
+) -> str | None:
+    """Say what a method of scope "matrix" lacks, or what another one has that only such a method may have."""
+    common = {"others": Others, "embeddings": Embeddings}
+    declared = {name for name, hint in common.items() if hints.get(name) == hint}
+    if scope != "matrix":
+        odd = ", ".join(sorted(declared))
+        return f"the parameters {odd} say something only where the scope is 'matrix'" if declared else None
+    if declared != common.keys():
+        return "scope 'matrix' needs the parameters `others: Others` and `embeddings: Embeddings`"
+    if base != "required":
+        return "scope 'matrix' needs `base: Tensor`, since tensors that are not matrices are merged as task vectors"
+    other = next((name for name, statistic in statistics.items() if statistic.over != "model"), None)
+    return f"a method of scope 'matrix' has whole matrices at hand; let it compute {other} itself" if other else None

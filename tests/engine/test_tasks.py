@@ -74,8 +74,8 @@ def test_workers_fit_the_memory(tmp_path):
     recipe = make_recipe("linear", paths, parameters={"weight": 1})
     roomy = plan(recipe, threads=4, max_memory=4 * 10**9)
     assert roomy.workers == 4
-    one = memory.estimate_memory(roomy.method, roomy.tensors, 1, False)
-    four = memory.estimate_memory(roomy.method, roomy.tensors, 4, False)
+    one = memory.estimate_memory(roomy.tensors, 1, False)
+    four = memory.estimate_memory(roomy.tensors, 4, False)
     assert 0 < one < four == roomy.peak_memory
     assert plan(recipe, threads=4, max_memory=four).workers == 4
     assert plan(recipe, threads=4, max_memory=four - 1).workers == 3
@@ -95,7 +95,7 @@ def test_a_method_that_needs_whole_tensors_says_which_is_too_large(tmp_path, mon
     monkeypatch.setattr("merganser.registry.get_method", lambda name: whole)
     recipe = make_recipe("linear", sparse(tmp_path, 2, SHAPES))
     roomy = plan(recipe, max_memory=10**11, threads=3)
-    one = memory.estimate_memory(whole, roomy.tensors, 1, False)
+    one = memory.estimate_memory(roomy.tensors, 1, False)
     # two inputs and an output of 2 bytes, and their float32 copies
     assert one > 32000 * 2048 * (3 * 2 + 3 * 4)
     expected = r"its largest tensor is model\.embed_tokens\.weight \[32000, 2048\]"

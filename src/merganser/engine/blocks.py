@@ -18,6 +18,7 @@ from ..errors import NonFiniteError
 from ..method import MergeMethod
 from ..ops.random import keys
 from .kernels import Block, Kernels, Values
+from .treatment import treat
 
 BLOCK = 1 << 19
 """Elements of a block, at most, on a CPU (a row or a whole tensor may be larger where the method needs it)."""
@@ -35,8 +36,8 @@ def block_ranges(shape: Sequence[int], scope: str, block: int = BLOCK) -> Iterat
 
     Args:
         shape: Shape of the tensor.
-        scope: "element", "row" or "tensor", as in the method.
-        block: Elements of a block, at most; a row or tensor that the scope needs whole may be larger.
+        scope: "element", "row", "tensor" or "matrix", as in the method.
+        block: Elements of a block, at most; a row, tensor or matrix that the scope needs whole may be larger.
 
     Yields:
         First element and end of each block.
@@ -53,6 +54,8 @@ def block_step(shape: Sequence[int], scope: str, block: int = BLOCK) -> int:
     step = max(block // max(columns, 1), 1) * columns
     if scope == "tensor":
         step = math.prod(shape)
+    elif scope == "matrix":
+        step = math.prod(shape[-2:])
     elif scope == "element" and columns > block:
         step = block
     return max(step, 1)
@@ -62,6 +65,8 @@ def block_shape(shape: Sequence[int], scope: str, size: int) -> tuple[int, ...]:
     """Return the shape in which a block of `size` elements is handed to the method."""
     if scope == "tensor":
         return tuple(shape)
+    if scope == "matrix":
+        return tuple(shape[-2:])
     if scope == "row":
         columns = matrix_shape(shape)[1]
         return (size // columns if columns else 0, columns)
@@ -75,6 +80,7 @@ def merge_tensors(
     parameters: Mapping[str, Any] | None = None,
     *,
     name: str = "tensor",
+    role: str | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     compute: torch.dtype | None = None,
@@ -90,6 +96,8 @@ def merge_tensors(
         models: The other tensors, of the same shape, on the same device.
         parameters: Values by the names that recipes use; a single value of a per-model parameter counts for all.
         name: Name of the tensor: part of the key of random draws.
+        role: What the tensor does ("attention", "embedding", ...), for methods that treat matrices; by default what
+            has two dimensions is a matrix.
         seed: Seed of random draws.
         dtype: Dtype of the result; by default what the inputs promote to.
         compute: Dtype of the arithmetic; by default float32, or float64 if an input or `dtype` is.
@@ -105,15 +113,17 @@ def merge_tensors(
         NonFiniteError: An input holds NaN or infinity, or the result overflows `dtype`.
         ValueError: Shapes or devices differ, or the number of models does not suit the method.
     """
-    inputs = [*models] if base is None else [base, *models]
     _check_inputs(method, base, models)
-    dtypes = [tensor.dtype for tensor in inputs]
+    dtypes = [tensor.dtype for tensor in (*models, *([] if base is None else [base]))]
     dtype = dtype or reduce(torch.promote_types, dtypes)
     compute = compute or (torch.float64 if torch.float64 in (dtype, *dtypes) else torch.float32)
-    values = Values.of(method, fill(method, parameters or {}, len(models)))
-    device = inputs[0].device
-    kernels = Kernels(method, values.static, compute, dtype, device, compiled, not allow_nonfinite)
-    shape = tuple(inputs[0].shape)
+    shape, device = tuple(models[0].shape), models[0].device
+    filled = fill(method, parameters or {}, len(models))
+    treatment = treat(method, filled, name=name, shape=shape, role=role, n_models=len(models))
+    method, values = treatment.method, Values.of(treatment.method, treatment.parameters)
+    base, models = treatment.inputs(base, models)
+    inputs = [*models] if base is None else [base, *models]
+    kernels = Kernels(method, values.static, compute, dtype, device, compiled and method.fuse, not allow_nonfinite)
     run = TensorRun(kernels, values, shape, keys(seed, name, len(models)), block)
     if not run.ranges:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -7,9 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..errors import MemoryLimitError
 from ..method import MergeMethod
-from .blocks import BLOCK, block_step
+from .blocks import BLOCK, block_shape, block_step
+from .peak import peak_per_element
 
 if TYPE_CHECKING:
     from .plan import PlannedTensor
@@ -28,45 +31,76 @@ def default_memory() -> int:
     return max(min(total // 4, 4_000_000_000), 1_000_000_000)
 
 
-def fit_workers(method: MergeMethod, tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int) -> int:
+def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int) -> int:
     """Return how many workers, at most `wanted`, stay within a memory limit.
 
     Raises:
         MemoryLimitError: Not even one does.
     """
-    needed = estimate_memory(method, tensors, 1, compiled)
+    needed = estimate_memory(tensors, 1, compiled)
     if needed > limit:
-        largest = max(tensors, key=lambda tensor: tensor.size)
+        largest = max(tensors, key=lambda tensor: (_held(tensor, compiled), tensor.size))
         raise MemoryLimitError(
-            f"--max-memory: {method.name} needs {needed / 1e6:.0f} MB for this merge, {limit / 1e6:.0f} MB are allowed; "
-            f"its largest tensor is {largest.name} {list(largest.shape)}"
+            f"--max-memory: {largest.method.name} needs {needed / 1e6:.0f} MB for this merge, {limit / 1e6:.0f} MB are "
+            f"allowed; its largest tensor is {largest.name} {list(largest.shape)}"
         )
-    further = max(estimate_memory(method, tensors, 2, compiled) - needed, 1)
+    further = max(estimate_memory(tensors, 2, compiled) - needed, 1)
     return min(1 + (limit - needed) // further, wanted)
 
 
-def estimate_memory(method: MergeMethod, tensors: Sequence[PlannedTensor], workers: int, compiled: bool) -> int:
+def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, compiled: bool) -> int:
     """Estimate the largest resident memory of a run, bytes: within a quarter of what was measured for our methods."""
-    plain = method.scope == "element" and not method.statistics and not method.random
     largest = small = bundle = 0
     for tensor in tensors:
-        size = math.prod(tensor.shape)
-        block = size if tensor.copy else min(block_step(tensor.shape, method.scope), size)
-        raw, eager = _bytes_per_element(tensor, plain)
-        largest = max(largest, block * (raw if compiled and block >= BLOCK // 2 else raw + eager))
-        if block == size:
-            small += size
+        largest = max(largest, _held(tensor, compiled))
+        if _block(tensor) == tensor.size:
+            small += tensor.size
             # what is measured for the record, in float64; plain methods merge a bundle as one block
-            bundle = max(bundle, raw + max(8 * (len(tensor.inputs) + 2), eager if plain else 0))
+            eager = _eager(tensor) if _plain(tensor.method) else 0
+            bundle = max(bundle, _raw(tensor) + max(8 * (len(tensor.inputs) + 2), eager))
     # small tensors are worked on in bundles of a block's elements, at most
     needed = max(largest, min(small, BLOCK) * bundle)
     return _PYTHON_AND_TORCH + (_COMPILER if compiled else 0) + workers * needed
 
 
-def _bytes_per_element(tensor: PlannedTensor, plain: bool) -> tuple[int, int]:
-    """Return what an element takes as it lies in the files, and what eager arithmetic adds, as measured."""
-    raw = sum(t.dtype.itemsize for t in tensor.inputs) + tensor.dtype.itemsize
+def _held(tensor: PlannedTensor, compiled: bool) -> int:
+    """Return what a worker holds while it works on a tensor, bytes: one block, in and out, and the arithmetic."""
+    block = _block(tensor)
+    raw = _raw(tensor)
+    if tensor.method.scope in ("tensor", "matrix") and not tensor.copy and block:
+        return math.ceil(block * (raw + _probed(tensor)))
+    return block * (raw if compiled and block >= BLOCK // 2 else raw + _eager(tensor))
+
+
+def _block(tensor: PlannedTensor) -> int:
+    return tensor.size if tensor.copy else min(block_step(tensor.shape, tensor.method.scope), tensor.size)
+
+
+def _plain(method: MergeMethod) -> bool:
+    return method.scope == "element" and not method.statistics and not method.random
+
+
+def _raw(tensor: PlannedTensor) -> int:
+    """Return what an element takes as it lies in the files, bytes."""
+    return sum(t.dtype.itemsize for t in tensor.inputs) + tensor.dtype.itemsize
+
+
+def _eager(tensor: PlannedTensor) -> int:
+    """Return what eager arithmetic on small blocks adds to an element, bytes, as measured."""
     n = len(tensor.inputs)
-    eager = 12 * n + 50 if plain else 24 * n + 70
+    eager = 12 * n + 50 if _plain(tensor.method) else 24 * n + 70
     wide = "float64" in (tensor.dtype.name, *(t.dtype.name for t in tensor.inputs))
-    return raw, eager * (2 if wide else 1)
+    return eager * (2 if wide else 1)
+
+
+def _probed(tensor: PlannedTensor) -> float:
+    """Return what a method for whole tensors adds to an element, bytes, as it does on small ones."""
+    shape = block_shape(tensor.shape, tensor.method.scope, tensor.size)
+    return peak_per_element(
+        tensor.method,
+        tensor.parameters,
+        shape,
+        [getattr(torch, source.dtype.name) for source in tensor.inputs],
+        getattr(torch, tensor.dtype.name),
+        with_base=tensor.base is not None,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from .blocks import block_step
 from .devices import has_compiler, resolve_devices
 from .memory import default_memory, estimate_memory, fit_workers
 from .sidefiles import chat_template, code_warnings, side_files
+from .treatment import Treatment, treat
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +41,10 @@ class PlannedTensor:
         dtype: Dtype in the output.
         shape: Shape.
         copy: True for integers: all inputs must be equal, and are copied.
+        method: Merges it: the plan's method, or another one for what that does not treat.
         base: The base's tensor, where the method takes one.
         models: The other inputs, in the order of the recipe.
-        parameters: Resolved values by their names in recipes.
+        parameters: Resolved values of its method, by their names in recipes.
         layer: Layer in the output, if in a layer.
         role: What the tensor does ("attention", "norm", ...).
         shard: Index of the shard that holds it.
@@ -53,6 +56,7 @@ class PlannedTensor:
     dtype: DType
     shape: tuple[int, ...]
     copy: bool
+    method: MergeMethod
     base: TensorInfo | None
     models: tuple[TensorInfo, ...]
     parameters: Mapping[str, Any]
@@ -76,6 +80,22 @@ class PlannedTensor:
     def nbytes_read(self) -> int:
         """Size of the inputs, bytes."""
         return sum(tensor.nbytes for tensor in self.inputs)
+
+    @property
+    def passes(self) -> int:
+        """How often the inputs are looked at: once per measuring round, once to combine."""
+        if self.copy:
+            return 1
+        statistics = self.method.statistics.values()
+        return 1 + sum(len(statistic.rounds) for statistic in statistics if statistic.wanted(self.parameters))
+
+    @property
+    def over_model(self) -> bool:
+        """Whether it takes part in something that is measured over the whole model."""
+        return not self.copy and any(
+            statistic.wanted(self.parameters) and self.parameters.get(statistic.over, statistic.over) == "model"
+            for statistic in self.method.statistics.values()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,31 +139,33 @@ class Plan:
     differences: Sequence[str] = field(default_factory=list)
 
     @cached_property
-    def settings(self) -> list[Mapping[str, Any]]:
-        """Every distinct set of parameters."""
-        return list({id(t.parameters): t.parameters for t in self.tensors if not t.copy}.values())
+    def settings(self) -> list[PlannedTensor]:
+        """One tensor for every distinct set of parameters."""
+        return list({id(t.parameters): t for t in self.tensors if not t.copy}.values())
+
+    @cached_property
+    def methods(self) -> dict[MergeMethod, int]:
+        """The methods at work, and how many tensors each merges: the recipe's first, then those for the rest."""
+        counts = Counter(t.method for t in self.tensors if not t.copy)
+        return {self.method: counts.pop(self.method, 0), **counts}
 
     @cached_property
     def passes(self) -> int:
         """How often inputs are read, at most: once per measuring round, once to combine."""
-        return max((self._passes(parameters) for parameters in self.settings), default=1)
+        return max((t.passes for t in self.settings), default=1)
 
     @cached_property
     def whole_model(self) -> bool:
         """Whether something is measured over the whole model before the first tensor is merged."""
-        return any(
-            statistic.wanted(parameters) and parameters.get(statistic.over, statistic.over) == "model"
-            for statistic in self.method.statistics.values()
-            for parameters in self.settings
-        )
+        return any(t.over_model for t in self.settings)
 
     @cached_property
     def bytes_read(self) -> int:
         """Bytes read from the inputs, all passes together; tensors of one block are read once for all of them."""
-        passes = {id(parameters): self._passes(parameters) for parameters in self.settings}
+        passes = {id(t.parameters): t.passes for t in self.settings}
         total = 0
         for t in self.tensors:
-            once = t.copy or not (self.whole_model or t.size > block_step(t.shape, self.method.scope))
+            once = t.copy or not (self.whole_model or t.size > block_step(t.shape, t.method.scope))
             total += t.nbytes_read * (1 if once else passes[id(t.parameters)])
         return total
 
@@ -160,17 +182,13 @@ class Plan:
     @cached_property
     def peak_memory(self) -> int:
         """Largest resident memory to expect, bytes: measured constants, and what the workers hold."""
-        return estimate_memory(self.method, self.tensors, self.workers, self.compiled)
+        return estimate_memory(self.tensors, self.workers, self.compiled)
 
     @property
     def seconds(self) -> float:
         """Rough time to expect: passes at 4 GB/s from memory, the first read and the writing at 0.5 GB/s."""
         once = sum(t.nbytes_read for t in self.tensors)
         return 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + (20 if self.compiled else 0)
-
-    def _passes(self, parameters: Mapping[str, Any]) -> int:
-        statistics = self.method.statistics.values()
-        return 1 + sum(len(statistic.rounds) for statistic in statistics if statistic.wanted(parameters))
 
 
 def build_plan(
@@ -212,9 +230,9 @@ def build_plan(
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     template = chat_template(recipe, members)
-    compiled = _pays(method, drafts, devices) if compiled is None else compiled
+    compiled = _pays(drafts, devices) if compiled is None else compiled
     limit = default_memory() if max_memory is None else max_memory
-    workers = fit_workers(method, drafts, threads or min(os.cpu_count() or 1, 8), compiled, limit)
+    workers = fit_workers(drafts, threads or min(os.cpu_count() or 1, 8), compiled, limit)
     return Plan(
         recipe=recipe,
         method=method,
@@ -254,10 +272,10 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Me
     return members
 
 
-def _pays(method: MergeMethod, drafts: Sequence[PlannedTensor], devices: Sequence[torch.device]) -> bool:
+def _pays(drafts: Sequence[PlannedTensor], devices: Sequence[torch.device]) -> bool:
     """Say whether fusing kernels is possible and saves more time than it costs."""
-    work = sum(draft.size * len(draft.inputs) for draft in drafts)
-    return method.fuse and work >= COMPILE_FROM and has_compiler(devices[0])
+    work = sum(draft.size * len(draft.inputs) for draft in drafts if draft.method.fuse)
+    return work >= COMPILE_FROM and has_compiler(devices[0])
 
 
 def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]) -> Alignment:
@@ -288,34 +306,37 @@ def _drafts(
 
 
 def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
-    """Decide dtype, inputs and parameters of one tensor; its place comes later."""
+    """Decide dtype, inputs, method and parameters of one tensor; its place comes later."""
     given = resolver.sources(slot.slice_index)
-    base_tensor = slot.inputs[given.base.model] if given.base is not None else None
-    model_tensors = tuple(slot.inputs[source.model] for source in given.models)
-    inputs = model_tensors if base_tensor is None else (base_tensor, *model_tensors)
-    copy = inputs[0].dtype.kind != "float"
-    parameters: Mapping[str, Any] = {}
-    dtype = inputs[0].dtype
+    base = slot.inputs[given.base.model] if given.base is not None else None
+    models: Sequence[TensorInfo] = [slot.inputs[source.model] for source in given.models]
+    inputs = models if base is None else [base, *models]
+    dtype, shape, role = inputs[0].dtype, inputs[0].shape, slot.part.role
+    copy = dtype.kind != "float"
+    treatment = Treatment(resolver.method, {})
     if not copy:
         declared = recipe.out_dtype or recipe.dtype
         dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.dtype for tensor in inputs])
         # only slices give a tensor other names in the models; a tied head goes by the name of the output
         sliced = bool(recipe.slices) and slot.part.layer is not None
-        names = [tensor.name if sliced else slot.rule for tensor in model_tensors]
+        names = [tensor.name if sliced else slot.rule for tensor in models]
         parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
+        treatment = treat(resolver.method, parameters, name=slot.name, shape=shape, role=role, n_models=len(models))
+        base, models = treatment.inputs(base, models)
     return PlannedTensor(
         name=slot.name,
         dtype=dtype,
-        shape=inputs[0].shape,
+        shape=shape,
         copy=copy,
-        base=base_tensor,
-        models=model_tensors,
-        parameters=parameters,
+        method=treatment.method,
+        base=base,
+        models=tuple(models),
+        parameters=treatment.parameters,
         layer=slot.part.layer,
-        role=slot.part.role,
+        role=role,
         shard=0,
         offset=0,
-        nbytes=dtype.nbytes(inputs[0].numel),
+        nbytes=dtype.nbytes(math.prod(shape)),
     )
 
 
@@ -339,7 +360,7 @@ def promote(dtypes: Sequence[DType]) -> DType:
 
 def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[PlannedTensor]) -> None:
     """A statistic over the whole model needs the same parameters everywhere."""
-    merged = {id(draft.parameters): draft for draft in drafts if not draft.copy}
+    merged = {id(draft.parameters): draft for draft in drafts if not draft.copy and draft.method is method}
     if len(merged) < 2:
         return
     first, other, *_ = merged.values()

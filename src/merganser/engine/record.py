@@ -46,7 +46,7 @@ def versions(plan: Plan) -> dict[str, str]:
         "merganser": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        f"method {plan.method.name}": str(plan.method.version),
+        **{f"method {method.name}": str(method.version) for method in plan.methods},
     }
 
 
@@ -142,6 +142,7 @@ def make_record(
         "versions": versions(plan),
         "recipe": plan.recipe.text,
         "method": plan.method.name,
+        "methods": {method.name: count for method, count in plan.methods.items()},
         "seed": plan.seed,
         "compat": plan.recipe.compat,
         "donor": str(plan.donor),

@@ -73,7 +73,7 @@ def make_groups(plan: Plan) -> list[Group]:
             filled = 0
 
     for tensor in plan.tensors:
-        step = block_step(tensor.shape, plan.method.scope)
+        step = block_step(tensor.shape, tensor.method.scope)
         blocks = 1 if tensor.copy else -(-tensor.size // step)
         if blocks > 1:
             close()
@@ -81,7 +81,10 @@ def make_groups(plan: Plan) -> list[Group]:
             groups.append(Group(len(groups), (tensor,), cuts, bundle=False))
             continue
         if bundle and (
-            filled + tensor.size > BLOCK or len(bundle) >= BUNDLE_TENSORS or bundle[-1].shard != tensor.shard
+            filled + tensor.size > BLOCK
+            or len(bundle) >= BUNDLE_TENSORS
+            or bundle[-1].shard != tensor.shard
+            or bundle[-1].method is not tensor.method
         ):
             close()
         bundle.append(tensor)
@@ -99,13 +102,12 @@ class KernelCache:
         self._check = check_finite
         self._kernels: dict[Any, Kernels] = {}
         self._values: dict[int, Values] = {}
-        self._random = plan.method.random
         self._no_keys = keys(0, "", 1)
         self._lock = threading.Lock()
 
     def run(self, tensor: PlannedTensor) -> TensorRun:
         """Prepare the work on a tensor."""
-        method = self._plan.method
+        method = tensor.method
         with self._lock:
             values = self._values.get(id(tensor.parameters))
             if values is None:
@@ -115,7 +117,7 @@ class KernelCache:
             rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
             small = tensor.size < _EAGER_BELOW or (method.scope != "element" and min(rows, tensor.size // rows) == 1)
             compiled = self._plan.compiled and method.fuse and not small
-            key = (tuple(values.static.items()), wide, tensor.dtype.name, compiled)
+            key = (method, tuple(values.static.items()), wide, tensor.dtype.name, compiled)
             if key not in self._kernels:
                 self._kernels[key] = Kernels(
                     method,
@@ -126,7 +128,7 @@ class KernelCache:
                     compiled,
                     self._check,
                 )
-        random = keys(self._plan.seed, tensor.name, len(tensor.models)) if self._random else self._no_keys
+        random = keys(self._plan.seed, tensor.name, len(tensor.models)) if method.random else self._no_keys
         return TensorRun(self._kernels[key], values, tensor.shape, random)
 
 
@@ -197,8 +199,7 @@ class Schedule:
             todo = list(groups)
         self._waiting: Iterator[Group] = iter(todo)
         self._left = len(todo)
-        # copies take no part in measuring
-        self._measuring = sum(not all(tensor.copy for tensor in group.tensors) for group in todo)
+        self._measuring = sum(any(tensor.over_model for tensor in group.tensors) for group in todo)
         self._arrived: list[GroupState] = []
         self._model_sum = Sum()
 
