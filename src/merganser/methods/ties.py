@@ -2,24 +2,10 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
-from ..ops import deltas, disjoint_mean, l1_gain, l1_norms, magnitude_cut, scaled
-
-
-def magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
-    """Return what is trimmed by."""
-    return [delta.abs() for delta in deltas(base, models)]
-
-
-def trim(base: Tensor, models: list[Tensor], cut: Tensor | None) -> list[Tensor]:
-    """Set the task vectors' entries below the cut to 0."""
-    vectors = deltas(base, models)
-    if cut is None:
-        return vectors
-    return [torch.where(delta.abs() >= cut[i, 0], delta, torch.zeros_like(delta)) for i, delta in enumerate(vectors)]
+from ..ops import delta_magnitudes, deltas, disjoint_mean, l1_gain, l1_norms, magnitude_cut, scaled, trim
 
 
 def norms(base: Tensor, models: list[Tensor], cut: Tensor | None) -> Tensor:
@@ -30,7 +16,10 @@ def norms(base: Tensor, models: list[Tensor], cut: Tensor | None) -> Tensor:
 @merge_method(
     family="task vectors",
     cite="yadav2023ties",
-    statistics={"cut": magnitude_cut(magnitudes, over="trim_over"), "gain": statistic(norms, l1_gain, when="rescale")},
+    statistics={
+        "cut": magnitude_cut(delta_magnitudes, over="trim_over"),
+        "gain": statistic(norms, l1_gain, when="rescale"),
+    },
 )
 def ties(
     base: Tensor,

@@ -6,6 +6,7 @@ fused: no `add(alpha=...)`, no `lerp`, whose vector and scalar forms round diffe
 
 from .drop import check_spread, drop, drop_norms, magprune, magprune_norms, restores_l1
 from .gram import gram, inverse_norms, unit_gram
+from .masks import elect_largest, tall_mask
 from .middle import keep_middle, middle_cut, middle_norms
 from .order import at_least, magnitude_cut, order_statistic
 from .overlap import average_changes, changed
@@ -13,6 +14,7 @@ from .random import Random
 from .rows import by_rank, sort_rows
 from .sphere import along, arc
 from .sum import deltas, l1_gain, l1_norms, normalizer, round_down, scaled, weighted_sum
+from .trim import delta_magnitudes, trim
 from .votes import agreeing_sum, disjoint_mean, elect_sign
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "by_rank",
     "changed",
     "check_spread",
+    "delta_magnitudes",
     "deltas",
     "disjoint_mean",
     "drop",
     "drop_norms",
+    "elect_largest",
     "elect_sign",
     "gram",
     "inverse_norms",
@@ -46,6 +50,8 @@ __all__ = [
     "round_down",
     "scaled",
     "sort_rows",
+    "tall_mask",
+    "trim",
     "unit_gram",
     "weighted_sum",
 ]
