@@ -43,6 +43,21 @@ def test_buffer_may_be_an_array_of_any_type(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(norm), tensors["norm.weight"])
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_tensors_whole(file: str, tmp_path: Path) -> None:
+    tensors = some_tensors()
+    if file.endswith(".bin"):
+        torch.save(tensors, tmp_path / file)
+    else:
+        write_shards(tmp_path, {file: tensors})
+    checkpoint = open_checkpoint(str(tmp_path))
+    with checkpoint.reader() as reader:
+        for name, tensor in tensors.items():
+            found = reader.tensor(checkpoint.tensors[name])
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found, tensor)
+
+
 @pytest.mark.parametrize(("start", "length"), [(-1, 1), (0, 17), (16, 1)])
 def test_range_outside_the_tensor_is_refused(start: int, length: int, tmp_path: Path) -> None:
     write_shards(tmp_path, {"model.safetensors": {"a": torch.zeros(4)}})

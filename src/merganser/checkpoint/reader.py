@@ -9,10 +9,14 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from merganser.checkpoint.jsonfile import os_reason
 from merganser.checkpoint.tensor import TensorInfo
 from merganser.errors import CheckpointError, NotFoundError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Reader"]
 
@@ -96,6 +100,18 @@ class Reader:
                     )
                 offset += count
                 target = target[count:]
+
+    def tensor(self, tensor: TensorInfo) -> Tensor:
+        """Read a tensor whole, in its own dtype and shape.
+
+        Raises:
+            CheckpointError: the file is shorter than its header promised, or cannot be read.
+        """
+        import torch
+
+        memory = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        self.read_into(tensor, 0, memory.numpy().data)
+        return memory.view(getattr(torch, tensor.dtype.name)).view(tensor.shape)
 
     def will_need(self, tensor: TensorInfo, start: int, nbytes: int) -> None:
         """Tell the system that these bytes of the tensor will be read soon; does nothing where it cannot be told."""
