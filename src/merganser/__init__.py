@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import MergeError
     from .inspection import inspect
     from .recipe import load_recipe, load_recipes
+    from .task_vectors import kinship
     from .verification import verify
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "diff",
     "errors",
     "inspect",
+    "kinship",
     "load_recipe",
     "load_recipes",
     "merge",
@@ -44,6 +46,7 @@ _HOMES = {
     "MergeError": "errors",
     "diff": "difference",
     "inspect": "inspection",
+    "kinship": "task_vectors",
     "load_recipe": "recipe",
     "load_recipes": "recipe",
     "merge": "api",

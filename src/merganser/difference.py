@@ -14,6 +14,7 @@ from .checkpoint import Reader, TensorInfo
 from .errors import CheckpointError
 from .inspection import open_reference
 from .side_by_side import Blocks, anatomy_of, one_thread, widen, with_ties
+from .task_vectors import FAR
 
 __all__ = ["Difference", "Distance", "GroupDistance", "MisshapenTensor", "TensorDistance", "diff"]
 
@@ -76,6 +77,8 @@ class Difference:
         a: The first checkpoint as given.
         b: The second.
         total: Over everything that was compared.
+        matrices: The same without vectors (norms, biases), which are alike in models that share nothing else.
+        far: Share of the elements that differ by more than `task_vectors.FAR`; None where the total has no number.
         tensors: Every tensor that was compared, in the order of A.
         groups: The same by layer and role.
         only_in_a: Names that B lacks.
@@ -86,6 +89,8 @@ class Difference:
     a: str
     b: str
     total: Distance
+    matrices: Distance
+    far: float | None
     tensors: Sequence[TensorDistance]
     groups: Sequence[GroupDistance]
     only_in_a: Sequence[str]
@@ -108,6 +113,8 @@ class _Sums:
     bb: float = 0.0
     ab: float = 0.0
     dd: float = 0.0
+    n: int = 0
+    far: int = 0
     largest: float = 0.0
 
     def add(self, other: _Sums) -> None:
@@ -118,6 +125,8 @@ class _Sums:
         self.bb += other.bb
         self.ab += other.ab
         self.dd += other.dd
+        self.n += other.n
+        self.far += other.far
         # max() may drop a NaN, but then `dd` holds one, too
         self.largest = max(self.largest, other.largest)
 
@@ -170,15 +179,19 @@ def diff(
         raise CheckpointError(f"{a} and {b}: have no tensor of the same name and shape, so there is nothing to compare")
     sums = _compare(pairs, progress)
     parts = {name: structure_a.parts.get(name) or structure_b.parts[name] for name in pairs}
-    total = _Sums()
+    total, matrices = _Sums(), _Sums()
     grouped: dict[tuple[float, str], list[str]] = defaultdict(list)
     for name, part in parts.items():
         total.add(sums[name])
+        if len(pairs[name][0].shape) > 1:
+            matrices.add(sums[name])
         grouped[math.inf if part.layer is None else part.layer, part.role].append(name)
     return Difference(
         a=str(a),
         b=str(b),
         total=total.distance(),
+        matrices=matrices.distance(),
+        far=total.far / total.n if total.n and total.distance().largest is not None else None,
         tensors=[
             TensorDistance(
                 name,
@@ -245,6 +258,7 @@ def _compare_numbers(blocks: Blocks, one: TensorInfo, other: TensorInfo) -> Iter
     for raw in blocks.numbers((one, other)):
         a, b = widen(raw[0], one), widen(raw[1], other)
         apart = a - b
+        size = apart.abs()
         sums = _Sums(
             identical=np.array_equal(raw[0], raw[1]),
             numbers=True,
@@ -252,6 +266,8 @@ def _compare_numbers(blocks: Blocks, one: TensorInfo, other: TensorInfo) -> Iter
             bb=float(b.dot(b)),
             ab=float(a.dot(b)),
             dd=float(apart.dot(apart)),
-            largest=float(apart.abs().max()),
+            n=apart.numel(),
+            far=int((size > FAR).sum()),
+            largest=float(size.max()),
         )
         yield sums, sum(len(data) for data in raw)

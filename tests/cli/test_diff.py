@@ -71,6 +71,9 @@ def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "  tensor                             change     cosine  largest  dtype\n"
         "  model.norm.weight                     1.5  -1.000000      1.5  float32\n"
         "  model.layers.1.mlp.up_proj.weight     0.5   0.944911        1  float32\n"
+        "25 % of the elements differ by more than 0.002. If A is the base of B: DARE's authors found the changes of "
+        "fine-tuned models within 0.002, and dropping much less effective where they reach 0.03 (arXiv:2311.03099): "
+        "compare the merge with one by task_arithmetic before trusting a sparsifying method\n"
     )
     every = run("diff", "a", "b", "--tensors").out
     assert "  model.layers.0.attn.q.weight            =          =        =  float32\n" in every

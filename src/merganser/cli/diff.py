@@ -27,13 +27,17 @@ def diff(
     """Compare two checkpoints, tensor by tensor, by layer and role."""
     options.quieten_hub()
     from ..difference import diff as compare
+    from ..findings import difference_findings
 
     with byte_progress("diff") as progress:
         found = compare(a, b, cache_dir=cache_dir, progress=progress)
     if json:
-        say_json({"identical": found.identical, **asdict(found)})
-    else:
-        _print(found, every=tensors)
+        findings = [asdict(finding) for finding in difference_findings(found)]
+        say_json({"identical": found.identical, **asdict(found), "findings": findings})
+        return
+    _print(found, every=tensors)
+    for finding in difference_findings(found):
+        say(finding.text)
 
 
 def _print(found: Difference, *, every: bool) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from . import _options as options
-from ._text import count_text, head, plural, say, say_json, size_text, some, table
+from ._kinship import kinship_json, print_kinship
+from ._progress import byte_progress
+from ._text import complain, count_text, head, plural, say, say_json, size_text, some, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,13 +20,52 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    checkpoint: options.Checkpoint,
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT...",
+            help="A folder, a file of weights, or a Hub id (org/name@revision); with --base several.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CKPT",
+            help="Compare the task vectors of the checkpoints, of which this one is the base; reads all weights.",
+            show_default=False,
+        ),
+    ] = None,
     cache_dir: options.CacheDir = None,
     tensors: options.AllTensors = False,
     json: options.Json = False,
 ) -> None:
-    """Describe a checkpoint: files, layers, roles, ties, dtypes."""
+    """Describe a checkpoint, or how models of one base are related (--base)."""
     options.quieten_hub()
+    if base is not None:
+        _compare(checkpoints, base, cache_dir, tensors=tensors, json=json)
+        return
+    if len(checkpoints) > 1:
+        complain(
+            "error",
+            f"inspect: describes one checkpoint, got {len(checkpoints)}; compare several with --base BASE, two with diff",
+        )
+        raise typer.Exit(2)
+    _describe(checkpoints[0], cache_dir, tensors=tensors, json=json)
+
+
+def _compare(models: list[str], base: str, cache_dir: Path | None, *, tensors: bool, json: bool) -> None:
+    from ..task_vectors import kinship
+
+    with byte_progress("inspect") as progress:
+        found = kinship(models, base, cache_dir=cache_dir, progress=progress)
+    if json:
+        say_json(kinship_json(found, every=tensors))
+    else:
+        print_kinship(found, every=tensors)
+
+
+def _describe(checkpoint: str, cache_dir: Path | None, *, tensors: bool, json: bool) -> None:
     from ..inspection import inspect as look
 
     found = look(checkpoint, cache_dir=cache_dir)
