@@ -17,14 +17,14 @@ Keyword-only names of `encode` are parameters of the recipe, like those of the m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import Tensor
 
 from .ops.bits import packed_size
+from .parameter import Meaning
 
 if TYPE_CHECKING:
     from .method import Statistic, When
@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 Encoded = Mapping[str, Tensor | Sequence[Tensor]]
 """Parts by name: a tensor for a shared part, one tensor per model for the others."""
 
-Kept = Literal["own", "merged"]
+Kept = Annotated[
+    Literal["own", "merged"],
+    Meaning(
+        "What stands for tensors that are not compressed (norms, biases): the task's own, stored as they are, or those "
+        "of the shared model, for which nothing is stored."
+    ),
+]
+"""What a sidecar of matrices does with all that is no matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,28 +85,41 @@ class Sidecar:
             known before anything is read. The parts of a tensor are those of its blocks, one behind the other.
         encode: Returns the parts of a block, from the models and the shared model.
         decode: Returns a task's block from its parts.
-        scope: What one call sees, as for methods: single elements (flat blocks of a multiple of 8 elements), whole rows
-            (a multiple of 8 rows), or the whole tensor.
+        scope: What one call sees: single elements (flat blocks of a multiple of 8 elements), whole rows (blocks of
+            shape [rows, columns], of a multiple of 8 rows), or one whole matrix (each of the experts of a packed
+            tensor [experts, rows, columns] by itself).
         statistics: Measured beforehand as those of methods are, with `merged` at hand, too; one number per model, shape
             [T]. They are stored for each task under their names, float64, and handed to `decode`.
         base: Says from the parameters that it names whether restoring takes the base; by default it does where `decode`
             names it.
-        matrices: Whether only matrices of the layers are treated. The method then has a parameter `others`, which says
-            what stands for the other tensors: "own" (stored for each task as they are) or "merged" (the shared
-            model's, nothing is stored).
+        matrices: Whether only matrices are treated, as methods of scope "matrix" tell them from the rest. `encode` then
+            declares `others: Kept` and `embeddings: Embeddings` and does not read them.
         lossless: Settings that give the models back; None where none does.
     """
 
     parts: Callable[..., Mapping[str, Part]]
     encode: Callable[..., Encoded]
     decode: Callable[..., Tensor]
-    scope: Literal["element", "row", "tensor"] = "element"
+    scope: Literal["element", "row", "matrix"] = "element"
     statistics: Mapping[str, Statistic] = field(default_factory=dict)
     base: When = None
     matrices: bool = False
     lossless: Lossless | None = None
 
+    def complaint(self, parameters: Mapping[str, object], scope: str, base: str) -> str | None:
+        """Say what contradicts itself in the declaration of a method with this sidecar.
 
-def numel(shape: Sequence[int]) -> int:
-    """Return the number of elements of a block of that shape."""
-    return math.prod(shape)
+        Args:
+            parameters: The method's, by name.
+            scope: The method's.
+            base: Whether the method takes a base ("required", "optional", "unused").
+        """
+        if base != "required":
+            return "a method with a sidecar needs `base: Tensor`: what it stores is measured from there"
+        if scope == "matrix":
+            return "a method of scope 'matrix' cannot have a sidecar; let the shared model be made by elements"
+        if self.matrices and not {"others", "embeddings"} <= parameters.keys():
+            return "a sidecar of matrices needs the parameters `others: Kept` and `embeddings: Embeddings`"
+        if self.scope == "matrix" and not self.matrices:
+            return "a sidecar of scope 'matrix' treats matrices alone: matrices=True"
+        return None

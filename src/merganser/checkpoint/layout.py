@@ -36,7 +36,9 @@ class Shard:
     size: int
 
 
-def plan_shards(tensors: Sequence[_Tensor], shard_bytes: int, metadata: dict[str, str]) -> list[Shard]:
+def plan_shards(
+    tensors: Sequence[_Tensor], shard_bytes: int, metadata: dict[str, str], *, stem: str = "model"
+) -> list[Shard]:
     """Divide tensors into safetensors files and place each tensor.
 
     Shards are filled in the given order. Within a shard the larger element types come first, so that every tensor
@@ -46,6 +48,7 @@ def plan_shards(tensors: Sequence[_Tensor], shard_bytes: int, metadata: dict[str
         tensors: name, element type and shape of each.
         shard_bytes: the most tensor bytes in one shard; a larger tensor gets a shard of its own.
         metadata: entries for the header beside `format: pt`.
+        stem: what the names of the files begin with.
 
     Raises:
         ValueError: a name appears twice, or is the one that the format keeps for metadata.
@@ -54,7 +57,7 @@ def plan_shards(tensors: Sequence[_Tensor], shard_bytes: int, metadata: dict[str
     groups = _groups(tensors, shard_bytes)
     count = len(groups)
     return [
-        _shard("model.safetensors" if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors", group, metadata)
+        _shard(f"{stem}.safetensors" if count == 1 else f"{stem}-{i:05d}-of-{count:05d}.safetensors", group, metadata)
         for i, group in enumerate(groups, start=1)
     ]
 

@@ -39,7 +39,7 @@ KEYS = (
     "compat",
     "random_seed",
 )
-MODEL_KEYS = ("model", "parameters")
+MODEL_KEYS = ("model", "parameters", "name")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
@@ -184,7 +184,8 @@ class _Reader:
 
     def model(self, entry: Entry) -> Source:
         fields = entry.mapping(MODEL_KEYS, required=["model"])
-        return Source(self.reference(fields["model"]), None, self.parameters(fields), entry.place)
+        name = fields["name"].text(longest=100) if "name" in fields else None
+        return Source(self.reference(fields["model"]), None, self.parameters(fields), entry.place, name)
 
     def slice(self, entry: Entry) -> Slice:
         fields = entry.mapping(SLICE_KEYS, required=["sources"])

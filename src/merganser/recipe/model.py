@@ -20,12 +20,15 @@ class Source:
         layer_range: First layer and the one after the last; None for the whole model.
         parameters: Settings for this model alone.
         place: Where it stands.
+        name: What the model is called in the output, where the method keeps something for each; None for its folder's
+            name.
     """
 
     model: ModelReference
     layer_range: tuple[int, int] | None
     parameters: Mapping[str, Setting]
     place: Place
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

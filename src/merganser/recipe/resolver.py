@@ -187,6 +187,10 @@ class Resolver:
         if len(models) < method.min_models or len(models) > (method.max_models or len(models)):
             found = f"{len(models)} model{'s' * (len(models) != 1)}" + (f" and the base {base.model}" if base else "")
             raise RecipeError(f"{piece.place}: {method.name} takes {method.models_text()}, got {found}")
+        for source in piece.sources:
+            if source.name is not None and (method.sidecar is None or source not in models):
+                why = "the base is no task" if method.sidecar else f"{method.name} keeps nothing for single models"
+                self.warnings.append(f"{source.place}: name has no effect: {why}")
         if base is not None and base.parameters:
             self.warnings.append(
                 f"{base.place}: parameters of the base have no effect; {method.name} takes it as it is"

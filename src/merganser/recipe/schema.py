@@ -40,12 +40,16 @@ def json_schema() -> Schema:
 
 def _properties(known: dict[str, MergeMethod]) -> Schema:
     dtype = {"enum": [*DTYPES, None]}
+    task = _described(
+        {"type": "string", "minLength": 1, "maxLength": 100},
+        "What restores this model, where the method keeps sidecars.",
+    )
     return {
         "name": _described({"type": "string"}, "Name of a stage, which later recipes of the file may use as a model."),
         "merge_method": {
             "oneOf": [{"const": name, "description": method.doc.summary} for name, method in known.items()]
         },
-        "models": _list_of(_object({"model": _REFERENCE, "parameters": _PARAMETERS}, required=["model"])),
+        "models": _list_of(_object({"model": _REFERENCE, "name": task, "parameters": _PARAMETERS}, required=["model"])),
         "slices": _list_of(_slice()),
         "base_model": _described(_REFERENCE, "The common ancestor; also lends config and tokenizer."),
         "parameters": _PARAMETERS,
