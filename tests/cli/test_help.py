@@ -26,7 +26,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  merge    Merge models by a recipe into a new checkpoint.\n"
         "  plan     Show what a merge will read, do and write; nothing is written.\n"
         "  methods  List the merge methods, or explain one.\n"
-        "  inspect  Describe a checkpoint, or how models of one base are related (--base).\n"
+        "  inspect  Describe a checkpoint, or how models of one base are related.\n"
         "  diff     Compare two checkpoints, tensor by tensor, by layer and role.\n"
         "  verify   Check an output against the hashes in its merge.json.\n"
     )

@@ -254,14 +254,14 @@ def test_nothing_to_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_zero_and_constant_task_vectors(tmp_path: Path) -> None:
     base = {"w": torch.zeros(4, 4), "v": torch.zeros(3)}
     write(tmp_path / "base", base)
-    write(tmp_path / "up", {"w": torch.ones(4, 4), "v": torch.ones(3)})
+    write(tmp_path / "up", {name: tensor + 0.3 for name, tensor in base.items()})
     kin = kinship([tmp_path / "base", tmp_path / "up"], tmp_path / "base").total
     assert kin.change == [None, None]
     assert kin.cosine == [[None, None], [None, pytest.approx(1.0)]]
     # what is the same everywhere correlates with nothing
     assert kin.correlation == [[None, None], [None, None]]
     assert kin.sign_conflict == [[None, None], [None, 0.0]]
-    assert kin.distance[0][1] == pytest.approx(math.sqrt(19))
+    assert kin.distance[0][1] == pytest.approx(0.3 * math.sqrt(19))
     assert mean_of_pairs(kin.cosine) is None
 
 

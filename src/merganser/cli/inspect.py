@@ -40,7 +40,7 @@ def inspect(
     tensors: options.AllTensors = False,
     json: options.Json = False,
 ) -> None:
-    """Describe a checkpoint, or how models of one base are related (--base)."""
+    """Describe a checkpoint, or how models of one base are related."""
     options.quieten_hub()
     if base is not None:
         _compare(checkpoints, base, cache_dir, tensors=tensors, json=json)
