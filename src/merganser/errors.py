@@ -6,6 +6,7 @@
     ├── CheckpointError        (ValueError)   a checkpoint: header, index, config, shapes, dtypes
     │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that is not there
     │   └── NonFiniteError                    NaN or infinity in an input or result
+    ├── TaskError              (ValueError)   an evaluation's task: file, line, name
     ├── OutputError            (OSError)      the target: exists, locked, no room, not writable
     ├── MemoryLimitError       (MemoryError)  the work does not fit the memory limit
     └── UnsupportedError       (NotImplementedError)  understood, and not available in this version
@@ -27,6 +28,7 @@ __all__ = [
     "OutputError",
     "ParameterError",
     "RecipeError",
+    "TaskError",
     "UnsupportedError",
     "did_you_mean",
 ]
@@ -54,6 +56,10 @@ class NotFoundError(CheckpointError, FileNotFoundError):
 
 class NonFiniteError(CheckpointError):
     """A tensor holds NaN or infinity."""
+
+
+class TaskError(MergeError, ValueError):
+    """What an evaluation should measure is not there, malformed, or does not fit the model."""
 
 
 class OutputError(MergeError, OSError):

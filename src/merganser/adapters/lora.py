@@ -39,7 +39,7 @@ class LowRank:
     transposed: bool
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         out, into = self.b.shape[0], self.a.shape[1]
         return (into, out) if self.transposed else (out, into)
