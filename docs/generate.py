@@ -17,6 +17,7 @@ SCOPES = {
     "element": "elements: each by itself, in chunks of any size",
     "row": "rows: all weights of an output unit together",
     "tensor": "whole tensors: one at a time in memory",
+    "matrix": "whole matrices: one at a time in memory; `others` and `embeddings` say what becomes of the rest",
 }
 FAMILIES = {
     "averages": "Averages",
@@ -160,20 +161,24 @@ def method_index(found) -> str:
     from merganser.testing import probe
 
     lines = ["# Merge methods", "", "Every method is one file; its page says the formula, when to use it, and where it"]
-    lines += ["differs from its paper. The columns are probed on small tensors by the contract suite.", ""]
+    lines += ["differs from its paper. The columns are probed on small tensors by the contract suite; memory is the"]
+    lines += ["most that is held of a block, tensor or matrix at a time, in multiples of the inputs in float32.", ""]
+    plural = {"element": "elements", "row": "rows", "tensor": "tensors", "matrix": "matrices"}
     families = dict.fromkeys([*FAMILIES, *sorted({m.family for m in found.values()})])
     for family in families:
         members = [m for m in found.values() if m.family == family]
         if not members:
             continue
         lines += [f"## {FAMILIES.get(family, family.capitalize())}", ""]
-        lines += ["| method | | takes | works on | order matters | identical models return that model | random |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [
+            "| method | | takes | works on | memory | order matters | identical models return that model | random |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|"]
         for m in members:
             facts = probe(m)
             yes = {True: "yes", False: "no", None: "unknown"}
             lines.append(
-                f"| [{m.name}]({m.name}.md) | {m.doc.summary} | {m.models_text()} | {m.scope}s | "
+                f"| [{m.name}]({m.name}.md) | {m.doc.summary} | {m.models_text()} | {plural[m.scope]} | {facts['peak_memory']:g} | "
                 f"{yes[facts['order_matters']]} | {yes[facts['identical_models_return_the_model']]} | {yes[m.random]} |"
             )
         lines.append("")

@@ -110,6 +110,7 @@ def merge_state_dicts(
     """
     import torch
 
+    from .anatomy import infer_anatomy
     from .engine.blocks import merge_tensors
     from .errors import CheckpointError, UnsupportedError
     from .registry import get_method
@@ -128,6 +129,8 @@ def merge_state_dicts(
             odd = sorted(other.keys() ^ names)
             raise CheckpointError(f"state dict {position}: different names: {', '.join(odd[:4])}")
     merged: dict[str, Tensor] = {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in everything[0].items()}
+    parts = infer_anatomy(shapes, {}).parts if found.scope == "matrix" else {}
     with torch.no_grad():
         for name in names:
             inputs = [state[name] for state in everything]
@@ -137,7 +140,8 @@ def merge_state_dicts(
                 merged[name] = _copy_equal(name, inputs)
                 continue
             start, own = (None, inputs) if base is None else (inputs[0], inputs[1:])
-            merged[name] = merge_tensors(found, start, own, settings, name=name, seed=seed, dtype=dtype)
+            role = parts[name].role if parts else None
+            merged[name] = merge_tensors(found, start, own, settings, name=name, role=role, seed=seed, dtype=dtype)
     return merged
 
 

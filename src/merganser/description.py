@@ -49,7 +49,7 @@ class MethodDescription:
         formula: How the result is computed.
         use_when: When it is a good choice.
         models: How many models it takes, in words.
-        scope: What is worked on at once: "element", "row" or "tensor".
+        scope: What is worked on at once: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
         parameters: Its parameters, in order.
         differs: Where it differs from the paper; empty where it does not.

@@ -51,7 +51,8 @@ class TensorGroup:
         roles: What the tensors do; empty where it is all that there are in these layers.
         names: Their names, with a star for the layer, where role and layers do not tell the group from another.
         tensors: How many.
-        parameters: Value of each parameter of the method, as text; a schedule by its turning points.
+        method: That merges them; empty where they are copied.
+        parameters: Value of each parameter of that method, as text; a schedule by its turning points.
         copied: Whether they are integers, copied from equal inputs.
     """
 
@@ -59,13 +60,14 @@ class TensorGroup:
     roles: tuple[str, ...]
     names: tuple[str, ...]
     tensors: int
+    method: str
     parameters: Mapping[str, str]
     copied: bool
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """One tensor of the output: its place, and the value of each parameter of the method."""
+    """One tensor of the output: its place, its method, and the value of each parameter of that."""
 
     name: str
     dtype: str
@@ -73,6 +75,7 @@ class TensorSummary:
     layer: int | None
     role: str
     file: str
+    method: str
     parameters: Mapping[str, Any]
 
 
@@ -83,6 +86,7 @@ class PlanSummary:
     Args:
         name: Of the recipe; None without one.
         method: Merge method.
+        methods: How many tensors that method merges, and how many are merged by which others.
         inputs: What is read; the donor first.
         donor: Gives config, tokenizer and other files.
         donor_files: Those files.
@@ -107,6 +111,7 @@ class PlanSummary:
 
     name: str | None
     method: str
+    methods: Mapping[str, int]
     inputs: Sequence[InputSummary]
     donor: str
     donor_files: Sequence[str]
@@ -134,6 +139,7 @@ def summarise(plan: Plan) -> PlanSummary:
     return PlanSummary(
         name=plan.recipe.name,
         method=plan.method.name,
+        methods={method.name: count for method, count in plan.methods.items()},
         inputs=[_input(plan, reference) for reference in plan.checkpoints],
         donor=str(plan.donor),
         donor_files=[*(["config.json"] if plan.config else []), *plan.side_files],
@@ -160,7 +166,16 @@ def summarise(plan: Plan) -> PlanSummary:
 def tensor_summaries(plan: Plan) -> list[TensorSummary]:
     """List every tensor of the output, in the order of its files."""
     return [
-        TensorSummary(t.name, t.dtype.name, t.shape, t.layer, t.role, plan.shards[t.shard].name, dict(t.parameters))
+        TensorSummary(
+            name=t.name,
+            dtype=t.dtype.name,
+            shape=t.shape,
+            layer=t.layer,
+            role=t.role,
+            file=plan.shards[t.shard].name,
+            method="" if t.copy else t.method.name,
+            parameters=dict(t.parameters),
+        )
         for t in plan.tensors
     ]
 
@@ -187,16 +202,16 @@ def _input(plan: Plan, reference: ModelReference) -> InputSummary:
 
 
 def _groups(plan: Plan) -> list[TensorGroup]:
-    """Put tensors together that are made in the same way: by what their parameters are, layer for layer."""
+    """Put tensors together that are made in the same way: by method and parameters, layer for layer."""
     merged = [t for t in plan.tensors if not t.copy]
     groups = []
-    if merged and all(t.parameters == merged[0].parameters for t in merged):
+    if merged and all(_way(t) == _way(merged[0]) for t in merged):
         groups.append(_group(merged, (), ()))
     else:
         groups += _differing(merged)
     copied = len(plan.tensors) - len(merged)
     if copied:
-        groups.append(TensorGroup(None, (), (), copied, {}, True))
+        groups.append(TensorGroup(None, (), (), copied, "", {}, True))
     return groups
 
 
@@ -227,9 +242,13 @@ def _differing(merged: Sequence[PlannedTensor]) -> list[TensorGroup]:
 def _series(members: Sequence[PlannedTensor]) -> tuple[Any, ...]:
     """Return what tensors of one kind must have in common with another kind to be told together."""
     where = "outside" if members[0].layer is None else "layers"
-    values = {t.layer: tuple(t.parameters.items()) for t in members}
+    values = {t.layer: _way(t) for t in members}
     first, *rest = values.values()
     return (where, first) if all(value == first for value in rest) else (where, tuple(sorted(values.items())))
+
+
+def _way(tensor: PlannedTensor) -> tuple[Any, ...]:
+    return (tensor.method.name, *tensor.parameters.items())
 
 
 def _position(group: TensorGroup) -> tuple[Any, ...]:
@@ -260,7 +279,8 @@ def _group(members: Sequence[PlannedTensor], roles: tuple[str, ...], names: tupl
             parameters[name] = (f"{texts[0]} each" if len(texts) > 1 else texts[0]) if same else ", ".join(texts)
         else:
             parameters[name] = value_text(series)
-    return TensorGroup((layers[0], layers[-1]) if inside else None, roles, names, len(members), parameters, False)
+    span = (layers[0], layers[-1]) if inside else None
+    return TensorGroup(span, roles, names, len(members), members[0].method.name, parameters, False)
 
 
 def value_text(values: Sequence[Any]) -> str:

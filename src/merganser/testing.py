@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._cases import (
     EMPTY,
@@ -41,8 +42,10 @@ from ._cases import (
     suggest,
     weak_inputs,
 )
+from ._matrices import leaves_the_rest, merges_each_expert
 from ._processes import check_reproducible
 from .engine.blocks import fill
+from .engine.peak import peak_per_element
 from .errors import ParameterError
 from .method import MergeMethod
 
@@ -68,17 +71,19 @@ def contract(method: MergeMethod) -> list[Law]:
         follows_seed if method.random else ignores_seed,
     ]
     kept = [law for name, law in _BREAKABLE.items() if name not in method.breaks and _applies(name, method)]
-    return [*applicable, *kept, *([breaks_what_it_says] if method.breaks else [])]
+    matrices: list[Law] = [leaves_the_rest, merges_each_expert] if method.scope == "matrix" else []
+    return [*applicable, *matrices, *kept, *([breaks_what_it_says] if method.breaks else [])]
 
 
 def probe(method: MergeMethod) -> dict[str, Any]:
     """Find out what a method can do, by its declaration where that is binding and by running it otherwise.
 
     Returns:
-        `base` ("required", "optional", "unused"), `models` (in words), `scope` ("element", "row", "tensor"), `passes`
-        (over the inputs before the result, at most), `random`; and as found by the laws `order_matters`,
+        `base` ("required", "optional", "unused"), `models` (in words), `scope` ("element", "row", "tensor", "matrix"),
+        `passes` (over the inputs before the result, at most), `random`; as found by the laws `order_matters`,
         `identical_models_return_the_model` (for one model: equal to the base), `zero_task_vectors_return_the_base`
-        (None without a base) and `result_differs_from_inputs`.
+        (None without a base) and `result_differs_from_inputs`; and as measured on a square of 64 at the defaults
+        `peak_memory` (bytes held at a time, inputs and result included, over those of the inputs, in float32).
     """
     kept = {name: _holds(law, method) for name, law in _BREAKABLE.items() if _applies(name, method)}
     return {
@@ -91,7 +96,17 @@ def probe(method: MergeMethod) -> dict[str, Any]:
         "identical_models_return_the_model": kept.get("identical", kept.get("zero_delta")),
         "zero_task_vectors_return_the_base": kept.get("zero_delta"),
         "result_differs_from_inputs": kept["differs"],
+        "peak_memory": _peak_memory(method),
     }
+
+
+def _peak_memory(method: MergeMethod) -> float:
+    """Return the most that a method holds at a time, in multiples of its inputs, for one block in float32."""
+    with_base, parameters = next(defaults(method))
+    n = count_models(method)
+    dtypes = [torch.float32] * (n + with_base)
+    held = peak_per_element(method, fill(method, parameters, n), (64, 64), dtypes, torch.float32, with_base=with_base)
+    return round(1 + held / (4 * len(dtypes)), 1)
 
 
 # What a method says
@@ -102,8 +117,7 @@ def describes_itself(method: MergeMethod) -> None:
     doc = method.doc
     _require(doc.summary.endswith("."), f"{method.name}: the docstring must begin with a sentence")
     _require(bool(re.search(r"^ {4}\S", doc.body, re.M)), f"{method.name}: an indented formula is missing")
-    headings = ["Use when", "Differs from the paper", *(["Args"] if method.parameters else [])]
-    for heading in headings:
+    for heading in ("Use when", "Differs from the paper"):
         _require(bool(doc.sections.get(heading)), f"{method.name}: the section {heading!r} is missing")
     odd = doc.args.keys() - {p.argument for p in method.parameters.values()}
     _require(not odd, f"{method.name}: Args describes {sorted(odd)}, which are no parameters")
@@ -206,12 +220,17 @@ def rounds_once(method: MergeMethod) -> None:
 
 
 def keeps_precision(method: MergeMethod) -> None:
-    """Arithmetic in float32 is within 2e-6 of the same in float64 (norm of the difference over norm of the result)."""
+    """Arithmetic in float32 is within 2e-6 of the same in float64 (norm of the difference over norm of the result).
+
+    Within 1e-4 for methods that work on matrices: singular vectors feel rounding in proportion to how close their
+    singular values lie together.
+    """
+    allowed = 1e-4 if method.scope == "matrix" else 2e-6
     for with_base, parameters in cases(method):
         inputs = make_inputs(method, with_base)
         wide = merge(method, inputs, parameters, compute=torch.float64, dtype=torch.float64)
         error = float((merge(method, inputs, parameters) - wide).norm() / wide.norm().clamp(min=1e-30))
-        _require(error <= 2e-6, f"{method.name}: float32 is off by {error:.1e} of the result, {parameters}")
+        _require(error <= allowed, f"{method.name}: float32 is off by {error:.1e} of the result, {parameters}")
 
 
 def ignores_blocks(method: MergeMethod) -> None:
@@ -260,7 +279,7 @@ def returns_identical_models(method: MergeMethod) -> None:
     for with_base, parameters in defaults(method, shares=True):
         base, (model, *_) = make_inputs(method, with_base)
         merged = merge(method, (base, [model.clone() for _ in range(count_models(method))]), parameters)
-        torch.testing.assert_close(merged, model, rtol=1e-6, atol=1e-6)
+        _close(method, merged, model)
 
 
 def returns_base(method: MergeMethod) -> None:
@@ -281,7 +300,7 @@ def ignores_order(method: MergeMethod) -> None:
             name: value[::-1] if method.parameters[name].per_model else value for name, value in parameters.items()
         }
         result = merge(method, (base, models), parameters)
-        torch.testing.assert_close(merge(method, (base, models[::-1]), turned), result, rtol=1e-6, atol=1e-6)
+        _close(method, merge(method, (base, models[::-1]), turned), result)
 
 
 def differs_from_inputs(method: MergeMethod) -> None:
@@ -351,6 +370,12 @@ def check_compiled(method: MergeMethod) -> None:
         eager = merge(method, inputs, parameters)
         fused = merge(method, inputs, parameters, compiled=True)
         torch.testing.assert_close(fused, eager, rtol=1e-6, atol=1e-6)
+
+
+def _close(method: MergeMethod, merged: Tensor, expected: Tensor) -> None:
+    """Compare to rounding: that of single operations, or that of matrix functions, which pass it on enlarged."""
+    bound = 1e-4 if method.scope == "matrix" else 1e-6
+    torch.testing.assert_close(merged, expected, rtol=bound, atol=bound)
 
 
 def _require(condition: bool, message: str) -> None:

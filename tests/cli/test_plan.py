@@ -124,6 +124,7 @@ def test_json(models: Path) -> None:
             "roles": [],
             "names": [],
             "tensors": 16,
+            "method": "slerp",
             "parameters": {"t": "0.2 → 0.8"},
             "copied": False,
         }

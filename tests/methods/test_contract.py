@@ -65,6 +65,9 @@ def test_probe_tells_methods_apart():
         "identical_models_return_the_model": True,
         "zero_task_vectors_return_the_base": True,
         "result_differs_from_inputs": True,
+        "peak_memory": slerp["peak_memory"],
     }
+    # the inputs, and some of what is computed from them
+    assert 2 < slerp["peak_memory"] < 8
     assert (linear["base"], linear["passes"], linear["zero_task_vectors_return_the_base"]) == ("unused", 0, None)
     assert (stock["models"], stock["scope"], stock["order_matters"]) == ("2 or more models and a base", "row", False)

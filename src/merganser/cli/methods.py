@@ -22,7 +22,7 @@ _LAWS = {
     "order": "the order of the models matters",
     "differs": "the result may equal an input",
 }
-_SCOPES = {"element": "element by element", "row": "whole rows", "tensor": "whole tensors"}
+_SCOPES = {"element": "element by element", "row": "whole rows", "tensor": "whole tensors", "matrix": "whole matrices"}
 
 
 def methods(

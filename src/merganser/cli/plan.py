@@ -71,7 +71,7 @@ def _as_json(stage: PlannedStage, *, tensors: bool) -> dict[str, Any]:
 
 
 def _print(stage: PlannedStage, found: PlanSummary, tensors: list[TensorSummary]) -> None:
-    head(f"{found.method} → {plural(found.tensors, 'tensor')}, {count_text(found.parameters)} parameters")
+    head(f"{_methods(found)} → {plural(found.tensors, 'tensor')}, {count_text(found.parameters)} parameters")
     say("reads")
     for line in table([_input(stage, entry) for entry in found.inputs], right=(2, 3, 4)):
         say(line)
@@ -82,7 +82,7 @@ def _print(stage: PlannedStage, found: PlanSummary, tensors: list[TensorSummary]
         say(line)
     if tensors:
         say("tensors")
-        for line in table([_tensor(tensor) for tensor in tensors]):
+        for line in table([_tensor(tensor, several=len(found.methods) > 1) for tensor in tensors]):
             say(line)
     say("writes")
     for line in table(_files(found), right=(1,)):
@@ -112,13 +112,21 @@ def _input(stage: PlannedStage, entry: InputSummary) -> list[str]:
     ]
 
 
+def _methods(found: PlanSummary) -> str:
+    """Name the method, and where others merge what it does not, how many tensors each of them has."""
+    if len(found.methods) == 1:
+        return found.method
+    return ", ".join(f"{name} ({plural(count, 'tensor')})" for name, count in found.methods.items())
+
+
 def _groups(groups: Sequence[TensorGroup]) -> list[list[str]]:
     """Say how tensors are made; what holds for all of them is said once."""
     merged = [group.parameters for group in groups if not group.copied]
+    several = len({group.method for group in groups if not group.copied}) > 1
     everywhere = [
         (name, value)
         for name, value in (merged[0].items() if len(merged) > 1 else ())
-        if all(parameters[name] == value for parameters in merged)
+        if not several and all(parameters[name] == value for parameters in merged)
     ]
     rows = [
         [
@@ -126,7 +134,8 @@ def _groups(groups: Sequence[TensorGroup]) -> list[list[str]]:
             plural(group.tensors, "tensor"),
             "copied, equal in all inputs"
             if group.copied
-            else _values([item for item in group.parameters.items() if item not in everywhere]),
+            else f"{group.method}: " * several
+            + _values([item for item in group.parameters.items() if item not in everywhere]),
         ]
         for group in groups
     ]
@@ -149,8 +158,17 @@ def _values(items: Iterable[tuple[str, str]]) -> str:
     return ", ".join(f"{name} {value}" for name, value in items)
 
 
-def _tensor(tensor: TensorSummary) -> list[str]:
-    return [tensor.name, str(list(tensor.shape)), tensor.dtype, tensor.role, tensor.file, _values(_texts(tensor))]
+def _tensor(tensor: TensorSummary, *, several: bool) -> list[str]:
+    method = [tensor.method] if several else []
+    return [
+        tensor.name,
+        str(list(tensor.shape)),
+        tensor.dtype,
+        tensor.role,
+        tensor.file,
+        *method,
+        _values(_texts(tensor)),
+    ]
 
 
 def _texts(tensor: TensorSummary) -> Iterator[tuple[str, str]]:
