@@ -12,6 +12,8 @@ from ..checkpoint import INDEX_NAME, index_json
 from ..errors import CheckpointError
 from .plan import Plan
 from .record import RECORD_NAME, file_hash, input_files, input_hashes, layer_summary, make_record, model_card
+from .sidecars.index import write_index
+from .sidecars.make import Errors
 from .staging import digest
 from .tasks import Group
 
@@ -28,6 +30,7 @@ def write_rest(
     entries: Entries,
     hashes: Sequence[str],
     inputs: Sequence[Mapping[str, Any]],
+    errors: Mapping[str, Errors],
     timings: Mapping[str, float],
     continued: bool,
 ) -> dict[str, Any]:
@@ -41,6 +44,7 @@ def write_rest(
         entries: What their tasks read and wrote.
         hashes: sha256 of each shard.
         inputs: From `input_files`, before the first read.
+        errors: Of restoring each tensor from the sidecars.
         timings: For the record.
         continued: Whether an earlier run had begun.
 
@@ -58,14 +62,21 @@ def write_rest(
         {"file": shard.name, "bytes": shard.size, "sha256": found}
         for shard, found in zip(plan.shards, hashes, strict=True)
     ]
+    digests = _tensor_digests(groups, entries)
+    outputs = [*weights, *_write_side_files(plan, folder, title)]
+    beside: dict[str, Any] = {}
+    if plan.sidecars is not None:
+        names, beside["sidecars"] = write_index(plan, plan.sidecars, folder, errors, digests)
+        outputs += _hashed(folder, names)
     record = make_record(
         plan,
-        inputs=input_hashes(plan, _tensor_digests(groups, entries)),
-        outputs=[*weights, *_write_side_files(plan, folder, title)],
+        inputs=input_hashes(plan, digests),
+        outputs=outputs,
         layers=layer_summary(plan.tensors, _samples(entries)),
         timings=timings,
         continued=continued,
     )
+    record |= beside
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
@@ -90,7 +101,11 @@ def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, An
             _copy(source, folder / name)
     for name, data in texts.items():
         (folder / name).write_bytes(data)
-    names = dict.fromkeys([*plan.side_files, *texts])
+    return _hashed(folder, dict.fromkeys([*plan.side_files, *texts]))
+
+
+def _hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
+    """Return files with their sizes and hashes, as the run record names them."""
     return [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names]
 
 

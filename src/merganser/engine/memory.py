@@ -17,7 +17,9 @@ from .peak import peak_per_element
 if TYPE_CHECKING:
     from .plan import PlannedTensor
 
-_PYTHON_AND_TORCH = 240_000_000
+RESIDENT = 240_000_000
+"""What Python and torch take, bytes."""
+
 # torch.compile's machinery and the kernels that it loads
 _COMPILER = 190_000_000
 
@@ -60,7 +62,7 @@ def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, compiled: bo
             bundle = max(bundle, _raw(tensor) + max(8 * (len(tensor.inputs) + 2), eager))
     # small tensors are worked on in bundles of a block's elements, at most
     needed = max(largest, min(small, BLOCK) * bundle)
-    return _PYTHON_AND_TORCH + (_COMPILER if compiled else 0) + workers * needed
+    return RESIDENT + (_COMPILER if compiled else 0) + workers * needed
 
 
 def _held(tensor: PlannedTensor, compiled: bool) -> int:

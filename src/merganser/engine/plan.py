@@ -19,7 +19,8 @@ from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_lay
 from .align import Alignment, Member, Slot, align_models, align_slices
 from .blocks import block_step
 from .devices import has_compiler, resolve_devices
-from .memory import default_memory, estimate_memory, fit_workers
+from .memory import RESIDENT, default_memory, estimate_memory, fit_workers
+from .sidecars.plan import SidecarPlan, plan_sidecars
 from .sidefiles import chat_template, code_warnings, side_files
 from .treatment import Treatment, treat
 
@@ -119,6 +120,7 @@ class Plan:
         device: "cpu" or "cuda[:i]".
         warnings: What the user should know before running.
         differences: Where mergekit would compute other numbers for this recipe.
+        sidecars: What is stored for each model beside the merged one; None where the method stores nothing.
     """
 
     recipe: Recipe
@@ -137,6 +139,12 @@ class Plan:
     device: str
     warnings: Sequence[str] = field(default_factory=list)
     differences: Sequence[str] = field(default_factory=list)
+    sidecars: SidecarPlan | None = None
+
+    @property
+    def files(self) -> list[Shard]:
+        """Every file of tensors that is written: the weights, and those of the sidecars."""
+        return [*self.shards, *(self.sidecars.shards if self.sidecars else ())]
 
     @cached_property
     def settings(self) -> list[PlannedTensor]:
@@ -182,13 +190,16 @@ class Plan:
     @cached_property
     def peak_memory(self) -> int:
         """Largest resident memory to expect, bytes: measured constants, and what the workers hold."""
-        return estimate_memory(self.tensors, self.workers, self.compiled)
+        beside = RESIDENT + self.sidecars.peak_memory if self.sidecars else 0
+        return max(estimate_memory(self.tensors, self.workers, self.compiled), beside)
 
     @property
     def seconds(self) -> float:
         """Rough time to expect: passes at 4 GB/s from memory, the first read and the writing at 0.5 GB/s."""
         once = sum(t.nbytes_read for t in self.tensors)
-        return 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + (20 if self.compiled else 0)
+        beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
+        merge = 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + (20 if self.compiled else 0)
+        return merge + beside
 
 
 def build_plan(
@@ -232,13 +243,16 @@ def build_plan(
     template = chat_template(recipe, members)
     compiled = _pays(drafts, devices) if compiled is None else compiled
     limit = default_memory() if max_memory is None else max_memory
-    workers = fit_workers(drafts, threads or min(os.cpu_count() or 1, 8), compiled, limit)
+    threads = threads or min(os.cpu_count() or 1, 8)
+    workers = fit_workers(drafts, threads, compiled, limit)
+    tensors = _place(drafts, shards)
+    beside = plan_sidecars(resolver, tensors, shard_bytes=out_shard_size, threads=threads, max_memory=limit)
     return Plan(
         recipe=recipe,
         method=method,
         checkpoints={reference: member.checkpoint for reference, member in members.items()},
         donor=recipe.donor,
-        tensors=_place(drafts, shards),
+        tensors=tensors,
         shards=shards,
         config=config,
         side_files=side_files(recipe, members),
@@ -250,6 +264,7 @@ def build_plan(
         device=",".join(str(found) for found in devices),
         warnings=[*resolver.warnings, *resolver.idle_filters(), *alignment.warnings, *config_warnings, *template[1]],
         differences=resolver.differences,
+        sidecars=beside,
     )
 
 

@@ -32,7 +32,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "compiled": plan.compiled,
         "device": plan.device.partition(":")[0],
         "settings": dict(settings),
-        "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.shards],
+        "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.files],
         "inputs": [[file["path"], file["bytes"], file["mtime_ns"]] for file in input_files(plan)],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -192,10 +192,27 @@ Config, tokenizer and other files are those of {_shown(plan.donor, hub)}.
 {fence}yaml
 {plan.recipe.text.strip()}
 {fence}
-
+{_restoring(plan)}
 `{RECORD_NAME}` says what was read and written, with hashes; `merganser verify .` checks them.
 """
     )
+
+
+def _restoring(plan: Plan) -> str:
+    """Say in the card how the models come back."""
+    if plan.sidecars is None:
+        return ""
+    base = ", with the base at hand" if plan.sidecars.needs_base else ""
+    commands = "\n".join(f"merganser restore . --task {task.name}" for task in plan.sidecars.tasks)
+    return f"""
+## Tasks
+
+`sidecars/` holds what gives each model back{base}:
+
+```
+{commands}
+```
+"""
 
 
 def file_hash(path: Path) -> str:

@@ -22,6 +22,7 @@ from .hashing import Hasher, span, written_digest
 from .kernels import prepare_compiler_cache
 from .plan import Plan
 from .record import fingerprint, input_files
+from .sidecars.make import Errors, make_sidecars
 from .staging import Staging
 from .stream import Context, Done
 from .tasks import Group, GroupState, KernelCache, Schedule, Task, make_groups, start_group
@@ -90,7 +91,7 @@ def run_plan(
     inputs = input_files(plan)
     staging = Staging(
         out,
-        plan.shards,
+        plan.files,
         fingerprint(plan, {"allow_nonfinite": allow_nonfinite}),
         beside=side_file_bytes(plan),
         overwrite=overwrite,
@@ -101,6 +102,7 @@ def run_plan(
         entries = run.execute()
         merged = time.monotonic()
         hashes = run.hasher.result()
+        errors = run.sidecars()
         record = write_rest(
             plan,
             staging.folder,
@@ -109,6 +111,7 @@ def run_plan(
             entries=entries,
             hashes=hashes,
             inputs=inputs,
+            errors=errors,
             timings={"merge_seconds": round(merged - started, 3), "seconds": round(time.monotonic() - started, 3)},
             continued=staging.continued,
         )
@@ -197,6 +200,20 @@ class _Run:
         finally:
             torch.set_num_threads(threads_before)
         return self._entries
+
+    def sidecars(self) -> dict[str, Errors]:
+        """Make the sidecars, where the method has some; return the errors of restoring each tensor."""
+        if self._plan.sidecars is None:
+            return {}
+        return make_sidecars(
+            self._plan,
+            self._plan.sidecars,
+            self._staging,
+            first=len(self.groups),
+            device=self._devices[0],
+            allow_nonfinite=self._allow,
+            advance=self._advance,
+        )
 
     def _locally(self, schedule: Schedule) -> None:
         """Do all tasks on threads of this process."""

@@ -200,7 +200,9 @@ class Staging:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._check_room(beside)
         for shard in self._shards:
-            descriptor = os.open(self.folder / shard.name, os.O_RDWR | os.O_CREAT, 0o666)
+            path = self.folder / shard.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self._files.append(descriptor)
             os.ftruncate(descriptor, shard.size)
         for index, shard in enumerate(self._shards):
@@ -212,7 +214,7 @@ class Staging:
 
     def _check_room(self, beside: int) -> None:
         needed = sum(shard.size for shard in self._shards) + beside
-        present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        present = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*"))
         free = shutil.disk_usage(self.folder).free
         if needed - present > free:
             raise OutputError(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
 from .stream import Context, Done, Stopped, Worker
 from .tasks import GroupState, KernelCache, Schedule, Task, start_group
@@ -41,7 +42,17 @@ def work_on_threads(
     join([partial(work, i % n) for i in range(max(workers, n))], schedule)
 
 
-def join(works: Sequence[Callable[[], None]], schedule: Schedule) -> None:
+class Stoppable(Protocol):
+    """What hands out work, and hears when to stop."""
+
+    def fail(self, error: BaseException) -> None:
+        """Stop everybody because of an error."""
+
+    def stop(self) -> None:
+        """Ask everybody to stop."""
+
+
+def join(works: Sequence[Callable[[], None]], schedule: Stoppable) -> None:
     """Run functions on threads of their own until all have ended; errors are left in the schedule."""
 
     def guarded(work: Callable[[], None]) -> None:

@@ -1,23 +1,95 @@
-"""EMR: elect a unified task vector."""
+"""EMR: elect a unified task vector; masks and factors give each model back."""
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 
-from ..method import merge_method
-from ..ops import deltas, elect_largest
+from ..method import merge_method, statistic
+from ..ops import deltas, elect_largest, pack_flags, unpack_flags
+from ..sidecar import Encoded, Lossless, Part, Sidecar, packed
 
 
-@merge_method(family="sidecars", cite="huang2024emr")
+def agrees(delta: Tensor, unified: Tensor) -> Tensor:
+    """Say where a task vector has the sign of the unified one, bool."""
+    return ((delta > 0) & (unified > 0)) | ((delta < 0) & (unified < 0))
+
+
+def magnitudes(base: Tensor, models: list[Tensor], merged: Tensor, size: int, rescale_by: str) -> Tensor:
+    """Measure the L1 norms of the task vectors, and of the unified one under their masks, shape [2, T], float64."""
+    unified = merged - base
+    own, kept = [], []
+    for delta in deltas(base, models):
+        own.append(delta.double().abs().sum())
+        kept.append(torch.where(agrees(delta, unified), unified, 0.0).double().abs().sum())
+    found = torch.stack(own + kept).view(2, -1)
+    return found / size if rescale_by == "mean" else found
+
+
+def factors(measured: Tensor) -> Tensor:
+    """Solve for the factor of each task, shape [T]; 1 where nothing is left under the mask."""
+    own, kept = measured
+    return torch.where(kept > 0, own / kept, 1.0)
+
+
+def parts(shape: tuple[int, ...]) -> dict[str, Part]:
+    """Return what a task keeps: a bit for each element."""
+    return {"mask": packed(shape[0])}
+
+
+def encode(
+    base: Tensor,
+    models: list[Tensor],
+    merged: Tensor,
+    *,
+    rescale_over: Literal["model", "tensor"] = "model",
+    rescale_by: Literal["sum", "mean"] = "sum",
+) -> Encoded:
+    """Return the mask of each task."""
+    return {"mask": [pack_flags(agrees(delta, merged - base)) for delta in deltas(base, models)]}
+
+
+def decode(base: Tensor, merged: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
+    """Return the base plus what of the unified task vector is the task's own."""
+    own = unpack_flags(mask, merged.numel())
+    return base + factor * torch.where(own, merged - base, 0.0)
+
+
+@merge_method(
+    family="sidecars",
+    cite="huang2024emr",
+    sidecar=Sidecar(
+        parts,
+        encode,
+        decode,
+        statistics={"factor": statistic(magnitudes, factors, over="rescale_over")},
+        lossless=Lossless(models=1),
+    ),
+)
 def emr(base: Tensor, models: list[Tensor]) -> Tensor:
     """Elect the sign of the sum of the task vectors, and the largest entry that has it.
 
-        sign   = + where sum_i delta_i > 0, else -
-        merged = base + sign * max_i |delta_i| over the models whose delta_i has that sign
+        sign     = + where sum_i delta_i > 0, else -
+        merged   = base + sign * max_i |delta_i| over the models whose delta_i has that sign
+
+    Kept for each model, a bit per element and a factor, is what gives it back:
+
+        mask_i   = 1 where delta_i has the sign of (merged - base), else 0
+        factor_i = sum |delta_i| / sum |mask_i * (merged - base)|, over all tensors
+        model_i  ~ base + factor_i * mask_i * (merged - base)
 
     Use when:
-        Several fine-tunes are to share one model and still be told apart: masks and factors restore each of them.
+        Several fine-tunes are to share one model and still be told apart, for a sixteenth of a copy each.
         The merged model alone is not what the paper evaluates.
 
+    Args:
+        rescale_over: Whether a model has one factor, as in the paper, or one for each tensor, which is closer.
+        rescale_by: Whether the norms are added up over the model, as in the paper, or the means of the tensors, as in
+            the authors' code for language models, where a norm counts as much as a matrix.
+
     Differs from the paper:
-        Nothing; the sum is formed in float64, so that rounding does not elect.
+        The sum is formed in float64, so that rounding does not elect.
+        Masks and factors are made from the merged model as it was written, in its dtype.
+        Every tensor is treated; the authors leave classifiers out.
     """
     return base + elect_largest(deltas(base, models))

@@ -4,6 +4,7 @@ Everything here is plain torch on float32 (or float64) blocks, written so that i
 fused: no `add(alpha=...)`, no `lerp`, whose vector and scalar forms round differently.
 """
 
+from .bits import pack_codes, pack_flags, packed_size, unpack_codes, unpack_flags
 from .drop import check_spread, drop, drop_norms, magprune, magprune_norms, restores_l1
 from .gram import gram, inverse_norms, unit_gram
 from .masks import elect_largest, tall_mask
@@ -46,6 +47,9 @@ __all__ = [
     "middle_norms",
     "normalizer",
     "order_statistic",
+    "pack_codes",
+    "pack_flags",
+    "packed_size",
     "restores_l1",
     "round_down",
     "scaled",
@@ -53,5 +57,7 @@ __all__ = [
     "tall_mask",
     "trim",
     "unit_gram",
+    "unpack_codes",
+    "unpack_flags",
     "weighted_sum",
 ]

@@ -1,0 +1,256 @@
+"""Parts of one tensor: their sizes, how they are made, and how a task's tensor is made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...method import MergeMethod, Statistic, takes
+from ...sidecar import Part, Sidecar
+from ..blocks import BLOCK
+from ..kernels import Values
+from ..treatment import is_matrix
+
+T = TypeVar("T")
+
+OWN = "own"
+"""Part that holds the task's own tensor."""
+
+Stored = Mapping[str, Tensor | Sequence[Tensor]]
+"""Parts of a block, in the dtypes in which they are stored: one tensor, or one per model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A block of a tensor, as it is handed to a sidecar's functions.
+
+    Args:
+        start: Its first element.
+        end: The one behind its last.
+        shape: Its shape.
+    """
+
+    start: int
+    end: int
+    shape: tuple[int, ...]
+
+
+def sidecar_of(method: MergeMethod) -> Sidecar:
+    """Return the sidecar of a method that has one."""
+    assert method.sidecar is not None
+    return method.sidecar
+
+
+def keeps(
+    method: MergeMethod, parameters: Mapping[str, Any], name: str, shape: Sequence[int], role: str | None
+) -> str | None:
+    """Say what stands for a tensor that the sidecar does not treat ("own" or "merged"); None where it does.
+
+    Args:
+        method: A method with a sidecar.
+        parameters: Those of the tensor, by their names in recipes.
+        name: Name of the tensor.
+        shape: Its shape.
+        role: What it does, from `anatomy`; None: not known.
+    """
+    if not math.prod(shape):
+        return "merged"
+    if not sidecar_of(method).matrices or is_matrix(name, shape, role, tables=parameters["embeddings"] == "matrix"):
+        return None
+    return str(parameters["others"])
+
+
+class Codec:
+    """The sidecar of a method for one tensor.
+
+    Args:
+        method: A method with a sidecar.
+        parameters: Those of the tensor, by their names in recipes.
+        shape: Shape of the tensor.
+        n_models: Number of models.
+        block: Elements of a block, at most (a multiple of 8).
+        device: Where encoding and decoding run.
+    """
+
+    def __init__(
+        self,
+        method: MergeMethod,
+        parameters: Mapping[str, Any],
+        shape: tuple[int, ...],
+        n_models: int,
+        *,
+        block: int = BLOCK,
+        device: torch.device | None = None,
+    ) -> None:
+        self.sidecar = sidecar_of(method)
+        self._method = method
+        self._shape = shape
+        self._n_models = n_models
+        self._block = block
+        self._device = device or torch.device("cpu")
+        self._values = Values.of(method, parameters)
+        self._per_model = {p.argument for p in method.parameters.values() if p.per_model}
+        self._parameters = parameters
+
+    @cached_property
+    def statistics(self) -> list[tuple[str, Statistic, str]]:
+        """Statistics that this tensor needs: name, declaration, "tensor" or "model"."""
+        return [
+            (name, statistic, str(self._parameters.get(statistic.over, statistic.over)))
+            for name, statistic in self.sidecar.statistics.items()
+            if statistic.wanted(self._parameters)
+        ]
+
+    @cached_property
+    def blocks(self) -> list[Span]:
+        """The blocks of the tensor."""
+        return list(spans(self._shape, self.sidecar.scope, self._block))
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+        """Return the parts of a block of that shape, by name."""
+        given = {"shape": shape, "n_models": self._n_models, **self._settings()}
+        return dict(_call(self.sidecar.parts, given))
+
+    def all_parts(self) -> dict[str, Part]:
+        """Return what is stored for the whole tensor: its parts, and its statistics."""
+        if self.sidecar.scope == "matrix":
+            *packed, rows, columns = self._shape
+            each = self.parts((rows, columns))
+            found = {name: replace(part, shape=(*packed, *part.shape)) for name, part in each.items()}
+        else:
+            found = self.parts(_whole(self._shape, self.sidecar.scope))
+        return found | {name: Part((), "float64") for name, _, _ in self.statistics}
+
+    def measure(
+        self, name: str, index: int, base: Tensor, models: Sequence[Tensor], merged: Tensor, known: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Measure a block: round `index` of statistic `name`, on the CPU, float64 or int64."""
+        measure = self.sidecar.statistics[name].rounds[index].measure
+        given = {"base": base, "models": models, "merged": merged, "size": math.prod(self._shape)}
+        given |= {**self._settings(), **self._sent(known, base)}
+        measured: Tensor = _call(measure, given)
+        tally = self.sidecar.statistics[name].rounds[index].tally
+        return (measured if tally is None else tally(measured)).cpu()
+
+    def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
+        """Solve a round, and put its result into `known`: as `previous`, and under its name after the last round."""
+        statistic = self.sidecar.statistics[name]
+        solve = statistic.rounds[index].solve
+        first, *rest = takes(solve)
+        given = {**self._settings(), **known, "size": torch.tensor(size, dtype=torch.float64)}
+        known["previous"] = solve(**{first: total}, **{key: given[key] for key in rest})
+        if index == len(statistic.rounds) - 1:
+            known[name] = known.pop("previous").double()
+
+    def encode(
+        self,
+        block: Span,
+        base: Tensor,
+        models: Sequence[Tensor],
+        merged: Tensor,
+        known: Mapping[str, Tensor],
+        dtypes: Sequence[torch.dtype],
+    ) -> Stored:
+        """Make the parts of a block.
+
+        Args:
+            block: The block.
+            base: Its base, in its shape, in the compute dtype.
+            models: Its models; each is read when it is asked for.
+            merged: The shared model as written.
+            known: Solved statistics.
+            dtypes: Dtype of the tensor in the shared model, then in each task's.
+
+        Returns:
+            The parts, flat and rounded to the dtypes in which they are stored, on the CPU.
+        """
+        given = {"base": base, "models": models, "merged": merged, **self._settings(), **self._sent(known, base)}
+        encoded = _call(self.sidecar.encode, given)
+        stored: dict[str, Tensor | list[Tensor]] = {}
+        for name, part in self.parts(block.shape).items():
+            found = encoded[name]
+            if isinstance(found, Tensor):
+                stored[name] = _stored(name, part, found, dtypes[0])
+            else:
+                each = zip(found, dtypes[1:], strict=True)
+                stored[name] = [_stored(name, part, tensor, dtype) for tensor, dtype in each]
+        return stored
+
+    def decode(
+        self, block: Span, task: int, base: Tensor | None, merged: Tensor, stored: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Make a task's block of its parts, in the compute dtype.
+
+        Args:
+            block: The block.
+            task: Position of the task's model.
+            base: The base's block, in its shape, in the compute dtype; None where it is not needed.
+            merged: The shared model's.
+            stored: Parts of the block as stored, those of the task and shared ones, and the task's statistics.
+        """
+        given = {"base": base, "merged": merged, **self._settings(task)}
+        for name, part in self.parts(block.shape).items():
+            tensor = stored[name].reshape(part.shape).to(self._device)
+            given[name] = tensor.to(merged.dtype) if tensor.is_floating_point() else tensor
+        given |= self._sent({name: stored[name] for name, _, _ in self.statistics}, merged)
+        restored: Tensor = _call(self.sidecar.decode, given)
+        return restored
+
+    def _settings(self, task: int | None = None) -> dict[str, Any]:
+        """Return the parameters by argument name; for a task its own of those that each model has."""
+
+        def own(name: str, value: Any) -> Any:
+            return value[task] if task is not None and name in self._per_model else value
+
+        return {name: own(name, value) for name, value in {**self._values.static, **self._values.numbers}.items()}
+
+    def _sent(self, known: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """Return statistics where the arithmetic is, in its dtype."""
+        return {
+            name: value.to(like.device, like.dtype if value.is_floating_point() else None)
+            for name, value in known.items()
+        }
+
+
+def spans(shape: tuple[int, ...], scope: str, block: int = BLOCK) -> Iterator[Span]:
+    """Cut a tensor into blocks whose bits fill whole bytes.
+
+    Args:
+        shape: Shape of the tensor, not empty.
+        scope: "element", "row" or "matrix".
+        block: Elements of a block, at most, where the scope needs no more; a multiple of 8.
+    """
+    size = math.prod(shape)
+    columns = shape[-1] if shape else 1
+    if scope == "matrix":
+        step, form = shape[-2] * columns, shape[-2:]
+    elif scope == "row":
+        step, form = max(block // (8 * columns), 1) * 8 * columns, (-1, columns)
+    else:
+        step, form = block, (-1,)
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        yield Span(start, end, tuple((end - start) // columns ** (len(form) - 1) if n < 0 else n for n in form))
+
+
+def _whole(shape: tuple[int, ...], scope: str) -> tuple[int, ...]:
+    """Return the shape of a tensor as one block."""
+    size = math.prod(shape)
+    return (size // shape[-1], shape[-1]) if scope == "row" and shape else (size,)
+
+
+def _stored(name: str, part: Part, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring a part into the form in which it is stored, and hold the author to what was declared."""
+    wanted = dtype if part.dtype is None else getattr(torch, part.dtype)
+    assert tuple(tensor.shape) == part.shape, f"{name}: {list(tensor.shape)} instead of the declared {list(part.shape)}"
+    return tensor.detach().to("cpu", wanted).reshape(-1).contiguous()
+
+
+def _call(function: Callable[..., T], given: Mapping[str, Any]) -> T:
+    return function(**{name: given[name] for name in takes(function)})

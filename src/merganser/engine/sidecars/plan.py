@@ -1,0 +1,318 @@
+"""Where every byte of the sidecars goes, known from headers alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ...checkpoint import DTYPE_BY_NAME, DType, Shard, TensorInfo, plan_shards
+from ...errors import MemoryLimitError, RecipeError
+from ...method import MergeMethod, applies, takes
+from ...recipe import ModelReference, Recipe, Resolver, Source
+from ...sidecar import Part
+from ..blocks import BLOCK
+from ..memory import RESIDENT
+from .codec import OWN, Codec, keeps, sidecar_of
+
+if TYPE_CHECKING:
+    from ..plan import PlannedTensor
+
+FOLDER = "sidecars"
+"""Folder of an output that holds its sidecars."""
+
+INDEX_FILE = f"{FOLDER}/index.json"
+
+SHARED = -1
+"""Owner of the parts that are stored once for all tasks; those of a task belong to its position."""
+
+_RESERVED = ("index.json", "shared")
+_UNUSUAL = re.compile(r"[^A-Za-z0-9._-]+")
+# a matrix and its factors, as measured: float32 copies, what the decomposition takes, the parts
+_BYTES_PER_MATRIX_ELEMENT = 60
+_BYTES_PER_ELEMENT = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a part lies.
+
+    Args:
+        shard: Index among the files of the sidecars.
+        offset: Its first byte in the file.
+        nbytes: Its size, bytes.
+    """
+
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTask:
+    """One task: a model that can be restored.
+
+    Args:
+        name: Its name.
+        reference: Its model in the recipe.
+        nbytes: Size of the files of its parts.
+        full_bytes: Size of its tensors, as a copy would take.
+    """
+
+    name: str
+    reference: ModelReference
+    nbytes: int
+    full_bytes: int
+
+    @property
+    def model(self) -> str:
+        """The model as the recipe names it."""
+        return str(self.reference)
+
+
+@dataclass(frozen=True, eq=False)
+class SidecarPlan:
+    """What is stored beside the shared model.
+
+    Args:
+        tasks: The tasks, in the order of the models.
+        shards: All files: those of what is shared first, then task by task.
+        owners: For each file its task's position, or SHARED.
+        kept: What stands for each tensor that is not treated, by name ("own" or "merged").
+        needs_base: Whether restoring takes the base.
+        workers: Threads that make them.
+        peak_memory: Largest resident memory beside Python and torch, bytes.
+        bytes_read: Bytes read from the models and from the shared model.
+    """
+
+    tasks: tuple[PlannedTask, ...]
+    shards: tuple[Shard, ...]
+    owners: tuple[int, ...]
+    kept: Mapping[str, str]
+    needs_base: bool
+    workers: int
+    peak_memory: int
+    bytes_read: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Size of the files of what is shared."""
+        return sum(shard.size for shard, owner in zip(self.shards, self.owners, strict=True) if owner == SHARED)
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of all files."""
+        return sum(shard.size for shard in self.shards)
+
+    @cached_property
+    def _places(self) -> dict[str, dict[tuple[int, str], Place]]:
+        found: dict[str, dict[tuple[int, str], Place]] = defaultdict(dict)
+        for index, (shard, owner) in enumerate(zip(self.shards, self.owners, strict=True)):
+            for name, (offset, nbytes) in shard.entries.items():
+                found[name.rpartition(".")[0]][owner, name] = Place(index, offset, nbytes)
+        return found
+
+    def places_of(self, tensor: str) -> dict[tuple[int, str], Place]:
+        """Return where the parts of a tensor lie, by owner and their name in the file."""
+        return self._places.get(tensor, {})
+
+
+def stored_name(tensor: str, part: str) -> str:
+    """Return the name of a part in its file."""
+    return f"{tensor}.{part}"
+
+
+def holds(tensor: PlannedTensor, task: int) -> bool:
+    """Say whether a task's own checkpoint holds a tensor; a tied head is read from the embedding."""
+    return tensor.models[task].name == tensor.name
+
+
+def plan_sidecars(
+    resolver: Resolver, tensors: Sequence[PlannedTensor], *, shard_bytes: int, threads: int, max_memory: int
+) -> SidecarPlan | None:
+    """Plan the sidecars of a merge.
+
+    Args:
+        resolver: The recipe and its method.
+        tensors: Tensors of the shared model.
+        shard_bytes: Largest size of a file, bytes.
+        threads: Threads that make them; fewer run where memory would not suffice.
+        max_memory: Largest resident memory allowed, bytes.
+
+    Returns:
+        The plan; None where the method has no sidecar.
+
+    Raises:
+        RecipeError: The recipe stacks slices, names a task badly, or lets a statistic of the whole model differ.
+        MemoryLimitError: One tensor alone takes more memory than allowed.
+    """
+    recipe, method = resolver.recipe, resolver.method
+    if method.sidecar is None:
+        return None
+    if recipe.slices:
+        raise RecipeError(
+            f"{recipe.place_of('slices')}: {method.name} stores what gives each model back, so it takes whole models; "
+            "write 'models'"
+        )
+    sources = resolver.sources(0).models
+    names = task_names(sources)
+    kept = {t.name: found for t in tensors if (found := _kept(method, t)) is not None}
+    _check_over_model(recipe, method, [t for t in tensors if t.name not in kept])
+    stored = _stored_tensors(method, tensors, kept, len(names))
+    shards: list[Shard] = []
+    owners: list[int] = []
+    for owner, parts in stored.items():
+        if parts or owner != SHARED:
+            folder = f"{FOLDER}/{names[owner]}" if owner != SHARED else FOLDER
+            files = plan_shards(parts, shard_bytes, {}, stem=f"{folder}/{'shared' if owner == SHARED else 'parts'}")
+            shards += files
+            owners += [owner] * len(files)
+    treated = [t for t in tensors if t.name not in kept]
+    needed, workers = _fit(method, treated, threads, max_memory)
+    return SidecarPlan(
+        tasks=tuple(
+            PlannedTask(
+                name=name,
+                reference=source.model,
+                nbytes=sum(shard.size for shard, owner in zip(shards, owners, strict=True) if owner == i),
+                full_bytes=sum(t.models[i].nbytes for t in tensors if holds(t, i)),
+            )
+            for i, (name, source) in enumerate(zip(names, sources, strict=True))
+        ),
+        shards=tuple(shards),
+        owners=tuple(owners),
+        kept=kept,
+        needs_base=any(needs_base(method, t.parameters) for t in treated),
+        workers=workers,
+        peak_memory=workers * needed,
+        bytes_read=_bytes_read(method, tensors, kept),
+    )
+
+
+def needs_base(method: MergeMethod, parameters: Mapping[str, object]) -> bool:
+    """Say whether restoring a treated tensor of these parameters takes the base."""
+    sidecar = sidecar_of(method)
+    return "base" in takes(sidecar.decode) and applies(sidecar.base, parameters)
+
+
+def task_names(sources: Sequence[Source]) -> list[str]:
+    """Name the tasks: as the recipe says, else after the folders of the models, made unique.
+
+    Raises:
+        RecipeError: A name in the recipe is taken, or cannot be that of a folder.
+    """
+    taken = {name.lower() for name in _RESERVED}
+    for source in sources:
+        if source.name is None:
+            continue
+        where = f"{source.place}: name {source.name!r}"
+        if _UNUSUAL.search(source.name) or source.name[0] in ".-":
+            raise RecipeError(f"{where} must be usable as the name of a folder: letters, digits, '.', '_' and '-'")
+        if source.name.lower() in taken:
+            reason = "is kept for a file of the sidecars" if source.name.lower() in _RESERVED else "is given twice"
+            raise RecipeError(f"{where} {reason}; choose another")
+        taken.add(source.name.lower())
+    return [source.name or _unique(source, taken) for source in sources]
+
+
+def _unique(source: Source, taken: set[str]) -> str:
+    last = source.model.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    stem = _UNUSUAL.sub("-", last).strip(".-") or "task"
+    name, number = stem, 1
+    while name.lower() in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name.lower())
+    return name
+
+
+def _kept(method: MergeMethod, tensor: PlannedTensor) -> str | None:
+    if tensor.copy:
+        return "merged"
+    return keeps(method, tensor.parameters, tensor.name, tensor.shape, tensor.role)
+
+
+def _check_over_model(recipe: Recipe, method: MergeMethod, tensors: Sequence[PlannedTensor]) -> None:
+    """A statistic over the whole model needs the same parameters everywhere."""
+    by_parameters = {id(t.parameters): t for t in tensors}
+    if len(by_parameters) < 2:
+        return
+    first, other, *_ = by_parameters.values()
+    for tensor in by_parameters.values():
+        for name, _, over in Codec(method, tensor.parameters, tensor.shape, len(tensor.models)).statistics:
+            if over == "model":
+                raise RecipeError(
+                    f"{recipe.place}: {method.name} measures {name} over the whole model, so its parameters cannot "
+                    f"differ between tensors; they do between {first.name} and {other.name}"
+                )
+
+
+_Stored = tuple[str, DType, tuple[int, ...]]
+
+
+def _stored_tensors(
+    method: MergeMethod, tensors: Sequence[PlannedTensor], kept: Mapping[str, str], n_models: int
+) -> dict[int, list[_Stored]]:
+    """List what is stored, by owner."""
+    stored: dict[int, list[_Stored]] = {owner: [] for owner in (SHARED, *range(n_models))}
+    for tensor in tensors:
+        owners = [i for i in range(n_models) if holds(tensor, i)]
+        if tensor.name in kept:
+            if kept[tensor.name] == OWN:
+                for i in owners:
+                    stored[i].append((stored_name(tensor.name, OWN), tensor.models[i].dtype, tensor.shape))
+            continue
+        for name, part in Codec(method, tensor.parameters, tensor.shape, n_models).all_parts().items():
+            own_name = stored_name(tensor.name, name)
+            for i in [SHARED] if part.shared else owners:
+                stored[i].append(
+                    (own_name, part_dtype(part, tensor.dtype if i < 0 else tensor.models[i].dtype), part.shape)
+                )
+    return stored
+
+
+def part_dtype(part: Part, own: DType) -> DType:
+    """Return the dtype in which a part is stored, where the tensor itself has that dtype."""
+    return own if part.dtype is None else DTYPE_BY_NAME[part.dtype]
+
+
+def _fit(method: MergeMethod, tensors: Sequence[PlannedTensor], threads: int, limit: int) -> tuple[int, int]:
+    """Return the memory that a worker needs, bytes, and how many workers fit."""
+    needed, largest = 0, None
+    for tensor in tensors:
+        if sidecar_of(method).scope == "matrix":
+            size = tensor.shape[-1] * tensor.shape[-2] * _BYTES_PER_MATRIX_ELEMENT
+        else:
+            size = min(math.prod(tensor.shape), BLOCK) * (_BYTES_PER_ELEMENT + 12 * len(tensor.models))
+        if size > needed:
+            needed, largest = size, tensor
+    if largest is not None and RESIDENT + needed > limit:
+        raise MemoryLimitError(
+            f"--max-memory: the sidecars of {method.name} need {(RESIDENT + needed) / 1e6:.0f} MB, {limit / 1e6:.0f} MB "
+            f"are allowed; the largest tensor they treat is {largest.name} {list(largest.shape)}"
+        )
+    return needed, min(max((limit - RESIDENT) // max(needed, 1), 1), threads)
+
+
+def _bytes_read(method: MergeMethod, tensors: Sequence[PlannedTensor], kept: Mapping[str, str]) -> int:
+    """Return what the pass over the sidecars reads: everything once to measure, once to encode, models to compare."""
+    total = 0
+    for tensor in tensors:
+        if tensor.copy:
+            continue
+        models = sum(t.nbytes for t in tensor.models)
+        once = models + tensor.nbytes + _nbytes(tensor.base)
+        if tensor.name in kept:
+            total += once
+            continue
+        codec = Codec(method, tensor.parameters, tensor.shape, len(tensor.models))
+        total += (1 + sum(len(s.rounds) for _, s, _ in codec.statistics)) * once + models
+    return total
+
+
+def _nbytes(tensor: TensorInfo | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
