@@ -124,13 +124,13 @@ def test_the_summary_by_layer_and_role(tmp_path, small_blocks):
     paths = [write_model(tmp_path / f"m{i}", own) for i, own in enumerate((base, first, second))]
     record = merge(make_recipe("task_arithmetic", paths[1:], paths[0], {"weight": 0.5}), tmp_path / "out").record
     summary = {(entry["layer"], entry["role"]): entry for entry in record["layers"]}
-    # distances are measured on the first block of a tensor; every other number counts all of it
-    seen = min(24 * 16, blocks.BLOCK)
-    norm = (seen * 1.0 + 24 * 4.0) ** 0.5
+    # distances are measured on the first block of a tensor, which counts for all of it
+    assert blocks.BLOCK < 24 * 16
+    norm = (24 * 16 * 1.0 + 24 * 4.0) ** 0.5
     mlp = summary[0, "mlp"]
     assert (mlp["tensors"], mlp["parameters"]) == (2, 24 * 16 + 24)
-    assert mlp["models"] == pytest.approx([seen**0.5 / norm, (24 * 4.0) ** 0.5 / norm])
-    assert mlp["merged"] == pytest.approx((seen * 0.25 + 24 * 1.0) ** 0.5 / norm)
+    assert mlp["models"] == pytest.approx([(24 * 16) ** 0.5 / norm, (24 * 4.0) ** 0.5 / norm])
+    assert mlp["merged"] == pytest.approx((24 * 16 * 0.25 + 24 * 1.0) ** 0.5 / norm)
     assert (summary[1, "mlp"]["models"], summary[1, "mlp"]["merged"]) == ([0, 0], 0)
     assert summary[None, "embedding"]["merged"] == 0
     # a base of zeros has no relative distance
@@ -166,7 +166,7 @@ def test_a_recipe_with_a_fence_does_not_end_the_block(tmp_path):
 
 def test_sampling_starts_at_the_first_element_of_large_tensors(tmp_path, monkeypatch, small_blocks):
     """The record's distances are measured on the beginning of a tensor, not on all of it."""
-    monkeypatch.setattr("merganser.engine.stream.SAMPLE", 8)
+    monkeypatch.setattr("merganser.engine.sample.SAMPLE", 8)
     base, other = torch.ones(1024), torch.ones(1024)
     other[:8] = 3
     other[8:] = 100

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..checkpoint import INDEX_NAME, index_json
 from ..errors import CheckpointError
+from .movement import layer_summary, movement
 from .plan import Plan
-from .record import RECORD_NAME, file_hash, input_files, input_hashes, layer_summary, make_record, model_card
+from .record import RECORD_NAME, file_hash, input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors
 from .staging import digest
@@ -68,11 +69,13 @@ def write_rest(
     if plan.sidecars is not None:
         names, beside["sidecars"] = write_index(plan, plan.sidecars, folder, errors, digests)
         outputs += _hashed(folder, names)
+    samples = _samples(entries)
     record = make_record(
         plan,
         inputs=input_hashes(plan, digests),
         outputs=outputs,
-        layers=layer_summary(plan.tensors, _samples(entries)),
+        layers=layer_summary(plan.tensors, samples),
+        movement=movement(plan, samples),
         timings=timings,
         continued=continued,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 import time
 from collections import defaultdict
@@ -16,7 +15,7 @@ from .. import __version__
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import NotFoundError
 from ..recipe import ModelReference
-from .plan import Plan, PlannedTensor
+from .plan import Plan
 from .staging import digest
 
 RECORD_NAME = "merge.json"
@@ -95,43 +94,13 @@ def input_hashes(plan: Plan, digests: Mapping[tuple[Path, str], bytes]) -> list[
     return files
 
 
-def layer_summary(tensors: Sequence[PlannedTensor], samples: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Sum up by layer and role how far models and merge moved from the base (or first model), on the samples.
-
-    Returns:
-        One entry per layer and role: number of tensors and parameters, relative distances of each model and of the
-        merge (Frobenius norm of the difference over that of the base), where those are finite.
-    """
-    groups: dict[tuple[int, str], list[PlannedTensor]] = defaultdict(list)
-    for tensor in tensors:
-        groups[-1 if tensor.layer is None else tensor.layer, tensor.role].append(tensor)
-    summary = []
-    for (layer, role), members in sorted(groups.items()):
-        found = [samples[t.name] for t in members if t.name in samples]
-        norm = sum(s["norm"] ** 2 for s in found) ** 0.5
-        entry: dict[str, Any] = {
-            "layer": None if layer < 0 else layer,
-            "role": role,
-            "tensors": len(members),
-            "parameters": sum(t.size for t in members),
-        }
-        if found and norm > 0 and len({len(s["models"]) for s in found}) == 1:
-            each = zip(*(s["models"] for s in found), strict=True)
-            models = [sum(x**2 for x in values) ** 0.5 / norm for values in each]
-            merged = sum(s["merged"] ** 2 for s in found) ** 0.5 / norm
-            # JSON knows neither NaN nor infinity
-            if all(map(math.isfinite, [norm, merged, *models])):
-                entry.update(models=models, merged=merged)
-        summary.append(entry)
-    return summary
-
-
 def make_record(
     plan: Plan,
     *,
     inputs: list[dict[str, Any]],
     outputs: Sequence[Mapping[str, Any]],
     layers: Sequence[Mapping[str, Any]],
+    movement: Mapping[str, Any],
     timings: Mapping[str, float],
     continued: bool,
 ) -> dict[str, Any]:
@@ -159,6 +128,7 @@ def make_record(
         "inputs": inputs,
         "outputs": list(outputs),
         "layers": list(layers),
+        "movement": dict(movement),
         "timings": dict(timings),
     }
 

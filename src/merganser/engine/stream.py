@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +20,10 @@ from ..errors import CheckpointError, NonFiniteError
 from .blocks import TensorRun, block_step, matrix_shape
 from .buffers import InputBuffer
 from .plan import PlannedTensor
+from .sample import measure, measure_bundle
 from .staging import digest
 from .sums import Sum
 from .tasks import Group, GroupState, Task
-
-SAMPLE = 1 << 16
-"""Elements at the start of each tensor on which the run record's distances are measured."""
 
 
 class Stopped(Exception):
@@ -151,7 +148,7 @@ class Worker:
             merged = self._merge(run, tensor, known, start, end, inputs)
             written += self._write(tensor, start, merged)
             if start == 0:
-                sample = distances(inputs, merged)
+                sample = measure(tensor, inputs, merged)
         entry: dict[str, Any] = {"in": [_hex(found) for found in hashes], "out": _hex(written)}
         if sample is not None:
             entry["sample"] = {tensor.name: sample}
@@ -174,7 +171,7 @@ class Worker:
             [_hex(block_digests(tensor.shape, 0, tensor.size, view)) for view in views]
             for tensor, views in zip(tensors, raw, strict=True)
         ]
-        samples = bundle_distances(tensors, inputs, outputs)
+        samples = measure_bundle(tensors, inputs, outputs)
         self._c.advance(0, 0, len(tensors))
         return {"in": hashes, "out": _hex(written), "sample": samples}
 
@@ -314,46 +311,6 @@ def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) 
         cuts.update(range(-(-start // columns) * columns, end, columns))
     ordered = [*sorted(cuts), end]
     return [digest(data[(a - start) * size : (b - start) * size]) for a, b in pairwise(ordered)]
-
-
-def distances(inputs: Sequence[Tensor], merged: Tensor) -> dict[str, Any]:
-    """Measure on the first elements of a tensor how far models and merge are from the base (or the first model).
-
-    Returns:
-        Norm of the base, and norms of the differences of each model and of the merge from it.
-    """
-    flat = [data.reshape(-1)[:SAMPLE].double() for data in inputs]
-    origin = flat[0]
-    norms = [float((other - origin).norm()) for other in flat[1:]]
-    return {
-        "norm": float(origin.norm()),
-        "models": norms,
-        "merged": float((merged.reshape(-1)[:SAMPLE].double() - origin).norm()),
-        "n": int(origin.numel()),
-    }
-
-
-def bundle_distances(
-    tensors: Sequence[PlannedTensor], inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Tensor]
-) -> dict[str, dict[str, Any]]:
-    """Measure `distances` for each tensor of a bundle that is not a copy, by name: in one go where they are small."""
-    merged = [i for i, tensor in enumerate(tensors) if not tensor.copy and tensor.size]
-    widths = {len(inputs[i]) for i in merged}
-    if len(widths) != 1 or any(tensors[i].size > SAMPLE for i in merged):
-        return {tensors[i].name: distances(inputs[i], outputs[i]) for i in merged}
-    sizes = [tensors[i].size for i in merged]
-    starts = list(accumulate(sizes[:-1], initial=0))
-
-    def norms(flat: Tensor) -> list[float]:
-        return np.sqrt(np.add.reduceat((flat * flat).numpy(), starts)).tolist()  # type: ignore[no-any-return]
-
-    origin, *others = (torch.cat([inputs[i][k] for i in merged]).double() for k in range(widths.pop()))
-    result = torch.cat([outputs[i] for i in merged]).double()
-    columns = zip(norms(origin), norms(result - origin), sizes, *(norms(o - origin) for o in others), strict=True)
-    return {
-        tensors[i].name: {"norm": norm, "models": models, "merged": distance, "n": n}
-        for i, (norm, distance, n, *models) in zip(merged, columns, strict=True)
-    }
 
 
 def _bytes(tensor: Tensor) -> memoryview:
