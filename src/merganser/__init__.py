@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import MergeError
     from .inspection import inspect
     from .recipe import load_recipe, load_recipes
+    from .restoration import restore
     from .task_vectors import kinship
     from .verification import verify
 
@@ -38,6 +39,7 @@ __all__ = [
     "methods",
     "open_checkpoint",
     "plan",
+    "restore",
     "verify",
 ]
 
@@ -53,6 +55,7 @@ _HOMES = {
     "merge_state_dicts": "api",
     "open_checkpoint": "checkpoint",
     "plan": "api",
+    "restore": "restoration",
     "verify": "verification",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +16,7 @@ from .errors import CheckpointError, NotFoundError
 __all__ = ["Verification", "VerifiedFile", "verify"]
 
 _RECORD_NAME = "merge.json"
+_SIDECARS = "sidecars"
 
 _PIECE = 1 << 22
 
@@ -55,23 +56,34 @@ class Verification:
         return not self.extra and all(file.problem is None for file in self.files)
 
 
-def verify(out: str | Path, *, progress: Callable[[int, int], None] | None = None) -> Verification:
+def verify(
+    out: str | Path, *, files: Collection[str] | None = None, progress: Callable[[int, int], None] | None = None
+) -> Verification:
     """Compare the files of an output with the hashes in its run record.
 
     Args:
         out: Folder that a merge wrote.
+        files: Their paths below the folder, where not all are wanted.
         progress: Told the bytes hashed so far, and those in all.
 
     Raises:
         NotFoundError: There is no such folder, or no run record in it.
-        CheckpointError: The run record is damaged, or a file cannot be read.
+        CheckpointError: The run record is damaged, or does not name a file that is wanted, or a file cannot be read.
     """
     out = Path(out)
     if not out.is_dir():
         raise NotFoundError(f"{out}: {'is not a folder' if out.exists() else 'no such folder'}")
     entries = _entries(out)
+    recorded = {name for name, _, _ in entries}
+    if files is not None:
+        unknown = sorted(set(files) - recorded)
+        if unknown:
+            raise CheckpointError(
+                f"{out / _RECORD_NAME}: does not name {unknown[0]!r} among the files that were written"
+            )
+        entries = [entry for entry in entries if entry[0] in files]
     total = sum(size for _, size, _ in entries)
-    files = []
+    found = []
     done = 0
     for name, size, digest in entries:
         before = done
@@ -80,12 +92,12 @@ def verify(out: str | Path, *, progress: Callable[[int, int], None] | None = Non
             if progress is not None:
                 progress(before + count, total)
 
-        files.append(VerifiedFile(name, size, _problem(out / name, size, digest, tell)))
+        found.append(VerifiedFile(name, size, _problem(out / name, size, digest, tell)))
         done += size
         tell(size)
-    named = {name for name, _, _ in entries}
-    extra = sorted(path.name for path in out.iterdir() if is_weight_file(path.name) and path.name not in named)
-    return Verification(out, files, extra)
+    present = [*out.iterdir(), *(out / _SIDECARS).rglob("*")]
+    names = (path.relative_to(out).as_posix() for path in present if is_weight_file(path.name))
+    return Verification(out, found, sorted(name for name in names if name not in recorded))
 
 
 def _entries(out: Path) -> list[tuple[str, int, str]]:

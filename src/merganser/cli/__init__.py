@@ -19,6 +19,7 @@ from .inspect import inspect
 from .merge import merge
 from .methods import methods
 from .plan import plan
+from .restore import restore
 from .verify import verify
 
 __all__ = ["app", "main"]
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (merge, plan, methods, inspect, diff, verify):
+for verb in (merge, plan, methods, inspect, diff, verify, restore):
     app.command(cls=Verb)(verb)
 
 

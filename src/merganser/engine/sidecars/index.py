@@ -13,7 +13,7 @@ from typing import Any
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
 from ..plan import Plan, PlannedTensor
-from .make import Errors
+from .make import Errors, is_wide
 from .plan import FOLDER, INDEX_FILE, SHARED, SidecarPlan, holds, needs_base
 
 INDEX_FORMAT = 1
@@ -119,6 +119,8 @@ def _tensors(plan: Plan, sidecars: SidecarPlan, digests: Digests) -> dict[str, A
                 settings[id(tensor.parameters)] = len(parameters)
                 parameters.append(tensor.parameters)
             entry["parameters"] = settings[id(tensor.parameters)]
+            if is_wide(tensor):
+                entry["wide"] = True
             if needs_base(plan.method, tensor.parameters):
                 entry |= _base_tensor(tensor, digests)
         tensors[tensor.name] = entry

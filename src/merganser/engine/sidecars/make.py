@@ -307,7 +307,7 @@ class _Maker:
         return data.view(getattr(torch, tensor.dtype.name))
 
     def _wide(self, tensor: PlannedTensor, raw: Tensor) -> Tensor:
-        return raw.to(self._device, compute_dtype([tensor.dtype.name, *(t.dtype.name for t in tensor.inputs)]))
+        return raw.to(self._device, torch.float64 if is_wide(tensor) else torch.float32)
 
     def _base(self, tensor: PlannedTensor) -> TensorInfo:
         assert tensor.base is not None
@@ -384,6 +384,6 @@ class _Writer:
         return xxhash.xxh3_128_hexdigest(b"".join(found.digest() for found in self._hashes.values()))
 
 
-def compute_dtype(names: Sequence[str]) -> torch.dtype:
-    """Return the dtype of the arithmetic on tensors of these dtypes."""
-    return torch.float64 if "float64" in names else torch.float32
+def is_wide(tensor: PlannedTensor) -> bool:
+    """Say whether the arithmetic on a tensor is in float64."""
+    return "float64" in (tensor.dtype.name, *(source.dtype.name for source in tensor.inputs))

@@ -1,0 +1,297 @@
+"""Restore a task's tensors from an output: the index, the parts, the shared model, and the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo
+from ...errors import CheckpointError, NotFoundError, ParameterError, UnsupportedError, did_you_mean
+from ...method import MergeMethod
+from ...registry import get_method
+from ...sidecar import Part
+from ..blocks import BLOCK, block_step
+from ..staging import digest
+from ..stream import block_digests
+from .codec import OWN, Codec, Span
+from .index import INDEX_FORMAT
+from .plan import INDEX_FILE, stored_name
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """How one tensor of a task is restored.
+
+    Args:
+        name: Its name.
+        dtype: Its dtype in the task's checkpoint.
+        kept: "own" where it is stored as it is, "merged" where the shared model's stands for it, else None.
+        parameters: Of the method, by their names in recipes; None where it is kept.
+        base: Name of the base's tensor where that is needed.
+        base_digest: Hash of that tensor, hexadecimal.
+        wide: Whether the arithmetic is in float64.
+    """
+
+    name: str
+    dtype: DType
+    kept: str | None
+    parameters: Mapping[str, Any] | None
+    base: str | None
+    base_digest: str
+    wide: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTask:
+    """What the index says of a task.
+
+    Args:
+        method: The method that stored it.
+        position: Its position among the tasks.
+        n_tasks: Number of tasks.
+        parts: Files of its parts, and of those that are shared.
+        files: Files of its checkpoint beside the weights: name, and path below the output.
+        tensors: Its tensors.
+        base: Where the base was: "model", "revision" and "path"; None where no tensor needs it.
+    """
+
+    method: MergeMethod
+    position: int
+    n_tasks: int
+    parts: Sequence[str]
+    files: Mapping[str, str]
+    tensors: Sequence[StoredTensor]
+    base: Mapping[str, str | None] | None
+
+
+def read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
+    """Read what an index says of a task.
+
+    Args:
+        out: The output.
+        index: Its index of sidecars.
+        task: Name of the task.
+
+    Raises:
+        NotFoundError: There is no such task.
+        UnsupportedError: The index is of a later version, or the method changed.
+        CheckpointError: The index is damaged.
+    """
+    where = out / INDEX_FILE
+    try:
+        return _read_task(out, index, task)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ParameterError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{where}: is damaged, or no index of sidecars: {error}; merge again") from None
+
+
+def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
+    where = out / INDEX_FILE
+    if index["format"] != INDEX_FORMAT:
+        raise UnsupportedError(
+            f"{where}: format {index['format']} is of a later version; this one reads {INDEX_FORMAT}"
+        )
+    names = [str(entry["name"]) for entry in index["tasks"]]
+    if task not in names:
+        raise NotFoundError(f"{out}: no task {task!r}.{did_you_mean(task, names)} Tasks: {', '.join(names)}")
+    method = get_method(index["method"])
+    if method.sidecar is None or method.version != index["version"]:
+        raise UnsupportedError(
+            f"{where}: was written by {method.name} version {index['version']}, here is version {method.version}; "
+            "restore with the merganser that wrote it (its version is in merge.json), or merge again"
+        )
+    position = names.index(task)
+    entry = index["tasks"][position]
+    settings = [_checked(method, given, len(names)) for given in index["parameters"]]
+    tensors = []
+    for name, found in index["tensors"].items():
+        dtype = found["dtypes"][position] if isinstance(found["dtypes"], list) else found["dtypes"]
+        if dtype is not None:
+            parameters = None if "kept" in found else settings[found["parameters"]]
+            tensors.append(
+                StoredTensor(
+                    name,
+                    DTYPE_BY_NAME[dtype],
+                    found.get("kept"),
+                    parameters,
+                    found.get("base"),
+                    found.get("xxh3_128", ""),
+                    found.get("wide", False),
+                )
+            )
+    parts = [*index["shared"], *entry["parts"]]
+    return StoredTask(method, position, len(names), parts, dict(entry["files"]), tensors, index["base"])
+
+
+def _checked(method: MergeMethod, given: Mapping[str, Any], n_tasks: int) -> dict[str, Any]:
+    """Check parameters as if they stood in a recipe."""
+    found: dict[str, Any] = {}
+    for name, parameter in method.parameters.items():
+        if not parameter.per_model:
+            found[name] = parameter.check(given[name], method.name)
+        elif len(given[name]) != n_tasks:
+            raise ValueError(f"{name} has {len(given[name])} values for {n_tasks} tasks")
+        else:
+            found[name] = tuple(parameter.check(value, method.name) for value in given[name])
+    return found
+
+
+class Restorer:
+    """Makes the tensors of one task.
+
+    Args:
+        out: The output.
+        task: What its index says of the task.
+        merged: The output as a checkpoint: the shared model.
+        parts: Tensors of the task's files of parts, and of the shared ones.
+        base: The base, where it is needed.
+        reader: Reads all of them.
+
+    Raises:
+        CheckpointError: A tensor is missing, or of another form than the index promises.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        task: StoredTask,
+        merged: Checkpoint,
+        parts: Mapping[str, TensorInfo],
+        base: Checkpoint | None,
+        reader: Reader,
+    ) -> None:
+        self._out = out
+        self._task = task
+        self._merged = merged
+        self._parts = parts
+        self._base = base
+        self._reader = reader
+        for tensor in task.tensors:
+            self._check(tensor)
+
+    def shape(self, tensor: StoredTensor) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._merged.tensors[tensor.name].shape
+
+    def pieces(self, tensor: StoredTensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield a tensor piece by piece: the first element of each, and its numbers, flat, in the tensor's dtype.
+
+        Raises:
+            CheckpointError: The base's tensor is not the one of the merge, or a file cannot be read.
+        """
+        dtype = getattr(torch, tensor.dtype.name)
+        if tensor.kept is not None:
+            own = tensor.kept == OWN
+            source = self._parts[stored_name(tensor.name, OWN)] if own else self._merged.tensors[tensor.name]
+            for start in range(0, source.numel, BLOCK):
+                yield start, self._read(source, start, min(start + BLOCK, source.numel)).to(dtype)
+            return
+        codec = self._codec(tensor)
+        self._check_base(tensor)
+        positions = dict.fromkeys(codec.all_parts(), 0)
+        for span in codec.blocks:
+            stored = self._stored(codec, tensor, span, positions)
+            restored = codec.decode(
+                span,
+                self._task.position,
+                None if tensor.base is None else self._wide(tensor, self._base_tensor(tensor), span),
+                self._wide(tensor, self._merged.tensors[tensor.name], span),
+                stored,
+            )
+            yield span.start, restored.reshape(-1).to(dtype)
+
+    def _codec(self, tensor: StoredTensor) -> Codec:
+        assert tensor.parameters is not None
+        return Codec(self._task.method, tensor.parameters, self.shape(tensor), self._task.n_tasks)
+
+    def _stored(self, codec: Codec, tensor: StoredTensor, span: Span, positions: dict[str, int]) -> dict[str, Tensor]:
+        """Read the parts of a block, which follow those of the block before."""
+        stored = {}
+        for name, part in codec.parts(span.shape).items():
+            size = math.prod(part.shape)
+            info = self._parts[stored_name(tensor.name, name)]
+            stored[name] = self._read(info, positions[name], positions[name] + size)
+            positions[name] += size
+        for name, _, _ in codec.statistics:
+            stored[name] = self._read(self._parts[stored_name(tensor.name, name)], 0, 1).reshape(())
+        return stored
+
+    def _wide(self, tensor: StoredTensor, info: TensorInfo, span: Span) -> Tensor:
+        """Read a block in the dtype of the arithmetic."""
+        compute = torch.float64 if tensor.wide else torch.float32
+        return self._read(info, span.start, span.end).to(compute).reshape(span.shape)
+
+    def _read(self, info: TensorInfo, start: int, end: int) -> Tensor:
+        size = info.dtype.itemsize
+        data = torch.empty((end - start) * size, dtype=torch.uint8)
+        self._reader.read_into(info, start * size, data.numpy().data)
+        return data.view(getattr(torch, info.dtype.name))
+
+    def _check(self, tensor: StoredTensor) -> None:
+        """Compare what is there with what is needed, from headers alone."""
+        merged = self._merged.tensors.get(tensor.name)
+        if merged is None:
+            raise CheckpointError(f"{self._out}: tensor {tensor.name!r} is missing; merge again")
+        expected: dict[str, Part] = {}
+        if tensor.kept == OWN:
+            expected = {OWN: Part(merged.shape, tensor.dtype.name)}
+        elif tensor.kept is None:
+            expected = self._codec(tensor).all_parts()
+        for name, part in expected.items():
+            own = stored_name(tensor.name, name)
+            found = self._parts.get(own)
+            dtype = part.dtype or (merged.dtype if part.shared else tensor.dtype).name
+            if found is None or found.shape != part.shape or found.dtype.name != dtype:
+                is_there = "is missing" if found is None else f"is {found.dtype.name} {list(found.shape)}"
+                raise CheckpointError(
+                    f"{self._out}: part {own!r} {is_there}, must be {dtype} {list(part.shape)}; merge again"
+                )
+        if tensor.base is not None:
+            self._base_tensor(tensor)
+
+    def _base_tensor(self, tensor: StoredTensor) -> TensorInfo:
+        assert self._base is not None
+        assert tensor.base is not None
+        found = self._base.tensors.get(tensor.base)
+        if found is None or found.shape != self.shape(tensor):
+            why = "is missing" if found is None else f"has shape {list(found.shape)}"
+            raise CheckpointError(
+                f"{self._base.path}: is not the base of this merge: tensor {tensor.base!r} {why}; name it with --base"
+            )
+        return found
+
+    def _check_base(self, tensor: StoredTensor) -> None:
+        """Compare the base's tensor with the hash of the one that was merged."""
+        if tensor.base is None:
+            return
+        info = self._base_tensor(tensor)
+        step = block_step(info.shape, "element")
+        found = []
+        for start in range(0, info.numel, step):
+            end = min(start + step, info.numel)
+            raw = self._read(info, start, end).view(torch.uint8).numpy().data
+            found += block_digests(info.shape, start, end, raw)
+        if digest(b"".join(found)).hex() != tensor.base_digest:
+            raise CheckpointError(
+                f"{info.file}: is not the base of this merge: tensor {tensor.base!r} differs from the one that was "
+                "merged; name the right base with --base"
+            )
+
+
+def open_parts(files: Collection[Path]) -> dict[str, TensorInfo]:
+    """Read the headers of files of parts.
+
+    Raises:
+        NotFoundError: A file is missing.
+        CheckpointError: A file is damaged.
+    """
+    from ...checkpoint.safetensors import read_header
+
+    return {tensor.name: tensor for file in files for tensor in read_header(file)[0]}
