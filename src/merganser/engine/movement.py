@@ -45,9 +45,10 @@ def movement(plan: Plan, samples: Samples) -> dict[str, Any]:
         slices: then every tensor has its own. `from_base`: whether the first of them is a base. `total`: what `_moved`
         tells of all tensors together. `tensors`: the same of each, without the values of each pair of models.
     """
-    names = {file: str(reference) for reference, found in plan.checkpoints.items() for file in found.weight_files}
+    # two models may share a file (an adapter and its base), but no description of a tensor
+    names = {id(t): str(reference) for reference, found in plan.checkpoints.items() for t in found.tensors.values()}
     measured = [tensor for tensor in plan.tensors if tensor.name in samples]
-    inputs = {tensor.name: [names[source.file] for source in tensor.inputs] for tensor in measured}
+    inputs = {tensor.name: [names[id(source)] for source in tensor.inputs] for tensor in measured}
     alike = len({tuple(found) for found in inputs.values()}) == 1
     from_base = {tensor.base is not None for tensor in measured}
     tensors = []
