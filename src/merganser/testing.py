@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ._cases import (
     EMPTY,
+    LOCATIONS,
     SHAPE,
     SHAPES,
     Case,
@@ -44,6 +45,7 @@ from ._cases import (
 )
 from ._matrices import leaves_the_rest, merges_each_expert
 from ._processes import check_reproducible
+from ._sidecars import SIDECAR_LAWS
 from .engine.blocks import fill
 from .engine.peak import peak_per_element
 from .errors import ParameterError
@@ -71,8 +73,11 @@ def contract(method: MergeMethod) -> list[Law]:
         follows_seed if method.random else ignores_seed,
     ]
     kept = [law for name, law in _BREAKABLE.items() if name not in method.breaks and _applies(name, method)]
+    if method.located:
+        applicable.append(goes_by_location)
     matrices: list[Law] = [leaves_the_rest, merges_each_expert] if method.scope == "matrix" else []
-    return [*applicable, *matrices, *kept, *([breaks_what_it_says] if method.breaks else [])]
+    sidecars: list[Law] = [] if method.sidecar is None else SIDECAR_LAWS
+    return [*applicable, *matrices, *sidecars, *kept, *([breaks_what_it_says] if method.breaks else [])]
 
 
 def probe(method: MergeMethod) -> dict[str, Any]:
@@ -269,6 +274,20 @@ def follows_seed(method: MergeMethod) -> None:
         others = [merge(method, inputs, parameters, seed=2), merge(method, inputs, parameters, seed=1, name="other")]
         changed |= not any(torch.equal(first, other) for other in others)
     _require(changed, f"{method.name}: takes rng, and neither seed nor tensor name changes the result")
+
+
+# Layers
+
+
+def goes_by_location(method: MergeMethod) -> None:
+    """A method that takes numbers from where a tensor is gives other results elsewhere, and finite ones everywhere."""
+    for with_base, parameters in defaults(method):
+        inputs = make_inputs(method, with_base)
+        results = [merge(method, inputs, parameters, location=location) for location in LOCATIONS]
+        finite = all(bool(torch.isfinite(result).all()) for result in results)
+        _require(finite, f"{method.name}: not finite at some location")
+        changed = any(not torch.equal(result, results[0]) for result in results)
+        _require(changed, f"{method.name}: takes numbers from where a tensor is, and they change nothing")
 
 
 # Laws that a method may break, with a reason
