@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .engine.blocks import fill, merge_tensors
 from .errors import ParameterError
-from .method import MergeMethod, Number, Parameter
+from .method import Location, MergeMethod, Number, Parameter
 
 # whether a base is handed in, and parameters
 Case = tuple[bool, dict[str, Any]]
@@ -21,6 +21,11 @@ Inputs = tuple[Tensor | None, list[Tensor]]
 
 SHAPE = (12, 37)
 SHAPES: list[tuple[int, ...]] = [(), (1,), (37,), (12, 37), (1, 37), (12, 1), (3, 4, 5), (3, 1, 5)]
+LOCATIONS = [
+    Location("before"),
+    *(Location("layer", layer, 32) for layer in (0, 7, 16, 24, 31)),
+    Location("after"),
+]
 EMPTY: list[tuple[int, ...]] = [(0,), (0, 5), (5, 0)]
 
 _WITH_BASE = {"required": [True], "optional": [True, False], "unused": [False]}

@@ -111,6 +111,7 @@ def merge_state_dicts(
     import torch
 
     from .anatomy import infer_anatomy
+    from .engine.align import location_of
     from .engine.blocks import merge_tensors
     from .errors import CheckpointError, UnsupportedError
     from .registry import get_method
@@ -130,7 +131,7 @@ def merge_state_dicts(
             raise CheckpointError(f"state dict {position}: different names: {', '.join(odd[:4])}")
     merged: dict[str, Tensor] = {}
     shapes = {name: tuple(tensor.shape) for name, tensor in everything[0].items()}
-    parts = infer_anatomy(shapes, {}).parts if found.scope == "matrix" else {}
+    anatomy = infer_anatomy(shapes, {})
     with torch.no_grad():
         for name in names:
             inputs = [state[name] for state in everything]
@@ -140,8 +141,17 @@ def merge_state_dicts(
                 merged[name] = _copy_equal(name, inputs)
                 continue
             start, own = (None, inputs) if base is None else (inputs[0], inputs[1:])
-            role = parts[name].role if parts else None
-            merged[name] = merge_tensors(found, start, own, settings, name=name, role=role, seed=seed, dtype=dtype)
+            merged[name] = merge_tensors(
+                found,
+                start,
+                own,
+                settings,
+                name=name,
+                role=anatomy.parts[name].role,
+                location=location_of(name, anatomy),
+                seed=seed,
+                dtype=dtype,
+            )
     return merged
 
 

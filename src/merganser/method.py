@@ -10,7 +10,7 @@ The signature is the contract. Positional names say what is handed in:
     base      the base tensor; annotate `Tensor | None` where a base is optional
     models    the other tensors, in the order of the recipe
     rng       a `Random`: counter-based draws, the same on any machine layout
-    NAME      the statistic declared as `statistics={"NAME": ...}`
+    NAME      the statistic declared as `statistics={"NAME": ...}`, or the number declared as `located={"NAME": ...}`
 
 Keyword-only names are parameters. Their annotation carries type, range and search interval, their default is the
 default of the recipe, and without one they are required. A trailing underscore is dropped (`lambda_` is `lambda`).
@@ -54,6 +54,7 @@ __all__ = [
     "Embeddings",
     "Fraction",
     "Law",
+    "Location",
     "MergeMethod",
     "NonNegative",
     "Number",
@@ -149,6 +150,22 @@ def taking(*names: str) -> Callable[[T], T]:
     return decorate
 
 
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where in the output a tensor is.
+
+    Args:
+        position: In a layer, or the side of the layers on which the tensor is used: embeddings and towers beside the
+            language model come before them, the final norm and the head after.
+        layer: Number of its layer, from 0; None outside layers.
+        n_layers: How many layers there are beside that one, itself included; 0 outside layers.
+    """
+
+    position: Literal["before", "layer", "after"] = "before"
+    layer: int | None = None
+    n_layers: int = 0
+
+
 Law = Literal["identical", "zero_delta", "order", "differs"]
 
 
@@ -163,6 +180,7 @@ class MergeMethod:
     name: str
     combine: Callable[..., Tensor]
     statistics: Mapping[str, Statistic]
+    located: Mapping[str, Callable[..., float]]
     parameters: Mapping[str, Parameter]
     family: str
     cite: str
@@ -194,6 +212,22 @@ class MergeMethod:
         """Whether the result depends on the seed."""
         return "rng" in inspect.signature(self.combine).parameters
 
+    def locate(self, parameters: Mapping[str, Any], location: Location) -> dict[str, float]:
+        """Return the numbers that follow from where a tensor is, by name.
+
+        Args:
+            parameters: All parameters of the tensor, by their names in recipes.
+            location: Where it is.
+
+        Raises:
+            ParameterError: The parameters do not suit a model of so many layers.
+        """
+        given = {"location": location, **parameters}
+        return {
+            name: function(**{key: given[key.rstrip("_")] for key in takes(function)})
+            for name, function in self.located.items()
+        }
+
     def models_text(self) -> str:
         """Say how many models the method takes, beside the base."""
         beside = {"required": " and a base", "optional": " and optionally a base", "unused": ""}[self.base]
@@ -223,6 +257,7 @@ def merge_method(
     scope: Scope = "element",
     models: tuple[int, int | None] = (1, None),
     statistics: Mapping[str, Statistic] | None = None,
+    located: Mapping[str, Callable[..., float]] | None = None,
     version: int = 1,
     fuse: bool = True,
     breaks: Mapping[Law, str] | None = None,
@@ -242,6 +277,9 @@ def merge_method(
         models: Least and largest number of models beside the base (None: no limit).
         statistics: Measured beforehand, by the name under which the function takes them, in this order; each may use
             those before it.
+        located: Numbers that follow from where in the model a tensor is, by the name under which the function takes
+            them. Each is computed, when the merge is planned, from `location: Location` and the parameters that it names
+            (per-model ones are tuples). It may raise ParameterError.
         version: Raise it when results change; it is written to every run record.
         fuse: False keeps the method out of `torch.compile`.
         breaks: Laws of the contract suite that do not hold, each with the reason.
@@ -278,6 +316,7 @@ def merge_method(
             name=function.__name__,
             combine=function,
             statistics=dict(statistics or {}),
+            located=dict(located or {}),
             parameters=parameters,
             family=family,
             cite=cite,

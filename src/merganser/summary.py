@@ -52,7 +52,8 @@ class TensorGroup:
         names: Their names, with a star for the layer, where role and layers do not tell the group from another.
         tensors: How many.
         method: That merges them; empty where they are copied.
-        parameters: Value of each parameter of that method, as text; a schedule by its turning points.
+        parameters: Value of each parameter of that method, and of what it takes from where a tensor is, as text; a
+            schedule by its turning points.
         copied: Whether they are integers, copied from equal inputs.
     """
 
@@ -174,7 +175,7 @@ def tensor_summaries(plan: Plan) -> list[TensorSummary]:
             role=t.role,
             file=plan.shards[t.shard].name,
             method="" if t.copy else t.method.name,
-            parameters=dict(t.parameters),
+            parameters=_values(t),
         )
         for t in plan.tensors
     ]
@@ -248,7 +249,11 @@ def _series(members: Sequence[PlannedTensor]) -> tuple[Any, ...]:
 
 
 def _way(tensor: PlannedTensor) -> tuple[Any, ...]:
-    return (tensor.method.name, *tensor.parameters.items())
+    return (tensor.method.name, *_values(tensor).items())
+
+
+def _values(tensor: PlannedTensor) -> dict[str, Any]:
+    return {**tensor.parameters, **tensor.located}
 
 
 def _position(group: TensorGroup) -> tuple[Any, ...]:
@@ -271,8 +276,8 @@ def _group(members: Sequence[PlannedTensor], roles: tuple[str, ...], names: tupl
     inside = bool(layers) and all(t.layer is not None for t in members)
     by_depth = sorted(members, key=lambda t: -1 if t.layer is None else t.layer)
     parameters = {}
-    for name, value in members[0].parameters.items():
-        series = [t.parameters[name] for t in by_depth]
+    for name, value in _values(members[0]).items():
+        series = [_values(t)[name] for t in by_depth]
         if isinstance(value, tuple):
             texts = [value_text(column) for column in zip(*series, strict=True)]
             same = len(set(texts)) == 1

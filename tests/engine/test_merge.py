@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from merganser import _cases
+from merganser.anatomy import infer_anatomy
 from merganser.api import merge, plan
 from merganser.engine import tasks
+from merganser.engine.align import location_of
 from merganser.engine.blocks import merge_tensors
 from merganser.registry import get_method, methods
 from tests.making import (
@@ -27,6 +29,7 @@ from tests.making import (
 def merged_one_by_one(method, base, models, parameters, *, seed=0, dtype=None, compute=None):
     """What `merge_tensors` makes of every tensor; integers are copied."""
     found = get_method(method)
+    anatomy = infer_anatomy({name: tuple(tensor.shape) for name, tensor in models[0].items()}, {})
     result = {}
     for name, first in models[0].items():
         if not first.is_floating_point():
@@ -34,7 +37,18 @@ def merged_one_by_one(method, base, models, parameters, *, seed=0, dtype=None, c
             continue
         own = None if base is None else base[name]
         others = [model[name] for model in models]
-        result[name] = merge_tensors(found, own, others, parameters, name=name, seed=seed, dtype=dtype, compute=compute)
+        result[name] = merge_tensors(
+            found,
+            own,
+            others,
+            parameters,
+            name=name,
+            role=anatomy.parts[name].role,
+            location=location_of(name, anatomy),
+            seed=seed,
+            dtype=dtype,
+            compute=compute,
+        )
     return result
 
 
@@ -55,10 +69,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "with_base", "parameters"), CASES)
 def test_every_method_in_small_tensors(tmp_path, name, with_base, parameters):
-    n = _cases.count_models(get_method(name))
-    paths = write_llamas(tmp_path, n + 1, layers=1)
+    method = get_method(name)
+    n = _cases.count_models(method)
+    # what goes by layers needs some
+    paths = write_llamas(tmp_path, n + 1, layers=20 if method.located else 1)
     base, models = (paths[0], paths[1:]) if with_base else (None, paths[1:])
-    per_model = {key: value for key, value in parameters.items() if get_method(name).parameters[key].per_model}
+    per_model = {key: value for key, value in parameters.items() if method.parameters[key].per_model}
     shared = {key: value for key, value in parameters.items() if key not in per_model}
     listed = [(path, {key: value[i] for key, value in per_model.items()}) for i, path in enumerate(models)]
     result = merge(make_recipe(name, listed, base, shared), tmp_path / "out", seed=7, threads=2)

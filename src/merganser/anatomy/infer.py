@@ -54,6 +54,11 @@ class Anatomy:
         rest = name[len(prefix) :].partition(".")[2]
         return f"{prefix}{new_index}.{rest}"
 
+    def layer_count(self, name: str) -> int:
+        """Return how many layers the tensor's stack has; 0 for a tensor outside layers."""
+        part = self.parts[name]
+        return self.stacks[part.stack] if part.layer is not None and part.stack is not None else 0
+
     def depth(self, name: str) -> float | None:
         """Return how deep the tensor's layer lies, 0 for the first layer to 1 for the last (1 for a single layer).
 
@@ -62,7 +67,7 @@ class Anatomy:
         part = self.parts[name]
         if part.position != "layer" or part.layer is None or part.stack is None:
             return None
-        last = (self.n_layers if part.stack == self.main else self.stacks[part.stack]) - 1
+        last = self.layer_count(name) - 1
         return part.layer / last if last else 1.0
 
 

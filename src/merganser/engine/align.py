@@ -14,6 +14,7 @@ from functools import cached_property
 from ..anatomy import Anatomy, Part, infer_anatomy, is_tied
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import CheckpointError, RecipeError
+from ..method import Location
 from ..recipe import ModelReference, Recipe, layer_depth
 
 # buffers that old checkpoints hold and that model code computes by itself
@@ -68,6 +69,7 @@ class Slot:
         part: What the name means, in the output's numbering.
         slice_index: Slice whose parameters count.
         t: Position in a layer schedule, 0 to 1.
+        location: Where it is in the output (a tied head is where its embedding is).
         inputs: The tensor of each model of the slice.
     """
 
@@ -76,6 +78,7 @@ class Slot:
     part: Part
     slice_index: int
     t: float
+    location: Location
     inputs: Mapping[ModelReference, TensorInfo]
 
 
@@ -99,6 +102,12 @@ class Alignment:
 def after_layers(recipe: Recipe) -> float:
     """Return the depth of what comes after the layers, for layer schedules: 1, where mergekit has 0."""
     return 0.0 if recipe.compat == "mergekit" else 1.0
+
+
+def location_of(name: str, anatomy: Anatomy) -> Location:
+    """Return where a tensor is in its checkpoint."""
+    part = anatomy.parts[name]
+    return Location(part.position, part.layer, anatomy.layer_count(name))
 
 
 def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Alignment:
@@ -126,7 +135,8 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
             rule = donor.anatomy.embedding
         depth = donor.anatomy.depth(name) if name in donor.anatomy.parts else None
         t = depth if depth is not None else (end if part.position == "after" and rule == name else 0.0)
-        slots.append(Slot(name, rule, part, 0, t, _inputs(name, {m.reference: (m, name) for m in members})))
+        where = location_of(rule, _anatomy(rule, [donor, *members]))
+        slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, {m.reference: (m, name) for m in members})))
     return Alignment(slots, tied, None, warnings)
 
 
@@ -170,20 +180,22 @@ def align_slices(
     def outside(position: str, index: int, t: float) -> None:
         sources = {reference: members[reference] for reference in slices[index]}
         parts = {name: _part(name, [donor, *used]) for name in names}
+        wheres = {name: location_of(name, _anatomy(name, [donor, *used])) for name in names}
         found = [name for name in names if parts[name].position == position]
         for member in sources.values():
             own = (name for name, part in member.anatomy.parts.items() if part.position == position)
             _check_names(donor, member, found, set(own) - drop)
         for name in found:
             inputs = _inputs(name, {reference: (member, name) for reference, member in sources.items()})
-            slots.append(Slot(name, name, parts[name], index, t, inputs))
+            slots.append(Slot(name, name, parts[name], index, t, wheres[name], inputs))
 
     outside("before", 0, 0.0)
+    total = sum(len(next(iter(starts.values()))) for starts in slices)
     for index, starts in enumerate(slices):
         # per-layer settings in the config are the donor's
         own = starts.get(donor.reference) or next(iter(starts.values()))
         for step in range(len(own)):
-            slots += _layer(members, starts, step, len(layers), index)
+            slots += _layer(members, starts, step, len(layers), total, index)
             layers.append(min(own[step], donor.anatomy.n_layers - 1))
     outside("after", len(slices) - 1, after_layers(recipe))
     return Alignment(slots, tied, layers, warnings)
@@ -194,6 +206,7 @@ def _layer(
     starts: Mapping[ModelReference, range],
     step: int,
     index: int,
+    n_layers: int,
     slice_index: int,
 ) -> Iterable[Slot]:
     """Yield the slots of one layer of the output."""
@@ -217,8 +230,9 @@ def _layer(
         new = anatomy.rename_layer(name, index)
         old = anatomy.parts[name]
         part = Part(new, old.stack, index, old.position, old.role, old.expert)
+        location = Location(old.position, index, n_layers)
         sources = {reference: (members[reference], names[suffix]) for reference, names in named.items()}
-        yield Slot(new, new, part, slice_index, t, _inputs(new, sources))
+        yield Slot(new, new, part, slice_index, t, location, _inputs(new, sources))
 
 
 def _inputs(name: str, sources: Mapping[ModelReference, tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
@@ -327,7 +341,11 @@ def _check_names(donor: Member, member: Member, names: Sequence[str], own: set[s
 
 
 def _part(name: str, members: Iterable[Member]) -> Part:
-    return next(m.anatomy.parts[name] for m in members if name in m.anatomy.parts)
+    return _anatomy(name, members).parts[name]
+
+
+def _anatomy(name: str, members: Iterable[Member]) -> Anatomy:
+    return next(m.anatomy for m in members if name in m.anatomy.parts)
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:

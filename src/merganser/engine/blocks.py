@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..method import MergeMethod
+from ..method import Location, MergeMethod
 from ..ops.random import keys
 from .kernels import Block, Kernels, Values
 from .treatment import treat
 
 BLOCK = 1 << 19
 """Elements of a block, at most, on a CPU (a row or a whole tensor may be larger where the method needs it)."""
+
+_OUTSIDE = Location()
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -81,6 +83,7 @@ def merge_tensors(
     *,
     name: str = "tensor",
     role: str | None = None,
+    location: Location = _OUTSIDE,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     compute: torch.dtype | None = None,
@@ -98,6 +101,7 @@ def merge_tensors(
         name: Name of the tensor: part of the key of random draws.
         role: What the tensor does ("attention", "embedding", ...), for methods that treat matrices; by default what
             has two dimensions is a matrix.
+        location: Where the tensor is, for methods that go by layers; by default before them.
         seed: Seed of random draws.
         dtype: Dtype of the result; by default what the inputs promote to.
         compute: Dtype of the arithmetic; by default float32, or float64 if an input or `dtype` is.
@@ -119,8 +123,8 @@ def merge_tensors(
     compute = compute or (torch.float64 if torch.float64 in (dtype, *dtypes) else torch.float32)
     shape, device = tuple(models[0].shape), models[0].device
     filled = fill(method, parameters or {}, len(models))
-    treatment = treat(method, filled, name=name, shape=shape, role=role, n_models=len(models))
-    method, values = treatment.method, Values.of(treatment.method, treatment.parameters)
+    treatment = treat(method, filled, name=name, shape=shape, role=role, location=location, n_models=len(models))
+    method, values = treatment.method, Values.of(treatment.method, treatment.parameters, treatment.located)
     base, models = treatment.inputs(base, models)
     inputs = [*models] if base is None else [base, *models]
     kernels = Kernels(method, values.static, compute, dtype, device, compiled and method.fuse, not allow_nonfinite)

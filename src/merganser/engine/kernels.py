@@ -34,15 +34,17 @@ class Values:
 
     Args:
         static: Flags, counts and choices, and which statistics are wanted ("measure NAME").
-        numbers: Numeric parameters, float64: 0-d, or shape [T].
+        numbers: Numeric parameters, and what follows from where the tensor is, float64: 0-d, or shape [T].
     """
 
     static: Mapping[str, Any]
     numbers: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, method: MergeMethod, parameters: Mapping[str, Any]) -> Values:
-        """Sort resolved parameters, by their names in recipes, into the two kinds."""
+    def of(
+        cls, method: MergeMethod, parameters: Mapping[str, Any], located: Mapping[str, float] | None = None
+    ) -> Values:
+        """Sort resolved parameters, by their names in recipes, into the two kinds; add what was located."""
         static: dict[str, Any] = {}
         numbers: dict[str, Tensor] = {}
         for name, value in parameters.items():
@@ -51,6 +53,7 @@ class Values:
                 numbers[parameter.argument] = torch.tensor(value, dtype=torch.float64)
             else:
                 static[parameter.argument] = value
+        numbers.update({name: torch.tensor(value, dtype=torch.float64) for name, value in (located or {}).items()})
         static.update({f"measure {name}": s.wanted(parameters) for name, s in method.statistics.items()})
         return cls(static, numbers)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, ParameterError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .align import Alignment, Member, Slot, align_models, align_slices
@@ -46,6 +46,7 @@ class PlannedTensor:
         base: The base's tensor, where the method takes one.
         models: The other inputs, in the order of the recipe.
         parameters: Resolved values of its method, by their names in recipes.
+        located: Numbers that the method takes from where the tensor is.
         layer: Layer in the output, if in a layer.
         role: What the tensor does ("attention", "norm", ...).
         shard: Index of the shard that holds it.
@@ -61,6 +62,7 @@ class PlannedTensor:
     base: TensorInfo | None
     models: tuple[TensorInfo, ...]
     parameters: Mapping[str, Any]
+    located: Mapping[str, float]
     layer: int | None
     role: str
     shard: int
@@ -336,7 +338,18 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
         sliced = bool(recipe.slices) and slot.part.layer is not None
         names = [tensor.name if sliced else slot.rule for tensor in models]
         parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
-        treatment = treat(resolver.method, parameters, name=slot.name, shape=shape, role=role, n_models=len(models))
+        try:
+            treatment = treat(
+                resolver.method,
+                parameters,
+                name=slot.name,
+                shape=shape,
+                role=role,
+                location=slot.location,
+                n_models=len(models),
+            )
+        except ParameterError as error:
+            raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
         base, models = treatment.inputs(base, models)
     return PlannedTensor(
         name=slot.name,
@@ -347,6 +360,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
         base=base,
         models=tuple(models),
         parameters=treatment.parameters,
+        located=treatment.located,
         layer=slot.part.layer,
         role=role,
         shard=0,

@@ -101,7 +101,7 @@ class KernelCache:
         self._device = device
         self._check = check_finite
         self._kernels: dict[Any, Kernels] = {}
-        self._values: dict[int, Values] = {}
+        self._values: dict[tuple[Any, ...], Values] = {}
         self._no_keys = keys(0, "", 1)
         self._lock = threading.Lock()
 
@@ -109,9 +109,10 @@ class KernelCache:
         """Prepare the work on a tensor."""
         method = tensor.method
         with self._lock:
-            values = self._values.get(id(tensor.parameters))
+            settings = (id(tensor.parameters), *tensor.located.values())
+            values = self._values.get(settings)
             if values is None:
-                values = self._values[id(tensor.parameters)] = Values.of(method, tensor.parameters)
+                values = self._values[settings] = Values.of(method, tensor.parameters, tensor.located)
             wide = "float64" in (self._plan.recipe.dtype, tensor.dtype.name, *(t.dtype.name for t in tensor.inputs))
             # vectors and scraps are not worth a kernel of their own; the threshold depends on nothing but the shape
             rows = tensor.shape[0] if len(tensor.shape) > 1 else 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from ..method import MergeMethod
+from ..method import Location, MergeMethod
 from ..registry import get_method
 
 T = TypeVar("T")
@@ -22,10 +22,12 @@ class Treatment:
     Args:
         method: Merges it.
         parameters: Of that method, by their names in recipes; equal ones are the same object.
+        located: Numbers that the method takes from where the tensor is.
     """
 
     method: MergeMethod
     parameters: Mapping[str, Any]
+    located: Mapping[str, float] = field(default_factory=dict)
 
     def inputs(self, base: T | None, models: Sequence[T]) -> tuple[T | None, Sequence[T]]:
         """Return base and models as the method takes them: where only the base is left, that is the model."""
@@ -41,6 +43,7 @@ def treat(
     name: str,
     shape: Sequence[int],
     role: str | None,
+    location: Location,
     n_models: int,
 ) -> Treatment:
     """Decide how a tensor is merged.
@@ -51,10 +54,14 @@ def treat(
         name: Name of the tensor.
         shape: Its shape.
         role: What it does, from `anatomy`; None: not known, then what has two dimensions is a matrix.
+        location: Where it is.
         n_models: Number of models beside the base.
+
+    Raises:
+        ParameterError: The parameters do not suit a tensor there.
     """
     if method.scope != "matrix" or is_matrix(name, shape, role, tables=parameters["embeddings"] == "matrix"):
-        return Treatment(method, parameters)
+        return Treatment(method, parameters, method.locate(parameters, location))
     weight = parameters.get("weight", 1.0)
     each = weight if isinstance(weight, tuple) else (weight,) * n_models
     return _beside(parameters["others"], each, parameters.get("lambda", 1.0))
