@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.jsonfile import read_object
 from .errors import CheckpointError, NotFoundError, OutputError
+from .run_record import RECORD_FORMAT, RECORD_NAME
 from .verification import verify
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Restored", "restore"]
 
-_RECORD_NAME = "merge.json"
 _SHARD_BYTES = 5_000_000_000
 
 Progress = Callable[[int, int], None]
@@ -198,7 +198,7 @@ def _write_record(
     import time
 
     from . import __version__
-    from .engine.record import RECORD_FORMAT, file_hash
+    from .engine.record import file_hash
 
     described: dict[str, Any] = next((each for each in record["sidecars"]["tasks"] if each["name"] == task), {})
     written = {
@@ -211,7 +211,7 @@ def _write_record(
         "dtypes": sorted({tensor.dtype.name for tensor in stored.tensors}),
         "outputs": [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names],
     }
-    (folder / _RECORD_NAME).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    (folder / RECORD_NAME).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return written
 
 
@@ -219,9 +219,9 @@ def _record(out: Path) -> dict[str, Any]:
     """Return the run record of an output with sidecars."""
     if not out.is_dir():
         raise NotFoundError(f"{out}: {'is not a folder' if out.exists() else 'no such folder'}")
-    path = out / _RECORD_NAME
+    path = out / RECORD_NAME
     if not path.exists():
-        raise NotFoundError(f"{out}: has no {_RECORD_NAME}; only what merganser wrote can be restored from")
+        raise NotFoundError(f"{out}: has no {RECORD_NAME}; only what merganser wrote can be restored from")
     record = read_object(path)
     if "sidecars" not in record:
         from .registry import methods

@@ -12,10 +12,11 @@ from typing import Any
 from .checkpoint.jsonfile import os_reason, read_object
 from .checkpoint.weights import is_weight_file
 from .errors import CheckpointError, NotFoundError
+from .run_record import RECORD_NAME
 
 __all__ = ["Verification", "VerifiedFile", "verify"]
 
-_RECORD_NAME = "merge.json"
+RECORD_NAME = "merge.json"
 _SIDECARS = "sidecars"
 
 _PIECE = 1 << 22
@@ -79,7 +80,7 @@ def verify(
         unknown = sorted(set(files) - recorded)
         if unknown:
             raise CheckpointError(
-                f"{out / _RECORD_NAME}: does not name {unknown[0]!r} among the files that were written"
+                f"{out / RECORD_NAME}: does not name {unknown[0]!r} among the files that were written"
             )
         entries = [entry for entry in entries if entry[0] in files]
     total = sum(size for _, size, _ in entries)
@@ -102,9 +103,9 @@ def verify(
 
 def _entries(out: Path) -> list[tuple[str, int, str]]:
     """Read name, size and sha256 of every output from the run record."""
-    record = out / _RECORD_NAME
+    record = out / RECORD_NAME
     if not record.exists():
-        raise NotFoundError(f"{out}: has no {_RECORD_NAME}; only what merganser wrote can be verified")
+        raise NotFoundError(f"{out}: has no {RECORD_NAME}; only what merganser wrote can be verified")
     outputs = read_object(record).get("outputs")
     if not isinstance(outputs, list) or not outputs:
         raise CheckpointError(f"{record}: must have a list 'outputs' of the files that were written")

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..checkpoint import INDEX_NAME, index_json
 from ..errors import CheckpointError
+from ..run_record import RECORD_NAME
 from .movement import layer_summary, movement
 from .plan import Plan
-from .record import RECORD_NAME, file_hash, input_files, input_hashes, make_record, model_card
+from .record import file_hash, input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors
 from .staging import digest

@@ -15,11 +15,9 @@ from .. import __version__
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import NotFoundError
 from ..recipe import ModelReference
+from ..run_record import RECORD_FORMAT, RECORD_NAME
 from .plan import Plan
 from .staging import digest
-
-RECORD_NAME = "merge.json"
-RECORD_FORMAT = 1
 
 
 def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
