@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 from merganser.api import merge, merge_state_dicts, plan
 from merganser.engine import memory
 from merganser.engine.blocks import merge_tensors
+from merganser.engine.hashing import span
 from merganser.engine.peak import PeakMemory, peak_per_element
+from merganser.engine.tasks import make_groups
 from merganser.engine.treatment import is_matrix
 from merganser.errors import MemoryLimitError
 from merganser.method import Embeddings, Others, merge_method, statistic
@@ -130,6 +133,32 @@ def test_threads_blocks_and_interruptions_do_not_matter(tmp_path, toys, small_bl
             assert_equal(read_model(out), read_model(whole.out))
         assert_equal(read_model(tmp_path / method / "threads"), read_model(whole.out))
         assert "README.md" in read_files(whole.out)
+
+
+def test_what_tasks_write_lies_side_by_side(tmp_path, toys, small_blocks):
+    paths = write_mixtures(tmp_path)
+    found = plan(make_recipe("rank_one", paths[1:], paths[0]), out_shard_size=20_000)
+    groups = make_groups(found)
+    assert {len(group.segments) for group in groups} >= {1, 2}
+    assert all(len({tensor.method for tensor in group.tensors}) == 1 for group in groups)
+    spans = [span(found, group, segment) for group in groups for segment in range(len(group.segments))]
+    assert sum(nbytes for _, _, nbytes in spans) == sum(tensor.nbytes for tensor in found.tensors)
+    for (shard, start, nbytes), (next_shard, next_start, _) in pairwise(spans):
+        assert (next_shard, next_start) in ((shard, start + nbytes), (shard + 1, len(found.shards[next_shard].header)))
+
+
+def test_what_is_finished_is_not_done_again(tmp_path, toys, small_blocks):
+    paths = write_mixtures(tmp_path)
+    recipe = make_recipe("rank_one", paths[1:], paths[0])
+    whole = Counter()
+    merge(recipe, tmp_path / "whole", threads=1, progress=whole)
+    # all but the last task
+    stop(recipe, tmp_path / "out", whole.calls - 1, threads=1)
+    counter = Counter()
+    merge(recipe, tmp_path / "out", threads=1, progress=counter)
+    found = plan(recipe)
+    last = make_groups(found)[-1]
+    assert counter.written_before == whole.written - span(found, last, len(last.segments) - 1)[2]
 
 
 @pytest.mark.parametrize("blocks", ["small", "ordinary"])
