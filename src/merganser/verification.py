@@ -16,7 +16,6 @@ from .run_record import RECORD_NAME
 
 __all__ = ["Verification", "VerifiedFile", "verify"]
 
-RECORD_NAME = "merge.json"
 _SIDECARS = "sidecars"
 
 _PIECE = 1 << 22

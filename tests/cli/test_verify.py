@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from merganser import verify
-from merganser.engine.record import RECORD_NAME
 from merganser.errors import CheckpointError, NotFoundError
-from merganser.verification import _RECORD_NAME
 from tests.cli.tiny import linear, recipe, run
 
 
@@ -20,10 +18,6 @@ from tests.cli.tiny import linear, recipe, run
 def out(models: Path) -> Path:
     assert run("merge", recipe(models / "r.yaml", linear("a", "b")), "out", "--quiet").code == 0
     return models / "out"
-
-
-def test_the_record_has_one_name() -> None:
-    assert _RECORD_NAME == RECORD_NAME
 
 
 def test_as_written(out: Path) -> None:
