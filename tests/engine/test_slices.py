@@ -145,6 +145,22 @@ def test_filters_of_sources_see_the_names_in_that_model(tmp_path):
     assert zeros == {f"model.layers.2.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
 
 
+def test_a_repeated_layer_without_output_projections_changes_nothing(tmp_path):
+    """Block expansion: the deeper model computes, bit for bit, what the shallow one does."""
+    (first,) = write_llamas(tmp_path, 1, layers=3)
+    silent = {"scale": [{"filter": "o_proj", "value": 0}, {"filter": "down_proj", "value": 0}]}
+    slices = [piece((first, 0, 2)), piece((first, 1, 2, silent)), piece((first, 2, 3)), piece((first, 2, 3, silent))]
+    out = merge(make_sliced("passthrough", slices), tmp_path / "out").out
+    scales = {name: own["scale"] for name, own in layers_of(make_sliced("passthrough", slices)).items()}
+    expected = {f"model.layers.{i}.{part}.weight" for i in (2, 4) for part in ("self_attn.o_proj", "mlp.down_proj")}
+    assert {name for name, scale in scales.items() if scale == (0,)} == expected
+    tokens = torch.arange(12).view(2, 6)
+    shallow, deep = (AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (first, out))
+    assert torch.equal(deep, shallow)
+    loud = merge(make_sliced("passthrough", [piece((first, 0, 3)), piece((first, 2, 3))]), tmp_path / "loud").out
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(loud)(tokens).logits, shallow)
+
+
 def test_a_base_that_is_not_listed_lends_the_same_layers(tmp_path):
     base, first, second = write_llamas(tmp_path, 3, layers=4)
     listed = [piece((base, 1, 3), (first, 1, 3), (second, 1, 3))]
