@@ -143,6 +143,7 @@ def test_what_tasks_write_lies_side_by_side(tmp_path, toys, small_blocks):
     assert all(len({tensor.method for tensor in group.tensors}) == 1 for group in groups)
     spans = [span(found, group, segment) for group in groups for segment in range(len(group.segments))]
     assert sum(nbytes for _, _, nbytes in spans) == sum(tensor.nbytes for tensor in found.tensors)
+    assert all(nbytes for _, _, nbytes in spans)
     for (shard, start, nbytes), (next_shard, next_start, _) in pairwise(spans):
         assert (next_shard, next_start) in ((shard, start + nbytes), (shard + 1, len(found.shards[next_shard].header)))
 
