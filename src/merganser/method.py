@@ -158,7 +158,7 @@ class Location:
         position: In a layer, or the side of the layers on which the tensor is used: embeddings and towers beside the
             language model come before them, the final norm and the head after.
         layer: Number of its layer, from 0; None outside layers.
-        n_layers: How many layers there are beside that one, itself included; 0 outside layers.
+        n_layers: Number of layers in its stack; 0 outside layers.
     """
 
     position: Literal["before", "layer", "after"] = "before"

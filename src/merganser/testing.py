@@ -283,7 +283,7 @@ def goes_by_location(method: MergeMethod) -> None:
     """A method that takes numbers from where a tensor is gives other results elsewhere, and finite ones everywhere."""
     for with_base, parameters in defaults(method):
         inputs = make_inputs(method, with_base)
-        results = [merge(method, inputs, parameters, location=location) for location in LOCATIONS]
+        results = [merge(method, inputs, parameters, location=where, allow_nonfinite=True) for where in LOCATIONS]
         finite = all(bool(torch.isfinite(result).all()) for result in results)
         _require(finite, f"{method.name}: not finite at some location")
         changed = any(not torch.equal(result, results[0]) for result in results)

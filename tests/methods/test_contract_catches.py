@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merganser import testing
-from merganser.method import Fraction, PerModel, Weight, default, merge_method, statistic
+from merganser.method import Fraction, Location, PerModel, Weight, default, merge_method, statistic
 from merganser.testing import check_citation, contract, probe
 
 DOC = """Do something.
@@ -162,6 +162,26 @@ def test_draws_of_another_source():
         return models[0] * torch.rand(models[0].shape)
 
     fails(testing.follows_seed, toy(method), "one seed, two results")
+
+
+def test_a_location_that_is_not_used():
+    def method(models: list[Tensor], depth: Tensor) -> Tensor:
+        return sum(models) / len(models)
+
+    def depth(location: Location) -> float:
+        return float(location.layer or 0)
+
+    fails(testing.goes_by_location, toy(method, located={"depth": depth}), "they change nothing")
+
+
+def test_a_location_that_gives_no_number():
+    def method(models: list[Tensor], depth: Tensor) -> Tensor:
+        return sum(models) / depth
+
+    def depth(location: Location) -> float:
+        return float(location.n_layers - 32) if location.position == "layer" else 1.0
+
+    fails(testing.goes_by_location, toy(method, located={"depth": depth}), "not finite at some location")
 
 
 def test_shrinking_identical_models():
