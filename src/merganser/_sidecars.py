@@ -13,7 +13,6 @@ from .engine.sidecars.tensor import TensorSidecar, make_sidecar, restore_tensor
 from .method import MergeMethod
 
 _LARGE = [(40, 16), (64,), (3, 24, 8)]
-_LOSSLESS = 3e-6
 
 
 def stores_what_it_declares(method: MergeMethod) -> None:
@@ -90,7 +89,7 @@ def restores_without_loss(method: MergeMethod) -> None:
             for model, restored in zip(models, _restored(method, base, models, given), strict=True):
                 error = float((restored - model).norm() / model.norm().clamp(min=1e-30))
                 said = f"{method.name}: {given} loses {error:.1e} of a model of shape {list(shape)}"
-                _require(error <= _LOSSLESS, said)
+                _require(error <= settings.tolerance, said)
 
 
 def _inputs(method: MergeMethod, shape: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:

@@ -70,10 +70,12 @@ class Lossless:
     Args:
         parameters: Their values, by their names in recipes.
         models: With how many models; None for any number.
+        tolerance: Norm of the loss over that of the model that is rounding, on numbers of float32.
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
     models: int | None = None
+    tolerance: float = 3e-6
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""1-bit task vectors: the sign of each element, and one scale."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..method import Embeddings, PerModel, Scale, Weight, default, merge_method, statistic
+from ..ops import deltas, normalizer, pack_flags, unpack_flags, weighted_sum
+from ..sidecar import Encoded, Kept, Part, Sidecar, packed
+
+
+def from_base(origin: str) -> bool:
+    """Say whether restoring takes the base."""
+    return origin == "base"
+
+
+def scales_tensor(scale_per: str) -> bool:
+    """Say whether a tensor has one scale."""
+    return scale_per == "tensor"
+
+
+def changes(base: Tensor, models: list[Tensor], merged: Tensor, origin: str) -> list[Tensor]:
+    """Return what is compressed."""
+    return deltas(base if from_base(origin) else merged, models)
+
+
+def magnitudes(base: Tensor, models: list[Tensor], merged: Tensor, origin: str) -> Tensor:
+    """Measure the sums of magnitudes, shape [T], float64."""
+    return torch.stack([delta.double().abs().sum() for delta in changes(base, models, merged, origin)])
+
+
+def mean_magnitude(measured: Tensor, size: Tensor) -> Tensor:
+    """Solve for the scale of each task, shape [T]."""
+    return measured / size.clamp(min=1)
+
+
+def parts(shape: tuple[int, ...], scale_per: str) -> dict[str, Part]:
+    """Return what a task keeps: a bit for each element, and the scales of the rows."""
+    found = {"sign": packed(shape[0] * shape[1])}
+    return found if scales_tensor(scale_per) else {**found, "scale": Part(shape[:1], "float32")}
+
+
+def encode(
+    base: Tensor,
+    models: list[Tensor],
+    merged: Tensor,
+    *,
+    origin: Literal["base", "merged"] = "base",
+    scale_per: Literal["tensor", "row"] = "tensor",
+    others: Kept = "own",
+    embeddings: Embeddings = "others",
+) -> Encoded:
+    """Return signs, and where rows have their own, scales."""
+    vectors = changes(base, models, merged, origin)
+    signs = [pack_flags(vector >= 0) for vector in vectors]
+    return {"sign": signs, "scale": [vector.double().abs().mean(dim=1) for vector in vectors]}
+
+
+def decode(base: Tensor | None, merged: Tensor, sign: Tensor, scale: Tensor, origin: str) -> Tensor:
+    """Return the origin plus or minus the scale."""
+    start = merged if base is None or not from_base(origin) else base
+    positive = unpack_flags(sign, merged.numel()).reshape(merged.shape)
+    step = scale.reshape(-1, 1)
+    return start + torch.where(positive, step, -step)
+
+
+@merge_method(
+    family="sidecars",
+    cite="liu2025onebit",
+    sidecar=Sidecar(
+        parts,
+        encode,
+        decode,
+        scope="row",
+        statistics={"scale": statistic(magnitudes, mean_magnitude, when=scales_tensor)},
+        base=from_base,
+        matrices=True,
+    ),
+)
+def one_bit(
+    base: Tensor, models: list[Tensor], *, weight: PerModel[Weight] = default(1.0), lambda_: Scale = default(1.0)
+) -> Tensor:
+    """Average the task vectors; each of them is kept beside the result as signs and a scale.
+
+        merged  = base + lambda * sum_i weight_i * delta_i / sum_i weight_i,   delta_i = model_i - base
+
+    Kept for each matrix of each model, a bit per element and a number, is what gives it back:
+
+        scale_i = mean |delta_i|
+        model_i ~ base + scale_i * sign(delta_i),   sign(0) = 1
+
+    Use when:
+        Many fine-tunes are to be served from one base in memory, and each may cost a sixteenth of it.
+
+    Args:
+        weight: Share of each task vector in the merged model; restoring does not depend on it.
+        lambda_: Factor of their average, too.
+        origin: What the signs are measured from: the base, as in the paper, or the merged model, which is nearer where
+            the models agree, and without which nothing else is needed to restore.
+        scale_per: Whether a matrix has one scale, or each of its rows, which costs little and is closer.
+        embeddings: Whether embeddings and head are kept like the tensors that are not matrices, or as signs.
+
+    Differs from the paper:
+        Not compared with the authors' code, which was not found; the scale is the one that is optimal for the norm.
+        The paper compresses for each expert the attention or the feed-forward matrices, whichever loses less, and
+        merges the other experts into the base; here all matrices are compressed, and a filter can say otherwise by
+        `others` and the method's other parameters only for all of them.
+        Its router is not part of this.
+    """
+    return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))
