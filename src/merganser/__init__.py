@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .checkpoint import open_checkpoint
     from .difference import diff
     from .errors import MergeError
+    from .evaluation import evaluate
     from .inspection import inspect
     from .recipe import load_recipe, load_recipes
     from .restoration import restore
@@ -30,6 +31,7 @@ __all__ = [
     "MergeError",
     "diff",
     "errors",
+    "evaluate",
     "inspect",
     "kinship",
     "load_recipe",
@@ -47,6 +49,7 @@ _MODULES = ("errors", "methods")
 _HOMES = {
     "MergeError": "errors",
     "diff": "difference",
+    "evaluate": "evaluation",
     "inspect": "inspection",
     "kinship": "task_vectors",
     "load_recipe": "recipe",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .engine.plan import Plan
     from .engine.run import Progress, Result
 
-__all__ = ["PlannedStage", "merge_stages", "plan_stages", "stages_folder"]
+__all__ = ["PlannedStage", "merge_stages", "plan_last_stage", "plan_stages", "stages_folder"]
 
 # hidden, so that it is not taken for a file of the checkpoint
 _NOTE = ".stage.json"
@@ -134,6 +134,34 @@ def merge_stages(
         whole = "".join(_ended(r.text) for r in sorted(recipes, key=lambda r: r.place.line))
         last = replace(_with_folders(target, folders), text=whole)
         return run_plan(api.plan(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
+
+
+@contextlib.contextmanager
+def plan_last_stage(recipes: Sequence[Recipe], **options: Any) -> Iterator[Plan]:
+    """Plan the last of recipes that build on each other; what it builds on lies in a temporary folder meanwhile.
+
+    Args:
+        recipes: From `load_recipes`; the others are merged at once.
+        **options: As for `plan`.
+
+    Raises:
+        MergeError: A recipe or an input cannot be merged; the message says why.
+    """
+    from .engine.run import run_plan
+
+    if len(recipes) == 1:
+        yield api.plan(recipes[0], **options)
+        return
+    plan_stages(recipes, **options)
+    *stages, target = _needed(recipes, keep_stages=False)
+    with tempfile.TemporaryDirectory(prefix="merganser-") as root:
+        folders: dict[str, Path] = {}
+        for recipe in stages:
+            assert recipe.name is not None
+            folder = Path(root, _folder_name(recipe.name))
+            run_plan(api.plan(_with_folders(recipe, folders), **options), folder)
+            folders[recipe.name] = folder
+        yield api.plan(_with_folders(target, folders), **options)
 
 
 def stages_folder(out: str | Path) -> Path:

@@ -15,6 +15,7 @@ import typer
 from .. import __version__
 from ._errors import STOPPED, Verb
 from .diff import diff
+from .eval import ManyValues, evaluate
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 for verb in (merge, plan, methods, inspect, diff, verify, restore):
     app.command(cls=Verb)(verb)
+app.command("eval", cls=ManyValues)(evaluate)
 
 
 def _version(wanted: bool) -> None:

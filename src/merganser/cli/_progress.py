@@ -109,3 +109,52 @@ class MergeProgress:
             self._bar.stop()
             self._bar, self._task = None, None
             self._bytes = self._tensors = 0
+
+
+class EvalProgress:
+    """Tells how an evaluation advances; as `merganser.evaluation.Progress`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> EvalProgress:
+        if not self._quiet and on_terminal():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+                expand=True,
+            )
+            self._task = self._bar.add_task("opening models and tasks", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def loading(self, model: str, number: int, count: int) -> None:
+        """A model is read, or merged."""
+        self._show(f"{model} ({number + 1} of {count}): loading", 0, None)
+
+    def scoring(self, model: str, task: str, done: int, count: int) -> None:
+        """So many batches of a task are done."""
+        self._show(f"{model}: {task}", done, count)
+
+    def _show(self, description: str, done: int, count: int | None) -> None:
+        if self._bar is not None and self._task is not None:
+            if done == 0:
+                # so that the time left is counted from this task's begin
+                self._bar.reset(self._task, total=count)
+            self._bar.update(self._task, description=description, completed=done, total=count)

@@ -1,0 +1,236 @@
+"""`merganser eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import _options as options
+from ._errors import Verb
+from ._progress import EvalProgress
+from ._text import complain, head, plural, say, say_json, size_text, table, time_text
+
+if TYPE_CHECKING:
+    from ..evaluation import Estimate, Evaluation, Retention
+
+
+class ManyValues(Verb):
+    """A command whose `--tasks` and `--experts` take all that follows, up to the next option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write `--tasks a b` as `--tasks a --tasks b`."""
+        return super().parse_args(ctx, _spread(args, ("--tasks", "--experts")))
+
+
+def _spread(args: Sequence[str], names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    current = None
+    for arg in args:
+        if arg in names:
+            current = arg
+            continue
+        if arg.startswith("-") and arg != "-":
+            current = None
+        found += [arg] if current is None else [current, arg]
+    return found
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT...",
+            help="Checkpoints, MODEL+ADAPTER, or recipes (merged in memory); NAME=CKPT names one.",
+            show_default=False,
+        ),
+    ],
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TASK...",
+            help="Texts (.txt), questions or documents (.jsonl), tasks of lm-eval (.yaml or a name); NAME=TASK names one.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="CKPT", help="The common ancestor of the models.", show_default=False)
+    ] = None,
+    experts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK=CKPT...", help="The model trained for a task; needs --base.", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Items of each task: windows, documents, questions.  [default: all]",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens of a text seen at once.  [default: 512]", show_default=False),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens of a text scored at once.  [default: half of --context]",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16",
+            help="Number format.  [default: the faster one here]",
+            show_default=False,
+        ),
+    ] = None,
+    device: options.Device = "cpu",
+    batch_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")] = 4096,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OUT",
+            help="Write the result, and beside it what an interrupted evaluation continues from; - prints it.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: options.CacheDir = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Measure models on tasks, and what merges kept of their experts.
+
+    The checkpoints come first: --tasks and --experts take all that follows, up to the next option.
+    """
+    options.quieten_hub(quiet)
+    from ..evaluation import evaluate as measure
+
+    if experts and base is None:
+        raise typer.BadParameter("needs --base: what an expert gained is counted from there", param_hint="--experts")
+    with EvalProgress(quiet) as progress:
+        found = measure(
+            models,
+            tasks,
+            base=base,
+            experts=experts or (),
+            limit=limit,
+            context=context,
+            stride=stride,
+            dtype=dtype,
+            device=device,
+            batch_tokens=batch_tokens,
+            json=None if json == "-" else json,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    if json == "-":
+        say_json(found.to_json())
+    elif not quiet:
+        _print(found, json)
+    for failure in found.failures:
+        complain("error", failure)
+    if found.failures:
+        raise typer.Exit(2)
+
+
+def _print(found: Evaluation, out: str | None) -> None:
+    for warning in found.warnings:
+        complain("warning", warning)
+    settings = found.settings
+    head(
+        f"{plural(len(found.models), 'model')} · {plural(len(found.tasks), 'task')} · {settings['dtype']} "
+        f"({settings['dtype_reason']}) · {time_text(found.seconds)} · peak {size_text(found.peak_memory)}"
+    )
+    rank = 0
+    while _figures(found, rank):
+        rank += 1
+    if found.retention is not None:
+        _retention(found, found.retention)
+    if out is not None:
+        say(f"wrote {out}, and {found.items_file} beside it with what was measured on every item")
+
+
+def _figures(found: Evaluation, rank: int) -> bool:
+    """Print a metric of every task: the one that counts, or the second; say whether there was any."""
+    shown = {name: task.metrics[rank] for name, task in found.tasks.items() if rank < len(task.metrics)}
+    if not shown:
+        return False
+    higher = {
+        (task, metric): outcome.higher_is_better.get(metric, True)
+        for own in found.outcomes.values()
+        for task, outcome in own.items()
+        for metric in outcome.metrics
+    }
+    say("results (↑ higher is better, ↓ lower is better; ± standard error)" if rank == 0 else "other metrics")
+    arrows = {task: "↑" if higher.get((task, metric), True) else "↓" for task, metric in shown.items()}
+    rows = [["model", *shown], ["", *(f"{metric} {arrows[task]}" for task, metric in shown.items())]]
+    for model in found.outcomes:
+        cells = [_figure(found.metric(model, task, metric)) for task, metric in shown.items()]
+        rows.append([model, *cells])
+    if rank == 0:
+        rows.append(["items", *(f"{plural(found.tasks[task].items, found.tasks[task].unit)}" for task in shown)])
+    for line in table(rows):
+        say(line)
+    return True
+
+
+def _figure(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "failed"
+    error = estimate.stderr
+    return f"{estimate.value:.4f}" + ("" if error is None else f" ±{error:.4f}")
+
+
+def _retention(found: Evaluation, kept: Retention) -> None:
+    scales = kept.to_json()["models"]
+    say("recovered: share of the expert's gain over the base; forgotten: loss as a share of the base's figure")
+    rows = [
+        [
+            "model",
+            *kept.domains,
+            "mean",
+            "worst",
+            *(f"forgotten {task}" for task in kept.retained),
+            "against best single",
+        ]
+    ]
+    for model, own in scales.items():
+        worst = own["worst"]
+        rows.append(
+            [
+                model,
+                *(_share(own["recovered"][domain]) for domain in kept.domains),
+                _share(own["mean"]),
+                _share(worst) + (f" {worst['domain']}" if worst else ""),
+                *(_relative(own["forgotten"].get(task)) for task in kept.retained),
+                _share(own["against_best_single"], sign="+"),
+            ]
+        )
+    for line in table(rows):
+        say(line)
+    if kept.best_single is not None:
+        say(f"  best single model: {kept.best_single[0]}, mean recovered {_share(kept.best_single[1].to_json())}")
+    for domain, known in kept.domains.items():
+        if known.reason is not None:
+            complain("note", f"{domain} does not count: {known.reason}")
+    if not kept.retained:
+        complain("note", "every task has an expert, so nothing tells what was forgotten; add a task without one")
+
+
+def _share(value: dict[str, Any] | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    error = "" if value["stderr"] is None else f" ±{100 * value['stderr']:.1f}"
+    return f"{100 * value['value']:{sign}.1f}{error} %"
+
+
+def _relative(value: dict[str, Any] | None) -> str:
+    if value is None or value["relative"] is None:
+        return "-"
+    return _share({"value": value["relative"], "stderr": value["relative_stderr"]}, sign="+")

@@ -1,0 +1,13 @@
+"""Measure models: bits per byte of texts, multiple choice, tasks of lm-eval; and what merges kept of their experts.
+
+result = evaluate(["merged"], ["french.txt"], base="base", experts={"french": "expert"})
+result.metric("merged", "french").value
+"""
+
+from .estimate import Estimate
+from .outcome import Outcome
+from .result import Evaluation, ModelInfo, TaskInfo
+from .retention import Retention
+from .run import Progress, evaluate
+
+__all__ = ["Estimate", "Evaluation", "ModelInfo", "Outcome", "Progress", "Retention", "TaskInfo", "evaluate"]

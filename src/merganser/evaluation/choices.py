@@ -1,0 +1,254 @@
+"""Multiple choice by log-likelihood: which continuation of a context the model finds likeliest.
+
+The context is computed once: its keys and values are kept, and every choice is run behind them. Models that keep a
+state in place of keys and values get each choice with its context.
+
+Tokens are found as lm-eval finds them: white space at the end of the context is moved to the choice, and the tokens of
+a choice are those of context and choice together behind those of the context alone. Where the two do not begin alike,
+because the tokenizer joins the last letters of the one to the first of the other, the choice is tokenised by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import TaskError
+from .batches import Refused, batches, in_order, logits_at, right_padded, takes
+from .estimate import Estimate
+from .loading import Tokenizer
+from .outcome import Outcome
+from .tasks import ChoiceTask, Question
+
+COLUMNS = ("gold", "loglikelihood", "bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A question in tokens.
+
+    Args:
+        context: Tokens before each choice, cut at the left where they are too many.
+        choices: Tokens of each choice.
+        nbytes: UTF-8 bytes of each choice, without white space in front.
+        gold: Index of the right choice.
+        where: File and line, for messages.
+    """
+
+    context: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+    nbytes: tuple[int, ...]
+    gold: int
+    where: str
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest choice."""
+        return max(map(len, self.choices))
+
+
+def encode(task: ChoiceTask, tokenizer: Tokenizer, positions: int | None, limit: int | None = None) -> list[Encoded]:
+    """Turn questions into tokens.
+
+    Args:
+        task: The questions.
+        tokenizer: Of the model.
+        positions: Most tokens that the model can see at once. A longer context loses its first tokens.
+        limit: Number of questions.
+
+    Raises:
+        TaskError: A choice does not fit the model by itself, or an empty context has no token to stand for it.
+    """
+    return [_encode(question, tokenizer, positions) for question in task.questions[:limit]]
+
+
+def _encode(question: Question, tokenizer: Tokenizer, positions: int | None) -> Encoded:
+    stem = question.context.rstrip()
+    space = question.context[len(stem) :]
+    before = tokenizer.ids(stem) if stem else []
+    choices = tuple(_choice_ids(tokenizer, stem, space + choice, before) for choice in question.choices)
+    prefix = tokenizer.prefix
+    if not before and not prefix:
+        if tokenizer.start is None:
+            raise TaskError(
+                f"{question.where}: the context is empty, and the tokenizer has no token that stands for it"
+            )
+        prefix = (tokenizer.start,)
+    if positions is not None:
+        # the last token of a choice is not fed
+        room = positions - len(prefix) - (max(map(len, choices)) - 1)
+        if room < (0 if prefix else 1):
+            raise TaskError(
+                f"{question.where}: the longest choice has {max(map(len, choices)):,} tokens, more than the model can "
+                f"see at once ({positions:,} with at least one before it)"
+            )
+        before = before[len(before) - room :] if room < len(before) else before
+    nbytes = tuple(len(choice.lstrip().encode()) for choice in question.choices)
+    return Encoded((*prefix, *before), choices, nbytes, question.gold, question.where)
+
+
+def _choice_ids(tokenizer: Tokenizer, stem: str, choice: str, before: list[int]) -> tuple[int, ...]:
+    whole = tokenizer.ids(stem + choice)
+    joined = whole[: len(before)] != before or len(whole) == len(before)
+    return tuple(tokenizer.ids(choice) if joined else whole[len(before) :])
+
+
+def score(model: Any, questions: Sequence[Encoded]) -> dict[str, list[Any]]:
+    """Score a batch of questions.
+
+    Args:
+        model: A causal language model of transformers.
+        questions: The questions.
+
+    Returns:
+        By column, for each question: index of the right choice, log-likelihood of each choice (natural), its bytes.
+
+    Raises:
+        Refused: A log-likelihood is not finite.
+    """
+    found = _with_cache(model, questions) if keeps_keys(model) else _without_cache(model, questions)
+    for question, values in zip(questions, found, strict=True):
+        if not all(map(math.isfinite, values)):
+            raise Refused(f"NaN or infinity in the logits, at {question.where}")
+    return {
+        "gold": [q.gold for q in questions],
+        "loglikelihood": found,
+        "bytes": [list(q.nbytes) for q in questions],
+    }
+
+
+def keeps_keys(model: Any) -> bool:
+    """Whether a model remembers its context as keys and values, which can be repeated for every choice."""
+    return not getattr(model, "_is_stateful", False) and takes(model, "past_key_values")
+
+
+def _with_cache(model: Any, questions: Sequence[Encoded]) -> list[list[float]]:
+    """Run the contexts once, then every choice behind its own."""
+    device = model.device
+    width = max(len(q.context) for q in questions)
+    # padded at the left, so that every context ends, and every choice begins, at the same place
+    ids = torch.tensor([[0] * (width - len(q.context)) + list(q.context) for q in questions], device=device)
+    mask = torch.tensor([[0] * (width - len(q.context)) + [1] * len(q.context) for q in questions], device=device)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if takes(model, "position_ids"):
+        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if takes(model, "logits_to_keep"):
+        given["logits_to_keep"] = 1
+    with torch.inference_mode():
+        ran = model(**given, use_cache=True)
+        first = ran.logits[:, -1].float().log_softmax(-1)
+        owners = torch.tensor([i for i, q in enumerate(questions) for _ in q.choices], device=device)
+        rows = [choice for q in questions for choice in q.choices]
+        nats = first[owners, torch.tensor([row[0] for row in rows], device=device)].double()
+        if any(len(row) > 1 for row in rows):
+            nats += _behind(model, ran.past_key_values, mask, owners, rows)
+    return _grouped(nats, questions)
+
+
+def _behind(model: Any, cache: Any, mask: Tensor, owners: Tensor, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return the log-likelihoods of choices without their first tokens, float64, shape [rows]."""
+    cache.batch_select_indices(owners)
+    ids = right_padded([row[:-1] for row in rows], model.device)
+    before = mask[owners]
+    given = {"attention_mask": torch.cat([before, torch.ones_like(ids)], dim=1)}
+    if takes(model, "position_ids"):
+        given["position_ids"] = before.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits
+    return _sums(logits, [row[1:] for row in rows])
+
+
+def _without_cache(model: Any, questions: Sequence[Encoded]) -> list[list[float]]:
+    """Run every choice with its context."""
+    rows = [(q.context, choice) for q in questions for choice in q.choices]
+    ids = right_padded([(*context, *choice[:-1]) for context, choice in rows], model.device)
+    begin = min(len(q.context) for q in questions) - 1
+    logits = logits_at(model, torch.arange(begin, ids.shape[1], device=ids.device), input_ids=ids)
+    starts = [len(context) - 1 - begin for context, _ in rows]
+    return _grouped(_sums(logits, [choice for _, choice in rows], starts), questions)
+
+
+def _sums(logits: Tensor, targets: Sequence[tuple[int, ...]], starts: Sequence[int] | None = None) -> Tensor:
+    """Return the log-likelihood of each row's targets, from its start on, float64, shape [rows]."""
+    sums = []
+    for row, wanted in enumerate(targets):
+        start = starts[row] if starts else 0
+        own = logits[row, start : start + len(wanted)].float().log_softmax(-1)
+        picked = own.gather(1, torch.tensor(wanted, dtype=torch.int64, device=own.device)[:, None])
+        sums.append(picked.double().sum())
+    return torch.stack(sums)
+
+
+def _grouped(nats: Tensor, questions: Sequence[Encoded]) -> list[list[float]]:
+    parts = torch.split(nats, [len(q.choices) for q in questions])
+    return [part.tolist() for part in parts]
+
+
+def right(rows: Mapping[str, Sequence[Any]]) -> dict[str, NDArray[np.float64]]:
+    """Say of each question whether the likeliest choice is right: as it is, and per byte; shape [questions].
+
+    Of equally likely ones the first counts.
+    """
+    plain, normal = [], []
+    for gold, nats, nbytes in zip(*(rows[name] for name in COLUMNS), strict=True):
+        plain.append(float(np.argmax(nats) == gold))
+        normal.append(float(np.argmax(np.array(nats) / np.array(nbytes)) == gold))
+    return {"correct": np.array(plain), "correct_norm": np.array(normal)}
+
+
+@dataclass(frozen=True)
+class PreparedChoices:
+    """A choice task in the tokens of a model.
+
+    Args:
+        task: The task.
+        questions: Its questions.
+        batches: Indices of questions, batch by batch.
+    """
+
+    task: ChoiceTask
+    questions: Sequence[Encoded]
+    batches: Sequence[Sequence[int]]
+
+    def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
+        """Score questions."""
+        return score(model, [self.questions[row] for row in rows])
+
+    def outcome(self, contents: Sequence[Mapping[str, Any]]) -> Outcome:
+        """Count right answers."""
+        rows = in_order(self.batches, contents)
+        found, count = right(rows), len(self.questions)
+        items, one = (self.task.name, count), np.ones(count)
+        metrics = {
+            "accuracy": Estimate.of_ratio(found["correct"], one, items),
+            "accuracy_norm": Estimate.of_ratio(found["correct_norm"], one, items),
+        }
+        return Outcome(metrics, {**rows, **found}, count, {}, dict.fromkeys(metrics, True))
+
+
+def prepare_choices(
+    task: ChoiceTask, tokenizer: Tokenizer, *, positions: int | None, limit: int | None, vocabulary: int, budget: int
+) -> PreparedChoices:
+    """Turn a choice task into tokens and batches.
+
+    Args:
+        task: The questions.
+        tokenizer: Of the model.
+        positions: As for `encode`.
+        limit: As for `encode`.
+        vocabulary: Number of logits per token.
+        budget: Tokens that a batch may feed.
+
+    Raises:
+        TaskError: As for `encode`.
+    """
+    found = encode(task, tokenizer, positions, limit)
+    fed = [len(q.context) + q.longest * len(q.choices) for q in found]
+    kept = [q.longest * len(q.choices) for q in found]
+    return PreparedChoices(task, found, batches(fed, kept, vocabulary, budget))

@@ -1,0 +1,201 @@
+"""The result of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from ..checkpoint.jsonfile import os_reason
+from ..errors import OutputError
+from .estimate import Estimate
+from .outcome import Outcome
+from .retention import Retention, measure_retention
+from .roster import Role
+from .sources import Kind
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model of an evaluation.
+
+    Args:
+        reference: What the user wrote.
+        kind: What it is.
+        role: The base, an expert of a domain, or another.
+        hash: Identifies weights, config and tokenizer.
+        tokenizer: Identifies the tokenizer.
+        parameters: Number of weights; None where nothing had to be loaded.
+        seconds: Time of loading (or merging) and of scoring.
+        failed: Why it could not be scored at all.
+    """
+
+    reference: str
+    kind: Kind
+    role: Role
+    hash: str
+    tokenizer: str
+    parameters: int | None
+    seconds: Mapping[str, float]
+    failed: str | None
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task of an evaluation.
+
+    Args:
+        kind: Who scores it, and how.
+        source: File or name.
+        hash: Identifies its contents.
+        role: Whether it has an expert; None without experts.
+        metric: Name of the metric that counts; None where no model has one.
+        higher_is_better: Of that metric.
+        metrics: Names of all metrics.
+        items: Number of items.
+        unit: What an item is.
+    """
+
+    kind: Literal["text", "choices", "lm-eval"]
+    source: str
+    hash: str
+    role: Literal["domain", "retained"] | None
+    metric: str | None
+    higher_is_better: bool
+    metrics: tuple[str, ...]
+    items: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What models got in tasks.
+
+    Args:
+        models: By name: the base, the experts, the others.
+        tasks: By name, in the order given.
+        outcomes: By model and task; a model that failed as a whole is not in it.
+        base: Name of the base.
+        experts: By domain, the name of its expert.
+        settings: What figures depend on.
+        versions: Of the programs that made them.
+        hardware: Where they were made.
+        created: When, UTC.
+        seconds: How long it took.
+        peak_memory: Largest resident memory of the process so far, bytes.
+        items_file: Name of the file with what was measured on every item, beside the JSON.
+        warnings: What the user should know.
+    """
+
+    models: Mapping[str, ModelInfo]
+    tasks: Mapping[str, TaskInfo]
+    outcomes: Mapping[str, Mapping[str, Outcome]]
+    base: str | None
+    experts: Mapping[str, str]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str | None]
+    hardware: Mapping[str, Any]
+    created: str
+    seconds: float
+    peak_memory: int
+    items_file: str | None
+    warnings: tuple[str, ...]
+
+    def metric(self, model: str, task: str, metric: str | None = None) -> Estimate | None:
+        """Return a figure, by default in the metric that counts; None where there is none."""
+        outcome = self.outcomes.get(model, {}).get(task)
+        name = metric or self.tasks[task].metric
+        return None if outcome is None or name is None else outcome.metrics.get(name)
+
+    def difference(self, model: str, reference: str, task: str, metric: str | None = None) -> Estimate | None:
+        """Return a model's figure minus another's, with the standard error over the items that both were given."""
+        own, other = self.metric(model, task, metric), self.metric(reference, task, metric)
+        return None if own is None or other is None else own - other
+
+    def items(self, model: str, task: str) -> Mapping[str, NDArray[Any] | list[Any]]:
+        """Return what was measured on each item, by name; empty where the model failed."""
+        outcome = self.outcomes.get(model, {}).get(task)
+        return {} if outcome is None else outcome.columns
+
+    @cached_property
+    def failures(self) -> list[str]:
+        """Every model that has no figure where it should, and why."""
+        found = [f"{name}: {info.failed}" for name, info in self.models.items() if info.failed]
+        for model, own in self.outcomes.items():
+            found += [f"{model}: {task}: {outcome.failed}" for task, outcome in own.items() if outcome.failed]
+        return found
+
+    @cached_property
+    def retention(self) -> Retention | None:
+        """What the models kept and forgot; None without a base and experts."""
+        if self.base is None or not self.experts:
+            return None
+        counting = {name: task for name, task in self.tasks.items() if task.metric is not None}
+        figures = {
+            model: {task: figure for task in counting if (figure := self.metric(model, task)) is not None}
+            for model in self.outcomes
+        }
+        metrics = {name: str(task.metric) for name, task in self.tasks.items()}
+        higher = {name: task.higher_is_better for name, task in self.tasks.items()}
+        return measure_retention(figures, self.base, self.experts, metrics, higher)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the evaluation as plain data: format 1 of docs/evaluate.md."""
+        return {
+            "format": FORMAT,
+            "kind": "evaluation",
+            "created": self.created,
+            "versions": dict(self.versions),
+            "hardware": dict(self.hardware),
+            "settings": dict(self.settings),
+            "base": self.base,
+            "experts": dict(self.experts),
+            "models": {name: vars(info) for name, info in self.models.items()},
+            "tasks": {name: {**vars(info), "metrics": list(info.metrics)} for name, info in self.tasks.items()},
+            "results": {
+                model: {task: outcome.to_json() for task, outcome in own.items()}
+                for model, own in self.outcomes.items()
+            },
+            "differences": self._differences(),
+            "retention": None if self.retention is None else self.retention.to_json(),
+            "seconds": round(self.seconds, 3),
+            "peak_memory": self.peak_memory,
+            "items": self.items_file,
+            "warnings": list(self.warnings),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the evaluation as JSON; the file appears whole.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.new")
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {os_reason(error)}") from None
+
+    def _differences(self) -> dict[str, Any]:
+        reference = self.base or next(iter(self.models))
+        found: dict[str, Any] = {}
+        for model in self.outcomes:
+            if model == reference:
+                continue
+            found[model] = {}
+            for task, info in self.tasks.items():
+                own, other = self.metric(model, task), self.metric(reference, task)
+                if own is not None and other is not None:
+                    paired = own.parts.keys() == other.parts.keys()
+                    found[model][task] = {"metric": info.metric, **(own - other).to_json(), "paired": paired}
+        return {"reference": reference, "models": found}

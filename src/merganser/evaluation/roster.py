@@ -1,0 +1,131 @@
+"""Which models are measured, under which names, and in which role."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import TaskError, did_you_mean
+from ..recipe import Recipe
+from .sources import Reference, default_names, split_name
+
+Role = Literal["base", "expert", "model"]
+Models = Sequence[Reference] | Mapping[str, Reference]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model of an evaluation.
+
+    Args:
+        name: Short name, unique.
+        reference: What the user wrote, or a recipe.
+        role: The base, an expert, or another.
+    """
+
+    name: str
+    reference: Reference
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """The models of an evaluation.
+
+    Args:
+        entries: The base, the experts, the others; each once.
+        base: Name of the base.
+        experts: By domain (a task's name), the name of its expert.
+    """
+
+    entries: tuple[Entry, ...]
+    base: str | None
+    experts: Mapping[str, str]
+
+
+def make_roster(
+    models: Models,
+    base: Reference | None,
+    experts: Mapping[str, Reference] | Sequence[str],
+    tasks: Sequence[str],
+) -> Roster:
+    """Name the models.
+
+    Args:
+        models: References, or `NAME=REFERENCE`, or a mapping from names.
+        base: The common ancestor.
+        experts: By domain, the model that was trained for it; or `DOMAIN=REFERENCE`.
+        tasks: Names of the tasks: every domain is one of them.
+
+    Raises:
+        TaskError: A domain is no task, or a name is given twice.
+    """
+    given: list[tuple[str | None, Reference, Role]] = []
+    if base is not None:
+        given.append((*_pair(base), "base"))
+    by_domain = _domains(experts, tasks)
+    given += [(*_pair(reference), "expert") for reference in by_domain.values()]
+    given += [(name, reference, "model") for name, reference in _pairs(models)]
+    if not given:
+        raise TaskError("models: none given; name at least one checkpoint, adapter or recipe")
+    entries: dict[str, tuple[str | None, Reference, Role]] = {}
+    for name, reference, role in given:
+        known = entries.setdefault(_identity(reference), (name, reference, role))
+        if name is not None and known[0] is None:
+            entries[_identity(reference)] = (name, *known[1:])
+        elif name is not None and known[0] != name:
+            raise TaskError(f"models: {reference} is named both {known[0]!r} and {name!r}")
+    named = _names(entries)
+    return Roster(
+        tuple(Entry(named[key], reference, role) for key, (_, reference, role) in entries.items()),
+        None if base is None else named[_identity(_pair(base)[1])],
+        {domain: named[_identity(_pair(reference)[1])] for domain, reference in by_domain.items()},
+    )
+
+
+def _names(entries: Mapping[str, tuple[str | None, Reference, Role]]) -> dict[str, str]:
+    unnamed = [key for key, (name, _, _) in entries.items() if name is None]
+    texts = [_text(entries[key][1]) for key in unnamed]
+    found = dict(zip(unnamed, default_names(texts), strict=True))
+    found |= {key: name for key, (name, _, _) in entries.items() if name is not None}
+    twice = next((name for name in found.values() if list(found.values()).count(name) > 1), None)
+    if twice is not None:
+        raise TaskError(f"models: two are named {twice!r}; give names of your own: NAME=MODEL")
+    return found
+
+
+def _domains(experts: Mapping[str, Reference] | Sequence[str], tasks: Sequence[str]) -> dict[str, Reference]:
+    found: dict[str, Reference] = {}
+    for domain, reference in experts.items() if isinstance(experts, Mapping) else map(split_name, experts):
+        if domain is None:
+            raise TaskError(f"experts: expected DOMAIN=MODEL, got {str(reference)!r}; a domain is the name of a task")
+        if domain not in tasks:
+            raise TaskError(
+                f"experts: {domain!r} is no task.{did_you_mean(domain, tasks)} Tasks here: {', '.join(tasks)}"
+            )
+        if domain in found:
+            raise TaskError(f"experts: {domain!r} has two, {found[domain]} and {reference}; give one")
+        found[domain] = reference
+    return found
+
+
+def _pairs(models: Models) -> list[tuple[str | None, Reference]]:
+    return [*models.items()] if isinstance(models, Mapping) else [_pair(model) for model in models]
+
+
+def _pair(reference: Reference) -> tuple[str | None, Reference]:
+    return split_name(reference) if isinstance(reference, str) else (None, reference)
+
+
+def _identity(reference: Reference) -> str:
+    """Return what is the same for two ways to write one place."""
+    if isinstance(reference, Recipe):
+        return f"recipe {id(reference)}"
+    path = Path(str(reference)).expanduser()
+    return str(path.resolve()) if path.exists() else str(reference)
+
+
+def _text(reference: Reference) -> str:
+    return (reference.name or "recipe") if isinstance(reference, Recipe) else str(reference)

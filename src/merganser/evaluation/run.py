@@ -1,0 +1,306 @@
+"""Evaluate models on tasks."""
+
+from __future__ import annotations
+
+import json as json_module
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from .. import __version__
+from ..engine.devices import resolve_devices
+from ..errors import MergeError, OutputError, TaskError
+from .harness import Harness
+from .journal import Journal, journal_path
+from .loading import LanguageModel, open_model
+from .outcome import Outcome
+from .precision import DTYPES, choose_dtype
+from .result import Evaluation, ModelInfo, TaskInfo
+from .roster import Models, Roster, make_roster
+from .scoring import Scorer, Settings
+from .sources import Reference, open_source
+from .tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
+
+CONTEXT = 512
+BATCH_TOKENS = 4096
+
+
+class Progress(Protocol):
+    """Told how an evaluation advances."""
+
+    def loading(self, model: str, number: int, count: int) -> None:
+        """A model is read, or merged."""
+
+    def scoring(self, model: str, task: str, done: int, count: int) -> None:
+        """So many batches of a task are done."""
+
+
+class _Silent:
+    def loading(self, model: str, number: int, count: int) -> None:
+        """Say nothing."""
+
+    def scoring(self, model: str, task: str, done: int, count: int) -> None:
+        """Say nothing."""
+
+
+def evaluate(
+    models: Models,
+    tasks: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    base: Reference | None = None,
+    experts: Mapping[str, Reference] | Sequence[str] = (),
+    limit: int | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    batch_tokens: int = BATCH_TOKENS,
+    json: str | Path | None = None,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure models on tasks, and what merges among them kept of their experts.
+
+    Args:
+        models: Checkpoints (folders, files, Hub ids), `MODEL+ADAPTER` (LoRA), recipes (`.yaml`, merged in memory) or
+            loaded recipes; `NAME=` before one, or a mapping, names it.
+        tasks: Text files (`.txt`), questions or documents (`.jsonl`), tasks of lm-eval (`.yaml`, or names);
+            `NAME=` before one, or a mapping, names it.
+        base: The common ancestor of the models.
+        experts: By domain (the name of a task) the model trained for it, or `DOMAIN=MODEL`.
+        limit: Number of items of each task: windows of a text, documents, questions.
+        context: Most tokens that a model sees at once of a text; by default 512, or what the models can if that is less.
+        stride: Tokens that each window of a text scores; by default half of `context`.
+        dtype: float32, bfloat16 or float16; by default bfloat16 where it is faster here.
+        device: As for `merge`; the first one is used.
+        batch_tokens: Tokens that are fed at once.
+        json: File for the result; what was measured on every item is kept in `JSON.items.jsonl` beside it, and an
+            evaluation that was interrupted continues from there.
+        cache_dir: Folder for models from the Hub.
+        progress: Told how it advances.
+
+    Raises:
+        TaskError: A task is missing, malformed, or does not fit a model.
+        MergeError: A model cannot be opened.
+    """
+    wanted = _Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0])
+    loaded = load_tasks(tasks)
+    roster = make_roster(models, base, experts, [task.name for task in loaded])
+    out = None if json is None else Path(json)
+    if out is not None:
+        _check_out(out)
+    evaluation = _measure(roster, loaded, wanted, out, cache_dir, progress or _Silent())
+    if out is not None:
+        evaluation.save(out)
+    return evaluation
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Settings as given; None where the default depends on the models."""
+
+    limit: int | None
+    context: int | None
+    stride: int | None
+    dtype: str | None
+    batch_tokens: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "context", "stride", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TaskError(f"{name}: must be a whole number of at least 1, got {value}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise TaskError(f"dtype: {self.dtype!r} is not known; allowed: {', '.join(DTYPES)}")
+
+    def settle(self, opened: Mapping[str, LanguageModel], journal: Journal) -> tuple[Settings, str]:
+        """Fill in what was not given; also say why this number format."""
+        context, stride = self._lengths(opened)
+        if self.dtype is not None:
+            dtype, reason = self.dtype, "as given"
+        elif "dtype" in journal.notes:
+            dtype, reason = journal.notes["dtype"], "as in the run that is continued"
+        else:
+            dtype, reason = choose_dtype(next(iter(opened.values())).config, self.device)
+            journal.note("dtype", dtype)
+        return Settings(self.limit, context, stride, dtype, self.batch_tokens, self.device), reason
+
+    def _lengths(self, opened: Mapping[str, LanguageModel]) -> tuple[int, int]:
+        """Return context and stride."""
+        limits = {name: model.positions for name, model in opened.items() if model.positions is not None}
+        context = min([CONTEXT, *limits.values()]) if self.context is None else self.context
+        for name, most in limits.items():
+            if context > most:
+                raise TaskError(f"context: {context} tokens, and {name} can see {most} at once; give at most {most}")
+        longest = max(len(model.tokenizer.prefix) for model in opened.values())
+        if context <= longest:
+            raise TaskError(f"context: {context} tokens leave no room behind the {longest} that begin every text")
+        stride = max(1, context // 2) if self.stride is None else self.stride
+        if stride > context:
+            raise TaskError(f"stride: {stride} tokens, more than the context of {context}; give at most {context}")
+        return context, stride
+
+
+def _measure(
+    roster: Roster, tasks: Sequence[Task], wanted: _Wanted, out: Path | None, cache_dir: Path | None, progress: Progress
+) -> Evaluation:
+    """Open models and tasks, score, and put the result together."""
+    started = time.monotonic()
+    with ExitStack() as stack:
+        opened = {e.name: open_model(open_source(e.reference, stack, cache_dir=cache_dir)) for e in roster.entries}
+        journal = stack.enter_context(Journal(None if out is None else journal_path(out)))
+        settings, reason = wanted.settle(opened, journal)
+        named = [task for task in tasks if isinstance(task, HarnessTask)]
+        harness = Harness(named) if named else None
+        scorer = Scorer(settings, journal, harness, progress.scoring)
+        outcomes, infos = _score(scorer, roster, opened, tasks, progress)
+    return Evaluation(
+        models=infos,
+        tasks={task.name: _task_info(task, roster, harness, outcomes) for task in tasks},
+        outcomes=outcomes,
+        base=roster.base,
+        experts=roster.experts,
+        settings={**_shown(settings), "dtype_reason": reason},
+        versions=_versions(harness),
+        hardware={
+            "device": str(settings.device),
+            "processor": _processor(settings.device),
+            "threads": torch.get_num_threads(),
+        },
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        seconds=time.monotonic() - started,
+        peak_memory=_peak_memory(),
+        items_file=None if out is None else journal_path(out).name,
+        warnings=tuple(_warnings(opened, tasks)),
+    )
+
+
+def _score(
+    scorer: Scorer, roster: Roster, opened: Mapping[str, LanguageModel], tasks: Sequence[Task], progress: Progress
+) -> tuple[dict[str, dict[str, Outcome]], dict[str, ModelInfo]]:
+    """Load one model after another and score it on all tasks."""
+    # what does not fit is refused before the first model is loaded
+    jobs = {name: [scorer.job(model, name, task) for task in tasks] for name, model in opened.items()}
+    outcomes: dict[str, dict[str, Outcome]] = {}
+    infos: dict[str, ModelInfo] = {}
+    for number, entry in enumerate(roster.entries):
+        name, model = entry.name, opened[entry.name]
+        begin = time.monotonic()
+        loaded, failed = None, None
+        if scorer.pending(jobs[name]):
+            progress.loading(name, number, len(roster.entries))
+            try:
+                loaded = model.load(getattr(torch, scorer.settings.dtype), scorer.settings.device)
+            except MergeError as error:
+                # the others can be measured all the same
+                failed = str(error)
+        ready = time.monotonic()
+        if failed is None:
+            outcomes[name] = {job.task.name: scorer.run(name, loaded, job) for job in jobs[name]}
+        infos[name] = ModelInfo(
+            reference=model.source.reference,
+            kind=model.source.kind,
+            role=entry.role,
+            hash=model.source.hash,
+            tokenizer=model.tokenizer.hash,
+            parameters=None if loaded is None else loaded.num_parameters(),
+            seconds={"load": round(ready - begin, 3), "score": round(time.monotonic() - ready, 3)},
+            failed=failed,
+        )
+        del loaded
+    return outcomes, infos
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a target that would be lost, or cannot be written, before anything is measured."""
+    if out.is_dir():
+        raise OutputError(f"{out}: is a folder; give the name of a file")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}; make it first")
+    if not out.exists():
+        return
+    try:
+        ours = json_module.loads(out.read_bytes()).get("kind") == "evaluation"
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise OutputError(f"{out}: exists and is no evaluation of merganser; choose another name")
+
+
+def _task_info(
+    task: Task, roster: Roster, harness: Harness | None, outcomes: Mapping[str, Mapping[str, Outcome]]
+) -> TaskInfo:
+    scored = [own[task.name] for own in outcomes.values() if own[task.name].metrics]
+    # what lm-eval measures is known from its results alone
+    first = scored[0] if scored else Outcome()
+    metric = next(iter(first.metrics), None)
+    role: Literal["domain", "retained"] | None = None
+    if roster.experts:
+        role = "domain" if task.name in roster.experts else "retained"
+    return TaskInfo(
+        kind=task.kind,
+        source=task.source,
+        hash=harness.hash(task) if harness is not None and isinstance(task, HarnessTask) else task.hash,
+        role=role,
+        metric=metric,
+        higher_is_better=first.higher_is_better.get(metric, True) if metric else True,
+        metrics=tuple(first.metrics),
+        items=first.items,
+        unit=task.unit,
+    )
+
+
+def _shown(settings: Settings) -> dict[str, Any]:
+    names = ("limit", "context", "stride", "dtype", "batch_tokens")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _warnings(opened: Mapping[str, LanguageModel], tasks: Sequence[Task]) -> list[str]:
+    warnings = []
+    if len({model.tokenizer.hash for model in opened.values()}) > 1 and any(isinstance(t, TextTask) for t in tasks):
+        warnings.append(
+            "the models have different tokenizers: windows of a text differ, so that differences and shares on it are "
+            "not paired, unless it consists of several documents"
+        )
+    for task in tasks:
+        if isinstance(task, ChoiceTask) and glued(task):
+            warnings.append(
+                f"{task.source}: no choice begins with a space, and no context ends in one: choices are appended as they "
+                "stand; write the space at the beginning of the choices if there should be one"
+            )
+    return warnings
+
+
+def _versions(harness: Harness | None) -> dict[str, str | None]:
+    import transformers
+
+    return {
+        "merganser": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lm_eval": None if harness is None else harness.version,
+    }
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _peak_memory() -> int:
+    # ru_maxrss is in KiB, on macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

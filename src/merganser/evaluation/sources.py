@@ -1,0 +1,202 @@
+"""Models to measure, opened and not yet read: checkpoints, LoRA references, and recipes.
+
+Whatever kind it is, a source gives a config, the files of a tokenizer, and a state dict when it is asked for one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
+
+from .. import __version__
+from ..adapters import open_adapter
+from ..checkpoint import Checkpoint, Reader
+from ..checkpoint.jsonfile import os_reason
+from ..errors import CheckpointError
+from ..inspection import open_reference
+from ..recipe import Recipe, load_recipes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["checkpoint", "adapter", "recipe"]
+Reference = str | Path | Recipe
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+_HASH_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be read.
+
+    Args:
+        reference: What the user wrote.
+        kind: What it is.
+        config: Contents of config.json.
+        files: Tokenizer and other files beside the weights: name, and where it lies.
+        texts: Such files that exist nowhere yet: name, and contents.
+        hash: Identifies weights, config and tokenizer, by contents and not by place.
+        read: Reads the weights, or makes them: the state dict, on the CPU.
+    """
+
+    reference: str
+    kind: Kind
+    config: Mapping[str, Any]
+    files: Mapping[str, Path]
+    texts: Mapping[str, str]
+    hash: str
+    read: Callable[[], dict[str, Tensor]]
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """Split `NAME=REFERENCE`; what exists on disk under the whole text is no such pair."""
+    match = _NAMED.fullmatch(text)
+    if match is None or Path(text).exists():
+        return None, text
+    return match[1], match[2]
+
+
+def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | None = None) -> Source:
+    """Open a model.
+
+    Args:
+        reference: A folder, a file of weights, a Hub id (`org/name@revision`), `MODEL+ADAPTER`, a recipe (`.yaml`), or
+            a loaded recipe.
+        stack: Holds what must stay until the evaluation is over: results of the earlier stages of a recipe.
+        cache_dir: Folder for models from the Hub.
+
+    Raises:
+        MergeError: It is not there, damaged, or a recipe that cannot be merged.
+    """
+    if isinstance(reference, Recipe):
+        return _open_recipe([reference], reference.name or "recipe", stack, cache_dir)
+    text = str(reference)
+    if text.endswith((".yaml", ".yml")) and not Path(text).is_dir():
+        return _open_recipe(load_recipes(text), text, stack, cache_dir)
+    base, plus, adapter = text.rpartition("+")
+    if plus and base and adapter and not Path(text).expanduser().exists():
+        return _open_adapter(base, adapter, text, cache_dir)
+    checkpoint = _open_checkpoint(text, cache_dir)
+    return _source(text, "checkpoint", checkpoint, _hash_checkpoint(checkpoint), lambda: _read(checkpoint))
+
+
+def _open_checkpoint(text: str, cache_dir: Path | None) -> Checkpoint:
+    checkpoint = open_reference(text, cache_dir=cache_dir)
+    if checkpoint.quantised:
+        raise CheckpointError(
+            f"{text}: its weights are quantised ({checkpoint.quantised}), which cannot be evaluated here; "
+            "give the unquantised model"
+        )
+    return checkpoint
+
+
+def _source(
+    text: str, kind: Kind, checkpoint: Checkpoint, digest: str, read: Callable[[], dict[str, Tensor]]
+) -> Source:
+    return Source(text, kind, checkpoint.config, _files(checkpoint), {}, digest, read)
+
+
+def _open_adapter(base: str, adapter: str, text: str, cache_dir: Path | None) -> Source:
+    checkpoint = _open_checkpoint(base, cache_dir)
+    opened = open_adapter(adapter)
+    opened.check_fits(checkpoint.tensors, base)
+
+    def read() -> dict[str, Tensor]:
+        with Reader() as reader:
+            tensors = checkpoint.tensors.items()
+            return {name: opened.apply(name, reader.tensor(tensor), reader) for name, tensor in tensors}
+
+    digest = _hash(_hash_checkpoint(checkpoint), hash_file(opened.config.file), hash_file(opened.file))
+    return _source(text, "adapter", checkpoint, digest, read)
+
+
+def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
+    """Plan a recipe; earlier stages are made at once, in a temporary folder."""
+    from ..engine.state_dict import merge_to_state_dict
+    from ..stages import plan_last_stage
+
+    plan = stack.enter_context(plan_last_stage(recipes, **({"cache_dir": cache_dir} if cache_dir else {})))
+    inputs = [_hash_checkpoint(checkpoint) for checkpoint in plan.checkpoints.values()]
+    settings = [__version__, *(recipe.text for recipe in recipes), str(plan.seed), str(plan.method.version)]
+    return Source(
+        text,
+        "recipe",
+        plan.config,
+        plan.side_files,
+        {} if plan.chat_template is None else {"chat_template.jinja": plan.chat_template},
+        _hash(*settings, *inputs),
+        lambda: merge_to_state_dict(plan),
+    )
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    with Reader() as reader:
+        return {name: reader.tensor(tensor) for name, tensor in checkpoint.tensors.items()}
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, Path]:
+    return {path.relative_to(checkpoint.path).as_posix(): path for path in checkpoint.side_files}
+
+
+def _hash_checkpoint(checkpoint: Checkpoint) -> str:
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    files = sorted(_files(checkpoint).items())
+    beside = [part for name, path in files for part in (name, hash_file(path))]
+    return _hash(config, *(hash_file(path) for path in checkpoint.weight_files), *beside)
+
+
+def _hash(*parts: str) -> str:
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3-128 digest of a file's contents; one that did not change is not read again.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        status = path.stat()
+        return _hash_contents(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {os_reason(error)}") from None
+
+
+@lru_cache(maxsize=4096)
+def _hash_contents(path: Path, size: int, mtime_ns: int) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def default_names(references: Sequence[str]) -> list[str]:
+    """Return short names for models: the last part of each path, with as many before it as make it unique.
+
+    Args:
+        references: Paths, Hub ids and the like; each once.
+    """
+    parts = [_parts(reference) for reference in references]
+    names = [each[-1] for each in parts]
+    for count in range(2, max(map(len, parts), default=0) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        names = ["/".join(each[-count:]) if name in twice else name for name, each in zip(names, parts, strict=True)]
+    return names
+
+
+def _parts(reference: str) -> list[str]:
+    path = reference.rpartition("+")[2] if not Path(reference).exists() else reference
+    parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
+    if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):
+        parts[-1] = parts[-1].rpartition(".")[0]
+    return parts or [reference]
