@@ -132,7 +132,8 @@ def test_what_is_not_finite_has_no_numbers(tmp_path, bundle, monkeypatch):
     if not bundle:
         monkeypatch.setattr(sample, "PAIR_SAMPLE", 15)
     base, models = close(0.01)
-    models[1]["model.norm.weight"][0] = torch.nan
+    models[1]["model.norm.weight"][:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e38])
+    base["model.norm.weight"][1] = torch.inf
     record = merged_record(tmp_path, [base, *models], allow_nonfinite=True)
     entries = {entry["name"]: entry for entry in record["movement"]["tensors"]}
     assert "models" not in entries["model.norm.weight"]

@@ -52,6 +52,13 @@ def measure_bundle(
     tensors: Sequence[PlannedTensor], inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Measure each tensor of a bundle that is not a copy, by name: in one go where they are small."""
+    with np.errstate(invalid="ignore", over="ignore"):  # the record leaves out what is not finite
+        return _measure_bundle(tensors, inputs, outputs)
+
+
+def _measure_bundle(
+    tensors: Sequence[PlannedTensor], inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Tensor]
+) -> dict[str, dict[str, Any]]:
     merged = [i for i, tensor in enumerate(tensors) if not tensor.copy and tensor.size]
     alike = len({(len(inputs[i]), _has_pairs(tensors[i])) for i in merged}) == 1
     if not alike or any(tensors[i].size > PAIR_SAMPLE for i in merged):
