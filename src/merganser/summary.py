@@ -11,7 +11,17 @@ if TYPE_CHECKING:
     from .engine.plan import Plan, PlannedTensor
     from .recipe import ModelReference
 
-__all__ = ["InputSummary", "PlanSummary", "TensorGroup", "TensorSummary", "summarise", "tensor_summaries", "value_text"]
+__all__ = [
+    "InputSummary",
+    "PlanSummary",
+    "SidecarSummary",
+    "TaskSummary",
+    "TensorGroup",
+    "TensorSummary",
+    "summarise",
+    "tensor_summaries",
+    "value_text",
+]
 
 _MOST_POINTS = 6
 _ROLE_ORDER = ("embedding", "position", "norm", "attention", "ssm", "conv", "mlp", "router", "expert", "other", "head")
@@ -81,6 +91,40 @@ class TensorSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskSummary:
+    """A model that the output can give back.
+
+    Args:
+        name: Of the task.
+        model: As the recipe names it.
+        bytes: What is stored for it.
+        full_bytes: What its tensors take.
+    """
+
+    name: str
+    model: str
+    bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarSummary:
+    """What is stored beside the merged model.
+
+    Args:
+        tasks: The models that come back.
+        shared_bytes: Stored once for all of them.
+        needs_base: Whether restoring takes the base.
+        bytes_read: From the models and the merged one, to make all this.
+    """
+
+    tasks: Sequence[TaskSummary]
+    shared_bytes: int
+    needs_base: bool
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlanSummary:
     """A plan.
 
@@ -108,6 +152,7 @@ class PlanSummary:
         seed: Of random draws; None where the method makes none.
         warnings: What to know before running.
         differences: Where mergekit computes other numbers.
+        sidecars: What is stored for each model; None where the method stores nothing.
     """
 
     name: str | None
@@ -133,6 +178,7 @@ class PlanSummary:
     seed: int | None
     warnings: Sequence[str]
     differences: Sequence[str]
+    sidecars: SidecarSummary | None = None
 
 
 def summarise(plan: Plan) -> PlanSummary:
@@ -161,6 +207,7 @@ def summarise(plan: Plan) -> PlanSummary:
         seed=plan.seed if plan.method.random else None,
         warnings=list(plan.warnings),
         differences=list(plan.differences),
+        sidecars=_sidecars(plan),
     )
 
 
@@ -183,6 +230,14 @@ def tensor_summaries(plan: Plan) -> list[TensorSummary]:
 
 def _most_common(names: Any) -> tuple[str, ...]:
     return tuple(name for name, _ in Counter(names).most_common())
+
+
+def _sidecars(plan: Plan) -> SidecarSummary | None:
+    found = plan.sidecars
+    if found is None:
+        return None
+    tasks = [TaskSummary(task.name, task.model, task.nbytes, task.full_bytes) for task in found.tasks]
+    return SidecarSummary(tasks, found.shared_bytes, found.needs_base, found.bytes_read)
 
 
 def _input(plan: Plan, reference: ModelReference) -> InputSummary:

@@ -85,10 +85,11 @@ class MergeProgress:
             tensors = plural(self._tensors, "tensor")
             complain("note", f"{stage}continuing an interrupted run: {tensors}, {size_text(before)} are there already")
         if on_terminal():
+            beside = plan.sidecars.bytes_read + plan.sidecars.bytes_written if plan.sidecars else 0
             self._bar = _bar("{task.fields[tensors]}")
             self._task = self._bar.add_task(
                 plan.recipe.name or plan.method.name,
-                total=plan.bytes_read + plan.bytes_written,
+                total=plan.bytes_read + plan.bytes_written + beside,
                 completed=before,
                 tensors=self._counted(),
             )

@@ -66,6 +66,11 @@ def _scaled(count: float, units: Sequence[str]) -> str:
     return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
 
 
+def share_text(part: float, whole: float) -> str:
+    """Write what a copy would have cost: `6.3% of a copy`."""
+    return f"{100 * part / max(whole, 1):.3g}% of a copy"
+
+
 def time_text(seconds: float) -> str:
     """Write a duration: `7.2 s`, `2 min 10 s`, `1 h 5 min`."""
     if seconds < 9.95:

@@ -13,7 +13,19 @@ import typer
 from . import _options as options
 from ._errors import STOPPED
 from ._progress import MergeProgress
-from ._text import complain, count_text, head, plural, say, say_json, size_text, time_text
+from ._text import (
+    complain,
+    count_text,
+    head,
+    number_text,
+    plural,
+    say,
+    say_json,
+    share_text,
+    size_text,
+    table,
+    time_text,
+)
 
 if TYPE_CHECKING:
     from ..engine.plan import Plan
@@ -93,10 +105,35 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
     )
     written = f"{plural(len(plan.shards), 'file')}, {size_text(plan.bytes_written)}"
     say(f"wrote {out} ({written}) and {out / 'merge.json'}")
+    if "sidecars" in record:
+        _tasks(record["sidecars"])
     if stages:
         say(f"after the stages {', '.join(filter(None, stages))}")
     say(f"check it:  merganser verify {out}")
+    if plan.sidecars:
+        say(f"restore:   merganser restore {out} --task {plan.sidecars.tasks[0].name}")
     architectures = plan.config.get("architectures") or [""]
     if plan.config:
         kind = "AutoModelForCausalLM" if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
         say(f'load it:   transformers.{kind}.from_pretrained("{out}")')
+
+
+def _tasks(sidecars: Mapping[str, Any]) -> None:
+    """Say what was stored for each model, and how far from it the restored one is."""
+    shared = f", and {size_text(sidecars['shared_bytes'])} for all" if sidecars["shared_bytes"] else ""
+    base = "with the base" if sidecars["needs_base"] else "without the base"
+    say(f"keeps {plural(len(sidecars['tasks']), 'task')}{shared}; they are restored {base}, with a relative error")
+    rows = [["task", "size", "", "of the model", "of its task vector", "of its worst tensor"]]
+    rows += [
+        [
+            task["name"],
+            size_text(task["bytes"]),
+            share_text(task["bytes"], task["full_bytes"]),
+            number_text(task["error"]),
+            number_text(task["error_of_task_vector"]),
+            f"{number_text(task['worst']['error'])} ({task['worst']['tensor']})",
+        ]
+        for task in sidecars["tasks"]
+    ]
+    for line in table(rows, right=(1, 3, 4)):
+        say(line)

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import _options as options
-from ._text import count_text, head, passes_text, plural, say, say_json, size_text, some, table, time_text
+from ._text import count_text, head, passes_text, plural, say, say_json, share_text, size_text, some, table, time_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from ..stages import PlannedStage
-    from ..summary import InputSummary, PlanSummary, TensorGroup, TensorSummary
+    from ..summary import InputSummary, PlanSummary, SidecarSummary, TensorGroup, TensorSummary
 
 _MOST_FILES = 8
 
@@ -63,6 +63,8 @@ def _as_json(stage: PlannedStage, *, tensors: bool) -> dict[str, Any]:
         made = entry["path"] in stage.made
         entry["reference"] = stage.shown(entry["reference"])
         entry["path"] = None if made else entry["path"]
+    for task in (found["sidecars"] or {}).get("tasks", ()):
+        task["model"] = stage.shown(task["model"])
     for key in ("warnings", "differences"):
         found[key] = [stage.shown(line) for line in found[key]]
     if tensors:
@@ -87,6 +89,10 @@ def _print(stage: PlannedStage, found: PlanSummary, tensors: list[TensorSummary]
     say("writes")
     for line in table(_files(found), right=(1,)):
         say(line)
+    if found.sidecars:
+        say("keeps")
+        for line in table(_tasks(stage, found.sidecars), right=(2,)):
+            say(line)
     say("expects")
     for line in table(_costs(found)):
         say(line)
@@ -188,13 +194,38 @@ def _files(found: PlanSummary) -> list[list[str]]:
     return [[f"{names[0]} to {names[-1]}", size_text(found.bytes_written), f"{dtypes}, each {largest} or less"]]
 
 
+def _tasks(stage: PlannedStage, found: SidecarSummary) -> list[list[str]]:
+    """Say what is stored for each model, and what it takes to restore them."""
+    rows = [
+        [
+            f"sidecars/{task.name}",
+            stage.shown(task.model),
+            size_text(task.bytes),
+            share_text(task.bytes, task.full_bytes),
+        ]
+        for task in found.tasks
+    ]
+    if found.shared_bytes:
+        rows.append(["sidecars/shared", "all", size_text(found.shared_bytes), "stored once"])
+    return rows
+
+
 def _costs(found: PlanSummary) -> list[list[str]]:
     fused = "fused kernels" if found.compiled else "eager"
     work = f"{found.device}, {plural(found.threads, 'thread')}, {fused}"
     rows = [
         ["read", f"{size_text(found.bytes_read)} in {passes_text(found.passes)}"],
         ["written", size_text(found.bytes_written)],
+        *_beside(found.sidecars),
         ["peak memory", f"about {size_text(found.peak_memory)}, at most {size_text(found.max_memory)}"],
         ["time", f"about {time_text(max(1, round(found.seconds)))} on {work}"],
     ]
     return rows if found.seed is None else [*rows, ["seed", str(found.seed)]]
+
+
+def _beside(found: SidecarSummary | None) -> list[list[str]]:
+    if found is None:
+        return []
+    written = found.shared_bytes + sum(task.bytes for task in found.tasks)
+    base = ", to be restored with the base" if found.needs_base else ", to be restored without the base"
+    return [["sidecars", f"{size_text(found.bytes_read)} read, {size_text(written)} written{base}"]]
