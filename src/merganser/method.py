@@ -89,12 +89,13 @@ class Round:
             shape. The results of all blocks are added, in the order of the blocks.
         solve: Gets the sum as its first argument and whatever else it names, on the CPU in float64.
         tally: Where given, what `measure` returns is only the material (of the block's size), and this makes the
-            additive tensor of it. It always runs eagerly, for what `torch.compile` does badly, such as counting.
+            additive tensor of it, and of earlier statistics that it names. It always runs eagerly, for what
+            `torch.compile` does badly, such as counting.
     """
 
     measure: Callable[..., Tensor]
     solve: Callable[..., Tensor]
-    tally: Callable[[Tensor], Tensor] | None = None
+    tally: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +107,14 @@ class Statistic:
         over: "tensor", "model", or the name of the parameter that says which.
         when: Says from the parameters that it names (per-model ones are tuples) whether this tensor needs the
             statistic; the name of a flag does, too. Where it is not needed its passes are saved and it is None.
+        at_once: Where given, finds the same from a tensor of one block without any rounds: gets what a measure gets,
+            and what a solve gets, by name. It always runs eagerly, and must agree with the rounds to the last bit.
     """
 
     rounds: tuple[Round, ...]
     over: str = "tensor"
     when: When = None
+    at_once: Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor] | None = None
 
     def wanted(self, parameters: Mapping[str, Any]) -> bool:
         """Say whether a tensor needs the statistic.

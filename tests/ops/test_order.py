@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def run(statistic, blocks, **parameters):
         return function(**{name: known[name] for name in takes(function)})
 
     for round_ in statistic.rounds:
-        total = sum(round_.tally(call(round_.measure, models=block)).to(torch.int64) for block in blocks)
+        total = sum(call(partial(round_.tally, call(round_.measure, models=block))).to(torch.int64) for block in blocks)
         given["previous"] = call(round_.solve, measured=total)
     return given["previous"]
 
@@ -172,3 +173,22 @@ def test_fused_histograms_count_the_same(wide):
         fused = torch.compile(lambda given, call=round_.measure: call(**given), fullgraph=True, dynamic=True)
         assert torch.equal(fused(arguments), round_.measure(**arguments))
     assert previous.shape == (2, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([0.0, 1e-42, 0.25, 0.25000003, 1.0, 1.5, 3e38]) | st.floats(0, 2), min_size=1, max_size=40
+    ),
+    st.lists(st.integers(-1, 42), min_size=1, max_size=3),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.booleans(),
+)
+def test_one_block_at_once_gives_what_the_rounds_give(numbers, wanted, dtype, wide):
+    tensor = torch.tensor(numbers, dtype=torch.float64 if wide else dtype)
+    ranks = torch.tensor([wanted])
+    statistic = order_statistic(values, lambda size, positive: ranks.clamp(max=positive.long() + 1), wide=wide)
+    at_once = statistic.at_once({"models": [tensor]}, {"size": torch.tensor(float(len(numbers)), dtype=torch.float64)})
+    rounds = run(statistic, [[tensor]])
+    assert at_once.dtype == rounds.dtype
+    assert torch.equal(at_once, rounds)

@@ -151,6 +151,8 @@ def _run_on(run: TensorRun, inputs: Sequence[Tensor], with_base: bool, result: T
 
     known: dict[str, Tensor] = {}
     for name, statistic, _ in run.kernels.statistics:
+        if run.at_once(name, known, *read(0, run.size)):
+            continue
         for index in range(len(statistic.rounds)):
             total = run.total(checked(run.measure(name, index, known, range_, *read(*range_))) for range_ in run.ranges)
             run.solve(name, index, total, known, run.size)
@@ -251,6 +253,16 @@ class TensorRun:
         if index == len(self.kernels.method.statistics[name].rounds) - 1:
             known[name] = solved
             del known["previous"]
+
+    def at_once(self, name: str, known: dict[str, Tensor], base: Tensor | None, models: Sequence[Tensor]) -> bool:
+        """Put a statistic into `known` without its rounds, if it can be found so; say whether it was."""
+        if len(self.ranges) > 1 or self.kernels.method.statistics[name].at_once is None:
+            return False
+        given = {key: value.cpu() for key, value in known.items()}
+        given["size"] = torch.tensor(self.size, dtype=torch.float64)
+        block = self._block(known, self.ranges[0], base, models)
+        known[name] = self.kernels.measure_at_once(name, block, self.values, given)
+        return True
 
     def combine(
         self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]

@@ -146,7 +146,25 @@ class Kernels:
         """Measure one block: round `index` of statistic `name`; also say whether the block is finite."""
         measured, finite = self._run(("measure", name, index), block)
         tally = self.method.statistics[name].rounds[index].tally
-        return (measured if tally is None else tally(measured)), finite
+        if tally is not None:
+            measured = tally(measured, **{name: block.known[name] for name in takes(tally)[1:]})
+        return measured, finite
+
+    def measure_at_once(self, name: str, block: Block, values: Values, known: Mapping[str, Tensor]) -> Tensor:
+        """Find a statistic of a tensor of one block without its rounds.
+
+        Args:
+            name: Name of the statistic; it has `at_once`.
+            block: The whole tensor.
+            values: Parameters of the tensor.
+            known: Earlier statistics and `size`, on the CPU.
+        """
+        at_once = self.method.statistics[name].at_once
+        assert at_once is not None
+        inputs = {"base": None if block.base is None else block.base.to(self.compute)}
+        models = [model.to(self.compute) for model in block.models]
+        given = {**self.static, **block.numbers, **block.known, **inputs, "models": models}
+        return at_once(given, {**self.static, **values.numbers, **known})
 
     def solve(self, name: str, index: int, measured: Tensor, values: Values, known: Mapping[str, Tensor]) -> Tensor:
         """Solve a round of a statistic from the sum of its measurements.

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 COMPILE_FROM = 1 << 29
 """Input elements from which a merge is fused: compiling takes seconds, less than eager arithmetic on this many."""
 
+_TENSOR_WORK = 1 << 15
+"""Input elements that take as long eagerly as what every tensor costs, however small."""
+
 SHARD_BYTES = 5_000_000_000
 
 
@@ -291,7 +294,12 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Me
 
 def _pays(drafts: Sequence[PlannedTensor], devices: Sequence[torch.device]) -> bool:
     """Say whether fusing kernels is possible and saves more time than it costs."""
-    work = sum(draft.size * len(draft.inputs) for draft in drafts if draft.method.fuse)
+    fused = [draft for draft in drafts if draft.method.fuse and not draft.copy]
+    # small tensors of plain methods are merged many at a time
+    each = sum(
+        draft.method.scope != "element" or bool(draft.method.statistics) or draft.method.random for draft in fused
+    )
+    work = sum(draft.size * len(draft.inputs) for draft in fused) + each * _TENSOR_WORK
     return work >= COMPILE_FROM and has_compiler(devices[0])
 
 

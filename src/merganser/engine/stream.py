@@ -185,6 +185,8 @@ class Worker:
         range_ = run.ranges[0]
         if measure:
             for name, statistic, _ in run.kernels.statistics:
+                if run.at_once(name, known, *self._split(tensor, inputs)):
+                    continue
                 for round_ in range(len(statistic.rounds)):
                     part = self._measure(run, name, round_, known, tensor, range_, inputs)
                     run.solve(name, round_, run.total(iter([part])), known, run.size)

@@ -24,7 +24,6 @@ from .sums import Sum
 
 SEGMENT_BLOCKS = 16
 BUNDLE_TENSORS = 512
-_EAGER_BELOW = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +113,7 @@ class KernelCache:
             if values is None:
                 values = self._values[settings] = Values.of(method, tensor.parameters, tensor.located)
             wide = "float64" in (self._plan.recipe.dtype, tensor.dtype.name, *(t.dtype.name for t in tensor.inputs))
-            # vectors and scraps are not worth a kernel of their own; the threshold depends on nothing but the shape
-            rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
-            small = tensor.size < _EAGER_BELOW or (method.scope != "element" and min(rows, tensor.size // rows) == 1)
-            compiled = self._plan.compiled and method.fuse and not small
+            compiled = self._plan.compiled and method.fuse
             key = (method, tuple(values.static.items()), wide, tensor.dtype.name, compiled)
             if key not in self._kernels:
                 self._kernels[key] = Kernels(

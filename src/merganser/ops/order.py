@@ -7,10 +7,11 @@ float64. Histograms are additive, so they neither depend on how the work is divi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,8 @@ _WIDE_UNSIGNED = (1 << 47) - 1
 # in place of a bin: the answer does not depend on the values
 _NOTHING = -1
 _EVERYTHING = -2
-# in place of lower bits: the value lies in another bin
-_OUTSIDE = -1
+# in place of a value that lies in another bin
+_OUTSIDE = -1.0
 
 
 def order_statistic(
@@ -54,13 +55,15 @@ def order_statistic(
     """
     names = takes(values)
     rank_names = takes(ranks)
-    pattern = _wide_pattern if wide else _pattern
     shift = 32 if wide else 16
 
-    @taking(*names)
-    def upper(**given: Any) -> Tensor:
+    def measured(given: dict[str, Any]) -> list[Tensor]:
         found = values(**{name: given[name] for name in names})
-        return torch.stack([(pattern(value) >> shift).to(torch.int16) for value in found])
+        return [value.reshape(-1) if wide else comparable(value).reshape(-1).float() for value in found]
+
+    @taking(*names)
+    def everything(**given: Any) -> Tensor:
+        return torch.stack(measured(given))
 
     @taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
     def pick(measured: Tensor, size: Tensor, **given: Any) -> Tensor:
@@ -68,38 +71,40 @@ def order_statistic(
         wanted = ranks(**{name: given[name] for name in rank_names})
         found = _descend(measured.unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
         found[..., 0] = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, found[..., 0]))
-        return found
+        return _bounded(found, shift, wide)
 
-    def lower(level: int, previous: Tensor, **given: Any) -> Tensor:
-        found = values(**{name: given[name] for name in names})
+    @taking("previous", *names)
+    def inside(previous: Tensor, **given: Any) -> Tensor:
         rows = []
-        for i, value in enumerate(found):
-            bits = pattern(value) >> (shift - 16 * level)
-            inside = [(bits >> 16) == previous[i, j, 0].to(bits.dtype) for j in range(previous.shape[1])]
-            rows += [torch.where(here, bits & (_LOW - 1), _OUTSIDE).to(torch.int32) for here in inside]
+        for value, found in zip(measured(given), previous, strict=True):
+            kept = torch.full_like(value, _OUTSIDE)
+            for first, end in (_as_values(bounds, value) for bounds in found[:, 2:]):
+                # nested: masks are expensive to combine; the end of the last bin is no number
+                kept = torch.where(value >= first, torch.where(value >= end, kept, value), kept)
+            rows.append(kept)
         return torch.stack(rows)
 
-    def refine(measured: Tensor, previous: Tensor) -> Tensor:
+    def refine(level: int, measured: Tensor, previous: Tensor) -> Tensor:
         found = _descend(measured.view(*previous.shape[:2], _LOW), previous[..., 1])
         prefix = previous[..., 0]
         found[..., 0] = torch.where(prefix < 0, prefix, (prefix << 16) | found[..., 0])
-        return found
+        return _bounded(found, shift - 16 * level, wide)
 
     def finish(measured: Tensor, previous: Tensor) -> Tensor:
-        bits = refine(measured, previous)[..., 0]
-        if wide:
-            cut = (bits.clamp(min=0) << 16).view(torch.float64)
-        else:
-            cut = bits.clamp(min=0).to(torch.int32).view(torch.float32).double()
-        cut = torch.where(bits == _NOTHING, torch.inf, torch.where(bits == _EVERYTHING, 0.0, cut))
-        return cut.view(torch.int64) if wide else cut
+        return _from_bits(refine(levels, measured, previous)[..., 0], wide)
+
+    def at_once(block: Mapping[str, Any], solved: Mapping[str, Any]) -> Tensor:
+        found = torch.stack([_patterns(value).cpu() for value in measured(dict(block))])
+        given = {**solved, "positive": ((found >> shift) > 0).sum(1).double()}
+        wanted = ranks(**{name: given[name] for name in rank_names})
+        return _from_bits(_select(found, wanted), wide)
 
     levels = shift // 16
-    rounds = [Round(upper, pick, tally=_count_all)]
+    rounds = [Round(everything, pick, tally=_count_all)]
     for level in range(1, levels + 1):
-        measure = taking("previous", *names)(partial(lower, level))
-        rounds.append(Round(measure, finish if level == levels else refine, tally=_count_inside))
-    return Statistic(tuple(rounds), over=over, when=when)
+        solve = finish if level == levels else taking("measured", "previous")(partial(refine, level))
+        rounds.append(Round(inside, solve, tally=partial(_count_inside, shift - 16 * level)))
+    return Statistic(tuple(rounds), over=over, when=when, at_once=at_once)
 
 
 def at_least(value: Tensor, cut: Tensor) -> Tensor:
@@ -146,33 +151,98 @@ def comparable(value: Tensor) -> Tensor:
     return value
 
 
-def _pattern(value: Tensor) -> Tensor:
-    """Return the bits of non-negative values as they are told apart, int32."""
-    return comparable(value).reshape(-1).float().view(torch.int32) & _UNSIGNED
+def _as_values(bounds: Tensor, like: Tensor) -> list[Tensor]:
+    """Return bit patterns as numbers, 0-d each. Numbers are compared several times faster than bits."""
+    whole = torch.int64 if like.dtype == torch.float64 else torch.int32
+    return list(bounds.to(whole).view(like.dtype))
 
 
-def _wide_pattern(value: Tensor) -> Tensor:
-    """Return the upper 47 bits of non-negative float64 values behind the sign, int64."""
-    return (value.reshape(-1).view(torch.int64) >> 16) & _WIDE_UNSIGNED
+def _bounded(found: Tensor, missing: int, wide: bool) -> Tensor:
+    """Add the ends of the bins, as bit patterns of the values.
+
+    Args:
+        found: Bits found so far and the remaining rank, int64, shape [S, R, 2].
+        missing: Bits of the pattern that are not found yet.
+        wide: Whether values are float64, whose last 16 bits do not count.
+
+    Returns:
+        Shape [S, R, 4].
+    """
+    prefix = found[..., 0]
+    shift = missing + (16 if wide else 0)
+    infinite = torch.tensor(torch.inf, dtype=torch.float64 if wide else torch.float32)
+    nowhere = int(infinite.view(torch.int64 if wide else torch.int32)) + 1
+    ends = [torch.where(prefix < 0, nowhere, (prefix + step) << shift) for step in (0, 1)]
+    return torch.stack([found[..., 0], found[..., 1], *ends], dim=-1)
 
 
-def _count_all(codes: Tensor) -> Tensor:
-    """Count the upper bits: int16, shape [S, n], to int32, shape [S, bins]."""
-    return torch.stack([torch.bincount(row, minlength=_HIGH) for row in codes]).to(torch.int32)
+def _from_bits(bits: Tensor, wide: bool) -> Tensor:
+    """Return the statistic: patterns as values, infinity and 0 where they do not decide."""
+    if wide:
+        cut = (bits.clamp(min=0) << 16).view(torch.float64)
+    else:
+        cut = bits.clamp(min=0).to(torch.int32).view(torch.float32).double()
+    cut = torch.where(bits == _NOTHING, torch.inf, torch.where(bits == _EVERYTHING, 0.0, cut))
+    return cut.view(torch.int64) if wide else cut
 
 
-def _count_inside(codes: Tensor) -> Tensor:
-    """Count the lower bits of the few values inside the bin: int32, shape [S * R, n], to int32, shape [S * R, bins]."""
+def _select(patterns: Tensor, wanted: Tensor) -> Tensor:
+    """Find the k-th largest patterns of a few elements.
+
+    Args:
+        patterns: Shape [S, n].
+        wanted: Ranks k, shape [S, R].
+
+    Returns:
+        Shape [S, R], int64.
+    """
+    size = patterns.shape[1]
+    places = (size - wanted).clamp(0, size - 1)
+    rows = [np.partition(row, place)[place] for row, place in zip(patterns.numpy(), places.numpy(), strict=True)]
+    found = torch.from_numpy(np.stack(rows)).to(torch.int64)
+    return torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, found))
+
+
+def _patterns(values: Tensor) -> Tensor:
+    """Return the bits of non-negative values as they are told apart: of float32 all, of float64 the upper 47."""
+    if values.dtype == torch.float64:
+        return (values.view(torch.int64) >> 16) & _WIDE_UNSIGNED
+    return values.view(torch.int32) & _UNSIGNED
+
+
+def _count_all(values: Tensor) -> Tensor:
+    """Count the upper 15 bits of every value: shape [S, n], to int32, shape [S, bins]."""
+    wide = values.dtype == torch.float64
+    whole, shift = (torch.int64, 48) if wide else (torch.int32, 16)
     rows = []
-    for row in codes:
+    for row in values:
+        codes = (row.view(whole) >> shift).to(torch.int16).bitwise_and_(_HIGH - 1)
+        rows.append(torch.bincount(codes, minlength=_HIGH))
+    return torch.stack(rows).to(torch.int32)
+
+
+def _count_inside(shift: int, values: Tensor, previous: Tensor) -> Tensor:
+    """Count the next 16 bits of the few values that are inside a bin, and not negative.
+
+    Args:
+        shift: Bits of the pattern behind them.
+        values: Shape [S, n].
+        previous: What is known of the values at each rank, shape [S, R, 4].
+
+    Returns:
+        Shape [S * R, bins], int32.
+    """
+    counts = []
+    for row, bins in zip(values, previous[..., 0].tolist(), strict=True):
         if row.device.type == "cpu":
             # numpy skips what is outside several times faster than torch
             array = row.numpy()
-            inside = torch.from_numpy(array[array >= 0])
+            few = _patterns(torch.from_numpy(array[np.flatnonzero(array >= 0)])) >> shift
         else:
-            inside = row[row >= 0]
-        rows.append(torch.bincount(inside, minlength=_LOW))
-    return torch.stack(rows).to(torch.int32)
+            few = _patterns(row[row >= 0]) >> shift
+        here = [few if len(bins) == 1 else few[(few >> 16) == prefix] for prefix in bins]
+        counts += [torch.bincount(inside & (_LOW - 1), minlength=_LOW) for inside in here]
+    return torch.stack(counts).to(torch.int32)
 
 
 def _descend(counts: Tensor, rank: Tensor) -> Tensor:
