@@ -1,0 +1,266 @@
+"""Singular value decomposition and polar factor of one matrix, through its Gram matrix.
+
+A symmetric eigenproblem costs a third of a singular value decomposition, but squares the singular values: rounding in
+float32 is of the size of the square of a singular value of 3e-4 of the largest. So there are two passes, and no
+iteration:
+
+1. The Gram matrix in float32 gives right vectors that are tilted by rounding, little for the large singular values.
+   Their images under the matrix are nearly orthogonal; what is missing is put right to first order.
+2. The matrix is restricted to the few directions that are left, in float64, where the Gram matrix tells singular
+   values apart down to 1e-8 of the largest of them, and the tilt between the two groups is put right, too.
+
+Where many singular values are tiny, but not zero, the second pass costs as much as a decomposition in float64 would.
+Very small matrices, and those of float64, are decomposed directly, in float64.
+
+Accuracy, as norm of the error over norm of the polar factor, against the float64 decomposition of the same numbers:
+some 1e-6 to 1e-5 at condition numbers up to 1e8, where directions below `rank_tolerance` count as zero in both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_DENSE = 16
+"""Matrices with a side of at most this are decomposed directly."""
+
+_LARGE = 0.1
+"""Share of the largest singular value above which the first pass needs no correction: tilts are up to 1e-7 over its
+square, and few reach that."""
+
+_CORRECTED = 0.005
+"""Share of the largest singular value above which the first pass is right after the correction, to the square of that.
+It costs two products more."""
+
+_FEW = 1 / 6
+"""Share of the directions that may be left to the second pass before the correction is the cheaper way."""
+
+_BLOCK = 512
+
+
+class Svd(NamedTuple):
+    """Singular triplets, the largest first.
+
+    Args:
+        left: Left vectors, shape [m, r], orthonormal columns.
+        values: Singular values, shape [r], float64.
+        right: Right vectors, shape [n, r], orthonormal columns.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+
+class Polar(NamedTuple):
+    """The polar factor, a partial isometry.
+
+    Args:
+        factor: Shape [m, n].
+        rank: How many of its singular values are 1; the others are 0.
+    """
+
+    factor: Tensor
+    rank: int
+
+
+class _Basis(NamedTuple):
+    """What the first pass finds.
+
+    Args:
+        squares: Squares of the singular values, shape [n], ascending.
+        right: Right vectors, shape [n, n].
+        n_small: How many are left to the second pass.
+        tilted: Whether the others need the correction.
+        cut: Singular value up to which one counts as zero, 0-d.
+    """
+
+    squares: Tensor
+    right: Tensor
+    n_small: int
+    tilted: bool
+    cut: Tensor
+
+
+def rank_tolerance(matrix: Tensor) -> float:
+    """Return the share of the largest singular value up to which one counts as zero.
+
+    In float32 it is 2**-22: entries are rounded to 2**-24 of their size, and a matrix that is of low rank but for
+    that rounding has no singular value above. In float64 it is max(m, n) * 2**-52.
+    """
+    return max(matrix.shape) * 2.0**-52 if matrix.dtype == torch.float64 else 2.0**-22
+
+
+def svd(matrix: Tensor, k: int | None = None, *, tolerance: float = 0.0) -> Svd:
+    """Return the singular triplets of a matrix, as many as its numerical rank.
+
+    Args:
+        matrix: Shape [m, n], float32 or float64, finite; of any rank, zero or empty, too.
+        k: At most that many, the largest.
+        tolerance: Singular values up to this share of the largest count as zero, where that is more than
+            `rank_tolerance`.
+
+    Returns:
+        Vectors in the dtype of the matrix. Of equal singular values they are one of many bases.
+    """
+    m, n = matrix.shape
+    if m < n:
+        left, values, right = svd(matrix.T, k, tolerance=tolerance)
+        return Svd(right, values, left)
+    tolerance = max(tolerance, rank_tolerance(matrix))
+    scale = _scale(matrix)
+    if scale == 0 or k == 0:
+        return Svd(matrix[:, :0], matrix.new_zeros(0, dtype=torch.float64), matrix[:0].T)
+    matrix = matrix / scale
+    if _is_dense(matrix):
+        left, values, right = _dense(matrix, tolerance)
+        return Svd(left[:, :k].to(matrix.dtype), values[:k] * scale, right[:, :k].to(matrix.dtype))
+    large, small = _corrected(matrix, _first_pass(matrix, tolerance), k)
+    left, values, right = (torch.cat(pair, dim=-1)[..., :k] for pair in zip(large, small, strict=True))
+    return Svd(left, values * scale, right)
+
+
+def polar(matrix: Tensor, *, tolerance: float = 0.0) -> Polar:
+    """Return the polar factor of a matrix as a partial isometry.
+
+        matrix = U diag(s) V^T with all s above zero,   polar = U V^T
+
+    Directions in which the matrix is zero stay zero, instead of becoming arbitrary orthonormal ones.
+
+    Args:
+        matrix: As in `svd`.
+        tolerance: As in `svd`.
+    """
+    m, n = matrix.shape
+    if m < n:
+        factor, rank = polar(matrix.T, tolerance=tolerance)
+        return Polar(factor.T, rank)
+    tolerance = max(tolerance, rank_tolerance(matrix))
+    scale = _scale(matrix)
+    if scale == 0:
+        return Polar(torch.zeros_like(matrix), 0)
+    matrix = matrix / scale
+    if _is_dense(matrix):
+        left, values, right = _dense(matrix, tolerance)
+        return Polar((left @ right.T).to(matrix.dtype), len(values))
+    found = _first_pass(matrix, tolerance)
+    if found.tilted:
+        large, small = _corrected(matrix, found, None)
+        factor = large.left @ large.right.T
+        return Polar(factor.addmm_(small.left, small.right.T), len(large.values) + len(small.values))
+    # its product with itself is the inverse root of the Gram matrix
+    rooted = (found.right[:, found.n_small :] / found.squares[found.n_small :] ** 0.25).T
+    factor = matrix @ self_product(rooted)
+    if found.n_small == 0:
+        return Polar(factor, n)
+    small, rank, _ = _second_pass(matrix, factor, found)
+    return Polar(factor.addmm_(small.left, small.right.T), n - found.n_small + rank)
+
+
+def nuclear_norm(factor: Tensor, matrix: Tensor) -> Tensor:
+    """Return the sum of the singular values, 0-d, float64.
+
+    Args:
+        factor: The polar factor of the matrix.
+        matrix: Shape [m, n].
+    """
+    return (factor * matrix).sum(dtype=torch.float64)
+
+
+def self_product(matrix: Tensor) -> Tensor:
+    """Return A^T A, shape [n, n], symmetric to the bit: of its blocks only one triangle is computed."""
+    n = matrix.shape[1]
+    product = matrix.new_empty(n, n)
+    for start in range(0, n, _BLOCK):
+        end = min(start + _BLOCK, n)
+        strip = matrix[:, start:end].T @ matrix[:, :end]
+        product[start:end, :end] = strip
+        product[:start, start:end] = strip[:, :start].T
+    return product
+
+
+def _scale(matrix: Tensor) -> Tensor:
+    """Return the power of two above the largest entry, so that dividing by it rounds nothing; 0 if all are."""
+    largest = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
+    return torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.to(matrix.dtype)), largest)
+
+
+def _is_dense(matrix: Tensor) -> bool:
+    return matrix.shape[1] <= _DENSE or matrix.dtype == torch.float64
+
+
+def _dense(matrix: Tensor, tolerance: float) -> Svd:
+    """Decompose a matrix directly, in float64."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    rank = int((values > tolerance * values[0]).sum())
+    return Svd(left[:, :rank], values[:rank], right[:rank].T)
+
+
+def _first_pass(matrix: Tensor, tolerance: float) -> _Basis:
+    """Find the right singular vectors of a matrix of float32, m >= n, whose largest entry is near 1."""
+    squares, right = torch.linalg.eigh(self_product(matrix))
+
+    def count(share: float) -> int:
+        return int((squares <= max(share, tolerance) ** 2 * squares[-1]).sum())
+
+    n_small = count(_LARGE)
+    tilted = n_small > _FEW * len(squares)
+    return _Basis(squares, right, count(_CORRECTED) if tilted else n_small, tilted, tolerance * squares[-1].sqrt())
+
+
+def _corrected(matrix: Tensor, found: _Basis, k: int | None) -> tuple[Svd, Svd]:
+    """Return the triplets of the large and those of the small directions; at most k, where the large are as many."""
+    right = found.right[:, found.n_small :].flip(1)[:, :k]
+    left, values = _orthonormal_image(matrix, right)
+    if found.n_small == 0 or (k is not None and k <= right.shape[1]):
+        return Svd(left, values, right), Svd(left[:, :0], values[:0], right[:, :0])
+    small, rank, shown = _second_pass(matrix, left, found)
+    # first order again: the angles by which the right vectors of the two groups are tilted against each other
+    tilt = shown / (values[:, None] + small.values).float()
+    large = Svd(left, values, right + small.right @ tilt.T)
+    return large, Svd(small.left[:, :rank], small.values[:rank], (small.right - right @ tilt)[:, :rank])
+
+
+def _orthonormal_image(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the polar factor of a matrix's image of a basis, and the norms of that image, float64.
+
+    The basis is one of right singular vectors but for rounding, so that the Gram matrix of the image is D (1 + E) D,
+    D diagonal and E small: to first order the polar factor is image * (1 / D - E_ij / (D_i + D_j)).
+    """
+    image = matrix @ basis
+    weights = self_product(image)
+    norms = weights.diagonal().sqrt()
+    weights /= torch.outer(-norms, norms)
+    weights /= norms + norms[:, None]
+    weights.diagonal().copy_(1 / norms)
+    return image @ weights, norms.double()
+
+
+def _second_pass(matrix: Tensor, large: Tensor, found: _Basis) -> tuple[Svd, int, Tensor]:
+    """Decompose what a matrix does to its small directions.
+
+    Args:
+        matrix: Shape [m, n].
+        large: The large left directions, orthonormal columns, or their polar factor; shape [m, l].
+        found: What the first pass found; s of its directions are small.
+
+    Returns:
+        Triplets of all s, with left vectors of zero behind the rank; the rank; and how far the large directions show
+        in the images of the small, which rounding has tilted, shape [l, s].
+    """
+    basis = found.right[:, : found.n_small]
+    image = matrix.double() @ basis.double()
+    shown = large.T @ image.float()
+    image -= large @ shown
+    products = self_product(image)
+    if products.norm() <= found.cut.double() ** 2:
+        zero = torch.zeros_like(image[0])
+        return Svd(torch.zeros_like(matrix[:, : found.n_small]), zero, basis), 0, shown
+    squares, turn = torch.linalg.eigh(products)
+    turn, values = turn.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    above = values > found.cut
+    left = image.float() @ torch.where(above, turn / values, 0.0).float()
+    turn = turn.float()
+    return Svd(left, values, basis @ turn), int(above.sum()), shown @ turn

@@ -1,0 +1,183 @@
+import pytest
+import torch
+
+from merganser.ops.spectral import nuclear_norm, polar, rank_tolerance, self_product, svd
+
+RANK = 2.0**-22
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_values(m, n, values, seed=0):
+    """Make a float32 matrix whose singular values are these, to rounding."""
+    k = len(values)
+    left = torch.linalg.qr(random(m, k, seed=seed).double()).Q
+    right = torch.linalg.qr(random(n, k, seed=seed + 1).double()).Q
+    return (left * torch.as_tensor(values, dtype=torch.float64) @ right.T).float()
+
+
+def condition(power, n=300):
+    return with_values(n + 60, n, torch.logspace(0, -power, n, dtype=torch.float64))
+
+
+def decompose(matrix, tolerance=RANK):
+    """Decompose in float64, for comparison."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    kept = values > tolerance * values[:1]
+    return left[:, kept], values[kept], right[kept].T
+
+
+def error(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+ORDINARY = {
+    "square": lambda: random(300, 300),
+    "tall": lambda: random(400, 150),
+    "wide": lambda: random(150, 400),
+    "tiny": lambda: random(5, 7),
+    "row": lambda: random(1, 200),
+    "column": lambda: random(200, 1),
+    "heavy tails": lambda: random(300, 250) ** 3,
+    "rank 1": lambda: random(300, 1) @ random(1, 200, seed=1),
+    "rank 8": lambda: random(300, 8) @ random(8, 200, seed=1),
+    "rank 150 of 200": lambda: random(300, 150) @ random(150, 200, seed=1),
+    "orthonormal": lambda: with_values(300, 200, [1.0] * 200),
+    "one large": lambda: with_values(300, 200, [1.0] + [1e-4] * 199),
+    "half tiny": lambda: with_values(300, 200, [1.0] * 100 + [1e-6] * 100),
+    "graded": lambda: random(300, 250) * torch.logspace(0, -2, 250),
+    "equal columns": lambda: random(300, 1).expand(300, 40).contiguous(),
+    "1e3": lambda: condition(3),
+    "1e4": lambda: condition(4),
+    "1e6": lambda: condition(6),
+    "1e8": lambda: condition(8),
+}
+
+
+@pytest.fixture(params=ORDINARY)
+def matrix(request):
+    return ORDINARY[request.param]()
+
+
+def test_polar_factor_is_that_of_a_float64_decomposition(matrix):
+    left, values, right = decompose(matrix)
+    found = polar(matrix)
+    assert found.factor.shape == matrix.shape
+    assert found.factor.dtype == torch.float32
+    assert found.rank == len(values)
+    assert error(found.factor, left @ right.T) < 1e-4
+    torch.testing.assert_close(nuclear_norm(found.factor, matrix), values.sum(), rtol=2e-6, atol=0)
+
+
+def test_triplets_are_those_of_a_float64_decomposition(matrix):
+    left, values, right = decompose(matrix)
+    found = svd(matrix)
+    assert found.left.dtype == found.right.dtype == torch.float32
+    assert found.values.dtype == torch.float64
+    # near the border between the passes neighbours may be mixed
+    torch.testing.assert_close(found.values, values, rtol=1e-2, atol=1e-6 * float(values[0]))
+    assert error(found.left.double() * found.values @ found.right.T.double(), matrix.double()) < 1e-4
+    assert error(found.left @ found.right.T, left @ right.T) < 1e-4
+    unit = torch.eye(len(values))
+    for vectors in (found.left, found.right):
+        assert (vectors.T @ vectors - unit).norm() < 2e-4 * len(values) ** 0.5
+
+
+@pytest.mark.parametrize("k", [0, 1, 20, 150, 1000])
+@pytest.mark.parametrize("kind", ["square", "wide", "graded", "rank 8", "1e6", "tiny"])
+def test_leading_triplets_are_the_truncation(kind, k):
+    matrix = ORDINARY[kind]()
+    left, values, right = (part[..., :k] for part in decompose(matrix))
+    found = svd(matrix, k)
+    assert [part.shape for part in found] == [left.shape, values.shape, right.shape]
+    truncated = left * values @ right.T
+    if k:
+        assert error(found.left.double() * found.values @ found.right.T.double(), truncated) < 2e-4
+
+
+def test_the_second_pass_is_taken_where_it_is_needed():
+    # one direction of 1000 that is lost, or of arbitrary length, is an error of 3e-2
+    for values in ([1.0] * 999 + [1e-5], [1.0] + [1e-3] * 998 + [1e-6]):
+        matrix = with_values(1000, 1000, values)
+        left, _, right = decompose(matrix)
+        assert error(polar(matrix).factor, left @ right.T) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e30])
+def test_any_scale_is_as_good(scale):
+    matrix = random(40, 30)
+    scaled = matrix * scale
+    # the numbers themselves are coarse among the denormal ones
+    bound = 1e-2 if scale < 1e-38 else 1e-5
+    torch.testing.assert_close(polar(scaled).factor, polar(matrix).factor, rtol=0, atol=bound)
+    torch.testing.assert_close(svd(scaled).values / scale, svd(matrix).values, rtol=bound, atol=bound)
+
+
+def test_scaling_by_a_power_of_two_changes_no_bit():
+    matrix = random(300, 200)
+    assert torch.equal(polar(matrix * 2.0**-40).factor, polar(matrix).factor)
+    assert torch.equal(svd(matrix * 2.0**-40).left, svd(matrix).left)
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 1), (3, 40), (40, 3), (40, 40)])
+def test_nothing_comes_of_nothing(shape):
+    matrix = torch.zeros(shape)
+    assert torch.equal(polar(matrix).factor, matrix)
+    assert polar(matrix).rank == 0
+    left, values, right = svd(matrix)
+    assert (left.shape, values.shape, right.shape) == ((shape[0], 0), (0,), (shape[1], 0))
+
+
+def test_a_number_has_its_sign():
+    assert polar(torch.tensor([[-3.0]])).factor.tolist() == [[-1]]
+    assert svd(torch.tensor([[-3.0]])).values.tolist() == [3]
+
+
+def test_the_rank_follows_the_tolerance():
+    matrix = with_values(100, 80, [1.0, 0.5, 1e-2, 1e-4, 1e-6, 1e-8])
+    ranks = {tolerance: polar(matrix, tolerance=tolerance).rank for tolerance in (0.0, 1e-5, 1e-3, 0.2, 0.7)}
+    assert ranks == {0.0: 5, 1e-5: 4, 1e-3: 3, 0.2: 2, 0.7: 1}
+    assert {tolerance: len(svd(matrix, tolerance=tolerance).values) for tolerance in ranks} == ranks
+    assert polar(matrix.double(), tolerance=0.2).rank == 2
+    assert rank_tolerance(matrix) == RANK
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+def test_what_counts_as_zero_does_not_tilt_the_rest(noise):
+    matrix = with_values(300, 200, [1.0] * 5 + [0.006] * 5) + noise * random(300, 200)
+    left, _, right = decompose(matrix, 1e-3)
+    assert error(polar(matrix, tolerance=1e-3).factor, left @ right.T) < 1e-5
+
+
+def test_float64_is_kept():
+    matrix = with_values(100, 80, torch.logspace(0, -6, 80)).double()
+    left, values, right = decompose(matrix)
+    assert error(polar(matrix).factor, left @ right.T) < 1e-9
+    found = svd(matrix, 10)
+    torch.testing.assert_close(found.values, values[:10], rtol=1e-12, atol=0)
+    assert found.left.dtype == torch.float64
+
+
+def test_inputs_are_left_alone():
+    for shape in ((30, 20), (20, 30)):
+        matrix = random(*shape)
+        before = matrix.clone()
+        polar(matrix)
+        svd(matrix)
+        assert torch.equal(matrix, before)
+
+
+def test_views_are_as_good_as_copies():
+    wide = random(300, 400)
+    view = wide[:, ::2]
+    assert error(polar(view).factor, polar(view.contiguous()).factor.double()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (300, 512), (10, 513), (20, 1300), (4, 0)])
+def test_a_self_product_is_symmetric_to_the_bit(shape):
+    matrix = random(*shape)
+    found = self_product(matrix)
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found.double(), matrix.double().T @ matrix.double(), rtol=1e-5, atol=1e-4)
