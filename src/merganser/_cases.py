@@ -71,11 +71,8 @@ def cases(method: MergeMethod) -> Iterator[Case]:
     numbers = {name: each(p, n) for name, p in method.parameters.items() if p.kind in ("number", "integer")}
     tried: list[dict[str, Any]] = [{}, numbers, *({name: value} for name, value in numbers.items())]
     for name, parameter in method.parameters.items():
-        if parameter.kind == "flag":
-            tried.append({name: each(parameter, n)})
-        elif parameter.kind == "choice":
-            others = [choice for choice in parameter.choices if choice != parameter.default]
-            tried += [{name: [choice] * n if parameter.per_model else choice} for choice in others]
+        if parameter.kind in ("flag", "choice"):
+            tried += [{name: value} for value in others(parameter, n)]
     done: list[dict[str, Any]] = []
     for choice in tried:
         parameters = {**required, **choice}
@@ -103,6 +100,14 @@ def each(parameter: Parameter, n: int) -> Any:
     if not parameter.per_model:
         return suggest(parameter)
     return [suggest(parameter, 0.35 + 0.3 * (i + 0.5) / n) for i in range(n)]
+
+
+def others(parameter: Parameter, n: int) -> list[Any]:
+    """Return what a parameter may be beside its default: all other choices, or one suggestion."""
+    if parameter.kind != "choice":
+        return [each(parameter, n)]
+    found = [choice for choice in parameter.choices if choice != parameter.default]
+    return [[choice] * n if parameter.per_model else choice for choice in found]
 
 
 def defaults(method: MergeMethod, *, shares: bool = False) -> Iterator[Case]:

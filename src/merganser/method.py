@@ -196,6 +196,7 @@ class MergeMethod:
     fuse: bool
     breaks: Mapping[Law, str]
     compat: Mapping[str, Any]
+    when: Mapping[str, When]
     no_effect: Mapping[str, str]
     validate: Callable[[Mapping[str, Any]], str | None] | None
     sidecar: Sidecar | None
@@ -232,6 +233,15 @@ class MergeMethod:
             for name, function in self.located.items()
         }
 
+    def matters(self, name: str, parameters: Mapping[str, Any]) -> bool:
+        """Say whether a parameter can change the result.
+
+        Args:
+            name: Its name in recipes.
+            parameters: All parameters of a tensor, by their names in recipes.
+        """
+        return applies(self.when.get(name), parameters)
+
     def models_text(self) -> str:
         """Say how many models the method takes, beside the base."""
         beside = {"required": " and a base", "optional": " and optionally a base", "unused": ""}[self.base]
@@ -266,6 +276,7 @@ def merge_method(
     fuse: bool = True,
     breaks: Mapping[Law, str] | None = None,
     compat: Mapping[str, Any] | None = None,
+    when: Mapping[str, When] | None = None,
     no_effect: Mapping[str, str] | None = None,
     validate: Callable[[Mapping[str, Any]], str | None] | None = None,
     sidecar: Sidecar | None = None,
@@ -288,6 +299,8 @@ def merge_method(
         fuse: False keeps the method out of `torch.compile`.
         breaks: Laws of the contract suite that do not hold, each with the reason.
         compat: Parameter values that reproduce mergekit where it differs from the definition.
+        when: Says of a parameter whether it can change the result, from other parameters, as in `Statistic`; one that is
+            not named always can.
         no_effect: Parameters that mergekit accepts here without using them, each with a word of explanation.
         validate: Looks at all parameters of a tensor together, by their names in recipes (per-model ones as tuples);
             returns a complaint or None.
@@ -332,6 +345,7 @@ def merge_method(
             fuse=fuse and scope != "matrix",
             breaks=dict(breaks or {}),
             compat=dict(compat or {}),
+            when=dict(when or {}),
             no_effect=dict(no_effect or {}),
             validate=validate,
             sidecar=sidecar,

@@ -40,6 +40,7 @@ from ._cases import (
     each,
     make_inputs,
     merge,
+    others,
     suggest,
     weak_inputs,
 )
@@ -62,6 +63,7 @@ def contract(method: MergeMethod) -> list[Law]:
         describes_itself,
         names_bad_parameters,
         suggests_values,
+        ignores_what_does_not_matter,
         keeps_shape,
         takes_empty_tensors,
         gives_declared_dtype,
@@ -132,6 +134,8 @@ def describes_itself(method: MergeMethod) -> None:
     _require(not overlap, f"{method.name}: {sorted(overlap)} cannot be parameters and have no effect")
     for name, value in method.compat.items():
         method.parameter(name, method.name).check(value, f"{method.name}: compat")
+    for name in method.when:
+        method.parameter(name, method.name)
 
 
 def suggests_values(method: MergeMethod) -> None:
@@ -160,6 +164,18 @@ def names_bad_parameters(method: MergeMethod) -> None:
             _refuses(method, {**good, name: given}, name, parameter.allowed)
         if parameter.per_model:
             _refuses(method, {**good, name: [*each(parameter, n), suggest(parameter)]}, name, str(n), str(n + 1))
+
+
+def ignores_what_does_not_matter(method: MergeMethod) -> None:
+    """A parameter that is said not to matter, in a case, changes nothing there."""
+    n = count_models(method)
+    for with_base, parameters in cases(method):
+        filled = fill(method, parameters, n)
+        idle = [name for name in method.when if not method.matters(name, filled)]
+        inputs = make_inputs(method, with_base)
+        for other in ({**parameters, name: value} for name in idle for value in others(method.parameters[name], n)):
+            same = torch.equal(merge(method, inputs, other), merge(method, inputs, parameters))
+            _require(same, f"{method.name}: {other} is said to make no difference to {parameters}, and does")
 
 
 # Shapes, types and numbers

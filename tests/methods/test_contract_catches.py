@@ -105,6 +105,19 @@ def test_parameters_that_are_not_checked():
     fails(testing.names_bad_parameters, method, "accepts {'t': None}")
 
 
+def test_a_parameter_that_matters_after_all():
+    def method(models: list[Tensor], *, keep: bool = False, t: Fraction = default(0.5)) -> Tensor:
+        return models[0] * t
+
+    def keeps(keep: bool) -> bool:
+        return keep
+
+    fails(testing.ignores_what_does_not_matter, toy(method, when={"t": keeps}), "said to make no difference")
+    method = toy(method, when={"u": keeps})
+    with pytest.raises(ValueError, match="unknown parameter 'u'"):
+        testing.describes_itself(method)
+
+
 def test_division_by_a_norm_of_zero():
     def measure(base: Tensor, models: list[Tensor]) -> Tensor:
         return torch.stack([(model - base).double().square().sum() for model in models])

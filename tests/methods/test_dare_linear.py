@@ -79,6 +79,9 @@ def test_l1_restores_the_norm():
 
 def test_nothing_is_measured_by_default():
     (gain,) = dare_linear.statistics.values()
-    assert not gain.wanted({"rescale": True, "rescale_to": "expectation"})
-    assert not gain.wanted({"rescale": False, "rescale_to": "l1"})
-    assert gain.wanted({"rescale": True, "rescale_to": "l1"})
+    half = {"density": (1.0, 0.5)}
+    assert not gain.wanted({"rescale": True, "rescale_to": "expectation", **half})
+    assert not gain.wanted({"rescale": False, "rescale_to": "l1", **half})
+    assert gain.wanted({"rescale": True, "rescale_to": "l1", **half})
+    # nor where nothing is dropped, or everything
+    assert not gain.wanted({"rescale": True, "rescale_to": "l1", "density": (1.0, 0.0)})

@@ -157,17 +157,34 @@ class TestDifferences:
     )
     def test_lines(self, parameters: str, lines: list[str]) -> None:
         text = f"{self.HEAD}parameters: {{{parameters}}}\n"
-        assert resolve(with_base, text).differences == lines
-        assert resolve(with_base, text + "compat: mergekit\n").differences == []
+        assert resolve(with_base, text).differences() == lines
+        assert resolve(with_base, text + "compat: mergekit\n").differences() == []
+
+    @pytest.mark.parametrize(
+        ("parameters", "matters"),
+        [
+            ("rounds: 1", False),
+            ("rounds: 1, density: 0.9", True),
+            ("density: 1.0", True),
+            ("density: [{filter: mlp, value: 0.5}, {value: 1}], rounds: 1", True),
+            ("density: [{filter: other, value: 0.5}, {value: 1}], rounds: 1", False),
+            ("density: [1, 0.5, 1], rounds: 1", True),
+        ],
+    )
+    def test_a_parameter_that_cannot_matter_makes_no_difference(self, parameters: str, matters: bool) -> None:
+        resolver = resolve(with_base, f"{self.HEAD}parameters: {{weight: 1, {parameters}}}\n")
+        for t in (0.0, 0.5, 1.0):
+            resolver.parameters(0, "layers.1.mlp", ["layers.1.mlp"], t)
+        assert resolver.differences() == [self.RULE] * matters
 
     def test_schedule_that_a_model_overrides(self) -> None:
         text = (
             "models: [{model: b, parameters: {weight: 1}}]\nbase_model: a\nparameters: {weight: [1, 2], rule: loose}\n"
         )
-        assert resolve(with_base, text).differences == []
+        assert resolve(with_base, text).differences() == []
 
     def test_lone_base(self) -> None:
-        assert resolve(no_base, self.HEAD).differences == [
+        assert resolve(no_base, self.HEAD).differences() == [
             "no_base: a is not among the models and only lends its config and tokenizer; mergekit merges it as a further "
             "model, and so does `compat: mergekit`"
         ]

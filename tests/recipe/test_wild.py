@@ -96,7 +96,7 @@ def test_tokenizer_seed_and_template() -> None:
 def test_compat_brings_the_numbers_of_mergekit() -> None:
     (resolver,) = resolvers("della-linear")
     assert resolver.parameters(0, "x", ["x"], 0.0)["rescale_to"] == "l1"
-    assert resolver.differences == []
+    assert resolver.differences() == []
     (resolver,) = resolvers("della")
     assert resolver.parameters(0, "x", ["x", "x"], 0.0)["rescale_to"] == "expectation"
-    assert len(resolver.differences) == 2
+    assert len(resolver.differences()) == 2

@@ -17,10 +17,15 @@ def _check_densities(parameters: Mapping[str, Any]) -> str | None:
     return None if any(parameters["density"]) else "all densities are 0"
 
 
+def _goes_round(rounds: int, density: tuple[float, ...]) -> bool:
+    return rounds > 1 or min(density) < 1
+
+
 @merge_method(
     family="toys",
     cite="-",
     compat={"rule": "loose"},
+    when={"rule": _goes_round},
     no_effect={"rescale": "nothing is dropped"},
     validate=_check_densities,
 )

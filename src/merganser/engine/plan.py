@@ -268,7 +268,7 @@ def build_plan(
         max_memory=limit,
         device=",".join(str(found) for found in devices),
         warnings=[*resolver.warnings, *resolver.idle_filters(), *alignment.warnings, *config_warnings, *template[1]],
-        differences=resolver.differences,
+        differences=resolver.differences(),
         sidecars=beside,
     )
 

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
-from ..ops import disjoint_mean, keep_middle, l1_gain, middle_cut, middle_norms, scaled
+from ..ops import collides, disjoint_mean, keep_middle, l1_gain, middle_cut, middle_norms, scaled
 
 
 @merge_method(
@@ -14,6 +14,7 @@ from ..ops import disjoint_mean, keep_middle, l1_gain, middle_cut, middle_norms,
     scope="row",
     statistics={"cut": middle_cut(), "gain": statistic(middle_norms, l1_gain, when="rescale")},
     compat={"precedence": "density"},
+    when={"precedence": collides},
     breaks={"identical": "the largest entries of the task vector are removed"},
 )
 def breadcrumbs_ties(

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
-from ..ops import Random, drop, drop_norms, l1_gain, normalizer, restores_l1, scaled, weighted_sum
+from ..ops import Random, drop, drop_norms, l1_gain, normalizer, rescales, restores_l1, scaled, weighted_sum
 
 
 @merge_method(
@@ -13,6 +13,7 @@ from ..ops import Random, drop, drop_norms, l1_gain, normalizer, restores_l1, sc
     cite="yu2024dare",
     statistics={"gain": statistic(drop_norms, l1_gain, when=restores_l1)},
     compat={"rescale_to": "l1"},
+    when={"rescale_to": rescales},
 )
 def dare_linear(
     base: Tensor,

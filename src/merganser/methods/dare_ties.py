@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
-from ..ops import Random, disjoint_mean, drop, drop_norms, l1_gain, restores_l1, scaled
+from ..ops import Random, disjoint_mean, drop, drop_norms, l1_gain, rescales, restores_l1, scaled
 
 
 @merge_method(
@@ -13,6 +13,7 @@ from ..ops import Random, disjoint_mean, drop, drop_norms, l1_gain, restores_l1,
     cite="yu2024dare",
     statistics={"gain": statistic(drop_norms, l1_gain, when=restores_l1)},
     compat={"rescale_to": "l1"},
+    when={"rescale_to": rescales},
 )
 def dare_ties(
     base: Tensor,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from ..method import Fraction, Number, PerModel, Scale, Weight, default, merge_method, statistic
-from ..ops import Random, check_spread, disjoint_mean, l1_gain, magprune, magprune_norms, restores_l1, scaled
+from ..ops import Random, check_spread, disjoint_mean, l1_gain, magprune, magprune_norms, rescales, restores_l1, scaled
 
 
 @merge_method(
@@ -14,6 +14,7 @@ from ..ops import Random, check_spread, disjoint_mean, l1_gain, magprune, magpru
     scope="row",
     statistics={"gain": statistic(magprune_norms, l1_gain, when=restores_l1)},
     compat={"rescale_to": "l1"},
+    when={"rescale_to": rescales},
     validate=check_spread,
 )
 def della(

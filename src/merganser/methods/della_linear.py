@@ -12,6 +12,7 @@ from ..ops import (
     magprune,
     magprune_norms,
     normalizer,
+    rescales,
     restores_l1,
     scaled,
     weighted_sum,
@@ -24,6 +25,7 @@ from ..ops import (
     scope="row",
     statistics={"gain": statistic(magprune_norms, l1_gain, when=restores_l1)},
     compat={"rescale_to": "l1"},
+    when={"rescale_to": rescales},
     validate=check_spread,
 )
 def della_linear(

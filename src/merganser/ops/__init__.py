@@ -5,10 +5,10 @@ fused: no `add(alpha=...)`, no `lerp`, whose vector and scalar forms round diffe
 """
 
 from .bits import pack_codes, pack_flags, packed_size, unpack_codes, unpack_flags
-from .drop import check_spread, drop, drop_norms, magprune, magprune_norms, restores_l1
+from .drop import check_spread, drop, drop_norms, magprune, magprune_norms, rescales, restores_l1
 from .gram import gram, inverse_norms, unit_gram
 from .masks import elect_largest, tall_mask
-from .middle import keep_middle, middle_cut, middle_norms
+from .middle import collides, keep_middle, middle_cut, middle_norms
 from .order import at_least, magnitude_cut, order_statistic
 from .overlap import average_changes, changed
 from .random import Random
@@ -28,6 +28,7 @@ __all__ = [
     "by_rank",
     "changed",
     "check_spread",
+    "collides",
     "delta_magnitudes",
     "deltas",
     "disjoint_mean",
@@ -50,6 +51,7 @@ __all__ = [
     "pack_codes",
     "pack_flags",
     "packed_size",
+    "rescales",
     "restores_l1",
     "round_down",
     "scaled",

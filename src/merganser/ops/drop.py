@@ -77,9 +77,14 @@ def magprune_norms(base: Tensor, models: list[Tensor], rng: Random, density: Ten
     return l1_norms(deltas(base, models), magprune(base, models, rng, density, epsilon, rescale=False))
 
 
-def restores_l1(rescale: bool, rescale_to: str) -> bool:
+def rescales(rescale: bool, density: tuple[float, ...]) -> bool:
+    """Say whether it matters how survivors are scaled: they are, and something is dropped."""
+    return rescale and any(0 < value < 1 for value in density)
+
+
+def restores_l1(rescale: bool, rescale_to: str, density: tuple[float, ...]) -> bool:
     """Say whether the survivors are scaled by what was measured, instead of by their probability."""
-    return rescale and rescale_to == "l1"
+    return rescale_to == "l1" and rescales(rescale, density)
 
 
 def check_spread(parameters: Mapping[str, Any]) -> str | None:

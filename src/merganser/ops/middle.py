@@ -70,6 +70,11 @@ def middle_norms(
     return l1_norms(deltas(base, models), keep_middle(base, models, cut, density, gamma, precedence, by))
 
 
+def collides(density: tuple[float, ...], gamma: tuple[float, ...]) -> bool:
+    """Say whether the two shares of a model cannot both hold."""
+    return any(d + g > 1 for d, g in zip(density, gamma, strict=True))
+
+
 def _magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
     return [delta.abs() for delta in deltas(base, models)]
 

@@ -81,7 +81,6 @@ class Resolver:
     Attributes:
         slices: The slices; for a recipe of `models`, one over everything.
         warnings: What has no effect, one line each.
-        differences: Where `compat: mergekit` would give other numbers, one line each.
 
     Raises:
         RecipeError: The method does not take these models.
@@ -92,7 +91,6 @@ class Resolver:
         self.recipe = recipe
         self.method = method
         self.warnings = list(recipe.warnings)
-        self.differences: list[str] = []
         self.slices = self._slices()
         self._sources = [self._split(piece) for piece in self.slices]
         self._checked: dict[Place, tuple[Rule, ...]] = {}
@@ -103,7 +101,6 @@ class Resolver:
         self._matched: set[Place] = set()
         self._interned: dict[tuple[Any, ...], Mapping[str, Any]] = {}
         self._constant = [self._constant_parameters(i) for i in range(len(self.slices))]
-        self._note_differences()
         self.warnings = list(dict.fromkeys(self.warnings))
 
     def sources(self, slice_index: int) -> Inputs:
@@ -147,6 +144,39 @@ class Resolver:
             for place, rule in rules.items()
             if rule.filter is not None and place not in self._matched
         ]
+
+    def differences(self) -> list[str]:
+        """Say where `compat: mergekit` would give other numbers; call it after `parameters` for all tensors."""
+        if self.recipe.compat == "mergekit":
+            return []
+        differences = []
+        name = self.method.name
+        sources = [source for piece in self.slices for source in piece.sources]
+        levels = [*self._shared_levels(), *(source.parameters for source in sources)]
+        for parameter, value in self.method.compat.items():
+            declared = self.method.parameters[parameter]
+            written = any(parameter in level for level in levels)
+            if declared.default != value and not written and self._matters(parameter):
+                differences.append(
+                    f"{name}: {parameter} is {shown(declared.default)} by default; mergekit computes with "
+                    f"{shown(value)}, and so does `compat: mergekit` (see `merganser methods {name}`)"
+                )
+        scheduled = [p.name for p, each in self._chains[-1] if any(_schedule_goes_on(chain) for chain in each)]
+        if scheduled:
+            differences.append(
+                f"{', '.join(scheduled)}: tensors after the layers (final norm, head) take the last value of a layer "
+                "schedule; mergekit gives them the first, and so does `compat: mergekit`"
+            )
+        if self._lone_base():
+            differences.append(
+                f"{name}: {self.recipe.base_model} is not among the models and only lends its config and tokenizer; "
+                "mergekit merges it as a further model, and so does `compat: mergekit`"
+            )
+        return differences
+
+    def _matters(self, parameter: str) -> bool:
+        """Say whether a parameter can change any of the tensors that were asked for."""
+        return any(self.method.matters(parameter, values) for values in self._interned.values())
 
     def _slices(self) -> tuple[Slice, ...]:
         """Return the slices, and take `models` for one slice over everything."""
@@ -304,32 +334,6 @@ class Resolver:
             raise ParameterError(f"{self.slices[slice_index].place}{at}: {complaint}")
         self._interned[values] = mapping
         return mapping
-
-    def _note_differences(self) -> None:
-        """Say where mergekit's numbers would be others."""
-        if self.recipe.compat == "mergekit":
-            return
-        name = self.method.name
-        sources = [source for piece in self.slices for source in piece.sources]
-        levels = [*self._shared_levels(), *(source.parameters for source in sources)]
-        for parameter, value in self.method.compat.items():
-            declared = self.method.parameters[parameter]
-            if declared.default != value and not any(parameter in level for level in levels):
-                self.differences.append(
-                    f"{name}: {parameter} is {shown(declared.default)} by default; mergekit computes with "
-                    f"{shown(value)}, and so does `compat: mergekit` (see `merganser methods {name}`)"
-                )
-        scheduled = [p.name for p, each in self._chains[-1] if any(_schedule_goes_on(chain) for chain in each)]
-        if scheduled:
-            self.differences.append(
-                f"{', '.join(scheduled)}: tensors after the layers (final norm, head) take the last value of a layer "
-                "schedule; mergekit gives them the first, and so does `compat: mergekit`"
-            )
-        if self._lone_base():
-            self.differences.append(
-                f"{name}: {self.recipe.base_model} is not among the models and only lends its config and tokenizer; "
-                "mergekit merges it as a further model, and so does `compat: mergekit`"
-            )
 
 
 def _schedule_goes_on(chain: Chain) -> bool:
