@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-WORDS = "the cat sat on a mat while größere Häuser naïve café 東京 run def return x = 1 ; and then it was".split()
+SENTENCE = "the cat sat on a mat while größere Häuser naïve café 東京 run def return x = 1 ; and then it was"
+WORDS = SENTENCE.split()
 VOCABULARY = 300
 
 
@@ -77,7 +78,9 @@ def make_model(folder: Path, seed: int, *, bos: bool = False, like: Path | None 
 def load(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        folder
+    )
 
 
 def nats(model: Any, ids: list[int], position: int) -> float:

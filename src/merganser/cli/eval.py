@@ -41,8 +41,8 @@ def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="CKPT...",
-            help="Checkpoints, MODEL+ADAPTER, or recipes (merged in memory); NAME=CKPT names one.",
+            metavar="CKPT",
+            help="Checkpoints, MODEL+ADAPTER, OUT#TASK of sidecars, or recipes (merged in memory); NAME=CKPT names one.",
             show_default=False,
         ),
     ],
@@ -111,8 +111,6 @@ def evaluate(
     options.quieten_hub(quiet)
     from ..evaluation import evaluate as measure
 
-    if experts and base is None:
-        raise typer.BadParameter("needs --base: what an expert gained is counted from there", param_hint="--experts")
     with EvalProgress(quiet) as progress:
         found = measure(
             models,

@@ -34,6 +34,7 @@ class ModelInfo:
         tokenizer: Identifies the tokenizer.
         parameters: Number of weights; None where nothing had to be loaded.
         seconds: Time of loading (or merging) and of scoring.
+        peak_memory: Largest resident memory of the process until it was done, bytes.
         failed: Why it could not be scored at all.
     """
 
@@ -44,6 +45,7 @@ class ModelInfo:
     tokenizer: str
     parameters: int | None
     seconds: Mapping[str, float]
+    peak_memory: int
     failed: str | None
 
 

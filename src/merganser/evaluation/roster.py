@@ -60,12 +60,14 @@ def make_roster(
         tasks: Names of the tasks: every domain is one of them.
 
     Raises:
-        TaskError: A domain is no task, or a name is given twice.
+        TaskError: A domain is no task, there are experts and no base, or a name is given twice.
     """
     given: list[tuple[str | None, Reference, Role]] = []
     if base is not None:
         given.append((*_pair(base), "base"))
     by_domain = _domains(experts, tasks)
+    if by_domain and base is None:
+        raise TaskError("experts: need a base (--base): what an expert gained is counted from there")
     given += [(*_pair(reference), "expert") for reference in by_domain.values()]
     given += [(name, reference, "model") for name, reference in _pairs(models)]
     if not given:

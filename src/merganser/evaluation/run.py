@@ -214,6 +214,7 @@ def _score(
             tokenizer=model.tokenizer.hash,
             parameters=None if loaded is None else loaded.num_parameters(),
             seconds={"load": round(ready - begin, 3), "score": round(time.monotonic() - ready, 3)},
+            peak_memory=_peak_memory(),
             failed=failed,
         )
         del loaded

@@ -1,4 +1,4 @@
-"""Models to measure, opened and not yet read: checkpoints, LoRA references, and recipes.
+"""Models to measure, opened and not yet read: checkpoints, LoRA references, recipes, and tasks of sidecars.
 
 Whatever kind it is, a source gives a config, the files of a tokenizer, and a state dict when it is asked for one.
 """
@@ -12,22 +12,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
 from .. import __version__
 from ..adapters import open_adapter
-from ..checkpoint import Checkpoint, Reader
-from ..checkpoint.jsonfile import os_reason
-from ..errors import CheckpointError
+from ..checkpoint import Checkpoint, Reader, open_checkpoint
+from ..checkpoint.jsonfile import os_reason, read_object
+from ..errors import CheckpointError, NotFoundError
 from ..inspection import open_reference
 from ..recipe import Recipe, load_recipes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["checkpoint", "adapter", "recipe"]
+Kind = Literal["checkpoint", "adapter", "recipe", "sidecar"]
 Reference = str | Path | Recipe
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
@@ -69,8 +70,8 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
     """Open a model.
 
     Args:
-        reference: A folder, a file of weights, a Hub id (`org/name@revision`), `MODEL+ADAPTER`, a recipe (`.yaml`), or
-            a loaded recipe.
+        reference: A folder, a file of weights, a Hub id (`org/name@revision`), `MODEL+ADAPTER`, `OUT#TASK` (a task
+            of a merge with sidecars), a recipe (`.yaml`), or a loaded recipe.
         stack: Holds what must stay until the evaluation is over: results of the earlier stages of a recipe.
         cache_dir: Folder for models from the Hub.
 
@@ -82,9 +83,13 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
     text = str(reference)
     if text.endswith((".yaml", ".yml")) and not Path(text).is_dir():
         return _open_recipe(load_recipes(text), text, stack, cache_dir)
-    base, plus, adapter = text.rpartition("+")
-    if plus and base and adapter and not Path(text).expanduser().exists():
-        return _open_adapter(base, adapter, text, cache_dir)
+    if not Path(text).expanduser().exists():
+        out, sign, task = text.rpartition("#")
+        if sign and out and task:
+            return _open_sidecar(Path(out).expanduser(), task, text, cache_dir)
+        base, plus, adapter = text.rpartition("+")
+        if plus and base and adapter:
+            return _open_adapter(base, adapter, text, cache_dir)
     checkpoint = _open_checkpoint(text, cache_dir)
     return _source(text, "checkpoint", checkpoint, _hash_checkpoint(checkpoint), lambda: _read(checkpoint))
 
@@ -117,6 +122,29 @@ def _open_adapter(base: str, adapter: str, text: str, cache_dir: Path | None) ->
 
     digest = _hash(_hash_checkpoint(checkpoint), hash_file(opened.config.file), hash_file(opened.file))
     return _source(text, "adapter", checkpoint, digest, read)
+
+
+def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> Source:
+    """Open a task of a merge with sidecars; it is restored, in a temporary folder, when it is read."""
+    from ..engine.sidecars.plan import INDEX_FILE
+    from ..engine.sidecars.read import read_task
+    from ..restoration import restore
+
+    merged = _open_checkpoint(str(out), cache_dir)
+    index = out / INDEX_FILE
+    if not index.exists():
+        raise NotFoundError(f"{text}: {out} has no sidecars, so no task {task!r} can be restored from it")
+    stored = read_task(out, read_object(index), task)
+    files = {name: out / path for name, path in stored.files.items()}
+    config = read_object(files.pop("config.json")) if "config.json" in files else dict(merged.config)
+
+    def read() -> dict[str, Tensor]:
+        with TemporaryDirectory(prefix="merganser-") as folder:
+            found = restore(out, task, Path(folder, "restored"), cache_dir=cache_dir).out
+            return _read(open_checkpoint(str(found)))
+
+    parts = [hash_file(path) for path in (index, *(out / name for name in stored.parts), *files.values())]
+    return Source(text, "sidecar", config, files, {}, _hash(_hash_checkpoint(merged), task, *parts), read)
 
 
 def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
@@ -195,7 +223,7 @@ def default_names(references: Sequence[str]) -> list[str]:
 
 
 def _parts(reference: str) -> list[str]:
-    path = reference.rpartition("+")[2] if not Path(reference).exists() else reference
+    path = reference if Path(reference).exists() else reference.rpartition("+")[2]
     parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
     if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):
         parts[-1] = parts[-1].rpartition(".")[0]
