@@ -13,6 +13,7 @@ from .order import at_least, magnitude_cut, order_statistic
 from .overlap import average_changes, changed
 from .random import Random
 from .rows import by_rank, sort_rows
+from .shares import best, shares
 from .sphere import along, arc
 from .sum import deltas, l1_gain, l1_norms, normalizer, round_down, scaled, weighted_sum
 from .trim import delta_magnitudes, trim
@@ -25,6 +26,7 @@ __all__ = [
     "arc",
     "at_least",
     "average_changes",
+    "best",
     "by_rank",
     "changed",
     "check_spread",
@@ -55,6 +57,7 @@ __all__ = [
     "restores_l1",
     "round_down",
     "scaled",
+    "shares",
     "sort_rows",
     "tall_mask",
     "trim",

@@ -1,0 +1,39 @@
+"""MetaGPT: task arithmetic with factors in closed form."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..method import merge_method, statistic
+from ..ops import deltas, shares, weighted_sum
+
+
+def squared_norms(base: Tensor, models: list[Tensor]) -> Tensor:
+    """Measure the squared norms of the task vectors, shape [T]."""
+    return torch.stack([vector.double().square().sum() for vector in deltas(base, models)])
+
+
+@merge_method(
+    family="task vectors",
+    cite="zhou2024metagpt",
+    statistics={"factor": statistic(squared_norms, shares, over="norms_over")},
+)
+def metagpt(
+    base: Tensor, models: list[Tensor], factor: Tensor, *, norms_over: Literal["model", "tensor"] = "model"
+) -> Tensor:
+    """Add the task vectors, each with a factor that follows from its length.
+
+        factor_i = |delta_i|^2 / sum_j |delta_j|^2
+        merged   = base + sum_i factor_i * delta_i
+
+    Use when:
+        Task vectors are to be added, and there is no data to choose their factors with.
+
+    Args:
+        norms_over: Take the lengths over the whole model as the paper does, or inside each tensor.
+
+    Differs from the paper:
+        Nothing. Its derivation has the model linear around the base, and task vectors at right angles to each other.
+    """
+    return base + weighted_sum(deltas(base, models), factor)

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from merganser.engine.blocks import merge_tensors
+from merganser.errors import ParameterError
+from merganser.methods.btm import btm
+from merganser.methods.linear import linear
+from tests.methods.bars import assert_reaches_bars, make_models
+from tests.reference.btm import btm as reference
+
+POSTERIOR = [0.1, 0.62, 0.0, 0.28]
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 3, 4])
+def test_reaches_the_bars(top_k):
+    _, models = make_models((80, 125), 4)
+    assert_reaches_bars(btm, reference, None, models, {"posterior": POSTERIOR, "top_k": top_k})
+
+
+def test_reaches_the_bars_with_16_models():
+    _, models = make_models((80, 125), 16)
+    assert_reaches_bars(btm, reference, None, models, {"posterior": [1 + i % 3 for i in range(16)], "top_k": 7})
+
+
+def test_by_hand():
+    models = [torch.tensor([x]) for x in (10.0, 20.0, 60.0)]
+
+    def merged(**given):
+        return merge_tensors(btm, None, models, given).item()
+
+    assert merged(posterior=[0.5, 0.3, 0.2]) == pytest.approx(23)
+    assert merged(posterior=[0.5, 0.3, 0.2], top_k=2) == pytest.approx((5 + 6) / 0.8)
+    assert merged(posterior=[0.2, 0.3, 0.3], top_k=1) == 20
+
+
+def test_all_experts_are_those_of_linear():
+    _, models = make_models((30, 10), 4)
+    expected = merge_tensors(linear, None, models, {"weight": POSTERIOR})
+    for given in ({"posterior": POSTERIOR}, {"posterior": [x * 1e307 for x in POSTERIOR], "top_k": 4}):
+        torch.testing.assert_close(merge_tensors(btm, None, models, given), expected)
+    assert torch.equal(merge_tensors(btm, None, models, {"posterior": POSTERIOR, "top_k": 1}), models[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"posterior": [0.0, 0.0]}, "posterior is 0 for every model"),
+        ({"posterior": [0.4, 0.6], "top_k": 3}, "top_k must be at most the number of models, 2, got 3"),
+    ],
+)
+def test_what_cannot_be_is_refused(given, message):
+    _, models = make_models((3,), 2)
+    with pytest.raises(ParameterError, match=message):
+        merge_tensors(btm, None, models, given)

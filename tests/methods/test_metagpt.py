@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from merganser.engine.blocks import merge_tensors
+from merganser.methods.metagpt import metagpt
+from merganser.methods.task_arithmetic import task_arithmetic
+from tests.methods.bars import FLOAT32, assert_reaches_bars, error, make_models
+from tests.methods.whole_model import merge_whole_model
+from tests.reference.metagpt import add, factors
+from tests.reference.metagpt import metagpt as reference
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16])
+@pytest.mark.parametrize("change", [0.02, 1.0])
+def test_reaches_the_bars(n, change):
+    base, models = make_models((80, 125), n, change=change)
+    models = [base + (i + 1) * (model - base) for i, model in enumerate(models)]
+    assert_reaches_bars(metagpt, reference, base, models, {"norms_over": "tensor"})
+
+
+def test_reaches_the_bars_on_a_million_elements():
+    base, models = make_models((1000, 1000), 3)
+    assert_reaches_bars(metagpt, reference, base, models)
+
+
+def test_norms_over_the_model_reach_the_bar():
+    tensors = [make_models((20, 30), 3, seed=1, change=0.01), make_models((500,), 3, seed=2, change=0.1)]
+    tensors[1] = (tensors[1][0], [tensors[1][1][0], tensors[1][0], tensors[1][1][2]])
+    factor = factors(tensors)
+    merged = merge_whole_model(metagpt, tensors, {})
+    for result, (base, models) in zip(merged, tensors, strict=True):
+        assert error(result, add(base, models, factor)) <= FLOAT32
+    # which they are not tensor by tensor
+    base, models = tensors[0]
+    assert error(merge_tensors(metagpt, base, models), add(base, models, factor)) > 1e-4
+
+
+def test_by_hand():
+    base = torch.zeros(2)
+    # squared lengths 25 and 75
+    models = [torch.tensor([3.0, 4.0]), torch.tensor([5.0, 50.0**0.5])]
+    found = merge_tensors(metagpt, base, models)
+    assert found.tolist() == pytest.approx([3 / 4 + 15 / 4, 1 + 0.75 * 50**0.5])
+
+
+def test_equal_lengths_are_task_arithmetic_with_equal_factors():
+    base, (model, other) = make_models((80, 125), 2)
+    other = base + (other - base) * ((model - base).norm() / (other - base).norm())
+    expected = merge_tensors(task_arithmetic, base, [model, other], {"weight": 0.5})
+    torch.testing.assert_close(merge_tensors(metagpt, base, [model, other]), expected, rtol=0, atol=1e-7)
+
+
+def test_models_that_did_not_change_count_nothing():
+    base, models = make_models((80, 125), 2)
+    expected = merge_tensors(metagpt, base, models)
+    assert torch.equal(merge_tensors(metagpt, base, [models[0], base, models[1], base]), expected)
+    assert torch.equal(merge_tensors(metagpt, base, [base, models[0]]), merge_tensors(metagpt, base, models[:1]))
+    assert torch.equal(merge_tensors(metagpt, base, [base] * 4), base)
+
+
+def test_scaling_the_task_vectors_scales_the_merge():
+    base, models = make_models((80, 125), 3)
+    zero, vectors = torch.zeros_like(base), [model - base for model in models]
+    once = merge_tensors(metagpt, zero, vectors)
+    tiny = merge_tensors(metagpt, zero, [vector * 2.0**-60 for vector in vectors])
+    assert torch.equal(tiny * 2.0**60, once)
