@@ -1,0 +1,58 @@
+"""ASWUDI: the minimum of WUDI in as many directions as the spectrum says."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..method import Embeddings, Others, Scale, default, merge_method
+from ..ops import deltas
+from ..ops.interference import Interference, Start, inverse, inverse_squares, starting_point, strongest
+
+
+def participation(values: Tensor) -> int:
+    """Return how many directions take part: as many as equal singular values would have the same ratio of norms."""
+    total = float(values.sum())
+    return math.ceil(float(values.sqrt().sum()) ** 2 / total * (1 - 1e-9)) if total > 0 else 0
+
+
+@merge_method(
+    family="spectral",
+    cite="wei2026spectral",
+    scope="matrix",
+    breaks={"identical": "in weak directions the sum of the models' task vectors is kept"},
+)
+def aswudi(
+    base: Tensor,
+    models: list[Tensor],
+    *,
+    lambda_: Scale = default(1.0),
+    start: Start = "sum",
+    others: Others = "average",
+    embeddings: Embeddings = "others",
+) -> Tensor:
+    """Replace the sum of the task vectors by the least interference, in as many directions as the spectrum says.
+
+        C      = sum_i delta_i^T delta_i / |delta_i|^2 = V diag(c) V^T,    delta_i = model_i - base
+        K      = ceil((sum_k sqrt(c_k))^2 / sum_k c_k)
+        M      = M_0 + (M_min - M_0) V_K V_K^T,    M_0 = sum_i delta_i, M_min the minimum of WUDI
+        merged = base + lambda * M
+
+    Use when:
+        As SWUDI, without anything to choose.
+
+    Args:
+        lambda_: Factor of the merged task vector.
+        start: M_0: the sum of the task vectors, their mean (which keeps their size), or zero.
+
+    Differs from the paper:
+        Eigenvalues are not raised to 1e-8, so that directions of zero do not count in K; those below it are not
+        changed. The authors' code has other rules for K, too.
+    """
+    vectors = deltas(base, models)
+    found = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
+
+    def gain(values: Tensor) -> Tensor:
+        return torch.where(strongest(values, participation(values)), inverse(values), 0.0)
+
+    return base + lambda_ * found.filtered(gain).to(base.dtype)

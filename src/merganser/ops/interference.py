@@ -1,0 +1,135 @@
+"""The interference between the task vectors of a matrix, as a quadratic function of their merge, and ways down it.
+
+    L(M) = sum_i weight_i |(M - target_i) source_i^T|^2
+
+It counts how far the merge M differs from each target in the directions in which the inputs of that task are thought
+to lie: the rows of its source. With
+
+    C = sum_i weight_i source_i^T source_i = V diag(c) V^T
+    P = sum_i weight_i (target_i - start) source_i^T source_i
+
+the minimum is start + P C^+, and a spectral filter f, with values from 0 to 1, goes a part of the way in each direction:
+
+    M = start + P V diag(f(c) / c) V^T
+
+The weights are 1 / |task vector|^2, so that the c add up to the number of tasks, at most. Directions in which c is below
+1e-8 are not gone in: what is there is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .adam import adam
+from .spectral import self_product
+
+Start = Literal["sum", "mean", "zero"]
+Solver = Literal["filter", "minimum", "adam"]
+
+_FLOOR = 1e-8
+
+
+def starting_point(vectors: Sequence[Tensor], start: Start) -> Tensor:
+    """Return the sum of task vectors, their mean, or zero, float64."""
+    total = torch.zeros_like(vectors[0], dtype=torch.float64)
+    if start != "zero":
+        for vector in vectors:
+            total += vector
+    return total / len(vectors) if start == "mean" else total
+
+
+def inverse_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """Return 1 / |tensor|^2 of each, and 0 for those of zero."""
+    squares = [float(tensor.double().square().sum()) for tensor in tensors]
+    return [1 / square if square > 0 else 0.0 for square in squares]
+
+
+class Interference:
+    """The function, seen from a start. What is small in it is a square, so it is computed in float64.
+
+    Args:
+        targets: One matrix per task, shape [m, n].
+        sources: One matrix per task, shape [k, n]; the k may differ.
+        weights: One factor per task.
+        start: Shape [m, n], float64.
+    """
+
+    def __init__(
+        self, targets: Sequence[Tensor], sources: Sequence[Tensor], weights: Sequence[float], start: Tensor
+    ) -> None:
+        self._start = start
+        self._dtype = targets[0].dtype
+        # A^T h(A A^T) = h(A^T A) A^T: where all sources have fewer rows than columns, their products with each other
+        # do instead of C
+        self._rows: Tensor | None = None
+        tasks = list(zip(targets, sources, weights, strict=True))
+        if sum(map(len, sources)) < start.shape[1]:
+            self._rows = torch.cat(
+                [source.double() * weight**0.5 for source, weight in zip(sources, weights, strict=True)]
+            )
+            self._gram = self_product(self._rows.T)
+            pulls = [(target - start) @ (source.double().T * weight**0.5) for target, source, weight in tasks]
+            self._pull = torch.cat(pulls, dim=1)
+            return
+        self._gram = start.new_zeros(start.shape[1], start.shape[1])
+        self._pull = torch.zeros_like(start)
+        for target, source, weight in tasks:
+            products = self_product(source.double()).mul_(weight)
+            self._pull.addmm_(target - start, products)
+            self._gram += products
+
+    def filtered(self, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """Go a part of the way to the minimum.
+
+        Args:
+            gain: Returns f(c) / c for the eigenvalues c of C, float64, ascending. Some or all of those that are zero in
+                any case are left out.
+
+        Returns:
+            Shape [m, n], float64.
+        """
+        values, vectors = torch.linalg.eigh(self._gram)
+        step = self._pull @ vectors
+        step = (step * torch.where(values > _FLOOR, gain(values.clamp(min=0)), 0.0)) @ vectors.T
+        return self._start + (step if self._rows is None else step @ self._rows)
+
+    def descended(self, steps: int, learning_rate: float) -> Tensor:
+        """Take steps of Adam towards the minimum, in the dtype of the targets; return where they lead, float64."""
+        pull, curvature, rows = self._pull, self._gram, self._rows
+        if rows is not None:
+            pull = pull @ rows
+            curvature = self_product(rows)
+        pull, curvature = pull.to(self._dtype), curvature.to(self._dtype)
+
+        def gradient(step: Tensor) -> Tensor:
+            return (step @ curvature).sub_(pull).mul_(2)
+
+        return self._start + adam(gradient, torch.zeros_like(pull), steps, learning_rate)
+
+    def solved(self, solver: Solver, time: Tensor, steps: int, learning_rate: Tensor) -> Tensor:
+        """Go towards the minimum by the exponential filter or by steps of Adam, or to it; return where, float64."""
+        if solver == "adam":
+            return self.descended(steps, float(learning_rate))
+        if solver == "minimum":
+            return self.filtered(inverse)
+        return self.filtered(lambda values: exponential(values, time))
+
+
+def strongest(values: Tensor, k: int) -> Tensor:
+    """Say which of ascending eigenvalues are the k largest."""
+    return torch.arange(len(values), device=values.device) >= len(values) - k
+
+
+def inverse(values: Tensor) -> Tensor:
+    """Return the gain of the minimum itself."""
+    return 1 / values.clamp(min=_FLOOR)
+
+
+def exponential(values: Tensor, time: Tensor) -> Tensor:
+    """Return the gain of f(c) = 1 - exp(-c * time): of going down the gradient of L / 2 for that time."""
+    safe = values.clamp(min=_FLOOR)
+    return -torch.expm1(-safe * time) / safe
