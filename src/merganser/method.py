@@ -24,6 +24,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
@@ -212,7 +213,7 @@ class MergeMethod:
 
         return get_method, (self.name,)
 
-    @property
+    @cached_property
     def random(self) -> bool:
         """Whether the result depends on the seed."""
         return "rng" in inspect.signature(self.combine).parameters

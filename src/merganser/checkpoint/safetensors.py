@@ -89,56 +89,66 @@ def _metadata(file: Path, entry: Any) -> dict[str, str]:
 
 
 def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    where = f"{file}: tensor {name!r}"
+    try:
+        return _parse_tensor(file, name, entry, start)
+    except _FlawError as flaw:
+        raise CheckpointError(f"{file}: tensor {name!r}: {flaw}") from None
+
+
+class _FlawError(Exception):
+    """What is wrong with the entry of a tensor; who catches it says where."""
+
+
+def _parse_tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        raise CheckpointError(f"{where}: the name is not valid Unicode") from None
+        raise _FlawError("the name is not valid Unicode") from None
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: the header's entry must be an object, found {_brief(entry)}")
+        raise _FlawError(f"the header's entry must be an object, found {_brief(entry)}")
     for key in ("dtype", "shape", "data_offsets"):
         if key not in entry:
-            raise CheckpointError(f"{where}: the header's entry has no {key!r}")
-    dtype = _dtype(where, entry["dtype"])
-    shape = _integers(where, "shape", entry["shape"])
-    offsets = _integers(where, "data_offsets", entry["data_offsets"])
+            raise _FlawError(f"the header's entry has no {key!r}")
+    dtype = _dtype(entry["dtype"])
+    shape = _integers("shape", entry["shape"])
+    offsets = _integers("data_offsets", entry["data_offsets"])
     if len(offsets) != 2:
-        raise CheckpointError(f"{where}: data_offsets must be two numbers, found {len(offsets)}")
+        raise _FlawError(f"data_offsets must be two numbers, found {len(offsets)}")
     begin, end = offsets
     if begin > end:
-        raise CheckpointError(f"{where}: data_offsets run backwards, from {begin} to {end}")
-    nbytes = _nbytes(where, dtype, shape)
+        raise _FlawError(f"data_offsets run backwards, from {begin} to {end}")
+    nbytes = _nbytes(dtype, shape)
     if end - begin != nbytes:
-        raise CheckpointError(
-            f"{where}: data_offsets span {end - begin} bytes, "
-            f"shape {_brief(list(shape))} of {dtype.tag} needs {nbytes} bytes"
+        raise _FlawError(
+            f"data_offsets span {end - begin} bytes, shape {_brief(list(shape))} of {dtype.tag} needs {nbytes} bytes"
         )
     return TensorInfo(name, dtype, shape, file, start + begin, nbytes)
 
 
-def _dtype(where: str, tag: Any) -> DType:
+def _dtype(tag: Any) -> DType:
     dtype = DTYPES.get(tag) if isinstance(tag, str) else None
     if dtype is None:
-        raise CheckpointError(f"{where}: unknown dtype {_brief(tag)}; known are {', '.join(DTYPES)}")
+        raise _FlawError(f"unknown dtype {_brief(tag)}; known are {', '.join(DTYPES)}")
     return dtype
 
 
-def _integers(where: str, key: str, value: Any) -> tuple[int, ...]:
-    # `type(...) is int`, since True is an int to isinstance.
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item < _MAX_NUMEL for item in value):
-        raise CheckpointError(f"{where}: {key} must be a list of non-negative 63-bit integers, found {_brief(value)}")
+def _integers(key: str, value: Any) -> tuple[int, ...]:
+    # the exact type, since True is an int to isinstance
+    whole = isinstance(value, list) and set(map(type, value)) <= {int}
+    if not whole or (value and not 0 <= min(value) <= max(value) < _MAX_NUMEL):
+        raise _FlawError(f"{key} must be a list of non-negative 63-bit integers, found {_brief(value)}")
     return tuple(value)
 
 
-def _nbytes(where: str, dtype: DType, shape: tuple[int, ...]) -> int:
+def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
     numel = 1
     for length in shape:
         # Checked at each step: the product of a million large numbers would take minutes.
         numel *= length
         if numel >= _MAX_NUMEL:
-            raise CheckpointError(f"{where}: shape {_brief(list(shape))} has more than 2^63 elements")
+            raise _FlawError(f"shape {_brief(list(shape))} has more than 2^63 elements")
     if numel * dtype.bits % 8:
-        raise CheckpointError(f"{where}: {numel} elements of {dtype.tag} do not fill whole bytes")
+        raise _FlawError(f"{numel} elements of {dtype.tag} do not fill whole bytes")
     return numel * dtype.bits // 8
 
 

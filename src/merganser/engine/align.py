@@ -31,9 +31,13 @@ class Member:
     tied: bool
 
     @classmethod
-    def of(cls, reference: ModelReference, checkpoint: Checkpoint) -> Member:
-        """Read the structure of a checkpoint."""
+    def of(cls, reference: ModelReference, checkpoint: Checkpoint, others: Iterable[Member] = ()) -> Member:
+        """Read the structure of a checkpoint; what is known of others with the same names, shapes and config counts."""
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        for other in others:
+            alike = other.checkpoint.config == checkpoint.config
+            if alike and shapes == {name: tensor.shape for name, tensor in other.checkpoint.tensors.items()}:
+                return cls(reference, checkpoint, other.anatomy, other.tied)
         anatomy = infer_anatomy(shapes, checkpoint.config)
         tied = is_tied(checkpoint.config)
         return cls(reference, checkpoint, anatomy, bool(anatomy.tied) if tied is None else tied)

@@ -288,7 +288,7 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Me
                 f"{reference}: its weights are quantised ({checkpoint.quantised}); merging them as they are would give "
                 "garbage. Use the unquantised model; reading quantised ones comes with a later version"
             )
-        members[reference] = Member.of(reference, checkpoint)
+        members[reference] = Member.of(reference, checkpoint, list(members.values())[:1])
     return members
 
 
