@@ -33,11 +33,27 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def working_shape(shape: Sequence[int], scope: str, role: str | None) -> tuple[int, ...]:
+    """Return the shape as which a tensor is worked on.
+
+    A row is all weights of one output unit, also of packed experts [experts, rows, columns]: where rows are wanted, these
+    are one matrix, an expert below the other.
+
+    Args:
+        shape: Shape of the tensor.
+        scope: "element", "row", "tensor" or "matrix", as in the method.
+        role: What the tensor does; None: not known.
+    """
+    if scope == "row" and role == "expert" and len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    return tuple(shape)
+
+
 def block_ranges(shape: Sequence[int], scope: str, block: int = BLOCK) -> Iterator[tuple[int, int]]:
     """Cut a tensor into blocks, on borders between rows where rows are not longer than a block.
 
     Args:
-        shape: Shape of the tensor.
+        shape: Shape as which the tensor is worked on.
         scope: "element", "row", "tensor" or "matrix", as in the method.
         block: Elements of a block, at most; a row, tensor or matrix that the scope needs whole may be larger.
 
@@ -99,8 +115,8 @@ def merge_tensors(
         models: The other tensors, of the same shape, on the same device.
         parameters: Values by the names that recipes use; a single value of a per-model parameter counts for all.
         name: Name of the tensor: part of the key of random draws.
-        role: What the tensor does ("attention", "embedding", ...), for methods that treat matrices; by default what
-            has two dimensions is a matrix.
+        role: What the tensor does ("attention", "embedding", "expert", ...), for methods that treat matrices or rows; by
+            default what has two dimensions is a matrix, and the first dimension counts rows.
         location: Where the tensor is, for methods that go by layers; by default before them.
         seed: Seed of random draws.
         dtype: Dtype of the result; by default what the inputs promote to.
@@ -128,7 +144,8 @@ def merge_tensors(
     base, models = treatment.inputs(base, models)
     inputs = [*models] if base is None else [base, *models]
     kernels = Kernels(method, values.static, compute, dtype, device, compiled and method.fuse, not allow_nonfinite)
-    run = TensorRun(kernels, values, shape, keys(seed, name, len(models)), block)
+    worked = working_shape(shape, method.scope, role)
+    run = TensorRun(kernels, values, worked, keys(seed, name, len(models)), block)
     if not run.ranges:
         return torch.empty(shape, dtype=dtype, device=device)
     result = torch.empty(math.prod(shape), dtype=dtype, device=device)
@@ -206,7 +223,7 @@ class TensorRun:
     Args:
         kernels: The method's kernels.
         values: The parameters of this tensor.
-        shape: Shape of the tensor.
+        shape: Shape as which the tensor is worked on.
         random_keys: From `ops.random.keys`.
         block: Elements of a block, at most.
     """

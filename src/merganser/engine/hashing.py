@@ -7,7 +7,6 @@ import threading
 
 import xxhash
 
-from .blocks import block_step
 from .plan import Plan
 from .staging import Staging
 from .tasks import Group
@@ -20,8 +19,7 @@ def span(plan: Plan, group: Group, segment: int) -> tuple[int, int, int]:
     first, last = group.tensors[0], group.tensors[-1]
     if group.bundle:
         return first.shard, first.offset, last.offset + last.nbytes - first.offset
-    step = block_step(first.shape, first.method.scope)
-    start, end = (min(block * step, first.size) for block in group.segments[segment])
+    start, end = (min(block * first.block, first.size) for block in group.segments[segment])
     size = first.dtype.itemsize
     return first.shard, first.offset + start * size, (end - start) * size
 
@@ -30,7 +28,7 @@ def written_digest(plan: Plan, staging: Staging, group: Group, segment: int) -> 
     """Hash what lies at a task's place in the output, as the task hashed what it wrote: block by block."""
     shard, offset, nbytes = span(plan, group, segment)
     tensor = group.tensors[0]
-    step = nbytes if group.bundle else block_step(tensor.shape, tensor.method.scope) * tensor.dtype.itemsize
+    step = nbytes if group.bundle else tensor.block * tensor.dtype.itemsize
     buffer = memoryview(bytearray(min(_PIECE, nbytes)))
     found = b""
     for start in range(0, nbytes, step) if nbytes else [0]:

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import MemoryLimitError
 from ..method import MergeMethod
-from .blocks import BLOCK, block_shape, block_step
+from .blocks import BLOCK, block_shape
 from .peak import peak_per_element
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _held(tensor: PlannedTensor, compiled: bool) -> int:
 
 
 def _block(tensor: PlannedTensor) -> int:
-    return tensor.size if tensor.copy else min(block_step(tensor.shape, tensor.method.scope), tensor.size)
+    return tensor.size if tensor.copy else min(tensor.block, tensor.size)
 
 
 def _plain(method: MergeMethod) -> bool:
@@ -97,7 +97,7 @@ def _eager(tensor: PlannedTensor) -> int:
 
 def _probed(tensor: PlannedTensor) -> float:
     """Return what a method for whole tensors adds to an element, bytes, as it does on small ones."""
-    shape = block_shape(tensor.shape, tensor.method.scope, tensor.size)
+    shape = block_shape(tensor.working_shape, tensor.method.scope, tensor.size)
     return peak_per_element(
         tensor.method,
         tensor.parameters,

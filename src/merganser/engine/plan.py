@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ParameterError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .align import Alignment, Member, Slot, align_models, align_slices
-from .blocks import block_step
+from .blocks import block_step, working_shape
 from .devices import has_compiler, resolve_devices
 from .memory import RESIDENT, default_memory, estimate_memory, fit_workers
 from .sidecars.plan import SidecarPlan, plan_sidecars
@@ -76,6 +76,16 @@ class PlannedTensor:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def working_shape(self) -> tuple[int, ...]:
+        """Shape as which it is worked on."""
+        return working_shape(self.shape, self.method.scope, self.role)
+
+    @property
+    def block(self) -> int:
+        """Number of elements of each of its blocks but the last."""
+        return block_step(self.working_shape, self.method.scope)
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
@@ -178,7 +188,7 @@ class Plan:
         passes = {id(t.parameters): t.passes for t in self.settings}
         total = 0
         for t in self.tensors:
-            once = t.copy or not (self.whole_model or t.size > block_step(t.shape, t.method.scope))
+            once = t.copy or not (self.whole_model or t.size > t.block)
             total += t.nbytes_read * (1 if once else passes[id(t.parameters)])
         return total
 

@@ -73,8 +73,9 @@ def input_hashes(plan: Plan, digests: Mapping[tuple[Path, str], bytes]) -> list[
     """Return the weight files of the inputs with a hash of the tensors that were read.
 
     The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks: as many whole rows as fit into 524,288
-    elements, or, where a row is longer, the pieces between multiples of that number and beginnings of rows. The hash
-    of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. Files of which not every
+    elements, or, where a row is longer, the pieces between multiples of that number and beginnings of rows. A tensor of
+    three dimensions may be a stack of matrices: it is cut for this reading, too, and where a matrix begins. The hash of
+    a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. Files of which not every
     tensor was read say how many were.
     """
     tensors: dict[Path, list[TensorInfo]] = defaultdict(list)

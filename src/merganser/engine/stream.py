@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint import Reader
 from ..errors import CheckpointError, NonFiniteError
-from .blocks import TensorRun, block_step, matrix_shape
+from .blocks import TensorRun, block_step
 from .buffers import InputBuffer
 from .plan import PlannedTensor
 from .sample import measure, measure_bundle
@@ -294,7 +294,7 @@ class Worker:
 
 
 def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) -> list[bytes]:
-    """Hash elements of an input, cut in the same places whatever the method's blocks are.
+    """Hash elements of an input, cut in the same places whatever the method's blocks are: wherever one may begin.
 
     Args:
         shape: Shape of the tensor.
@@ -305,12 +305,13 @@ def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) 
     if start == end:
         return [digest(data)]
     size = data.nbytes // (end - start)
-    step = block_step(shape, "element")
-    columns = matrix_shape(shape)[1]
-    cuts = {start, *range(-(-start // step) * step, end, step)}
-    if columns > step:
-        # rows that are longer than a block: a block may be a row, or begin inside of one
-        cuts.update(range(-(-start // columns) * columns, end, columns))
+    steps = {block_step(shape, scope) for scope in ("element", "row")}
+    if len(shape) == 3:
+        # what is packed may be worked on as rows of all its matrices, or matrix by matrix
+        steps |= {block_step((shape[0] * shape[1], shape[2]), "row"), block_step(shape, "matrix")}
+    cuts = {start}
+    for step in steps:
+        cuts.update(range(-(-start // step) * step, end, step))
     ordered = [*sorted(cuts), end]
     return [digest(data[(a - start) * size : (b - start) * size]) for a, b in pairwise(ordered)]
 

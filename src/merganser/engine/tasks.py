@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.random import keys
-from .blocks import BLOCK, TensorRun, block_step
+from .blocks import BLOCK, TensorRun
 from .kernels import Kernels, Values
 from .plan import Plan, PlannedTensor
 from .sums import Sum
@@ -72,8 +72,7 @@ def make_groups(plan: Plan) -> list[Group]:
             filled = 0
 
     for tensor in plan.tensors:
-        step = block_step(tensor.shape, tensor.method.scope)
-        blocks = 1 if tensor.copy else -(-tensor.size // step)
+        blocks = 1 if tensor.copy else -(-tensor.size // tensor.block)
         if blocks > 1:
             close()
             cuts = tuple((a, min(a + SEGMENT_BLOCKS, blocks)) for a in range(0, blocks, SEGMENT_BLOCKS))
@@ -126,7 +125,7 @@ class KernelCache:
                     self._check,
                 )
         random = keys(self._plan.seed, tensor.name, len(tensor.models)) if method.random else self._no_keys
-        return TensorRun(self._kernels[key], values, tensor.shape, random)
+        return TensorRun(self._kernels[key], values, tensor.working_shape, random)
 
 
 @dataclass
