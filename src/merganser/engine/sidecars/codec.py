@@ -41,6 +41,27 @@ class Span:
     shape: tuple[int, ...]
 
 
+class Lazily(Sequence[Tensor]):
+    """Tensors that are read when they are asked for.
+
+    Args:
+        read: Returns the tensor at a position.
+        count: How many there are.
+    """
+
+    def __init__(self, read: Callable[[int], Tensor], count: int) -> None:
+        self._read = read
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        return self._read(index)
+
+
 def sidecar_of(method: MergeMethod) -> Sidecar:
     """Return the sidecar of a method that has one."""
     assert method.sidecar is not None

@@ -13,8 +13,8 @@ from typing import Any
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
 from ..plan import Plan, PlannedTensor
-from .make import Errors, is_wide
-from .plan import FOLDER, INDEX_FILE, SHARED, SidecarPlan, holds, needs_base
+from .make import Errors
+from .plan import FOLDER, INDEX_FILE, SHARED, SidecarPlan, holds, is_wide, needs_base
 
 INDEX_FORMAT = 1
 

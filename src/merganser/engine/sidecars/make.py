@@ -20,8 +20,8 @@ from ..plan import Plan, PlannedTensor
 from ..staging import Staging
 from ..stream import Stopped
 from ..threads import join
-from .codec import OWN, Codec, Span
-from .plan import SHARED, Place, SidecarPlan, holds, stored_name
+from .codec import OWN, Codec, Lazily, Span
+from .plan import SHARED, Place, SidecarPlan, holds, is_wide, stored_name
 
 T = TypeVar("T")
 
@@ -84,22 +84,6 @@ class _Queue:
 
     def stop(self) -> None:
         self.stopped = True
-
-
-class _Models(Sequence[Tensor]):
-    """The models' blocks, each read when it is asked for."""
-
-    def __init__(self, read: Callable[[int], Tensor], count: int) -> None:
-        self._read = read
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self._count:
-            raise IndexError(index)
-        return self._read(index)
 
 
 def make_sidecars(
@@ -212,10 +196,12 @@ class _Maker:
             self._encode(tensor, dict(known), writer, errors)
         else:
             self._keep(tensor, kept, writer, errors)
-        if not self._allow and not all(map(math.isfinite, errors.error)):
+        overflowing = next((task for task, error in enumerate(errors.error) if not math.isfinite(error)), None)
+        if overflowing is not None and not self._allow:
             raise NonFiniteError(
-                f"{tensor.name}: what {self._plan.method.name} restores is not finite: a part overflows "
-                f"{tensor.dtype.name}; choose a wider dtype, or keep it with --allow-nonfinite"
+                f"{tensor.name}: what {self._plan.method.name} restores of {self._sidecars.tasks[overflowing].name} is "
+                f"not finite: it overflows {tensor.models[overflowing].dtype.name}, that model's dtype; keep it with "
+                "--allow-nonfinite"
             )
         return errors, writer.digest()
 
@@ -282,7 +268,7 @@ class _Maker:
         def model(index: int) -> Tensor:
             return shaped(self._raw(tensor.models[index], span.start, span.end))
 
-        models: Sequence[Tensor] = _Models(model, self._n)
+        models: Sequence[Tensor] = Lazily(model, self._n)
         if codec.sidecar.scope != "matrix":
             models = list(models)
         base = shaped(self._raw(self._base(tensor), span.start, span.end))
@@ -382,8 +368,3 @@ class _Writer:
 
     def _joined(self) -> str:
         return xxhash.xxh3_128_hexdigest(b"".join(found.digest() for found in self._hashes.values()))
-
-
-def is_wide(tensor: PlannedTensor) -> bool:
-    """Say whether the arithmetic on a tensor is in float64."""
-    return "float64" in (tensor.dtype.name, *(source.dtype.name for source in tensor.inputs))

@@ -11,12 +11,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...checkpoint import DTYPE_BY_NAME, DType, Shard, TensorInfo, plan_shards
-from ...errors import MemoryLimitError, RecipeError
+from ...errors import RecipeError
 from ...method import MergeMethod, applies, takes
 from ...recipe import ModelReference, Recipe, Resolver, Source
 from ...sidecar import Part
-from ..blocks import BLOCK
-from ..memory import RESIDENT
 from .codec import OWN, Codec, keeps, sidecar_of
 
 if TYPE_CHECKING:
@@ -32,9 +30,6 @@ SHARED = -1
 
 _RESERVED = ("index.json", "shared")
 _UNUSUAL = re.compile(r"[^A-Za-z0-9._-]+")
-# a matrix and its factors, as measured: float32 copies, what the decomposition takes, the parts
-_BYTES_PER_MATRIX_ELEMENT = 60
-_BYTES_PER_ELEMENT = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +136,13 @@ def plan_sidecars(
         tensors: Tensors of the shared model.
         shard_bytes: Largest size of a file, bytes.
         threads: Threads that make them; fewer run where memory would not suffice.
-        max_memory: Largest resident memory allowed, bytes.
+        max_memory: Memory that is left for making them, bytes.
 
     Returns:
         The plan; None where the method has no sidecar.
 
     Raises:
         RecipeError: The recipe stacks slices, names a task badly, or lets a statistic of the whole model differ.
-        MemoryLimitError: One tensor alone takes more memory than allowed.
     """
     recipe, method = resolver.recipe, resolver.method
     if method.sidecar is None:
@@ -172,7 +166,8 @@ def plan_sidecars(
             shards += files
             owners += [owner] * len(files)
     treated = [t for t in tensors if t.name not in kept]
-    needed, workers = _fit(method, treated, threads, max_memory)
+    needed = sidecar_memory(method, tensors)
+    workers = min(max(max_memory // max(needed, 1), 1), threads)
     return SidecarPlan(
         tasks=tuple(
             PlannedTask(
@@ -275,27 +270,36 @@ def _stored_tensors(
     return stored
 
 
+def is_wide(tensor: PlannedTensor) -> bool:
+    """Say whether the arithmetic on a tensor is in float64."""
+    return "float64" in (tensor.dtype.name, *(source.dtype.name for source in tensor.inputs))
+
+
 def part_dtype(part: Part, own: DType) -> DType:
     """Return the dtype in which a part is stored, where the tensor itself has that dtype."""
     return own if part.dtype is None else DTYPE_BY_NAME[part.dtype]
 
 
-def _fit(method: MergeMethod, tensors: Sequence[PlannedTensor], threads: int, limit: int) -> tuple[int, int]:
-    """Return the memory that a worker needs, bytes, and how many workers fit."""
-    needed, largest = 0, None
-    for tensor in tensors:
-        if sidecar_of(method).scope == "matrix":
-            size = tensor.shape[-1] * tensor.shape[-2] * _BYTES_PER_MATRIX_ELEMENT
-        else:
-            size = min(math.prod(tensor.shape), BLOCK) * (_BYTES_PER_ELEMENT + 12 * len(tensor.models))
-        if size > needed:
-            needed, largest = size, tensor
-    if largest is not None and RESIDENT + needed > limit:
-        raise MemoryLimitError(
-            f"--max-memory: the sidecars of {method.name} need {(RESIDENT + needed) / 1e6:.0f} MB, {limit / 1e6:.0f} MB "
-            f"are allowed; the largest tensor they treat is {largest.name} {list(largest.shape)}"
+def sidecar_memory(method: MergeMethod, tensors: Sequence[PlannedTensor]) -> int:
+    """Return what one thread holds while it makes sidecars, bytes: its largest block; 0 without a sidecar."""
+    if method.sidecar is None:
+        return 0
+    return max((_held(method, tensor) for tensor in tensors if _kept(method, tensor) is None), default=0)
+
+
+def _held(method: MergeMethod, tensor: PlannedTensor) -> int:
+    """Return what the largest block of a tensor takes, bytes, as was measured for our methods."""
+    n_models = len(tensor.models)
+    codec = Codec(method, tensor.parameters, tensor.shape, n_models)
+    block = codec.blocks[0]
+    if codec.sidecar.scope == "matrix":
+        stored = sum(
+            math.prod(part.shape) * (1 if part.shared else n_models) for part in codec.parts(block.shape).values()
         )
-    return needed, min(max((limit - RESIDENT) // max(needed, 1), 1), threads)
+        needed = 70 * (block.end - block.start) + 6 * stored
+    else:
+        needed = (64 + 10 * n_models) * (block.end - block.start)
+    return 2 * needed if is_wide(tensor) else needed
 
 
 def _bytes_read(method: MergeMethod, tensors: Sequence[PlannedTensor], kept: Mapping[str, str]) -> int:

@@ -123,8 +123,8 @@ def restore_tensor(
             start = positions[name]
             positions[name] += torch.Size(part.shape).numel()
             stored[name] = (sidecar.shared if part.shared else own)[name][start : positions[name]]
-        start, shared = (t.reshape(-1)[span.start : span.end].to(compute).reshape(span.shape) for t in (base, merged))
-        restored[span.start : span.end] = codec.decode(span, task, start, shared, stored).reshape(-1).to(dtype)
+        before, shared = (t.reshape(-1)[span.start : span.end].to(compute).reshape(span.shape) for t in (base, merged))
+        restored[span.start : span.end] = codec.decode(span, task, before, shared, stored).reshape(-1).to(dtype)
     return restored.reshape(merged.shape)
 
 
