@@ -15,6 +15,10 @@ SETTINGS = [
     {"density": [0.0, 0.5, 1.0]},
     {"density": [0.2, 0.5, 0.9], "normalize": False},
     {"density": [0.2, 0.5, 0.9], "rescale": True},
+    {"density": [0.2, 0.5, 0.9], "merge": "max"},
+    {"density": [0.2, 0.5, 0.9], "merge": "max", "normalize": False, "lambda": 0.7},
+    {"density": [0.2] * 3, "trim_over": "model", "tie": "majority"},
+    {"density": [0.2, 0.5, 0.9], "tie": "majority", "rescale": True, "merge": "max"},
 ]
 
 
@@ -40,6 +44,51 @@ def test_by_hand():
     assert found.tolist() == [4, 3, -2, 0]
     found = merge_tensors(ties, base, models, {"weight": 1, "density": [0.5, 0.25]})
     assert found.tolist() == [4, 3, 2, 0]
+
+
+def test_the_largest_by_hand():
+    base = torch.zeros(4)
+    models = [torch.tensor([4.0, -1.0, 2.0, 0.0]), torch.tensor([2.0, 3.0, 5.0, 0.0])]
+    given = {"merge": "max"}
+    for normalize in (True, False):
+        found = merge_tensors(ties, base, models, {**given, "weight": 1, "normalize": normalize, "lambda": 2})
+        assert found.tolist() == [8, 6, 10, 0]
+    # 4 and 6, -1 and 9, 2 and 15
+    weight = {"weight": [1, 3]}
+    assert merge_tensors(ties, base, models, {**given, **weight, "normalize": False}).tolist() == [6, 9, 15, 0]
+    assert merge_tensors(ties, base, models, {**given, **weight}).tolist() == [4, 3, 5, 0]
+    # 4 and -6, -1 and -9, 2 and -15
+    weight = {"weight": [1, -3], "normalize": False}
+    assert merge_tensors(ties, base, models, {**given, **weight}).tolist() == [-6, -9, -15, 0]
+
+
+def test_a_tie_goes_by_the_majority_of_the_model():
+    vectors = [torch.tensor([2.0, -3.0, -1.0, 0.0, 1.0]), torch.tensor([-2.0, -3.0, -1.0, 0.0, 1.0])]
+    given = {"weight": 1, "tie": "majority"}
+
+    def merged(*models, **more):
+        return merge_tensors(ties, torch.zeros_like(models[0]), list(models), {**given, **more}).tolist()
+
+    assert merged(*vectors) == [-2, -3, -1, 0, 1]
+    assert merged(*vectors, tie="plus") == [2, -3, -1, 0, 1]
+    assert merged(*(-vector for vector in vectors)) == [2, 3, 1, 0, -1]
+    # as many for either: minus
+    assert merged(*(vector[[0, 1, 4]] for vector in vectors)) == [-2, -3, 1]
+    # trimmed entries vote no more
+    assert merged(*vectors, density=0.4) == [-2, -3, 0, 0, 0]
+    assert merged(torch.tensor([2.0, 3.0, -1.0, -1.0]), torch.tensor([-2.0, 3.0, -1.0, -1.0])) == [-2, 3, -1, -1]
+    kept = merged(torch.tensor([2.0, 3.0, -1.0, -1.0]), torch.tensor([-2.0, 3.0, -1.0, -1.0]), density=0.5)
+    assert kept == [2, 3, 0, 0]
+
+
+def test_the_majority_is_that_of_all_tensors():
+    tensors = [
+        (torch.zeros(2), [torch.tensor([1.0, 1.0]), torch.tensor([-1.0, 1.0])]),
+        (torch.zeros(2, 2), [torch.tensor([[-1.0, -2.0], [-3.0, 1.0]])] * 2),
+    ]
+    merged = merge_whole_model(ties, tensors, {"weight": 1, "tie": "majority"})
+    assert merged[0].tolist() == [-1, 1]
+    assert merge_tensors(ties, *tensors[0], {"weight": 1, "tie": "majority"}).tolist() == [1, 1]
 
 
 def test_entries_as_large_as_the_cut_are_all_kept():
@@ -76,13 +125,15 @@ def test_turning_the_task_vectors_turns_the_merge():
 def test_a_full_density_measures_nothing_and_changes_nothing():
     base, models = make_models((80, 125), 3)
     whole = merge_tensors(ties, base, models, {"weight": WEIGHT})
+    wanted = {"density": (1.0, 1.0), "rescale": False, "tie": "plus"}
+    assert not any(statistic.wanted(wanted) for statistic in ties.statistics.values())
     # one model is trimmed, by nothing
     assert torch.equal(merge_tensors(ties, base, models, {"weight": WEIGHT, "density": [1, 1 - 1e-9, 1]}), whole)
 
 
 def test_a_trim_over_the_model_is_that_of_one_long_tensor():
     tensors = [make_models((20, 30), 3, seed=1, change=0.01), make_models((500,), 3, seed=2, change=0.1)]
-    parameters = {"weight": WEIGHT, "density": [0.1, 0.3, 0.8]}
+    parameters = {"weight": WEIGHT, "density": [0.1, 0.3, 0.8], "tie": "majority"}
     merged = merge_whole_model(ties, tensors, {**parameters, "trim_over": "model"})
     base = torch.cat([base.reshape(-1) for base, _ in tensors])
     models = [torch.cat([models[i].reshape(-1) for _, models in tensors]) for i in range(3)]

@@ -1,6 +1,6 @@
 """Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", algorithm 1.
 
-With a weight for each task vector, in the vote (elect) and in the mean (merge). Trimming is per tensor.
+With a weight for each task vector, in the vote (elect) and in the mean (merge). The tensor is the whole model.
 """
 
 import math
@@ -17,11 +17,21 @@ def keep_topk(vector, density):
     return vector * (vector.abs() >= threshold)
 
 
-def elect_and_merge(vectors, weight, normalize):
-    """Steps 2 and 3: gamma = sgn(sum_t tau_t), then the mean over A = {t : sgn(tau_t) = gamma}."""
+def elect(weighted, tie):
+    """gamma = sgn(sum_t tau_t); where that is 0, plus, or the majority's sign as in the authors' code."""
+    gamma = torch.sign(sum(weighted))
+    plus = tie == "plus" or gamma.sum() > 0
+    return torch.where(gamma == 0, 1.0 if plus else -1.0, gamma)
+
+
+def elect_and_merge(vectors, weight, normalize, tie="plus", merge="sum"):
+    """Steps 2 and 3: elect, then the mean (sum, max) over A = {t : sgn(tau_t) = gamma}."""
     weighted = [w * vector for w, vector in zip(weight, vectors, strict=True)]
-    gamma = torch.where(sum(weighted) < 0, -1.0, 1.0).double()
+    gamma = elect(weighted, tie)
     members = [torch.sign(vector) == gamma for vector in weighted]
+    if merge == "max":
+        entries = torch.stack([v * m for v, m in zip(vectors if normalize else weighted, members, strict=True)])
+        return entries.gather(0, entries.abs().argmax(dim=0, keepdim=True))[0]
     total = sum(vector * member for vector, member in zip(weighted, members, strict=True))
     if not normalize:
         return total
@@ -30,7 +40,6 @@ def elect_and_merge(vectors, weight, normalize):
 
 
 def ties(base, models, *, weight, density=None, normalize=True, rescale=False, trim_over="tensor", **other):
-    assert trim_over == "tensor" or len(models[0].shape) == 1
     base = base.double()
     vectors = [model.double() - base for model in models]
     density = density or [1.0] * len(models)
@@ -38,4 +47,6 @@ def ties(base, models, *, weight, density=None, normalize=True, rescale=False, t
     if rescale:
         sums = [(float(v.abs().sum()), float(t.abs().sum())) for v, t in zip(vectors, trimmed, strict=True)]
         trimmed = [t * (v / s if min(v, s) >= 1e-7 else 1) for t, (v, s) in zip(trimmed, sums, strict=True)]
-    return base + other.get("lambda", 1.0) * elect_and_merge(trimmed, weight, normalize)
+    return base + other.get("lambda", 1.0) * elect_and_merge(
+        trimmed, weight, normalize, other.get("tie", "plus"), other.get("merge", "sum")
+    )

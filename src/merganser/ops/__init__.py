@@ -17,10 +17,11 @@ from .shares import best, shares
 from .sphere import along, arc
 from .sum import deltas, l1_gain, l1_norms, normalizer, round_down, scaled, weighted_sum
 from .trim import delta_magnitudes, trim
-from .votes import agreeing_sum, disjoint_mean, elect_sign
+from .votes import agreeing_largest, agreeing_sum, disjoint_mean, elect_sign, vote
 
 __all__ = [
     "Random",
+    "agreeing_largest",
     "agreeing_sum",
     "along",
     "arc",
@@ -64,5 +65,6 @@ __all__ = [
     "unit_gram",
     "unpack_codes",
     "unpack_flags",
+    "vote",
     "weighted_sum",
 ]

@@ -10,10 +10,10 @@ from torch import Tensor
 from .sum import not_negative
 
 
-def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
-    """Elect the sign of the weighted sum, element by element: True for plus. An exact tie elects plus.
+def vote(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
+    """Return the weighted sum whose sign is elected.
 
-    The sum is formed in float64: a vote that is decided by rounding would replace one model's entry by another's.
+    It is formed in float64: a vote that is decided by rounding would replace one model's entry by another's.
 
     Args:
         tensors: Task vectors, already trimmed.
@@ -25,7 +25,21 @@ def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tenso
     total = wide[0]
     for tensor in wide[1:]:
         total = total + tensor
-    return not_negative(total)
+    return total
+
+
+def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None, tie: Tensor | None = None) -> Tensor:
+    """Elect the sign of the weighted sum, element by element: True for plus.
+
+    Args:
+        tensors: Task vectors, already trimmed.
+        weight: One entry per tensor, shape [T], float64; all 1 if None.
+        tie: What an exact tie elects, 0-d: plus where this is above 0, else minus; plus if None.
+    """
+    total = vote(tensors, weight)
+    if tie is None:
+        return not_negative(total)
+    return torch.where(tie > 0, not_negative(total), ~not_negative(-total))
 
 
 def agreeing_sum(
@@ -53,6 +67,24 @@ def agreeing_sum(
         if count:
             weights = weights + torch.where(agrees, one * weight[i], zero)
     return total, torch.where(weights == 0, one, weights) if count else one
+
+
+def agreeing_largest(tensors: Sequence[Tensor], weight: Tensor, positive: Tensor, *, normalize: bool) -> Tensor:
+    """Return the largest of the weighted entries that have the elected sign, element by element; 0 where none has.
+
+    Args:
+        tensors: Task vectors, already trimmed.
+        weight: One entry per tensor, shape [T].
+        positive: The elected signs, as from `elect_sign`.
+        normalize: Compare and return the entries without their weights.
+    """
+    largest = torch.zeros_like(tensors[0])
+    for i, tensor in enumerate(tensors):
+        weighted = tensor * weight[i]
+        agrees = torch.where(positive, weighted > 0, weighted < 0)
+        entry = tensor if normalize else weighted
+        largest = torch.where(agrees & (entry.abs() > largest.abs()), entry, largest)
+    return largest
 
 
 def disjoint_mean(tensors: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, *, normalize: bool) -> Tensor:
