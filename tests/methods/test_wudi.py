@@ -9,7 +9,7 @@ from merganser.methods.optmerge import optmerge
 from merganser.methods.swudi import swudi
 from merganser.methods.task_arithmetic import task_arithmetic
 from merganser.methods.wudi import wudi
-from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, step_error, steps
+from tests.methods.matrices import BARS, KINDS, SHAPES, make_matrices, step_error, steps
 from tests.reference.wudi import wudi as reference
 
 FAMILY = [wudi, swudi, aswudi, optmerge]
@@ -129,3 +129,12 @@ def test_only_matrices_are_solved():
     assert torch.equal(merge_tensors(wudi, base[0], [model[0] for model in models]), base[0])
     vector = merge_tensors(aswudi, base[0], [model[0] for model in models])
     torch.testing.assert_close(vector, (models[0][0] + models[1][0]) / 2)
+
+
+def test_adam_sees_the_gradient_of_the_loss_itself():
+    # so small that the constant in Adam's denominator counts
+    base, models = make_matrices((20, 30), 3, "random", size=1e-8)
+    parameters = {"solver": "adam", "learning_rate": 1e-8, "steps": 20}
+    zero, deltas = torch.zeros_like(base), [model - base for model in models]
+    merged = merge_tensors(wudi, zero, deltas, parameters)
+    torch.testing.assert_close(merged, reference(zero, deltas, **parameters), rtol=1e-6, atol=1e-14)

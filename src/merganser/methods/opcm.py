@@ -1,0 +1,114 @@
+"""OPCM: merge models one after the other, each at right angles to those before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..method import Count, Embeddings, Fraction, Others, Positive, default, merge_method, statistic
+from ..ops.spectral import self_product
+
+_TOLERANCE = 1e-5
+"""Share of the largest singular value up to which there is only rounding in a direction."""
+
+
+def triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular triplets above the tolerance, the largest first: left [m, r], values [r], right [n, r].
+
+    Later models are projected on what rounding makes of earlier ones, so errors grow from model to model. In float64
+    the Gram matrix knows singular values of 1e-5 of the largest to 1e-6 of their size, and costs no more than a
+    decomposition in float32.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        left, values, right = triplets(matrix.T)
+        return right, values, left
+    squares, right = torch.linalg.eigh(self_product(matrix))
+    values = squares.clamp(min=0).sqrt().flip(0)
+    rank = int((values > _TOLERANCE * values[0]).sum())
+    values, right = values[:rank], right.flip(1)[:, :rank]
+    return matrix @ right / values, values, right
+
+
+def add_projected(merged: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
+    """Add what a task vector does not share with what is merged, shape [m, n], float64.
+
+    With merged = U S V^T, what goes is the diagonal of U^T delta V, and its block of the largest singular values, which
+    add up to the share alpha of all of them.
+    """
+    left, values, right = triplets(merged)
+    # a share that is alpha but for rounding is not above it
+    block = int((values.cumsum(0) <= float(alpha) * values.sum() * (1 + 1e-9)).sum())
+    image = delta @ right
+    shared = left * (left * image).sum(dim=0)
+    shared[:, :block] = left[:, :block] @ (left[:, :block].T @ image[:, :block])
+    return merged + (delta - shared @ right.T)
+
+
+def merge_all(base: Tensor, models: list[Tensor], alpha: Tensor, scale: Tensor) -> Tensor:
+    """Return the sum of projected task vectors, before it is scaled down, float64."""
+    first, *others = (model.double() - base.double() for model in models)
+    merged = first * scale.double()
+    for delta in others:
+        merged = add_projected(merged, delta, alpha)
+    return merged
+
+
+def squared_norms(base: Tensor, models: list[Tensor], alpha: Tensor, scale: Tensor) -> Tensor:
+    """Measure the squared norms of the task vectors and of what is merged, shape [T + 1], float64."""
+    norms = [(model.double() - base.double()).square().sum() for model in models]
+    return torch.stack([*norms, merge_all(base, models, alpha, scale).square().sum()])
+
+
+def divisor(measured: Tensor, merged: int) -> Tensor:
+    """Solve for what is merged over the mean norm of the task vectors, 0-d; 1 where nothing was changed."""
+    first, *others, total = measured.sqrt()
+    mean = (merged * first + sum(others)) / (merged + len(others))
+    return torch.where(mean > 0, total / torch.where(mean > 0, mean, torch.ones_like(mean)), 1.0)
+
+
+@merge_method(
+    family="spectral",
+    cite="tang2025opcm",
+    scope="matrix",
+    statistics={"scale_after": statistic(squared_norms, divisor, over="model")},
+    breaks={"order": "each model is projected away from those before it"},
+)
+def opcm(
+    base: Tensor,
+    models: list[Tensor],
+    scale_after: Tensor,
+    *,
+    alpha: Fraction = default(0.5),
+    merged: Count = 1,
+    scale: Positive = default(1.0),
+    others: Others = "average",
+    embeddings: Embeddings = "others",
+) -> Tensor:
+    """Merge models one after the other: project each task vector away from what is merged, and keep the mean norm.
+
+        D_1    = delta_1,    delta_k = model_k - base
+        D_k    = D_(k-1) + delta_k - U (mask * (U^T delta_k V)) V^T,    D_(k-1) = U S V^T
+        mask   = 1 on the diagonal, and on the block of the first a rows and columns, else 0;
+                 a = how many singular values add up to at most alpha of their sum
+        merged = base + D_T / scale_after,    scale_after = |D_T| / mean_k |delta_k|, over all matrices of the model
+
+    Use when:
+        Models arrive one by one, and earlier ones are not kept: a later merge goes on from the result of this one.
+
+    To go on, take the result as the first model, and give `merged` and `scale`: the number of models that it holds, and
+    `scale_after` of its run record (`merge.json`, under `statistics`).
+
+    Args:
+        alpha: Share of the singular values whose directions later models do not touch at all.
+        merged: How many models the first one is a merge of.
+        scale: `scale_after` of that merge; 1 for a model that is none.
+
+    Differs from the paper:
+        Norms are those of the matrices; the paper counts all tensors, and merges those that are not matrices by the
+        same sum and scale, without projection.
+        In directions in which nothing was merged yet (singular values up to 1e-5 of the largest) the diagonal stays.
+        The authors remove it there, too, where singular vectors are arbitrary.
+        All singular values belong to the block where alpha is 1; the authors' code has an empty block there.
+        The order is that of the recipe; the authors shuffle.
+    """
+    return base + (merge_all(base, models, alpha, scale) / scale_after).to(base.dtype)
