@@ -107,7 +107,9 @@ def test_hashes_of_packed_tensors_are_the_same_for_every_method(tmp_path, small_
     monkeypatch.setattr(
         "merganser.registry.get_method", lambda name: rank_one if name == "rank_one" else get_method(name)
     )
-    paths = [write_model(tmp_path / f"m{seed}", mixture(seed), llama_config()) for seed in range(3)]
+    # several experts fit into a block, too
+    small = {"model.layers.1.mlp.experts.down_proj": draw(7, EXPERTS, 3, 10)}
+    paths = [write_model(tmp_path / f"m{seed}", mixture(seed) | small, llama_config()) for seed in range(3)]
     runs = [
         ("task_arithmetic", {"weight": 0.5}),
         ("ties", {"weight": 0.5, "density": 0.5}),
