@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from merganser.methods.aswudi import aswudi, participation
-from tests.methods.matrices import BARS, KINDS, SHAPES, make_matrices, step_error
+from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, step_error
 from tests.reference.aswudi import aswudi as reference
 
 SETTINGS = [

@@ -3,7 +3,7 @@ import torch
 
 from merganser.engine.blocks import merge_tensors
 from merganser.methods.opcm import add_projected, divisor, opcm
-from tests.methods.matrices import BARS, KINDS, SHAPES, make_matrices, steps
+from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, steps
 from tests.methods.whole_model import merge_whole_model
 from tests.reference.opcm import opcm as reference
 

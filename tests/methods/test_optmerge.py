@@ -3,7 +3,7 @@ import torch
 
 from merganser.methods.optmerge import optmerge
 from merganser.methods.wudi import wudi
-from tests.methods.matrices import BARS, KINDS, SHAPES, make_matrices, step_error, steps
+from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, step_error, steps
 from tests.reference.optmerge import optmerge as reference
 from tests.reference.optmerge import truncated
 from tests.reference.wudi import quadratic, vectors

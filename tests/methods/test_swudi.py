@@ -1,7 +1,7 @@
 import pytest
 
 from merganser.methods.swudi import swudi
-from tests.methods.matrices import BARS, KINDS, SHAPES, make_matrices, step_error
+from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, step_error
 from tests.reference.swudi import swudi as reference
 
 SETTINGS = [

@@ -9,7 +9,7 @@ from merganser.methods.optmerge import optmerge
 from merganser.methods.swudi import swudi
 from merganser.methods.task_arithmetic import task_arithmetic
 from merganser.methods.wudi import wudi
-from tests.methods.matrices import BARS, KINDS, SHAPES, make_matrices, step_error, steps
+from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, step_error, steps
 from tests.reference.wudi import wudi as reference
 
 FAMILY = [wudi, swudi, aswudi, optmerge]
