@@ -1,8 +1,11 @@
 import pytest
 import torch
 
+from merganser.api import merge
 from merganser.engine.blocks import merge_tensors
 from merganser.methods.opcm import add_projected, divisor, opcm
+from tests.engine.interrupting import Counter, stop
+from tests.making import make_recipe, read_model, write_llamas
 from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, steps
 from tests.methods.whole_model import merge_whole_model
 from tests.reference.opcm import opcm as reference
@@ -121,3 +124,40 @@ def test_many_models_and_scales():
     zero, deltas = torch.zeros(9, 7), [(model - base).float() for model in models]
     once = merge_tensors(opcm, zero, deltas)
     torch.testing.assert_close(merge_tensors(opcm, zero, [delta * 2.0**-60 for delta in deltas]) * 2.0**60, once)
+
+
+def test_a_merge_on_disk_goes_on_from_what_its_record_says(tmp_path):
+    base, *paths = write_llamas(tmp_path, 5)
+    whole = merge(make_recipe("opcm", paths, base), tmp_path / "whole")
+    early = merge(make_recipe("opcm", paths[:2], base), tmp_path / "early")
+    scale = early.record["statistics"]["scale_after"]
+    assert 1 < scale < 2
+    state = {"merged": 2, "scale": scale}
+    later = merge(make_recipe("opcm", [early.out, *paths[2:]], base, state), tmp_path / "later")
+    assert later.record["statistics"]["scale_after"] == pytest.approx(
+        whole.record["statistics"]["scale_after"], rel=1e-6
+    )
+    expected, found, start = (read_model(path) for path in (whole.out, later.out, base))
+    for name in expected:
+        if "proj" in name:
+            step = (expected[name] - start[name]).norm()
+            assert (found[name] - expected[name]).norm() <= 1e-5 * step
+    # the norm over all matrices is the mean of those of the models
+    matrices = [name for name in start if "proj" in name]
+    norms = [
+        sum(float((read_model(path)[name] - start[name]).square().sum()) for name in matrices) ** 0.5
+        for path in (*paths, whole.out)
+    ]
+    assert norms[-1] == pytest.approx(sum(norms[:-1]) / 4, rel=1e-5)
+
+
+def test_the_record_of_a_continued_run_tells_the_scale(tmp_path):
+    base, *paths = write_llamas(tmp_path, 3)
+    recipe = make_recipe("opcm", paths, base)
+    counter = Counter()
+    whole = merge(recipe, tmp_path / "whole", threads=1, progress=counter)
+    # the last moment: every tensor is written
+    stop(recipe, tmp_path / "out", counter.calls, threads=1)
+    again = merge(recipe, tmp_path / "out", threads=1)
+    assert again.record["statistics"] == whole.record["statistics"]
+    assert again.record["continued"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..checkpoint import INDEX_NAME, index_json
 from ..errors import CheckpointError
@@ -31,6 +34,7 @@ def write_rest(
     groups: Sequence[Group],
     entries: Entries,
     hashes: Sequence[str],
+    statistics: Mapping[str, Tensor],
     inputs: Sequence[Mapping[str, Any]],
     errors: Mapping[str, Errors],
     timings: Mapping[str, float],
@@ -45,6 +49,7 @@ def write_rest(
         groups: All groups of the plan.
         entries: What their tasks read and wrote.
         hashes: sha256 of each shard.
+        statistics: What was solved for the whole model.
         inputs: From `input_files`, before the first read.
         errors: Of restoring each tensor from the sidecars.
         timings: For the record.
@@ -75,6 +80,7 @@ def write_rest(
         plan,
         inputs=input_hashes(plan, digests),
         outputs=outputs,
+        statistics={name: _json(solved.tolist()) for name, solved in statistics.items()},
         layers=layer_summary(plan.tensors, samples),
         movement=movement(plan, samples),
         timings=timings,
@@ -83,6 +89,13 @@ def write_rest(
     record |= beside
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def _json(value: Any) -> Any:
+    """Return numbers, or lists of them, with null for what JSON does not know: infinity and NaN."""
+    if isinstance(value, list):
+        return [_json(each) for each in value]
+    return value if math.isfinite(value) else None
 
 
 def side_file_bytes(plan: Plan) -> int:

@@ -110,6 +110,7 @@ def run_plan(
             groups=run.groups,
             entries=entries,
             hashes=hashes,
+            statistics=run.statistics,
             inputs=inputs,
             errors=errors,
             timings={"merge_seconds": round(merged - started, 3), "seconds": round(time.monotonic() - started, 3)},
@@ -170,6 +171,7 @@ class _Run:
         self._kernels = [KernelCache(plan, device, check_finite=not allow_nonfinite) for device in devices]
         self._devices = devices
         self._entries: dict[tuple[int, int], Mapping[str, Any]] = {}
+        self.statistics: Mapping[str, torch.Tensor] = {}
 
     def execute(self) -> dict[tuple[int, int], Mapping[str, Any]]:
         """Do all tasks; return the journal's entries by group and segment."""
@@ -194,6 +196,7 @@ class _Run:
                 self._on_cluster(schedule, self._cluster)
             if schedule.error is not None:
                 raise schedule.error
+            self.statistics = schedule.statistics
         except BaseException:
             self.hasher.stop()
             raise

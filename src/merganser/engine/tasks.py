@@ -191,13 +191,14 @@ class Schedule:
         self._error: BaseException | None = None
         self._stopped = False
         todo = [group for group in groups if len(finished.get(group.index, ())) < len(group.segments)]
-        if whole_model and todo:
+        if whole_model:
             todo = list(groups)
         self._waiting: Iterator[Group] = iter(todo)
         self._left = len(todo)
         self._measuring = sum(any(tensor.over_model for tensor in group.tensors) for group in todo)
         self._arrived: list[GroupState] = []
         self._model_sum = Sum()
+        self._solved: dict[str, Tensor] = {}
 
     def take(self) -> tuple[GroupState, Task] | None:
         """Wait for a task; None when all is done or stopped."""
@@ -267,6 +268,11 @@ class Schedule:
         return self.stopping or not self._left
 
     @property
+    def statistics(self) -> Mapping[str, Tensor]:
+        """What was solved for the whole model, by name."""
+        return self._solved
+
+    @property
     def error(self) -> BaseException | None:
         """What went wrong, if anything did."""
         return self._error
@@ -326,6 +332,7 @@ class Schedule:
             first, known = runs[0]
             first.solve(name, index, found.total(), known, sum(run.size for run, _ in runs))
             solved = {key: known[key] for key in ("previous", name) if key in known}
+            self._solved.update({key: value for key, value in solved.items() if key != "previous"})
             for _, other in runs[1:]:
                 other.pop("previous", None)
                 other.update(solved)
