@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .inspection import inspect
     from .recipe import load_recipe, load_recipes
+    from .report import write_report
     from .restoration import restore
     from .task_vectors import kinship
     from .verification import verify
@@ -43,6 +44,7 @@ __all__ = [
     "plan",
     "restore",
     "verify",
+    "write_report",
 ]
 
 _MODULES = ("errors", "methods")
@@ -60,6 +62,7 @@ _HOMES = {
     "plan": "api",
     "restore": "restoration",
     "verify": "verification",
+    "write_report": "report",
 }
 
 

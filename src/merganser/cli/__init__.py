@@ -21,6 +21,7 @@ from .inspect import inspect
 from .merge import merge
 from .methods import methods
 from .plan import plan
+from .report import report
 from .restore import restore
 from .verify import verify
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 for verb in (merge, plan, methods, inspect, diff, verify, restore):
     app.command(cls=Verb)(verb)
 app.command("eval", cls=ManyValues)(evaluate)
+app.command(cls=Verb)(report)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,141 @@
+"""A merge on a page: what was merged, how far it moved, what it can do.
+
+Nothing is computed here: the numbers are those of the run record, of an evaluation, and of `spectra` where asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.jsonfile import os_reason
+from ..errors import OutputError, UnsupportedError
+from ..spectra import Spectra, measure_spectra
+from .blocks import Section
+from .evaluation import read_evaluation
+from .page import render
+from .record import Record, read_record
+from .sections import sections, summary
+
+__all__ = ["PAGE_NAME", "Report", "read_report", "write_report"]
+
+PAGE_NAME = "report.html"
+"""Name of the page, in the folder of the merge, unless another is asked for."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What there is to say of a merge.
+
+    Args:
+        title: Name of the merge.
+        lead: What was merged, in a line.
+        sections: All else.
+    """
+
+    title: str
+    lead: str
+    sections: Sequence[Section]
+
+
+def read_report(
+    out: str | Path,
+    *,
+    evaluation: str | Path | None = None,
+    spectra: bool = False,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Put together what there is to say of a merge.
+
+    Args:
+        out: Folder that a merge wrote.
+        evaluation: What `merganser eval --json` wrote.
+        spectra: Measure singular values of task vectors; reads weights.
+        cache_dir: Folder for models from the Hub.
+        progress: Told the matrices measured, and those in all.
+
+    Raises:
+        NotFoundError: There is no such folder or file, or no run record.
+        CheckpointError: The run record, the evaluation or a checkpoint is damaged.
+        UnsupportedError: One is of a later version, or there are no task vectors to measure.
+    """
+    record = read_record(out)
+    found = None if evaluation is None else read_evaluation(evaluation)
+    measured = _spectra(record, cache_dir, progress) if spectra else None
+    return Report(Path(out).resolve().name, summary(record), sections(record, found, measured))
+
+
+def write_report(
+    out: str | Path,
+    file: str | Path | None = None,
+    *,
+    evaluation: str | Path | None = None,
+    spectra: bool = False,
+    overwrite: bool = False,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Draw a merge on one HTML page, which needs no other file, no server and no network.
+
+    Args:
+        out: Folder that a merge wrote.
+        file: The page; by default `report.html` in that folder.
+        evaluation: As for `read_report`.
+        spectra: As for `read_report`.
+        overwrite: Replace a file that exists.
+        cache_dir: As for `read_report`.
+        progress: As for `read_report`.
+
+    Returns:
+        The page.
+
+    Raises:
+        OutputError: The page exists, or cannot be written.
+        MergeError: As for `read_report`, and UnsupportedError where plotly is not installed.
+    """
+    target = Path(out) / PAGE_NAME if file is None else Path(file)
+    read_record(out)  # what is wrong with the merge is said before what is wrong with the target
+    _check(target, overwrite)
+    report = read_report(out, evaluation=evaluation, spectra=spectra, cache_dir=cache_dir, progress=progress)
+    _write(target, render(report.title, report.lead, report.sections))
+    return target
+
+
+def _spectra(record: Record, cache_dir: Path | None, progress: Progress | None) -> Spectra:
+    movement = record.movement
+    if movement is None or not movement.inputs or not movement.from_base or len(movement.inputs) < 2:
+        raise UnsupportedError(
+            f"{record.out}: singular values are those of task vectors, and its run record names no base with models "
+            "that every tensor was merged from"
+        )
+    base, *models = movement.inputs
+    return measure_spectra(record.out, base, models, cache_dir=cache_dir, progress=progress)
+
+
+def _check(target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        raise OutputError(f"{target}: is a folder; name a file, such as {target / PAGE_NAME}")
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target}: exists; choose another file with --out, or replace it with --overwrite")
+
+
+def _write(target: Path, text: str) -> None:
+    """Write a file that is there complete, or not at all."""
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(name).chmod(0o644)
+            Path(name).replace(target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {os_reason(error)}") from None

@@ -1,0 +1,141 @@
+"""A report as one HTML file that needs nothing else: no server, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from .. import __version__
+from ..errors import UnsupportedError
+from .blocks import Block, Cell, Code, Figure, List, Number, Section, Table
+
+__all__ = ["render"]
+
+_LONG = 28
+"""Letters from which a cell may be broken anywhere: a path or a hash."""
+
+
+def render(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """Write the page.
+
+    Args:
+        title: Name of the merge.
+        lead: A line below it.
+        sections: From `sections.sections`.
+
+    Raises:
+        UnsupportedError: plotly is not installed.
+    """
+    plotly = _plotly()
+    figures: list[str] = []
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>', _contents(sections)]
+    for i, section in enumerate(sections):
+        parts.append(f'<section id="s{i}"><h2>{escape(section.title)}</h2>')
+        parts += [_block(block, figures) for block in section.blocks]
+        parts.append("</section>")
+    own = files(__package__)
+    style, script = ((own / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f'<meta name="generator" content="merganser {escape(__version__)}">',
+            f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>",
+            *parts,
+            f'<p class="source">merganser {escape(__version__)}: report</p>',
+            *figures,
+            f"<script>{plotly}</script>\n<script>\n{script}</script>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _plotly() -> str:
+    """Return plotly.js, to be set into the page.
+
+    Raises:
+        UnsupportedError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        raise UnsupportedError(
+            "report: figures need plotly, which is not installed; pip install 'merganser[report]', "
+            "or print the report with --text"
+        ) from None
+    text: str = get_plotlyjs()
+    return text.replace("</script", "<\\/script")
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    links = (f'<a href="#s{i}">{escape(section.title)}</a>' for i, section in enumerate(sections))
+    return f"<nav>{' '.join(links)}</nav>"
+
+
+def _block(block: Block, figures: list[str]) -> str:
+    if isinstance(block, Table):
+        return _table(block)
+    if isinstance(block, Figure):
+        return _figure(block, figures)
+    if isinstance(block, Code):
+        return f"<pre>{escape(block.text)}</pre>"
+    if isinstance(block, List):
+        items = "".join(f"<li>{escape(text)}</li>" for text in block.texts)
+        return f'<div class="list"><b>{escape(block.kind)}</b><ul>{items}</ul></div>'
+    return f"<p>{escape(block.text)}</p>"
+
+
+def _table(table: Table) -> str:
+    width = len(table.head)
+    right = [table.numeric(i) for i in range(width)]
+    head = "".join(f"<th{_class(r)}>{escape(text)}</th>" for text, r in zip(table.head, right, strict=True))
+    cells = (map(_cell, row, right) for row in table.rows)
+    rows = "".join(f"<tr>{''.join(row)}</tr>\n" for row in cells)
+    top = f"<thead><tr>{head}</tr></thead>" if any(table.head) else ""
+    caption = f"<h3>{escape(table.caption)}</h3>" if table.caption and not table.folded else ""
+    text = f'{caption}<div class="wide"><table>{top}<tbody>\n{rows}</tbody></table></div>{_source(table.source)}'
+    return f"<details><summary>{escape(table.caption)}</summary>{text}</details>" if table.folded else text
+
+
+def _class(right: bool) -> str:
+    return ' class="n"' if right else ""
+
+
+def _cell(cell: Cell, right: bool) -> str:
+    if isinstance(cell, str):
+        names, style, exact = ["long"] if len(cell) > _LONG else [], "", ""
+    else:
+        names = ["minus"] if cell.shade is not None and cell.shade < 0 else []
+        style = "" if cell.shade is None else f' style="--s:{min(abs(cell.shade), 1):.3f}"'
+        exact = "" if cell.value is None else f' title="{escape(_exact(cell))}"'
+    names += ["n"] if right else []
+    kind = f' class="{" ".join(names)}"' if names else ""
+    return f"<td{kind}{style}{exact}>{escape(cell if isinstance(cell, str) else cell.text)}</td>"
+
+
+def _exact(cell: Number) -> str:
+    """Tell the whole number, and where the file says so."""
+    return f"{cell.value!r} ({cell.place})" if cell.place else repr(cell.value)
+
+
+def _figure(figure: Figure, figures: list[str]) -> str:
+    name = f"f{len(figures)}"
+    figures.append(f'<script type="application/json" id="{name}">{_json(figure)}</script>')
+    return (
+        f'<figure><h3>{escape(figure.title)}</h3><div class="plot" data-figure="{name}" '
+        f'style="height:{figure.height}px"><noscript>Figures need JavaScript; the tables do not.</noscript></div>'
+        f"{_source(figure.source)}</figure>"
+    )
+
+
+def _json(figure: Figure) -> str:
+    value: dict[str, Any] = {"data": figure.data, "layout": figure.layout}
+    # nothing in a script may look like its end
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _source(text: str) -> str:
+    return f'<p class="source">{escape(text)}</p>' if text else ""

@@ -1,0 +1,216 @@
+"""What an evaluation says of the merge: tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..wording import number_text, time_text
+from .blocks import Block, Cell, Figure, List, Number, Paragraph, Section, Table, estimate
+from .evaluation import Estimate, EvaluatedModel, Evaluation, Retention
+from .palette import COLOURS, cut, escape, layout
+from .record import Record
+
+__all__ = ["scores_section"]
+
+_SYMBOLS = ("circle", "square", "triangle-up", "cross", "x", "star")
+_BAR = 40
+"""Letters of the longest bar in a terminal."""
+
+
+def scores_section(record: Record, found: Evaluation) -> Section:
+    """Show scores, and what models kept and lost."""
+    own, said = _own(record, found)
+    said_of = [f"{task.name} has {task.items:,} {task.unit}s" for task in found.tasks]
+    said_of += [f"{name} {value}" for name, value in found.settings.items() if value != "null"]
+    blocks: list[Block] = [Paragraph(said)]
+    blocks.append(_scores(found, own))
+    if found.retention:
+        blocks.append(_retention(found, own))
+        blocks.append(
+            Paragraph(
+                "Recovered: the share of an expert's gain over the base that a model keeps, on the expert's domain. "
+                "Forgotten: what it lost on tasks that no expert is for, over the base's value."
+            )
+        )
+        blocks += _kept_and_lost(found, own)
+    else:
+        blocks.append(Paragraph("What was kept and lost is told where eval gets both --base and --experts."))
+    blocks += _recovered(found)
+    failed = [f"{model.name}: {model.failed}" for model in found.models if model.failed]
+    failed += [f"{m} on {task}: {score.failed}" for (m, task), score in found.scores.items() if score.failed]
+    for kind, texts in (("failed", failed), ("warnings", found.warnings)):
+        if texts:
+            blocks.append(List(kind, list(texts)))
+    if found.not_counted:
+        blocks.append(List("domains that do not count", [f"{n}: {why}" for n, why in found.not_counted.items()]))
+    blocks.append(Paragraph(f"{found.file.name}, {found.created}, {time_text(found.seconds)}; {', '.join(said_of)}."))
+    return Section("What it can do", blocks)
+
+
+def _own(record: Record, found: Evaluation) -> tuple[EvaluatedModel | None, str]:
+    """Find the merge among the models of an evaluation; say so, or why it is not there."""
+    plus = "± is one standard error."
+    for model in found.models:
+        if model.record == record.sha256:
+            return model, f"This merge is {model.name}. {plus}"
+    for model in found.models:
+        if model.kind == "checkpoint" and _same(model.reference, record.out):
+            return None, (
+                f"{found.file.name} is an evaluation of another checkpoint: {model.name} lay at {model.reference} as this "
+                f"merge does, and its merge.json was another one. Evaluate {record.out} again. {plus}"
+            )
+    return None, f"{found.file.name} is an evaluation of other checkpoints: this merge is not among them. {plus}"
+
+
+def _same(reference: str, out: Path) -> bool:
+    try:
+        return Path(reference).expanduser().resolve() == out.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _shown(model: EvaluatedModel, own: EvaluatedModel | None) -> str:
+    return f"{model.name} (this merge)" if model is own else model.name
+
+
+def _scores(found: Evaluation, own: EvaluatedModel | None) -> Table:
+    head = [
+        "",
+        "is",
+        *(f"{t.name}: {t.metric.replace('_', ' ')} {'↑' if t.higher_is_better else '↓'}" for t in found.tasks),
+    ]
+    rows: list[list[Cell]] = []
+    for model in found.models:
+        row: list[Cell] = [model.name, "this merge" if model is own else model.role]
+        for task in found.tasks:
+            score = found.scores.get((model.name, task.name))
+            row.append("failed" if score is None or score.failed else estimate(score.estimate))
+        rows.append(row)
+    return Table(head, rows, f"{found.file.name}: results", "scores (↑ higher is better, ↓ lower is better)")
+
+
+def _retention(found: Evaluation, own: EvaluatedModel | None) -> Table:
+    head = ["", "mean recovered", "worst recovered", "forgotten", "against the best single model"]
+    rows: list[list[Cell]] = []
+    for model in found.models:
+        kept = found.retention.get(model.name)
+        if kept is None:
+            continue
+        worst = estimate(kept.worst, percent=True)
+        if isinstance(worst, Number) and kept.worst is not None and kept.worst.about:
+            worst = Number(worst.value, f"{worst.text} ({kept.worst.about})", worst.place)
+        others = (kept.mean_forgotten, kept.against_best_single)
+        rows.append(
+            [_shown(model, own), estimate(kept.mean, percent=True), worst, *(estimate(e, percent=True) for e in others)]
+        )
+    return Table(head, rows, f"{found.file.name}: retention.models", "kept and lost")
+
+
+def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]:
+    """Draw mean recovered against forgotten, a mark for each model."""
+    data, lines = [], []
+    for i, model in enumerate(found.models):
+        kept = found.retention.get(model.name)
+        if kept is None or not (_has(kept.mean) and _has(kept.mean_forgotten)):
+            continue
+        mean, lost = kept.mean, kept.mean_forgotten
+        assert mean is not None
+        assert lost is not None
+        mark = {
+            "color": COLOURS[i % len(COLOURS)],
+            "symbol": "diamond" if model is own else _SYMBOLS[i % len(_SYMBOLS)],
+            "size": 15 if model is own else 10,
+        }
+        text = f"{_shown(model, own)}: recovered {_percent(mean)}, forgotten {_percent(lost)}"
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": escape(cut(_shown(model, own))),
+                "x": [lost.value],
+                "y": [mean.value],
+                "error_x": _error([lost]),
+                "error_y": _error([mean]),
+                "marker": mark,
+                "text": [escape(text)],
+                "hoverinfo": "text",
+            }
+        )
+        lines.append(f"  {text}")
+    if not data:
+        return []
+    height = 380 + 18 * len(data)
+    axis = {"tickformat": ".0%", "fixedrange": True}
+    drawn = layout(
+        height,
+        showlegend=True,
+        legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
+        xaxis={**axis, "title": {"text": "forgotten"}},
+        yaxis={**axis, "title": {"text": "mean recovered"}},
+    )
+    title = "what was recovered, against what was forgotten (better: up and left)"
+    return [Figure(title, data, drawn, height, lines, f"{found.file.name}: retention.models")]
+
+
+def _recovered(found: Evaluation) -> list[Block]:
+    """Draw what each model recovered of every domain."""
+    domains = [task.name for task in found.tasks if any(_of(kept, task.name) for kept in found.retention.values())]
+    if not domains:
+        return []
+    data, lines = [], []
+    for i, model in enumerate(found.models):
+        kept = found.retention.get(model.name)
+        if kept is None:
+            continue
+        estimates = [_of(kept, domain) for domain in domains]
+        data.append(
+            {
+                "type": "bar",
+                "name": escape(cut(model.name)),
+                "x": [escape(domain) for domain in domains],
+                "y": [None if e is None else e.value for e in estimates],
+                "error_y": _error(estimates),
+                "marker": {"color": COLOURS[i % len(COLOURS)]},
+                "hovertemplate": f"%{{x}} · {escape(model.name)}: %{{y:.1%}}<extra></extra>",
+            }
+        )
+        lines.append(f"  {model.name}")
+        width = max(map(len, domains))
+        lines += [f"    {d.ljust(width)}  {_bar(e)}" for d, e in zip(domains, estimates, strict=True)]
+    height = 380 + 18 * len(data)
+    drawn = layout(
+        height,
+        barmode="group",
+        showlegend=True,
+        legend={"orientation": "h", "x": 0, "y": -0.15, "yanchor": "top"},
+        xaxis={"fixedrange": True, "type": "category"},
+        yaxis={"fixedrange": True, "tickformat": ".0%", "title": {"text": "recovered"}},
+    )
+    title = "recovered, by domain"
+    return [Figure(title, data, drawn, height, lines, f"{found.file.name}: retention.models[].recovered")]
+
+
+def _of(kept: Retention, domain: str) -> Estimate | None:
+    return kept.recovered.get(domain)
+
+
+def _has(found: Estimate | None) -> bool:
+    return found is not None and found.value is not None
+
+
+def _percent(found: Estimate) -> str:
+    cell = estimate(found, percent=True)
+    return cell if isinstance(cell, str) else cell.text
+
+
+def _error(estimates: Sequence[Estimate | None]) -> dict[str, object]:
+    values = [0.0 if e is None or e.stderr is None else e.stderr for e in estimates]
+    return {"type": "data", "array": values, "color": "#888888", "thickness": 1.5, "width": 4}
+
+
+def _bar(found: Estimate | None) -> str:
+    if found is None or found.value is None:
+        return "not counted"
+    letters = "█" * min(max(round(found.value * _BAR), 0), _BAR)
+    return f"{letters.ljust(_BAR, '·')} {number_text(100 * found.value)} %"

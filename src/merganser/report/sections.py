@@ -1,0 +1,132 @@
+"""The sections of a report, in order: what was merged, how far it moved, what it can do, and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..description import describe
+from ..evaluation.sources import default_names
+from ..registry import methods
+from ..spectra import Spectra
+from ..wording import count_text, plural, size_text, time_text
+from .blocks import Block, Cell, Code, List, Number, Paragraph, Section, Table, number
+from .evaluation import Evaluation
+from .movement import Names, moved_section, related_section
+from .record import Record
+from .scores import scores_section
+from .singular import spectra_section
+
+__all__ = ["sections", "summary"]
+
+
+def summary(record: Record) -> str:
+    """Say in a line what was merged."""
+    seconds = record.timings.get("seconds")
+    return " · ".join(
+        [
+            record.method,
+            plural(len(record.models), "checkpoint"),
+            plural(record.tensors, "tensor"),
+            f"{count_text(record.parameters)} parameters",
+            ", ".join(record.dtypes),
+            *([] if seconds is None else [time_text(seconds)]),
+            record.created,
+        ]
+    )
+
+
+def sections(record: Record, evaluation: Evaluation | None, spectra: Spectra | None) -> list[Section]:
+    """Lay out a report.
+
+    Args:
+        record: The run record.
+        evaluation: What the merge can do; None where it was not measured.
+        spectra: Singular values of task vectors; None where nobody asked for them.
+    """
+    short = dict(zip(record.models, default_names(record.models), strict=True))
+
+    def name(model: str) -> str:
+        return short.get(model, model)
+
+    found = [_merged(record, name), moved_section(record, name), related_section(record, name)]
+    if spectra is not None:
+        found.append(spectra_section(spectra, name))
+    if evaluation is not None:
+        found.append(scores_section(record, evaluation))
+    if record.restored:
+        found.append(_restored(record))
+    return [*found, Section("Recipe", [Code(record.recipe)]), _files(record), _run(record)]
+
+
+def _merged(record: Record, name: Names) -> Section:
+    blocks: list[Block] = []
+    method = methods().get(record.method)
+    if method is not None:
+        described = describe(method)
+        source = f" {described.citation}." if described.citation else ""
+        blocks.append(Paragraph(f"{record.method}: {described.summary}{source}"))
+    for kind, texts in (("warnings", record.warnings), ("differs from mergekit", record.differences)):
+        if texts:
+            blocks.append(List(kind, texts))
+    inputs = record.movement.inputs if record.movement is not None else ()
+    base = inputs[0] if inputs and record.movement is not None and record.movement.from_base else None
+    rows: list[list[Cell]] = []
+    for model in record.models:
+        files = [file for file in record.inputs if file.model == model]
+        roles = [word for word, yes in (("base", model == base), ("donor", model == record.donor)) if yes]
+        size = sum(file.bytes for file in files)
+        read, held = sum(file.tensors_read for file in files), sum(file.tensors for file in files)
+        cells: list[Cell] = [name(model), ", ".join(roles), Number(size, size_text(size), "inputs[].bytes")]
+        rows.append([*cells, Number(read, f"{read:,} of {held:,}", "inputs[].tensors_read"), model])
+    blocks.append(
+        Table(["", "used as", "weights", "tensors read", "from"], rows, "merge.json: models, donor, inputs[]")
+    )
+    return Section("What was merged", blocks)
+
+
+def _restored(record: Record) -> Section:
+    rows: list[list[Cell]] = []
+    for i, task in enumerate(record.restored):
+        place = f"sidecars.tasks[{i}]"
+        size = Number(task.bytes, size_text(task.bytes), f"{place}.bytes")
+        full = Number(task.full_bytes, size_text(task.full_bytes), f"{place}.full_bytes")
+        rows.append([task.name, task.model, size, full, number(task.error, f"{place}.error")])
+    head = ["task", "model", "sidecar", "whole model", "relative error of the restored weights"]
+    return Section("Sidecars", [Table(head, rows, "merge.json: sidecars.tasks[]")])
+
+
+def _files(record: Record) -> Section:
+    written: list[Sequence[Cell]] = [
+        [file.file, Number(file.bytes, f"{file.bytes:,}", f"outputs[{i}].bytes"), file.sha256]
+        for i, file in enumerate(record.outputs)
+    ]
+    read: list[Sequence[Cell]] = [
+        [file.path, Number(file.bytes, f"{file.bytes:,}", f"inputs[{i}].bytes"), file.hash]
+        for i, file in enumerate(record.inputs)
+    ]
+    return Section(
+        "Files and hashes",
+        [
+            Table(["written", "bytes", "sha256"], written, "merge.json: outputs[]"),
+            Table(["read", "bytes", "xxh3-128 of the tensors read"], read, "merge.json: inputs[]"),
+            Paragraph("Whether they are still as they were written is not checked here; this checks it:"),
+            Code(f"merganser verify {record.out}"),
+        ],
+    )
+
+
+def _run(record: Record) -> Section:
+    rows: list[list[Cell]] = [[name, version] for name, version in record.versions.items()]
+    rows += [
+        ["device", record.device],
+        ["threads", Number(record.workers, str(record.workers), "workers")],
+        ["fused kernels", "yes" if record.compiled else "no"],
+        ["continued after an interruption", "yes" if record.continued else "no"],
+        ["seed", "none" if record.seed is None else Number(record.seed, str(record.seed), "seed")],
+        ["compat", record.compat or "none"],
+    ]
+    rows += [
+        [name.replace("_", " "), Number(value, f"{value:.3f}", f"timings.{name}")]
+        for name, value in record.timings.items()
+    ]
+    return Section("The run", [Table(["", ""], rows, "merge.json: versions, device, workers, seed, timings")])
