@@ -7,7 +7,7 @@ import pytest
 from merganser import __version__
 from tests.cli.tiny import run
 
-VERBS = ["merge", "plan", "methods", "inspect", "diff", "verify"]
+VERBS = ["merge", "plan", "methods", "inspect", "diff", "verify", "restore", "eval", "report"]
 
 
 def test_help_lists_every_verb_in_the_order_of_work() -> None:
@@ -29,6 +29,9 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  inspect  Describe a checkpoint, or how models of one base are related.\n"
         "  diff     Compare two checkpoints, tensor by tensor, by layer and role.\n"
         "  verify   Check an output against the hashes in its merge.json.\n"
+        "  restore  Write a task's own checkpoint back from a merge with sidecars.\n"
+        "  eval     Measure models on tasks, and what merges kept of their experts.\n"
+        "  report   Draw a merge: what was merged, how far it moved, what it can do.\n"
     )
 
 
