@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from merganser.api import merge
+from merganser.engine import run
 from merganser.engine.blocks import merge_tensors
 from merganser.methods.opcm import add_projected, divisor, opcm
-from tests.engine.interrupting import Counter, stop
 from tests.making import make_recipe, read_model, write_llamas
 from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, steps
 from tests.methods.whole_model import merge_whole_model
@@ -151,13 +151,18 @@ def test_a_merge_on_disk_goes_on_from_what_its_record_says(tmp_path):
     assert norms[-1] == pytest.approx(sum(norms[:-1]) / 4, rel=1e-5)
 
 
-def test_the_record_of_a_continued_run_tells_the_scale(tmp_path):
+def test_the_record_of_a_continued_run_tells_the_scale(tmp_path, monkeypatch):
+    def stopped(*arguments, **keys):
+        raise KeyboardInterrupt
+
     base, *paths = write_llamas(tmp_path, 3)
     recipe = make_recipe("opcm", paths, base)
-    counter = Counter()
-    whole = merge(recipe, tmp_path / "whole", threads=1, progress=counter)
-    # the last moment: every tensor is written
-    stop(recipe, tmp_path / "out", counter.calls, threads=1)
-    again = merge(recipe, tmp_path / "out", threads=1)
+    whole = merge(recipe, tmp_path / "whole")
+    # when every tensor is written
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_rest", stopped)
+        with pytest.raises(run.Interrupted):
+            merge(recipe, tmp_path / "out")
+    again = merge(recipe, tmp_path / "out")
     assert again.record["statistics"] == whole.record["statistics"]
     assert again.record["continued"]

@@ -1,0 +1,127 @@
+"""DOGE: change all task vectors alike, until their sum is right for each of them."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..method import Count, Embeddings, Fraction, Others, PerModel, Positive, default, merge_method
+from ..ops import delta_magnitudes, deltas, inverse_norms, magnitude_cut
+from ..ops.adam import adam
+from ..ops.spectral import svd
+
+_TOLERANCE = 1e-5
+"""Share of the largest singular value up to which there is only rounding in a direction."""
+
+
+def shared_directions(vectors: list[Tensor], dimensions: int) -> Tensor:
+    """Return the left directions that the task vectors have most in common, shape [rows, dimensions] at most."""
+    k = min(vectors[0].shape) // len(vectors)
+    together = torch.cat([svd(vector, k, tolerance=_TOLERANCE).left for vector in vectors], dim=1)
+    return svd(together, dimensions, tolerance=_TOLERANCE).left
+
+
+class RowLoss:
+    """sum_j |rows(delta_j * (delta_j - sum_i factor_i (delta_i + change)))|^2, where rows() adds up each row.
+
+    Args:
+        vectors: The task vectors, shape [m, n] each.
+        factors: One per task vector.
+    """
+
+    def __init__(self, vectors: list[Tensor], factors: Tensor) -> None:
+        self._rows = torch.stack(vectors, dim=1)
+        self._factor = factors.sum()
+        sums = torch.einsum("mtn,t->mn", self._rows, factors)
+        # what the change has to make of each row of each task vector, shape [m, T]
+        self._missing = (self._rows * (self._rows - sums.unsqueeze(1))).sum(dim=2)
+
+    def gradient(self, change: Tensor) -> Tensor:
+        """Return the gradient at a change, shape [m, n]."""
+        left = self._missing - self._factor * torch.bmm(self._rows, change.unsqueeze(2)).squeeze(2)
+        return torch.bmm(left.unsqueeze(1), self._rows).squeeze(1).mul_(-2 * self._factor)
+
+    def least_change(self) -> Tensor:
+        """Return the smallest change that makes the loss as small as it can be."""
+        rows = self._rows.double()
+        values, turn = torch.linalg.eigh(rows @ rows.mT)
+        known = values > 1e-10 * values[:, -1:]
+        inverse = torch.where(known, 1 / torch.where(known, values, 1.0), 0.0)
+        shares = (turn * inverse.unsqueeze(1)) @ (turn.mT @ (self._missing.double() / self._factor).unsqueeze(2))
+        return (shares.mT @ rows).squeeze(1).to(self._rows.dtype)
+
+
+@merge_method(
+    family="spectral",
+    cite="wei2025doge",
+    scope="matrix",
+    models=(2, None),
+    statistics={"cut": magnitude_cut(delta_magnitudes, over="model")},
+    breaks={"identical": "task vectors are divided by their norms"},
+)
+def doge(
+    base: Tensor,
+    models: list[Tensor],
+    cut: Tensor | None,
+    *,
+    eta: Positive = default(0.07),
+    density: PerModel[Fraction] = default(0.3),
+    solver: Literal["adam", "rows"] = "adam",
+    steps: Count = 400,
+    learning_rate: Positive = default(1e-4),
+    subspace: Count = 6,
+    others: Others = "base",
+    embeddings: Embeddings = "others",
+) -> Tensor:
+    """Look for a common change of all task vectors that makes their sum like each of them, and trim them.
+
+        factor_i = eta / |delta_i|,    delta_i = model_i - base
+        L(D)     = sum_j |rows(delta_j * (delta_j - sum_i factor_i (delta_i + D)))|^2
+        D        = 400 steps of Adam down (1 - P) grad L, from D = 0
+        P        = projector on the floor(r / subspace) left directions that the task vectors have most in common
+        merged   = base + sum_i factor_i * (delta_i + D), where |delta_i| reaches the cut of model i, else base
+
+    rows() adds up the products along each row, and r is the shorter side of the matrix. The cut keeps the share
+    `density` of all elements of a model.
+
+    Use when:
+        Experts of clearly different skills were trained from one base.
+
+    Args:
+        eta: Norm that each task vector gets.
+        density: Share of the elements that is kept, the largest of all matrices of the model together.
+        solver: How D is found: by Adam as in the paper, or as the least change for which L is smallest, row by row and
+            without P, which takes a fraction of the time.
+        steps: Steps of Adam.
+        learning_rate: Of Adam, which moves every element by about that much in a step.
+        subspace: The shared directions are this part of all: 6 for a sixth.
+
+    Differs from the paper:
+        Read in the code of FusionBench, by one of the authors. That code merges the weights of encoders of CLIP; here
+        all matrices are merged. It keeps one element more, and all that equal the smallest that it keeps; here those
+        are kept that reach the k-th largest, k = floor(density * elements).
+        Directions of singular values up to 1e-5 of the largest are not among the shared ones, as they are arbitrary. So
+        are those that are taken of equally common ones, as of equal models; a single model is refused for that reason.
+        A model equal to the base has no say, instead of giving NaN.
+    """
+    vectors = deltas(base, models)
+    norms = torch.stack([vector.double().square().sum().sqrt() for vector in vectors])
+    factors = (eta * inverse_norms(norms)).to(base.dtype)
+    if not factors.any():
+        return base.clone()
+    loss = RowLoss(vectors, factors)
+    if solver == "rows":
+        change = loss.least_change()
+    else:
+        shared = shared_directions(vectors, min(base.shape) // subspace)
+
+        def gradient(point: Tensor) -> Tensor:
+            slope = loss.gradient(point)
+            return slope - shared @ (shared.T @ slope)
+
+        change = adam(gradient, torch.zeros_like(base), steps, float(learning_rate))
+    total = torch.zeros_like(base)
+    for i, (vector, size) in enumerate(zip(vectors, delta_magnitudes(base, models), strict=True)):
+        part = factors[i] * (vector + change)
+        total += part if cut is None else torch.where(size >= cut[i, 0], part, 0.0)
+    return base + total
