@@ -15,3 +15,33 @@ def emr(base, models):
     for delta in deltas:
         largest = torch.maximum(largest, (delta * ((delta * flag) > 0)).abs())
     return base + flag.double() * largest
+
+
+def emr_restored(base, models, merged, *, rescale_by="sum", rescale_over="model"):
+    """M_t = (tau_t * tau_uni > 0), lambda_t = sum |tau_t| / sum |M_t * tau_uni|, theta_t = theta + lambda_t M_t tau_uni.
+
+    Of one tensor, for which all ways to rescale are the same; with tau_uni as the merged tensor has it.
+    """
+    unified = merged - base
+    found = []
+    for model in models:
+        mask = ((model - base) * unified > 0).double()
+        under = (mask * unified).abs().sum()
+        factor = (model - base).abs().sum() / under if under > 0 else 1.0
+        found.append(base + factor * mask * unified)
+    return found
+
+
+def emr_factors(bases, models, mergeds, rescale_by):
+    """One factor for each model, over a list of tensors; "mean" as the authors' code for language models has it."""
+    factors = []
+    for i in range(len(models[0])):
+        own = under = 0.0
+        for base, each, merged in zip(bases, models, mergeds, strict=True):
+            delta, unified = each[i].double() - base.double(), merged.double() - base.double()
+            mask = (delta * unified > 0).double()
+            one, other = delta.abs(), (mask * unified).abs()
+            own += float(one.mean() if rescale_by == "mean" else one.sum())
+            under += float(other.mean() if rescale_by == "mean" else other.sum())
+        factors.append(own / under)
+    return factors

@@ -6,6 +6,7 @@ fused: no `add(alpha=...)`, no `lerp`, whose vector and scalar forms round diffe
 
 from .bits import pack_codes, pack_flags, packed_size, unpack_codes, unpack_flags
 from .drop import check_spread, drop, drop_norms, magprune, magprune_norms, rescales, restores_l1
+from .factors import factor, leading, rank_of
 from .gram import gram, inverse_norms, unit_gram
 from .masks import elect_largest, tall_mask
 from .middle import collides, keep_middle, middle_cut, middle_norms
@@ -39,11 +40,13 @@ __all__ = [
     "drop_norms",
     "elect_largest",
     "elect_sign",
+    "factor",
     "gram",
     "inverse_norms",
     "keep_middle",
     "l1_gain",
     "l1_norms",
+    "leading",
     "magnitude_cut",
     "magprune",
     "magprune_norms",
@@ -54,6 +57,7 @@ __all__ = [
     "pack_codes",
     "pack_flags",
     "packed_size",
+    "rank_of",
     "rescales",
     "restores_l1",
     "round_down",

@@ -1,0 +1,141 @@
+"""Reversible model merging: the factors of all task vectors in a basis that they share."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..method import Count, Embeddings, PerModel, Scale, Weight, default, merge_method
+from ..ops import deltas, factor, normalizer, weighted_sum
+from ..sidecar import Encoded, Kept, Lossless, Part, Sidecar
+
+
+class Space(NamedTuple):
+    """Principal components of T vectors at each of P positions.
+
+    Args:
+        mean: Shape [P, R].
+        basis: Shape [P, p, R], orthonormal rows, or zeros where the vectors span less.
+        codes: Shape [T, P, p].
+    """
+
+    mean: Tensor
+    basis: Tensor
+    codes: Tensor
+
+
+def components(vectors: Tensor, count: int) -> Space:
+    """Find the principal components at each position, in float64.
+
+    Args:
+        vectors: Shape [T, P, R].
+        count: How many, p.
+    """
+    wide = vectors.double().transpose(0, 1)
+    mean = wide.mean(dim=1)
+    centred = wide - mean.unsqueeze(1)
+    # T x T, which is small, instead of R x R
+    squares, turn = torch.linalg.eigh(centred @ centred.mT)
+    turn = turn.flip(2)[:, :, :count]
+    values = squares.flip(1)[:, :count].clamp(min=0).sqrt()
+    floor = values[:, :1] * 1e-7
+    inverse = torch.where(values > floor, 1 / values, 0.0)
+    basis = (centred.mT @ turn * inverse.unsqueeze(1)).mT
+    return Space(mean, basis, (centred @ basis.mT).transpose(0, 1))
+
+
+def sizes(shape: tuple[int, ...], n_models: int, rank: int, basis: int) -> tuple[int, int]:
+    """Return the rank of the factors and the number of components, where fewer are enough."""
+    r = min(rank, *shape)
+    return r, min(basis, n_models - 1, r)
+
+
+def parts(shape: tuple[int, ...], n_models: int, rank: int, basis: int) -> dict[str, Part]:
+    """Return what is kept of a matrix: means and bases for all tasks, and the codes of each."""
+    r, p = sizes(shape, n_models, rank, basis)
+    found = {}
+    for side, size in zip(("left", "right"), shape, strict=True):
+        found[f"{side}_mean"] = Part((size, r), shared=True)
+        found[f"{side}_basis"] = Part((size, p, r), shared=True)
+        found[f"{side}_codes"] = Part((size, p))
+    return found
+
+
+def encode(
+    base: Tensor,
+    models: list[Tensor],
+    *,
+    rank: Count = 16,
+    basis: Count = 1,
+    others: Kept = "own",
+    embeddings: Embeddings = "others",
+) -> Encoded:
+    """Factor the task vectors, and find the components of their factors."""
+    r, p = sizes(tuple(base.shape), len(models), rank, basis)
+    pairs = [factor(model - base, r) for model in models]
+    found: dict[str, Tensor | list[Tensor]] = {}
+    for side, factors in zip(("left", "right"), zip(*pairs, strict=True), strict=True):
+        space = components(torch.stack(factors), p)
+        found |= {f"{side}_mean": space.mean, f"{side}_basis": space.basis, f"{side}_codes": list(space.codes)}
+    return found
+
+
+def decode(
+    base: Tensor,
+    left_mean: Tensor,
+    left_basis: Tensor,
+    left_codes: Tensor,
+    right_mean: Tensor,
+    right_basis: Tensor,
+    right_codes: Tensor,
+) -> Tensor:
+    """Return the base plus the product of the task's factors."""
+    left = left_mean + (left_codes.unsqueeze(1) @ left_basis).squeeze(1)
+    right = right_mean + (right_codes.unsqueeze(1) @ right_basis).squeeze(1)
+    return base + left @ right.T
+
+
+@merge_method(
+    family="sidecars",
+    cite="alipour2025rmm",
+    sidecar=Sidecar(
+        parts,
+        encode,
+        decode,
+        scope="matrix",
+        matrices=True,
+        lossless=Lossless({"rank": 1 << 20, "basis": 1 << 20, "embeddings": "matrix"}),
+    ),
+)
+def rmm(
+    base: Tensor, models: list[Tensor], *, weight: PerModel[Weight] = default(1.0), lambda_: Scale = default(1.0)
+) -> Tensor:
+    """Average the task vectors; their low-rank factors are kept in a basis that the tasks share.
+
+        merged  = base + lambda * sum_i weight_i * delta_i / sum_i weight_i,   delta_i = model_i - base
+
+    Kept for each matrix is what gives the models back. The task vectors are factored, delta_i ~ A_i B_i of rank R; for
+    each row of the A_i, and each column of the B_i, the T vectors of R numbers are
+
+        a_i ~ mean + sum_{j <= p} code_ij * component_j
+
+    with mean and the p principal components for all tasks together, and p codes for each.
+
+    Use when:
+        Many LoRA fine-tunes, merged into full weights, are to be stored together: with p small, a further task costs
+        next to nothing. With p = T - 1 they come back exactly, as far as rank R reaches.
+
+    Args:
+        weight: Share of each task vector in the merged model; restoring does not depend on it.
+        lambda_: Factor of their average, too.
+        rank: R; the smaller side of a matrix where that is less. Fine-tunes by LoRA have the rank of their adapters.
+        basis: p, at most one less than there are models.
+        embeddings: Whether embeddings and head are kept like the tensors that are not matrices, or as factors.
+
+    Differs from the paper:
+        Not compared with the authors' code, which was not found. Defaults are ours.
+        The paper has the components in the place of a merged model; here there is one beside them.
+        Factors are those of the singular value decomposition, the values shared evenly; the entry of each left vector
+        that is largest in magnitude is positive. Factors of adapters as trained would lie in unrelated bases.
+    """
+    return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))
