@@ -17,9 +17,7 @@ from .peak import peak_per_element
 if TYPE_CHECKING:
     from .plan import PlannedTensor
 
-RESIDENT = 240_000_000
-"""What Python and torch take, bytes."""
-
+_PYTHON_AND_TORCH = 240_000_000
 # torch.compile's machinery and the kernels that it loads
 _COMPILER = 190_000_000
 
@@ -33,20 +31,27 @@ def default_memory() -> int:
     return max(min(total // 4, 4_000_000_000), 1_000_000_000)
 
 
-def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int) -> int:
+def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int, *, beside: int = 0) -> int:
     """Return how many workers, at most `wanted`, stay within a memory limit.
+
+    Args:
+        tensors: What they work on.
+        wanted: How many there shall be.
+        compiled: Whether kernels are fused.
+        limit: Largest resident memory, bytes.
+        beside: What else will be held, bytes.
 
     Raises:
         MemoryLimitError: Not even one does.
     """
-    needed = estimate_memory(tensors, 1, compiled)
+    needed = beside + estimate_memory(tensors, 1, compiled)
     if needed > limit:
         largest = max(tensors, key=lambda tensor: (_held(tensor, compiled), tensor.size))
         raise MemoryLimitError(
             f"--max-memory: {largest.method.name} needs {needed / 1e6:.0f} MB for this merge, {limit / 1e6:.0f} MB are "
             f"allowed; its largest tensor is {largest.name} {list(largest.shape)}"
         )
-    further = max(estimate_memory(tensors, 2, compiled) - needed, 1)
+    further = max(beside + estimate_memory(tensors, 2, compiled) - needed, 1)
     return min(1 + (limit - needed) // further, wanted)
 
 
@@ -62,7 +67,7 @@ def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, compiled: bo
             bundle = max(bundle, _raw(tensor) + max(8 * (len(tensor.inputs) + 2), eager))
     # small tensors are worked on in bundles of a block's elements, at most
     needed = max(largest, min(small, BLOCK) * bundle)
-    return RESIDENT + (_COMPILER if compiled else 0) + workers * needed
+    return _PYTHON_AND_TORCH + (_COMPILER if compiled else 0) + workers * needed
 
 
 def _held(tensor: PlannedTensor, compiled: bool) -> int:

@@ -19,8 +19,8 @@ from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_lay
 from .align import Alignment, Member, Slot, align_models, align_slices
 from .blocks import block_step, working_shape
 from .devices import has_compiler, resolve_devices
-from .memory import RESIDENT, default_memory, estimate_memory, fit_workers
-from .sidecars.plan import SidecarPlan, plan_sidecars
+from .memory import default_memory, estimate_memory, fit_workers
+from .sidecars.plan import SidecarPlan, plan_sidecars, sidecar_memory
 from .sidefiles import chat_template, code_warnings, side_files
 from .treatment import Treatment, treat
 
@@ -205,8 +205,9 @@ class Plan:
     @cached_property
     def peak_memory(self) -> int:
         """Largest resident memory to expect, bytes: measured constants, and what the workers hold."""
-        beside = RESIDENT + self.sidecars.peak_memory if self.sidecars else 0
-        return max(estimate_memory(self.tensors, self.workers, self.compiled), beside)
+        # what the workers leave is not given back before the sidecars are made
+        beside = self.sidecars.peak_memory if self.sidecars else 0
+        return estimate_memory(self.tensors, self.workers, self.compiled) + beside
 
     @property
     def seconds(self) -> float:
@@ -259,9 +260,10 @@ def build_plan(
     compiled = _pays(drafts, devices) if compiled is None else compiled
     limit = default_memory() if max_memory is None else max_memory
     threads = threads or min(os.cpu_count() or 1, 8)
-    workers = fit_workers(drafts, threads, compiled, limit)
+    workers = fit_workers(drafts, threads, compiled, limit, beside=sidecar_memory(method, drafts))
     tensors = _place(drafts, shards)
-    beside = plan_sidecars(resolver, tensors, shard_bytes=out_shard_size, threads=threads, max_memory=limit)
+    room = limit - estimate_memory(drafts, workers, compiled)
+    sidecars = plan_sidecars(resolver, tensors, shard_bytes=out_shard_size, threads=threads, max_memory=room)
     return Plan(
         recipe=recipe,
         method=method,
@@ -279,7 +281,7 @@ def build_plan(
         device=",".join(str(found) for found in devices),
         warnings=[*resolver.warnings, *resolver.idle_filters(), *alignment.warnings, *config_warnings, *template[1]],
         differences=resolver.differences(),
-        sidecars=beside,
+        sidecars=sidecars,
     )
 
 
