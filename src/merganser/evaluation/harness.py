@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ import numpy as np
 import xxhash
 
 from ..errors import MergeError, TaskError, did_you_mean
-from .batches import Refused
 from .estimate import Estimate
 from .loading import Tokenizer
 from .outcome import Outcome
@@ -34,11 +35,15 @@ class Opened:
         spec: What lm-eval is asked for.
         key: Its name in the results of lm-eval.
         hash: Identifies its settings and items.
+        parts: Names of the tasks that it consists of.
+        metrics: Names of its metrics, in the order of its file; the first is the one that counts.
     """
 
     spec: str
     key: str
     hash: str
+    parts: tuple[str, ...]
+    metrics: tuple[str, ...]
 
 
 class Harness:
@@ -55,12 +60,7 @@ class Harness:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
-            named = ", ".join(task.source for task in tasks)
-            raise TaskError(
-                f"{named}: no such file here; if lm-eval has a task of that name: it is not installed, {_INSTALL}"
-                if all(task.name == task.source for task in tasks)
-                else f"{named}: lm-eval carries out such tasks, and it is not installed: {_INSTALL}"
-            ) from None
+            raise TaskError(_missing(tasks)) from None
         with _quiet():
             self._manager = TaskManager()
             self._opened = {task.name: self._open(task) for task in tasks}
@@ -83,7 +83,7 @@ class Harness:
                 "`lm-eval ls tasks` lists them"
             )
         spec = str(path.absolute()) if path.exists() else task.source
-        with _explained(task):
+        with _explained(task.source):
             loaded = self._manager.load([spec])
             groups = [name for name in loaded["groups"] if name == task.source] or [*loaded["groups"]][:1]
             if not groups and len(loaded["tasks"]) != 1:
@@ -97,80 +97,57 @@ class Harness:
                 digest.update(json.dumps([name, each.dump_config()], default=str, sort_keys=True).encode())
                 for document in each.eval_docs:
                     digest.update(json.dumps(document, default=str, sort_keys=True).encode())
-        return Opened(spec, groups[0] if groups else next(iter(loaded["tasks"])), digest.hexdigest())
+        first = next(iter(loaded["tasks"].values()))
+        listed = first.dump_config().get("metric_list") or []
+        metrics = tuple(str(entry.get("metric")) for entry in listed)
+        return Opened(
+            spec, groups[0] if groups else first.task_name, digest.hexdigest(), tuple(loaded["tasks"]), metrics
+        )
 
     def score(
-        self, task: HarnessTask, model: Any, tokenizer: Tokenizer, *, limit: int | None, rows: int
-    ) -> dict[str, Any]:
-        """Let lm-eval score a model on a task.
+        self, tasks: Sequence[HarnessTask], model: Any, tokenizer: Tokenizer, *, limit: int | None, rows: int
+    ) -> dict[str, dict[str, Any]]:
+        """Let lm-eval score a model on tasks, in one go as its own command does: it batches over all of them.
 
         Args:
-            task: The task.
+            tasks: The tasks.
             model: A causal language model of transformers.
             tokenizer: Its tokenizer.
-            limit: Number of documents.
+            limit: Number of documents of each.
             rows: Batch size.
 
         Returns:
-            What `outcome` takes, as plain data.
+            By task what `outcome` takes, as plain data; "failed" says why there is nothing.
 
         Raises:
             TaskError: lm-eval failed.
-            Refused: The model gave NaN.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        opened = self._opened[task.name]
-        with _quiet(), _explained(task):
+        with _quiet(), _explained(", ".join(task.source for task in tasks)):
             # lm-eval gives tokenizers a token for padding
             wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer.encoder), batch_size=rows)
+            specs = [self._opened[task.name].spec for task in tasks]
             found = simple_evaluate(
-                wrapped, tasks=[opened.spec], limit=limit, task_manager=self._manager, log_samples=True
+                wrapped, tasks=specs, limit=limit, task_manager=self._manager, log_samples=True, batch_size=rows
             )
-        samples = found.get("samples", {}).get(opened.key, [])
-        if any(_has_nan(sample["resps"]) for each in found.get("samples", {}).values() for sample in each):
-            raise Refused("NaN in what lm-eval got from the model")
-        scored = {**found.get("groups", {}), **found["results"]}.get(opened.key, {})
-        metrics = [*_metrics(scored, found["higher_is_better"].get(opened.key, {}), samples)]
-        if not metrics:
-            raise TaskError(f"{task.source}: lm-eval gives no figure for {opened.key}; name its tasks one by one")
-        counts = found["n-samples"]
-        items = (
-            counts[opened.key]["effective"] if opened.key in counts else sum(c["effective"] for c in counts.values())
-        )
-        return {"metrics": metrics, "items": items}
+        return {task.name: _content(task, self._opened[task.name], found) for task in tasks}
 
 
-@dataclass(frozen=True)
-class PreparedHarness:
-    """A task of lm-eval for a model: one batch, which lm-eval divides as it likes.
-
-    Args:
-        task: The task.
-        harness: Carries it out.
-        tokenizer: Of the model.
-        model: Name of the model.
-        limit: Number of documents.
-        rows: Batch size.
-    """
-
-    task: HarnessTask
-    harness: Harness
-    tokenizer: Tokenizer
-    model: str
-    limit: int | None
-    rows: int
-
-    batches = ((0,),)
-
-    def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
-        """Let lm-eval score the model."""
-        return self.harness.score(self.task, model, self.tokenizer, limit=self.limit, rows=self.rows)
-
-    def outcome(self, contents: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Take the figures of lm-eval over."""
-        return outcome(contents[0], self.task.name, self.model)
+def _content(task: HarnessTask, opened: Opened, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Take what belongs to a task from the results of lm-eval."""
+    samples = {part: found.get("samples", {}).get(part, []) for part in opened.parts}
+    if any(_has_nan(sample["resps"]) for own in samples.values() for sample in own):
+        return {"failed": "NaN in what lm-eval got from the model"}
+    scored = {**found.get("groups", {}), **found["results"]}.get(opened.key, {})
+    higher = found["higher_is_better"].get(opened.key, {})
+    metrics = [*_metrics(scored, higher, samples.get(opened.key, []))]
+    if not metrics:
+        raise TaskError(f"{task.source}: lm-eval gives no figure for {opened.key}; name its tasks one by one")
+    metrics.sort(key=lambda metric: _rank(metric["name"], opened.metrics))
+    items = sum(found["n-samples"][part]["effective"] for part in opened.parts)
+    return {"metrics": metrics, "items": items}
 
 
 def outcome(content: Mapping[str, Any], task: str, model: str) -> Outcome:
@@ -221,10 +198,24 @@ def _metrics(
         }
 
 
+def _rank(name: str, order: Sequence[str]) -> int:
+    metric = name.partition(",")[0]
+    return order.index(metric) if metric in order else len(order)
+
+
 def _has_nan(value: Any) -> bool:
     if isinstance(value, float):
         return math.isnan(value)
     return isinstance(value, list | tuple) and any(map(_has_nan, value))
+
+
+def _missing(tasks: Sequence[HarnessTask]) -> str:
+    """Say that lm-eval is not there; a name may also be a file's with a slip in it."""
+    names = [task.source for task in tasks if not Path(task.source).exists()]
+    if not names:
+        return f"{tasks[0].source}: lm-eval carries out tasks in its format, and it is not installed: {_INSTALL}"
+    near = did_you_mean(names[0], [path.name for path in Path().iterdir()])
+    return f"{names[0]}: no such file.{near} If lm-eval has a task of that name: it is not installed, {_INSTALL}"
 
 
 def _version() -> str:
@@ -234,8 +225,8 @@ def _version() -> str:
 
 
 @contextmanager
-def _explained(task: HarnessTask) -> Iterator[None]:
-    """Turn whatever lm-eval raises into an error that names the task."""
+def _explained(source: str) -> Iterator[None]:
+    """Turn whatever lm-eval raises into an error that names the tasks."""
     try:
         yield
     except MergeError:
@@ -244,18 +235,21 @@ def _explained(task: HarnessTask) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-        raise TaskError(f"{task.source}: lm-eval cannot carry it out: {reason}") from None
+        raise TaskError(f"{source}: lm-eval cannot carry it out: {reason}") from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what lm-eval logs off the terminal, below errors."""
+    """Keep what lm-eval logs below errors to itself, and its progress where nobody watches."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    # stdout is for results
+    elsewhere = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
-        yield
+        with redirect_stderr(elsewhere), redirect_stdout(elsewhere):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

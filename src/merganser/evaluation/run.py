@@ -189,7 +189,7 @@ def _score(
 ) -> tuple[dict[str, dict[str, Outcome]], dict[str, ModelInfo]]:
     """Load one model after another and score it on all tasks."""
     # what does not fit is refused before the first model is loaded
-    jobs = {name: [scorer.job(model, name, task) for task in tasks] for name, model in opened.items()}
+    jobs = {name: [scorer.job(model, task) for task in tasks] for name, model in opened.items()}
     outcomes: dict[str, dict[str, Outcome]] = {}
     infos: dict[str, ModelInfo] = {}
     for number, entry in enumerate(roster.entries):
@@ -205,7 +205,7 @@ def _score(
                 failed = str(error)
         ready = time.monotonic()
         if failed is None:
-            outcomes[name] = {job.task.name: scorer.run(name, loaded, job) for job in jobs[name]}
+            outcomes[name] = scorer.run(name, model, loaded, jobs[name])
         infos[name] = ModelInfo(
             reference=model.source.reference,
             kind=model.source.kind,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ import xxhash
 
 from .batches import Prepared, Refused
 from .choices import prepare_choices
-from .harness import Harness, PreparedHarness
+from .harness import Harness, outcome
 from .journal import Journal
 from .loading import LanguageModel
 from .outcome import Outcome
-from .tasks import ChoiceTask, Task, TextTask
+from .tasks import ChoiceTask, HarnessTask, Task, TextTask
 from .text import prepare_text
 
 _VERSION = 1  # of the scorer: another one does not continue a journal
@@ -49,13 +49,18 @@ class Job:
 
     Args:
         task: The task.
-        prepared: The task in the tokens of the model.
+        prepared: The task in the tokens of the model; None where lm-eval sees to that.
         key: Identifies model, task and settings in the journal.
     """
 
     task: Task
-    prepared: Prepared
+    prepared: Prepared | None
     key: str
+
+    @property
+    def batches(self) -> Sequence[Sequence[int]]:
+        """Indices of rows, batch by batch; lm-eval's tasks are one batch."""
+        return ((0,),) if self.prepared is None else self.prepared.batches
 
 
 @dataclass
@@ -77,13 +82,12 @@ class Scorer:
     def __post_init__(self) -> None:
         self._rows: dict[Any, Prepared] = {}
 
-    def job(self, model: LanguageModel, name: str, task: Task) -> Job:
+    def job(self, model: LanguageModel, task: Task) -> Job:
         """Turn a task into the tokens of a model.
 
         Raises:
             TaskError: The task does not fit the model.
         """
-        s = self.settings
         if isinstance(task, TextTask | ChoiceTask):
             vocabulary = model.config.get_text_config().vocab_size
             # models of one base mostly share their tokenizer, and with it the tokens
@@ -92,39 +96,73 @@ class Scorer:
                 self._rows[place] = self._own(model, task, vocabulary)
             return Job(task, self._rows[place], self._key(model, task.hash))
         assert self.harness is not None
-        rows = max(1, s.batch_tokens // _HARNESS_TOKENS)
-        prepared = PreparedHarness(task, self.harness, model.tokenizer, name, s.limit, rows)
-        return Job(task, prepared, self._key(model, self.harness.hash(task)))
+        return Job(task, None, self._key(model, self.harness.hash(task)))
 
-    def pending(self, jobs: list[Job]) -> bool:
-        """Whether anything is left to measure."""
-        return any(self.journal.get(job.key, i) is None for job in jobs for i in range(len(job.prepared.batches)))
+    def pending(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return the jobs of which something is left to measure."""
+        return [job for job in jobs if any(self.journal.get(job.key, i) is None for i in range(len(job.batches)))]
 
-    def run(self, name: str, loaded: Any, job: Job) -> Outcome:
-        """Score a model on a task, as far as the journal does not have it.
+    def run(self, name: str, model: LanguageModel, loaded: Any, jobs: Sequence[Job]) -> dict[str, Outcome]:
+        """Score a model on tasks, as far as the journal does not have it.
 
         Args:
             name: Name of the model.
-            loaded: The model; None where nothing is left to measure.
-            job: The task.
+            model: The model.
+            loaded: The model with its weights; None where nothing is left to measure.
+            jobs: The tasks.
+
+        Returns:
+            The outcomes by task.
 
         Raises:
             TaskError: lm-eval failed.
         """
+        failed = self._run_harness(name, model, loaded, jobs)
+        outcomes = {}
+        for job in jobs:
+            if job.prepared is not None:
+                outcomes[job.task.name] = self._run_own(name, loaded, job, job.prepared)
+            elif job.task.name in failed:
+                outcomes[job.task.name] = failed[job.task.name]
+            else:
+                content = self.journal.get(job.key, 0)
+                assert content is not None
+                outcomes[job.task.name] = outcome(content, job.task.name, name)
+        return outcomes
+
+    def _run_harness(self, name: str, model: LanguageModel, loaded: Any, jobs: Sequence[Job]) -> dict[str, Outcome]:
+        """Let lm-eval measure what is left; return the tasks on which the model failed."""
+        left = {job.task.name: job for job in self.pending([job for job in jobs if job.prepared is None])}
+        if not left:
+            return {}
+        assert self.harness is not None
+        s = self.settings
+        tasks = [job.task for job in left.values() if isinstance(job.task, HarnessTask)]
+        self.tell(name, ", ".join(left), 0, 1)
+        rows = max(1, s.batch_tokens // _HARNESS_TOKENS)
+        contents = self.harness.score(tasks, loaded, model.tokenizer, limit=s.limit, rows=rows)
+        failed = {}
+        for task, content in contents.items():
+            if "failed" in content:
+                failed[task] = Outcome(failed=content["failed"])
+            else:
+                self.journal.add(left[task].key, 0, content, model=name, task=task)
+        return failed
+
+    def _run_own(self, name: str, loaded: Any, job: Job, prepared: Prepared) -> Outcome:
         contents = []
-        batches = job.prepared.batches
-        for index, rows in enumerate(batches):
-            self.tell(name, job.task.name, index, len(batches))
+        for index, rows in enumerate(prepared.batches):
+            self.tell(name, job.task.name, index, len(prepared.batches))
             content = self.journal.get(job.key, index)
             if content is None:
                 try:
-                    content = job.prepared.measure(loaded, rows)
+                    content = prepared.measure(loaded, rows)
                 except Refused as error:
                     return Outcome(failed=str(error))
                 self.journal.add(job.key, index, content, model=name, task=job.task.name)
             contents.append(content)
-        self.tell(name, job.task.name, len(batches), len(batches))
-        return job.prepared.outcome(contents)
+        self.tell(name, job.task.name, len(prepared.batches), len(prepared.batches))
+        return prepared.outcome(contents)
 
     def _own(self, model: LanguageModel, task: TextTask | ChoiceTask, vocabulary: int) -> Prepared:
         s = self.settings
