@@ -1,8 +1,10 @@
 """Kernels compiled ahead of time: fused once by TorchInductor, kept as shared libraries, loaded within a millisecond.
 
 `torch.compile` needs seconds in every process to find out what it has in its cache. A library needs none of that, and
-is called through ctypes, which leaves Python's lock, so that workers run side by side. What cannot be exported (custom
-operators, third-party methods whose sources are not known) is left to `torch.compile`.
+is called through ctypes, which leaves Python's lock, so that workers run side by side. The compiler runs in a process
+of its own (see `compiling`), so that a merge holds as much memory the first time as ever after. Kernels with custom
+operators are called through torch's own loader, which keeps Python's lock. Third-party methods, whose sources the
+cache could not follow, are left to `torch.compile`.
 """
 
 from __future__ import annotations
@@ -10,13 +12,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import logging
 import os
-import tempfile
+import subprocess
+import sys
 import threading
-import warnings
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_OPTIONS = {"cpp.threads": 1, "cpp.enable_kernel_profile": False}
-# a wrapper that calls this runs operators which a library alone does not have
-_PROXY = "aoti_torch_proxy_executor_call_function"
+LIBRARY = ".so"
+PACKAGE = ".pt2"
+UNSUITED = ".unsuited"
+
 _lock = threading.Lock()
 
 Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+def _runners() -> int:
+    """Return how many calls may run at a time; an instance holds nothing."""
+    return max(2 * (os.cpu_count() or 1), 16)
 
 
 class Library:
@@ -45,8 +51,7 @@ class Library:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._container = ctypes.c_void_p()
-        # one instance of the model per caller at a time; they hold nothing
-        runners = ctypes.c_size_t(max(2 * (os.cpu_count() or 1), 16))
+        runners = ctypes.c_size_t(_runners())
         self._check(
             self._library.AOTInductorModelContainerCreateWithDevice(
                 ctypes.byref(self._container), runners, b"cpu", None
@@ -89,84 +94,79 @@ _capsule = ctypes.pythonapi.PyCapsule_New
 _capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
-def compile_ahead(
-    function: Function, identity: Any, inputs: Sequence[Tensor], moving: Sequence[bool]
-) -> Function | None:
-    """Return a function as a library: from the cache, or compiled now.
+def compile_ahead(order: Mapping[str, Any]) -> Function | None:
+    """Return a kernel on flat sequences of tensors: from the cache, or compiled now.
 
     Args:
-        function: Takes and returns flat sequences of tensors.
-        identity: What the function is made of, as plain values: with `sources` it stands for its code.
-        inputs: Tensors to trace it with.
-        moving: For each input, whether the sizes of its dimensions vary from call to call.
+        order: What `compiling` makes it from, as JSON; together with the sources it stands for the code.
 
     Returns:
         None where it cannot be compiled so.
     """
-    shapes = [[str(x.dtype), x.dim() if moves else list(x.shape)] for x, moves in zip(inputs, moving, strict=True)]
-    key = json.dumps([identity, shapes, _OPTIONS, _surroundings()], sort_keys=True, default=str)
-    path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.so"
-    unsuited = path.with_suffix(".unsuited")
+    text = json.dumps(order, sort_keys=True)
+    name = hashlib.sha256(json.dumps([text, _surroundings()]).encode()).hexdigest()[:40]
+    place = cache_folder() / "ahead" / name
     with _lock:
         try:
-            if not path.exists() and not unsuited.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                found = _compile(function, inputs, moving)
-                _place(*((unsuited, b"") if found is None else (path, found)))
-            return None if unsuited.exists() else Library(path)
-        except OSError:
+            if not any(place.with_suffix(kind).exists() for kind in (LIBRARY, PACKAGE, UNSUITED)):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _compiler.compile(text, place)
+            if place.with_suffix(LIBRARY).exists():
+                return Library(place.with_suffix(LIBRARY))
+            if place.with_suffix(PACKAGE).exists():
+                package = str(place.with_suffix(PACKAGE))
+                loader = torch._C._aoti.AOTIModelPackageLoader(package, "model", False, _runners(), -1)
+                return lambda tensors: loader.boxed_run([*tensors])
+        except (OSError, RuntimeError):
             # a cache that cannot be written, or holds what this machine cannot load
-            return None
+            pass
+    return None
+
+
+class _Compiler:
+    """A process that compiles one kernel after the other; it ends when its input does, however this one ends."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def compile(self, order: str, place: Path) -> None:
+        """Wait until a kernel is compiled; where that fails, nothing is there afterwards."""
+        if self._process is None or self._process.poll() is not None:
+            path = os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "merganser.engine.compiling"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path},
+                # Ctrl-C is for us
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{json.dumps([str(place), order])}\n".encode())
+        self._process.stdin.flush()
+        self._process.stdout.readline()
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+_compiler = _Compiler()
+
+
+def end_compiler() -> None:
+    """End the process that compiles; another one starts when there is work for it."""
+    _compiler.end()
 
 
 def known_sources(method_file: str | None) -> bool:
     """Say whether a method lies in this package, so that the cache notices when its code changes."""
     return method_file is not None and Path(method_file).is_relative_to(_PACKAGE)
-
-
-def _compile(function: Function, inputs: Sequence[Tensor], moving: Sequence[bool]) -> bytes | None:
-    """Compile; None if that cannot be done, or would need more than the library."""
-    from torch._inductor import aoti_compile_and_package
-    from torch.export import Dim, export
-
-    class Flat(torch.nn.Module):
-        def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
-            return function(tensors)
-
-    # of one name, of one size
-    names = [Dim(f"n{i}", min=2) for i in range(max(x.dim() for x in inputs))]
-    sizes = [dict(enumerate(names[: x.dim()])) if moves else {} for x, moves in zip(inputs, moving, strict=True)]
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        package = Path(folder) / "kernel.pt2"
-        level = logging.root.manager.disable
-        logging.disable(logging.ERROR)
-        try:
-            program = export(Flat(), tuple(inputs), dynamic_shapes=(tuple(sizes),), strict=False)
-            aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(_OPTIONS))
-        except Exception:
-            # whatever the reason is, torch.compile will do it, or give it
-            return None
-        finally:
-            logging.disable(level)
-        with zipfile.ZipFile(package) as files:
-            parts = {name: files.read(name) for name in files.namelist() if name.endswith((".so", ".wrapper.cpp"))}
-    libraries = [data for name, data in parts.items() if name.endswith(".so")]
-    wrappers = [data.decode() for name, data in parts.items() if name.endswith(".cpp")]
-    if len(libraries) != 1 or any(_PROXY in wrapper for wrapper in wrappers):
-        return None
-    return libraries[0]
-
-
-def _place(path: Path, data: bytes) -> None:
-    """Write a file that appears complete: other processes compile, too."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)
-
-
-def _folder() -> Path:
-    return cache_folder() / "ahead"
 
 
 def cache_folder() -> Path:
@@ -181,8 +181,8 @@ _PACKAGE = Path(__file__).parents[1]
 def _surroundings() -> list[str]:
     """Return what else the code of a kernel depends on: torch, the processor, and every file that takes part in it."""
     sources = hashlib.sha256()
-    for folder in ("methods", "ops", "engine/kernels.py", "engine/ahead.py", "method.py"):
-        place = _PACKAGE / folder
+    for part in ("methods", "ops", "engine/kernels.py", "engine/compiling.py", "method.py"):
+        place = _PACKAGE / part
         for file in sorted(place.glob("*.py")) if place.is_dir() else [place]:
             sources.update(file.name.encode() + file.read_bytes())
     return [torch.__version__, torch.backends.cpu.get_cpu_capability(), sources.hexdigest()]

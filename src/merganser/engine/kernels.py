@@ -24,7 +24,7 @@ from ..ops.random import Random
 from .ahead import Function, cache_folder, compile_ahead, known_sources
 
 # (kind, name, round): ("combine", "", 0) or ("measure", "cut", 1)
-_Phase = tuple[str, str, int]
+Phase = tuple[str, str, int]
 _Kernel = Callable[["Block"], tuple[Tensor, Tensor]]
 
 
@@ -90,11 +90,6 @@ class Block:
         models = [next(left) for _ in self.models]
         numbers = {name: next(left) for name in self.numbers}
         return Block(base, models, numbers, {name: next(left) for name in self.known}, next(left), next(left))
-
-    @property
-    def names(self) -> list[Any]:
-        """Return what stands where in `flat`."""
-        return [self.base is not None, len(self.models), list(self.numbers), list(self.known)]
 
     @property
     def form(self) -> tuple[Any, ...]:
@@ -189,37 +184,52 @@ class Kernels:
         """Move a solved statistic to where kernels take it: floats in the compute dtype, integers as they are."""
         return solved.to(self.device, self.compute) if solved.is_floating_point() else solved.to(self.device)
 
-    def _run(self, phase: _Phase, block: Block) -> tuple[Tensor, Tensor]:
+    def run_eagerly(self, phase: Phase, block: Block) -> tuple[Tensor, Tensor]:
+        """Run a kernel as it is written."""
+        return _on_block(self._function(phase))(block)
+
+    def _run(self, phase: Phase, block: Block) -> tuple[Tensor, Tensor]:
         # a single row or column is another thing to a compiler
         if not self.compiled or min(block.models[0].shape, default=0) < 2:
-            return _on_block(self._function(phase))(block)
+            return self.run_eagerly(phase, block)
         form = (phase, *block.form)
         with self._lock:
             if form not in self._fused:
                 self._fused[form] = self._fuse(phase, block)
         return self._fused[form](block)
 
-    def _fuse(self, phase: _Phase, block: Block) -> _Kernel:
+    def _fuse(self, phase: Phase, block: Block) -> _Kernel:
         """Compile a kernel for blocks of one form: ahead of time if that can be done, else just in time."""
-        function = _on_block(self._function(phase))
-        if self.device.type == "cpu" and known_sources(inspect.getsourcefile(self.method.combine)):
-            identity = [self.method.name, phase, self.static, self.compute, self.output, self.check_finite, block.names]
-            n_inputs = len(block.models) + (block.base is not None)
-            flat = block.flat()
-            library = compile_ahead(
-                lambda tensors: function(block.rebuild(tensors)),
-                identity,
-                flat,
-                [True] * n_inputs + [False] * (len(flat) - n_inputs),
-            )
-            if library is not None:
-                return partial(_on_tensors, library)
+        if self.device.type == "cpu" and compiled_ahead(self.method):
+            kernel = compile_ahead(self._order(phase, block))
+            if kernel is not None:
+                return partial(_on_tensors, kernel)
         name = ("compiled", *phase)
         if name not in self._functions:
             self._functions[name] = _compile(self._function(phase))
         return _on_block(self._functions[name])
 
-    def _function(self, phase: _Phase) -> Callable[..., Any]:
+    def _order(self, phase: Phase, block: Block) -> dict[str, Any]:
+        """Write down, as JSON, what a kernel for blocks of one form is made from; `compiling` reads it."""
+        n_inputs = len(block.models) + (block.base is not None)
+        return {
+            "method": self.method.name,
+            "static": dict(self.static),
+            "compute": _name(self.compute),
+            "output": _name(self.output),
+            "check_finite": self.check_finite,
+            "phase": list(phase),
+            "base": block.base is not None,
+            "models": len(block.models),
+            "numbers": list(block.numbers),
+            "known": list(block.known),
+            # the sizes of the inputs vary from call to call
+            "tensors": [
+                [_name(x.dtype), [0] * x.dim() if i < n_inputs else list(x.shape)] for i, x in enumerate(block.flat())
+            ],
+        }
+
+    def _function(self, phase: Phase) -> Callable[..., Any]:
         if phase not in self._functions:
             kind, name, index = phase
             if kind == "combine":
@@ -267,6 +277,15 @@ def _overflow(dtype: torch.dtype) -> float:
     """Return the least number that is rounded to infinity: half a step above the largest."""
     found = torch.finfo(dtype)
     return found.max + found.max / (2 / found.eps - 1) / 2
+
+
+def compiled_ahead(method: MergeMethod) -> bool:
+    """Say whether a method's kernels are compiled ahead of time, on a CPU."""
+    return known_sources(inspect.getsourcefile(method.combine))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _on_tensors(kernel: Function, block: Block) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,15 @@ import torch
 from ..errors import MemoryLimitError
 from ..method import MergeMethod
 from .blocks import BLOCK, block_shape
+from .kernels import compiled_ahead
 from .peak import peak_per_element
 
 if TYPE_CHECKING:
     from .plan import PlannedTensor
 
 _PYTHON_AND_TORCH = 240_000_000
-# torch.compile's machinery and the kernels that it loads
+# loaded kernels; where they are compiled just in time, torch.compile's machinery
+_LIBRARIES = 20_000_000
 _COMPILER = 190_000_000
 
 
@@ -67,7 +69,8 @@ def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, compiled: bo
             bundle = max(bundle, _raw(tensor) + max(8 * (len(tensor.inputs) + 2), eager))
     # small tensors are worked on in bundles of a block's elements, at most
     needed = max(largest, min(small, BLOCK) * bundle)
-    return _PYTHON_AND_TORCH + (_COMPILER if compiled else 0) + workers * needed
+    ahead = all(compiled_ahead(tensor.method) for tensor in tensors)
+    return _PYTHON_AND_TORCH + ((_LIBRARIES if ahead else _COMPILER) if compiled else 0) + workers * needed
 
 
 def _held(tensor: PlannedTensor, compiled: bool) -> int:
@@ -76,7 +79,7 @@ def _held(tensor: PlannedTensor, compiled: bool) -> int:
     raw = _raw(tensor)
     if tensor.method.scope in ("tensor", "matrix") and not tensor.copy and block:
         return math.ceil(block * (raw + _probed(tensor)))
-    return block * (raw if compiled and block >= BLOCK // 2 else raw + _eager(tensor))
+    return block * (raw + (_fused(tensor) if compiled and block >= BLOCK // 2 else _eager(tensor)))
 
 
 def _block(tensor: PlannedTensor) -> int:
@@ -90,6 +93,13 @@ def _plain(method: MergeMethod) -> bool:
 def _raw(tensor: PlannedTensor) -> int:
     """Return what an element takes as it lies in the files, bytes."""
     return sum(t.dtype.itemsize for t in tensor.inputs) + tensor.dtype.itemsize
+
+
+def _fused(tensor: PlannedTensor) -> int:
+    """Return what fused arithmetic adds to an element, bytes, as measured: it holds what is counted or ranked."""
+    method = tensor.method
+    counts = any(round_.tally for statistic in method.statistics.values() for round_ in statistic.rounds)
+    return 8 * len(tensor.inputs) + 24 if counts or (method.scope == "row" and method.random) else 0
 
 
 def _eager(tensor: PlannedTensor) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from ..checkpoint import Reader
 from ..errors import MergeError, OutputError
+from .ahead import end_compiler
 from .devices import resolve_devices
 from .finish import side_file_bytes, write_rest
 from .hashing import Hasher, span, written_digest
@@ -202,6 +203,7 @@ class _Run:
             raise
         finally:
             torch.set_num_threads(threads_before)
+            end_compiler()
         return self._entries
 
     def sidecars(self) -> dict[str, Errors]:

@@ -1,0 +1,101 @@
+"""Kernels compiled ahead of time: kept, found again, and done without where the cache is of no use."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from merganser.engine import ahead
+from merganser.engine.blocks import merge_tensors
+from merganser.engine.devices import has_compiler
+from merganser.registry import get_method
+
+needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    yield tmp_path / "merganser" / "compiled" / "ahead"
+    ahead.end_compiler()
+
+
+def merge(compiled, shape=(50, 40)):
+    generator = torch.Generator().manual_seed(0)
+    models = [torch.randn(shape, generator=generator) for _ in range(2)]
+    return merge_tensors(get_method("linear"), None, models, {"weight": [0.3, 0.7]}, compiled=compiled)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_kernel_is_compiled_once_and_serves_all_sizes(cache, monkeypatch):
+    assert torch.equal(merge(True), merge(False))
+    (library,) = cache.glob("*.so")
+    ahead.end_compiler()
+    monkeypatch.setattr(subprocess, "Popen", None)
+    assert torch.equal(merge(True, (7, 300)), merge(False, (7, 300)))
+    assert list(cache.iterdir()) == [library]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_kernel_with_custom_operators_is_a_package(cache):
+    base, *models = torch.randn((3, 64, 50), generator=torch.Generator().manual_seed(0))
+    fused, eager = (
+        merge_tensors(get_method("della"), base, models, {"weight": 0.5, "density": 0.5}, compiled=compiled)
+        for compiled in (True, False)
+    )
+    torch.testing.assert_close(fused, eager, rtol=1e-6, atol=1e-6)
+    assert [path.suffix for path in cache.iterdir()] == [".pt2"]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_changed_source_makes_another_kernel(cache, monkeypatch):
+    merge(True)
+    monkeypatch.setattr(ahead, "_surroundings", lambda: ["another version"])
+    merge(True)
+    assert len(list(cache.glob("*.so"))) == 2
+
+
+def test_nothing_is_compiled_where_the_cache_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "merganser").write_text("a file in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ahead.compile_ahead({"method": "linear"}) is None
+
+
+def test_a_damaged_library_is_not_used(cache, monkeypatch):
+    def damage(self, order, place):
+        place.with_suffix(".so").write_bytes(b"no library")
+
+    monkeypatch.setattr(ahead._Compiler, "compile", damage)
+    assert ahead.compile_ahead({"method": "linear"}) is None
+
+
+def test_what_cannot_be_compiled_is_not_tried_again(cache, monkeypatch):
+    tried = []
+
+    def give_up(self, order, place):
+        tried.append(order)
+        place.with_suffix(".unsuited").write_bytes(b"")
+
+    monkeypatch.setattr(ahead._Compiler, "compile", give_up)
+    assert [ahead.compile_ahead({"method": "linear"}) for _ in range(2)] == [None, None]
+    assert len(tried) == 1
+
+
+@pytest.mark.slow
+def test_the_compiler_says_what_it_cannot_do_and_goes_on(tmp_path):
+    lines = f'["{tmp_path}/a", "{{}}"]\n["{tmp_path}/b", "{{}}"]\n'
+    run = subprocess.run(
+        [sys.executable, "-m", "merganser.engine.compiling"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
+    assert run.stdout == "done\ndone\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.unsuited", "b.unsuited"]
