@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from merganser.evaluation.sources import open_source
 
 
 def measured(value: float | None, stderr: float | None = 0.01, **more: Any) -> dict[str, Any]:
     return {"value": value, "stderr": stderr, **more}
 
 
-def evaluation(out: Path | None, domains: tuple[str, ...] = ("french", "maths"), merges: int = 1) -> dict[str, Any]:
+def evaluation(out: Path, domains: tuple[str, ...] = ("french", "maths"), merges: int = 1) -> dict[str, Any]:
     """A base, an expert for each domain, and merges; the first of them is `out`."""
-    record = None if out is None else hashlib.sha256((out / "merge.json").read_bytes()).hexdigest()
-    model = {"kind": "checkpoint", "parameters": 1576, "tokenizer": "ab", "hash": "9f", "peak_memory": 9, "failed": None}
-    model |= {"seconds": {"load": 0.4, "score": 12.1}, "record": None}
+    with ExitStack() as stack:
+        own = open_source(out, stack).hash
+    model = {
+        "kind": "checkpoint",
+        "parameters": 1576,
+        "tokenizer": "ab",
+        "hash": "9f",
+        "peak_memory": 9,
+        "failed": None,
+    }
+    model |= {"seconds": {"load": 0.4, "score": 12.1}}
     experts = {domain: f"expert-{domain}" for domain in domains}
     names = [f"merge-{i + 1}" for i in range(merges)]
     task = {"kind": "text", "source": "f.txt", "hash": "0", "metrics": ["bits_per_byte"], "items": 64, "unit": "window"}
@@ -57,7 +67,7 @@ def evaluation(out: Path | None, domains: tuple[str, ...] = ("french", "maths"),
             "base": {**model, "reference": "models/base", "role": "base"},
             **{name: {**model, "reference": f"models/{name}", "role": "expert"} for name in experts.values()},
             **{
-                name: {**model, "reference": str(out), "role": "model", "record": record if i == 0 else None}
+                name: {**model, "reference": str(out), "role": "model", "hash": own if i == 0 else "1"}
                 for i, name in enumerate(names)
             },
         },
@@ -66,7 +76,13 @@ def evaluation(out: Path | None, domains: tuple[str, ...] = ("french", "maths"),
         "differences": {"reference": "base", "models": {}},
         "retention": {
             "domains": {
-                domain: {"expert": expert, "metric": "bits_per_byte", "gain": measured(0.4), "counted": True, "reason": None}
+                domain: {
+                    "expert": expert,
+                    "metric": "bits_per_byte",
+                    "gain": measured(0.4),
+                    "counted": True,
+                    "reason": None,
+                }
                 for domain, expert in experts.items()
             },
             "retained": ["english"],

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.jsonfile import os_reason
 from ..errors import OutputError, UnsupportedError
+from ..evaluation.sources import open_source
 from ..spectra import Spectra, measure_spectra
 from .blocks import Section
 from .evaluation import read_evaluation
@@ -55,7 +57,7 @@ def read_report(
 
     Args:
         out: Folder that a merge wrote.
-        evaluation: What `merganser eval --json` wrote.
+        evaluation: What `merganser eval --json` wrote; the merge is hashed, to find it there.
         spectra: Measure singular values of task vectors; reads weights.
         cache_dir: Folder for models from the Hub.
         progress: Told the matrices measured, and those in all.
@@ -66,7 +68,10 @@ def read_report(
         UnsupportedError: One is of a later version, or there are no task vectors to measure.
     """
     record = read_record(out)
-    found = None if evaluation is None else read_evaluation(evaluation)
+    found = None
+    if evaluation is not None:
+        with ExitStack() as stack:
+            found = read_evaluation(evaluation), open_source(str(record.out), stack).hash
     measured = _spectra(record, cache_dir, progress) if spectra else None
     return Report(Path(out).resolve().name, summary(record), sections(record, found, measured))
 

@@ -41,7 +41,7 @@ class EvaluatedModel:
         reference: As it was given.
         kind: "checkpoint", "adapter", "recipe" or "sidecar".
         role: "base", "expert" or "model".
-        record: sha256 of its merge.json; None where it has none.
+        hash: Identifies weights, config and tokenizer; None where they could not be read.
         failed: Why it could not be scored; None where it was.
     """
 
@@ -49,7 +49,7 @@ class EvaluatedModel:
     reference: str
     kind: str
     role: str
-    record: str | None
+    hash: str | None
     failed: str | None
 
 
@@ -175,7 +175,7 @@ def _model(name: str, entry: Entry) -> EvaluatedModel:
         reference=entry["reference"].text(),
         kind=entry["kind"].text(),
         role=entry["role"].text(),
-        record=_text(entry, "record"),
+        hash=_text(entry, "hash"),
         failed=_text(entry, "failed"),
     )
 

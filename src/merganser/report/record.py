@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.jsonfile import parse_object, read_object
+from ..checkpoint.jsonfile import read_object
 from ..errors import NotFoundError, UnsupportedError
 from ..run_record import RECORD_FORMAT, RECORD_NAME
 from .entry import Entry
@@ -109,13 +108,11 @@ class Record:
 
     Args:
         out: The folder.
-        sha256: Of merge.json itself: an evaluation names it.
         movement: None in records of earlier versions.
         restored: Of merges with sidecars.
     """
 
     out: Path
-    sha256: str
     created: str
     versions: dict[str, str]
     recipe: str
@@ -158,22 +155,19 @@ def read_record(out: str | Path) -> Record:
     file = out / RECORD_NAME
     if not file.exists():
         raise NotFoundError(f"{out}: has no {RECORD_NAME}; a report is drawn of what merganser merged")
-    read_object(file)  # says what is wrong with it
-    data = file.read_bytes()
-    root = Entry(parse_object(data, str(file)), str(file))
+    root = Entry(read_object(file), str(file))
     found = root["format"].whole()
     if found > RECORD_FORMAT:
         raise UnsupportedError(
             f"{file}: is of format {found}, and this version of merganser reads up to {RECORD_FORMAT}; install a later one"
         )
-    return _record(out, hashlib.sha256(data).hexdigest(), root)
+    return _record(out, root)
 
 
-def _record(out: Path, sha256: str, root: Entry) -> Record:
+def _record(out: Path, root: Entry) -> Record:
     seed, compat, movement, sidecars = (root.get(key) for key in ("seed", "compat", "movement", "sidecars"))
     return Record(
         out=out,
-        sha256=sha256,
         created=root["created"].text(),
         versions={name: version.text() for name, version in root["versions"].items()},
         recipe=root["recipe"].text(),

@@ -18,9 +18,15 @@ _BAR = 40
 """Letters of the longest bar in a terminal."""
 
 
-def scores_section(record: Record, found: Evaluation) -> Section:
-    """Show scores, and what models kept and lost."""
-    own, said = _own(record, found)
+def scores_section(record: Record, found: Evaluation, own_hash: str) -> Section:
+    """Show scores, and what models kept and lost.
+
+    Args:
+        record: The run record.
+        found: The evaluation.
+        own_hash: What the evaluation would call the merge, by its contents.
+    """
+    own, said = _own(record, found, own_hash)
     said_of = [f"{task.name} has {task.items:,} {task.unit}s" for task in found.tasks]
     said_of += [f"{name} {value}" for name, value in found.settings.items() if value != "null"]
     blocks: list[Block] = [Paragraph(said)]
@@ -48,17 +54,17 @@ def scores_section(record: Record, found: Evaluation) -> Section:
     return Section("What it can do", blocks)
 
 
-def _own(record: Record, found: Evaluation) -> tuple[EvaluatedModel | None, str]:
+def _own(record: Record, found: Evaluation, own_hash: str) -> tuple[EvaluatedModel | None, str]:
     """Find the merge among the models of an evaluation; say so, or why it is not there."""
     plus = "± is one standard error."
     for model in found.models:
-        if model.record == record.sha256:
+        if model.hash == own_hash:
             return model, f"This merge is {model.name}. {plus}"
     for model in found.models:
         if model.kind == "checkpoint" and _same(model.reference, record.out):
             return None, (
                 f"{found.file.name} is an evaluation of another checkpoint: {model.name} lay at {model.reference} as this "
-                f"merge does, and its merge.json was another one. Evaluate {record.out} again. {plus}"
+                f"merge does, and was not the same (its hash was {model.hash}, that of the merge is {own_hash}). Evaluate {record.out} again. {plus}"
             )
     return None, f"{found.file.name} is an evaluation of other checkpoints: this merge is not among them. {plus}"
 

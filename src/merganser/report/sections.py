@@ -35,12 +35,12 @@ def summary(record: Record) -> str:
     )
 
 
-def sections(record: Record, evaluation: Evaluation | None, spectra: Spectra | None) -> list[Section]:
+def sections(record: Record, evaluation: tuple[Evaluation, str] | None, spectra: Spectra | None) -> list[Section]:
     """Lay out a report.
 
     Args:
         record: The run record.
-        evaluation: What the merge can do; None where it was not measured.
+        evaluation: What the merge can do, and what it would be called there; None where it was not measured.
         spectra: Singular values of task vectors; None where nobody asked for them.
     """
     short = dict(zip(record.models, default_names(record.models), strict=True))
@@ -52,7 +52,7 @@ def sections(record: Record, evaluation: Evaluation | None, spectra: Spectra | N
     if spectra is not None:
         found.append(spectra_section(spectra, name))
     if evaluation is not None:
-        found.append(scores_section(record, evaluation))
+        found.append(scores_section(record, *evaluation))
     if record.restored:
         found.append(_restored(record))
     return [*found, Section("Recipe", [Code(record.recipe)]), _files(record), _run(record)]
