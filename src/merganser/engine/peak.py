@@ -34,6 +34,11 @@ class PeakMemory(TorchDispatchMode):
         self.peak = 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled in here, and skipping would import the compiler: 75 MB
+        return False
+
     def ignore(self, tensor: Tensor) -> None:
         """Leave a tensor out, and whatever shares its memory."""
         self._held[tensor.untyped_storage()._cdata] = (StorageWeakRef(tensor.untyped_storage()), 0)
