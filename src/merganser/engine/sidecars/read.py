@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -126,6 +126,9 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
                     found.get("wide", False),
                 )
             )
+    for file in entry["files"]:
+        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+            raise ValueError(f"file {file!r} would lie outside of the checkpoint")
     parts = [*index["shared"], *entry["parts"]]
     return StoredTask(method, position, len(names), parts, dict(entry["files"]), tensors, index["base"])
 
