@@ -73,7 +73,16 @@ def evaluation(out: Path, domains: tuple[str, ...] = ("french", "maths"), merges
         },
         "tasks": tasks,
         "results": {"base": results(0.0), **{name: results(quality) for name, quality in qualities.items()}},
-        "differences": {"reference": "base", "models": {}},
+        "differences": {
+            "reference": "base",
+            "models": {
+                name: {
+                    task: {"metric": found["metric"], **measured(-0.1, 0.002), "paired": True}
+                    for task, found in tasks.items()
+                }
+                for name in names
+            },
+        },
         "retention": {
             "domains": {
                 domain: {

@@ -63,7 +63,7 @@ def test_every_number_is_where_it_says(out: Path) -> None:
     for value, place, shown in cells:
         if "[]" in place:  # a sum over files of one model
             continue
-        found = at(measured if place.startswith(("results", "retention")) else record, place)
+        found = at(measured if place.startswith(("results", "retention", "differences")) else record, place)
         assert float(value) == (found["value"] if isinstance(found, dict) else found), place
         first = re.match(r"-?[\d.,e-]+", shown)
         assert first is not None, shown
@@ -86,6 +86,7 @@ def test_every_number_is_where_it_says(out: Path) -> None:
         "timings.seconds",
         "results.base.english.metrics.accuracy",
         "retention.models.merge-.mean",
+        "differences.models.merge-.french",
     }
     # no number that was shown lacks a place
     assert all(place for _, place, _ in cells)

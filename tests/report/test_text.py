@@ -77,10 +77,13 @@ def test_evaluation(out: Path) -> None:
         "This merge is merge-1. ± is one standard error.\n"
         "scores (↑ higher is better, ↓ lower is better)\n"
         "                 is          french: bits per byte ↓  maths: bits per byte ↓  english: accuracy ↑\n"
-        "  base           base                  1.500 ± 0.010           1.500 ± 0.010        0.610 ± 0.060\n"
-        "  expert-french  expert                1.400 ± 0.010           1.433 ± 0.010        0.606 ± 0.060\n"
-        "  expert-maths   expert                1.360 ± 0.010           1.407 ± 0.010        0.604 ± 0.060\n"
-        "  merge-1        this merge            1.320 ± 0.010                  failed        0.603 ± 0.060\n"
+        "  base           base                1.5000 ± 0.0100         1.5000 ± 0.0100      0.6100 ± 0.0600\n"
+        "  expert-french  expert              1.4000 ± 0.0100         1.4333 ± 0.0100      0.6060 ± 0.0600\n"
+        "  expert-maths   expert              1.3600 ± 0.0100         1.4067 ± 0.0100      0.6044 ± 0.0600\n"
+        "  merge-1        this merge          1.3200 ± 0.0100                  failed      0.6028 ± 0.0600\n"
+        "difference from base, paired item by item where that was possible\n"
+        "                                french ↓           maths ↓         english ↑\n"
+        "  merge-1 (this merge)  -0.1000 ± 0.0020  -0.1000 ± 0.0020  -0.1000 ± 0.0020\n"
         "kept and lost\n"
         "                        mean recovered       worst recovered    forgotten  against the best single model\n"
         "  expert-french           20.0 ± 2.0 %  10.0 ± 3.0 % (maths)  0.7 ± 2.0 %                  -35.0 ± 2.0 %\n"
@@ -132,6 +135,7 @@ def test_no_retained_tasks_and_no_errors(out: Path) -> None:
         kept |= {"mean_forgotten": None, "forgotten": {}, "worst": None, "mean": measured(0.5, None)}
     write_evaluation(out.parent / "eval.json", found)
     text = run("report", "out", "--text", "--eval", "eval.json").out
-    row = next(line.split() for line in text.splitlines() if line.startswith("  merge-1 (this merge)"))
-    assert row == ["merge-1", "(this", "merge)", "50", "%", "-", "-", "-19.0", "±", "2.0", "%"]
+    kept = text.partition("kept and lost\n")[2]
+    row = next(line.split() for line in kept.splitlines() if line.startswith("  merge-1 (this merge)"))
+    assert row == ["merge-1", "(this", "merge)", "50.0", "%", "-", "-", "-19.0", "±", "2.0", "%"]
     assert "against what was forgotten" not in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,13 +115,9 @@ def number(value: float | None, place: str, *, shade: float | None = None) -> Nu
 
 
 def estimate(found: Estimate | None, *, percent: bool = False) -> Cell:
-    """Show a number with its standard error, as many digits of it as the error leaves: `0.407 ± 0.010`."""
+    """Show a number with its standard error: `0.4071 ± 0.0102`, `66.3 ± 2.1 %`."""
     if found is None or found.value is None:
         return Number(None, "-", "" if found is None else found.place)
-    scale, unit = (100, " %") if percent else (1, "")
-    value = scale * found.value
-    if found.stderr is None:
-        return Number(found.value, f"{value:.4g}{unit}", found.place)
-    error = scale * found.stderr
-    digits = min(max(1 - math.floor(math.log10(error)), 0), 8) if error > 0 else 4
-    return Number(found.value, f"{value:.{digits}f} ± {error:.{digits}f}{unit}", found.place)
+    scale, digits, unit = (100, 1, " %") if percent else (1, 4, "")
+    error = "" if found.stderr is None else f" ± {scale * found.stderr:.{digits}f}"
+    return Number(found.value, f"{scale * found.value:.{digits}f}{error}{unit}", found.place)

@@ -108,6 +108,8 @@ class Evaluation:
         models: In the order base, experts, others.
         tasks: In the order given.
         scores: By model and task; without the models that failed.
+        reference: The model that `differences` are from; None where there are none.
+        differences: By model and task, of the metric that counts; paired item by item where that was possible.
         retention: By model; empty where no base and experts were given.
         not_counted: Domains that do not count, and why.
         warnings: What to know.
@@ -120,6 +122,8 @@ class Evaluation:
     models: Sequence[EvaluatedModel]
     tasks: Sequence[Task]
     scores: Mapping[tuple[str, str], Score]
+    reference: str | None
+    differences: Mapping[tuple[str, str], Estimate]
     retention: Mapping[str, Retention]
     not_counted: Mapping[str, str]
     warnings: Sequence[str]
@@ -149,7 +153,7 @@ def read_evaluation(file: str | Path) -> Evaluation:
         )
     tasks = [_task(name, entry) for name, entry in root["tasks"].items()]
     metrics = {task.name: task.metric for task in tasks}
-    retention = root.get("retention")
+    retention, differences = root.get("retention"), root.get("differences")
     domains = [] if retention is None else list(retention["domains"].items())
     return Evaluation(
         file=file,
@@ -161,6 +165,12 @@ def read_evaluation(file: str | Path) -> Evaluation:
             (model, task): _score(entry, metrics.get(task, ""))
             for model, results in root["results"].items()
             for task, entry in results.items()
+        },
+        reference=None if differences is None else _text(differences, "reference"),
+        differences={
+            (model, task): _estimate(entry)
+            for model, found_tasks in (() if differences is None else differences["models"].items())
+            for task, entry in found_tasks.items()
         },
         retention={} if retention is None else {name: _kept(entry) for name, entry in retention["models"].items()},
         not_counted={name: _text(entry, "reason") or "" for name, entry in domains if not entry["counted"].flag()},

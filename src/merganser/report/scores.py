@@ -31,6 +31,8 @@ def scores_section(record: Record, found: Evaluation, own_hash: str) -> Section:
     said_of += [f"{name} {value}" for name, value in found.settings.items() if value != "null"]
     blocks: list[Block] = [Paragraph(said)]
     blocks.append(_scores(found, own))
+    if found.differences:
+        blocks.append(_differences(found, own))
     if found.retention:
         blocks.append(_retention(found, own))
         blocks.append(
@@ -94,6 +96,17 @@ def _scores(found: Evaluation, own: EvaluatedModel | None) -> Table:
             row.append("failed" if score is None or score.failed else estimate(score.estimate))
         rows.append(row)
     return Table(head, rows, f"{found.file.name}: results", "scores (↑ higher is better, ↓ lower is better)")
+
+
+def _differences(found: Evaluation, own: EvaluatedModel | None) -> Table:
+    rows: list[list[Cell]] = []
+    for model in found.models:
+        if any((model.name, task.name) in found.differences for task in found.tasks):
+            estimates = (estimate(found.differences.get((model.name, task.name))) for task in found.tasks)
+            rows.append([_shown(model, own), *estimates])
+    caption = f"difference from {found.reference}, paired item by item where that was possible"
+    head = ["", *(f"{task.name} {'↑' if task.higher_is_better else '↓'}" for task in found.tasks)]
+    return Table(head, rows, f"{found.file.name}: differences", caption)
 
 
 def _retention(found: Evaluation, own: EvaluatedModel | None) -> Table:
