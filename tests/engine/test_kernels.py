@@ -2,9 +2,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from merganser.engine.blocks import merge_tensors
 from merganser.errors import NonFiniteError
+from merganser.method import merge_method, statistic
+from merganser.ops import order_statistic
 from merganser.registry import get_method
 
 
@@ -39,3 +42,50 @@ def test_more_than_eight_kernels_in_a_process(tmp_path, monkeypatch):
         # each call makes a kernel of its own
         merged = merge_tensors(method, base, [model], {"weight": 0.5}, compiled=True)
         assert torch.equal(merged, torch.full((500,), 1.5))
+
+
+def values_of(models: list[Tensor]) -> list[Tensor]:
+    return [models[0]]
+
+
+def ranks(positive: Tensor, offset: Tensor | None) -> Tensor:
+    return torch.ones(len(positive), 1, dtype=torch.int64) + (0 if offset is None else 1)
+
+
+def sums(models: list[Tensor], offset: Tensor | None) -> Tensor:
+    return torch.stack([model.double().sum() + (0 if offset is None else offset) for model in models])
+
+
+def half(measured: Tensor, offset: Tensor | None) -> Tensor:
+    return measured * (0.5 if offset is None else 1.0)
+
+
+@pytest.mark.parametrize("block", [2, 8])
+def test_a_statistic_that_is_not_wanted_is_none_for_those_after_it(block):
+    @merge_method(
+        family="toys",
+        cite="-",
+        statistics={
+            "offset": statistic(
+                lambda models: models[0].double().sum() * 0 + 1, lambda measured: measured, when="flag"
+            ),
+            "top": order_statistic(values_of, ranks),
+            "total": statistic(sums, half),
+        },
+    )
+    def toy(models: list[Tensor], offset: Tensor | None, top: Tensor, total: Tensor, *, flag: bool = False) -> Tensor:
+        """Do something.
+
+        merged = something
+
+        Args:
+            flag: Want it.
+        """
+        return torch.zeros_like(models[0]) + top[0, 0] + 100 * total[0] + (0 if offset is None else 0.5)
+
+    model = torch.tensor([1.0, 4.0, 3.0, 2.0])
+    assert merge_tensors(toy, None, [model], block=block).tolist() == [4 + 100 * 5] * 4
+    blocks = -(-4 // block)
+    wanted = merge_tensors(toy, None, [model], {"flag": True}, block=block).tolist()
+    # every block adds one to the offset; the total adds it once for every block
+    assert wanted == [3 + 100 * (10 + blocks * blocks) + 0.5] * 4

@@ -133,6 +133,11 @@ class Kernels:
             if self.static[f"measure {name}"]
         ]
 
+    @cached_property
+    def _unwanted(self) -> dict[str, None]:
+        """Statistics that are not measured, as functions take them."""
+        return {name: None for name in self.method.statistics if not self.static[f"measure {name}"]}
+
     def numbers(self, values: Values) -> dict[str, Tensor]:
         """Return numeric parameters on the device."""
         return {name: value.to(self.device) for name, value in values.numbers.items()}
@@ -158,8 +163,8 @@ class Kernels:
         assert at_once is not None
         inputs = {"base": None if block.base is None else block.base.to(self.compute)}
         models = [model.to(self.compute) for model in block.models]
-        given = {**self.static, **block.numbers, **block.known, **inputs, "models": models}
-        return at_once(given, {**self.static, **values.numbers, **known})
+        given = {**self._unwanted, **self.static, **block.numbers, **block.known, **inputs, "models": models}
+        return at_once(given, {**self._unwanted, **self.static, **values.numbers, **known})
 
     def solve(self, name: str, index: int, measured: Tensor, values: Values, known: Mapping[str, Tensor]) -> Tensor:
         """Solve a round of a statistic from the sum of its measurements.
@@ -173,7 +178,7 @@ class Kernels:
         """
         solve = self.method.statistics[name].rounds[index].solve
         first, *rest = takes(solve)
-        given = {**self.static, **values.numbers, **known}
+        given = {**self._unwanted, **self.static, **values.numbers, **known}
         return solve(**{first: measured}, **{key: given[key] for key in rest})
 
     def combine(self, block: Block) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,256 @@
+"""PCB: balance the competition of task vectors element by element."""
+
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from ..method import Fraction, Number, PerModel, Scale, Weight, default, merge_method, statistic
+from ..ops import at_least, order_statistic
+
+Clip = Annotated[Tensor, Number(0.0, 0.5, search=(0.0, 0.05))]
+# what a wide order statistic does not tell apart, with room for rounding
+_STEP = 2.0**-35
+
+
+def changes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
+    """Return the task vectors, float64, so that rounding does not rank."""
+    return [model.double() - base.double() for model in models]
+
+
+def halves(values: list[Tensor]) -> list[Tensor]:
+    """Return the parts above 0 of all values, then those below, not negative."""
+    return [value.clamp(min=0) for value in values] + [(-value).clamp(min=0) for value in values]
+
+
+def joined(plus: Tensor, minus: Tensor) -> Tensor:
+    """Return the order statistic of values from those of their halves."""
+    return torch.where(plus > 0, plus, -minus)
+
+
+def normalized(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Map an interval to that from 0 to 1; all to 0 where it has no length."""
+    known = high > low
+    return torch.where(known, (value - low) / torch.where(known, high - low, 1.0), 0.0)
+
+
+# The paper's form
+
+
+def of_paper(form: str) -> bool:
+    """Say whether the form is the paper's."""
+    return form == "paper"
+
+
+def pairs(n: int) -> list[tuple[int, int]]:
+    """Return all pairs of models."""
+    return [(i, j) for i in range(n) for j in range(i + 1, n)]
+
+
+def products(base: Tensor, models: list[Tensor]) -> list[Tensor]:
+    """Return the squares of the task vectors, then the halves of the products of pairs."""
+    vectors = changes(base, models)
+    squares = [vector * vector for vector in vectors]
+    return squares + halves([vectors[i] * vectors[j] for i, j in pairs(len(vectors))])
+
+
+def ends(positive: Tensor, size: Tensor) -> Tensor:
+    """Return the ranks of the largest and the smallest, shape [S, 2]."""
+    first = torch.ones_like(positive, dtype=torch.int64)
+    return torch.stack([first, first * size.to(torch.int64)], dim=1)
+
+
+def affinities(vectors: list[Tensor], extent: Tensor) -> dict[tuple[int, int], Tensor]:
+    """Return exp(Norm(delta_i * delta_j)) for all i <= j."""
+    n = len(vectors)
+    found, crossing = extent.view(torch.float64), pairs(n)
+    affinity = {}
+    for i, vector in enumerate(vectors):
+        affinity[i, i] = torch.exp(normalized(vector * vector, found[i, 1], found[i, 0]))
+    for place, (i, j) in enumerate(crossing, start=n):
+        plus, minus = found[place], found[place + len(crossing)]
+        low, high = -joined(minus[0], plus[1]), joined(plus[0], minus[1])
+        affinity[i, j] = torch.exp(normalized(vectors[i] * vectors[j], low, high))
+    return affinity
+
+
+def exponentials(base: Tensor, models: list[Tensor], extent: Tensor) -> Tensor:
+    """Measure the sums that softmax divides by: intra, then inter with every model, shape [T, T + 1]."""
+    n = len(models)
+    affinity = affinities(changes(base, models), extent)
+    inter = {pair: value.sum() for pair, value in affinity.items()}
+    rows = [
+        (affinity[i, i] ** n).sum() if j < 0 else inter[min(i, j), max(i, j)] for i in range(n) for j in range(-1, n)
+    ]
+    return torch.stack(rows).view(n, n + 1)
+
+
+def means(measured: Tensor, size: Tensor) -> Tensor:
+    """Solve for the means of what was measured."""
+    return measured / size
+
+
+def paper_balance(vectors: list[Tensor], extent: Tensor, mean: Tensor) -> list[Tensor]:
+    """Return intra times inter of every model; softmax is relative to the mean, so that it does not vanish."""
+    n = len(vectors)
+    affinity = affinities(vectors, extent)
+    balance = []
+    for i in range(n):
+        inter = torch.zeros_like(vectors[i])
+        for j in range(n):
+            inter = inter + affinity[min(i, j), max(i, j)] / mean[i, j + 1]
+        balance.append(affinity[i, i] ** n / mean[i, 0] * inter)
+    return balance
+
+
+# The form of the authors' code
+
+
+def of_code(form: str) -> bool:
+    """Say whether the form is that of the authors' code."""
+    return form == "code"
+
+
+def magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
+    """Return the magnitudes of the task vectors, float64."""
+    return [vector.abs() for vector in changes(base, models)]
+
+
+def clip_ranks(positive: Tensor, size: Tensor, clip: Tensor) -> Tensor:
+    """Return the ranks of the largest and the smallest magnitude that are left as they are, shape [T, 2]."""
+    low = (size * clip).floor()
+    high = (size * (1 - clip) - 1).floor().clamp(min=0)
+    return torch.stack([size - high, size - low]).to(torch.int64).expand(len(positive), 2)
+
+
+def clipped(vector: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a task vector's magnitudes between its bounds: as they are, and as they are normalized."""
+    found = bounds.view(torch.float64)
+    size = vector.abs().clamp(found[1], found[0])
+    return size, normalized(size, found[1], found[0])
+
+
+def code_balance(vectors: list[Tensor], bounds: Tensor) -> list[Tensor]:
+    """Return intra times inter of every model, which may be negative."""
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    balance = []
+    for i, vector in enumerate(vectors):
+        share = clipped(vector, bounds[i])[1]
+        balance.append(torch.exp(len(vectors) * share * share) * torch.tanh(vector * total))
+    return balance
+
+
+# Both
+
+
+def balances(
+    base: Tensor, models: list[Tensor], extent: Tensor | None, mean: Tensor | None, bounds: Tensor | None
+) -> list[Tensor]:
+    """Return what elements are ranked by, not negative: of the code's form the halves."""
+    vectors = changes(base, models)
+    if bounds is not None:
+        return halves(code_balance(vectors, bounds))
+    assert extent is not None
+    assert mean is not None
+    return paper_balance(vectors, extent, mean)
+
+
+def cut_ranks(density: Tensor, size: Tensor, form: str) -> Tensor:
+    """Return the rank of the last element that counts, shape [T, 1]; of the halves also of the first, [2T, 2]."""
+    if form == "paper":
+        kept = torch.where(density > 0, (density * size).floor().clamp(min=1), 0.0)
+        return kept.to(torch.int64).unsqueeze(1)
+    kept = torch.where(density > 0, size - (size * (1 - density)).floor().clamp(max=size - 1), 0.0)
+    first = torch.ones_like(kept)
+    plus, minus = torch.stack([kept, first], dim=1), torch.stack([size - kept + 1, first * size], dim=1)
+    return torch.cat([plus, minus]).to(torch.int64)
+
+
+def soft(balance: Tensor, last: Tensor, first: Tensor) -> Tensor:
+    """Map what counts to the interval from 0 at the cut to 1 at the largest; 1 where these are equal."""
+    step = last.abs() * _STEP
+    apart = first > last
+    rising = torch.where(balance > last + step, (balance - last) / torch.where(apart, first - last, 1.0), 0.0)
+    return torch.where(apart, rising, (balance >= last - step).double())
+
+
+@merge_method(
+    family="task vectors",
+    cite="du2024pcb",
+    statistics={
+        "extent": order_statistic(products, ends, over="balance_over", when=of_paper, wide=True),
+        "mean": statistic(exponentials, means, over="balance_over", when=of_paper),
+        "bounds": order_statistic(magnitudes, clip_ranks, over="balance_over", when=of_code, wide=True),
+        "cut": order_statistic(balances, cut_ranks, over="balance_over", wide=True),
+    },
+    breaks={"identical": "elements of low balance are dropped"},
+)
+def pcb(
+    base: Tensor,
+    models: list[Tensor],
+    extent: Tensor | None,
+    mean: Tensor | None,
+    bounds: Tensor | None,
+    cut: Tensor,
+    *,
+    weight: PerModel[Weight] = default(1.0),
+    lambda_: Scale = default(1.0),
+    density: PerModel[Fraction] = default(0.1),
+    form: Literal["paper", "code"] = "paper",
+    clip: Clip = default(0.0001),
+    balance_over: Literal["model", "tensor"] = "model",
+) -> Tensor:
+    """Weigh every element of a task vector by its size among its own, and by how well it goes with the others'.
+
+        intra_i   = softmax(T * Norm(delta_i^2))            (over the elements; Norm maps least to 0 and most to 1)
+        inter_i   = sum_j softmax(Norm(delta_i * delta_j))
+        balance_i = intra_i * inter_i where that is among the k_i largest, else 0, k_i = floor(density_i * size)
+        merged    = base + lambda * sum_i balance_i * weight_i * delta_i / sum_i balance_i
+
+    The form of the authors' code, with |delta_i| limited to its quantiles of `clip` and 1 - `clip`:
+
+        balance_i = exp(T * Norm(|delta_i|)^2) * tanh(delta_i * sum_j delta_j)
+        share_i   = how far balance_i is from its k_i-th largest value (0) to its largest (1), at least 0
+        merged    = base + lambda * sum_i share_i * weight_i * delta_i / max(sum_i share_i, 1e-12)
+
+    Use when:
+        Three or more fine-tunes on clearly different tasks are merged. Try lambda 0.8 to 1.3.
+
+    Args:
+        weight: Factor of each task vector; the authors search 0.8 to 1.3 on validation data.
+        lambda_: Factor of the merged task vector.
+        density: Share of each task vector that is kept, r in the paper.
+        form: The formulas of the paper, or those of the authors' code. They differ: the code's inter-balancing
+            multiplies task vectors as they are, whose products are tiny, and weighs what is just above the cut hardly.
+        clip: Share of the elements at either end whose magnitude is limited, in the code's form alone; the authors take
+            0.01 for vision models.
+        balance_over: Normalize and rank over the whole model as published, or inside each tensor.
+
+    Differs from the paper:
+        The default of the density is that of the authors' code. Not checked: the paper's own defaults, and whether its
+        Norm is that of the code.
+        Elements are told apart to 2^-36 of their balance; equal ones are all kept.
+        Where all that is kept balances equally, the code divides 0 by 0; here it counts alike.
+    """
+    vectors = changes(base, models)
+    found = cut.view(torch.float64)
+    n = len(models)
+    total = parts = torch.zeros_like(vectors[0])
+    if bounds is None:
+        assert extent is not None
+        assert mean is not None
+        balance = paper_balance(vectors, extent, mean)
+        share = [torch.where(at_least(value, cut[i, 0]), value, 0.0) for i, value in enumerate(balance)]
+    else:
+        balance = code_balance(vectors, bounds)
+        last = [joined(found[i, 0], found[i + n, 0]) for i in range(n)]
+        first = [joined(found[i, 1], found[i + n, 1]) for i in range(n)]
+        share = [soft(value, last[i], first[i]) for i, value in enumerate(balance)]
+        vectors = [clipped(vector, bounds[i])[0] * vector.sign() for i, vector in enumerate(vectors)]
+    for i, vector in enumerate(vectors):
+        total = total + share[i] * weight[i] * vector
+        parts = parts + share[i]
+    below = torch.where(parts > 0, parts, 1.0) if bounds is None else parts.clamp(min=1e-12)
+    return base + lambda_ * (total / below).to(base.dtype)
