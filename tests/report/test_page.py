@@ -229,6 +229,27 @@ def test_many_models_and_long_names(models: Path) -> None:
     assert all(upper[0] > lower[1] for upper, lower in pairwise(domains))
 
 
+def test_very_many_tensors(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merganser.report.movement._MOST_ROWS", 5)
+    record = json.loads((out / "merge.json").read_text())
+    most = sorted(record["movement"]["tensors"], key=lambda t: -t["merged"])[:5]
+    table = (
+        page(write_report(out))
+        .partition("by tensor: the 5 of 19 that the merge moved most")[2]
+        .partition("</table>")[0]
+    )
+    assert re.findall(r"<td[^>]*>(model\.[\w.]+|lm_head[\w.]+)</td>", table) == [t["name"] for t in most]
+
+
+def test_who_merged_what(out: Path) -> None:
+    file = out / "merge.json"
+    record = json.loads(file.read_text())
+    assert "merged by" not in page(write_report(out))
+    file.write_text(json.dumps(record | {"methods": {"tsv_m": 12, "task_arithmetic": 7}}))
+    text = page(write_report(out, overwrite=True))
+    assert '<td>tsv_m</td><td class="n" title="12 (methods.tsv_m)">12</td>' in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_a_browser_draws_every_figure(out: Path) -> None:

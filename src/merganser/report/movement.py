@@ -19,6 +19,10 @@ _STRIP, _GAP, _EDGE = 18, 24, 88
 """Height of a row of the heatmap, of the title above a strip, and of all that is around them, in pixels."""
 
 _MOST_TENSORS = 8
+"""Tensors that are told beside a cell."""
+
+_MOST_ROWS = 2000
+
 _BARS = "▁▂▃▄▅▆▇█"
 
 Names = Callable[[str], str]
@@ -49,8 +53,7 @@ def moved_section(record: Record, name: Names) -> Section:
         head = ["layer", "role", *columns]
         blocks.append(Table(head, rows, "merge.json: layers[]", "by layer and role", folded=True))
     if movement is not None and movement.tensors:
-        rows = [_row([moved.name or ""], moved, len(columns)) for moved in movement.tensors]
-        blocks.append(Table(["tensor", *columns], rows, "merge.json: movement.tensors[]", "by tensor", folded=True))
+        blocks.append(_by_tensor(movement.tensors, columns))
     return Section("How far each moved", blocks)
 
 
@@ -79,6 +82,16 @@ def related_section(record: Record, name: Names) -> Section:
     ]
     blocks += _by_layer(record)
     return Section(title, blocks)
+
+
+def _by_tensor(tensors: Sequence[Moved], columns: Sequence[str]) -> Table:
+    """List the tensors; of very many those that the merge moved most, since a browser has to show them."""
+    shown, caption = tensors, "by tensor"
+    if len(tensors) > _MOST_ROWS:
+        shown = sorted(tensors, key=lambda t: -(t.merged or 0))[:_MOST_ROWS]
+        caption = f"by tensor: the {_MOST_ROWS:,} of {len(tensors):,} that the merge moved most"
+    rows = [_row([moved.name or ""], moved, len(columns)) for moved in shown]
+    return Table(["tensor", *columns], rows, "merge.json: movement.tensors[]", caption, folded=True)
 
 
 def _places(tensors: Sequence[Moved], name: Names) -> Table:

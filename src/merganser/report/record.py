@@ -108,6 +108,7 @@ class Record:
 
     Args:
         out: The folder.
+        methods: Number of tensors that each method merged; empty in records of earlier versions.
         movement: None in records of earlier versions.
         restored: Of merges with sidecars.
     """
@@ -117,6 +118,7 @@ class Record:
     versions: dict[str, str]
     recipe: str
     method: str
+    methods: dict[str, int]
     seed: int | None
     compat: str | None
     donor: str
@@ -165,13 +167,16 @@ def read_record(out: str | Path) -> Record:
 
 
 def _record(out: Path, root: Entry) -> Record:
-    seed, compat, movement, sidecars = (root.get(key) for key in ("seed", "compat", "movement", "sidecars"))
+    methods, seed, compat, movement, sidecars = (
+        root.get(key) for key in ("methods", "seed", "compat", "movement", "sidecars")
+    )
     return Record(
         out=out,
         created=root["created"].text(),
         versions={name: version.text() for name, version in root["versions"].items()},
         recipe=root["recipe"].text(),
         method=root["method"].text(),
+        methods={} if methods is None else {name: count.whole() for name, count in methods.items()},
         seed=None if seed is None else seed.whole(),
         compat=None if compat is None else compat.text(),
         donor=root["donor"].text(),

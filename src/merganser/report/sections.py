@@ -78,9 +78,12 @@ def _merged(record: Record, name: Names) -> Section:
         read, held = sum(file.tensors_read for file in files), sum(file.tensors for file in files)
         cells: list[Cell] = [name(model), ", ".join(roles), Number(size, size_text(size), "inputs[].bytes")]
         rows.append([*cells, Number(read, f"{read:,} of {held:,}", "inputs[].tensors_read"), model])
-    blocks.append(
-        Table(["", "used as", "weights", "tensors read", "from"], rows, "merge.json: models, donor, inputs[]")
-    )
+    blocks.append(Table(["", "used as", "files", "tensors read", "from"], rows, "merge.json: models, donor, inputs[]"))
+    if len(record.methods) > 1:
+        counts: list[list[Cell]] = [
+            [method, Number(count, f"{count:,}", f"methods.{method}")] for method, count in record.methods.items()
+        ]
+        blocks.append(Table(["merged by", "tensors"], counts, "merge.json: methods"))
     return Section("What was merged", blocks)
 
 
