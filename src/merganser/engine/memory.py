@@ -22,6 +22,9 @@ _PYTHON_AND_TORCH = 240_000_000
 # loaded kernels; where they are compiled just in time, torch.compile's machinery
 _LIBRARIES = 20_000_000
 _COMPILER = 190_000_000
+# freed memory goes back to the system at once where it is allocated in such pieces; of smaller ones some is kept
+_GIVEN_BACK = 32 << 20
+_KEPT = 1.4
 
 
 def default_memory() -> int:
@@ -78,7 +81,9 @@ def _held(tensor: PlannedTensor, compiled: bool) -> int:
     block = _block(tensor)
     raw = _raw(tensor)
     if tensor.method.scope in ("tensor", "matrix") and not tensor.copy and block:
-        return math.ceil(block * (raw + _probed(tensor)))
+        # pieces are matrices in float64
+        kept = 1.0 if 8 * block >= _GIVEN_BACK else _KEPT
+        return math.ceil(block * (raw + kept * _probed(tensor)))
     return block * (raw + (_fused(tensor) if compiled and block >= BLOCK // 2 else _eager(tensor)))
 
 
