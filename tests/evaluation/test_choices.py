@@ -166,6 +166,6 @@ def test_of_equally_likely_choices_the_first_counts() -> None:
 
 def test_score_is_plain_data(zoo: Path) -> None:
     model = open_model(open_source(zoo / "base", None))  # type: ignore[arg-type]
-    loaded = model.load(torch.float32, torch.device("cpu"))
+    loaded = model.load(model.source.read(), torch.float32, torch.device("cpu"))
     found = score(loaded, encode(task(question("the cat", " sat", " on a mat")), model.tokenizer, 64))
     assert json.loads(json.dumps(found)) == found

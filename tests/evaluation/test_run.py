@@ -13,7 +13,7 @@ import pytest
 
 import merganser
 from merganser.errors import OutputError
-from merganser.evaluation import Evaluation, evaluate, text
+from merganser.evaluation import Evaluation, evaluate, precision, text
 from merganser.evaluation import run as run_module
 from tests.evaluation.tiny import text as words
 
@@ -160,15 +160,24 @@ def test_another_model_is_added_to_what_is_there(
     assert 0 < calls.count < 10
 
 
-def test_the_number_format_is_kept_when_continued(
-    zoo: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_module, "choose_dtype", lambda *_: ("bfloat16", "fast"))
-    measure(zoo, tasks, json=tmp_path / "out.json", dtype=None, limit=2)
-    monkeypatch.setattr(run_module, "choose_dtype", lambda *_: ("float32", "fast"))
-    found = measure(zoo, tasks, json=tmp_path / "out.json", dtype=None, limit=2)
-    assert found.settings["dtype"] == "bfloat16"
-    assert found.settings["dtype_reason"] == "as in the run that is continued"
+def test_number_formats(zoo: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(precision, "_for_texts", lambda *_: ("bfloat16", "fast"))
+    first = measure(zoo, tasks, json=out, dtype=None, limit=2)
+    assert first.settings["dtype"] == "bfloat16 for texts, float32 for questions"
+    assert first.settings["dtype_reason"] == "fast; single answers depend on rounding"
+    given_bfloat16, given_float32 = (measure(zoo, tasks, dtype=each, limit=2) for each in ("bfloat16", "float32"))
+    assert given_bfloat16.settings["dtype"] == "bfloat16"
+    for task, same in (("french", given_bfloat16), ("quiz", given_float32)):
+        other = given_float32 if same is given_bfloat16 else given_bfloat16
+        name = "bits" if task == "french" else "loglikelihood"
+        assert [*first.items("b", task)[name]] == [*same.items("b", task)[name]]
+        assert [*first.items("b", task)[name]] != [*other.items("b", task)[name]]
+    # another mood of the machine does not change a run that is continued
+    monkeypatch.setattr(precision, "_for_texts", lambda *_: ("float32", "slow"))
+    again = measure(zoo, tasks, json=out, dtype=None, limit=2)
+    assert again.settings["dtype"] == first.settings["dtype"]
+    assert again.models["b"].parameters is None
     assert measure(zoo, tasks, dtype=None, limit=2).settings["dtype"] == "float32"
 
 

@@ -87,7 +87,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="float32|bfloat16|float16",
-            help="Number format.  [default: the faster one here]",
+            help="Number format.  [default: float32, for texts the faster one here]",
             show_default=False,
         ),
     ] = None,

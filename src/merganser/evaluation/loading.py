@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from .sources import Source, hash_file
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -70,19 +71,23 @@ class LanguageModel:
     tokenizer: Tokenizer
     positions: int | None
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """Read (or merge) the weights and return the model, ready to score.
+    def load(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Any:
+        """Return the model, ready to score.
+
+        Args:
+            tensors: Its weights, from `source.read()`.
+            dtype: Number format.
+            device: Where it shall be.
 
         Raises:
             CheckpointError: The weights do not fit the config, or the tokenizer does not fit the vocabulary.
         """
         from transformers import AutoModelForCausalLM
 
-        tensors = self.source.read()
         kind: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
         with _explained(self.source.reference, "the model"), _quiet():
             model, info = kind.from_pretrained(
-                None, config=self.config, state_dict=tensors, dtype=dtype, output_loading_info=True
+                None, config=self.config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
         if info["missing_keys"]:
             names = sorted(info["missing_keys"])

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..engine.devices import resolve_devices
@@ -22,10 +23,10 @@ from .harness import Harness
 from .journal import Journal, journal_path
 from .loading import LanguageModel, open_model
 from .outcome import Outcome
-from .precision import DTYPES, choose_dtype
+from .precision import DTYPES, choose_formats, given_format
 from .result import Evaluation, ModelInfo, TaskInfo
 from .roster import Models, Roster, make_roster
-from .scoring import Scorer, Settings
+from .scoring import Job, Scorer, Settings
 from .sources import Reference, open_source
 from .tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
 
@@ -79,7 +80,8 @@ def evaluate(
         limit: Number of items of each task: windows of a text, documents, questions.
         context: Most tokens that a model sees at once of a text; by default 512, or what the models can if that is less.
         stride: Tokens that each window of a text scores; by default half of `context`.
-        dtype: float32, bfloat16 or float16; by default bfloat16 where it is faster here.
+        dtype: float32, bfloat16 or float16. By default texts are scored in bfloat16 where that is faster here, questions
+            in float32, and tasks of lm-eval in the format of each checkpoint.
         device: As for `merge`; the first one is used.
         batch_tokens: Tokens that are fed at once.
         json: File for the result; what was measured on every item is kept in `JSON.items.jsonl` beside it, and an
@@ -122,17 +124,20 @@ class _Wanted:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise TaskError(f"dtype: {self.dtype!r} is not known; allowed: {', '.join(DTYPES)}")
 
-    def settle(self, opened: Mapping[str, LanguageModel], journal: Journal) -> tuple[Settings, str]:
-        """Fill in what was not given; also say why this number format."""
+    def settle(self, opened: Mapping[str, LanguageModel], tasks: Sequence[Task], journal: Journal) -> Settings:
+        """Fill in what was not given."""
         context, stride = self._lengths(opened)
+        kinds = {task.kind for task in tasks}
         if self.dtype is not None:
-            dtype, reason = self.dtype, "as given"
-        elif "dtype" in journal.notes:
-            dtype, reason = journal.notes["dtype"], "as in the run that is continued"
+            formats = given_format(self.dtype)
         else:
-            dtype, reason = choose_dtype(next(iter(opened.values())).config, self.device)
-            journal.note("dtype", dtype)
-        return Settings(self.limit, context, stride, dtype, self.batch_tokens, self.device), reason
+            formats = choose_formats(next(iter(opened.values())).config, self.device, kinds)
+        if self.dtype is None and "text" in kinds:
+            # a continued evaluation goes on in the format that it began with
+            if "text dtype" in journal.notes:
+                formats = replace(formats, text=journal.notes["text dtype"])
+            journal.note("text dtype", formats.text)
+        return Settings(self.limit, context, stride, formats, self.batch_tokens, self.device)
 
     def _lengths(self, opened: Mapping[str, LanguageModel]) -> tuple[int, int]:
         """Return context and stride."""
@@ -158,7 +163,7 @@ def _measure(
     with ExitStack() as stack:
         opened = {e.name: open_model(open_source(e.reference, stack, cache_dir=cache_dir)) for e in roster.entries}
         journal = stack.enter_context(Journal(None if out is None else journal_path(out)))
-        settings, reason = wanted.settle(opened, journal)
+        settings = wanted.settle(opened, tasks, journal)
         named = [task for task in tasks if isinstance(task, HarnessTask)]
         harness = Harness(named) if named else None
         scorer = Scorer(settings, journal, harness, progress.scoring)
@@ -169,7 +174,7 @@ def _measure(
         outcomes=outcomes,
         base=roster.base,
         experts=roster.experts,
-        settings={**_shown(settings), "dtype_reason": reason},
+        settings=_shown(settings, tasks),
         versions=_versions(harness),
         hardware={
             "device": str(settings.device),
@@ -194,31 +199,60 @@ def _score(
     infos: dict[str, ModelInfo] = {}
     for number, entry in enumerate(roster.entries):
         name, model = entry.name, opened[entry.name]
-        begin = time.monotonic()
-        loaded, failed = None, None
         if scorer.pending(jobs[name]):
             progress.loading(name, number, len(roster.entries))
-            try:
-                loaded = model.load(getattr(torch, scorer.settings.dtype), scorer.settings.device)
-            except MergeError as error:
-                # the others can be measured all the same
-                failed = str(error)
-        ready = time.monotonic()
-        if failed is None:
-            outcomes[name] = scorer.run(name, model, loaded, jobs[name])
+        found = _score_model(scorer, name, model, jobs[name])
+        if found.failed is None:
+            outcomes[name] = {task.name: found.outcomes[task.name] for task in tasks}
         infos[name] = ModelInfo(
             reference=model.source.reference,
             kind=model.source.kind,
             role=entry.role,
             hash=model.source.hash,
             tokenizer=model.tokenizer.hash,
-            parameters=None if loaded is None else loaded.num_parameters(),
-            seconds={"load": round(ready - begin, 3), "score": round(time.monotonic() - ready, 3)},
+            parameters=found.parameters,
+            seconds={name: round(seconds, 3) for name, seconds in found.seconds.items()},
             peak_memory=_peak_memory(),
-            failed=failed,
+            failed=found.failed,
         )
-        del loaded
     return outcomes, infos
+
+
+@dataclass
+class _Scored:
+    """What scoring a model gave."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "score": 0.0})
+    parameters: int | None = None
+    failed: str | None = None
+
+
+def _score_model(scorer: Scorer, name: str, model: LanguageModel, jobs: Sequence[Job]) -> _Scored:
+    """Read a model once, and score it in each number format that its tasks want."""
+    found = _Scored()
+    tensors: Mapping[str, Tensor] | None = None
+    groups = {dtype: [job for job in jobs if job.dtype == dtype] for dtype in dict.fromkeys(job.dtype for job in jobs)}
+    last = [dtype for dtype, own in groups.items() if scorer.pending(own)][-1:]
+    for dtype, own in groups.items():
+        begin = time.monotonic()
+        loaded = None
+        if scorer.pending(own):
+            try:
+                tensors = model.source.read() if tensors is None else tensors
+                loaded = model.load(tensors, getattr(torch, dtype), scorer.settings.device)
+            except MergeError as error:
+                # the others can be measured all the same
+                found.failed = str(error)
+                return found
+            found.parameters = loaded.num_parameters()
+            if [dtype] == last:
+                tensors = None
+        ready = time.monotonic()
+        found.outcomes |= scorer.run(name, model, loaded, own)
+        found.seconds["load"] += ready - begin
+        found.seconds["score"] += time.monotonic() - ready
+    return found
 
 
 def _check_out(out: Path) -> None:
@@ -260,9 +294,15 @@ def _task_info(
     )
 
 
-def _shown(settings: Settings) -> dict[str, Any]:
-    names = ("limit", "context", "stride", "dtype", "batch_tokens")
-    return {name: getattr(settings, name) for name in names}
+def _shown(settings: Settings, tasks: Sequence[Task]) -> dict[str, Any]:
+    return {
+        "limit": settings.limit,
+        "context": settings.context,
+        "stride": settings.stride,
+        "dtype": settings.formats.shown({task.kind for task in tasks}),
+        "dtype_reason": settings.formats.reason,
+        "batch_tokens": settings.batch_tokens,
+    }
 
 
 def _warnings(opened: Mapping[str, LanguageModel], tasks: Sequence[Task]) -> list[str]:

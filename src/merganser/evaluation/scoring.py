@@ -15,6 +15,7 @@ from .harness import Harness, outcome
 from .journal import Journal
 from .loading import LanguageModel
 from .outcome import Outcome
+from .precision import Formats
 from .tasks import ChoiceTask, HarnessTask, Task, TextTask
 from .text import prepare_text
 
@@ -30,7 +31,7 @@ class Settings:
         limit: Number of items of each task; None for all.
         context: Most tokens that a model sees at once of a text.
         stride: Tokens that each window of a text scores.
-        dtype: Name of the number format.
+        formats: Number formats.
         batch_tokens: Tokens that a batch may feed.
         device: Where models are scored.
     """
@@ -38,7 +39,7 @@ class Settings:
     limit: int | None
     context: int
     stride: int
-    dtype: str
+    formats: Formats
     batch_tokens: int
     device: torch.device
 
@@ -50,11 +51,13 @@ class Job:
     Args:
         task: The task.
         prepared: The task in the tokens of the model; None where lm-eval sees to that.
+        dtype: Number format to score it in.
         key: Identifies model, task and settings in the journal.
     """
 
     task: Task
     prepared: Prepared | None
+    dtype: str
     key: str
 
     @property
@@ -88,15 +91,16 @@ class Scorer:
         Raises:
             TaskError: The task does not fit the model.
         """
+        dtype = self.settings.formats.of(task.kind, model.config)
         if isinstance(task, TextTask | ChoiceTask):
             vocabulary = model.config.get_text_config().vocab_size
             # models of one base mostly share their tokenizer, and with it the tokens
             place = (task.name, model.tokenizer.hash, model.positions, vocabulary)
             if place not in self._rows:
                 self._rows[place] = self._own(model, task, vocabulary)
-            return Job(task, self._rows[place], self._key(model, task.hash))
+            return Job(task, self._rows[place], dtype, self._key(model, task.hash, dtype))
         assert self.harness is not None
-        return Job(task, None, self._key(model, self.harness.hash(task)))
+        return Job(task, None, dtype, self._key(model, self.harness.hash(task), dtype))
 
     def pending(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs of which something is left to measure."""
@@ -171,10 +175,10 @@ class Scorer:
             return prepare_text(task, model.tokenizer, context=s.context, stride=s.stride, **common)
         return prepare_choices(task, model.tokenizer, positions=model.positions, **common)
 
-    def _key(self, model: LanguageModel, task: str) -> str:
+    def _key(self, model: LanguageModel, task: str, dtype: str) -> str:
         import transformers
 
         s = self.settings
-        settings = (s.limit, s.context, s.stride, s.dtype, s.batch_tokens, s.device.type)
+        settings = (s.limit, s.context, s.stride, dtype, s.batch_tokens, s.device.type)
         versions = (_VERSION, torch.__version__, transformers.__version__)
         return xxhash.xxh3_128_hexdigest(repr((model.source.hash, task, settings, versions)).encode())
