@@ -32,6 +32,11 @@ def factors(measured: Tensor) -> Tensor:
     return torch.where(kept > 0, own / kept, 1.0)
 
 
+def over_model(rescale_over: str) -> bool:
+    """Say whether a model has one factor."""
+    return rescale_over == "model"
+
+
 def parts(shape: tuple[int, ...]) -> dict[str, Part]:
     """Return what a task keeps: a bit for each element."""
     return {"mask": packed(shape[0])}
@@ -58,6 +63,7 @@ def decode(base: Tensor, merged: Tensor, mask: Tensor, factor: Tensor) -> Tensor
 @merge_method(
     family="sidecars",
     cite="huang2024emr",
+    when={"rescale_by": over_model},
     sidecar=Sidecar(
         parts,
         encode,
