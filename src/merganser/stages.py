@@ -7,7 +7,6 @@ under its name; a stage that is finished there is used again as long as nothing 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -244,17 +243,21 @@ def _folder_name(name: str) -> str:
 @contextlib.contextmanager
 def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[Path]:
     """Hold the folder of the stages; remove it in the end, but for a run that can be continued."""
+    from .engine.staging import acquire_lock, release_lock
+
     home = stages_folder(out)
+    # beside the folder, which comes and goes
+    lock = home.with_name(f"{home.name}.lock")
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        guard = os.open(home / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        guard = acquire_lock(lock)
+        if guard is not None:
+            home.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"{home}: cannot be written: {error.strerror}") from None
+    if guard is None:
+        raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
     try:
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(f"{out}: another run is writing it; wait for it, or stop it") from None
         if fresh:
             for path in home.iterdir():
                 if path.is_dir():
@@ -268,7 +271,7 @@ def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[Path]:
         if not keep:
             shutil.rmtree(home, ignore_errors=True)
     finally:
-        os.close(guard)
+        release_lock(lock, guard)
 
 
 def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> None:

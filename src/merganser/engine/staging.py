@@ -61,7 +61,7 @@ class Staging:
         self._journal_lock = threading.Lock()
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._guard: int | None = _acquire(self._lock_file)
+            self._guard: int | None = acquire_lock(self._lock_file)
         except OSError as error:
             raise self.write_error(error) from None
         if self._guard is None:
@@ -187,10 +187,9 @@ class Staging:
                 self._journal.close()
 
     def _release(self) -> None:
-        """Give the lock back; its file goes while it is still held, so that nobody holds one that has no name."""
+        """Give the lock back."""
         if self._guard is not None:
-            self._lock_file.unlink(missing_ok=True)
-            os.close(self._guard)
+            release_lock(self._lock_file, self._guard)
             self._guard = None
 
     def _prepare(self, fingerprint: str, journal_length: int, beside: int) -> None:
@@ -292,7 +291,7 @@ def digest(data: memoryview | bytes) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-def _acquire(path: Path) -> int | None:
+def acquire_lock(path: Path) -> int | None:
     """Lock a file that its owner deletes when he is done; None if another run holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -310,6 +309,12 @@ def _acquire(path: Path) -> int | None:
                 return descriptor
         # its owner deleted it between the opening and the locking
         os.close(descriptor)
+
+
+def release_lock(path: Path, descriptor: int) -> None:
+    """Give a lock back; its file goes while it is still held, so that nobody holds one that has no name."""
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def _replace(target: Path, folder: Path) -> None:
