@@ -22,8 +22,11 @@ at 0.5 at least 87 % of the norm is not the base's. The choice of the middle is 
 NEARLY_SAME = 0.1
 """Two models that are less than this share of their task vectors apart are called nearly the same (our choice)."""
 
-MANY_FAR = 0.01
-"""Share of elements beyond `FAR` from which deltas are called large (our choice; the authors give the range alone)."""
+MANY_FAR = 0.1
+"""Share of elements beyond `FAR` from which deltas are called large (our choice; the authors give the range alone).
+
+Of eight fine-tunes of a 135 M model (120 steps of 1,024 tokens), at most 4 % of the elements are beyond it.
+"""
 
 _DARE = (
     f"DARE's authors found the changes of fine-tuned models within {FAR}, and dropping much less effective where they "

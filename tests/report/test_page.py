@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from merganser import write_report
+from merganser.report.blocks import Figure
+from merganser.report.page import _json
 from tests.cli.tiny import recipe, run, state, write
 from tests.report.conftest import merged, moved
 from tests.report.making import evaluation, write_evaluation
@@ -157,6 +159,7 @@ def test_no_name_is_taken_for_markup(models: Path) -> None:
     assert "<script>alert" not in text
     assert "<b>&amp;" not in text.replace("&lt;b&gt;&amp;amp;", "")
     assert name in html.unescape(text)
+    assert "</script>" not in _json(Figure("", [{"name": evil}], {}, 1, [], ""))
     # in figures plotly would read markup
     for figure in figures(text):
         assert "<script" not in json.dumps(figure)
@@ -227,6 +230,9 @@ def test_many_models_and_long_names(models: Path) -> None:
     # strips do not overlap
     domains = [heatmap["layout"][f"yaxis{k}" if k > 1 else "yaxis"]["domain"] for k in range(1, 10)]
     assert all(upper[0] > lower[1] for upper, lower in pairwise(domains))
+    # above each there is room for its name
+    assert domains[0][1] < 1
+    assert domains[-1][0] == pytest.approx(0, abs=1e-9)
 
 
 def test_very_many_tensors(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,14 @@ def _heatmap(record: Record, columns: Sequence[str]) -> list[Block]:
             [_hover(cells.get((layer, role)), tensors[layer, role], i, len(columns)) for layer in layers]
             for role in roles
         ]
-        trace = {"type": "heatmap", "x": layers, "y": roles, "z": rows, "text": texts, "hoverinfo": "text"}
+        trace = {
+            "type": "heatmap",
+            "x": layers,
+            "y": [*map(escape, roles)],
+            "z": rows,
+            "text": texts,
+            "hoverinfo": "text",
+        }
         data.append({**trace, "xaxis": "x", "yaxis": f"y{axis}", "coloraxis": "coloraxis", "xgap": 1, "ygap": 1})
         axes[f"yaxis{axis}"] = {"domain": [max(bottom, 0), top], "fixedrange": True, "ticks": "", "showgrid": False}
         label = {"text": escape(cut(column)), "x": 0, "y": top, "xref": "paper", "yref": "paper", "showarrow": False}
