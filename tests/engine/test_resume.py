@@ -287,7 +287,7 @@ def test_a_lock_has_one_holder_at_a_time(tmp_path):
 
     def work():
         while len(most) < 500:
-            descriptor = staging._acquire(path)
+            descriptor = staging.acquire_lock(path)
             if descriptor is not None:
                 holders.append(descriptor)
                 most.append(len(holders))
