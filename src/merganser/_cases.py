@@ -25,6 +25,8 @@ LOCATIONS = [
     Location("before"),
     *(Location("layer", layer, 32) for layer in (0, 7, 16, 24, 31)),
     Location("after"),
+    Location("before", role="embedding"),
+    Location("after", role="head"),
 ]
 EMPTY: list[tuple[int, ...]] = [(0,), (0, 5), (5, 0)]
 

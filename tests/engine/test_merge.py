@@ -12,7 +12,7 @@ from merganser.anatomy import infer_anatomy
 from merganser.api import merge, plan
 from merganser.engine import tasks
 from merganser.engine.align import location_of
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.blocks import fill, merge_tensors
 from merganser.registry import get_method, methods
 from tests.making import (
     assert_equal,
@@ -24,6 +24,7 @@ from tests.making import (
     write_llamas,
     write_model,
 )
+from tests.methods.whole_model import merge_whole_model
 
 
 def merged_one_by_one(method, base, models, parameters, *, seed=0, dtype=None, compute=None):
@@ -52,11 +53,17 @@ def merged_one_by_one(method, base, models, parameters, *, seed=0, dtype=None, c
     return result
 
 
+def over_model(method, parameters):
+    """Whether something is measured over the whole model, which one tensor is not."""
+    filled = fill(method, parameters, _cases.count_models(method))
+    return any(s.wanted(filled) and filled.get(s.over, s.over) == "model" for s in method.statistics.values())
+
+
 def tried(method):
     """The first and the last case of each way to use a base."""
-    found = list(_cases.cases(method))
+    found = [case for case in _cases.cases(method) if not over_model(method, case[1])]
     for with_base in {case[0] for case in found}:
-        own = [case for case in found if case[0] == with_base and "model" not in case[1].values()]
+        own = [case for case in found if case[0] == with_base]
         yield from {id(case): case for case in (own[0], own[-1])}.values()
 
 
@@ -81,6 +88,25 @@ def test_every_method_in_small_tensors(tmp_path, name, with_base, parameters):
     tensors = [read_model(path) for path in paths]
     expected = merged_one_by_one(name, tensors[0] if with_base else None, tensors[1:], parameters, seed=7)
     assert_equal(read_model(result.out), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("metagpt", {}),
+        ("pcb", {}),
+        ("pcb", {"form": "code"}),
+        ("ties", {"weight": 0.6, "density": 0.3, "trim_over": "model", "tie": "majority"}),
+    ],
+)
+def test_statistics_over_the_model_are_those_of_all_tensors(tmp_path, name, parameters):
+    paths = write_llamas(tmp_path, 4)
+    merged = read_model(merge(make_recipe(name, paths[1:], paths[0], parameters), tmp_path / "out", threads=2).out)
+    base, *models = [read_model(path) for path in paths]
+    # sums are formed in the order of the names
+    names = sorted(base)
+    tensors = [(base[name], [model[name] for model in models]) for name in names]
+    assert_equal(merged, dict(zip(names, merge_whole_model(get_method(name), tensors, parameters), strict=True)))
 
 
 @pytest.mark.parametrize(

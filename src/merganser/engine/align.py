@@ -111,7 +111,7 @@ def after_layers(recipe: Recipe) -> float:
 def location_of(name: str, anatomy: Anatomy) -> Location:
     """Return where a tensor is in its checkpoint."""
     part = anatomy.parts[name]
-    return Location(part.position, part.layer, anatomy.layer_count(name))
+    return Location(part.position, part.layer, anatomy.layer_count(name), part.role)
 
 
 def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Alignment:
@@ -234,7 +234,7 @@ def _layer(
         new = anatomy.rename_layer(name, index)
         old = anatomy.parts[name]
         part = Part(new, old.stack, index, old.position, old.role, old.expert)
-        location = Location(old.position, index, n_layers)
+        location = Location(old.position, index, n_layers, old.role)
         sources = {reference: (members[reference], names[suffix]) for reference, names in named.items()}
         yield Slot(new, new, part, slice_index, t, location, _inputs(new, sources))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -139,6 +140,7 @@ def merge_tensors(
     compute = compute or (torch.float64 if torch.float64 in (dtype, *dtypes) else torch.float32)
     shape, device = tuple(models[0].shape), models[0].device
     filled = fill(method, parameters or {}, len(models))
+    location = replace(location, role=role or location.role)
     treatment = treat(method, filled, name=name, shape=shape, role=role, location=location, n_models=len(models))
     method, values = treatment.method, Values.of(treatment.method, treatment.parameters, treatment.located)
     base, models = treatment.inputs(base, models)
