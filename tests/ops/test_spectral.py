@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from merganser.ops.spectral import nuclear_norm, polar, rank_tolerance, self_product, svd
+from merganser.ops.spectral import (
+    joined,
+    left_basis,
+    nuclear_norm,
+    orthogonalised,
+    polar,
+    rank_tolerance,
+    self_product,
+    svd,
+)
 
 RANK = 2.0**-22
 
@@ -181,3 +190,47 @@ def test_a_self_product_is_symmetric_to_the_bit(shape):
     found = self_product(matrix)
     assert torch.equal(found, found.T)
     torch.testing.assert_close(found.double(), matrix.double().T @ matrix.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["random", "rank 3", "graded", "1 row"])
+def test_a_left_basis_is_that_of_all_side_by_side(kind):
+    parts = [random(60, 30, seed=1), random(60, 50, seed=2)]
+    if kind == "rank 3":
+        parts = [random(60, 3) @ random(3, 30, seed=i) for i in (1, 2)]
+    elif kind == "graded":
+        parts = [torch.logspace(0, -5, 60)[:, None] * part for part in parts]
+    elif kind == "1 row":
+        parts = [part[:1] for part in parts]
+    left, values, _ = decompose(torch.cat(parts, dim=1))
+    found = left_basis(parts, 0.0)
+    # but for their signs
+    assert (found.double().T @ left).diagonal().abs().min() > 1 - 1e-6
+    assert found.shape == left.shape
+    middle = 1.001 * float(values[len(values) // 2])
+    assert left_basis(parts, middle).shape[1] == (values > middle).sum()
+
+
+def test_a_left_basis_of_nothing_is_empty():
+    assert left_basis([torch.zeros(4, 5)], 0.0).shape == (4, 0)
+    assert left_basis([torch.zeros(0, 5)], 0.0).shape == (0, 0)
+    assert left_basis([torch.zeros(4, 0)], 0.0).shape == (4, 0)
+
+
+def test_frames_are_made_orthogonal_and_what_they_share_is_left_out():
+    one, two = (torch.linalg.qr(random(50, 10, seed=seed)).Q for seed in (1, 2))
+    found = orthogonalised([one, two])
+    left, _, right = decompose(torch.cat([one, two], dim=1))
+    assert error(found, left @ right.T) < 1e-5
+    twice = orthogonalised([one, one])
+    torch.testing.assert_close(twice, torch.cat([one, one], dim=1) / 2**0.5)
+    nearly = torch.linalg.qr(one + 2e-6 * two).Q
+    nearly = nearly * (nearly * one).sum(0).sign()
+    torch.testing.assert_close(orthogonalised([one, nearly]), twice, rtol=0, atol=1e-5)
+
+
+def test_joined_parts_keep_their_values():
+    parts = [svd(random(50, 40, seed=seed), 5) for seed in (1, 2)]
+    values = torch.linalg.svdvals(joined([parts[0], parts[1]._replace(values=-parts[1].values)]).double())
+    expected = torch.cat([part.values for part in parts]).sort(descending=True).values
+    torch.testing.assert_close(values[:10], expected, rtol=1e-5, atol=0)
+    assert values[10] < 1e-5

@@ -18,10 +18,16 @@ some 1e-6 to 1e-5 at condition numbers up to 1e8, where directions below `rank_t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..method import Number
+
+RankTolerance = Annotated[Tensor, Number(0.0, 1.0, search=(0.0, 0.01))]
+"""Parameter of methods: singular values up to this share of the largest count as zero."""
 
 _DENSE = 16
 """Matrices with a side of at most this are decomposed directly."""
@@ -36,6 +42,11 @@ It costs two products more."""
 
 _FEW = 1 / 6
 """Share of the directions that may be left to the second pass before the correction is the cheaper way."""
+
+_COINCIDE = 1e-5
+
+_NEAR = 64
+"""Directions on either side of a truncation that are told apart once more."""
 
 _BLOCK = 512
 
@@ -159,6 +170,26 @@ def polar(matrix: Tensor, *, tolerance: float = 0.0) -> Polar:
     return Polar(factor.addmm_(small.left, small.right.T), n - found.n_small + rank)
 
 
+def left_basis(matrices: Sequence[Tensor], floor: float) -> Tensor:
+    """Return the left singular vectors of matrices side by side, the largest first, shape [m, r].
+
+    Each is right by itself, where `svd` leaves close neighbours mixed: the Gram matrix is one of float64.
+
+    Args:
+        matrices: Shapes [m, n_i].
+        floor: Singular values up to this, or to `rank_tolerance` of the largest, count as zero.
+    """
+    products = torch.zeros(2 * matrices[0].shape[:1], dtype=torch.float64, device=matrices[0].device)
+    for matrix in matrices:
+        products += self_product(matrix.T.double())
+    squares, basis = torch.linalg.eigh(products)
+    values = squares.clamp(min=0).sqrt()
+    largest = values[-1] if len(values) else values.sum()
+    kept = (values > floor) & (values > rank_tolerance(matrices[0]) * largest)
+    found: Tensor = basis[:, kept].flip(1)
+    return found.to(matrices[0].dtype)
+
+
 def nuclear_norm(factor: Tensor, matrix: Tensor) -> Tensor:
     """Return the sum of the singular values, 0-d, float64.
 
@@ -167,6 +198,28 @@ def nuclear_norm(factor: Tensor, matrix: Tensor) -> Tensor:
         matrix: Shape [m, n].
     """
     return (factor * matrix).sum(dtype=torch.float64)
+
+
+def orthogonalised(frames: Sequence[Tensor]) -> Tensor:
+    """Return the nearest matrix with orthonormal columns to orthonormal frames side by side, as a partial isometry.
+
+    Directions in which frames coincide to 1e-5 (they are not known better) have no nearest one and stay zero.
+
+    Args:
+        frames: Shapes [n, k_i], each with orthonormal columns.
+    """
+    return polar(torch.cat(list(frames), dim=1), tolerance=_COINCIDE).factor
+
+
+def joined(parts: Sequence[Svd]) -> Tensor:
+    """Return the sum of the triplets of several matrices, the vectors of all of them made orthogonal, [m, n].
+
+    Args:
+        parts: Triplets; the values may have any sign.
+    """
+    values = torch.cat([part.values for part in parts])
+    left = orthogonalised([part.left for part in parts])
+    return left * values.to(left.dtype) @ orthogonalised([part.right for part in parts]).T
 
 
 def self_product(matrix: Tensor) -> Tensor:
@@ -212,6 +265,8 @@ def _first_pass(matrix: Tensor, tolerance: float) -> _Basis:
 
 def _corrected(matrix: Tensor, found: _Basis, k: int | None) -> tuple[Svd, Svd]:
     """Return the triplets of the large and those of the small directions; at most k, where the large are as many."""
+    if k is not None and k < matrix.shape[1]:
+        _part(matrix, found.right, k)
     right = found.right[:, found.n_small :].flip(1)[:, :k]
     left, values = _orthonormal_image(matrix, right)
     if found.n_small == 0 or (k is not None and k <= right.shape[1]):
@@ -221,6 +276,22 @@ def _corrected(matrix: Tensor, found: _Basis, k: int | None) -> tuple[Svd, Svd]:
     tilt = shown / (values[:, None] + small.values).float()
     large = Svd(left, values, right + small.right @ tilt.T)
     return large, Svd(small.left[:, :rank], small.values[:rank], (small.right - right @ tilt)[:, :rank])
+
+
+def _part(matrix: Tensor, right: Tensor, k: int) -> None:
+    """Tell the k largest directions from the others, in place: the Gram matrix has mixed neighbours.
+
+    Args:
+        matrix: Shape [m, n].
+        right: Right vectors, shape [n, n], the smallest first.
+        k: Less than n.
+    """
+    border = right.shape[1] - k
+    near = slice(max(border - _NEAR, 0), border + _NEAR)
+    # orthonormal to rounding of float32 is not enough: their products would be taken for those of the images
+    basis = torch.linalg.qr(right[:, near].double()).Q
+    image = (matrix @ basis.float()).double()
+    right[:, near] = (basis @ torch.linalg.eigh(image.T @ image).eigenvectors).float()
 
 
 def _orthonormal_image(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

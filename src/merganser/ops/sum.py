@@ -29,6 +29,14 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     return total
 
 
+def summed_deltas(base: Tensor, models: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Return `sum_i weight[i] * (models[i] - base)`, holding one task vector at a time."""
+    total = (models[0] - base) * weight[0]
+    for i in range(1, len(models)):
+        total = total + (models[i] - base) * weight[i]
+    return total
+
+
 def normalizer(total: Tensor) -> Tensor:
     """Return a sum of weights, or 1 where they cancel: a divisor that leaves the weighted sum alone then."""
     return torch.where(total.abs() < _NO_WEIGHT, torch.ones_like(total), total)

@@ -1,0 +1,55 @@
+"""Iso-C: the sum of the task vectors, with all its singular values made equal."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from ..method import Embeddings, Others, PerModel, Scale, Weight, default, merge_method
+from ..ops.spectral import RankTolerance, nuclear_norm, polar
+from ..ops.sum import summed_deltas
+
+
+@merge_method(
+    family="spectral",
+    cite="marczak2025iso",
+    scope="matrix",
+    breaks={"identical": "singular values are made equal, and task vectors are added, not averaged"},
+)
+def iso_c(
+    base: Tensor,
+    models: list[Tensor],
+    *,
+    weight: PerModel[Weight] = default(1.0),
+    lambda_: Scale = default(1.0),
+    divisor: Literal["size", "rank"] = "size",
+    rank_tolerance: RankTolerance = default(0.0),
+    others: Others = "average",
+    embeddings: Embeddings = "others",
+) -> Tensor:
+    """Add the task vectors and give their sum equal singular values, of the same mean.
+
+        sum_i weight_i * delta_i = U diag(s) V^T,   delta_i = model_i - base
+        merged = base + lambda * mean(s) * U V^T
+
+    Use when:
+        Several full fine-tunes on different tasks are merged: directions that few of them use come to weigh as much
+        as those that all share.
+
+    Args:
+        weight: Factor of each task vector.
+        lambda_: Factor of the merged task vector; the authors choose among 0.1, 0.2, ..., 3.0 on validation data.
+        divisor: What the sum of the singular values is divided by: min(rows, columns), as published, or the rank.
+        rank_tolerance: Singular values up to this share of the largest count as zero. Rounding of the checkpoints to
+            bfloat16 is raised like everything else; this can keep it down where the task vectors are of low rank.
+
+    Differs from the paper:
+        Directions in which the sum is zero (to 2^-22 of its largest singular value) stay zero; published code gives
+        them arbitrary vectors of full length. A frozen matrix stays as it is.
+        The paper has no weights; 1 gives its formula.
+        Embeddings and head are averaged unless `embeddings: matrix` says otherwise.
+    """
+    total = summed_deltas(base, models, weight)
+    factor, rank = polar(total, tolerance=float(rank_tolerance))
+    count = min(total.shape) if divisor == "size" else rank
+    mean = nuclear_norm(factor, total) / max(count, 1)
+    return base + factor * (lambda_ * mean)

@@ -1,0 +1,114 @@
+"""Iso-CTS: common directions of the task vectors and some of each task's own, all of equal weight."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..method import Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
+from ..ops.spectral import RankTolerance, Svd, orthogonalised, svd
+from ..ops.sum import summed_deltas
+
+# share of a task vector's norm below which what is left outside the common directions is rounding
+_NOTHING = 2.0**-20
+
+
+def common_rank(size: int, n_models: int, common_space_fraction: float) -> tuple[int, int]:
+    """Return how many directions are common, and how many of each model are added.
+
+    Args:
+        size: The smaller side of the matrix.
+        n_models: Number of models.
+        common_space_fraction: Share of the directions that is common, before what is left is divided evenly.
+    """
+    left = size - int(size * common_space_fraction)
+    own = min(round(left / n_models), size // n_models)
+    return size - own * n_models, own
+
+
+def own_directions(base: Tensor, models: list[Tensor], weight: Tensor, common: Tensor, k: int) -> list[Svd]:
+    """Return the leading triplets of every task vector outside the common left directions.
+
+    Args:
+        base: Shape [m, n].
+        models: The models.
+        weight: Factor of each task vector, shape [T].
+        common: Shape [m, c], orthonormal columns.
+        k: How many of each, at most.
+    """
+    m, n = base.shape
+    # in coordinates of the complement what is to be decomposed is small, unless the matrix is much taller than wide
+    complement = torch.linalg.qr(common, mode="complete").Q[:, common.shape[1] :] if m - common.shape[1] < n else None
+    found = []
+    for i, model in enumerate(models):
+        delta = (model - base) * weight[i]
+        noise = _NOTHING * torch.linalg.vector_norm(delta.double())
+        if complement is None:
+            part = svd(delta - common @ (common.T @ delta), k)
+        else:
+            part = svd(complement.T @ delta, k)
+            part = part._replace(left=complement @ part.left)
+        rank = int((part.values > noise).sum())
+        found.append(Svd(part.left[:, :rank], part.values[:rank], part.right[:, :rank]))
+    return found
+
+
+@merge_method(
+    family="spectral",
+    cite="marczak2025iso",
+    scope="matrix",
+    breaks={"identical": "singular values are made equal, and task vectors are added, not averaged"},
+)
+def iso_cts(
+    base: Tensor,
+    models: list[Tensor],
+    *,
+    weight: PerModel[Weight] = default(1.0),
+    lambda_: Scale = default(1.0),
+    common_space_fraction: Fraction = default(0.8),
+    divisor: Literal["size", "rank"] = "size",
+    rank_tolerance: RankTolerance = default(0.0),
+    others: Others = "average",
+    embeddings: Embeddings = "others",
+) -> Tensor:
+    """Complete the common directions of the task vectors by some of each, and give all of them equal singular values.
+
+        common: the c leading triplets U, s, V of sum_i weight_i * delta_i,   delta_i = model_i - base
+        own:    the q leading triplets U_i, s_i, V_i of weight_i * delta_i - U U^T weight_i * delta_i
+        merged = base + lambda * mean(s_1, ..., s_T, s) * polar([U_1 ... U_T U]) polar([V_1 ... V_T V])^T
+
+    With r = min(rows, columns), q is (r - floor(r * common_space_fraction)) / T, rounded, and c = r - T * q. polar
+    gives the nearest matrix with orthonormal columns.
+
+    Use when:
+        Many full fine-tunes on different tasks are merged: what only one of them has learned is kept beside what they
+        share.
+
+    Args:
+        weight: Factor of each task vector.
+        lambda_: Factor of the merged task vector; the authors choose among 0.1, 0.2, ..., 3.0 on validation data.
+        common_space_fraction: Share of the directions that is common.
+        divisor: What the sum of the singular values is divided by: min(rows, columns), as published, or how many they
+            are.
+        rank_tolerance: Singular values of the sum up to this share of the largest count as zero.
+
+    Differs from the paper:
+        Triplets whose singular value is zero (to 2^-22 of the largest of the sum, or 2^-20 of the norm of the task
+        vector) are left out; published code gives them arbitrary vectors of full length.
+        Where vectors of different models span the same directions (to 1e-5), the polar factor leaves out what is
+        undetermined.
+        With many models and few rows or columns rounding asks for more directions than there are, and published code
+        fails; q is at most floor(r / T) here.
+        The paper has no weights; 1 gives its formula.
+        Embeddings and head are averaged unless `embeddings: matrix` says otherwise.
+    """
+    size = min(base.shape)
+    n_common, n_own = common_rank(size, len(models), float(common_space_fraction))
+    common = svd(summed_deltas(base, models, weight), n_common, tolerance=float(rank_tolerance))
+    own = own_directions(base, models, weight, common.left, n_own)
+    values = torch.cat([part.values for part in own] + [common.values])
+    # the two groups of left vectors are orthogonal already
+    left = torch.cat([orthogonalised([part.left for part in own]), common.left], dim=1)
+    right = orthogonalised([*(part.right for part in own), common.right])
+    mean = values.sum() / max(size if divisor == "size" else len(values), 1)
+    return base + (left * (lambda_ * mean)) @ right.T

@@ -1,0 +1,92 @@
+"""RobustMerge (CoPA): prune and rescale low-rank factors, and merge those of one side, then those of the other."""
+
+import torch
+from torch import Tensor
+
+from ..method import Count, Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
+from ..ops import leading, weighted_sum
+
+
+def pruned(factor: Tensor, density: Tensor) -> Tensor:
+    """Keep the entries of a factor that are as large as the k-th smallest, k = floor((1 - density) * size)."""
+    k = int(factor.numel() * (1 - float(density)))
+    if k == 0:
+        return factor
+    magnitude = factor.abs()
+    return torch.where(magnitude >= magnitude.reshape(-1).kthvalue(k).values, factor, 0.0)
+
+
+def scales(factor: Tensor, kept: Tensor, quantile: Tensor) -> Tensor:
+    """Return by what pruning has diminished each column's L1 norm, raised to a quantile of these; shape [R], float64.
+
+    Args:
+        factor: Shape [n, R].
+        kept: The same after pruning.
+        quantile: The scales are at least this quantile.
+    """
+    before, after = (part.double().abs().sum(0) for part in (factor, kept))
+    found = torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 0.0)
+    place = min(int(len(found) * float(quantile)), len(found) - 1)
+    return found.clamp(min=found.sort().values[place])
+
+
+@merge_method(
+    family="spectral",
+    cite="zeng2025robustmerge",
+    scope="matrix",
+    breaks={"identical": "factors are pruned and scaled"},
+)
+def robust_merge(
+    base: Tensor,
+    models: list[Tensor],
+    *,
+    weight: PerModel[Weight] = default(2.0),
+    lambda_: Scale = default(1.0),
+    rank: Count = 128,
+    density: Fraction = default(0.2),
+    scale_quantile: Fraction = default(0.8),
+    others: Others = "average",
+    embeddings: Embeddings = "others",
+) -> Tensor:
+    """Prune the low-rank factors of the task vectors, rescale what pruning has diminished most, and merge each side.
+
+        delta_i ~ B_i A_i,   of rank R,   delta_i = model_i - base
+        A'_i, B'_i = the largest entries of A_i, and of B_i
+        s_ij   = |row j of A_i|_1 / |row j of A'_i|_1, and at least the scale_quantile of these over j
+        A      = sum_i weight_i * A'_i
+        B      = sum_i weight_i * B'_i diag(s_i) / sum_i s_i
+        merged = base + lambda * B A
+
+    Use when:
+        LoRA fine-tunes of equal rank are merged, as for multimodal instruction tuning in the paper.
+
+    Args:
+        weight: Factor of each model, in both sides: 2 as published counts four times in the product.
+        lambda_: Factor of the merged task vector.
+        rank: Most singular triplets that are kept of each task vector; fewer where their own rank is less.
+        density: Share of the entries of every factor that is kept.
+        scale_quantile: Scales are raised to this quantile of the model's scales.
+
+    Differs from the paper:
+        The paper merges LoRA factors as they were trained. Here they are recovered from the task vector by its
+        singular value decomposition, with the singular values shared evenly between both sides and the largest entry
+        of each left vector positive. Factors are not unique, pruning depends on which they are, and so does the
+        result.
+        The merged product mixes the factors of different models (B_i A_j), as the paper's does.
+        A rank that pruning empties has the scale 0 before it is raised; published code divides by zero.
+    """
+    parts = [leading(model - base, min(rank, *base.shape)) for model in models]
+    common = max(int((part.values > 0).sum()) for part in parts)
+    if common == 0:
+        return base.clone()
+    left, right, scale = [], [], []
+    for part in parts:
+        root = part.values[:common].sqrt().to(base.dtype)
+        outer, inner = part.left[:, :common] * root, part.right[:, :common] * root
+        kept = pruned(inner, density)
+        scale.append(scales(inner, kept, scale_quantile).to(base.dtype))
+        left.append(pruned(outer, density) * scale[-1])
+        right.append(kept)
+    total = weighted_sum(scale, torch.ones_like(weight))
+    total = torch.where(total > 0, total, 1.0)
+    return base + (weighted_sum(left, weight) / total) @ weighted_sum(right, weight).T * lambda_
