@@ -20,7 +20,7 @@ _ELEMENTS = 1 << 13
 _LEAST = 24
 
 
-class PeakMemory(TorchDispatchMode):
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that come to life inside of a `with` block, on this thread.
 
     Attributes:
@@ -29,7 +29,7 @@ class PeakMemory(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self._held: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -41,21 +41,24 @@ class PeakMemory(TorchDispatchMode):
 
     def ignore(self, tensor: Tensor) -> None:
         """Leave a tensor out, and whatever shares its memory."""
-        self._held[tensor.untyped_storage()._cdata] = (StorageWeakRef(tensor.untyped_storage()), 0)
+        self._hold(tensor, 0)
+
+    def _hold(self, tensor: Tensor, nbytes: int) -> None:
+        storage = tensor.untyped_storage()
+        self._held[storage._cdata] = (StorageWeakRef(storage), nbytes)  # type: ignore[no-untyped-call]
+        self.live += nbytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run an operation and count what it leaves."""
         result = func(*args, **(kwargs or {}))
-        for key in [key for key, (reference, _) in self._held.items() if reference.expired()]:
+        gone = [key for key, (held, _) in self._held.items() if held.expired()]  # type: ignore[no-untyped-call]
+        for key in gone:
             self.live -= self._held.pop(key)[1]
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._held:
-                    self._held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                    self.live += storage.nbytes()
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._held:
+                self._hold(tensor, tensor.untyped_storage().nbytes())
         self.peak = max(self.peak, self.live + _workspace(func, args, result))
         return result
 

@@ -39,7 +39,8 @@ class RowLoss:
     def gradient(self, change: Tensor) -> Tensor:
         """Return the gradient at a change, shape [m, n]."""
         left = self._missing - self._factor * torch.bmm(self._rows, change.unsqueeze(2)).squeeze(2)
-        return torch.bmm(left.unsqueeze(1), self._rows).squeeze(1).mul_(-2 * self._factor)
+        left *= -2 * self._factor
+        return torch.bmm(left.unsqueeze(1), self._rows).squeeze(1)
 
     def least_change(self) -> Tensor:
         """Return the smallest change that makes the loss as small as it can be."""

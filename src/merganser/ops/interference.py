@@ -106,7 +106,8 @@ class Interference:
         pull, curvature = pull.to(self._dtype), curvature.to(self._dtype)
 
         def gradient(step: Tensor) -> Tensor:
-            return (step @ curvature).sub_(pull).mul_(2)
+            slope: Tensor = step @ curvature
+            return slope.sub_(pull).mul_(2)
 
         return self._start + adam(gradient, torch.zeros_like(pull), steps, learning_rate)
 
