@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -83,6 +84,16 @@ def test_the_page_exists(out: Path) -> None:
     assert run("report", "out", "--out", "elsewhere.html").code == 0
     assert refused("out", "--out", "base").startswith("base: is a folder; name a file, such as base/report.html")
     assert refused("out", "--out", "no/where.html") == "no/where.html: cannot be written: no such file or directory"
+
+
+def test_a_full_disk_leaves_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("plotly")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    assert refused("out") == "out/report.html: cannot be written: no space left on device"
 
 
 def test_without_plotly(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,8 @@ def test_figures_draw_the_record_and_nothing_else(out: Path) -> None:
             drawn = [*trace["y"], *(x for x in trace["x"] if isinstance(x, float)), *trace["error_y"]["array"]]
             assert set(drawn) <= found
     assert len(kept["data"]) == len(recovered["data"]) == 3
+    for mark, model in zip(kept["data"], measured["retention"]["models"].values(), strict=True):
+        assert (mark["x"], mark["y"]) == ([model["mean_forgotten"]["value"]], [model["mean"]["value"]])
 
 
 def test_tensors_stand_beside_the_cell_they_are_in(out: Path) -> None:
@@ -149,12 +151,13 @@ def test_no_name_is_taken_for_markup(models: Path) -> None:
         "models": [{"model": m, "parameters": {"weight": 0.5}} for m in (f"./{name}", "one")],
         "name": evil,
     }
-    assert run("merge", recipe(models / "r.yaml", document), "out", "--quiet").code == 0
-    measured = evaluation(models / "out", (evil, "other"))
+    assert run("merge", recipe(models / "r.yaml", document), "<i>out", "--quiet").code == 0
+    measured = evaluation(models / "<i>out", (evil, "other"))
     measured["warnings"] = [evil]
     measured["models"]["base"]["failed"] = evil
     write_evaluation(models / "eval.json", measured)
-    text = page(write_report("out", evaluation="eval.json", overwrite=True))
+    text = page(write_report("<i>out", evaluation="eval.json"))
+    assert "<i>out" not in text
     assert "alert(1)" in text
     assert "<script>alert" not in text
     assert "<b>&amp;" not in text.replace("&lt;b&gt;&amp;amp;", "")

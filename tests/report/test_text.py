@@ -89,6 +89,7 @@ def test_evaluation(out: Path) -> None:
         "  expert-french           20.0 ± 2.0 %  10.0 ± 3.0 % (maths)  0.7 ± 2.0 %                  -35.0 ± 2.0 %\n"
     )
     assert "failed\n  merge-1 on maths: NaN in the logits\n" in section
+    assert "  merge-1 (this merge): recovered 36.0 ± 2.0 %, forgotten 1.2 ± 2.0 %\n" in section
     assert "warnings\n  64 items are few\n" in section
     assert "domains that do not count\n  maths: no gain\n" in section
     assert "    maths   not counted\n" in section
