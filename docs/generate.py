@@ -74,6 +74,8 @@ def method_page(method, works: dict[str, dict[str, str]]) -> str:
     lines += ["## Use when", "", doc.sections["Use when"], "", "## Parameters", ""]
     lines += parameter_table(method)
     lines += ["", f"Takes {method.models_text()}."]
+    if method.sidecar is not None:
+        lines += ["", "Keeps what gives each model back: see [sidecars](../sidecars.md)."]
     if method.no_effect:
         lines += ["", "Accepted for mergekit's sake, without effect:"]
         lines += [f"`{name}` ({why})" for name, why in method.no_effect.items()]

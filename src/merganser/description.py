@@ -51,6 +51,7 @@ class MethodDescription:
         models: How many models it takes, in words.
         scope: What is worked on at once: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
+        sidecar: Whether something is kept for each model that gives it back.
         parameters: Its parameters, in order.
         differs: Where it differs from the paper; empty where it does not.
         cite: Key in `references.bib`, "-" where nothing was published.
@@ -68,6 +69,7 @@ class MethodDescription:
     models: str
     scope: str
     random: bool
+    sidecar: bool
     parameters: Sequence[ParameterDescription]
     differs: str
     cite: str
@@ -88,6 +90,7 @@ def describe(method: MergeMethod) -> MethodDescription:
         models=method.models_text(),
         scope=method.scope,
         random=method.random,
+        sidecar=method.sidecar is not None,
         parameters=[_parameter(parameter) for parameter in method.parameters.values()],
         differs=method.doc.sections.get("Differs from the paper", ""),
         cite=method.cite,

@@ -65,7 +65,8 @@ def _page(method: MethodDescription) -> None:
     _block("", method.formula)
     _block("Use when", method.use_when)
     random = "; the result depends on the seed" if method.random else ""
-    _block("Takes", f"{method.models}; {_SCOPES[method.scope]}{random}")
+    kept = "; keeps what restores each model (`merganser restore`)" if method.sidecar else ""
+    _block("Takes", f"{method.models}; {_SCOPES[method.scope]}{random}{kept}")
     if method.parameters:
         say()
         head("Parameters")
