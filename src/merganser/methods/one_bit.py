@@ -103,9 +103,7 @@ def one_bit(
 
     Differs from the paper:
         Not compared with the authors' code, which was not found; the scale is the one that is optimal for the norm.
-        The paper compresses for each expert the attention or the feed-forward matrices, whichever loses less, and
-        merges the other experts into the base; here all matrices are compressed, and a filter can say otherwise by
-        `others` and the method's other parameters only for all of them.
-        Its router is not part of this.
+        The paper compresses, for each expert, either the attention or the feed-forward matrices; here all are.
+        It routes each input to an expert, and merges the others into the base; here a task is chosen as a whole.
     """
     return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))
