@@ -168,12 +168,22 @@ def cut_ranks(density: Tensor, size: Tensor, form: str) -> Tensor:
     return torch.cat([plus, minus]).to(torch.int64)
 
 
-def soft(balance: Tensor, last: Tensor, first: Tensor) -> Tensor:
+def hard(balance: list[Tensor], cut: Tensor) -> list[Tensor]:
+    """Return the balance of what is not below the cut, 0 elsewhere."""
+    return [torch.where(at_least(value, cut[i, 0]), value, 0.0) for i, value in enumerate(balance)]
+
+
+def soft(balance: list[Tensor], cut: Tensor) -> list[Tensor]:
     """Map what counts to the interval from 0 at the cut to 1 at the largest; 1 where these are equal."""
-    step = last.abs() * _STEP
-    apart = first > last
-    rising = torch.where(balance > last + step, (balance - last) / torch.where(apart, first - last, 1.0), 0.0)
-    return torch.where(apart, rising, (balance >= last - step).double())
+    found, share = cut.view(torch.float64), []
+    for i, value in enumerate(balance):
+        plus, minus = found[i], found[i + len(balance)]
+        last, first = joined(plus[0], minus[0]), joined(plus[1], minus[1])
+        step = last.abs() * _STEP
+        apart = first > last
+        rising = torch.where(value > last + step, (value - last) / torch.where(apart, first - last, 1.0), 0.0)
+        share.append(torch.where(apart, rising, (value >= last - step).double()))
+    return share
 
 
 @merge_method(
@@ -219,13 +229,12 @@ def pcb(
         Three or more fine-tunes on clearly different tasks are merged. Try lambda 0.8 to 1.3.
 
     Args:
-        weight: Factor of each task vector; the authors search 0.8 to 1.3 on validation data.
+        weight: Factor of each task vector; the authors search from 0.8 to 1.3.
         lambda_: Factor of the merged task vector.
         density: Share of each task vector that is kept, r in the paper.
         form: The formulas of the paper, or those of the authors' code. They differ: the code's inter-balancing
             multiplies task vectors as they are, whose products are tiny, and weighs what is just above the cut hardly.
-        clip: Share of the elements at either end whose magnitude is limited, in the code's form alone; the authors take
-            0.01 for vision models.
+        clip: Share of elements at either end whose magnitude the code's form limits; for vision models it takes 0.01.
         balance_over: Normalize and rank over the whole model as published, or inside each tensor.
 
     Differs from the paper:
@@ -235,20 +244,12 @@ def pcb(
         Where all that is kept balances equally, the code divides 0 by 0; here it counts alike.
     """
     vectors = changes(base, models)
-    found = cut.view(torch.float64)
-    n = len(models)
-    total = parts = torch.zeros_like(vectors[0])
     if bounds is None:
-        assert extent is not None
-        assert mean is not None
-        balance = paper_balance(vectors, extent, mean)
-        share = [torch.where(at_least(value, cut[i, 0]), value, 0.0) for i, value in enumerate(balance)]
+        share = hard(balances(base, models, extent, mean, bounds), cut)
     else:
-        balance = code_balance(vectors, bounds)
-        last = [joined(found[i, 0], found[i + n, 0]) for i in range(n)]
-        first = [joined(found[i, 1], found[i + n, 1]) for i in range(n)]
-        share = [soft(value, last[i], first[i]) for i, value in enumerate(balance)]
+        share = soft(code_balance(vectors, bounds), cut)
         vectors = [clipped(vector, bounds[i])[0] * vector.sign() for i, vector in enumerate(vectors)]
+    total = parts = torch.zeros_like(vectors[0])
     for i, vector in enumerate(vectors):
         total = total + share[i] * weight[i] * vector
         parts = parts + share[i]
