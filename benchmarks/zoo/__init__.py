@@ -7,6 +7,7 @@ held_out_loss(zoo.experts["french"], zoo.texts["french"]["test"], max_tokens=409
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +41,13 @@ def default_folder(name: str) -> Path:
     return cache_folder() / "zoo" / name
 
 
-def load_zoo(name: str, folder: Path | None = None) -> Zoo:
+def load_zoo(name: str, folder: Path | None = None, *, experts: Collection[str] | None = None) -> Zoo:
     """Open a zoo that `python -m benchmarks.zoo NAME` has made.
+
+    Args:
+        name: "tiny" or "real".
+        folder: Where it lies.
+        experts: Those that are needed; by default everything is, adapters and the pair, too.
 
     Raises:
         ValueError: No zoo has this name.
@@ -67,7 +73,10 @@ def load_zoo(name: str, folder: Path | None = None) -> Zoo:
         adapters=paths("adapters"),
         pair=paths("pair"),
     )
-    for path in (zoo.base, *zoo.experts.values(), *zoo.adapters.values(), *zoo.pair.values()):
+    needed = [zoo.base, *(path for domain, path in zoo.experts.items() if experts is None or domain in experts)]
+    if experts is None:
+        needed += [*zoo.adapters.values(), *zoo.pair.values()]
+    for path in needed:
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: not made yet. Finish the zoo: python -m benchmarks.zoo {name}")
     return zoo

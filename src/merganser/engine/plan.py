@@ -292,7 +292,7 @@ def _check_options(out_shard_size: int, threads: int | None, max_memory: int | N
 
 
 def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Member]:
-    members = {}
+    members: dict[ModelReference, Member] = {}
     for reference in recipe.references():
         checkpoint = open_checkpoint(reference.path, revision=reference.revision, cache_dir=cache_dir)
         if checkpoint.quantised:

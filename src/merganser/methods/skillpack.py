@@ -67,7 +67,8 @@ def quantise(vectors: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 def restore_vectors(codes: Tensor, steps: Tensor, bits: int, group: int) -> Tensor:
     """Return the vectors of which `quantise` made codes and steps, shape [k, m]."""
     m = codes.shape[1]
-    return (codes - (2**bits - 1) / 2) * steps.repeat_interleave(group, dim=1)[:, :m]
+    values: Tensor = (codes - (2**bits - 1) / 2) * steps.repeat_interleave(group, dim=1)[:, :m]
+    return values
 
 
 def parts(

@@ -95,7 +95,8 @@ class Interference:
         values, vectors = torch.linalg.eigh(self._gram)
         step = self._pull @ vectors
         step = (step * torch.where(values > _FLOOR, gain(values.clamp(min=0)), 0.0)) @ vectors.T
-        return self._start + (step if self._rows is None else step @ self._rows)
+        found: Tensor = self._start + (step if self._rows is None else step @ self._rows)
+        return found
 
     def descended(self, steps: int, learning_rate: float) -> Tensor:
         """Take steps of Adam towards the minimum, in the dtype of the targets; return where they lead, float64."""

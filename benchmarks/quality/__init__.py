@@ -1,0 +1,1 @@
+"""What merge methods keep of real experts: every method, at its published settings and tuned."""
