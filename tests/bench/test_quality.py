@@ -1,0 +1,87 @@
+"""The table of what methods keep: settings, averages over seeds, failures in plain sight."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import table
+from merganser.registry import method_names, methods
+
+CONFIG = json.loads((Path(quality.__file__).parent / "config.json").read_text(encoding="utf-8"))
+
+
+def result(method, mean, *, seed=0, label="default", worst=0.1, failed=None):
+    retention = {
+        "recovered": {"french": None, "maths": None},
+        "mean": None if mean is None else {"value": mean, "stderr": 0.02},
+        "worst": None if mean is None else {"domain": "maths", "value": worst, "stderr": 0.03},
+        "mean_forgotten": {"value": 0.01, "stderr": 0.001},
+    }
+    return {
+        "method": method,
+        "label": label,
+        "split": "test",
+        "setting": {"each": {"weight": 1.0}, "shared": {"lambda": 0.3}},
+        "seed": seed,
+        "retention": retention,
+        "seconds": {"load": 2.0},
+        "failed": failed,
+        "hardware": {"processor": "a processor", "processors": 2, "date": "2026-01-01"},
+    }
+
+
+def write(folder, *results):
+    folder.mkdir(parents=True)
+    for i, found in enumerate(results):
+        (folder / f"{i}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_every_method_is_measured_or_left_out_with_a_reason():
+    known = set(method_names())
+    assert set(CONFIG["left_out"]) <= known
+    assert set(CONFIG["methods"]) <= known - set(CONFIG["left_out"])
+    for name in known - set(CONFIG["left_out"]):
+        required = {p.name for p in methods()[name].parameters.values() if p.required}
+        setting = quality.settings(CONFIG, name)
+        assert required <= {*setting["each"], *setting["shared"]}, name
+
+
+def test_the_grid_varies_one_value():
+    default = quality.settings(CONFIG, "task_arithmetic")
+    assert quality.grid_of(CONFIG, "task_arithmetic") == [("lambda", 0.5), ("lambda", 1.0)]
+    varied = quality.varied(CONFIG, "task_arithmetic", default, "lambda", 0.5)
+    assert varied == {"each": {"weight": 1.0}, "shared": {"lambda": 0.5}}
+    assert default["shared"] == {"lambda": 0.3}
+
+
+def test_the_table_has_the_best_first_and_keeps_what_failed(tmp_path):
+    write(
+        tmp_path / "results" / "two",
+        result("linear", 0.4),
+        result("dare_ties", 0.5, seed=0, worst=0.2),
+        result("dare_ties", 0.7, seed=1, worst=-0.1),
+        result("svc", None, failed="NaN in the logits"),
+    )
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "quality.md").write_text("before\n<!-- quality:start -->\nold\n<!-- quality:end -->\nafter\n")
+    table.write(tmp_path / "results", docs)
+    text = (docs / "quality.md").read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "method" not in line]
+    assert rows == [
+        "| dare_ties | published: weight 1, lambda 0.3 | 60.0 ± 2.0 % (2 seeds, spread 20.0) | -10.0 ± 3.0 % maths "
+        "| 1.0 ± 0.1 % | 2 |",
+        "| linear | published: weight 1, lambda 0.3 | 40.0 ± 2.0 % | 10.0 ± 3.0 % maths | 1.0 ± 0.1 % | 2 |",
+        "| svc | published: weight 1, lambda 0.3 | failed: NaN in the logits | | | |",
+    ]
+    assert "<svg" in (docs / "images" / "quality-two.svg").read_text(encoding="utf-8")
+
+
+def test_no_results_are_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="measure first"):
+        table.write(tmp_path, tmp_path)
