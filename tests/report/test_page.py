@@ -90,6 +90,7 @@ def test_every_number_is_where_it_says(out: Path) -> None:
         "retention.models.merge-.mean",
         "differences.models.merge-.french",
     }
+    assert {place for _, place, _ in cells} >= {f"inputs[{i}].bytes" for i in range(4)}
     # no number that was shown lacks a place
     assert all(place for _, place, _ in cells)
 
