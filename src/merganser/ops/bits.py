@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -31,10 +33,15 @@ def pack_flags(flags: Tensor) -> Tensor:
 
 def unpack_flags(packed: Tensor, count: int) -> Tensor:
     """Return the first `count` flags that `pack_flags` packed, flat, bool."""
-    codes = torch.arange(256, device=packed.device)
-    table = sum(((codes >> k) & 1) << (8 * k) for k in range(8))
-    assert isinstance(table, Tensor)
-    return table[packed.to(torch.int64)].view(torch.uint8)[:count].view(torch.bool)
+    return _flags_of_bytes(packed.device)[packed.to(torch.int64)].view(torch.uint8)[:count].view(torch.bool)
+
+
+@lru_cache(maxsize=16)
+def _flags_of_bytes(device: torch.device) -> Tensor:
+    """Return the eight flags of each byte, as one little-endian number of eight bytes: shape [256], int64."""
+    codes = torch.arange(256, device=device).unsqueeze(1)
+    places = torch.arange(8, device=device)
+    return (((codes >> places) & 1) << (8 * places)).sum(dim=1)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -118,6 +118,7 @@ class Codec:
         self._values = Values.of(method, parameters)
         self._per_model = {p.argument for p in method.parameters.values() if p.per_model}
         self._parameters = parameters
+        self._parts: dict[tuple[int, ...], Mapping[str, Part]] = {}
 
     @cached_property
     def statistics(self) -> list[tuple[str, Statistic, str]]:
@@ -133,11 +134,14 @@ class Codec:
         """The blocks of the tensor."""
         return list(spans(self._shape, self.sidecar.scope, self._block))
 
-    def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
+    def parts(self, shape: tuple[int, ...]) -> Mapping[str, Part]:
         """Return the parts of a block of that shape, by name."""
-        given = {"shape": shape, "n_models": self._n_models, **self._settings()}
-        return dict(_call(self.sidecar.parts, given))
+        if shape not in self._parts:
+            given = {"shape": shape, "n_models": self._n_models, **self._settings()}
+            self._parts[shape] = _call(self.sidecar.parts, given)
+        return self._parts[shape]
 
+    @cached_property
     def all_parts(self) -> dict[str, Part]:
         """Return what is stored for the whole tensor: its parts, and its statistics."""
         if self.sidecar.scope == "matrix":
@@ -145,7 +149,7 @@ class Codec:
             each = self.parts((rows, columns))
             found = {name: replace(part, shape=(*packed, *part.shape)) for name, part in each.items()}
         else:
-            found = self.parts(_whole(self._shape, self.sidecar.scope))
+            found = dict(self.parts(_whole(self._shape, self.sidecar.scope)))
         return found | {name: Part((), "float64") for name, _, _ in self.statistics}
 
     def measure(
@@ -274,4 +278,33 @@ def _stored(name: str, part: Part, tensor: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _call(function: Callable[..., T], given: Mapping[str, Any]) -> T:
-    return function(**{name: given[name] for name in takes(function)})
+    return function(**{name: given[name] for name in _taken(function)})
+
+
+@lru_cache(maxsize=256)
+def _taken(function: Callable[..., Any]) -> tuple[str, ...]:
+    return takes(function)
+
+
+class Codecs:
+    """The sidecar of a method for many tensors: those of one shape with the same parameters share one.
+
+    Args:
+        method: A method with a sidecar.
+        n_models: Number of models.
+        device: Where encoding and decoding run.
+    """
+
+    def __init__(self, method: MergeMethod, n_models: int, device: torch.device | None = None) -> None:
+        self._method = method
+        self._n_models = n_models
+        self._device = device
+        self._known: dict[tuple[int, tuple[int, ...]], Codec] = {}
+
+    def of(self, parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Codec:
+        """Return the codec of tensors of that shape with these parameters, which stay alive meanwhile."""
+        key = id(parameters), shape
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = Codec(self._method, parameters, shape, self._n_models, device=self._device)
+        return found

@@ -20,7 +20,7 @@ from ..plan import Plan, PlannedTensor
 from ..staging import Staging
 from ..stream import Stopped
 from ..threads import join
-from .codec import OWN, Codec, Lazily, Span
+from .codec import OWN, Codec, Codecs, Lazily, Span
 from .plan import SHARED, Place, SidecarPlan, holds, is_wide, stored_name
 
 T = TypeVar("T")
@@ -153,6 +153,7 @@ class _Maker:
         self._advance = advance
         self._queue = _Queue(0)
         self._n = len(sidecars.tasks)
+        self._codecs = Codecs(plan.method, self._n, device)
 
     def each(self, count: int, work: Callable[[int], T]) -> list[T]:
         """Do something for each of so many numbers, on several threads; return what it gave, in order."""
@@ -303,7 +304,7 @@ class _Maker:
         return [task for task in range(self._n) if holds(tensor, task)]
 
     def _codec(self, tensor: PlannedTensor) -> Codec:
-        return Codec(self._plan.method, tensor.parameters, tensor.shape, self._n, device=self._device)
+        return self._codecs.of(tensor.parameters, tensor.shape)
 
 
 class _Writer:

@@ -15,7 +15,7 @@ from ...errors import RecipeError
 from ...method import MergeMethod, applies, takes
 from ...recipe import ModelReference, Recipe, Resolver, Source
 from ...sidecar import Part
-from .codec import OWN, Codec, keeps, sidecar_of
+from .codec import OWN, Codec, Codecs, keeps, sidecar_of
 
 if TYPE_CHECKING:
     from ..plan import PlannedTensor
@@ -154,9 +154,11 @@ def plan_sidecars(
         )
     sources = resolver.sources(0).models
     names = task_names(sources)
+    codecs = Codecs(method, len(names))
     kept = {t.name: found for t in tensors if (found := _kept(method, t)) is not None}
-    _check_over_model(recipe, method, [t for t in tensors if t.name not in kept])
-    stored = _stored_tensors(method, tensors, kept, len(names))
+    treated = [t for t in tensors if t.name not in kept]
+    _check_over_model(recipe, codecs, treated)
+    stored = _stored_tensors(codecs, tensors, kept, len(names))
     shards: list[Shard] = []
     owners: list[int] = []
     for owner, parts in stored.items():
@@ -165,7 +167,6 @@ def plan_sidecars(
             files = plan_shards(parts, shard_bytes, {}, stem=f"{folder}/{'shared' if owner == SHARED else 'parts'}")
             shards += files
             owners += [owner] * len(files)
-    treated = [t for t in tensors if t.name not in kept]
     needed = sidecar_memory(method, tensors)
     workers = min(max(max_memory // max(needed, 1), 1), threads)
     return SidecarPlan(
@@ -184,7 +185,7 @@ def plan_sidecars(
         needs_base=any(needs_base(method, t.parameters) for t in treated),
         workers=workers,
         peak_memory=workers * needed,
-        bytes_read=_bytes_read(method, tensors, kept),
+        bytes_read=_bytes_read(codecs, tensors, kept),
     )
 
 
@@ -231,17 +232,17 @@ def _kept(method: MergeMethod, tensor: PlannedTensor) -> str | None:
     return keeps(method, tensor.parameters, tensor.name, tensor.shape, tensor.role)
 
 
-def _check_over_model(recipe: Recipe, method: MergeMethod, tensors: Sequence[PlannedTensor]) -> None:
+def _check_over_model(recipe: Recipe, codecs: Codecs, tensors: Sequence[PlannedTensor]) -> None:
     """A statistic over the whole model needs the same parameters everywhere."""
     by_parameters = {id(t.parameters): t for t in tensors}
     if len(by_parameters) < 2:
         return
     first, other, *_ = by_parameters.values()
     for tensor in by_parameters.values():
-        for name, _, over in Codec(method, tensor.parameters, tensor.shape, len(tensor.models)).statistics:
+        for name, _, over in codecs.of(tensor.parameters, tensor.shape).statistics:
             if over == "model":
                 raise RecipeError(
-                    f"{recipe.place}: {method.name} measures {name} over the whole model, so its parameters cannot "
+                    f"{recipe.place}: {recipe.merge_method} measures {name} over the whole model, so its parameters cannot "
                     f"differ between tensors; they do between {first.name} and {other.name}"
                 )
 
@@ -250,7 +251,7 @@ _Stored = tuple[str, DType, tuple[int, ...]]
 
 
 def _stored_tensors(
-    method: MergeMethod, tensors: Sequence[PlannedTensor], kept: Mapping[str, str], n_models: int
+    codecs: Codecs, tensors: Sequence[PlannedTensor], kept: Mapping[str, str], n_models: int
 ) -> dict[int, list[_Stored]]:
     """List what is stored, by owner."""
     stored: dict[int, list[_Stored]] = {owner: [] for owner in (SHARED, *range(n_models))}
@@ -261,7 +262,7 @@ def _stored_tensors(
                 for i in owners:
                     stored[i].append((stored_name(tensor.name, OWN), tensor.models[i].dtype, tensor.shape))
             continue
-        for name, part in Codec(method, tensor.parameters, tensor.shape, n_models).all_parts().items():
+        for name, part in codecs.of(tensor.parameters, tensor.shape).all_parts.items():
             own_name = stored_name(tensor.name, name)
             for i in [SHARED] if part.shared else owners:
                 stored[i].append(
@@ -284,13 +285,14 @@ def sidecar_memory(method: MergeMethod, tensors: Sequence[PlannedTensor]) -> int
     """Return what one thread holds while it makes sidecars, bytes: its largest block; 0 without a sidecar."""
     if method.sidecar is None:
         return 0
-    return max((_held(method, tensor) for tensor in tensors if _kept(method, tensor) is None), default=0)
+    treated = [tensor for tensor in tensors if _kept(method, tensor) is None]
+    codecs = Codecs(method, max((len(tensor.models) for tensor in treated), default=0))
+    return max((_held(codecs.of(t.parameters, t.shape), t) for t in treated), default=0)
 
 
-def _held(method: MergeMethod, tensor: PlannedTensor) -> int:
+def _held(codec: Codec, tensor: PlannedTensor) -> int:
     """Return what the largest block of a tensor takes, bytes, as was measured for our methods."""
     n_models = len(tensor.models)
-    codec = Codec(method, tensor.parameters, tensor.shape, n_models)
     block = codec.blocks[0]
     if codec.sidecar.scope == "matrix":
         stored = sum(
@@ -302,7 +304,7 @@ def _held(method: MergeMethod, tensor: PlannedTensor) -> int:
     return 2 * needed if is_wide(tensor) else needed
 
 
-def _bytes_read(method: MergeMethod, tensors: Sequence[PlannedTensor], kept: Mapping[str, str]) -> int:
+def _bytes_read(codecs: Codecs, tensors: Sequence[PlannedTensor], kept: Mapping[str, str]) -> int:
     """Return what the pass over the sidecars reads: everything once to measure, once to encode, models to compare."""
     total = 0
     for tensor in tensors:
@@ -313,7 +315,7 @@ def _bytes_read(method: MergeMethod, tensors: Sequence[PlannedTensor], kept: Map
         if tensor.name in kept:
             total += once
             continue
-        codec = Codec(method, tensor.parameters, tensor.shape, len(tensor.models))
+        codec = codecs.of(tensor.parameters, tensor.shape)
         total += (1 + sum(len(s.rounds) for _, s, _ in codec.statistics)) * once + models
     return total
 

@@ -19,7 +19,7 @@ from ...sidecar import Part
 from ..blocks import BLOCK, block_step
 from ..staging import digest
 from ..stream import block_digests
-from .codec import OWN, Codec, Span
+from .codec import OWN, Codec, Codecs, Span
 from .index import INDEX_FORMAT
 from .plan import INDEX_FILE, stored_name
 
@@ -176,6 +176,7 @@ class Restorer:
         self._parts = parts
         self._base = base
         self._reader = reader
+        self._codecs = Codecs(task.method, task.n_tasks)
         for tensor in task.tensors:
             self._check(tensor)
 
@@ -198,7 +199,7 @@ class Restorer:
             return
         codec = self._codec(tensor)
         self._check_base(tensor)
-        positions = dict.fromkeys(codec.all_parts(), 0)
+        positions = dict.fromkeys(codec.all_parts, 0)
         for span in codec.blocks:
             stored = self._stored(codec, tensor, span, positions)
             restored = codec.decode(
@@ -212,7 +213,7 @@ class Restorer:
 
     def _codec(self, tensor: StoredTensor) -> Codec:
         assert tensor.parameters is not None
-        return Codec(self._task.method, tensor.parameters, self.shape(tensor), self._task.n_tasks)
+        return self._codecs.of(tensor.parameters, self.shape(tensor))
 
     def _stored(self, codec: Codec, tensor: StoredTensor, span: Span, positions: dict[str, int]) -> dict[str, Tensor]:
         """Read the parts of a block, which follow those of the block before."""
@@ -246,7 +247,7 @@ class Restorer:
         if tensor.kept == OWN:
             expected = {OWN: Part(merged.shape, tensor.dtype.name)}
         elif tensor.kept is None:
-            expected = self._codec(tensor).all_parts()
+            expected = self._codec(tensor).all_parts
         for name, part in expected.items():
             own = stored_name(tensor.name, name)
             found = self._parts.get(own)

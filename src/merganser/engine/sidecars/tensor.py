@@ -75,7 +75,7 @@ def make_sidecar(
             codec.solve(name, index, sum(measured[1:], measured[0]), known, base.numel())
     dtypes = [merged.dtype, *(model.dtype for model in models)]
     stored = [codec.encode(span, *blocks(span), known, dtypes) for span in codec.blocks]
-    declared = codec.all_parts()
+    declared = codec.all_parts
     shared = {name: torch.cat([_one(each[name]) for each in stored]) for name, part in declared.items() if part.shared}
     own_names = [name for name, part in declared.items() if not part.shared and name not in known]
     tasks = [
