@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import signal
 
 import pytest
@@ -139,6 +140,15 @@ def test_every_model_comes_back_in_its_own_dtype(tmp_path):
         assert relative_error(restored, read_model(path)) < bound
     errors = [task["error"] for task in read_json(out, "merge.json")["sidecars"]["tasks"]]
     assert errors[0] < 1e-12
+
+
+def test_a_plan_with_sidecars_travels(paths):
+    planned = plan(recipe_of("rmm", paths))
+    again = pickle.loads(pickle.dumps(planned)).sidecars
+    assert again.shards == planned.sidecars.shards
+    assert again.places_of("model.layers.0.mlp.up_proj.weight") == planned.sidecars.places_of(
+        "model.layers.0.mlp.up_proj.weight"
+    )
 
 
 def test_whole_numbers_and_empty_tensors_come_back(tmp_path):
