@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from merganser import merge, plan, restore, verify
 from merganser.checkpoint import DTYPE_BY_NAME, plan_shards
@@ -113,6 +114,18 @@ def test_a_full_rank_gives_the_models_back_with_all_their_files(tmp_path, dtype)
     # what all have alike lies in the output alone
     kept = sorted(path.name for path in (out / "sidecars" / "math").iterdir())
     assert kept == ["chat_template.jinja", "config.json", "parts.safetensors"]
+
+
+def test_what_is_restored_loads_and_speaks_as_the_model_does(tmp_path):
+    base = write_model(tmp_path / "base", llama(0), llama_config())
+    models = [write_model(tmp_path / name, tuned(i), llama_config()) for i, name in enumerate(NAMES, start=1)]
+    out = merge(make_recipe("twin", models, base, {"rank": 1.0, "embeddings": "matrix"}), tmp_path / "out").out
+    tokens = torch.arange(12).view(2, 6)
+    merged, near, model = (
+        AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (out, restore(out, "code").out, models[1])
+    )
+    torch.testing.assert_close(near, model, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(merged, model, atol=1e-3)
 
 
 def test_a_tied_head_is_not_restored_and_not_stored(tmp_path):
