@@ -1,0 +1,1 @@
+"""How fast, and how right, methods that decompose matrices are, beside FusionBench on the same matrices."""

@@ -1,0 +1,130 @@
+"""FusionBench's own functions, without the rest of FusionBench.
+
+The package imports Lightning, Hydra, Transformers and more; the functions that are measured need torch. So the three
+files that hold them are loaded by themselves, and what they import from the rest of the package is stood in for by
+things that do nothing.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+VERSION = "0.2.33"
+VARIABLE = "MERGANSER_FUSION_BENCH"
+
+_METHODS = Path("fusion_bench") / "method"
+_FILES = {
+    "iso": _METHODS / "isotropic_merging" / "iso_utils.py",
+    "tsv": _METHODS / "task_singular_vector" / "utils" / "TSVM_utils.py",
+    "wudi": _METHODS / "wudi" / "wudi.py",
+}
+
+Merge = Callable[[Sequence[Tensor]], Tensor]
+
+
+class PeerError(RuntimeError):
+    """FusionBench is not there, or not the version that is compared with."""
+
+
+def folder(given: Path | None = None) -> Path:
+    """Return where FusionBench is installed.
+
+    Raises:
+        PeerError: Nobody says where, or it is not there, or it is another version.
+    """
+    place = given or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    how = f"pip install --no-deps --target DIR fusion-bench=={VERSION}, then {VARIABLE}=DIR"
+    if place is None:
+        raise PeerError(f"no folder with FusionBench is given; {how}")
+    found = version(place)
+    if found != VERSION:
+        raise PeerError(f"{place}: FusionBench is {found or 'not here'}, the comparison is with {VERSION}; {how}")
+    return place
+
+
+def version(place: Path) -> str | None:
+    """Return the version of FusionBench in a folder."""
+    for distribution in importlib.metadata.distributions(path=[str(place)]):
+        if distribution.metadata["Name"] == "fusion-bench":
+            return distribution.version
+    return None
+
+
+def load(place: Path) -> dict[str, Callable[[int], Merge]]:
+    """Return FusionBench's functions, on task vectors of one matrix, by the names that recipes here use.
+
+    Args:
+        place: From `folder`.
+
+    Returns:
+        Each takes the number of Adam's steps, of which only WUDI takes any, and gives the merge.
+    """
+    with _stand_ins():
+        iso, tsv, wudi = (_module(f"fusion_bench_{name}", place / file) for name, file in _FILES.items())
+    return {
+        "iso_c": lambda _: _quiet(lambda vectors: iso.iso_c(vectors, "cpu")),
+        "iso_cts": lambda _: _quiet(lambda vectors: iso.iso_cts(vectors, 0.8, "cpu")),
+        "tsv_m": lambda _: _quiet(lambda vectors: tsv.compute_and_sum_svd_mem_reduction(vectors, accelerator="cpu")),
+        "wudi": lambda steps: _quiet(lambda vectors: wudi.wudi_merging(vectors, "cpu", steps)),
+    }
+
+
+def _quiet(function: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]) -> Merge:
+    """Wrap a function over state dicts; it reports on the terminal."""
+
+    def merge(vectors: Sequence[Tensor]) -> Tensor:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return function([{"weight": vector} for vector in vectors])["weight"].detach()
+
+    return merge
+
+
+def _module(name: str, file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Let imports from FusionBench find things that do nothing."""
+
+    class First:
+        pass
+
+    class Second:
+        pass
+
+    def nothing(*_: object, **__: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    given: dict[str, dict[str, Any]] = {
+        "fusion_bench": {"BaseAlgorithm": First, "BaseModelPool": First, "auto_register_config": lambda found: found},
+        "fusion_bench.mixins": {"LightningFabricMixin": Second},
+        "fusion_bench.utils": {"timeit_context": nothing},
+        "fusion_bench.utils.type": {"StateDictType": dict},
+        "fusion_bench.utils.state_dict_arithmetic": {"state_dict_add": nothing, "state_dict_sub": nothing},
+    }
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "fusion_bench"}
+    for name, names in given.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(names, __path__=[])
+        sys.modules[name] = module
+    try:
+        yield
+    finally:
+        for name in given:
+            del sys.modules[name]
+        sys.modules.update(before)
