@@ -112,14 +112,15 @@ def merge_state_dicts(
 
     from .anatomy import infer_anatomy
     from .engine.align import location_of
-    from .engine.blocks import merge_tensors
+    from .engine.blocks import fill, merge_tensors
     from .errors import CheckpointError, UnsupportedError
     from .registry import get_method
 
     found = get_method(method)
     settings = {name.rstrip("_"): value for name, value in parameters.items()}
+    filled = fill(found, settings, len(models))
     for name, statistic in found.statistics.items():
-        if "model" in (statistic.over, settings.get(statistic.over)):
+        if statistic.wanted(filled) and filled.get(statistic.over, statistic.over) == "model":
             raise UnsupportedError(f"{method}: {name} is measured over the whole model; merge checkpoints instead")
     everything = [*models] if base is None else [base, *models]
     if not everything:
