@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from merganser.cli import main
 from merganser.method import MergeMethod
-from merganser.recipe import check_recipe, load_recipe, load_recipes
+from merganser.recipe import check_recipe, load_recipes
 from merganser.testing import contract
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,4 +105,5 @@ def test_examples_of_recipes_folder() -> None:
     recipes = sorted((ROOT / "recipes").glob("*.yaml"))
     assert recipes
     for path in recipes:
-        check_recipe(load_recipe(path))
+        for recipe in load_recipes(path):
+            check_recipe(recipe)
