@@ -65,12 +65,10 @@ def write_rest(
     for before, now in zip(inputs, input_files(plan), strict=True):
         if before != now:
             raise CheckpointError(f"{now['path']}: was changed while it was merged; merge again")
-    weights = [
-        {"file": shard.name, "bytes": shard.size, "sha256": found}
-        for shard, found in zip(plan.shards, hashes, strict=True)
-    ]
     digests = _tensor_digests(groups, entries)
-    outputs = [*weights, *_write_side_files(plan, folder, title)]
+    weights = zip(plan.shards, hashes, strict=True)
+    outputs = [{"file": shard.name, "bytes": shard.size, "sha256": found} for shard, found in weights]
+    outputs += _write_side_files(plan, folder, title)
     beside: dict[str, Any] = {}
     if plan.sidecars is not None:
         names, beside["sidecars"] = write_index(plan, plan.sidecars, folder, errors, digests)
@@ -100,8 +98,10 @@ def _json(value: Any) -> Any:
 
 def side_file_bytes(plan: Plan) -> int:
     """Return the size of what `write_rest` will write, roughly."""
-    copied = sum(source.stat().st_size for source in plan.side_files.values() if source.exists())
-    return copied + 1_000 * len(plan.tensors)
+    sources = [*plan.side_files.values()]
+    for task in plan.sidecars.tasks if plan.sidecars else ():
+        sources += plan.checkpoints[task.reference].side_files
+    return sum(source.stat().st_size for source in sources if source.exists()) + 1_000 * len(plan.tensors)
 
 
 def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, Any]]:

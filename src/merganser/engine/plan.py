@@ -259,11 +259,10 @@ def build_plan(
     template = chat_template(recipe, members)
     compiled = _pays(drafts, devices) if compiled is None else compiled
     limit = default_memory() if max_memory is None else max_memory
-    threads = threads or min(os.cpu_count() or 1, 8)
-    workers = fit_workers(drafts, threads, compiled, limit, beside=sidecar_memory(method, drafts))
+    wanted = threads or min(os.cpu_count() or 1, 8)
+    workers = fit_workers(drafts, wanted, compiled, limit, beside=sidecar_memory(method, drafts))
     tensors = _place(drafts, shards)
     room = limit - estimate_memory(drafts, workers, compiled)
-    sidecars = plan_sidecars(resolver, tensors, shard_bytes=out_shard_size, threads=threads, max_memory=room)
     return Plan(
         recipe=recipe,
         method=method,
@@ -281,7 +280,7 @@ def build_plan(
         device=",".join(str(found) for found in devices),
         warnings=[*resolver.warnings, *resolver.idle_filters(), *alignment.warnings, *config_warnings, *template[1]],
         differences=resolver.differences(),
-        sidecars=sidecars,
+        sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
     )
 
 

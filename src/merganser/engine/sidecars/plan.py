@@ -127,7 +127,7 @@ def holds(tensor: PlannedTensor, task: int) -> bool:
 
 
 def plan_sidecars(
-    resolver: Resolver, tensors: Sequence[PlannedTensor], *, shard_bytes: int, threads: int, max_memory: int
+    resolver: Resolver, tensors: Sequence[PlannedTensor], shard_bytes: int, *, threads: int, max_memory: int
 ) -> SidecarPlan | None:
     """Plan the sidecars of a merge.
 
@@ -169,14 +169,10 @@ def plan_sidecars(
             owners += [owner] * len(files)
     needed = sidecar_memory(method, tensors)
     workers = min(max(max_memory // max(needed, 1), 1), threads)
+    sizes = [sum(s.size for s, owner in zip(shards, owners, strict=True) if owner == i) for i in range(len(names))]
     return SidecarPlan(
         tasks=tuple(
-            PlannedTask(
-                name=name,
-                reference=source.model,
-                nbytes=sum(shard.size for shard, owner in zip(shards, owners, strict=True) if owner == i),
-                full_bytes=sum(t.models[i].nbytes for t in tensors if holds(t, i)),
-            )
+            PlannedTask(name, source.model, sizes[i], sum(t.models[i].nbytes for t in tensors if holds(t, i)))
             for i, (name, source) in enumerate(zip(names, sources, strict=True))
         ),
         shards=tuple(shards),
