@@ -177,6 +177,7 @@ def test_number_formats(zoo: Path, tasks: list[Path], tmp_path: Path, monkeypatc
     monkeypatch.setattr(precision, "_for_texts", lambda *_: ("float32", "slow"))
     again = measure(zoo, tasks, json=out, dtype=None, limit=2)
     assert again.settings["dtype"] == first.settings["dtype"]
+    assert again.settings["dtype_reason"] == "as in the run that is continued; single answers depend on rounding"
     assert again.models["b"].parameters is None
     assert measure(zoo, tasks, dtype=None, limit=2).settings["dtype"] == "float32"
 

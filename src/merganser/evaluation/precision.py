@@ -11,6 +11,7 @@ import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ROWS = 256
+_TRIES = 6
 _WORTHWHILE = 1.3
 _FOR = {"text": "texts", "choices": "questions", "lm-eval": "lm-eval"}
 
@@ -56,7 +57,7 @@ def given_format(dtype: str) -> Formats:
     return Formats(dtype, dtype, dtype, "as given")
 
 
-def choose_formats(config: Any, device: torch.device, kinds: Collection[str]) -> Formats:
+def choose_formats(config: Any, device: torch.device, kinds: Collection[str], kept: str | None = None) -> Formats:
     """Choose bfloat16 for texts where it is faster on this device, and float32 for questions.
 
     The sums over a text hardly notice the rounding of bfloat16; of single questions, some change their answer.
@@ -65,8 +66,13 @@ def choose_formats(config: Any, device: torch.device, kinds: Collection[str]) ->
         config: Config of a model, as transformers reads it; it gives the sizes of the products that are timed.
         device: Where models are scored.
         kinds: Kinds of tasks that there are.
+        kept: What an evaluation that is continued chose for texts.
     """
-    text, reason = _for_texts(config, device) if "text" in kinds else ("float32", "")
+    text, reason = "float32", ""
+    if kept is not None:
+        text, reason = kept, "as in the run that is continued"
+    elif "text" in kinds:
+        text, reason = _for_texts(config, device)
     exact = "single answers depend on rounding" if "choices" in kinds else ""
     return Formats(text, "float32", None, "; ".join(filter(None, [reason, exact])) or "as lm-eval does")
 
@@ -96,8 +102,8 @@ def _seconds(width: int, inner: int, dtype: torch.dtype) -> float:
     activation, weight = torch.ones(_ROWS, width, dtype=dtype), torch.ones(inner, width, dtype=dtype)
     times = []
     with torch.inference_mode():
-        for _ in range(4):
+        for _ in range(_TRIES):
             begin = time.perf_counter()
             torch.nn.functional.linear(activation, weight)
             times.append(time.perf_counter() - begin)
-    return min(times[1:])
+    return min(times)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -131,12 +131,10 @@ class _Wanted:
         if self.dtype is not None:
             formats = given_format(self.dtype)
         else:
-            formats = choose_formats(next(iter(opened.values())).config, self.device, kinds)
-        if self.dtype is None and "text" in kinds:
-            # a continued evaluation goes on in the format that it began with
-            if "text dtype" in journal.notes:
-                formats = replace(formats, text=journal.notes["text dtype"])
-            journal.note("text dtype", formats.text)
+            config = next(iter(opened.values())).config
+            formats = choose_formats(config, self.device, kinds, journal.notes.get("text dtype"))
+            if "text" in kinds:
+                journal.note("text dtype", formats.text)
         return Settings(self.limit, context, stride, formats, self.batch_tokens, self.device)
 
     def _lengths(self, opened: Mapping[str, LanguageModel]) -> tuple[int, int]:
