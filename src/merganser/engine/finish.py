@@ -66,8 +66,7 @@ def write_rest(
         if before != now:
             raise CheckpointError(f"{now['path']}: was changed while it was merged; merge again")
     digests = _tensor_digests(groups, entries)
-    weights = zip(plan.shards, hashes, strict=True)
-    outputs = [{"file": shard.name, "bytes": shard.size, "sha256": found} for shard, found in weights]
+    outputs = [{"file": s.name, "bytes": s.size, "sha256": h} for s, h in zip(plan.shards, hashes, strict=True)]
     outputs += _write_side_files(plan, folder, title)
     beside: dict[str, Any] = {}
     if plan.sidecars is not None:

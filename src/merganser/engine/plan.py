@@ -251,21 +251,18 @@ def build_plan(
     _check_options(out_shard_size, threads, max_memory)
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
-    method = resolver.method
     members = _open_all(recipe, cache_dir)
     alignment, drafts = _drafts(recipe, resolver, members)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     template = chat_template(recipe, members)
     compiled = _pays(drafts, devices) if compiled is None else compiled
-    limit = default_memory() if max_memory is None else max_memory
-    wanted = threads or min(os.cpu_count() or 1, 8)
-    workers = fit_workers(drafts, wanted, compiled, limit, beside=sidecar_memory(method, drafts))
     tensors = _place(drafts, shards)
-    room = limit - estimate_memory(drafts, workers, compiled)
+    limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
+    workers, room = _share_memory(resolver.method, drafts, wanted, compiled, limit)
     return Plan(
         recipe=recipe,
-        method=method,
+        method=resolver.method,
         checkpoints={reference: member.checkpoint for reference, member in members.items()},
         donor=recipe.donor,
         tensors=tensors,
@@ -282,6 +279,14 @@ def build_plan(
         differences=resolver.differences(),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
     )
+
+
+def _share_memory(
+    method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int
+) -> tuple[int, int]:
+    """Return how many workers merge, and the memory that is left for making sidecars, bytes."""
+    workers = fit_workers(drafts, wanted, compiled, limit, beside=sidecar_memory(method, drafts))
+    return workers, limit - estimate_memory(drafts, workers, compiled)
 
 
 def _check_options(out_shard_size: int, threads: int | None, max_memory: int | None) -> None:
