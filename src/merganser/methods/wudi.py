@@ -55,6 +55,8 @@ def wudi(
         The authors leave all that is not in attention or MLP as it is in the base, and so does the default here;
         FusionBench averages it.
         Directions in which c is below 1e-8 are not changed: they hold rounding.
+        Matrices are taken as they are stored, [outputs, inputs]. GPT-2 and some packed experts are stored the other way
+        round; there the columns are held to what the rows should be.
         A model equal to the base is left out instead of giving NaN.
     """
     vectors = deltas(base, models)
