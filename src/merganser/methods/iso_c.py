@@ -52,4 +52,4 @@ def iso_c(
     factor, rank = polar(total, tolerance=float(rank_tolerance))
     count = min(total.shape) if divisor == "size" else rank
     mean = nuclear_norm(factor, total) / max(count, 1)
-    return base + factor * (lambda_ * mean)
+    return factor.mul_(lambda_ * mean).add_(base)

@@ -31,9 +31,10 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
 
 def summed_deltas(base: Tensor, models: Sequence[Tensor], weight: Tensor) -> Tensor:
     """Return `sum_i weight[i] * (models[i] - base)`, holding one task vector at a time."""
-    total = (models[0] - base) * weight[0]
+    total = (models[0] - base).mul_(weight[0])
+    delta = torch.empty_like(total)
     for i in range(1, len(models)):
-        total = total + (models[i] - base) * weight[i]
+        total += torch.sub(models[i], base, out=delta).mul_(weight[i])
     return total
 
 
