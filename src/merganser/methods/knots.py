@@ -32,6 +32,8 @@ def largest(values: Tensor, density: Tensor) -> Tensor:
     """Keep the entries that are as large as the k-th largest, k = floor(density * size), at least 1 unless it is 0."""
     if density == 0 or not values.numel():
         return torch.zeros_like(values)
+    if density == 1:
+        return values
     magnitude = values.abs()
     k = max(int(values.numel() * float(density)), 1)
     cut = magnitude.reshape(-1).kthvalue(values.numel() - k + 1).values
@@ -121,6 +123,8 @@ def knots(
     coordinates = []
     for i in range(len(models)):
         values = left.T @ vectors.pop(0)
-        coordinates.append(dropped(values, rng.keep(i, values.shape, 1 - drop[i]), drop[i]))
+        if drop[i] > 0:
+            values = dropped(values, rng.keep(i, values.shape, 1 - drop[i]), drop[i])
+        coordinates.append(values)
     merged = left @ merge_coordinates(coordinates, rule, weight, density, normalize=normalize)
     return base + (merged if basis == "output" else merged.T) * lambda_
