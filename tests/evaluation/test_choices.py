@@ -146,6 +146,8 @@ def test_letters_that_the_tokenizer_joins(zoo: Path) -> None:
     [joined] = encode(task(question("the c", "at", "x")), tokenizer, 64)
     assert joined.context == tuple(tokenizer.ids("the c"))
     assert joined.choices[0] == tuple(tokenizer.ids("at"))
+    [longer] = encode(task(question("the c", "at sat on a mat", "x")), tokenizer, 64)
+    assert longer.choices[0] == tuple(tokenizer.ids("at sat on a mat"))
 
 
 def test_empty_context(zoo: Path) -> None:

@@ -15,6 +15,7 @@ import merganser
 from merganser.errors import OutputError
 from merganser.evaluation import Evaluation, evaluate, precision, text
 from merganser.evaluation import run as run_module
+from merganser.evaluation.journal import Journal
 from tests.evaluation.tiny import text as words
 
 
@@ -126,6 +127,23 @@ def test_an_interrupted_evaluation_continues(
         again = measure(zoo, tasks, json=tmp_path / "out.json")
     assert third.count == 0
     assert again.to_json()["results"] == whole.to_json()["results"]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_journal_that_was_cut_off_is_mended(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "items.jsonl"
+    with Journal(path) as journal:
+        for batch in range(3):
+            journal.add("key", batch, {"bits": [batch + 0.5]})
+    path.write_bytes(path.read_bytes()[:-cut])
+    for _ in range(2):
+        with Journal(path) as journal:
+            assert [journal.get("key", batch) for batch in range(2)] == [{"bits": [0.5]}, {"bits": [1.5]}]
+            last = journal.get("key", 2)
+            journal.add("key", 2, {"bits": [2.5]})
+    assert last == {"bits": [2.5]}
+    for line in path.read_text().splitlines():
+        json.loads(line)
 
 
 def test_what_changed_is_measured_again(

@@ -60,6 +60,24 @@ def test_bytes_of_items_add_up(zoo: Path) -> None:
     assert items[0] == 0
 
 
+class Pieces:
+    """A tokenizer that drops white space at the end, and says of the pieces of a letter what some do."""
+
+    prefix = ()
+
+    def ids_and_ends(self, text: str) -> tuple[list[int], list[int]]:
+        assert text == "aé東 b \n"
+        # a, two pieces of é, the second of which says where the letter begins, 東, space and b
+        return [1, 2, 3, 4, 5], [1, 2, 1, 3, 5]
+
+
+def test_bytes_of_pieces_and_of_what_is_dropped() -> None:
+    found, items = windows(TextTask("t", "t", "", ("aé東 b \n",)), Pieces(), context=1, stride=1)  # type: ignore[arg-type]
+    # the first token is not scored
+    assert [window.nbytes for window in found] == [2, 0, 3, 4]
+    assert items == [1, 3, 3, 6]
+
+
 def test_batches_change_nothing(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text(text(1))
     columns = [
