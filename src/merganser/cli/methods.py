@@ -54,9 +54,19 @@ def methods(
         head(family)
         for method in members:
             say(f"  {method.name:<{width}}  {method.summary}")
-            say(f"  {'':<{width}}  {method.models}; {_SCOPES[method.scope]}")
+            say(f"  {'':<{width}}  {'; '.join([method.models, _SCOPES[method.scope], *_traits(method)])}")
     say()
     say("merganser methods NAME explains one.")
+
+
+def _traits(method: MethodDescription) -> list[str]:
+    """Return what sets a method apart; the contract suite tests each of these words."""
+    traits = {
+        "random": method.random,
+        "order matters": "order" in method.breaks,
+        "changes identical models": "identical" in method.breaks,
+    }
+    return [words for words, true in traits.items() if true]
 
 
 def _page(method: MethodDescription) -> None:
