@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,29 @@ def test_the_json(zoo: Path, tasks: list[Path], tmp_path: Path) -> None:
     assert written["items"] == "out.json.items.jsonl"
     assert written["results"]["b"]["french"]["metrics"]["bits_per_byte"]["value"] == found.metric("b", "french").value
     assert [*written["retention"]["models"]] == ["a", "b"]
+
+
+def test_the_documented_json_has_the_keys_of_the_real_one(zoo: Path, tasks: list[Path]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    documented = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    found = measure(zoo, tasks).to_json()
+
+    assert [*documented] == [*found]
+    for name in ("versions", "settings", "hardware", "differences"):
+        assert [*documented[name]] == [*found[name]], name
+    one = {name: next(iter(documented[name].values())) for name in ("models", "tasks")}
+    assert [*one["models"]] == [*found["models"]["b"]]
+    assert [*one["tasks"]] == [*found["tasks"]["french"]]
+    result, real = documented["results"]["ties"]["french"], found["results"]["b"]["french"]
+    assert [*result] == [*real]
+    assert [*result["metrics"]] == [*real["metrics"]]
+    assert [*documented["differences"]["models"]["ties"]["french"]] == [*found["differences"]["models"]["b"]["french"]]
+    kept, real = documented["retention"], found["retention"]
+    assert [*kept] == [*real]
+    assert [*kept["domains"]["french"]] == [*real["domains"]["french"]]
+    own, real = kept["models"]["ties"], real["models"]["b"]
+    assert [*own] == [*real]
+    assert [*own["forgotten"]["english"]] == [*real["forgotten"]["english"]]
 
 
 def test_differences_are_paired(zoo: Path, tasks: list[Path]) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_DRAWS = 20_000
+_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def smallest(estimates: Mapping[str, Estimate]) -> tuple[str, float, float | Non
 
     The smallest of several noisy numbers lies lower than the smallest of the true ones, and its standard error is none
     of theirs: it is the standard deviation of the minimum of independent normal numbers with these means and standard
-    errors, from 20,000 draws that are always the same.
+    errors, over 10,000 of them each, evenly spread over their distribution and always in the same order.
 
     Returns:
         Its name, its value and the standard error.
@@ -108,6 +109,7 @@ def smallest(estimates: Mapping[str, Estimate]) -> tuple[str, float, float | Non
     errors = [estimate.stderr for estimate in estimates.values()]
     if any(error is None for error in errors):
         return name, estimates[name].value, None
-    draws = np.random.default_rng(0).standard_normal((_DRAWS, len(estimates)))
-    drawn = np.array([estimate.value for estimate in estimates.values()]) + draws * np.array(errors, np.float64)
-    return name, estimates[name].value, float(drawn.min(axis=1).std())
+    normal = [NormalDist().inv_cdf((i + 0.5) / _DRAWS) for i in range(_DRAWS)]
+    order = np.random.default_rng(0)
+    drawn = [estimate.value + order.permutation(normal) * (estimate.stderr or 0.0) for estimate in estimates.values()]
+    return name, estimates[name].value, float(np.min(drawn, axis=0).std())
