@@ -16,6 +16,71 @@ if TYPE_CHECKING:
     from ..evaluation import Estimate, Evaluation, Retention
 
 
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CKPT",
+        help="Checkpoints, MODEL+ADAPTER, OUT#TASK of sidecars, or recipes (merged in memory); NAME=CKPT names one.",
+        show_default=False,
+    ),
+]
+Tasks = Annotated[
+    list[str],
+    typer.Option(
+        metavar="TASK...",
+        help="Texts (.txt), questions or documents (.jsonl), tasks of lm-eval (.yaml or a name); NAME=TASK names one.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None, typer.Option(metavar="CKPT", help="The common ancestor of the models.", show_default=False)
+]
+Experts = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TASK=CKPT...", help="The model trained for a task; needs --base.", show_default=False),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Items of each task: windows, documents, questions.  [default: all]",
+        show_default=False,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tokens of a text seen at once.  [default: 512]", show_default=False),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Tokens of a text scored at once.  [default: half of --context]",
+        show_default=False,
+    ),
+]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|bfloat16|float16",
+        help="Number format.  [default: float32, for texts the faster one here]",
+        show_default=False,
+    ),
+]
+BatchTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")]
+JsonFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OUT",
+        help="Write the result, and beside it what an interrupted evaluation continues from; - prints it.",
+        show_default=False,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
 class ManyValues(Verb):
     """A command whose `--tasks` and `--experts` take all that follows, up to the next option."""
 
@@ -38,71 +103,19 @@ def _spread(args: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CKPT",
-            help="Checkpoints, MODEL+ADAPTER, OUT#TASK of sidecars, or recipes (merged in memory); NAME=CKPT names one.",
-            show_default=False,
-        ),
-    ],
-    tasks: Annotated[
-        list[str],
-        typer.Option(
-            metavar="TASK...",
-            help="Texts (.txt), questions or documents (.jsonl), tasks of lm-eval (.yaml or a name); NAME=TASK names one.",
-            show_default=False,
-        ),
-    ],
-    base: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="The common ancestor of the models.", show_default=False)
-    ] = None,
-    experts: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TASK=CKPT...", help="The model trained for a task; needs --base.", show_default=False),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Items of each task: windows, documents, questions.  [default: all]",
-            show_default=False,
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Tokens of a text seen at once.  [default: 512]", show_default=False),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Tokens of a text scored at once.  [default: half of --context]",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16",
-            help="Number format.  [default: float32, for texts the faster one here]",
-            show_default=False,
-        ),
-    ] = None,
+    models: Models,
+    tasks: Tasks,
+    base: Base = None,
+    experts: Experts = None,
+    limit: Limit = None,
+    context: Context = None,
+    stride: Stride = None,
+    dtype: DType = None,
     device: options.Device = "cpu",
-    batch_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")] = 4096,
-    json: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OUT",
-            help="Write the result, and beside it what an interrupted evaluation continues from; - prints it.",
-            show_default=False,
-        ),
-    ] = None,
+    batch_tokens: BatchTokens = 4096,
+    json: JsonFile = None,
     cache_dir: options.CacheDir = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure models on tasks, and what merges kept of their experts.
 
