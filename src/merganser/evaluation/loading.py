@@ -99,8 +99,12 @@ class LanguageModel:
         return model.eval().to(device)
 
 
-def open_model(source: Source) -> LanguageModel:
+def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -> LanguageModel:
     """Read config and tokenizer of a model, and check that it is a language model.
+
+    Args:
+        source: The model.
+        tokenizers: Those that were read before, by their hashes: models of one base mostly share theirs.
 
     Raises:
         CheckpointError: It is none, has no tokenizer, or one that does not match its vocabulary.
@@ -122,10 +126,15 @@ def open_model(source: Source) -> LanguageModel:
             raise CheckpointError(
                 f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
             )
-        with _explained(source.reference, "the tokenizer"), _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
-    opened = LanguageModel(source, config, _tokenizer(source, tokenizer, files), _positions(config))
+        files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
+        # the config may say which class reads the files
+        digest = xxhash.xxh3_128_hexdigest("\0".join([config.model_type, *names, *files]).encode())
+        known = {} if tokenizers is None else tokenizers
+        if digest not in known:
+            with _explained(source.reference, "the tokenizer"), _quiet():
+                encoder = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            known[digest] = _tokenizer(source, encoder, digest)
+    opened = LanguageModel(source, config, known[digest], _positions(config))
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if rows is not None:
         _check_vocabulary(opened, rows)
@@ -162,7 +171,7 @@ def _check_vocabulary(model: LanguageModel, rows: int) -> None:
         )
 
 
-def _tokenizer(source: Source, tokenizer: Any, files: list[str]) -> Tokenizer:
+def _tokenizer(source: Source, tokenizer: Any, digest: str) -> Tokenizer:
     if not tokenizer.is_fast:
         raise UnsupportedError(
             f"{source.reference}: {type(tokenizer).__name__} cannot say which characters a token stands for; "
@@ -172,7 +181,6 @@ def _tokenizer(source: Source, tokenizer: Any, files: list[str]) -> Tokenizer:
     whole = tokenizer("a")["input_ids"]
     before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    digest = xxhash.xxh3_128_hexdigest("\0".join(files).encode())
     return Tokenizer(tokenizer, tuple(whole[:before]), start, digest)
 
 

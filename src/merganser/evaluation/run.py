@@ -21,7 +21,7 @@ from ..engine.devices import resolve_devices
 from ..errors import MergeError, OutputError, TaskError
 from .harness import Harness
 from .journal import Journal, journal_path
-from .loading import LanguageModel, open_model
+from .loading import LanguageModel, Tokenizer, open_model
 from .outcome import Outcome
 from .precision import DTYPES, choose_formats, given_format
 from .result import Evaluation, ModelInfo, TaskInfo
@@ -159,7 +159,9 @@ def _measure(
     """Open models and tasks, score, and put the result together."""
     started = time.monotonic()
     with ExitStack() as stack:
-        opened = {e.name: open_model(open_source(e.reference, stack, cache_dir=cache_dir)) for e in roster.entries}
+        tokenizers: dict[str, Tokenizer] = {}
+        sources = {e.name: open_source(e.reference, stack, cache_dir=cache_dir) for e in roster.entries}
+        opened = {name: open_model(source, tokenizers) for name, source in sources.items()}
         journal = stack.enter_context(Journal(None if out is None else journal_path(out)))
         settings = wanted.settle(opened, tasks, journal)
         named = [task for task in tasks if isinstance(task, HarnessTask)]
