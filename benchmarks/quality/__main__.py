@@ -1,8 +1,8 @@
-"""`python -m benchmarks.quality [run|table] [--set NAME] [--methods NAME,...] [--defaults]`.
+"""`python -m benchmarks.quality [run|table] [--set NAME] [--methods NAME,...] [--tune]`.
 
-`run` merges the real zoo (`python -m benchmarks.zoo real`) by every method and measures what is kept; an interrupted run
-continues. First comes every method at its published settings, then each value of its grid on the tune texts, and the
-best of them on the test texts. `table` writes docs/quality.md and its plots from results/.
+`run` merges the real zoo (`python -m benchmarks.zoo real`) by every method at its published settings and measures what is
+kept. `--tune` then tries each value of a method's grid on the tune texts, and the best of them on the test texts. Each
+result is a line of results/SET.jsonl; what is there is not measured again. `table` writes docs/quality.md and its plots.
 """
 
 import argparse
@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.merge import hardware
 from benchmarks.zoo import Zoo, load_zoo
-from merganser import evaluate
+from benchmarks.zoo.shipped import apply
+from merganser import MergeError, evaluate
 from merganser.registry import method_names, methods
 
 from . import table
@@ -31,7 +33,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("what", choices=["run", "table"], nargs="?", default="run")
     parser.add_argument("--set", default="four", help="which experts (see config.json)")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=None, help="some methods only")
-    parser.add_argument("--defaults", action="store_true", help="published settings only, nothing is tuned")
+    parser.add_argument("--tune", action="store_true", help="tune, too")
+    parser.add_argument("--threads", type=int, default=None, help="threads (default: as torch and merganser choose)")
     parser.add_argument("--zoo", type=Path, help="folder of the zoo")
     options = parser.parse_args(arguments)
     results = _HERE / "results"
@@ -40,17 +43,20 @@ def main(arguments: list[str]) -> int:
         return 0
     config = json.loads((_HERE / "config.json").read_text(encoding="utf-8"))
     chosen = options.methods or [name for name in method_names() if name not in config["left_out"]]
-    zoo = load_zoo("real", options.zoo, experts=config["sets"][options.set]["experts"])
-    run(options.set, config, chosen, zoo, results, tune=not options.defaults)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    zoo = load_zoo("real", options.zoo, experts=())
+    run(options.set, config, chosen, zoo, results, tune=options.tune)
     return 0
 
 
 def run(name: str, config: Mapping[str, Any], chosen: Sequence[str], zoo: Zoo, results: Path, *, tune: bool) -> None:
-    """Measure methods on one set of experts, a file per method and split."""
+    """Measure methods on one set of experts."""
     results.mkdir(exist_ok=True)
-    experts = {domain: zoo.experts[domain] for domain in config["sets"][name]["experts"]}
-    bench = _Bench(config, zoo, experts, results / name)
+    bench = _Bench(config, zoo, experts_of(zoo, config["sets"][name]), results / f"{name}.jsonl")
     for method in chosen:
+        if not bench.suits(method):
+            continue
         default = settings(config, method)
         started = time.monotonic()
         bench.measure(method, "default", "test", default)
@@ -62,6 +68,31 @@ def run(name: str, config: Mapping[str, Any], chosen: Sequence[str], zoo: Zoo, r
                 bench.measure(method, "tuned", "test", grid[best - 1])
         sys.stdout.write(f"{name} {method}: {time.monotonic() - started:.0f} s\n")
         sys.stdout.flush()
+
+
+def experts_of(zoo: Zoo, chosen: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+    """Return the models to merge by the domain that each was trained for.
+
+    Args:
+        zoo: The zoo.
+        chosen: Their names, under "experts", "adapters" or "pair".
+
+    Raises:
+        FileNotFoundError: One was not made yet.
+    """
+    found: dict[str, Path] = {}
+    for domain in chosen.get("experts", ()):
+        found[domain] = zoo.experts[domain]
+    for name in chosen.get("pair", ()):
+        found[f"pair_{name}"] = zoo.pair[name]
+    for path in found.values():
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: not made yet. Finish the zoo: python -m benchmarks.zoo real")
+    for domain in chosen.get("adapters", ()):
+        found[domain] = zoo.folder / "applied" / domain
+        if not found[domain].is_dir():
+            apply(zoo.base, zoo.adapters[domain], found[domain])
+    return found
 
 
 def settings(config: Mapping[str, Any], method: str) -> Setting:
@@ -84,11 +115,18 @@ def varied(config: Mapping[str, Any], method: str, default: Setting, key: str, v
 
 
 class _Bench:
-    """One set of experts."""
+    """One set of experts, whose results are lines of a file."""
 
-    def __init__(self, config: Mapping[str, Any], zoo: Zoo, experts: Mapping[str, Path], folder: Path) -> None:
-        self._config, self._zoo, self._experts, self._folder = config, zoo, experts, folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, config: Mapping[str, Any], zoo: Zoo, experts: Mapping[str, Path], file: Path) -> None:
+        self._config, self._zoo, self._experts, self._file = config, zoo, experts, file
+        self._known = table.read(file)
+        self._folder = zoo.folder / "quality" / file.stem
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def suits(self, method: str) -> bool:
+        """Whether a method takes so many models."""
+        declared, count = methods()[method], len(self._merged(method)[1])
+        return declared.min_models <= count <= (declared.max_models or count)
 
     def measure(self, method: str, label: str, split: str, setting: Setting) -> float:
         """Merge and measure, unless that was done; return the mean recovered (worst where there is none)."""
@@ -97,27 +135,26 @@ class _Bench:
         return sum(found) / len(found)
 
     def _once(self, method: str, label: str, split: str, setting: Setting, seed: int) -> float:
-        file = self._folder / f"{method}.{label}.{seed}.json"
-        wanted = {"method": method, "label": label, "split": split, "setting": setting, "seed": seed}
-        if file.exists():
-            known = json.loads(file.read_text(encoding="utf-8"))
+        lengths = {key: self._config[key] for key in ("windows", "context")}
+        wanted = {"method": method, "label": label, "split": split, "setting": setting, "seed": seed, **lengths}
+        for known in self._known:
             if {key: known.get(key) for key in wanted} == wanted:
                 return _score(known)
-        recipe = self._recipe(method, setting, seed)
-        path = self._folder / f".{method}.yaml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        recipe = self._folder / f"{method}.yaml"
+        recipe.write_text(yaml.safe_dump(self._recipe(method, setting, seed)), encoding="utf-8")
         try:
-            result = {**wanted, **self._evaluate({"merge": str(path)}, split)}
-        finally:
-            path.unlink()
+            result = {**wanted, **self._evaluate({"merge": str(recipe)}, split)}
+        except MergeError as error:
+            result = {**wanted, "retention": None, "failed": str(error)}
         result["hardware"] = hardware.describe(self._folder)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with self._file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(result) + "\n")
         return _score(result)
 
     def _evaluate(self, models: Mapping[str, str], split: str) -> dict[str, Any]:
         domains = [*self._experts, self._zoo.retained]
         # base and experts are measured once per split: the journal beside the file knows them
-        journal = self._folder / f"all.{split}.json"
+        journal = self._folder / f"{split}.json"
         evaluation = evaluate(
             models,
             {domain: self._zoo.texts[domain][split] for domain in domains},
@@ -144,20 +181,28 @@ class _Bench:
         }
 
     def _recipe(self, method: str, setting: Setting, seed: int) -> dict[str, Any]:
+        base, models = self._merged(method)
         recipe: dict[str, Any] = {
             "merge_method": method,
             "models": [
                 {"model": str(path), "parameters": setting["each"]} if setting["each"] else {"model": str(path)}
-                for path in self._experts.values()
+                for path in models
             ],
             "dtype": "float32",
             "random_seed": seed,
         }
-        if methods()[method].base != "unused":
-            recipe["base_model"] = str(self._zoo.base)
+        if base:
+            recipe["base_model"] = str(base)
         if setting["shared"]:
             recipe["parameters"] = setting["shared"]
         return recipe
+
+    def _merged(self, method: str) -> tuple[Path | None, list[Path]]:
+        """Return the base and the models of a recipe: the first expert is the base of methods that take one model."""
+        declared, models = methods()[method], list(self._experts.values())
+        if declared.base == "required" and declared.max_models == 1:
+            return models[0], models[1:]
+        return None if declared.base == "unused" else self._zoo.base, models
 
 
 def _score(result: Mapping[str, Any]) -> float:

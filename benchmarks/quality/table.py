@@ -1,21 +1,30 @@
-"""Tables and plots of docs/quality.md, from results/."""
+"""Tables of docs/quality.md, from results/."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.merge.svg import Drawing
+from . import plots
 
 Result = Mapping[str, Any]
 
 _START, _END = "<!-- quality:start -->", "<!-- quality:end -->"
+_IMAGES = "images/quality-"
+_SETS = {
+    "two": "2 experts",
+    "four": "4 experts",
+    "eight": "8 experts",
+    "adapters": "4 adapters",
+    "pair": "conflicting pair",
+}
+_STAND_OUT = ("task_arithmetic", "ties", "linear", "iso_c")
 _NAMES = {"default": "published", "tuned": "tuned"}
 
 
 def mean_recovered(result: Result) -> tuple[float, float] | None:
     """Return the mean share of the experts' gain that a merge keeps, and its standard error."""
-    mean = result["retention"]["mean"]
+    mean = result["retention"] and result["retention"]["mean"]
     return None if mean is None or mean["value"] is None else (mean["value"], mean["stderr"])
 
 
@@ -25,14 +34,22 @@ def write(results: Path, docs: Path) -> None:
     Raises:
         FileNotFoundError: There are no results.
     """
-    folders = sorted((path for path in results.glob("*") if path.is_dir()), key=lambda path: len(_experts(path)))
-    if not folders:
+    entries = {name: _entries(results / f"{name}.jsonl") for name in _SETS}
+    found = {name: own for name, own in entries.items() if any(entry["mean"] is not None for entry in own)}
+    if not found:
         raise FileNotFoundError(f"{results}: no results; measure first: python -m benchmarks.quality run")
-    parts = []
-    for folder in folders:
-        entries = _entries(folder)
-        _draw(folder.name, entries).save(docs / "images" / f"quality-{folder.name}.svg")
-        parts.append(_section(folder.name, entries))
+    images = docs / "images"
+    for name, own in found.items():
+        plots.recovered_and_forgotten(own).save(images / f"quality-{name}.svg")
+    parts = [_overview(found)]
+    widest = max(found, key=lambda name: len(found[name]))
+    plots.worst_domains(found[widest]).save(images / "quality-worst.svg")
+    parts.append(f"![the worst domain of every method]({_IMAGES}worst.svg)\n")
+    sizes = [found[name] for name in ("two", "four", "eight") if name in found]
+    if len(sizes) > 1:
+        plots.by_number(sizes, _STAND_OUT).save(images / "quality-number.svg")
+        parts.append(f"![the number of experts]({_IMAGES}number.svg)\n")
+    parts += [_section(name, own) for name, own in found.items()]
     page = docs / "quality.md"
     text = page.read_text(encoding="utf-8")
     head, _, rest = text.partition(_START)
@@ -40,12 +57,45 @@ def write(results: Path, docs: Path) -> None:
     page.write_text("\n".join([f"{head}{_START}", *parts, f"{_END}{tail}"]), encoding="utf-8")
 
 
-def _entries(folder: Path) -> list[dict[str, Any]]:
+def _overview(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Write one table of all sets: mean and worst at published settings."""
+    cells = {
+        name: {e["method"]: _brief(e) for e in entries if e["label"] == "default"} for name, entries in found.items()
+    }
+    first = "four" if "four" in found else next(iter(found))
+    order = dict.fromkeys([*cells[first], *(method for own in cells.values() for method in own)])
+    lines = [
+        "Share of the experts' gain that is kept at published settings, in percent: mean of the domains / worst domain.",
+        "",
+        f"| method | {' | '.join(_SETS[name] for name in found)} |",
+        f"|---|{'---|' * len(found)}",
+    ]
+    lines += [f"| {method} | {' | '.join(own.get(method, '') for own in cells.values())} |" for method in order]
+    return "\n".join([*lines, ""])
+
+
+def _brief(entry: Mapping[str, Any]) -> str:
+    if entry["mean"] is None:
+        return "failed"
+    return f"{100 * entry['mean']:.0f} / {100 * entry['worst']['value']:.0f}"
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """Return the results of a set; a line that was cut off by a kill is left out."""
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            found.append(json.loads(line))
+    return found
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
     """Return one entry per method and setting that was measured on the test texts, the best first."""
     groups: dict[tuple[str, str], list[Result]] = {}
-    for file in sorted(folder.glob("*.json")):
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if result.get("split") == "test" and "retention" in result and "method" in result:
+    for result in read(file):
+        if result["split"] == "test":
             groups.setdefault((result["method"], result["label"]), []).append(result)
     entries = [_entry(method, label, seeds) for (method, label), seeds in groups.items()]
     return sorted(entries, key=lambda entry: -entry["mean"] if entry["mean"] is not None else float("inf"))
@@ -73,11 +123,11 @@ def _entry(method: str, label: str, seeds: Sequence[Result]) -> dict[str, Any]:
 
 
 def _section(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
-    experts = _experts_of(entries)
+    experts = next(e["result"]["retention"]["recovered"] for e in entries if e["mean"] is not None)
     lines = [
-        f"## {len(experts)} experts: {', '.join(experts)}",
+        f"## {_SETS[name][0].upper()}{_SETS[name][1:]}: {', '.join(experts)}",
         "",
-        f"![recovered against forgotten](images/quality-{name}.svg)",
+        f"![recovered against forgotten]({_IMAGES}{name}.svg)",
         "",
         "| method | settings | recovered, mean | worst domain | forgotten | merge, s |",
         "|---|---|---|---|---|---|",
@@ -110,47 +160,3 @@ def _percent(value: float, error: float | None) -> str:
 def _setting(result: Result) -> str:
     setting = {**result["setting"]["each"], **result["setting"]["shared"]}
     return ": " + ", ".join(f"{key} {value:g}" for key, value in setting.items()) if setting else ""
-
-
-def _experts_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(entries[0]["result"]["retention"]["recovered"])
-
-
-def _experts(folder: Path) -> list[str]:
-    entries = _entries(folder)
-    return _experts_of(entries) if entries else []
-
-
-def _draw(name: str, entries: Sequence[Mapping[str, Any]]) -> Drawing:
-    """Draw recovered against forgotten; what collapsed lies at the edge."""
-    shown = [entry for entry in entries if entry["mean"] is not None]
-    drawing = Drawing(760, 460, f"{len(_experts_of(entries))} experts", "recovered (up is better) against forgotten")
-    left, right, top, bottom = 60, 730, 70, 410
-    low, high = -0.5, 1.0
-    widest = max(0.05, min(0.5, max((entry["forgotten"] for entry in shown), default=0.05)))
-
-    def x(value: float) -> float:
-        return left + (right - left) * (min(max(value, -0.02), widest) + 0.02) / (widest + 0.02)
-
-    def y(value: float) -> float:
-        return bottom - (bottom - top) * (min(max(value, low), high) - low) / (high - low)
-
-    for tick in (-0.5, 0.0, 0.5, 1.0):
-        drawing.line([(left, y(tick)), (right, y(tick))], "rule")
-        drawing.text(left - 8, y(tick) + 4, f"{100 * tick:.0f} %", kind="soft", anchor="end")
-    for step in range(5):
-        value = widest * step / 4
-        drawing.text(x(value), bottom + 18, f"{100 * value:.1f} %", kind="soft", anchor="middle")
-    placed: list[tuple[float, float]] = []
-    for entry in shown:
-        at = (x(entry["forgotten"]), y(entry["mean"]))
-        drawing.dot(*at, "a" if entry["label"] == "default" else "b", radius=4)
-        # a name where there is room for it
-        if all(abs(at[0] - other[0]) > 90 or abs(at[1] - other[1]) > 11 for other in placed):
-            end = at[0] > right - 110
-            drawing.text(
-                at[0] + (-7 if end else 7), at[1] + 4, entry["method"], kind="soft", anchor="end" if end else "start"
-            )
-            placed.append(at)
-    drawing.legend(left, 448, [("dot", "a", "published settings"), ("dot", "b", "tuned")])
-    return drawing

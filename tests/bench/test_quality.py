@@ -32,10 +32,9 @@ def result(method, mean, *, seed=0, label="default", worst=0.1, failed=None):
     }
 
 
-def write(folder, *results):
-    folder.mkdir(parents=True)
-    for i, found in enumerate(results):
-        (folder / f"{i}.json").write_text(json.dumps(found), encoding="utf-8")
+def write(file, *results):
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(found) + "\n" for found in results), encoding="utf-8")
 
 
 def test_every_method_is_measured_or_left_out_with_a_reason():
@@ -58,7 +57,7 @@ def test_the_grid_varies_one_value():
 
 def test_the_table_has_the_best_first_and_keeps_what_failed(tmp_path):
     write(
-        tmp_path / "results" / "two",
+        tmp_path / "results" / "two.jsonl",
         result("linear", 0.4),
         result("dare_ties", 0.5, seed=0, worst=0.2),
         result("dare_ties", 0.7, seed=1, worst=-0.1),
@@ -74,12 +73,44 @@ def test_the_table_has_the_best_first_and_keeps_what_failed(tmp_path):
     assert "old" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and "method" not in line]
     assert rows == [
+        "| dare_ties | 60 / -10 |",
+        "| linear | 40 / 10 |",
+        "| svc | failed |",
         "| dare_ties | published: weight 1, lambda 0.3 | 60.0 ± 2.0 % (2 seeds, spread 20.0) | -10.0 ± 3.0 % maths "
         "| 1.0 ± 0.1 % | 2 |",
         "| linear | published: weight 1, lambda 0.3 | 40.0 ± 2.0 % | 10.0 ± 3.0 % maths | 1.0 ± 0.1 % | 2 |",
         "| svc | published: weight 1, lambda 0.3 | failed: NaN in the logits | | | |",
     ]
     assert "<svg" in (docs / "images" / "quality-two.svg").read_text(encoding="utf-8")
+
+
+def test_sets_of_different_size_stand_side_by_side(tmp_path):
+    write(tmp_path / "results" / "two.jsonl", result("linear", 0.4), result("slerp", 0.45), result("ties", 0.5))
+    write(tmp_path / "results" / "four.jsonl", result("linear", 0.3), result("ties", 0.2, label="tuned"))
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "quality.md").write_text("<!-- quality:start --><!-- quality:end -->")
+    table.write(tmp_path / "results", docs)
+    text = (docs / "quality.md").read_text(encoding="utf-8")
+    assert "| method | 2 experts | 4 experts |" in text
+    assert "| linear | 40 / 10 | 30 / 10 |" in text
+    assert "| slerp | 45 / 10 |  |" in text
+    assert "| ties | 50 / 10 |  |" in text
+    assert sorted(path.name for path in (docs / "images").iterdir()) == [
+        "quality-four.svg",
+        "quality-number.svg",
+        "quality-two.svg",
+        "quality-worst.svg",
+    ]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    file = tmp_path / "two.jsonl"
+    write(file, result("linear", 0.4))
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write('{"method": "ti')
+    assert [found["method"] for found in table.read(file)] == ["linear"]
+    assert table.read(tmp_path / "none.jsonl") == []
 
 
 def test_no_results_are_said(tmp_path):
