@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +45,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _parse(text: str, duplicates: bool) -> Any:
+    # Hooks are called for every number and object: they double the time of a large header. Python itself refuses
+    # numbers of thousands of digits, but for early releases of 3.10.
+    if hasattr(sys, "get_int_max_str_digits"):
+        with suppress(ValueError):  # said better below
+            parsed = json.loads(text)
+            # Every key has a colon behind it: as many keys as colons means that none was there twice.
+            if duplicates or (isinstance(parsed, dict) and text.count(":") == _keys(parsed)):
+                return parsed
+    hook: Callable[[list[tuple[str, Any]]], Any] = dict if duplicates else _unique
+    return json.loads(text, object_pairs_hook=hook, parse_int=_integer)
+
+
+def _keys(parsed: dict[str, Any]) -> int:
+    """Count the keys of an object and of the objects in it; deeper ones are not counted."""
+    return len(parsed) + sum(len(value) for value in parsed.values() if isinstance(value, dict))
+
+
 def parse_object(data: bytes, where: str, *, duplicates: bool = False) -> dict[str, Any]:
     """Parse `data` as one JSON object.
 
@@ -58,9 +78,8 @@ def parse_object(data: bytes, where: str, *, duplicates: bool = False) -> dict[s
     def bad(reason: str) -> NoReturn:
         raise CheckpointError(f"{where}: {reason}") from None
 
-    hook: Callable[[list[tuple[str, Any]]], Any] = dict if duplicates else _unique
     try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=hook, parse_int=_integer)
+        parsed = _parse(data.decode("utf-8"), duplicates)
     except UnicodeDecodeError as error:
         bad(f"is not UTF-8 text (byte {error.start})")
     except json.JSONDecodeError as error:

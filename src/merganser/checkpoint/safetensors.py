@@ -133,11 +133,14 @@ def _dtype(tag: Any) -> DType:
 
 
 def _integers(key: str, value: Any) -> tuple[int, ...]:
-    # the exact type, since True is an int to isinstance
-    whole = isinstance(value, list) and set(map(type, value)) <= {int}
-    if not whole or (value and not 0 <= min(value) <= max(value) < _MAX_NUMEL):
-        raise _FlawError(f"{key} must be a list of non-negative 63-bit integers, found {_brief(value)}")
-    return tuple(value)
+    if isinstance(value, list):
+        for number in value:
+            # the exact type, since True is an int to isinstance
+            if type(number) is not int or not 0 <= number < _MAX_NUMEL:
+                break
+        else:
+            return tuple(value)
+    raise _FlawError(f"{key} must be a list of non-negative 63-bit integers, found {_brief(value)}")
 
 
 def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:

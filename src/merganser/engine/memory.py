@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,31 +49,52 @@ def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, l
     Raises:
         MemoryLimitError: Not even one does.
     """
-    needed = beside + estimate_memory(tensors, 1, compiled)
+    fixed, each = _needs(tensors, compiled)
+    needed = beside + fixed + each
     if needed > limit:
         largest = max(tensors, key=lambda tensor: (_held(tensor, compiled), tensor.size))
         raise MemoryLimitError(
             f"--max-memory: {largest.method.name} needs {needed / 1e6:.0f} MB for this merge, {limit / 1e6:.0f} MB are "
             f"allowed; its largest tensor is {largest.name} {list(largest.shape)}"
         )
-    further = max(beside + estimate_memory(tensors, 2, compiled) - needed, 1)
-    return min(1 + (limit - needed) // further, wanted)
+    return min(1 + (limit - needed) // max(each, 1), wanted)
 
 
 def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, compiled: bool) -> int:
     """Estimate the largest resident memory of a run, bytes: within a quarter of what was measured for our methods."""
+    fixed, each = _needs(tensors, compiled)
+    return fixed + workers * each
+
+
+def _needs(tensors: Sequence[PlannedTensor], compiled: bool) -> tuple[int, int]:
+    """Return what the process needs, and what each worker adds to it, bytes."""
     largest = small = bundle = 0
-    for tensor in tensors:
+    kinds = _kinds(tensors)
+    for tensor, size in kinds:
         largest = max(largest, _held(tensor, compiled))
         if _block(tensor) == tensor.size:
-            small += tensor.size
+            small += size
             # what is measured for the record, in float64; plain methods merge a bundle as one block
             eager = _eager(tensor) if _plain(tensor.method) else 0
             bundle = max(bundle, _raw(tensor) + max(8 * (len(tensor.inputs) + 2), eager))
     # small tensors are worked on in bundles of a block's elements, at most
     needed = max(largest, min(small, BLOCK) * bundle)
-    ahead = all(compiled_ahead(tensor.method) for tensor in tensors)
-    return _PYTHON_AND_TORCH + ((_LIBRARIES if ahead else _COMPILER) if compiled else 0) + workers * needed
+    ahead = all(
+        compiled_ahead(method) for method in {tensor.method.name: tensor.method for tensor, _ in kinds}.values()
+    )
+    return _PYTHON_AND_TORCH + ((_LIBRARIES if ahead else _COMPILER) if compiled else 0), needed
+
+
+def _kinds(tensors: Sequence[PlannedTensor]) -> list[tuple[PlannedTensor, int]]:
+    """Return a tensor of each kind that needs memory of its own, and the elements of all of that kind."""
+    found: dict[tuple[Any, ...], tuple[PlannedTensor, int]] = {}
+    for tensor in tensors:
+        key: tuple[Any, ...] = (tensor.method.name, tensor.copy, tensor.shape, tensor.role, tensor.dtype.name)
+        whole = tensor.method.scope in ("tensor", "matrix")
+        key += (tensor.name,) if whole else tuple(source.dtype.name for source in tensor.inputs)
+        first, size = found.get(key, (tensor, 0))
+        found[key] = first, size + tensor.size
+    return list(found.values())
 
 
 def _held(tensor: PlannedTensor, compiled: bool) -> int:
