@@ -40,10 +40,10 @@ MODELS: dict[str, Settings] = {
     "experts/middle_english": _full(26),
     "experts/proofs": _full(27),
     "experts/medicine": _full(28),
-    "adapters/french": _lora(31),
     "adapters/maths": _lora(32, 5e-4),
     "adapters/haskell": _lora(33),
     "adapters/middle_english": _lora(34),
+    "adapters/medicine": _lora(35),
     "pair/basic": _full(41),
     "pair/wycliffe": _full(42),
 }
