@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.jsonfile import read_object
 from .errors import CheckpointError, NotFoundError, OutputError
-from .run_record import RECORD_FORMAT, RECORD_NAME
+from .run_record import RECORD_FORMAT, RECORD_NAME, record_text
 from .verification import verify
 
 if TYPE_CHECKING:
@@ -193,7 +193,6 @@ def _write_record(
     restorer: Restorer,
 ) -> dict[str, Any]:
     """Write what was restored from what, with hashes that `verify` checks."""
-    import json
     import math
     import time
 
@@ -211,7 +210,7 @@ def _write_record(
         "dtypes": sorted({tensor.dtype.name for tensor in stored.tensors}),
         "outputs": [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names],
     }
-    (folder / RECORD_NAME).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    (folder / RECORD_NAME).write_text(record_text(written), encoding="utf-8")
     return written
 
 

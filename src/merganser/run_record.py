@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = ["RECORD_FORMAT", "RECORD_NAME"]
+import json
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["RECORD_FORMAT", "RECORD_NAME", "record_text"]
 
 RECORD_NAME = "merge.json"
 RECORD_FORMAT = 1
 """Changes when what reads a record could misunderstand it; a new key does not change it."""
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """Return a run record as JSON: of what it lists, every entry has a line."""
+    return _lines(record, "\n") + "\n"
+
+
+def _lines(value: Any, indent: str) -> str:
+    # json's own indentation is many times slower, and gives every number a line
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    if not any(isinstance(part, Mapping | list) for part in parts):
+        return json.dumps(value)
+    if isinstance(value, Mapping):
+        lines = [f"{json.dumps(str(key))}: {_lines(part, indent + ' ')}" for key, part in value.items()]
+        return f"{{{indent} {f',{indent} '.join(lines)}{indent}}}"
+    return f"[{indent} {f',{indent} '.join(map(json.dumps, value))}{indent}]"

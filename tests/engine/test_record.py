@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 import merganser
 from merganser.api import merge
 from merganser.engine import blocks
 from merganser.registry import get_method
+from merganser.run_record import record_text
 from merganser.verification import verify
 from tests.making import llama, llama_config, make_recipe, read_json, read_model, write_llamas, write_model
 
@@ -176,3 +181,22 @@ def test_sampling_starts_at_the_first_element_of_large_tensors(tmp_path, monkeyp
     assert entry["models"] == [pytest.approx(2.0)]
     assert entry["merged"] == pytest.approx(1.0)
     assert read_model(tmp_path / "out")["w"][-1] == 50.5
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4))
+def test_text_of_a_record_is_its_json(record: dict[str, Any]) -> None:
+    assert json.loads(record_text(record)) == record
+
+
+def test_what_a_record_lists_has_a_line_for_each_entry() -> None:
+    record = {"seed": 0, "layers": [{"n": [1, 2]}, {"n": []}], "movement": {"total": 1, "tensors": [{"a": {"b": 1}}]}}
+    assert record_text(record) == (
+        '{\n "seed": 0,\n "layers": [\n  {"n": [1, 2]},\n  {"n": []}\n ],\n'
+        ' "movement": {\n  "total": 1,\n  "tensors": [\n   {"a": {"b": 1}}\n  ]\n }\n}\n'
+    )

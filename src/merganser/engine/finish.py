@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import INDEX_NAME, index_json
 from ..errors import CheckpointError
-from ..run_record import RECORD_NAME
+from ..run_record import RECORD_NAME, record_text
 from .movement import layer_summary, movement
 from .plan import Plan
 from .record import file_hash, input_files, input_hashes, make_record, model_card
@@ -84,7 +84,7 @@ def write_rest(
         continued=continued,
     )
     record |= beside
-    (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / RECORD_NAME).write_text(record_text(record), encoding="utf-8")
     return record
 
 
