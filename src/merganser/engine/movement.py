@@ -12,7 +12,7 @@ from .plan import Plan, PlannedTensor
 from .sample import PAIR_SAMPLE, SAMPLE
 
 Samples = Mapping[str, Mapping[str, Any]]
-"""By name of the tensor, from `sample.measure`."""
+"""By name of the tensor, from `sample.measure_samples`."""
 
 
 def layer_summary(tensors: Sequence[PlannedTensor], samples: Samples) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from ..errors import CheckpointError, NonFiniteError
 from .blocks import TensorRun, block_step
 from .buffers import InputBuffer
 from .plan import PlannedTensor
-from .sample import measure, measure_bundle
+from .sample import measure_samples
 from .staging import digest
 from .sums import Sum
 from .tasks import Group, GroupState, Task
@@ -140,7 +140,7 @@ class Worker:
             self._c.reader.will_need(other, ranges[0][0] * size, (ranges[-1][1] - ranges[0][0]) * size)
         hashes: list[list[bytes]] = [[] for _ in tensor.inputs]
         written: list[bytes] = []
-        sample: dict[str, Any] | None = None
+        sample: dict[str, Any] = {}
         for start, end in ranges:
             inputs = self._read(tensor, start, end)
             for found, data in zip(hashes, inputs, strict=True):
@@ -148,10 +148,10 @@ class Worker:
             merged = self._merge(run, tensor, known, start, end, inputs)
             written += self._write(tensor, start, merged)
             if start == 0:
-                sample = measure(tensor, inputs, merged)
+                sample = measure_samples([tensor], [inputs], [merged])
         entry: dict[str, Any] = {"in": [_hex(found) for found in hashes], "out": _hex(written)}
-        if sample is not None:
-            entry["sample"] = {tensor.name: sample}
+        if sample:
+            entry["sample"] = sample
         self._c.advance(0, 0, 1 if task.segment == len(group.segments) - 1 else 0)
         return entry
 
@@ -171,9 +171,8 @@ class Worker:
             [_hex(block_digests(tensor.shape, 0, tensor.size, view)) for view in views]
             for tensor, views in zip(tensors, raw, strict=True)
         ]
-        samples = measure_bundle(tensors, inputs, outputs)
         self._c.advance(0, 0, len(tensors))
-        return {"in": hashes, "out": _hex(written), "sample": samples}
+        return {"in": hashes, "out": _hex(written), "sample": measure_samples(tensors, inputs, outputs)}
 
     def _merge_small(self, state: GroupState, index: int, inputs: list[Tensor], *, measure: bool) -> Tensor:
         """Copy a tensor of a bundle, or measure, solve and combine it; return it flat."""
