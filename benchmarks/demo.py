@@ -39,6 +39,7 @@ PROMPTS = {
 
 def main() -> int:
     """Run the demonstration; the folder for its output is ./demo."""
+    os.environ["TQDM_DISABLE"] = "1"  # progress is told here
     console = Console()
     out = Path("demo")
     out.mkdir(exist_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,15 +91,15 @@ def merge(
 
 
 def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str | None]) -> None:
-    # ru_maxrss is in KiB, on macOS in bytes
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    from ..resident import peak_memory
+
     used = plan.tensors[0].inputs
     base = "a base and " if plan.tensors[0].base is not None else ""
     models = plural(len(used) - bool(base), "model")
     head(
         f"{record['method']} · {base}{models} · {plural(record['tensors'], 'tensor')} · "
         f"{count_text(record['parameters'])} parameters · {time_text(record['timings']['seconds'])} · "
-        f"peak {size_text(peak)}"
+        f"peak {size_text(peak_memory())}"
     )
     written = f"{plural(len(plan.shards), 'file')}, {size_text(plan.bytes_written)}"
     say(f"wrote {out} ({written}) and {out / 'merge.json'}")

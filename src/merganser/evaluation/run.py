@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import platform
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +17,7 @@ from torch import Tensor
 from .. import __version__
 from ..engine.devices import resolve_devices
 from ..errors import MergeError, OutputError, TaskError
+from ..resident import peak_memory
 from .harness import Harness
 from .journal import Journal, journal_path
 from .loading import LanguageModel, Tokenizer, open_model
@@ -183,7 +182,7 @@ def _measure(
         },
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         seconds=time.monotonic() - started,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
         items_file=None if out is None else journal_path(out).name,
         warnings=tuple(_warnings(opened, tasks)),
     )
@@ -212,7 +211,7 @@ def _score(
             tokenizer=model.tokenizer.hash,
             parameters=found.parameters,
             seconds={name: round(seconds, 3) for name, seconds in found.seconds.items()},
-            peak_memory=_peak_memory(),
+            peak_memory=peak_memory(),
             failed=found.failed,
         )
     return outcomes, infos
@@ -340,8 +339,3 @@ def _processor(device: torch.device) -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _peak_memory() -> int:
-    # ru_maxrss is in KiB, on macOS in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
