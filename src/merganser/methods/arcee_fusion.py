@@ -16,13 +16,22 @@ def importance(base: Tensor, models: list[Tensor]) -> Tensor:
     """Return |delta| * KL(model's row || base's row), float64, never negative.
 
     The divergence of nearly equal distributions is the small difference of large sums. In the form
-    sum q ((1 + r) log(1 + r) - r), r = p / q - 1, no sums cancel, and an error in normalising enters squared.
+    sum q (y log y - (y - 1)), y = p / q, no sums cancel, and an error in normalising enters squared.
     """
     before, after = base.double(), models[0].double()
-    q = torch.softmax(before, 1) + _SMALL
-    r = (torch.softmax(after, 1) + _SMALL - q) / q
-    divergence = (q * ((1 + r) * torch.log1p(r) - r)).sum(1, keepdim=True).clamp(min=0)
+    q, q_sum = _exponentials(base)
+    p, p_sum = _exponentials(models[0])
+    # p and q times q_sum, which saves divisions
+    q = q + _SMALL * q_sum
+    y = (p * (q_sum / p_sum) + _SMALL * q_sum) / q
+    divergence = ((q * (y * torch.log(y) - (y - 1))).sum(1, keepdim=True) / q_sum).clamp(min=0)
     return (after - before).abs() * divergence
+
+
+def _exponentials(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return exp(value - largest of the row), float64, and its sum over each row, shape [rows, 1]."""
+    found = torch.exp(values.double() - values.amax(1, keepdim=True).double())
+    return found, found.sum(1, keepdim=True)
 
 
 def ranked(base: Tensor, models: list[Tensor]) -> list[Tensor]:

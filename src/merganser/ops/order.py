@@ -58,12 +58,14 @@ def order_statistic(
     shift = 32 if wide else 16
 
     def measured(given: dict[str, Any]) -> list[Tensor]:
+        # in their own shape: by flat indices a fused kernel divides for every element, to find its row
         found = values(**{name: given[name] for name in names})
-        return [value.reshape(-1) if wide else comparable(value).reshape(-1).float() for value in found]
+        return [value if wide else comparable(value).float() for value in found]
 
     @taking(*names)
     def everything(**given: Any) -> Tensor:
-        return torch.stack(measured(given))
+        rows = measured(given)
+        return torch.stack(rows).reshape(len(rows), -1)
 
     @taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
     def pick(measured: Tensor, size: Tensor, **given: Any) -> Tensor:
@@ -82,7 +84,7 @@ def order_statistic(
                 # nested: masks are expensive to combine; the end of the last bin is no number
                 kept = torch.where(value >= first, torch.where(value >= end, kept, value), kept)
             rows.append(kept)
-        return torch.stack(rows)
+        return torch.stack(rows).reshape(len(rows), -1)
 
     def refine(level: int, measured: Tensor, previous: Tensor) -> Tensor:
         found = _descend(measured.view(*previous.shape[:2], _LOW), previous[..., 1])
@@ -94,7 +96,7 @@ def order_statistic(
         return _from_bits(refine(levels, measured, previous)[..., 0], wide)
 
     def at_once(block: Mapping[str, Any], solved: Mapping[str, Any]) -> Tensor:
-        found = torch.stack([_patterns(value).cpu() for value in measured(dict(block))])
+        found = torch.stack([_patterns(value).reshape(-1).cpu() for value in measured(dict(block))])
         given = {**solved, "positive": ((found >> shift) > 0).sum(1).double()}
         wanted = ranks(**{name: given[name] for name in rank_names})
         return _from_bits(_select(found, wanted), wide)
