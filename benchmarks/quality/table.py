@@ -93,10 +93,13 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def _entries(file: Path) -> list[dict[str, Any]]:
     """Return one entry per method and setting that was measured on the test texts, the best first."""
+    # what was measured again, with other settings, counts
+    latest = {
+        (found["method"], found["label"], found["seed"]): found for found in read(file) if found["split"] == "test"
+    }
     groups: dict[tuple[str, str], list[Result]] = {}
-    for result in read(file):
-        if result["split"] == "test":
-            groups.setdefault((result["method"], result["label"]), []).append(result)
+    for (method, label, _), result in latest.items():
+        groups.setdefault((method, label), []).append(result)
     entries = [_entry(method, label, seeds) for (method, label), seeds in groups.items()]
     return sorted(entries, key=lambda entry: -entry["mean"] if entry["mean"] is not None else float("inf"))
 
@@ -159,4 +162,5 @@ def _percent(value: float, error: float | None) -> str:
 
 def _setting(result: Result) -> str:
     setting = {**result["setting"]["each"], **result["setting"]["shared"]}
-    return ": " + ", ".join(f"{key} {value:g}" for key, value in setting.items()) if setting else ""
+    shown = {key: str(value).lower() if isinstance(value, bool) else f"{value:g}" for key, value in setting.items()}
+    return ": " + ", ".join(f"{key} {value}" for key, value in shown.items()) if shown else ""

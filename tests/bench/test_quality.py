@@ -58,6 +58,7 @@ def test_the_grid_varies_one_value():
 def test_the_table_has_the_best_first_and_keeps_what_failed(tmp_path):
     write(
         tmp_path / "results" / "two.jsonl",
+        result("linear", 0.9),
         result("linear", 0.4),
         result("dare_ties", 0.5, seed=0, worst=0.2),
         result("dare_ties", 0.7, seed=1, worst=-0.1),
