@@ -89,8 +89,9 @@ class Round:
         measure: Gets a block of the inputs (and whatever else it names), returns a float64 or int64 tensor of fixed
             shape. The results of all blocks are added, in the order of the blocks.
         solve: Gets the sum as its first argument and whatever else it names, on the CPU in float64.
-        tally: Where given, what `measure` returns is only the material (of the block's size), and this makes the
-            additive tensor of it, and of earlier statistics that it names. It always runs eagerly, for what
+        tally: Where given, what `measure` returns is only the material (of the block's size). This gets it, and the
+            total of the blocks before (None for the first), and earlier statistics that it names; it returns the total
+            with the block's share, which it may add in place, on the CPU. It always runs eagerly, for what
             `torch.compile` does badly, such as counting.
     """
 

@@ -18,7 +18,9 @@ def merge_whole_model(method, tensors, parameters):
     known = {}
     for name, statistic, _ in kernels.statistics:
         for index in range(len(statistic.rounds)):
-            parts = [run.measure(name, index, known, run.ranges[0], *f) for run, f in zip(runs, flat, strict=True)]
-            runs[0].solve(name, index, runs[0].total(iter(parts)), known, sum(base.numel() for base, _ in tensors))
+            total = None
+            for run, inputs in zip(runs, flat, strict=True):
+                total, _ = run.measure(name, index, known, run.ranges[0], *inputs, total)
+            runs[0].solve(name, index, total, known, sum(base.numel() for base, _ in tensors))
     merged = [run.combine(known, run.ranges[0], *f)[0] for run, f in zip(runs, flat, strict=True)]
     return [result.view(base.shape) for result, (base, _) in zip(merged, tensors, strict=True)]

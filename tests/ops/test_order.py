@@ -1,13 +1,14 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merganser.method import takes
-from merganser.ops.order import at_least, comparable, magnitude_cut, order_statistic
+from merganser.ops.order import _not_negative, at_least, comparable, magnitude_cut, order_statistic
 
 
 def run(statistic, blocks, **parameters):
@@ -19,7 +20,9 @@ def run(statistic, blocks, **parameters):
         return function(**{name: known[name] for name in takes(function)})
 
     for round_ in statistic.rounds:
-        total = sum(call(partial(round_.tally, call(round_.measure, models=block))).to(torch.int64) for block in blocks)
+        total = None
+        for block in blocks:
+            total = call(partial(round_.tally, call(round_.measure, models=block), total))
         given["previous"] = call(round_.solve, measured=total)
     return given["previous"]
 
@@ -111,6 +114,35 @@ def test_negative_zero_is_zero():
     assert kth_largest([torch.tensor([-0.0, 1.0, -0.0])], [1, 2, 3]).tolist() == [[1.0, 0.0, 0.0]]
 
 
+def test_what_lies_halfway_between_two_of_bfloat16():
+    # 1, the next of bfloat16, and the one after it: even, odd, even
+    odd = 0x3F81
+    bits = [(odd << 16) + half + step for half in (-0x8000, 0x8000) for step in (-1, 0, 1)]
+    tensor = torch.tensor([*bits, odd << 16, (odd - 1) << 16], dtype=torch.int32).view(torch.float32)
+    wanted = list(range(1, len(tensor) + 1))
+    assert kth_largest([tensor], wanted).tolist() == [sorted_kth(tensor, wanted)]
+
+
+def test_the_largest_numbers_and_infinity():
+    largest = torch.finfo(torch.float32).max
+    tensor = torch.tensor([largest, largest * (1 - 2.0**-20), math.inf, 1.0])
+    assert kth_largest([tensor], [1, 2, 3, 4]).tolist() == [sorted_kth(tensor, [1, 2, 3, 4])]
+
+
+def test_numbers_that_are_none_do_not_stop_the_count():
+    tensor = torch.tensor([math.nan, -math.nan, 1.0, 2.0] * 16)
+    assert kth_largest([tensor], [64]).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.025, 0.05, 0.0999, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("size", [1, 8, 10, 4001])
+def test_the_few_are_found_however_few(share, size):
+    values = np.full(size, -1.0, dtype=np.float32)
+    places = np.random.default_rng(0).permutation(size)[: round(share * size)]
+    values[places] = places
+    assert _not_negative(values).tolist() == sorted(places.tolist())
+
+
 def test_a_wide_statistic_tells_apart_what_float32_does_not():
     generator = torch.Generator().manual_seed(2)
     tensor = 1 + torch.rand(300, generator=generator, dtype=torch.float64) * 2.0**-20
@@ -168,7 +200,9 @@ def test_fused_histograms_count_the_same(wide):
     previous = run(statistic, [tensors])
     for round_ in statistic.rounds:
         names = takes(round_.measure)
-        known = {"models": tensors, "previous": torch.tensor([[[40, 7], [50, 3]], [[60, 1], [-2, 1]]])}
+        bounds = torch.tensor([0.1, 0.2, 0.15, 1.0], dtype=tensors[0].dtype).view(torch.int64 if wide else torch.int32)
+        intervals = [[*bounds[:2].tolist(), 7, 0], [*bounds[2:].tolist(), 3, 0]]
+        known = {"models": tensors, "previous": torch.tensor([intervals, intervals[::-1]])}
         arguments = {name: known[name] for name in names}
         fused = torch.compile(lambda given, call=round_.measure: call(**given), fullgraph=True, dynamic=True)
         assert torch.equal(fused(arguments), round_.measure(**arguments))

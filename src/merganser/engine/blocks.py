@@ -173,7 +173,10 @@ def _run_on(run: TensorRun, inputs: Sequence[Tensor], with_base: bool, result: T
         if run.at_once(name, known, *read(0, run.size)):
             continue
         for index in range(len(statistic.rounds)):
-            total = run.total(checked(run.measure(name, index, known, range_, *read(*range_))) for range_ in run.ranges)
+            total: Tensor | None = None
+            for range_ in run.ranges:
+                total = checked(run.measure(name, index, known, range_, *read(*range_), total))[0]
+            assert total is not None
             run.solve(name, index, total, known, run.size)
     for start, end in run.ranges:
         result[start:end] = checked(run.combine(known, (start, end), *read(start, end)))[0]
@@ -249,19 +252,11 @@ class TensorRun:
         range_: tuple[int, int],
         base: Tensor | None,
         models: Sequence[Tensor],
+        total: Tensor | None,
     ) -> tuple[Tensor, bool]:
-        """Measure one block, on the CPU afterwards; also say whether it is finite."""
-        measured, finite = self.kernels.measure(name, index, self._block(known, range_, base, models))
-        return measured.cpu(), bool(finite)
-
-    def total(self, parts: Iterator[tuple[Tensor, bool]]) -> Tensor:
-        """Add the measurements of blocks, in their order."""
-        total: Tensor | None = None
-        for measured, _ in parts:
-            wide = measured if measured.is_floating_point() else measured.to(torch.int64)
-            total = wide if total is None else total + wide
-        assert total is not None
-        return total
+        """Add the measurement of one block to the total of those before it; also say whether the block is finite."""
+        total, finite = self.kernels.measure(name, index, self._block(known, range_, base, models), total)
+        return total, bool(finite)
 
     def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
         """Solve a round and put its result into `known`: as `previous`, and under its name after the last round."""

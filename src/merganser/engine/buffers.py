@@ -1,17 +1,89 @@
-"""Inputs in memory: every worker reads into one buffer of its own, again and again."""
+"""Inputs in memory: every worker reads into one buffer of its own, again and again.
+
+What is looked at several times, and small enough, is kept in between: reading a file again from the system's cache costs
+as much as the arithmetic.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import Reader, TensorInfo
-from .plan import PlannedTensor
+
+if TYPE_CHECKING:
+    from .plan import PlannedTensor
 
 _ALIGNMENT = 64
+
+
+class Kept:
+    """The inputs of one tensor, block by block as they were first read. Workers share it: no two read one block at a time.
+
+    Args:
+        tensor: The tensor.
+        memory: Room for `kept_bytes(tensor)`.
+    """
+
+    def __init__(self, tensor: PlannedTensor, memory: Tensor) -> None:
+        self._inputs = tensor.inputs
+        self.memory = memory
+        self._starts: set[int] = set()
+
+    def read(self, reader: Reader, start: int, end: int) -> list[Tensor]:
+        """Return elements of every input, from memory if they were read before."""
+        found, place = [], 0
+        for source in self._inputs:
+            size = source.dtype.itemsize
+            data = self.memory[place + start * size : place + end * size]
+            if start not in self._starts:
+                reader.read_into(source, start * size, data.numpy().data)
+            found.append(data.view(getattr(torch, source.dtype.name)))
+            place += _aligned(source.nbytes)
+        self._starts.add(start)
+        return found
+
+
+class KeptMemory:
+    """Memory for a few tensors at a time whose inputs are kept; thread-safe.
+
+    Args:
+        places: Number of tensors.
+        nbytes: Room for each, bytes.
+    """
+
+    def __init__(self, places: int, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._left = places
+        self._free: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, tensor: PlannedTensor) -> Kept | None:
+        """Take a place for the inputs of a tensor; None where it does not need one, does not fit, or all are taken."""
+        if not 0 < kept_bytes(tensor) <= self._nbytes:
+            return None
+        with self._lock:
+            if not self._free and self._left:
+                self._left -= 1
+                self._free.append(torch.empty(self._nbytes, dtype=torch.uint8))
+            return Kept(tensor, self._free.pop()) if self._free else None
+
+    def give_back(self, kept: Kept) -> None:
+        """Let another tensor have the place."""
+        with self._lock:
+            self._free.append(kept.memory)
+
+
+def kept_bytes(tensor: PlannedTensor) -> int:
+    """Return what keeping the inputs of a tensor takes, bytes; 0 where they are not looked at several times in a row."""
+    if tensor.size <= tensor.block or tensor.passes == 1 or tensor.over_model:
+        return 0
+    return sum(_aligned(source.nbytes) for source in tensor.inputs)
 
 
 class InputBuffer:
@@ -27,8 +99,11 @@ class InputBuffer:
         self._pinned = pinned
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def read(self, tensor: PlannedTensor, start: int, end: int) -> tuple[list[Tensor], int]:
-        """Read elements of every input of a tensor; also return the bytes read."""
+    def read(self, tensor: PlannedTensor, start: int, end: int, kept: Kept | None = None) -> tuple[list[Tensor], int]:
+        """Read elements of every input of a tensor, or take them from what is kept; also return their bytes."""
+        if kept is not None:
+            found = kept.read(self._reader, start, end)
+            return found, sum(data.nbytes for data in found)
         spans = [
             (source, start * source.dtype.itemsize, (end - start) * source.dtype.itemsize) for source in tensor.inputs
         ]
@@ -73,7 +148,7 @@ class InputBuffer:
         places, total = [], 0
         for _, _, nbytes in spans:
             places.append(total)
-            total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            total += _aligned(nbytes)
         if self._buffer.numel() < total:
             # the old one goes first
             self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -89,6 +164,10 @@ class InputBuffer:
         if place % source.dtype.itemsize:
             data = data.clone()
         return data.view(getattr(torch, source.dtype.name))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _adjoin(first: TensorInfo, second: TensorInfo) -> bool:

@@ -142,13 +142,22 @@ class Kernels:
         """Return numeric parameters on the device."""
         return {name: value.to(self.device) for name, value in values.numbers.items()}
 
-    def measure(self, name: str, index: int, block: Block) -> tuple[Tensor, Tensor]:
-        """Measure one block: round `index` of statistic `name`; also say whether the block is finite."""
+    def measure(self, name: str, index: int, block: Block, total: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add the measurement of one block to that of others; also say whether the block is finite.
+
+        Args:
+            name: Name of the statistic.
+            index: Index of the round.
+            block: The block.
+            total: The sum over the blocks before, on the CPU; it may be changed in place.
+        """
         measured, finite = self._run(("measure", name, index), block)
         tally = self.method.statistics[name].rounds[index].tally
         if tally is not None:
-            measured = tally(measured, **{name: block.known[name] for name in takes(tally)[1:]})
-        return measured, finite
+            return tally(measured, total, **{name: block.known[name] for name in takes(tally)[2:]}), finite
+        measured = measured.cpu()
+        measured = measured if measured.is_floating_point() else measured.to(torch.int64)
+        return measured if total is None else total + measured, finite
 
     def measure_at_once(self, name: str, block: Block, values: Values, known: Mapping[str, Tensor]) -> Tensor:
         """Find a statistic of a tensor of one block without its rounds.

@@ -12,6 +12,7 @@ import torch
 from ..errors import MemoryLimitError
 from ..method import MergeMethod
 from .blocks import BLOCK, block_shape
+from .buffers import kept_bytes
 from .kernels import compiled_ahead
 from .peak import peak_per_element
 
@@ -25,6 +26,8 @@ _COMPILER = 190_000_000
 # freed memory goes back to the system at once where it is allocated in such pieces; of smaller ones some is kept
 _GIVEN_BACK = 32 << 20
 _KEPT = 1.4
+# most layers of most models, in the inputs of a usual merge
+_KEEP_INPUTS = 64 << 20
 
 
 def default_memory() -> int:
@@ -95,6 +98,18 @@ def _kinds(tensors: Sequence[PlannedTensor]) -> list[tuple[PlannedTensor, int]]:
         first, size = found.get(key, (tensor, 0))
         found[key] = first, size + tensor.size
     return list(found.values())
+
+
+def kept_memory(tensors: Sequence[PlannedTensor], workers: int, room: int) -> int:
+    """Return what each worker may keep of the inputs of a tensor from pass to pass, bytes.
+
+    Args:
+        tensors: What they work on.
+        workers: How many there are.
+        room: What is left for all of them, bytes.
+    """
+    limit = min(_KEEP_INPUTS, room // workers)
+    return max((kept for tensor in tensors if (kept := kept_bytes(tensor)) <= limit), default=0)
 
 
 def _held(tensor: PlannedTensor, compiled: bool) -> int:

@@ -19,7 +19,7 @@ from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_lay
 from .align import Alignment, Member, Slot, align_models, align_slices
 from .blocks import block_step, working_shape
 from .devices import has_compiler, resolve_devices
-from .memory import default_memory, estimate_memory, fit_workers
+from .memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .sidecars.plan import SidecarPlan, plan_sidecars, sidecar_memory
 from .sidefiles import chat_template, code_warnings, side_files
 from .treatment import Treatment, treat
@@ -131,6 +131,7 @@ class Plan:
         compiled: Whether kernels will be fused.
         seed: Seed of random draws.
         workers: Threads that merge.
+        kept: What each of them may keep of inputs that are looked at several times, bytes.
         max_memory: Largest resident memory allowed, bytes.
         device: "cpu" or "cuda[:i]".
         warnings: What the user should know before running.
@@ -150,6 +151,7 @@ class Plan:
     compiled: bool
     seed: int
     workers: int
+    kept: int
     max_memory: int
     device: str
     warnings: Sequence[str] = field(default_factory=list)
@@ -184,7 +186,10 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes read from the inputs, all passes together; tensors of one block are read once for all of them."""
+        """Bytes of the inputs that are looked at, all passes together; tensors of one block are read once for all.
+
+        Some of them are kept in memory between passes, and not read again.
+        """
         passes = {id(t.parameters): t.passes for t in self.settings}
         total = 0
         for t in self.tensors:
@@ -207,7 +212,7 @@ class Plan:
         """Largest resident memory to expect, bytes: measured constants, and what the workers hold."""
         # what the workers leave is not given back before the sidecars are made
         beside = self.sidecars.peak_memory if self.sidecars else 0
-        return estimate_memory(self.tensors, self.workers, self.compiled) + beside
+        return estimate_memory(self.tensors, self.workers, self.compiled) + self.workers * self.kept + beside
 
     @property
     def seconds(self) -> float:
@@ -259,7 +264,8 @@ def build_plan(
     compiled = _pays(drafts, devices) if compiled is None else compiled
     tensors = _place(drafts, shards)
     limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
-    workers, room = _share_memory(resolver.method, drafts, wanted, compiled, limit)
+    keeps = all(found.type == "cpu" for found in devices)
+    workers, kept, room = _share_memory(resolver.method, drafts, wanted, compiled, limit, keeps=keeps)
     return Plan(
         recipe=recipe,
         method=resolver.method,
@@ -273,6 +279,7 @@ def build_plan(
         compiled=compiled,
         seed=seed,
         workers=workers,
+        kept=kept,
         max_memory=limit,
         device=",".join(str(found) for found in devices),
         warnings=[*resolver.warnings, *resolver.idle_filters(), *alignment.warnings, *config_warnings, *template[1]],
@@ -282,11 +289,14 @@ def build_plan(
 
 
 def _share_memory(
-    method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int
-) -> tuple[int, int]:
-    """Return how many workers merge, and the memory that is left for making sidecars, bytes."""
-    workers = fit_workers(drafts, wanted, compiled, limit, beside=sidecar_memory(method, drafts))
-    return workers, limit - estimate_memory(drafts, workers, compiled)
+    method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int, *, keeps: bool
+) -> tuple[int, int, int]:
+    """Return how many workers merge, what each keeps of inputs, and what is left for making sidecars, bytes."""
+    beside = sidecar_memory(method, drafts)
+    workers = fit_workers(drafts, wanted, compiled, limit, beside=beside)
+    room = limit - estimate_memory(drafts, workers, compiled)
+    kept = kept_memory(drafts, workers, room - beside) if keeps else 0
+    return workers, kept, room - workers * kept
 
 
 def _check_options(out_shard_size: int, threads: int | None, max_memory: int | None) -> None:

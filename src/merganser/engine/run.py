@@ -17,6 +17,7 @@ import torch
 from ..checkpoint import Reader
 from ..errors import MergeError, OutputError
 from .ahead import end_compiler
+from .buffers import KeptMemory
 from .devices import resolve_devices
 from .finish import side_file_bytes, write_rest
 from .hashing import Hasher, span, written_digest
@@ -177,11 +178,14 @@ class _Run:
     def execute(self) -> dict[tuple[int, int], Mapping[str, Any]]:
         """Do all tasks; return the journal's entries by group and segment."""
         finished = self._trusted()
+        # nodes of a cluster share no memory
+        memory = KeptMemory(self._plan.workers, self._plan.kept if self._cluster is None else 0)
         schedule = Schedule(
             self.groups,
-            lambda group: start_group(group, self._kernels[0]),
+            lambda group: start_group(group, self._kernels[0], memory),
             whole_model=self._plan.whole_model,
             finished=finished,
+            memory=memory,
         )
         if self._progress:
             self._progress.start(self._plan, self._staging.continued)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Reader
+from .buffers import KeptMemory
 from .devices import resolve_devices
 from .kernels import prepare_compiler_cache
 from .plan import Plan
@@ -45,11 +46,13 @@ def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[st
     memory = _Memory(plan)
     devices = resolve_devices(plan.device)
     kernels = [KernelCache(plan, device, check_finite=not allow_nonfinite) for device in devices]
+    kept = KeptMemory(plan.workers, plan.kept)
     schedule = Schedule(
         make_groups(plan),
-        lambda group: start_group(group, kernels[0]),
+        lambda group: start_group(group, kernels[0], kept),
         whole_model=plan.whole_model,
         finished={},
+        memory=kept,
     )
     if plan.compiled:
         prepare_compiler_cache()

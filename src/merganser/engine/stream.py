@@ -2,7 +2,7 @@
 
 Every worker takes a task, reads its blocks into buffers of its own, runs the method and writes the result to its final
 place. Reading, arithmetic and writing of different workers overlap, since all three leave Python's lock. What is in
-memory at any time is a block of every input per worker.
+memory at any time is a block of every input per worker, and what is kept of inputs for a later pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoint import Reader
 from ..errors import CheckpointError, NonFiniteError
 from .blocks import TensorRun, block_step
-from .buffers import InputBuffer
+from .buffers import InputBuffer, Kept
 from .plan import PlannedTensor
 from .sample import measure_samples
 from .staging import digest
@@ -98,7 +98,7 @@ class Worker:
             return Done(entry=self._combine_bundle(state, measure=task.stage == -1))
         run = state.runs[0]
         assert run is not None
-        return Done(entry=self._combine_segment(state.group, task, run, state.known[0]))
+        return Done(entry=self._combine_segment(state, task, run))
 
     def _ranges(self, run: TensorRun, group: Group, segment: int) -> Sequence[tuple[int, int]]:
         first, end = group.segments[segment]
@@ -111,7 +111,11 @@ class Worker:
         for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True)):
             if run is not None and tensor.size:
                 ranges = self._ranges(run, state.group, task.segment)
-                total = run.total(self._measure(run, name, index, state.known[i], tensor, range_) for range_ in ranges)
+                total: Tensor | None = None
+                for range_ in ranges:
+                    inputs = self._read(tensor, *range_, state.kept)
+                    total = self._measure(run, name, index, state.known[i], tensor, range_, inputs, total)
+                assert total is not None
                 sums[0 if over == "model" else i].add((tensor.name, task.segment), total)
         return sums
 
@@ -123,26 +127,27 @@ class Worker:
         known: dict[str, Tensor],
         tensor: PlannedTensor,
         range_: tuple[int, int],
-        inputs: list[Tensor] | None = None,
-    ) -> tuple[Tensor, bool]:
-        """Measure a block of a tensor; its inputs are read, unless they are at hand."""
-        inputs = inputs or self._read(tensor, *range_)
-        measured = run.measure(name, index, known, range_, *self._split(tensor, inputs))
-        if not measured[1]:
+        inputs: list[Tensor],
+        total: Tensor | None,
+    ) -> Tensor:
+        """Add the measurement of a block of a tensor to the total of those before it."""
+        total, finite = run.measure(name, index, known, range_, *self._split(tensor, inputs), total)
+        if not finite:
             self._refuse(tensor, inputs)
-        return measured
+        return total
 
-    def _combine_segment(self, group: Group, task: Task, run: TensorRun, known: dict[str, Tensor]) -> dict[str, Any]:
+    def _combine_segment(self, state: GroupState, task: Task, run: TensorRun) -> dict[str, Any]:
+        group, known = state.group, state.known[0]
         tensor = group.tensors[0]
         ranges = self._ranges(run, group, task.segment)
-        for other in tensor.inputs:
+        for other in tensor.inputs if state.kept is None else ():
             size = other.dtype.itemsize
             self._c.reader.will_need(other, ranges[0][0] * size, (ranges[-1][1] - ranges[0][0]) * size)
         hashes: list[list[bytes]] = [[] for _ in tensor.inputs]
         written: list[bytes] = []
         sample: dict[str, Any] = {}
         for start, end in ranges:
-            inputs = self._read(tensor, start, end)
+            inputs = self._read(tensor, start, end, state.kept)
             for found, data in zip(hashes, inputs, strict=True):
                 found += block_digests(tensor.shape, start, end, _bytes(data))
             merged = self._merge(run, tensor, known, start, end, inputs)
@@ -187,8 +192,8 @@ class Worker:
                 if run.at_once(name, known, *self._split(tensor, inputs)):
                     continue
                 for round_ in range(len(statistic.rounds)):
-                    part = self._measure(run, name, round_, known, tensor, range_, inputs)
-                    run.solve(name, round_, run.total(iter([part])), known, run.size)
+                    total = self._measure(run, name, round_, known, tensor, range_, inputs, None)
+                    run.solve(name, round_, total, known, run.size)
         return self._merge(run, tensor, known, *range_, inputs)
 
     def _merge_flat(self, state: GroupState, inputs: list[list[Tensor]]) -> Tensor | None:
@@ -258,11 +263,11 @@ class Worker:
                 )
         return inputs[0].reshape(-1).clone()
 
-    def _read(self, tensor: PlannedTensor, start: int, end: int) -> list[Tensor]:
-        """Read elements of every input; valid until the next read."""
+    def _read(self, tensor: PlannedTensor, start: int, end: int, kept: Kept | None) -> list[Tensor]:
+        """Read elements of every input, unless they are kept; valid until the next read."""
         if self._c.stopping():
             raise Stopped
-        inputs, nbytes = self._buffer.read(tensor, start, end)
+        inputs, nbytes = self._buffer.read(tensor, start, end, kept)
         self._c.advance(nbytes, 0, 0)
         return inputs
 

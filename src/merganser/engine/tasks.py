@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..ops.random import keys
 from .blocks import BLOCK, TensorRun
+from .buffers import Kept, KeptMemory
 from .kernels import Kernels, Values
 from .plan import Plan, PlannedTensor
 from .sums import Sum
@@ -140,6 +141,7 @@ class GroupState:
         known: What was solved for each tensor, by name.
         sums: What the present pass measured for each tensor.
         open_tasks: Tasks of the present pass that are not done.
+        kept: Inputs of a large tensor, kept from pass to pass.
     """
 
     group: Group
@@ -149,10 +151,17 @@ class GroupState:
     known: list[dict[str, Tensor]] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
     open_tasks: int = 0
+    kept: Kept | None = None
 
 
-def start_group(group: Group, kernels: KernelCache) -> GroupState:
-    """Prepare the work on a group."""
+def start_group(group: Group, kernels: KernelCache, memory: KeptMemory | None = None) -> GroupState:
+    """Prepare the work on a group.
+
+    Args:
+        group: The group.
+        kernels: The kernels of a device.
+        memory: Where inputs may be kept.
+    """
     runs = [None if tensor.copy else kernels.run(tensor) for tensor in group.tensors]
     first = next((run for run in runs if run is not None), None)
     stages = [
@@ -160,7 +169,8 @@ def start_group(group: Group, kernels: KernelCache) -> GroupState:
         for name, statistic, over in (first.kernels.statistics if first else ())
         for index in range(len(statistic.rounds))
     ]
-    return GroupState(group, runs, stages, known=[{} for _ in runs])
+    kept = None if group.bundle or memory is None else memory.take(group.tensors[0])
+    return GroupState(group, runs, stages, known=[{} for _ in runs], kept=kept)
 
 
 class Schedule:
@@ -171,6 +181,7 @@ class Schedule:
         state: Makes the state of a group when its turn comes.
         whole_model: Whether some statistic is measured over the whole model.
         finished: Segments that an earlier run finished, by group.
+        memory: Where the groups' inputs are kept.
     """
 
     def __init__(
@@ -180,11 +191,13 @@ class Schedule:
         *,
         whole_model: bool,
         finished: Mapping[int, set[int]],
+        memory: KeptMemory | None = None,
     ) -> None:
         self._groups = groups
         self._make = state
         self._whole = whole_model
         self._finished = finished
+        self._memory = memory
         self._states: dict[int, GroupState] = {}
         self._ready: list[Task] = []
         self._changed = threading.Condition()
@@ -297,6 +310,8 @@ class Schedule:
     def _close(self, state: GroupState) -> None:
         self._left -= 1
         del self._states[state.group.index]
+        if self._memory is not None and state.kept is not None:
+            self._memory.give_back(state.kept)
 
     def _advance(self, state: GroupState, *, whole: bool) -> None:
         """Go to the next pass of a group, or of all groups where the pass was over the model."""

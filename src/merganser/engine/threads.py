@@ -35,7 +35,7 @@ def work_on_threads(
         while (taken := schedule.take()) is not None:
             state, task = taken
             # statistics lie on the CPU, so that every device can go on where another measured
-            own = state if index == 0 else replace(start_group(state.group, kernels[index]), known=state.known)
+            own = state if index == 0 else replace(state, runs=start_group(state.group, kernels[index]).runs)
             done(state, task, worker.do(own, task))
 
     n = len(contexts)

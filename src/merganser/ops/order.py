@@ -1,8 +1,9 @@
 """Exact order statistics without a sort.
 
-The bit pattern of a non-negative number grows with its value. A histogram of its upper 15 bits, then one of the next
-16 bits inside the bin that holds the cut, finds the k-th largest float32 exactly; a third one reaches 2**-36 of a
-float64. Histograms are additive, so they neither depend on how the work is divided nor need the values to be held.
+The bit pattern of a non-negative number grows with its value. A histogram of the values rounded to bfloat16, then one of
+the patterns that are rounded to where the cut is, finds the k-th largest float32 exactly. Of float64 the upper 15 bits
+are counted, then twice the next 16 inside the bin that holds the cut: this reaches 2**-36. Histograms are additive, so
+they neither depend on how the work is divided nor need the values to be held.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from ..method import Round, Statistic, When, takes, taking
 from .sum import not_negative
 
 _HIGH = 1 << 15
-_LOW = 1 << 16
+# what is rounded to an even number includes both ends
+_LOW = (1 << 16) + 1
 # the sign of -0.0 is not part of a pattern
 _UNSIGNED = (1 << 31) - 1
-_WIDE_UNSIGNED = (1 << 47) - 1
+_WIDE_UNSIGNED = (1 << 63) - (1 << 16)
 # in place of a bin: the answer does not depend on the values
 _NOTHING = -1
 _EVERYTHING = -2
+Array = np.ndarray[Any, np.dtype[Any]]
 # in place of a value that lies in another bin
 _OUTSIDE = -1.0
 
@@ -55,7 +58,6 @@ def order_statistic(
     """
     names = takes(values)
     rank_names = takes(ranks)
-    shift = 32 if wide else 16
 
     def measured(given: dict[str, Any]) -> list[Tensor]:
         # in their own shape: by flat indices a fused kernel divides for every element, to find its row
@@ -65,47 +67,54 @@ def order_statistic(
     @taking(*names)
     def everything(**given: Any) -> Tensor:
         rows = measured(given)
-        return torch.stack(rows).reshape(len(rows), -1)
+        return torch.stack(rows if wide else [_rounded(value) for value in rows]).reshape(len(rows), -1)
 
     @taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
     def pick(measured: Tensor, size: Tensor, **given: Any) -> Tensor:
         given.update(size=size, positive=size - measured[:, 0])
         wanted = ranks(**{name: given[name] for name in rank_names})
-        found = _descend(measured.unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
-        found[..., 0] = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, found[..., 0]))
-        return _bounded(found, shift, wide)
+        found, rank = _descend(measured.unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
+        outside = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, 0))
+        if wide:
+            return _interval(found << 48, (found + 1) << 48, rank, outside, wide)
+        # halfway goes to the even one
+        middle, odd = found << 16, found & 1
+        return _interval((middle - _HIGH + odd).clamp(min=0), middle + _HIGH + 1 - odd, rank, outside, wide)
 
     @taking("previous", *names)
     def inside(previous: Tensor, **given: Any) -> Tensor:
         rows = []
         for value, found in zip(measured(given), previous, strict=True):
             kept = torch.full_like(value, _OUTSIDE)
-            for first, end in (_as_values(bounds, value) for bounds in found[:, 2:]):
+            for first, end in (_as_values(bounds, value) for bounds in found[:, :2]):
                 # nested: masks are expensive to combine; the end of the last bin is no number
                 kept = torch.where(value >= first, torch.where(value >= end, kept, value), kept)
             rows.append(kept)
         return torch.stack(rows).reshape(len(rows), -1)
 
-    def refine(level: int, measured: Tensor, previous: Tensor) -> Tensor:
-        found = _descend(measured.view(*previous.shape[:2], _LOW), previous[..., 1])
-        prefix = previous[..., 0]
-        found[..., 0] = torch.where(prefix < 0, prefix, (prefix << 16) | found[..., 0])
-        return _bounded(found, shift - 16 * level, wide)
+    def refine(shift: int, measured: Tensor, previous: Tensor) -> Tensor:
+        found, rank = _descend(measured.view(*previous.shape[:2], _LOW), previous[..., 2])
+        first = previous[..., 0] + (found << shift)
+        return _interval(first, first + (1 << shift), rank, previous[..., 3], wide)
 
     def finish(measured: Tensor, previous: Tensor) -> Tensor:
-        return _from_bits(refine(levels, measured, previous)[..., 0], wide)
+        found = refine(shifts[-1], measured, previous)
+        return _decided(found[..., 0], found[..., 3], wide)
 
     def at_once(block: Mapping[str, Any], solved: Mapping[str, Any]) -> Tensor:
         found = torch.stack([_patterns(value).reshape(-1).cpu() for value in measured(dict(block))])
-        given = {**solved, "positive": ((found >> shift) > 0).sum(1).double()}
+        given = {**solved, "positive": (found >= least).sum(1).double()}
         wanted = ranks(**{name: given[name] for name in rank_names})
-        return _from_bits(_select(found, wanted), wide)
+        return _select(found, wanted, wide)
 
-    levels = shift // 16
+    # the smallest pattern that is not counted with 0
+    least = 1 << 48 if wide else _HIGH + 1
+    # bits of the pattern that each round leaves open
+    shifts = (32, 16) if wide else (0,)
     rounds = [Round(everything, pick, tally=_count_all)]
-    for level in range(1, levels + 1):
-        solve = finish if level == levels else taking("measured", "previous")(partial(refine, level))
-        rounds.append(Round(inside, solve, tally=partial(_count_inside, shift - 16 * level)))
+    for shift in shifts:
+        solve = finish if shift == shifts[-1] else taking("measured", "previous")(partial(refine, shift))
+        rounds.append(Round(inside, solve, tally=partial(_count_inside, shift)))
     return Statistic(tuple(rounds), over=over, when=when, at_once=at_once)
 
 
@@ -159,106 +168,134 @@ def _as_values(bounds: Tensor, like: Tensor) -> list[Tensor]:
     return list(bounds.to(whole).view(like.dtype))
 
 
-def _bounded(found: Tensor, missing: int, wide: bool) -> Tensor:
-    """Add the ends of the bins, as bit patterns of the values.
+def _interval(first: Tensor, end: Tensor, rank: Tensor, outside: Tensor, wide: bool) -> Tensor:
+    """Put together what is known of the values at some ranks, int64, shape [S, R, 4].
 
     Args:
-        found: Bits found so far and the remaining rank, int64, shape [S, R, 2].
-        missing: Bits of the pattern that are not found yet.
-        wide: Whether values are float64, whose last 16 bits do not count.
-
-    Returns:
-        Shape [S, R, 4].
+        first: The smallest pattern that it may be, shape [S, R].
+        end: The one behind the largest.
+        rank: The rank among the values in between, 1 for the largest.
+        outside: _NOTHING or _EVERYTHING where the values do not matter, else 0.
+        wide: Whether values are float64.
     """
-    prefix = found[..., 0]
-    shift = missing + (16 if wide else 0)
     infinite = torch.tensor(torch.inf, dtype=torch.float64 if wide else torch.float32)
     nowhere = int(infinite.view(torch.int64 if wide else torch.int32)) + 1
-    ends = [torch.where(prefix < 0, nowhere, (prefix + step) << shift) for step in (0, 1)]
-    return torch.stack([found[..., 0], found[..., 1], *ends], dim=-1)
+    ends = [torch.where(outside < 0, nowhere, bound) for bound in (first, end)]
+    return torch.stack([*ends, rank, outside], dim=-1)
 
 
-def _from_bits(bits: Tensor, wide: bool) -> Tensor:
-    """Return the statistic: patterns as values, infinity and 0 where they do not decide."""
-    if wide:
-        cut = (bits.clamp(min=0) << 16).view(torch.float64)
-    else:
-        cut = bits.clamp(min=0).to(torch.int32).view(torch.float32).double()
-    cut = torch.where(bits == _NOTHING, torch.inf, torch.where(bits == _EVERYTHING, 0.0, cut))
+def _decided(patterns: Tensor, outside: Tensor, wide: bool) -> Tensor:
+    """Return the statistic: patterns as values, infinity and 0 where they do not decide.
+
+    Args:
+        patterns: Shape [S, R].
+        outside: As in `_interval`.
+        wide: Whether values are float64.
+    """
+    values = patterns.view(torch.float64) if wide else patterns.to(torch.int32).view(torch.float32).double()
+    cut = torch.where(outside == _NOTHING, torch.inf, torch.where(outside == _EVERYTHING, 0.0, values))
     return cut.view(torch.int64) if wide else cut
 
 
-def _select(patterns: Tensor, wanted: Tensor) -> Tensor:
-    """Find the k-th largest patterns of a few elements.
+def _select(patterns: Tensor, wanted: Tensor, wide: bool) -> Tensor:
+    """Find the k-th largest of a few elements.
 
     Args:
         patterns: Shape [S, n].
         wanted: Ranks k, shape [S, R].
+        wide: Whether values are float64.
 
     Returns:
-        Shape [S, R], int64.
+        The statistic, shape [S, R].
     """
     size = patterns.shape[1]
     places = (size - wanted).clamp(0, size - 1)
     rows = [np.partition(row, place)[place] for row, place in zip(patterns.numpy(), places.numpy(), strict=True)]
     found = torch.from_numpy(np.stack(rows)).to(torch.int64)
-    return torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, found))
+    outside = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, 0))
+    return _decided(found, outside, wide)
 
 
 def _patterns(values: Tensor) -> Tensor:
     """Return the bits of non-negative values as they are told apart: of float32 all, of float64 the upper 47."""
     if values.dtype == torch.float64:
-        return (values.view(torch.int64) >> 16) & _WIDE_UNSIGNED
+        return values.view(torch.int64) & _WIDE_UNSIGNED
     return values.view(torch.int32) & _UNSIGNED
 
 
-def _count_all(values: Tensor) -> Tensor:
-    """Count the upper 15 bits of every value: shape [S, n], to int32, shape [S, bins]."""
-    wide = values.dtype == torch.float64
-    whole, shift = (torch.int64, 48) if wide else (torch.int32, 16)
-    rows = []
-    for row in values:
-        codes = (row.view(whole) >> shift).to(torch.int16).bitwise_and_(_HIGH - 1)
-        rows.append(torch.bincount(codes, minlength=_HIGH))
-    return torch.stack(rows).to(torch.int32)
+def _rounded(values: Tensor) -> Tensor:
+    """Return what is counted of float32 values: bfloat16, neither negative (-0.0) nor NaN."""
+    size = values.abs()
+    return torch.where(size >= 0, size, torch.full_like(size, torch.inf)).to(torch.bfloat16)
 
 
-def _count_inside(shift: int, values: Tensor, previous: Tensor) -> Tensor:
-    """Count the next 16 bits of the few values that are inside a bin, and not negative.
+def _codes(rounded: Tensor) -> Tensor:
+    """Return the 15 bits that are counted first, of float64 or of what was rounded, int16."""
+    if rounded.dtype == torch.float64:
+        return (rounded.view(torch.int64) >> 48).to(torch.int16).bitwise_and_(_HIGH - 1)
+    return rounded.view(torch.int16)
+
+
+def _count_all(values: Tensor, total: Tensor | None) -> Tensor:
+    """Count the upper 15 bits of every value.
+
+    Args:
+        values: float64, or as from `_rounded`, shape [S, n].
+        total: What other blocks gave.
+
+    Returns:
+        Shape [S, bins], int64.
+    """
+    total = torch.zeros(len(values), _HIGH, dtype=torch.int64) if total is None else total
+    for row, counts in zip(values, total, strict=True):
+        counts += torch.bincount(_codes(row), minlength=_HIGH).cpu()
+    return total
+
+
+def _count_inside(shift: int, values: Tensor, total: Tensor | None, previous: Tensor) -> Tensor:
+    """Count the next 16 bits of the few values that are inside an interval, and not negative.
 
     Args:
         shift: Bits of the pattern behind them.
         values: Shape [S, n].
+        total: What other blocks gave.
         previous: What is known of the values at each rank, shape [S, R, 4].
 
     Returns:
-        Shape [S * R, bins], int32.
+        Shape [S * R, bins], int64.
     """
-    counts = []
-    for row, bins in zip(values, previous[..., 0].tolist(), strict=True):
-        if row.device.type == "cpu":
-            # numpy skips what is outside several times faster than torch
-            array = row.numpy()
-            few = _patterns(torch.from_numpy(array[np.flatnonzero(array >= 0)])) >> shift
-        else:
-            few = _patterns(row[row >= 0]) >> shift
-        here = [few if len(bins) == 1 else few[(few >> 16) == prefix] for prefix in bins]
-        counts += [torch.bincount(inside & (_LOW - 1), minlength=_LOW) for inside in here]
-    return torch.stack(counts).to(torch.int32)
+    total = torch.zeros(previous.shape[:2].numel(), _LOW, dtype=torch.int64) if total is None else total
+    counts = iter(total)
+    for row, intervals in zip(values, previous[..., :2].tolist(), strict=True):
+        # numpy skips what is outside several times faster than torch
+        inside = torch.from_numpy(_not_negative(row.numpy())) if row.device.type == "cpu" else row[row >= 0].cpu()
+        few = _patterns(inside).numpy()
+        for first, end in intervals:
+            own = few if len(intervals) == 1 else few[(few >= first) & (few < end)]
+            # cheaper than a histogram of so few
+            np.add.at(next(counts).numpy(), (own - first) >> shift, 1)
+    return total
 
 
-def _descend(counts: Tensor, rank: Tensor) -> Tensor:
-    """Find the bin of the rank-th largest and the rank inside that bin.
+def _not_negative(values: Array) -> Array:
+    """Return the values that are not negative, in their order; most are negative."""
+    inside = values >= 0
+    few = np.count_nonzero(inside)
+    # numpy looks for single ones where a tenth is wanted, at most; from a fortieth on this takes longer than looking at all
+    rest = len(values) // 9 if 40 * few > len(values) >= 10 * few else 0
+    padded = np.concatenate([inside, np.ones(rest, dtype=bool)]) if rest else inside
+    return values[np.flatnonzero(padded)[:few]]
+
+
+def _descend(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the bin of the rank-th largest and the rank inside that bin, int64, shape [S, R] each.
 
     Args:
         counts: Histogram, int64, shape [S, R, bins].
         rank: Shape [S, R].
-
-    Returns:
-        Bin and remaining rank, int64, shape [S, R, 2].
     """
     bins = counts.shape[-1]
     above = counts.flip(-1).cumsum(-1)
     index = torch.searchsorted(above, rank.clamp(min=1).unsqueeze(-1)).squeeze(-1).clamp(max=bins - 1)
     before = torch.where(index > 0, above.gather(-1, (index - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1), 0)
-    return torch.stack([bins - 1 - index, rank - before], dim=-1)
+    return bins - 1 - index, rank - before

@@ -161,7 +161,7 @@ class Codec:
         given |= {**self._settings(), **self._sent(known, base)}
         measured: Tensor = _call(measure, given)
         tally = self.sidecar.statistics[name].rounds[index].tally
-        return (measured if tally is None else tally(measured)).cpu()
+        return measured.cpu() if tally is None else tally(measured, None)
 
     def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
         """Solve a round, and put its result into `known`: as `previous`, and under its name after the last round."""
