@@ -1,4 +1,4 @@
-"""`python -m benchmarks.merge [methods|max-memory|many-tensors|plan-70b|scaling|all|chart|peer-setup] [options]`.
+"""`python -m benchmarks.merge [methods|peer|max-memory|many-tensors|plan-70b|scaling|all|chart|peer-setup] [options]`.
 
 Without a name, the methods. Settings come from config.json; options replace them.
 """
@@ -31,18 +31,20 @@ def main(arguments: list[str]) -> int:
         images = options.out / "images" if options.out else docs / "images"
         chart.draw(options.out or _HERE / "results", images, docs / "speed.md" if options.write else None)
         return 0
+    with_peer = options.peer or options.what == "peer"
     try:
         if options.what == "peer-setup":
             peer.set_up(place)
             return 0
-        if options.peer:
+        if with_peer:
             peer.check(place)
     except peer.PeerError as error:
         sys.stderr.write(f"bench: {error}\n")
         return 2
     configs = json.loads((_HERE / "config.json").read_text(encoding="utf-8"))
-    names = list(SCENARIOS) if options.what == "all" else [options.what]
-    return max(_measure(name, configs[name], options, folder, place if options.peer else None) for name in names)
+    every = [name for name in SCENARIOS if with_peer or name != "peer"]
+    names = every if options.what == "all" else [options.what]
+    return max(_measure(name, configs[name], options, folder, place if with_peer else None) for name in names)
 
 
 def _measure(name: str, config: dict[str, Any], options: argparse.Namespace, folder: Path, place: Path | None) -> int:
@@ -51,9 +53,12 @@ def _measure(name: str, config: dict[str, Any], options: argparse.Namespace, fol
     if isinstance(config.get("models"), list):
         known.pop("models", None)
     config = {**config, **known, **dict(options.set)}
-    # of everything, only the methods are worth the time twice
+    # of everything, only the methods are worth the time twice; where everything is measured, a scenario of its own has
+    # mergekit: what it leaves of the page cache would be part of our times
     cold = options.cold and (name == "methods" or options.what != "all")
-    config |= {"cold": cold, "threads_given": options.threads, "peer": place is not None and name == "methods"}
+    if name not in (("peer",) if options.what == "all" else ("peer", "methods")):
+        place = None
+    config |= {"cold": cold, "threads_given": options.threads, "peer": place is not None}
     folder.mkdir(parents=True, exist_ok=True)
     hardware.complain_if_busy()
     session = Session(
@@ -61,7 +66,7 @@ def _measure(name: str, config: dict[str, Any], options: argparse.Namespace, fol
         runs=config["runs"],
         threads=options.threads,
         cold=cold,
-        peer=place if name == "methods" else None,
+        peer=place,
         peer_once_above=config.get("peer_once_above", 60.0),
         timeout=options.timeout,
     )

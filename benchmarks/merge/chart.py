@@ -26,9 +26,10 @@ def draw(results: Path, images: Path, page: Path | None = None) -> None:
         ValueError: The page has no markers.
     """
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))}
-    if "methods" in found:
-        draw_speed(found["methods"]).save(images / "merge-speed.svg")
-        draw_memory(found["methods"]).save(images / "merge-memory.svg")
+    for name in ("methods", "peer"):
+        if name in found:
+            draw_speed(found[name]).save(images / f"merge-speed-{name}.svg")
+            draw_memory(found[name]).save(images / f"merge-memory-{name}.svg")
     if "scaling" in found:
         draw_scaling(found["scaling"], "time").save(images / "scaling-time.svg")
         draw_scaling(found["scaling"], "memory").save(images / "scaling-memory.svg")

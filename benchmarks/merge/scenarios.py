@@ -143,6 +143,7 @@ def shown(config: Mapping[str, Any]) -> dict[str, Any]:
 
 SCENARIOS = {
     "methods": methods,
+    "peer": methods,
     "max-memory": max_memory,
     "many-tensors": many_tensors,
     "plan-70b": plan_70b,

@@ -17,6 +17,7 @@ def tables(found: Mapping[str, Entry]) -> str:
     """
     makers = {
         "methods": _methods,
+        "peer": _methods,
         "max-memory": _max_memory,
         "many-tensors": _many_tensors,
         "plan-70b": _plan,

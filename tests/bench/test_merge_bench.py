@@ -246,7 +246,7 @@ def test_drawings_and_tables_come_from_the_results(tmp_path: Path, capsys: pytes
     page = tmp_path / "speed.md"
     page.write_text("before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n")
     chart.draw(results, tmp_path / "images", page)
-    for name in ("merge-speed", "merge-memory", "scaling-time", "scaling-memory"):
+    for name in ("merge-speed-methods", "merge-memory-methods", "scaling-time", "scaling-memory"):
         assert ElementTree.parse(tmp_path / "images" / f"{name}.svg").getroot().tag.endswith("svg")
     text = page.read_text()
     assert text.startswith("before\n<!-- bench:start -->")
