@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .plan import PlannedTensor
 
 _PYTHON_AND_TORCH = 240_000_000
+# what is known of a tensor of an input or of the output
+_LISTED = 640
 # loaded kernels; where they are compiled just in time, torch.compile's machinery
 _LIBRARIES = 20_000_000
 _COMPILER = 190_000_000
@@ -71,32 +73,39 @@ def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, compiled: bo
 
 def _needs(tensors: Sequence[PlannedTensor], compiled: bool) -> tuple[int, int]:
     """Return what the process needs, and what each worker adds to it, bytes."""
-    largest = small = bundle = 0
+    largest = bundle = 0
     kinds = _kinds(tensors)
-    for tensor, size in kinds:
+    for tensor in kinds:
         largest = max(largest, _held(tensor, compiled))
         if _block(tensor) == tensor.size:
-            small += size
             # what is measured for the record, in float64; plain methods merge a bundle as one block
             eager = _eager(tensor) if _plain(tensor.method) else 0
             bundle = max(bundle, _raw(tensor) + max(8 * (len(tensor.inputs) + 2), eager))
-    # small tensors are worked on in bundles of a block's elements, at most
-    needed = max(largest, min(small, BLOCK) * bundle)
-    ahead = all(
-        compiled_ahead(method) for method in {tensor.method.name: tensor.method for tensor, _ in kinds}.values()
-    )
-    return _PYTHON_AND_TORCH + ((_LIBRARIES if ahead else _COMPILER) if compiled else 0), needed
+    needed = max(largest, _largest_bundle(tensors) * bundle)
+    ahead = all(compiled_ahead(method) for method in {tensor.method.name: tensor.method for tensor in kinds}.values())
+    listed = _LISTED * sum(1 + len(tensor.inputs) for tensor in tensors)
+    return _PYTHON_AND_TORCH + listed + ((_LIBRARIES if ahead else _COMPILER) if compiled else 0), needed
 
 
-def _kinds(tensors: Sequence[PlannedTensor]) -> list[tuple[PlannedTensor, int]]:
-    """Return a tensor of each kind that needs memory of its own, and the elements of all of that kind."""
-    found: dict[tuple[Any, ...], tuple[PlannedTensor, int]] = {}
+def _largest_bundle(tensors: Sequence[PlannedTensor]) -> int:
+    """Return the elements of the small tensors that may be worked on together: neighbours, up to a block's elements."""
+    largest = filled = 0
+    for tensor in tensors:
+        filled = min(filled + tensor.size, BLOCK) if _block(tensor) == tensor.size else 0
+        largest = max(largest, filled)
+        if largest == BLOCK:
+            break
+    return largest
+
+
+def _kinds(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
+    """Return a tensor of each kind that needs memory of its own."""
+    found: dict[tuple[Any, ...], PlannedTensor] = {}
     for tensor in tensors:
         key: tuple[Any, ...] = (tensor.method.name, tensor.copy, tensor.shape, tensor.role, tensor.dtype.name)
         whole = tensor.method.scope in ("tensor", "matrix")
         key += (tensor.name,) if whole else tuple(source.dtype.name for source in tensor.inputs)
-        first, size = found.get(key, (tensor, 0))
-        found[key] = first, size + tensor.size
+        found.setdefault(key, tensor)
     return list(found.values())
 
 
