@@ -14,9 +14,11 @@ _COLOURS = ("a", "b", "c", "soft")
 def recovered_and_forgotten(entries: Entries) -> Drawing:
     """Draw recovered against forgotten; what collapsed lies at the edge."""
     shown = [entry for entry in entries if entry["mean"] is not None]
-    drawing = Drawing(760, 460, f"{count_of(entries)} experts", "recovered (up is better) against forgotten")
+    drawing = Drawing(
+        760, 460, f"{count_of(entries)} experts", "recovered (up is better) against forgotten; at the edge: or beyond"
+    )
     left, right, top, bottom = 60, 730, 70, 410
-    widest = max(0.05, min(0.5, max((entry["forgotten"] for entry in shown), default=0.05)))
+    widest = max(0.05, min(0.1, max((entry["forgotten"] for entry in shown), default=0.05)))
 
     def x(value: float) -> float:
         return left + (right - left) * (min(max(value, -0.02), widest) + 0.02) / (widest + 0.02)

@@ -132,6 +132,8 @@ def _section(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
         "",
         f"![recovered against forgotten]({_IMAGES}{name}.svg)",
         "",
+        "<details><summary>Settings and standard errors</summary>",
+        "",
         "| method | settings | recovered, mean | worst domain | forgotten | merge, s |",
         "|---|---|---|---|---|---|",
     ]
@@ -149,6 +151,8 @@ def _section(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
         )
     hardware = entries[0]["result"]["hardware"]
     lines += [
+        "",
+        "</details>",
         "",
         f"Measured on {hardware['processor']}, {hardware['processors']} cores, {hardware['date']}; {len(entries)} rows.",
         "",
