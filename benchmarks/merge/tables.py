@@ -17,7 +17,7 @@ def tables(found: Mapping[str, Entry]) -> str:
     """
     makers = {
         "methods": _methods,
-        "peer": _methods,
+        "peer": _beside,
         "max-memory": _max_memory,
         "many-tensors": _many_tensors,
         "plan-70b": _plan,
@@ -64,6 +64,13 @@ def _methods(result: Entry) -> str:
     if with_peer:
         text += " mergekit's column is above its own start-up; the factor compares whole commands."
     return f"{text}\n\n{_table(head, rows)}"
+
+
+def _beside(result: Entry) -> str:
+    return (
+        "Beside mergekit, each after the other. Its gigabytes push inputs out of the page cache, so our figures are less "
+        f"steady here than above.\n\n{_methods(result)}"
+    )
 
 
 def _peer(entry: Entry) -> list[str]:
