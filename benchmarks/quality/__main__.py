@@ -120,6 +120,7 @@ class _Bench:
     def __init__(self, config: Mapping[str, Any], zoo: Zoo, experts: Mapping[str, Path], file: Path) -> None:
         self._config, self._zoo, self._experts, self._file = config, zoo, experts, file
         self._known = table.read(file)
+        table.drop_rest(file)
         self._folder = zoo.folder / "quality" / file.stem
         self._folder.mkdir(parents=True, exist_ok=True)
 

@@ -91,6 +91,14 @@ def read(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+def drop_rest(file: Path) -> None:
+    """Cut off a line that a kill left unfinished, so that the next one does not become part of it."""
+    if file.exists():
+        whole = file.read_bytes()
+        if not whole.endswith(b"\n"):
+            file.write_bytes(whole[: whole.rfind(b"\n") + 1])
+
+
 def _entries(file: Path) -> list[dict[str, Any]]:
     """Return one entry per method and setting that was measured on the test texts, the best first."""
     # what was measured again, with other settings, counts

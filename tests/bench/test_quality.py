@@ -111,6 +111,10 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     with file.open("a", encoding="utf-8") as lines:
         lines.write('{"method": "ti')
     assert [found["method"] for found in table.read(file)] == ["linear"]
+    whole = file.read_bytes()
+    table.drop_rest(file)
+    assert file.read_bytes() == whole[: whole.index(b"\n") + 1]
+    table.drop_rest(tmp_path / "none.jsonl")
     assert table.read(tmp_path / "none.jsonl") == []
 
 
