@@ -23,13 +23,13 @@ def plan(recipe: _Source, **options: Any) -> Plan:
 
     Args:
         recipe: A recipe, the path of one, its YAML text, or the same as a mapping.
-        **options: As for `merganser.engine.plan.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
+        **options: As for `merganser.engine.planning.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
             `max_memory`, `cache_dir`, `compiled`.
 
     Raises:
         MergeError: The recipe or its inputs cannot be merged; the message says why.
     """
-    from .engine.plan import build_plan
+    from .engine.planning import build_plan
 
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if loaded.random_seed is not None:

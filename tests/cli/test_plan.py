@@ -9,6 +9,8 @@ import torch
 
 from merganser import plan as make_plan
 from merganser.cli._text import size_text
+from merganser.engine import planning
+from merganser.engine.devices import has_compiler
 from merganser.summary import value_text
 from tests.cli.tiny import linear, names, recipe, run, state, write
 
@@ -183,3 +185,45 @@ def test_plan_of_a_device_that_is_not_there(models: Path) -> None:
     found = run("plan", file, "--device", "tpu")
     assert (found.code, found.err) == (2, "error: --device tpu: unknown; use auto, cpu, cuda or cuda:0\n")
     assert run("plan", file, "--device", "auto").code == 0
+
+
+def test_compiling_is_chosen(models: Path) -> None:
+    file = recipe(models / "r.yaml", linear("a", "b"))
+    compiler = has_compiler(torch.device("cpu"))
+    if compiler:
+        assert run("plan", file, "--compile").out.endswith(" fused kernels\n")
+    for option in ([], ["--no-compile"]):
+        assert run("plan", file, *option).out.endswith(" eager\n")
+
+
+def test_without_a_compiler(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = recipe(models / "r.yaml", linear("a", "b"))
+    monkeypatch.setenv("PATH", str(models))
+    monkeypatch.delenv("CXX", raising=False)
+    found = run("merge", file, "out", "--compile")
+    assert (found.code, found.out) == (2, "")
+    assert found.err == "error: kernels cannot be compiled: no C++ compiler is found (g++ or clang++)\n"
+    assert make_plan(file).warnings == []
+    monkeypatch.setattr(planning, "COMPILE_FROM", 1)
+    slow = "no C++ compiler is found (g++ or clang++): kernels run one operation at a time, several times slower"
+    assert make_plan(file).warnings == [slow]
+    assert not make_plan(file).compiled
+    assert make_plan(file, compiled=False).warnings == []
+    assert names(models) == ["a", "b", "c", "r.yaml"]
+
+
+def test_work_is_what_all_passes_see(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "has_compiler", lambda device: True)
+    once = {"merge_method": "ties", "base_model": "c", "models": [{"model": "a"}, {"model": "b"}]}
+    file = recipe(models / "r.yaml", {**once, "parameters": {"weight": 1.0, "density": 1.0}})
+    more = recipe(models / "s.yaml", {**once, "parameters": {"weight": 1.0, "density": 0.5}})
+    size = 3 * make_plan(file).n_parameters + 19 * (1 << 15)
+    monkeypatch.setattr(planning, "COMPILE_FROM", size)
+    assert make_plan(file).compiled
+    monkeypatch.setattr(planning, "COMPILE_FROM", size + 1)
+    assert not make_plan(file).compiled
+    # two passes measure the cut
+    monkeypatch.setattr(planning, "COMPILE_FROM", 3 * size - 2 * 19 * (1 << 15))
+    assert make_plan(more).compiled
+    monkeypatch.setattr(planning, "COMPILE_FROM", 3 * size - 2 * 19 * (1 << 15) + 1)
+    assert not make_plan(more).compiled

@@ -29,6 +29,16 @@ from tests.methods.whole_model import merge_whole_model
 
 def merged_one_by_one(method, base, models, parameters, *, seed=0, dtype=None, compute=None):
     """What `merge_tensors` makes of every tensor; integers are copied."""
+    # products of matrices depend on the number of threads; those of the engine have one each
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _merged_one_by_one(method, base, models, parameters, seed=seed, dtype=dtype, compute=compute)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _merged_one_by_one(method, base, models, parameters, *, seed, dtype, compute):
     found = get_method(method)
     anatomy = infer_anatomy({name: tuple(tensor.shape) for name, tensor in models[0].items()}, {})
     result = {}

@@ -44,6 +44,7 @@ def merge(
         bool, typer.Option("--allow-nonfinite", help="Merge NaN and infinity instead of refusing them.")
     ] = False,
     max_memory: options.MaxMemory = None,
+    compile: options.Compile = None,
     cache_dir: options.CacheDir = None,
     keep_stages: options.KeepStages = False,
     cluster: Annotated[
@@ -61,13 +62,15 @@ def merge(
     """
     options.quieten_hub(quiet)
     from ..recipe import load_recipes
+    from ..resident import reuse_freed_memory
 
+    reuse_freed_memory()
     recipes = load_recipes(recipe)  # what is wrong with it is said before torch is loaded
     from ..engine.run import Interrupted
     from ..stages import merge_stages
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
-    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
     with MergeProgress(quiet) as progress:
         try:
             result = merge_stages(

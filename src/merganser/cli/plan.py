@@ -24,6 +24,7 @@ def plan(
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     seed: options.Seed = None,
     max_memory: options.MaxMemory = None,
+    compile: options.Compile = None,
     cache_dir: options.CacheDir = None,
     keep_stages: options.KeepStages = False,
     tensors: options.AllTensors = False,
@@ -36,7 +37,7 @@ def plan(
     from ..summary import summarise, tensor_summaries
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
-    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
     stages = plan_stages(
         load_recipes(recipe),
         keep_stages=keep_stages,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoint import Reader, Shard
 from ..errors import MergeError, OutputError, UnsupportedError
+from ..resident import reuse_freed_memory
 from .kernels import prepare_compiler_cache
 from .plan import Plan
 from .staging import write_all
@@ -50,6 +51,7 @@ class Node:
     """A worker on some node: does tasks, knows nothing of the others."""
 
     def __init__(self, plan: Plan, folder: Path, allow_nonfinite: bool) -> None:
+        reuse_freed_memory()
         torch.set_num_threads(1)
         if plan.compiled:
             prepare_compiler_cache()

@@ -1,9 +1,10 @@
 """Exact order statistics without a sort.
 
-The bit pattern of a non-negative number grows with its value. A histogram of the values rounded to bfloat16, then one of
-the patterns that are rounded to where the cut is, finds the k-th largest float32 exactly. Of float64 the upper 15 bits
-are counted, then twice the next 16 inside the bin that holds the cut: this reaches 2**-36. Histograms are additive, so
-they neither depend on how the work is divided nor need the values to be held.
+The bit pattern of a non-negative number grows with its value. A histogram of the values rounded to bfloat16, then one
+of the patterns that are rounded to where the cut is, finds the k-th largest float32 exactly; the rounded value itself,
+which most differences of 16-bit weights have, need not be counted again. Of float64 the upper 15 bits are counted, then
+twice the next 16 inside the bin that holds the cut: this reaches 2**-36. Histograms are additive, so they neither
+depend on how the work is divided nor need the values to be held.
 """
 
 from __future__ import annotations
@@ -75,27 +76,36 @@ def order_statistic(
         wanted = ranks(**{name: given[name] for name in rank_names})
         found, rank = _descend(measured.unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
         outside = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, 0))
+        number = measured.gather(1, found)
         if wide:
-            return _interval(found << 48, (found + 1) << 48, rank, outside, wide)
+            return _interval(found << 48, (found + 1) << 48, rank, outside, found << 48, number, wide)
         # halfway goes to the even one
         middle, odd = found << 16, found & 1
-        return _interval((middle - _HIGH + odd).clamp(min=0), middle + _HIGH + 1 - odd, rank, outside, wide)
+        first = (middle - _HIGH + odd).clamp(min=0)
+        return _interval(first, middle + _HIGH + 1 - odd, rank, outside, middle, number, wide)
 
     @taking("previous", *names)
     def inside(previous: Tensor, **given: Any) -> Tensor:
         rows = []
         for value, found in zip(measured(given), previous, strict=True):
             kept = torch.full_like(value, _OUTSIDE)
-            for first, end in (_as_values(bounds, value) for bounds in found[:, :2]):
+            for first, end, common in (_as_values(known, value) for known in found[:, [0, 1, 4]]):
                 # nested: masks are expensive to combine; the end of the last bin is no number
-                kept = torch.where(value >= first, torch.where(value >= end, kept, value), kept)
+                own = torch.where(value == common, kept, value)
+                kept = torch.where(value >= first, torch.where(value >= end, kept, own), kept)
             rows.append(kept)
         return torch.stack(rows).reshape(len(rows), -1)
 
     def refine(shift: int, measured: Tensor, previous: Tensor) -> Tensor:
-        found, rank = _descend(measured.view(*previous.shape[:2], _LOW), previous[..., 2])
-        first = previous[..., 0] + (found << shift)
-        return _interval(first, first + (1 << shift), rank, previous[..., 3], wide)
+        first, _, rank, outside, common, number = previous.unbind(-1)
+        counts = measured.view(*first.shape, _LOW)
+        # those that were not counted
+        place = ((common - first) >> shift).clamp(0, _LOW - 1).unsqueeze(-1)
+        counts = counts.scatter_add(-1, place, (number - counts.sum(-1)).unsqueeze(-1))
+        found, rank = _descend(counts, rank)
+        first = first + (found << shift)
+        number = counts.gather(-1, found.unsqueeze(-1)).squeeze(-1)
+        return _interval(first, first + (1 << shift), rank, outside, common, number, wide)
 
     def finish(measured: Tensor, previous: Tensor) -> Tensor:
         found = refine(shifts[-1], measured, previous)
@@ -168,20 +178,24 @@ def _as_values(bounds: Tensor, like: Tensor) -> list[Tensor]:
     return list(bounds.to(whole).view(like.dtype))
 
 
-def _interval(first: Tensor, end: Tensor, rank: Tensor, outside: Tensor, wide: bool) -> Tensor:
-    """Put together what is known of the values at some ranks, int64, shape [S, R, 4].
+def _interval(
+    first: Tensor, end: Tensor, rank: Tensor, outside: Tensor, common: Tensor, number: Tensor, wide: bool
+) -> Tensor:
+    """Put together what is known of the values at some ranks, int64, shape [S, R, 6].
 
     Args:
         first: The smallest pattern that it may be, shape [S, R].
         end: The one behind the largest.
         rank: The rank among the values in between, 1 for the largest.
         outside: _NOTHING or _EVERYTHING where the values do not matter, else 0.
+        common: The pattern that most of the values in between have, if any (differences of 16-bit weights are few).
+        number: How many values are in between.
         wide: Whether values are float64.
     """
     infinite = torch.tensor(torch.inf, dtype=torch.float64 if wide else torch.float32)
     nowhere = int(infinite.view(torch.int64 if wide else torch.int32)) + 1
     ends = [torch.where(outside < 0, nowhere, bound) for bound in (first, end)]
-    return torch.stack([*ends, rank, outside], dim=-1)
+    return torch.stack([*ends, rank, outside, common, number], dim=-1)
 
 
 def _decided(patterns: Tensor, outside: Tensor, wide: bool) -> Tensor:
@@ -253,13 +267,13 @@ def _count_all(values: Tensor, total: Tensor | None) -> Tensor:
 
 
 def _count_inside(shift: int, values: Tensor, total: Tensor | None, previous: Tensor) -> Tensor:
-    """Count the next 16 bits of the few values that are inside an interval, and not negative.
+    """Count the next 16 bits of the few values that are inside an interval, and not the common one.
 
     Args:
         shift: Bits of the pattern behind them.
         values: Shape [S, n].
         total: What other blocks gave.
-        previous: What is known of the values at each rank, shape [S, R, 4].
+        previous: What is known of the values at each rank, shape [S, R, 6].
 
     Returns:
         Shape [S * R, bins], int64.
