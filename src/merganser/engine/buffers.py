@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -118,30 +119,39 @@ class InputBuffer:
         Returns:
             For each tensor its inputs, flat; the same as bytes; and the number of bytes.
         """
-        sources = [tensor.inputs for tensor in tensors]
-        runs: list[tuple[TensorInfo, int]] = []
-        places: list[list[tuple[int, int]]] = [[] for _ in tensors]
-        for k in range(max(map(len, sources))):
+        # which tensor, and its input
+        runs: list[list[tuple[int, TensorInfo]]] = []
+        for k in range(max(len(tensor.inputs) for tensor in tensors)):
             last = None
-            for inputs, found in zip(sources, places, strict=True):
-                if k >= len(inputs):
-                    continue
-                source = inputs[k]
-                if last is None or not _adjoin(last, source):
-                    runs.append((source, 0))
-                first, length = runs[-1]
-                found.append((len(runs) - 1, length))
-                runs[-1] = (first, length + source.nbytes)
-                last = source
-        starts, nbytes = self._fill([(replace(first, nbytes=length), 0, length) for first, length in runs])
+            for i, tensor in enumerate(tensors):
+                if k < len(tensor.inputs):
+                    source = tensor.inputs[k]
+                    if last is None or not _adjoin(last, source):
+                        runs.append([])
+                    runs[-1].append((i, source))
+                    last = source
+        lengths = [sum(source.nbytes for _, source in run) for run in runs]
+        spans = [(replace(run[0][1], nbytes=nbytes), 0, nbytes) for run, nbytes in zip(runs, lengths, strict=True)]
+        starts, nbytes = self._fill(spans)
+        values: list[list[Tensor]] = [[] for _ in tensors]
+        raw: list[list[memoryview]] = [[] for _ in tensors]
         memory = self._buffer.numpy().data
-        values: list[list[Tensor]] = []
-        raw: list[list[memoryview]] = []
-        for inputs, found in zip(sources, places, strict=True):
-            begins = [starts[run] + at for run, at in found]
-            raw.append([memory[at : at + source.nbytes] for source, at in zip(inputs, begins, strict=True)])
-            values.append([self._typed(source, at, source.nbytes) for source, at in zip(inputs, begins, strict=True)])
+        for run, start in zip(runs, starts, strict=True):
+            for (i, _), value in zip(run, self._parts([source for _, source in run], start), strict=True):
+                values[i].append(value)
+            for i, source in run:
+                raw[i].append(memory[start : start + source.nbytes])
+                start += source.nbytes
         return values, raw, nbytes
+
+    def _parts(self, sources: Sequence[TensorInfo], start: int) -> Sequence[Tensor]:
+        """Return tensors that were read one behind the other, flat, in their dtypes."""
+        places = list(accumulate((source.nbytes for source in sources), initial=start))
+        dtype = sources[0].dtype
+        if start % dtype.itemsize or any(source.dtype is not dtype for source in sources):
+            return [self._typed(source, at, source.nbytes) for source, at in zip(sources, places[:-1], strict=True)]
+        whole = self._buffer[start : places[-1]].view(getattr(torch, dtype.name))
+        return torch.split(whole, [source.nbytes // dtype.itemsize for source in sources])
 
     def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> tuple[list[int], int]:
         """Read byte ranges one behind the other into the buffer; return where each begins, and the bytes read."""
@@ -174,6 +184,6 @@ def _adjoin(first: TensorInfo, second: TensorInfo) -> bool:
     return (
         first.source is None
         and second.source is None
-        and first.file == second.file
+        and (first.file is second.file or first.file == second.file)
         and first.offset + first.nbytes == second.offset
     )

@@ -53,11 +53,12 @@ class PlannedTensor:
     shard: int
     offset: int
     nbytes: int
+    size: int = field(init=False)
+    """Number of elements."""
 
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        """Count the elements, once: many ask for them."""
+        object.__setattr__(self, "size", math.prod(self.shape))
 
     @property
     def working_shape(self) -> tuple[int, ...]:

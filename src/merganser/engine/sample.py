@@ -41,7 +41,11 @@ def measure_samples(
             groups[min(outputs[i].numel(), SAMPLE), len(inputs[i]), _has_pairs(tensor)].append(i)
     found = {}
     for (size, width, related), members in groups.items():
-        first = [[data.reshape(-1)[:size] for data in (*inputs[i], outputs[i])] for i in members]
+        # slices of very many small tensors cost
+        first = [
+            [data if data.shape == (size,) else data.reshape(-1)[:size] for data in (*inputs[i], outputs[i])]
+            for i in members
+        ]
         origin = torch.stack([own[0] for own in first]).double()
         deltas = origin.new_empty(len(members), width, size)
         for k in range(width):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -306,9 +307,18 @@ def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) 
         end: The one behind the last.
         data: The bytes of all of them.
     """
-    if start == end:
+    cuts = _cuts(tuple(shape), start, end)
+    if len(cuts) <= 2:
         return [digest(data)]
     size = data.nbytes // (end - start)
+    return [digest(data[(a - start) * size : (b - start) * size]) for a, b in pairwise(cuts)]
+
+
+@lru_cache(maxsize=256)
+def _cuts(shape: tuple[int, ...], start: int, end: int) -> list[int]:
+    """Return where hashes of the elements of a tensor begin, and where the last one ends."""
+    if start == end:
+        return [start]
     steps = {block_step(shape, scope) for scope in ("element", "row")}
     if len(shape) == 3:
         # what is packed may be worked on as rows of all its matrices, or matrix by matrix
@@ -316,8 +326,7 @@ def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) 
     cuts = {start}
     for step in steps:
         cuts.update(range(-(-start // step) * step, end, step))
-    ordered = [*sorted(cuts), end]
-    return [digest(data[(a - start) * size : (b - start) * size]) for a, b in pairwise(ordered)]
+    return [*sorted(cuts), end]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
