@@ -1,4 +1,4 @@
-"""`python -m benchmarks.merge [methods|peer|max-memory|many-tensors|plan-70b|scaling|all|chart|peer-setup] [options]`.
+"""`python -m benchmarks.merge [methods|peer|max-memory|many-tensors|plan-70b|scaling|kills|all|chart|peer-setup] [options]`.
 
 Without a name, the methods. Settings come from config.json; options replace them.
 """

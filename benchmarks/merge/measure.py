@@ -27,6 +27,10 @@ class CommandError(RuntimeError):
     """A measured command failed, or ran too long."""
 
 
+class KilledError(CommandError):
+    """It ran too long."""
+
+
 @dataclass(frozen=True)
 class Usage:
     """What a process and those that it started took.
@@ -74,7 +78,8 @@ def run(
     """Run a command as a process of its own; nothing that was written before is still on its way to the disk.
 
     Raises:
-        CommandError: It failed or ran too long; the message has the end of its output.
+        KilledError: It ran longer than `timeout`.
+        CommandError: It failed. The message of both has the end of its output.
     """
     surroundings = {name: value for name, value in os.environ.items() if name not in _UNWANTED}
     surroundings.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **(environment or {})})
@@ -86,8 +91,8 @@ def run(
     found = json.loads(answer)
     if found["code"]:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        why = f"was stopped after {timeout:.0f} s" if found["late"] else f"ended with {found['code']}"
-        raise CommandError(f"{' '.join(command)}\n{why}:\n{tail}")
+        why = f"was killed after {timeout:.0f} s" if found["late"] else f"ended with {found['code']}"
+        raise (KilledError if found["late"] else CommandError)(f"{' '.join(command)}\n{why}:\n{tail}")
     seconds = found["seconds"]
     return Usage(
         seconds=seconds,

@@ -1,10 +1,11 @@
-"""What is measured: every method; a memory limit; many tensors; the plan of a large model; scaling."""
+"""What is measured: every method; a memory limit; many tensors; the plan of a large model; scaling; kills."""
 
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from .checkpoints import Models, Shape, make_headers, settings_of, shape_of, tiny_of
@@ -92,6 +93,15 @@ def scaling(session: Session, report: Report, config: Mapping[str, Any]) -> None
                     report.add(key, partial(_measure, session, name, size, n_models))
 
 
+def kills(session: Session, report: Report, config: Mapping[str, Any]) -> None:
+    """Kill merges at random moments, continue them, and compare the bytes with those of a merge that nobody killed."""
+    models, _ = _pair(session, config["size"], config["models"])
+    random = Random(config["seed"])
+    for name in config["methods"]:
+        moments = [random.random() for _ in range(config["kills"])]
+        report.add({"method": name}, partial(session.kill, name, models, moments))
+
+
 def _measure(session: Session, name: str, size: float, n_models: int) -> dict[str, Any]:
     return session.merge(name, *_pair(session, size, n_models))
 
@@ -148,4 +158,5 @@ SCENARIOS = {
     "many-tensors": many_tensors,
     "plan-70b": plan_70b,
     "scaling": scaling,
+    "kills": kills,
 }

@@ -13,7 +13,7 @@ from typing import Any
 from . import hardware, peer
 from .check import WrongResult, check_hashes, check_merge, size_of, weight_files
 from .checkpoints import Models, Tensors, make_models
-from .measure import CommandError, Floor, Usage, as_json, cached_share, forget, measure_floor, run, spread
+from .measure import CommandError, Floor, KilledError, Usage, as_json, cached_share, forget, measure_floor, run, spread
 from .recipes import METHODS, inputs, recipe
 
 
@@ -162,16 +162,80 @@ class Session:
         shutil.rmtree(self.out, ignore_errors=True)
         return found
 
-    def run(self, recipe_file: Path, options: Sequence[str] = (), verb: str = "merge") -> Usage:
+    def kill(self, name: str, models: Models, moments: Sequence[float]) -> dict[str, Any]:
+        """Kill a merge at some moments, continue it by the same command each time, and compare the bytes.
+
+        Args:
+            name: The method.
+            models: The inputs.
+            moments: When to kill it, as shares of the time that it takes.
+
+        Returns:
+            `seconds`, of a merge that nobody kills; `killed_after`, seconds, each since the last start; `continued`, how
+            often a run began with what another had left; `last`, seconds of the run that ended it.
+
+        Raises:
+            CommandError: It does not go on.
+            WrongResult: It ends with other bytes, or leaves something behind.
+        """
+        given = self.write_recipe(name, models)
+        self.run(given)
+        whole = self.run(given)
+        expected = check_hashes(self.out)
+        self._clear()
+        killed, continued = [], 0
+        for moment in moments:
+            left = self._beside()
+            try:
+                self.run(given, fresh=False, timeout=moment * whole.seconds)
+            except KilledError:
+                killed.append(round(moment * whole.seconds, 2))
+            if self.out.exists():
+                # what is there is complete, whether the process had ended or not; what follows begins again
+                self._check_continued(name, expected)
+                self._clear()
+            continued += bool(left)
+        last = self.run(given, fresh=False)
+        self._check_continued(name, expected)
+        self._clear()
+        return {
+            "seconds": spread([whole.seconds]),
+            "killed_after": killed,
+            "continued": continued,
+            "last": round(last.seconds, 2),
+        }
+
+    def _check_continued(self, name: str, expected: str) -> None:
+        if check_hashes(self.out) != expected:
+            raise WrongResult(f"{name}: after a kill it wrote other bytes")
+        if left := self._beside():
+            raise WrongResult(f"{name}: {', '.join(left)} stayed behind")
+
+    def _beside(self) -> list[str]:
+        """Return what lies beside the target."""
+        return sorted(path.name for path in self.folder.glob(f".{self.out.name}*"))
+
+    def run(
+        self,
+        recipe_file: Path,
+        options: Sequence[str] = (),
+        verb: str = "merge",
+        *,
+        fresh: bool = True,
+        timeout: float | None = None,
+    ) -> Usage:
         """Run merganser once, with kernels of its own."""
         command = [sys.executable, "-m", "merganser", verb, str(recipe_file)]
         if verb == "merge":
-            self._clear()
+            if fresh:
+                self._clear()
             command += [str(self.out), "--quiet"]
         if self.threads is not None:
             command += ["--threads", str(self.threads)]
         environment = {"XDG_CACHE_HOME": str(self.folder / "cache")}
-        return run([*command, *options], self.folder / "log.txt", timeout=self.timeout, environment=environment)
+        return run(
+            [*command, *options], self.folder / "log.txt", timeout=timeout or self.timeout, environment=environment
+        )
 
     def _peer(
         self, name: str, models: Models, given: Path, small: Path, files: Sequence[Path], written: int
@@ -251,6 +315,9 @@ def line(found: dict[str, Any]) -> str:
             f"{found['above_startup']['median']:.2f} s above a start-up of {found['startup']['median']:.2f} s; "
             f"{found['ratio']['median']:.2f} x floor ({low:.2f} to {high:.2f})"
         )
+    elif "killed_after" in found:
+        moments = ", ".join(f"{seconds:.1f}" for seconds in found["killed_after"])
+        parts.append(f"killed after {moments} s, continued {found['continued']} times: the same bytes")
     elif "seconds" in found:
         parts.append(f"{found['seconds']['median']:.2f} s")
     if "cold" in found:

@@ -22,6 +22,7 @@ def tables(found: Mapping[str, Entry]) -> str:
         "many-tensors": _many_tensors,
         "plan-70b": _plan,
         "scaling": _scaling,
+        "kills": _kills,
     }
     parts = [make(found[name]) for name, make in makers.items() if name in found]
     return "\n\n".join([START, *parts, END]) + "\n"
@@ -141,6 +142,24 @@ def _scaling(result: Entry) -> str:
     ]
     head = ["", "method", "floor, s", "merge, s", "x floor", "peak, MB", "inputs in the page cache"]
     return f"Scaling:\n\n{_table(head, rows)}"
+
+
+def _kills(result: Entry) -> str:
+    rows = [
+        [
+            entry["method"],
+            f"{entry['seconds']['median']:.1f}",
+            ", ".join(f"{seconds:.1f}" for seconds in entry["killed_after"]),
+            f"{entry['last']:.1f}",
+        ]
+        for entry in result["results"]
+        if "error" not in entry
+    ]
+    head = ["method", "whole command, s", "killed after, s", "last run, s"]
+    return (
+        "Killed (`kill -9`) at random moments and continued by the same command; the bytes were those of a run that nobody "
+        f"killed:\n\n{_table(head, rows)}"
+    )
 
 
 def _machine(result: Entry) -> str:

@@ -25,10 +25,10 @@ from benchmarks.merge.checkpoints import (
     to_bfloat16,
 )
 from benchmarks.merge.hardware import filesystem
-from benchmarks.merge.measure import CommandError, Floor, Usage, cached_share, forget, measure_floor, run
+from benchmarks.merge.measure import CommandError, Floor, KilledError, Usage, cached_share, forget, measure_floor, run
 from benchmarks.merge.recipes import METHODS, recipe
 from benchmarks.merge.scenarios import size_in_bytes
-from benchmarks.merge.session import Report, summary
+from benchmarks.merge.session import Report, Session, summary
 from merganser.registry import get_method
 
 SHAPE = Shape(hidden=32, ffn=64, layers=2, vocab=200, heads=2)
@@ -158,7 +158,7 @@ def test_commands_that_fail_or_hang_are_told(tmp_path: Path) -> None:
     python = [sys.executable, "-I", "-S", "-c"]
     with pytest.raises(CommandError, match=r"(?s)ended with 3.*so it is"):
         run([*python, "print('so it is'); raise SystemExit(3)"], tmp_path / "log")
-    with pytest.raises(CommandError, match="was stopped"):
+    with pytest.raises(KilledError, match="was killed"):
         run([*python, "while True: pass"], tmp_path / "log", timeout=0.3)
 
 
@@ -240,7 +240,9 @@ def test_drawings_and_tables_come_from_the_results(tmp_path: Path, capsys: pytes
     ]
     results = tmp_path / "results"
     results.mkdir()
-    for name, entries in {"methods": [compared, _result(method="sce", bar=2), failed], "scaling": points}.items():
+    killed = _result(method="slerp", killed_after=[0.51, 2.0], continued=2, last=1.25)
+    found = {"methods": [compared, _result(method="sce", bar=2), failed], "scaling": points, "kills": [killed, failed]}
+    for name, entries in found.items():
         content = {"hardware": hardware, "config": config, "results": entries}
         (results / f"{name}.json").write_text(json.dumps(content))
     page = tmp_path / "speed.md"
@@ -254,10 +256,30 @@ def test_drawings_and_tables_come_from_the_results(tmp_path: Path, capsys: pytes
     assert "old" not in text
     assert "| ties | 2.0 | 2.0 | 2.00 (1.00–3.00) | 2 | 700 | 9 | 2.0 | 21.0 x | 700 |" in text
     assert "| della | failed (CommandError) |" in text
+    assert "| slerp | 2.0 | 0.5, 2.0 | 1.2 |" in text
     assert "threads: 2" in capsys.readouterr().out
     page.write_text("no markers\n")
     with pytest.raises(ValueError, match="no lines"):
         chart.draw(results, tmp_path / "images", page)
+
+
+@pytest.mark.slow
+def test_kills_are_survived_and_other_bytes_are_found(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(tmp_path)
+    found = session.kill("slerp", models, [0.3, 0.95, 0.97])
+    assert len(found["killed_after"]) >= 1
+    assert found["continued"] <= 3
+    assert not session.out.exists()
+    hashes = iter(["expected", "other"])
+    monkeypatch.setattr("benchmarks.merge.session.check_hashes", lambda out: next(hashes))
+    with pytest.raises(WrongResult, match="slerp: after a kill it wrote other bytes"):
+        session.kill("slerp", models, [])
+    (tmp_path / ".out.merging").mkdir()
+    monkeypatch.setattr("benchmarks.merge.session.check_hashes", lambda out: "expected")
+    with pytest.raises(WrongResult, match=r"slerp: \.out\.merging stayed behind"):
+        session.kill("slerp", models, [])
 
 
 @pytest.mark.slow
