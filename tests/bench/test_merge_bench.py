@@ -276,9 +276,9 @@ def test_kills_are_survived_and_other_bytes_are_found(
     monkeypatch.setattr("benchmarks.merge.session.check_hashes", lambda out: next(hashes))
     with pytest.raises(WrongResult, match="slerp: after a kill it wrote other bytes"):
         session.kill("slerp", models, [])
-    (tmp_path / ".out.merging").mkdir()
+    (tmp_path / ".out.left").mkdir()
     monkeypatch.setattr("benchmarks.merge.session.check_hashes", lambda out: "expected")
-    with pytest.raises(WrongResult, match=r"slerp: \.out\.merging stayed behind"):
+    with pytest.raises(WrongResult, match=r"slerp: \.out\.left stayed behind"):
         session.kill("slerp", models, [])
 
 
