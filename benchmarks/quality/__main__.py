@@ -20,6 +20,7 @@ from benchmarks.merge import hardware
 from benchmarks.zoo import Zoo, load_zoo
 from benchmarks.zoo.shipped import apply
 from merganser import MergeError, evaluate
+from merganser.errors import OutputError
 from merganser.registry import method_names, methods
 
 from . import table
@@ -46,7 +47,11 @@ def main(arguments: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     zoo = load_zoo("real", options.zoo, experts=())
-    run(options.set, config, chosen, zoo, results, tune=options.tune)
+    try:
+        run(options.set, config, chosen, zoo, results, tune=options.tune)
+    except OutputError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -145,8 +150,11 @@ class _Bench:
         recipe.write_text(yaml.safe_dump(self._recipe(method, setting, seed)), encoding="utf-8")
         try:
             result = {**wanted, **self._evaluate({"merge": str(recipe)}, split)}
+        except OutputError:
+            # of the disk, or another run on this set: says nothing of the method
+            raise
         except MergeError as error:
-            result = {**wanted, "retention": None, "failed": str(error)}
+            result = {**wanted, "retention": None, "failed": str(error).replace(str(self._zoo.folder), "zoo")}
         result["hardware"] = hardware.describe(self._folder)
         with self._file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(result) + "\n")

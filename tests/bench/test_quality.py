@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import table
+from merganser.errors import NonFiniteError, OutputError
 from merganser.registry import method_names, methods
 
 CONFIG = json.loads((Path(quality.__file__).parent / "config.json").read_text(encoding="utf-8"))
@@ -121,3 +123,28 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 def test_no_results_are_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="measure first"):
         table.write(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [OutputError("zoo/x: another evaluation is writing it"), NonFiniteError("HERE/x: NaN")]
+)
+def test_what_a_method_cannot_help_is_no_result(tmp_path, monkeypatch, error):
+    def fail(*args, **options):
+        raise type(error)(str(error).replace("HERE", str(tmp_path)))
+
+    monkeypatch.setattr(quality, "evaluate", fail)
+    experts = {"french": tmp_path / "french", "maths": tmp_path / "maths"}
+    texts = {domain: {"test": tmp_path / "t.txt"} for domain in (*experts, "novels")}
+    zoo = SimpleNamespace(folder=tmp_path, base=tmp_path / "base", texts=texts, retained="novels")
+    file = tmp_path / "results" / "two.jsonl"
+    file.parent.mkdir()
+    bench = quality._Bench(CONFIG, zoo, experts, file)
+    setting = quality.settings(CONFIG, "linear")
+    if isinstance(error, OutputError):
+        with pytest.raises(OutputError):
+            bench.measure("linear", "default", "test", setting)
+        assert not file.exists()
+    else:
+        bench.measure("linear", "default", "test", setting)
+        (found,) = table.read(file)
+        assert (found["failed"], found["retention"]) == ("zoo/x: NaN", None)
