@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from merganser.resident import peak_memory
+from merganser.engine.memory import default_memory
+from merganser.resident import memory_here, peak_memory
 
 CHILD = "from merganser.resident import peak_memory; print(peak_memory())"
 
@@ -66,3 +67,41 @@ def test_freed_memory_is_used_again():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
 def test_what_the_environment_says_of_memory_is_left_alone():
     assert pages_taken("reuse", MALLOC_TRIM_THRESHOLD_="65536") > 10 * pages_taken("reuse")
+
+
+GB = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("", {}, None),
+        ("0::/a/b\n", {"a/b/memory.max": "max"}, None),
+        ("0::/a/b\n", {"a/b/memory.max": "max", "a/memory.max": str(GB)}, GB),
+        ("0::/a/b\n", {"a/b/memory.max": str(GB // 2), "a/memory.max": str(GB)}, GB // 2),
+        # a container sees its own group at the top, under the name that the host has for it
+        ("0::/docker/1f\n", {"memory.max": str(GB)}, GB),
+        ("5:cpu:/\n4:memory:/x\n", {"memory/x/memory.limit_in_bytes": str(GB)}, GB),
+        ("4:memory:/x\n", {"memory/memory.limit_in_bytes": str(GB)}, GB),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+    ],
+)
+def test_a_container_has_the_memory_that_it_was_given(tmp_path, monkeypatch, groups, limits, expected):
+    machine = memory_here(tmp_path)
+    assert machine > 0
+    for name, text in {
+        **{f"sys/fs/cgroup/{name}": text for name, text in limits.items()},
+        "proc/self/cgroup": groups,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_here(tmp_path) == (expected or machine)
+
+
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [(None, 4 * GB), (100 * GB, 4 * GB), (8 * GB, 2 * GB), (2 * GB, GB), (GB // 2, GB // 2)],
+)
+def test_a_merge_takes_a_share_of_it(monkeypatch, here, expected):
+    monkeypatch.setattr("merganser.engine.memory.memory_here", lambda: here)
+    assert default_memory() == expected

@@ -1,4 +1,4 @@
-"""Memory of this process: what it took, and what it does with what was freed."""
+"""Memory of this process: what it took, what it may take, and what it does with what was freed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["peak_memory", "reuse_freed_memory"]
+__all__ = ["memory_here", "peak_memory", "reuse_freed_memory"]
 
 # of malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
@@ -26,6 +26,44 @@ def peak_memory() -> int:
 
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
+
+
+def memory_here(root: Path = Path("/")) -> int | None:
+    """Return the memory of the machine, or of the container (control group) that this process is in, bytes.
+
+    Args:
+        root: Of the file system, for tests.
+    """
+    try:
+        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (ValueError, OSError, AttributeError):
+        found = []
+    groups = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        # version 2 is "0::PATH"; version 1 has a line for each controller
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, name = groups / "memory", "memory.limit_in_bytes"
+        elif not controllers:
+            top, name = groups, "memory.max"
+        else:
+            continue
+        place = Path(path.lstrip("/"))
+        # inside a container the path may be the host's, and what is at the top is ours
+        found += [limit for own in (place, *place.parents) if (limit := _limit(top / own / name)) is not None]
+    return min(found, default=None)
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def reuse_freed_memory() -> None:

@@ -306,3 +306,23 @@ def test_memory_that_cannot_do(models: Path) -> None:
     assert found.code == 2
     assert "MB" in found.err
     assert names(models) == before
+
+
+@pytest.mark.parametrize("kind", ["python", "torch"])
+def test_memory_that_runs_out_is_no_defect(models: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def combine(*_: object) -> None:
+        if kind == "python":
+            raise MemoryError
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("merganser.engine.blocks.TensorRun.combine", combine)
+    found = run("merge", recipe(models / "r.yaml", linear("a", "b")), "out")
+    assert (found.code, found.out) == (2, "")
+    assert found.err.endswith(
+        "error: memory ran out; the same command continues, with fewer --threads or a lower --max-memory it takes less\n"
+    )
+    assert "Traceback" not in found.err
+    monkeypatch.undo()
+    monkeypatch.chdir(models)
+    assert run("merge", "r.yaml", "out", "-q").code == 0
+    assert ".out.merging" not in names(models)

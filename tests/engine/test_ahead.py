@@ -1,8 +1,10 @@
 """Kernels compiled ahead of time: kept, found again, and done without where the cache is of no use."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +101,40 @@ def test_the_compiler_says_what_it_cannot_do_and_goes_on(tmp_path):
     )
     assert run.stdout == "done\ndone\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.unsuited", "b.unsuited"]
+
+
+def test_a_kernel_that_fails_is_asked_eagerly_why(monkeypatch):
+    def fail(tensors):
+        raise ahead.KernelError("a compiled kernel failed with code 1")
+
+    monkeypatch.setattr("merganser.engine.kernels.compile_ahead", lambda order: fail)
+    with pytest.raises(ahead.KernelError, match="code 1"):
+        merge(True)
+    monkeypatch.setattr("merganser.engine.kernels.Kernels.run_eagerly", lambda *_: torch.empty(1 << 60))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        merge(True)
+
+
+BROKEN = """#!/bin/sh
+case "$*" in *-fPIC*|*-shared*) echo "x.cpp:1: fatal error: omp.h: No such file or directory" >&2; exit 1;; esac
+exec %s "$@"
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_broken_compiler_is_told_and_works_when_it_is_mended(cache, tmp_path, monkeypatch):
+    compiler = tmp_path / "g++"
+    compiler.write_text(BROKEN % shutil.which("g++"))
+    compiler.chmod(0o755)
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+    code += "from tests.engine.test_ahead import merge; merge(True)"
+    command, broken = [sys.executable, "-c", code], {**os.environ, "CXX": str(compiler)}
+    found = subprocess.run(command, env=broken, capture_output=True, text=True, check=False)
+    assert found.stderr.splitlines()[-1] == (
+        "merganser.errors.UnsupportedError: linear: a kernel cannot be compiled here (x.cpp:1: fatal error: omp.h: No such "
+        "file or directory). Either the C++ compiler needs mending, or memory, or room on the disk; or merge with --no-compile"
+    )
+    assert not list(cache.glob("*"))
+    subprocess.run(command, check=True)
+    assert [path.suffix for path in cache.iterdir()] == [".so"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -112,7 +113,8 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         with file.open("rb") as handle:
-            data = handle.read(MAX_JSON_BYTES + 1)
+            # no more than there is: as much memory is taken as is asked for
+            data = handle.read(min(os.fstat(handle.fileno()).st_size, MAX_JSON_BYTES) + 1)
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None
     except OSError as error:

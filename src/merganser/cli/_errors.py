@@ -21,6 +21,19 @@ STOPPED = 130
 _BROKEN_PIPE = 141  # what a shell reports for a command that SIGPIPE ended
 
 
+_LESS = {
+    "merge": "the same command continues, with fewer --threads or a lower --max-memory it takes less",
+    "eval": "the same command continues, with fewer --batch-tokens it takes less",
+}
+
+
+def _memory_ran_out(error: BaseException) -> bool:
+    """Say whether an error is one of memory: Python's, or torch's, which has no type of its own on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 class Verb(TyperCommand):
     """A command that ends every error in a message."""
 
@@ -48,7 +61,10 @@ class Verb(TyperCommand):
                 traceback.print_exc()
             complain("error", str(error))
             raise typer.Exit(2) from None
-        except Exception:
+        except Exception as error:
+            if _memory_ran_out(error):
+                complain("error", f"memory ran out; {_LESS.get(str(ctx.info_name), 'free some')}")
+                raise typer.Exit(2) from None
             traceback.print_exc()
             complain(
                 "error",

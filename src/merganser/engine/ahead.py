@@ -38,6 +38,10 @@ def _runners() -> int:
     return max(2 * (os.cpu_count() or 1), 16)
 
 
+class KernelError(RuntimeError):
+    """A compiled kernel failed; it does not say why."""
+
+
 class Library:
     """A compiled kernel.
 
@@ -85,7 +89,7 @@ class Library:
     @staticmethod
     def _check(code: int) -> None:
         if code:
-            raise RuntimeError(f"a compiled kernel failed with code {code}")
+            raise KernelError(f"a compiled kernel failed with code {code}")
 
 
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer

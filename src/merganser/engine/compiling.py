@@ -1,7 +1,8 @@
 """Compile kernels: `python -m merganser.engine.compiling` takes them from standard input, until that ends.
 
 A line is a JSON list of a place and an order (`Kernels` writes it), and is answered with a line when it is done. Leaves
-PLACE.so, or PLACE.pt2 where the kernel calls custom operators, or PLACE.unsuited where it cannot be exported.
+PLACE.so, or PLACE.pt2 where the kernel calls custom operators, or PLACE.unsuited where it cannot be exported; nothing where the
+compiler fails.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from ..registry import get_method
 from .ahead import LIBRARY, PACKAGE, UNSUITED, cache_folder
 from .kernels import Block, Kernels
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 _OPTIONS = {"cpp.threads": 1, "cpp.enable_kernel_profile": False}
 # a wrapper that calls this runs operators which a library alone does not have
@@ -43,13 +47,21 @@ def main() -> None:
 
 def compile_kernel(place: Path, ordered: Mapping[str, Any]) -> None:
     """Compile what was ordered."""
+    from torch._inductor import aoti_compile_and_package
+
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "kernel.pt2"
         try:
-            _export(ordered, package)
-        except Exception:
+            program = _export(ordered)
+        except Exception as error:
             # whatever the reason is, torch.compile will do it, or give it
-            _place(place.with_suffix(UNSUITED), b"")
+            if not isinstance(error, MemoryError):
+                _place(place.with_suffix(UNSUITED), repr(error).encode())
+            return
+        try:
+            aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(_OPTIONS))
+        except Exception:
+            # of the compiler, its memory or the disk: another time it may work
             return
         with zipfile.ZipFile(package) as files:
             parts = {name: files.read(name) for name in files.namelist()}
@@ -61,9 +73,8 @@ def compile_kernel(place: Path, ordered: Mapping[str, Any]) -> None:
             _place(place.with_suffix(PACKAGE), package.read_bytes())
 
 
-def _export(ordered: Mapping[str, Any], package: Path) -> None:
-    """Trace the kernel and compile it."""
-    from torch._inductor import aoti_compile_and_package
+def _export(ordered: Mapping[str, Any]) -> ExportedProgram:
+    """Trace the kernel."""
     from torch.export import Dim, export
 
     kernels = Kernels(
@@ -95,8 +106,7 @@ def _export(ordered: Mapping[str, Any], package: Path) -> None:
 
     names = [Dim(f"n{i}", min=2) for i in range(inputs[0].dim())]
     sizes = [dict(enumerate(names)) for _ in inputs] + [{} for _ in others]
-    program = export(Flat(), (*inputs, *others), dynamic_shapes=(tuple(sizes),), strict=False)
-    aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(_OPTIONS))
+    return export(Flat(), (*inputs, *others), dynamic_shapes=(tuple(sizes),), strict=False)
 
 
 def _place(path: Path, data: bytes) -> None:

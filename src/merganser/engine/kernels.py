@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..method import MergeMethod, Statistic, takes
 from ..ops.random import Random
-from .ahead import Function, cache_folder, compile_ahead, known_sources
+from .ahead import Function, KernelError, cache_folder, compile_ahead, known_sources
 
 # (kind, name, round): ("combine", "", 0) or ("measure", "cut", 1)
 Phase = tuple[str, str, int]
@@ -210,7 +211,21 @@ class Kernels:
         with self._lock:
             if form not in self._fused:
                 self._fused[form] = self._fuse(phase, block)
-        return self._fused[form](block)
+        try:
+            return self._fused[form](block)
+        except KernelError:
+            # the same, eagerly, fails with an error that says why: mostly, memory
+            self.run_eagerly(phase, block)
+            raise
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                raise
+            lines = str(error).splitlines()
+            reason = next((line.strip() for line in lines if " error: " in line), lines[0])
+            raise UnsupportedError(
+                f"{self.method.name}: a kernel cannot be compiled here ({reason}). Either the C++ compiler needs mending, "
+                "or memory, or room on the disk; or merge with --no-compile"
+            ) from error
 
     def _fuse(self, phase: Phase, block: Block) -> _Kernel:
         """Compile a kernel for blocks of one form: ahead of time if that can be done, else just in time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 
 from ..errors import MemoryLimitError
 from ..method import MergeMethod
+from ..resident import memory_here
 from .blocks import BLOCK, block_shape
 from .buffers import kept_bytes
 from .kernels import compiled_ahead
@@ -33,12 +33,11 @@ _KEEP_INPUTS = 64 << 20
 
 
 def default_memory() -> int:
-    """Return the default memory limit, bytes: a quarter of the machine's memory, at most 4 GB, at least 1 GB."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
+    """Return the default memory limit, bytes: a quarter of what is here, at most 4 GB, at least 1 GB if there is that much."""
+    total = memory_here()
+    if total is None:
         return 4_000_000_000
-    return max(min(total // 4, 4_000_000_000), 1_000_000_000)
+    return min(max(total // 4, 1_000_000_000), 4_000_000_000, total)
 
 
 def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int, *, beside: int = 0) -> int:

@@ -52,7 +52,7 @@ def build_plan(
         seed: Seed of random draws.
         out_shard_size: Largest size of an output file, bytes.
         threads: Threads that merge; by default one per core, at most 8. Fewer run where memory would not suffice.
-        max_memory: Largest resident memory, bytes; by default a quarter of the machine's, at most 4 GB.
+        max_memory: Largest resident memory, bytes; by default a quarter of the machine's or container's, at most 4 GB.
         device: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
         cache_dir: Folder for models from the Hub.
         compiled: Fuse kernels; by default where the work is large and a C++ compiler is at hand.
