@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from merganser.api import merge, plan
 from tests.making import assert_equal, make_recipe, read_files, read_json, read_model, write_llamas
@@ -77,21 +78,24 @@ merge(sys.argv[1], sys.argv[2], threads=2)
 """
 
 
-def test_hash_seeds_of_python_do_not_matter(tmp_path):
-    paths = write_llamas(tmp_path)
-    text = f"""
-merge_method: dare_ties
-base_model: {paths[0]}
-models:
-  - model: {paths[1]}
-  - model: {paths[2]}
-parameters: {{density: 0.4, weight: [0.2, 0.9]}}
-"""
-    (tmp_path / "recipe.yaml").write_text(text)
+@pytest.mark.parametrize(
+    ("method", "variable", "values"),
+    [
+        ("{merge_method: dare_ties, parameters: {density: 0.4, weight: [0.2, 0.9]}}", "PYTHONHASHSEED", ("1", "2")),
+        # what products of matrices depend on
+        ("{merge_method: tsv_m}", "OMP_NUM_THREADS", ("1", "5")),
+        ("{merge_method: optmerge}", "OMP_NUM_THREADS", ("1", "5")),
+    ],
+    ids=["hash seeds", "OpenMP tsv_m", "OpenMP optmerge"],
+)
+def test_the_environment_does_not_matter(tmp_path, method, variable, values):
+    base, *models = write_llamas(tmp_path)
+    recipe = {**yaml.safe_load(method), "base_model": str(base), "models": [{"model": str(path)} for path in models]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     found = set()
-    for seed in ("1", "2"):
-        out = tmp_path / seed / "out"
+    for value in values:
+        out = tmp_path / value / "out"
         arguments = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path / "recipe.yaml"), str(out)]
-        subprocess.run(arguments, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=Path(__file__).parents[2])
+        subprocess.run(arguments, check=True, env={**os.environ, variable: value}, cwd=Path(__file__).parents[2])
         found.add(hashlib.sha256(repr(read_files(out)).encode()).hexdigest())
     assert len(found) == 1

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+import torch
+
 from .stream import Context, Done, Stopped, Worker
 from .tasks import GroupState, KernelCache, Schedule, Task, start_group
 
@@ -53,10 +55,15 @@ class Stoppable(Protocol):
 
 
 def join(works: Sequence[Callable[[], None]], schedule: Stoppable) -> None:
-    """Run functions on threads of their own until all have ended; errors are left in the schedule."""
+    """Run functions on threads of their own until all have ended; errors are left in the schedule.
+
+    Each of them computes on one thread, whatever the environment says: products of matrices depend on it to the bit.
+    """
 
     def guarded(work: Callable[[], None]) -> None:
         try:
+            # OpenMP takes its number for each thread from the environment; torch would tell it after the first product
+            torch.set_num_threads(1)
             work()
         except Stopped:
             pass
