@@ -7,6 +7,7 @@ result is a line of results/SET.jsonl; what is there is not measured again. `tab
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,9 @@ def experts_of(zoo: Zoo, chosen: Mapping[str, Sequence[str]]) -> dict[str, Path]
             raise FileNotFoundError(f"{path}: not made yet. Finish the zoo: python -m benchmarks.zoo real")
     for domain in chosen.get("adapters", ()):
         found[domain] = zoo.folder / "applied" / domain
-        if not found[domain].is_dir():
+        trained = max(file.stat().st_mtime for file in zoo.adapters[domain].iterdir())
+        if not found[domain].is_dir() or found[domain].stat().st_mtime < trained:
+            shutil.rmtree(found[domain], ignore_errors=True)
             apply(zoo.base, zoo.adapters[domain], found[domain])
     return found
 

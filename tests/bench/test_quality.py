@@ -1,6 +1,7 @@
 """The table of what methods keep: settings, averages over seeds, failures in plain sight."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,3 +149,25 @@ def test_what_a_method_cannot_help_is_no_result(tmp_path, monkeypatch, error):
         bench.measure("linear", "default", "test", setting)
         (found,) = table.read(file)
         assert (found["failed"], found["retention"]) == ("zoo/x: NaN", None)
+
+
+def test_an_adapter_is_put_on_its_base_again_when_it_was_trained_anew(tmp_path, monkeypatch):
+    adapter = tmp_path / "adapters" / "maths"
+    adapter.mkdir(parents=True)
+    (adapter / "weights").write_text("")
+    os.utime(adapter / "weights", (1, 1))
+    zoo = SimpleNamespace(folder=tmp_path, base=tmp_path / "base", adapters={"maths": adapter})
+    applied = []
+
+    def apply(base, adapter, target):
+        applied.append(adapter)
+        target.mkdir(parents=True)
+
+    monkeypatch.setattr(quality, "apply", apply)
+    expected = {"maths": tmp_path / "applied" / "maths"}
+    assert quality.experts_of(zoo, {"adapters": ["maths"]}) == expected
+    assert quality.experts_of(zoo, {"adapters": ["maths"]}) == expected
+    assert len(applied) == 1
+    os.utime(adapter / "weights", (2**33, 2**33))
+    assert quality.experts_of(zoo, {"adapters": ["maths"]}) == expected
+    assert len(applied) == 2
