@@ -69,8 +69,8 @@ def _methods(result: Entry) -> str:
 
 def _beside(result: Entry) -> str:
     return (
-        "Beside mergekit, each after the other. Its gigabytes push inputs out of the page cache, so our figures are less "
-        f"steady here than above.\n\n{_methods(result)}"
+        "Beside mergekit, each after the other; its gigabytes push inputs out of the page cache, which may change our "
+        f"figures.\n\n{_methods(result)}"
     )
 
 
