@@ -18,7 +18,7 @@ _SETS = {
     "adapters": "4 adapters",
     "pair": "conflicting pair",
 }
-_STAND_OUT = ("task_arithmetic", "ties", "linear", "iso_c")
+_STAND_OUT = ("task_arithmetic", "ties", "linear", "optmerge")
 _NAMES = {"default": "published", "tuned": "tuned"}
 
 
