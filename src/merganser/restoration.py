@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.jsonfile import read_object
 from .errors import CheckpointError, NotFoundError, OutputError
 from .run_record import RECORD_FORMAT, RECORD_NAME, record_text
+from .side_by_side import one_thread
 from .verification import verify
 
 if TYPE_CHECKING:
@@ -169,18 +170,14 @@ def _write_tensors(
 ) -> None:
     import torch
 
-    before = torch.get_num_threads()
     # as it was when the parts were made
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for tensor in stored.tensors:
             shard, offset = places[tensor.name]
             for start, piece in restorer.pieces(tensor):
                 data = piece.contiguous().view(torch.uint8).numpy().data
                 staging.write(shard, offset + start * tensor.dtype.itemsize, data)
                 told.restored(data.nbytes)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _write_record(

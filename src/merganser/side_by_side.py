@@ -74,7 +74,7 @@ def widen(data: Bytes, tensor: TensorInfo) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch from sharing out blocks that are too small for that."""
+    """Let torch compute on one thread: it shares out blocks too small for that, and products then differ in the last bit."""
     import torch
 
     before = torch.get_num_threads()

@@ -14,6 +14,7 @@ from merganser.engine import tasks
 from merganser.engine.align import location_of
 from merganser.engine.blocks import fill, merge_tensors
 from merganser.registry import get_method, methods
+from merganser.side_by_side import one_thread
 from tests.making import (
     assert_equal,
     llama,
@@ -30,12 +31,8 @@ from tests.methods.whole_model import merge_whole_model
 def merged_one_by_one(method, base, models, parameters, *, seed=0, dtype=None, compute=None):
     """What `merge_tensors` makes of every tensor; integers are copied."""
     # products of matrices depend on the number of threads; those of the engine have one each
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _merged_one_by_one(method, base, models, parameters, seed=seed, dtype=dtype, compute=compute)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _merged_one_by_one(method, base, models, parameters, *, seed, dtype, compute):

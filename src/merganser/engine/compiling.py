@@ -1,8 +1,8 @@
 """Compile kernels: `python -m merganser.engine.compiling` takes them from standard input, until that ends.
 
 A line is a JSON list of a place and an order (`Kernels` writes it), and is answered with a line when it is done. Leaves
-PLACE.so, or PLACE.pt2 where the kernel calls custom operators, or PLACE.unsuited where it cannot be exported; nothing where the
-compiler fails.
+PLACE.so, or PLACE.pt2 where the kernel calls custom operators, or PLACE.unsuited where it cannot be exported; nothing
+where the compiler fails.
 """
 
 from __future__ import annotations

@@ -189,8 +189,6 @@ class _Run:
         )
         if self._progress:
             self._progress.start(self._plan, self._staging.continued)
-        threads_before = torch.get_num_threads()
-        torch.set_num_threads(1)
         if self._plan.compiled:
             prepare_compiler_cache()
         self.hasher.start()
@@ -206,7 +204,6 @@ class _Run:
             self.hasher.stop()
             raise
         finally:
-            torch.set_num_threads(threads_before)
             end_compiler()
         return self._entries
 

@@ -60,17 +60,12 @@ def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[st
     def done(state: GroupState, task: Task, result: Done) -> None:
         schedule.done(state, task, result.sums)
 
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with Reader() as reader:
-            contexts = [
-                Context(reader, memory, device, lambda *_: None, lambda: schedule.stopping, allow_nonfinite)
-                for device in devices
-            ]
-            work_on_threads(schedule, contexts, kernels, plan.workers, done)
-    finally:
-        torch.set_num_threads(threads_before)
+    with Reader() as reader:
+        contexts = [
+            Context(reader, memory, device, lambda *_: None, lambda: schedule.stopping, allow_nonfinite)
+            for device in devices
+        ]
+        work_on_threads(schedule, contexts, kernels, plan.workers, done)
     if schedule.error is not None:
         raise schedule.error
     return {

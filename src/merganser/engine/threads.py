@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from ..side_by_side import one_thread
 from .stream import Context, Done, Stopped, Worker
 from .tasks import GroupState, KernelCache, Schedule, Task, start_group
 
@@ -72,12 +73,14 @@ def join(works: Sequence[Callable[[], None]], schedule: Stoppable) -> None:
 
     threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            # with a timeout, so that Ctrl-C is heard
-            while thread.is_alive():
-                thread.join(0.1)
+        # torch remembers the number of the thread that set it last, for all
+        with one_thread():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                # with a timeout, so that Ctrl-C is heard
+                while thread.is_alive():
+                    thread.join(0.1)
     except BaseException:
         schedule.stop()
         deadline = time.monotonic() + 0.8

@@ -164,12 +164,7 @@ class _Maker:
             while (index := queue.take()) is not None:
                 results[index] = work(index)
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            join([thread] * min(self._sidecars.workers, max(count, 1)), queue)
-        finally:
-            torch.set_num_threads(before)
+        join([thread] * min(self._sidecars.workers, max(count, 1)), queue)
         if queue.error is not None:
             raise queue.error
         return [results[index] for index in range(count)]
