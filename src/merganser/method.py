@@ -102,11 +102,13 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A number (or a few) about a whole tensor, or the whole model, that the combination needs.
+    """A number (or a few) about every row, a whole tensor, or the whole model, that the combination needs.
 
     Args:
         rounds: Passes over the inputs; `previous` names the solved result of the round before.
-        over: "tensor", "model", or the name of the parameter that says which.
+        over: "tensor", "model", or the name of the parameter that says which; or "row": what is measured, in one
+            round, and what is solved are of the shape [rows, ...], and whoever names it later is handed the entries of
+            the block's rows.
         when: Says from the parameters that it names (per-model ones are tuples) whether this tensor needs the
             statistic; the name of a flag does, too. Where it is not needed its passes are saved and it is None.
         at_once: Where given, finds the same from a tensor of one block without any rounds: gets what a measure gets,
@@ -328,7 +330,7 @@ def merge_method(
         base = "unused"
         if "base" in signature:
             base = "optional" if type(None) in typing.get_args(hints["base"]) else "required"
-        complaint = _matrix_complaint(scope, hints, base, statistics or {})
+        complaint = _matrix_complaint(scope, hints, base, statistics or {}) or _row_complaint(scope, statistics or {})
         if sidecar is not None:
             complaint = complaint or sidecar.complaint(parameters, scope, base)
         if complaint:
@@ -386,3 +388,11 @@ def _matrix_complaint(
         return "scope 'matrix' needs `base: Tensor`, since tensors that are not matrices are merged as task vectors"
     other = next((name for name, statistic in statistics.items() if statistic.over != "model"), None)
     return f"a method of scope 'matrix' has whole matrices at hand; let it compute {other} itself" if other else None
+
+
+def _row_complaint(scope: Scope, statistics: Mapping[str, Statistic]) -> str | None:
+    """Say which statistic cannot be over rows."""
+    for name, statistic in statistics.items():
+        if statistic.over == "row" and (scope != "row" or len(statistic.rounds) != 1 or statistic.rounds[0].tally):
+            return f"{name} is over rows: this needs the scope 'row', and one round without a tally"
+    return None

@@ -124,4 +124,6 @@ class Sidecar:
             return "a sidecar of matrices needs the parameters `others: Kept` and `embeddings: Embeddings`"
         if self.scope == "matrix" and not self.matrices:
             return "a sidecar of scope 'matrix' treats matrices alone: matrices=True"
+        if any(statistic.over == "row" for statistic in self.statistics.values()):
+            return "statistics of a sidecar are over tensors or the model, not over rows"
         return None

@@ -55,6 +55,22 @@ def test_a_kernel_with_custom_operators_is_a_package(cache):
 
 @pytest.mark.slow
 @needs_compiler
+def test_kernels_take_statistics_over_rows(cache):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(300, 70, generator=generator)
+    model = base + torch.randn(300, 70, generator=generator) * 0.01
+    method = get_method("arcee_fusion")
+    # the last block has one row, and is computed eagerly
+    fused, eager = (
+        merge_tensors(method, base, [model], compiled=compiled, block=13 * 70) for compiled in (True, False)
+    )
+    assert {path.suffix for path in cache.iterdir()} == {".so"}
+    assert torch.equal(fused, eager)
+    assert 0.01 < (fused != base).float().mean() < 0.3
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_a_changed_source_makes_another_kernel(cache, monkeypatch):
     merge(True)
     monkeypatch.setattr(ahead, "_surroundings", lambda: ["another version"])

@@ -89,3 +89,48 @@ def test_a_statistic_that_is_not_wanted_is_none_for_those_after_it(block):
     wanted = merge_tensors(toy, None, [model], {"flag": True}, block=block).tolist()
     # every block adds one to the offset; the total adds it once for every block
     assert wanted == [3 + 100 * (10 + blocks * blocks) + 0.5] * 4
+
+
+def largest(models: list[Tensor]) -> Tensor:
+    return torch.stack([model.abs().amax(1) for model in models], dim=1).double()
+
+
+def as_measured(measured: Tensor) -> Tensor:
+    return measured
+
+
+def shares(models: list[Tensor], top: Tensor) -> Tensor:
+    return (models[0].abs() / top[:, :1]).double().sum()
+
+
+def scaled_by_row(models: list[Tensor], top: Tensor, total: Tensor) -> Tensor:
+    """Divide by what is largest in the row.
+
+    merged = model / largest of the row
+    """
+    return models[0] / top[:, 1:] + total
+
+
+def over_rows(**changes):
+    declared = {"scope": "row", "statistics": {"top": statistic(largest, as_measured, over="row")}, **changes}
+    declared["statistics"] = {**declared["statistics"], "total": statistic(shares, as_measured)}
+    return merge_method(family="toys", cite="-", **declared)(scaled_by_row)
+
+
+@pytest.mark.parametrize("block", [1, 12, 40, 1000])
+@pytest.mark.parametrize("shape", [(30, 4), (7, 2, 3), (9,)])
+def test_a_statistic_over_rows_is_handed_to_the_blocks_of_those_rows(shape, block):
+    models = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    merged = merge_tensors(over_rows(), None, models, block=block)
+    first, second = (model.reshape(shape[0] if len(shape) > 1 else 1, -1) for model in models)
+    total = (first.abs() / first.abs().amax(1, keepdim=True)).double().sum()
+    expected = first / second.abs().amax(1, keepdim=True) + total
+    torch.testing.assert_close(merged, expected.float().view(shape), rtol=1e-6, atol=0)
+
+
+def test_a_statistic_over_rows_needs_whole_rows_and_one_round():
+    with pytest.raises(TypeError, match=r"scaled_by_row: top is over rows: this needs the scope 'row', and one round"):
+        over_rows(scope="element")
+    several = order_statistic(values_of, ranks, over="row")
+    with pytest.raises(TypeError, match="top is over rows"):
+        over_rows(statistics={"top": several})

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from merganser import _sidecars as laws
-from merganser.method import Embeddings, merge_method
+from merganser.method import Embeddings, merge_method, statistic
 from merganser.ops import deltas, pack_flags, unpack_flags
 from merganser.sidecar import Kept, Lossless, Part, Sidecar, packed
 from merganser.testing import contract
@@ -161,6 +161,8 @@ def test_contradictions():
 
     with pytest.raises(TypeError, match="a sidecar of scope 'matrix' treats matrices alone: matrices=True"):
         toy(whole, encode, decode_rest, scope="matrix")
+    with pytest.raises(TypeError, match="statistics of a sidecar are over tensors or the model, not over rows"):
+        toy(whole, encode_rest, decode_rest, statistics={"top": statistic(lambda: None, lambda: None, over="row")})
     method = toy(whole, encode, decode_rest, scope="matrix", matrices=True)
     assert list(method.parameters) == ["others", "embeddings"]
     assert "the task's own" in method.parameters["others"].help

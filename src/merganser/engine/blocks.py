@@ -255,7 +255,14 @@ class TensorRun:
         total: Tensor | None,
     ) -> tuple[Tensor, bool]:
         """Add the measurement of one block to the total of those before it; also say whether the block is finite."""
-        total, finite = self.kernels.measure(name, index, self._block(known, range_, base, models), total)
+        block = self._block(known, range_, base, models)
+        if name not in self.kernels.rows:
+            total, finite = self.kernels.measure(name, index, block, total)
+            return total, bool(finite)
+        found, finite = self.kernels.measure(name, index, block, None)
+        # so that those of several blocks add up
+        total = found.new_zeros(matrix_shape(self.shape)[0], *found.shape[1:]) if total is None else total
+        total[self._rows(range_)] = found
         return total, bool(finite)
 
     def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
@@ -290,13 +297,22 @@ class TensorRun:
     ) -> Block:
         start, end = range_
         shape = block_shape(self.shape, self.kernels.method.scope, end - start)
-        on_device = {name: self.kernels.to_device(value) for name, value in known.items()}
+        over_rows = self.kernels.rows
+        own = {name: known[name][self._rows(range_)] for name in known if name in over_rows}
+        rows = {name: self.kernels.to_device(value) for name, value in own.items()}
+        others = {name: self.kernels.to_device(value) for name, value in known.items() if name not in over_rows}
         offset = torch.tensor(start, dtype=torch.int64, device=self.kernels.device)
         return Block(
             None if base is None else base.reshape(shape),
             [model.reshape(shape) for model in models],
+            rows,
             self._numbers,
-            on_device,
+            others,
             self._keys,
             offset,
         )
+
+    def _rows(self, range_: tuple[int, int]) -> slice:
+        """Return the rows of a block of whole ones."""
+        columns = matrix_shape(self.shape)[1]
+        return slice(range_[0] // columns, range_[1] // columns)

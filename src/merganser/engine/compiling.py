@@ -85,14 +85,14 @@ def _export(ordered: Mapping[str, Any]) -> ExportedProgram:
         torch.device("cpu"),
         check_finite=ordered["check_finite"],
     )
-    n_inputs = ordered["models"] + ordered["base"]
-    forms = [(getattr(torch, dtype), shape) for dtype, shape in ordered["tensors"]]
-    inputs = [torch.zeros([24] * len(shape), dtype=dtype) for dtype, shape in forms[:n_inputs]]
-    others = [torch.zeros(shape, dtype=dtype) for dtype, shape in forms[n_inputs:]]
+    forms = ordered["tensors"]
+    # any size that is not 0 would do
+    tensors = [torch.zeros([size or 24 for size in shape], dtype=getattr(torch, dtype)) for dtype, shape in forms]
     empty = torch.zeros(0)
     structure = Block(
         empty if ordered["base"] else None,
         [empty] * ordered["models"],
+        dict.fromkeys(ordered["rows"], empty),
         dict.fromkeys(ordered["numbers"], empty),
         dict.fromkeys(ordered["known"], empty),
         empty,
@@ -104,9 +104,10 @@ def _export(ordered: Mapping[str, Any]) -> ExportedProgram:
         def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
             return kernels.run_eagerly(phase, structure.rebuild(tensors))
 
-    names = [Dim(f"n{i}", min=2) for i in range(inputs[0].dim())]
-    sizes = [dict(enumerate(names)) for _ in inputs] + [{} for _ in others]
-    return export(Flat(), (*inputs, *others), dynamic_shapes=(tuple(sizes),), strict=False)
+    # the inputs are of one shape; rows count their first dimension
+    names = [Dim(f"n{i}", min=2) for i in range(tensors[0].dim())]
+    sizes = [{i: names[i] for i, size in enumerate(shape) if not size} for _, shape in forms]
+    return export(Flat(), tuple(tensors), dynamic_shapes=(tuple(sizes),), strict=False)
 
 
 def _place(path: Path, data: bytes) -> None:

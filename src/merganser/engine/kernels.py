@@ -66,14 +66,16 @@ class Block:
     Args:
         base: The block of the base, if the method takes one, in its dtype in the file.
         models: The blocks of the other inputs.
+        rows: Solved statistics of the block's rows, shape [rows, ...].
         numbers: Numeric parameters.
-        known: Solved statistics.
+        known: Other solved statistics.
         keys: Keys of random draws, from `ops.random.keys`.
         offset: Index of the block's first element in the tensor, int64, 0-d.
     """
 
     base: Tensor | None
     models: Sequence[Tensor]
+    rows: Mapping[str, Tensor]
     numbers: Mapping[str, Tensor]
     known: Mapping[str, Tensor]
     keys: Tensor
@@ -81,23 +83,29 @@ class Block:
 
     def flat(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""
-        inputs = [*self.models] if self.base is None else [self.base, *self.models]
-        return [*inputs, *self.numbers.values(), *self.known.values(), self.keys, self.offset]
+        others = [*self.numbers.values(), *self.known.values(), self.keys, self.offset]
+        return [*self._inputs(), *self.rows.values(), *others]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Block:
         """Return a block of the same structure, made of other tensors in the order of `flat`."""
         left = iter(tensors)
         base = None if self.base is None else next(left)
         models = [next(left) for _ in self.models]
-        numbers = {name: next(left) for name in self.numbers}
-        return Block(base, models, numbers, {name: next(left) for name in self.known}, next(left), next(left))
+        rows, numbers, known = ({name: next(left) for name in own} for own in (self.rows, self.numbers, self.known))
+        return Block(base, models, rows, numbers, known, next(left), next(left))
 
     @property
-    def form(self) -> tuple[Any, ...]:
-        """Return what a compiled kernel depends on, beside the sizes of the inputs."""
-        inputs = [*self.models] if self.base is None else [self.base, *self.models]
-        others = [*self.numbers.values(), *self.known.values(), self.keys]
-        return (*(x.dtype for x in inputs), inputs[0].dim(), *((x.dtype, x.shape) for x in others))
+    def form(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return what a compiled kernel depends on: dtypes and shapes, as in `flat`; sizes that may vary are 0."""
+        others = (*self.numbers.values(), *self.known.values(), self.keys, self.offset)
+        return (
+            *((_name(x.dtype), (0,) * x.dim()) for x in self._inputs()),
+            *((_name(x.dtype), (0, *x.shape[1:])) for x in self.rows.values()),
+            *((_name(x.dtype), tuple(x.shape)) for x in others),
+        )
+
+    def _inputs(self) -> list[Tensor]:
+        return [*self.models] if self.base is None else [self.base, *self.models]
 
 
 @dataclass
@@ -127,12 +135,17 @@ class Kernels:
 
     @cached_property
     def statistics(self) -> list[tuple[str, Statistic, str]]:
-        """Statistics to measure, in order: name, declaration, "tensor" or "model"."""
+        """Statistics to measure, in order: name, declaration, "row", "tensor" or "model"."""
         return [
             (name, statistic, str(self.static.get(statistic.over, statistic.over)))
             for name, statistic in self.method.statistics.items()
             if self.static[f"measure {name}"]
         ]
+
+    @cached_property
+    def rows(self) -> frozenset[str]:
+        """Names of the statistics with an entry per row."""
+        return frozenset(name for name, _, over in self.statistics if over == "row")
 
     @cached_property
     def _unwanted(self) -> dict[str, None]:
@@ -173,7 +186,8 @@ class Kernels:
         assert at_once is not None
         inputs = {"base": None if block.base is None else block.base.to(self.compute)}
         models = [model.to(self.compute) for model in block.models]
-        given = {**self._unwanted, **self.static, **block.numbers, **block.known, **inputs, "models": models}
+        given = {**self._unwanted, **self.static, **block.numbers, **block.rows, **block.known}
+        given.update(inputs, models=models)
         return at_once(given, {**self._unwanted, **self.static, **values.numbers, **known})
 
     def solve(self, name: str, index: int, measured: Tensor, values: Values, known: Mapping[str, Tensor]) -> Tensor:
@@ -207,7 +221,7 @@ class Kernels:
         # a single row or column is another thing to a compiler
         if not self.compiled or min(block.models[0].shape, default=0) < 2:
             return self.run_eagerly(phase, block)
-        form = (phase, *block.form)
+        form = (phase, block.form)
         with self._lock:
             if form not in self._fused:
                 self._fused[form] = self._fuse(phase, block)
@@ -240,7 +254,6 @@ class Kernels:
 
     def _order(self, phase: Phase, block: Block) -> dict[str, Any]:
         """Write down, as JSON, what a kernel for blocks of one form is made from; `compiling` reads it."""
-        n_inputs = len(block.models) + (block.base is not None)
         return {
             "method": self.method.name,
             "static": dict(self.static),
@@ -250,12 +263,10 @@ class Kernels:
             "phase": list(phase),
             "base": block.base is not None,
             "models": len(block.models),
+            "rows": list(block.rows),
             "numbers": list(block.numbers),
             "known": list(block.known),
-            # the sizes of the inputs vary from call to call
-            "tensors": [
-                [_name(x.dtype), [0] * x.dim() if i < n_inputs else list(x.shape)] for i, x in enumerate(block.flat())
-            ],
+            "tensors": block.form,
         }
 
     def _function(self, phase: Phase) -> Callable[..., Any]:
@@ -276,12 +287,13 @@ class Kernels:
         def kernel(
             base: Tensor | None,
             models: list[Tensor],
+            rows: dict[str, Tensor],
             numbers: dict[str, Tensor],
             known: dict[str, Tensor],
             keys: Tensor,
             offset: Tensor,
         ) -> tuple[Tensor, Tensor]:
-            given: dict[str, Any] = {**static, **numbers, **known}
+            given: dict[str, Any] = {**static, **rows, **numbers, **known}
             given["base"] = None if base is None else base.to(compute)
             given["models"] = [model.to(compute) for model in models]
             given["rng"] = Random(keys, offset)
@@ -326,7 +338,13 @@ def _on_tensors(kernel: Function, block: Block) -> tuple[Tensor, Tensor]:
 def _on_block(kernel: Callable[..., tuple[Tensor, Tensor]]) -> _Kernel:
     """Spread a block to the arguments of a kernel."""
     return lambda block: kernel(
-        block.base, list(block.models), dict(block.numbers), dict(block.known), block.keys, block.offset
+        block.base,
+        list(block.models),
+        dict(block.rows),
+        dict(block.numbers),
+        dict(block.known),
+        block.keys,
+        block.offset,
     )
 
 

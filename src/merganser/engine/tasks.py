@@ -136,7 +136,7 @@ class GroupState:
     Args:
         group: The group.
         runs: The work on each tensor; None for copies.
-        stages: Passes: name, round and "tensor" or "model" of each measurement; the last pass combines.
+        stages: Passes: name, round and "row", "tensor" or "model" of each measurement; the last pass combines.
         stage: The present pass.
         known: What was solved for each tensor, by name.
         sums: What the present pass measured for each tensor.
@@ -319,7 +319,7 @@ class Schedule:
             self._close(state)
             return
         name, index, over = state.stages[state.stage]
-        if over == "tensor":
+        if over != "model":
             for run, known, found in zip(state.runs, state.known, state.sums, strict=True):
                 if run is not None and not found.empty:
                     run.solve(name, index, found.total(), known, run.size)

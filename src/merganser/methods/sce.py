@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..method import Fraction, NonNegative, default, merge_method, statistic
-from ..ops import agreeing_sum, at_least, deltas, elect_sign, order_statistic
+from ..ops import agreeing_sum, deltas, elect_sign, not_negative, order_statistic
 
 
 def spread(models: list[Tensor]) -> Tensor:
@@ -42,7 +42,7 @@ def select_by_spread(base: Tensor, models: list[Tensor], cut: Tensor | None) -> 
     vectors = deltas(base, models)
     if cut is None:
         return vectors
-    chosen = at_least(spread(models), cut[0, 0])
+    chosen = not_negative(spread(models) - cut[0, 0])
     return [torch.where(chosen, vector, torch.zeros_like(vector)) for vector in vectors]
 
 
@@ -64,10 +64,11 @@ def shares(measured: Tensor, size: Tensor, floor: Tensor) -> Tensor:
     family="task vectors",
     cite="wan2024fusechat",
     statistics={
-        "cut": order_statistic(spreads, ranks, when=selects, wide=True),
+        "cut": order_statistic(spreads, ranks, when=selects),
         "share": statistic(squared_norms, shares),
     },
     compat={"floor": 1e-6},
+    version=2,
 )
 def sce(
     base: Tensor,
@@ -98,7 +99,7 @@ def sce(
             divided by counts as less.
 
     Differs from the paper:
-        Elements whose variance equals that of the k-th are all selected.
+        Elements whose variance equals that of the k-th, to the precision of float32, are all selected.
         An exact tie of the vote elects plus.
     """
     vectors = select_by_spread(base, models, cut if select == "delta" else None)

@@ -16,7 +16,7 @@ from .random import Random
 from .rows import by_rank, sort_rows
 from .shares import best, shares
 from .sphere import along, arc
-from .sum import deltas, l1_gain, l1_norms, normalizer, round_down, scaled, weighted_sum
+from .sum import deltas, l1_gain, l1_norms, normalizer, not_negative, round_down, scaled, weighted_sum
 from .trim import delta_magnitudes, trim
 from .votes import agreeing_largest, agreeing_sum, disjoint_mean, elect_sign, vote
 
@@ -53,6 +53,7 @@ __all__ = [
     "middle_cut",
     "middle_norms",
     "normalizer",
+    "not_negative",
     "order_statistic",
     "pack_codes",
     "pack_flags",
