@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,27 @@ def test_a_kernel_that_fails_is_asked_eagerly_why(monkeypatch):
     monkeypatch.setattr("merganser.engine.kernels.Kernels.run_eagerly", lambda *_: torch.empty(1 << 60))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         merge(True)
+
+
+def test_the_time_that_compiling_takes_is_known(monkeypatch, tmp_path):
+    compiler = ahead._Compiler()
+    seen = []
+
+    def ask(order, place):
+        seen.append(compiler.busy)
+        time.sleep(0.02)
+        if order == "bad":
+            raise BrokenPipeError
+
+    monkeypatch.setattr(compiler, "_ask", ask)
+    assert not compiler.busy
+    compiler.compile("good", tmp_path)
+    with pytest.raises(BrokenPipeError):
+        compiler.compile("bad", tmp_path)
+    assert seen == [True, True]
+    assert not compiler.busy
+    assert compiler.end() >= 0.04
+    assert compiler.end() == 0
 
 
 BROKEN = """#!/bin/sh

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ._text import complain, count_text, on_terminal, plural, size_text
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, Task, TaskID
 
     from ..engine.plan import Plan
 
@@ -31,6 +31,20 @@ def _bar(counted: str) -> Progress:
         transient=True,
         expand=True,
     )
+
+
+def _compiling() -> ProgressColumn:
+    """Make a column that says so while a kernel is compiled: the first merge of its kind seems to stand still."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    from ..engine.ahead import is_compiling
+
+    class Compiling(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("compiling, once" if is_compiling() else "")
+
+    return Compiling()
 
 
 @contextmanager
@@ -87,6 +101,8 @@ class MergeProgress:
         if on_terminal():
             beside = plan.sidecars.bytes_read + plan.sidecars.bytes_written if plan.sidecars else 0
             self._bar = _bar("{task.fields[tensors]}")
+            if plan.compiled:
+                self._bar.columns = (*self._bar.columns[:1], _compiling(), *self._bar.columns[1:])
             self._task = self._bar.add_task(
                 plan.recipe.name or plan.method.name,
                 total=plan.bytes_read + plan.bytes_written + beside,

@@ -104,6 +104,9 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
         f"{count_text(record['parameters'])} parameters · {time_text(record['timings']['seconds'])} · "
         f"peak {size_text(peak_memory())}"
     )
+    compiling = record["timings"]["compile_seconds"]
+    if compiling >= 1:
+        say(f"compiling took {time_text(compiling)} of it; the kernels are kept for merges of this kind")
     written = f"{plural(len(plan.shards), 'file')}, {size_text(plan.bytes_written)}"
     say(f"wrote {out} ({written}) and {out / 'merge.json'}")
     if "sidecars" in record:

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -132,9 +133,24 @@ class _Compiler:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._since: float | None = None
+        self._seconds = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a kernel is being compiled."""
+        return self._since is not None
 
     def compile(self, order: str, place: Path) -> None:
         """Wait until a kernel is compiled; where that fails, nothing is there afterwards."""
+        self._since = time.monotonic()
+        try:
+            self._ask(order, place)
+        finally:
+            self._seconds += time.monotonic() - self._since
+            self._since = None
+
+    def _ask(self, order: str, place: Path) -> None:
         if self._process is None or self._process.poll() is not None:
             path = os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
@@ -152,20 +168,27 @@ class _Compiler:
         self._process.stdin.flush()
         self._process.stdout.readline()
 
-    def end(self) -> None:
-        """End the process, if there is one."""
+    def end(self) -> float:
+        """End the process, if there is one; return the seconds that compiling took since the last end."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.communicate()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 _compiler = _Compiler()
 
 
-def end_compiler() -> None:
-    """End the process that compiles; another one starts when there is work for it."""
-    _compiler.end()
+def end_compiler() -> float:
+    """End the process that compiles, and return for how many seconds it worked; another one starts when there is work."""
+    return _compiler.end()
+
+
+def is_compiling() -> bool:
+    """Say whether a kernel is being compiled."""
+    return _compiler.busy
 
 
 def known_sources(method_file: str | None) -> bool:

@@ -25,8 +25,9 @@ from .treatment import Treatment, treat
 if TYPE_CHECKING:
     import torch
 
-COMPILE_FROM = 1 << 29
-"""Input elements from which a merge is fused, those of every pass: soon as long as compiling, which is done once."""
+COMPILE_FROM = 3 << 29
+"""Input elements from which a merge is fused, those of every pass. TIES takes some ten seconds for them eagerly, and two
+fused, but the first time half a minute for compiling."""
 
 _TENSOR_WORK = 1 << 15
 """Input elements that take as long eagerly as what every tensor costs, however small."""

@@ -115,7 +115,11 @@ def run_plan(
             statistics=run.statistics,
             inputs=inputs,
             errors=errors,
-            timings={"merge_seconds": round(merged - started, 3), "seconds": round(time.monotonic() - started, 3)},
+            timings={
+                "compile_seconds": round(run.compile_seconds, 3),
+                "merge_seconds": round(merged - started, 3),
+                "seconds": round(time.monotonic() - started, 3),
+            },
             continued=staging.continued,
         )
         staging.publish(overwrite=overwrite)
@@ -174,6 +178,7 @@ class _Run:
         self._devices = devices
         self._entries: dict[tuple[int, int], Mapping[str, Any]] = {}
         self.statistics: Mapping[str, torch.Tensor] = {}
+        self.compile_seconds = 0.0
 
     def execute(self) -> dict[tuple[int, int], Mapping[str, Any]]:
         """Do all tasks; return the journal's entries by group and segment."""
@@ -204,7 +209,7 @@ class _Run:
             self.hasher.stop()
             raise
         finally:
-            end_compiler()
+            self.compile_seconds = end_compiler()
         return self._entries
 
     def sidecars(self) -> dict[str, Errors]:
