@@ -81,6 +81,17 @@ def test_statistic_over_the_whole_model(cluster: Any, recipe: dict[str, Any], tm
     assert weights(tmp_path / "spread") == weights(tmp_path / "local")
 
 
+def test_statistic_over_rows(cluster: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    rows = {
+        "merge_method": "arcee_fusion",
+        "base_model": recipe["base_model"],
+        "models": [{"model": recipe["models"][0]["model"]}],
+    }
+    merge(rows, tmp_path / "local")
+    merge(rows, tmp_path / "spread", cluster=cluster.address)
+    assert weights(tmp_path / "spread") == weights(tmp_path / "local")
+
+
 def test_a_users_error_comes_back(cluster: Any, tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", float("nan"))):
         (tmp_path / name).mkdir()
