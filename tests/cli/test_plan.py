@@ -212,18 +212,15 @@ def test_without_a_compiler(models: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names(models) == ["a", "b", "c", "r.yaml"]
 
 
-def test_work_is_what_all_passes_see(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_what_a_pass_sees(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "has_compiler", lambda device: True)
     once = {"merge_method": "ties", "base_model": "c", "models": [{"model": "a"}, {"model": "b"}]}
     file = recipe(models / "r.yaml", {**once, "parameters": {"weight": 1.0, "density": 1.0}})
+    # two more passes measure the cut, but each has a kernel of its own to compile
     more = recipe(models / "s.yaml", {**once, "parameters": {"weight": 1.0, "density": 0.5}})
     size = 3 * make_plan(file).n_parameters + 19 * (1 << 15)
-    monkeypatch.setattr(planning, "COMPILE_FROM", size)
-    assert make_plan(file).compiled
-    monkeypatch.setattr(planning, "COMPILE_FROM", size + 1)
-    assert not make_plan(file).compiled
-    # two passes measure the cut
-    monkeypatch.setattr(planning, "COMPILE_FROM", 3 * size - 2 * 19 * (1 << 15))
-    assert make_plan(more).compiled
-    monkeypatch.setattr(planning, "COMPILE_FROM", 3 * size - 2 * 19 * (1 << 15) + 1)
-    assert not make_plan(more).compiled
+    for given in (file, more):
+        monkeypatch.setattr(planning, "COMPILE_FROM", size)
+        assert make_plan(given).compiled
+        monkeypatch.setattr(planning, "COMPILE_FROM", size + 1)
+        assert not make_plan(given).compiled

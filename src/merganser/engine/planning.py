@@ -17,7 +17,7 @@ from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_lay
 from .align import Alignment, Member, Slot, align_models, align_slices
 from .devices import has_compiler, resolve_devices
 from .memory import default_memory, estimate_memory, fit_workers, kept_memory
-from .plan import Plan, PlannedTensor, each_once
+from .plan import Plan, PlannedTensor
 from .sidecars.plan import plan_sidecars, sidecar_memory
 from .sidefiles import chat_template, code_warnings, side_files
 from .treatment import Treatment, treat
@@ -25,9 +25,9 @@ from .treatment import Treatment, treat
 if TYPE_CHECKING:
     import torch
 
-COMPILE_FROM = 3 << 29
-"""Input elements from which a merge is fused, those of every pass. TIES takes some ten seconds for them eagerly, and two
-fused, but the first time half a minute for compiling."""
+COMPILE_FROM = 450_000_000
+"""Input elements from which a merge is fused. Compiling takes some ten seconds for the kernel of each pass, once; a pass over
+so many elements takes one or two more when it runs eagerly."""
 
 _TENSOR_WORK = 1 << 15
 """Input elements that take as long eagerly as what every tensor costs, however small."""
@@ -151,15 +151,13 @@ def _fuses(
 
 
 def _work(drafts: Sequence[PlannedTensor]) -> int:
-    """Return the input elements that kernels see, those of every pass; a tensor counts as some, however small."""
+    """Return the input elements that kernels see in a pass; a tensor counts as some, however small."""
     fused = [draft for draft in drafts if draft.method.fuse and not draft.copy]
-    passes = {id(draft.parameters): draft.passes for draft in each_once(fused)}
     # small tensors of plain methods are merged many at a time
     each = sum(
         draft.method.scope != "element" or bool(draft.method.statistics) or draft.method.random for draft in fused
     )
-    seen = sum(draft.size * len(draft.inputs) * passes[id(draft.parameters)] for draft in fused)
-    return seen + each * _TENSOR_WORK
+    return sum(draft.size * len(draft.inputs) for draft in fused) + each * _TENSOR_WORK
 
 
 def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]) -> Alignment:
