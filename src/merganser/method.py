@@ -88,16 +88,18 @@ class Round:
     Args:
         measure: Gets a block of the inputs (and whatever else it names), returns a float64 or int64 tensor of fixed
             shape. The results of all blocks are added, in the order of the blocks.
-        solve: Gets the sum as its first argument and whatever else it names, on the CPU in float64.
+        solve: Gets the sum (or the largest) as its first argument and whatever else it names, on the CPU in float64.
         tally: Where given, what `measure` returns is only the material (of the block's size). This gets it, and the
             total of the blocks before (None for the first), and earlier statistics that it names; it returns the total
             with the block's share, which it may add in place, on the CPU. It always runs eagerly, for what
             `torch.compile` does badly, such as counting.
+        largest: The results of blocks are not added; the largest of each entry counts.
     """
 
     measure: Callable[..., Tensor]
     solve: Callable[..., Tensor]
     tally: Callable[..., Tensor] | None = None
+    largest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +132,15 @@ class Statistic:
 
 
 def statistic(
-    measure: Callable[..., Tensor], solve: Callable[..., Tensor], *, over: str = "tensor", when: When = None
+    measure: Callable[..., Tensor],
+    solve: Callable[..., Tensor],
+    *,
+    over: str = "tensor",
+    when: When = None,
+    largest: bool = False,
 ) -> Statistic:
     """Declare a statistic of one pass."""
-    return Statistic((Round(measure, solve),), over=over, when=when)
+    return Statistic((Round(measure, solve, largest=largest),), over=over, when=when)
 
 
 def applies(when: When, parameters: Mapping[str, Any]) -> bool:
@@ -393,6 +400,7 @@ def _matrix_complaint(
 def _row_complaint(scope: Scope, statistics: Mapping[str, Statistic]) -> str | None:
     """Say which statistic cannot be over rows."""
     for name, statistic in statistics.items():
-        if statistic.over == "row" and (scope != "row" or len(statistic.rounds) != 1 or statistic.rounds[0].tally):
-            return f"{name} is over rows: this needs the scope 'row', and one round without a tally"
+        plain = all(round_.tally is None and not round_.largest for round_ in statistic.rounds)
+        if statistic.over == "row" and (scope != "row" or len(statistic.rounds) != 1 or not plain):
+            return f"{name} is over rows: this needs the scope 'row', and one round that is neither tallied nor the largest"
     return None

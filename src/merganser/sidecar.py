@@ -124,6 +124,7 @@ class Sidecar:
             return "a sidecar of matrices needs the parameters `others: Kept` and `embeddings: Embeddings`"
         if self.scope == "matrix" and not self.matrices:
             return "a sidecar of scope 'matrix' treats matrices alone: matrices=True"
-        if any(statistic.over == "row" for statistic in self.statistics.values()):
-            return "statistics of a sidecar are over tensors or the model, not over rows"
+        rounds = [round_ for statistic in self.statistics.values() for round_ in statistic.rounds]
+        if any(statistic.over == "row" for statistic in self.statistics.values()) or any(r.largest for r in rounds):
+            return "statistics of a sidecar are sums over tensors or the model, neither over rows nor the largest"
         return None

@@ -91,6 +91,24 @@ def test_a_statistic_that_is_not_wanted_is_none_for_those_after_it(block):
     assert wanted == [3 + 100 * (10 + blocks * blocks) + 0.5] * 4
 
 
+def highest(models: list[Tensor]) -> Tensor:
+    return torch.stack([model.double().max() for model in models])
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_the_largest_of_all_blocks_counts(block):
+    @merge_method(family="toys", cite="-", statistics={"high": statistic(highest, as_measured, largest=True)})
+    def toy(models: list[Tensor], high: Tensor) -> Tensor:
+        """Do something.
+
+        merged = something
+        """
+        return models[0] * 0 + 10 * high[0] + high[1]
+
+    models = [torch.tensor([-3.0, -1.0, -7.0, -2.0]), torch.tensor([-3.0, 0.5, -0.5, -2.0])]
+    assert merge_tensors(toy, None, models, block=block).tolist() == [-9.5] * 4
+
+
 def largest(models: list[Tensor]) -> Tensor:
     return torch.stack([model.abs().amax(1) for model in models], dim=1).double()
 
@@ -131,6 +149,7 @@ def test_a_statistic_over_rows_is_handed_to_the_blocks_of_those_rows(shape, bloc
 def test_a_statistic_over_rows_needs_whole_rows_and_one_round():
     with pytest.raises(TypeError, match=r"scaled_by_row: top is over rows: this needs the scope 'row', and one round"):
         over_rows(scope="element")
-    several = order_statistic(values_of, ranks, over="row")
-    with pytest.raises(TypeError, match="top is over rows"):
-        over_rows(statistics={"top": several})
+    tallied = order_statistic(values_of, ranks, over="row")
+    for other in (tallied, statistic(largest, as_measured, over="row", largest=True)):
+        with pytest.raises(TypeError, match="top is over rows"):
+            over_rows(statistics={"top": other})

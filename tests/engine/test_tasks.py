@@ -182,6 +182,20 @@ def test_sums_do_not_depend_on_who_comes_first():
     assert not counts.empty
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_the_largest_of_what_was_measured(dtype):
+    first, second = Sum(largest=True), Sum(largest=True)
+    first.add(0, torch.tensor([-3, 1], dtype=dtype))
+    first.add(1, torch.tensor([-5, 4], dtype=dtype))
+    second.add(0, torch.tensor([-4, 9], dtype=dtype))
+    for order in ([first, second], [second, first]):
+        # as a schedule has it, which does not know what is measured
+        found = Sum()
+        for part in order:
+            found.merge(part)
+        assert found.total().tolist() == [-3, 9]
+
+
 def test_the_first_error_of_any_thread_ends_the_run_and_all_threads(tmp_path, monkeypatch):
     @merge_method(family="toys", cite="-", fuse=False)
     def broken(models: list[Tensor]) -> Tensor:

@@ -161,8 +161,12 @@ def test_contradictions():
 
     with pytest.raises(TypeError, match="a sidecar of scope 'matrix' treats matrices alone: matrices=True"):
         toy(whole, encode, decode_rest, scope="matrix")
-    with pytest.raises(TypeError, match="statistics of a sidecar are over tensors or the model, not over rows"):
+    with pytest.raises(
+        TypeError, match="statistics of a sidecar are sums over tensors or the model, neither over rows"
+    ):
         toy(whole, encode_rest, decode_rest, statistics={"top": statistic(lambda: None, lambda: None, over="row")})
+    with pytest.raises(TypeError, match="nor the largest"):
+        toy(whole, encode_rest, decode_rest, statistics={"top": statistic(lambda: None, lambda: None, largest=True)})
     method = toy(whole, encode, decode_rest, scope="matrix", matrices=True)
     assert list(method.parameters) == ["others", "embeddings"]
     assert "the task's own" in method.parameters["others"].help

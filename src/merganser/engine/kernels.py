@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..method import MergeMethod, Statistic, takes
+from ..method import MergeMethod, Round, Statistic, takes
 from ..ops.random import Random
 from .ahead import Function, KernelError, cache_folder, compile_ahead, known_sources
+from .sums import join
 
 # (kind, name, round): ("combine", "", 0) or ("measure", "cut", 1)
 Phase = tuple[str, str, int]
@@ -152,26 +153,32 @@ class Kernels:
         """Statistics that are not measured, as functions take them."""
         return {name: None for name in self.method.statistics if not self.static[f"measure {name}"]}
 
+    def round(self, name: str, index: int) -> Round:
+        """Return a round of a statistic."""
+        return self.method.statistics[name].rounds[index]
+
     def numbers(self, values: Values) -> dict[str, Tensor]:
         """Return numeric parameters on the device."""
         return {name: value.to(self.device) for name, value in values.numbers.items()}
 
     def measure(self, name: str, index: int, block: Block, total: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add the measurement of one block to that of others; also say whether the block is finite.
+        """Join the measurement of one block with that of others; also say whether the block is finite.
 
         Args:
             name: Name of the statistic.
             index: Index of the round.
             block: The block.
-            total: The sum over the blocks before, on the CPU; it may be changed in place.
+            total: What the blocks before gave, on the CPU; it may be changed in place.
         """
         measured, finite = self._run(("measure", name, index), block)
-        tally = self.method.statistics[name].rounds[index].tally
+        round_ = self.round(name, index)
+        tally = round_.tally
         if tally is not None:
-            return tally(measured, total, **{name: block.known[name] for name in takes(tally)[2:]}), finite
+            known = {**block.rows, **block.known}
+            return tally(measured, total, **{name: known[name] for name in takes(tally)[2:]}), finite
         measured = measured.cpu()
         measured = measured if measured.is_floating_point() else measured.to(torch.int64)
-        return measured if total is None else total + measured, finite
+        return measured if total is None else join(total, measured, largest=round_.largest), finite
 
     def measure_at_once(self, name: str, block: Block, values: Values, known: Mapping[str, Tensor]) -> Tensor:
         """Find a statistic of a tensor of one block without its rounds.
@@ -200,7 +207,7 @@ class Kernels:
             values: Parameters of the tensor.
             known: Earlier statistics, `previous` and `size`, on the CPU.
         """
-        solve = self.method.statistics[name].rounds[index].solve
+        solve = self.round(name, index).solve
         first, *rest = takes(solve)
         given = {**self._unwanted, **self.static, **values.numbers, **known}
         return solve(**{first: measured}, **{key: given[key] for key in rest})
@@ -275,7 +282,7 @@ class Kernels:
             if kind == "combine":
                 self._functions[phase] = self._call(self.method.combine, round_to=self.output)
             else:
-                self._functions[phase] = self._call(self.method.statistics[name].rounds[index].measure, round_to=None)
+                self._functions[phase] = self._call(self.round(name, index).measure, round_to=None)
         return self._functions[phase]
 
     def _call(self, function: Callable[..., Tensor], *, round_to: torch.dtype | None) -> Callable[..., Any]:

@@ -108,7 +108,8 @@ class Worker:
     def _measure_group(self, state: GroupState, task: Task) -> list[Sum]:
         """Measure a segment of every tensor of a group."""
         name, index, over = state.stages[task.stage]
-        sums = [Sum()] if over == "model" else [Sum() for _ in state.runs]
+        largest = any(run is not None and run.kernels.round(name, index).largest for run in state.runs)
+        sums = [Sum(largest=largest) for _ in (state.runs[:1] if over == "model" else state.runs)]
         for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True)):
             if run is not None and tensor.size:
                 ranges = self._ranges(run, state.group, task.segment)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 class Sum:
-    """The sum of what tasks measured.
+    """The sum of what tasks measured, or the largest of each entry.
 
     Whole numbers are added when they arrive. Others, whose sum depends on the order, are kept and added in the order
     of their keys when the total is asked for.
+
+    Args:
+        largest: The largest of each entry counts. An empty sum follows the first one that is merged into it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, largest: bool = False) -> None:
+        self._largest = largest
         self._whole: Tensor | None = None
         self._parts: dict[Any, Tensor] = {}
 
@@ -25,13 +30,16 @@ class Sum:
 
     def add(self, key: Any, part: Tensor) -> None:
         """Add a tensor, int64 or float64; keys of one sum can be compared with each other."""
-        if part.is_floating_point():
+        if part.is_floating_point() and not self._largest:
             self._parts[key] = part
+        elif self._whole is None:
+            self._whole = part
         else:
-            self._whole = part if self._whole is None else self._whole + part
+            self._whole = join(self._whole, part, largest=self._largest)
 
     def merge(self, other: Sum) -> None:
         """Add all that was added to another sum."""
+        self._largest |= other._largest
         if other._whole is not None:
             self.add(None, other._whole)
         self._parts.update(other._parts)
@@ -51,3 +59,8 @@ class Sum:
         for part in parts[1:]:
             total = total + part
         return total
+
+
+def join(total: Tensor, part: Tensor, *, largest: bool) -> Tensor:
+    """Return the sum of two measurements, or the larger of each entry."""
+    return torch.maximum(total, part) if largest else total + part

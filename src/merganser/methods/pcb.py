@@ -42,36 +42,30 @@ def of_paper(form: str) -> bool:
     return form == "paper"
 
 
-def pairs(n: int) -> list[tuple[int, int]]:
-    """Return all pairs of models."""
-    return [(i, j) for i in range(n) for j in range(i + 1, n)]
+def products(vectors: list[Tensor]) -> dict[tuple[int, int], Tensor]:
+    """Return the products of task vectors i and j for all i <= j."""
+    n = len(vectors)
+    return {(i, j): vectors[i] * vectors[j] for i in range(n) for j in range(i, n)}
 
 
-def products(base: Tensor, models: list[Tensor]) -> list[Tensor]:
-    """Return the squares of the task vectors, then the halves of the products of pairs."""
-    vectors = changes(base, models)
-    squares = [vector * vector for vector in vectors]
-    return squares + halves([vectors[i] * vectors[j] for i, j in pairs(len(vectors))])
+def ends(base: Tensor, models: list[Tensor]) -> Tensor:
+    """Measure the largest of each product, and of its negative, shape [T (T + 1) / 2, 2]."""
+    found = products(changes(base, models)).values()
+    return torch.stack([torch.stack([value.max(), (-value).max()]) for value in found])
 
 
-def ends(positive: Tensor, size: Tensor) -> Tensor:
-    """Return the ranks of the largest and the smallest, shape [S, 2]."""
-    first = torch.ones_like(positive, dtype=torch.int64)
-    return torch.stack([first, first * size.to(torch.int64)], dim=1)
+def as_bits(measured: Tensor) -> Tensor:
+    """Solve: as whole numbers, which are not rounded to the width of the kernels."""
+    return measured.view(torch.int64)
 
 
 def affinities(vectors: list[Tensor], extent: Tensor) -> dict[tuple[int, int], Tensor]:
     """Return exp(Norm(delta_i * delta_j)) for all i <= j."""
-    n = len(vectors)
-    found, crossing = extent.view(torch.float64), pairs(n)
-    affinity = {}
-    for i, vector in enumerate(vectors):
-        affinity[i, i] = torch.exp(normalized(vector * vector, found[i, 1], found[i, 0]))
-    for place, (i, j) in enumerate(crossing, start=n):
-        plus, minus = found[place], found[place + len(crossing)]
-        low, high = -joined(minus[0], plus[1]), joined(plus[0], minus[1])
-        affinity[i, j] = torch.exp(normalized(vectors[i] * vectors[j], low, high))
-    return affinity
+    found = products(vectors)
+    return {
+        pair: torch.exp(normalized(value, -bounds[1], bounds[0]))
+        for (pair, value), bounds in zip(found.items(), extent.view(torch.float64), strict=True)
+    }
 
 
 def exponentials(base: Tensor, models: list[Tensor], extent: Tensor) -> Tensor:
@@ -190,11 +184,12 @@ def soft(balance: list[Tensor], cut: Tensor) -> list[Tensor]:
     family="task vectors",
     cite="du2024pcb",
     statistics={
-        "extent": order_statistic(products, ends, over="balance_over", when=of_paper, wide=True),
+        "extent": statistic(ends, as_bits, over="balance_over", when=of_paper, largest=True),
         "mean": statistic(exponentials, means, over="balance_over", when=of_paper),
         "bounds": order_statistic(magnitudes, clip_ranks, over="balance_over", when=of_code, wide=True),
         "cut": order_statistic(balances, cut_ranks, over="balance_over", wide=True),
     },
+    version=2,
     breaks={"identical": "elements of low balance are dropped"},
 )
 def pcb(
