@@ -1,8 +1,9 @@
-"""`python -m benchmarks.quality [run|table] [--set NAME] [--methods NAME,...] [--tune]`.
+"""`python -m benchmarks.quality [run|table] [--set NAME] [--methods NAME,...] [--tune] [--restored]`.
 
 `run` merges the real zoo (`python -m benchmarks.zoo real`) by every method at its published settings and measures what is
-kept. `--tune` then tries each value of a method's grid on the tune texts, and the best of them on the test texts. Each
-result is a line of results/SET.jsonl; what is there is not measured again. `table` writes docs/quality.md and its plots.
+kept. `--tune` then tries each value of a method's grid on the tune texts, and the best of them on the test texts. `--restored`
+measures, of methods with sidecars, the model of each task on its own domain. Each result is a line of results/SET.jsonl; what is
+there is not measured again. `table` writes docs/quality.md and its plots.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import yaml
 from benchmarks.merge import hardware
 from benchmarks.zoo import Zoo, load_zoo
 from benchmarks.zoo.shipped import apply
-from merganser import MergeError, evaluate
+from merganser import MergeError, evaluate, merge
 from merganser.errors import OutputError
 from merganser.registry import method_names, methods
 
-from . import table
+from . import restored, table
 
 _HERE = Path(__file__).parent
 Setting = dict[str, Any]
@@ -36,6 +37,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--set", default="four", help="which experts (see config.json)")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=None, help="some methods only")
     parser.add_argument("--tune", action="store_true", help="tune, too")
+    parser.add_argument("--restored", action="store_true", help="measure restored tasks, too")
     parser.add_argument("--threads", type=int, default=None, help="threads (default: as torch and merganser choose)")
     parser.add_argument("--zoo", type=Path, help="folder of the zoo")
     options = parser.parse_args(arguments)
@@ -49,14 +51,23 @@ def main(arguments: list[str]) -> int:
         torch.set_num_threads(options.threads)
     zoo = load_zoo("real", options.zoo, experts=())
     try:
-        run(options.set, config, chosen, zoo, results, tune=options.tune)
+        run(options.set, config, chosen, zoo, results, tune=options.tune, restored_too=options.restored)
     except OutputError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def run(name: str, config: Mapping[str, Any], chosen: Sequence[str], zoo: Zoo, results: Path, *, tune: bool) -> None:
+def run(
+    name: str,
+    config: Mapping[str, Any],
+    chosen: Sequence[str],
+    zoo: Zoo,
+    results: Path,
+    *,
+    tune: bool,
+    restored_too: bool,
+) -> None:
     """Measure methods on one set of experts."""
     results.mkdir(exist_ok=True)
     bench = _Bench(config, zoo, experts_of(zoo, config["sets"][name]), results / f"{name}.jsonl")
@@ -72,6 +83,8 @@ def run(name: str, config: Mapping[str, Any], chosen: Sequence[str], zoo: Zoo, r
             best = max(range(len(scored)), key=lambda i: scored[i])
             if best:
                 bench.measure(method, "tuned", "test", grid[best - 1])
+        if restored_too and methods()[method].sidecar:
+            bench.measure_restored(method, default)
         sys.stdout.write(f"{name} {method}: {time.monotonic() - started:.0f} s\n")
         sys.stdout.flush()
 
@@ -140,10 +153,16 @@ class _Bench:
     def measure(self, method: str, label: str, split: str, setting: Setting) -> float:
         """Merge and measure, unless that was done; return the mean recovered (worst where there is none)."""
         seeds = self._config["seeds"] if methods()[method].random and split == "test" else self._config["seeds"][:1]
-        found = [self._once(method, label, split, setting, seed) for seed in seeds]
+        found = [self._once(method, label, split, setting, seed, self._evaluate_merge) for seed in seeds]
         return sum(found) / len(found)
 
-    def _once(self, method: str, label: str, split: str, setting: Setting, seed: int) -> float:
+    def measure_restored(self, method: str, setting: Setting) -> None:
+        """Merge with sidecars, and measure what each task's own model keeps, unless that was done."""
+        self._once(method, "restored", "test", setting, self._config["seeds"][0], self._evaluate_restored)
+
+    def _once(
+        self, method: str, label: str, split: str, setting: Setting, seed: int, measure: Callable[[Path, str], Any]
+    ) -> float:
         lengths = {key: self._config[key] for key in ("windows", "context")}
         wanted = {"method": method, "label": label, "split": split, "setting": setting, "seed": seed, **lengths}
         for known in self._known:
@@ -152,7 +171,7 @@ class _Bench:
         recipe = self._folder / f"{method}.yaml"
         recipe.write_text(yaml.safe_dump(self._recipe(method, setting, seed)), encoding="utf-8")
         try:
-            result = {**wanted, **self._evaluate({"merge": str(recipe)}, split)}
+            result = {**wanted, **measure(recipe, split)}
         except OutputError:
             # of the disk, or another run on this set: says nothing of the method
             raise
@@ -163,15 +182,28 @@ class _Bench:
             lines.write(json.dumps(result) + "\n")
         return _score(result)
 
-    def _evaluate(self, models: Mapping[str, str], split: str) -> dict[str, Any]:
-        domains = [*self._experts, self._zoo.retained]
+    def _evaluate_merge(self, recipe: Path, split: str) -> dict[str, Any]:
+        return self._evaluate(str(recipe), self._experts, split)
+
+    def _evaluate_restored(self, recipe: Path, split: str) -> dict[str, Any]:
+        out = self._folder / "restored"
+        stored = merge(recipe, out, overwrite=True).record["sidecars"]
+        parts = {
+            domain: self._evaluate(f"{out}#{task['name']}", {domain: self._experts[domain]}, split)
+            for domain, task in zip(self._experts, stored["tasks"], strict=True)
+        }
+        shutil.rmtree(out)
+        return restored.combined(parts, stored)
+
+    def _evaluate(self, model: str, experts: Mapping[str, Path], split: str) -> dict[str, Any]:
+        domains = [*experts, self._zoo.retained]
         # base and experts are measured once per split: the journal beside the file knows them
         journal = self._folder / f"{split}.json"
         evaluation = evaluate(
-            models,
+            {"merge": model},
             {domain: self._zoo.texts[domain][split] for domain in domains},
             base=str(self._zoo.base),
-            experts={domain: str(path) for domain, path in self._experts.items()},
+            experts={domain: str(path) for domain, path in experts.items()},
             limit=self._config["windows"],
             context=self._config["context"],
             stride=self._config["context"],

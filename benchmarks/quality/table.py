@@ -34,7 +34,8 @@ def write(results: Path, docs: Path) -> None:
     Raises:
         FileNotFoundError: There are no results.
     """
-    entries = {name: _entries(results / f"{name}.jsonl") for name in _SETS}
+    every = {name: _entries(results / f"{name}.jsonl") for name in _SETS}
+    entries = {name: [entry for entry in own if entry["label"] in _NAMES] for name, own in every.items()}
     found = {name: own for name, own in entries.items() if any(entry["mean"] is not None for entry in own)}
     if not found:
         raise FileNotFoundError(f"{results}: no results; measure first: python -m benchmarks.quality run")
@@ -42,6 +43,8 @@ def write(results: Path, docs: Path) -> None:
     for name, own in found.items():
         plots.recovered_and_forgotten(own).save(images / f"quality-{name}.svg")
     parts = [_overview(found)]
+    restored = {name: [entry for entry in own if entry["label"] == "restored"] for name, own in every.items()}
+    parts += [_restored({name: own for name, own in restored.items() if own})] if any(restored.values()) else []
     widest = max(found, key=lambda name: len(found[name]))
     plots.worst_domains(found[widest]).save(images / "quality-worst.svg")
     parts.append(f"![the worst domain of every method]({_IMAGES}worst.svg)\n")
@@ -71,6 +74,26 @@ def _overview(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         f"|---|{'---|' * len(found)}",
     ]
     lines += [f"| {method} | {' | '.join(own.get(method, '') for own in cells.values())} |" for method in order]
+    return "\n".join([*lines, ""])
+
+
+def _restored(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Write the table of methods with sidecars, where each task has its model again."""
+    rows = list(dict.fromkeys(entry["method"] for own in found.values() for entry in own))
+    cells = {name: {entry["method"]: entry for entry in own} for name, own in found.items()}
+    lines = [
+        "Methods with sidecars, each task restored and measured on its own domain: mean / worst domain, in percent; then what "
+        "is stored beside the shared model, in percent of the experts' bytes.",
+        "",
+        f"| method | {' | '.join(_SETS[name] for name in found)} |",
+        f"|---|{'---|' * len(found)}",
+    ]
+    for method in rows:
+        own = [cells[name].get(method) for name in found]
+        shown = [
+            f"{_brief(e)}; {100 * e['result']['stored_share']:.0f}" if e and e["mean"] is not None else "" for e in own
+        ]
+        lines.append(f"| {method} | {' | '.join(shown)} |")
     return "\n".join([*lines, ""])
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import table
+from benchmarks.quality import restored, table
 from merganser.errors import NonFiniteError, OutputError
 from merganser.registry import method_names, methods
 
@@ -86,6 +86,49 @@ def test_the_table_has_the_best_first_and_keeps_what_failed(tmp_path):
         "| svc | published: weight 1, lambda 0.3 | failed: NaN in the logits | | | |",
     ]
     assert "<svg" in (docs / "images" / "quality-two.svg").read_text(encoding="utf-8")
+
+
+def part(value, error, lost):
+    return {
+        "retention": {
+            "recovered": {"own": {"value": value, "stderr": error}},
+            "mean_forgotten": {"value": lost, "stderr": lost / 10},
+        },
+        "gains": {"own": {"value": 1.0, "stderr": 0.1}},
+        "seconds": {"load": 1.0, "score": 2.0},
+        "peak_memory": 5,
+        "failed": None,
+        "bits_per_byte": {"merge": {"own": 1.5}},
+    }
+
+
+def test_restored_tasks_count_on_their_own_domains():
+    parts = {"own": part(0.9, 0.03, 0.01), "other": part(0.5, 0.04, 0.03)}
+    parts["other"]["retention"]["recovered"] = {"other": {"value": 0.5, "stderr": 0.04}}
+    parts["other"]["gains"] = {"other": {"value": 2.0, "stderr": 0.1}}
+    tasks = [{"bytes": 10, "full_bytes": 100}, {"bytes": 20, "full_bytes": 100}]
+    found = restored.combined(parts, {"shared_bytes": 6, "tasks": tasks, "needs_base": True})
+    assert found["retention"]["mean"] == {"value": 0.7, "stderr": pytest.approx(0.025), "domains": 2}
+    assert found["retention"]["worst"] == {"domain": "other", "value": 0.5, "stderr": 0.04}
+    assert found["retention"]["mean_forgotten"] == {"value": 0.02, "stderr": 0.003}
+    assert found["stored_share"] == 0.18
+    assert found["seconds"] == {"load": 2.0, "score": 4.0}
+    assert found["gains"]["other"]["value"] == 2.0
+
+
+def test_restored_tasks_have_a_table_of_their_own(tmp_path):
+    whole = {**result("emr", 0.98, label="restored", worst=0.97), "stored_share": 0.123}
+    write(tmp_path / "results" / "two.jsonl", result("emr", 0.4), whole)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "quality.md").write_text("<!-- quality:start --><!-- quality:end -->")
+    table.write(tmp_path / "results", docs)
+    text = (docs / "quality.md").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("| emr |")] == [
+        "| emr | 40 / 10 |",
+        "| emr | 98 / 97; 12 |",
+        "| emr | published: weight 1, lambda 0.3 | 40.0 ± 2.0 % | 10.0 ± 3.0 % maths | 1.0 ± 0.1 % | 2 |",
+    ]
 
 
 def test_sets_of_different_size_stand_side_by_side(tmp_path):
