@@ -11,12 +11,10 @@ _LOW, _HIGH = -0.5, 1.0
 _COLOURS = ("a", "b", "c", "soft")
 
 
-def recovered_and_forgotten(entries: Entries) -> Drawing:
+def recovered_and_forgotten(title: str, entries: Entries) -> Drawing:
     """Draw recovered against forgotten; what collapsed lies at the edge."""
     shown = [entry for entry in entries if entry["mean"] is not None]
-    drawing = Drawing(
-        760, 460, f"{count_of(entries)} experts", "recovered (up is better) against forgotten; at the edge: or beyond"
-    )
+    drawing = Drawing(760, 460, title, "recovered (up is better) against forgotten; at the edge: or beyond")
     left, right, top, bottom = 60, 730, 70, 410
     widest = max(0.05, min(0.1, max((entry["forgotten"] for entry in shown), default=0.05)))
 
@@ -47,14 +45,12 @@ def recovered_and_forgotten(entries: Entries) -> Drawing:
     return drawing
 
 
-def worst_domains(entries: Entries) -> Drawing:
+def worst_domains(title: str, entries: Entries) -> Drawing:
     """Draw a line per method, from its worst domain to the mean of all."""
     shown = [entry for entry in entries if entry["mean"] is not None and entry["label"] == "default"]
     left, right, top, row = 160, 730, 70, 16
     bottom = top + row * len(shown)
-    drawing = Drawing(
-        760, bottom + 60, f"{count_of(entries)} experts", "share of the gain that is kept, published settings"
-    )
+    drawing = Drawing(760, bottom + 60, title, "share of the gain that is kept, published settings")
 
     def x(value: float) -> float:
         return left + (right - left) * (min(max(value, _LOW), _HIGH) - _LOW) / (_HIGH - _LOW)

@@ -41,12 +41,12 @@ def write(results: Path, docs: Path) -> None:
         raise FileNotFoundError(f"{results}: no results; measure first: python -m benchmarks.quality run")
     images = docs / "images"
     for name, own in found.items():
-        plots.recovered_and_forgotten(own).save(images / f"quality-{name}.svg")
+        plots.recovered_and_forgotten(_title(name), own).save(images / f"quality-{name}.svg")
     parts = [_overview(found)]
     restored = {name: [entry for entry in own if entry["label"] == "restored"] for name, own in every.items()}
     parts += [_restored({name: own for name, own in restored.items() if own})] if any(restored.values()) else []
-    widest = max(found, key=lambda name: len(found[name]))
-    plots.worst_domains(found[widest]).save(images / "quality-worst.svg")
+    most = max(found, key=lambda name: plots.count_of(found[name]))
+    plots.worst_domains(_title(most), found[most]).save(images / "quality-worst.svg")
     parts.append(f"![the worst domain of every method]({_IMAGES}worst.svg)\n")
     sizes = [found[name] for name in ("two", "four", "eight") if name in found]
     if len(sizes) > 1:
@@ -156,10 +156,14 @@ def _entry(method: str, label: str, seeds: Sequence[Result]) -> dict[str, Any]:
     }
 
 
+def _title(name: str) -> str:
+    return f"{_SETS[name][0].upper()}{_SETS[name][1:]}"
+
+
 def _section(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
     experts = next(e["result"]["retention"]["recovered"] for e in entries if e["mean"] is not None)
     lines = [
-        f"## {_SETS[name][0].upper()}{_SETS[name][1:]}: {', '.join(experts)}",
+        f"## {_title(name)}: {', '.join(experts)}",
         "",
         f"![recovered against forgotten]({_IMAGES}{name}.svg)",
         "",
