@@ -62,38 +62,37 @@ def write(results: Path, docs: Path) -> None:
 
 def _overview(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Write one table of all sets: mean and worst at published settings."""
-    cells = {
-        name: {e["method"]: _brief(e) for e in entries if e["label"] == "default"} for name, entries in found.items()
-    }
-    first = "four" if "four" in found else next(iter(found))
-    order = dict.fromkeys([*cells[first], *(method for own in cells.values() for method in own)])
-    lines = [
+    return _by_set(
         "Share of the experts' gain that is kept at published settings, in percent: mean of the domains / worst domain.",
-        "",
-        f"| method | {' | '.join(_SETS[name] for name in found)} |",
-        f"|---|{'---|' * len(found)}",
-    ]
-    lines += [f"| {method} | {' | '.join(own.get(method, '') for own in cells.values())} |" for method in order]
-    return "\n".join([*lines, ""])
+        {
+            name: {entry["method"]: _brief(entry) for entry in entries if entry["label"] == "default"}
+            for name, entries in found.items()
+        },
+    )
 
 
 def _restored(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Write the table of methods with sidecars, where each task has its model again."""
-    rows = list(dict.fromkeys(entry["method"] for own in found.values() for entry in own))
-    cells = {name: {entry["method"]: entry for entry in own} for name, own in found.items()}
-    lines = [
+    return _by_set(
         "Methods with sidecars, each task restored and measured on its own domain: mean / worst domain, in percent; then what "
         "is stored beside the shared model, in percent of the experts' bytes.",
-        "",
-        f"| method | {' | '.join(_SETS[name] for name in found)} |",
-        f"|---|{'---|' * len(found)}",
-    ]
-    for method in rows:
-        own = [cells[name].get(method) for name in found]
-        shown = [
-            f"{_brief(e)}; {100 * e['result']['stored_share']:.0f}" if e and e["mean"] is not None else "" for e in own
-        ]
-        lines.append(f"| {method} | {' | '.join(shown)} |")
+        {
+            name: {
+                e["method"]: f"{_brief(e)}; {100 * e['result']['stored_share']:.0f}"
+                for e in entries
+                if e["mean"] is not None
+            }
+            for name, entries in found.items()
+        },
+    )
+
+
+def _by_set(caption: str, cells: Mapping[str, Mapping[str, str]]) -> str:
+    """Write a table with a column for each set and a row for each method, in the order of the set of four."""
+    first = "four" if "four" in cells else next(iter(cells))
+    order = dict.fromkeys([*cells[first], *(method for own in cells.values() for method in own)])
+    lines = [caption, "", f"| method | {' | '.join(_SETS[name] for name in cells)} |", f"|---|{'---|' * len(cells)}"]
+    lines += [f"| {method} | {' | '.join(own.get(method, '') for own in cells.values())} |" for method in order]
     return "\n".join([*lines, ""])
 
 

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from ..engine.plan import Plan
 
 
-def _bar(counted: str) -> Progress:
-    """Make a bar over bytes; `counted` is a format of what else is told."""
+def _bar(counted: str, *beside: ProgressColumn) -> Progress:
+    """Make a bar over bytes; `counted` is a format of what else is told, `beside` comes after the description."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     return Progress(
         TextColumn("{task.description}"),
+        *beside,
         BarColumn(bar_width=None),
         DownloadColumn(),
         TextColumn(counted),
@@ -100,9 +101,7 @@ class MergeProgress:
             complain("note", f"{stage}continuing an interrupted run: {tensors}, {size_text(before)} are there already")
         if on_terminal():
             beside = plan.sidecars.bytes_read + plan.sidecars.bytes_written if plan.sidecars else 0
-            self._bar = _bar("{task.fields[tensors]}")
-            if plan.compiled:
-                self._bar.columns = (*self._bar.columns[:1], _compiling(), *self._bar.columns[1:])
+            self._bar = _bar("{task.fields[tensors]}", *([_compiling()] if plan.compiled else []))
             self._task = self._bar.add_task(
                 plan.recipe.name or plan.method.name,
                 total=plan.bytes_read + plan.bytes_written + beside,

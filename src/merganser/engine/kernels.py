@@ -96,13 +96,13 @@ class Block:
         return Block(base, models, rows, numbers, known, next(left), next(left))
 
     @property
-    def form(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    def form(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
         """Return what a compiled kernel depends on: dtypes and shapes, as in `flat`; sizes that may vary are 0."""
         others = (*self.numbers.values(), *self.known.values(), self.keys, self.offset)
         return (
-            *((_name(x.dtype), (0,) * x.dim()) for x in self._inputs()),
-            *((_name(x.dtype), (0, *x.shape[1:])) for x in self.rows.values()),
-            *((_name(x.dtype), tuple(x.shape)) for x in others),
+            *((x.dtype, (0,) * x.dim()) for x in self._inputs()),
+            *((x.dtype, (0, *x.shape[1:])) for x in self.rows.values()),
+            *((x.dtype, tuple(x.shape)) for x in others),
         )
 
     def _inputs(self) -> list[Tensor]:
@@ -273,7 +273,7 @@ class Kernels:
             "rows": list(block.rows),
             "numbers": list(block.numbers),
             "known": list(block.known),
-            "tensors": block.form,
+            "tensors": [[_name(dtype), shape] for dtype, shape in block.form],
         }
 
     def _function(self, phase: Phase) -> Callable[..., Any]:
