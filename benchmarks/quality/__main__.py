@@ -77,8 +77,8 @@ def run(
         default = settings(config, method)
         started = time.monotonic()
         bench.measure(method, "default", "test", default)
-        if tune:
-            grid = [varied(config, method, default, key, value) for key, value in grid_of(config, method)]
+        grid = [varied(config, method, default, key, value) for key, value in grid_of(config, method)]
+        if tune and grid:
             scored = [bench.measure(method, f"grid-{i}", "tune", found) for i, found in enumerate([default, *grid])]
             best = max(range(len(scored)), key=lambda i: scored[i])
             if best:
