@@ -25,10 +25,10 @@ from merganser import MergeError, evaluate, merge
 from merganser.errors import OutputError
 from merganser.registry import method_names, methods
 
-from . import restored, table
+from . import restored, settings, table
+from .settings import Setting
 
 _HERE = Path(__file__).parent
-Setting = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
@@ -43,9 +43,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     results = _HERE / "results"
     if options.what == "table":
-        table.write(results, _HERE.parents[1] / "docs")
+        table.write(results, _HERE.parents[1] / "docs", settings.load_config())
         return 0
-    config = json.loads((_HERE / "config.json").read_text(encoding="utf-8"))
+    config = settings.load_config()
     chosen = options.methods or [name for name in method_names() if name not in config["left_out"]]
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -74,15 +74,14 @@ def run(
     for method in chosen:
         if not bench.suits(method):
             continue
-        default = settings(config, method)
+        default = settings.published(config, method)
         started = time.monotonic()
         bench.measure(method, "default", "test", default)
-        grid = [varied(config, method, default, key, value) for key, value in grid_of(config, method)]
-        if tune and grid:
-            scored = [bench.measure(method, f"grid-{i}", "tune", found) for i, found in enumerate([default, *grid])]
-            best = max(range(len(scored)), key=lambda i: scored[i])
-            if best:
-                bench.measure(method, "tuned", "test", grid[best - 1])
+        grid = settings.grid(config, method) if tune else []
+        scored = [bench.measure(method, f"grid-{i}", "tune", found) for i, found in enumerate(grid)]
+        best = max(range(len(scored)), key=lambda i: scored[i], default=0)
+        if best:
+            bench.measure(method, "tuned", "test", grid[best])
         if restored_too and methods()[method].sidecar:
             bench.measure_restored(method, default)
         sys.stdout.write(f"{name} {method}: {time.monotonic() - started:.0f} s\n")
@@ -114,25 +113,6 @@ def experts_of(zoo: Zoo, chosen: Mapping[str, Sequence[str]]) -> dict[str, Path]
             shutil.rmtree(found[domain], ignore_errors=True)
             apply(zoo.base, zoo.adapters[domain], found[domain])
     return found
-
-
-def settings(config: Mapping[str, Any], method: str) -> Setting:
-    """Return the published settings of a method: those of config.json, its own defaults otherwise."""
-    given = config["methods"].get(method, {})
-    return {"each": dict(given.get("each", {})), "shared": dict(given.get("shared", {}))}
-
-
-def grid_of(config: Mapping[str, Any], method: str) -> list[tuple[str, float]]:
-    """Return the values to try of the one parameter that is tuned."""
-    own = config["methods"].get(method, {}).get("grid")
-    parameters = methods()[method].parameters
-    grid = own or {key: values for key, values in config["grids"].items() if key in parameters}
-    return [(key, value) for key, values in grid.items() for value in values]
-
-
-def varied(config: Mapping[str, Any], method: str, default: Setting, key: str, value: float) -> Setting:
-    """Return settings with another value of a parameter that all models share."""
-    return {"each": default["each"], "shared": {**default["shared"], key: value}}
 
 
 class _Bench:

@@ -15,28 +15,39 @@ def combined(parts: Mapping[str, Mapping[str, Any]], stored: Mapping[str, Any]) 
     Returns:
         A result, also with what is stored beside the shared model as a share of the experts' bytes.
     """
-    own = {domain: part["retention"]["recovered"][domain] for domain, part in parts.items()}
-    lost = [part["retention"]["mean_forgotten"] for part in parts.values()]
-    worst = min(own, key=lambda domain: own[domain]["value"])
-    size = stored["shared_bytes"] + sum(task["bytes"] for task in stored["tasks"])
-    return {
-        "retention": {
-            "recovered": own,
-            "mean": {**_mean([*own.values()]), "domains": len(own)},
-            "worst": {"domain": worst, **own[worst]},
-            # one text for all, so their errors do not cancel
-            "mean_forgotten": {
-                "value": sum(found["value"] for found in lost) / len(lost),
-                "stderr": max(found["stderr"] for found in lost),
-            },
-        },
-        "gains": {domain: part["gains"][domain] for domain, part in parts.items()},
+    failed = next((f"{domain}: {part['failed']}" for domain, part in parts.items() if part["failed"]), None)
+    measured = {
         "seconds": {key: sum(part["seconds"][key] for part in parts.values()) for key in ("load", "score")},
         "peak_memory": max(part["peak_memory"] for part in parts.values()),
-        "failed": next((part["failed"] for part in parts.values() if part["failed"]), None),
+        "failed": failed,
+        "bits_per_byte": {domain: part["bits_per_byte"]["merge"] for domain, part in parts.items()},
+    }
+    if failed:
+        return {**measured, "retention": None}
+    size = stored["shared_bytes"] + sum(task["bytes"] for task in stored["tasks"])
+    return {
+        **measured,
+        "retention": _retention({domain: part["retention"] for domain, part in parts.items()}),
+        "gains": {domain: part["gains"][domain] for domain, part in parts.items()},
         "stored_share": size / sum(task["full_bytes"] for task in stored["tasks"]),
         "needs_base": stored["needs_base"],
-        "bits_per_byte": {domain: part["bits_per_byte"]["merge"] for domain, part in parts.items()},
+    }
+
+
+def _retention(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures of each domain's own model, their mean and the worst."""
+    own = {domain: retention["recovered"][domain] for domain, retention in found.items()}
+    lost = [retention["mean_forgotten"] for retention in found.values()]
+    worst = min(own, key=lambda domain: own[domain]["value"])
+    return {
+        "recovered": own,
+        "mean": {**_mean([*own.values()]), "domains": len(own)},
+        "worst": {"domain": worst, **own[worst]},
+        # one text for all, so their errors do not cancel
+        "mean_forgotten": {
+            "value": sum(one["value"] for one in lost) / len(lost),
+            "stderr": max(one["stderr"] for one in lost),
+        },
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import plots
+from . import plots, settings
 
 Result = Mapping[str, Any]
 
@@ -28,8 +28,13 @@ def mean_recovered(result: Result) -> tuple[float, float] | None:
     return None if mean is None or mean["value"] is None else (mean["value"], mean["stderr"])
 
 
-def write(results: Path, docs: Path) -> None:
+def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     """Write the plots, and the tables between the markers of quality.md.
+
+    Args:
+        results: Folder of the results, a file for each set.
+        docs: Folder of quality.md.
+        config: The settings that were measured.
 
     Raises:
         FileNotFoundError: There are no results.
@@ -43,6 +48,8 @@ def write(results: Path, docs: Path) -> None:
     for name, own in found.items():
         plots.recovered_and_forgotten(_title(name), own).save(images / f"quality-{name}.svg")
     parts = [_overview(found)]
+    tuned = {name: _after_tuning(read(results / f"{name}.jsonl"), own, config) for name, own in found.items()}
+    parts += [_tuned({name: own for name, own in tuned.items() if own})] if any(tuned.values()) else []
     restored = {name: [entry for entry in own if entry["label"] == "restored"] for name, own in every.items()}
     parts += [_restored({name: own for name, own in restored.items() if own})] if any(restored.values()) else []
     most = max(found, key=lambda name: plots.count_of(found[name]))
@@ -66,6 +73,18 @@ def _overview(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "Share of the experts' gain that is kept at published settings, in percent: mean of the domains / worst domain.",
         {
             name: {entry["method"]: _brief(entry) for entry in entries if entry["label"] == "default"}
+            for name, entries in found.items()
+        },
+    )
+
+
+def _tuned(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Write one table of all sets: mean and worst at the settings that tuning chose."""
+    return _by_set(
+        "The same after one parameter was tuned: the value that kept most on the tune texts, measured on the test texts. "
+        "A star marks the published value.",
+        {
+            name: {e["method"]: f"{_brief(e)}{'*' if e['label'] == 'default' else ''}" for e in entries}
             for name, entries in found.items()
         },
     )
@@ -132,6 +151,28 @@ def _entries(file: Path) -> list[dict[str, Any]]:
         groups.setdefault((method, label), []).append(result)
     entries = [_entry(method, label, seeds) for (method, label), seeds in groups.items()]
     return sorted(entries, key=lambda entry: -entry["mean"] if entry["mean"] is not None else float("inf"))
+
+
+def _after_tuning(
+    results: Sequence[Result], entries: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """Return, of methods whose whole grid was tried, the entry of the settings that were best on the tune texts."""
+    scores = {
+        (found["method"], json.dumps(found["setting"])): mean_recovered(found)
+        for found in results
+        if found["split"] == "tune"
+    }
+    chosen = []
+    for entry in entries:
+        method, setting = entry["method"], entry["result"]["setting"]
+        grid = settings.grid(config, method)
+        tried = [scores.get((method, json.dumps(one)), "not yet") for one in grid]
+        if not grid or "not yet" in tried:
+            continue
+        best = max(range(len(grid)), key=lambda i: tried[i] or (float("-inf"),))
+        if setting == grid[best]:
+            chosen.append(entry)
+    return chosen
 
 
 def _entry(method: str, label: str, seeds: Sequence[Result]) -> dict[str, Any]:
