@@ -1,9 +1,10 @@
-"""`python -m benchmarks.quality [run|table] [--set NAME] [--methods NAME,...] [--tune] [--restored]`.
+"""`python -m benchmarks.quality [run|check|table] [--set NAME] [--methods NAME,...] [--tune] [--restored]`.
 
 `run` merges the real zoo (`python -m benchmarks.zoo real`) by every method at its published settings and measures what is
 kept. `--tune` then tries each value of a method's grid on the tune texts, and the best of them on the test texts. `--restored`
 measures, of methods with sidecars, the model of each task on its own domain. Each result is a line of results/SET.jsonl; what is
-there is not measured again. `table` writes docs/quality.md and its plots.
+there is not measured again. `check` measures the same anew, beside them, and prints both figures. `table` writes
+docs/quality.md and its plots.
 """
 
 import argparse
@@ -33,7 +34,7 @@ _HERE = Path(__file__).parent
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__, allow_abbrev=False)
-    parser.add_argument("what", choices=["run", "table"], nargs="?", default="run")
+    parser.add_argument("what", choices=["run", "check", "table"], nargs="?", default="run")
     parser.add_argument("--set", default="four", help="which experts (see config.json)")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=None, help="some methods only")
     parser.add_argument("--tune", action="store_true", help="tune, too")
@@ -50,8 +51,16 @@ def main(arguments: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     zoo = load_zoo("real", options.zoo, experts=())
+    work = zoo.folder / "quality"
+    wanted = {"tune": options.tune, "restored_too": options.restored}
     try:
-        run(options.set, config, chosen, zoo, results, tune=options.tune, restored_too=options.restored)
+        if options.what == "run":
+            run(options.set, config, chosen, zoo, results, work, **wanted)
+        else:
+            again = work / "check"
+            run(options.set, config, chosen, zoo, again, again, **wanted)
+            print(table.compared(results / f"{options.set}.jsonl", again / f"{options.set}.jsonl"))
+            shutil.rmtree(again)
     except OutputError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
@@ -64,13 +73,14 @@ def run(
     chosen: Sequence[str],
     zoo: Zoo,
     results: Path,
+    work: Path,
     *,
     tune: bool,
     restored_too: bool,
 ) -> None:
-    """Measure methods on one set of experts."""
-    results.mkdir(exist_ok=True)
-    bench = _Bench(config, zoo, experts_of(zoo, config["sets"][name]), results / f"{name}.jsonl")
+    """Measure methods on one set of experts; continue from the results there, and from what was measured in the folder `work`."""
+    results.mkdir(parents=True, exist_ok=True)
+    bench = _Bench(config, zoo, experts_of(zoo, config["sets"][name]), results / f"{name}.jsonl", work / name)
     for method in chosen:
         if not bench.suits(method):
             continue
@@ -118,11 +128,13 @@ def experts_of(zoo: Zoo, chosen: Mapping[str, Sequence[str]]) -> dict[str, Path]
 class _Bench:
     """One set of experts, whose results are lines of a file."""
 
-    def __init__(self, config: Mapping[str, Any], zoo: Zoo, experts: Mapping[str, Path], file: Path) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], zoo: Zoo, experts: Mapping[str, Path], file: Path, folder: Path
+    ) -> None:
         self._config, self._zoo, self._experts, self._file = config, zoo, experts, file
         self._known = table.read(file)
         table.drop_rest(file)
-        self._folder = zoo.folder / "quality" / file.stem
+        self._folder = folder
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def suits(self, method: str) -> bool:

@@ -140,6 +140,32 @@ def drop_rest(file: Path) -> None:
             file.write_bytes(whole[: whole.rfind(b"\n") + 1])
 
 
+def compared(before: Path, now: Path) -> str:
+    """Return, for each result of `now`, its figures beside those of `before`, a line each."""
+    known = {_key(found): found for found in read(before)}
+    lines = []
+    for found in read(now):
+        method, label, _, seed = _key(found)
+        figures = " · ".join(
+            f"{name} {_figures(result)}" for name, result in (("now", found), ("before", known.get(_key(found))))
+        )
+        lines.append(f"{method}, {label}, seed {seed}: mean / worst in percent: {figures}")
+    return "\n".join(lines)
+
+
+def _key(found: Result) -> tuple[Any, ...]:
+    return found["method"], found["label"], json.dumps(found["setting"]), found["seed"]
+
+
+def _figures(found: Result | None) -> str:
+    if found is None:
+        return "not measured"
+    mean = mean_recovered(found)
+    if mean is None:
+        return f"failed: {found['failed']}"
+    return f"{100 * mean[0]:.2f} / {100 * found['retention']['worst']['value']:.2f}"
+
+
 def _entries(file: Path) -> list[dict[str, Any]]:
     """Return one entry per method and setting that was measured on the test texts, the best first."""
     # what was measured again, with other settings, counts

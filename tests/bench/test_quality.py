@@ -2,6 +2,7 @@
 
 import json
 import os
+from json import dumps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,7 +223,7 @@ def test_what_a_method_cannot_help_is_no_result(tmp_path, monkeypatch, error):
     zoo = SimpleNamespace(folder=tmp_path, base=tmp_path / "base", texts=texts, retained="novels")
     file = tmp_path / "results" / "two.jsonl"
     file.parent.mkdir()
-    bench = quality._Bench(CONFIG, zoo, experts, file)
+    bench = quality._Bench(CONFIG, zoo, experts, file, tmp_path / "work")
     setting = settings.published(CONFIG, "linear")
     if isinstance(error, OutputError):
         with pytest.raises(OutputError):
@@ -232,6 +233,39 @@ def test_what_a_method_cannot_help_is_no_result(tmp_path, monkeypatch, error):
         bench.measure("linear", "default", "test", setting)
         (found,) = table.read(file)
         assert (found["failed"], found["retention"]) == ("zoo/x: NaN", None)
+
+
+def test_a_check_measures_anew_beside_the_results_and_prints_both(tmp_path, monkeypatch, capsys):
+    means = {"ties": 0.71234, "svc": None}
+
+    def evaluate(models, texts, *, json, **options):
+        method = Path(models["merge"]).stem
+        found = result(method, means[method], failed=None if means[method] else "NaN in the logits")
+        retention = {"models": {"merge": found["retention"]}, "domains": {}}
+        json.write_text(dumps({"retention": retention}))
+        merged = SimpleNamespace(seconds={"load": 1.0, "score": 1.0}, failed=found["failed"])
+        return SimpleNamespace(models={"merge": merged}, peak_memory=1, outcomes={})
+
+    for name in ("french", "haskell"):
+        (tmp_path / "zoo" / name).mkdir(parents=True)
+    experts = {name: tmp_path / "zoo" / name for name in ("french", "haskell")}
+    texts = {domain: {"test": tmp_path / "t.txt"} for domain in (*experts, "novels")}
+    zoo = SimpleNamespace(folder=tmp_path / "zoo", base=tmp_path, experts=experts, texts=texts, retained="novels")
+    monkeypatch.setattr(quality, "evaluate", evaluate)
+    monkeypatch.setattr(quality, "load_zoo", lambda *arguments, **options: zoo)
+    monkeypatch.setattr(quality, "_HERE", tmp_path)
+    before = [
+        result(name, 0.7, worst=0.6) | {"setting": settings.published(CONFIG, name)} for name in ("ties", "linear")
+    ]
+    write(tmp_path / "results" / "two.jsonl", *before)
+    kept = (tmp_path / "results" / "two.jsonl").read_bytes()
+    assert quality.main(["check", "--set", "two", "--methods", "ties,svc"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "ties, default, seed 0: mean / worst in percent: now 71.23 / 10.00 · before 70.00 / 60.00",
+        "svc, default, seed 0: mean / worst in percent: now failed: NaN in the logits · before not measured",
+    ]
+    assert (tmp_path / "results" / "two.jsonl").read_bytes() == kept
+    assert not (tmp_path / "zoo" / "quality" / "check").exists()
 
 
 def test_an_adapter_is_put_on_its_base_again_when_it_was_trained_anew(tmp_path, monkeypatch):
