@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..errors import MergeError, TaskError, did_you_mean
+from ..errors import TaskError, did_you_mean
 from .estimate import Estimate
+from .libraries import explained
 from .loading import Tokenizer
 from .outcome import Outcome
 from .tasks import HarnessTask
 
 _INSTALL = "pip install 'merganser[eval]'"
+_REFUSED = "lm-eval cannot carry it out"
 _LOGGERS = ("lm_eval", "lm-eval", "datasets")
 
 
@@ -83,7 +85,7 @@ class Harness:
                 "`lm-eval ls tasks` lists them"
             )
         spec = str(path.absolute()) if path.exists() else task.source
-        with _explained(task.source):
+        with explained(TaskError, f"{task.source}: {_REFUSED}"):
             loaded = self._manager.load([spec])
             groups = [name for name in loaded["groups"] if name == task.source] or [*loaded["groups"]][:1]
             if not groups and len(loaded["tasks"]) != 1:
@@ -125,7 +127,7 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        with _quiet(), _explained(", ".join(task.source for task in tasks)):
+        with _quiet(), explained(TaskError, f"{', '.join(task.source for task in tasks)}: {_REFUSED}"):
             # lm-eval gives tokenizers a token for padding
             wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer.encoder), batch_size=rows)
             specs = [self._opened[task.name].spec for task in tasks]
@@ -222,20 +224,6 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("lm_eval")
-
-
-@contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn whatever lm-eval raises into an error that names the tasks."""
-    try:
-        yield
-    except MergeError:
-        raise
-    # tasks are code and data of many authors, so errors are of any kind
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-        raise TaskError(f"{source}: lm-eval cannot carry it out: {reason}") from None
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from ..engine.sidefiles import is_tokenizer_file
-from ..errors import CheckpointError, MergeError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
+from .libraries import explained
 from .sources import Source, hash_file
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class LanguageModel:
         from transformers import AutoModelForCausalLM
 
         kind: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
-        with _explained(self.source.reference, "the model"), _quiet():
+        with explained(CheckpointError, f"{self.source.reference}: transformers cannot load the model"), _quiet():
             model, info = kind.from_pretrained(
                 None, config=self.config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
@@ -118,7 +119,7 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
         ) from None
     _check_kind(source)
     with _folder(source) as folder:
-        with _explained(source.reference, "config.json"), _quiet():
+        with explained(CheckpointError, f"{source.reference}: transformers cannot load config.json"), _quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_architecture(source, config)
         names = sorted(name for name in {*source.files, *source.texts} if is_tokenizer_file(name))
@@ -131,7 +132,7 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
         digest = xxhash.xxh3_128_hexdigest("\0".join([config.model_type, *names, *files]).encode())
         known = {} if tokenizers is None else tokenizers
         if digest not in known:
-            with _explained(source.reference, "the tokenizer"), _quiet():
+            with explained(CheckpointError, f"{source.reference}: transformers cannot load the tokenizer"), _quiet():
                 encoder = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             known[digest] = _tokenizer(source, encoder, digest)
     opened = LanguageModel(source, config, known[digest], _positions(config))
@@ -206,20 +207,6 @@ def _folder(source: Source) -> Iterator[Path]:
             (folder / relative).write_text(text, encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
         yield folder
-
-
-@contextmanager
-def _explained(reference: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises into an error that names the model."""
-    try:
-        yield
-    except MergeError:
-        raise
-    # libraries raise anything at all for files that they do not like
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-        raise CheckpointError(f"{reference}: transformers cannot load {what}: {reason}") from None
 
 
 @contextmanager
