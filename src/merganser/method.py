@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .sidecar import Sidecar
 
 __all__ = [
+    "AtOnce",
     "Count",
     "Embeddings",
     "Fraction",
@@ -103,6 +104,20 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class AtOnce:
+    """A statistic of tensors of one size, k of them, without rounds.
+
+    Args:
+        measure: Gets, by name, a tensor of the inputs and whatever else a measure may name; returns a tensor.
+        solve: Gets what was measured, with a leading dimension of k, then by name what a solve may name, but earlier
+            statistics, which come last and have that dimension, too. Returns the statistic of each, shape [k, ...].
+    """
+
+    measure: Callable[[Mapping[str, Any]], Tensor]
+    solve: Callable[[Tensor, Mapping[str, Any], Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Statistic:
     """A number (or a few) about every row, a whole tensor, or the whole model, that the combination needs.
 
@@ -113,14 +128,14 @@ class Statistic:
             the block's rows.
         when: Says from the parameters that it names (per-model ones are tuples) whether this tensor needs the
             statistic; the name of a flag does, too. Where it is not needed its passes are saved and it is None.
-        at_once: Where given, finds the same from a tensor of one block without any rounds: gets what a measure gets,
-            and what a solve gets, by name. It always runs eagerly, and must agree with the rounds to the last bit.
+        at_once: Where given, finds the same from tensors of one block without any rounds. It always runs eagerly, and
+            must agree with the rounds to the last bit.
     """
 
     rounds: tuple[Round, ...]
     over: str = "tensor"
     when: When = None
-    at_once: Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor] | None = None
+    at_once: AtOnce | None = None
 
     def wanted(self, parameters: Mapping[str, Any]) -> bool:
         """Say whether a tensor needs the statistic.
@@ -229,6 +244,23 @@ class MergeMethod:
     def random(self) -> bool:
         """Whether the result depends on the seed."""
         return "rng" in inspect.signature(self.combine).parameters
+
+    def together(self, parameters: Mapping[str, Any]) -> Literal["joined", "stacked"] | None:
+        """Say how small tensors may be merged at once, eagerly, to the same bytes as one by one.
+
+        Joined end to end where an element is told nothing but its values; stacked, those of one size, where what is
+        measured of a tensor does not depend on the order of a sum.
+
+        Args:
+            parameters: All parameters of the tensors, by their names in recipes.
+        """
+        wanted = [found for found in self.statistics.values() if found.wanted(parameters)]
+        if self.scope != "element":
+            return None
+        if not wanted and not self.random:
+            return "joined"
+        exact = all(found.at_once and parameters.get(found.over, found.over) == "tensor" for found in wanted)
+        return "stacked" if exact and self.fuse else None
 
     def locate(self, parameters: Mapping[str, Any], location: Location) -> dict[str, float]:
         """Return the numbers that follow from where a tensor is, by name.

@@ -222,7 +222,10 @@ def test_one_block_at_once_gives_what_the_rounds_give(numbers, wanted, dtype, wi
     tensor = torch.tensor(numbers, dtype=torch.float64 if wide else dtype)
     ranks = torch.tensor([wanted])
     statistic = order_statistic(values, lambda size, positive: ranks.clamp(max=positive.long() + 1), wide=wide)
-    at_once = statistic.at_once({"models": [tensor]}, {"size": torch.tensor(float(len(numbers)), dtype=torch.float64)})
+    measured = torch.stack([statistic.at_once.measure({"models": [found]}) for found in (tensor, tensor.flip(0))])
+    size = torch.tensor(float(len(numbers)), dtype=torch.float64)
+    at_once, flipped = statistic.at_once.solve(measured, {"size": size}, {})
+    assert torch.equal(at_once, flipped)
     rounds = run(statistic, [[tensor]])
     assert at_once.dtype == rounds.dtype
     assert torch.equal(at_once, rounds)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -284,6 +284,37 @@ class TensorRun:
         block = self._block(known, self.ranges[0], base, models)
         known[name] = self.kernels.measure_at_once(name, block, self.values, given)
         return True
+
+    @property
+    def together(self) -> Literal["joined", "stacked"] | None:
+        """How this tensor may be merged with others of the same kernels and parameters, as in `MergeMethod.together`."""
+        # fused kernels are made for one tensor, and differ from others by rounding
+        fits = len(self.ranges) == 1 and not (self.values.together == "stacked" and self.kernels.compiled)
+        return self.values.together if fits else None
+
+    def merge_several(
+        self, runs: Sequence[TensorRun], base: Tensor | None, models: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Measure, solve and combine tensors of this one's size, kernels and parameters at once, stacked.
+
+        Args:
+            runs: The work on each of them, k in number.
+            base: Their bases, if the method takes one, shape [k, size].
+            models: The same of the models.
+
+        Returns:
+            The merged tensors, shape [k, size], and whether the inputs and the result of each are finite, shape [k].
+        """
+        kernels = self.kernels
+        random = torch.stack([run._keys for run in runs]) if kernels.method.random else self._keys
+        block = Block(
+            base, models, {}, self._numbers, {}, random, torch.zeros((), dtype=torch.int64, device=kernels.device)
+        )
+        found: dict[str, Tensor] = {"size": torch.tensor(self.size, dtype=torch.float64)}
+        for name, _, _ in kernels.statistics:
+            found[name] = kernels.measure_at_once(name, block, self.values, found, several=True)
+            block = replace(block, known={**block.known, name: kernels.to_device(found[name])})
+        return kernels.combine_several(block)
 
     def combine(
         self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,10 +37,12 @@ class Values:
     Args:
         static: Flags, counts and choices, and which statistics are wanted ("measure NAME").
         numbers: Numeric parameters, and what follows from where the tensor is, float64: 0-d, or shape [T].
+        together: How tensors with these parameters may be merged at once, as in `MergeMethod.together`.
     """
 
     static: Mapping[str, Any]
     numbers: Mapping[str, Tensor]
+    together: Literal["joined", "stacked"] | None = None
 
     @classmethod
     def of(
@@ -57,7 +59,7 @@ class Values:
                 static[parameter.argument] = value
         numbers.update({name: torch.tensor(value, dtype=torch.float64) for name, value in (located or {}).items()})
         static.update({f"measure {name}": s.wanted(parameters) for name, s in method.statistics.items()})
-        return cls(static, numbers)
+        return cls(static, numbers, method.together(parameters))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Block:
     def flat(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""
         others = [*self.numbers.values(), *self.known.values(), self.keys, self.offset]
-        return [*self._inputs(), *self.rows.values(), *others]
+        return [*self.inputs(), *self.rows.values(), *others]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Block:
         """Return a block of the same structure, made of other tensors in the order of `flat`."""
@@ -100,12 +102,13 @@ class Block:
         """Return what a compiled kernel depends on: dtypes and shapes, as in `flat`; sizes that may vary are 0."""
         others = (*self.numbers.values(), *self.known.values(), self.keys, self.offset)
         return (
-            *((x.dtype, (0,) * x.dim()) for x in self._inputs()),
+            *((x.dtype, (0,) * x.dim()) for x in self.inputs()),
             *((x.dtype, (0, *x.shape[1:])) for x in self.rows.values()),
             *((x.dtype, tuple(x.shape)) for x in others),
         )
 
-    def _inputs(self) -> list[Tensor]:
+    def inputs(self) -> list[Tensor]:
+        """Return the blocks that were read, the base first."""
         return [*self.models] if self.base is None else [self.base, *self.models]
 
 
@@ -180,7 +183,9 @@ class Kernels:
         measured = measured if measured.is_floating_point() else measured.to(torch.int64)
         return measured if total is None else join(total, measured, largest=round_.largest), finite
 
-    def measure_at_once(self, name: str, block: Block, values: Values, known: Mapping[str, Tensor]) -> Tensor:
+    def measure_at_once(
+        self, name: str, block: Block, values: Values, known: Mapping[str, Tensor], *, several: bool = False
+    ) -> Tensor:
         """Find a statistic of a tensor of one block without its rounds.
 
         Args:
@@ -188,14 +193,24 @@ class Kernels:
             block: The whole tensor.
             values: Parameters of the tensor.
             known: Earlier statistics and `size`, on the CPU.
+            several: The block, and all statistics, are those of several tensors, stacked.
         """
         at_once = self.method.statistics[name].at_once
         assert at_once is not None
-        inputs = {"base": None if block.base is None else block.base.to(self.compute)}
-        models = [model.to(self.compute) for model in block.models]
-        given = {**self._unwanted, **self.static, **block.numbers, **block.rows, **block.known}
-        given.update(inputs, models=models)
-        return at_once(given, {**self._unwanted, **self.static, **values.numbers, **known})
+        static = {**self._unwanted, **self.static}
+        inputs = ([*block.inputs()], dict(block.rows), dict(block.known))
+
+        def measure(inputs: list[Tensor], rows: Any, known: Any) -> Tensor:
+            base, models = (None, inputs) if block.base is None else (inputs[0], inputs[1:])
+            given = {**static, **block.numbers, **rows, **known, "models": [model.to(self.compute) for model in models]}
+            return at_once.measure({**given, "base": None if base is None else base.to(self.compute)})
+
+        earlier = {key: value for key, value in known.items() if key != "size"}
+        given = {**static, **values.numbers, "size": known["size"]}
+        if several:
+            return at_once.solve(torch.vmap(measure)(*inputs), given, earlier)
+        alone = {key: value.unsqueeze(0) for key, value in earlier.items()}
+        return at_once.solve(measure(*inputs).unsqueeze(0), given, alone)[0]
 
     def solve(self, name: str, index: int, measured: Tensor, values: Values, known: Mapping[str, Tensor]) -> Tensor:
         """Solve a round of a statistic from the sum of its measurements.
@@ -215,6 +230,16 @@ class Kernels:
     def combine(self, block: Block) -> tuple[Tensor, Tensor]:
         """Merge one block; also say whether the inputs and the result are finite."""
         return self._run(("combine", "", 0), block)
+
+    def combine_several(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Merge several tensors that differ in nothing but their elements; also say of each whether it is finite.
+
+        Args:
+            block: Their inputs and statistics, stacked, and their keys where the method is random.
+        """
+        dims = (None if block.base is None else 0, 0, 0, None, 0, 0 if self.method.random else None, None)
+        merged, finite = torch.vmap(self._function(("combine", "", 0)), in_dims=dims)(*_arguments(block))
+        return merged, finite
 
     def to_device(self, solved: Tensor) -> Tensor:
         """Move a solved statistic to where kernels take it: floats in the compute dtype, integers as they are."""
@@ -343,16 +368,14 @@ def _on_tensors(kernel: Function, block: Block) -> tuple[Tensor, Tensor]:
 
 
 def _on_block(kernel: Callable[..., tuple[Tensor, Tensor]]) -> _Kernel:
+    """Hand a block to a kernel as it is written."""
+    return lambda block: kernel(*_arguments(block))
+
+
+def _arguments(block: Block) -> tuple[Any, ...]:
     """Spread a block to the arguments of a kernel."""
-    return lambda block: kernel(
-        block.base,
-        list(block.models),
-        dict(block.rows),
-        dict(block.numbers),
-        dict(block.known),
-        block.keys,
-        block.offset,
-    )
+    known = (dict(block.rows), dict(block.numbers), dict(block.known))
+    return block.base, list(block.models), *known, block.keys, block.offset
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import MemoryLimitError
-from ..method import MergeMethod
 from ..resident import memory_here
 from .blocks import BLOCK, block_shape
 from .buffers import kept_bytes
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
 _PYTHON_AND_TORCH = 240_000_000
 # what is known of a tensor of an input or of the output
 _LISTED = 640
+# what was measured of it, and its text in the record
+_RECORDED = 1_600
+_NUMBER = 32
 # loaded kernels; where they are compiled just in time, torch.compile's machinery
 _LIBRARIES = 20_000_000
 _COMPILER = 190_000_000
@@ -77,12 +79,12 @@ def _needs(tensors: Sequence[PlannedTensor], compiled: bool) -> tuple[int, int]:
     for tensor in kinds:
         largest = max(largest, _held(tensor, compiled))
         if _block(tensor) == tensor.size:
-            # what is measured for the record, in float64; plain methods merge a bundle as one block
-            eager = _eager(tensor) if _plain(tensor.method) else 0
-            bundle = max(bundle, _raw(tensor) + max(8 * (len(tensor.inputs) + 2), eager))
+            # many are put together in copies, and merged as one block
+            merged = tensor.together == "joined" or (tensor.together == "stacked" and not compiled)
+            bundle = max(bundle, _raw(tensor) + (_raw(tensor) + _eager(tensor) if merged else 0))
     needed = max(largest, _largest_bundle(tensors) * bundle)
     ahead = all(compiled_ahead(method) for method in {tensor.method.name: tensor.method for tensor in kinds}.values())
-    listed = _LISTED * sum(1 + len(tensor.inputs) for tensor in tensors)
+    listed = sum(_LISTED * (1 + len(tensor.inputs)) + _RECORDED + _NUMBER * _numbers(tensor) for tensor in tensors)
     return _PYTHON_AND_TORCH + listed + ((_LIBRARIES if ahead else _COMPILER) if compiled else 0), needed
 
 
@@ -135,8 +137,10 @@ def _block(tensor: PlannedTensor) -> int:
     return tensor.size if tensor.copy else min(tensor.block, tensor.size)
 
 
-def _plain(method: MergeMethod) -> bool:
-    return method.scope == "element" and not method.statistics and not method.random
+def _numbers(tensor: PlannedTensor) -> int:
+    """Return how many numbers are measured of a tensor for the record."""
+    models = len(tensor.models)
+    return len(tensor.inputs) + 2 + (models * (3 * models - 1) // 2 if tensor.base is not None else 0)
 
 
 def _raw(tensor: PlannedTensor) -> int:
@@ -154,7 +158,7 @@ def _fused(tensor: PlannedTensor) -> int:
 def _eager(tensor: PlannedTensor) -> int:
     """Return what eager arithmetic on small blocks adds to an element, bytes, as measured."""
     n = len(tensor.inputs)
-    eager = 12 * n + 50 if _plain(tensor.method) else 24 * n + 70
+    eager = 12 * n + 50 if tensor.together == "joined" else 24 * n + 70
     wide = "float64" in (tensor.dtype.name, *(t.dtype.name for t in tensor.inputs))
     return eager * (2 if wide else 1)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..checkpoint import Checkpoint, DType, Shard, TensorInfo
 from ..method import MergeMethod
@@ -87,6 +87,11 @@ class PlannedTensor:
             return 1
         statistics = self.method.statistics.values()
         return 1 + sum(len(statistic.rounds) for statistic in statistics if statistic.wanted(self.parameters))
+
+    @property
+    def together(self) -> Literal["joined", "stacked"] | None:
+        """How it is merged at once with others, where it is small, as in `MergeMethod.together`."""
+        return None if self.copy else self.method.together(self.parameters)
 
     @property
     def over_model(self) -> bool:

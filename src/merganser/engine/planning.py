@@ -30,7 +30,7 @@ COMPILE_FROM = 450_000_000
 so many elements takes one or two more when it runs eagerly."""
 
 _TENSOR_WORK = 1 << 15
-"""Input elements that take as long eagerly as what every tensor costs, however small."""
+"""Input elements that take as long eagerly as what a tensor costs, however small, that is merged by itself."""
 
 SHARD_BYTES = 5_000_000_000
 
@@ -153,10 +153,11 @@ def _fuses(
 def _work(drafts: Sequence[PlannedTensor]) -> int:
     """Return the input elements that kernels see in a pass; a tensor counts as some, however small."""
     fused = [draft for draft in drafts if draft.method.fuse and not draft.copy]
-    # small tensors of plain methods are merged many at a time
-    each = sum(
-        draft.method.scope != "element" or bool(draft.method.statistics) or draft.method.random for draft in fused
-    )
+    alone: dict[int, bool] = {}
+    for draft in fused:
+        if id(draft.parameters) not in alone:
+            alone[id(draft.parameters)] = draft.together is None
+    each = sum(alone[id(draft.parameters)] for draft in fused)
     return sum(draft.size * len(draft.inputs) for draft in fused) + each * _TENSOR_WORK
 
 

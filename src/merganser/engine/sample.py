@@ -19,6 +19,9 @@ PAIR_SAMPLE = 1 << 14
 """Elements at the start of each tensor on which each two task vectors are compared: their number grows with the square
 of that of the models."""
 
+_TOGETHER = 1 << 17
+"""Elements, of several tensors, that are measured at a time: in float64 and of all models they are megabytes."""
+
 
 def measure_samples(
     tensors: Sequence[PlannedTensor], inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Tensor]
@@ -40,7 +43,8 @@ def measure_samples(
         if not tensor.copy and tensor.size:
             groups[min(outputs[i].numel(), SAMPLE), len(inputs[i]), _has_pairs(tensor)].append(i)
     found = {}
-    for (size, width, related), members in groups.items():
+    parts = [(key, part) for key, members in groups.items() for part in _parts(members, _TOGETHER // key[0] or 1)]
+    for (size, width, related), members in parts:
         # slices of very many small tensors cost
         first = [
             [data if data.shape == (size,) else data.reshape(-1)[:size] for data in (*inputs[i], outputs[i])]
@@ -58,6 +62,10 @@ def measure_samples(
             if pairs is not None:
                 found[tensors[i].name]["pairs"] = pairs[k]
     return found
+
+
+def _parts(members: Sequence[int], count: int) -> list[Sequence[int]]:
+    return [members[i : i + count] for i in range(0, len(members), count)]
 
 
 def _has_pairs(tensor: PlannedTensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from ..checkpoint import Reader
 from ..errors import CheckpointError, NonFiniteError
 from .blocks import TensorRun, block_step
 from .buffers import InputBuffer, Kept
+from .bundle import merge_together
 from .plan import PlannedTensor
 from .sample import measure_samples
 from .staging import digest
@@ -167,13 +168,7 @@ class Worker:
         tensors = state.group.tensors
         inputs, raw, nbytes = self._buffer.read_bundle(tensors)
         self._c.advance(nbytes, 0, 0)
-        whole = self._merge_flat(state, inputs)
-        if whole is not None:
-            outputs = list(torch.split(whole, [tensor.size for tensor in tensors]))
-            written = self._write(tensors[0], 0, whole)
-        else:
-            outputs = [self._merge_small(state, i, own, measure=measure) for i, own in enumerate(inputs)]
-            written = self._write_together(tensors, outputs)
+        outputs, written = self._merge_bundle(state, inputs, measure=measure)
         # many have one shape
         cuts = {shape: _cuts(shape, 0, math.prod(shape)) for shape in {tensor.shape for tensor in tensors}}
         hashes = [
@@ -182,6 +177,28 @@ class Worker:
         ]
         self._c.advance(0, 0, len(tensors))
         return {"in": hashes, "out": _hex(written), "sample": measure_samples(tensors, inputs, outputs)}
+
+    def _merge_bundle(
+        self, state: GroupState, inputs: list[list[Tensor]], *, measure: bool
+    ) -> tuple[list[Tensor], list[bytes]]:
+        """Merge and write; return the outputs, flat, and the hashes of what was written."""
+        tensors = state.group.tensors
+
+        def split(index: int, found: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+            return self._split(tensors[index], found)
+
+        outputs: dict[int, Tensor] = {}
+        alike = merge_together(state.runs, inputs, split, allow_nonfinite=self._c.allow_nonfinite)
+        for found, merged in alike:
+            if len(found) == len(tensors):
+                # they lie one behind the other already
+                return [*torch.split(merged, [tensor.size for tensor in tensors])], self._write(tensors[0], 0, merged)
+            outputs.update(zip(found, torch.split(merged, [tensors[i].size for i in found]), strict=True))
+        for i, own in enumerate(inputs):
+            if i not in outputs:
+                outputs[i] = self._merge_small(state, i, own, measure=measure)
+        together = [outputs[i] for i in range(len(tensors))]
+        return together, self._write_together(tensors, together)
 
     def _merge_small(self, state: GroupState, index: int, inputs: list[Tensor], *, measure: bool) -> Tensor:
         """Copy a tensor of a bundle, or measure, solve and combine it; return it flat."""
@@ -199,27 +216,6 @@ class Worker:
                     total = self._measure(run, name, round_, known, tensor, range_, inputs, None)
                     run.solve(name, round_, total, known, run.size)
         return self._merge(run, tensor, known, *range_, inputs)
-
-    def _merge_flat(self, state: GroupState, inputs: list[list[Tensor]]) -> Tensor | None:
-        """Merge a bundle as one block where its tensors differ in nothing that an element could notice."""
-        runs = state.runs
-        first = runs[0]
-        if first is None or len(runs) < 2:
-            return None
-        method = first.kernels.method
-        alike = all(run is not None and run.kernels is first.kernels and run.values is first.values for run in runs)
-        same_types = len({tuple(data.dtype for data in own) for own in inputs}) == 1
-        if not alike or not same_types or method.scope != "element" or method.random or first.kernels.statistics:
-            return None
-        columns = [torch.cat(column) for column in zip(*inputs, strict=True)]
-        size = columns[0].numel()
-        planned = replace(state.group.tensors[0], shape=(size,))
-        run = TensorRun(first.kernels, first.values, (size,), torch.zeros((1, 2), dtype=torch.int32))
-        if not run.ranges:
-            return None
-        merged, finite = run.combine({}, (0, size), *self._split(planned, columns))
-        # the search for the culprit is left to the tensors one by one
-        return merged.cpu() if finite or self._c.allow_nonfinite else None
 
     def _merge(
         self,

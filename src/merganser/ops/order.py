@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..method import Round, Statistic, When, takes, taking
+from ..method import AtOnce, Round, Statistic, When, takes, taking
 from .sum import not_negative
 
 _HIGH = 1 << 15
@@ -111,10 +111,18 @@ def order_statistic(
         found = refine(shifts[-1], measured, previous)
         return _decided(found[..., 0], found[..., 3], wide)
 
-    def at_once(block: Mapping[str, Any], solved: Mapping[str, Any]) -> Tensor:
-        found = torch.stack([_patterns(value).reshape(-1).cpu() for value in measured(dict(block))])
-        given = {**solved, "positive": (found >= least).sum(1).double()}
-        wanted = ranks(**{name: given[name] for name in rank_names})
+    def patterns(given: Mapping[str, Any]) -> Tensor:
+        return torch.stack([_patterns(value).reshape(-1) for value in measured(dict(given))])
+
+    def select(found: Tensor, given: Mapping[str, Any], earlier: Mapping[str, Tensor]) -> Tensor:
+        found = found.cpu()
+        several = {"positive": (found >= least).sum(-1).double(), **earlier}
+        own = {name: several[name] for name in rank_names if name in several}
+        shared = {name: given[name] for name in rank_names if name not in several}
+        if own:
+            wanted = torch.vmap(lambda one: ranks(**shared, **one))(own)
+        else:
+            wanted = ranks(**shared).expand(len(found), -1, -1)
         return _select(found, wanted, wide)
 
     # the smallest pattern that is not counted with 0
@@ -125,7 +133,7 @@ def order_statistic(
     for shift in shifts:
         solve = finish if shift == shifts[-1] else taking("measured", "previous")(partial(refine, shift))
         rounds.append(Round(inside, solve, tally=partial(_count_inside, shift)))
-    return Statistic(tuple(rounds), over=over, when=when, at_once=at_once)
+    return Statistic(tuple(rounds), over=over, when=when, at_once=AtOnce(patterns, select))
 
 
 def at_least(value: Tensor, cut: Tensor) -> Tensor:
@@ -202,7 +210,7 @@ def _decided(patterns: Tensor, outside: Tensor, wide: bool) -> Tensor:
     """Return the statistic: patterns as values, infinity and 0 where they do not decide.
 
     Args:
-        patterns: Shape [S, R].
+        patterns: Shape [..., S, R].
         outside: As in `_interval`.
         wide: Whether values are float64.
     """
@@ -215,19 +223,23 @@ def _select(patterns: Tensor, wanted: Tensor, wide: bool) -> Tensor:
     """Find the k-th largest of a few elements.
 
     Args:
-        patterns: Shape [S, n].
-        wanted: Ranks k, shape [S, R].
+        patterns: Shape [tensors, S, n].
+        wanted: Ranks k, shape [tensors, S, R].
         wide: Whether values are float64.
 
     Returns:
-        The statistic, shape [S, R].
+        The statistic, shape [tensors, S, R].
     """
-    size = patterns.shape[1]
-    places = (size - wanted).clamp(0, size - 1)
-    rows = [np.partition(row, place)[place] for row, place in zip(patterns.numpy(), places.numpy(), strict=True)]
-    found = torch.from_numpy(np.stack(rows)).to(torch.int64)
+    size = patterns.shape[-1]
+    values, places = patterns.numpy(), (size - wanted).clamp(0, size - 1).numpy()
+    found = np.empty(places.shape, dtype=np.int64)
+    for i in range(places.shape[1]):
+        # mostly, tensors of one size want one rank
+        for place in np.unique(places[:, i], axis=0):
+            alike = (places[:, i] == place).all(axis=1)
+            found[alike, i] = np.partition(values[alike, i], place, axis=-1)[:, place]
     outside = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, 0))
-    return _decided(found, outside, wide)
+    return _decided(torch.from_numpy(found), outside, wide)
 
 
 def _patterns(values: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class Random:
         word += first
         # compared without sign, an index below the block's first has overflowed into the upper half
         high = above + ((word ^ _SIGN) < (first ^ _SIGN))
-        word ^= self._keys[model, 0]
+        # not in place: tensors that are merged together have keys of their own, and indices alike
+        word = word ^ self._keys[model, 0]
         word = _mix(word)
         word += self._keys[model, 1]
         word ^= high * _FIRST
