@@ -24,7 +24,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
@@ -165,6 +165,7 @@ def applies(when: When, parameters: Mapping[str, Any]) -> bool:
     return when(**{name: parameters[name.rstrip("_")] for name in takes(when)})
 
 
+@lru_cache(maxsize=1024)
 def takes(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names that a measure, solve or combine function wants handed in."""
     return getattr(function, "_takes", None) or tuple(inspect.signature(function).parameters)
