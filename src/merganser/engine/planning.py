@@ -153,11 +153,14 @@ def _fuses(
 def _work(drafts: Sequence[PlannedTensor]) -> int:
     """Return the input elements that kernels see in a pass; a tensor counts as some, however small."""
     fused = [draft for draft in drafts if draft.method.fuse and not draft.copy]
-    alone: dict[int, bool] = {}
+    # many share their parameters
+    alone: dict[tuple[str, int], bool] = {}
+    each = 0
     for draft in fused:
-        if id(draft.parameters) not in alone:
-            alone[id(draft.parameters)] = draft.together is None
-    each = sum(alone[id(draft.parameters)] for draft in fused)
+        settings = (draft.method.name, id(draft.parameters))
+        if settings not in alone:
+            alone[settings] = draft.together is None
+        each += alone[settings]
     return sum(draft.size * len(draft.inputs) for draft in fused) + each * _TENSOR_WORK
 
 
