@@ -201,7 +201,8 @@ def test_fused_histograms_count_the_same(wide):
     for round_ in statistic.rounds:
         names = takes(round_.measure)
         bounds = torch.tensor([0.1, 0.2, 0.15, 1.0], dtype=tensors[0].dtype).view(torch.int64 if wide else torch.int32)
-        intervals = [[*bounds[:2].tolist(), 7, 0], [*bounds[2:].tolist(), 3, 0]]
+        # first, end, rank, outside, common, number
+        intervals = [[*bounds[i : i + 2].tolist(), 7, 0, int(bounds[i]), 5] for i in (0, 2)]
         known = {"models": tensors, "previous": torch.tensor([intervals, intervals[::-1]])}
         arguments = {name: known[name] for name in names}
         fused = torch.compile(lambda given, call=round_.measure: call(**given), fullgraph=True, dynamic=True)
