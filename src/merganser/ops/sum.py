@@ -69,7 +69,7 @@ def round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def not_negative(value: Tensor) -> Tensor:
-    """Say where float64 values are 0 or more.
+    """Say where float64 values are 0 or more; what is smaller than 2**-1050 counts as 0.
 
     Fused kernels convert masks of float64 to the width of float32 one by one; this compares at that width. The factor
     keeps what is small from becoming 0; large numbers may well become infinite.
