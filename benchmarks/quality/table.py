@@ -39,7 +39,8 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     Raises:
         FileNotFoundError: There are no results.
     """
-    every = {name: _entries(results / f"{name}.jsonl") for name in _SETS}
+    rows = {name: read(results / f"{name}.jsonl") for name in _SETS}
+    every = {name: _entries(own) for name, own in rows.items()}
     entries = {name: [entry for entry in own if entry["label"] in _NAMES] for name, own in every.items()}
     found = {name: own for name, own in entries.items() if any(entry["mean"] is not None for entry in own)}
     if not found:
@@ -48,7 +49,7 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     for name, own in found.items():
         plots.recovered_and_forgotten(_title(name), own).save(images / f"quality-{name}.svg")
     parts = [_overview(found)]
-    tuned = {name: _after_tuning(read(results / f"{name}.jsonl"), own, config) for name, own in found.items()}
+    tuned = {name: _after_tuning(rows[name], own, config) for name, own in found.items()}
     parts += [_tuned({name: own for name, own in tuned.items() if own})] if any(tuned.values()) else []
     restored = {name: [entry for entry in own if entry["label"] == "restored"] for name, own in every.items()}
     parts += [_restored({name: own for name, own in restored.items() if own})] if any(restored.values()) else []
@@ -166,12 +167,10 @@ def _figures(found: Result | None) -> str:
     return f"{100 * mean[0]:.2f} / {100 * found['retention']['worst']['value']:.2f}"
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
+def _entries(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return one entry per method and setting that was measured on the test texts, the best first."""
     # what was measured again, with other settings, counts
-    latest = {
-        (found["method"], found["label"], found["seed"]): found for found in read(file) if found["split"] == "test"
-    }
+    latest = {(found["method"], found["label"], found["seed"]): found for found in results if found["split"] == "test"}
     groups: dict[tuple[str, str], list[Result]] = {}
     for (method, label, _), result in latest.items():
         groups.setdefault((method, label), []).append(result)

@@ -30,8 +30,8 @@ def merge_together(
     """
     alike: dict[Any, list[int]] = {}
     for i, (run, given) in enumerate(zip(runs, inputs, strict=True)):
-        if run is not None and run.together:
-            size = run.size if run.together == "stacked" else None
+        if run is not None and (how := run.together):
+            size = run.size if how == "stacked" else None
             kind = (id(run.kernels), id(run.values), size, *(data.dtype for data in given))
             alike.setdefault(kind, []).append(i)
     for found in alike.values():
