@@ -51,8 +51,8 @@ def main() -> int:
 
 def documents() -> dict[Path, str]:
     """Make every generated document."""
+    from merganser.method.registry import methods
     from merganser.recipe.schema import json_schema
-    from merganser.registry import methods
 
     found = methods()
     works = bibliography()

@@ -24,7 +24,7 @@ from benchmarks.zoo import Zoo, load_zoo
 from benchmarks.zoo.shipped import apply
 from merganser import MergeError, evaluate, merge
 from merganser.errors import OutputError
-from merganser.registry import method_names, methods
+from merganser.method.registry import method_names, methods
 
 from . import restored, settings, table
 from .settings import Setting

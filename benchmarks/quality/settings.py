@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merganser.registry import methods
+from merganser.method.registry import methods
 
 Setting = dict[str, Any]
 _FILE = Path(__file__).parent / "config.json"

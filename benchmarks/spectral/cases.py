@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merganser.engine.blocks import merge_tensors
-from merganser.registry import get_method
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.method.registry import get_method
 
 METHODS = ("iso_c", "iso_cts", "tsv_m", "wudi")
 

@@ -12,21 +12,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:
     from . import errors, methods
-    from .api import merge, merge_state_dicts, plan
     from .checkpoint import open_checkpoint
-    from .difference import diff
+    from .engine.in_memory import merge_state_dicts
+    from .engine.merge import merge, plan
+    from .engine.sidecars.restoration import restore
     from .errors import MergeError
     from .evaluation import evaluate
-    from .inspection import inspect
+    from .inspection import diff, inspect, kinship
     from .recipe import load_recipe, load_recipes
+    from .record import verify
     from .report import write_report
-    from .restoration import restore
-    from .task_vectors import kinship
-    from .verification import verify
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MergeError",
@@ -50,18 +49,18 @@ __all__ = [
 _MODULES = ("errors", "methods")
 _HOMES = {
     "MergeError": "errors",
-    "diff": "difference",
+    "diff": "inspection",
     "evaluate": "evaluation",
     "inspect": "inspection",
-    "kinship": "task_vectors",
+    "kinship": "inspection",
     "load_recipe": "recipe",
     "load_recipes": "recipe",
-    "merge": "api",
-    "merge_state_dicts": "api",
+    "merge": "engine.merge",
+    "merge_state_dicts": "engine.in_memory",
     "open_checkpoint": "checkpoint",
-    "plan": "api",
-    "restore": "restoration",
-    "verify": "verification",
+    "plan": "engine.merge",
+    "restore": "engine.sidecars.restoration",
+    "verify": "record",
     "write_report": "report",
 }
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["count_text", "number_text", "plural", "size_text", "some", "time_text"]
 
@@ -56,3 +61,25 @@ def some(names: Sequence[str], limit: int = 4) -> str:
     """List names, the first few of many."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def default_names(references: Sequence[str]) -> list[str]:
+    """Return short names for models: the last part of each path, with as many before it as make it unique.
+
+    Args:
+        references: Paths, Hub ids and the like; each once.
+    """
+    parts = [_parts(reference) for reference in references]
+    names = [each[-1] for each in parts]
+    for count in range(2, max(map(len, parts), default=0) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        names = ["/".join(each[-count:]) if name in twice else name for name, each in zip(names, parts, strict=True)]
+    return names
+
+
+def _parts(reference: str) -> list[str]:
+    path = reference if Path(reference).exists() else reference.rpartition("+")[2]
+    parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
+    if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):
+        parts[-1] = parts[-1].rpartition(".")[0]
+    return parts or [reference]

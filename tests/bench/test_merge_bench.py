@@ -29,7 +29,7 @@ from benchmarks.merge.measure import CommandError, Floor, KilledError, Usage, ca
 from benchmarks.merge.recipes import METHODS, recipe
 from benchmarks.merge.scenarios import size_in_bytes
 from benchmarks.merge.session import Report, Session, summary
-from merganser.registry import get_method
+from merganser.method.registry import get_method
 
 SHAPE = Shape(hidden=32, ffn=64, layers=2, vocab=200, heads=2)
 

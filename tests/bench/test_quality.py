@@ -11,7 +11,7 @@ import pytest
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import restored, settings, table
 from merganser.errors import NonFiniteError, OutputError
-from merganser.registry import method_names, methods
+from merganser.method.registry import method_names, methods
 
 CONFIG = json.loads((Path(quality.__file__).parent / "config.json").read_text(encoding="utf-8"))
 

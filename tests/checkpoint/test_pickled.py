@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merganser.checkpoint import open_checkpoint
-from merganser.checkpoint.pickled import read_pickled
+from merganser.checkpoint.formats.pickled import read_pickled
 from merganser.errors import CheckpointError, MergeError, NotFoundError
 from tests.checkpoint.making import check_equal, read_all, some_tensors, tensor_bytes
 

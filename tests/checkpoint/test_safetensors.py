@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merganser.checkpoint import DTYPES
-from merganser.checkpoint.safetensors import read_header
+from merganser.checkpoint.formats.safetensors import read_header
 from merganser.errors import CheckpointError, MergeError, NotFoundError
 from tests.checkpoint.making import entry, raw_file, some_tensors, tensor_bytes
 

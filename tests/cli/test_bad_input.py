@@ -315,7 +315,7 @@ def test_memory_that_runs_out_is_no_defect(models: Path, monkeypatch: pytest.Mon
             raise MemoryError
         torch.empty(1 << 60)
 
-    monkeypatch.setattr("merganser.engine.blocks.TensorRun.combine", combine)
+    monkeypatch.setattr("merganser.engine.kernels.blocks.TensorRun.combine", combine)
     found = run("merge", recipe(models / "r.yaml", linear("a", "b")), "out")
     assert (found.code, found.out) == (2, "")
     assert found.err.endswith(

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merganser import diff, difference, side_by_side
+from merganser import diff
 from merganser.errors import CheckpointError
+from merganser.inspection import difference, side_by_side
 from tests.cli.tiny import run, state, write
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from merganser import diff, kinship, side_by_side
+from merganser import diff, kinship
 from merganser.errors import CheckpointError, NotFoundError
-from merganser.findings import difference_findings, kinship_findings
-from merganser.task_vectors import Kin, mean_of_pairs
+from merganser.inspection import side_by_side
+from merganser.inspection.findings import difference_findings, kinship_findings
+from merganser.inspection.task_vectors import Kin, mean_of_pairs
 from tests.cli.tiny import run, state, write
 
 Tensors = dict[str, torch.Tensor]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from merganser.cli._text import time_text
+from merganser.wording import time_text
 from tests.cli.tiny import linear, names, recipe, run, state, write
 
 
@@ -149,7 +149,7 @@ def test_a_defect_of_ours_says_so(models: Path, monkeypatch: pytest.MonkeyPatch)
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr("merganser.stages.merge_stages", broken)
+    monkeypatch.setattr("merganser.engine.merge.merge_stages", broken)
     found = run("merge", recipe(models / "r.yaml", linear("a")), "out")
     assert found.code == 1
     assert "ZeroDivisionError: inside" in found.err

@@ -9,9 +9,9 @@ import pytest
 from torch import Tensor
 
 from merganser.cli.methods import _page
-from merganser.description import citation, describe
 from merganser.method import Fraction, PerModel, Scale, Weight, default, merge_method
-from merganser.registry import method_names, methods
+from merganser.method.description import citation, describe
+from merganser.method.registry import method_names, methods
 from tests.cli.tiny import run
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from merganser import plan as make_plan
-from merganser.cli._text import size_text
-from merganser.engine import planning
-from merganser.engine.devices import has_compiler
-from merganser.summary import value_text
+from merganser.engine import planner as planning
+from merganser.engine.kernels.devices import has_compiler
+from merganser.engine.plan.summary import value_text
+from merganser.wording import size_text
 from tests.cli.tiny import linear, names, recipe, run, state, write
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from merganser import load_recipes
+from merganser.engine.merge import merge_stages, plan_stages, stages_folder
 from merganser.engine.run import Interrupted
 from merganser.errors import MergeError, OutputError, RecipeError
-from merganser.stages import merge_stages, plan_stages, stages_folder
 from tests.cli.tiny import linear, names, recipe, run, state, write
 
 HOME = ".out.stages"

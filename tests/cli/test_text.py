@@ -9,7 +9,8 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merganser.cli._text import count_text, number_text, parse_size, plural, size_text, some, table, time_text
+from merganser.cli._text import parse_size, table
+from merganser.wording import count_text, number_text, plural, size_text, some, time_text
 
 
 @pytest.mark.parametrize(

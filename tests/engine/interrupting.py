@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from merganser.api import merge
-from merganser.engine import blocks, run, staging, tasks
+from merganser.engine import run
+from merganser.engine.kernels import blocks, merge_tensor
+from merganser.engine.merge import merge
 from merganser.engine.run import Interrupted
+from merganser.engine.stream import groups, staging
 
 BLOCK, SEGMENT_BLOCKS = 128, 2
 
@@ -22,11 +24,11 @@ BLOCK, SEGMENT_BLOCKS = 128, 2
 def shrink_blocks(patch: pytest.MonkeyPatch) -> None:
     """Make blocks so small that tiny models have large tensors."""
     patch.setattr(blocks, "BLOCK", BLOCK)
-    patch.setattr(tasks, "SEGMENT_BLOCKS", SEGMENT_BLOCKS)
+    patch.setattr(groups, "SEGMENT_BLOCKS", SEGMENT_BLOCKS)
     for function in (blocks.block_ranges, blocks.block_step):
         patch.setattr(function, "__defaults__", (BLOCK,))
     patch.setattr(blocks.TensorRun.__init__, "__defaults__", (BLOCK,))
-    patch.setitem(blocks.merge_tensors.__kwdefaults__, "block", BLOCK)
+    patch.setitem(merge_tensor.merge_tensors.__kwdefaults__, "block", BLOCK)
 
 
 class Counter:
@@ -102,7 +104,7 @@ def stop(recipe: Any, out: Path, after: int, **options: Any) -> Stopper:
 def in_a_process(target: Any, *arguments: Any) -> multiprocessing.Process:
     """Start a function in a fresh process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["merganser.engine.run", "merganser.api", "pytest"])
+    context.set_forkserver_preload(["merganser.engine.run", "merganser.engine.merge", "pytest"])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process  # type: ignore[return-value]

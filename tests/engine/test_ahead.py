@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from merganser.engine import ahead
-from merganser.engine.blocks import merge_tensors
-from merganser.engine.devices import has_compiler
-from merganser.registry import get_method
+from merganser.engine.kernels import compiled as ahead
+from merganser.engine.kernels.devices import has_compiler
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.method.registry import get_method
 
 needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
 
@@ -109,7 +109,7 @@ def test_what_cannot_be_compiled_is_not_tried_again(cache, monkeypatch):
 def test_the_compiler_says_what_it_cannot_do_and_goes_on(tmp_path):
     lines = f'["{tmp_path}/a", "{{}}"]\n["{tmp_path}/b", "{{}}"]\n'
     run = subprocess.run(
-        [sys.executable, "-m", "merganser.engine.compiling"],
+        [sys.executable, "-m", "merganser.engine.kernels.compiler"],
         input=lines,
         capture_output=True,
         text=True,
@@ -124,10 +124,10 @@ def test_a_kernel_that_fails_is_asked_eagerly_why(monkeypatch):
     def fail(tensors):
         raise ahead.KernelError("a compiled kernel failed with code 1")
 
-    monkeypatch.setattr("merganser.engine.kernels.compile_ahead", lambda order: fail)
+    monkeypatch.setattr("merganser.engine.kernels.kernels.compile_ahead", lambda order: fail)
     with pytest.raises(ahead.KernelError, match="code 1"):
         merge(True)
-    monkeypatch.setattr("merganser.engine.kernels.Kernels.run_eagerly", lambda *_: torch.empty(1 << 60))
+    monkeypatch.setattr("merganser.engine.kernels.kernels.Kernels.run_eagerly", lambda *_: torch.empty(1 << 60))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         merge(True)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from merganser.api import merge, plan
+from merganser.engine.merge import merge, plan
 from merganser.errors import CheckpointError
 from tests.making import assert_equal, llama, llama_config, make_recipe, read_json, read_model, write_model
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merganser import _cases
-from merganser.api import merge
-from merganser.engine import stream
-from merganser.engine.blocks import TensorRun, fill, merge_tensors
-from merganser.engine.bundle import merge_together
-from merganser.engine.kernels import Kernels, Values
+from merganser.engine.kernels.blocks import TensorRun
+from merganser.engine.kernels.kernels import Kernels
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.values import Values
+from merganser.engine.merge import merge
+from merganser.engine.stream import worker as stream
+from merganser.engine.stream.bundle import merge_together
+from merganser.method.method import fill
+from merganser.method.registry import get_method, methods
 from merganser.ops.random import keys
-from merganser.registry import get_method, methods
+from merganser.testing import cases as _cases
 from tests.making import make_recipe, read_model, write_model
 
 # of one size by twos and threes, and none that fills the registers of a processor

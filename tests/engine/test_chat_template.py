@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merganser.api import merge, plan
+from merganser.engine.merge import merge, plan
 
 FIRST, SECOND = "{{ messages[0]['content'] }} first", "{{ messages[0]['content'] }} second"
 

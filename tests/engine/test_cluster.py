@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merganser.api import merge
+from merganser.engine.merge import merge
 from merganser.errors import MergeError, NonFiniteError
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from merganser.api import merge, plan
+from merganser.engine.merge import merge, plan
 from tests.making import assert_equal, make_recipe, read_files, read_json, read_model, write_llamas
 
 RECIPES = {
@@ -73,7 +73,7 @@ def test_the_recipe_may_name_the_seed(tmp_path):
 
 SCRIPT = """
 import sys
-from merganser.api import merge
+from merganser import merge
 merge(sys.argv[1], sys.argv[2], threads=2)
 """
 

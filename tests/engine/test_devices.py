@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merganser.api import merge
-from merganser.engine.devices import resolve_devices
+from merganser.engine.kernels.devices import resolve_devices
+from merganser.engine.merge import merge
 from merganser.errors import UnsupportedError
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merganser.api import merge
+from merganser.engine.merge import merge
 from merganser.errors import NonFiniteError
 from merganser.method import merge_method, statistic
 from tests.making import llama, llama_config, make_recipe, read_model, write_model
@@ -116,6 +116,6 @@ def test_a_solver_never_sees_them(tmp_path, small_blocks, monkeypatch, name):
         own[name].view(-1)[-1] = float("nan")
 
     paths = write(tmp_path, harm)
-    monkeypatch.setattr("merganser.registry.get_method", lambda name: toy)
+    monkeypatch.setattr("merganser.method.registry.get_method", lambda name: toy)
     with pytest.raises(NonFiniteError, match=re.escape(f"tensor {name!r} holds NaN or infinity")):
         merge(make_recipe("linear", paths), tmp_path / "out")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from merganser.api import merge, plan
 from merganser.checkpoint import Reader
-from merganser.engine import memory
-from merganser.engine.buffers import KeptMemory, kept_bytes
-from merganser.engine.state_dict import merge_to_state_dict
+from merganser.engine.in_memory import merge_to_state_dict
+from merganser.engine.merge import merge, plan
+from merganser.engine.plan import memory
+from merganser.engine.plan.memory import kept_bytes
+from merganser.engine.stream.buffers import KeptMemory
 from tests.engine.test_tasks import sparse
 from tests.making import assert_equal, make_recipe, read_files, read_model, write_llamas
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.errors import NonFiniteError
 from merganser.method import merge_method, statistic
+from merganser.method.registry import get_method
 from merganser.ops import order_statistic
-from merganser.registry import get_method
 
 
 @pytest.mark.slow

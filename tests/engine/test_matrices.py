@@ -12,17 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from merganser.api import merge, merge_state_dicts, plan
-from merganser.engine import memory
-from merganser.engine.blocks import merge_tensors
-from merganser.engine.hashing import span
-from merganser.engine.peak import PeakMemory, peak_per_element
-from merganser.engine.tasks import make_groups
-from merganser.engine.treatment import is_matrix
+from merganser.engine.in_memory import merge_state_dicts
+from merganser.engine.kernels.assignment import is_matrix
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.peak_memory import PeakMemory, peak_per_element
+from merganser.engine.merge import merge, plan
+from merganser.engine.plan import memory
+from merganser.engine.plan.summary import summarise
+from merganser.engine.stream.groups import make_groups
+from merganser.engine.stream.hashing import span
 from merganser.errors import MemoryLimitError
 from merganser.method import Embeddings, Others, merge_method, statistic
-from merganser.registry import get_method
-from merganser.summary import summarise
+from merganser.method.registry import get_method
 from merganser.testing import contract, probe
 from tests.engine.interrupting import Counter, stop
 from tests.engine.matrix_toys import over_root, rank_one, squared_norm, unit
@@ -34,7 +35,7 @@ TOYS = {"rank_one": rank_one, "unit": unit}
 @pytest.fixture
 def toys(monkeypatch):
     """Recipes may name the toys."""
-    monkeypatch.setattr("merganser.registry.get_method", lambda name: TOYS.get(name) or get_method(name))
+    monkeypatch.setattr("merganser.method.registry.get_method", lambda name: TOYS.get(name) or get_method(name))
 
 
 def mixture(seed, dtype=torch.float32):
@@ -209,7 +210,7 @@ def test_plan_record_and_summary_say_who_merges_what(tmp_path, toys):
 
 
 def test_state_dicts(tmp_path, monkeypatch):
-    monkeypatch.setattr("merganser.registry.get_method", lambda name: TOYS.get(name) or get_method(name))
+    monkeypatch.setattr("merganser.method.registry.get_method", lambda name: TOYS.get(name) or get_method(name))
     base, *models = (mixture(i) for i in range(3))
     paths = write_mixtures(tmp_path)
     merge(make_recipe("rank_one", paths[1:], paths[0], {"others": "sum"}), tmp_path / "out")
@@ -371,7 +372,7 @@ def test_a_limit_that_is_too_small_names_the_matrix(tmp_path, toys):
 MEASURE = """
 import sys, torch
 torch.set_num_threads(1)
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from tests.engine.matrix_toys import rank_one
 def most():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -7,14 +7,15 @@ import json
 import pytest
 import torch
 
-from merganser import _cases
 from merganser.anatomy import infer_anatomy
-from merganser.api import merge, plan
-from merganser.engine import tasks
-from merganser.engine.align import location_of
-from merganser.engine.blocks import fill, merge_tensors
-from merganser.registry import get_method, methods
-from merganser.side_by_side import one_thread
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.merge import merge, plan
+from merganser.engine.plan.alignment import location_of
+from merganser.engine.stream import groups as work
+from merganser.method.method import fill
+from merganser.method.registry import get_method, methods
+from merganser.process import one_thread
+from merganser.testing import cases as _cases
 from tests.making import (
     assert_equal,
     llama,
@@ -137,7 +138,7 @@ def test_large_tensors_in_segments_and_small_ones_in_bundles(tmp_path, small_blo
     paths = write_llamas(tmp_path, n + 1)
     base, models = (paths[0], paths[1:]) if method.base == "required" else (None, paths[1:])
     recipe = make_recipe(name, models, base, parameters)
-    groups = tasks.make_groups(plan(recipe))
+    groups = work.make_groups(plan(recipe))
     assert max(len(group.segments) for group in groups) > 1
     assert max(len(group.tensors) for group in groups) > 1
     result = merge(recipe, tmp_path / "out", threads=3)
@@ -153,7 +154,7 @@ def test_real_blocks(tmp_path):
     paths = [write_model(tmp_path / f"m{i}", own) for i, own in enumerate(tensors)]
     parameters = {"weight": 0.6, "density": 0.3}
     recipe = make_recipe("ties", paths[1:], paths[0], parameters)
-    assert len(tasks.make_groups(plan(recipe))[0].segments) == 2
+    assert len(work.make_groups(plan(recipe))[0].segments) == 2
     result = merge(recipe, tmp_path / "out", compiled=False)
     assert_equal(read_model(result.out), merged_one_by_one("ties", tensors[0], tensors[1:], parameters))
 

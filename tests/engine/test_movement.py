@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from merganser.api import merge, plan
-from merganser.engine import sample
+from merganser.engine.merge import merge, plan
+from merganser.engine.stream import sample
 from tests.making import llama, llama_config, make_recipe, read_model, write_llamas, write_model
 
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merganser
-from merganser.api import merge
-from merganser.engine import blocks
-from merganser.registry import get_method
-from merganser.run_record import record_text
-from merganser.verification import verify
+from merganser.engine.kernels import blocks
+from merganser.engine.merge import merge
+from merganser.method.registry import get_method
+from merganser.record.format import record_text
+from merganser.record.verification import verify
 from tests.making import llama, llama_config, make_recipe, read_json, read_model, write_llamas, write_model
 
 
@@ -171,7 +171,7 @@ def test_a_recipe_with_a_fence_does_not_end_the_block(tmp_path):
 
 def test_sampling_starts_at_the_first_element_of_large_tensors(tmp_path, monkeypatch, small_blocks):
     """The record's distances are measured on the beginning of a tensor, not on all of it."""
-    monkeypatch.setattr("merganser.engine.sample.SAMPLE", 8)
+    monkeypatch.setattr("merganser.engine.stream.sample.SAMPLE", 8)
     base, other = torch.ones(1024), torch.ones(1024)
     other[:8] = 3
     other[8:] = 100

@@ -15,9 +15,9 @@ import time
 import pytest
 import torch
 
-from merganser.api import merge
-from merganser.engine import staging
+from merganser.engine.merge import merge
 from merganser.engine.run import Interrupted
+from merganser.engine.stream import staging
 from merganser.errors import NonFiniteError, OutputError
 from tests.engine.interrupting import Counter, Stopper, in_a_process, merge_and_die, merge_slowly, stop
 from tests.making import make_recipe, read_files, write_llamas, write_model

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merganser.api import merge, plan
-from merganser.engine.blocks import block_shape, block_step, merge_tensors, working_shape
-from merganser.registry import get_method
+from merganser.engine.kernels.blocks import block_shape, block_step, working_shape
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.merge import merge, plan
+from merganser.method.registry import get_method
 from tests.engine.matrix_toys import rank_one
 from tests.making import assert_equal, llama, llama_config, make_recipe, read_model, write_model
 
@@ -105,7 +106,7 @@ def test_a_merge_of_packed_experts(tmp_path, small_blocks, name, parameters):
 def test_hashes_of_packed_tensors_are_the_same_for_every_method(tmp_path, small_blocks, monkeypatch):
     """Whether its blocks are elements, rows of all experts, or experts."""
     monkeypatch.setattr(
-        "merganser.registry.get_method", lambda name: rank_one if name == "rank_one" else get_method(name)
+        "merganser.method.registry.get_method", lambda name: rank_one if name == "rank_one" else get_method(name)
     )
     # several experts fit into a block, too
     small = {"model.layers.1.mlp.experts.down_proj": draw(7, EXPERTS, 3, 10)}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from merganser.api import merge, plan
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.merge import merge, plan
 from merganser.errors import CheckpointError, RecipeError
-from merganser.registry import get_method
+from merganser.method.registry import get_method
 from tests.making import (
     assert_equal,
     llama,

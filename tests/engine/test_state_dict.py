@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import merganser
-from merganser.engine import staging
-from merganser.engine.state_dict import merge_to_state_dict
+from merganser.engine.in_memory import merge_to_state_dict
+from merganser.engine.stream import staging
 from merganser.errors import NonFiniteError
 from tests.making import assert_equal, llama, llama_config, make_recipe, read_model, write_llamas, write_model
 

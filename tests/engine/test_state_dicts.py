@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from merganser.api import merge_state_dicts
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.in_memory import merge_state_dicts
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.errors import CheckpointError, NonFiniteError, ParameterError, RecipeError, UnsupportedError
-from merganser.registry import get_method
+from merganser.method.registry import get_method
 from tests.making import assert_equal
 
 

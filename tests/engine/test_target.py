@@ -11,8 +11,8 @@ import stat
 import pytest
 from safetensors.torch import save_file
 
-from merganser.api import merge
-from merganser.engine import staging
+from merganser.engine.merge import merge
+from merganser.engine.stream import staging
 from merganser.errors import CheckpointError, NonFiniteError, NotFoundError, OutputError
 from tests.making import SIDE_FILES, llama, make_recipe, read_files, write_llamas
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from merganser.api import merge, plan
-from merganser.engine import memory
-from merganser.engine.blocks import BLOCK
-from merganser.engine.sums import Sum
-from merganser.engine.tasks import BUNDLE_TENSORS, SEGMENT_BLOCKS, make_groups
+from merganser.engine.kernels.blocks import BLOCK
+from merganser.engine.kernels.sums import Sum
+from merganser.engine.merge import merge, plan
+from merganser.engine.plan import memory
+from merganser.engine.stream.groups import BUNDLE_TENSORS, SEGMENT_BLOCKS, make_groups
 from merganser.errors import MemoryLimitError, UnsupportedError
 from merganser.method import merge_method
 from tests.engine.interrupting import Counter
@@ -92,7 +92,7 @@ def test_a_method_that_needs_whole_tensors_says_which_is_too_large(tmp_path, mon
         """Look at everything."""
         return models[0]
 
-    monkeypatch.setattr("merganser.registry.get_method", lambda name: whole)
+    monkeypatch.setattr("merganser.method.registry.get_method", lambda name: whole)
     recipe = make_recipe("linear", sparse(tmp_path, 2, SHAPES))
     roomy = plan(recipe, max_memory=10**11, threads=3)
     one = memory.estimate_memory(roomy.tensors, 1, False)
@@ -204,7 +204,7 @@ def test_the_first_error_of_any_thread_ends_the_run_and_all_threads(tmp_path, mo
             raise ZeroDivisionError("a defect")
         return models[0]
 
-    monkeypatch.setattr("merganser.registry.get_method", lambda name: broken)
+    monkeypatch.setattr("merganser.method.registry.get_method", lambda name: broken)
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError, match="a defect"):
         merge(make_recipe("linear", write_llamas(tmp_path, 2)), tmp_path / "out", threads=3, out_shard_size=1)

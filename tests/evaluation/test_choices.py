@@ -14,9 +14,9 @@ import torch
 from merganser.errors import TaskError
 from merganser.evaluation import choices, evaluate
 from merganser.evaluation.choices import encode, keeps_keys, right, score
-from merganser.evaluation.loading import Tokenizer, open_model
-from merganser.evaluation.sources import open_source
 from merganser.evaluation.tasks import ChoiceTask, Question
+from merganser.inference.language_model import Tokenizer, open_model
+from merganser.inference.sources import open_source
 from tests.evaluation.tiny import VOCABULARY, add_tokenizer, literal_choice, text
 
 CHOICES = [" cat", " on a mat", " größere Häuser and then it was", "; café", " x = 1"]

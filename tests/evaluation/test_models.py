@@ -13,11 +13,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import merganser
+from merganser.engine.merge import merge_stages
+from merganser.engine.sidecars.restoration import restore
 from merganser.errors import CheckpointError, MergeError, NotFoundError, TaskError, UnsupportedError
 from merganser.evaluation import Evaluation, evaluate
-from merganser.evaluation.sources import default_names
-from merganser.restoration import restore
-from merganser.stages import merge_stages
+from merganser.wording import default_names
 from tests.adapters.test_lora import pair, write_adapter
 from tests.evaluation.tiny import make_model, text
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from merganser.errors import TaskError
 from merganser.evaluation import evaluate
-from merganser.evaluation.loading import open_model
-from merganser.evaluation.sources import open_source
 from merganser.evaluation.tasks import TextTask
 from merganser.evaluation.text import cut, windows
+from merganser.inference.language_model import open_model
+from merganser.inference.sources import open_source
 from tests.evaluation.tiny import literal_bits_per_byte, text
 
 

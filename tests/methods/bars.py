@@ -2,7 +2,7 @@
 
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 
 FLOAT32 = 2e-6
 """Norm of the error over norm of the reference."""

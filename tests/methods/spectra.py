@@ -2,7 +2,7 @@
 
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 
 KINDS = ["random", "low rank", "conditioned", "shared"]
 SHAPES = [(40, 64), (64, 40), (48, 48), (16, 96)]

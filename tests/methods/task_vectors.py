@@ -2,7 +2,7 @@
 
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from tests.methods.spectra import KINDS, make_matrices
 
 __all__ = ["KINDS", "make_vectors", "merged_vector", "rotated", "vector_error"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.breadcrumbs import breadcrumbs
 from merganser.methods.breadcrumbs_ties import breadcrumbs_ties
 from merganser.methods.ties import ties

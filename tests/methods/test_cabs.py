@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.errors import ParameterError
 from merganser.methods.cabs import cabs
 from merganser.methods.task_arithmetic import task_arithmetic

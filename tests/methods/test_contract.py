@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from merganser.registry import method_names, methods
+from merganser.method.registry import method_names, methods
 from merganser.testing import check_citation, check_compiled, check_reproducible, contract, probe
 
 METHODS = methods()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from merganser import testing
 from merganser.method import Fraction, Location, PerModel, Weight, default, merge_method, statistic
 from merganser.testing import check_citation, contract, probe
+from merganser.testing import laws as testing
 
 DOC = """Do something.
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from merganser import _sidecars as laws
-from merganser.method import Embeddings, merge_method, statistic
+from merganser.method import Embeddings, Kept, Lossless, Part, Sidecar, merge_method, statistic
 from merganser.ops import deltas, pack_flags, unpack_flags
-from merganser.sidecar import Kept, Lossless, Part, Sidecar, packed
+from merganser.ops.bits import packed
 from merganser.testing import contract
+from merganser.testing import sidecars as laws
 
 DOC = """Do something.
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.dare_linear import dare_linear
 from merganser.methods.dare_ties import dare_ties
 from merganser.methods.ties import ties

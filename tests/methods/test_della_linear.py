@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.errors import ParameterError
 from merganser.methods.dare_linear import dare_linear
 from merganser.methods.della_linear import della_linear

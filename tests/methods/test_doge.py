@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.doge import RowLoss, doge, shared_directions
 from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, step_error, steps
 from tests.methods.whole_model import merge_whole_model

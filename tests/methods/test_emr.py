@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from merganser import merge, restore
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.emr import emr
 from tests.making import make_recipe, read_model, write_model
 from tests.methods.bars import assert_reaches_bars, error, make_models

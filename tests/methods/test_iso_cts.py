@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.iso_c import iso_c
 from merganser.methods.iso_cts import common_rank, iso_cts
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, rotated, vector_error

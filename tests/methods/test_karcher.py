@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.karcher import karcher
 from merganser.methods.nuslerp import nuslerp
 from tests.methods.bars import assert_reaches_bars, make_models

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.knots import knots
 from merganser.methods.task_arithmetic import task_arithmetic
 from merganser.methods.ties import ties

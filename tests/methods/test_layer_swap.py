@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from merganser import plan
-from merganser.api import merge, merge_state_dicts
 from merganser.cli import main
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.in_memory import merge_state_dicts
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.merge import merge
 from merganser.errors import ParameterError
 from merganser.method import Location
 from merganser.methods.layer_swap import layer_swap

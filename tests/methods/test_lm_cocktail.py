@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.errors import ParameterError
 from merganser.methods.linear import linear
 from merganser.methods.lm_cocktail import lm_cocktail

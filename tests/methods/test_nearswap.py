@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.nearswap import nearswap
 from tests.methods.bars import assert_reaches_bars, make_models
 from tests.reference.nearswap import nearswap as reference

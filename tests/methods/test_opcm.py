@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from merganser.api import merge
 from merganser.engine import run
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.merge import merge
 from merganser.methods.opcm import add_projected, divisor, opcm
 from tests.making import make_recipe, read_model, write_llamas
 from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, steps

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.pcb import pcb
 from merganser.methods.ties import ties
 from tests.methods.bars import assert_reaches_bars, error, make_models

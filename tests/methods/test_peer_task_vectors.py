@@ -2,8 +2,8 @@
 
 import pytest
 
-from merganser.engine.blocks import merge_tensors
-from merganser.registry import get_method
+from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.method.registry import get_method
 from tests.methods.bars import FLOAT32, error, make_models
 
 WEIGHT = [0.5, 0.3, 0.4]

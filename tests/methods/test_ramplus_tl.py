@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.ram import ram
 from merganser.methods.ramplus_tl import ramplus_tl
 from tests.methods.bars import assert_reaches_bars, make_models

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.robust_merge import pruned, robust_merge, scales
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, vector_error
 from tests.reference.robust_merge import robust_merge as reference

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.iso_c import iso_c
 from merganser.methods.subspace_boosting import subspace_boosting
 from merganser.methods.task_arithmetic import task_arithmetic

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.svc import svc
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, rotated, vector_error
 from tests.reference.svc import svc as reference

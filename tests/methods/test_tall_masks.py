@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.consensus import consensus
 from merganser.methods.tall_masks import tall_masks
 from tests.methods.bars import assert_reaches_bars, error, make_models

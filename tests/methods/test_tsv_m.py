@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.task_arithmetic import task_arithmetic
 from merganser.methods.tsv_m import tsv_m
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, rotated, vector_error

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.metagpt import metagpt
 from merganser.methods.sce import sce
 from merganser.methods.varm import varm

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.method import Location
 from merganser.methods.task_arithmetic import task_arithmetic
 from merganser.methods.widen import divergences, widen

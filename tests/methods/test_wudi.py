@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merganser.engine.blocks import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.methods.aswudi import aswudi
 from merganser.methods.optmerge import optmerge
 from merganser.methods.swudi import swudi

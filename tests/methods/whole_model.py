@@ -2,8 +2,10 @@
 
 import torch
 
-from merganser.engine.blocks import TensorRun, fill
-from merganser.engine.kernels import Kernels, Values
+from merganser.engine.kernels.blocks import TensorRun
+from merganser.engine.kernels.kernels import Kernels
+from merganser.engine.kernels.values import Values
+from merganser.method.method import fill
 from merganser.ops.random import keys
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from merganser.method.registry import methods
 from merganser.recipe import json_schema
 from merganser.recipe.document import parse_text, plain
-from merganser.registry import methods
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "recipes").rglob("*.yaml"), *Path(__file__).with_name("wild").glob("*.yaml")])

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from merganser.evaluation.sources import open_source
+from merganser.inference.sources import open_source
 
 
 def measured(value: float | None, stderr: float | None = 0.01, **more: Any) -> dict[str, Any]:

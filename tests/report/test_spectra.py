@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from merganser import spectra
 from merganser.errors import CheckpointError
-from merganser.spectra import decay, measure_spectra
+from merganser.inspection import spectra
+from merganser.inspection.spectra import decay, measure_spectra
 from tests.cli.tiny import run, state, write
 from tests.report.conftest import moved
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.jsonfile import read_object
 from ..errors import CheckpointError, UnsupportedError
+from ..jsonfile import read_object
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint import Reader, TensorInfo
-from ..checkpoint.pickled import read_pickled
-from ..checkpoint.safetensors import read_header
+from ..checkpoint.formats.pickled import read_pickled
+from ..checkpoint.formats.safetensors import read_header
 from ..errors import CheckpointError, NotFoundError, UnsupportedError
 from .config import CONFIG_NAME, LoraConfig, read_config
 

@@ -6,11 +6,11 @@ with checkpoint.reader() as reader:
     reader.read_into(tensor, 0, memoryview(bytearray(tensor.nbytes)))
 """
 
-from merganser.checkpoint.dtypes import DTYPE_BY_NAME, DTYPES, DType
-from merganser.checkpoint.folder import Checkpoint, open_checkpoint
-from merganser.checkpoint.layout import INDEX_NAME, Shard, index_json, plan_shards
-from merganser.checkpoint.reader import Reader
-from merganser.checkpoint.tensor import TensorInfo
+from .dtypes import DTYPE_BY_NAME, DTYPES, DType
+from .folder import Checkpoint, open_checkpoint
+from .layout import INDEX_NAME, Shard, index_json, plan_shards
+from .reader import Reader
+from .tensor import TensorInfo
 
 __all__ = [
     "DTYPES",

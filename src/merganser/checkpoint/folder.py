@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from merganser.checkpoint.hub import is_hub_id, snapshot
-from merganser.checkpoint.jsonfile import os_reason, read_object
-from merganser.checkpoint.pickled import read_pickled
-from merganser.checkpoint.quantised import why_quantised
-from merganser.checkpoint.reader import Reader
-from merganser.checkpoint.safetensors import read_header
-from merganser.checkpoint.sidefiles import side_file_names
-from merganser.checkpoint.tensor import TensorInfo
-from merganser.checkpoint.weights import PICKLED_SUFFIXES, choose_weights, refuse_name
-from merganser.errors import CheckpointError, NotFoundError
+from ..errors import CheckpointError, NotFoundError
+from ..jsonfile import os_reason, read_object
+from .formats.pickled import read_pickled
+from .formats.quantised import why_quantised
+from .formats.safetensors import read_header
+from .hub import is_hub_id, snapshot
+from .reader import Reader
+from .sidefiles import side_file_names
+from .tensor import TensorInfo
+from .weights import PICKLED_SUFFIXES, choose_weights, refuse_name
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -219,3 +219,23 @@ def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Ten
     for name, tensor in tensors.items():
         if name not in weight_map:
             raise CheckpointError(f"{tensor.file}: tensor {name!r} is not in the index {index.name}")
+
+
+def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:
+    """Open a checkpoint by what a user writes: a path, or a Hub id that may have `@revision` behind it.
+
+    Raises:
+        NotFoundError: There is no such model.
+        CheckpointError: It is damaged.
+    """
+    path, at, revision = text.rpartition("@")
+    if at and revision and is_hub_id(path) and not _exists(text):
+        return open_checkpoint(path, revision=revision, cache_dir=cache_dir)
+    return open_checkpoint(text, cache_dir=cache_dir)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from merganser.checkpoint.jsonfile import os_reason, read_object
-from merganser.checkpoint.sidefiles import is_side_file
-from merganser.checkpoint.weights import PICKLED_SUFFIXES, choose_weights, is_weight_file
-from merganser.errors import CheckpointError, NotFoundError
+from ..errors import CheckpointError, NotFoundError
+from ..jsonfile import os_reason, read_object
+from .sidefiles import is_side_file
+from .weights import PICKLED_SUFFIXES, choose_weights, is_weight_file
 
 __all__ = ["is_hub_id", "snapshot"]
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from merganser.checkpoint.dtypes import DType
+from .dtypes import DType
 
 __all__ = ["INDEX_NAME", "Shard", "index_json", "plan_shards"]
 

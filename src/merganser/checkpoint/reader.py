@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from merganser.checkpoint.jsonfile import os_reason
-from merganser.checkpoint.tensor import TensorInfo
-from merganser.errors import CheckpointError, NotFoundError
+from ..errors import CheckpointError, NotFoundError
+from ..jsonfile import os_reason
+from .tensor import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from merganser.checkpoint.weights import is_weight_file
+from .weights import is_weight_file
 
 __all__ = ["is_side_file", "side_file_names"]
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".merges", ".spm", ".tokens")
 _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)", re.IGNORECASE)
+
+
 # What describes this one checkpoint, its training or its packing, and would be wrong beside other weights.
 _OWN = re.compile(
     r"(config\.json|params\.json|.*\.index(\..+)?\.json|README.*|adapter_.*|merge\.json|mergekit_.*|"
@@ -18,6 +20,8 @@ _OWN = re.compile(
     r"quantization_config\.json|zero_to_fp32\.py|.*requirements\.txt|model_index\.json|quant_log.*|.*\.log)",
     re.IGNORECASE,
 )
+
+
 # Chat templates beyond the first have a folder of their own.
 _FOLDERS = ("additional_chat_templates",)
 
@@ -37,3 +41,11 @@ def side_file_names(folder: Path) -> list[str]:
     places = [folder, *(folder / name for name in _FOLDERS)]
     files = [path for place in places if place.is_dir() for path in place.iterdir() if path.is_file()]
     return sorted(name for name in (path.relative_to(folder).as_posix() for path in files) if is_side_file(name))
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Say whether a side file belongs to the tokenizer."""
+    last = name.rpartition("/")[2]
+    exact = {"vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"}
+    endings = (".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm")
+    return last in exact or last.startswith(("tokenizer", "chat_template")) or last.endswith(endings)

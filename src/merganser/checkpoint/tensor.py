@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from merganser.checkpoint.dtypes import DType
+from .dtypes import DType
 
 __all__ = ["Source", "TensorInfo"]
 

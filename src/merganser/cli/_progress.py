@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ._text import complain, count_text, on_terminal, plural, size_text
+from ..wording import count_text, plural, size_text
+from ._text import complain, on_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, Task, TaskID
 
-    from ..engine.plan import Plan
+    from ..engine.plan.plan import Plan
 
 
 def _bar(counted: str, *beside: ProgressColumn) -> Progress:
@@ -39,7 +40,7 @@ def _compiling() -> ProgressColumn:
     from rich.progress import ProgressColumn
     from rich.text import Text
 
-    from ..engine.ahead import is_compiling
+    from ..engine.kernels.compiled import is_compiling
 
     class Compiling(ProgressColumn):
         def render(self, task: Task) -> Text:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ..wording import count_text, number_text, plural, some
 from . import _options as options
 from ._progress import byte_progress
-from ._text import count_text, head, number_text, plural, say, say_json, some, table
+from ._text import head, say, say_json, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..difference import Difference, TensorDistance
+    from ..inspection.difference import Difference, TensorDistance
 
 _MOST_CHANGED = 10
 
@@ -26,8 +27,8 @@ def diff(
 ) -> None:
     """Compare two checkpoints, tensor by tensor, by layer and role."""
     options.quieten_hub()
-    from ..difference import diff as compare
-    from ..findings import difference_findings
+    from ..inspection.difference import diff as compare
+    from ..inspection.findings import difference_findings
 
     with byte_progress("diff") as progress:
         found = compare(a, b, cache_dir=cache_dir, progress=progress)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..wording import plural, size_text, time_text
 from . import _options as options
 from ._errors import Verb
 from ._progress import EvalProgress
-from ._text import complain, head, plural, say, say_json, size_text, table, time_text
+from ._text import complain, head, say, say_json, table
 
 if TYPE_CHECKING:
     from ..evaluation import Estimate, Evaluation, Retention
-
 
 Models = Annotated[
     list[str],

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..wording import count_text, plural, size_text, some
 from . import _options as options
 from ._kinship import kinship_json, print_kinship
 from ._progress import byte_progress
-from ._text import complain, count_text, head, plural, say, say_json, size_text, some, table
+from ._text import complain, head, say, say_json, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..inspection import Inspection, Share
+    from ..inspection.contents import Inspection, Share
 
 
 def inspect(
@@ -55,7 +56,7 @@ def inspect(
 
 
 def _compare(models: list[str], base: str, cache_dir: Path | None, *, tensors: bool, json: bool) -> None:
-    from ..task_vectors import kinship
+    from ..inspection.task_vectors import kinship
 
     with byte_progress("inspect") as progress:
         found = kinship(models, base, cache_dir=cache_dir, progress=progress)
@@ -66,7 +67,7 @@ def _compare(models: list[str], base: str, cache_dir: Path | None, *, tensors: b
 
 
 def _describe(checkpoint: str, cache_dir: Path | None, *, tensors: bool, json: bool) -> None:
-    from ..inspection import inspect as look
+    from ..inspection.contents import inspect as look
 
     found = look(checkpoint, cache_dir=cache_dir)
     if json:

@@ -8,25 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
 from ._errors import STOPPED
 from ._progress import MergeProgress
-from ._text import (
-    complain,
-    count_text,
-    head,
-    number_text,
-    plural,
-    say,
-    say_json,
-    share_text,
-    size_text,
-    table,
-    time_text,
-)
+from ._text import complain, head, say, say_json, share_text, table
 
 if TYPE_CHECKING:
-    from ..engine.plan import Plan
+    from ..engine.plan.plan import Plan
 
 
 def merge(
@@ -61,13 +50,13 @@ def merge(
     An interrupted merge is continued by the same command.
     """
     options.quieten_hub(quiet)
+    from ..process import reuse_freed_memory
     from ..recipe import load_recipes
-    from ..resident import reuse_freed_memory
 
     reuse_freed_memory()
     recipes = load_recipes(recipe)  # what is wrong with it is said before torch is loaded
+    from ..engine.merge import merge_stages
     from ..engine.run import Interrupted
-    from ..stages import merge_stages
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
     given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
@@ -94,7 +83,7 @@ def merge(
 
 
 def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str | None]) -> None:
-    from ..resident import peak_memory
+    from ..process import peak_memory
 
     used = plan.tensors[0].inputs
     base = "a base and " if plan.tensors[0].base is not None else ""

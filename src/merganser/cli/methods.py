@@ -14,7 +14,7 @@ from ._options import Json
 from ._text import head, say, say_json, table
 
 if TYPE_CHECKING:
-    from ..description import MethodDescription, ParameterDescription
+    from ..method.description import MethodDescription, ParameterDescription
 
 _LAWS = {
     "identical": "identical models are not returned as they are",
@@ -32,9 +32,9 @@ def methods(
     json: Json = False,
 ) -> None:
     """List the merge methods, or explain one."""
-    from ..description import describe
-    from ..registry import get_method
-    from ..registry import methods as all_methods
+    from ..method.description import describe
+    from ..method.registry import get_method
+    from ..method.registry import methods as all_methods
 
     if name is not None:
         found = describe(get_method(name))

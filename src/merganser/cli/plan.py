@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ..wording import count_text, plural, size_text, some, time_text
 from . import _options as options
-from ._text import count_text, head, passes_text, plural, say, say_json, share_text, size_text, some, table, time_text
+from ._text import head, passes_text, say, say_json, share_text, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from ..stages import PlannedStage
-    from ..summary import InputSummary, PlanSummary, SidecarSummary, TensorGroup, TensorSummary
+    from ..engine.merge import PlannedStage
+    from ..engine.plan.summary import InputSummary, PlanSummary, SidecarSummary, TensorGroup, TensorSummary
 
 _MOST_FILES = 8
 
@@ -32,9 +33,9 @@ def plan(
 ) -> None:
     """Show what a merge will read, do and write; nothing is written."""
     options.quieten_hub()
+    from ..engine.merge import plan_stages
+    from ..engine.plan.summary import summarise, tensor_summaries
     from ..recipe import load_recipes
-    from ..stages import plan_stages
-    from ..summary import summarise, tensor_summaries
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
     given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
@@ -56,7 +57,7 @@ def plan(
 
 
 def _as_json(stage: PlannedStage, *, tensors: bool) -> dict[str, Any]:
-    from ..summary import summarise, tensor_summaries
+    from ..engine.plan.summary import summarise, tensor_summaries
 
     found = asdict(summarise(stage.plan))
     found["donor"] = stage.shown(found["donor"])
@@ -179,7 +180,7 @@ def _tensor(tensor: TensorSummary, *, several: bool) -> list[str]:
 
 
 def _texts(tensor: TensorSummary) -> Iterator[tuple[str, str]]:
-    from ..summary import value_text
+    from ..engine.plan.summary import value_text
 
     for name, value in tensor.parameters.items():
         each = value if isinstance(value, tuple) else (value,)

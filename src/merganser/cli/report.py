@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..wording import size_text
 from . import _options as options
 from ._progress import byte_progress
-from ._text import head, say, say_json, size_text, table
+from ._text import head, say, say_json, table
 
 if TYPE_CHECKING:
     from ..report import Report

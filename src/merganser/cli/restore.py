@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
 from ._progress import byte_progress
-from ._text import count_text, head, number_text, plural, say, say_json, size_text, time_text
+from ._text import head, say, say_json
 
 
 def restore(
@@ -34,7 +35,7 @@ def restore(
 ) -> None:
     """Write a task's own checkpoint back from a merge with sidecars."""
     options.quieten_hub(quiet)
-    from ..restoration import restore as bring_back
+    from ..engine.sidecars.restoration import restore as bring_back
 
     started = time.monotonic()
     with byte_progress("restore", quiet) as progress:

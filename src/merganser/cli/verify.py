@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from ..wording import plural, size_text
 from ._options import Json
 from ._progress import byte_progress
-from ._text import complain, plural, say, say_json, size_text
+from ._text import complain, say, say_json
 
 
 def verify(
@@ -19,7 +20,7 @@ def verify(
     """Check an output against the hashes in its merge.json."""
     from dataclasses import asdict
 
-    from ..verification import verify as check
+    from ..record.verification import verify as check
 
     with byte_progress("verify") as progress:
         found = check(out, progress=progress)

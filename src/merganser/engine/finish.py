@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..checkpoint import INDEX_NAME, index_json
 from ..errors import CheckpointError
-from ..run_record import RECORD_NAME, record_text
+from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, movement
-from .plan import Plan
-from .record import file_hash, input_files, input_hashes, make_record, model_card
+from .plan.plan import Plan
+from .record import input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors
-from .staging import digest
-from .tasks import Group
+from .stream.digests import digest, file_hash
+from .stream.groups import Group
 
 Entries = Mapping[tuple[int, int], Mapping[str, Any]]
 """The journal: what each task read and wrote, by group and segment."""

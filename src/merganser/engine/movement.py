@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from .plan import Plan, PlannedTensor
-from .sample import PAIR_SAMPLE, SAMPLE
+from .plan.plan import Plan
+from .plan.tensor import PlannedTensor
+from .stream.sample import PAIR_SAMPLE, SAMPLE
 
 Samples = Mapping[str, Mapping[str, Any]]
 """By name of the tensor, from `sample.measure_samples`."""

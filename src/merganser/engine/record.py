@@ -15,9 +15,9 @@ from .. import __version__
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import NotFoundError
 from ..recipe import ModelReference
-from ..run_record import RECORD_FORMAT, RECORD_NAME
-from .plan import Plan
-from .staging import digest
+from ..record.format import RECORD_FORMAT, RECORD_NAME
+from .plan.plan import Plan
+from .stream.digests import digest
 
 
 def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
@@ -184,19 +184,6 @@ def _restoring(plan: Plan) -> str:
 {commands}
 ```
 """
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
-    found = hashlib.sha256()
-    while data := file.read(1 << 20):
-        found.update(data)
-    return found.hexdigest()
 
 
 def _is_hub(reference: ModelReference, checkpoint: Checkpoint) -> bool:

@@ -16,19 +16,19 @@ import torch
 
 from ..checkpoint import Reader
 from ..errors import MergeError, OutputError
-from .ahead import end_compiler
-from .buffers import KeptMemory
-from .devices import resolve_devices
 from .finish import side_file_bytes, write_rest
-from .hashing import Hasher, span, written_digest
-from .kernels import prepare_compiler_cache
-from .plan import Plan
+from .kernels.compiled import end_compiler, prepare_compiler_cache
+from .kernels.devices import resolve_devices
+from .plan.plan import Plan
 from .record import fingerprint, input_files
 from .sidecars.make import Errors, make_sidecars
-from .staging import Staging
-from .stream import Context, Done
-from .tasks import Group, GroupState, KernelCache, Schedule, Task, make_groups, start_group
-from .threads import join, work_on_threads
+from .stream.buffers import KeptMemory
+from .stream.groups import Group, Task, make_groups
+from .stream.hashing import Hasher, span, written_digest
+from .stream.schedule import GroupState, KernelCache, Schedule, start_group
+from .stream.staging import Staging
+from .stream.threads import join, work_on_threads
+from .stream.worker import Context, Done
 
 
 class Interrupted(Exception):
@@ -237,7 +237,7 @@ class _Run:
 
     def _on_cluster(self, schedule: Schedule, address: str) -> None:
         """Do all tasks on the nodes of a cluster; each has a thread here that waits for it."""
-        from .cluster import Cluster
+        from .stream.cluster import Cluster
 
         cluster = Cluster(address)
         try:

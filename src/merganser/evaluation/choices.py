@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import TaskError
+from ..inference.language_model import Tokenizer
 from .batches import Refused, batches, in_order, logits_at, right_padded, takes
 from .estimate import Estimate
-from .loading import Tokenizer
 from .outcome import Outcome
 from .tasks import ChoiceTask, Question
 

@@ -18,9 +18,9 @@ import numpy as np
 import xxhash
 
 from ..errors import TaskError, did_you_mean
+from ..inference.language_model import Tokenizer
+from ..inference.libraries import explained
 from .estimate import Estimate
-from .libraries import explained
-from .loading import Tokenizer
 from .outcome import Outcome
 from .tasks import HarnessTask
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..checkpoint.jsonfile import os_reason
 from ..errors import OutputError
+from ..jsonfile import os_reason
 
 FORMAT = 1
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from ..checkpoint.jsonfile import os_reason
 from ..errors import OutputError
+from ..inference.sources import Kind
+from ..jsonfile import os_reason
 from .estimate import Estimate
 from .outcome import Outcome
 from .retention import Retention, measure_retention
 from .roster import Role
-from .sources import Kind
 
 FORMAT = 1
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import TaskError, did_you_mean
+from ..inference.sources import Reference, split_name
 from ..recipe import Recipe
-from .sources import Reference, default_names, split_name
+from ..wording import default_names
 
 Role = Literal["base", "expert", "model"]
 Models = Sequence[Reference] | Mapping[str, Reference]

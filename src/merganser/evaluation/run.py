@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..engine.devices import resolve_devices
+from ..engine.kernels.devices import resolve_devices
 from ..errors import MergeError, OutputError, TaskError
-from ..resident import peak_memory
+from ..inference.language_model import LanguageModel, Tokenizer, open_model
+from ..inference.sources import Reference, open_source
+from ..process import peak_memory
 from .harness import Harness
 from .journal import Journal, journal_path
-from .loading import LanguageModel, Tokenizer, open_model
 from .outcome import Outcome
 from .precision import DTYPES, choose_formats, given_format
 from .result import Evaluation, ModelInfo, TaskInfo
 from .roster import Models, Roster, make_roster
 from .scoring import Job, Scorer, Settings
-from .sources import Reference, open_source
 from .tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
 
 CONTEXT = 512

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import xxhash
 
+from ..inference.language_model import LanguageModel
 from .batches import Prepared, Refused
 from .choices import prepare_choices
 from .harness import Harness, outcome
 from .journal import Journal
-from .loading import LanguageModel
 from .outcome import Outcome
 from .precision import Formats
 from .tasks import ChoiceTask, HarnessTask, Task, TextTask

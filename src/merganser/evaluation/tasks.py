@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..checkpoint.jsonfile import os_reason
 from ..errors import TaskError, did_you_mean
+from ..jsonfile import os_reason
 
 SUFFIXES = {".txt": "a text", ".jsonl": "questions or documents", ".yaml": "a task of lm-eval", ".yml": "the same"}
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import TaskError
+from ..inference.language_model import Tokenizer
 from .batches import Refused, batches, in_order, logits_at, right_padded
 from .estimate import Estimate
-from .loading import Tokenizer
 from .outcome import Outcome
 from .tasks import TextTask
 

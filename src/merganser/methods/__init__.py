@@ -18,7 +18,7 @@ class _Methods(ModuleType):
 
     def __call__(self) -> dict[str, MergeMethod]:
         """Return every method by its name, sorted."""
-        from ..registry import methods
+        from ..method.registry import methods
 
         return methods()
 

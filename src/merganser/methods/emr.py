@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..method import merge_method, statistic
+from ..method import Encoded, Lossless, Part, Sidecar, merge_method, statistic
 from ..ops import deltas, elect_largest, pack_flags, unpack_flags
-from ..sidecar import Encoded, Lossless, Part, Sidecar, packed
+from ..ops.bits import packed
 
 
 def agrees(delta: Tensor, unified: Tensor) -> Tensor:

@@ -5,17 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..method import (
-    Embeddings,
-    Fraction,
-    NonNegative,
-    Others,
-    PerModel,
-    Scale,
-    Weight,
-    default,
-    merge_method,
-)
+from ..method import Embeddings, Fraction, NonNegative, Others, PerModel, Scale, Weight, default, merge_method
 from ..ops import Random, disjoint_mean, normalizer, weighted_sum
 from ..ops.spectral import left_basis
 

@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..method import Embeddings, PerModel, Scale, Weight, default, merge_method, statistic
+from ..method import Embeddings, Encoded, Kept, Part, PerModel, Scale, Sidecar, Weight, default, merge_method, statistic
 from ..ops import deltas, normalizer, pack_flags, unpack_flags, weighted_sum
-from ..sidecar import Encoded, Kept, Part, Sidecar, packed
+from ..ops.bits import packed
 
 
 def from_base(origin: str) -> bool:

@@ -5,9 +5,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..method import Count, Embeddings, PerModel, Scale, Weight, default, merge_method
+from ..method import (
+    Count,
+    Embeddings,
+    Encoded,
+    Kept,
+    Lossless,
+    Part,
+    PerModel,
+    Scale,
+    Sidecar,
+    Weight,
+    default,
+    merge_method,
+)
 from ..ops import deltas, factor, normalizer, weighted_sum
-from ..sidecar import Encoded, Kept, Lossless, Part, Sidecar
 
 
 class Space(NamedTuple):

@@ -6,9 +6,23 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from ..method import Count, Embeddings, Fraction, Number, PerModel, Scale, Weight, default, merge_method
+from ..method import (
+    Count,
+    Embeddings,
+    Encoded,
+    Fraction,
+    Kept,
+    Lossless,
+    Number,
+    Part,
+    PerModel,
+    Scale,
+    Sidecar,
+    Weight,
+    default,
+    merge_method,
+)
 from ..ops import deltas, leading, normalizer, pack_codes, packed_size, rank_of, unpack_codes, weighted_sum
-from ..sidecar import Encoded, Kept, Lossless, Part, Sidecar
 
 Ranks = Annotated[int, Number(0, search=(0, 64))]
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..method import PerModel, Positive, default, merge_method
+from ..method import Encoded, Lossless, Part, PerModel, Positive, Sidecar, default, merge_method
 from ..ops import deltas, pack_flags, tall_mask, unpack_flags
-from ..sidecar import Encoded, Lossless, Part, Sidecar, packed
+from ..ops.bits import packed
 from .consensus import MaskLambda
 
 

@@ -2,9 +2,21 @@
 
 from torch import Tensor
 
-from ..method import Embeddings, Fraction, PerModel, Scale, Weight, default, merge_method
+from ..method import (
+    Embeddings,
+    Encoded,
+    Fraction,
+    Kept,
+    Lossless,
+    Part,
+    PerModel,
+    Scale,
+    Sidecar,
+    Weight,
+    default,
+    merge_method,
+)
 from ..ops import deltas, factor, rank_of, weighted_sum
-from ..sidecar import Encoded, Kept, Lossless, Part, Sidecar
 
 
 def parts(shape: tuple[int, ...], rank: Tensor) -> dict[str, Part]:

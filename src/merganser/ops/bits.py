@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# eight bytes of 0 or 1, as one little-endian number, times this have their eight bits in the highest byte
+from ..method import Part
+
 _GATHER = sum(1 << (56 - 7 * k) for k in range(8))
 
 
@@ -73,3 +74,8 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
         return (low | (high << 8))[:count]
     columns = [(wide >> (k * bits)) & ((1 << bits) - 1) for k in range(8 // bits)]
     return torch.stack(columns, dim=1).reshape(-1)[:count]
+
+
+def packed(count: int, bits: int = 1) -> Part:
+    """Declare a part of so many numbers of so many bits, packed into bytes as `ops.pack_flags` does."""
+    return Part((packed_size(count, bits),), "uint8")

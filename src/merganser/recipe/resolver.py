@@ -15,7 +15,6 @@ from .setting import Rule, Setting, evaluate
 if TYPE_CHECKING:
     from ..method import MergeMethod, Parameter
 
-# mergekit takes it for every method, and its result never depends on it
 _NO_EFFECT = {"int8_mask": "it changes how mergekit stores masks, not the result"}
 _AFTER_LAYERS = ("model.norm.weight", "lm_head.weight")
 
@@ -29,7 +28,7 @@ def check_recipe(recipe: Recipe) -> Resolver:
         RecipeError: There is no such method, or it does not take these models.
         ParameterError: A parameter is unknown, missing, mistyped or out of range.
     """
-    from ..registry import get_method
+    from ..method.registry import get_method
 
     try:
         method = get_method(recipe.merge_method)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..registry import methods
 from .load import DTYPES
 from .templates import AUTO, CHAT_TEMPLATES
 
@@ -21,6 +20,8 @@ _REFERENCE: Schema = {"$ref": "#/$defs/reference"}
 
 def json_schema() -> Schema:
     """Return the JSON schema (draft 2020-12) of one recipe."""
+    from ..method.registry import methods
+
     known = methods()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.jsonfile import os_reason
 from ..errors import OutputError, UnsupportedError
-from ..evaluation.sources import open_source
-from ..spectra import Spectra, measure_spectra
+from ..evaluation.stored import read_evaluation
+from ..inference.sources import open_source
+from ..inspection.spectra import Spectra, measure_spectra
+from ..jsonfile import os_reason
+from ..record.reading import Record, read_record
 from .blocks import Section
-from .evaluation import read_evaluation
 from .page import render
-from .record import Record, read_record
 from .sections import sections, summary
 
 __all__ = ["PAGE_NAME", "Report", "read_report", "write_report"]

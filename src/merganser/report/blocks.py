@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..evaluation.stored import Estimate
 from ..wording import number_text
-from .evaluation import Estimate
 
 __all__ = ["Block", "Cell", "Code", "Figure", "List", "Number", "Paragraph", "Section", "Table", "estimate", "number"]
 

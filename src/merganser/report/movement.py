@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, groupby
 from typing import Any
 
+from ..record.reading import Moved, Record
 from ..wording import count_text, number_text, plural
 from .blocks import Block, Cell, Code, Figure, Number, Paragraph, Section, Table, number
 from .palette import COLOURS, SCALE, cut, escape, layout
-from .record import Moved, Record
 
 __all__ = ["moved_section", "related_section"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..evaluation.stored import Estimate, EvaluatedModel, Evaluation, Retention
+from ..record.reading import Record
 from ..wording import number_text, time_text
 from .blocks import Block, Cell, Figure, List, Number, Paragraph, Section, Table, estimate
-from .evaluation import Estimate, EvaluatedModel, Evaluation, Retention
 from .palette import COLOURS, cut, escape, layout
-from .record import Record
 
 __all__ = ["scores_section"]
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..description import describe
-from ..evaluation.sources import default_names
-from ..registry import methods
-from ..spectra import Spectra
-from ..wording import count_text, plural, size_text, time_text
+from ..evaluation.stored import Evaluation
+from ..inspection.spectra import Spectra
+from ..method.description import describe
+from ..record.reading import Record
+from ..wording import count_text, default_names, plural, size_text, time_text
 from .blocks import Block, Cell, Code, List, Number, Paragraph, Section, Table, number
-from .evaluation import Evaluation
 from .movement import Names, moved_section, related_section
-from .record import Record
 from .scores import scores_section
 from .singular import spectra_section
 
@@ -59,6 +57,8 @@ def sections(record: Record, evaluation: tuple[Evaluation, str] | None, spectra:
 
 
 def _merged(record: Record, name: Names) -> Section:
+    from ..method.registry import methods
+
     blocks: list[Block] = []
     method = methods().get(record.method)
     if method is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..spectra import SHARES, Spectra
+from ..inspection.spectra import SHARES, Spectra
 from .blocks import Cell, Figure, Number, Paragraph, Section, Table
 from .palette import COLOURS, cut, escape, layout
 

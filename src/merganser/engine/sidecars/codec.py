@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ...method import MergeMethod, Statistic, takes
-from ...sidecar import Part, Sidecar
-from ..blocks import BLOCK
-from ..kernels import Values
-from ..treatment import is_matrix
+from ...method import MergeMethod, Part, Sidecar, Statistic, takes
+from ..kernels.assignment import is_matrix
+from ..kernels.blocks import BLOCK
+from ..kernels.values import Values
 
 T = TypeVar("T")
 

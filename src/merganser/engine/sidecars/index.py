@@ -12,9 +12,11 @@ from typing import Any
 
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
-from ..plan import Plan, PlannedTensor
+from ..plan.plan import Plan
+from ..plan.sidecars import FOLDER, INDEX_FILE, SHARED, SidecarPlan
+from ..plan.tensor import PlannedTensor, holds, is_wide
 from .make import Errors
-from .plan import FOLDER, INDEX_FILE, SHARED, SidecarPlan, holds, is_wide, needs_base
+from .plan import needs_base
 
 INDEX_FORMAT = 1
 

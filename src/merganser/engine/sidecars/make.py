@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ...checkpoint import Reader, TensorInfo
 from ...errors import NonFiniteError
-from ..blocks import BLOCK
-from ..plan import Plan, PlannedTensor
-from ..staging import Staging
-from ..stream import Stopped
-from ..threads import join
+from ..kernels.blocks import BLOCK
+from ..plan.plan import Plan
+from ..plan.sidecars import SHARED, Place, SidecarPlan
+from ..plan.tensor import PlannedTensor, holds, is_wide
+from ..stream.staging import Staging
+from ..stream.threads import join
+from ..stream.worker import Stopped
 from .codec import OWN, Codec, Codecs, Lazily, Span
-from .plan import SHARED, Place, SidecarPlan, holds, is_wide, stored_name
+from .plan import stored_name
 
 T = TypeVar("T")
 

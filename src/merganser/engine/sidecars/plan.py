@@ -4,126 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ...checkpoint import DTYPE_BY_NAME, DType, Shard, TensorInfo, plan_shards
 from ...errors import RecipeError
-from ...method import MergeMethod, applies, takes
-from ...recipe import ModelReference, Recipe, Resolver, Source
-from ...sidecar import Part
+from ...method import MergeMethod, Part, applies, takes
+from ...recipe import Recipe, Resolver, Source
+from ..plan.sidecars import FOLDER, SHARED, PlannedTask, SidecarPlan
+from ..plan.tensor import holds, is_wide
 from .codec import OWN, Codec, Codecs, keeps, sidecar_of
 
 if TYPE_CHECKING:
-    from ..plan import PlannedTensor
-
-FOLDER = "sidecars"
-"""Folder of an output that holds its sidecars."""
-
-INDEX_FILE = f"{FOLDER}/index.json"
-
-SHARED = -1
-"""Owner of the parts that are stored once for all tasks; those of a task belong to its position."""
+    from ..plan.tensor import PlannedTensor
 
 _RESERVED = ("index.json", "shared")
 _UNUSUAL = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a part lies.
-
-    Args:
-        shard: Index among the files of the sidecars.
-        offset: Its first byte in the file.
-        nbytes: Its size, bytes.
-    """
-
-    shard: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTask:
-    """One task: a model that can be restored.
-
-    Args:
-        name: Its name.
-        reference: Its model in the recipe.
-        nbytes: Size of the files of its parts.
-        full_bytes: Size of its tensors, as a copy would take.
-    """
-
-    name: str
-    reference: ModelReference
-    nbytes: int
-    full_bytes: int
-
-    @property
-    def model(self) -> str:
-        """The model as the recipe names it."""
-        return str(self.reference)
-
-
-@dataclass(frozen=True, eq=False)
-class SidecarPlan:
-    """What is stored beside the shared model.
-
-    Args:
-        tasks: The tasks, in the order of the models.
-        shards: All files: those of what is shared first, then task by task.
-        owners: For each file its task's position, or SHARED.
-        kept: What stands for each tensor that is not treated, by name ("own" or "merged").
-        needs_base: Whether restoring takes the base.
-        workers: Threads that make them.
-        peak_memory: Largest resident memory beside Python and torch, bytes.
-        bytes_read: Bytes read from the models and from the shared model.
-    """
-
-    tasks: tuple[PlannedTask, ...]
-    shards: tuple[Shard, ...]
-    owners: tuple[int, ...]
-    kept: Mapping[str, str]
-    needs_base: bool
-    workers: int
-    peak_memory: int
-    bytes_read: int
-
-    @property
-    def shared_bytes(self) -> int:
-        """Size of the files of what is shared."""
-        return sum(shard.size for shard, owner in zip(self.shards, self.owners, strict=True) if owner == SHARED)
-
-    @property
-    def bytes_written(self) -> int:
-        """Size of all files."""
-        return sum(shard.size for shard in self.shards)
-
-    @cached_property
-    def _places(self) -> dict[str, dict[tuple[int, str], Place]]:
-        found: dict[str, dict[tuple[int, str], Place]] = defaultdict(dict)
-        for index, (shard, owner) in enumerate(zip(self.shards, self.owners, strict=True)):
-            for name, (offset, nbytes) in shard.entries.items():
-                found[name.rpartition(".")[0]][owner, name] = Place(index, offset, nbytes)
-        return found
-
-    def places_of(self, tensor: str) -> dict[tuple[int, str], Place]:
-        """Return where the parts of a tensor lie, by owner and their name in the file."""
-        return self._places.get(tensor, {})
-
-
 def stored_name(tensor: str, part: str) -> str:
     """Return the name of a part in its file."""
     return f"{tensor}.{part}"
-
-
-def holds(tensor: PlannedTensor, task: int) -> bool:
-    """Say whether a task's own checkpoint holds a tensor; a tied head is read from the embedding."""
-    return tensor.models[task].name == tensor.name
 
 
 def plan_sidecars(
@@ -265,11 +166,6 @@ def _stored_tensors(
                     (own_name, part_dtype(part, tensor.dtype if i < 0 else tensor.models[i].dtype), part.shape)
                 )
     return stored
-
-
-def is_wide(tensor: PlannedTensor) -> bool:
-    """Say whether the arithmetic on a tensor is in float64."""
-    return "float64" in (tensor.dtype.name, *(source.dtype.name for source in tensor.inputs))
 
 
 def part_dtype(part: Part, own: DType) -> DType:

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from ...checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo
 from ...errors import CheckpointError, NotFoundError, ParameterError, UnsupportedError, did_you_mean
-from ...method import MergeMethod
-from ...registry import get_method
-from ...sidecar import Part
-from ..blocks import BLOCK, block_step
-from ..staging import digest
-from ..stream import block_digests
+from ...method import MergeMethod, Part
+from ...method.registry import get_method
+from ..kernels.blocks import BLOCK, block_step
+from ..plan.sidecars import INDEX_FILE
+from ..stream.digests import block_digests, digest
 from .codec import OWN, Codec, Codecs, Span
 from .index import INDEX_FORMAT
-from .plan import INDEX_FILE, stored_name
+from .plan import stored_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +295,6 @@ def open_parts(files: Collection[Path]) -> dict[str, TensorInfo]:
         NotFoundError: A file is missing.
         CheckpointError: A file is damaged.
     """
-    from ...checkpoint.safetensors import read_header
+    from ...checkpoint.formats.safetensors import read_header
 
     return {tensor.name: tensor for file in files for tensor in read_header(file)[0]}

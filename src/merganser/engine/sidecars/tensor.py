@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...method import MergeMethod
-from ...sidecar import Part
-from ..blocks import BLOCK, fill, merge_tensors
+from ...method import MergeMethod, Part
+from ...method.method import fill
+from ..kernels.blocks import BLOCK
+from ..kernels.merge_tensor import merge_tensors
 from .codec import OWN, Codec, Span, keeps
 
 

@@ -1,0 +1,1 @@
+"""File formats of tensors: one file per format."""

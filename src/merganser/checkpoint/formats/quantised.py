@@ -1,0 +1,57 @@
+"""Whether a checkpoint's numbers are the weights, or need scales that are stored elsewhere to become weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..tensor import TensorInfo
+
+__all__ = ["why_quantised"]
+
+_CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+# Last parts of names that only quantised checkpoints use.
+_MARKS = frozenset(
+    ("qweight", "qzeros", "weight_packed", "weight_scale_inv", "SCB", "absmax", "nested_absmax", "quant_map")
+)
+
+
+def why_quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return what says that a checkpoint is quantised, or None when its tensors are plain weights."""
+    return _by_config(config) or _by_dtype(tensors) or _by_name(tensors)
+
+
+def _by_config(config: Mapping[str, Any]) -> str | None:
+    parts = [("", config)]
+    parts += [
+        (f"{key}.", value) for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)
+    ]
+    for prefix, part in parts:
+        for key in _CONFIG_KEYS:
+            settings = part.get(key)
+            if not isinstance(settings, dict) or not settings:
+                continue
+            method = settings.get("quant_method")
+            if isinstance(method, str):
+                return f"{method} (config.json {prefix}{key}.quant_method)"
+            return f"config.json has {prefix}{key}"
+    return None
+
+
+def _by_dtype(tensors: Mapping[str, TensorInfo]) -> str | None:
+    for tensor in tensors.values():
+        if tensor.dtype.kind == "quantised":
+            return f"{tensor.dtype.name} (tensor {tensor.name!r})"
+    return None
+
+
+def _by_name(tensors: Mapping[str, TensorInfo]) -> str | None:
+    for name in tensors:
+        stem, _, last = name.rpartition(".")
+        if last in _MARKS or ".quant_state." in name:
+            return f"tensor {name!r} belongs to quantised weights"
+        # Blocks of 4-bit numbers with a scale each, and 8-bit weights with a scale for each channel.
+        partner = f"{stem}.weight" if last in ("weight_scale", "scales") else name.removesuffix("_scales") + "_blocks"
+        if partner in tensors and tensors[partner].dtype.kind == "int":
+            return f"{tensors[partner].dtype.name} with scales (tensors {partner!r} and {name!r})"
+    return None

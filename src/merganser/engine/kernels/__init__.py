@@ -1,0 +1,1 @@
+"""Run a merge method on the blocks of one tensor: blocks, kernels, measuring, solving, combining."""

@@ -1,0 +1,93 @@
+"""Which method merges a tensor: the recipe's own, or, beside a method for matrices, one for all that is no matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from ...method import Location, MergeMethod
+from ...method.registry import get_method
+
+T = TypeVar("T")
+
+_TABLES = ("embedding", "head", "position")
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """How one tensor is merged.
+
+    Args:
+        method: Merges it.
+        parameters: Of that method, by their names in recipes; equal ones are the same object.
+        located: Numbers that the method takes from where the tensor is.
+    """
+
+    method: MergeMethod
+    parameters: Mapping[str, Any]
+    located: Mapping[str, float] = field(default_factory=dict)
+
+    def inputs(self, base: T | None, models: Sequence[T]) -> tuple[T | None, Sequence[T]]:
+        """Return base and models as the method takes them: where only the base is left, that is the model."""
+        if base is None or self.method.base != "unused":
+            return base, models
+        return None, [base]
+
+
+def treat(
+    method: MergeMethod,
+    parameters: Mapping[str, Any],
+    *,
+    name: str,
+    shape: Sequence[int],
+    role: str | None,
+    location: Location,
+    n_models: int,
+) -> Treatment:
+    """Decide how a tensor is merged.
+
+    Args:
+        method: The recipe's method.
+        parameters: Its parameters for this tensor.
+        name: Name of the tensor.
+        shape: Its shape.
+        role: What it does, from `anatomy`; None: not known, then what has two dimensions is a matrix.
+        location: Where it is.
+        n_models: Number of models beside the base.
+
+    Raises:
+        ParameterError: The parameters do not suit a tensor there.
+    """
+    if method.scope != "matrix" or is_matrix(name, shape, role, tables=parameters["embeddings"] == "matrix"):
+        return Treatment(method, parameters, method.locate(parameters, location))
+    weight = parameters.get("weight", 1.0)
+    each = weight if isinstance(weight, tuple) else (weight,) * n_models
+    return _beside(parameters["others"], each, parameters.get("lambda", 1.0))
+
+
+def is_matrix(name: str, shape: Sequence[int], role: str | None, *, tables: bool) -> bool:
+    """Say whether a tensor multiplies what comes in, or is a pack of such matrices, one per expert.
+
+    Args:
+        name: Name of the tensor.
+        shape: Its shape.
+        role: What it does; None: not known.
+        tables: Whether tables of tokens and positions count as matrices.
+    """
+    if len(shape) != (3 if role == "expert" and len(shape) == 3 else 2):
+        return False
+    # packed experts have biases of two dimensions, and some norms scale each head by itself
+    if role == "norm" or name.endswith("bias"):
+        return False
+    return tables or role not in _TABLES
+
+
+@lru_cache(maxsize=1024)
+def _beside(others: str, weight: tuple[float, ...], lambda_: float) -> Treatment:
+    """Return how all that is no matrix is merged."""
+    if others == "base":
+        return Treatment(get_method("passthrough"), {"scale": (1.0,)})
+    parameters = {"weight": weight, "lambda": lambda_, "normalize": others == "average"}
+    return Treatment(get_method("task_arithmetic"), parameters)

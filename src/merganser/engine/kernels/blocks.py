@@ -1,0 +1,213 @@
+"""Run a merge method over the blocks of one tensor: the one place that knows the order of things.
+
+Blocks are the unit of all arithmetic. Their borders depend on the tensor's shape and the method's scope alone, so
+sums of measurements, and with them every byte, are the same for any memory limit, chunk size or number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .kernels import Block, Kernels
+from .values import Values
+
+BLOCK = 1 << 19
+"""Elements of a block, at most, on a CPU (a row or a whole tensor may be larger where the method needs it)."""
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return the shape as rows and columns: a row is all weights of one output unit; a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def working_shape(shape: Sequence[int], scope: str, role: str | None) -> tuple[int, ...]:
+    """Return the shape as which a tensor is worked on.
+
+    A row is all weights of one output unit, also of packed experts [experts, rows, columns]: where rows are wanted, these
+    are one matrix, an expert below the other.
+
+    Args:
+        shape: Shape of the tensor.
+        scope: "element", "row", "tensor" or "matrix", as in the method.
+        role: What the tensor does; None: not known.
+    """
+    if scope == "row" and role == "expert" and len(shape) == 3:
+        return shape[0] * shape[1], shape[2]
+    return tuple(shape)
+
+
+def block_ranges(shape: Sequence[int], scope: str, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into blocks, on borders between rows where rows are not longer than a block.
+
+    Args:
+        shape: Shape as which the tensor is worked on.
+        scope: "element", "row", "tensor" or "matrix", as in the method.
+        block: Elements of a block, at most; a row, tensor or matrix that the scope needs whole may be larger.
+
+    Yields:
+        First element and end of each block.
+    """
+    size = math.prod(shape)
+    step = block_step(shape, scope, block)
+    for start in range(0, size, step):
+        yield start, min(start + step, size)
+
+
+def block_step(shape: Sequence[int], scope: str, block: int = BLOCK) -> int:
+    """Return the number of elements of every block of a tensor but the last."""
+    columns = matrix_shape(shape)[1]
+    step = max(block // max(columns, 1), 1) * columns
+    if scope == "tensor":
+        step = math.prod(shape)
+    elif scope == "matrix":
+        step = math.prod(shape[-2:])
+    elif scope == "element" and columns > block:
+        step = block
+    return max(step, 1)
+
+
+def block_shape(shape: Sequence[int], scope: str, size: int) -> tuple[int, ...]:
+    """Return the shape in which a block of `size` elements is handed to the method."""
+    if scope == "tensor":
+        return tuple(shape)
+    if scope == "matrix":
+        return tuple(shape[-2:])
+    if scope == "row":
+        columns = matrix_shape(shape)[1]
+        return (size // columns if columns else 0, columns)
+    return (size,)
+
+
+class TensorRun:
+    """The work on one output tensor: its blocks, parameters, random keys and statistics.
+
+    Args:
+        kernels: The method's kernels.
+        values: The parameters of this tensor.
+        shape: Shape as which the tensor is worked on.
+        random_keys: From `ops.random.keys`.
+        block: Elements of a block, at most.
+    """
+
+    def __init__(
+        self, kernels: Kernels, values: Values, shape: tuple[int, ...], random_keys: Tensor, block: int = BLOCK
+    ) -> None:
+        self.kernels = kernels
+        self.values = values
+        self.shape = shape
+        self.size = math.prod(shape)
+        self.ranges = list(block_ranges(shape, kernels.method.scope, block))
+        self._keys = random_keys.to(kernels.device)
+        self._numbers = kernels.numbers(values)
+
+    def measure(
+        self,
+        name: str,
+        index: int,
+        known: Mapping[str, Tensor],
+        range_: tuple[int, int],
+        base: Tensor | None,
+        models: Sequence[Tensor],
+        total: Tensor | None,
+    ) -> tuple[Tensor, bool]:
+        """Add the measurement of one block to the total of those before it; also say whether the block is finite."""
+        block = self._block(known, range_, base, models)
+        if name not in self.kernels.rows:
+            total, finite = self.kernels.measure(name, index, block, total)
+            return total, bool(finite)
+        found, finite = self.kernels.measure(name, index, block, None)
+        # so that those of several blocks add up
+        total = found.new_zeros(matrix_shape(self.shape)[0], *found.shape[1:]) if total is None else total
+        total[self._rows(range_)] = found
+        return total, bool(finite)
+
+    def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
+        """Solve a round and put its result into `known`: as `previous`, and under its name after the last round."""
+        given = {key: value.cpu() for key, value in known.items()}
+        given["size"] = torch.tensor(size, dtype=torch.float64)
+        solved = self.kernels.solve(name, index, total, self.values, given)
+        known["previous"] = solved
+        if index == len(self.kernels.method.statistics[name].rounds) - 1:
+            known[name] = solved
+            del known["previous"]
+
+    def at_once(self, name: str, known: dict[str, Tensor], base: Tensor | None, models: Sequence[Tensor]) -> bool:
+        """Put a statistic into `known` without its rounds, if it can be found so; say whether it was."""
+        if len(self.ranges) > 1 or self.kernels.method.statistics[name].at_once is None:
+            return False
+        given = {key: value.cpu() for key, value in known.items()}
+        given["size"] = torch.tensor(self.size, dtype=torch.float64)
+        block = self._block(known, self.ranges[0], base, models)
+        known[name] = self.kernels.measure_at_once(name, block, self.values, given)
+        return True
+
+    @property
+    def together(self) -> Literal["joined", "stacked"] | None:
+        """How this tensor may be merged with others of the same kernels and parameters, as in `MergeMethod.together`."""
+        # fused kernels are made for one tensor, and differ from others by rounding
+        fits = len(self.ranges) == 1 and not (self.values.together == "stacked" and self.kernels.compiled)
+        return self.values.together if fits else None
+
+    def merge_several(
+        self, runs: Sequence[TensorRun], base: Tensor | None, models: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Measure, solve and combine tensors of this one's size, kernels and parameters at once, stacked.
+
+        Args:
+            runs: The work on each of them, k in number.
+            base: Their bases, if the method takes one, shape [k, size].
+            models: The same of the models.
+
+        Returns:
+            The merged tensors, shape [k, size], and whether the inputs and the result of each are finite, shape [k].
+        """
+        kernels = self.kernels
+        random = torch.stack([run._keys for run in runs]) if kernels.method.random else self._keys
+        block = Block(
+            base, models, {}, self._numbers, {}, random, torch.zeros((), dtype=torch.int64, device=kernels.device)
+        )
+        found: dict[str, Tensor] = {"size": torch.tensor(self.size, dtype=torch.float64)}
+        for name, _, _ in kernels.statistics:
+            found[name] = kernels.measure_at_once(name, block, self.values, found, several=True)
+            block = replace(block, known={**block.known, name: kernels.to_device(found[name])})
+        return kernels.combine_several(block)
+
+    def combine(
+        self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
+    ) -> tuple[Tensor, bool]:
+        """Merge one block, flat; also say whether the inputs and the result are finite."""
+        merged, finite = self.kernels.combine(self._block(known, range_, base, models))
+        return merged.reshape(-1), bool(finite)
+
+    def _block(
+        self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
+    ) -> Block:
+        start, end = range_
+        shape = block_shape(self.shape, self.kernels.method.scope, end - start)
+        over_rows = self.kernels.rows
+        own = {name: known[name][self._rows(range_)] for name in known if name in over_rows}
+        rows = {name: self.kernels.to_device(value) for name, value in own.items()}
+        others = {name: self.kernels.to_device(value) for name, value in known.items() if name not in over_rows}
+        offset = torch.tensor(start, dtype=torch.int64, device=self.kernels.device)
+        return Block(
+            None if base is None else base.reshape(shape),
+            [model.reshape(shape) for model in models],
+            rows,
+            self._numbers,
+            others,
+            self._keys,
+            offset,
+        )
+
+    def _rows(self, range_: tuple[int, int]) -> slice:
+        """Return the rows of a block of whole ones."""
+        columns = matrix_shape(self.shape)[1]
+        return slice(range_[0] // columns, range_[1] // columns)

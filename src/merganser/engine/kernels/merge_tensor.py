@@ -1,0 +1,123 @@
+"""Merge one tensor in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import NonFiniteError
+from ...method import Location, MergeMethod
+from ...method.method import fill
+from ...ops.random import keys
+from .assignment import treat
+from .blocks import BLOCK, TensorRun, working_shape
+from .kernels import Kernels
+from .values import Values
+
+_OUTSIDE = Location()
+
+
+def merge_tensors(
+    method: MergeMethod,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    name: str = "tensor",
+    role: str | None = None,
+    location: Location = _OUTSIDE,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    compute: torch.dtype | None = None,
+    block: int = BLOCK,
+    compiled: bool = False,
+    allow_nonfinite: bool = False,
+) -> Tensor:
+    """Merge one tensor in memory.
+
+    Args:
+        method: The merge method.
+        base: The base tensor, or None where the method takes none.
+        models: The other tensors, of the same shape, on the same device.
+        parameters: Values by the names that recipes use; a single value of a per-model parameter counts for all.
+        name: Name of the tensor: part of the key of random draws.
+        role: What the tensor does ("attention", "embedding", "expert", ...), for methods that treat matrices or rows; by
+            default what has two dimensions is a matrix, and the first dimension counts rows.
+        location: Where the tensor is, for methods that go by layers; by default before them.
+        seed: Seed of random draws.
+        dtype: Dtype of the result; by default what the inputs promote to.
+        compute: Dtype of the arithmetic; by default float32, or float64 if an input or `dtype` is.
+        block: Elements of a block, at most.
+        compiled: Fuse with `torch.compile`.
+        allow_nonfinite: Merge NaN and infinity instead of refusing them.
+
+    Returns:
+        The merged tensor, in the shape of the inputs.
+
+    Raises:
+        ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
+        NonFiniteError: An input holds NaN or infinity, or the result overflows `dtype`.
+        ValueError: Shapes or devices differ, or the number of models does not suit the method.
+    """
+    _check_inputs(method, base, models)
+    dtypes = [tensor.dtype for tensor in (*models, *([] if base is None else [base]))]
+    dtype = dtype or reduce(torch.promote_types, dtypes)
+    compute = compute or (torch.float64 if torch.float64 in (dtype, *dtypes) else torch.float32)
+    shape, device = tuple(models[0].shape), models[0].device
+    filled = fill(method, parameters or {}, len(models))
+    location = replace(location, role=role or location.role)
+    treatment = treat(method, filled, name=name, shape=shape, role=role, location=location, n_models=len(models))
+    method, values = treatment.method, Values.of(treatment.method, treatment.parameters, treatment.located)
+    base, models = treatment.inputs(base, models)
+    inputs = [*models] if base is None else [base, *models]
+    kernels = Kernels(method, values.static, compute, dtype, device, compiled and method.fuse, not allow_nonfinite)
+    worked = working_shape(shape, method.scope, role)
+    run = TensorRun(kernels, values, worked, keys(seed, name, len(models)), block)
+    if not run.ranges:
+        return torch.empty(shape, dtype=dtype, device=device)
+    result = torch.empty(math.prod(shape), dtype=dtype, device=device)
+    complaint = f"{name}: an input or the result is not finite ({method.name}, {dtype})"
+    _run_on(run, [tensor.reshape(-1) for tensor in inputs], base is not None, result, complaint)
+    return result.view(shape)
+
+
+def _run_on(run: TensorRun, inputs: Sequence[Tensor], with_base: bool, result: Tensor, complaint: str) -> None:
+    """Measure, solve and combine flat inputs."""
+
+    def read(start: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
+        parts = [tensor[start:end] for tensor in inputs]
+        return (parts[0], parts[1:]) if with_base else (None, parts)
+
+    def checked(found: tuple[Tensor, bool]) -> tuple[Tensor, bool]:
+        if not found[1]:
+            raise NonFiniteError(complaint)
+        return found
+
+    known: dict[str, Tensor] = {}
+    for name, statistic, _ in run.kernels.statistics:
+        if run.at_once(name, known, *read(0, run.size)):
+            continue
+        for index in range(len(statistic.rounds)):
+            total: Tensor | None = None
+            for range_ in run.ranges:
+                total = checked(run.measure(name, index, known, range_, *read(*range_), total))[0]
+            assert total is not None
+            run.solve(name, index, total, known, run.size)
+    for start, end in run.ranges:
+        result[start:end] = checked(run.combine(known, (start, end), *read(start, end)))[0]
+
+
+def _check_inputs(method: MergeMethod, base: Tensor | None, models: Sequence[Tensor]) -> None:
+    shapes = {tuple(tensor.shape) for tensor in ([*models] if base is None else [base, *models])}
+    if len(shapes) != 1:
+        raise ValueError(f"{method.name}: tensors of one shape are needed, got {sorted(shapes)}")
+    if len(models) < method.min_models or (method.max_models is not None and len(models) > method.max_models):
+        raise ValueError(f"{method.name} takes {method.models_text()}, got {len(models)} models")
+    if method.base == ("required" if base is None else "unused"):
+        raise ValueError(f"{method.name} takes {method.models_text()}, got {'no' if base is None else 'a'} base")

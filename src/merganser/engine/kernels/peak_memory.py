@@ -1,0 +1,132 @@
+"""How much memory a method holds, found out by running it on something small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ...method import MergeMethod
+from .merge_tensor import merge_tensors
+
+_ELEMENTS = 1 << 13
+_LEAST = 24
+
+
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that come to life inside of a `with` block, on this thread.
+
+    Attributes:
+        live: Bytes that are held now.
+        peak: The most that were held at a time, bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled in here, and skipping would import the compiler: 75 MB
+        return False
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Leave a tensor out, and whatever shares its memory."""
+        self._hold(tensor, 0)
+
+    def _hold(self, tensor: Tensor, nbytes: int) -> None:
+        storage = tensor.untyped_storage()
+        self._held[storage._cdata] = (StorageWeakRef(storage), nbytes)  # type: ignore[no-untyped-call]
+        self.live += nbytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it leaves."""
+        result = func(*args, **(kwargs or {}))
+        gone = [key for key, (held, _) in self._held.items() if held.expired()]  # type: ignore[no-untyped-call]
+        for key in gone:
+            self.live -= self._held.pop(key)[1]
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._held:
+                self._hold(tensor, tensor.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.live + _workspace(func, args, result))
+        return result
+
+
+def _workspace(func: Any, args: Sequence[Any], result: Any) -> int:
+    """Return the bytes that LAPACK works with inside of an operation, as it documents them and as was measured."""
+    kind = func.overloadpacket.__name__
+    if kind not in ("_linalg_svd", "_linalg_eigh"):
+        return 0
+    rows, columns = args[0].shape[-2:]
+    factors = result[-1].numel() > 0
+    if kind == "_linalg_svd":
+        # a copy of the matrix beside the factors, and gesdd's work
+        elements = rows * columns + (4 * min(rows, columns) ** 2 if factors else 0)
+    else:
+        # syevd's work, or a copy of the matrix
+        elements = 2 * columns**2 if factors else columns**2
+    return int(elements * args[0].element_size())
+
+
+def peak_per_element(
+    method: MergeMethod,
+    parameters: Mapping[str, Any],
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    output: torch.dtype,
+    *,
+    with_base: bool,
+) -> float:
+    """Return how many bytes a method holds at a time beside its inputs, per element of the tensor.
+
+    The method runs, with these parameters, on random numbers in a small tensor of the same proportions.
+
+    Args:
+        method: The merge method.
+        parameters: Its parameters, by their names in recipes.
+        shape: Shape of the tensor: of one matrix where the method works on matrices.
+        dtypes: Dtypes of the inputs, the base first.
+        output: Dtype of the result.
+        with_base: Whether the first input is the base.
+    """
+    fixed = tuple(sorted(parameters.items()))
+    return _measure(method, fixed, _smaller(shape), tuple(dtypes), output, with_base)
+
+
+def _smaller(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shrink a shape, in proportion, but keep each dimension large enough for what depends on the number of models."""
+    sides = sum(size > 1 for size in shape)
+    factor = min((_ELEMENTS / max(math.prod(shape), 1)) ** (1 / max(sides, 1)), 1.0)
+    return tuple(min(size, max(round(size * factor), _LEAST)) for size in shape)
+
+
+@lru_cache(maxsize=512)
+def _measure(
+    method: MergeMethod,
+    parameters: tuple[tuple[str, Any], ...],
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    output: torch.dtype,
+    with_base: bool,
+) -> float:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    models = [(start + 0.1 * torch.randn(shape, generator=generator)).to(dtype) for dtype in dtypes[with_base:]]
+    base = start.to(dtypes[0]) if with_base else None
+    memory = PeakMemory()
+    for tensor in models if base is None else [base, *models]:
+        memory.ignore(tensor)
+    with memory:
+        merge_tensors(method, base, models, dict(parameters), dtype=output, allow_nonfinite=True)
+    return memory.peak / max(math.prod(shape), 1)

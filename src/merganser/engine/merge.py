@@ -1,0 +1,374 @@
+"""Recipes of several documents: each may name the result of another as a model.
+
+The last one in the order of work is the target. What the others make lies in a folder beside it, `.OUT.stages`, each
+under its name; a stage that is finished there is used again as long as nothing it was made from has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import INDEX_NAME, index_json
+from ..errors import MergeError, OutputError, RecipeError
+from ..recipe import ModelReference, Recipe, Slice, Source, load_recipe
+
+if TYPE_CHECKING:
+    from .plan.plan import Plan
+    from .run import Progress, Result
+
+__all__ = ["PlannedStage", "merge_stages", "plan_last_stage", "plan_stages", "stages_folder"]
+
+
+# hidden, so that it is not taken for a file of the checkpoint
+_NOTE = ".stage.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """The plan of one recipe of several.
+
+    Args:
+        name: Name of the stage; None for a recipe without one.
+        plan: What it will do. Its inputs that are results of other stages do not exist yet.
+        made: Path in the plan of each input that an earlier stage makes, and that stage's name.
+    """
+
+    name: str | None
+    plan: Plan
+    made: Mapping[str, str]
+
+    def shown(self, text: object) -> str:
+        """Return a text with the names of stages in the place of their paths."""
+        found = str(text)
+        for path in sorted(self.made, key=len, reverse=True):
+            found = found.replace(path, self.made[path])
+        return found
+
+
+def plan_stages(recipes: Sequence[Recipe], *, keep_stages: bool = False, **options: Any) -> list[PlannedStage]:
+    """Plan recipes that build on each other, all from headers alone; nothing is written.
+
+    Args:
+        recipes: From `load_recipes`.
+        keep_stages: As for `merge_stages`.
+        **options: As for `plan`.
+
+    Raises:
+        MergeError: A recipe or an input cannot be merged; the message says why.
+    """
+    needed = _needed(recipes, keep_stages)
+    planned: list[PlannedStage] = []
+    with tempfile.TemporaryDirectory(prefix="merganser-") as root:
+        folders: dict[str, Path] = {}
+        for recipe in needed:
+            try:
+                plan = _plan_one(_with_folders(recipe, folders), **options)
+            except MergeError as error:
+                raise type(error)(str(error).replace(f"{root}{os.sep}", "stage ")) from None
+            planned.append(PlannedStage(recipe.name, plan, {str(path): name for name, path in folders.items()}))
+            if recipe.name is not None and recipe is not needed[-1]:
+                folders[recipe.name] = Path(root, _folder_name(recipe.name))
+                _lay_out(plan, folders[recipe.name])
+    return planned
+
+
+def merge_stages(
+    recipes: Sequence[Recipe],
+    out: str | Path,
+    *,
+    keep_stages: bool = False,
+    overwrite: bool = False,
+    fresh: bool = False,
+    allow_nonfinite: bool = False,
+    cluster: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Merge by recipes that build on each other.
+
+    Args:
+        recipes: From `load_recipes`; the last one makes the output.
+        out: Target folder; it appears, complete, when all is done.
+        keep_stages: Keep what the other recipes make, in `stages_folder(out)`, even what no later one needs.
+        overwrite: Replace a target that merganser wrote before.
+        fresh: Start again even where an interrupted run could be continued.
+        allow_nonfinite: Merge NaN and infinity instead of refusing them.
+        cluster: As for `merge`.
+        progress: Told how each run advances.
+        **options: As for `plan`.
+
+    Returns:
+        The folder and the run record of the last recipe, which holds the text of all.
+
+    Raises:
+        MergeError: A recipe, an input or the target is at fault; the message says why.
+        Interrupted: Ctrl-C; the same call continues.
+    """
+    from .run import run_plan
+    from .stream.staging import check_target
+
+    out = Path(out)
+    given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
+    if len(recipes) == 1:
+        return merge(recipes[0], out, overwrite=overwrite, fresh=fresh, **given, **options)
+    check_target(out, overwrite=overwrite)
+    # whatever can be refused in any stage is refused before the first one runs
+    plan_stages(recipes, keep_stages=keep_stages, **options)
+    *stages, target = _needed(recipes, keep_stages)
+    with _stages(out, keep=keep_stages, fresh=fresh) as home:
+        folders: dict[str, Path] = {}
+        for recipe in stages:
+            assert recipe.name is not None
+            plan = _plan_one(_with_folders(recipe, folders), **options)
+            folders[recipe.name] = home / _folder_name(recipe.name)
+            _run_stage(plan, folders[recipe.name], out, **given)
+        whole = "".join(_ended(r.text) for r in sorted(recipes, key=lambda r: r.place.line))
+        last = replace(_with_folders(target, folders), text=whole)
+        return run_plan(_plan_one(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
+
+
+@contextlib.contextmanager
+def plan_last_stage(recipes: Sequence[Recipe], **options: Any) -> Iterator[Plan]:
+    """Plan the last of recipes that build on each other; what it builds on lies in a temporary folder meanwhile.
+
+    Args:
+        recipes: From `load_recipes`; the others are merged at once.
+        **options: As for `plan`.
+
+    Raises:
+        MergeError: A recipe or an input cannot be merged; the message says why.
+    """
+    from .run import run_plan
+
+    if len(recipes) == 1:
+        yield _plan_one(recipes[0], **options)
+        return
+    plan_stages(recipes, **options)
+    *stages, target = _needed(recipes, keep_stages=False)
+    with tempfile.TemporaryDirectory(prefix="merganser-") as root:
+        folders: dict[str, Path] = {}
+        for recipe in stages:
+            assert recipe.name is not None
+            folder = Path(root, _folder_name(recipe.name))
+            run_plan(_plan_one(_with_folders(recipe, folders), **options), folder)
+            folders[recipe.name] = folder
+        yield _plan_one(_with_folders(target, folders), **options)
+
+
+def stages_folder(out: str | Path) -> Path:
+    """Return the folder beside a target where the results of its other recipes lie."""
+    return Path(out).with_name(f".{Path(out).name}.stages")
+
+
+def _needed(recipes: Sequence[Recipe], keep_stages: bool) -> list[Recipe]:
+    """Return the recipes to run, in order: the target last, and without those whose result nobody reads."""
+    *others, target = recipes
+    if keep_stages:
+        return [*others, target]
+    needed = [target]
+    for recipe in reversed(others):
+        if any(model.path == recipe.name for later in needed for model in later.references()):
+            needed.insert(0, recipe)
+    warnings = [
+        f"{recipe.place}: no recipe behind it uses the result of {recipe.name!r}, so it is not made; "
+        "--keep-stages makes and keeps it"
+        for recipe in others
+        if recipe not in needed
+    ]
+    return [*needed[:-1], replace(target, warnings=(*target.warnings, *warnings))]
+
+
+def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
+    """Return the recipe with the folders of earlier stages in the place of their names."""
+
+    def reference(model: ModelReference) -> ModelReference:
+        if model.path not in folders:
+            return model
+        if model.revision is not None:
+            raise RecipeError(
+                f"{recipe.place}: {model} names a revision, but {model.path!r} is the result of an earlier recipe"
+            )
+        return replace(model, path=str(folders[model.path]))
+
+    def optional(model: ModelReference | None) -> ModelReference | None:
+        return None if model is None else reference(model)
+
+    def source(each: Source) -> Source:
+        return replace(each, model=reference(each.model))
+
+    def piece(each: Slice) -> Slice:
+        return replace(each, sources=tuple(source(s) for s in each.sources), base_model=optional(each.base_model))
+
+    return replace(
+        recipe,
+        models=tuple(source(each) for each in recipe.models),
+        slices=tuple(piece(each) for each in recipe.slices),
+        base_model=optional(recipe.base_model),
+        tokenizer_donor=optional(recipe.tokenizer_donor),
+    )
+
+
+def _lay_out(plan: Plan, folder: Path) -> None:
+    """Write what a plan's output will be, without its weights: headers, sizes (as holes), config and names of files."""
+    try:
+        folder.mkdir()
+        for shard in plan.shards:
+            with (folder / shard.name).open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.size)
+        if len(plan.shards) > 1:
+            (folder / INDEX_NAME).write_bytes(index_json(plan.shards))
+        if plan.config:
+            (folder / "config.json").write_text(json.dumps(plan.config), encoding="utf-8")
+        for name in plan.side_files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+
+
+def _folder_name(name: str) -> str:
+    """Return a name for the folder of a stage; different stages have different ones, side by side."""
+    return name.replace("%", "%25").replace("/", "%2F").replace("\\", "%5C")
+
+
+@contextlib.contextmanager
+def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[Path]:
+    """Hold the folder of the stages; remove it in the end, but for a run that can be continued."""
+    from .stream.lock import acquire_lock, release_lock
+
+    home = stages_folder(out)
+    # beside the folder, which comes and goes
+    lock = home.with_name(f"{home.name}.lock")
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        guard = acquire_lock(lock)
+        if guard is not None:
+            home.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{home}: cannot be written: {error.strerror}") from None
+    if guard is None:
+        raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+    try:
+        if fresh:
+            for path in home.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        try:
+            yield home
+        except MergeError as error:
+            if not keep and not isinstance(error, OutputError):
+                shutil.rmtree(home, ignore_errors=True)
+            raise
+        if not keep:
+            shutil.rmtree(home, ignore_errors=True)
+    finally:
+        release_lock(lock, guard)
+
+
+def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> None:
+    """Make one stage, unless it lies there, made from the same and unchanged since."""
+    from .record import fingerprint
+    from .run import Interrupted, run_plan
+
+    mark = fingerprint(plan, {"allow_nonfinite": given["allow_nonfinite"]})
+    note = folder / _NOTE
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(note.read_text(encoding="utf-8")) == {"fingerprint": mark, "files": _files(folder)}:
+            return
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    try:
+        run_plan(plan, folder, **given)
+    except Interrupted:
+        raise Interrupted(
+            f"{out}: stopped while {plan.recipe.name!r} was made; run the same command again to continue"
+        ) from None
+    temporary = folder / f"{_NOTE}.new"
+    temporary.write_text(json.dumps({"fingerprint": mark, "files": _files(folder)}), encoding="utf-8")
+    temporary.rename(note)
+
+
+def _files(folder: Path) -> list[list[Any]]:
+    """Return name, size and time of change of every file in a stage's folder."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_NOTE))
+    return [[path.relative_to(folder).as_posix(), (s := path.stat()).st_size, s.st_mtime_ns] for path in found]
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+_Source = Recipe | str | Path | Mapping[str, Any]
+
+
+def plan(recipe: _Source, **options: Any) -> Plan:
+    """Plan a merge from the headers of its inputs; nothing is written.
+
+    Args:
+        recipe: A recipe, the path of one, its YAML text, or the same as a mapping.
+        **options: As for `merganser.engine.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
+            `max_memory`, `cache_dir`, `compiled`.
+
+    Raises:
+        MergeError: The recipe or its inputs cannot be merged; the message says why.
+    """
+    return _plan_one(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), **options)
+
+
+def _plan_one(recipe: Recipe, **options: Any) -> Plan:
+    from .planner import build_plan
+
+    if recipe.random_seed is not None:
+        options.setdefault("seed", recipe.random_seed)
+    return build_plan(recipe, **options)
+
+
+def merge(
+    recipe: _Source,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    fresh: bool = False,
+    allow_nonfinite: bool = False,
+    cluster: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Merge models into a new checkpoint.
+
+    Args:
+        recipe: A recipe, the path of one, its YAML text, or the same as a mapping.
+        out: Target folder; it appears, complete, when the merge is done.
+        overwrite: Replace a target that merganser wrote before.
+        fresh: Start again even where an interrupted run could be continued.
+        allow_nonfinite: Merge NaN and infinity instead of refusing them.
+        cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.
+        progress: Told how the run advances.
+        **options: As for `plan`.
+
+    Returns:
+        The folder and the run record.
+
+    Raises:
+        MergeError: The recipe, an input or the target is at fault; the message says why.
+    """
+    from .run import run_plan
+
+    return run_plan(
+        plan(recipe, **options),
+        Path(out),
+        overwrite=overwrite,
+        fresh=fresh,
+        allow_nonfinite=allow_nonfinite,
+        cluster=cluster,
+        progress=progress,
+    )

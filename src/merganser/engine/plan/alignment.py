@@ -1,0 +1,231 @@
+"""Match the tensors of the inputs: which tensors of which models make each tensor of the output.
+
+Works from names and shapes. No table of architectures is needed; structure matters only for slices, layer schedules
+and tied heads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ...anatomy import Anatomy, Part, infer_anatomy, is_tied
+from ...checkpoint import Checkpoint, TensorInfo
+from ...errors import CheckpointError
+from ...method import Location
+from ...recipe import ModelReference, Recipe
+
+_RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A checkpoint of the recipe, opened, and what its names mean."""
+
+    reference: ModelReference
+    checkpoint: Checkpoint
+    anatomy: Anatomy
+    tied: bool
+
+    @classmethod
+    def of(cls, reference: ModelReference, checkpoint: Checkpoint, others: Iterable[Member] = ()) -> Member:
+        """Read the structure of a checkpoint; what is known of others with the same names, shapes and config counts."""
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        for other in others:
+            alike = other.checkpoint.config == checkpoint.config
+            if alike and shapes == {name: tensor.shape for name, tensor in other.checkpoint.tensors.items()}:
+                return cls(reference, checkpoint, other.anatomy, other.tied)
+        anatomy = infer_anatomy(shapes, checkpoint.config)
+        tied = is_tied(checkpoint.config)
+        return cls(reference, checkpoint, anatomy, bool(anatomy.tied) if tied is None else tied)
+
+    @cached_property
+    def layers(self) -> dict[int, dict[str, str]]:
+        """Names of the main stack's tensors: by layer, by the part that follows the number."""
+        grouped: dict[int, dict[str, str]] = {}
+        for name, part in self.anatomy.parts.items():
+            if part.stack == self.anatomy.main and part.layer is not None:
+                grouped.setdefault(part.layer, {})[name[len(f"{part.stack}.{part.layer}.") :]] = name
+        return grouped
+
+    def tensor(self, name: str) -> TensorInfo | None:
+        """Return a tensor by name; a head that is absent because it is tied is the embedding."""
+        found = self.checkpoint.tensors.get(name)
+        if found is None:
+            source = dict(self.anatomy.tied).get(name)
+            if source is None and self.tied and self.anatomy.head is None and _is_head(name):
+                source = self.anatomy.embedding
+            if source is not None:
+                found = self.checkpoint.tensors[source]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor of the output and the tensors of the inputs that it is made from.
+
+    Args:
+        name: Name in the output.
+        rule: Name that filters of parameters look at (a tied head follows its embedding).
+        part: What the name means, in the output's numbering.
+        slice_index: Slice whose parameters count.
+        t: Position in a layer schedule, 0 to 1.
+        location: Where it is in the output (a tied head is where its embedding is).
+        inputs: The tensor of each model of the slice.
+    """
+
+    name: str
+    rule: str
+    part: Part
+    slice_index: int
+    t: float
+    location: Location
+    inputs: Mapping[ModelReference, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """All slots, in the order of the output.
+
+    Args:
+        slots: One per tensor of the output.
+        tied: Whether the output's head shares its embedding.
+        layers: For slices, the donor's layer for each layer of the output.
+        warnings: What was dropped or decided.
+    """
+
+    slots: list[Slot]
+    tied: bool
+    layers: list[int] | None
+    warnings: list[str]
+
+
+def after_layers(recipe: Recipe) -> float:
+    """Return the depth of what comes after the layers, for layer schedules: 1, where mergekit has 0."""
+    return 0.0 if recipe.compat == "mergekit" else 1.0
+
+
+def location_of(name: str, anatomy: Anatomy) -> Location:
+    """Return where a tensor is in its checkpoint."""
+    part = anatomy.parts[name]
+    return Location(part.position, part.layer, anatomy.layer_count(name), part.role)
+
+
+def _inputs(name: str, sources: Mapping[ModelReference, tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
+    """Look up one tensor in every model and compare shapes and kinds."""
+    found: dict[ModelReference, TensorInfo] = {}
+    for reference, (member, own) in sources.items():
+        tensor = member.tensor(own)
+        if tensor is None:
+            raise CheckpointError(f"{reference}: tensor {own!r} is missing; the other models have it")
+        found[reference] = tensor
+    (first, expected), *rest = found.items()
+    for reference, tensor in rest:
+        if tensor.shape != expected.shape:
+            raise CheckpointError(_shape_message(name, first, expected, reference, tensor, sources))
+        if (tensor.dtype.kind == "float") is not (expected.dtype.kind == "float"):
+            raise CheckpointError(
+                f"{name}: {first} holds {expected.dtype.name}, {reference} holds {tensor.dtype.name}; "
+                "numbers and integer buffers cannot be merged with each other"
+            )
+        if expected.dtype.kind != "float" and tensor.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{name}: {first} holds {expected.dtype.name}, {reference} holds {tensor.dtype.name}; "
+                "buffers of whole numbers are copied when they are equal, dtype included"
+            )
+    return found
+
+
+def _shape_message(
+    name: str,
+    first: ModelReference,
+    expected: TensorInfo,
+    other: ModelReference,
+    tensor: TensorInfo,
+    sources: Mapping[ModelReference, tuple[Member, str]],
+) -> str:
+    shapes = f"{list(expected.shape)} in {first}, {list(tensor.shape)} in {other}"
+    part = sources[other][0].anatomy.parts.get(tensor.name)
+    if part is not None and part.role in ("embedding", "head") and tensor.shape[1:] == expected.shape[1:]:
+        return (
+            f"{name}: vocabularies differ: {shapes}. Models are merged row by row, so both must have the same "
+            "tokenizer; building a common vocabulary (tokenizer: union) comes with a later version"
+        )
+    return f"{name}: shapes differ: {shapes}. Only models of one architecture and size can be merged"
+
+
+def _head_name(members: Iterable[Member]) -> str | None:
+    return next((m.anatomy.head for m in members if m.anatomy.head in m.checkpoint.tensors), None)
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
+
+
+def _names(
+    donor: Member, members: Sequence[Member], warnings: list[str]
+) -> tuple[list[str], str | None, bool, set[str]]:
+    """Decide which tensors the output has.
+
+    Returns:
+        Their names in the donor's order, the head's name, whether it is tied, and what is left out.
+    """
+    names = list(donor.checkpoint.tensors)
+    everyone = list(dict.fromkeys([donor, *members]))
+    tied = all(member.tied for member in members)
+    head = _head_name(everyone)
+    if head and head not in donor.checkpoint.tensors and not tied:
+        names.append(head)
+        untied = [str(m.reference) for m in members if not m.tied]
+        warnings.append(
+            f"{head}: {', '.join(untied)} has a head of its own, so the output has one, too, and is not tied"
+        )
+    drop = _droppable(head, tied, everyone, warnings)
+    return [name for name in names if name not in drop], head, tied, drop
+
+
+def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]) -> set[str]:
+    """Return names that some models hold and the output need not: recomputed buffers and copies of tied heads."""
+    names = dict.fromkeys(name for m in members for name in m.checkpoint.tensors)
+    drop = {name for name in names if _RECOMPUTED.search(name) and not _alike(name, members)}
+    if drop:
+        warnings.append(f"{_some(sorted(drop))}: not alike in every model; left out, as model code computes it")
+    if tied and head and any(head not in m.checkpoint.tensors for m in members):
+        drop.add(head)
+        warnings.append(f"{head}: every model is tied, so the copy that some of them hold is left out")
+    return drop
+
+
+def _alike(name: str, members: Sequence[Member]) -> bool:
+    """Say whether every model holds a tensor that some hold, in one shape and dtype."""
+    held = (member.checkpoint.tensors.get(name) for member in members)
+    return len({tensor and (tensor.shape, tensor.dtype) for tensor in held}) == 1
+
+
+def _check_names(donor: Member, member: Member, names: Sequence[str], own: set[str]) -> None:
+    """Refuse a model that lacks tensors of the output, or holds others."""
+    missing = sorted(name for name in names if member.tensor(name) is None)
+    extra = sorted(own.difference(names))
+    if missing or extra:
+        lines = [f"{member.reference} and {donor.reference} do not hold the same tensors"]
+        if missing:
+            lines.append(f"{len(missing)} missing in {member.reference}: {_some(missing)}")
+        if extra:
+            lines.append(f"{len(extra)} only in {member.reference}: {_some(extra)}")
+        lines.append("only models of one architecture can be merged")
+        raise CheckpointError("; ".join(lines))
+
+
+def _part(name: str, members: Iterable[Member]) -> Part:
+    return _anatomy(name, members).parts[name]
+
+
+def _anatomy(name: str, members: Iterable[Member]) -> Anatomy:
+    return next(m.anatomy for m in members if name in m.anatomy.parts)
+
+
+def _some(names: Sequence[str], limit: int = 4) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,368 @@
+"""A plan in the words of a reader: what is read, how tensors are made, and what comes out."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...recipe import ModelReference
+    from .plan import Plan
+    from .tensor import PlannedTensor
+
+__all__ = [
+    "InputSummary",
+    "PlanSummary",
+    "SidecarSummary",
+    "TaskSummary",
+    "TensorGroup",
+    "TensorSummary",
+    "summarise",
+    "tensor_summaries",
+    "value_text",
+]
+
+_MOST_POINTS = 6
+_ROLE_ORDER = ("embedding", "position", "norm", "attention", "ssm", "conv", "mlp", "router", "expert", "other", "head")
+
+
+@dataclass(frozen=True, slots=True)
+class InputSummary:
+    """One input of a plan.
+
+    Args:
+        used_as: "base", "model", or "files only" where no tensor of it is read.
+        reference: As the recipe names it.
+        path: The folder.
+        files: Number of files of weights.
+        bytes: Size of all its tensors.
+        tensors: Number of its tensors.
+        tensors_read: How many of them are read.
+        dtypes: Their dtypes, the most common first.
+    """
+
+    used_as: str
+    reference: str
+    path: str
+    files: int
+    bytes: int
+    tensors: int
+    tensors_read: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """Tensors of the output that are made in the same way.
+
+    Args:
+        layers: First and last layer; None for tensors outside the layers.
+        roles: What the tensors do; empty where it is all that there are in these layers.
+        names: Their names, with a star for the layer, where role and layers do not tell the group from another.
+        tensors: How many.
+        method: That merges them; empty where they are copied.
+        parameters: Value of each parameter of that method, and of what it takes from where a tensor is, as text; a
+            schedule by its turning points.
+        copied: Whether they are integers, copied from equal inputs.
+    """
+
+    layers: tuple[int, int] | None
+    roles: tuple[str, ...]
+    names: tuple[str, ...]
+    tensors: int
+    method: str
+    parameters: Mapping[str, str]
+    copied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSummary:
+    """One tensor of the output: its place, its method, and the value of each parameter of that."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layer: int | None
+    role: str
+    file: str
+    method: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSummary:
+    """A model that the output can give back.
+
+    Args:
+        name: Of the task.
+        model: As the recipe names it.
+        bytes: What is stored for it.
+        full_bytes: What its tensors take.
+    """
+
+    name: str
+    model: str
+    bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarSummary:
+    """What is stored beside the merged model.
+
+    Args:
+        tasks: The models that come back.
+        shared_bytes: Stored once for all of them.
+        needs_base: Whether restoring takes the base.
+        bytes_read: From the models and the merged one, to make all this.
+    """
+
+    tasks: Sequence[TaskSummary]
+    shared_bytes: int
+    needs_base: bool
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """A plan.
+
+    Args:
+        name: Of the recipe; None without one.
+        method: Merge method.
+        methods: How many tensors that method merges, and how many are merged by which others.
+        inputs: What is read; the donor first.
+        donor: Gives config, tokenizer and other files.
+        donor_files: Those files.
+        files: Files of weights that are written, with their sizes in bytes.
+        dtypes: Of the output, the most common first.
+        tensors: Number of tensors of the output.
+        parameters: Number of weights of the output.
+        groups: How they are made.
+        passes: How often inputs are read, at most.
+        bytes_read: In all passes together.
+        bytes_written: Weights of the output.
+        peak_memory: To expect, bytes.
+        max_memory: That must not be exceeded, bytes.
+        seconds: To expect.
+        device: Where the work is done.
+        threads: That share it.
+        compiled: Whether kernels are fused.
+        seed: Of random draws; None where the method makes none.
+        warnings: What to know before running.
+        differences: Where mergekit computes other numbers.
+        sidecars: What is stored for each model; None where the method stores nothing.
+    """
+
+    name: str | None
+    method: str
+    methods: Mapping[str, int]
+    inputs: Sequence[InputSummary]
+    donor: str
+    donor_files: Sequence[str]
+    files: Mapping[str, int]
+    dtypes: tuple[str, ...]
+    tensors: int
+    parameters: int
+    groups: Sequence[TensorGroup]
+    passes: int
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    max_memory: int
+    seconds: float
+    device: str
+    threads: int
+    compiled: bool
+    seed: int | None
+    warnings: Sequence[str]
+    differences: Sequence[str]
+    sidecars: SidecarSummary | None = None
+
+
+def summarise(plan: Plan) -> PlanSummary:
+    """Sum up a plan."""
+    return PlanSummary(
+        name=plan.recipe.name,
+        method=plan.method.name,
+        methods={method.name: count for method, count in plan.methods.items()},
+        inputs=[_input(plan, reference) for reference in plan.checkpoints],
+        donor=str(plan.donor),
+        donor_files=[*(["config.json"] if plan.config else []), *plan.side_files],
+        files={shard.name: shard.size for shard in plan.shards},
+        dtypes=_most_common(t.dtype.name for t in plan.tensors),
+        tensors=len(plan.tensors),
+        parameters=plan.n_parameters,
+        groups=_groups(plan),
+        passes=plan.passes,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        peak_memory=plan.peak_memory,
+        max_memory=plan.max_memory,
+        seconds=plan.seconds,
+        device=plan.device,
+        threads=plan.workers,
+        compiled=plan.compiled,
+        seed=plan.seed if plan.method.random else None,
+        warnings=list(plan.warnings),
+        differences=list(plan.differences),
+        sidecars=_sidecars(plan),
+    )
+
+
+def tensor_summaries(plan: Plan) -> list[TensorSummary]:
+    """List every tensor of the output, in the order of its files."""
+    return [
+        TensorSummary(
+            name=t.name,
+            dtype=t.dtype.name,
+            shape=t.shape,
+            layer=t.layer,
+            role=t.role,
+            file=plan.shards[t.shard].name,
+            method="" if t.copy else t.method.name,
+            parameters=_values(t),
+        )
+        for t in plan.tensors
+    ]
+
+
+def _most_common(names: Any) -> tuple[str, ...]:
+    return tuple(name for name, _ in Counter(names).most_common())
+
+
+def _sidecars(plan: Plan) -> SidecarSummary | None:
+    found = plan.sidecars
+    if found is None:
+        return None
+    tasks = [TaskSummary(task.name, task.model, task.nbytes, task.full_bytes) for task in found.tasks]
+    return SidecarSummary(tasks, found.shared_bytes, found.needs_base, found.bytes_read)
+
+
+def _input(plan: Plan, reference: ModelReference) -> InputSummary:
+    checkpoint = plan.checkpoints[reference]
+    files = set(checkpoint.weight_files)
+    bases = {t.base.name for t in plan.tensors if t.base is not None and t.base.file in files}
+    read = bases | {source.name for t in plan.tensors for source in t.models if source.file in files}
+    return InputSummary(
+        used_as="base" if bases else "model" if read else "files only",
+        reference=str(reference),
+        path=str(checkpoint.path),
+        files=len(checkpoint.weight_files),
+        bytes=checkpoint.nbytes,
+        tensors=len(checkpoint.tensors),
+        tensors_read=len(read),
+        dtypes=_most_common(tensor.dtype.name for tensor in checkpoint.tensors.values()),
+    )
+
+
+def _groups(plan: Plan) -> list[TensorGroup]:
+    """Put tensors together that are made in the same way: by method and parameters, layer for layer."""
+    merged = [t for t in plan.tensors if not t.copy]
+    groups = []
+    if merged and all(_way(t) == _way(merged[0]) for t in merged):
+        groups.append(_group(merged, (), ()))
+    else:
+        groups += _differing(merged)
+    copied = len(plan.tensors) - len(merged)
+    if copied:
+        groups.append(TensorGroup(None, (), (), copied, "", {}, True))
+    return groups
+
+
+def _differing(merged: Sequence[PlannedTensor]) -> list[TensorGroup]:
+    # tensors of one kind, such as all q_proj, make a series over the layers
+    kinds: dict[tuple[str, str], list[PlannedTensor]] = defaultdict(list)
+    for tensor in merged:
+        kinds[_pattern(tensor), tensor.role].append(tensor)
+    alike: dict[tuple[Any, ...], dict[tuple[str, str], list[PlannedTensor]]] = defaultdict(dict)
+    for kind, members in kinds.items():
+        alike[_series(members)][kind] = members
+    roles_in: dict[str, set[str]] = defaultdict(set)
+    ways: Counter[tuple[str, str]] = Counter()
+    for (where, *_), held in alike.items():
+        roles = {role for _, role in held}
+        roles_in[where] |= roles
+        ways.update((where, role) for role in roles)
+    found = []
+    for (where, *_), held in alike.items():
+        roles = {role for _, role in held}
+        names = tuple(sorted(pattern for pattern, role in held if ways[where, role] > 1))
+        everything = where == "layers" and roles == roles_in[where] and not names
+        members = [tensor for each in held.values() for tensor in each]
+        found.append(_group(members, () if everything else tuple(sorted(roles, key=_ROLE_ORDER.index)), names))
+    return sorted(found, key=_position)
+
+
+def _series(members: Sequence[PlannedTensor]) -> tuple[Any, ...]:
+    """Return what tensors of one kind must have in common with another kind to be told together."""
+    where = "outside" if members[0].layer is None else "layers"
+    values = {t.layer: _way(t) for t in members}
+    first, *rest = values.values()
+    return (where, first) if all(value == first for value in rest) else (where, tuple(sorted(values.items())))
+
+
+def _way(tensor: PlannedTensor) -> tuple[Any, ...]:
+    return (tensor.method.name, *_values(tensor).items())
+
+
+def _values(tensor: PlannedTensor) -> dict[str, Any]:
+    return {**tensor.parameters, **tensor.located}
+
+
+def _position(group: TensorGroup) -> tuple[Any, ...]:
+    """Order of the groups: what comes before the layers, the layers, what comes after."""
+    first = _ROLE_ORDER.index(group.roles[0]) if group.roles else -1
+    if group.layers is not None:
+        return (1, group.layers, first, group.names)
+    return (0 if group.roles and group.roles[0] in ("embedding", "position") else 2, (0, 0), first, group.names)
+
+
+def _pattern(tensor: PlannedTensor) -> str:
+    """Return the name with a star for the number of its layer."""
+    if tensor.layer is None:
+        return tensor.name
+    return f".{tensor.name}".replace(f".{tensor.layer}.", ".*.", 1)[1:]
+
+
+def _group(members: Sequence[PlannedTensor], roles: tuple[str, ...], names: tuple[str, ...]) -> TensorGroup:
+    layers = sorted({t.layer for t in members if t.layer is not None})
+    inside = bool(layers) and all(t.layer is not None for t in members)
+    by_depth = sorted(members, key=lambda t: -1 if t.layer is None else t.layer)
+    parameters = {}
+    for name, value in _values(members[0]).items():
+        series = [_values(t)[name] for t in by_depth]
+        if isinstance(value, tuple):
+            texts = [value_text(column) for column in zip(*series, strict=True)]
+            same = len(set(texts)) == 1
+            parameters[name] = (f"{texts[0]} each" if len(texts) > 1 else texts[0]) if same else ", ".join(texts)
+        else:
+            parameters[name] = value_text(series)
+    span = (layers[0], layers[-1]) if inside else None
+    return TensorGroup(span, roles, names, len(members), members[0].method.name, parameters, False)
+
+
+def value_text(values: Sequence[Any]) -> str:
+    """Describe the values that a parameter takes from the first layer to the last: `0.2 → 0.8`.
+
+    Numbers are told by their turning points, other values by their changes; long series by their extremes.
+    """
+    steps = [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in steps)
+    if numbers:
+        steps = [
+            v for i, v in enumerate(steps) if i in (0, len(steps) - 1) or (v - steps[i - 1]) * (steps[i + 1] - v) < 0
+        ]
+    if len(steps) <= _MOST_POINTS:
+        return " → ".join(map(_shown, steps))
+    if numbers:
+        return f"between {_shown(min(steps))} and {_shown(max(steps))}"
+    return " or ".join(sorted({_shown(step) for step in steps}))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)

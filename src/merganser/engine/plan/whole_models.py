@@ -1,0 +1,49 @@
+"""Align whole models: which tensors of which models make each tensor of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...recipe import Recipe
+from .alignment import (
+    Alignment,
+    Member,
+    Slot,
+    _anatomy,
+    _check_names,
+    _inputs,
+    _names,
+    _part,
+    after_layers,
+    location_of,
+)
+
+
+def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Alignment:
+    """Align whole models.
+
+    Args:
+        recipe: A recipe with models.
+        donor: Gives the names and their order.
+        members: All inputs of the merge.
+
+    Raises:
+        CheckpointError: Tensors are missing, or too many, or of different shapes.
+    """
+    warnings: list[str] = []
+    names, head, tied, drop = _names(donor, members, warnings)
+    for member in members:
+        _check_names(donor, member, names, set(member.checkpoint.tensors) - drop)
+    end = after_layers(recipe)
+    slots = []
+    for name in names:
+        part = _part(name, [donor, *members])
+        rule = name
+        if tied and name == head and donor.anatomy.embedding:
+            # one matrix under two names must stay one matrix
+            rule = donor.anatomy.embedding
+        depth = donor.anatomy.depth(name) if name in donor.anatomy.parts else None
+        t = depth if depth is not None else (end if part.position == "after" and rule == name else 0.0)
+        where = location_of(rule, _anatomy(rule, [donor, *members]))
+        slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, {m.reference: (m, name) for m in members})))
+    return Alignment(slots, tied, None, warnings)

@@ -1,0 +1,298 @@
+"""Plan a merge: read the headers of its inputs, match their tensors, and decide how and where each one is made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..anatomy import set_config_dtype, set_tied, slice_config
+from ..checkpoint import DTYPE_BY_NAME, DType, Shard, TensorInfo, open_checkpoint, plan_shards
+from ..errors import CheckpointError, ParameterError, RecipeError, UnsupportedError
+from ..method import MergeMethod
+from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
+from .kernels.assignment import Treatment, treat
+from .kernels.devices import has_compiler, resolve_devices
+from .plan.alignment import Alignment, Member, Slot
+from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
+from .plan.plan import Plan
+from .plan.side_files import chat_template, code_warnings, side_files
+from .plan.slices import align_slices
+from .plan.tensor import PlannedTensor
+from .plan.whole_models import align_models
+from .sidecars.plan import plan_sidecars, sidecar_memory
+
+if TYPE_CHECKING:
+    import torch
+
+COMPILE_FROM = 450_000_000
+"""Input elements from which a merge is fused. Compiling takes some ten seconds for the kernel of each pass, once; a pass over
+so many elements takes one or two more when it runs eagerly."""
+
+_TENSOR_WORK = 1 << 15
+"""Input elements that take as long eagerly as what a tensor costs, however small, that is merged by itself."""
+
+SHARD_BYTES = 5_000_000_000
+
+
+def build_plan(
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    out_shard_size: int = SHARD_BYTES,
+    threads: int | None = None,
+    max_memory: int | None = None,
+    device: str = "cpu",
+    cache_dir: Path | None = None,
+    compiled: bool | None = None,
+) -> Plan:
+    """Plan a merge from the headers of its inputs.
+
+    Args:
+        recipe: From `load_recipe`.
+        seed: Seed of random draws.
+        out_shard_size: Largest size of an output file, bytes.
+        threads: Threads that merge; by default one per core, at most 8. Fewer run where memory would not suffice.
+        max_memory: Largest resident memory, bytes; by default a quarter of the machine's or container's, at most 4 GB.
+        device: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
+        cache_dir: Folder for models from the Hub.
+        compiled: Fuse kernels; by default where the work is large and a C++ compiler is at hand.
+
+    Raises:
+        RecipeError: The recipe does not suit the method or the models.
+        CheckpointError: An input is missing, damaged, quantised, or does not fit the others.
+        MemoryLimitError: The method cannot work within `max_memory`; the message says what it needs.
+        UnsupportedError: There is no such device, or no compiler where `compiled` asks for one.
+        ValueError: A number is below 1.
+    """
+    _check_options(out_shard_size, threads, max_memory)
+    devices = resolve_devices(device)
+    resolver = check_recipe(recipe)
+    members = _open_all(recipe, cache_dir)
+    alignment, drafts = _drafts(recipe, resolver, members)
+    shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
+    config, config_warnings = _config(members[recipe.donor], alignment, drafts)
+    template = chat_template(recipe, members)
+    compiled, compiler_warnings = _fuses(drafts, devices, compiled)
+    tensors = _place(drafts, shards)
+    limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
+    keeps = all(found.type == "cpu" for found in devices)
+    workers, kept, room = _share_memory(resolver.method, drafts, wanted, compiled, limit, keeps=keeps)
+    return Plan(
+        recipe=recipe,
+        method=resolver.method,
+        checkpoints={reference: member.checkpoint for reference, member in members.items()},
+        donor=recipe.donor,
+        tensors=tensors,
+        shards=shards,
+        config=config,
+        side_files=side_files(recipe, members),
+        chat_template=template[0],
+        compiled=compiled,
+        seed=seed,
+        workers=workers,
+        kept=kept,
+        max_memory=limit,
+        device=",".join(str(found) for found in devices),
+        warnings=[
+            *resolver.warnings,
+            *resolver.idle_filters(),
+            *alignment.warnings,
+            *config_warnings,
+            *template[1],
+            *compiler_warnings,
+        ],
+        differences=resolver.differences(),
+        sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
+    )
+
+
+def _share_memory(
+    method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int, *, keeps: bool
+) -> tuple[int, int, int]:
+    """Return how many workers merge, what each keeps of inputs, and what is left for making sidecars, bytes."""
+    beside = sidecar_memory(method, drafts)
+    workers = fit_workers(drafts, wanted, compiled, limit, beside=beside)
+    room = limit - estimate_memory(drafts, workers, compiled)
+    kept = kept_memory(drafts, workers, room - beside) if keeps else 0
+    return workers, kept, room - workers * kept
+
+
+def _check_options(out_shard_size: int, threads: int | None, max_memory: int | None) -> None:
+    for name, value in (("out_shard_size", out_shard_size), ("threads", threads), ("max_memory", max_memory)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Member]:
+    members: dict[ModelReference, Member] = {}
+    for reference in recipe.references():
+        checkpoint = open_checkpoint(reference.path, revision=reference.revision, cache_dir=cache_dir)
+        if checkpoint.quantised:
+            raise CheckpointError(
+                f"{reference}: its weights are quantised ({checkpoint.quantised}); merging them as they are would give "
+                "garbage. Use the unquantised model; reading quantised ones comes with a later version"
+            )
+        members[reference] = Member.of(reference, checkpoint, list(members.values())[:1])
+    return members
+
+
+def _fuses(
+    drafts: Sequence[PlannedTensor], devices: Sequence[torch.device], wanted: bool | None
+) -> tuple[bool, list[str]]:
+    """Say whether kernels are fused, and warn where they would be if it were possible."""
+    worth = _work(drafts) >= COMPILE_FROM if wanted is None else wanted
+    if not worth or has_compiler(devices[0]):
+        return worth, []
+    missing = "no C++ compiler is found (g++ or clang++)"
+    if wanted:
+        raise UnsupportedError(f"kernels cannot be compiled: {missing}")
+    return False, [f"{missing}: kernels run one operation at a time, several times slower"]
+
+
+def _work(drafts: Sequence[PlannedTensor]) -> int:
+    """Return the input elements that kernels see in a pass; a tensor counts as some, however small."""
+    fused = [draft for draft in drafts if draft.method.fuse and not draft.copy]
+    # many share their parameters
+    alone: dict[tuple[str, int], bool] = {}
+    each = 0
+    for draft in fused:
+        settings = (draft.method.name, id(draft.parameters))
+        if settings not in alone:
+            alone[settings] = draft.together is None
+        each += alone[settings]
+    return sum(draft.size * len(draft.inputs) for draft in fused) + each * _TENSOR_WORK
+
+
+def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]) -> Alignment:
+    donor = members[recipe.donor]
+    if not recipe.slices:
+        return align_models(recipe, donor, [members[source.model] for source in _all(resolver.sources(0))])
+    check_layer_ranges(recipe, {reference: member.anatomy.n_layers for reference, member in members.items()})
+    slices = [_layer_ranges(resolver.sources(i)) for i in range(len(resolver.slices))]
+    return align_slices(recipe, slices, donor, members)
+
+
+def _all(inputs: Inputs) -> tuple[Source, ...]:
+    return inputs.models if inputs.base is None else (inputs.base, *inputs.models)
+
+
+def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
+    return {source.model: range(*source.layer_range) for source in _all(inputs) if source.layer_range}
+
+
+def _drafts(
+    recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]
+) -> tuple[Alignment, list[PlannedTensor]]:
+    """Match the inputs' tensors, and decide how each tensor of the output is made."""
+    alignment = _align(recipe, resolver, members)
+    drafts = [_draft(slot, recipe, resolver) for slot in alignment.slots]
+    _check_whole_model(recipe, resolver.method, drafts)
+    return alignment, drafts
+
+
+def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
+    """Decide dtype, inputs, method and parameters of one tensor; its place comes later."""
+    given = resolver.sources(slot.slice_index)
+    base = slot.inputs[given.base.model] if given.base is not None else None
+    models: Sequence[TensorInfo] = [slot.inputs[source.model] for source in given.models]
+    inputs = models if base is None else [base, *models]
+    dtype, shape, role = inputs[0].dtype, inputs[0].shape, slot.part.role
+    copy = dtype.kind != "float"
+    treatment = Treatment(resolver.method, {})
+    if not copy:
+        declared = recipe.out_dtype or recipe.dtype
+        dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.dtype for tensor in inputs])
+        # only slices give a tensor other names in the models; a tied head goes by the name of the output
+        sliced = bool(recipe.slices) and slot.part.layer is not None
+        names = [tensor.name if sliced else slot.rule for tensor in models]
+        parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
+        try:
+            treatment = treat(
+                resolver.method,
+                parameters,
+                name=slot.name,
+                shape=shape,
+                role=role,
+                location=slot.location,
+                n_models=len(models),
+            )
+        except ParameterError as error:
+            raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
+        base, models = treatment.inputs(base, models)
+    return PlannedTensor(
+        name=slot.name,
+        dtype=dtype,
+        shape=shape,
+        copy=copy,
+        method=treatment.method,
+        base=base,
+        models=tuple(models),
+        parameters=treatment.parameters,
+        located=treatment.located,
+        layer=slot.part.layer,
+        role=role,
+        shard=0,
+        offset=0,
+        nbytes=dtype.nbytes(math.prod(shape)),
+    )
+
+
+def _place(drafts: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[PlannedTensor]:
+    """Put every tensor at its place, in the order of the shards' bytes."""
+    by_name = {draft.name: draft for draft in drafts}
+    return [
+        replace(by_name[name], shard=index, offset=offset, nbytes=nbytes)
+        for index, shard in enumerate(shards)
+        for name, (offset, nbytes) in shard.entries.items()
+    ]
+
+
+def promote(dtypes: Sequence[DType]) -> DType:
+    """Return the float dtype that holds all of these."""
+    names = {dtype.name for dtype in dtypes}
+    if len(names) == 1:
+        return dtypes[0]
+    return DTYPE_BY_NAME["float64" if "float64" in names else "float32"]
+
+
+def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[PlannedTensor]) -> None:
+    """A statistic over the whole model needs the same parameters everywhere."""
+    merged = {id(draft.parameters): draft for draft in drafts if not draft.copy and draft.method is method}
+    if len(merged) < 2:
+        return
+    first, other, *_ = merged.values()
+    for name, statistic in method.statistics.items():
+        over = [
+            d.parameters.get(statistic.over, statistic.over) for d in merged.values() if statistic.wanted(d.parameters)
+        ]
+        if "model" in over:
+            raise RecipeError(
+                f"{recipe.place}: {method.name} measures {name} over the whole model, so its parameters cannot "
+                f"differ between tensors; they do between {first.name} and {other.name}"
+            )
+
+
+def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]) -> tuple[dict[str, Any], list[str]]:
+    """Return the output's config.json: the donor's, with layers, tie and dtype as they will be; and warnings."""
+    config = dict(donor.checkpoint.config)
+    warnings: list[str] = []
+    if not config:
+        return {}, ["the donor has no config.json, so the output has none", *code_warnings(donor)]
+    if alignment.layers is not None:
+        sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
+        config = sliced.config
+        warnings += sliced.warnings
+    if alignment.tied != donor.tied:
+        config = set_tied(config, alignment.tied)
+    # what most weights are
+    sizes: dict[str, int] = {}
+    for draft in drafts:
+        if not draft.copy:
+            sizes[draft.dtype.name] = sizes.get(draft.dtype.name, 0) + draft.size
+    if sizes:
+        config = set_config_dtype(config, max(sizes, key=lambda name: sizes[name]))
+    return config, [*warnings, *code_warnings(donor)]

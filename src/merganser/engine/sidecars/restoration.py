@@ -1,0 +1,276 @@
+"""Bring a task's own checkpoint back from an output with sidecars."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoint import Checkpoint, open_checkpoint
+from ...errors import CheckpointError, NotFoundError, OutputError
+from ...jsonfile import read_object
+from ...process import one_thread
+from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
+from ...record.verification import verify
+
+if TYPE_CHECKING:
+    from ..stream.staging import Staging
+    from .read import Restorer, StoredTask
+
+__all__ = ["Restored", "restore"]
+
+_SHARD_BYTES = 5_000_000_000
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `restore` wrote.
+
+    Args:
+        out: The folder.
+        record: What it holds, as in its `merge.json`.
+    """
+
+    out: Path
+    record: Mapping[str, Any]
+
+
+def restore(
+    out: str | Path,
+    task: str,
+    target: str | Path | None = None,
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+    out_shard_size: int = _SHARD_BYTES,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Restored:
+    """Write a task's own checkpoint, from the shared model and what was stored for the task.
+
+    Everything that is read is compared with the hashes of the merge: files of the output, and tensors of the base.
+
+    Args:
+        out: Folder that a merge with sidecars wrote.
+        task: Name of the task.
+        target: Folder to write; by default beside `out`, under its name and the task's. It appears when it is complete.
+        base: The base of the merge, where it is no longer where it was; not every method needs it.
+        overwrite: Replace a target that merganser wrote before.
+        out_shard_size: Largest size of a file, bytes.
+        cache_dir: Folder for models from the Hub.
+        progress: Told the bytes that were checked and restored so far, and those in all.
+
+    Returns:
+        The folder, and its record.
+
+    Raises:
+        NotFoundError: There is no such output, no sidecar in it, no such task, or no base.
+        CheckpointError: A file of the output is damaged, or the base is not that of the merge.
+        OutputError: The target exists, or cannot be written.
+    """
+    from ..plan.sidecars import INDEX_FILE
+    from ..stream.staging import check_target
+    from .read import read_task
+
+    out = Path(out)
+    target = Path(target) if target is not None else _beside(out, task)
+    record = _record(out)
+    _intact(out, [INDEX_FILE])
+    stored = read_task(out, read_object(out / INDEX_FILE), task)
+    check_target(target, overwrite=overwrite)
+    _refuse_source(target, out)
+    opened = None
+    if any(tensor.base is not None for tensor in stored.tensors):
+        opened = _open_base(out, task, stored, base, cache_dir)
+        _refuse_source(target, opened.path)
+    weights = [entry["file"] for entry in record["outputs"] if "/" not in entry["file"] and _is_weights(entry["file"])]
+    wanted = dict.fromkeys([*weights, "config.json", *stored.parts, *stored.files.values()])
+    named = {entry["file"] for entry in record["outputs"]}
+    told = _Told(progress)
+    _intact(out, [name for name in wanted if name in named or name != "config.json"], told.checked)
+    return _write(out, task, stored, target, opened, record, overwrite, out_shard_size, told)
+
+
+class _Told:
+    """Adds the bytes of checking and restoring up."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._checked = self._restored = self._total = 0
+
+    def checked(self, done: int, total: int) -> None:
+        """So many bytes were checked; as many again, about, will be written."""
+        self._checked, self._total = done, total
+        self._tell()
+
+    def restored(self, count: int) -> None:
+        """So many more bytes were written."""
+        self._restored += count
+        self._tell()
+
+    def begin(self, nbytes: int) -> None:
+        """So many bytes will be written."""
+        self._total = self._checked + nbytes
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self._checked + self._restored, self._total)
+
+
+def _write(
+    out: Path,
+    task: str,
+    stored: StoredTask,
+    target: Path,
+    base: Checkpoint | None,
+    record: Mapping[str, Any],
+    overwrite: bool,
+    shard_bytes: int,
+    told: _Told,
+) -> Restored:
+    """Write the checkpoint into a folder beside the target, and rename it."""
+    from ...checkpoint import INDEX_NAME, index_json, plan_shards
+    from ..stream.staging import Staging
+    from .read import Restorer, open_parts
+
+    merged = open_checkpoint(str(out))
+    parts = open_parts([out / name for name in stored.parts])
+    with merged.reader() as reader:
+        restorer = Restorer(out, stored, merged, parts, base, reader)
+        shards = plan_shards([(t.name, t.dtype, restorer.shape(t)) for t in stored.tensors], shard_bytes, {})
+        told.begin(sum(shard.size for shard in shards))
+        beside = sum((out / path).stat().st_size for path in stored.files.values())
+        staging = Staging(target, shards, f"restore {task}", beside=beside, overwrite=overwrite, fresh=True)
+        try:
+            places = {name: (i, at) for i, shard in enumerate(shards) for name, (at, _) in shard.entries.items()}
+            _write_tensors(stored, restorer, staging, places, told)
+            if len(shards) > 1:
+                (staging.folder / INDEX_NAME).write_bytes(index_json(shards))
+            for name, path in stored.files.items():
+                (staging.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(out / path, staging.folder / name)
+            names = [*(shard.name for shard in shards), *([INDEX_NAME] if len(shards) > 1 else []), *stored.files]
+            written = _write_record(out, task, stored, record, staging.folder, names, restorer)
+            staging.publish(overwrite=overwrite)
+        except OSError as error:
+            staging.remove()
+            raise error if isinstance(error, CheckpointError) else staging.write_error(error) from None
+        except BaseException:
+            staging.remove()
+            raise
+    return Restored(target, written)
+
+
+def _write_tensors(
+    stored: StoredTask, restorer: Restorer, staging: Staging, places: Mapping[str, tuple[int, int]], told: _Told
+) -> None:
+    import torch
+
+    # as it was when the parts were made
+    with one_thread():
+        for tensor in stored.tensors:
+            shard, offset = places[tensor.name]
+            for start, piece in restorer.pieces(tensor):
+                data = piece.contiguous().view(torch.uint8).numpy().data
+                staging.write(shard, offset + start * tensor.dtype.itemsize, data)
+                told.restored(data.nbytes)
+
+
+def _write_record(
+    out: Path,
+    task: str,
+    stored: StoredTask,
+    record: Mapping[str, Any],
+    folder: Path,
+    names: list[str],
+    restorer: Restorer,
+) -> dict[str, Any]:
+    """Write what was restored from what, with hashes that `verify` checks."""
+    import math
+    import time
+
+    from ... import __version__
+    from ..stream.digests import file_hash
+
+    described: dict[str, Any] = next((each for each in record["sidecars"]["tasks"] if each["name"] == task), {})
+    written = {
+        "format": RECORD_FORMAT,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {"merganser": __version__, f"method {stored.method.name}": str(stored.method.version)},
+        "restored": {"from": str(out.resolve()), "method": stored.method.name, "task": described},
+        "parameters": sum(math.prod(restorer.shape(t)) for t in stored.tensors if t.dtype.kind == "float"),
+        "tensors": len(stored.tensors),
+        "dtypes": sorted({tensor.dtype.name for tensor in stored.tensors}),
+        "outputs": [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names],
+    }
+    (folder / RECORD_NAME).write_text(record_text(written), encoding="utf-8")
+    return written
+
+
+def _record(out: Path) -> dict[str, Any]:
+    """Return the run record of an output with sidecars."""
+    if not out.is_dir():
+        raise NotFoundError(f"{out}: {'is not a folder' if out.exists() else 'no such folder'}")
+    path = out / RECORD_NAME
+    if not path.exists():
+        raise NotFoundError(f"{out}: has no {RECORD_NAME}; only what merganser wrote can be restored from")
+    record = read_object(path)
+    if "sidecars" not in record:
+        from ...method.registry import methods
+
+        known = ", ".join(name for name, method in methods().items() if method.sidecar is not None)
+        raise NotFoundError(
+            f"{out}: has no sidecars: {record.get('method', 'what wrote it')} stores nothing for single tasks; "
+            f"methods that do are {known}"
+        )
+    found = record["sidecars"]
+    if not isinstance(found, dict) or not isinstance(found.get("tasks"), list):
+        raise CheckpointError(f"{path}: must have a list of tasks under 'sidecars'")
+    return record
+
+
+def _intact(out: Path, files: list[str], progress: Progress | None = None) -> None:
+    """Compare files of an output with the hashes in its run record.
+
+    Raises:
+        CheckpointError: One differs, or is missing.
+    """
+    for file in verify(out, files=files, progress=progress).files:
+        if file.problem is not None:
+            raise CheckpointError(f"{out / file.file}: {file.problem}; fetch the output again, or merge again")
+
+
+def _open_base(out: Path, task: str, stored: StoredTask, given: str | None, cache_dir: Path | None) -> Checkpoint:
+    """Open the base: the one that is given, else where it was when the models were merged."""
+    if given is not None:
+        return open_checkpoint(given, cache_dir=cache_dir)
+    assert stored.base is not None
+    path, model, revision = (stored.base.get(key) for key in ("path", "model", "revision"))
+    try:
+        if path is not None:
+            return open_checkpoint(path)
+        return open_checkpoint(str(model), revision=revision, cache_dir=cache_dir)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"{out}: {task} is restored with the base of the merge, {path or model}, and that was not found; "
+            f"say where it is with --base ({error})"
+        ) from None
+
+
+def _beside(out: Path, task: str) -> Path:
+    # "." has no name of its own
+    named = out if out.name else out.resolve()
+    return named.with_name(f"{named.name}-{task}")
+
+
+def _refuse_source(target: Path, source: Path) -> None:
+    if source.resolve().is_relative_to(target.resolve()):
+        raise OutputError(f"{target}: {source}, which is read, lies there; choose another target")
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))

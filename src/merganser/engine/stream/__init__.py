@@ -1,0 +1,1 @@
+"""Carry out a plan: tasks, workers, buffers, the growing output and its journal."""

@@ -1,0 +1,66 @@
+"""Hashes of blocks and of files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..kernels.blocks import block_step
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    found = hashlib.sha256()
+    while data := file.read(1 << 20):
+        found.update(data)
+    return found.hexdigest()
+
+
+def digest(data: memoryview | bytes) -> bytes:
+    """Return the xxh3-128 digest of some bytes."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) -> list[bytes]:
+    """Hash elements of an input, cut in the same places whatever the method's blocks are: wherever one may begin.
+
+    Args:
+        shape: Shape of the tensor.
+        start: The first element.
+        end: The one behind the last.
+        data: The bytes of all of them.
+    """
+    return _digests(_cuts(shape, start, end), data)
+
+
+def _digests(cuts: Sequence[int], data: memoryview) -> list[bytes]:
+    """Hash bytes that are cut at these elements; the first and the last are their ends."""
+    if len(cuts) <= 2:
+        return [digest(data)]
+    start = cuts[0]
+    size = data.nbytes // (cuts[-1] - start)
+    return [digest(data[(a - start) * size : (b - start) * size]) for a, b in pairwise(cuts)]
+
+
+def _cuts(shape: Sequence[int], start: int, end: int) -> list[int]:
+    """Return where hashes of the elements of a tensor begin, and where the last one ends."""
+    if start == end:
+        return [start]
+    steps = {block_step(shape, scope) for scope in ("element", "row")}
+    if len(shape) == 3:
+        # what is packed may be worked on as rows of all its matrices, or matrix by matrix
+        steps |= {block_step((shape[0] * shape[1], shape[2]), "row"), block_step(shape, "matrix")}
+    cuts = {start}
+    for step in steps:
+        cuts.update(range(-(-start // step) * step, end, step))
+    return [*sorted(cuts), end]

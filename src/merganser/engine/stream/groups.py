@@ -1,0 +1,77 @@
+"""The units of work: groups of tensors, and the tasks that they are cut into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..kernels.blocks import BLOCK
+from ..plan.plan import Plan
+from ..plan.tensor import PlannedTensor
+
+SEGMENT_BLOCKS = 16
+BUNDLE_TENSORS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors that are worked on together.
+
+    Args:
+        index: Position in the plan's order.
+        tensors: One large tensor, or a bundle of small ones that lie one behind the other in the output.
+        segments: Ranges of blocks of the large tensor, per task; a bundle has one task.
+        bundle: Whether these are small tensors, of one block each.
+    """
+
+    index: int
+    tensors: tuple[PlannedTensor, ...]
+    segments: tuple[tuple[int, int], ...]
+    bundle: bool
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Task:
+    """One segment of one group in one pass.
+
+    Args:
+        group: Index of the group.
+        stage: Number of the pass; -1 for all passes at once, the last one combines.
+        segment: Index of the segment.
+    """
+
+    group: int
+    stage: int
+    segment: int
+
+
+def make_groups(plan: Plan) -> list[Group]:
+    """Divide the plan's tensors into groups."""
+    groups: list[Group] = []
+    bundle: list[PlannedTensor] = []
+    filled = 0
+
+    def close() -> None:
+        nonlocal filled
+        if bundle:
+            groups.append(Group(len(groups), tuple(bundle), ((0, 1),), bundle=True))
+            bundle.clear()
+            filled = 0
+
+    for tensor in plan.tensors:
+        blocks = 1 if tensor.copy else -(-tensor.size // tensor.block)
+        if blocks > 1:
+            close()
+            cuts = tuple((a, min(a + SEGMENT_BLOCKS, blocks)) for a in range(0, blocks, SEGMENT_BLOCKS))
+            groups.append(Group(len(groups), (tensor,), cuts, bundle=False))
+            continue
+        if bundle and (
+            filled + tensor.size > BLOCK
+            or len(bundle) >= BUNDLE_TENSORS
+            or bundle[-1].shard != tensor.shard
+            or bundle[-1].method is not tensor.method
+        ):
+            close()
+        bundle.append(tensor)
+        filled += tensor.size
+    close()
+    return groups

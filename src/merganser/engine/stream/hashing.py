@@ -1,0 +1,117 @@
+"""Hashes of the output: of its files while they grow, and of single tasks when a run is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+import xxhash
+
+from ..plan.plan import Plan
+from .groups import Group
+from .staging import Staging
+
+_PIECE = 1 << 22
+
+
+def span(plan: Plan, group: Group, segment: int) -> tuple[int, int, int]:
+    """Return where a task's output lies: shard, first byte, number of bytes."""
+    first, last = group.tensors[0], group.tensors[-1]
+    if group.bundle:
+        return first.shard, first.offset, last.offset + last.nbytes - first.offset
+    start, end = (min(block * first.block, first.size) for block in group.segments[segment])
+    size = first.dtype.itemsize
+    return first.shard, first.offset + start * size, (end - start) * size
+
+
+def written_digest(plan: Plan, staging: Staging, group: Group, segment: int) -> str:
+    """Hash what lies at a task's place in the output, as the task hashed what it wrote: block by block."""
+    shard, offset, nbytes = span(plan, group, segment)
+    tensor = group.tensors[0]
+    step = nbytes if group.bundle else tensor.block * tensor.dtype.itemsize
+    buffer = memoryview(bytearray(min(_PIECE, nbytes)))
+    found = b""
+    for start in range(0, nbytes, step) if nbytes else [0]:
+        block = xxhash.xxh3_128()
+        end = min(start + step, nbytes)
+        for at in range(start, end, _PIECE):
+            piece = buffer[: min(_PIECE, end - at)]
+            staging.read(shard, offset + at, piece)
+            block.update(piece)
+        found += block.digest()
+    return found.hex()
+
+
+class Hasher:
+    """Hashes the output's files from front to back while they are written, on a thread of its own."""
+
+    def __init__(self, plan: Plan, staging: Staging) -> None:
+        self._shards = plan.shards
+        self._staging = staging
+        self._changed = threading.Condition()
+        self._done: list[dict[int, int]] = [{0: len(shard.header)} for shard in plan.shards]
+        self._stopped = False
+        self._hashes: list[str] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def add(self, shard: int, offset: int, nbytes: int) -> None:
+        """Tell that a range is written."""
+        if nbytes:
+            with self._changed:
+                self._done[shard][offset] = offset + nbytes
+                self._changed.notify()
+
+    def stop(self) -> None:
+        """End without a result."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def result(self) -> list[str]:
+        """Wait for the sha256 of every file, in the order of the shards.
+
+        Raises:
+            OutputError: A file cannot be read.
+        """
+        while self._thread.is_alive():
+            # with a timeout, so that Ctrl-C is heard
+            self._thread.join(0.1)
+        if self._error is not None:
+            raise self._error
+        return self._hashes
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(_PIECE))
+        try:
+            for index, shard in enumerate(self._shards):
+                found = hashlib.sha256()
+                position = 0
+                while position < shard.size:
+                    end = self._wait(index, position)
+                    if end is None:
+                        return
+                    while position < end:
+                        if self._stopped:
+                            return
+                        piece = buffer[: min(_PIECE, end - position)]
+                        self._staging.read(index, position, piece)
+                        found.update(piece)
+                        position += len(piece)
+                self._hashes.append(found.hexdigest())
+        except BaseException as error:
+            self._error = error
+
+    def _wait(self, index: int, position: int) -> int | None:
+        with self._changed:
+            while position not in self._done[index]:
+                if self._stopped:
+                    return None
+                self._changed.wait()
+            return self._done[index].pop(position)

@@ -1,0 +1,290 @@
+"""Divide a plan into tasks, and hand them out in an order that respects what each of them needs.
+
+A group is one large tensor, or a bundle of small ones. A large tensor is cut into segments of a fixed number of
+blocks; each segment is a task in every pass. What a pass measured is added in the order of the segments, whoever did
+the work, so that results do not depend on who did it. The same tasks run on threads, processes or machines.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.random import keys
+from ..kernels.blocks import TensorRun
+from ..kernels.kernels import Kernels
+from ..kernels.sums import Sum
+from ..kernels.values import Values
+from ..plan.plan import Plan
+from ..plan.tensor import PlannedTensor
+from .buffers import Kept, KeptMemory
+from .groups import Group, Task
+
+
+class KernelCache:
+    """The kernels of a run, one set per combination of static parameters and dtypes."""
+
+    def __init__(self, plan: Plan, device: torch.device, *, check_finite: bool) -> None:
+        self._plan = plan
+        self._device = device
+        self._check = check_finite
+        self._kernels: dict[Any, Kernels] = {}
+        self._values: dict[tuple[Any, ...], Values] = {}
+        self._no_keys = keys(0, "", 1)
+        self._lock = threading.Lock()
+
+    def run(self, tensor: PlannedTensor) -> TensorRun:
+        """Prepare the work on a tensor."""
+        method = tensor.method
+        with self._lock:
+            settings = (id(tensor.parameters), *tensor.located.values())
+            values = self._values.get(settings)
+            if values is None:
+                values = self._values[settings] = Values.of(method, tensor.parameters, tensor.located)
+            wide = "float64" in (self._plan.recipe.dtype, tensor.dtype.name, *(t.dtype.name for t in tensor.inputs))
+            compiled = self._plan.compiled and method.fuse
+            key = (method, tuple(values.static.items()), wide, tensor.dtype.name, compiled)
+            if key not in self._kernels:
+                self._kernels[key] = Kernels(
+                    method,
+                    values.static,
+                    torch.float64 if wide else torch.float32,
+                    getattr(torch, tensor.dtype.name),
+                    self._device,
+                    compiled,
+                    self._check,
+                )
+        random = keys(self._plan.seed, tensor.name, len(tensor.models)) if method.random else self._no_keys
+        return TensorRun(self._kernels[key], values, tensor.working_shape, random)
+
+
+@dataclass
+class GroupState:
+    """Where the work on a group stands.
+
+    Args:
+        group: The group.
+        runs: The work on each tensor; None for copies.
+        stages: Passes: name, round and "row", "tensor" or "model" of each measurement; the last pass combines.
+        stage: The present pass.
+        known: What was solved for each tensor, by name.
+        sums: What the present pass measured for each tensor.
+        open_tasks: Tasks of the present pass that are not done.
+        kept: Inputs of a large tensor, kept from pass to pass.
+    """
+
+    group: Group
+    runs: list[TensorRun | None]
+    stages: list[tuple[str, int, str]]
+    stage: int = 0
+    known: list[dict[str, Tensor]] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)
+    open_tasks: int = 0
+    kept: Kept | None = None
+
+
+def start_group(group: Group, kernels: KernelCache, memory: KeptMemory | None = None) -> GroupState:
+    """Prepare the work on a group.
+
+    Args:
+        group: The group.
+        kernels: The kernels of a device.
+        memory: Where inputs may be kept.
+    """
+    runs = [None if tensor.copy else kernels.run(tensor) for tensor in group.tensors]
+    first = next((run for run in runs if run is not None), None)
+    stages = [
+        (name, index, over)
+        for name, statistic, over in (first.kernels.statistics if first else ())
+        for index in range(len(statistic.rounds))
+    ]
+    kept = None if group.bundle or memory is None else memory.take(group.tensors[0])
+    return GroupState(group, runs, stages, known=[{} for _ in runs], kept=kept)
+
+
+class Schedule:
+    """Hands out tasks; thread-safe.
+
+    Args:
+        groups: All groups.
+        state: Makes the state of a group when its turn comes.
+        whole_model: Whether some statistic is measured over the whole model.
+        finished: Segments that an earlier run finished, by group.
+        memory: Where the groups' inputs are kept.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        state: Callable[[Group], GroupState],
+        *,
+        whole_model: bool,
+        finished: Mapping[int, set[int]],
+        memory: KeptMemory | None = None,
+    ) -> None:
+        self._groups = groups
+        self._make = state
+        self._whole = whole_model
+        self._finished = finished
+        self._memory = memory
+        self._states: dict[int, GroupState] = {}
+        self._ready: list[Task] = []
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._stopped = False
+        todo = [group for group in groups if len(finished.get(group.index, ())) < len(group.segments)]
+        if whole_model:
+            todo = list(groups)
+        self._waiting: Iterator[Group] = iter(todo)
+        self._left = len(todo)
+        self._measuring = sum(any(tensor.over_model for tensor in group.tensors) for group in todo)
+        self._arrived: list[GroupState] = []
+        self._model_sum = Sum()
+        self._solved: dict[str, Tensor] = {}
+
+    def take(self) -> tuple[GroupState, Task] | None:
+        """Wait for a task; None when all is done or stopped."""
+        while True:
+            with self._changed:
+                group = None
+                while group is None:
+                    if self.finished:
+                        return None
+                    if self._ready:
+                        task = heapq.heappop(self._ready)
+                        return self._states[task.group], task
+                    group = next(self._waiting, None)
+                    if group is None:
+                        self._changed.wait()
+            # outside the lock: it takes a while for many small tensors
+            state = self._make(group)
+            with self._changed:
+                self._states[group.index] = state
+                self._open(state)
+                self._changed.notify_all()
+
+    def done(self, state: GroupState, task: Task, sums: Sequence[Sum]) -> None:
+        """Report a task as done.
+
+        Args:
+            state: Where the group of the task stands.
+            task: The task.
+            sums: What it measured: for each tensor of the group, or one for all where this is over the model.
+        """
+        with self._changed:
+            if task.stage not in (-1, len(state.stages)):
+                over_model = state.stages[task.stage][2] == "model"
+                for known, more in zip([self._model_sum] if over_model else state.sums, sums, strict=True):
+                    known.merge(more)
+            state.open_tasks -= 1
+            if state.open_tasks == 0:
+                self._advance(state, whole=task.stage == -1)
+            self._changed.notify_all()
+
+    def give_back(self, task: Task) -> None:
+        """Let somebody else do a task: whoever took it is lost."""
+        with self._changed:
+            heapq.heappush(self._ready, task)
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop everybody because of an error."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Ask everybody to stop at the next border between blocks."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether work should end."""
+        return self._stopped or self._error is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do, or no reason to go on."""
+        return self.stopping or not self._left
+
+    @property
+    def statistics(self) -> Mapping[str, Tensor]:
+        """What was solved for the whole model, by name."""
+        return self._solved
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong, if anything did."""
+        return self._error
+
+    def _open(self, state: GroupState) -> None:
+        """Put the tasks of the group's present pass on the heap."""
+        group = state.group
+        combining = state.stage == len(state.stages)
+        done = self._finished.get(group.index, set())
+        if group.bundle and not self._whole:
+            tasks = [Task(group.index, -1, 0)]
+        else:
+            segments = [s for s in range(len(group.segments)) if not (combining and s in done)]
+            tasks = [Task(group.index, state.stage, s) for s in segments]
+        state.open_tasks = len(tasks)
+        state.sums = [] if combining else [Sum() for _ in state.runs]
+        for task in tasks:
+            heapq.heappush(self._ready, task)
+        if not tasks:
+            self._close(state)
+
+    def _close(self, state: GroupState) -> None:
+        self._left -= 1
+        del self._states[state.group.index]
+        if self._memory is not None and state.kept is not None:
+            self._memory.give_back(state.kept)
+
+    def _advance(self, state: GroupState, *, whole: bool) -> None:
+        """Go to the next pass of a group, or of all groups where the pass was over the model."""
+        if whole or state.stage == len(state.stages):
+            self._close(state)
+            return
+        name, index, over = state.stages[state.stage]
+        if over != "model":
+            for run, known, found in zip(state.runs, state.known, state.sums, strict=True):
+                if run is not None and not found.empty:
+                    run.solve(name, index, found.total(), known, run.size)
+            self._next(state)
+            return
+        self._arrived.append(state)
+        if len(self._arrived) == self._measuring:
+            self._solve_model(name, index)
+
+    def _next(self, state: GroupState) -> None:
+        state.stage += 1
+        self._open(state)
+
+    def _solve_model(self, name: str, index: int) -> None:
+        """Solve a round that was measured over the whole model, for everybody."""
+        states, self._arrived = self._arrived, []
+        found, self._model_sum = self._model_sum, Sum()
+        runs = [
+            (run, known)
+            for state in states
+            for run, known in zip(state.runs, state.known, strict=True)
+            if run is not None
+        ]
+        if not found.empty:
+            first, known = runs[0]
+            first.solve(name, index, found.total(), known, sum(run.size for run, _ in runs))
+            solved = {key: known[key] for key in ("previous", name) if key in known}
+            self._solved.update({key: value for key, value in solved.items() if key != "previous"})
+            for _, other in runs[1:]:
+                other.pop("previous", None)
+                other.update(solved)
+        for state in states:
+            self._next(state)

@@ -1,0 +1,305 @@
+"""Stream tensors through a merge method: read, compute, write, on several threads at once.
+
+Every worker takes a task, reads its blocks into buffers of its own, runs the method and writes the result to its final
+place. Reading, arithmetic and writing of different workers overlap, since all three leave Python's lock. What is in
+memory at any time is a block of every input per worker, and what is kept of inputs for a later pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...checkpoint import Reader
+from ...errors import CheckpointError, NonFiniteError
+from ..kernels.blocks import TensorRun
+from ..kernels.sums import Sum
+from ..plan.tensor import PlannedTensor
+from .buffers import InputBuffer, Kept
+from .bundle import merge_together
+from .digests import _cuts, _digests, block_digests, digest
+from .groups import Group, Task
+from .sample import measure_samples
+from .schedule import GroupState
+
+
+class Stopped(Exception):
+    """The run was asked to stop."""
+
+
+class Output(Protocol):
+    """Takes the output's bytes."""
+
+    def write(self, shard: int, offset: int, data: memoryview) -> None:
+        """Write bytes at their final place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What all workers of a process share.
+
+    Args:
+        reader: Reads inputs.
+        output: Takes the output.
+        device: Where kernels run.
+        advance: Told the bytes read, the bytes written and the tensors completed.
+        stopping: Says whether work should end at the next border between blocks.
+        allow_nonfinite: Merge NaN and infinity.
+    """
+
+    reader: Reader
+    output: Output
+    device: torch.device
+    advance: Callable[[int, int, int], None]
+    stopping: Callable[[], bool]
+    allow_nonfinite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a task gave.
+
+    Args:
+        sums: For a task that measured: for each tensor of the group, or one for all where this is over the model.
+        entry: For a task that combined: its journal entry, with hashes of what was read and written.
+    """
+
+    sums: Sequence[Sum] = ()
+    entry: dict[str, Any] | None = None
+
+
+class Worker:
+    """One thread's share of a run: its buffers, and what it does with a task."""
+
+    def __init__(self, context: Context) -> None:
+        self._c = context
+        self._buffer = InputBuffer(context.reader, pinned=context.device.type == "cuda")
+        self._stream = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def do(self, state: GroupState, task: Task) -> Done:
+        """Do a task.
+
+        Raises:
+            Stopped: The run was asked to stop.
+            MergeError: An input or the target is at fault.
+        """
+        if self._stream is None:
+            return self._do(state, task)
+        with torch.cuda.stream(self._stream):
+            return self._do(state, task)
+
+    def _do(self, state: GroupState, task: Task) -> Done:
+        if task.stage not in (-1, len(state.stages)):
+            return Done(sums=self._measure_group(state, task))
+        if state.group.bundle:
+            return Done(entry=self._combine_bundle(state, measure=task.stage == -1))
+        run = state.runs[0]
+        assert run is not None
+        return Done(entry=self._combine_segment(state, task, run))
+
+    def _ranges(self, run: TensorRun, group: Group, segment: int) -> Sequence[tuple[int, int]]:
+        first, end = group.segments[segment]
+        return run.ranges if group.bundle else run.ranges[first:end]
+
+    def _measure_group(self, state: GroupState, task: Task) -> list[Sum]:
+        """Measure a segment of every tensor of a group."""
+        name, index, over = state.stages[task.stage]
+        largest = any(run is not None and run.kernels.round(name, index).largest for run in state.runs)
+        sums = [Sum(largest=largest) for _ in (state.runs[:1] if over == "model" else state.runs)]
+        for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True)):
+            if run is not None and tensor.size:
+                ranges = self._ranges(run, state.group, task.segment)
+                total: Tensor | None = None
+                for range_ in ranges:
+                    inputs = self._read(tensor, *range_, state.kept)
+                    total = self._measure(run, name, index, state.known[i], tensor, range_, inputs, total)
+                assert total is not None
+                sums[0 if over == "model" else i].add((tensor.name, task.segment), total)
+        return sums
+
+    def _measure(
+        self,
+        run: TensorRun,
+        name: str,
+        index: int,
+        known: dict[str, Tensor],
+        tensor: PlannedTensor,
+        range_: tuple[int, int],
+        inputs: list[Tensor],
+        total: Tensor | None,
+    ) -> Tensor:
+        """Add the measurement of a block of a tensor to the total of those before it."""
+        total, finite = run.measure(name, index, known, range_, *self._split(tensor, inputs), total)
+        if not finite:
+            self._refuse(tensor, inputs)
+        return total
+
+    def _combine_segment(self, state: GroupState, task: Task, run: TensorRun) -> dict[str, Any]:
+        group, known = state.group, state.known[0]
+        tensor = group.tensors[0]
+        ranges = self._ranges(run, group, task.segment)
+        for other in tensor.inputs if state.kept is None else ():
+            size = other.dtype.itemsize
+            self._c.reader.will_need(other, ranges[0][0] * size, (ranges[-1][1] - ranges[0][0]) * size)
+        hashes: list[list[bytes]] = [[] for _ in tensor.inputs]
+        written: list[bytes] = []
+        sample: dict[str, Any] = {}
+        for start, end in ranges:
+            inputs = self._read(tensor, start, end, state.kept)
+            for found, data in zip(hashes, inputs, strict=True):
+                found += block_digests(tensor.shape, start, end, _bytes(data))
+            merged = self._merge(run, tensor, known, start, end, inputs)
+            written += self._write(tensor, start, merged)
+            if start == 0:
+                sample = measure_samples([tensor], [inputs], [merged])
+        entry: dict[str, Any] = {"in": [_hex(found) for found in hashes], "out": _hex(written)}
+        if sample:
+            entry["sample"] = sample
+        self._c.advance(0, 0, 1 if task.segment == len(group.segments) - 1 else 0)
+        return entry
+
+    def _combine_bundle(self, state: GroupState, *, measure: bool) -> dict[str, Any]:
+        """Merge many small tensors: everything is read at once, where it lies together, and written at once."""
+        tensors = state.group.tensors
+        inputs, raw, nbytes = self._buffer.read_bundle(tensors)
+        self._c.advance(nbytes, 0, 0)
+        outputs, written = self._merge_bundle(state, inputs, measure=measure)
+        # many have one shape
+        cuts = {shape: _cuts(shape, 0, math.prod(shape)) for shape in {tensor.shape for tensor in tensors}}
+        hashes = [
+            [_hex(_digests(cuts[tensor.shape], view)) for view in views]
+            for tensor, views in zip(tensors, raw, strict=True)
+        ]
+        self._c.advance(0, 0, len(tensors))
+        return {"in": hashes, "out": _hex(written), "sample": measure_samples(tensors, inputs, outputs)}
+
+    def _merge_bundle(
+        self, state: GroupState, inputs: list[list[Tensor]], *, measure: bool
+    ) -> tuple[list[Tensor], list[bytes]]:
+        """Merge and write; return the outputs, flat, and the hashes of what was written."""
+        tensors = state.group.tensors
+
+        def split(index: int, found: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+            return self._split(tensors[index], found)
+
+        outputs: dict[int, Tensor] = {}
+        alike = merge_together(state.runs, inputs, split, allow_nonfinite=self._c.allow_nonfinite)
+        for found, merged in alike:
+            if len(found) == len(tensors):
+                # they lie one behind the other already
+                return [*torch.split(merged, [tensor.size for tensor in tensors])], self._write(tensors[0], 0, merged)
+            outputs.update(zip(found, torch.split(merged, [tensors[i].size for i in found]), strict=True))
+        for i, own in enumerate(inputs):
+            if i not in outputs:
+                outputs[i] = self._merge_small(state, i, own, measure=measure)
+        together = [outputs[i] for i in range(len(tensors))]
+        return together, self._write_together(tensors, together)
+
+    def _merge_small(self, state: GroupState, index: int, inputs: list[Tensor], *, measure: bool) -> Tensor:
+        """Copy a tensor of a bundle, or measure, solve and combine it; return it flat."""
+        tensor, run, known = state.group.tensors[index], state.runs[index], state.known[index]
+        if run is None:
+            return self._copy(tensor, inputs)
+        if not run.ranges:
+            return torch.empty(0, dtype=run.kernels.output)
+        range_ = run.ranges[0]
+        if measure:
+            for name, statistic, _ in run.kernels.statistics:
+                if run.at_once(name, known, *self._split(tensor, inputs)):
+                    continue
+                for round_ in range(len(statistic.rounds)):
+                    total = self._measure(run, name, round_, known, tensor, range_, inputs, None)
+                    run.solve(name, round_, total, known, run.size)
+        return self._merge(run, tensor, known, *range_, inputs)
+
+    def _merge(
+        self,
+        run: TensorRun,
+        tensor: PlannedTensor,
+        known: dict[str, Tensor],
+        start: int,
+        end: int,
+        inputs: list[Tensor],
+    ) -> Tensor:
+        merged, finite = run.combine(known, (start, end), *self._split(tensor, inputs))
+        if not finite and not self._c.allow_nonfinite:
+            self._refuse(tensor, inputs)
+        if self._c.stopping():
+            raise Stopped
+        return merged.cpu()
+
+    def _refuse(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> None:
+        """Say which input is not finite.
+
+        Raises:
+            NonFiniteError: Always, unless such numbers are allowed.
+        """
+        if self._c.allow_nonfinite:
+            return
+        for source, data in zip(tensor.inputs, inputs, strict=True):
+            if not torch.isfinite(data).all():
+                raise NonFiniteError(
+                    f"{source.file}: tensor {source.name!r} holds NaN or infinity; "
+                    "merge it all the same with --allow-nonfinite"
+                )
+        raise NonFiniteError(
+            f"{tensor.name}: the merged tensor is not finite, though its inputs are: it overflows {tensor.dtype.name}; "
+            "choose a wider dtype or smaller weights, or keep it with --allow-nonfinite"
+        )
+
+    def _copy(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> Tensor:
+        """Copy an integer buffer that all inputs agree on."""
+        first, *others = (data.reshape(-1).view(torch.uint8) for data in inputs)
+        for source, other in zip(tensor.inputs[1:], others, strict=True):
+            if not torch.equal(first, other):
+                raise CheckpointError(
+                    f"{tensor.name}: this {tensor.dtype.name} buffer differs between {tensor.inputs[0].file} and "
+                    f"{source.file}; whole numbers are copied when equal, not merged"
+                )
+        return inputs[0].reshape(-1).clone()
+
+    def _read(self, tensor: PlannedTensor, start: int, end: int, kept: Kept | None) -> list[Tensor]:
+        """Read elements of every input, unless they are kept; valid until the next read."""
+        if self._c.stopping():
+            raise Stopped
+        inputs, nbytes = self._buffer.read(tensor, start, end, kept)
+        self._c.advance(nbytes, 0, 0)
+        return inputs
+
+    def _send(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Move inputs to the device."""
+        if self._stream is None:
+            return list(inputs)
+        return [tensor.to(self._c.device, non_blocking=True) for tensor in inputs]
+
+    def _split(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        sent = self._send(inputs)
+        return (None, sent) if tensor.base is None else (sent[0], sent[1:])
+
+    def _write(self, tensor: PlannedTensor, start: int, merged: Tensor) -> list[bytes]:
+        data = _bytes(merged)
+        self._c.output.write(tensor.shard, tensor.offset + start * tensor.dtype.itemsize, data)
+        self._c.advance(0, data.nbytes, 0)
+        return [digest(data)]
+
+    def _write_together(self, tensors: Sequence[PlannedTensor], outputs: Sequence[Tensor]) -> list[bytes]:
+        """Write a bundle; its tensors lie one behind the other."""
+        if len(outputs) == 1:
+            return self._write(tensors[0], 0, outputs[0])
+        data = b"".join(_bytes(output) for output in outputs)
+        self._c.output.write(tensors[0].shard, tensors[0].offset, memoryview(data))
+        self._c.advance(0, len(data), 0)
+        return [digest(data)]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data
+
+
+def _hex(digests: Sequence[bytes]) -> str:
+    return b"".join(digests).hex()

@@ -1,0 +1,225 @@
+"""Language models and their tokenizers, through transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from ..checkpoint.sidefiles import is_tokenizer_file
+from ..errors import CheckpointError, UnsupportedError
+from .libraries import explained
+from .sources import Source, hash_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Vocabularies are padded to round numbers, by a few rows or a few hundred; half of a model's rows without a token mean
+# that the tokenizer is another model's.
+_LEAST_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer, and how texts begin with it.
+
+    Args:
+        encoder: The tokenizer of transformers.
+        prefix: Tokens that it puts in front of every text by itself (BOS), mostly one or none.
+        start: Token that stands for an empty context: BOS, else EOS; None where there is neither.
+        hash: Identifies its files.
+    """
+
+    encoder: Any
+    prefix: tuple[int, ...]
+    start: int | None
+    hash: str
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a text, without any that stand for its begin or end."""
+        found: list[int] = self.encoder(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+    def ids_and_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a text, and for each the character behind its last one."""
+        found = self.encoder(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return found["input_ids"], [end for _, end in found["offset_mapping"]]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model that is ready to be loaded.
+
+    Args:
+        source: Where it comes from.
+        config: Its config, as transformers reads it.
+        tokenizer: Its tokenizer.
+        positions: Most tokens that it can see at once; None without such a limit.
+    """
+
+    source: Source
+    config: Any
+    tokenizer: Tokenizer
+    positions: int | None
+
+    def load(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Any:
+        """Return the model, ready to score.
+
+        Args:
+            tensors: Its weights, from `source.read()`.
+            dtype: Number format.
+            device: Where it shall be.
+
+        Raises:
+            CheckpointError: The weights do not fit the config, or the tokenizer does not fit the vocabulary.
+        """
+        from transformers import AutoModelForCausalLM
+
+        kind: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
+        with explained(CheckpointError, f"{self.source.reference}: transformers cannot load the model"), _quiet():
+            model, info = kind.from_pretrained(
+                None, config=self.config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+            )
+        if info["missing_keys"]:
+            names = sorted(info["missing_keys"])
+            raise CheckpointError(
+                f"{self.source.reference}: {names[0]} is missing"
+                f"{f', and {len(names) - 1} more tensors' if len(names) > 1 else ''}; {kind.__name__} needs it"
+            )
+        _check_vocabulary(self, model.get_input_embeddings().weight.shape[0])
+        return model.eval().to(device)
+
+
+def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -> LanguageModel:
+    """Read config and tokenizer of a model, and check that it is a language model.
+
+    Args:
+        source: The model.
+        tokenizers: Those that were read before, by their hashes: models of one base mostly share theirs.
+
+    Raises:
+        CheckpointError: It is none, has no tokenizer, or one that does not match its vocabulary.
+        UnsupportedError: transformers is not installed, or does not know the model.
+    """
+    try:
+        from transformers import AutoConfig, AutoTokenizer
+    except ImportError:
+        raise UnsupportedError(
+            "evaluating needs transformers, which is not installed: pip install 'merganser[transformers]'"
+        ) from None
+    _check_kind(source)
+    with _folder(source) as folder:
+        with explained(CheckpointError, f"{source.reference}: transformers cannot load config.json"), _quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_architecture(source, config)
+        names = sorted(name for name in {*source.files, *source.texts} if is_tokenizer_file(name))
+        if not any("chat_template" not in name for name in names):
+            raise CheckpointError(
+                f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
+            )
+        files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
+        # the config may say which class reads the files
+        digest = xxhash.xxh3_128_hexdigest("\0".join([config.model_type, *names, *files]).encode())
+        known = {} if tokenizers is None else tokenizers
+        if digest not in known:
+            with explained(CheckpointError, f"{source.reference}: transformers cannot load the tokenizer"), _quiet():
+                encoder = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            known[digest] = _tokenizer(source, encoder, digest)
+    opened = LanguageModel(source, config, known[digest], _positions(config))
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if rows is not None:
+        _check_vocabulary(opened, rows)
+    return opened
+
+
+def _check_kind(source: Source) -> None:
+    if not source.config:
+        raise CheckpointError(f"{source.reference}: has no config.json, so it is not known what model this is")
+    architectures = source.config.get("architectures") or []
+    if architectures and not any(str(name).endswith(_HEADS) for name in architectures):
+        raise CheckpointError(
+            f"{source.reference}: is not a language model: config.json says {architectures[0]}, and only models that "
+            "predict the next token can be evaluated (LlamaForCausalLM and the like)"
+        )
+
+
+def _check_architecture(source: Source, config: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(
+            f"{source.reference}: is not a language model: model_type is {config.model_type!r}, and transformers has no "
+            "model of that type that predicts the next token"
+        )
+
+
+def _check_vocabulary(model: LanguageModel, rows: int) -> None:
+    tokens = 1 + max(model.tokenizer.encoder.get_vocab().values())
+    if tokens > rows or tokens < _LEAST_SHARE * rows:
+        raise CheckpointError(
+            f"{model.source.reference}: the tokenizer does not match the model: it has {tokens:,} tokens, and the model "
+            f"{rows:,} embeddings; use the tokenizer that the model was trained with"
+        )
+
+
+def _tokenizer(source: Source, tokenizer: Any, digest: str) -> Tokenizer:
+    if not tokenizer.is_fast:
+        raise UnsupportedError(
+            f"{source.reference}: {type(tokenizer).__name__} cannot say which characters a token stands for; "
+            "a tokenizer.json is needed"
+        )
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return Tokenizer(tokenizer, tuple(whole[:before]), start, digest)
+
+
+def _positions(config: Any) -> int | None:
+    text = config.get_text_config()
+    found = (
+        getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    )
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+@contextmanager
+def _folder(source: Source) -> Iterator[Path]:
+    """Lay out config and side files of a model, as transformers wants them."""
+    with tempfile.TemporaryDirectory(prefix="merganser-") as name:
+        folder = Path(name)
+        for relative, path in source.files.items():
+            if relative.endswith(".py"):
+                continue
+            (folder / relative).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+        for relative, text in source.texts.items():
+            (folder / relative).write_text(text, encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
+        yield folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the progress bars and the loading report of transformers off the terminal."""
+    from transformers.utils import logging as library
+
+    logging: Any = library
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

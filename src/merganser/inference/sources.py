@@ -1,0 +1,208 @@
+"""Models to measure, opened and not yet read: checkpoints, LoRA references, recipes, and tasks of sidecars.
+
+Whatever kind it is, a source gives a config, the files of a tokenizer, and a state dict when it is asked for one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import xxhash
+
+from .. import __version__
+from ..adapters import open_adapter
+from ..checkpoint import Checkpoint, Reader, open_checkpoint
+from ..checkpoint.folder import open_reference
+from ..errors import CheckpointError, NotFoundError
+from ..jsonfile import os_reason, read_object
+from ..recipe import Recipe, load_recipes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["checkpoint", "adapter", "recipe", "sidecar"]
+Reference = str | Path | Recipe
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+_HASH_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be read.
+
+    Args:
+        reference: What the user wrote.
+        kind: What it is.
+        config: Contents of config.json.
+        files: Tokenizer and other files beside the weights: name, and where it lies.
+        texts: Such files that exist nowhere yet: name, and contents.
+        hash: Identifies weights, config and tokenizer, by contents and not by place.
+        read: Reads the weights, or makes them: the state dict, on the CPU.
+    """
+
+    reference: str
+    kind: Kind
+    config: Mapping[str, Any]
+    files: Mapping[str, Path]
+    texts: Mapping[str, str]
+    hash: str
+    read: Callable[[], dict[str, Tensor]]
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """Split `NAME=REFERENCE`; what exists on disk under the whole text is no such pair."""
+    match = _NAMED.fullmatch(text)
+    if match is None or Path(text).exists():
+        return None, text
+    return match[1], match[2]
+
+
+def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | None = None) -> Source:
+    """Open a model.
+
+    Args:
+        reference: A folder, a file of weights, a Hub id (`org/name@revision`), `MODEL+ADAPTER`, `OUT#TASK` (a task
+            of a merge with sidecars), a recipe (`.yaml`), or a loaded recipe.
+        stack: Holds what must stay until the evaluation is over: results of the earlier stages of a recipe.
+        cache_dir: Folder for models from the Hub.
+
+    Raises:
+        MergeError: It is not there, damaged, or a recipe that cannot be merged.
+    """
+    if isinstance(reference, Recipe):
+        return _open_recipe([reference], reference.name or "recipe", stack, cache_dir)
+    text = str(reference)
+    if text.endswith((".yaml", ".yml")) and not Path(text).is_dir():
+        return _open_recipe(load_recipes(text), text, stack, cache_dir)
+    if not Path(text).expanduser().exists():
+        out, sign, task = text.rpartition("#")
+        if sign and out and task:
+            return _open_sidecar(Path(out).expanduser(), task, text, cache_dir)
+        base, plus, adapter = text.rpartition("+")
+        if plus and base and adapter:
+            return _open_adapter(base, adapter, text, cache_dir)
+    checkpoint = _open_checkpoint(text, cache_dir)
+    return _source(text, "checkpoint", checkpoint, _hash_checkpoint(checkpoint), lambda: _read(checkpoint))
+
+
+def _open_checkpoint(text: str, cache_dir: Path | None) -> Checkpoint:
+    checkpoint = open_reference(text, cache_dir=cache_dir)
+    if checkpoint.quantised:
+        raise CheckpointError(
+            f"{text}: its weights are quantised ({checkpoint.quantised}), which cannot be evaluated here; "
+            "give the unquantised model"
+        )
+    return checkpoint
+
+
+def _source(
+    text: str, kind: Kind, checkpoint: Checkpoint, digest: str, read: Callable[[], dict[str, Tensor]]
+) -> Source:
+    return Source(text, kind, checkpoint.config, _files(checkpoint), {}, digest, read)
+
+
+def _open_adapter(base: str, adapter: str, text: str, cache_dir: Path | None) -> Source:
+    checkpoint = _open_checkpoint(base, cache_dir)
+    opened = open_adapter(adapter)
+    opened.check_fits(checkpoint.tensors, base)
+
+    def read() -> dict[str, Tensor]:
+        with Reader() as reader:
+            tensors = checkpoint.tensors.items()
+            return {name: opened.apply(name, reader.tensor(tensor), reader) for name, tensor in tensors}
+
+    digest = _hash(_hash_checkpoint(checkpoint), hash_file(opened.config.file), hash_file(opened.file))
+    return _source(text, "adapter", checkpoint, digest, read)
+
+
+def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> Source:
+    """Open a task of a merge with sidecars; it is restored, in a temporary folder, when it is read."""
+    from ..engine.plan.sidecars import INDEX_FILE
+    from ..engine.sidecars.read import read_task
+    from ..engine.sidecars.restoration import restore
+
+    merged = _open_checkpoint(str(out), cache_dir)
+    index = out / INDEX_FILE
+    if not index.exists():
+        raise NotFoundError(f"{text}: {out} has no sidecars, so no task {task!r} can be restored from it")
+    stored = read_task(out, read_object(index), task)
+    files = {name: out / path for name, path in stored.files.items()}
+    config = read_object(files.pop("config.json")) if "config.json" in files else dict(merged.config)
+
+    def read() -> dict[str, Tensor]:
+        with TemporaryDirectory(prefix="merganser-") as folder:
+            found = restore(out, task, Path(folder, "restored"), cache_dir=cache_dir).out
+            return _read(open_checkpoint(str(found)))
+
+    parts = [hash_file(path) for path in (index, *(out / name for name in stored.parts), *files.values())]
+    return Source(text, "sidecar", config, files, {}, _hash(_hash_checkpoint(merged), task, *parts), read)
+
+
+def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
+    """Plan a recipe; earlier stages are made at once, in a temporary folder."""
+    from ..engine.in_memory import merge_to_state_dict
+    from ..engine.merge import plan_last_stage
+
+    plan = stack.enter_context(plan_last_stage(recipes, **({"cache_dir": cache_dir} if cache_dir else {})))
+    inputs = [_hash_checkpoint(checkpoint) for checkpoint in plan.checkpoints.values()]
+    settings = [__version__, *(recipe.text for recipe in recipes), str(plan.seed), str(plan.method.version)]
+    return Source(
+        text,
+        "recipe",
+        plan.config,
+        plan.side_files,
+        {} if plan.chat_template is None else {"chat_template.jinja": plan.chat_template},
+        _hash(*settings, *inputs),
+        lambda: merge_to_state_dict(plan),
+    )
+
+
+def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    with Reader() as reader:
+        return {name: reader.tensor(tensor) for name, tensor in checkpoint.tensors.items()}
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, Path]:
+    return {path.relative_to(checkpoint.path).as_posix(): path for path in checkpoint.side_files}
+
+
+def _hash_checkpoint(checkpoint: Checkpoint) -> str:
+    config = json.dumps(checkpoint.config, sort_keys=True)
+    files = sorted(_files(checkpoint).items())
+    beside = [part for name, path in files for part in (name, hash_file(path))]
+    return _hash(config, *(hash_file(path) for path in checkpoint.weight_files), *beside)
+
+
+def _hash(*parts: str) -> str:
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3-128 digest of a file's contents; one that did not change is not read again.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        status = path.stat()
+        return _hash_contents(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {os_reason(error)}") from None
+
+
+@lru_cache(maxsize=4096)
+def _hash_contents(path: Path, size: int, mtime_ns: int) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""What a checkpoint is, told from its headers and config."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..anatomy import Anatomy, infer_anatomy, is_tied
+from ..anatomy.config import as_int, layer_counts, text_scopes
+from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint.folder import open_reference
+
+__all__ = ["InspectedFile", "InspectedTensor", "Inspection", "Share", "inspect", "open_reference"]
+
+_WEIGHTS = ("float", "quantised")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedFile:
+    """A file of weights: its name, its size in bytes, and the number of tensors in it."""
+
+    file: str
+    bytes: int
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedTensor:
+    """A tensor: its name, dtype, shape, file, and what it does; `layer` is None outside the layers."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    layer: int | None
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many tensors of a kind there are, and the number of their elements."""
+
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint, described.
+
+    Args:
+        reference: The folder, file or Hub id as given.
+        path: The local folder.
+        architecture: First entry of `architectures` in config.json, or its `model_type`; None without them.
+        files: Files of weights.
+        side_files: Tokenizer, templates and other files that an output would get.
+        bytes: Bytes of all tensors.
+        parameters: Number of weights; buffers of integers are not counted.
+        dtypes: By name, the largest first.
+        roles: By what tensors do, the largest first.
+        layers: Number of layers of the main stack; 0 without one.
+        stacks: Prefix of each stack of layers, and its number of layers.
+        tied: Names that share another tensor and so are not in the files, with that tensor's name.
+        vocabulary: Rows of the input embedding; None where none was recognised.
+        quantised: What says that the weights are quantised; None where they are not.
+        warnings: What a user of this checkpoint should know.
+        tensors: Every tensor, in the order of the files.
+    """
+
+    reference: str
+    path: Path
+    architecture: str | None
+    files: Sequence[InspectedFile]
+    side_files: Sequence[str]
+    bytes: int
+    parameters: int
+    dtypes: Mapping[str, Share]
+    roles: Mapping[str, Share]
+    layers: int
+    stacks: Mapping[str, int]
+    tied: Sequence[tuple[str, str]]
+    vocabulary: int | None
+    quantised: str | None
+    warnings: Sequence[str]
+    tensors: Sequence[InspectedTensor]
+
+
+def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspection:
+    """Describe a checkpoint from its headers; no weights are read.
+
+    Args:
+        checkpoint: A folder, a file of weights, or the id of a model on the Hub (`org/name@revision`).
+        cache_dir: Folder for models from the Hub.
+
+    Raises:
+        NotFoundError: There is no such model.
+        CheckpointError: It is damaged.
+    """
+    opened = open_reference(str(checkpoint), cache_dir=cache_dir)
+    anatomy = infer_anatomy({name: tensor.shape for name, tensor in opened.tensors.items()}, opened.config)
+    tensors = [_inspected(opened, anatomy, tensor) for tensor in opened.tensors.values()]
+    held = Counter(tensor.file for tensor in opened.tensors.values())
+    return Inspection(
+        reference=opened.reference,
+        path=opened.path,
+        architecture=_architecture(opened),
+        files=[InspectedFile(_name(opened, f), f.stat().st_size, held[f]) for f in opened.weight_files],
+        side_files=[path.relative_to(opened.path).as_posix() for path in opened.side_files],
+        bytes=opened.nbytes,
+        parameters=sum(tensor.numel for tensor in opened.tensors.values() if tensor.dtype.kind in _WEIGHTS),
+        dtypes=_shares(opened, {name: tensor.dtype.name for name, tensor in opened.tensors.items()}),
+        roles=_shares(opened, {name: part.role for name, part in anatomy.parts.items()}),
+        layers=anatomy.n_layers,
+        stacks=dict(anatomy.stacks),
+        tied=list(anatomy.tied),
+        vocabulary=anatomy.vocab_size,
+        quantised=opened.quantised,
+        warnings=_warnings(opened, anatomy),
+        tensors=tensors,
+    )
+
+
+def _name(checkpoint: Checkpoint, file: Path) -> str:
+    return file.relative_to(checkpoint.path).as_posix()
+
+
+def _inspected(checkpoint: Checkpoint, anatomy: Anatomy, tensor: TensorInfo) -> InspectedTensor:
+    part = anatomy.parts[tensor.name]
+    return InspectedTensor(
+        tensor.name, tensor.dtype.name, tensor.shape, _name(checkpoint, tensor.file), part.layer, part.role
+    )
+
+
+def _architecture(checkpoint: Checkpoint) -> str | None:
+    named = checkpoint.config.get("architectures")
+    found = named[0] if isinstance(named, list) and named else checkpoint.config.get("model_type")
+    return found if isinstance(found, str) else None
+
+
+def _shares(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> dict[str, Share]:
+    """Count tensors and elements by kind, the largest first."""
+    tensors: Counter[str] = Counter(kinds.values())
+    elements: Counter[str] = Counter()
+    for name, kind in kinds.items():
+        elements[kind] += checkpoint.tensors[name].numel
+    return {kind: Share(tensors[kind], count) for kind, count in sorted(elements.items(), key=lambda e: (-e[1], e[0]))}
+
+
+def _warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
+    warnings = []
+    if checkpoint.quantised:
+        warnings.append(f"its weights are quantised ({checkpoint.quantised}); they cannot be merged as they are")
+    if not checkpoint.config:
+        warnings.append("there is no config.json; layers and ties are told from names alone, and an output has none")
+    counts = layer_counts(checkpoint.config)
+    if counts and anatomy.stacks and not counts & set(anatomy.stacks.values()):
+        said = ", ".join(str(count) for count in sorted(counts))
+        warnings.append(f"config.json says {said} layers, the tensors have {anatomy.n_layers}")
+    warnings += _vocabulary_warnings(checkpoint, anatomy)
+    if is_tied(checkpoint.config) and anatomy.head is not None:
+        warnings.append(f"config.json says that the head is tied, and the files hold {anatomy.head}")
+    pickled = [path.name for path in checkpoint.weight_files if path.suffix != ".safetensors"]
+    if pickled:
+        warnings.append(f"{', '.join(pickled)}: a pickle; it is read without running code, and slower than safetensors")
+    code = [path.name for path in checkpoint.side_files if path.suffix == ".py"]
+    if code:
+        warnings.append(f"{', '.join(code)}: code that comes with the model; merganser never runs it")
+    return warnings
+
+
+def _vocabulary_warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
+    sizes = {as_int(scope.get("vocab_size")) for scope in text_scopes(checkpoint.config)} - {None}
+    if anatomy.vocab_size is None or not sizes or anatomy.vocab_size in sizes:
+        return []
+    said = ", ".join(str(size) for size in sorted(sizes, key=str))
+    return [f"config.json says a vocabulary of {said}, the embedding has {anatomy.vocab_size} rows"]

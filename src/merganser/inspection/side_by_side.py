@@ -1,0 +1,72 @@
+"""Tensors of several checkpoints read side by side, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..anatomy import Anatomy, infer_anatomy
+from ..checkpoint import Checkpoint, Reader, TensorInfo
+from ..process import one_thread
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BLOCK", "Blocks", "anatomy_of", "one_thread", "widen", "with_ties"]
+
+BLOCK = 1 << 17
+"""Elements that are compared at a time: 1 MB for each float64 copy, so that all of them stay in the cache."""
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def anatomy_of(checkpoint: Checkpoint) -> Anatomy:
+    """Tell layers, roles and ties of a checkpoint."""
+    return infer_anatomy({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, checkpoint.config)
+
+
+def with_ties(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, TensorInfo]:
+    """Return all tensors, and those they share under other names: a tied head is compared with a head of its own."""
+    ties: Mapping[str, TensorInfo] = {alias: checkpoint.tensors[source] for alias, source in anatomy.tied}
+    return {**checkpoint.tensors, **ties}
+
+
+class Blocks:
+    """Reads the same elements of a tensor in several checkpoints, into memory that is used again.
+
+    Args:
+        reader: Reads all of them.
+        count: Number of checkpoints.
+    """
+
+    def __init__(self, reader: Reader, count: int) -> None:
+        self._reader = reader
+        self._memory = [np.empty(0, dtype=np.uint8)] * count
+
+    def numbers(self, tensors: Sequence[TensorInfo]) -> Iterator[list[Bytes]]:
+        """Yield the bytes of each block of elements, one array per checkpoint, which holds until the next block."""
+        yield from self._read(tensors, tensors[0].numel, [tensor.dtype.itemsize for tensor in tensors])
+
+    def bytes(self, tensors: Sequence[TensorInfo]) -> Iterator[list[Bytes]]:
+        """Yield the same for tensors that are not numbers but all have one dtype."""
+        yield from self._read(tensors, tensors[0].nbytes, [1] * len(tensors))
+
+    def _read(self, tensors: Sequence[TensorInfo], length: int, sizes: Sequence[int]) -> Iterator[list[Bytes]]:
+        for start in range(0, length, BLOCK):
+            count = min(BLOCK, length - start)
+            block = []
+            for i, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+                if len(self._memory[i]) < count * size:
+                    self._memory[i] = np.empty(count * size, dtype=np.uint8)
+                block.append(self._memory[i][: count * size])
+                self._reader.read_into(tensor, start * size, block[-1].data)
+            yield block
+
+
+def widen(data: Bytes, tensor: TensorInfo) -> Tensor:
+    """Return elements of a tensor of numbers as float64."""
+    import torch
+
+    return torch.from_numpy(data).view(getattr(torch, tensor.dtype.name)).double()

@@ -1,0 +1,349 @@
+"""How models that were trained from one base are related: their task vectors, compared with each other."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..anatomy import Part
+from ..checkpoint import Checkpoint, Reader, TensorInfo
+from ..checkpoint.folder import open_reference
+from ..errors import CheckpointError
+from ..process import one_thread
+from .side_by_side import Blocks, anatomy_of, widen, with_ties
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FAR", "Kin", "Kinship", "LeftOut", "TensorKin", "kinship", "mean_of_pairs"]
+
+FAR = 0.002
+"""Largest change of an element that the authors of DARE found in most fine-tuned models (arXiv:2311.03099)."""
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kin:
+    """How models are related, over some tensors taken as one vector; all sums are in float64.
+
+    Lists have one value per model, matrices one row and column per model, both in the order given. What is not
+    defined (a task vector of zeros has no direction) is None.
+
+    Args:
+        tensors: Number of tensors.
+        parameters: Number of elements.
+        norm: Of each task vector: the Euclidean distance from the base.
+        change: The same over the norm of the base.
+        base_cosine: Cosine of each model's weights and the base's.
+        weight_cosine: Cosine of the weights of each two models.
+        changed: Share of the elements that differ from the base.
+        far: Share of the elements that differ by more than `FAR`.
+        largest: The largest difference from the base.
+        cosine: Of each two task vectors.
+        correlation: Pearson's, of the elements of each two task vectors.
+        distance: Euclidean, of each two models.
+        sign_conflict: Of the elements that both models changed, the share that they changed in opposite directions.
+    """
+
+    tensors: int
+    parameters: int
+    norm: Sequence[float]
+    change: Sequence[float | None]
+    base_cosine: Sequence[float | None]
+    weight_cosine: Matrix
+    changed: Sequence[float]
+    far: Sequence[float]
+    largest: Sequence[float]
+    cosine: Matrix
+    correlation: Matrix
+    distance: Matrix
+    sign_conflict: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class TensorKin:
+    """The same for a tensor, or for all tensors of a layer and role; `layer` is None outside the layers."""
+
+    name: str | None
+    layer: int | None
+    role: str
+    kin: Kin
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A tensor that could not be compared, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kinship:
+    """What `kinship` found.
+
+    Args:
+        base: The base as given.
+        models: The models as given.
+        dtypes: Of the tensors that were compared, for the base and each model.
+        total: Over everything that was compared.
+        matrices: The same without vectors (norms, biases), which are alike in models that share nothing else.
+        same: Groups of checkpoints that are equal in every value; 0 is the base, 1 the first model.
+        groups: By layer and role.
+        tensors: By tensor, in the order of the base.
+        left_out: Tensors that could not be compared.
+    """
+
+    base: str
+    models: Sequence[str]
+    dtypes: Sequence[Sequence[str]]
+    total: Kin
+    matrices: Kin
+    same: Sequence[Sequence[int]]
+    groups: Sequence[TensorKin]
+    tensors: Sequence[TensorKin]
+    left_out: Sequence[LeftOut]
+
+
+def kinship(
+    models: Sequence[str | Path],
+    base: str | Path,
+    *,
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Kinship:
+    """Compare the task vectors of models; all are streamed once, so memory stays at a few blocks.
+
+    What is compared are the tensors of numbers that the base and every model have in the same shape.
+
+    Args:
+        models: Folders, files of weights, or ids of models on the Hub (`org/name@revision`).
+        base: What they were trained from.
+        cache_dir: Folder for models from the Hub.
+        progress: Told the bytes compared so far, and those in all.
+
+    Raises:
+        NotFoundError: There is no such model.
+        CheckpointError: One is damaged, or they have no tensor of one name and shape.
+        ValueError: There are no models.
+    """
+    if not models:
+        raise ValueError("kinship takes at least one model")
+    names = [str(base), *map(str, models)]
+    checkpoints = [open_reference(name, cache_dir=cache_dir) for name in names]
+    rows, parts, left_out = _align(names, checkpoints)
+    if not rows:
+        raise CheckpointError(f"{', '.join(names)}: have no tensor of the same name and shape, so none is compared")
+    sums, not_finite = _measure(names, rows, progress)
+    if not sums:
+        raise CheckpointError(f"{', '.join(names)}: every tensor they share holds NaN or infinity")
+    groups: dict[tuple[float, str], list[_Sums]] = defaultdict(list)
+    for name, found in sums.items():
+        layer = parts[name].layer
+        groups[math.inf if layer is None else layer, parts[name].role].append(found)
+    total = _together(sums.values())
+    return Kinship(
+        base=names[0],
+        models=names[1:],
+        dtypes=[list(dict.fromkeys(rows[name][i].dtype.name for name in sums)) for i in range(len(names))],
+        total=total.kin(),
+        matrices=_together([s for name, s in sums.items() if len(rows[name][0].shape) > 1] or sums.values()).kin(),
+        same=_equal_groups(total.unequal),
+        groups=[
+            TensorKin(None, None if math.isinf(layer) else int(layer), role, _together(members).kin())
+            for (layer, role), members in sorted(groups.items())
+        ],
+        tensors=[TensorKin(name, parts[name].layer, parts[name].role, found.kin()) for name, found in sums.items()],
+        left_out=[*left_out, *not_finite],
+    )
+
+
+def mean_of_pairs(matrix: Matrix) -> float | None:
+    """Return the mean of the values above the diagonal, of those that are defined; None where none is."""
+    values = [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _align(
+    names: Sequence[str], checkpoints: Sequence[Checkpoint]
+) -> tuple[dict[str, list[TensorInfo]], dict[str, Part], list[LeftOut]]:
+    """Match tensors by name; return those that can be compared, what they do, and why others cannot be compared."""
+    anatomies = [anatomy_of(checkpoint) for checkpoint in checkpoints]
+    held = [with_ties(checkpoint, anatomy) for checkpoint, anatomy in zip(checkpoints, anatomies, strict=True)]
+    rows: dict[str, list[TensorInfo]] = {}
+    left_out = []
+    for name in dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.tensors):
+        found = [tensors.get(name) for tensors in held]
+        row = [tensor for tensor in found if tensor is not None]
+        reason = ""
+        if len(row) < len(found):
+            reason = "missing in " + ", ".join(names[i] for i, tensor in enumerate(found) if tensor is None)
+        elif len({tensor.shape for tensor in row}) > 1:
+            odd = {n: t.shape for n, t in zip(names, row, strict=True) if t.shape != row[0].shape}
+            reason = f"{list(row[0].shape)} in the base, " + ", ".join(f"{list(s)} in {n}" for n, s in odd.items())
+        elif others := dict.fromkeys(tensor.dtype.name for tensor in row if tensor.dtype.kind != "float"):
+            reason = f"holds {', '.join(others)}"
+        if reason:
+            left_out.append(LeftOut(name, reason))
+        elif row[0].numel:
+            rows[name] = row
+    parts = {name: next(a.parts[name] for a in anatomies if name in a.parts) for name in rows}
+    return rows, parts, left_out
+
+
+def _measure(
+    names: Sequence[str], rows: Mapping[str, Sequence[TensorInfo]], progress: Callable[[int, int], None] | None
+) -> tuple[dict[str, _Sums], list[LeftOut]]:
+    all_bytes = sum(tensor.nbytes for row in rows.values() for tensor in row)
+    done = 0
+    found, left_out = {}, []
+    with Reader() as reader, one_thread():
+        blocks = Blocks(reader, len(names))
+        for name, row in rows.items():
+            sums = _Sums.nothing(len(names) - 1)
+            for raw in blocks.numbers(row):
+                wide = [widen(data, tensor) for data, tensor in zip(raw, row, strict=True)]
+                sums.add(_measured(wide, sums.unequal))
+                done += sum(len(data) for data in raw)
+                if progress is not None:
+                    progress(done, all_bytes)
+            sums.tensors = 1
+            if np.isfinite(sums.products).all():
+                found[name] = sums
+            else:
+                left_out.append(LeftOut(name, "holds NaN or infinity"))
+    return found, left_out
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What is added up to compare task vectors.
+
+    Args:
+        tensors: Number of tensors.
+        n: Number of elements.
+        products: Inner products of the base (first) and the task vectors.
+        sums: Of the elements of each task vector.
+        both: For each two models, the number of elements that both changed.
+        opposite: How many of those they changed in opposite directions.
+        far: Number of elements of each model that differ by more than `FAR` from the base.
+        largest: The largest difference of each.
+        unequal: Whether two checkpoints (the base is the first) differ in any value.
+    """
+
+    tensors: int
+    n: int
+    products: np.ndarray[Any, np.dtype[np.float64]]
+    sums: np.ndarray[Any, np.dtype[np.float64]]
+    both: np.ndarray[Any, np.dtype[np.float64]]
+    opposite: np.ndarray[Any, np.dtype[np.float64]]
+    far: np.ndarray[Any, np.dtype[np.float64]]
+    largest: np.ndarray[Any, np.dtype[np.float64]]
+    unequal: np.ndarray[Any, np.dtype[np.bool_]]
+
+    @classmethod
+    def nothing(cls, models: int) -> _Sums:
+        """Return sums over no elements."""
+        square, line = (models, models), np.zeros(models)
+        products = np.zeros((models + 1, models + 1))
+        unequal = np.zeros((models + 1, models + 1), dtype=bool)
+        return cls(0, 0, products, line, np.zeros(square), np.zeros(square), line, line, unequal)
+
+    def add(self, other: _Sums) -> None:
+        """Add those over other elements."""
+        self.tensors += other.tensors
+        self.n += other.n
+        self.products = self.products + other.products
+        self.sums = self.sums + other.sums
+        self.both = self.both + other.both
+        self.opposite = self.opposite + other.opposite
+        self.far = self.far + other.far
+        self.largest = np.maximum(self.largest, other.largest)
+        self.unequal = self.unequal | other.unequal
+
+    def kin(self) -> Kin:
+        """Return what the sums mean."""
+        base, along, gram = self.products[0, 0], self.products[0, 1:], self.products[1:, 1:]
+        squares = gram.diagonal()
+        norms = np.sqrt(squares)
+        weights = base + along[:, None] + along[None, :] + gram
+        lengths = np.sqrt(np.maximum(weights.diagonal(), 0))
+        # the same numbers without their mean; rounding leaves a little of those that are constant
+        centred = gram - np.outer(self.sums, self.sums) / self.n
+        spread = np.sqrt(np.where(centred.diagonal() > 1e-12 * squares, centred.diagonal(), 0))
+        return Kin(
+            tensors=self.tensors,
+            parameters=self.n,
+            norm=norms.tolist(),
+            change=_ratios(norms, np.sqrt(base)),
+            base_cosine=_ratios(base + along, np.sqrt(base) * lengths, bound=1),
+            weight_cosine=_table(weights, np.outer(lengths, lengths), bound=1),
+            changed=(self.both.diagonal() / self.n).tolist(),
+            far=(self.far / self.n).tolist(),
+            largest=self.largest.tolist(),
+            cosine=_table(gram, np.outer(norms, norms), bound=1),
+            correlation=_table(centred, np.outer(spread, spread), bound=1),
+            distance=np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * gram, 0)).tolist(),
+            sign_conflict=_table(self.opposite, self.both),
+        )
+
+
+def _together(parts: Iterable[_Sums]) -> _Sums:
+    first, *others = parts
+    total = _Sums.nothing(len(first.sums))
+    for each in (first, *others):
+        total.add(each)
+    return total
+
+
+def _measured(wide: Sequence[Tensor], unequal: np.ndarray[Any, np.dtype[np.bool_]]) -> _Sums:
+    """Measure a block of the base and the models, float64; `unequal` says which are known to differ."""
+    import torch
+
+    base, *models = wide
+    deltas = torch.stack(models) - base
+    signs = deltas.sign().float()  # sums of so few are exact
+    moved = signs.abs()
+    both = moved @ moved.T
+    size = deltas.abs()
+    rows = torch.cat([base[None], deltas])
+    differ = unequal.copy()
+    for i, j in combinations(range(len(wide)), 2):
+        if not differ[i, j]:
+            differ[i, j] = differ[j, i] = not torch.equal(wide[i], wide[j])
+    return _Sums(
+        tensors=0,
+        n=base.numel(),
+        products=(rows @ rows.T).numpy(),
+        sums=deltas.sum(1).numpy(),
+        both=both.double().numpy(),
+        opposite=((both - signs @ signs.T) / 2).double().numpy(),
+        far=(size > FAR).sum(1).double().numpy(),
+        largest=size.amax(1).numpy(),
+        unequal=differ,
+    )
+
+
+def _ratios(above: Any, below: Any, bound: float = math.inf) -> list[float | None]:
+    above, below = np.broadcast_arrays(above, below)
+    return [max(-bound, min(bound, float(a / b))) if b > 0 else None for a, b in zip(above, below, strict=True)]
+
+
+def _table(above: Any, below: Any, bound: float = math.inf) -> list[list[float | None]]:
+    return [_ratios(a, b, bound) for a, b in zip(above, below, strict=True)]
+
+
+def _equal_groups(unequal: np.ndarray[Any, np.dtype[np.bool_]]) -> list[list[int]]:
+    """Return the groups of two and more checkpoints that are equal."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, row in enumerate(unequal):
+        groups[int(np.argmin(row))].append(i)
+    return [members for members in groups.values() if len(members) > 1]

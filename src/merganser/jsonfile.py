@@ -1,0 +1,227 @@
+"""JSON from files that others wrote: bounded, strict, with errors that name the place."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from .errors import CheckpointError, NotFoundError
+
+__all__ = ["LFS_MAGIC", "LFS_POINTER", "MAX_JSON_BYTES", "os_reason", "parse_object", "read_object"]
+
+MAX_JSON_BYTES = 100_000_000
+"""The most JSON that is ever parsed; the safetensors format sets the same limit for its header."""
+
+LFS_MAGIC = b"version "
+"""What a Git LFS pointer begins with: a clone without Git LFS has these few lines in place of each large file."""
+
+LFS_POINTER = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or fetch the file again"
+
+_MAX_DIGITS = 20
+
+
+def os_reason(error: OSError) -> str:
+    """Return the operating system's reason in lower case: `permission denied`, `is a directory`."""
+    return (error.strerror or type(error).__name__).lower()
+
+
+def _integer(text: str) -> int:
+    # Converting a million digits takes seconds: a trap, since no size or count needs more than 64 bits.
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice!r} appears twice")
+    return found
+
+
+def _parse(text: str, duplicates: bool) -> Any:
+    # Hooks are called for every number and object: they double the time of a large header. Python itself refuses
+    # numbers of thousands of digits, but for early releases of 3.10.
+    if hasattr(sys, "get_int_max_str_digits"):
+        with suppress(ValueError):  # said better below
+            parsed = json.loads(text)
+            # Every key has a colon behind it: as many keys as colons means that none was there twice.
+            if duplicates or (isinstance(parsed, dict) and text.count(":") == _keys(parsed)):
+                return parsed
+    hook: Callable[[list[tuple[str, Any]]], Any] = dict if duplicates else _unique
+    return json.loads(text, object_pairs_hook=hook, parse_int=_integer)
+
+
+def _keys(parsed: dict[str, Any]) -> int:
+    """Count the keys of an object and of the objects in it; deeper ones are not counted."""
+    return len(parsed) + sum(len(value) for value in parsed.values() if isinstance(value, dict))
+
+
+def parse_object(data: bytes, where: str, *, duplicates: bool = False) -> dict[str, Any]:
+    """Parse `data` as one JSON object.
+
+    Args:
+        data: UTF-8 text.
+        where: what the text is, for messages.
+        duplicates: whether a key may appear twice (the last one counts).
+
+    Raises:
+        CheckpointError: the text is not UTF-8, not JSON, nested too deeply or not an object.
+    """
+
+    def bad(reason: str) -> NoReturn:
+        raise CheckpointError(f"{where}: {reason}") from None
+
+    try:
+        parsed = _parse(data.decode("utf-8"), duplicates)
+    except UnicodeDecodeError as error:
+        bad(f"is not UTF-8 text (byte {error.start})")
+    except json.JSONDecodeError as error:
+        bad(f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}")
+    except RecursionError:
+        bad("is nested too deeply")
+    except ValueError as error:
+        bad(f"is not acceptable JSON: {error}")
+    if not isinstance(parsed, dict):
+        bad(f"must be a JSON object, found {_JSON_NAMES.get(type(parsed), type(parsed).__name__)}")
+    return parsed
+
+
+_JSON_NAMES: dict[type, str] = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold one object.
+
+    Raises:
+        NotFoundError: there is no such file.
+        CheckpointError: it cannot be read, is too large or is not a JSON object.
+    """
+    try:
+        with file.open("rb") as handle:
+            # no more than there is: as much memory is taken as is asked for
+            data = handle.read(min(os.fstat(handle.fileno()).st_size, MAX_JSON_BYTES) + 1)
+    except FileNotFoundError:
+        raise NotFoundError(f"{file}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file}: is larger than {MAX_JSON_BYTES:,} bytes, the most that is accepted for JSON")
+    return parse_object(data.removeprefix(b"\xef\xbb\xbf"), str(file), duplicates=True)
+
+
+T = TypeVar("T")
+
+
+class Entry:
+    """A value and the place where it stands.
+
+    Every method that returns a value raises CheckpointError, with the place, where it is of another kind.
+
+    Args:
+        value: As it was parsed.
+        file: What was parsed, for messages.
+        place: Where in it the value stands, such as `layers[3].models`; empty for all of it.
+    """
+
+    __slots__ = ("_file", "_value", "place")
+
+    def __init__(self, value: Any, file: str, place: str = "") -> None:
+        self._value = value
+        self._file = file
+        self.place = place
+
+    @property
+    def where(self) -> str:
+        """File and place."""
+        return f"{self._file}: {self.place}" if self.place else self._file
+
+    def __getitem__(self, key: str) -> Entry:
+        found = self.get(key)
+        if found is None:
+            raise CheckpointError(f"{self.where}: has no {key!r}, which every such file has; is it complete?")
+        return found
+
+    def get(self, key: str) -> Entry | None:
+        """Return what an object has under a key; None where it has nothing or null."""
+        if not isinstance(self._value, dict):
+            self.refuse("an object")
+        value = self._value.get(key)
+        return None if value is None else Entry(value, self._file, f"{self.place}.{key}" if self.place else key)
+
+    def names(self) -> list[str]:
+        """Return the keys of an object."""
+        if not isinstance(self._value, dict):
+            self.refuse("an object")
+        return list(self._value)
+
+    def items(self) -> Iterator[tuple[str, Entry]]:
+        """Yield the keys of an object and what stands there, nulls left out."""
+        for key in self.names():
+            found = self.get(key)
+            if found is not None:
+                yield key, found
+
+    def each(self, read: Callable[[Entry], T]) -> list[T]:
+        """Read every member of a list."""
+        if not isinstance(self._value, list):
+            self.refuse("a list")
+        return [read(Entry(value, self._file, f"{self.place}[{i}]")) for i, value in enumerate(self._value)]
+
+    def text(self) -> str:
+        """Return a text."""
+        return self._value if isinstance(self._value, str) else self.refuse("a text")
+
+    def flag(self) -> bool:
+        """Return true or false."""
+        return self._value if isinstance(self._value, bool) else self.refuse("true or false")
+
+    def whole(self) -> int:
+        """Return a whole number of at least 0."""
+        found = self._value
+        return (
+            found
+            if isinstance(found, int) and not isinstance(found, bool) and found >= 0
+            else self.refuse("a whole number")
+        )
+
+    def number(self) -> float:
+        """Return a finite number."""
+        found = self._value
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+            self.refuse("a finite number")
+        return float(found)
+
+    def maybe(self) -> float | None:
+        """Return a finite number, or None for null."""
+        return None if self._value is None else self.number()
+
+    def shown(self) -> str:
+        """Return a value for a reader, whatever it is."""
+        return self._value if isinstance(self._value, str) else json.dumps(self._value)
+
+    def refuse(self, expected: str) -> NoReturn:
+        """Refuse the value.
+
+        Raises:
+            CheckpointError: Always.
+        """
+        shown = repr(self._value)
+        raise CheckpointError(
+            f"{self.where}: must be {expected}, found {shown if len(shown) < 60 else shown[:57] + '...'}"
+        )

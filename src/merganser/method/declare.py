@@ -1,0 +1,152 @@
+"""The decorator that makes a merge method of a function."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .docstring import Docstring, parse_docstring
+from .method import Law, MergeMethod, Scope
+from .parameter import (
+    Embeddings,
+    Others,
+    Parameter,
+    read_parameter,
+)
+from .statistic import Statistic, When
+
+if TYPE_CHECKING:
+    from .sidecar import Sidecar
+
+
+def merge_method(
+    *,
+    family: str,
+    cite: str,
+    scope: Scope = "element",
+    models: tuple[int, int | None] = (1, None),
+    statistics: Mapping[str, Statistic] | None = None,
+    located: Mapping[str, Callable[..., float]] | None = None,
+    version: int = 1,
+    fuse: bool = True,
+    breaks: Mapping[Law, str] | None = None,
+    compat: Mapping[str, Any] | None = None,
+    when: Mapping[str, When] | None = None,
+    no_effect: Mapping[str, str] | None = None,
+    validate: Callable[[Mapping[str, Any]], str | None] | None = None,
+    sidecar: Sidecar | None = None,
+) -> Callable[[Callable[..., Tensor]], MergeMethod]:
+    """Make a merge method of a function.
+
+    Args:
+        family: Group in the index of methods.
+        cite: Key in `references.bib`, or "-" where no publication exists.
+        scope: What one call must see: single elements (flat blocks of any length), whole rows (blocks of shape
+            [rows, columns], a row being all weights of one output unit), the whole tensor in its own shape, or one
+            whole weight matrix (see below).
+        models: Least and largest number of models beside the base (None: no limit).
+        statistics: Measured beforehand, by the name under which the function takes them, in this order; each may use
+            those before it.
+        located: Numbers that follow from where in the model a tensor is, by the name under which the function takes
+            them. Each is computed, when the merge is planned, from `location: Location` and the parameters that it names
+            (per-model ones are tuples). It may raise ParameterError.
+        version: Raise it when results change; it is written to every run record.
+        fuse: False keeps the method out of `torch.compile`.
+        breaks: Laws of the contract suite that do not hold, each with the reason.
+        compat: Parameter values that reproduce mergekit where it differs from the definition.
+        when: Says of a parameter whether it can change the result, from other parameters, as in `Statistic`; one that is
+            not named always can.
+        no_effect: Parameters that mergekit accepts here without using them, each with a word of explanation.
+        validate: Looks at all parameters of a tensor together, by their names in recipes (per-model ones as tuples);
+            returns a complaint or None.
+        sidecar: What is stored for each model beside the result; what its `encode` declares are parameters, too.
+
+    A method of scope "matrix" gets the matrices of the model one by one, shape [rows, columns]: 2-D tensors that
+    multiply what comes in, and the experts of a packed tensor [experts, rows, columns]. What becomes of all other
+    tensors, its parameters `others: Others` and `embeddings: Embeddings` say, which it declares and does not read. It
+    takes a base. Its statistics are over the model (what it needs of a matrix it has at hand), and count the matrices
+    alone. It is never fused.
+
+    Raises:
+        TypeError: The declaration contradicts itself, or the docstring does not describe a parameter.
+    """
+
+    def decorate(function: Callable[..., Tensor]) -> MergeMethod:
+        doc = parse_docstring(function.__doc__ or "")
+        hints = typing.get_type_hints(function, include_extras=True)
+        signature = inspect.signature(function).parameters
+        parameters = _parameters([function] if sidecar is None else [function, sidecar.encode], doc)
+        base = "unused"
+        if "base" in signature:
+            base = "optional" if type(None) in typing.get_args(hints["base"]) else "required"
+        complaint = _matrix_complaint(scope, hints, base, statistics or {}) or _row_complaint(scope, statistics or {})
+        if sidecar is not None:
+            complaint = complaint or sidecar.complaint(parameters, scope, base)
+        if complaint:
+            raise TypeError(f"{function.__name__}: {complaint}")
+        return MergeMethod(
+            name=function.__name__,
+            combine=function,
+            statistics=dict(statistics or {}),
+            located=dict(located or {}),
+            parameters=parameters,
+            family=family,
+            cite=cite,
+            scope=scope,
+            base=typing.cast(Any, base),
+            min_models=models[0],
+            max_models=models[1],
+            version=version,
+            fuse=fuse and scope != "matrix",
+            breaks=dict(breaks or {}),
+            compat=dict(compat or {}),
+            when=dict(when or {}),
+            no_effect=dict(no_effect or {}),
+            validate=validate,
+            sidecar=sidecar,
+            doc=doc,
+        )
+
+    return decorate
+
+
+def _parameters(functions: Sequence[Callable[..., Any]], doc: Docstring) -> dict[str, Parameter]:
+    """Read the parameters that functions declare, by name; of two of one name the first counts."""
+    found: dict[str, Parameter] = {}
+    for function in functions:
+        hints = typing.get_type_hints(function, include_extras=True)
+        for declared in inspect.signature(function).parameters.values():
+            if declared.kind is inspect.Parameter.KEYWORD_ONLY:
+                parameter = read_parameter(declared, hints[declared.name], doc)
+                found.setdefault(parameter.name, parameter)
+    return found
+
+
+def _matrix_complaint(
+    scope: Scope, hints: Mapping[str, Any], base: str, statistics: Mapping[str, Statistic]
+) -> str | None:
+    """Say what a method of scope "matrix" lacks, or what another one has that only such a method may have."""
+    common = {"others": Others, "embeddings": Embeddings}
+    declared = {name for name, hint in common.items() if hints.get(name) == hint}
+    if scope != "matrix":
+        odd = ", ".join(sorted(declared))
+        return f"the parameters {odd} say something only where the scope is 'matrix'" if declared else None
+    if declared != common.keys():
+        return "scope 'matrix' needs the parameters `others: Others` and `embeddings: Embeddings`"
+    if base != "required":
+        return "scope 'matrix' needs `base: Tensor`, since tensors that are not matrices are merged as task vectors"
+    other = next((name for name, statistic in statistics.items() if statistic.over != "model"), None)
+    return f"a method of scope 'matrix' has whole matrices at hand; let it compute {other} itself" if other else None
+
+
+def _row_complaint(scope: Scope, statistics: Mapping[str, Statistic]) -> str | None:
+    """Say which statistic cannot be over rows."""
+    for name, statistic in statistics.items():
+        plain = all(round_.tally is None and not round_.largest for round_ in statistic.rounds)
+        if statistic.over == "row" and (scope != "row" or len(statistic.rounds) != 1 or not plain):
+            return f"{name} is over rows: this needs the scope 'row', and one round that is neither tallied nor the largest"
+    return None

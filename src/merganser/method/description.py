@@ -1,0 +1,141 @@
+"""A merge method in the words of a reader, from its signature and docstring."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .method import MergeMethod
+    from .parameter import Parameter
+
+__all__ = ["MethodDescription", "ParameterDescription", "citation", "describe"]
+
+BIBLIOGRAPHY = Path(__file__).parents[3] / "references.bib"
+"""Where a checkout of the repository has it; an installed package has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterDescription:
+    """A parameter of a method.
+
+    Args:
+        name: As recipes write it.
+        allowed: What a value may be, in words.
+        per_model: Whether each model has a value of its own.
+        required: Whether a recipe must give it.
+        default: Its value where a recipe gives none.
+        help: What it does.
+    """
+
+    name: str
+    allowed: str
+    per_model: bool
+    required: bool
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class MethodDescription:
+    """A merge method.
+
+    Args:
+        name: As recipes write it.
+        family: Group of methods.
+        summary: One line.
+        formula: How the result is computed.
+        use_when: When it is a good choice.
+        models: How many models it takes, in words.
+        scope: What is worked on at once: "element", "row", "tensor" or "matrix".
+        random: Whether the result depends on the seed.
+        sidecar: Whether something is kept for each model that gives it back.
+        parameters: Its parameters, in order.
+        differs: Where it differs from the paper; empty where it does not.
+        cite: Key in `references.bib`, "-" where nothing was published.
+        citation: Authors, title and year, where `references.bib` is at hand.
+        breaks: Laws that other methods keep and this one does not, each with the reason.
+        no_effect: Parameters that are accepted for mergekit's sake, each with a word of explanation.
+        version: Changes when results do.
+    """
+
+    name: str
+    family: str
+    summary: str
+    formula: str
+    use_when: str
+    models: str
+    scope: str
+    random: bool
+    sidecar: bool
+    parameters: Sequence[ParameterDescription]
+    differs: str
+    cite: str
+    citation: str | None
+    breaks: Mapping[str, str]
+    no_effect: Mapping[str, str]
+    version: int
+
+
+def describe(method: MergeMethod) -> MethodDescription:
+    """Describe a method."""
+    return MethodDescription(
+        name=method.name,
+        family=method.family,
+        summary=method.doc.summary,
+        formula=method.doc.body,
+        use_when=method.doc.sections.get("Use when", ""),
+        models=method.models_text(),
+        scope=method.scope,
+        random=method.random,
+        sidecar=method.sidecar is not None,
+        parameters=[_parameter(parameter) for parameter in method.parameters.values()],
+        differs=method.doc.sections.get("Differs from the paper", ""),
+        cite=method.cite,
+        citation=citation(method.cite),
+        breaks={str(law): reason for law, reason in method.breaks.items()},
+        no_effect=dict(method.no_effect),
+        version=method.version,
+    )
+
+
+def _parameter(parameter: Parameter) -> ParameterDescription:
+    return ParameterDescription(
+        name=parameter.name,
+        allowed=parameter.allowed,
+        per_model=parameter.per_model,
+        required=parameter.required,
+        default=parameter.default,
+        help=parameter.help,
+    )
+
+
+def citation(key: str, bibliography: Path = BIBLIOGRAPHY) -> str | None:
+    """Return authors, title and year of an entry of a BibTeX file; None where there is no such entry or file."""
+    if not bibliography.is_file():
+        return None
+    text = bibliography.read_text(encoding="utf-8")
+    start = re.search(rf"^@\w+\{{\s*{re.escape(key)}\s*,", text, re.MULTILINE)
+    if start is None:
+        return None
+    entry = text[start.end() :].partition("\n@")[0]
+    authors = re.split(r"\s+and\s+", _field(entry, "author") or "")
+    names = authors[0] + (" et al." if len(authors) > 2 else f" and {authors[1]}" if len(authors) == 2 else "")
+    return ", ".join(filter(None, [names, _field(entry, "title"), _field(entry, "year")])) or None
+
+
+def _field(entry: str, name: str) -> str | None:
+    """Return a field of a BibTeX entry on one line, without the braces that keep capitals."""
+    start = re.search(rf"^\s*{name}\s*=\s*([{{\"]?)", entry, re.MULTILINE | re.IGNORECASE)
+    if start is None:
+        return None
+    depth, value = 0, ""
+    for letter in entry[start.end() :]:
+        if depth == 0 and letter in ('}"' if start[1] else ",\n}"):
+            break
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        value += letter
+    return " ".join(value.replace("{", "").replace("}", "").split())

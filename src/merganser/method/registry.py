@@ -1,0 +1,63 @@
+"""Find merge methods: one file each in `methods/`, and third-party packages through an entry point.
+
+A package registers a method with
+
+    [project.entry-points."merganser.methods"]
+    my_method = "my_package.my_method:my_method"
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from .method import MergeMethod
+
+ENTRY_POINT_GROUP = "merganser.methods"
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, sorted, without importing one."""
+    return sorted(_own_names() | set(_third_party()))
+
+
+def get_method(name: str) -> MergeMethod:
+    """Return the method of that name.
+
+    Raises:
+        RecipeError: There is no such method, or a third-party package offers something else under that name.
+    """
+    if name in _own_names():
+        method = getattr(importlib.import_module(f"merganser.methods.{name}"), name)
+    elif name in (third := _third_party()):
+        try:
+            method = third[name].load()
+        except (ImportError, AttributeError) as error:
+            raise RecipeError(f"merge method {name!r} of {third[name].value} cannot be loaded: {error}") from error
+    else:
+        known = method_names()
+        raise RecipeError(f"unknown merge method {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+    from .method import MergeMethod
+
+    if not isinstance(method, MergeMethod):
+        raise RecipeError(f"merge method {name!r} must be made with @merge_method, got {type(method).__name__}")
+    return method
+
+
+def methods() -> dict[str, MergeMethod]:
+    """Return every method by its name, sorted."""
+    return {name: get_method(name) for name in method_names()}
+
+
+def _own_names() -> set[str]:
+    folder = Path(__file__).parents[1] / "methods"
+    return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+
+
+def _third_party() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

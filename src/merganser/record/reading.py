@@ -1,0 +1,274 @@
+"""The run record, read back: what the report draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import NotFoundError, UnsupportedError
+from ..jsonfile import Entry, read_object
+from .format import RECORD_FORMAT, RECORD_NAME
+
+__all__ = ["InputFile", "Moved", "Movement", "OutputFile", "Record", "Restored", "read_record"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A file of weights that was read; `hash` is that of its tensors."""
+
+    model: str
+    path: str
+    bytes: int
+    tensors: int
+    tensors_read: int
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file that was written."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What the record tells of a tensor, of those of a layer and role, or of all; see `engine.movement`.
+
+    Args:
+        place: Where the record says so.
+        name: Of a tensor; None for several.
+        layer: None outside the layers, and for all.
+        role: What the tensors do; empty for all.
+        tensors: Number of tensors.
+        parameters: Number of elements; None where the record does not say.
+        inputs: Base (or first model) and models, where tensors differ in that.
+        models: Distance of each model from the base, over the norm of the base; empty where not measured.
+        merged: The same of the merge.
+        cosine: Mean of the cosines of each two task vectors.
+        sign_conflict: Share of opposite directions among what two models changed.
+        cosines: Of each two task vectors, in the order of `itertools.combinations`.
+        sign_conflicts: Of each two models.
+    """
+
+    place: str
+    name: str | None
+    layer: int | None
+    role: str
+    tensors: int
+    parameters: int | None
+    inputs: Sequence[str]
+    models: Sequence[float]
+    merged: float | None
+    cosine: float | None
+    sign_conflict: float | None
+    cosines: Sequence[float | None]
+    sign_conflicts: Sequence[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """How far models and merge moved, and how task vectors are related.
+
+    Args:
+        sample: Most elements of a tensor that distances were measured on.
+        pair_sample: The same for pairs of task vectors.
+        inputs: Base (or first model) and models; empty where tensors differ in that.
+        from_base: Whether the first of them is a base; None where tensors differ in that.
+        total: Of all tensors.
+        tensors: Of each.
+    """
+
+    sample: int
+    pair_sample: int
+    inputs: Sequence[str]
+    from_base: bool | None
+    total: Moved
+    tensors: Sequence[Moved]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a sidecar gives back: its size, that of the model, and the relative error of the restored weights."""
+
+    name: str
+    model: str
+    bytes: int
+    full_bytes: int
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A run record; names are those of merge.json.
+
+    Args:
+        out: The folder.
+        methods: Number of tensors that each method merged; empty in records of earlier versions.
+        movement: None in records of earlier versions.
+        restored: Of merges with sidecars.
+    """
+
+    out: Path
+    created: str
+    versions: dict[str, str]
+    recipe: str
+    method: str
+    methods: dict[str, int]
+    seed: int | None
+    compat: str | None
+    donor: str
+    models: Sequence[str]
+    parameters: int
+    tensors: int
+    dtypes: Sequence[str]
+    device: str
+    compiled: bool
+    workers: int
+    continued: bool
+    warnings: Sequence[str]
+    differences: Sequence[str]
+    inputs: Sequence[InputFile]
+    outputs: Sequence[OutputFile]
+    layers: Sequence[Moved]
+    movement: Movement | None
+    restored: Sequence[Restored]
+    timings: dict[str, float]
+
+
+def read_record(out: str | Path) -> Record:
+    """Read the run record of an output.
+
+    Args:
+        out: Folder that a merge wrote.
+
+    Raises:
+        NotFoundError: There is no such folder, or no run record in it.
+        CheckpointError: The run record is damaged.
+        UnsupportedError: It is of a later version.
+    """
+    out = Path(out)
+    if not out.is_dir():
+        raise NotFoundError(f"{out}: {'is not a folder' if out.exists() else 'no such folder'}")
+    file = out / RECORD_NAME
+    if not file.exists():
+        raise NotFoundError(f"{out}: has no {RECORD_NAME}; a report is drawn of what merganser merged")
+    root = Entry(read_object(file), str(file))
+    found = root["format"].whole()
+    if found > RECORD_FORMAT:
+        raise UnsupportedError(
+            f"{file}: is of format {found}, and this version of merganser reads up to {RECORD_FORMAT}; install a later one"
+        )
+    return _record(out, root)
+
+
+def _record(out: Path, root: Entry) -> Record:
+    methods, seed, compat, movement, sidecars = (
+        root.get(key) for key in ("methods", "seed", "compat", "movement", "sidecars")
+    )
+    return Record(
+        out=out,
+        created=root["created"].text(),
+        versions={name: version.text() for name, version in root["versions"].items()},
+        recipe=root["recipe"].text(),
+        method=root["method"].text(),
+        methods={} if methods is None else {name: count.whole() for name, count in methods.items()},
+        seed=None if seed is None else seed.whole(),
+        compat=None if compat is None else compat.text(),
+        donor=root["donor"].text(),
+        models=root["models"].each(Entry.text),
+        parameters=root["parameters"].whole(),
+        tensors=root["tensors"].whole(),
+        dtypes=root["dtypes"].each(Entry.text),
+        device=root["device"].text(),
+        compiled=root["compiled"].flag(),
+        workers=root["workers"].whole(),
+        continued=root["continued"].flag(),
+        warnings=root["warnings"].each(Entry.text),
+        differences=root["differences_from_mergekit"].each(Entry.text),
+        inputs=root["inputs"].each(_input),
+        outputs=root["outputs"].each(_output),
+        layers=root["layers"].each(_moved),
+        movement=None if movement is None else _movement(movement),
+        restored=[] if sidecars is None else sidecars["tasks"].each(_restored),
+        timings={name: seconds.number() for name, seconds in root["timings"].items()},
+    )
+
+
+def _input(entry: Entry) -> InputFile:
+    return InputFile(
+        model=entry["model"].text(),
+        path=entry["path"].text(),
+        bytes=entry["bytes"].whole(),
+        tensors=entry["tensors"].whole(),
+        tensors_read=entry["tensors_read"].whole(),
+        hash=entry["xxh3_128_of_tensors"].text(),
+    )
+
+
+def _output(entry: Entry) -> OutputFile:
+    return OutputFile(entry["file"].text(), entry["bytes"].whole(), entry["sha256"].text())
+
+
+def _restored(entry: Entry) -> Restored:
+    return Restored(
+        name=entry["name"].text(),
+        model=entry["model"].text(),
+        bytes=entry["bytes"].whole(),
+        full_bytes=entry["full_bytes"].whole(),
+        error=_number(entry, "error"),
+    )
+
+
+def _movement(entry: Entry) -> Movement:
+    inputs, from_base = entry.get("inputs"), entry.get("from_base")
+    total = _moved(entry["total"])
+    if inputs is not None and total.models and len(inputs.each(Entry.text)) != len(total.models) + 1:
+        inputs.refuse(f"{len(total.models) + 1} names, a base and {len(total.models)} models")
+    return Movement(
+        sample=entry["sample"].whole(),
+        pair_sample=entry["pair_sample"].whole(),
+        inputs=[] if inputs is None else inputs.each(Entry.text),
+        from_base=None if from_base is None else from_base.flag(),
+        total=total,
+        tensors=entry["tensors"].each(_moved),
+    )
+
+
+def _moved(entry: Entry) -> Moved:
+    name, layer, role, tensors, parameters, inputs, models = (
+        entry.get(key) for key in ("name", "layer", "role", "tensors", "parameters", "inputs", "models")
+    )
+    distances = [] if models is None else models.each(Entry.number)
+    pairs = len(distances) * (len(distances) - 1) // 2
+    return Moved(
+        place=entry.place,
+        name=None if name is None else name.text(),
+        layer=None if layer is None else layer.whole(),
+        role="" if role is None else role.text(),
+        tensors=1 if tensors is None else tensors.whole(),
+        parameters=None if parameters is None else parameters.whole(),
+        inputs=[] if inputs is None else inputs.each(Entry.text),
+        models=distances,
+        merged=_number(entry, "merged"),
+        cosine=_number(entry, "cosine"),
+        sign_conflict=_number(entry, "sign_conflict"),
+        cosines=_of_pairs(entry, "cosines", pairs),
+        sign_conflicts=_of_pairs(entry, "sign_conflicts", pairs),
+    )
+
+
+def _number(entry: Entry, key: str) -> float | None:
+    found = entry.get(key)
+    return None if found is None else found.number()
+
+
+def _of_pairs(entry: Entry, key: str, count: int) -> list[float | None]:
+    found = entry.get(key)
+    values = [] if found is None else found.each(Entry.maybe)
+    if found is not None and len(values) != count:
+        found.refuse(f"a list of {count} values, one for each two models")
+    return values

@@ -1,0 +1,177 @@
+"""What the contract suite tries: values for parameters, and inputs good and weak."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.kernels.merge_tensor import merge_tensors
+from ..errors import ParameterError
+from ..method import Location, MergeMethod, Number, Parameter
+from ..method.method import fill
+
+Case = tuple[bool, dict[str, Any]]
+# a base, or None, and models
+Inputs = tuple[Tensor | None, list[Tensor]]
+
+SHAPE = (12, 37)
+SHAPES: list[tuple[int, ...]] = [(), (1,), (37,), (12, 37), (1, 37), (12, 1), (3, 4, 5), (3, 1, 5)]
+LOCATIONS = [
+    Location("before"),
+    *(Location("layer", layer, 32) for layer in (0, 7, 16, 24, 31)),
+    Location("after"),
+    Location("before", role="embedding"),
+    Location("after", role="head"),
+]
+EMPTY: list[tuple[int, ...]] = [(0,), (0, 5), (5, 0)]
+
+_WITH_BASE = {"required": [True], "optional": [True, False], "unused": [False]}
+
+
+def count_models(method: MergeMethod) -> int:
+    """Return how many models the laws merge: three where the method takes as many."""
+    return max(method.min_models, min(3, method.max_models or 3))
+
+
+def suggest(parameter: Parameter, share: float = 0.5) -> Any:
+    """Return a value to try for a parameter, from its search interval or its range.
+
+    Args:
+        parameter: The parameter.
+        share: Position in the interval, 0 to 1.
+    """
+    if parameter.kind == "flag":
+        return not parameter.default
+    if parameter.kind == "choice":
+        return parameter.choices[-1]
+    allowed = parameter.range or Number()
+    low, high = allowed.search or (allowed.low, allowed.high)
+    if math.isfinite(low) and math.isfinite(high):
+        value = low + share * (high - low)
+    elif not parameter.required:
+        value = 1.5 * parameter.default
+    else:
+        value = low + 2 * share if math.isfinite(low) else share
+    if parameter.kind == "integer":
+        return max(math.ceil(value), 1)
+    return value
+
+
+def cases(method: MergeMethod) -> Iterator[Case]:
+    """Yield parameters to try: the defaults, other numbers together and one by one, each value of a flag or choice.
+
+    Combinations that the method's own validation refuses are left out. Every case is tried with a base and without
+    where that is optional.
+    """
+    n = count_models(method)
+    required = {name: each(p, n) for name, p in method.parameters.items() if p.required}
+    numbers = {name: each(p, n) for name, p in method.parameters.items() if p.kind in ("number", "integer")}
+    tried: list[dict[str, Any]] = [{}, numbers, *({name: value} for name, value in numbers.items())]
+    for name, parameter in method.parameters.items():
+        if parameter.kind in ("flag", "choice"):
+            tried += [{name: value} for value in others(parameter, n)]
+    done: list[dict[str, Any]] = []
+    for choice in tried:
+        parameters = {**required, **choice}
+        if parameters in done:
+            continue
+        done.append(parameters)
+        with contextlib.suppress(ParameterError):
+            fill(method, parameters, n)
+            for with_base in _WITH_BASE[method.base]:
+                yield with_base, parameters
+
+
+def make_inputs(
+    method: MergeMethod, with_base: bool, shape: Sequence[int] = SHAPE, *, seed: int = 0, scale: float = 1.0
+) -> Inputs:
+    """Make a base and models, float32: weights of standard deviation `scale`, task vectors with heavy tails."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator) * scale
+    models = [base + torch.randn(shape, generator=generator) ** 3 * (0.1 * scale) for _ in range(count_models(method))]
+    return (base if with_base else None), models
+
+
+def each(parameter: Parameter, n: int) -> Any:
+    """Suggest a value, or different ones for the models."""
+    if not parameter.per_model:
+        return suggest(parameter)
+    return [suggest(parameter, 0.35 + 0.3 * (i + 0.5) / n) for i in range(n)]
+
+
+def others(parameter: Parameter, n: int) -> list[Any]:
+    """Return what a parameter may be beside its default: all other choices, or one suggestion."""
+    if parameter.kind != "choice":
+        return [each(parameter, n)]
+    found = [choice for choice in parameter.choices if choice != parameter.default]
+    return [[choice] * n if parameter.per_model else choice for choice in found]
+
+
+def defaults(method: MergeMethod, *, shares: bool = False) -> Iterator[Case]:
+    """Yield the case of defaults; on request with equal shares of 1 as weights."""
+    n = count_models(method)
+    given = {name: each(p, n) for name, p in method.parameters.items() if p.required}
+    for name in given:
+        parameter = method.parameters[name]
+        if shares and parameter.per_model and math.isinf((parameter.range or Number()).low):
+            given[name] = [1 / n] * n
+    for with_base in _WITH_BASE[method.base]:
+        yield with_base, given
+
+
+def weak_inputs(method: MergeMethod, with_base: bool, shape: Sequence[int]) -> Iterator[tuple[str, Inputs]]:
+    """Yield inputs on which a division by a norm, a variance or a count fails, and what they are."""
+    base, models = make_inputs(method, with_base, shape)
+    zero = torch.zeros(shape)
+    yield "ordinary numbers", (base, models)
+    yield "zeros", (None if base is None else zero, [zero for _ in models])
+    yield "equal models", (base, [models[0] for _ in models])
+    yield "models equal to the base", (base, [models[0] if base is None else base for _ in models])
+    yield "a zero base", (None if base is None else zero, models)
+    yield "a zero model", (base, [zero, *models[1:]])
+    yield "constants", (None if base is None else zero, [zero + i for i in range(1, len(models) + 1)])
+    denormal = models[0] * 1e-42
+    yield "a denormal model", (None if base is None else zero, [denormal, *models[1:]])
+    yield "numbers near 1e-30", make_inputs(method, with_base, shape, scale=1e-30)
+    yield "denormal numbers", make_inputs(method, with_base, shape, scale=1e-42)
+    centre = zero if base is None else base
+    yield "opposite models", (base, [centre + (-1) ** i * (models[0] - centre) for i in range(len(models))])
+    lonely = zero.clone()
+    lonely.view(-1)[:1] = 1.0
+    yield "a lonely entry", (None if base is None else zero, [lonely, *(zero for _ in models[1:])])
+
+
+def bad_values(parameter: Parameter) -> Iterator[Any]:
+    """Yield values that a parameter must refuse."""
+    if parameter.kind == "flag":
+        yield from ("yes", 2)
+        return
+    yield from (None, "nonsense")
+    if parameter.kind == "choice":
+        return
+    yield from (math.nan, math.inf, True)
+    allowed = parameter.range or Number()
+    if parameter.kind == "integer":
+        yield suggest(parameter) + 0.5
+    for end, beyond in ((allowed.low, -1), (allowed.high, 1)):
+        if math.isfinite(end):
+            yield end + beyond
+            if allowed.open:
+                yield end
+
+
+def merge(method: MergeMethod, inputs: Inputs, parameters: Mapping[str, Any], **options: Any) -> Tensor:
+    """Merge inputs in memory."""
+    base, models = inputs
+    return merge_tensors(method, base, models, parameters, **options)
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Convert inputs."""
+    base, models = inputs
+    return (None if base is None else base.to(dtype)), [model.to(dtype) for model in models]

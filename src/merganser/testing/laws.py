@@ -1,0 +1,428 @@
+"""The contract of merge methods: laws that every one must keep, ours or a third party's.
+
+A package that registers methods runs it in its own tests:
+
+    import pytest
+    from merganser.testing import contract
+    from my_package import my_method
+
+    @pytest.mark.parametrize("law", contract(my_method), ids=lambda law: law.__name__)
+    def test_contract(law):
+        law(my_method)
+
+Each law is a plain function that raises AssertionError and says what was expected. Beside those of `contract` there are
+three that need more: `check_reproducible` (fresh processes), `check_citation` (a bibliography) and `check_compiled`
+(a compiler, and some seconds per method).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.kernels.peak_memory import peak_per_element
+from ..errors import ParameterError
+from ..method import MergeMethod
+from ..method.method import fill
+from .cases import (
+    EMPTY,
+    LOCATIONS,
+    SHAPE,
+    SHAPES,
+    Case,
+    bad_values,
+    cases,
+    cast,
+    count_models,
+    defaults,
+    each,
+    make_inputs,
+    merge,
+    others,
+    suggest,
+    weak_inputs,
+)
+from .matrices import leaves_the_rest, merges_each_expert
+from .processes import check_reproducible
+from .sidecars import SIDECAR_LAWS
+
+__all__ = ["Law", "check_citation", "check_compiled", "check_reproducible", "contract", "probe"]
+
+Law = Callable[[MergeMethod], None]
+
+
+def contract(method: MergeMethod) -> list[Law]:
+    """Return the laws that a method must keep."""
+    applicable: list[Law] = [
+        describes_itself,
+        names_bad_parameters,
+        suggests_values,
+        ignores_what_does_not_matter,
+        keeps_shape,
+        takes_empty_tensors,
+        gives_declared_dtype,
+        stays_finite,
+        leaves_inputs_alone,
+        rounds_once,
+        keeps_precision,
+        ignores_blocks,
+        follows_seed if method.random else ignores_seed,
+    ]
+    kept = [law for name, law in _BREAKABLE.items() if name not in method.breaks and _applies(name, method)]
+    if method.located:
+        applicable.append(goes_by_location)
+    matrices: list[Law] = [leaves_the_rest, merges_each_expert] if method.scope == "matrix" else []
+    sidecars: list[Law] = [] if method.sidecar is None else SIDECAR_LAWS
+    return [*applicable, *matrices, *sidecars, *kept, *([breaks_what_it_says] if method.breaks else [])]
+
+
+def probe(method: MergeMethod) -> dict[str, Any]:
+    """Find out what a method can do, by its declaration where that is binding and by running it otherwise.
+
+    Returns:
+        `base` ("required", "optional", "unused"), `models` (in words), `scope` ("element", "row", "tensor", "matrix"),
+        `passes` (over the inputs before the result, at most), `random`; as found by the laws `order_matters`,
+        `identical_models_return_the_model` (for one model: equal to the base), `zero_task_vectors_return_the_base`
+        (None without a base) and `result_differs_from_inputs`; and as measured on a square of 64 at the defaults
+        `peak_memory` (bytes held at a time, inputs and result included, over those of the inputs, in float32).
+    """
+    kept = {name: _holds(law, method) for name, law in _BREAKABLE.items() if _applies(name, method)}
+    return {
+        "base": method.base,
+        "models": method.models_text(),
+        "scope": method.scope,
+        "passes": sum(len(statistic.rounds) for statistic in method.statistics.values()),
+        "random": method.random,
+        "order_matters": "order" in method.breaks or method.random or not kept.get("order", True),
+        "identical_models_return_the_model": kept.get("identical", kept.get("zero_delta")),
+        "zero_task_vectors_return_the_base": kept.get("zero_delta"),
+        "result_differs_from_inputs": kept["differs"],
+        "peak_memory": _peak_memory(method),
+    }
+
+
+def _peak_memory(method: MergeMethod) -> float:
+    """Return the most that a method holds at a time, in multiples of its inputs, for one block in float32."""
+    with_base, parameters = next(defaults(method))
+    n = count_models(method)
+    dtypes = [torch.float32] * (n + with_base)
+    held = peak_per_element(method, fill(method, parameters, n), (64, 64), dtypes, torch.float32, with_base=with_base)
+    return round(1 + held / (4 * len(dtypes)), 1)
+
+
+# What a method says
+
+
+def describes_itself(method: MergeMethod) -> None:
+    """The docstring has a summary, a formula and all sections; breaks and compatible values are of known names."""
+    doc = method.doc
+    _require(doc.summary.endswith("."), f"{method.name}: the docstring must begin with a sentence")
+    _require(bool(re.search(r"^ {4}\S", doc.body, re.M)), f"{method.name}: an indented formula is missing")
+    for heading in ("Use when", "Differs from the paper"):
+        _require(bool(doc.sections.get(heading)), f"{method.name}: the section {heading!r} is missing")
+    odd = doc.args.keys() - {p.argument for p in method.parameters.values()}
+    _require(not odd, f"{method.name}: Args describes {sorted(odd)}, which are no parameters")
+    for reason in (*method.breaks.values(), *method.no_effect.values()):
+        _require(bool(reason.strip()), f"{method.name}: a reason in breaks or no_effect is empty")
+    overlap = method.no_effect.keys() & method.parameters.keys()
+    _require(not overlap, f"{method.name}: {sorted(overlap)} cannot be parameters and have no effect")
+    for name, value in method.compat.items():
+        method.parameter(name, method.name).check(value, f"{method.name}: compat")
+    for name in method.when:
+        method.parameter(name, method.name)
+
+
+def suggests_values(method: MergeMethod) -> None:
+    """Every parameter has a value to try, inside its range; the defaults are allowed, too."""
+    n = count_models(method)
+    for parameter in method.parameters.values():
+        for value in [suggest(parameter, share) for share in (0.35, 0.5, 0.65)]:
+            parameter.check(value, f"{method.name}: value to try")
+        if not parameter.required:
+            parameter.check(parameter.default, f"{method.name}: default")
+    fill(method, {name: each(p, n) for name, p in method.parameters.items() if p.required}, n)
+
+
+def names_bad_parameters(method: MergeMethod) -> None:
+    """A parameter that is unknown, missing, mistyped, out of range or of the wrong count is named in the error."""
+    n = count_models(method)
+    good = {name: each(p, n) for name, p in method.parameters.items() if p.required}
+    _refuses(method, {**good, "no_such_parameter": 1}, "no_such_parameter")
+    for name, parameter in method.parameters.items():
+        # the last letter twice
+        _refuses(method, {**good, name + name[-1]: 1}, name + name[-1], f"Did you mean '{name}'?")
+        if parameter.required:
+            _refuses(method, {key: value for key, value in good.items() if key != name}, f"{name} is required")
+        for value in bad_values(parameter):
+            given = [*each(parameter, n)[:-1], value] if parameter.per_model else value
+            _refuses(method, {**good, name: given}, name, parameter.allowed)
+        if parameter.per_model:
+            _refuses(method, {**good, name: [*each(parameter, n), suggest(parameter)]}, name, str(n), str(n + 1))
+
+
+def ignores_what_does_not_matter(method: MergeMethod) -> None:
+    """A parameter that is said not to matter, in a case, changes nothing there."""
+    n = count_models(method)
+    for with_base, parameters in cases(method):
+        filled = fill(method, parameters, n)
+        idle = [name for name in method.when if not method.matters(name, filled)]
+        inputs = make_inputs(method, with_base)
+        for other in ({**parameters, name: value} for name in idle for value in others(method.parameters[name], n)):
+            same = torch.equal(merge(method, inputs, other), merge(method, inputs, parameters))
+            _require(same, f"{method.name}: {other} is said to make no difference to {parameters}, and does")
+
+
+# Shapes, types and numbers
+
+
+def keeps_shape(method: MergeMethod) -> None:
+    """The result has the shape of the inputs, 0-d or with sizes of 1."""
+    for with_base, parameters in cases(method):
+        for shape in SHAPES:
+            result = merge(method, make_inputs(method, with_base, shape), parameters)
+            _require(result.shape == shape, f"{method.name}: shape {list(shape)} became {list(result.shape)}")
+
+
+def takes_empty_tensors(method: MergeMethod) -> None:
+    """A tensor without elements gives one of that shape."""
+    for with_base, parameters in cases(method):
+        for shape in EMPTY:
+            result = merge(method, make_inputs(method, with_base, shape), parameters)
+            _require(result.shape == shape, f"{method.name}: shape {list(shape)} became {list(result.shape)}")
+
+
+def gives_declared_dtype(method: MergeMethod) -> None:
+    """The result has the dtype of the inputs, or the one that is asked for."""
+    for with_base, parameters in defaults(method):
+        inputs = make_inputs(method, with_base)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            result = merge(method, cast(inputs, dtype), parameters)
+            _require(result.dtype == dtype, f"{method.name}: {dtype} became {result.dtype}")
+            result = merge(method, inputs, parameters, dtype=dtype)
+            _require(result.dtype == dtype, f"{method.name}: {result.dtype} instead of the declared {dtype}")
+
+
+def stays_finite(method: MergeMethod) -> None:
+    """No NaN or infinity from weak inputs: zeros, equal tensors, tiny numbers, lonely entries, opposite models."""
+    tried = [(case, shape) for case in cases(method) for shape in [(), (37,), SHAPE]]
+    tried += [(case, shape) for case in defaults(method) for shape in SHAPES]
+    for (with_base, parameters), shape in tried:
+        for kind, inputs in weak_inputs(method, with_base, shape):
+            result = merge(method, inputs, parameters, allow_nonfinite=True)
+            found = f"{method.name}: not finite on {kind}, shape {list(shape)}, {parameters}"
+            _require(bool(torch.isfinite(result).all()), found)
+
+
+def leaves_inputs_alone(method: MergeMethod) -> None:
+    """Base and models are not written to."""
+    for with_base, parameters in cases(method):
+        base, models = make_inputs(method, with_base)
+        inputs = [*models] if base is None else [base, *models]
+        before = [(tensor.clone(), tensor._version) for tensor in inputs]
+        merge(method, (base, models), parameters)
+        for tensor, (copy, version) in zip(inputs, before, strict=True):
+            _require(tensor._version == version and torch.equal(tensor, copy), f"{method.name}: writes to its inputs")
+
+
+def rounds_once(method: MergeMethod) -> None:
+    """Inputs of 16 bits give what the same values give in float32, rounded once."""
+    for with_base, parameters in cases(method):
+        for dtype in (torch.bfloat16, torch.float16):
+            inputs = cast(make_inputs(method, with_base), dtype)
+            wide = merge(method, cast(inputs, torch.float32), parameters)
+            same = torch.equal(merge(method, inputs, parameters), wide.to(dtype))
+            _require(same, f"{method.name}: {dtype} is not the float32 result rounded once, {parameters}")
+
+
+def keeps_precision(method: MergeMethod) -> None:
+    """Arithmetic in float32 is within 2e-6 of the same in float64 (norm of the difference over norm of the result).
+
+    Within 1e-4 for methods that work on matrices: singular vectors feel rounding in proportion to how close their
+    singular values lie together.
+    """
+    allowed = 1e-4 if method.scope == "matrix" else 2e-6
+    for with_base, parameters in cases(method):
+        inputs = make_inputs(method, with_base)
+        wide = merge(method, inputs, parameters, compute=torch.float64, dtype=torch.float64)
+        error = float((merge(method, inputs, parameters) - wide).norm() / wide.norm().clamp(min=1e-30))
+        _require(error <= allowed, f"{method.name}: float32 is off by {error:.1e} of the result, {parameters}")
+
+
+def ignores_blocks(method: MergeMethod) -> None:
+    """Many small blocks give the bytes of one block; with measured sums, to the last bits of what follows from them."""
+    tried: list[tuple[Case, tuple[int, ...]]] = [(case, SHAPE) for case in cases(method)]
+    tried += [(case, shape) for case in defaults(method) for shape in ((3, 10, 5), (500,))]
+    for (with_base, parameters), shape in tried:
+        inputs = make_inputs(method, with_base, shape)
+        whole = merge(method, inputs, parameters)
+        for block in (64, 50):
+            cut = merge(method, inputs, parameters, block=block)
+            if method.statistics:
+                torch.testing.assert_close(cut, whole, rtol=2**-21, atol=2**-23)
+            else:
+                _require(torch.equal(cut, whole), f"{method.name}: blocks of {block} change the result, {parameters}")
+
+
+# Seeds
+
+
+def ignores_seed(method: MergeMethod) -> None:
+    """A method that draws nothing gives the same bytes for any seed and any name of the tensor."""
+    for with_base, parameters in cases(method):
+        inputs = make_inputs(method, with_base)
+        first, other = (merge(method, inputs, parameters, seed=seed, name=f"tensor {seed}") for seed in (1, 2))
+        _require(torch.equal(first, other), f"{method.name}: depends on the seed without taking rng")
+
+
+def follows_seed(method: MergeMethod) -> None:
+    """The same seed gives the same bytes, another seed or tensor name others."""
+    changed = False
+    for with_base, parameters in cases(method):
+        inputs = make_inputs(method, with_base)
+        first = merge(method, inputs, parameters, seed=1)
+        _require(torch.equal(first, merge(method, inputs, parameters, seed=1)), f"{method.name}: one seed, two results")
+        others = [merge(method, inputs, parameters, seed=2), merge(method, inputs, parameters, seed=1, name="other")]
+        changed |= not any(torch.equal(first, other) for other in others)
+    _require(changed, f"{method.name}: takes rng, and neither seed nor tensor name changes the result")
+
+
+# Layers
+
+
+def goes_by_location(method: MergeMethod) -> None:
+    """A method that takes numbers from where a tensor is gives other results elsewhere, and finite ones everywhere."""
+    for with_base, parameters in defaults(method):
+        inputs = make_inputs(method, with_base)
+        results = [merge(method, inputs, parameters, location=where, allow_nonfinite=True) for where in LOCATIONS]
+        finite = all(bool(torch.isfinite(result).all()) for result in results)
+        _require(finite, f"{method.name}: not finite at some location")
+        changed = any(not torch.equal(result, results[0]) for result in results)
+        _require(changed, f"{method.name}: takes numbers from where a tensor is, and they change nothing")
+
+
+# Laws that a method may break, with a reason
+
+
+def returns_identical_models(method: MergeMethod) -> None:
+    """Models that are all the same give that model, to rounding; weights that have no default are equal shares of 1."""
+    for with_base, parameters in defaults(method, shares=True):
+        base, (model, *_) = make_inputs(method, with_base)
+        merged = merge(method, (base, [model.clone() for _ in range(count_models(method))]), parameters)
+        _close(method, merged, model)
+
+
+def returns_base(method: MergeMethod) -> None:
+    """Models equal to the base give the base, bit by bit."""
+    for with_base, parameters in cases(method):
+        for dtype in (torch.float32, torch.bfloat16):
+            base, models = cast(make_inputs(method, with_base), dtype)
+            if base is not None:
+                merged = merge(method, (base, [base.clone() for _ in models]), parameters)
+                _require(torch.equal(merged, base), f"{method.name}: zero task vectors change the base, {parameters}")
+
+
+def ignores_order(method: MergeMethod) -> None:
+    """Models in another order, with their own parameters, give the same result to rounding."""
+    for with_base, parameters in cases(method):
+        base, models = make_inputs(method, with_base)
+        turned = {
+            name: value[::-1] if method.parameters[name].per_model else value for name, value in parameters.items()
+        }
+        result = merge(method, (base, models), parameters)
+        _close(method, merge(method, (base, models[::-1]), turned), result)
+
+
+def differs_from_inputs(method: MergeMethod) -> None:
+    """The result is neither the base nor one of the models."""
+    for with_base, parameters in defaults(method):
+        base, models = make_inputs(method, with_base)
+        merged = merge(method, (base, models), parameters)
+        others = models if base is None else [base, *models]
+        step = (
+            min((one - other).norm() for one in others for other in others if one is not other) if others[1:] else 1.0
+        )
+        for tensor in others:
+            _require(bool((merged - tensor).norm() > 1e-3 * step), f"{method.name}: the result is one of the inputs")
+
+
+_BREAKABLE = {
+    "identical": returns_identical_models,
+    "zero_delta": returns_base,
+    "order": ignores_order,
+    "differs": differs_from_inputs,
+}
+
+
+def breaks_what_it_says(method: MergeMethod) -> None:
+    """A law that the method declares broken does not hold; an excuse that is not needed misleads."""
+    for name in method.breaks:
+        if _applies(name, method):
+            said = f"{method.name}: breaks[{name!r}] is declared, but {_BREAKABLE[name].__name__} holds"
+            _require(not _holds(_BREAKABLE[name], method), said)
+
+
+def _applies(name: str, method: MergeMethod) -> bool:
+    if name == "identical":
+        # one model and a base are the two ends of something: there are no models that could be the same
+        return method.base == "unused" or method.max_models != 1
+    if name == "zero_delta":
+        return method.base != "unused"
+    if name == "order":
+        # draws belong to positions
+        return method.max_models != 1 and not method.random
+    return True
+
+
+def _holds(law: Law, method: MergeMethod) -> bool:
+    try:
+        law(method)
+    except AssertionError:
+        return False
+    return True
+
+
+# Laws that need more than the method
+
+
+def check_citation(method: MergeMethod, bibliography: Path) -> None:
+    """The method cites an entry of a BibTeX file, or says that there is none ("-") and where it comes from."""
+    if method.cite == "-":
+        return
+    keys = re.findall(r"^@\w+\{([^,\s]+),", bibliography.read_text(encoding="utf-8"), re.M)
+    _require(method.cite in keys, f"{method.name}: {method.cite!r} is not in {bibliography.name}")
+
+
+def check_compiled(method: MergeMethod) -> None:
+    """Fused kernels agree with eager ones, to rounding: at the defaults, and at other numbers."""
+    for with_base, parameters in islice(cases(method), 4):
+        inputs = make_inputs(method, with_base)
+        eager = merge(method, inputs, parameters)
+        fused = merge(method, inputs, parameters, compiled=True)
+        torch.testing.assert_close(fused, eager, rtol=1e-6, atol=1e-6)
+
+
+def _close(method: MergeMethod, merged: Tensor, expected: Tensor) -> None:
+    """Compare to rounding: that of single operations, or that of matrix functions, which pass it on enlarged."""
+    bound = 1e-4 if method.scope == "matrix" else 1e-6
+    torch.testing.assert_close(merged, expected, rtol=bound, atol=bound)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _refuses(method: MergeMethod, parameters: Mapping[str, Any], *words: str) -> None:
+    try:
+        fill(method, parameters, count_models(method))
+    except ParameterError as error:
+        missing = [word for word in (method.name, *words) if word not in str(error)]
+        _require(not missing, f"{method.name}: the error {str(error)!r} does not mention {missing}")
+    else:
+        raise AssertionError(f"{method.name}: accepts {dict(parameters)}")
