@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from .. import __version__
+from ..version import __version__
 from ._errors import STOPPED, Verb
 from .diff import diff
 from .eval import ManyValues, evaluate

@@ -11,8 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from .. import __version__
 from ..errors import MergeError
+from ..version import __version__
 from ._text import complain
 
 STOPPED = 130

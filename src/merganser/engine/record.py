@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import NotFoundError
 from ..recipe import ModelReference
 from ..record.format import RECORD_FORMAT, RECORD_NAME
+from ..version import __version__
 from .plan.plan import Plan
 from .stream.digests import digest
 

@@ -14,12 +14,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..engine.kernels.devices import resolve_devices
 from ..errors import MergeError, OutputError, TaskError
 from ..inference.language_model import LanguageModel, Tokenizer, open_model
 from ..inference.sources import Reference, open_source
 from ..process import peak_memory
+from ..version import __version__
 from .harness import Harness
 from .journal import Journal, journal_path
 from .outcome import Outcome

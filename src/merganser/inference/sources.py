@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
-from .. import __version__
 from ..adapters import open_adapter
 from ..checkpoint import Checkpoint, Reader, open_checkpoint
 from ..checkpoint.folder import open_reference
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import os_reason, read_object
 from ..recipe import Recipe, load_recipes
+from ..version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor

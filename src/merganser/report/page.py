@@ -8,8 +8,8 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from .. import __version__
 from ..errors import UnsupportedError
+from ..version import __version__
 from .blocks import Block, Cell, Code, Figure, List, Number, Section, Table
 
 __all__ = ["render"]

@@ -193,7 +193,7 @@ def _write_record(
     import math
     import time
 
-    from ... import __version__
+    from ...version import __version__
     from ..stream.digests import file_hash
 
     described: dict[str, Any] = next((each for each in record["sidecars"]["tasks"] if each["name"] == task), {})
