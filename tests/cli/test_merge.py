@@ -149,7 +149,7 @@ def test_a_defect_of_ours_says_so(models: Path, monkeypatch: pytest.MonkeyPatch)
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr("merganser.engine.merge.merge_stages", broken)
+    monkeypatch.setattr("merganser.engine.merge.merge", broken)
     found = run("merge", recipe(models / "r.yaml", linear("a")), "out")
     assert found.code == 1
     assert "ZeroDivisionError: inside" in found.err

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import merganser
 from merganser import load_recipes
-from merganser.engine.merge import merge_stages, plan_stages, stages_folder
+from merganser.engine.merge import merge, plan, stages_folder
 from merganser.engine.run import Interrupted
 from merganser.errors import MergeError, OutputError, RecipeError
 from tests.cli.tiny import linear, names, recipe, run, state, write
@@ -101,7 +102,7 @@ def test_every_way_to_name_a_stage(models: Path) -> None:
 def test_documents_are_run_in_the_order_of_their_needs(models: Path) -> None:
     file = recipe(models / "r.yaml", linear("first", "c", name="last"), linear("a", "b", name="first"))
     counting = Counting()
-    merge_stages(load_recipes(file), "out", progress=counting)
+    merge(load_recipes(file), "out", progress=counting)
     assert counting.started == ["first", "last"]
 
 
@@ -130,10 +131,10 @@ def test_what_nobody_needs_is_not_made(models: Path) -> None:
 def test_an_interrupted_run_continues_at_its_stage(models: Path) -> None:
     recipes = load_recipes(chain(models, name="last"))
     with pytest.raises(Interrupted, match=r"^out: stopped; run the same command again to continue$"):
-        merge_stages(recipes, "out", progress=Counting(stop_in="last"))
+        merge(recipes, "out", progress=Counting(stop_in="last"))
     assert names(models) == [".out.merging", HOME, "a", "b", "c", "r.yaml"]
     counting = Counting()
-    merge_stages(recipes, "out", progress=counting)
+    merge(recipes, "out", progress=counting)
     assert counting.started == ["last"]
     assert names(models) == ["a", "b", "c", "out", "r.yaml"]
 
@@ -141,9 +142,9 @@ def test_an_interrupted_run_continues_at_its_stage(models: Path) -> None:
 def test_an_interrupted_stage_says_how_to_go_on(models: Path) -> None:
     recipes = load_recipes(chain(models))
     with pytest.raises(Interrupted, match=r"^out: stopped while 'first' was made; run the same command again"):
-        merge_stages(recipes, "out", progress=Counting(stop_in="first"))
+        merge(recipes, "out", progress=Counting(stop_in="first"))
     counting = Counting()
-    merge_stages(recipes, "out", progress=counting)
+    merge(recipes, "out", progress=counting)
     assert counting.started == ["first", None]
 
 
@@ -177,11 +178,11 @@ def test_a_stage_is_used_again_only_unchanged(models: Path, change: Any) -> None
     file = chain(models)
     assert run("merge", file, "out", "--keep-stages").code == 0
     counting = Counting()
-    merge_stages(load_recipes(file), "out", overwrite=True, keep_stages=True, progress=counting)
+    merge(load_recipes(file), "out", overwrite=True, keep_stages=True, progress=counting)
     assert counting.started == [None]
     change(models)
     counting = Counting()
-    merge_stages(load_recipes(file), "out", overwrite=True, keep_stages=True, progress=counting)
+    merge(load_recipes(file), "out", overwrite=True, keep_stages=True, progress=counting)
     assert counting.started == ["first", None]
 
 
@@ -189,7 +190,7 @@ def test_fresh_starts_all_stages_again(models: Path) -> None:
     file = chain(models)
     assert run("merge", file, "out", "--keep-stages").code == 0
     counting = Counting()
-    merge_stages(load_recipes(file), "out", overwrite=True, fresh=True, progress=counting)
+    merge(load_recipes(file), "out", overwrite=True, fresh=True, progress=counting)
     assert counting.started == ["first", None]
     assert names(models) == ["a", "b", "c", "out", "r.yaml"]
 
@@ -199,7 +200,7 @@ def test_a_late_stage_is_refused_before_the_first_runs(models: Path) -> None:
     recipes = load_recipes(recipe(models / "r.yaml", linear("a", "b", name="first"), linear("first", "wide")))
     counting = Counting()
     with pytest.raises(MergeError, match=r"shapes differ.* in stage first, .* in wide") as caught:
-        merge_stages(recipes, "out", progress=counting)
+        merge(recipes, "out", progress=counting)
     assert "/merganser-" not in str(caught.value)
     assert counting.started == []
     assert names(models) == ["a", "b", "c", "r.yaml", "wide"]
@@ -219,7 +220,7 @@ def test_nothing_is_left_after_a_stage_that_failed(models: Path) -> None:
 def test_revision_of_a_stage(models: Path) -> None:
     recipes = load_recipes(recipe(models / "r.yaml", linear("a", "b", name="first"), linear("first@main", "c")))
     with pytest.raises(RecipeError, match="first@main names a revision, but 'first' is the result of an earlier"):
-        plan_stages(recipes)
+        plan(recipes)
 
 
 def test_circle(models: Path) -> None:
@@ -243,7 +244,7 @@ def test_two_runs_into_one_target(models: Path) -> None:
 
     def first() -> None:
         try:
-            merge_stages(recipes, "out", progress=Waiting())
+            merge(recipes, "out", progress=Waiting())
         except BaseException as error:
             errors.append(error)
 
@@ -252,7 +253,7 @@ def test_two_runs_into_one_target(models: Path) -> None:
     assert inside.wait(30)
     try:
         with pytest.raises(OutputError, match=r"^out: another run is writing it"):
-            merge_stages(recipes, "out")
+            merge(recipes, "out")
     finally:
         refused.set()
         thread.join()
@@ -265,3 +266,15 @@ def test_existing_target_is_refused_first(models: Path) -> None:
     assert found.code == 2
     assert "exists; choose another target" in found.err
     assert names(models) == ["a", "b", "c", "r.yaml"]
+
+
+def test_python_takes_what_the_command_line_takes(models: Path) -> None:
+    """A path, a YAML text and loaded recipes of several documents, planned and merged through the public names."""
+    file = chain(models)
+    assert run("merge", file, "out").code == 0
+    for number, given in enumerate((file, str(file), file.read_text(), load_recipes(file))):
+        planned = merganser.plan(given)
+        assert [stage.recipe.name for stage in (*planned.stages, planned)] == ["first", None]
+        assert planned.shown(next(iter(planned.made))) == "first"
+        merganser.merge(given, f"out-{number}")
+        assert merganser.diff("out", f"out-{number}").identical

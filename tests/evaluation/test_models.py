@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import merganser
-from merganser.engine.merge import merge_stages
 from merganser.engine.sidecars.restoration import restore
 from merganser.errors import CheckpointError, MergeError, NotFoundError, TaskError, UnsupportedError
 from merganser.evaluation import Evaluation, evaluate
@@ -88,7 +87,7 @@ def test_a_recipe_in_stages(zoo: Path, words: Path, tmp_path: Path) -> None:
         "models": [{"model": name, "parameters": {"weight": 1.0}} for name in ("first", str(zoo / "a"))],
     }
     path = recipe(tmp_path / "both.yaml", first, second)
-    merge_stages(merganser.load_recipes(path), tmp_path / "written")
+    merganser.merge(path, tmp_path / "written")
     values = figures(evaluate([path, tmp_path / "written"], [words], dtype="float32"))
     assert values["both"] == values["written"]
 

@@ -55,14 +55,14 @@ def merge(
 
     reuse_freed_memory()
     recipes = load_recipes(recipe)  # what is wrong with it is said before torch is loaded
-    from ..engine.merge import merge_stages
+    from ..engine.merge import merge as merge_recipes
     from ..engine.run import Interrupted
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
     given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
     with MergeProgress(quiet) as progress:
         try:
-            result = merge_stages(
+            result = merge_recipes(
                 recipes,
                 out,
                 keep_stages=keep_stages,

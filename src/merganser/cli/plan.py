@@ -12,7 +12,7 @@ from ._text import head, passes_text, say, say_json, share_text, table
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from ..engine.merge import PlannedStage
+    from ..engine.plan.plan import Plan
     from ..engine.plan.summary import InputSummary, PlanSummary, SidecarSummary, TensorGroup, TensorSummary
 
 _MOST_FILES = 8
@@ -33,17 +33,14 @@ def plan(
 ) -> None:
     """Show what a merge will read, do and write; nothing is written."""
     options.quieten_hub()
-    from ..engine.merge import plan_stages
+    from ..engine.merge import plan as plan_recipes
     from ..engine.plan.summary import summarise, tensor_summaries
     from ..recipe import load_recipes
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
     given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
-    stages = plan_stages(
-        load_recipes(recipe),
-        keep_stages=keep_stages,
-        **given,
-    )
+    target = plan_recipes(load_recipes(recipe), keep_stages=keep_stages, **given)
+    stages = [*target.stages, target]
     if json:
         say_json({"stages": [_as_json(stage, tensors=tensors) for stage in stages]})
         return
@@ -51,15 +48,15 @@ def plan(
         if number:
             say()
         if len(stages) > 1:
-            name = f": {stage.name}" if stage.name else ""
+            name = f": {stage.recipe.name}" if stage.recipe.name else ""
             head(f"Stage {number + 1} of {len(stages)}{name}")
-        _print(stage, summarise(stage.plan), tensor_summaries(stage.plan) if tensors else [])
+        _print(stage, summarise(stage), tensor_summaries(stage) if tensors else [])
 
 
-def _as_json(stage: PlannedStage, *, tensors: bool) -> dict[str, Any]:
+def _as_json(stage: Plan, *, tensors: bool) -> dict[str, Any]:
     from ..engine.plan.summary import summarise, tensor_summaries
 
-    found = asdict(summarise(stage.plan))
+    found = asdict(summarise(stage))
     found["donor"] = stage.shown(found["donor"])
     for entry in found["inputs"]:
         made = entry["path"] in stage.made
@@ -70,11 +67,11 @@ def _as_json(stage: PlannedStage, *, tensors: bool) -> dict[str, Any]:
     for key in ("warnings", "differences"):
         found[key] = [stage.shown(line) for line in found[key]]
     if tensors:
-        found["each_tensor"] = [asdict(tensor) for tensor in tensor_summaries(stage.plan)]
+        found["each_tensor"] = [asdict(tensor) for tensor in tensor_summaries(stage)]
     return found
 
 
-def _print(stage: PlannedStage, found: PlanSummary, tensors: list[TensorSummary]) -> None:
+def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> None:
     head(f"{_methods(found)} → {plural(found.tensors, 'tensor')}, {count_text(found.parameters)} parameters")
     say("reads")
     for line in table([_input(stage, entry) for entry in found.inputs], right=(2, 3, 4)):
@@ -105,7 +102,7 @@ def _print(stage: PlannedStage, found: PlanSummary, tensors: list[TensorSummary]
             say(f"  {stage.shown(line)}")
 
 
-def _input(stage: PlannedStage, entry: InputSummary) -> list[str]:
+def _input(stage: Plan, entry: InputSummary) -> list[str]:
     tensors = plural(entry.tensors, "tensor")
     if entry.tensors_read not in (0, entry.tensors):
         tensors = f"{entry.tensors_read:,} of {tensors}"
@@ -196,7 +193,7 @@ def _files(found: PlanSummary) -> list[list[str]]:
     return [[f"{names[0]} to {names[-1]}", size_text(found.bytes_written), f"{dtypes}, each {largest} or less"]]
 
 
-def _tasks(stage: PlannedStage, found: SidecarSummary) -> list[list[str]]:
+def _tasks(stage: Plan, found: SidecarSummary) -> list[list[str]]:
     """Say what is stored for each model, and what it takes to restore them."""
     rows = [
         [

@@ -1,7 +1,8 @@
-"""Recipes of several documents: each may name the result of another as a model.
+"""Plan and merge a recipe: what Python and the command line call.
 
-The last one in the order of work is the target. What the others make lies in a folder beside it, `.OUT.stages`, each
-under its name; a stage that is finished there is used again as long as nothing it was made from has changed.
+A recipe may have several documents (stages), and each may name the result of another one as a model. The last one in the
+order of work is the target. The results of the others lie in a folder beside it, `.OUT.stages`, each under its name; a
+stage that is finished there is used again as long as nothing that it was made from has changed.
 """
 
 from __future__ import annotations
@@ -12,76 +13,63 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import INDEX_NAME, index_json
 from ..errors import MergeError, OutputError, RecipeError
-from ..recipe import ModelReference, Recipe, Slice, Source, load_recipe
+from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 
 if TYPE_CHECKING:
     from .plan.plan import Plan
     from .run import Progress, Result
 
-__all__ = ["PlannedStage", "merge_stages", "plan_last_stage", "plan_stages", "stages_folder"]
+__all__ = ["RecipeLike", "merge", "plan", "plan_with_stages_made", "stages_folder"]
+
+RecipeLike = Recipe | Sequence[Recipe] | str | Path | Mapping[str, Any]
+"""Recipes as `load_recipe` and `load_recipes` return them, or what these read: a path, a YAML text, a mapping."""
 
 
 # hidden, so that it is not taken for a file of the checkpoint
 _NOTE = ".stage.json"
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedStage:
-    """The plan of one recipe of several.
+def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Plan:
+    """Plan a merge from the headers of its inputs; nothing is written.
 
     Args:
-        name: Name of the stage; None for a recipe without one.
-        plan: What it will do. Its inputs that are results of other stages do not exist yet.
-        made: Path in the plan of each input that an earlier stage makes, and that stage's name.
-    """
+        recipe: A recipe of one document or several: its path, its YAML text, a mapping, or what was loaded from those.
+        keep_stages: Plan stages that no later one uses, too.
+        **options: As for `merganser.engine.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
+            `max_memory`, `cache_dir`, `compiled`.
 
-    name: str | None
-    plan: Plan
-    made: Mapping[str, str]
-
-    def shown(self, text: object) -> str:
-        """Return a text with the names of stages in the place of their paths."""
-        found = str(text)
-        for path in sorted(self.made, key=len, reverse=True):
-            found = found.replace(path, self.made[path])
-        return found
-
-
-def plan_stages(recipes: Sequence[Recipe], *, keep_stages: bool = False, **options: Any) -> list[PlannedStage]:
-    """Plan recipes that build on each other, all from headers alone; nothing is written.
-
-    Args:
-        recipes: From `load_recipes`.
-        keep_stages: As for `merge_stages`.
-        **options: As for `plan`.
+    Returns:
+        The plan of the target; its `stages` are the plans of the documents before it, whose results it reads.
 
     Raises:
-        MergeError: A recipe or an input cannot be merged; the message says why.
+        MergeError: The recipe or its inputs cannot be merged; the message says why.
     """
-    needed = _needed(recipes, keep_stages)
-    planned: list[PlannedStage] = []
+    needed = _needed(_load(recipe), keep_stages)
+    if len(needed) == 1:
+        return _plan_one(needed[0], **options)
+    planned: list[Plan] = []
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
-        for recipe in needed:
+        for stage in needed:
             try:
-                plan = _plan_one(_with_folders(recipe, folders), **options)
+                found = _plan_one(_with_folders(stage, folders), **options)
             except MergeError as error:
                 raise type(error)(str(error).replace(f"{root}{os.sep}", "stage ")) from None
-            planned.append(PlannedStage(recipe.name, plan, {str(path): name for name, path in folders.items()}))
-            if recipe.name is not None and recipe is not needed[-1]:
-                folders[recipe.name] = Path(root, _folder_name(recipe.name))
-                _lay_out(plan, folders[recipe.name])
-    return planned
+            planned.append(replace(found, made={str(path): name for name, path in folders.items()}))
+            if stage.name is not None and stage is not needed[-1]:
+                folders[stage.name] = Path(root, _folder_name(stage.name))
+                _lay_out(found, folders[stage.name])
+    return replace(planned[-1], stages=tuple(planned[:-1]))
 
 
-def merge_stages(
-    recipes: Sequence[Recipe],
+def merge(
+    recipe: RecipeLike,
     out: str | Path,
     *,
     keep_stages: bool = False,
@@ -92,21 +80,21 @@ def merge_stages(
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
-    """Merge by recipes that build on each other.
+    """Merge models into a new checkpoint.
 
     Args:
-        recipes: From `load_recipes`; the last one makes the output.
+        recipe: A recipe of one document or several: its path, its YAML text, a mapping, or what was loaded from those.
         out: Target folder; it appears, complete, when all is done.
-        keep_stages: Keep what the other recipes make, in `stages_folder(out)`, even what no later one needs.
+        keep_stages: Keep the results of the other documents in `stages_folder(out)`, even those that no later one uses.
         overwrite: Replace a target that merganser wrote before.
         fresh: Start again even where an interrupted run could be continued.
         allow_nonfinite: Merge NaN and infinity instead of refusing them.
-        cluster: As for `merge`.
+        cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.
         progress: Told how each run advances.
         **options: As for `plan`.
 
     Returns:
-        The folder and the run record of the last recipe, which holds the text of all.
+        The folder and the run record of the target, which holds the text of all documents.
 
     Raises:
         MergeError: A recipe, an input or the target is at fault; the message says why.
@@ -115,32 +103,32 @@ def merge_stages(
     from .run import run_plan
     from .stream.staging import check_target
 
-    out = Path(out)
+    out, recipes = Path(out), _load(recipe)
     given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
     if len(recipes) == 1:
-        return merge(recipes[0], out, overwrite=overwrite, fresh=fresh, **given, **options)
+        return run_plan(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
     check_target(out, overwrite=overwrite)
     # whatever can be refused in any stage is refused before the first one runs
-    plan_stages(recipes, keep_stages=keep_stages, **options)
+    plan(recipes, keep_stages=keep_stages, **options)
     *stages, target = _needed(recipes, keep_stages)
     with _stages(out, keep=keep_stages, fresh=fresh) as home:
         folders: dict[str, Path] = {}
-        for recipe in stages:
-            assert recipe.name is not None
-            plan = _plan_one(_with_folders(recipe, folders), **options)
-            folders[recipe.name] = home / _folder_name(recipe.name)
-            _run_stage(plan, folders[recipe.name], out, **given)
+        for stage in stages:
+            assert stage.name is not None
+            planned = _plan_one(_with_folders(stage, folders), **options)
+            folders[stage.name] = home / _folder_name(stage.name)
+            _run_stage(planned, folders[stage.name], out, **given)
         whole = "".join(_ended(r.text) for r in sorted(recipes, key=lambda r: r.place.line))
         last = replace(_with_folders(target, folders), text=whole)
         return run_plan(_plan_one(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
 
 
 @contextlib.contextmanager
-def plan_last_stage(recipes: Sequence[Recipe], **options: Any) -> Iterator[Plan]:
-    """Plan the last of recipes that build on each other; what it builds on lies in a temporary folder meanwhile.
+def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
+    """Plan the target of a recipe, and merge its other documents at once into a folder that lasts as long as the context.
 
     Args:
-        recipes: From `load_recipes`; the others are merged at once.
+        recipe: As for `plan`.
         **options: As for `plan`.
 
     Raises:
@@ -148,18 +136,16 @@ def plan_last_stage(recipes: Sequence[Recipe], **options: Any) -> Iterator[Plan]
     """
     from .run import run_plan
 
-    if len(recipes) == 1:
-        yield _plan_one(recipes[0], **options)
-        return
-    plan_stages(recipes, **options)
+    recipes = _load(recipe)
+    plan(recipes, **options)
     *stages, target = _needed(recipes, keep_stages=False)
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
-        for recipe in stages:
-            assert recipe.name is not None
-            folder = Path(root, _folder_name(recipe.name))
-            run_plan(_plan_one(_with_folders(recipe, folders), **options), folder)
-            folders[recipe.name] = folder
+        for stage in stages:
+            assert stage.name is not None
+            folder = Path(root, _folder_name(stage.name))
+            run_plan(_plan_one(_with_folders(stage, folders), **options), folder)
+            folders[stage.name] = folder
         yield _plan_one(_with_folders(target, folders), **options)
 
 
@@ -307,21 +293,12 @@ def _ended(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
-_Source = Recipe | str | Path | Mapping[str, Any]
-
-
-def plan(recipe: _Source, **options: Any) -> Plan:
-    """Plan a merge from the headers of its inputs; nothing is written.
-
-    Args:
-        recipe: A recipe, the path of one, its YAML text, or the same as a mapping.
-        **options: As for `merganser.engine.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
-            `max_memory`, `cache_dir`, `compiled`.
-
-    Raises:
-        MergeError: The recipe or its inputs cannot be merged; the message says why.
-    """
-    return _plan_one(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), **options)
+def _load(recipe: RecipeLike) -> Sequence[Recipe]:
+    if isinstance(recipe, Recipe):
+        return [recipe]
+    if isinstance(recipe, str | Path | Mapping):
+        return load_recipes(recipe)
+    return recipe
 
 
 def _plan_one(recipe: Recipe, **options: Any) -> Plan:
@@ -330,45 +307,3 @@ def _plan_one(recipe: Recipe, **options: Any) -> Plan:
     if recipe.random_seed is not None:
         options.setdefault("seed", recipe.random_seed)
     return build_plan(recipe, **options)
-
-
-def merge(
-    recipe: _Source,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    fresh: bool = False,
-    allow_nonfinite: bool = False,
-    cluster: str | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> Result:
-    """Merge models into a new checkpoint.
-
-    Args:
-        recipe: A recipe, the path of one, its YAML text, or the same as a mapping.
-        out: Target folder; it appears, complete, when the merge is done.
-        overwrite: Replace a target that merganser wrote before.
-        fresh: Start again even where an interrupted run could be continued.
-        allow_nonfinite: Merge NaN and infinity instead of refusing them.
-        cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.
-        progress: Told how the run advances.
-        **options: As for `plan`.
-
-    Returns:
-        The folder and the run record.
-
-    Raises:
-        MergeError: The recipe, an input or the target is at fault; the message says why.
-    """
-    from .run import run_plan
-
-    return run_plan(
-        plan(recipe, **options),
-        Path(out),
-        overwrite=overwrite,
-        fresh=fresh,
-        allow_nonfinite=allow_nonfinite,
-        cluster=cluster,
-        progress=progress,
-    )

@@ -150,9 +150,9 @@ def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> So
 def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
     """Plan a recipe; earlier stages are made at once, in a temporary folder."""
     from ..engine.in_memory import merge_to_state_dict
-    from ..engine.merge import plan_last_stage
+    from ..engine.merge import plan_with_stages_made
 
-    plan = stack.enter_context(plan_last_stage(recipes, **({"cache_dir": cache_dir} if cache_dir else {})))
+    plan = stack.enter_context(plan_with_stages_made(recipes, **({"cache_dir": cache_dir} if cache_dir else {})))
     inputs = [_hash_checkpoint(checkpoint) for checkpoint in plan.checkpoints.values()]
     settings = [__version__, *(recipe.text for recipe in recipes), str(plan.seed), str(plan.method.version)]
     return Source(

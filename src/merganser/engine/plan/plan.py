@@ -40,6 +40,8 @@ class Plan:
         warnings: What the user should know before running.
         differences: Where mergekit would compute other numbers for this recipe.
         sidecars: What is stored for each model beside the merged one; None where the method stores nothing.
+        stages: Plans of the recipe's other documents, in the order of work; their results do not exist yet.
+        made: Path in this plan of each input that an earlier stage makes, and that stage's name.
     """
 
     recipe: Recipe
@@ -60,6 +62,15 @@ class Plan:
     warnings: Sequence[str] = field(default_factory=list)
     differences: Sequence[str] = field(default_factory=list)
     sidecars: SidecarPlan | None = None
+    stages: Sequence[Plan] = ()
+    made: Mapping[str, str] = field(default_factory=dict)
+
+    def shown(self, text: object) -> str:
+        """Return a text with the names of stages in the place of their paths."""
+        found = str(text)
+        for path in sorted(self.made, key=len, reverse=True):
+            found = found.replace(path, self.made[path])
+        return found
 
     @property
     def files(self) -> list[Shard]:
