@@ -59,12 +59,6 @@ class MergeMethod:
         """Call the function itself."""
         return self.combine(*args, **kwargs)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        """Travel by name: other processes look it up in their own registry."""
-        from .registry import get_method
-
-        return get_method, (self.name,)
-
     @cached_property
     def random(self) -> bool:
         """Whether the result depends on the seed."""

@@ -8,15 +8,15 @@ A package registers a method with
 
 from __future__ import annotations
 
+import copyreg
 import importlib
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..errors import RecipeError, did_you_mean
-
-if TYPE_CHECKING:
-    from .method import MergeMethod
+from .method import MergeMethod
 
 ENTRY_POINT_GROUP = "merganser.methods"
 
@@ -42,8 +42,6 @@ def get_method(name: str) -> MergeMethod:
     else:
         known = method_names()
         raise RecipeError(f"unknown merge method {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
-    from .method import MergeMethod
-
     if not isinstance(method, MergeMethod):
         raise RecipeError(f"merge method {name!r} must be made with @merge_method, got {type(method).__name__}")
     return method
@@ -61,3 +59,11 @@ def _own_names() -> set[str]:
 
 def _third_party() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _by_name(method: MergeMethod) -> tuple[Callable[..., Any], tuple[str]]:
+    """Pickle a method as its name: another process looks it up in its own registry."""
+    return get_method, (method.name,)
+
+
+copyreg.pickle(MergeMethod, _by_name)
