@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["memory_here", "peak_memory", "reuse_freed_memory"]
 
-
 # of malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
 _LARGEST_KEPT = 32 << 20

@@ -12,7 +12,6 @@ __all__ = ["is_side_file", "side_file_names"]
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".merges", ".spm", ".tokens")
 _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)", re.IGNORECASE)
 
-
 # What describes this one checkpoint, its training or its packing, and would be wrong beside other weights.
 _OWN = re.compile(
     r"(config\.json|params\.json|.*\.index(\..+)?\.json|README.*|adapter_.*|merge\.json|mergekit_.*|"
@@ -20,7 +19,6 @@ _OWN = re.compile(
     r"quantization_config\.json|zero_to_fp32\.py|.*requirements\.txt|model_index\.json|quant_log.*|.*\.log)",
     re.IGNORECASE,
 )
-
 
 # Chat templates beyond the first have a folder of their own.
 _FOLDERS = ("additional_chat_templates",)

@@ -19,25 +19,20 @@ if TYPE_CHECKING:
 
 _PYTHON_AND_TORCH = 240_000_000
 
-
 # what is known of a tensor of an input or of the output
 _LISTED = 640
-
 
 # what was measured of it, and its text in the record
 _RECORDED = 1_600
 _NUMBER = 32
 
-
 # loaded kernels; where they are compiled just in time, torch.compile's machinery
 _LIBRARIES = 20_000_000
 _COMPILER = 190_000_000
 
-
 # freed memory goes back to the system at once where it is allocated in such pieces; of smaller ones some is kept
 _GIVEN_BACK = 32 << 20
 _KEPT = 1.4
-
 
 # most layers of most models, in the inputs of a usual merge
 _KEEP_INPUTS = 64 << 20
