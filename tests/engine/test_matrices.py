@@ -336,7 +336,7 @@ def test_peak_memory_of_a_decomposition():
     def peak(method, shape, n=2):
         dtypes = [torch.float32] * (n + 1)
         given = {"others": "sum", "embeddings": "others"} if method is gram_both_sides else {}
-        return peak_per_element(method, given, shape, dtypes, torch.float32, with_base=True)
+        return peak_per_element(method, given, shape, dtypes, torch.float32, torch.float32, with_base=True)
 
     # a square in float32 and one in float64: they count for more, the longer the matrix is
     assert peak(gram_both_sides, (4096, 1024)) < 24
@@ -392,5 +392,7 @@ def test_memory_is_what_was_told():
     fixed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEASURE]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], env=fixed)
-    told = peak_per_element(rank_one, {}, (1024, 1024), [torch.float32] * 3, torch.float32, with_base=True)
+    told = peak_per_element(
+        rank_one, {}, (1024, 1024), [torch.float32] * 3, torch.float32, torch.float32, with_base=True
+    )
     assert 0.75 <= float(run.stdout) / told <= 1.25

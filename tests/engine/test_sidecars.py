@@ -58,6 +58,21 @@ def recipe_of(name, paths, **keys):
     return make_recipe(name.partition(" ")[0], paths[1:], paths[0], METHODS[name], **keys)
 
 
+def test_arithmetic_is_as_the_recipe_says_everywhere(tmp_path):
+    """The dtype of the recipe counts for the sidecars and for the estimate of memory, not only for the merge."""
+    paths = write_all(tmp_path, dtype=torch.bfloat16)
+    single, double = (
+        plan(recipe_of("emr", paths, dtype=dtype, out_dtype="bfloat16")) for dtype in ("float32", "float64")
+    )
+    assert {tensor.compute_dtype.name for tensor in single.tensors} == {"float32"}
+    assert {tensor.compute_dtype.name for tensor in double.tensors} == {"float64"}
+    assert double.sidecars.peak_memory == 2 * single.sidecars.peak_memory
+    assert double.peak_memory > single.peak_memory
+    out = merge(recipe_of("emr", paths, dtype="float64", out_dtype="bfloat16"), tmp_path / "out").out
+    entries = read_json(out, "sidecars/index.json")["tensors"].values()
+    assert all(entry["wide"] for entry in entries if "parameters" in entry)
+
+
 @pytest.fixture
 def paths(tmp_path):
     return write_all(tmp_path / "models")

@@ -223,9 +223,11 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
         base, models = treatment.inputs(base, models)
+    wide = "float64" in (recipe.dtype, dtype.name, *(tensor.dtype.name for tensor in inputs))
     return PlannedTensor(
         name=slot.name,
         dtype=dtype,
+        compute_dtype=DTYPE_BY_NAME["float64" if wide else "float32"],
         shape=shape,
         copy=copy,
         method=treatment.method,

@@ -112,7 +112,9 @@ def _peak_memory(method: MergeMethod) -> float:
     with_base, parameters = next(defaults(method))
     n = count_models(method)
     dtypes = [torch.float32] * (n + with_base)
-    held = peak_per_element(method, fill(method, parameters, n), (64, 64), dtypes, torch.float32, with_base=with_base)
+    held = peak_per_element(
+        method, fill(method, parameters, n), (64, 64), dtypes, torch.float32, torch.float32, with_base=with_base
+    )
     return round(1 + held / (4 * len(dtypes)), 1)
 
 

@@ -85,6 +85,7 @@ def peak_per_element(
     shape: Sequence[int],
     dtypes: Sequence[torch.dtype],
     output: torch.dtype,
+    compute: torch.dtype,
     *,
     with_base: bool,
 ) -> float:
@@ -98,10 +99,11 @@ def peak_per_element(
         shape: Shape of the tensor: of one matrix where the method works on matrices.
         dtypes: Dtypes of the inputs, the base first.
         output: Dtype of the result.
+        compute: Dtype of the arithmetic.
         with_base: Whether the first input is the base.
     """
     fixed = tuple(sorted(parameters.items()))
-    return _measure(method, fixed, _smaller(shape), tuple(dtypes), output, with_base)
+    return _measure(method, fixed, _smaller(shape), tuple(dtypes), output, compute, with_base)
 
 
 def _smaller(shape: Sequence[int]) -> tuple[int, ...]:
@@ -118,6 +120,7 @@ def _measure(
     shape: tuple[int, ...],
     dtypes: tuple[torch.dtype, ...],
     output: torch.dtype,
+    compute: torch.dtype,
     with_base: bool,
 ) -> float:
     generator = torch.Generator().manual_seed(0)
@@ -128,5 +131,5 @@ def _measure(
     for tensor in models if base is None else [base, *models]:
         memory.ignore(tensor)
     with memory:
-        merge_tensors(method, base, models, dict(parameters), dtype=output, allow_nonfinite=True)
+        merge_tensors(method, base, models, dict(parameters), dtype=output, compute=compute, allow_nonfinite=True)
     return memory.peak / max(math.prod(shape), 1)

@@ -163,8 +163,7 @@ def _eager(tensor: PlannedTensor) -> int:
     """Return what eager arithmetic on small blocks adds to an element, bytes, as measured."""
     n = len(tensor.inputs)
     eager = 12 * n + 50 if tensor.together == "joined" else 24 * n + 70
-    wide = "float64" in (tensor.dtype.name, *(t.dtype.name for t in tensor.inputs))
-    return eager * (2 if wide else 1)
+    return eager * tensor.compute_dtype.itemsize // 4
 
 
 def _probed(tensor: PlannedTensor) -> float:
@@ -176,6 +175,7 @@ def _probed(tensor: PlannedTensor) -> float:
         shape,
         [getattr(torch, source.dtype.name) for source in tensor.inputs],
         getattr(torch, tensor.dtype.name),
+        getattr(torch, tensor.compute_dtype.name),
         with_base=tensor.base is not None,
     )
 

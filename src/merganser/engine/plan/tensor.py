@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ...checkpoint import DType, TensorInfo
 from ...method import MergeMethod
 from ..kernels.blocks import block_step, working_shape
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +19,7 @@ class PlannedTensor:
     Args:
         name: Name in the output.
         dtype: Dtype in the output.
+        compute_dtype: Dtype of the arithmetic: float32, or float64 where the recipe's dtype, an input or the output is.
         shape: Shape.
         copy: True for integers: all inputs must be equal, and are copied.
         method: Merges it: the plan's method, or another one for what that does not treat.
@@ -38,6 +36,7 @@ class PlannedTensor:
 
     name: str
     dtype: DType
+    compute_dtype: DType
     shape: tuple[int, ...]
     copy: bool
     method: MergeMethod
@@ -107,8 +106,3 @@ def each_once(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
 def holds(tensor: PlannedTensor, task: int) -> bool:
     """Say whether a task's own checkpoint holds a tensor; a tied head is read from the embedding."""
     return tensor.models[task].name == tensor.name
-
-
-def is_wide(tensor: PlannedTensor) -> bool:
-    """Say whether the arithmetic on a tensor is in float64."""
-    return "float64" in (tensor.dtype.name, *(source.dtype.name for source in tensor.inputs))

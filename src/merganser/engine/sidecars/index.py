@@ -14,7 +14,7 @@ from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
 from ..plan.plan import Plan
 from ..plan.sidecars import FOLDER, INDEX_FILE, SHARED, SidecarPlan
-from ..plan.tensor import PlannedTensor, holds, is_wide
+from ..plan.tensor import PlannedTensor, holds
 from .make import Errors
 from .plan import needs_base
 
@@ -121,7 +121,7 @@ def _tensors(plan: Plan, sidecars: SidecarPlan, digests: Digests) -> dict[str, A
                 settings[id(tensor.parameters)] = len(parameters)
                 parameters.append(tensor.parameters)
             entry["parameters"] = settings[id(tensor.parameters)]
-            if is_wide(tensor):
+            if tensor.compute_dtype.name == "float64":
                 entry["wide"] = True
             if needs_base(plan.method, tensor.parameters):
                 entry |= _base_tensor(tensor, digests)

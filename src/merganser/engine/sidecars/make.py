@@ -18,7 +18,7 @@ from ...errors import NonFiniteError
 from ..kernels.blocks import BLOCK
 from ..plan.plan import Plan
 from ..plan.sidecars import SHARED, Place, SidecarPlan
-from ..plan.tensor import PlannedTensor, holds, is_wide
+from ..plan.tensor import PlannedTensor, holds
 from ..stream.staging import Staging
 from ..stream.threads import join
 from ..stream.worker import Stopped
@@ -291,7 +291,7 @@ class _Maker:
         return data.view(getattr(torch, tensor.dtype.name))
 
     def _wide(self, tensor: PlannedTensor, raw: Tensor) -> Tensor:
-        return raw.to(self._device, torch.float64 if is_wide(tensor) else torch.float32)
+        return raw.to(self._device, getattr(torch, tensor.compute_dtype.name))
 
     def _base(self, tensor: PlannedTensor) -> TensorInfo:
         assert tensor.base is not None

@@ -12,7 +12,7 @@ from ...errors import RecipeError
 from ...method import MergeMethod, Part, applies, takes
 from ...recipe import Recipe, Resolver, Source
 from ..plan.sidecars import FOLDER, SHARED, PlannedTask, SidecarPlan
-from ..plan.tensor import holds, is_wide
+from ..plan.tensor import holds
 from .codec import OWN, Codec, Codecs, keeps, sidecar_of
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _held(codec: Codec, tensor: PlannedTensor) -> int:
         needed = 70 * (block.end - block.start) + 6 * stored
     else:
         needed = (64 + 10 * n_models) * (block.end - block.start)
-    return 2 * needed if is_wide(tensor) else needed
+    return needed * tensor.compute_dtype.itemsize // 4
 
 
 def _bytes_read(codecs: Codecs, tensors: Sequence[PlannedTensor], kept: Mapping[str, str]) -> int:

@@ -47,14 +47,14 @@ class KernelCache:
             values = self._values.get(settings)
             if values is None:
                 values = self._values[settings] = Values.of(method, tensor.parameters, tensor.located)
-            wide = "float64" in (self._plan.recipe.dtype, tensor.dtype.name, *(t.dtype.name for t in tensor.inputs))
             compiled = self._plan.compiled and method.fuse
-            key = (method, tuple(values.static.items()), wide, tensor.dtype.name, compiled)
+            compute = tensor.compute_dtype.name
+            key = (method, tuple(values.static.items()), compute, tensor.dtype.name, compiled)
             if key not in self._kernels:
                 self._kernels[key] = Kernels(
                     method,
                     values.static,
-                    torch.float64 if wide else torch.float32,
+                    getattr(torch, compute),
                     getattr(torch, tensor.dtype.name),
                     self._device,
                     compiled,
