@@ -119,7 +119,7 @@ def merge_state_dicts(
     settings = {name.rstrip("_"): value for name, value in parameters.items()}
     filled = fill(found, settings, len(models))
     for name, statistic in found.statistics.items():
-        if statistic.wanted(filled) and filled.get(statistic.over, statistic.over) == "model":
+        if statistic.wanted(filled) and statistic.where(filled) == "model":
             raise UnsupportedError(f"{method}: {name} is measured over the whole model; merge checkpoints instead")
     everything = [*models] if base is None else [base, *models]
     if not everything:

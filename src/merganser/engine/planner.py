@@ -268,10 +268,7 @@ def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[Pla
         return
     first, other, *_ = merged.values()
     for name, statistic in method.statistics.items():
-        over = [
-            d.parameters.get(statistic.over, statistic.over) for d in merged.values() if statistic.wanted(d.parameters)
-        ]
-        if "model" in over:
+        if any(statistic.wanted(d.parameters) and statistic.where(d.parameters) == "model" for d in merged.values()):
             raise RecipeError(
                 f"{recipe.place}: {method.name} measures {name} over the whole model, so its parameters cannot "
                 f"differ between tensors; they do between {first.name} and {other.name}"

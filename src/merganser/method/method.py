@@ -78,7 +78,7 @@ class MergeMethod:
             return None
         if not wanted and not self.random:
             return "joined"
-        exact = all(found.at_once and parameters.get(found.over, found.over) == "tensor" for found in wanted)
+        exact = all(found.at_once and found.where(parameters) == "tensor" for found in wanted)
         return "stacked" if exact and self.fuse else None
 
     def locate(self, parameters: Mapping[str, Any], location: Location) -> dict[str, float]:

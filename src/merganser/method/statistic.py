@@ -77,6 +77,14 @@ class Statistic:
         """
         return applies(self.when, parameters)
 
+    def where(self, parameters: Mapping[str, Any]) -> str:
+        """Return over what it is measured with these parameters: "row", "tensor" or "model".
+
+        Args:
+            parameters: All parameters of the tensor, by their names in recipes.
+        """
+        return str(parameters.get(self.over, self.over))
+
 
 def statistic(
     measure: Callable[..., Tensor],

@@ -7,7 +7,7 @@ sums of measurements, and with them every byte, are the same for any memory limi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .kernels import Block, Kernels
 from .values import Values
+
+Inputs = tuple[Tensor | None, Sequence[Tensor]]
+"""The base, where the method takes one, and the models: whole tensors or blocks."""
 
 BLOCK = 1 << 19
 """Elements of a block, at most, on a CPU (a row or a whole tensor may be larger where the method needs it)."""
@@ -148,6 +151,33 @@ class TensorRun:
         block = self._block(known, self.ranges[0], base, models)
         known[name] = self.kernels.measure_at_once(name, block, self.values, given)
         return True
+
+    def solve_statistics(
+        self, read: Callable[[int, int], Inputs], refuse: Callable[[Inputs], None]
+    ) -> dict[str, Tensor]:
+        """Measure and solve the statistics of a tensor whose blocks are all at hand, in their order.
+
+        Args:
+            read: Returns the base (or None) and the models between two elements, flat.
+            refuse: Told the inputs of a block that is not finite; raises unless that is allowed.
+
+        Returns:
+            The solved statistics by name, as `combine` takes them.
+        """
+        known: dict[str, Tensor] = {}
+        for name, statistic, _ in self.kernels.statistics:
+            if self.at_once(name, known, *read(0, self.size)):
+                continue
+            for index in range(len(statistic.rounds)):
+                total: Tensor | None = None
+                for range_ in self.ranges:
+                    inputs = read(*range_)
+                    total, finite = self.measure(name, index, known, range_, *inputs, total)
+                    if not finite:
+                        refuse(inputs)
+                assert total is not None
+                self.solve(name, index, total, known, self.size)
+        return known
 
     @property
     def together(self) -> Literal["joined", "stacked"] | None:

@@ -107,7 +107,7 @@ class Kernels:
     def statistics(self) -> list[tuple[str, Statistic, str]]:
         """Statistics to measure, in order: name, declaration, "row", "tensor" or "model"."""
         return [
-            (name, statistic, str(self.static.get(statistic.over, statistic.over)))
+            (name, statistic, statistic.where(self.static))
             for name, statistic in self.method.statistics.items()
             if self.static[f"measure {name}"]
         ]

@@ -16,7 +16,7 @@ from ...method import Location, MergeMethod
 from ...method.method import fill
 from ...ops.random import keys
 from .assignment import treat
-from .blocks import BLOCK, TensorRun, working_shape
+from .blocks import BLOCK, Inputs, TensorRun, working_shape
 from .kernels import Kernels
 from .values import Values
 
@@ -90,27 +90,19 @@ def merge_tensors(
 def _run_on(run: TensorRun, inputs: Sequence[Tensor], with_base: bool, result: Tensor, complaint: str) -> None:
     """Measure, solve and combine flat inputs."""
 
-    def read(start: int, end: int) -> tuple[Tensor | None, list[Tensor]]:
+    def read(start: int, end: int) -> Inputs:
         parts = [tensor[start:end] for tensor in inputs]
         return (parts[0], parts[1:]) if with_base else (None, parts)
 
-    def checked(found: tuple[Tensor, bool]) -> tuple[Tensor, bool]:
-        if not found[1]:
-            raise NonFiniteError(complaint)
-        return found
+    def refuse(_: Inputs) -> None:
+        raise NonFiniteError(complaint)
 
-    known: dict[str, Tensor] = {}
-    for name, statistic, _ in run.kernels.statistics:
-        if run.at_once(name, known, *read(0, run.size)):
-            continue
-        for index in range(len(statistic.rounds)):
-            total: Tensor | None = None
-            for range_ in run.ranges:
-                total = checked(run.measure(name, index, known, range_, *read(*range_), total))[0]
-            assert total is not None
-            run.solve(name, index, total, known, run.size)
+    known = run.solve_statistics(read, refuse)
     for start, end in run.ranges:
-        result[start:end] = checked(run.combine(known, (start, end), *read(start, end)))[0]
+        found = read(start, end)
+        result[start:end], finite = run.combine(known, (start, end), *found)
+        if not finite:
+            refuse(found)
 
 
 def _check_inputs(method: MergeMethod, base: Tensor | None, models: Sequence[Tensor]) -> None:

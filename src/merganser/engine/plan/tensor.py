@@ -93,7 +93,7 @@ class PlannedTensor:
     def over_model(self) -> bool:
         """Whether it takes part in something that is measured over the whole model."""
         return not self.copy and any(
-            statistic.wanted(self.parameters) and self.parameters.get(statistic.over, statistic.over) == "model"
+            statistic.wanted(self.parameters) and statistic.where(self.parameters) == "model"
             for statistic in self.method.statistics.values()
         )
 

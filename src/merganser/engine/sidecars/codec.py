@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
@@ -123,7 +123,7 @@ class Codec:
     def statistics(self) -> list[tuple[str, Statistic, str]]:
         """Statistics that this tensor needs: name, declaration, "tensor" or "model"."""
         return [
-            (name, statistic, str(self._parameters.get(statistic.over, statistic.over)))
+            (name, statistic, statistic.where(self._parameters))
             for name, statistic in self.sidecar.statistics.items()
             if statistic.wanted(self._parameters)
         ]
@@ -171,6 +171,21 @@ class Codec:
         known["previous"] = solve(**{first: total}, **{key: given[key] for key in rest})
         if index == len(statistic.rounds) - 1:
             known[name] = known.pop("previous").double()
+
+    def solve_statistics(
+        self, over: Collection[str], measure: Callable[[str, int], Tensor], known: dict[str, Tensor], size: int
+    ) -> None:
+        """Measure and solve statistics, one after the other, and put them into `known`.
+
+        Args:
+            over: Which of them: those over the "tensor", over the "model", or both.
+            measure: Returns the measurement of round `index` of statistic `name`, added up over all blocks.
+            known: What was solved before, by name.
+            size: Number of elements that are measured.
+        """
+        for name, statistic, where in self.statistics:
+            for index in range(len(statistic.rounds)) if where in over else ():
+                self.solve(name, index, measure(name, index), known, size)
 
     def encode(
         self,

@@ -177,12 +177,12 @@ class _Maker:
         if not tensors:
             return known
         codec = self._codec(tensors[0])
-        size = sum(t.size for t in tensors)
-        for name, statistic, over in codec.statistics:
-            if over == "model":
-                for index in range(len(statistic.rounds)):
-                    parts = self.each(len(tensors), lambda i, n=name, k=index: self._measure(tensors[i], n, k, known))  # type: ignore[misc]
-                    codec.solve(name, index, sum(parts[1:], parts[0]), known, size)
+
+        def measure(name: str, index: int) -> Tensor:
+            parts = self.each(len(tensors), lambda i: self._measure(tensors[i], name, index, known))
+            return sum(parts[1:], parts[0])
+
+        codec.solve_statistics(["model"], measure, known, sum(t.size for t in tensors))
         return known
 
     def make(self, tensor: PlannedTensor, known: dict[str, Tensor]) -> tuple[Errors, str]:
@@ -213,10 +213,9 @@ class _Maker:
 
     def _encode(self, tensor: PlannedTensor, known: dict[str, Tensor], writer: _Writer, errors: Errors) -> None:
         codec = self._codec(tensor)
-        for name, statistic, over in codec.statistics:
-            if over == "tensor":
-                for index in range(len(statistic.rounds)):
-                    codec.solve(name, index, self._measure(tensor, name, index, known), known, tensor.size)
+        codec.solve_statistics(
+            ["tensor"], lambda name, index: self._measure(tensor, name, index, known), known, tensor.size
+        )
         dtypes = [getattr(torch, dtype.name) for dtype in (tensor.dtype, *(model.dtype for model in tensor.models))]
         for span in codec.blocks:
             base, models, merged = self._read_block(codec, tensor, span)

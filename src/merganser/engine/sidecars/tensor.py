@@ -70,10 +70,12 @@ def make_sidecar(
         return cut(base, span), [cut(model, span) for model in models], cut(merged, span)
 
     known: dict[str, Tensor] = {}
-    for name, statistic, _ in codec.statistics:
-        for index in range(len(statistic.rounds)):
-            measured = [codec.measure(name, index, *blocks(span), known) for span in codec.blocks]
-            codec.solve(name, index, sum(measured[1:], measured[0]), known, base.numel())
+
+    def measure(name: str, index: int) -> Tensor:
+        measured = [codec.measure(name, index, *blocks(span), known) for span in codec.blocks]
+        return sum(measured[1:], measured[0])
+
+    codec.solve_statistics(["tensor", "model"], measure, known, base.numel())
     dtypes = [merged.dtype, *(model.dtype for model in models)]
     stored = [codec.encode(span, *blocks(span), known, dtypes) for span in codec.blocks]
     declared = codec.all_parts

@@ -117,27 +117,14 @@ class Worker:
                 total: Tensor | None = None
                 for range_ in ranges:
                     inputs = self._read(tensor, *range_, state.kept)
-                    total = self._measure(run, name, index, state.known[i], tensor, range_, inputs, total)
+                    total, finite = run.measure(
+                        name, index, state.known[i], range_, *self._split(tensor, inputs), total
+                    )
+                    if not finite:
+                        self._refuse(tensor, inputs)
                 assert total is not None
                 sums[0 if over == "model" else i].add((tensor.name, task.segment), total)
         return sums
-
-    def _measure(
-        self,
-        run: TensorRun,
-        name: str,
-        index: int,
-        known: dict[str, Tensor],
-        tensor: PlannedTensor,
-        range_: tuple[int, int],
-        inputs: list[Tensor],
-        total: Tensor | None,
-    ) -> Tensor:
-        """Add the measurement of a block of a tensor to the total of those before it."""
-        total, finite = run.measure(name, index, known, range_, *self._split(tensor, inputs), total)
-        if not finite:
-            self._refuse(tensor, inputs)
-        return total
 
     def _combine_segment(self, state: GroupState, task: Task, run: TensorRun) -> dict[str, Any]:
         group, known = state.group, state.known[0]
@@ -207,15 +194,10 @@ class Worker:
             return self._copy(tensor, inputs)
         if not run.ranges:
             return torch.empty(0, dtype=run.kernels.output)
-        range_ = run.ranges[0]
         if measure:
-            for name, statistic, _ in run.kernels.statistics:
-                if run.at_once(name, known, *self._split(tensor, inputs)):
-                    continue
-                for round_ in range(len(statistic.rounds)):
-                    total = self._measure(run, name, round_, known, tensor, range_, inputs, None)
-                    run.solve(name, round_, total, known, run.size)
-        return self._merge(run, tensor, known, *range_, inputs)
+            sent = self._split(tensor, inputs)
+            known = run.solve_statistics(lambda *_: sent, lambda _: self._refuse(tensor, inputs))
+        return self._merge(run, tensor, known, *run.ranges[0], inputs)
 
     def _merge(
         self,
