@@ -76,11 +76,11 @@ def method_page(method, works: dict[str, dict[str, str]]) -> str:
     lines += ["", f"Takes {method.models_text()}."]
     if method.sidecar is not None:
         lines += ["", "Keeps what gives each model back: see [sidecars](../sidecars.md)."]
-    if method.no_effect:
+    if method.ignored:
         lines += ["", "Accepted for mergekit's sake, without effect:"]
-        lines += [f"`{name}` ({why})" for name, why in method.no_effect.items()]
-    if method.compat:
-        values = ", ".join(f"`{name}: {value}`" for name, value in method.compat.items())
+        lines += [f"`{name}` ({why})" for name, why in method.ignored.items()]
+    if method.mergekit:
+        values = ", ".join(f"`{name}: {value}`" for name, value in method.mergekit.items())
         lines += ["", f"`compat: mergekit` sets {values}."]
     lines += ["", "## Differs from the paper", "", doc.sections["Differs from the paper"], ""]
     lines += ["## Works on", "", f"{SCOPES[method.scope].capitalize()}.", ""]

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from merganser.cli.methods import _page
-from merganser.method import Fraction, PerModel, Scale, Weight, default, merge_method
+from merganser.method import Fraction, Ignored, PerModel, Scale, Weight, default, merge_method
 from merganser.method.description import citation, describe
 from merganser.method.registry import method_names, methods
 from tests.cli.tiny import run
@@ -19,7 +19,7 @@ from tests.cli.tiny import run
     family="toys",
     cite="-",
     breaks={"order": "the first model leads"},
-    no_effect={"int8_mask": "nothing is stored"},
+    mergekit={"int8_mask": Ignored("nothing is stored")},
 )
 def toy(
     base: Tensor,

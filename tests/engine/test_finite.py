@@ -104,7 +104,7 @@ def picky(measured: Tensor) -> Tensor:
     return measured
 
 
-@merge_method(family="toys", cite="-", statistics={"total": statistic(mean_of_all, picky)}, fuse=False)
+@merge_method(family="toys", cite="-", statistics={"total": statistic(mean_of_all, picky)})
 def toy(models: list[Tensor], total: Tensor) -> Tensor:
     """Add the sum."""
     return models[0] + total

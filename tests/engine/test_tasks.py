@@ -87,7 +87,7 @@ def test_workers_fit_the_memory(tmp_path):
 
 
 def test_a_method_that_needs_whole_tensors_says_which_is_too_large(tmp_path, monkeypatch):
-    @merge_method(family="toys", cite="-", scope="tensor", fuse=False)
+    @merge_method(family="toys", cite="-", scope="tensor")
     def whole(models: list[Tensor]) -> Tensor:
         """Look at everything."""
         return models[0]
@@ -197,7 +197,7 @@ def test_the_largest_of_what_was_measured(dtype):
 
 
 def test_the_first_error_of_any_thread_ends_the_run_and_all_threads(tmp_path, monkeypatch):
-    @merge_method(family="toys", cite="-", fuse=False)
+    @merge_method(family="toys", cite="-")
     def broken(models: list[Tensor]) -> Tensor:
         """Fail on the norm."""
         if models[0].numel() == 16:

@@ -78,7 +78,7 @@ def test_docstrings(doc, message):
 
 def test_reasons_and_compatible_values():
     fails(testing.describes_itself, toy(average, breaks={"order": " "}), "reason")
-    method = toy(shared, models=(1, 1), compat={"t": 2.0})
+    method = toy(shared, models=(1, 1), mergekit={"t": 2.0})
     assert testing.describes_itself in contract(method)
     with pytest.raises(ValueError, match="t must be a number between 0 and 1, got 2"):
         testing.describes_itself(method)

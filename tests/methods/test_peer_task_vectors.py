@@ -41,7 +41,7 @@ def test_agrees_with_mergekit(name, parameters, change):
     mergekit = pytest.importorskip("mergekit.merge_methods")
     base, models = make_models((80, 125), 3, change=change)
     method = get_method(name)
-    ours = merge_tensors(method, base, models, {**parameters, **method.compat})
+    ours = merge_tensors(method, base, models, {**parameters, **method.mergekit})
     wide = [tensor.double() for tensor in (base, *models)]
     theirs = mergekit.merge_tensors(wide, name, parameters=parameters, base_index=0)
     assert error(ours, theirs) <= FLOAT32

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from merganser.errors import MergeError, RecipeError
-from merganser.method import Count, Fraction, MergeMethod, PerModel, Scale, Weight, default, merge_method
+from merganser.method import Count, Fraction, Ignored, MergeMethod, PerModel, Scale, Weight, default, merge_method
 from merganser.recipe import ModelReference, Resolver, load_recipe
 
 
@@ -24,9 +24,8 @@ def _goes_round(rounds: int, density: tuple[float, ...]) -> bool:
 @merge_method(
     family="toys",
     cite="-",
-    compat={"rule": "loose"},
+    mergekit={"rule": "loose", "rescale": Ignored("nothing is dropped")},
     when={"rule": _goes_round},
-    no_effect={"rescale": "nothing is dropped"},
     validate=_check_densities,
 )
 def with_base(

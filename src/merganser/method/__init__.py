@@ -20,7 +20,7 @@ block, a 0-d one (`weight[i]`) does not widen it. Flags, counts and choices arri
 
 from .declare import merge_method
 from .location import Location
-from .method import Law, MergeMethod, Scope
+from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import (
     Count,
     Embeddings,
@@ -45,6 +45,7 @@ __all__ = [
     "Embeddings",
     "Encoded",
     "Fraction",
+    "Ignored",
     "Kept",
     "Law",
     "Location",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .docstring import Docstring, parse_docstring
-from .method import Law, MergeMethod, Scope
+from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import (
     Embeddings,
     Others,
@@ -32,11 +32,9 @@ def merge_method(
     statistics: Mapping[str, Statistic] | None = None,
     located: Mapping[str, Callable[..., float]] | None = None,
     version: int = 1,
-    fuse: bool = True,
     breaks: Mapping[Law, str] | None = None,
-    compat: Mapping[str, Any] | None = None,
+    mergekit: Mapping[str, Any] | None = None,
     when: Mapping[str, When] | None = None,
-    no_effect: Mapping[str, str] | None = None,
     validate: Callable[[Mapping[str, Any]], str | None] | None = None,
     sidecar: Sidecar | None = None,
 ) -> Callable[[Callable[..., Tensor]], MergeMethod]:
@@ -55,12 +53,11 @@ def merge_method(
             them. Each is computed, when the merge is planned, from `location: Location` and the parameters that it names
             (per-model ones are tuples). It may raise ParameterError.
         version: Raise it when results change; it is written to every run record.
-        fuse: False keeps the method out of `torch.compile`.
         breaks: Laws of the contract suite that do not hold, each with the reason.
-        compat: Parameter values that reproduce mergekit where it differs from the definition.
+        mergekit: What mergekit does with a parameter: the value that reproduces it where it differs from the definition,
+            or `Ignored` for a parameter that only mergekit accepts, without using it.
         when: Says of a parameter whether it can change the result, from other parameters, as in `Statistic`; one that is
             not named always can.
-        no_effect: Parameters that mergekit accepts here without using them, each with a word of explanation.
         validate: Looks at all parameters of a tensor together, by their names in recipes (per-model ones as tuples);
             returns a complaint or None.
         sidecar: What is stored for each model beside the result; what its `encode` declares are parameters, too.
@@ -69,13 +66,17 @@ def merge_method(
     multiply what comes in, and the experts of a packed tensor [experts, rows, columns]. What becomes of all other
     tensors, its parameters `others: Others` and `embeddings: Embeddings` say, which it declares and does not read. It
     takes a base. Its statistics are over the model (what it needs of a matrix it has at hand), and count the matrices
-    alone. It is never fused.
+    alone.
+
+    Functions over elements and rows may be fused by `torch.compile`, so they must not branch on the values of tensors; those
+    over a whole tensor or matrix are never fused.
 
     Raises:
         TypeError: The declaration contradicts itself, or the docstring does not describe a parameter.
     """
 
     def decorate(function: Callable[..., Tensor]) -> MergeMethod:
+        given = dict(mergekit or {})
         doc = parse_docstring(function.__doc__ or "")
         hints = typing.get_type_hints(function, include_extras=True)
         signature = inspect.signature(function).parameters
@@ -101,11 +102,10 @@ def merge_method(
             min_models=models[0],
             max_models=models[1],
             version=version,
-            fuse=fuse and scope != "matrix",
             breaks=dict(breaks or {}),
-            compat=dict(compat or {}),
+            mergekit={name: value for name, value in given.items() if not isinstance(value, Ignored)},
+            ignored={name: value.reason for name, value in given.items() if isinstance(value, Ignored)},
             when=dict(when or {}),
-            no_effect=dict(no_effect or {}),
             validate=validate,
             sidecar=sidecar,
             doc=doc,

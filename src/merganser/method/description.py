@@ -97,7 +97,7 @@ def describe(method: MergeMethod) -> MethodDescription:
         cite=method.cite,
         citation=citation(method.cite),
         breaks={str(law): reason for law, reason in method.breaks.items()},
-        no_effect=dict(method.no_effect),
+        no_effect=dict(method.ignored),
         version=method.version,
     )
 

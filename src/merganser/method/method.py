@@ -21,12 +21,23 @@ from .statistic import Statistic, When, applies, takes
 if TYPE_CHECKING:
     from .sidecar import Sidecar
 
-__all__ = ["Law", "MergeMethod", "Scope", "fill"]
+__all__ = ["Ignored", "Law", "MergeMethod", "Scope", "fill"]
 
 Law = Literal["identical", "zero_delta", "order", "differs"]
 
 
 Scope = Literal["element", "row", "tensor", "matrix"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A parameter that mergekit accepts for a method without using it.
+
+    Args:
+        reason: Why it has no effect, for the message.
+    """
+
+    reason: str
 
 
 # as a key: one object per method
@@ -46,11 +57,10 @@ class MergeMethod:
     min_models: int
     max_models: int | None
     version: int
-    fuse: bool
     breaks: Mapping[Law, str]
-    compat: Mapping[str, Any]
+    mergekit: Mapping[str, Any]
+    ignored: Mapping[str, str]
     when: Mapping[str, When]
-    no_effect: Mapping[str, str]
     validate: Callable[[Mapping[str, Any]], str | None] | None
     sidecar: Sidecar | None
     doc: Docstring = field(repr=False)
@@ -58,6 +68,11 @@ class MergeMethod:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the function itself."""
         return self.combine(*args, **kwargs)
+
+    @property
+    def fuse(self) -> bool:
+        """Whether `torch.compile` may fuse it; what works on a whole tensor or matrix gains nothing from that."""
+        return self.scope in ("element", "row")
 
     @cached_property
     def random(self) -> bool:

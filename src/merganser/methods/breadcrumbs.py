@@ -13,7 +13,7 @@ from ..ops import collides, keep_middle, l1_gain, middle_cut, middle_norms, norm
     cite="davari2024breadcrumbs",
     scope="row",
     statistics={"cut": middle_cut(), "gain": statistic(middle_norms, l1_gain, when="rescale")},
-    compat={"precedence": "density"},
+    mergekit={"precedence": "density"},
     when={"precedence": collides},
     breaks={"identical": "the largest entries of the task vector are removed"},
 )

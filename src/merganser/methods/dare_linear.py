@@ -12,7 +12,7 @@ from ..ops import Random, drop, drop_norms, l1_gain, normalizer, rescales, resto
     family="task vectors",
     cite="yu2024dare",
     statistics={"gain": statistic(drop_norms, l1_gain, when=restores_l1)},
-    compat={"rescale_to": "l1"},
+    mergekit={"rescale_to": "l1"},
     when={"rescale_to": rescales},
 )
 def dare_linear(

@@ -12,7 +12,7 @@ from ..ops import Random, disjoint_mean, drop, drop_norms, l1_gain, rescales, re
     family="task vectors",
     cite="yu2024dare",
     statistics={"gain": statistic(drop_norms, l1_gain, when=restores_l1)},
-    compat={"rescale_to": "l1"},
+    mergekit={"rescale_to": "l1"},
     when={"rescale_to": rescales},
 )
 def dare_ties(

@@ -24,7 +24,7 @@ from ..ops import (
     cite="deep2024della",
     scope="row",
     statistics={"gain": statistic(magprune_norms, l1_gain, when=restores_l1)},
-    compat={"rescale_to": "l1"},
+    mergekit={"rescale_to": "l1"},
     when={"rescale_to": rescales},
     validate=check_spread,
 )

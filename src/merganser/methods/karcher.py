@@ -66,7 +66,7 @@ def inner_products(models: list[Tensor]) -> Tensor:
     family="spherical",
     cite="karcher1977mean",
     statistics={"share": statistic(inner_products, factors)},
-    compat={"zero_norm": 1e-5},
+    mergekit={"zero_norm": 1e-5},
 )
 def karcher(
     models: list[Tensor],

@@ -56,7 +56,7 @@ def of_tensor(filter_wise: bool) -> bool:
     scope="row",
     models=(2, None),
     statistics={"t": statistic(inner_products, ratio, when=of_tensor)},
-    compat={"norm_floor": 1e-6},
+    mergekit={"norm_floor": 1e-6},
 )
 def model_stock(
     base: Tensor,

@@ -67,7 +67,7 @@ def shares(measured: Tensor, size: Tensor, floor: Tensor) -> Tensor:
         "cut": order_statistic(spreads, ranks, when=selects),
         "share": statistic(squared_norms, shares),
     },
-    compat={"floor": 1e-6},
+    mergekit={"floor": 1e-6},
     version=2,
 )
 def sce(

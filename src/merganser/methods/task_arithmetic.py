@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from ..method import PerModel, Scale, Weight, default, merge_method
+from ..method import Ignored, PerModel, Scale, Weight, default, merge_method
 from ..ops import deltas, normalizer, weighted_sum
 
 
 @merge_method(
     family="task vectors",
     cite="ilharco2023task",
-    no_effect={"density": "nothing is trimmed", "rescale": "nothing is dropped"},
+    mergekit={"density": Ignored("nothing is trimmed"), "rescale": Ignored("nothing is dropped")},
 )
 def task_arithmetic(
     base: Tensor,

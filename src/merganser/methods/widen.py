@@ -93,7 +93,6 @@ def add(base: Tensor, models: list[Tensor], share: Tensor, normalize: bool) -> T
     cite="yu2024widen",
     scope="tensor",
     located={"by_row": by_row, "packed": packed},
-    fuse=False,
     breaks={"identical": "the factors of the models do not add up to 1"},
 )
 def widen(

@@ -152,7 +152,7 @@ class Resolver:
         name = self.method.name
         sources = [source for piece in self.slices for source in piece.sources]
         levels = [*self._shared_levels(), *(source.parameters for source in sources)]
-        for parameter, value in self.method.compat.items():
+        for parameter, value in self.method.mergekit.items():
             declared = self.method.parameters[parameter]
             written = any(parameter in level for level in levels)
             if declared.default != value and not written and self._matters(parameter):
@@ -251,7 +251,7 @@ class Resolver:
         for name, setting in settings.items():
             where = _parent(setting.place)
             reason = _NO_EFFECT.get(name) if name not in self.method.parameters else None
-            reason = reason or self.method.no_effect.get(name)
+            reason = reason or self.method.ignored.get(name)
             if reason:
                 self.warnings.append(f"{where}: {name} has no effect on {self.method.name}: {reason}")
                 continue
@@ -289,7 +289,7 @@ class Resolver:
                     if rule.filter is None:
                         return tuple(rules)
         if not p.required:
-            default = self.method.compat.get(p.name, p.default) if self.recipe.compat else p.default
+            default = self.method.mergekit.get(p.name, p.default) if self.recipe.compat else p.default
             rules.append(Rule(None, (default,), self.recipe.place))
         elif not rules:
             one = f" for each model, and {of.model} has none" if isinstance(of, Source) else ""

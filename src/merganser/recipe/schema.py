@@ -116,7 +116,7 @@ def _rules_of(method: MergeMethod) -> Schema:
 
 def _parameters(method: MergeMethod) -> Schema:
     """Return the schema of `parameters` at any level, for one method."""
-    ignored = {"int8_mask": "Accepted, as in mergekit.", **method.no_effect}
+    ignored = {"int8_mask": "Accepted, as in mergekit.", **method.ignored}
     properties = {name: _described({}, f"Has no effect: {why}", deprecated=True) for name, why in ignored.items()}
     properties |= {p.name: _setting(p) for p in method.parameters.values()}
     return {"properties": properties, "additionalProperties": False}

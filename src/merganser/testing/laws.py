@@ -130,12 +130,12 @@ def describes_itself(method: MergeMethod) -> None:
         _require(bool(doc.sections.get(heading)), f"{method.name}: the section {heading!r} is missing")
     odd = doc.args.keys() - {p.argument for p in method.parameters.values()}
     _require(not odd, f"{method.name}: Args describes {sorted(odd)}, which are no parameters")
-    for reason in (*method.breaks.values(), *method.no_effect.values()):
-        _require(bool(reason.strip()), f"{method.name}: a reason in breaks or no_effect is empty")
-    overlap = method.no_effect.keys() & method.parameters.keys()
+    for reason in (*method.breaks.values(), *method.ignored.values()):
+        _require(bool(reason.strip()), f"{method.name}: a reason in breaks or of an ignored parameter is empty")
+    overlap = method.ignored.keys() & method.parameters.keys()
     _require(not overlap, f"{method.name}: {sorted(overlap)} cannot be parameters and have no effect")
-    for name, value in method.compat.items():
-        method.parameter(name, method.name).check(value, f"{method.name}: compat")
+    for name, value in method.mergekit.items():
+        method.parameter(name, method.name).check(value, f"{method.name}: mergekit")
     for name in method.when:
         method.parameter(name, method.name)
 
