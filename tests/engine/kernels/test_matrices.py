@@ -355,7 +355,7 @@ LARGE = {
 
 
 def test_a_limit_that_is_too_small_names_the_matrix(tmp_path, toys):
-    from tests.engine.test_tasks import sparse
+    from tests.engine.stream.test_schedule import sparse
 
     base, *models = sparse(tmp_path, 3, LARGE)
     roomy = plan(make_recipe("rank_one", models, base), max_memory=10**11, threads=2)
@@ -391,7 +391,7 @@ def test_memory_is_what_was_told():
     # otherwise malloc keeps what was freed, or not, by what it saw before: the threshold moves
     fixed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEASURE]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], env=fixed)
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3], env=fixed)
     told = peak_per_element(
         rank_one, {}, (1024, 1024), [torch.float32] * 3, torch.float32, torch.float32, with_base=True
     )

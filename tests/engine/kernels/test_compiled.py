@@ -165,8 +165,8 @@ def test_a_broken_compiler_is_told_and_works_when_it_is_mended(cache, tmp_path, 
     compiler = tmp_path / "g++"
     compiler.write_text(BROKEN % shutil.which("g++"))
     compiler.chmod(0o755)
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-    code += "from tests.engine.test_ahead import merge; merge(True)"
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
+    code += "from tests.engine.kernels.test_compiled import merge; merge(True)"
     command, broken = [sys.executable, "-c", code], {**os.environ, "CXX": str(compiler)}
     found = subprocess.run(command, env=broken, capture_output=True, text=True, check=False)
     assert found.stderr.splitlines()[-1] == (

@@ -15,7 +15,7 @@ from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
 from merganser.engine.plan.memory import kept_bytes
 from merganser.engine.stream.buffers import KeptMemory
-from tests.engine.test_tasks import sparse
+from tests.engine.stream.test_schedule import sparse
 from tests.making import assert_equal, make_recipe, read_files, read_model, write_llamas
 
 RECIPES = {
