@@ -1,4 +1,4 @@
-"""Which method merges a tensor: the recipe's own, or, beside a method for matrices, one for all that is no matrix."""
+"""Decide which method merges a tensor: the recipe's, or, for tensors that a matrix method leaves out, a simple one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Treatment:
     located: Mapping[str, float] = field(default_factory=dict)
 
     def inputs(self, base: T | None, models: Sequence[T]) -> tuple[T | None, Sequence[T]]:
-        """Return base and models as the method takes them: where only the base is left, that is the model."""
+        """Return base and models as the method takes them; for a method without a base (passthrough), the base is the model."""
         if base is None or self.method.base != "unused":
             return base, models
         return None, [base]
@@ -68,7 +68,7 @@ def treat(
 
 
 def is_matrix(name: str, shape: Sequence[int], role: str | None, *, tables: bool) -> bool:
-    """Say whether a tensor multiplies what comes in, or is a pack of such matrices, one per expert.
+    """Return whether a tensor is a weight matrix that multiplies activations, or a stack of them, one per expert.
 
     Args:
         name: Name of the tensor.
@@ -78,7 +78,7 @@ def is_matrix(name: str, shape: Sequence[int], role: str | None, *, tables: bool
     """
     if len(shape) != (3 if role == "expert" and len(shape) == 3 else 2):
         return False
-    # packed experts have biases of two dimensions, and some norms scale each head by itself
+    # biases of packed experts and norms per head have two dimensions, too
     if role == "norm" or name.endswith("bias"):
         return False
     return tables or role not in _TABLES
@@ -86,7 +86,7 @@ def is_matrix(name: str, shape: Sequence[int], role: str | None, *, tables: bool
 
 @lru_cache(maxsize=1024)
 def _beside(others: str, weight: tuple[float, ...], lambda_: float) -> Treatment:
-    """Return how all that is no matrix is merged."""
+    """Return how tensors that are not matrices are merged."""
     if others == "base":
         return Treatment(get_method("passthrough"), {"scale": (1.0,)})
     parameters = {"weight": weight, "lambda": lambda_, "normalize": others == "average"}

@@ -1,7 +1,7 @@
-"""Run a merge method over the blocks of one tensor: the one place that knows the order of things.
+"""Cut tensors into blocks, and run a merge method over the blocks of one tensor.
 
 Blocks are the unit of all arithmetic. Their borders depend on the tensor's shape and the method's scope alone, so
-sums of measurements, and with them every byte, are the same for any memory limit, chunk size or number of threads.
+sums of measurements, and with them every output byte, are the same for any memory limit or number of threads.
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ class TensorRun:
         models: Sequence[Tensor],
         total: Tensor | None,
     ) -> tuple[Tensor, bool]:
-        """Add the measurement of one block to the total of those before it; also say whether the block is finite."""
+        """Add the measurement of a block to the total of the blocks before it; also return whether the block is finite."""
         block = self._block(known, range_, base, models)
         if name not in self.kernels.rows:
             total, finite = self.kernels.measure(name, index, block, total)
             return total, bool(finite)
         found, finite = self.kernels.measure(name, index, block, None)
-        # so that those of several blocks add up
+        # the first block allocates the total of all rows; each block fills in its own
         total = found.new_zeros(matrix_shape(self.shape)[0], *found.shape[1:]) if total is None else total
         total[self._rows(range_)] = found
         return total, bool(finite)
@@ -143,7 +143,7 @@ class TensorRun:
             del known["previous"]
 
     def at_once(self, name: str, known: dict[str, Tensor], base: Tensor | None, models: Sequence[Tensor]) -> bool:
-        """Put a statistic into `known` without its rounds, if it can be found so; say whether it was."""
+        """Compute a statistic of a one-block tensor without its rounds, if it supports that; return whether it was done."""
         if len(self.ranges) > 1 or self.kernels.method.statistics[name].at_once is None:
             return False
         given = {key: value.cpu() for key, value in known.items()}
@@ -182,7 +182,7 @@ class TensorRun:
     @property
     def together(self) -> Literal["joined", "stacked"] | None:
         """How this tensor may be merged with others of the same kernels and parameters, as in `MergeMethod.together`."""
-        # fused kernels are made for one tensor, and differ from others by rounding
+        # fused kernels take one tensor, and their results differ from stacked ones by rounding
         fits = len(self.ranges) == 1 and not (self.values.together == "stacked" and self.kernels.compiled)
         return self.values.together if fits else None
 
@@ -213,7 +213,7 @@ class TensorRun:
     def combine(
         self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
     ) -> tuple[Tensor, bool]:
-        """Merge one block, flat; also say whether the inputs and the result are finite."""
+        """Merge one block and return it flat; also return whether the inputs and the result are finite."""
         merged, finite = self.kernels.combine(self._block(known, range_, base, models))
         return merged.reshape(-1), bool(finite)
 
@@ -238,6 +238,6 @@ class TensorRun:
         )
 
     def _rows(self, range_: tuple[int, int]) -> slice:
-        """Return the rows of a block of whole ones."""
+        """Return the rows that a block of whole rows covers."""
         columns = matrix_shape(self.shape)[1]
         return slice(range_[0] // columns, range_[1] // columns)

@@ -1,10 +1,10 @@
-"""Kernels compiled ahead of time: fused once by TorchInductor, kept as shared libraries, loaded within a millisecond.
+"""Kernels compiled ahead of time: fused once by TorchInductor, cached as shared libraries, loaded within a millisecond.
 
-`torch.compile` needs seconds in every process to find out what it has in its cache. A library needs none of that, and
-is called through ctypes, which leaves Python's lock, so that workers run side by side. The compiler runs in a process
-of its own (see `compiler`), so that a merge holds as much memory the first time as ever after. Kernels with custom
-operators are called through torch's own loader, which keeps Python's lock. Third-party methods, whose sources the
-cache could not follow, are left to `torch.compile`.
+`torch.compile` spends seconds in every process to look up its cache. A shared library avoids that, and calling it
+through ctypes releases the GIL, so that workers run in parallel. The compiler runs in a process of its own (see
+`compiler`), so that the first merge takes no more memory than later ones. Kernels with custom operators are called
+through torch's own loader, which holds the GIL. Methods of other packages use `torch.compile`, because the cache cannot
+notice that their sources changed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def _runners() -> int:
-    """Return how many calls may run at a time; an instance holds nothing."""
+    """Return how many calls may run at a time; an idle one costs no memory."""
     return max(2 * (os.cpu_count() or 1), 16)
 
 
 class KernelError(RuntimeError):
-    """A compiled kernel failed; it does not say why."""
+    """A compiled kernel failed; it reports no reason."""
 
 
 class Library:
@@ -76,7 +76,7 @@ class Library:
         ]
         inputs = (ctypes.c_void_p * len(handles))(*handles)
         outputs = (ctypes.c_void_p * self._n_outputs)()
-        # the kernel takes over the inputs' handles, and leaves those of the outputs to us
+        # the kernel frees the handles of the inputs; those of the outputs are freed by torch, which takes them over below
         self._check(
             self._library.AOTInductorModelContainerRun(
                 self._container,
@@ -106,10 +106,10 @@ def compile_ahead(order: Mapping[str, Any]) -> Function | None:
     """Return a kernel on flat sequences of tensors: from the cache, or compiled now.
 
     Args:
-        order: What `compiling` makes it from, as JSON; together with the sources it stands for the code.
+        order: What `compiler` makes the kernel from, as JSON. With the sources, it is the key of the cache.
 
     Returns:
-        None where it cannot be compiled so.
+        None if the kernel cannot be compiled ahead of time.
     """
     text = json.dumps(order, sort_keys=True)
     name = hashlib.sha256(json.dumps([text, _surroundings()]).encode()).hexdigest()[:40]
@@ -126,13 +126,13 @@ def compile_ahead(order: Mapping[str, Any]) -> Function | None:
                 loader = torch._C._aoti.AOTIModelPackageLoader(package, "model", False, _runners(), -1)
                 return lambda tensors: loader.boxed_run([*tensors])
         except (OSError, RuntimeError):
-            # a cache that cannot be written, or holds what this machine cannot load
+            # the cache cannot be written, or holds a library that this machine cannot load: use torch.compile
             pass
     return None
 
 
 class _Compiler:
-    """A process that compiles one kernel after the other; it ends when its input does, however this one ends."""
+    """A process that compiles kernels, one at a time. It ends when its standard input closes, even if this process is killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -145,7 +145,7 @@ class _Compiler:
         return self._since is not None
 
     def compile(self, order: str, place: Path) -> None:
-        """Wait until a kernel is compiled; where that fails, nothing is there afterwards."""
+        """Wait until a kernel is compiled; nothing is written if that fails."""
         self._since = time.monotonic()
         try:
             self._ask(order, place)
@@ -162,7 +162,7 @@ class _Compiler:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
-                # Ctrl-C is for us
+                # Ctrl-C must reach this process alone
                 start_new_session=True,
             )
         assert self._process.stdin is not None
@@ -185,17 +185,17 @@ _compiler = _Compiler()
 
 
 def end_compiler() -> float:
-    """End the process that compiles, and return for how many seconds it worked; another one starts when there is work."""
+    """End the compiler process, and return the seconds that it worked; the next kernel starts a new one."""
     return _compiler.end()
 
 
 def is_compiling() -> bool:
-    """Say whether a kernel is being compiled."""
+    """Return whether a kernel is being compiled."""
     return _compiler.busy
 
 
 def known_sources(method_file: str | None) -> bool:
-    """Say whether a method lies in this package, so that the cache notices when its code changes."""
+    """Return whether a method's file lies in this package, so that the key of the cache covers its code."""
     return method_file is not None and Path(method_file).is_relative_to(_PACKAGE)
 
 
@@ -209,7 +209,7 @@ _PACKAGE = Path(__file__).parents[2]
 
 @cache
 def _surroundings() -> list[str]:
-    """Return what else the code of a kernel depends on: torch, the processor, and every file that takes part in it."""
+    """Return what a kernel depends on beside its order: the version of torch, the processor, and our own sources."""
     sources = hashlib.sha256()
     for part in ("methods", "ops", "method", "engine/kernels"):
         place = _PACKAGE / part
@@ -219,12 +219,12 @@ def _surroundings() -> list[str]:
 
 
 def compiled_ahead(method: MergeMethod) -> bool:
-    """Say whether a method's kernels are compiled ahead of time, on a CPU."""
+    """Return whether a method's kernels are compiled ahead of time on a CPU."""
     return known_sources(inspect.getsourcefile(method.combine))
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Fuse a kernel: one thread per call (the engine runs several calls at once), without holding Python's lock."""
+    """Fuse a kernel: one thread per call, since the engine runs several calls at once, and without the GIL."""
     return torch.compile(
         function,
         dynamic=True,

@@ -1,8 +1,8 @@
-"""Compile kernels: `python -m merganser.engine.kernels.compiler` takes them from standard input, until that ends.
+"""Compile kernels: `python -m merganser.engine.kernels.compiler` reads orders from standard input until it closes.
 
-A line is a JSON list of a place and an order (`Kernels` writes it), and is answered with a line when it is done. Leaves
-PLACE.so, or PLACE.pt2 where the kernel calls custom operators, or PLACE.unsuited where it cannot be exported; nothing
-where the compiler fails.
+Each line is a JSON list of a path and an order (`Kernels` writes it), and is answered with a line when it is done. The
+result is PATH.so, or PATH.pt2 if the kernel calls custom operators, or PATH.unsuited if it cannot be exported; nothing
+is written if the C++ compiler fails.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 _OPTIONS = {"cpp.threads": 1, "cpp.enable_kernel_profile": False}
-# a wrapper that calls this runs operators which a library alone does not have
+# a wrapper that calls this function needs custom operators, which a shared library alone cannot run
 _PROXY = b"aoti_torch_proxy_executor_call_function"
 
 
 def main() -> None:
-    """Do what is ordered."""
+    """Compile what is read from standard input."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
     torch.set_num_threads(1)
-    # what compilers print is no answer
+    # compilers print to standard output, too: keep it for answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -54,14 +54,14 @@ def compile_kernel(place: Path, ordered: Mapping[str, Any]) -> None:
         try:
             program = _export(ordered)
         except Exception as error:
-            # whatever the reason is, torch.compile will do it, or give it
+            # torch.compile can still compile the kernel, or reports why not
             if not isinstance(error, MemoryError):
                 _place(place.with_suffix(UNSUITED), repr(error).encode())
             return
         try:
             aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(_OPTIONS))
         except Exception:
-            # of the compiler, its memory or the disk: another time it may work
+            # the compiler, memory or the disk failed: another run may succeed
             return
         with zipfile.ZipFile(package) as files:
             parts = {name: files.read(name) for name in files.namelist()}
@@ -86,7 +86,7 @@ def _export(ordered: Mapping[str, Any]) -> ExportedProgram:
         check_finite=ordered["check_finite"],
     )
     forms = ordered["tensors"]
-    # any size that is not 0 would do
+    # sizes that may vary are 0 in the order; any other number will do for tracing
     tensors = [torch.zeros([size or 24 for size in shape], dtype=getattr(torch, dtype)) for dtype, shape in forms]
     empty = torch.zeros(0)
     structure = Block(
@@ -104,14 +104,14 @@ def _export(ordered: Mapping[str, Any]) -> ExportedProgram:
         def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
             return kernels.run_eagerly(phase, structure.rebuild(tensors))
 
-    # the inputs are of one shape; rows count their first dimension
+    # all inputs have one shape, and statistics over rows share its first dimension
     names = [Dim(f"n{i}", min=2) for i in range(tensors[0].dim())]
     sizes = [{i: names[i] for i, size in enumerate(shape) if not size} for _, shape in forms]
     return export(Flat(), tuple(tensors), dynamic_shapes=(tuple(sizes),), strict=False)
 
 
 def _place(path: Path, data: bytes) -> None:
-    """Write a file that appears complete: other processes compile, too."""
+    """Write a file atomically: another process may compile the same kernel."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(data)
     Path(file.name).replace(path)

@@ -40,7 +40,7 @@ def _one(name: str, n_gpus: int) -> torch.device:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Say whether kernels can be fused: on a CPU this takes a C++ compiler."""
+    """Return whether kernels can be fused: on a CPU this takes a C++ compiler."""
     if device.type != "cpu":
         return True
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))

@@ -1,8 +1,8 @@
 """Turn a merge method into the functions that the engine runs on blocks.
 
-A kernel reads blocks as they lie in the files, converts them to the compute dtype, calls the method, rounds once to
-the output dtype and says whether everything it read was finite. On large work it is fused by `torch.compile`; the
-source is the same.
+A kernel takes blocks in the dtypes of the files, converts them to the compute dtype, calls the method, rounds once to
+the output dtype and returns whether all numbers were finite. For large merges it is fused by `torch.compile`, from the
+same source.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Block:
 
     @property
     def form(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
-        """Return what a compiled kernel depends on: dtypes and shapes, as in `flat`; sizes that may vary are 0."""
+        """Dtypes and shapes that a compiled kernel is specialised on, in the order of `flat`; a size of 0 may vary."""
         others = (*self.numbers.values(), *self.known.values(), self.keys, self.offset)
         return (
             *((x.dtype, (0,) * x.dim()) for x in self.inputs()),
@@ -74,7 +74,7 @@ class Block:
         )
 
     def inputs(self) -> list[Tensor]:
-        """Return the blocks that were read, the base first."""
+        """Return the blocks of all inputs, the base first."""
         return [*self.models] if self.base is None else [self.base, *self.models]
 
 
@@ -131,13 +131,13 @@ class Kernels:
         return {name: value.to(self.device) for name, value in values.numbers.items()}
 
     def measure(self, name: str, index: int, block: Block, total: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Join the measurement of one block with that of others; also say whether the block is finite.
+        """Add the measurement of a block to the total of the blocks before it; also return whether the block is finite.
 
         Args:
             name: Name of the statistic.
             index: Index of the round.
             block: The block.
-            total: What the blocks before gave, on the CPU; it may be changed in place.
+            total: Of the blocks before, on the CPU; it may be changed in place. None for the first block.
         """
         measured, finite = self._run(("measure", name, index), block)
         round_ = self.round(name, index)
@@ -194,11 +194,11 @@ class Kernels:
         return solve(**{first: measured}, **{key: given[key] for key in rest})
 
     def combine(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Merge one block; also say whether the inputs and the result are finite."""
+        """Merge one block; also return whether the inputs and the result are finite."""
         return self._run(("combine", "", 0), block)
 
     def combine_several(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Merge several tensors that differ in nothing but their elements; also say of each whether it is finite.
+        """Merge, in one call, several tensors of one shape with the same parameters; also return whether each is finite.
 
         Args:
             block: Their inputs and statistics, stacked, and their keys where the method is random.
@@ -212,11 +212,11 @@ class Kernels:
         return solved.to(self.device, self.compute) if solved.is_floating_point() else solved.to(self.device)
 
     def run_eagerly(self, phase: Phase, block: Block) -> tuple[Tensor, Tensor]:
-        """Run a kernel as it is written."""
+        """Run a kernel without fusing it."""
         return _on_block(self._function(phase))(block)
 
     def _run(self, phase: Phase, block: Block) -> tuple[Tensor, Tensor]:
-        # a single row or column is another thing to a compiler
+        # torch.compile specialises on size 1; run such blocks eagerly
         if not self.compiled or min(block.models[0].shape, default=0) < 2:
             return self.run_eagerly(phase, block)
         form = (phase, block.form)
@@ -226,7 +226,7 @@ class Kernels:
         try:
             return self._fused[form](block)
         except KernelError:
-            # the same, eagerly, fails with an error that says why: mostly, memory
+            # run eagerly, it fails with an error that gives the reason, mostly memory
             self.run_eagerly(phase, block)
             raise
         except RuntimeError as error:
@@ -251,7 +251,7 @@ class Kernels:
         return _on_block(self._functions[name])
 
     def _order(self, phase: Phase, block: Block) -> dict[str, Any]:
-        """Write down, as JSON, what a kernel for blocks of one form is made from; `compiling` reads it."""
+        """Return, as JSON, what a kernel for blocks of one form is made from; `compiler` reads it."""
         return {
             "method": self.method.name,
             "static": dict(self.static),
@@ -298,22 +298,21 @@ class Kernels:
             result = function(**{name: given.get(name) for name in names})
             read = [given["base"], *given["models"]] if base is not None else given["models"]
             if round_to is not None:
-                # told before rounding: a fused kernel would not look at the rounded numbers
+                # checked before rounding: a fused kernel does not see the rounded numbers
                 wide = result.reshape(read[0].shape)
                 read = [*read, torch.where(wide.abs() < limit, wide, torch.full_like(wide, torch.inf))]
                 result = result.to(round_to)
-            # a finite number less itself is 0: cheaper than looking at every number's class (the compiler takes 0 times
-            # a number for 0, whatever the number)
+            # x - x is 0 if x is finite, else NaN: cheaper than isfinite, and the compiler would fold x * 0
             finite = sum(tensor - tensor for tensor in read).sum() == 0 if check else keys.new_ones(())
             return result, finite
 
-        # the compiler keeps what it made by code object, and gives up at the ninth variant: a code object per kernel
+        # torch.compile caches per code object and stops after 8 variants; give each kernel its own
         kernel.__code__ = kernel.__code__.replace(co_name=f"merge_by_{self.method.name}")
         return kernel
 
 
 def _overflow(dtype: torch.dtype) -> float:
-    """Return the least number that is rounded to infinity: half a step above the largest."""
+    """Return the smallest number that rounds to infinity: half a unit in the last place above the largest finite one."""
     found = torch.finfo(dtype)
     return found.max + found.max / (2 / found.eps - 1) / 2
 
@@ -323,17 +322,17 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _on_tensors(kernel: Function, block: Block) -> tuple[Tensor, Tensor]:
-    """Hand a block to a kernel of flat arguments."""
+    """Call a compiled kernel, whose arguments are a flat list of tensors, on a block."""
     result, finite = kernel(block.flat())
     return result, finite
 
 
 def _on_block(kernel: Callable[..., tuple[Tensor, Tensor]]) -> _Kernel:
-    """Hand a block to a kernel as it is written."""
+    """Let a kernel function take a block."""
     return lambda block: kernel(*_arguments(block))
 
 
 def _arguments(block: Block) -> tuple[Any, ...]:
-    """Spread a block to the arguments of a kernel."""
+    """Return the arguments of a kernel function for a block."""
     known = (dict(block.rows), dict(block.numbers), dict(block.known))
     return block.base, list(block.models), *known, block.keys, block.offset

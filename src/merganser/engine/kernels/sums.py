@@ -1,4 +1,4 @@
-"""Sums that come out the same whoever added what first."""
+"""Sums whose result does not depend on the order in which workers add to them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Sum:
-    """The sum of what tasks measured, or the largest of each entry.
+    """The sum of what tasks measured, or the elementwise maximum.
 
-    Whole numbers are added when they arrive. Others, whose sum depends on the order, are kept and added in the order
-    of their keys when the total is asked for.
+    Integers are added when they arrive. A sum of floats depends on the order, so these are kept and added in the order
+    of their keys when the total is computed.
 
     Args:
-        largest: The largest of each entry counts. An empty sum follows the first one that is merged into it.
+        largest: Take the elementwise maximum. An empty sum takes over the setting of the first one merged into it.
     """
 
     def __init__(self, *, largest: bool = False) -> None:
