@@ -78,33 +78,33 @@ class Plan:
         return [*self.shards, *(self.sidecars.shards if self.sidecars else ())]
 
     @cached_property
-    def settings(self) -> list[PlannedTensor]:
+    def distinct(self) -> list[PlannedTensor]:
         """One tensor for every distinct set of parameters."""
         return each_once(t for t in self.tensors if not t.copy)
 
     @cached_property
     def methods(self) -> dict[MergeMethod, int]:
-        """The methods at work, and how many tensors each merges: the recipe's first, then those for the rest."""
+        """Number of tensors that each method merges: the recipe's method first, then those for tensors it leaves out."""
         counts = Counter(t.method for t in self.tensors if not t.copy)
         return {self.method: counts.pop(self.method, 0), **counts}
 
     @cached_property
     def passes(self) -> int:
         """How often inputs are read, at most: once per measuring round, once to combine."""
-        return max((t.passes for t in self.settings), default=1)
+        return max((t.passes for t in self.distinct), default=1)
 
     @cached_property
     def whole_model(self) -> bool:
-        """Whether something is measured over the whole model before the first tensor is merged."""
-        return any(t.over_model for t in self.settings)
+        """Whether a statistic is measured over the whole model before the first tensor is merged."""
+        return any(t.over_model for t in self.distinct)
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of the inputs that are looked at, all passes together; tensors of one block are read once for all.
+        """Bytes of the inputs that all passes read together; tensors of one block are read once.
 
         Some of them are kept in memory between passes, and not read again.
         """
-        passes = {id(t.parameters): t.passes for t in self.settings}
+        passes = {id(t.parameters): t.passes for t in self.distinct}
         total = 0
         for t in self.tensors:
             once = t.copy or not (self.whole_model or t.size > t.block)
@@ -124,7 +124,7 @@ class Plan:
     @cached_property
     def peak_memory(self) -> int:
         """Largest resident memory to expect, bytes: measured constants, and what the workers hold."""
-        # what the workers leave is not given back before the sidecars are made
+        # memory that the workers freed stays with the process while the sidecars are made
         beside = self.sidecars.peak_memory if self.sidecars else 0
         return estimate_memory(self.tensors, self.workers, self.compiled) + self.workers * self.kept + beside
 
