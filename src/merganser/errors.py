@@ -1,15 +1,15 @@
-"""Every error a user can meet.
+"""Every error that a user can cause.
 
-    MergeError                 the root; exit code 2: the user can mend it
+    MergeError                 the root class; exit code 2: the user can fix it
     ├── RecipeError            (ValueError)   the recipe: syntax, keys, references, counts
     │   └── ParameterError                    a method's parameter: name, type, range, count
     ├── CheckpointError        (ValueError)   a checkpoint: header, index, config, shapes, dtypes
-    │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that is not there
+    │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that does not exist
     │   └── NonFiniteError                    NaN or infinity in an input or result
     ├── TaskError              (ValueError)   an evaluation's task: file, line, name
-    ├── OutputError            (OSError)      the target: exists, locked, no room, not writable
+    ├── OutputError            (OSError)      the target: exists, locked, disk full, not writable
     ├── MemoryLimitError       (MemoryError)  the work does not fit the memory limit
-    └── UnsupportedError       (NotImplementedError)  understood, and not available in this version
+    └── UnsupportedError       (NotImplementedError)  a valid request that this version does not support
 
 Messages read `where: what is wrong, what was found, what is allowed or what to do`.
 """
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class MergeError(Exception):
-    """Anything that the user can mend. The command line prints the message and exits with 2."""
+    """An error that the user can fix. The command line prints the message and exits with 2."""
 
 
 class RecipeError(MergeError, ValueError):
@@ -43,15 +43,15 @@ class RecipeError(MergeError, ValueError):
 
 
 class ParameterError(RecipeError):
-    """A parameter of a merge method is unknown, of the wrong type, out of range or of the wrong count."""
+    """A parameter of a merge method is unknown, out of range, or has the wrong type or number of values."""
 
 
 class CheckpointError(MergeError, ValueError):
-    """A checkpoint cannot be read, or does not fit the others."""
+    """A checkpoint cannot be read, or does not match the other models of the merge."""
 
 
 class NotFoundError(CheckpointError, FileNotFoundError):
-    """A model, file or tensor is not there."""
+    """A model, file or tensor does not exist."""
 
 
 class NonFiniteError(CheckpointError):
@@ -59,22 +59,22 @@ class NonFiniteError(CheckpointError):
 
 
 class TaskError(MergeError, ValueError):
-    """What an evaluation should measure is not there, malformed, or does not fit the model."""
+    """A task of an evaluation does not exist, is malformed, or does not suit the model."""
 
 
 class OutputError(MergeError, OSError):
-    """The target cannot be written."""
+    """The output cannot be written."""
 
 
 class MemoryLimitError(MergeError, MemoryError):
-    """The merge needs more memory than it may use."""
+    """The work needs more memory than its limit allows."""
 
 
 class UnsupportedError(MergeError, NotImplementedError):
-    """The request is understood, and this version cannot do it."""
+    """The request is valid, but this version does not support it."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is near."""
+    """Return `" Did you mean 'x'?"` for the word of `known` nearest to `word`, or an empty string if none is near."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

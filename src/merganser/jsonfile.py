@@ -1,4 +1,4 @@
-"""JSON from files that others wrote: bounded, strict, with errors that name the place."""
+"""Read JSON files that other programs wrote: with limits, strictly, with errors that name the place in the file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .errors import CheckpointError, NotFoundError
 __all__ = ["LFS_MAGIC", "LFS_POINTER", "MAX_JSON_BYTES", "os_reason", "parse_object", "read_object"]
 
 MAX_JSON_BYTES = 100_000_000
-"""The most JSON that is ever parsed; the safetensors format sets the same limit for its header."""
+"""Largest JSON text that is parsed, in bytes; the safetensors format sets the same limit for its header."""
 
 LFS_MAGIC = b"version "
-"""What a Git LFS pointer begins with: a clone without Git LFS has these few lines in place of each large file."""
+"""First bytes of a Git LFS pointer: the small text file that a clone without Git LFS has in place of a large file."""
 
 LFS_POINTER = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or fetch the file again"
 
@@ -33,7 +33,7 @@ def os_reason(error: OSError) -> str:
 
 
 def _integer(text: str) -> int:
-    # Converting a million digits takes seconds: a trap, since no size or count needs more than 64 bits.
+    # No size or count needs more than 64 bits; converting a million digits would take seconds.
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)
@@ -48,12 +48,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(text: str, duplicates: bool) -> Any:
-    # Hooks are called for every number and object: they double the time of a large header. Python itself refuses
-    # numbers of thousands of digits, but for early releases of 3.10.
+    # Hooks are called for every number and object, which doubles the time of a large header. They are avoided where
+    # Python itself refuses numbers of thousands of digits: everywhere except in early releases of 3.10.
     if hasattr(sys, "get_int_max_str_digits"):
-        with suppress(ValueError):  # said better below
+        with suppress(ValueError):  # the parse with hooks below raises a clearer error
             parsed = json.loads(text)
-            # Every key has a colon behind it: as many keys as colons means that none was there twice.
+            # Each key is followed by a colon, so as many keys as colons means that no key was overwritten.
             if duplicates or (isinstance(parsed, dict) and text.count(":") == _keys(parsed)):
                 return parsed
     hook: Callable[[list[tuple[str, Any]]], Any] = dict if duplicates else _unique
@@ -61,7 +61,7 @@ def _parse(text: str, duplicates: bool) -> Any:
 
 
 def _keys(parsed: dict[str, Any]) -> int:
-    """Count the keys of an object and of the objects in it; deeper ones are not counted."""
+    """Count the keys of an object and of its direct child objects, but not of deeper ones."""
     return len(parsed) + sum(len(value) for value in parsed.values() if isinstance(value, dict))
 
 
@@ -114,7 +114,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         with file.open("rb") as handle:
-            # no more than there is: as much memory is taken as is asked for
+            # read() allocates as much as is asked for, so ask for no more than the file holds
             data = handle.read(min(os.fstat(handle.fileno()).st_size, MAX_JSON_BYTES) + 1)
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None
@@ -129,14 +129,14 @@ T = TypeVar("T")
 
 
 class Entry:
-    """A value and the place where it stands.
+    """A parsed JSON value and its place in the file.
 
-    Every method that returns a value raises CheckpointError, with the place, where it is of another kind.
+    Every method that returns a value raises CheckpointError, naming the place, if the value has another type.
 
     Args:
-        value: As it was parsed.
-        file: What was parsed, for messages.
-        place: Where in it the value stands, such as `layers[3].models`; empty for all of it.
+        value: The parsed value.
+        file: Name of the file, for messages.
+        place: Place of the value in the file, such as `layers[3].models`; empty for the whole file.
     """
 
     __slots__ = ("_file", "_value", "place")
@@ -158,7 +158,7 @@ class Entry:
         return found
 
     def get(self, key: str) -> Entry | None:
-        """Return what an object has under a key; None where it has nothing or null."""
+        """Return the entry under a key of an object; None if the key is missing or its value is null."""
         if not isinstance(self._value, dict):
             self.refuse("an object")
         value = self._value.get(key)
@@ -171,7 +171,7 @@ class Entry:
         return list(self._value)
 
     def items(self) -> Iterator[tuple[str, Entry]]:
-        """Yield the keys of an object and what stands there, nulls left out."""
+        """Yield the keys and entries of an object, except those whose value is null."""
         for key in self.names():
             found = self.get(key)
             if found is not None:
@@ -184,7 +184,7 @@ class Entry:
         return [read(Entry(value, self._file, f"{self.place}[{i}]")) for i, value in enumerate(self._value)]
 
     def text(self) -> str:
-        """Return a text."""
+        """Return a string."""
         return self._value if isinstance(self._value, str) else self.refuse("a text")
 
     def flag(self) -> bool:
@@ -212,11 +212,11 @@ class Entry:
         return None if self._value is None else self.number()
 
     def shown(self) -> str:
-        """Return a value for a reader, whatever it is."""
+        """Return a value of any type as text: a string as it is, anything else as JSON."""
         return self._value if isinstance(self._value, str) else json.dumps(self._value)
 
     def refuse(self, expected: str) -> NoReturn:
-        """Refuse the value.
+        """Raise CheckpointError, saying which kind of value was expected here.
 
         Raises:
             CheckpointError: Always.

@@ -1,4 +1,4 @@
-"""Memory of this process: what it took, what it may take, and what it does with what was freed."""
+"""Memory and threads of this process: peak memory, memory limit, reuse of freed memory, one-thread computation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 __all__ = ["memory_here", "peak_memory", "reuse_freed_memory"]
 
-# of malloc.h
+# option numbers of mallopt, from malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
 _LARGEST_KEPT = 32 << 20
 
 
 def peak_memory() -> int:
-    """Return the largest resident memory of this process so far, bytes."""
+    """Return the peak resident memory of this process so far, in bytes."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         pass
-    # On Linux this would be the parent's where that one is larger: it is inherited.
+    # Only a fallback on Linux: a child inherits ru_maxrss, so it could be the peak of the parent process.
     import resource
 
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -35,10 +35,13 @@ def peak_memory() -> int:
 
 
 def memory_here(root: Path = Path("/")) -> int | None:
-    """Return the memory of the machine, or of the container (control group) that this process is in, bytes.
+    """Return the memory of the machine, or the smaller limit of this process's control group (container), in bytes.
 
     Args:
-        root: Of the file system, for tests.
+        root: Root of the file system; tests pass another one.
+
+    Returns:
+        The smallest limit that could be read; None if there is none.
     """
     try:
         found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -59,7 +62,7 @@ def memory_here(root: Path = Path("/")) -> int | None:
         else:
             continue
         place = Path(path.lstrip("/"))
-        # inside a container the path may be the host's, and what is at the top is ours
+        # inside a container the path may be that of the host; the limit of the container is then in `top`
         found += [limit for own in (place, *place.parents) if (limit := _limit(top / own / name)) is not None]
     return min(found, default=None)
 
@@ -73,11 +76,12 @@ def _limit(file: Path) -> int | None:
 
 
 def reuse_freed_memory() -> None:
-    """Let the C library keep freed memory up to 32 MiB a piece, in one heap for all threads, until this process ends.
+    """Let glibc keep freed blocks of up to 32 MiB, in one heap for all threads, until this process ends.
 
-    A merge takes and frees megabytes thousands of times. What glibc gives back to the system in between comes again as
-    pages that are cleared one by one: a tenth of a merge's time. Meant for processes of our own: nothing is changed where
-    the environment says how to allocate, or in other C libraries.
+    A merge allocates and frees megabytes thousands of times. If glibc returns freed memory to the system, the kernel
+    must clear every page again at the next allocation, which costs a tenth of a merge's time. Call this only in a
+    process that runs nothing else. It does nothing if the environment configures the allocator, or with other C
+    libraries.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ)
     if chosen or not sys.platform.startswith("linux"):
@@ -90,7 +94,7 @@ def reuse_freed_memory() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread: it shares out blocks too small for that, and products then differ in the last bit."""
+    """Let torch compute on one thread, so that results do not depend on how it splits small products among threads."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Numbers and lists as people read them."""
+"""Numbers and lists formatted for people."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["count_text", "number_text", "plural", "size_text", "some", "time_tex
 
 
 def size_text(count: float) -> str:
-    """Write a number of bytes: `1.08 GB`."""
+    """Format a number of bytes: `1.08 GB`."""
     return _scaled(count, ("bytes", "KB", "MB", "GB", "TB"))
 
 
 def count_text(count: float) -> str:
-    """Write a number of things: `4,096`, `494 M`."""
+    """Format a count: `4,096`, `494 M`."""
     return f"{count:,.0f}" if count < 10_000 else _scaled(count, ("", "K", "M", "B", "T"))
 
 
@@ -33,7 +33,7 @@ def _scaled(count: float, units: Sequence[str]) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Write a duration: `7.2 s`, `2 min 10 s`, `1 h 5 min`."""
+    """Format a duration: `7.2 s`, `2 min 10 s`, `1 h 5 min`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -46,28 +46,28 @@ def time_text(seconds: float) -> str:
 
 
 def plural(count: int, thing: str) -> str:
-    """Write `1 file`, `2 files`, `12,345 tensors`."""
+    """Format a count with its noun: `1 file`, `2 files`, `12,345 tensors`."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def number_text(value: float | None) -> str:
-    """Write a measured number with three digits, `-` where there is none."""
+    """Format a measured number with three significant digits; None gives `-`."""
     if value is None:
         return "-"
     return f"{value:.3g}"
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:
-    """List names, the first few of many."""
+    """Join names with commas; beyond `limit` names, only their number is given: `a, b and 3 more`."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 def default_names(references: Sequence[str]) -> list[str]:
-    """Return short names for models: the last part of each path, with as many before it as make it unique.
+    """Return a short, unique name for each model: the last part of its path, with as many parent parts as needed.
 
     Args:
-        references: Paths, Hub ids and the like; each once.
+        references: Distinct references to models: paths, Hub ids and the like.
     """
     parts = [_parts(reference) for reference in references]
     names = [each[-1] for each in parts]

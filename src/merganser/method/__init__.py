@@ -1,21 +1,22 @@
-"""The whole framework for authors of merge methods.
+"""Everything that an author of a merge method needs.
 
-A merge method is a plain function over tensors, in one file whose name is the function's name and the recipe's value:
+A merge method is a plain function over tensors, alone in a file of the same name; recipes use that name, too:
 
     @merge_method(family="task vectors", cite="ilharco2023task")
     def task_arithmetic(base: Tensor, models: list[Tensor], *, weight: PerModel[Weight] = default(1.0)) -> Tensor: ...
 
-The signature is the contract. Positional names say what is handed in:
+The signature is the contract. The engine passes positional arguments by name:
 
     base      the base tensor; annotate `Tensor | None` where a base is optional
     models    the other tensors, in the order of the recipe
-    rng       a `Random`: counter-based draws, the same on any machine layout
+    rng       a `Random`: counter-based draws, which do not depend on how the work is divided
     NAME      the statistic declared as `statistics={"NAME": ...}`, or the number declared as `located={"NAME": ...}`
 
-Keyword-only names are parameters. Their annotation carries type, range and search interval, their default is the
-default of the recipe, and without one they are required. A trailing underscore is dropped (`lambda_` is `lambda`).
-Numbers arrive as float64 tensors (0-d, or one entry per model), so that schedules do not recompile; combined with a
-block, a 0-d one (`weight[i]`) does not widen it. Flags, counts and choices arrive as plain Python values.
+Keyword-only arguments are parameters of recipes. The annotation gives type, range and search interval; the default is
+the default in recipes, and a parameter without one is required. A trailing underscore is dropped (`lambda_` is
+`lambda`). Numbers are passed as float64 tensors (0-d, or one entry per model), so that a value that changes from layer
+to layer does not recompile the function; a 0-d tensor (`weight[i]`) does not promote the dtype of a block. Flags,
+counts and choices are passed as plain Python values.
 """
 
 from .declare import merge_method

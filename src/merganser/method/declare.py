@@ -1,4 +1,4 @@
-"""The decorator that makes a merge method of a function."""
+"""The decorator that turns a function into a merge method."""
 
 from __future__ import annotations
 
@@ -38,37 +38,37 @@ def merge_method(
     validate: Callable[[Mapping[str, Any]], str | None] | None = None,
     sidecar: Sidecar | None = None,
 ) -> Callable[[Callable[..., Tensor]], MergeMethod]:
-    """Make a merge method of a function.
+    """Turn a function into a merge method.
 
     Args:
         family: Group in the index of methods.
-        cite: Key in `references.bib`, or "-" where no publication exists.
+        cite: Key in `references.bib`, or "-" if no publication exists.
         scope: What one call must see: single elements (flat blocks of any length), whole rows (blocks of shape
-            [rows, columns], a row being all weights of one output unit), the whole tensor in its own shape, or one
+            [rows, columns], a row being all weights of one output unit), the whole tensor in its shape, or one
             whole weight matrix (see below).
-        models: Least and largest number of models beside the base (None: no limit).
-        statistics: Measured beforehand, by the name under which the function takes them, in this order; each may use
-            those before it.
-        located: Numbers that follow from where in the model a tensor is, by the name under which the function takes
-            them. Each is computed, when the merge is planned, from `location: Location` and the parameters that it names
+        models: Smallest and largest number of models, not counting the base (None: no limit).
+        statistics: Statistics that are measured before the function runs, by the name of the argument that takes them.
+            They are measured in this order, and each may use those before it.
+        located: Numbers that follow from where in the model a tensor is, by the name of the argument that takes them.
+            Each is computed, when the merge is planned, from `location: Location` and the parameters that it names
             (per-model ones are tuples). It may raise ParameterError.
         version: Raise it when results change; it is written to every run record.
         breaks: Laws of the contract suite that do not hold, each with the reason.
-        mergekit: What mergekit does with a parameter: the value that reproduces it where it differs from the definition,
-            or `Ignored` for a parameter that only mergekit accepts, without using it.
-        when: Says of a parameter whether it can change the result, from other parameters, as in `Statistic`; one that is
-            not named always can.
-        validate: Looks at all parameters of a tensor together, by their names in recipes (per-model ones as tuples);
-            returns a complaint or None.
-        sidecar: What is stored for each model beside the result; what its `encode` declares are parameters, too.
+        mergekit: How mergekit treats a parameter: the value that reproduces mergekit where it differs from the
+            definition, or `Ignored` for a parameter that mergekit accepts but does not use.
+        when: For a parameter, the condition on other parameters under which it can change the result, as in
+            `Statistic`; a parameter without an entry always can.
+        validate: Gets all parameters of a tensor, by their names in recipes (per-model ones as tuples); returns what
+            is wrong with their combination, or None.
+        sidecar: What is stored for each model in addition to the result; arguments of its `encode` are parameters, too.
 
-    A method of scope "matrix" gets the matrices of the model one by one, shape [rows, columns]: 2-D tensors that
-    multiply what comes in, and the experts of a packed tensor [experts, rows, columns]. What becomes of all other
-    tensors, its parameters `others: Others` and `embeddings: Embeddings` say, which it declares and does not read. It
-    takes a base. Its statistics are over the model (what it needs of a matrix it has at hand), and count the matrices
-    alone.
+    A method of scope "matrix" gets the matrices of the model one by one, shape [rows, columns]: 2-D weights that
+    multiply activations, and the experts of a packed tensor [experts, rows, columns]. Its parameters `others: Others`
+    and `embeddings: Embeddings` decide what happens to all other tensors; it must declare them, but does not read them.
+    It requires a base. Its statistics must be over the model (it can compute those of one matrix itself), and count
+    matrices only.
 
-    Functions over elements and rows may be fused by `torch.compile`, so they must not branch on the values of tensors; those
+    Functions over elements and rows may be fused by `torch.compile`, so they must not branch on tensor values; those
     over a whole tensor or matrix are never fused.
 
     Raises:
@@ -115,7 +115,7 @@ def merge_method(
 
 
 def _parameters(functions: Sequence[Callable[..., Any]], doc: Docstring) -> dict[str, Parameter]:
-    """Read the parameters that functions declare, by name; of two of one name the first counts."""
+    """Return the parameters that functions declare, by name; if two functions share a name, the first one counts."""
     found: dict[str, Parameter] = {}
     for function in functions:
         hints = typing.get_type_hints(function, include_extras=True)
@@ -129,7 +129,7 @@ def _parameters(functions: Sequence[Callable[..., Any]], doc: Docstring) -> dict
 def _matrix_complaint(
     scope: Scope, hints: Mapping[str, Any], base: str, statistics: Mapping[str, Statistic]
 ) -> str | None:
-    """Say what a method of scope "matrix" lacks, or what another one has that only such a method may have."""
+    """Return what scope "matrix" requires and this method lacks, or has without that scope; None if it is correct."""
     common = {"others": Others, "embeddings": Embeddings}
     declared = {name for name, hint in common.items() if hints.get(name) == hint}
     if scope != "matrix":
@@ -144,7 +144,7 @@ def _matrix_complaint(
 
 
 def _row_complaint(scope: Scope, statistics: Mapping[str, Statistic]) -> str | None:
-    """Say which statistic cannot be over rows."""
+    """Return a message for the first statistic over rows that cannot be over rows; None if there is none."""
     for name, statistic in statistics.items():
         plain = all(round_.tally is None and not round_.largest for round_ in statistic.rounds)
         if statistic.over == "row" and (scope != "row" or len(statistic.rounds) != 1 or not plain):

@@ -1,4 +1,4 @@
-"""A merge method in the words of a reader, from its signature and docstring."""
+"""A readable description of a merge method, from its signature and docstring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["MethodDescription", "ParameterDescription", "citation", "describe"]
 
 BIBLIOGRAPHY = Path(__file__).parents[3] / "references.bib"
-"""Where a checkout of the repository has it; an installed package has none."""
+"""Path of the bibliography in a checkout of the repository; an installed package has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class ParameterDescription:
     """A parameter of a method.
 
     Args:
-        name: As recipes write it.
-        allowed: What a value may be, in words.
-        per_model: Whether each model has a value of its own.
+        name: Name in recipes.
+        allowed: Allowed values, in words.
+        per_model: Whether each model has its own value.
         required: Whether a recipe must give it.
-        default: Its value where a recipe gives none.
+        default: Value if a recipe gives none.
         help: What it does.
     """
 
@@ -44,22 +44,22 @@ class MethodDescription:
     """A merge method.
 
     Args:
-        name: As recipes write it.
+        name: Name in recipes.
         family: Group of methods.
         summary: One line.
         formula: How the result is computed.
         use_when: When it is a good choice.
         models: How many models it takes, in words.
-        scope: What is worked on at once: "element", "row", "tensor" or "matrix".
+        scope: What one call works on: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
-        sidecar: Whether something is kept for each model that gives it back.
+        sidecar: Whether it stores data for each model from which the model can be restored.
         parameters: Its parameters, in order.
-        differs: Where it differs from the paper; empty where it does not.
-        cite: Key in `references.bib`, "-" where nothing was published.
-        citation: Authors, title and year, where `references.bib` is at hand.
-        breaks: Laws that other methods keep and this one does not, each with the reason.
-        no_effect: Parameters that are accepted for mergekit's sake, each with a word of explanation.
-        version: Changes when results do.
+        differs: Where it differs from the paper; empty if it does not.
+        cite: Key in `references.bib`, "-" if nothing was published.
+        citation: Authors, title and year; None without `references.bib`.
+        breaks: Laws of the contract suite that do not hold for this method, each with the reason.
+        no_effect: Parameters that are accepted only for compatibility with mergekit, each with the reason.
+        version: Raised when results change.
     """
 
     name: str
@@ -114,7 +114,7 @@ def _parameter(parameter: Parameter) -> ParameterDescription:
 
 
 def citation(key: str, bibliography: Path = BIBLIOGRAPHY) -> str | None:
-    """Return authors, title and year of an entry of a BibTeX file; None where there is no such entry or file."""
+    """Return authors, title and year of an entry of a BibTeX file; None if there is no such entry or file."""
     if not bibliography.is_file():
         return None
     text = bibliography.read_text(encoding="utf-8")
@@ -128,7 +128,7 @@ def citation(key: str, bibliography: Path = BIBLIOGRAPHY) -> str | None:
 
 
 def _field(entry: str, name: str) -> str | None:
-    """Return a field of a BibTeX entry on one line, without the braces that keep capitals."""
+    """Return a field of a BibTeX entry on one line, without the braces that protect capital letters."""
     start = re.search(rf"^\s*{name}\s*=\s*([{{\"]?)", entry, re.MULTILINE | re.IGNORECASE)
     if start is None:
         return None

@@ -1,4 +1,4 @@
-"""Read the sections of a merge method's docstring, from which help, documentation and schema are made."""
+"""Parse the docstring of a merge method into sections, from which help, documentation and schema are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a model a tensor is."""
+"""Position of a tensor in a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where in the output a tensor is, and what it does there.
+    """Position and role of a tensor in the output model.
 
     Args:
-        position: In a layer, or the side of the layers on which the tensor is used: embeddings and towers beside the
-            language model come before them, the final norm and the head after.
+        position: "layer" for a tensor of a layer; otherwise the side of the layers on which it is used: "before" for
+            embeddings and encoders of other modalities, "after" for the final norm and the head.
         layer: Number of its layer, from 0; None outside layers.
         n_layers: Number of layers in its stack; 0 outside layers.
         role: "embedding", "head", "norm", "attention", "mlp", "expert", "router", ..., or "other".

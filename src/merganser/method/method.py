@@ -1,4 +1,4 @@
-"""A registered merge method, and how parameters are checked and completed for it."""
+"""A registered merge method, and the check and completion of its parameters."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Ignored:
     reason: str
 
 
-# as a key: one object per method
+# eq=False: methods serve as dictionary keys, compared by identity; there is one object per method
 @dataclass(frozen=True, eq=False)
 class MergeMethod:
-    """A registered merge method: the function, and what its signature says about it."""
+    """A registered merge method: the function, and what its signature and decorator declare."""
 
     name: str
     combine: Callable[..., Tensor]
@@ -71,7 +71,7 @@ class MergeMethod:
 
     @property
     def fuse(self) -> bool:
-        """Whether `torch.compile` may fuse it; what works on a whole tensor or matrix gains nothing from that."""
+        """Whether `torch.compile` may fuse it; a function over a whole tensor or matrix gains nothing from that."""
         return self.scope in ("element", "row")
 
     @cached_property
@@ -80,13 +80,14 @@ class MergeMethod:
         return "rng" in inspect.signature(self.combine).parameters
 
     def together(self, parameters: Mapping[str, Any]) -> Literal["joined", "stacked"] | None:
-        """Say how small tensors may be merged at once, eagerly, to the same bytes as one by one.
-
-        Joined end to end where an element is told nothing but its values; stacked, those of one size, where what is
-        measured of a tensor does not depend on the order of a sum.
+        """Return how several small tensors can be merged in one eager call, with the same bytes as one by one.
 
         Args:
             parameters: All parameters of the tensors, by their names in recipes.
+
+        Returns:
+            "joined": concatenated, because an output element depends only on its own inputs; "stacked": tensors of one
+            size along a new dimension, because their statistics do not depend on the order of a sum; None: neither.
         """
         wanted = [found for found in self.statistics.values() if found.wanted(parameters)]
         if self.scope != "element":
@@ -97,14 +98,14 @@ class MergeMethod:
         return "stacked" if exact and self.fuse else None
 
     def locate(self, parameters: Mapping[str, Any], location: Location) -> dict[str, float]:
-        """Return the numbers that follow from where a tensor is, by name.
+        """Return the numbers that follow from the position of a tensor, by name.
 
         Args:
             parameters: All parameters of the tensor, by their names in recipes.
-            location: Where it is.
+            location: Position of the tensor.
 
         Raises:
-            ParameterError: The parameters do not suit a model of so many layers.
+            ParameterError: The parameters do not suit the model's number of layers.
         """
         given = {"location": location, **parameters}
         return {
@@ -113,7 +114,7 @@ class MergeMethod:
         }
 
     def matters(self, name: str, parameters: Mapping[str, Any]) -> bool:
-        """Say whether a parameter can change the result.
+        """Return whether a parameter can change the result.
 
         Args:
             name: Its name in recipes.
@@ -122,7 +123,7 @@ class MergeMethod:
         return applies(self.when.get(name), parameters)
 
     def models_text(self) -> str:
-        """Say how many models the method takes, beside the base."""
+        """Return in words how many models the method takes, and whether it takes a base."""
         beside = {"required": " and a base", "optional": " and optionally a base", "unused": ""}[self.base]
         if self.max_models is None:
             return f"{self.min_models} or more models{beside}"
@@ -131,7 +132,7 @@ class MergeMethod:
         return f"{self.min_models} to {self.max_models} models{beside}"
 
     def parameter(self, name: str, where: str) -> Parameter:
-        """Look up a parameter by the name that recipes use.
+        """Return a parameter by its name in recipes.
 
         Raises:
             ParameterError: The method has no such parameter.
@@ -144,10 +145,10 @@ class MergeMethod:
 
 
 def fill(method: MergeMethod, parameters: Mapping[str, Any], n_models: int) -> dict[str, Any]:
-    """Check parameters and complete them with defaults.
+    """Check parameters and complete them with defaults; per-model ones become tuples of `n_models` values.
 
     Raises:
-        ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
+        ParameterError: A parameter is unknown, missing, out of range or has the wrong number of values.
     """
     from ..errors import ParameterError
 

@@ -1,4 +1,4 @@
-"""Parameters of merge methods: their types, as authors write them in signatures, and how values are checked."""
+"""Parameters of merge methods: the types that authors write in signatures, and the check of values."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Number:
     Args:
         low: Smallest allowed value.
         high: Largest allowed value.
-        open: Whether the ends themselves are not allowed.
-        search: Interval that a search explores by default.
+        open: Whether `low` and `high` themselves are excluded.
+        search: Interval that a parameter search explores by default.
     """
 
     low: float = -math.inf
@@ -47,7 +47,7 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a parameter does, where that is the same for every method that takes it."""
+    """Help text of a parameter that does the same in every method that takes it."""
 
     text: str
 
@@ -69,23 +69,23 @@ Others = Annotated[
         "task vectors, or their sum, with weight and lambda where the method has them; or the base alone."
     ),
 ]
-"""What a method of scope "matrix" does with all that is no matrix."""
+"""What a method of scope "matrix" does with tensors that are not matrices."""
 
 Embeddings = Annotated[
     Literal["others", "matrix"],
     Meaning("Whether embeddings and head are merged like the tensors that are not matrices, or as matrices."),
 ]
-"""Whether a method of scope "matrix" takes tables of tokens for matrices."""
+"""Whether a method of scope "matrix" treats embeddings and the head as matrices."""
 
 
 def default(value: float) -> Any:
-    """Give a numeric parameter its default; for a `PerModel` parameter, the default of each model."""
+    """Return `value`, typed so that it may be the default of a tensor; of each model, for a `PerModel` parameter."""
     return value
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A setting of a merge method, as the recipe writes it."""
+    """A parameter of a merge method, under its name in recipes."""
 
     name: str
     kind: Literal["number", "integer", "flag", "choice"]
@@ -103,7 +103,7 @@ class Parameter:
 
     @property
     def allowed(self) -> str:
-        """What a value may be, in words."""
+        """Allowed values, in words."""
         if self.kind == "flag":
             return "true or false"
         if self.kind == "choice":
@@ -111,7 +111,7 @@ class Parameter:
         return str(self.range).replace("a number", "a whole number") if self.kind == "integer" else str(self.range)
 
     def check(self, value: object, where: str) -> Any:
-        """Return `value` in the parameter's type.
+        """Return `value` converted to the parameter's type.
 
         Args:
             value: One scalar from the recipe.
@@ -140,15 +140,15 @@ class Parameter:
 
 
 def read_parameter(declared: inspect.Parameter, hint: Any, doc: Docstring) -> Parameter:
-    """Read a parameter from its annotation.
+    """Return the parameter that an annotation declares.
 
     Args:
         declared: The keyword-only argument.
-        hint: Its annotation, resolved.
-        doc: The docstring that describes it.
+        hint: Its resolved annotation.
+        doc: Docstring with the help of the parameter.
 
     Raises:
-        TypeError: The annotation is none of those above, or the parameter is not described.
+        TypeError: The annotation is none of the types above, or the docstring does not describe the parameter.
     """
     name = declared.name.rstrip("_")
     required = declared.default is inspect.Parameter.empty

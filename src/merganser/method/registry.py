@@ -1,4 +1,4 @@
-"""Find merge methods: one file each in `methods/`, and third-party packages through an entry point.
+"""Look up merge methods: one file each in `methods/`, and those of third-party packages through an entry point.
 
 A package registers a method with
 
@@ -22,7 +22,7 @@ ENTRY_POINT_GROUP = "merganser.methods"
 
 
 def method_names() -> list[str]:
-    """Return the names of all methods, sorted, without importing one."""
+    """Return the names of all methods, sorted, without importing any of them."""
     return sorted(_own_names() | set(_third_party()))
 
 
@@ -30,7 +30,8 @@ def get_method(name: str) -> MergeMethod:
     """Return the method of that name.
 
     Raises:
-        RecipeError: There is no such method, or a third-party package offers something else under that name.
+        RecipeError: There is no such method, or the object that a third-party package registered is not a merge method
+            or cannot be loaded.
     """
     if name in _own_names():
         method = getattr(importlib.import_module(f"merganser.methods.{name}"), name)
@@ -62,7 +63,7 @@ def _third_party() -> dict[str, EntryPoint]:
 
 
 def _by_name(method: MergeMethod) -> tuple[Callable[..., Any], tuple[str]]:
-    """Pickle a method as its name: another process looks it up in its own registry."""
+    """Pickle a method by its name: the process that unpickles it looks the name up in its registry."""
     return get_method, (method.name,)
 
 

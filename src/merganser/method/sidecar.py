@@ -1,18 +1,17 @@
-"""What a merge method stores beside the shared model, and how a task's own tensors come back from it.
+"""Sidecars: data that a merge method stores per task in addition to the shared model, to restore the task's model.
 
-A sidecar method is a merge method whose result, the shared model, is only half of the output. The other half is
-declared with it:
+The result of a sidecar method is the shared model and a sidecar. The sidecar is declared with the method:
 
     @merge_method(family="sidecars", cite="...", sidecar=Sidecar(parts, encode, decode))
 
-The three functions take by name what they need, as measures do:
+The three functions take their arguments by name, as the measures of statistics do:
 
     base, merged      blocks of the base and of the shared model as it was written, in the compute dtype
-    models            the models, for `encode`; each is read when it is asked for, so ask once
-    shape, n_models   for `parts`
-    NAME              a parameter, a statistic, and for `decode` a part: that of the task that is restored
+    models            the models, for `encode` only; indexing reads a model from disk, so index each one once
+    shape, n_models   shape of the block and number of models, for `parts` only
+    NAME              a parameter or a statistic; for `decode` also a part, that of the task that is restored
 
-Keyword-only names of `encode` are parameters of the recipe, like those of the method itself.
+Keyword-only arguments of `encode` are parameters of recipes, like those of the method itself.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from .statistic import Statistic, When
 
 Encoded = Mapping[str, Tensor | Sequence[Tensor]]
-"""Parts by name: a tensor for a shared part, one tensor per model for the others."""
+"""Parts by name: one tensor for a shared part, one tensor per model for any other part."""
 
 Kept = Annotated[
     Literal["own", "merged"],
@@ -38,18 +37,18 @@ Kept = Annotated[
         "of the shared model, for which nothing is stored."
     ),
 ]
-"""What a sidecar of matrices does with all that is no matrix."""
+"""What a sidecar of matrices does with tensors that are not matrices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor that is stored for a tensor of the model.
+    """A tensor that the sidecar stores for one tensor of the model.
 
     Args:
         shape: Its shape.
-        dtype: Its dtype, by torch's name; None for that of the tensor in the task's model (in the shared model, for a
-            shared part), to which the engine rounds it.
-        shared: Whether it is stored once for all tasks, and not for each.
+        dtype: Its dtype, as torch names it. None: the engine rounds it to the dtype of the tensor in the task's model
+            (in the shared model, for a shared part).
+        shared: Whether it is stored once for all tasks instead of once per task.
     """
 
     shape: tuple[int, ...]
@@ -59,12 +58,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Lossless:
-    """Settings with which restoring gives the models back, to rounding.
+    """Settings with which the restored models equal the originals up to rounding.
 
     Args:
-        parameters: Their values, by their names in recipes.
-        models: With how many models; None for any number.
-        tolerance: Norm of the loss over that of the model that is rounding, on numbers of float32.
+        parameters: Values of the parameters, by their names in recipes.
+        models: Number of models for which this holds; None for any number.
+        tolerance: Relative error that counts as rounding in float32: norm of the difference over norm of the model.
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -74,23 +73,22 @@ class Lossless:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is stored for the tasks, and how it is made and read.
+    """What is stored for the tasks, and how it is encoded and decoded.
 
     Args:
-        parts: Returns the parts of a block of that shape, by name. It sees headers only, so that sizes and places are
-            known before anything is read. The parts of a tensor are those of its blocks, one behind the other.
+        parts: Returns the parts of a block of a given shape, by name. It gets shapes only, so that sizes and offsets
+            are known before any weights are read. The parts of a tensor are the concatenated parts of its blocks.
         encode: Returns the parts of a block, from the models and the shared model.
         decode: Returns a task's block from its parts.
         scope: What one call sees: single elements (flat blocks of a multiple of 8 elements), whole rows (blocks of
-            shape [rows, columns], of a multiple of 8 rows), or one whole matrix (each of the experts of a packed
-            tensor [experts, rows, columns] by itself).
-        statistics: Measured beforehand as those of methods are, with `merged` at hand, too; one number per model, shape
-            [T]. They are stored for each task under their names, float64, and handed to `decode`.
-        base: Says from the parameters that it names whether restoring takes the base; by default it does where `decode`
-            names it.
-        matrices: Whether only matrices are treated, as methods of scope "matrix" tell them from the rest. `encode` then
-            declares `others: Kept` and `embeddings: Embeddings` and does not read them.
-        lossless: Settings that give the models back; None where none does.
+            shape [rows, columns], of a multiple of 8 rows), or one whole matrix (one expert at a time of a packed
+            tensor [experts, rows, columns]).
+        statistics: Statistics that are measured before encoding, as for methods, but with `merged` available, too; one
+            number per model, shape [T]. They are stored for each task by name, float64, and passed to `decode`.
+        base: Condition on the parameters under which restoring needs the base; by default it does if `decode` takes it.
+        matrices: Whether only matrices are encoded, selected as for methods of scope "matrix". `encode` must then
+            declare `others: Kept` and `embeddings: Embeddings`, but does not read them.
+        lossless: Settings that restore the models up to rounding; None if there are none.
     """
 
     parts: Callable[..., Mapping[str, Part]]
@@ -103,11 +101,11 @@ class Sidecar:
     lossless: Lossless | None = None
 
     def complaint(self, parameters: Mapping[str, object], scope: str, base: str) -> str | None:
-        """Say what contradicts itself in the declaration of a method with this sidecar.
+        """Return what is wrong in the declaration of a method with this sidecar; None if nothing is.
 
         Args:
-            parameters: The method's, by name.
-            scope: The method's.
+            parameters: Parameters of the method, by name.
+            scope: Scope of the method.
             base: Whether the method takes a base ("required", "optional", "unused").
         """
         if base != "required":

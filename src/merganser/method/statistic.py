@@ -1,4 +1,4 @@
-"""Statistics: what a method measures before it merges."""
+"""Statistics: numbers that are measured from the inputs before the merge and passed to the method."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ When = str | Callable[..., bool] | None
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One pass over the inputs: an additive measurement, and what follows from it.
+    """One pass over the inputs: a measurement per block, summed over the blocks, and a result computed from the sum.
 
     Args:
-        measure: Gets a block of the inputs (and whatever else it names), returns a float64 or int64 tensor of fixed
-            shape. The results of all blocks are added, in the order of the blocks.
-        solve: Gets the sum (or the largest) as its first argument and whatever else it names, on the CPU in float64.
-        tally: Where given, what `measure` returns is only the material (of the block's size). This gets it, and the
-            total of the blocks before (None for the first), and earlier statistics that it names; it returns the total
-            with the block's share, which it may add in place, on the CPU. It always runs eagerly, for what
+        measure: Gets a block of the inputs (and any other arguments that it names), returns a float64 or int64 tensor
+            of fixed shape. The results of all blocks are added, in the order of the blocks.
+        solve: Gets the sum (or maximum) as its first argument and any others that it names, on the CPU in float64.
+        tally: If given, it replaces the addition. It gets the result of `measure` (which may then have the size of the
+            block), the total of the blocks before (None for the first) and earlier statistics that it names. It returns
+            the new total, on the CPU, and may update it in place. It always runs eagerly: for operations that
             `torch.compile` does badly, such as counting.
-        largest: The results of blocks are not added; the largest of each entry counts.
+        largest: Take the elementwise maximum over the blocks instead of the sum.
     """
 
     measure: Callable[..., Tensor]
@@ -37,12 +37,13 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class AtOnce:
-    """A statistic of tensors of one size, k of them, without rounds.
+    """A faster way to compute a statistic for k small tensors of one size together, without rounds.
 
     Args:
-        measure: Gets, by name, a tensor of the inputs and whatever else a measure may name; returns a tensor.
-        solve: Gets what was measured, with a leading dimension of k, then by name what a solve may name, but earlier
-            statistics, which come last and have that dimension, too. Returns the statistic of each, shape [k, ...].
+        measure: Gets a mapping with the inputs of one tensor and all other arguments of a measure; returns a tensor.
+        solve: Gets the k results of `measure`, stacked to a leading dimension of k; a mapping with the arguments of a
+            solve, except earlier statistics; and a mapping with these, with the leading dimension k as well. Returns
+            the statistic of each tensor, shape [k, ...].
     """
 
     measure: Callable[[Mapping[str, Any]], Tensor]
@@ -51,16 +52,16 @@ class AtOnce:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """A number (or a few) about every row, a whole tensor, or the whole model, that the combination needs.
+    """A small tensor of numbers about every row, a whole tensor or the whole model, that the method needs.
 
     Args:
-        rounds: Passes over the inputs; `previous` names the solved result of the round before.
-        over: "tensor", "model", or the name of the parameter that says which; or "row": what is measured, in one
-            round, and what is solved are of the shape [rows, ...], and whoever names it later is handed the entries of
-            the block's rows.
-        when: Says from the parameters that it names (per-model ones are tuples) whether this tensor needs the
-            statistic; the name of a flag does, too. Where it is not needed its passes are saved and it is None.
-        at_once: Where given, finds the same from tensors of one block without any rounds. It always runs eagerly, and
+        rounds: Passes over the inputs; the argument `previous` is the solved result of the round before.
+        over: "tensor", "model", or the name of the parameter that decides between them; or "row": there is one round,
+            the measured and the solved tensor have the shape [rows, ...], and a function that takes the statistic gets
+            the entries of the rows of its block.
+        when: Whether a tensor needs the statistic: a function of parameters that it names (per-model ones are tuples),
+            or the name of a flag; None means always. If it is not needed, its passes are skipped and it is None.
+        at_once: If given, computes the same for tensors of one block each, without rounds. It always runs eagerly, and
             must agree with the rounds to the last bit.
     """
 
@@ -70,7 +71,7 @@ class Statistic:
     at_once: AtOnce | None = None
 
     def wanted(self, parameters: Mapping[str, Any]) -> bool:
-        """Say whether a tensor needs the statistic.
+        """Return whether a tensor needs the statistic.
 
         Args:
             parameters: All parameters of the tensor, by their names in recipes.
@@ -78,7 +79,7 @@ class Statistic:
         return applies(self.when, parameters)
 
     def where(self, parameters: Mapping[str, Any]) -> str:
-        """Return over what it is measured with these parameters: "row", "tensor" or "model".
+        """Return what the statistic is measured over with these parameters: "row", "tensor" or "model".
 
         Args:
             parameters: All parameters of the tensor, by their names in recipes.
@@ -94,12 +95,12 @@ def statistic(
     when: When = None,
     largest: bool = False,
 ) -> Statistic:
-    """Declare a statistic of one pass."""
+    """Declare a statistic with one round."""
     return Statistic((Round(measure, solve, largest=largest),), over=over, when=when)
 
 
 def applies(when: When, parameters: Mapping[str, Any]) -> bool:
-    """Say whether a condition holds for these parameters, given by their names in recipes; None always does."""
+    """Return whether a condition holds for these parameters, given by their names in recipes; None always holds."""
     if when is None or isinstance(when, str):
         return when is None or bool(parameters[when])
     return when(**{name: parameters[name.rstrip("_")] for name in takes(when)})
@@ -107,12 +108,12 @@ def applies(when: When, parameters: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=1024)
 def takes(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names that a measure, solve or combine function wants handed in."""
+    """Return the names of the arguments that a measure, solve or combine function takes."""
     return getattr(function, "_takes", None) or tuple(inspect.signature(function).parameters)
 
 
 def taking(*names: str) -> Callable[[T], T]:
-    """Declare the names that a function made by another wants handed in, where its own signature is `**given`."""
+    """Declare the argument names of a generated function whose signature is `**given`."""
 
     def decorate(function: T) -> T:
         function._takes = names  # type: ignore[attr-defined]

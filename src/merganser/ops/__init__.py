@@ -1,7 +1,7 @@
 """Maths that two or more merge methods share.
 
-Everything here is plain torch on float32 (or float64) blocks, written so that it gives the same bits eagerly and
-fused: no `add(alpha=...)`, no `lerp`, whose vector and scalar forms round differently.
+Everything here is plain torch on float32 (or float64) blocks, written so that eager and compiled code give the same
+bits: no `add(alpha=...)` and no `lerp`, whose vectorised and scalar versions round differently.
 """
 
 from .bits import pack_codes, pack_flags, packed_size, unpack_codes, unpack_flags

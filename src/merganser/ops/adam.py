@@ -1,4 +1,4 @@
-"""Adam, for methods that were published as so many of its steps."""
+"""Adam, for methods whose publication defines the result by a number of its steps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _FIRST, _SECOND, _EPSILON = 0.9, 0.999, 1e-8
 
 
 def adam(gradient: Callable[[Tensor], Tensor], start: Tensor, steps: int, learning_rate: float) -> Tensor:
-    """Go down a gradient by Adam (Kingma and Ba, 2015), with the usual constants and no weight decay.
+    """Minimise a function by Adam (Kingma and Ba, 2015), with the usual constants and no weight decay.
 
     Args:
         gradient: Returns the gradient at a point.
-        start: The first point; it is not written to.
-        steps: How many steps to take.
-        learning_rate: Length of a step in each element, nearly, whatever the gradient's size.
+        start: The first point; it is not modified.
+        steps: Number of steps.
+        learning_rate: Approximate length of a step in each element, independent of the size of the gradient.
 
     Returns:
         The point after the last step.

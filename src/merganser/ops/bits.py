@@ -1,4 +1,4 @@
-"""Flags and small whole numbers, packed into bytes."""
+"""Pack flags and small integers into bytes, and unpack them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _GATHER = sum(1 << (56 - 7 * k) for k in range(8))
 
 
 def packed_size(count: int, bits: int = 1) -> int:
-    """Return how many bytes so many numbers of so many bits take."""
+    """Return how many bytes `count` packed numbers of `bits` bits take."""
     return -(-count * bits // 8)
 
 
 def pack_flags(flags: Tensor) -> Tensor:
-    """Pack flags 8 to a byte, the first in the lowest bit; the last byte is filled with 0.
+    """Pack 8 flags into each byte, the first in the lowest bit; the last byte is padded with zeros.
 
     Args:
         flags: Any shape, bool.
@@ -39,17 +39,17 @@ def unpack_flags(packed: Tensor, count: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _flags_of_bytes(device: torch.device) -> Tensor:
-    """Return the eight flags of each byte, as one little-endian number of eight bytes: shape [256], int64."""
+    """Return the eight flags of each byte value as the eight bytes of a little-endian int64, shape [256]."""
     codes = torch.arange(256, device=device).unsqueeze(1)
     places = torch.arange(8, device=device)
     return (((codes >> places) & 1) << (8 * places)).sum(dim=1)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack whole numbers from 0 to 2^bits - 1, the first in the lowest bits.
+    """Pack integers from 0 to 2^bits - 1, the first in the lowest bits.
 
     Args:
-        codes: Any shape, any type of whole numbers.
+        codes: Any shape, any integer dtype.
         bits: 1, 2, 4, 8 or 16.
 
     Returns:
@@ -77,5 +77,5 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def packed(count: int, bits: int = 1) -> Part:
-    """Declare a part of so many numbers of so many bits, packed into bytes as `ops.pack_flags` does."""
+    """Declare a part of a sidecar that holds `count` numbers of `bits` bits, packed as by `pack_codes`."""
     return Part((packed_size(count, bits),), "uint8")

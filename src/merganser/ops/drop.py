@@ -1,4 +1,4 @@
-"""The random drops of DARE and DELLA, and how the survivors are scaled."""
+"""The random drops of DARE and DELLA, and the rescaling of the entries that are kept."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def drop(
         base: The base.
         models: The models.
         rng: The draws.
-        density: Probability to be kept, one entry per model, shape [T].
-        rescale: Divide the survivors by that probability.
-        exact: Divide in float64, for a vote that should not be decided by rounding.
+        density: Probability that an entry is kept, one per model, shape [T].
+        rescale: Divide the kept entries by that probability.
+        exact: Divide in float64, so that rounding does not decide a later sign vote.
     """
     return [
         _survivors(delta, rng.keep(i, delta.shape, density[i]), density[i] if rescale else None, exact)
@@ -48,19 +48,20 @@ def magprune(
         base: The base, shape [rows, columns].
         models: The models.
         rng: The draws.
-        density: Mean probability to be kept, one entry per model, shape [T]; 1 keeps all, 0 none.
-        epsilon: The smallest entry of a row is kept with density - epsilon, the largest with density + epsilon.
-        rescale: Divide the survivors by their own probability.
-        exact: Divide in float64, for a vote that should not be decided by rounding.
+        density: Mean probability that an entry is kept, one per model, shape [T]; 1 keeps all, 0 none.
+        epsilon: The smallest entry of a row is kept with probability density - epsilon, the largest with
+            density + epsilon.
+        rescale: Divide each kept entry by its probability.
+        exact: Divide in float64, so that rounding does not decide a later sign vote.
     """
     columns = base.shape[1]
     rank = torch.arange(columns, dtype=torch.float64, device=base.device)
     kept = []
     for i, delta in enumerate(deltas(base, models)):
         spread = torch.where((density[i] > 0) & (density[i] < 1), epsilon[i], 0.0)
-        # a lonely element is neither small nor large
+        # the only element of a row has no rank, so it is kept with probability `density`
         table = density[i] + spread * (2 * rank / (columns - 1) - 1 if columns > 1 else rank)
-        # to the next float32 upwards: no draw lies between the two
+        # round the probability up to float32; no draw falls in the gap, so nothing changes
         probability = by_rank(delta.abs(), -round_down(-table, delta.dtype))
         keep = rng.keep(i, delta.shape, probability)
         kept.append(_survivors(delta, keep, probability if rescale else None, exact))
@@ -78,17 +79,17 @@ def magprune_norms(base: Tensor, models: list[Tensor], rng: Random, density: Ten
 
 
 def rescales(rescale: bool, density: tuple[float, ...]) -> bool:
-    """Say whether it matters how survivors are scaled: they are, and something is dropped."""
+    """Return whether kept entries are rescaled by something other than 1: some, but not all, entries are dropped."""
     return rescale and any(0 < value < 1 for value in density)
 
 
 def restores_l1(rescale: bool, rescale_to: str, density: tuple[float, ...]) -> bool:
-    """Say whether the survivors are scaled by what was measured, instead of by their probability."""
+    """Return whether kept entries are scaled to restore the measured L1 norm, instead of by their probability."""
     return rescale_to == "l1" and rescales(rescale, density)
 
 
 def check_spread(parameters: Mapping[str, Any]) -> str | None:
-    """Complain where the probabilities of `magprune` leave the open interval from 0 to 1."""
+    """Return a complaint if a probability of `magprune` is not strictly between 0 and 1, else None."""
     for i, (density, epsilon) in enumerate(zip(parameters["density"], parameters["epsilon"], strict=True)):
         if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
             return (
@@ -100,6 +101,6 @@ def check_spread(parameters: Mapping[str, Any]) -> str | None:
 
 def _survivors(delta: Tensor, keep: Tensor, probability: Tensor | None, exact: bool) -> Tensor:
     if probability is not None:
-        # nothing is kept where this divides by 0
+        # where the probability is 0, the quotient is discarded: `keep` is False there
         delta = (delta.double() if exact else delta) / probability
     return torch.where(keep, delta, torch.zeros_like(delta))

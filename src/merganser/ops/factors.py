@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .spectral import Svd, svd
 
-# shares such as 0.29 of 100 are meant to be whole numbers
+# 0.29 * 100 is 28.999999999999996, and means 29
 _ROUNDING = 1e-9
 
 
@@ -19,9 +19,9 @@ def rank_of(shape: Sequence[int], share: Tensor) -> int:
 
 
 def leading(matrix: Tensor, rank: int) -> Svd:
-    """Return exactly so many singular triplets, the largest first; where there are fewer, the rest are zeros.
+    """Return exactly `rank` singular triplets, the largest first; beyond the numerical rank they are zero.
 
-    Their signs are fixed: the entry of each left vector that is largest in magnitude is positive.
+    Signs are fixed: in each left vector the entry of largest magnitude is positive.
 
     Args:
         matrix: Shape [m, n].
@@ -40,9 +40,9 @@ def leading(matrix: Tensor, rank: int) -> Svd:
 
 
 def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of the best approximation of that rank, [m, rank] and [n, rank]: left @ right.T.
+    """Return factors of the best approximation of rank `rank`, left @ right.T, of shapes [m, rank] and [n, rank].
 
-    The singular values are shared between them evenly, so that both have entries of one size.
+    Both contain the square roots of the singular values, so that their entries are of similar size.
     """
     left, values, right = leading(matrix, rank)
     root = values.sqrt().to(matrix.dtype)

@@ -1,4 +1,4 @@
-"""Inner products of the inputs: all that SLERP, Karcher, Model Stock and their kin need to know of them."""
+"""Inner products of the inputs, from which SLERP, Karcher, Model Stock and others compute their coefficients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def gram(tensors: Sequence[Tensor]) -> Tensor:
     """Return the inner products of a block, shape [T, T], float64.
 
-    Products and sums are formed in float64, so those of float32 values are exact before they are added.
+    Products and sums are computed in float64; the products of float32 values are then exact.
     """
     wide = [tensor.reshape(-1).double() for tensor in tensors]
     n = len(wide)
@@ -35,6 +35,6 @@ def unit_gram(products: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_norms(norms: Tensor) -> Tensor:
-    """Return 1 / norm, and 0 where a tensor has no direction: of norm 0, or too small to be divided by in float32."""
+    """Return 1 / norm, and 0 where the norm is 0 or too small (up to 1e-30) to divide by it in float32."""
     known = norms > 1e-30
     return torch.where(known, 1 / torch.where(known, norms, torch.ones_like(norms)), 0.0)

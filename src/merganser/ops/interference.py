@@ -1,19 +1,20 @@
-"""The interference between the task vectors of a matrix, as a quadratic function of their merge, and ways down it.
+"""The interference between task vectors of a matrix, a quadratic function of their merge, and ways to minimise it.
 
     L(M) = sum_i weight_i |(M - target_i) source_i^T|^2
 
-It counts how far the merge M differs from each target in the directions in which the inputs of that task are thought
-to lie: the rows of its source. With
+It measures how far the merge M differs from each target on the estimated inputs of that task: the rows of its source.
+With
 
     C = sum_i weight_i source_i^T source_i = V diag(c) V^T
     P = sum_i weight_i (target_i - start) source_i^T source_i
 
-the minimum is start + P C^+, and a spectral filter f, with values from 0 to 1, goes a part of the way in each direction:
+the minimum is start + P C^+, and a spectral filter f, with values from 0 to 1, goes part of the way in each
+eigenvector's direction:
 
     M = start + P V diag(f(c) / c) V^T
 
-The weights are 1 / |task vector|^2, so that the c add up to the number of tasks, at most. Directions in which c is below
-1e-8 are not gone in: what is there is rounding.
+The weights are 1 / |task vector|^2, so that the eigenvalues c add up to at most the number of tasks. There is no step
+in directions with c below 1e-8, since c is only rounding error there.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ def starting_point(vectors: Sequence[Tensor], start: Start) -> Tensor:
 
 
 def inverse_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """Return 1 / |tensor|^2 of each, and 0 for those of zero."""
+    """Return 1 / |tensor|^2 of each tensor, and 0 for zero tensors."""
     squares = [float(tensor.double().square().sum()) for tensor in tensors]
     return [1 / square if square > 0 else 0.0 for square in squares]
 
 
 class Interference:
-    """The function, seen from a start. What is small in it is a square, so it is computed in float64.
+    """The interference function and a starting point. Computed in float64, because C has squared singular values.
 
     Args:
         targets: One matrix per task, shape [m, n].
-        sources: One matrix per task, shape [k, n]; the k may differ.
+        sources: One matrix per task, shape [k, n]; k may differ between tasks.
         weights: One factor per task.
         start: Shape [m, n], float64.
     """
@@ -63,8 +64,8 @@ class Interference:
     ) -> None:
         self._start = start
         self._dtype = targets[0].dtype
-        # A^T h(A A^T) = h(A^T A) A^T: where all sources have fewer rows than columns, their products with each other
-        # do instead of C
+        # A^T h(A A^T) = h(A^T A) A^T: if the stacked sources A have fewer rows than columns, the smaller matrix A A^T
+        # replaces C = A^T A
         self._rows: Tensor | None = None
         tasks = list(zip(targets, sources, weights, strict=True))
         if sum(map(len, sources)) < start.shape[1]:
@@ -83,11 +84,11 @@ class Interference:
             self._gram += products
 
     def filtered(self, gain: Callable[[Tensor], Tensor]) -> Tensor:
-        """Go a part of the way to the minimum.
+        """Return the point that a spectral filter reaches on the way to the minimum.
 
         Args:
-            gain: Returns f(c) / c for the eigenvalues c of C, float64, ascending. Some or all of those that are zero in
-                any case are left out.
+            gain: Returns f(c) / c for the eigenvalues c of C, float64, ascending. Eigenvalues that are zero because of
+                the shapes of the sources may be missing.
 
         Returns:
             Shape [m, n], float64.
@@ -99,7 +100,7 @@ class Interference:
         return found
 
     def descended(self, steps: int, learning_rate: float) -> Tensor:
-        """Take steps of Adam towards the minimum, in the dtype of the targets; return where they lead, float64."""
+        """Return the point after some steps of Adam, taken in the dtype of the targets, as float64."""
         pull, curvature, rows = self._pull, self._gram, self._rows
         if rows is not None:
             pull = pull @ rows
@@ -113,7 +114,7 @@ class Interference:
         return self._start + adam(gradient, torch.zeros_like(pull), steps, learning_rate)
 
     def solved(self, solver: Solver, time: Tensor, steps: int, learning_rate: Tensor) -> Tensor:
-        """Go towards the minimum by the exponential filter or by steps of Adam, or to it; return where, float64."""
+        """Return the point that `solver` reaches, float64: exponential filter, steps of Adam, or the minimum itself."""
         if solver == "adam":
             return self.descended(steps, float(learning_rate))
         if solver == "minimum":
@@ -122,16 +123,16 @@ class Interference:
 
 
 def strongest(values: Tensor, k: int) -> Tensor:
-    """Say which of ascending eigenvalues are the k largest."""
+    """Return which of the eigenvalues, in ascending order, are the k largest, bool."""
     return torch.arange(len(values), device=values.device) >= len(values) - k
 
 
 def inverse(values: Tensor) -> Tensor:
-    """Return the gain of the minimum itself."""
+    """Return the gain that leads to the minimum: 1 / c, that is f(c) = 1."""
     return 1 / values.clamp(min=_FLOOR)
 
 
 def exponential(values: Tensor, time: Tensor) -> Tensor:
-    """Return the gain of f(c) = 1 - exp(-c * time): of going down the gradient of L / 2 for that time."""
+    """Return the gain of f(c) = 1 - exp(-c * time), the filter of gradient flow on L / 2 for that time."""
     safe = values.clamp(min=_FLOOR)
     return -torch.expm1(-safe * time) / safe

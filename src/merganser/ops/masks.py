@@ -1,4 +1,4 @@
-"""Rules that find what belongs to a task in a sum of task vectors: TALL masks, and what EMR elects."""
+"""Rules that find the entries of a task in a sum of task vectors: TALL masks, and the election of EMR."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .sum import not_negative
 
 
 def tall_mask(vector: Tensor, total: Tensor, threshold: Tensor) -> Tensor:
-    """Say where a task's own change outweighs what the other tasks add to it, bool.
+    """Return where the change of one task outweighs the changes of all other tasks, bool.
 
         mask = |vector| > threshold * |total - vector|
 
-    It is decided in float64: with weights of 16 bits the two sides are often equal, and rounding would choose.
+    Compared in float64: for 16-bit weights the two sides are often equal, and rounding would decide.
 
     Args:
         vector: The task vector.
-        total: The merged task vector; what `vector` was added to in float64 is best handed in like that.
+        total: The merged task vector; if it was summed in float64, pass it without rounding.
         threshold: lambda of the TALL masks, 0-d.
     """
     own = vector.double()
@@ -27,9 +27,9 @@ def tall_mask(vector: Tensor, total: Tensor, threshold: Tensor) -> Tensor:
 
 
 def elect_largest(vectors: Sequence[Tensor]) -> Tensor:
-    """Return EMR's elected task vector: the sign of the sum, and the largest magnitude among the entries of that sign.
+    """Return EMR's elected task vector: the sign of the sum, with the largest magnitude among entries of that sign.
 
-    The sum is formed in float64; where it is exactly 0, the sign is minus.
+    The sum is computed in float64; where it is exactly 0, the sign is minus.
 
     Args:
         vectors: At least one task vector.

@@ -1,4 +1,4 @@
-"""The cut of breadcrumbs: neither the largest nor the smallest entries."""
+"""The mask of breadcrumbs, which removes both the largest and the smallest entries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sum import deltas, l1_norms
 
 
 def middle_cut() -> Statistic:
-    """Declare the largest and the smallest magnitude that are kept, shape [T, 2].
+    """Declare the statistic of the largest and the smallest magnitude that are kept, shape [T, 2].
 
     Takes the parameters `density`, `gamma`, `precedence` and `by`, as in breadcrumbs.
     """
@@ -35,11 +35,11 @@ def keep_middle(
     Args:
         base: The base, shape [rows, columns].
         models: The models.
-        cut: From `middle_cut`, or None where that is not wanted.
+        cut: From `middle_cut`, or None where that is not needed.
         density: Share that is kept, one entry per model, shape [T].
         gamma: Share of the largest that is removed, shape [T].
         precedence: "gamma" or "density".
-        by: "row", or "tensor" for the cut.
+        by: "row": within each row; "tensor": within the tensor, by `cut`.
     """
     vectors = deltas(base, models)
     if by == "tensor" and cut is None:
@@ -71,7 +71,7 @@ def middle_norms(
 
 
 def collides(density: tuple[float, ...], gamma: tuple[float, ...]) -> bool:
-    """Say whether the two shares of a model cannot both hold."""
+    """Return whether density + gamma exceeds 1 for a model, so that both shares cannot hold."""
     return any(d + g > 1 for d, g in zip(density, gamma, strict=True))
 
 
@@ -81,12 +81,12 @@ def _magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
 
 def _ranks(density: Tensor, gamma: Tensor, precedence: str, size: Tensor) -> Tensor:
     first, last = _span(density, gamma, precedence, size)
-    # rank 0 is above everything: nothing is kept
+    # the cut of rank 0 is infinite, so nothing is kept
     return torch.stack([first, torch.where(last < first, 0.0, last)], dim=-1).to(torch.int64)
 
 
 def _span(density: Tensor, gamma: Tensor, precedence: str, size: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Return the ranks of the first and the last entry that are kept, 1 for the largest, float64, shape [T]."""
+    """Return the ranks of the first and the last kept entry (rank 1 is the largest entry), float64, shape [T]."""
     kept = (density * size).floor()
     removed = (gamma * size).floor()
     if precedence == "density":
@@ -95,11 +95,11 @@ def _span(density: Tensor, gamma: Tensor, precedence: str, size: Tensor | int) -
 
 
 def _row_cuts(size: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest and the smallest magnitude that are kept of each row, shape [rows, 1]."""
+    """Return the largest and the smallest magnitude that are kept in each row, shape [rows, 1] each."""
     columns = size.shape[1]
     places = columns - torch.stack([first, last]).clamp(1, columns).long()
     cuts = sort_rows(size).index_select(1, places)
-    # ranks beyond the row, or none between the two
+    # no rank lies between first and last, or all lie beyond the end of the row
     empty = (last < first) | (first > columns)
     return cuts[:, :1], torch.where(empty, torch.inf, cuts[:, 1:])
 

@@ -1,10 +1,11 @@
 """Exact order statistics without a sort.
 
-The bit pattern of a non-negative number grows with its value. A histogram of the values rounded to bfloat16, then one
-of the patterns that are rounded to where the cut is, finds the k-th largest float32 exactly; the rounded value itself,
-which most differences of 16-bit weights have, need not be counted again. Of float64 the upper 15 bits are counted, then
-twice the next 16 inside the bin that holds the cut: this reaches 2**-36. Histograms are additive, so they neither
-depend on how the work is divided nor need the values to be held.
+The bit pattern of a non-negative float, read as an integer, grows with its value. Two histograms find the k-th largest
+float32 exactly: one of the values rounded to bfloat16, then one of the bit patterns that round to the bin of the k-th
+largest. Most differences of 16-bit weights are exactly representable in bfloat16; these equal the rounded value of
+their bin ("the common pattern") and are not counted again. For float64 the first histogram is over the upper 15 bits,
+followed by two over the next 16 bits inside the bin of the k-th largest: this resolves 2**-36 of the value. Histograms
+are sums over blocks, so the result does not depend on how the work is divided, and no values are kept in memory.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from ..method import AtOnce, Round, Statistic, When, takes, taking
 from .sum import not_negative
 
 _HIGH = 1 << 15
-# what is rounded to an even number includes both ends
+# bins of a second histogram: rounding to nearest even gives a bin both of its end points
 _LOW = (1 << 16) + 1
-# the sign of -0.0 is not part of a pattern
+# masks that clear the sign bit (of -0.0), and for float64 also the lowest 16 bits
 _UNSIGNED = (1 << 31) - 1
 _WIDE_UNSIGNED = (1 << 63) - (1 << 16)
-# in place of a bin: the answer does not depend on the values
+# in place of a bin: the rank is outside 1 ... size, so the answer does not depend on the values
 _NOTHING = -1
 _EVERYTHING = -2
 Array = np.ndarray[Any, np.dtype[Any]]
-# in place of a value that lies in another bin
+# replaces values outside the bin of interest
 _OUTSIDE = -1.0
 
 
@@ -42,26 +43,27 @@ def order_statistic(
     when: When = None,
     wide: bool = False,
 ) -> Statistic:
-    """Declare the k-th largest of some non-negative values of every element.
+    """Declare a statistic: the k-th largest of non-negative values that are computed for each element.
 
     The statistic has the shape [S, R]: for each of S value tensors the values at its R ranks. A rank of 0 or less
     gives infinity (nothing is that large); a rank beyond the number of elements gives 0.
 
     Args:
-        values: Gets what it names (`base`, `models`, parameters, ...), returns S tensors of non-negative values.
-        ranks: Gets what it names, beside parameters and earlier statistics also `size`, the number of elements, and
-            `positive`, for each value tensor the number of elements above 0 (and above 1e-40), shape [S]; returns the
-            ranks k, counted from 1 for the largest, int64, shape [S, R].
-        over: "tensor", "model", or the name of the parameter that says which.
+        values: Gets the arguments that it names (`base`, `models`, parameters, ...); returns S tensors of non-negative
+            values.
+        ranks: Gets the arguments that it names: parameters, earlier statistics, `size`, the number of elements, and
+            `positive`, for each value tensor the number of elements above 0 (more exactly, above 1e-40), shape [S].
+            Returns the ranks k, 1 for the largest, int64, shape [S, R].
+        over: "tensor", "model", or the name of the parameter that decides between them.
         when: As in `Statistic`.
-        wide: Values are float64 and told apart to 2**-36 of their size, at the price of a third pass; the statistic
-            is int64, the bits of the float64 values, for `at_least`. Otherwise values are told apart as float32.
+        wide: Values are float64 and compared to 2**-36 of their size, at the cost of a third pass; the statistic
+            is int64, the bits of the float64 values, for `at_least`. Otherwise values are compared as float32.
     """
     names = takes(values)
     rank_names = takes(ranks)
 
     def measured(given: dict[str, Any]) -> list[Tensor]:
-        # in their own shape: by flat indices a fused kernel divides for every element, to find its row
+        # not flattened: with flat indices a fused kernel would divide for every element to find its row
         found = values(**{name: given[name] for name in names})
         return [value if wide else comparable(value).float() for value in found]
 
@@ -79,7 +81,7 @@ def order_statistic(
         number = measured.gather(1, found)
         if wide:
             return _interval(found << 48, (found + 1) << 48, rank, outside, found << 48, number, wide)
-        # halfway goes to the even one
+        # round to nearest even: values halfway between two bins belong to the even one
         middle, odd = found << 16, found & 1
         first = (middle - _HIGH + odd).clamp(min=0)
         return _interval(first, middle + _HIGH + 1 - odd, rank, outside, middle, number, wide)
@@ -90,7 +92,7 @@ def order_statistic(
         for value, found in zip(measured(given), previous, strict=True):
             kept = torch.full_like(value, _OUTSIDE)
             for first, end, common in (_as_values(known, value) for known in found[:, [0, 1, 4]]):
-                # nested: masks are expensive to combine; the end of the last bin is no number
+                # nested `where`, because combining masks is expensive; the end of the last bin may be NaN
                 own = torch.where(value == common, kept, value)
                 kept = torch.where(value >= first, torch.where(value >= end, kept, own), kept)
             rows.append(kept)
@@ -99,7 +101,7 @@ def order_statistic(
     def refine(shift: int, measured: Tensor, previous: Tensor) -> Tensor:
         first, _, rank, outside, common, number = previous.unbind(-1)
         counts = measured.view(*first.shape, _LOW)
-        # those that were not counted
+        # add the values that equal the common pattern, which were not counted
         place = ((common - first) >> shift).clamp(0, _LOW - 1).unsqueeze(-1)
         counts = counts.scatter_add(-1, place, (number - counts.sum(-1)).unsqueeze(-1))
         found, rank = _descend(counts, rank)
@@ -125,9 +127,9 @@ def order_statistic(
             wanted = ranks(**shared).expand(len(found), -1, -1)
         return _select(found, wanted, wide)
 
-    # the smallest pattern that is not counted with 0
+    # the smallest pattern that the first histogram does not count as 0
     least = 1 << 48 if wide else _HIGH + 1
-    # bits of the pattern that each round leaves open
+    # number of low bits of the pattern that are still unknown after each later round
     shifts = (32, 16) if wide else (0,)
     rounds = [Round(everything, pick, tally=_count_all)]
     for shift in shifts:
@@ -137,11 +139,11 @@ def order_statistic(
 
 
 def at_least(value: Tensor, cut: Tensor) -> Tensor:
-    """Say where non-negative float64 values reach a cut of a wide order statistic.
+    """Return where non-negative float64 values are at least the cut of a wide order statistic, bool.
 
     Args:
         value: Any shape, float64.
-        cut: 0-d, int64.
+        cut: 0-d, int64: the bits of a float64.
     """
     return not_negative(value - cut.view(torch.float64))
 
@@ -149,16 +151,16 @@ def at_least(value: Tensor, cut: Tensor) -> Tensor:
 def magnitude_cut(
     values: Callable[..., Sequence[Tensor]], *, density: str = "density", over: str = "tensor"
 ) -> Statistic:
-    """Declare the smallest magnitude that a trim to `density` keeps, shape [T, 1].
+    """Declare a statistic: the smallest magnitude that a trim to `density` keeps, shape [T, 1].
 
-    The cut of model i is the k-th largest magnitude, k = floor(density_i * size) and at least 1 unless density_i is 0;
-    then it is infinite. All entries whose magnitude equals the cut are kept. Where all densities are 1 there is no
+    The cut of model i is the k-th largest magnitude, where k = floor(density_i * size), but at least 1; if density_i is
+    0, the cut is infinite. All entries whose magnitude equals the cut are kept. If all densities are 1, there is no
     cut, and nothing is measured.
 
     Args:
         values: Returns the magnitudes, one tensor per model.
         density: Name of the per-model parameter.
-        over: "tensor", "model", or the name of the parameter that says which.
+        over: "tensor", "model", or the name of the parameter that decides between them.
     """
 
     @taking(density, "size")
@@ -174,14 +176,14 @@ def magnitude_cut(
 
 
 def comparable(value: Tensor) -> Tensor:
-    """Return non-negative values as they are told apart: float64 is cut to float32's precision, downwards."""
+    """Return non-negative values as they are compared: float64 is truncated to 23 mantissa bits, those of float32."""
     if value.dtype == torch.float64:
         return (value.view(torch.int64) & -(1 << 29)).view(torch.float64)
     return value
 
 
 def _as_values(bounds: Tensor, like: Tensor) -> list[Tensor]:
-    """Return bit patterns as numbers, 0-d each. Numbers are compared several times faster than bits."""
+    """Return bit patterns as floats, 0-d each, since floats are compared several times faster than integers."""
     whole = torch.int64 if like.dtype == torch.float64 else torch.int32
     return list(bounds.to(whole).view(like.dtype))
 
@@ -189,15 +191,15 @@ def _as_values(bounds: Tensor, like: Tensor) -> list[Tensor]:
 def _interval(
     first: Tensor, end: Tensor, rank: Tensor, outside: Tensor, common: Tensor, number: Tensor, wide: bool
 ) -> Tensor:
-    """Put together what is known of the values at some ranks, int64, shape [S, R, 6].
+    """Stack what is known about the value at each rank: an interval of bit patterns, int64, shape [S, R, 6].
 
     Args:
-        first: The smallest pattern that it may be, shape [S, R].
-        end: The one behind the largest.
-        rank: The rank among the values in between, 1 for the largest.
-        outside: _NOTHING or _EVERYTHING where the values do not matter, else 0.
-        common: The pattern that most of the values in between have, if any (differences of 16-bit weights are few).
-        number: How many values are in between.
+        first: Smallest pattern of the interval, shape [S, R].
+        end: Largest pattern of the interval, plus 1.
+        rank: Rank among the values in the interval, 1 for the largest.
+        outside: _NOTHING or _EVERYTHING where the answer does not depend on the values, else 0.
+        common: Pattern that most values in the interval have, if any (differences of 16-bit weights repeat often).
+        number: Number of values in the interval.
         wide: Whether values are float64.
     """
     infinite = torch.tensor(torch.inf, dtype=torch.float64 if wide else torch.float32)
@@ -207,7 +209,7 @@ def _interval(
 
 
 def _decided(patterns: Tensor, outside: Tensor, wide: bool) -> Tensor:
-    """Return the statistic: patterns as values, infinity and 0 where they do not decide.
+    """Return the statistic: patterns as values; infinity or 0 where `outside` says so.
 
     Args:
         patterns: Shape [..., S, R].
@@ -220,7 +222,7 @@ def _decided(patterns: Tensor, outside: Tensor, wide: bool) -> Tensor:
 
 
 def _select(patterns: Tensor, wanted: Tensor, wide: bool) -> Tensor:
-    """Find the k-th largest of a few elements.
+    """Return the k-th largest values of small tensors.
 
     Args:
         patterns: Shape [tensors, S, n].
@@ -234,7 +236,7 @@ def _select(patterns: Tensor, wanted: Tensor, wide: bool) -> Tensor:
     values, places = patterns.numpy(), (size - wanted).clamp(0, size - 1).numpy()
     found = np.empty(places.shape, dtype=np.int64)
     for i in range(places.shape[1]):
-        # mostly, tensors of one size want one rank
+        # tensors of one size mostly have the same ranks: one partition serves them all
         for place in np.unique(places[:, i], axis=0):
             alike = (places[:, i] == place).all(axis=1)
             found[alike, i] = np.partition(values[alike, i], place, axis=-1)[:, place]
@@ -243,31 +245,31 @@ def _select(patterns: Tensor, wanted: Tensor, wide: bool) -> Tensor:
 
 
 def _patterns(values: Tensor) -> Tensor:
-    """Return the bits of non-negative values as they are told apart: of float32 all, of float64 the upper 47."""
+    """Return the bits by which non-negative values are compared: all 31 of float32, the upper 47 of 63 of float64."""
     if values.dtype == torch.float64:
         return values.view(torch.int64) & _WIDE_UNSIGNED
     return values.view(torch.int32) & _UNSIGNED
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """Return what is counted of float32 values: bfloat16, neither negative (-0.0) nor NaN."""
+    """Round float32 values to bfloat16 for the first histogram; -0.0 becomes 0.0, NaN becomes infinity."""
     size = values.abs()
     return torch.where(size >= 0, size, torch.full_like(size, torch.inf)).to(torch.bfloat16)
 
 
 def _codes(rounded: Tensor) -> Tensor:
-    """Return the 15 bits that are counted first, of float64 or of what was rounded, int16."""
+    """Return the bin in the first histogram: the upper 15 bits (after the sign) of float64 or bfloat16, int16."""
     if rounded.dtype == torch.float64:
         return (rounded.view(torch.int64) >> 48).to(torch.int16).bitwise_and_(_HIGH - 1)
     return rounded.view(torch.int16)
 
 
 def _count_all(values: Tensor, total: Tensor | None) -> Tensor:
-    """Count the upper 15 bits of every value.
+    """Add a block to the first histogram, over the upper 15 bits of every value.
 
     Args:
-        values: float64, or as from `_rounded`, shape [S, n].
-        total: What other blocks gave.
+        values: float64, or bfloat16 from `_rounded`, shape [S, n].
+        total: Counts of the blocks before; None for the first block.
 
     Returns:
         Shape [S, bins], int64.
@@ -279,13 +281,13 @@ def _count_all(values: Tensor, total: Tensor | None) -> Tensor:
 
 
 def _count_inside(shift: int, values: Tensor, total: Tensor | None, previous: Tensor) -> Tensor:
-    """Count the next 16 bits of the few values that are inside an interval, and not the common one.
+    """Add a block to the histograms over the next 16 bits of values in an interval, except the common pattern.
 
     Args:
-        shift: Bits of the pattern behind them.
-        values: Shape [S, n].
-        total: What other blocks gave.
-        previous: What is known of the values at each rank, shape [S, R, 6].
+        shift: Number of lower bits that are not counted.
+        values: Shape [S, n]; negative where a value is in no interval, or equals the common pattern.
+        total: Counts of the blocks before; None for the first block.
+        previous: The intervals from `_interval`, shape [S, R, 6].
 
     Returns:
         Shape [S * R, bins], int64.
@@ -293,12 +295,12 @@ def _count_inside(shift: int, values: Tensor, total: Tensor | None, previous: Te
     total = torch.zeros(previous.shape[:2].numel(), _LOW, dtype=torch.int64) if total is None else total
     counts = iter(total)
     for row, intervals in zip(values, previous[..., :2].tolist(), strict=True):
-        # numpy skips what is outside several times faster than torch
+        # numpy selects the few values inside several times faster than torch
         inside = torch.from_numpy(_not_negative(row.numpy())) if row.device.type == "cpu" else row[row >= 0].cpu()
         few = _patterns(inside).numpy()
         for first, end in intervals:
             own = few if len(intervals) == 1 else few[(few >= first) & (few < end)]
-            # cheaper than a histogram of so few
+            # for few values faster than bincount, which allocates a whole histogram
             np.add.at(next(counts).numpy(), (own - first) >> shift, 1)
     return total
 
@@ -307,14 +309,15 @@ def _not_negative(values: Array) -> Array:
     """Return the values that are not negative, in their order; most are negative."""
     inside = values >= 0
     few = np.count_nonzero(inside)
-    # numpy looks for single ones where a tenth is wanted, at most; from a fortieth on this takes longer than looking at all
+    # np.flatnonzero searches for single True values if fewer than a tenth are True, which is slower than a plain scan
+    # from a fortieth on: appended True values make it scan
     rest = len(values) // 9 if 40 * few > len(values) >= 10 * few else 0
     padded = np.concatenate([inside, np.ones(rest, dtype=bool)]) if rest else inside
     return values[np.flatnonzero(padded)[:few]]
 
 
 def _descend(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the bin of the rank-th largest and the rank inside that bin, int64, shape [S, R] each.
+    """Return the bin of the rank-th largest value and its rank inside that bin, int64, shape [S, R] each.
 
     Args:
         counts: Histogram, int64, shape [S, R, bins].

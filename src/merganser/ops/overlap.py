@@ -1,4 +1,4 @@
-"""Which models changed an element: the distinction that RAM makes."""
+"""Which models changed an element, as RAM distinguishes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sum import deltas, round_down
 
 
 def changed(base: Tensor, models: Sequence[Tensor], epsilon: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Find the elements that models changed.
+    """Find the elements that each model changed.
 
     Args:
         base: The base.
@@ -19,9 +19,9 @@ def changed(base: Tensor, models: Sequence[Tensor], epsilon: Tensor) -> tuple[li
         epsilon: Changes up to this size count as none.
 
     Returns:
-        Where each model changed an element, bool; and how many models changed it, in the dtype of the base.
+        Where each model changed an element, bool; and the number of models that changed it, in the dtype of the base.
     """
-    # above the number: above the next one that is rounded down to
+    # for x of the dtype of the base: x > epsilon exactly where x > threshold
     threshold = round_down(epsilon, base.dtype)
     active = [vector.abs() > threshold for vector in deltas(base, models)]
     count = torch.zeros_like(base)
@@ -31,13 +31,13 @@ def changed(base: Tensor, models: Sequence[Tensor], epsilon: Tensor) -> tuple[li
 
 
 def average_changes(base: Tensor, models: Sequence[Tensor], epsilon: Tensor, factor: Tensor | None = None) -> Tensor:
-    """Average the changes of those models that made one, element by element.
+    """Average, for each element, the changes of the models that changed it.
 
     Args:
         base: The base.
         models: The models.
         epsilon: Changes up to this size count as none.
-        factor: For each model the factor of changes that no other model made, shape [T]; all 1 if None.
+        factor: Factors of each model for elements that no other model changed, shape [T]; all 1 if None.
     """
     active, count = changed(base, models, epsilon)
     zero = torch.zeros_like(count)

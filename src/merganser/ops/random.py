@@ -1,4 +1,4 @@
-"""Counter-based randomness: a draw depends on (seed, tensor, model, element) and on nothing else."""
+"""Counter-based random numbers: each draw depends only on (seed, tensor, model, element)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SIGN = -(1 << 31)
 
 
 def keys(seed: int, tensor: str, models: int) -> Tensor:
-    """Return the keys of a tensor's draws.
+    """Return the keys of the random draws of a tensor.
 
     Args:
-        seed: The recipe's seed.
+        seed: Seed of the recipe.
         tensor: Name of the output tensor.
         models: Number of models.
 
@@ -33,7 +33,7 @@ def keys(seed: int, tensor: str, models: int) -> Tensor:
 
 
 class Random:
-    """The draws of one block.
+    """The random draws of one block.
 
     Args:
         keys: Shape [models, 2], int32, from `keys`.
@@ -60,9 +60,9 @@ class Random:
         first, above = self._offset.to(torch.int32), (self._offset >> 32).to(torch.int32)
         word = torch.arange(size, dtype=torch.int32, device=self._keys.device)
         word += first
-        # compared without sign, an index below the block's first has overflowed into the upper half
+        # unsigned comparison: a lower word below that of the first element has overflowed into the upper word
         high = above + ((word ^ _SIGN) < (first ^ _SIGN))
-        # not in place: tensors that are merged together have keys of their own, and indices alike
+        # not in place: under vmap the keys differ between tensors, but the indices are shared
         word = word ^ self._keys[model, 0]
         word = _mix(word)
         word += self._keys[model, 1]
@@ -71,7 +71,7 @@ class Random:
         return (word >> 8).bitwise_and_(0xFFFFFF).float().mul_(2.0**-24).view(shape)
 
     def keep(self, model: int, shape: Sequence[int], probability: Tensor) -> Tensor:
-        """Say for every element of a block whether its draw keeps it.
+        """Return for every element of a block whether its draw keeps it.
 
         Args:
             model: Position of the model.
@@ -79,9 +79,9 @@ class Random:
             probability: 0-d, or in the shape of the block; 1 keeps all, 0 none.
 
         Returns:
-            The draws below the probability, bool.
+            Where the draw is below the probability, bool.
         """
-        # to the next multiple of the draws' step: rounding to their precision cannot change the comparison then
+        # draws are multiples of 2**-24: rounding the probability up to such a multiple changes no comparison
         return self.uniform(model, shape) < (probability * 2.0**24).ceil() * 2.0**-24
 
 

@@ -1,7 +1,7 @@
-"""Order within rows: the one thing here that needs a sort.
+"""Ranks within rows, which need a sort.
 
-On a CPU the bits of a magnitude and its column are packed into one integer, so that sorting values alone (which uses
-vector instructions, as sorting with indices does not) tells where each column went.
+On a CPU each magnitude's bits and its column are packed into one integer. A sort of values alone, which unlike an
+argsort uses vector instructions, then gives the columns in order, too.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# elements that are sorted together: the packed integers stay in the cache
+# number of elements that are sorted together, so few that the packed integers fit into the CPU's cache
 _CHUNK = 1 << 16
 
 
 def by_rank(magnitudes: Tensor, table: Tensor) -> Tensor:
-    """Look up every element's rank within its row.
+    """Return `table[rank]` for every element, where rank is its rank within its row, from 0 for the smallest.
 
     Args:
-        magnitudes: Non-negative values, shape [rows, columns].
-        table: What the smallest, the second smallest, ... element of a row gets; of equal ones the first is the
-            smaller. Shape [columns].
+        magnitudes: Non-negative values, shape [rows, columns]. Of equal values the first has the lower rank.
+        table: Value for each rank, shape [columns].
 
     Returns:
         Shape [rows, columns], in the dtype of the table.
@@ -52,7 +51,7 @@ def _by_packed_sort(magnitudes: Tensor, table: Tensor) -> Tensor:
     rows, columns = magnitudes.shape
     found = torch.empty((rows, columns), dtype=table.dtype)
     step = max(_CHUNK // max(columns, 1), 1)
-    # an int64 in memory is its lower half, then its upper half
+    # little-endian: the lower half of an int64 comes first in memory
     halves = torch.empty((min(step, rows), columns, 2), dtype=torch.int32)
     packed = halves.view(torch.int64).squeeze(-1)
     column = torch.arange(columns, dtype=torch.int32)
@@ -67,7 +66,8 @@ def _by_packed_sort(magnitudes: Tensor, table: Tensor) -> Tensor:
     return found
 
 
-# for the compiler they are black boxes; called like this otherwise, they would have it imported
+# custom operators, which torch.compile does not trace; eager code calls the functions directly, because calling a
+# custom operator imports the compiler
 _by_rank_op = torch.library.custom_op("merganser::by_rank", _by_rank, mutates_args=())
 _sort_rows_op = torch.library.custom_op("merganser::sort_rows", _sort_rows, mutates_args=())
 

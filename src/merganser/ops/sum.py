@@ -39,17 +39,17 @@ def summed_deltas(base: Tensor, models: Sequence[Tensor], weight: Tensor) -> Ten
 
 
 def normalizer(total: Tensor) -> Tensor:
-    """Return a sum of weights, or 1 where they cancel: a divisor that leaves the weighted sum alone then."""
+    """Return a sum of weights as a divisor, or 1 where the weights cancel, so that a division changes nothing there."""
     return torch.where(total.abs() < _NO_WEIGHT, torch.ones_like(total), total)
 
 
 def l1_norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """Measure the L1 norms of tensors before and after something was done to them, shape [2, T], float64."""
+    """Measure the L1 norms of tensors before and after an operation, shape [2, T], float64."""
     return torch.stack([tensor.double().abs().sum() for tensor in (*before, *after)]).view(2, -1)
 
 
 def l1_gain(measured: Tensor) -> Tensor:
-    """Solve `l1_norms` for the factors that restore the norms, shape [T]; 1 where a norm is below 1e-7."""
+    """Return the factors that restore the norms measured by `l1_norms`, shape [T]; 1 where a norm is below 1e-7."""
     before, after = measured
     return torch.where((before < _NO_MASS) | (after < _NO_MASS), 1.0, before / after)
 
@@ -60,18 +60,18 @@ def scaled(tensors: Sequence[Tensor], factor: Tensor | None) -> list[Tensor]:
 
 
 def round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the largest number of a dtype that is not above a float64.
+    """Return the largest number of a dtype that is at most `value`, a float64 tensor.
 
-    What lies in that dtype is above the one where it is above the other.
+    For x of that dtype: x > result exactly where x > value.
     """
     rounded = value.to(dtype)
     return torch.where(rounded > value, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded)
 
 
 def not_negative(value: Tensor) -> Tensor:
-    """Say where float64 values are 0 or more; what is smaller than 2**-1050 counts as 0.
+    """Return where float64 values are at least 0; values smaller than 2**-1050 in magnitude count as 0.
 
-    Fused kernels convert masks of float64 to the width of float32 one by one; this compares at that width. The factor
-    keeps what is small from becoming 0; large numbers may well become infinite.
+    Compares in float32, because fused kernels convert masks of float64 to masks of float32 one element at a time. The
+    factor keeps small values from becoming 0; large values may become infinite, which does not change their sign.
     """
     return (value * 2.0**900).float() >= 0

@@ -1,4 +1,4 @@
-"""The trim of TIES: only the largest entries."""
+"""The trim of TIES, which keeps the largest entries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sum import deltas
 
 
 def delta_magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
-    """Return what task vectors are trimmed by: the values of a `magnitude_cut`."""
+    """Return the magnitudes by which task vectors are trimmed: the `values` of a `magnitude_cut`."""
     return [delta.abs() for delta in deltas(base, models)]
 
 
@@ -21,7 +21,7 @@ def trim(base: Tensor, models: Sequence[Tensor], cut: Tensor | None) -> list[Ten
     Args:
         base: The base.
         models: The models.
-        cut: From a `magnitude_cut` of `delta_magnitudes`, shape [T, 1], or None where that is not wanted.
+        cut: From a `magnitude_cut` of `delta_magnitudes`, shape [T, 1], or None to keep all entries.
     """
     vectors = deltas(base, models)
     if cut is None:

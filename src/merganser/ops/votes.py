@@ -13,7 +13,7 @@ from .sum import not_negative
 def vote(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
     """Return the weighted sum whose sign is elected.
 
-    It is formed in float64: a vote that is decided by rounding would replace one model's entry by another's.
+    Computed in float64: a vote decided by rounding error would replace one model's entry by another's.
 
     Args:
         tensors: Task vectors, already trimmed.
@@ -29,12 +29,12 @@ def vote(tensors: Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
 
 
 def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None, tie: Tensor | None = None) -> Tensor:
-    """Elect the sign of the weighted sum, element by element: True for plus.
+    """Return the elected sign, that of the weighted sum, for each element: True for plus.
 
     Args:
         tensors: Task vectors, already trimmed.
         weight: One entry per tensor, shape [T], float64; all 1 if None.
-        tie: What an exact tie elects, 0-d: plus where this is above 0, else minus; plus if None.
+        tie: Sign of an exact tie, 0-d: plus if this is above 0, else minus; plus if None.
     """
     total = vote(tensors, weight)
     if tie is None:
@@ -45,18 +45,18 @@ def elect_sign(tensors: Sequence[Tensor], weight: Tensor | None = None, tie: Ten
 def agreeing_sum(
     tensors: Sequence[Tensor], weight: Tensor, positive: Tensor, dtype: torch.dtype, *, count: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Add the weighted entries that have the elected sign, and their weights.
+    """Return the sum of the weighted entries that have the elected sign, and the sum of their weights.
 
     Args:
         tensors: Task vectors, already trimmed.
         weight: One entry per tensor, shape [T].
         positive: The elected signs, as from `elect_sign`.
-        dtype: In which they are added.
-        count: Whether the weights are wanted.
+        dtype: Dtype of the sums.
+        count: Whether to sum the weights.
 
     Returns:
         `sum_i weight[i] * tensors[i]` and `sum_i weight[i]` over the agreeing entries; the latter is 1 where it would
-        be 0, or where it is not wanted.
+        be 0, or if `count` is False.
     """
     zero, one = torch.zeros_like(tensors[0], dtype=dtype), torch.ones_like(tensors[0], dtype=dtype)
     total, weights = zero, zero
@@ -76,7 +76,7 @@ def agreeing_largest(tensors: Sequence[Tensor], weight: Tensor, positive: Tensor
         tensors: Task vectors, already trimmed.
         weight: One entry per tensor, shape [T].
         positive: The elected signs, as from `elect_sign`.
-        normalize: Compare and return the entries without their weights.
+        normalize: Compare and return the entries without multiplying them by their weights.
     """
     largest = torch.zeros_like(tensors[0])
     for i, tensor in enumerate(tensors):
@@ -88,14 +88,14 @@ def agreeing_largest(tensors: Sequence[Tensor], weight: Tensor, positive: Tensor
 
 
 def disjoint_mean(tensors: Sequence[Tensor], weight: Tensor, dtype: torch.dtype, *, normalize: bool) -> Tensor:
-    """Elect signs and average the entries that have them.
+    """Elect the sign of each element and average the entries that have it.
 
     Args:
         tensors: Task vectors, already trimmed.
-        weight: One entry per tensor, in the vote and in the mean, shape [T], float64.
-        dtype: Of the mean. The vote is in float64, and sees what the tensors hold beyond this.
-        normalize: Divide by the sum of the weights of the entries that were added (1 where none was, or where they
-            cancel); otherwise their sum is returned.
+        weight: One entry per tensor, used in the vote and in the mean, shape [T], float64.
+        dtype: Dtype of the mean. The vote is in float64, from the unrounded tensors.
+        normalize: Divide by the sum of the weights of the added entries (1 if none was added, or if they cancel);
+            otherwise return the sum.
     """
     total, weights = agreeing_sum(tensors, weight, elect_sign(tensors, weight), dtype, count=normalize)
     return total / weights if normalize else total
