@@ -1,4 +1,4 @@
-"""Adapters: what LoRA fine-tunes change in a checkpoint, as peft writes them.
+"""LoRA adapters in the format of peft: read them and apply them to the weights of a checkpoint.
 
 adapter = open_adapter("path/to/adapter")
 adapter.check_fits(checkpoint.tensors)

@@ -1,4 +1,4 @@
-"""`adapter_config.json`: what scales a LoRA adapter, and what makes it more than W + scale * B A."""
+"""`adapter_config.json`: the scale of a LoRA adapter, and the settings that make it more than W + scale * B A."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..jsonfile import read_object
 
 CONFIG_NAME = "adapter_config.json"
 
-# Each of these, where it is set, makes the adapter something else than W + scale * B A.
+# If one of these is set, the adapter is not W + scale * B A.
 _REFUSED = {
     "use_dora": "it is a DoRA adapter, which also changes the length of each row",
     "lora_bias": "its B matrices have biases",
@@ -35,17 +35,17 @@ _REMEDY = "merge it with the program that made it, and give the merged model"
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """What of `adapter_config.json` the weights depend on.
+    """The settings of `adapter_config.json` that the weights depend on.
 
     Args:
         file: The file.
         r: Rank.
         alpha: lora_alpha.
         rslora: Whether the scale is alpha / sqrt(r) instead of alpha / r.
-        rank_pattern: Other ranks, by the end of a module's name (a regular expression).
-        alpha_pattern: Other alphas, likewise.
-        transposed: Whether the base keeps its weights as [in, out] (fan_in_fan_out).
-        base: Name of the base model, where it is known.
+        rank_pattern: Ranks that differ from r, by a regular expression for the end of a module's name.
+        alpha_pattern: Values of alpha that differ, by such an expression.
+        transposed: Whether the base stores its weights as [in, out] (fan_in_fan_out).
+        base: Name of the base model; None if the config does not name it.
     """
 
     file: Path
@@ -65,7 +65,7 @@ class LoraConfig:
             rank: Rows of its A.
 
         Raises:
-            CheckpointError: The rank is not the one that the config says.
+            CheckpointError: The rank differs from the one in the config.
         """
         said = _match(self.rank_pattern, module, self.r)
         if said != rank:
@@ -78,7 +78,7 @@ def read_config(folder: Path) -> LoraConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        NotFoundError: There is none.
+        NotFoundError: There is no such file.
         CheckpointError: It is damaged.
         UnsupportedError: The adapter is not plain LoRA.
     """
@@ -132,6 +132,6 @@ def _pattern(file: Path, key: str, config: Mapping[str, Any]) -> dict[str, float
 
 
 def _match(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
-    """Return the value of the first name that the module's name ends in, as peft looks it up."""
+    """Return the value of the first pattern that matches the end of the module's name, as peft does."""
     found = (value for name, value in pattern.items() if re.match(rf"(.*\.)?({name})$", module))
     return next(found, otherwise)

@@ -30,7 +30,7 @@ class LowRank:
         a: A, shape [r, in].
         b: B, shape [out, r].
         scale: alpha / r, or alpha / sqrt(r).
-        transposed: Whether the weight is kept as [in, out]: embeddings, and Conv1D layers.
+        transposed: Whether the weight is stored as [in, out]: embeddings and Conv1D layers.
     """
 
     a: TensorInfo
@@ -52,9 +52,9 @@ class Adapter:
     Args:
         path: Its folder.
         config: Its config.
-        file: The file of its tensors.
-        changes: What is added to the weights of the base, by their names.
-        replaced: Tensors that it brings whole (modules_to_save, resized embeddings), by their names in the base.
+        file: The file with its tensors.
+        changes: Low-rank changes, by the name of the weight in the base.
+        replaced: Tensors that replace those of the base (modules_to_save, resized embeddings), by name in the base.
     """
 
     path: Path
@@ -64,14 +64,14 @@ class Adapter:
     replaced: Mapping[str, TensorInfo]
 
     def check_fits(self, tensors: Mapping[str, TensorInfo], model: str) -> None:
-        """Check that a checkpoint has what the adapter changes, in the same shapes.
+        """Check that a checkpoint has the tensors that the adapter changes, in the same shapes.
 
         Args:
-            tensors: The checkpoint's.
-            model: What the checkpoint is called in messages.
+            tensors: Tensors of the checkpoint.
+            model: Name of the checkpoint in messages.
 
         Raises:
-            CheckpointError: It does not.
+            CheckpointError: A tensor is missing or has another shape.
         """
         wanted = {name: change.shape for name, change in self.changes.items()}
         wanted |= {name: tensor.shape for name, tensor in self.replaced.items()}
@@ -90,20 +90,20 @@ class Adapter:
                 )
 
     def touches(self, name: str) -> bool:
-        """Whether the adapter changes a tensor of the base."""
+        """Return whether the adapter changes a tensor of the base."""
         return name in self.changes or name in self.replaced
 
     def apply(self, name: str, weight: Tensor, reader: Reader) -> Tensor:
-        """Return a tensor of the base as the adapter changes it.
+        """Return a tensor of the base with the adapter applied.
 
         Args:
             name: Its name.
             weight: Its value, any float dtype, on the CPU.
-            reader: Reads the adapter.
+            reader: Reader for the tensors of the adapter.
 
         Returns:
-            W + scale * B A in float32 (float64 where an operand is), not rounded to the base's dtype; the tensor
-            itself where the adapter does not touch it.
+            W + scale * B A in float32 (float64 if an operand is float64), not rounded to the dtype of the base; the
+            tensor itself if the adapter does not change it.
         """
         import torch
 
@@ -119,7 +119,7 @@ class Adapter:
 
 
 def open_adapter(reference: str) -> Adapter:
-    """Open an adapter: read its config and headers, and none of its weights.
+    """Open an adapter: read its config and headers, but no weights.
 
     Args:
         reference: A folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
@@ -127,7 +127,7 @@ def open_adapter(reference: str) -> Adapter:
     Raises:
         NotFoundError: There is no such folder, or a file is missing.
         CheckpointError: A file is damaged or contradicts another.
-        UnsupportedError: It is not plain LoRA: DoRA, biases, a start that changes the base, convolutions.
+        UnsupportedError: It is not plain LoRA: DoRA, biases, an initialisation that changes the base, convolutions.
     """
     path = Path(reference).expanduser()
     if not path.is_dir():
@@ -149,7 +149,7 @@ def open_adapter(reference: str) -> Adapter:
 def _sort(
     config: LoraConfig, file: Path, tensors: list[TensorInfo]
 ) -> tuple[dict[str, LowRank], dict[str, TensorInfo]]:
-    """Say what each tensor of an adapter is for."""
+    """Sort the tensors of an adapter into low-rank changes and replaced tensors, by name in the base."""
     factors: dict[str, dict[str, TensorInfo]] = {}
     embeddings: set[str] = set()
     replaced: dict[str, TensorInfo] = {}

@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its headers and config."""
+"""Describe a checkpoint from its headers and config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WEIGHTS = ("float", "quantised")
 
 @dataclass(frozen=True, slots=True)
 class InspectedFile:
-    """A file of weights: its name, its size in bytes, and the number of tensors in it."""
+    """A weight file: its name, its size in bytes, and the number of tensors in it."""
 
     file: str
     bytes: int
@@ -28,7 +28,7 @@ class InspectedFile:
 
 @dataclass(frozen=True, slots=True)
 class InspectedTensor:
-    """A tensor: its name, dtype, shape, file, and what it does; `layer` is None outside the layers."""
+    """A tensor: its name, dtype, shape, file, layer and role; `layer` is None outside the layers."""
 
     name: str
     dtype: str
@@ -40,7 +40,7 @@ class InspectedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How many tensors of a kind there are, and the number of their elements."""
+    """Number of tensors of one kind (a dtype or a role), and of their elements."""
 
     tensors: int
     parameters: int
@@ -48,23 +48,23 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint, described.
+    """Description of a checkpoint.
 
     Args:
         reference: The folder, file or Hub id as given.
         path: The local folder.
         architecture: First entry of `architectures` in config.json, or its `model_type`; None without them.
-        files: Files of weights.
-        side_files: Tokenizer, templates and other files that an output would get.
+        files: Weight files.
+        side_files: Tokenizer, templates and other files that a merge would copy to its output.
         bytes: Bytes of all tensors.
-        parameters: Number of weights; buffers of integers are not counted.
-        dtypes: By name, the largest first.
-        roles: By what tensors do, the largest first.
+        parameters: Number of weights; integer buffers are not counted.
+        dtypes: Tensors and elements of each dtype, the largest first.
+        roles: Tensors and elements of each role, the largest first.
         layers: Number of layers of the main stack; 0 without one.
-        stacks: Prefix of each stack of layers, and its number of layers.
-        tied: Names that share another tensor and so are not in the files, with that tensor's name.
-        vocabulary: Rows of the input embedding; None where none was recognised.
-        quantised: What says that the weights are quantised; None where they are not.
+        stacks: Number of layers of each stack, by the prefix of its tensor names.
+        tied: Pairs of names: one that is missing in the files because it is tied, and the tensor that it is tied to.
+        vocabulary: Rows of the input embedding; None if none was recognised.
+        quantised: Evidence that the weights are quantised; None if they are not.
         warnings: What a user of this checkpoint should know.
         tensors: Every tensor, in the order of the files.
     """
@@ -91,7 +91,7 @@ def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspect
     """Describe a checkpoint from its headers; no weights are read.
 
     Args:
-        checkpoint: A folder, a file of weights, or the id of a model on the Hub (`org/name@revision`).
+        checkpoint: A folder, a weight file, or the id of a model on the Hub (`org/name@revision`).
         cache_dir: Folder for models from the Hub.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How far apart two checkpoints are, tensor by tensor, by layer and role."""
+"""Measure the distance between two checkpoints, by tensor and by layer and role."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ __all__ = ["Difference", "Distance", "GroupDistance", "MisshapenTensor", "Tensor
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far B is from A; all sums are in float64.
+    """Distance of B from A; all sums are in float64.
+
+    The numbers are None if a value is not finite, and for tensors that are not floats (integers, quantised values).
 
     Args:
         identical: Whether A and B are equal, byte for byte.
-        relative_change: Norm of A - B over the norm of A. None where A is zero and B is not, where values are not
-            finite, and for what are not numbers (integers, quantised values).
-        cosine: Of the angle between A and B as vectors; None where one of them is zero, and as above.
-        largest: The largest |A - B|; None as above.
+        relative_change: Norm of A - B over the norm of A; None also if A is zero and B is not.
+        cosine: Cosine of the angle between A and B as vectors; None also if one of them is zero.
+        largest: The largest |A - B|.
     """
 
     identical: bool
@@ -63,7 +64,7 @@ class GroupDistance:
 
 @dataclass(frozen=True, slots=True)
 class MisshapenTensor:
-    """A tensor that both hold, in different shapes."""
+    """A tensor that both checkpoints contain, in different shapes."""
 
     name: str
     shape_a: tuple[int, ...]
@@ -72,19 +73,19 @@ class MisshapenTensor:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What `diff` found.
+    """Result of `diff`.
 
     Args:
         a: The first checkpoint as given.
-        b: The second.
-        total: Over everything that was compared.
-        matrices: The same without vectors (norms, biases), which are alike in models that share nothing else.
-        far: Share of the elements that differ by more than `task_vectors.FAR`; None where the total has no number.
-        tensors: Every tensor that was compared, in the order of A.
-        groups: The same by layer and role.
+        b: The second checkpoint as given.
+        total: Distance over all compared tensors.
+        matrices: Distance without vectors (norms, biases), since these are similar even in unrelated models.
+        far: Share of the elements that differ by more than `task_vectors.FAR`; None if the total has no numbers.
+        tensors: Every compared tensor, in the order of A.
+        groups: Distances by layer and role.
         only_in_a: Names that B lacks.
         only_in_b: Names that A lacks.
-        misshapen: Tensors of different shapes; they were not compared.
+        misshapen: Tensors that were not compared because their shapes differ.
     """
 
     a: str
@@ -100,13 +101,13 @@ class Difference:
 
     @property
     def identical(self) -> bool:
-        """Whether both hold the same tensors, equal byte for byte."""
+        """Whether both contain the same tensors, equal byte for byte."""
         return self.total.identical and not (self.only_in_a or self.only_in_b or self.misshapen)
 
 
 @dataclass(slots=True)
 class _Sums:
-    """What is added up to compare vectors; `numbers` tells whether there was anything to add up."""
+    """Sums from which two vectors are compared; `numbers` is False if no tensor of floats was added."""
 
     identical: bool = True
     numbers: bool = False
@@ -119,7 +120,7 @@ class _Sums:
     largest: float = 0.0
 
     def add(self, other: _Sums) -> None:
-        """Add those of another part of the vectors."""
+        """Add the sums of another part of the vectors."""
         self.identical &= other.identical
         self.numbers |= other.numbers
         self.aa += other.aa
@@ -128,11 +129,11 @@ class _Sums:
         self.dd += other.dd
         self.n += other.n
         self.far += other.far
-        # max() may drop a NaN, but then `dd` holds one, too
+        # max() may lose a NaN, but `dd` is then NaN, too
         self.largest = max(self.largest, other.largest)
 
     def distance(self) -> Distance:
-        """Return what the sums mean."""
+        """Return the distance that follows from the sums."""
         if not self.numbers or not all(map(math.isfinite, (self.aa, self.bb, self.ab, self.dd, self.largest))):
             return Distance(self.identical, None, None, None)
         change = None
@@ -152,17 +153,17 @@ def diff(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Difference:
-    """Compare two checkpoints; both are streamed, so memory stays at a few blocks.
+    """Compare two checkpoints; both are streamed, so only a few blocks are in memory at a time.
 
     Args:
-        a: A folder, a file of weights, or the id of a model on the Hub (`org/name@revision`).
-        b: The other.
+        a: A folder, a weight file, or the id of a model on the Hub (`org/name@revision`).
+        b: The other checkpoint.
         cache_dir: Folder for models from the Hub.
-        progress: Told the bytes compared so far, and those in all.
+        progress: Called with the number of bytes compared so far and in total.
 
     Raises:
         NotFoundError: There is no such model.
-        CheckpointError: One is damaged, or they have no tensor of one name and shape.
+        CheckpointError: One is damaged, or no tensor has the same name and shape in both.
     """
     first, second = (open_reference(str(each), cache_dir=cache_dir) for each in (a, b))
     structure_a, structure_b = anatomy_of(first), anatomy_of(second)
@@ -245,7 +246,7 @@ def _compare(
 
 
 def _compare_bytes(blocks: Blocks, one: TensorInfo, other: TensorInfo) -> Iterator[tuple[_Sums, int]]:
-    """Compare what are not numbers; yield what each block gave, and the bytes read for it."""
+    """Compare two tensors that are not floats; yield the sums of each block and the bytes read for it."""
     if one.dtype != other.dtype:
         yield _Sums(identical=False), one.nbytes + other.nbytes
         return
@@ -254,7 +255,7 @@ def _compare_bytes(blocks: Blocks, one: TensorInfo, other: TensorInfo) -> Iterat
 
 
 def _compare_numbers(blocks: Blocks, one: TensorInfo, other: TensorInfo) -> Iterator[tuple[_Sums, int]]:
-    """Compare two tensors of numbers; yield what each block gave, and the bytes read for it."""
+    """Compare two tensors of floats; yield the sums of each block and the bytes read for it."""
     yield _Sums(identical=one.dtype == other.dtype, numbers=True), 0
     for raw in blocks.numbers((one, other)):
         a, b = widen(raw[0], one), widen(raw[1], other)

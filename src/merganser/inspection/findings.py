@@ -1,4 +1,4 @@
-"""What measured distances between models mean for a merge, in words; nothing is said beyond what was measured."""
+"""Say in sentences what measured distances between models mean for a merge."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from .task_vectors import FAR, Kinship
 __all__ = ["Finding", "difference_findings", "kinship_findings"]
 
 SHARED_COSINE = 0.5
-"""Least cosine of the weight matrices of two models that share a base.
+"""Smallest cosine of the weight matrices of two models that still suggests a shared base.
 
-Matrices that were drawn independently have a cosine near 0. Of those of a fine-tuned model and its base it is near 1;
-at 0.5 at least 87 % of the norm is not the base's. The choice of the middle is ours.
+Independently initialised matrices have a cosine near 0, those of a fine-tuned model and its base near 1. At 0.5, the
+part of the matrices that is orthogonal to the base has 87 % of their norm. We chose the middle of the range.
 """
 
 NEARLY_SAME = 0.1
-"""Two models that are less than this share of their task vectors apart are called nearly the same (our choice)."""
+"""Two models closer than this share of the shorter task vector are reported as nearly the same; our choice."""
 
 MANY_FAR = 0.1
-"""Share of elements beyond `FAR` from which deltas are called large (our choice; the authors give the range alone).
+"""Task vectors with more than this share of elements beyond `FAR` are reported as large.
 
-Of eight fine-tunes of a 135 M model (120 steps of 1,024 tokens), at most 4 % of the elements are beyond it.
+This share is our choice, since DARE's authors give only the range. In eight fine-tunes of a 135 M model (120 steps of
+1,024 tokens) at most 4 % of the elements were beyond it.
 """
 
 _DARE = (
@@ -36,12 +37,12 @@ _DARE = (
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something to know before merging.
+    """A fact that a user should know before merging.
 
     Args:
-        kind: What it is about.
-        models: Which models, counted from 1; 0 is the base (of `diff`: 1 is A, 2 is B).
-        text: The same in a sentence, with the numbers.
+        kind: Kind of the finding.
+        models: The models concerned, counted from 1; 0 is the base (for `diff`, 1 is A and 2 is B).
+        text: The finding in a sentence, with the numbers.
     """
 
     kind: Literal["copy", "nearly the same", "no shared base", "large deltas", "mixed dtypes"]
@@ -50,7 +51,7 @@ class Finding:
 
 
 def kinship_findings(found: Kinship) -> list[Finding]:
-    """Say what a kinship means."""
+    """Return the findings that follow from a kinship."""
     strangers = [i for i, cosine in enumerate(found.matrices.base_cosine) if cosine is not None and _stranger(cosine)]
     return [
         *_copies(found),
@@ -62,7 +63,7 @@ def kinship_findings(found: Kinship) -> list[Finding]:
 
 
 def difference_findings(found: Difference) -> list[Finding]:
-    """Say what a difference means."""
+    """Return the findings that follow from a difference."""
     if found.total.identical or found.total.relative_change is None:
         return []
     if found.total.largest == 0:

@@ -1,4 +1,4 @@
-"""Tensors of several checkpoints read side by side, block by block."""
+"""Read the same tensors of several checkpoints together, block by block."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "Blocks", "anatomy_of", "one_thread", "widen", "with_ties"]
 
 BLOCK = 1 << 17
-"""Elements that are compared at a time: 1 MB for each float64 copy, so that all of them stay in the cache."""
+"""Elements that are compared at a time: 1 MB per float64 copy, so that all copies fit into the CPU's cache."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def anatomy_of(checkpoint: Checkpoint) -> Anatomy:
-    """Tell layers, roles and ties of a checkpoint."""
+    """Infer layers, roles and tied tensors of a checkpoint."""
     return infer_anatomy({name: tensor.shape for name, tensor in checkpoint.tensors.items()}, checkpoint.config)
 
 
 def with_ties(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, TensorInfo]:
-    """Return all tensors, and those they share under other names: a tied head is compared with a head of its own."""
+    """Return all tensors, and tied ones under their names, too: a tied head can be compared with an untied one."""
     ties: Mapping[str, TensorInfo] = {alias: checkpoint.tensors[source] for alias, source in anatomy.tied}
     return {**checkpoint.tensors, **ties}
 
 
 class Blocks:
-    """Reads the same elements of a tensor in several checkpoints, into memory that is used again.
+    """Reads the same elements of a tensor in several checkpoints, into reused buffers.
 
     Args:
-        reader: Reads all of them.
+        reader: Reader for all checkpoints.
         count: Number of checkpoints.
     """
 
@@ -46,11 +46,11 @@ class Blocks:
         self._memory = [np.empty(0, dtype=np.uint8)] * count
 
     def numbers(self, tensors: Sequence[TensorInfo]) -> Iterator[list[Bytes]]:
-        """Yield the bytes of each block of elements, one array per checkpoint, which holds until the next block."""
+        """Yield the bytes of each block of elements, one array per checkpoint; the next block overwrites the arrays."""
         yield from self._read(tensors, tensors[0].numel, [tensor.dtype.itemsize for tensor in tensors])
 
     def bytes(self, tensors: Sequence[TensorInfo]) -> Iterator[list[Bytes]]:
-        """Yield the same for tensors that are not numbers but all have one dtype."""
+        """Yield blocks of bytes like `numbers`, for tensors of one dtype that are not floats."""
         yield from self._read(tensors, tensors[0].nbytes, [1] * len(tensors))
 
     def _read(self, tensors: Sequence[TensorInfo], length: int, sizes: Sequence[int]) -> Iterator[list[Bytes]]:
@@ -66,7 +66,7 @@ class Blocks:
 
 
 def widen(data: Bytes, tensor: TensorInfo) -> Tensor:
-    """Return elements of a tensor of numbers as float64."""
+    """Return the bytes of elements of a float tensor as float64 values."""
     import torch
 
     return torch.from_numpy(data).view(getattr(torch, tensor.dtype.name)).double()

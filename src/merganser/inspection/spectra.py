@@ -1,4 +1,4 @@
-"""Singular values of task vectors: how many directions a fine-tune, or a merge, moved in."""
+"""Singular values of task vectors, which show how many directions a fine-tune or a merge changed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["Decay", "MatrixSpectra", "Spectra", "measure_spectra"]
 
 LAYERS = 3
-"""Layers whose matrices are measured: the first, the last, and those evenly between."""
+"""Number of layers whose matrices are measured: the first, the last, and others evenly spaced between them."""
 
 POINTS = 48
-"""Singular values that are kept of each matrix: all of the first, fewer of the later ones."""
+"""Largest number of singular values that are kept of each matrix, at logarithmically spaced ranks."""
 
 SHARES = (0.5, 0.9, 0.99)
 
@@ -34,9 +34,9 @@ class Decay:
     """Singular values of a task vector.
 
     Args:
-        ranks: Positions of some singular values, from 1, in descending order of their size.
-        values: Those singular values over the largest; empty for a task vector of zeros, or one that is not finite.
-        needed: How many singular values hold each of `SHARES` of the squared norm.
+        ranks: Ranks of some singular values, 1 for the largest.
+        values: Those singular values over the largest; empty for a task vector that is zero or not finite.
+        needed: For each of `SHARES`, the number of singular values that make up this share of the squared norm.
     """
 
     ranks: Sequence[int]
@@ -46,7 +46,7 @@ class Decay:
 
 @dataclass(frozen=True, slots=True)
 class MatrixSpectra:
-    """A matrix: its name and shape, and the decay for each of the models and then for the merge."""
+    """Spectra of one matrix: a `Decay` for each model, then one for the merge."""
 
     name: str
     layer: int
@@ -57,7 +57,7 @@ class MatrixSpectra:
 
 @dataclass(frozen=True, slots=True)
 class Spectra:
-    """Spectra of the task vectors of models, and of the merge; the base and the models as given."""
+    """Spectra of the task vectors of the models and of the merge; `base` and `models` are as given."""
 
     base: str
     models: Sequence[str]
@@ -72,20 +72,20 @@ def measure_spectra(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Spectra:
-    """Measure singular values of task vectors in `LAYERS` layers; a matrix of each checkpoint is in memory at a time.
+    """Measure singular values of task vectors in `LAYERS` layers, with one matrix of a model in memory at a time.
 
     They are square roots of eigenvalues of a Gram matrix in float64, so values below 1e-7 of the largest are noise.
 
     Args:
-        out: The merge.
-        base: What models and merge are compared with: a folder, file or Hub id.
+        out: Folder of the merge.
+        base: The base, from which models and merge are measured: a folder, file or Hub id.
         models: The models.
         cache_dir: Folder for models from the Hub.
-        progress: Told the matrices done, and those in all.
+        progress: Called with the number of matrices done and in total.
 
     Raises:
-        NotFoundError: One is not there.
-        CheckpointError: One is damaged, or they share no matrix.
+        NotFoundError: A checkpoint does not exist.
+        CheckpointError: A checkpoint is damaged, or no matrix is in all of them.
     """
     checkpoints = [open_reference(each, cache_dir=cache_dir) for each in (base, *models)]
     checkpoints.append(open_checkpoint(str(out)))
@@ -116,13 +116,13 @@ def decay(delta: Tensor) -> Decay:
         return Decay([], [], [])
     ranks = np.unique(np.geomspace(1, len(squares), min(POINTS, len(squares))).round().astype(int))
     held = np.cumsum(squares) / squares.sum()
-    # the last of a cumulative sum may end a hair below 1
+    # by rounding, the last cumulative sum may be slightly below 1
     needed = [min(int(np.searchsorted(held, share)) + 1, len(squares)) for share in SHARES]
     return Decay(ranks.tolist(), np.sqrt(squares[ranks - 1] / squares[0]).tolist(), needed)
 
 
 def _choose(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[Part, list[TensorInfo]]]:
-    """Yield the matrices that all hold in the chosen layers of the main stack."""
+    """Yield the matrices of the chosen layers of the main stack that all checkpoints contain, in the same shape."""
     anatomies = [anatomy_of(checkpoint) for checkpoint in checkpoints]
     held: list[Mapping[str, TensorInfo]] = [with_ties(c, a) for c, a in zip(checkpoints, anatomies, strict=True)]
     count = anatomies[0].n_layers

@@ -1,4 +1,4 @@
-"""How models that were trained from one base are related: their task vectors, compared with each other."""
+"""Compare the task vectors of models that were trained from one base."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ Matrix = Sequence[Sequence[float | None]]
 class Kin:
     """How models are related, over some tensors taken as one vector; all sums are in float64.
 
-    Lists have one value per model, matrices one row and column per model, both in the order given. What is not
-    defined (a task vector of zeros has no direction) is None.
+    Lists have one value per model, matrices one row and column per model, both in the order given. Undefined values
+    (a cosine with a task vector of zeros) are None.
 
     Args:
         tensors: Number of tensors.
         parameters: Number of elements.
-        norm: Of each task vector: the Euclidean distance from the base.
-        change: The same over the norm of the base.
-        base_cosine: Cosine of each model's weights and the base's.
-        weight_cosine: Cosine of the weights of each two models.
+        norm: Norm of each task vector, that is the Euclidean distance of the model from the base.
+        change: Norm of each task vector over the norm of the base.
+        base_cosine: Cosine between the weights of each model and those of the base.
+        weight_cosine: Cosine between the weights of each pair of models.
         changed: Share of the elements that differ from the base.
-        far: Share of the elements that differ by more than `FAR`.
+        far: Share of the elements that differ from the base by more than `FAR`.
         largest: The largest difference from the base.
-        cosine: Of each two task vectors.
-        correlation: Pearson's, of the elements of each two task vectors.
-        distance: Euclidean, of each two models.
+        cosine: Cosine of each pair of task vectors.
+        correlation: Pearson correlation between the elements of each pair of task vectors.
+        distance: Euclidean distance between each pair of models.
         sign_conflict: Of the elements that both models changed, the share that they changed in opposite directions.
     """
 
@@ -70,7 +70,7 @@ class Kin:
 
 @dataclass(frozen=True, slots=True)
 class TensorKin:
-    """The same for a tensor, or for all tensors of a layer and role; `layer` is None outside the layers."""
+    """Kinship over one tensor, or over all tensors of a layer and role (no name); layer None: outside the layers."""
 
     name: str | None
     layer: int | None
@@ -88,14 +88,14 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Kinship:
-    """What `kinship` found.
+    """Result of `kinship`.
 
     Args:
         base: The base as given.
         models: The models as given.
-        dtypes: Of the tensors that were compared, for the base and each model.
-        total: Over everything that was compared.
-        matrices: The same without vectors (norms, biases), which are alike in models that share nothing else.
+        dtypes: Dtypes of the compared tensors, for the base and each model.
+        total: Over all compared tensors.
+        matrices: Without vectors (norms, biases), since these are similar even in unrelated models.
         same: Groups of checkpoints that are equal in every value; 0 is the base, 1 the first model.
         groups: By layer and role.
         tensors: By tensor, in the order of the base.
@@ -120,19 +120,19 @@ def kinship(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Kinship:
-    """Compare the task vectors of models; all are streamed once, so memory stays at a few blocks.
+    """Compare the task vectors of models; each model is streamed once, so only a few blocks are in memory at a time.
 
-    What is compared are the tensors of numbers that the base and every model have in the same shape.
+    Only float tensors that the base and every model contain in the same shape are compared.
 
     Args:
-        models: Folders, files of weights, or ids of models on the Hub (`org/name@revision`).
-        base: What they were trained from.
+        models: Folders, weight files, or ids of models on the Hub (`org/name@revision`).
+        base: The model that they were trained from.
         cache_dir: Folder for models from the Hub.
-        progress: Told the bytes compared so far, and those in all.
+        progress: Called with the number of bytes compared so far and in total.
 
     Raises:
         NotFoundError: There is no such model.
-        CheckpointError: One is damaged, or they have no tensor of one name and shape.
+        CheckpointError: One is damaged, or no tensor has the same name and shape in all.
         ValueError: There are no models.
     """
     if not models:
@@ -167,7 +167,7 @@ def kinship(
 
 
 def mean_of_pairs(matrix: Matrix) -> float | None:
-    """Return the mean of the values above the diagonal, of those that are defined; None where none is."""
+    """Return the mean of the defined values above the diagonal; None if there are none."""
     values = [value for i, row in enumerate(matrix) for value in row[i + 1 :] if value is not None]
     return sum(values) / len(values) if values else None
 
@@ -175,7 +175,7 @@ def mean_of_pairs(matrix: Matrix) -> float | None:
 def _align(
     names: Sequence[str], checkpoints: Sequence[Checkpoint]
 ) -> tuple[dict[str, list[TensorInfo]], dict[str, Part], list[LeftOut]]:
-    """Match tensors by name; return those that can be compared, what they do, and why others cannot be compared."""
+    """Match tensors by name; return those that can be compared, their layers and roles, and why others cannot."""
     anatomies = [anatomy_of(checkpoint) for checkpoint in checkpoints]
     held = [with_ties(checkpoint, anatomy) for checkpoint, anatomy in zip(checkpoints, anatomies, strict=True)]
     rows: dict[str, list[TensorInfo]] = {}
@@ -225,18 +225,18 @@ def _measure(
 
 @dataclass(slots=True)
 class _Sums:
-    """What is added up to compare task vectors.
+    """Sums from which task vectors are compared, for T models.
 
     Args:
         tensors: Number of tensors.
         n: Number of elements.
-        products: Inner products of the base (first) and the task vectors.
-        sums: Of the elements of each task vector.
-        both: For each two models, the number of elements that both changed.
-        opposite: How many of those they changed in opposite directions.
-        far: Number of elements of each model that differ by more than `FAR` from the base.
-        largest: The largest difference of each.
-        unequal: Whether two checkpoints (the base is the first) differ in any value.
+        products: Inner products of the base (first) and the task vectors, shape [T + 1, T + 1].
+        sums: Sum of the elements of each task vector, shape [T].
+        both: For each pair of models, the number of elements that both changed, shape [T, T].
+        opposite: How many of these elements the two changed in opposite directions, shape [T, T].
+        far: Number of elements of each model that differ by more than `FAR` from the base, shape [T].
+        largest: The largest difference of each model from the base, shape [T].
+        unequal: Whether two checkpoints (the base is the first) differ in any value, shape [T + 1, T + 1].
     """
 
     tensors: int
@@ -258,7 +258,7 @@ class _Sums:
         return cls(0, 0, products, line, np.zeros(square), np.zeros(square), line, line, unequal)
 
     def add(self, other: _Sums) -> None:
-        """Add those over other elements."""
+        """Add the sums over other elements."""
         self.tensors += other.tensors
         self.n += other.n
         self.products = self.products + other.products
@@ -270,13 +270,13 @@ class _Sums:
         self.unequal = self.unequal | other.unequal
 
     def kin(self) -> Kin:
-        """Return what the sums mean."""
+        """Return the kinship that follows from the sums."""
         base, along, gram = self.products[0, 0], self.products[0, 1:], self.products[1:, 1:]
         squares = gram.diagonal()
         norms = np.sqrt(squares)
         weights = base + along[:, None] + along[None, :] + gram
         lengths = np.sqrt(np.maximum(weights.diagonal(), 0))
-        # the same numbers without their mean; rounding leaves a little of those that are constant
+        # covariances times n; rounding leaves a small variance where a task vector is constant, which counts as 0
         centred = gram - np.outer(self.sums, self.sums) / self.n
         spread = np.sqrt(np.where(centred.diagonal() > 1e-12 * squares, centred.diagonal(), 0))
         return Kin(
@@ -305,12 +305,12 @@ def _together(parts: Iterable[_Sums]) -> _Sums:
 
 
 def _measured(wide: Sequence[Tensor], unequal: np.ndarray[Any, np.dtype[np.bool_]]) -> _Sums:
-    """Measure a block of the base and the models, float64; `unequal` says which are known to differ."""
+    """Measure a block of the base and the models, float64; pairs that `unequal` marks are not compared again."""
     import torch
 
     base, *models = wide
     deltas = torch.stack(models) - base
-    signs = deltas.sign().float()  # sums of so few are exact
+    signs = deltas.sign().float()  # exact: a block has fewer elements than float32 can count
     moved = signs.abs()
     both = moved @ moved.T
     size = deltas.abs()
@@ -342,7 +342,7 @@ def _table(above: Any, below: Any, bound: float = math.inf) -> list[list[float |
 
 
 def _equal_groups(unequal: np.ndarray[Any, np.dtype[np.bool_]]) -> list[list[int]]:
-    """Return the groups of two and more checkpoints that are equal."""
+    """Return the groups of two or more equal checkpoints."""
     groups: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(unequal):
         groups[int(np.argmin(row))].append(i)

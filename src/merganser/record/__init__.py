@@ -1,4 +1,4 @@
-"""The run record, `merge.json`: its format, how it is read back, and how an output is verified against it."""
+"""The run record, `merge.json`: its format, reading it back, and verifying an output against it."""
 
 from .format import RECORD_FORMAT, RECORD_NAME, record_text
 from .verification import verify

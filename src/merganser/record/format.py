@@ -1,4 +1,4 @@
-"""Name and format of the run record, for all who write or read one."""
+"""Name and format of the run record."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["RECORD_FORMAT", "RECORD_NAME", "record_text"]
 
 RECORD_NAME = "merge.json"
 RECORD_FORMAT = 1
-"""Changes when what reads a record could misunderstand it; a new key does not change it."""
+"""Raised when older readers would misunderstand a new record; a new key alone does not raise it."""
 
 
 def record_text(record: Mapping[str, Any]) -> str:
-    """Return a run record as JSON: of what it lists, every entry has a line."""
+    """Return a run record as JSON, with each entry of a list on one line."""
     return _lines(record, "\n") + "\n"
 
 
 def _lines(value: Any, indent: str) -> str:
-    # json's own indentation is many times slower, and gives every number a line
+    # json.dumps(indent=...) is many times slower, and puts every number on its own line
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     if not any(isinstance(part, Mapping | list) for part in parts):
         return json.dumps(value)

@@ -1,4 +1,4 @@
-"""The run record, read back: what the report draws."""
+"""Read a run record back, for the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["InputFile", "Moved", "Movement", "OutputFile", "Record", "Restored",
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A file of weights that was read; `hash` is that of its tensors."""
+    """A weight file that the merge read; `hash` is the hash of its tensors."""
 
     model: str
     path: str
@@ -27,7 +27,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file that was written."""
+    """A file that the merge wrote."""
 
     file: str
     bytes: int
@@ -36,22 +36,22 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What the record tells of a tensor, of those of a layer and role, or of all; see `engine.movement`.
+    """How far one tensor, a group of tensors (a layer and role), or all tensors moved; see `engine.movement`.
 
     Args:
-        place: Where the record says so.
-        name: Of a tensor; None for several.
-        layer: None outside the layers, and for all.
-        role: What the tensors do; empty for all.
+        place: Place of this entry in the record, for messages.
+        name: Name of the tensor; None for a group.
+        layer: Number of the layer; None outside the layers, and for all tensors together.
+        role: Role of the tensors; empty for all tensors together.
         tensors: Number of tensors.
-        parameters: Number of elements; None where the record does not say.
-        inputs: Base (or first model) and models, where tensors differ in that.
-        models: Distance of each model from the base, over the norm of the base; empty where not measured.
-        merged: The same of the merge.
-        cosine: Mean of the cosines of each two task vectors.
-        sign_conflict: Share of opposite directions among what two models changed.
-        cosines: Of each two task vectors, in the order of `itertools.combinations`.
-        sign_conflicts: Of each two models.
+        parameters: Number of elements; None if the record does not contain it.
+        inputs: Names of the base (or first model) and the models, if they differ between tensors.
+        models: Distance of each model from the base, over the norm of the base; empty if not measured.
+        merged: Distance of the merge from the base, over the norm of the base.
+        cosine: Mean cosine over all pairs of task vectors.
+        sign_conflict: Among the elements that two models changed, the share that they changed in opposite directions.
+        cosines: Cosine of each pair of task vectors, in the order of `itertools.combinations`.
+        sign_conflicts: Sign conflict of each pair of models, in the same order.
     """
 
     place: str
@@ -71,15 +71,15 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """How far models and merge moved, and how task vectors are related.
+    """How far models and merge moved from the base, and how task vectors are related.
 
     Args:
-        sample: Most elements of a tensor that distances were measured on.
-        pair_sample: The same for pairs of task vectors.
-        inputs: Base (or first model) and models; empty where tensors differ in that.
-        from_base: Whether the first of them is a base; None where tensors differ in that.
-        total: Of all tensors.
-        tensors: Of each.
+        sample: Largest number of elements of a tensor on which distances were measured.
+        pair_sample: Largest number of elements of a tensor on which pairs of task vectors were compared.
+        inputs: Names of the base (or first model) and the models; empty if they differ between tensors.
+        from_base: Whether the first input is a base; None if that differs between tensors.
+        total: Movement of all tensors together.
+        tensors: Movement of each tensor.
     """
 
     sample: int
@@ -92,7 +92,7 @@ class Movement:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a sidecar gives back: its size, that of the model, and the relative error of the restored weights."""
+    """A model that a sidecar restores: bytes of the sidecar and of the full model, relative error of the weights."""
 
     name: str
     model: str
@@ -103,13 +103,13 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A run record; names are those of merge.json.
+    """A run record; attributes are named like the keys of merge.json.
 
     Args:
-        out: The folder.
+        out: The output folder.
         methods: Number of tensors that each method merged; empty in records of earlier versions.
         movement: None in records of earlier versions.
-        restored: Of merges with sidecars.
+        restored: The models that the sidecar restores; empty for merges without one.
     """
 
     out: Path
@@ -148,7 +148,7 @@ def read_record(out: str | Path) -> Record:
     Raises:
         NotFoundError: There is no such folder, or no run record in it.
         CheckpointError: The run record is damaged.
-        UnsupportedError: It is of a later version.
+        UnsupportedError: The run record has a later format.
     """
     out = Path(out)
     if not out.is_dir():
