@@ -1,4 +1,4 @@
-"""Measure models: bits per byte of texts, multiple choice, tasks of lm-eval; and what merges kept of their experts.
+"""Evaluate models: bits per byte of texts, multiple choice, tasks of lm-eval, and what merges kept of their experts.
 
 result = evaluate(["merged"], ["french.txt"], base="base", experts={"french": "expert"})
 result.metric("merged", "french").value

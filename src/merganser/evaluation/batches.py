@@ -1,4 +1,4 @@
-"""Batches: what is fed to a model at once, and the logits that are kept of it."""
+"""Batches of token sequences, and the logits that a model computes for them."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from torch import Tensor
 from .outcome import Outcome
 
 LOGITS = 1 << 27
-"""Most logits of a batch, elements: with 2 bytes each a quarter of a gigabyte."""
+"""Largest number of logits of a batch, in elements: a quarter of a gigabyte at 2 bytes each."""
 
 
 class Refused(Exception):
-    """A model gave nothing that could be scored; the message says what."""
+    """A model's output cannot be scored; the message says why."""
 
 
 class Prepared(Protocol):
-    """A task in the tokens of a model."""
+    """A task, tokenised for a model."""
 
     @property
     def batches(self) -> Sequence[Sequence[int]]:
         """Indices of rows, batch by batch."""
 
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
-        """Score rows on a loaded model; the result is plain data, for a journal.
+        """Score rows on a loaded model; the result can be written to the journal as JSON.
 
         Raises:
-            Refused: The model gives nothing that can be scored.
+            Refused: The model's output cannot be scored.
         """
 
     def outcome(self, contents: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Make the outcome of what every batch gave."""
+        """Return the outcome of the task from the results of all batches."""
 
 
 def in_order(rows: Sequence[Sequence[int]], contents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Put the columns of batches together, in the order of their rows."""
+    """Concatenate the columns of batches, in the order of the rows before batching."""
     count = sum(map(len, rows))
     columns: dict[str, list[Any]] = {name: [None] * count for name in (contents[0] if contents else ())}
     for batch, content in zip(rows, contents, strict=True):
@@ -49,16 +49,16 @@ def in_order(rows: Sequence[Sequence[int]], contents: Sequence[Mapping[str, Any]
 
 
 def batches(fed: Sequence[int], kept: Sequence[int], vocabulary: int, budget: int) -> list[list[int]]:
-    """Divide rows into batches, the longest first: what does not fit memory fails at once.
+    """Divide rows into batches, the longest rows first, so that too little memory is noticed at once.
 
-    The division depends on nothing but the arguments, so that a row's neighbours, and with them its last digits, are
-    the same in a run that was continued.
+    The batches depend only on the arguments. A continued run therefore has the same batches, and the results of a row,
+    which rounding makes depend on its batch, are the same to the last digit.
 
     Args:
-        fed: Tokens that each row feeds.
-        kept: Tokens of which the logits are needed, by row.
-        vocabulary: Logits per token.
-        budget: Tokens that a batch may feed, padding included; a longer row is a batch by itself.
+        fed: Number of input tokens of each row.
+        kept: Number of tokens of each row whose logits are needed.
+        vocabulary: Number of logits per token.
+        budget: Largest number of input tokens of a batch, including padding; a longer row is a batch by itself.
 
     Returns:
         Indices of rows.
@@ -76,18 +76,18 @@ def batches(fed: Sequence[int], kept: Sequence[int], vocabulary: int, budget: in
 
 
 def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return rows of tokens as one tensor, int64, shape [rows, longest]; a causal model does not see the padding."""
+    """Return rows of tokens as one tensor, padded at the right, which causal models ignore: int64, [rows, longest]."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
 
 def logits_at(model: Any, places: Tensor, **inputs: Any) -> Tensor:
-    """Return the logits at some places of every row.
+    """Return the logits at some positions of every row.
 
     Args:
         model: A causal language model of transformers.
-        places: Places in the rows, int64, shape [places].
-        **inputs: What to feed.
+        places: Positions in the rows, int64, shape [places].
+        **inputs: Inputs of the model, such as `input_ids`.
 
     Returns:
         Shape [rows, places, vocabulary].
@@ -99,5 +99,5 @@ def logits_at(model: Any, places: Tensor, **inputs: Any) -> Tensor:
 
 
 def takes(model: Any, name: str) -> bool:
-    """Whether a model takes an argument of that name."""
+    """Return whether the model's forward method takes an argument of that name."""
     return name in inspect.signature(model.forward).parameters

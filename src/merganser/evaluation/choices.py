@@ -1,11 +1,11 @@
-"""Multiple choice by log-likelihood: which continuation of a context the model finds likeliest.
+"""Multiple choice by log-likelihood: which continuation of a context is the most likely under the model.
 
-The context is computed once: its keys and values are kept, and every choice is run behind them. Models that keep a
-state in place of keys and values get each choice with its context.
+The context is run once; its keys and values are cached and reused for every choice. Models with a recurrent state
+instead of keys and values (Mamba and the like) are run on the context and each choice together.
 
-Tokens are found as lm-eval finds them: white space at the end of the context is moved to the choice, and the tokens of
-a choice are those of context and choice together behind those of the context alone. Where the two do not begin alike,
-because the tokenizer joins the last letters of the one to the first of the other, the choice is tokenised by itself.
+Tokens are the same as in lm-eval: white space at the end of the context is moved to the choice; context and choice are
+tokenised together, and the tokens after those of the context alone belong to the choice. If the joint tokens do not
+begin with those of the context (the tokenizer has joined letters of both), the choice is tokenised by itself.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ COLUMNS = ("gold", "loglikelihood", "bytes")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A question in tokens.
+    """A tokenised question.
 
     Args:
-        context: Tokens before each choice, cut at the left where they are too many.
+        context: Tokens before each choice, truncated at the left if there are too many.
         choices: Tokens of each choice.
-        nbytes: UTF-8 bytes of each choice, without white space in front.
+        nbytes: Number of UTF-8 bytes of each choice, without leading white space.
         gold: Index of the right choice.
         where: File and line, for messages.
     """
@@ -55,16 +55,16 @@ class Encoded:
 
 
 def encode(task: ChoiceTask, tokenizer: Tokenizer, positions: int | None, limit: int | None = None) -> list[Encoded]:
-    """Turn questions into tokens.
+    """Tokenise questions.
 
     Args:
         task: The questions.
-        tokenizer: Of the model.
-        positions: Most tokens that the model can see at once. A longer context loses its first tokens.
-        limit: Number of questions.
+        tokenizer: Tokenizer of the model.
+        positions: Size of the model's context window in tokens; a longer context loses its first tokens.
+        limit: Number of questions; None for all.
 
     Raises:
-        TaskError: A choice does not fit the model by itself, or an empty context has no token to stand for it.
+        TaskError: A choice alone exceeds the context window, or a context is empty and the tokenizer has no BOS or EOS.
     """
     return [_encode(question, tokenizer, positions) for question in task.questions[:limit]]
 
@@ -82,7 +82,7 @@ def _encode(question: Question, tokenizer: Tokenizer, positions: int | None) -> 
             )
         prefix = (tokenizer.start,)
     if positions is not None:
-        # the last token of a choice is not fed
+        # the last token of a choice is predicted, but not an input
         room = positions - len(prefix) - (max(map(len, choices)) - 1)
         if room < (0 if prefix else 1):
             raise TaskError(
@@ -108,7 +108,8 @@ def score(model: Any, questions: Sequence[Encoded]) -> dict[str, list[Any]]:
         questions: The questions.
 
     Returns:
-        By column, for each question: index of the right choice, log-likelihood of each choice (natural), its bytes.
+        `COLUMNS`, each with one entry per question: index of the right choice, natural log-likelihood of each choice,
+        bytes of each choice.
 
     Raises:
         Refused: A log-likelihood is not finite.
@@ -125,15 +126,15 @@ def score(model: Any, questions: Sequence[Encoded]) -> dict[str, list[Any]]:
 
 
 def keeps_keys(model: Any) -> bool:
-    """Whether a model remembers its context as keys and values, which can be repeated for every choice."""
+    """Return whether a model caches its context as keys and values, which can be repeated for every choice."""
     return not getattr(model, "_is_stateful", False) and takes(model, "past_key_values")
 
 
 def _with_cache(model: Any, questions: Sequence[Encoded]) -> list[list[float]]:
-    """Run the contexts once, then every choice behind its own."""
+    """Run the contexts once, then every choice with the cache of its context."""
     device = model.device
     width = max(len(q.context) for q in questions)
-    # padded at the left, so that every context ends, and every choice begins, at the same place
+    # padded at the left, so that all contexts end, and all choices begin, at the same position
     ids = torch.tensor([[0] * (width - len(q.context)) + list(q.context) for q in questions], device=device)
     mask = torch.tensor([[0] * (width - len(q.context)) + [1] * len(q.context) for q in questions], device=device)
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -153,7 +154,7 @@ def _with_cache(model: Any, questions: Sequence[Encoded]) -> list[list[float]]:
 
 
 def _behind(model: Any, cache: Any, mask: Tensor, owners: Tensor, rows: Sequence[tuple[int, ...]]) -> Tensor:
-    """Return the log-likelihoods of choices without their first tokens, float64, shape [rows]."""
+    """Return the log-likelihoods of the choices without their first tokens, float64, shape [rows]."""
     cache.batch_select_indices(owners)
     ids = right_padded([row[:-1] for row in rows], model.device)
     before = mask[owners]
@@ -165,7 +166,7 @@ def _behind(model: Any, cache: Any, mask: Tensor, owners: Tensor, rows: Sequence
 
 
 def _without_cache(model: Any, questions: Sequence[Encoded]) -> list[list[float]]:
-    """Run every choice with its context."""
+    """Run context and choice together, for every choice."""
     rows = [(q.context, choice) for q in questions for choice in q.choices]
     ids = right_padded([(*context, *choice[:-1]) for context, choice in rows], model.device)
     begin = min(len(q.context) for q in questions) - 1
@@ -175,7 +176,7 @@ def _without_cache(model: Any, questions: Sequence[Encoded]) -> list[list[float]
 
 
 def _sums(logits: Tensor, targets: Sequence[tuple[int, ...]], starts: Sequence[int] | None = None) -> Tensor:
-    """Return the log-likelihood of each row's targets, from its start on, float64, shape [rows]."""
+    """Return the summed log-likelihood of each row's targets, from position `starts[row]` on, float64, shape [rows]."""
     sums = []
     for row, wanted in enumerate(targets):
         start = starts[row] if starts else 0
@@ -191,9 +192,9 @@ def _grouped(nats: Tensor, questions: Sequence[Encoded]) -> list[list[float]]:
 
 
 def right(rows: Mapping[str, Sequence[Any]]) -> dict[str, NDArray[np.float64]]:
-    """Say of each question whether the likeliest choice is right: as it is, and per byte; shape [questions].
+    """Return for each question whether the most likely choice is right (1.0 or 0.0), shape [questions].
 
-    Of equally likely ones the first counts.
+    `correct` compares log-likelihoods, `correct_norm` log-likelihoods per byte. Of equal choices the first counts.
     """
     plain, normal = [], []
     for gold, nats, nbytes in zip(*(rows[name] for name in COLUMNS), strict=True):
@@ -204,7 +205,7 @@ def right(rows: Mapping[str, Sequence[Any]]) -> dict[str, NDArray[np.float64]]:
 
 @dataclass(frozen=True)
 class PreparedChoices:
-    """A choice task in the tokens of a model.
+    """A choice task, tokenised for a model.
 
     Args:
         task: The task.
@@ -217,11 +218,11 @@ class PreparedChoices:
     batches: Sequence[Sequence[int]]
 
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
-        """Score questions."""
+        """Score the questions of a batch."""
         return score(model, [self.questions[row] for row in rows])
 
     def outcome(self, contents: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Count right answers."""
+        """Return the accuracies from the results of all batches."""
         rows = in_order(self.batches, contents)
         found, count = right(rows), len(self.questions)
         items, one = (self.task.name, count), np.ones(count)
@@ -235,15 +236,15 @@ class PreparedChoices:
 def prepare_choices(
     task: ChoiceTask, tokenizer: Tokenizer, *, positions: int | None, limit: int | None, vocabulary: int, budget: int
 ) -> PreparedChoices:
-    """Turn a choice task into tokens and batches.
+    """Tokenise a choice task and divide it into batches.
 
     Args:
         task: The questions.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         positions: As for `encode`.
         limit: As for `encode`.
         vocabulary: Number of logits per token.
-        budget: Tokens that a batch may feed.
+        budget: Largest number of input tokens of a batch.
 
     Raises:
         TaskError: As for `encode`.

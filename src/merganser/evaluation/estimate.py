@@ -1,10 +1,10 @@
-"""Measured numbers and how sure they are: standard errors over the items that they were measured on.
+"""Measured numbers with standard errors over the items (documents, questions) that they were measured on.
 
-Every number of an evaluation is a ratio of sums over items (bits over bytes, right answers over questions), or follows
-from a few of them. Beside its value an estimate keeps what each item contributes to its deviation (the linearisation of
-the delta method, also known as the infinitesimal jackknife). Arithmetic on estimates is arithmetic on these
-contributions, so that what two models have in common on the same items cancels: differences and shares are paired
-without further ado, and numbers from other items are independent.
+Every number of an evaluation is a ratio of sums over items (bits over bytes, right answers over questions), or is
+computed from several such ratios. An estimate holds its value and what each item contributes to the value's deviation
+(the linearisation of the delta method, also known as the infinitesimal jackknife). Arithmetic on estimates adds and
+scales these contributions item by item. What two models have in common on the same items therefore cancels: differences
+and ratios are paired automatically. Numbers from different items count as independent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Estimate:
 
     Args:
         value: The number.
-        parts: By set of items: the contribution of each item, float64, shape [n]. Estimates that share a key were
+        parts: For each set of items, the contribution of each item, float64, shape [n]. Estimates that share a key were
             measured on the same items, in the same order; different keys are independent.
     """
 
@@ -38,9 +38,9 @@ class Estimate:
         """Return the ratio of two sums over items.
 
         Args:
-            numerator: What is counted, by item.
-            denominator: What it is divided by, by item; the sum is above 0.
-            items: Names the set of items.
+            numerator: Numerator of each item.
+            denominator: Denominator of each item; the sum must be above 0.
+            items: Key of the set of items.
         """
         above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
         total = below.sum()
@@ -49,13 +49,13 @@ class Estimate:
 
     @classmethod
     def of_error(cls, value: float, stderr: float, key: Hashable) -> Estimate:
-        """Return a number of which nothing is known but its standard error."""
-        # two items that deviate this far have exactly this standard error
+        """Return an estimate from a value and its standard error, without contributions of items."""
+        # two made-up items with these contributions have exactly this standard error
         return cls(value, {key: np.array([stderr / 2, -stderr / 2])})
 
     @property
     def stderr(self) -> float | None:
-        """Standard error: of the mean of each set of items with the n - 1 of Bessel; None where one has one item."""
+        """Standard error, with Bessel's correction for each set of items; None if a set has only one item."""
         total = 0.0
         for part in self.parts.values():
             if len(part) < 2:
@@ -98,12 +98,12 @@ def mean(estimates: Sequence[Estimate]) -> Estimate:
 def smallest(estimates: Mapping[str, Estimate]) -> tuple[str, float, float | None]:
     """Return the smallest of at least one estimate.
 
-    The smallest of several noisy numbers lies lower than the smallest of the true ones, and its standard error is none
-    of theirs: it is the standard deviation of the minimum of independent normal numbers with these means and standard
-    errors, over 10,000 of them each, evenly spread over their distribution and always in the same order.
+    The minimum of several noisy numbers is biased downwards, and its standard error is not that of any of them. It is
+    computed as the standard deviation of the minimum of independent normal variables with these means and standard
+    errors, from 10,000 evenly spaced quantiles of each, combined in a fixed pseudo-random order.
 
     Returns:
-        Its name, its value and the standard error.
+        Its name, its value and the standard error; None as standard error if one of them has none.
     """
     name = min(estimates, key=lambda key: estimates[key].value)
     errors = [estimate.stderr for estimate in estimates.values()]

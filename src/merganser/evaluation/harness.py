@@ -1,4 +1,4 @@
-"""Tasks that lm-eval carries out, by name or in its own YAML format."""
+"""Run tasks of lm-eval, given by name or as a YAML file in its format."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _LOGGERS = ("lm_eval", "lm-eval", "datasets")
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A task of lm-eval that was found and whose items were read.
+    """A task of lm-eval whose items are loaded.
 
     Args:
-        spec: What lm-eval is asked for.
+        spec: Name or path that is passed to lm-eval.
         key: Its name in the results of lm-eval.
-        hash: Identifies its settings and items.
+        hash: Hash of its settings and items, and of lm-eval's version.
         parts: Names of the tasks that it consists of.
-        metrics: Names of its metrics, in the order of its file; the first is the one that counts.
+        metrics: Names of its metrics, in the order of its file; the first is the main metric.
     """
 
     spec: str
@@ -49,13 +49,13 @@ class Opened:
 
 
 class Harness:
-    """lm-eval, with the tasks of an evaluation.
+    """Interface to lm-eval for the tasks of an evaluation.
 
     Args:
         tasks: The tasks.
 
     Raises:
-        TaskError: lm-eval is not installed, has no such task, or cannot read one.
+        TaskError: lm-eval is not installed, has no such task, or cannot load one.
     """
 
     def __init__(self, tasks: Sequence[HarnessTask]) -> None:
@@ -73,7 +73,7 @@ class Harness:
         return _version()
 
     def hash(self, task: HarnessTask) -> str:
-        """Return what identifies the settings and items of a task."""
+        """Return the hash of the settings and items of a task."""
         return self._opened[task.name].hash
 
     def _open(self, task: HarnessTask) -> Opened:
@@ -109,17 +109,17 @@ class Harness:
     def score(
         self, tasks: Sequence[HarnessTask], model: Any, tokenizer: Tokenizer, *, limit: int | None, rows: int
     ) -> dict[str, dict[str, Any]]:
-        """Let lm-eval score a model on tasks, in one go as its own command does: it batches over all of them.
+        """Let lm-eval score a model on all tasks in one call, because it batches over tasks, as its command does.
 
         Args:
             tasks: The tasks.
             model: A causal language model of transformers.
             tokenizer: Its tokenizer.
-            limit: Number of documents of each.
+            limit: Number of documents of each task; None for all.
             rows: Batch size.
 
         Returns:
-            By task what `outcome` takes, as plain data; "failed" says why there is nothing.
+            For each task the `content` of `outcome`, as plain data; or {"failed": reason} if the model has no score.
 
         Raises:
             TaskError: lm-eval failed.
@@ -128,7 +128,7 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         with _quiet(), explained(TaskError, f"{', '.join(task.source for task in tasks)}: {_REFUSED}"):
-            # lm-eval gives tokenizers a token for padding
+            # a copy, because lm-eval adds a padding token to the tokenizer
             wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer.encoder), batch_size=rows)
             specs = [self._opened[task.name].spec for task in tasks]
             found = simple_evaluate(
@@ -138,7 +138,7 @@ class Harness:
 
 
 def _content(task: HarnessTask, opened: Opened, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Take what belongs to a task from the results of lm-eval."""
+    """Return the content of one task from the results of lm-eval."""
     samples = {part: found.get("samples", {}).get(part, []) for part in opened.parts}
     if any(_has_nan(sample["resps"]) for own in samples.values() for sample in own):
         return {"failed": "NaN in what lm-eval got from the model"}
@@ -153,10 +153,10 @@ def _content(task: HarnessTask, opened: Opened, found: Mapping[str, Any]) -> dic
 
 
 def outcome(content: Mapping[str, Any], task: str, model: str) -> Outcome:
-    """Make an outcome of what `Harness.score` returned.
+    """Return the outcome that follows from what `Harness.score` returned.
 
     Args:
-        content: The plain data, of this run or from a journal.
+        content: The plain data of one task, from this run or a journal.
         task: Name of the task.
         model: Name of the model.
     """
@@ -167,10 +167,10 @@ def outcome(content: Mapping[str, Any], task: str, model: str) -> Outcome:
         higher[name] = found["higher_is_better"]
         if found["items"] is not None:
             columns[name] = np.array(found["items"], np.float64)
-            # the same number, but for its last digit
+            # take lm-eval's value, from which the mean over the items may differ in the last digit
             metrics[name] = replace(Estimate.of_ratio(columns[name], np.ones(len(columns[name])), items), value=value)
         elif error is not None:
-            # independent of what other models got, as far as is known
+            # without values of items, the number counts as independent of those of other models
             metrics[name] = Estimate.of_error(value, error, (items, model, name))
         else:
             metrics[name] = Estimate(value, {(items, model, name): np.zeros(1)})
@@ -180,7 +180,7 @@ def outcome(content: Mapping[str, Any], task: str, model: str) -> Outcome:
 def _metrics(
     scored: Mapping[str, Any], higher: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the metrics of a task: value and standard error of lm-eval, and the values of items where it is their mean."""
+    """Yield the metrics of a task: lm-eval's value and standard error, and item values if their mean is the value."""
     for key, value in scored.items():
         metric, _, filtered = key.partition(",")
         if isinstance(value, bool) or not isinstance(value, int | float) or metric.endswith("_stderr") or not filtered:
@@ -212,7 +212,7 @@ def _has_nan(value: Any) -> bool:
 
 
 def _missing(tasks: Sequence[HarnessTask]) -> str:
-    """Say that lm-eval is not there; a name may also be a file's with a slip in it."""
+    """Return the message that lm-eval is not installed; an unknown name may also be a misspelt file name."""
     names = [task.source for task in tasks if not Path(task.source).exists()]
     if not names:
         return f"{tasks[0].source}: lm-eval carries out tasks in its format, and it is not installed: {_INSTALL}"
@@ -228,12 +228,12 @@ def _version() -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what lm-eval logs below errors to itself, and its progress where nobody watches."""
+    """Hide lm-eval's log messages below errors; show its progress only if stderr is a terminal."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    # stdout is for results
+    # stdout is reserved for our results
     elsewhere = sys.stderr if sys.stderr.isatty() else io.StringIO()
     try:
         with redirect_stderr(elsewhere), redirect_stdout(elsewhere):

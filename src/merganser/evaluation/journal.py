@@ -1,4 +1,4 @@
-"""What was measured on every item, kept beside the results so that an interrupted evaluation continues."""
+"""A journal file of the measurements of every item, from which an interrupted evaluation can continue."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def journal_path(out: Path) -> Path:
-    """Return the journal's place beside the results."""
+    """Return the path of the journal, in the folder of the results."""
     return out.with_name(f"{out.name}.items.jsonl")
 
 
 class Journal:
-    """Measurements of batches, by the key of model, task and settings; a file of JSON lines, or memory alone.
+    """Measurements of batches, by a key of model, task and settings, in a file of JSON lines or only in memory.
 
     Use it as a context manager.
 
     Args:
-        path: The file; None keeps nothing.
+        path: The file; None for memory only.
 
     Raises:
-        OutputError: It cannot be written, is something else, or another evaluation writes it.
+        OutputError: It cannot be written, is not a journal, or another evaluation is writing it.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -64,32 +64,32 @@ class Journal:
         self.close()
 
     def get(self, key: str, batch: int) -> Mapping[str, Any] | None:
-        """Return what a batch gave, or None."""
+        """Return the measurements of a batch, or None."""
         return self._found.get((key, batch))
 
     def add(self, key: str, batch: int, content: Mapping[str, Any], **about: str) -> None:
-        """Keep what a batch gave.
+        """Store the measurements of a batch.
 
         Args:
-            key: Model, task and settings.
+            key: Hash of model, task and settings.
             batch: Number of the batch.
-            content: What it gave, as plain data.
-            **about: For whoever reads the file.
+            content: The measurements, as plain data.
+            **about: Additional text, only for human readers of the file.
 
         Raises:
-            OutputError: The disk is full or failed.
+            OutputError: The file cannot be written, such as when the disk is full.
         """
         self._found[key, batch] = content
         self._write({"key": key, **about, "batch": batch, "content": content})
 
     def note(self, name: str, value: Any) -> None:
-        """Keep a choice that a continued evaluation must make again."""
+        """Store a decision that a continued evaluation must take over."""
         if self.notes.get(name) != value:
             self.notes[name] = value
             self._write({"note": name, "value": value})
 
     def close(self) -> None:
-        """Close the file, and let others have it."""
+        """Close the file, which releases its lock."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -114,7 +114,7 @@ class Journal:
                 raise
 
     def _read(self) -> None:
-        """Read what an earlier run left; behind a line that is cut off or damaged nothing is trusted."""
+        """Read the measurements of an earlier run; drop everything from the first truncated or damaged line on."""
         self._file.seek(0)
         length = 0
         for number, line in enumerate(self._file):

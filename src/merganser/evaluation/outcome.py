@@ -1,4 +1,4 @@
-"""What a model got in a task."""
+"""The result of one model on one task."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .estimate import Estimate
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model got in a task.
+    """The result of one model on one task.
 
     Args:
-        metrics: The metrics, the one that counts first; empty where the model failed.
-        columns: What was measured on each item, by name; arrays of shape [items], or lists.
+        metrics: The metrics by name, the main metric first; empty if the model failed.
+        columns: Measurements of each item, by name; arrays of shape [items], or lists.
         items: Number of items.
-        totals: What all items are together: bytes and tokens of a text.
-        higher_is_better: By metric.
-        failed: Why there are no metrics.
+        totals: Sums over all items: bytes and tokens of a text.
+        higher_is_better: Whether higher is better, by metric.
+        failed: Why there are no metrics; None if there are.
     """
 
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
@@ -32,6 +32,6 @@ class Outcome:
     failed: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the JSON of an evaluation says of it."""
+        """Return the outcome as written to the JSON of an evaluation."""
         metrics = {name: estimate.to_json() for name, estimate in self.metrics.items()}
         return {"failed": self.failed, "items": self.items, **self.totals, "metrics": metrics}

@@ -1,4 +1,4 @@
-"""The number formats that models are scored in."""
+"""The dtypes in which models are scored."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FOR = {"text": "texts", "choices": "questions", "lm-eval": "lm-eval"}
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """A number format for each kind of task.
+    """A dtype for each kind of task.
 
     Args:
-        text: For texts.
-        choices: For questions.
-        harness: For tasks of lm-eval; None for that of each checkpoint, which lm-eval itself takes by default.
-        reason: Why.
+        text: Dtype for texts.
+        choices: Dtype for questions.
+        harness: Dtype for tasks of lm-eval; None for the dtype of each checkpoint, which is lm-eval's default.
+        reason: Why these dtypes were chosen.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Formats:
     reason: str
 
     def of(self, kind: Literal["text", "choices", "lm-eval"], config: Any) -> str:
-        """Return the format for a kind of task.
+        """Return the dtype for a kind of task.
 
         Args:
             kind: The kind.
@@ -44,7 +44,7 @@ class Formats:
         return self.text if kind == "text" else self.choices
 
     def shown(self, kinds: Collection[str]) -> str:
-        """Name the formats for these kinds of tasks."""
+        """Return the dtypes for these kinds of tasks as text."""
         used = {"text": self.text, "choices": self.choices, "lm-eval": self.harness or "each model's own"}
         named = {kind: name for kind, name in used.items() if kind in kinds}
         if len({*named.values()}) == 1:
@@ -53,20 +53,20 @@ class Formats:
 
 
 def given_format(dtype: str) -> Formats:
-    """Return one format for everything."""
+    """Return one dtype for all kinds of tasks."""
     return Formats(dtype, dtype, dtype, "as given")
 
 
 def choose_formats(config: Any, device: torch.device, kinds: Collection[str], kept: str | None = None) -> Formats:
-    """Choose bfloat16 for texts where it is faster on this device, and float32 for questions.
+    """Choose bfloat16 for texts if it is faster on this device, and float32 for questions.
 
-    The sums over a text hardly notice the rounding of bfloat16; of single questions, some change their answer.
+    Rounding to bfloat16 hardly changes the sums over a text, but it changes the answers to some single questions.
 
     Args:
         config: Config of a model, as transformers reads it; it gives the sizes of the products that are timed.
         device: Where models are scored.
-        kinds: Kinds of tasks that there are.
-        kept: What an evaluation that is continued chose for texts.
+        kinds: Kinds of the tasks of this evaluation.
+        kept: The dtype for texts of the run that is continued; None for a new run.
     """
     text, reason = "float32", ""
     if kept is not None:
@@ -78,7 +78,7 @@ def choose_formats(config: Any, device: torch.device, kinds: Collection[str], ke
 
 
 def _for_texts(config: Any, device: torch.device) -> tuple[str, str]:
-    """Time the products that a layer consists of in both formats, which takes less than a second."""
+    """Choose the dtype by timing the matrix product of a layer in both, which takes less than a second."""
     if device.type != "cpu":
         return "bfloat16", "GPUs are fast in bfloat16"
     text = config.get_text_config()
@@ -91,14 +91,14 @@ def _for_texts(config: Any, device: torch.device) -> tuple[str, str]:
 
 
 def _own(config: Any) -> str:
-    """Return the format of a checkpoint by its config."""
+    """Return the dtype that the config of a checkpoint declares; float32 if it declares none."""
     found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     name = str(found).removeprefix("torch.")
     return name if name in DTYPES else "float32"
 
 
 def _seconds(width: int, inner: int, dtype: torch.dtype) -> float:
-    """Return the least time of a product of an activation and a weight."""
+    """Return the shortest measured time of a product of activations and a weight, in seconds."""
     activation, weight = torch.ones(_ROWS, width, dtype=dtype), torch.ones(inner, width, dtype=dtype)
     times = []
     with torch.inference_mode():

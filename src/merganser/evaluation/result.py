@@ -27,15 +27,15 @@ class ModelInfo:
     """A model of an evaluation.
 
     Args:
-        reference: What the user wrote.
-        kind: What it is.
-        role: The base, an expert of a domain, or another.
-        hash: Identifies weights, config and tokenizer.
-        tokenizer: Identifies the tokenizer.
-        parameters: Number of weights; None where nothing had to be loaded.
+        reference: The reference as the user wrote it.
+        kind: Kind of the source.
+        role: "base", "expert" (of a domain) or "model".
+        hash: Hash of weights, config and tokenizer.
+        tokenizer: Hash of the tokenizer.
+        parameters: Number of weights; None if the model was not loaded, because the journal had all measurements.
         seconds: Time of loading (or merging) and of scoring.
-        peak_memory: Largest resident memory of the process until it was done, bytes.
-        failed: Why it could not be scored at all.
+        peak_memory: Peak resident memory of the process until this model was done, in bytes.
+        failed: Why it could not be scored at all; None if it could.
     """
 
     reference: str
@@ -54,15 +54,15 @@ class TaskInfo:
     """A task of an evaluation.
 
     Args:
-        kind: Who scores it, and how.
+        kind: Kind of task.
         source: File or name.
-        hash: Identifies its contents.
-        role: Whether it has an expert; None without experts.
-        metric: Name of the metric that counts; None where no model has one.
-        higher_is_better: Of that metric.
+        hash: Hash of its contents.
+        role: "domain" if it has an expert, else "retained"; None in an evaluation without experts.
+        metric: Name of the main metric; None if no model has a result.
+        higher_is_better: Whether a higher value of the main metric is better.
         metrics: Names of all metrics.
         items: Number of items.
-        unit: What an item is.
+        unit: What an item is: "document", "window" or "question".
     """
 
     kind: Literal["text", "choices", "lm-eval"]
@@ -78,21 +78,21 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What models got in tasks.
+    """The results of models on tasks.
 
     Args:
-        models: By name: the base, the experts, the others.
-        tasks: By name, in the order given.
-        outcomes: By model and task; a model that failed as a whole is not in it.
+        models: Models by name: the base, the experts, the others.
+        tasks: Tasks by name, in the order given.
+        outcomes: Outcomes by model and task, without models that failed as a whole.
         base: Name of the base.
-        experts: By domain, the name of its expert.
-        settings: What figures depend on.
-        versions: Of the programs that made them.
-        hardware: Where they were made.
-        created: When, UTC.
-        seconds: How long it took.
-        peak_memory: Largest resident memory of the process so far, bytes.
-        items_file: Name of the file with what was measured on every item, beside the JSON.
+        experts: Name of the expert for each domain.
+        settings: Settings that the results depend on.
+        versions: Versions of merganser, torch, transformers and lm-eval.
+        hardware: Device, processor and number of threads.
+        created: Date and time, UTC.
+        seconds: Duration of the evaluation.
+        peak_memory: Peak resident memory of the process so far, in bytes.
+        items_file: Name of the journal with the measurements of every item, in the folder of the JSON.
         warnings: What the user should know.
     """
 
@@ -111,24 +111,24 @@ class Evaluation:
     warnings: tuple[str, ...]
 
     def metric(self, model: str, task: str, metric: str | None = None) -> Estimate | None:
-        """Return a figure, by default in the metric that counts; None where there is none."""
+        """Return the result of a model in a metric, by default the main metric of the task; None if there is none."""
         outcome = self.outcomes.get(model, {}).get(task)
         name = metric or self.tasks[task].metric
         return None if outcome is None or name is None else outcome.metrics.get(name)
 
     def difference(self, model: str, reference: str, task: str, metric: str | None = None) -> Estimate | None:
-        """Return a model's figure minus another's, with the standard error over the items that both were given."""
+        """Return the result of a model minus that of `reference`, with the standard error of the paired items."""
         own, other = self.metric(model, task, metric), self.metric(reference, task, metric)
         return None if own is None or other is None else own - other
 
     def items(self, model: str, task: str) -> Mapping[str, NDArray[Any] | list[Any]]:
-        """Return what was measured on each item, by name; empty where the model failed."""
+        """Return the measurements of each item, by name; empty if the model failed."""
         outcome = self.outcomes.get(model, {}).get(task)
         return {} if outcome is None else outcome.columns
 
     @cached_property
     def failures(self) -> list[str]:
-        """Every model that has no figure where it should, and why."""
+        """A message for every model, or model and task, without a result."""
         found = [f"{name}: {info.failed}" for name, info in self.models.items() if info.failed]
         for model, own in self.outcomes.items():
             found += [f"{model}: {task}: {outcome.failed}" for task, outcome in own.items() if outcome.failed]
@@ -136,7 +136,7 @@ class Evaluation:
 
     @cached_property
     def retention(self) -> Retention | None:
-        """What the models kept and forgot; None without a base and experts."""
+        """What the models recovered and forgot; None without a base and experts."""
         if self.base is None or not self.experts:
             return None
         counting = {name: task for name, task in self.tasks.items() if task.metric is not None}
@@ -174,7 +174,7 @@ class Evaluation:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the evaluation as JSON; the file appears whole.
+        """Write the evaluation as JSON, atomically.
 
         Raises:
             OutputError: It cannot be written.

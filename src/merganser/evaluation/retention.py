@@ -1,12 +1,12 @@
-"""What a merge kept and what it forgot: scales that always stand together.
+"""How much of its experts a merge kept, and how much of its base it forgot.
 
-    recovered = (base - model) / (base - expert)     by domain, in the task's metric (signs turned where higher is better)
-    forgotten = model - base                         on tasks that belong to no expert; positive is worse
-    against the best single model = mean recovered of the model - the best mean recovered of base and experts
+    recovered = (base - model) / (base - expert)    for each domain, in the task's metric, negated if higher is better
+    forgotten = model - base                        on tasks without an expert; positive is worse
+    against the best single model = mean recovered of the model - largest mean recovered among base and experts
 
-A domain counts where its expert beats the base by two standard errors; a share of less would divide by noise. Standard
-errors come from the delta method over items, paired (see `Estimate`). The best single model is chosen on the same
-items, which flatters it a little.
+A domain counts if its expert beats the base by two standard errors; otherwise `recovered` would be a division by noise.
+Standard errors come from the delta method over paired items (see `Estimate`). The best single model is chosen on the
+same items, which slightly favours it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 from .estimate import Estimate, mean, smallest
 
 SURE = 2.0
-"""Standard errors by which an expert must beat its base."""
+"""Number of standard errors by which an expert must beat its base."""
 
 Figures = Mapping[str, Mapping[str, Estimate]]
-"""By model and task: the metric, so turned that lower is better; without those that failed."""
+"""Values of the main metric by model and task, without failed models."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Domain:
     Args:
         expert: Name of the model.
         metric: Name of the metric.
-        gain: Base minus expert, lower being better; None where one of them has no figure.
-        reason: Why the domain does not count; None where it does.
+        gain: Base minus expert, in the metric with lower as better; None if one of them has no result.
+        reason: Why the domain does not count; None if it does.
     """
 
     expert: str
@@ -43,12 +43,12 @@ class Domain:
 
 @dataclass(frozen=True)
 class Retained:
-    """What a model kept and forgot.
+    """What a model recovered and forgot.
 
     Args:
-        recovered: By domain; None where it does not count, or the model has no figure.
-        forgotten: By task without expert: the loss, and the loss as a share of the base's figure.
-        mean: Mean of `recovered` over the domains that count; None where one has no figure, or there are none.
+        recovered: By domain; None if the domain does not count or the model has no result.
+        forgotten: By task without an expert: the loss, and the loss as a share of the base's value.
+        mean: Mean of `recovered` over the domains that count; None if the model lacks one of them, or none counts.
     """
 
     recovered: Mapping[str, Estimate | None]
@@ -58,13 +58,13 @@ class Retained:
 
 @dataclass(frozen=True)
 class Retention:
-    """The scales of all models.
+    """What all models recovered and forgot.
 
     Args:
-        domains: By task with an expert.
-        retained: Tasks without one.
-        models: By name; all but the base.
-        best_single: The best of base and experts by mean recovered, and how much that is.
+        domains: Domains by task name.
+        retained: Names of the tasks without an expert.
+        models: Models by name, except the base.
+        best_single: The base or expert with the largest mean recovered, and that mean; None if no domain counts.
     """
 
     domains: Mapping[str, Domain]
@@ -73,12 +73,12 @@ class Retention:
     best_single: tuple[str, Estimate] | None = field(default=None)
 
     def against_best_single(self, model: str) -> Estimate | None:
-        """Return the mean recovered of a model above that of the best single model."""
+        """Return the mean recovered of a model minus that of the best single model; None if either is undefined."""
         found = self.models[model].mean
         return None if found is None or self.best_single is None else found - self.best_single[1]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the scales as the JSON of an evaluation holds them."""
+        """Return the retention as written to the JSON of an evaluation."""
         best = self.best_single
         return {
             "domains": {
@@ -126,16 +126,16 @@ def _json(estimate: Estimate | None) -> dict[str, float | None] | None:
 def measure_retention(
     figures: Figures, base: str, experts: Mapping[str, str], metrics: Mapping[str, str], higher: Mapping[str, bool]
 ) -> Retention:
-    """Compute the scales.
+    """Compute what models recovered and forgot.
 
     Args:
-        figures: What each model got in each task.
+        figures: Values of the main metric by model and task.
         base: Name of the base.
-        experts: By domain, the name of its expert.
-        metrics: By task, the name of its metric.
-        higher: By task, whether higher is better.
+        experts: Name of the expert for each domain.
+        metrics: Name of the main metric of each task.
+        higher: Whether higher is better, for each task.
     """
-    # from here on lower is better
+    # negate metrics for which higher is better: from here on lower is better
     turned = {
         model: {task: figure * (-1.0 if higher[task] else 1.0) for task, figure in own.items()}
         for model, own in figures.items()
@@ -191,5 +191,5 @@ def _best_single(
     if not gains:
         return None
     singles = {name: found.mean for name in experts.values() if (found := models.get(name)) and found.mean is not None}
-    # the base recovers nothing of what was gained over it, by definition
+    # the base recovers 0 by definition
     return max([(base, Estimate(0.0)), *singles.items()], key=lambda pair: pair[1].value)

@@ -1,4 +1,4 @@
-"""Which models are measured, under which names, and in which role."""
+"""The models of an evaluation, with their names and roles."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Entry:
     """A model of an evaluation.
 
     Args:
-        name: Short name, unique.
-        reference: What the user wrote, or a recipe.
-        role: The base, an expert, or another.
+        name: Short, unique name.
+        reference: The reference as the user wrote it, or a loaded recipe.
+        role: "base", "expert" or "model".
     """
 
     name: str
@@ -36,9 +36,9 @@ class Roster:
     """The models of an evaluation.
 
     Args:
-        entries: The base, the experts, the others; each once.
+        entries: The base, the experts, the others, without duplicates.
         base: Name of the base.
-        experts: By domain (a task's name), the name of its expert.
+        experts: Name of the expert for each domain (the name of a task).
     """
 
     entries: tuple[Entry, ...]
@@ -52,16 +52,16 @@ def make_roster(
     experts: Mapping[str, Reference] | Sequence[str],
     tasks: Sequence[str],
 ) -> Roster:
-    """Name the models.
+    """Collect the models of an evaluation and give each a name.
 
     Args:
         models: References, or `NAME=REFERENCE`, or a mapping from names.
-        base: The common ancestor.
-        experts: By domain, the model that was trained for it; or `DOMAIN=REFERENCE`.
-        tasks: Names of the tasks: every domain is one of them.
+        base: The base of the models.
+        experts: A mapping from domain to the model that was trained for it, or a list of `DOMAIN=REFERENCE`.
+        tasks: Names of the tasks; every domain must be one of them.
 
     Raises:
-        TaskError: A domain is no task, there are experts and no base, or a name is given twice.
+        TaskError: A domain is not a task, there are experts but no base, or two models have the same name.
     """
     given: list[tuple[str | None, Reference, Role]] = []
     if base is not None:
@@ -123,7 +123,7 @@ def _pair(reference: Reference) -> tuple[str | None, Reference]:
 
 
 def _identity(reference: Reference) -> str:
-    """Return what is the same for two ways to write one place."""
+    """Return a key that is equal for different spellings of one path."""
     if isinstance(reference, Recipe):
         return f"recipe {id(reference)}"
     path = Path(str(reference)).expanduser()

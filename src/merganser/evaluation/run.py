@@ -34,21 +34,21 @@ BATCH_TOKENS = 4096
 
 
 class Progress(Protocol):
-    """Told how an evaluation advances."""
+    """Receives the progress of an evaluation."""
 
     def loading(self, model: str, number: int, count: int) -> None:
-        """A model is read, or merged."""
+        """Called before model `number` (from 0) of `count` is read or merged."""
 
     def scoring(self, model: str, task: str, done: int, count: int) -> None:
-        """So many batches of a task are done."""
+        """Called when `done` of the `count` batches of a task are scored."""
 
 
 class _Silent:
     def loading(self, model: str, number: int, count: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def scoring(self, model: str, task: str, done: int, count: int) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 def evaluate(
@@ -67,29 +67,30 @@ def evaluate(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure models on tasks, and what merges among them kept of their experts.
+    """Measure models on tasks, and how much of their experts merges kept.
 
     Args:
         models: Checkpoints (folders, files, Hub ids), `MODEL+ADAPTER` (LoRA), recipes (`.yaml`, merged in memory) or
             loaded recipes; `NAME=` before one, or a mapping, names it.
         tasks: Text files (`.txt`), questions or documents (`.jsonl`), tasks of lm-eval (`.yaml`, or names);
             `NAME=` before one, or a mapping, names it.
-        base: The common ancestor of the models.
-        experts: By domain (the name of a task) the model trained for it, or `DOMAIN=MODEL`.
+        base: The base of the models.
+        experts: A mapping from domain (the name of a task) to the model trained for it, or a list of `DOMAIN=MODEL`.
         limit: Number of items of each task: windows of a text, documents, questions.
-        context: Most tokens that a model sees at once of a text; by default 512, or what the models can if that is less.
+        context: Largest number of tokens of a text in one window; by default 512, or the smallest context window of the
+            models if that is less.
         stride: Tokens that each window of a text scores; by default half of `context`.
-        dtype: float32, bfloat16 or float16. By default texts are scored in bfloat16 where that is faster here, questions
-            in float32, and tasks of lm-eval in the format of each checkpoint.
+        dtype: float32, bfloat16 or float16. By default texts are scored in bfloat16 if that is faster on this device,
+            questions in float32, and tasks of lm-eval in the dtype of each checkpoint.
         device: As for `merge`; the first one is used.
-        batch_tokens: Tokens that are fed at once.
-        json: File for the result; what was measured on every item is kept in `JSON.items.jsonl` beside it, and an
-            evaluation that was interrupted continues from there.
+        batch_tokens: Largest number of input tokens of a batch.
+        json: File for the result. The measurements of every item are stored next to it in `JSON.items.jsonl`, from
+            which an interrupted evaluation continues.
         cache_dir: Folder for models from the Hub.
-        progress: Told how it advances.
+        progress: Receives the progress.
 
     Raises:
-        TaskError: A task is missing, malformed, or does not fit a model.
+        TaskError: A task is missing, malformed, or does not suit a model.
         MergeError: A model cannot be opened.
     """
     wanted = _Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0])
@@ -106,7 +107,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Settings as given; None where the default depends on the models."""
+    """Settings as the user gave them; None if the default depends on the models."""
 
     limit: int | None
     context: int | None
@@ -124,7 +125,7 @@ class _Wanted:
             raise TaskError(f"dtype: {self.dtype!r} is not known; allowed: {', '.join(DTYPES)}")
 
     def settle(self, opened: Mapping[str, LanguageModel], tasks: Sequence[Task], journal: Journal) -> Settings:
-        """Fill in what was not given."""
+        """Return the settings with all defaults filled in."""
         context, stride = self._lengths(opened)
         kinds = {task.kind for task in tasks}
         if self.dtype is not None:
@@ -137,7 +138,7 @@ class _Wanted:
         return Settings(self.limit, context, stride, formats, self.batch_tokens, self.device)
 
     def _lengths(self, opened: Mapping[str, LanguageModel]) -> tuple[int, int]:
-        """Return context and stride."""
+        """Return context and stride, in tokens."""
         limits = {name: model.positions for name, model in opened.items() if model.positions is not None}
         context = min([CONTEXT, *limits.values()]) if self.context is None else self.context
         for name, most in limits.items():
@@ -155,7 +156,7 @@ class _Wanted:
 def _measure(
     roster: Roster, tasks: Sequence[Task], wanted: _Wanted, out: Path | None, cache_dir: Path | None, progress: Progress
 ) -> Evaluation:
-    """Open models and tasks, score, and put the result together."""
+    """Open models and tasks, score them, and assemble the result."""
     started = time.monotonic()
     with ExitStack() as stack:
         tokenizers: dict[str, Tokenizer] = {}
@@ -192,7 +193,7 @@ def _score(
     scorer: Scorer, roster: Roster, opened: Mapping[str, LanguageModel], tasks: Sequence[Task], progress: Progress
 ) -> tuple[dict[str, dict[str, Outcome]], dict[str, ModelInfo]]:
     """Load one model after another and score it on all tasks."""
-    # what does not fit is refused before the first model is loaded
+    # tokenise all tasks first, so that a task that does not suit a model is refused before the first model is loaded
     jobs = {name: [scorer.job(model, task) for task in tasks] for name, model in opened.items()}
     outcomes: dict[str, dict[str, Outcome]] = {}
     infos: dict[str, ModelInfo] = {}
@@ -219,7 +220,7 @@ def _score(
 
 @dataclass
 class _Scored:
-    """What scoring a model gave."""
+    """Results of scoring one model."""
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "score": 0.0})
@@ -228,7 +229,7 @@ class _Scored:
 
 
 def _score_model(scorer: Scorer, name: str, model: LanguageModel, jobs: Sequence[Job]) -> _Scored:
-    """Read a model once, and score it in each number format that its tasks want."""
+    """Read a model once, and score it in each dtype that its tasks need."""
     found = _Scored()
     tensors: Mapping[str, Tensor] | None = None
     groups = {dtype: [job for job in jobs if job.dtype == dtype] for dtype in dict.fromkeys(job.dtype for job in jobs)}
@@ -241,7 +242,7 @@ def _score_model(scorer: Scorer, name: str, model: LanguageModel, jobs: Sequence
                 tensors = model.source.read() if tensors is None else tensors
                 loaded = model.load(tensors, getattr(torch, dtype), scorer.settings.device)
             except MergeError as error:
-                # the others can be measured all the same
+                # continue with the other models
                 found.failed = str(error)
                 return found
             found.parameters = loaded.num_parameters()
@@ -255,7 +256,7 @@ def _score_model(scorer: Scorer, name: str, model: LanguageModel, jobs: Sequence
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a target that would be lost, or cannot be written, before anything is measured."""
+    """Refuse, before anything is measured, an output file that is not ours to overwrite or cannot be written."""
     if out.is_dir():
         raise OutputError(f"{out}: is a folder; give the name of a file")
     if not out.parent.is_dir():
@@ -274,7 +275,7 @@ def _task_info(
     task: Task, roster: Roster, harness: Harness | None, outcomes: Mapping[str, Mapping[str, Outcome]]
 ) -> TaskInfo:
     scored = [own[task.name] for own in outcomes.values() if own[task.name].metrics]
-    # what lm-eval measures is known from its results alone
+    # the metrics of lm-eval are known only from its results
     first = scored[0] if scored else Outcome()
     metric = next(iter(first.metrics), None)
     role: Literal["domain", "retained"] | None = None

@@ -1,4 +1,4 @@
-"""Score a model on tasks, batch by batch, with a journal of what was measured."""
+"""Score a model on tasks, batch by batch, and record the measurements in a journal."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .precision import Formats
 from .tasks import ChoiceTask, HarnessTask, Task, TextTask
 from .text import prepare_text
 
-_VERSION = 1  # of the scorer: another one does not continue a journal
-_HARNESS_TOKENS = 512  # lm-eval counts rows
+_VERSION = 1  # raised when results change: measurements of another version in a journal are not used
+_HARNESS_TOKENS = 512  # assumed length of a row, because batch sizes of lm-eval are in rows, not tokens
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What figures depend on, beside models and tasks.
+    """Settings that results depend on, in addition to models and tasks.
 
     Args:
         limit: Number of items of each task; None for all.
-        context: Most tokens that a model sees at once of a text.
+        context: Largest number of tokens of a text in one window.
         stride: Tokens that each window of a text scores.
-        formats: Number formats.
-        batch_tokens: Tokens that a batch may feed.
+        formats: Dtypes for each kind of task.
+        batch_tokens: Largest number of input tokens of a batch.
         device: Where models are scored.
     """
 
@@ -50,9 +50,9 @@ class Job:
 
     Args:
         task: The task.
-        prepared: The task in the tokens of the model; None where lm-eval sees to that.
-        dtype: Number format to score it in.
-        key: Identifies model, task and settings in the journal.
+        prepared: The task, tokenised for the model; None for tasks of lm-eval, which tokenises them itself.
+        dtype: Dtype in which it is scored.
+        key: Key of model, task and settings in the journal.
     """
 
     task: Task
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def batches(self) -> Sequence[Sequence[int]]:
-        """Indices of rows, batch by batch; lm-eval's tasks are one batch."""
+        """Indices of rows, batch by batch; a task of lm-eval is one batch."""
         return ((0,),) if self.prepared is None else self.prepared.batches
 
 
@@ -72,9 +72,9 @@ class Scorer:
 
     Args:
         settings: The settings.
-        journal: Keeps what was measured.
-        harness: Carries out the tasks of lm-eval; None where there are none.
-        tell: Told the model, the task, batches done and batches in all.
+        journal: Stores the measurements.
+        harness: Runs the tasks of lm-eval; None if there are none.
+        tell: Called with the model, the task, the number of finished batches, and the number of all batches.
     """
 
     settings: Settings
@@ -86,15 +86,15 @@ class Scorer:
         self._rows: dict[Any, Prepared] = {}
 
     def job(self, model: LanguageModel, task: Task) -> Job:
-        """Turn a task into the tokens of a model.
+        """Tokenise a task for a model.
 
         Raises:
-            TaskError: The task does not fit the model.
+            TaskError: The task does not suit the model.
         """
         dtype = self.settings.formats.of(task.kind, model.config)
         if isinstance(task, TextTask | ChoiceTask):
             vocabulary = model.config.get_text_config().vocab_size
-            # models of one base mostly share their tokenizer, and with it the tokens
+            # models of one base usually share the tokenizer, and so the tokenised task
             place = (task.name, model.tokenizer.hash, model.positions, vocabulary)
             if place not in self._rows:
                 self._rows[place] = self._own(model, task, vocabulary)
@@ -103,16 +103,16 @@ class Scorer:
         return Job(task, None, dtype, self._key(model, self.harness.hash(task), dtype))
 
     def pending(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs of which something is left to measure."""
+        """Return the jobs that have batches without measurements."""
         return [job for job in jobs if any(self.journal.get(job.key, i) is None for i in range(len(job.batches)))]
 
     def run(self, name: str, model: LanguageModel, loaded: Any, jobs: Sequence[Job]) -> dict[str, Outcome]:
-        """Score a model on tasks, as far as the journal does not have it.
+        """Score a model on tasks, except for batches that the journal already has.
 
         Args:
             name: Name of the model.
             model: The model.
-            loaded: The model with its weights; None where nothing is left to measure.
+            loaded: The model with its weights; None if the journal has all batches.
             jobs: The tasks.
 
         Returns:
@@ -135,7 +135,7 @@ class Scorer:
         return outcomes
 
     def _run_harness(self, name: str, model: LanguageModel, loaded: Any, jobs: Sequence[Job]) -> dict[str, Outcome]:
-        """Let lm-eval measure what is left; return the tasks on which the model failed."""
+        """Run the tasks of lm-eval that are not in the journal; return outcomes of those on which the model failed."""
         left = {job.task.name: job for job in self.pending([job for job in jobs if job.prepared is None])}
         if not left:
             return {}

@@ -1,4 +1,4 @@
-"""An evaluation, read back from the JSON that `merganser eval` wrote."""
+"""Read an evaluation back from the JSON that `merganser eval` wrote."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Estimate:
     """A measured number and its standard error.
 
     Args:
-        place: Where the evaluation says so.
-        value: None where there is no number.
-        stderr: None where it is not known.
-        about: The task that it is about, where that is told beside it.
+        place: Its place in the JSON, for messages.
+        value: None if there is no number.
+        stderr: None if it is not known.
+        about: Name of the task, if the JSON gives it together with the number; else empty.
     """
 
     place: str
@@ -36,12 +36,12 @@ class EvaluatedModel:
     """A model that was scored.
 
     Args:
-        name: Short, and its own.
-        reference: As it was given.
+        name: Short, unique name.
+        reference: The reference as given.
         kind: "checkpoint", "adapter", "recipe" or "sidecar".
         role: "base", "expert" or "model".
-        hash: Identifies weights, config and tokenizer; None where they could not be read.
-        failed: Why it could not be scored; None where it was.
+        hash: Hash of weights, config and tokenizer; None if they could not be read.
+        failed: Why it could not be scored; None if it was.
     """
 
     name: str
@@ -54,7 +54,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What models were scored on; `metric` is the one that counts."""
+    """A task that models were scored on; `metric` is its main metric."""
 
     name: str
     kind: str
@@ -68,7 +68,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Result of a model on a task: the metric that counts, or why there is none."""
+    """Result of a model on a task: the value of the main metric, or why there is none."""
 
     failed: str | None
     items: int
@@ -77,14 +77,14 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """What a model kept and lost.
+    """What a model recovered and forgot.
 
     Args:
-        recovered: By domain, the share of the expert's gain over the base; None where the domain is not counted.
-        mean: Of the domains.
-        worst: Of the domains, and which.
-        forgotten: By task that no expert is for, the loss against the base; positive is worse.
-        mean_forgotten: Mean of the losses over the base's values.
+        recovered: By domain, the share of the expert's gain over the base; None if the domain is not counted.
+        mean: Mean of `recovered` over the domains.
+        worst: Smallest `recovered`, with the name of the domain.
+        forgotten: By task without an expert, the loss against the base; positive is worse.
+        mean_forgotten: Mean of the losses, each divided by the base's value.
         against_best_single: Mean recovered, minus that of the best of base and experts.
     """
 
@@ -98,21 +98,21 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What `merganser eval` found.
+    """The results of `merganser eval`.
 
     Args:
-        file: Where it was read.
-        created: When it was made.
-        settings: As written, for the reader.
-        models: In the order base, experts, others.
-        tasks: In the order given.
-        scores: By model and task; without the models that failed.
-        reference: The model that `differences` are from; None where there are none.
-        differences: By model and task, of the metric that counts; paired item by item where that was possible.
-        retention: By model; empty where no base and experts were given.
+        file: The file that was read.
+        created: Date and time of the evaluation.
+        settings: Settings as text.
+        models: Models in the order base, experts, others.
+        tasks: Tasks in the order given.
+        scores: Scores by model and task, without models that failed.
+        reference: The model that is subtracted in `differences`; None if there are none.
+        differences: Differences of the main metric by model and task; paired item by item where that was possible.
+        retention: Retention by model; empty if no base and experts were given.
         not_counted: Domains that do not count, and why.
-        warnings: What to know.
-        seconds: Time it took.
+        warnings: What the user should know.
+        seconds: Duration of the evaluation.
     """
 
     file: Path
@@ -133,12 +133,12 @@ def read_evaluation(file: str | Path) -> Evaluation:
     """Read an evaluation.
 
     Args:
-        file: From `merganser eval --json FILE`.
+        file: The file that `merganser eval --json FILE` wrote.
 
     Raises:
         NotFoundError: There is no such file.
-        CheckpointError: It is damaged, or is no evaluation.
-        UnsupportedError: It is of a later version.
+        CheckpointError: It is damaged, or not an evaluation.
+        UnsupportedError: It has a later format.
     """
     file = Path(file)
     root = Entry(read_object(file), str(file))

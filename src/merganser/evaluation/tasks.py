@@ -1,4 +1,4 @@
-"""What is measured: texts, multiple-choice questions, and tasks of lm-eval."""
+"""The tasks of an evaluation: texts, multiple-choice questions, and tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TextTask:
         name: Name in tables and results.
         source: The file as given.
         hash: sha256 of the file.
-        documents: The texts; each begins without context.
+        documents: The texts; each is predicted from its start, without the one before.
     """
 
     name: str
@@ -39,7 +39,7 @@ class TextTask:
 
     @property
     def unit(self) -> str:
-        """What an item is: a document, or a window where there is one document only."""
+        """What an item is: a document, or a window if there is only one document."""
         return "document" if len(self.documents) > 1 else "window"
 
 
@@ -48,9 +48,9 @@ class Question:
     """A multiple-choice question.
 
     Args:
-        context: What stands before each choice.
-        choices: The continuations, as they stand behind the context.
-        gold: Index of the right one.
+        context: Text before each choice.
+        choices: The continuations, appended to the context as they are.
+        gold: Index of the right choice.
         where: File and line, for messages.
     """
 
@@ -82,12 +82,12 @@ class ChoiceTask:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task that lm-eval carries out.
+    """A task of lm-eval.
 
     Args:
         name: Name in tables and results.
-        source: Name of the task there, or a YAML file in its format.
-        hash: sha256 of the file; for a name, of the name.
+        source: Name of the task in lm-eval, or a YAML file in its format.
+        hash: sha256 of the file, or of the name.
     """
 
     name: str
@@ -105,8 +105,8 @@ def load_tasks(given: Sequence[str | Path] | Mapping[str, str | Path]) -> list[T
     """Load tasks.
 
     Args:
-        given: Files, names of tasks of lm-eval, or `NAME=` and one of these. A mapping gives the names itself. Without
-            a name, a file's name up to the first dot is taken.
+        given: Files or names of tasks of lm-eval, optionally as `NAME=FILE`, or a mapping from names. Without a name,
+            a task is named by its file name up to the first dot.
 
     Raises:
         TaskError: A file is missing, empty or malformed, or two tasks have the same name.
@@ -161,7 +161,7 @@ def _read(path: Path, source: str) -> bytes:
 
 def _decode(data: bytes, source: str) -> str:
     try:
-        # a byte order mark is no part of the text
+        # utf-8-sig drops a byte order mark
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TaskError(f"{source}: is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
@@ -171,8 +171,8 @@ def _decode(data: bytes, source: str) -> str:
 
 
 def _load_lines(name: str, source: str, digest: str, text: str) -> Task:
-    """Read JSONL: documents where the first line has a text, otherwise questions."""
-    # not splitlines: JSON strings may hold U+2028 and other line ends of Unicode
+    """Read JSONL: documents if the first line has the key `text`, otherwise questions."""
+    # not splitlines: JSON strings may contain U+2028 and other Unicode line ends
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     parsed = [(f"{source}:{number}", _object(f"{source}:{number}", line)) for number, line in lines]
     if "text" in parsed[0][1]:
@@ -189,7 +189,7 @@ def _object(where: str, line: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TaskError(f"{where}: expected an object with {', '.join(_QUESTION_KEYS)}, or with text, got {line[:60]}")
     try:
-        # escapes such as \\ud800 are half of a letter, which no tokenizer takes
+        # an escape such as \\ud800 alone is half of a surrogate pair, which tokenizers refuse
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise TaskError(f"{where}: holds half of a surrogate pair, which is no text") from None
@@ -223,5 +223,5 @@ def _value(where: str, line: Mapping[str, Any], key: str, keys: Sequence[str]) -
 
 
 def glued(task: ChoiceTask) -> bool:
-    """Whether no choice of a task is set apart from its context by white space: a slip in most languages."""
+    """Return whether white space separates no choice of a task from its context: in most languages a mistake."""
     return not any(q.context[-1:].isspace() or c[:1].isspace() for q in task.questions for c in q.choices)

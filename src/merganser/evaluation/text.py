@@ -1,9 +1,9 @@
 """Bits per byte and next-token accuracy of texts.
 
-A text is tokenised whole. The first window holds its first `context` tokens; each further window is led by the last
-tokens before it and scores the next `stride`, so that every token is scored once. Where the tokenizer itself puts a
-token in front of texts (BOS), it stands in front of every window and counts towards `context`. Where it does not, the
-first token of a text has nothing to be predicted from: it is not scored, and its bytes are not counted.
+A text is tokenised as a whole. The first window scores the first `context` tokens; each further window scores the next
+`stride` tokens, after as many preceding tokens as the window has room for, so that every token is scored once. If the
+tokenizer adds a token (BOS) at the start of texts, every window starts with it, and it counts towards `context`.
+Without BOS, the first token of a text cannot be predicted: it is not scored, and its bytes are not counted.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ COLUMNS = ("bits", "correct", "tokens", "bytes")
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of a text.
+    """A window of a text.
 
     Args:
-        item: The item that it belongs to.
-        fed: Tokens that the model sees.
-        targets: Tokens that it is scored on: the ones behind the last `len(targets)` of `fed`.
-        nbytes: UTF-8 bytes that the targets stand for.
+        item: Index of the item that it belongs to.
+        fed: Input tokens.
+        targets: Tokens to predict: those that follow each of the last `len(targets)` tokens of `fed`.
+        nbytes: Number of UTF-8 bytes of the targets.
     """
 
     item: int
@@ -49,12 +49,13 @@ def cut(count: int, prefix: int, context: int, stride: int) -> Iterator[tuple[in
 
     Args:
         count: Number of its tokens.
-        prefix: Number of tokens in front of every window.
-        context: Most tokens that are fed at once, with the prefix.
-        stride: Tokens that a window scores.
+        prefix: Number of tokens that every window starts with (BOS).
+        context: Largest number of input tokens of a window, including the prefix.
+        stride: Tokens that each window but the first scores.
 
     Yields:
-        First token fed, first token scored, and the one behind the last scored (which is not fed).
+        Index of the first input token, index of the first scored token, and index after the last scored token, which
+        is not an input.
     """
     room = context - prefix
     first, end = (0 if prefix else 1), min(count, room + 1)
@@ -70,14 +71,14 @@ def windows(
 
     Args:
         task: The texts.
-        tokenizer: Of the model.
-        context: Most tokens that the model sees at once, at least 2 more than the tokenizer's prefix.
-        stride: Tokens that each window but the first of a text scores; no more than `context`.
-        limit: Number of items: of documents, or of windows where there is one document.
+        tokenizer: Tokenizer of the model.
+        context: Largest number of input tokens of a window, at least 2 more than the tokenizer's prefix.
+        stride: Tokens that each window but the first of a text scores; at most `context`.
+        limit: Number of items: documents, or windows if there is only one document; None for all.
 
     Returns:
-        The windows, and what tells each item apart: its document, or where its window begins in the text, bytes.
-        Models whose items agree were scored on the same pieces.
+        The windows, and an identifier of each item: the number of its document, or the byte at which its window begins.
+        Two models with equal identifiers were scored on the same items.
     """
     found: list[Window] = []
     items: list[Any] = []
@@ -99,12 +100,12 @@ def windows(
 
 
 def _tokens(text: str, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.int64]]:
-    """Return the tokens of a text, and its byte where each begins, with the end behind the last."""
+    """Return the tokens of a text, and the byte offset at which each begins, followed by the text's length."""
     ids, ends = tokenizer.ids_and_ends(text)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
     bytes_before = np.concatenate([[0], np.cumsum(widths)])
-    # the pieces of one character all say that they end behind it: the first one gets its bytes
+    # all tokens of one character have the end of the character as their end: the first of them gets its bytes
     behind = np.maximum.accumulate(np.array([0, *ends], np.int64))
     if ids:
         behind[-1] = len(codes)
@@ -119,7 +120,8 @@ def score(model: Any, found: Sequence[Window]) -> dict[str, list[float]]:
         found: The windows.
 
     Returns:
-        By column, a number per window: bits of the targets, targets that were the likeliest token, targets, bytes.
+        `COLUMNS`, each with a number per window: bits of the targets, number of targets that were the most likely
+        token, number of targets, number of bytes.
 
     Raises:
         Refused: The logits are not finite.
@@ -144,12 +146,12 @@ def score(model: Any, found: Sequence[Window]) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """A text task in the tokens of a model.
+    """A text task, tokenised for a model.
 
     Args:
         task: The task.
         windows: Its windows.
-        items: What tells each item apart.
+        items: Identifier of each item.
         batches: Indices of windows, batch by batch.
     """
 
@@ -159,11 +161,11 @@ class PreparedText:
     batches: Sequence[Sequence[int]]
 
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
-        """Score windows."""
+        """Score the windows of a batch."""
         return score(model, [self.windows[row] for row in rows])
 
     def outcome(self, contents: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Add windows up to items, and items to metrics."""
+        """Return the metrics: measurements are summed over the windows of each item, then over items."""
         rows = in_order(self.batches, contents)
         owners, count = [window.item for window in self.windows], len(self.items)
         columns = {name: np.bincount(owners, weights=rows[name], minlength=count) for name in COLUMNS}
@@ -180,19 +182,19 @@ class PreparedText:
 def prepare_text(
     task: TextTask, tokenizer: Tokenizer, *, context: int, stride: int, limit: int | None, vocabulary: int, budget: int
 ) -> PreparedText:
-    """Cut a text task into windows and these into batches.
+    """Cut a text task into windows, and divide these into batches.
 
     Args:
         task: The texts.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         context: As for `windows`.
         stride: As for `windows`.
         limit: As for `windows`.
         vocabulary: Number of logits per token.
-        budget: Tokens that a batch may feed.
+        budget: Largest number of input tokens of a batch.
 
     Raises:
-        TaskError: Nothing in the texts can be predicted.
+        TaskError: The texts have no token that can be predicted.
     """
     found, items = windows(task, tokenizer, context=context, stride=stride, limit=limit)
     if not found:

@@ -1,1 +1,1 @@
-"""Open whatever a user can name (checkpoint, adapter, merged output) as a language model that runs."""
+"""Open any model that a user can name (checkpoint, adapter, recipe, task of a sidecar) as a language model to run."""

@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-# Vocabularies are padded to round numbers, by a few rows or a few hundred; half of a model's rows without a token mean
-# that the tokenizer is another model's.
+# Models often have a few hundred more embedding rows than tokens, as padding. If more than half of the rows have no
+# token, the tokenizer belongs to another model.
 _LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer, and how texts begin with it.
+    """A tokenizer and its special tokens at the start of a text.
 
     Args:
         encoder: The tokenizer of transformers.
-        prefix: Tokens that it puts in front of every text by itself (BOS), mostly one or none.
-        start: Token that stands for an empty context: BOS, else EOS; None where there is neither.
-        hash: Identifies its files.
+        prefix: Tokens that it adds at the start of every text (BOS), usually one or none.
+        start: Token that replaces an empty context: BOS, else EOS; None if it has neither.
+        hash: Hash of its files.
     """
 
     encoder: Any
@@ -45,25 +45,25 @@ class Tokenizer:
     hash: str
 
     def ids(self, text: str) -> list[int]:
-        """Return the tokens of a text, without any that stand for its begin or end."""
+        """Return the tokens of a text, without special tokens at its start or end."""
         found: list[int] = self.encoder(text, add_special_tokens=False, verbose=False)["input_ids"]
         return found
 
     def ids_and_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a text, and for each the character behind its last one."""
+        """Return the tokens of a text, and for each token the index after its last character."""
         found = self.encoder(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return found["input_ids"], [end for _, end in found["offset_mapping"]]
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model that is ready to be loaded.
+    """A language model whose config and tokenizer are loaded, and whose weights are not.
 
     Args:
-        source: Where it comes from.
+        source: Source of the weights.
         config: Its config, as transformers reads it.
         tokenizer: Its tokenizer.
-        positions: Most tokens that it can see at once; None without such a limit.
+        positions: Largest number of tokens in its context window; None without such a limit.
     """
 
     source: Source
@@ -72,15 +72,15 @@ class LanguageModel:
     positions: int | None
 
     def load(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Any:
-        """Return the model, ready to score.
+        """Return the transformers model with its weights, in evaluation mode.
 
         Args:
             tensors: Its weights, from `source.read()`.
-            dtype: Number format.
-            device: Where it shall be.
+            dtype: Dtype of the weights.
+            device: Device of the weights.
 
         Raises:
-            CheckpointError: The weights do not fit the config, or the tokenizer does not fit the vocabulary.
+            CheckpointError: The weights do not match the config, or the tokenizer does not match the vocabulary.
         """
         from transformers import AutoModelForCausalLM
 
@@ -104,11 +104,11 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
 
     Args:
         source: The model.
-        tokenizers: Those that were read before, by their hashes: models of one base mostly share theirs.
+        tokenizers: Cache of loaded tokenizers, by hash, since models of one base usually share theirs; it is updated.
 
     Raises:
-        CheckpointError: It is none, has no tokenizer, or one that does not match its vocabulary.
-        UnsupportedError: transformers is not installed, or does not know the model.
+        CheckpointError: It is not a language model, has no tokenizer, or one that does not match its vocabulary.
+        UnsupportedError: transformers is not installed, or the tokenizer has no tokenizer.json.
     """
     try:
         from transformers import AutoConfig, AutoTokenizer
@@ -127,7 +127,7 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
                 f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
             )
         files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
-        # the config may say which class reads the files
+        # the model type belongs to the hash, because it may decide which class reads the tokenizer
         digest = xxhash.xxh3_128_hexdigest("\0".join([config.model_type, *names, *files]).encode())
         known = {} if tokenizers is None else tokenizers
         if digest not in known:
@@ -194,7 +194,7 @@ def _positions(config: Any) -> int | None:
 
 @contextmanager
 def _folder(source: Source) -> Iterator[Path]:
-    """Lay out config and side files of a model, as transformers wants them."""
+    """Write the config and side files of a model, except code, into a temporary folder that transformers can read."""
     with tempfile.TemporaryDirectory(prefix="merganser-") as name:
         folder = Path(name)
         for relative, path in source.files.items():
@@ -210,7 +210,7 @@ def _folder(source: Source) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the progress bars and the loading report of transformers off the terminal."""
+    """Hide the progress bars and the loading report of transformers."""
     from transformers.utils import logging as library
 
     logging: Any = library

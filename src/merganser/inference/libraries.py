@@ -1,4 +1,4 @@
-"""Errors of the libraries that evaluation calls."""
+"""Errors of third-party libraries."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["explained"]
 
 @contextmanager
 def explained(kind: type[MergeError], what: str) -> Iterator[None]:
-    """Turn whatever a library raises into an error of one kind that begins with `what`; our own errors pass."""
+    """Turn any exception of a library into an error of type `kind` that begins with `what`; pass a MergeError on."""
     try:
         yield
     except MergeError:
         raise
-    # they raise anything at all for files, or tasks of many authors, that they do not like
+    # libraries raise many types of exceptions for files and tasks that they cannot read
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""Models to measure, opened and not yet read: checkpoints, LoRA references, recipes, and tasks of sidecars.
+"""Models that are opened, but not yet read: checkpoints, checkpoints with LoRA adapters, recipes, tasks of sidecars.
 
-Whatever kind it is, a source gives a config, the files of a tokenizer, and a state dict when it is asked for one.
+A source of any kind gives the model's config, the files of its tokenizer, and its state dict on demand.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Source:
     """A model that can be read.
 
     Args:
-        reference: What the user wrote.
-        kind: What it is.
+        reference: The reference as the user wrote it.
+        kind: Kind of the model.
         config: Contents of config.json.
-        files: Tokenizer and other files beside the weights: name, and where it lies.
-        texts: Such files that exist nowhere yet: name, and contents.
-        hash: Identifies weights, config and tokenizer, by contents and not by place.
-        read: Reads the weights, or makes them: the state dict, on the CPU.
+        files: Paths of tokenizer and other side files, by name.
+        texts: Contents of side files that do not exist on disk, by name.
+        hash: Hash of the contents of weights, config and tokenizer; it does not depend on the path.
+        read: Reads or merges the weights; returns the state dict, on the CPU.
     """
 
     reference: str
@@ -59,7 +59,7 @@ class Source:
 
 
 def split_name(text: str) -> tuple[str | None, str]:
-    """Split `NAME=REFERENCE`; what exists on disk under the whole text is no such pair."""
+    """Split `NAME=REFERENCE`; the name is None if there is none, or if the whole text is an existing path."""
     match = _NAMED.fullmatch(text)
     if match is None or Path(text).exists():
         return None, text
@@ -70,13 +70,13 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
     """Open a model.
 
     Args:
-        reference: A folder, a file of weights, a Hub id (`org/name@revision`), `MODEL+ADAPTER`, `OUT#TASK` (a task
+        reference: A folder, a weight file, a Hub id (`org/name@revision`), `MODEL+ADAPTER`, `OUT#TASK` (a task
             of a merge with sidecars), a recipe (`.yaml`), or a loaded recipe.
-        stack: Holds what must stay until the evaluation is over: results of the earlier stages of a recipe.
+        stack: Deletes temporary results of earlier stages of a recipe when it is closed, after the evaluation.
         cache_dir: Folder for models from the Hub.
 
     Raises:
-        MergeError: It is not there, damaged, or a recipe that cannot be merged.
+        MergeError: It does not exist, is damaged, or is a recipe that cannot be merged.
     """
     if isinstance(reference, Recipe):
         return _open_recipe([reference], reference.name or "recipe", stack, cache_dir)
@@ -125,7 +125,7 @@ def _open_adapter(base: str, adapter: str, text: str, cache_dir: Path | None) ->
 
 
 def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> Source:
-    """Open a task of a merge with sidecars; it is restored, in a temporary folder, when it is read."""
+    """Open a task of a merge with sidecars; reading it restores it in a temporary folder."""
     from ..engine.plan.sidecars import INDEX_FILE
     from ..engine.sidecars.read import read_task
     from ..engine.sidecars.restoration import restore
@@ -148,7 +148,7 @@ def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> So
 
 
 def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
-    """Plan a recipe; earlier stages are made at once, in a temporary folder."""
+    """Plan a recipe; earlier stages are merged immediately, into a temporary folder."""
     from ..engine.in_memory import merge_to_state_dict
     from ..engine.merge import plan_with_stages_made
 
@@ -187,10 +187,10 @@ def _hash(*parts: str) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Return the xxh3-128 digest of a file's contents; one that did not change is not read again.
+    """Return the xxh3-128 digest of a file's contents; an unchanged file (size and time) is read only once.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: The file cannot be read.
     """
     try:
         status = path.stat()

@@ -1,4 +1,4 @@
-"""The contract suite: laws that every merge method must keep, ours or a third party's.
+"""The contract suite: laws that every merge method must satisfy, whether ours or third-party.
 
 A package that registers methods runs it in its own tests:
 

@@ -1,4 +1,4 @@
-"""What the contract suite tries: values for parameters, and inputs good and weak."""
+"""Parameter values and inputs for the contract suite, ordinary and degenerate ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..method import Location, MergeMethod, Number, Parameter
 from ..method.method import fill
 
 Case = tuple[bool, dict[str, Any]]
-# a base, or None, and models
+# the base (or None) and the models
 Inputs = tuple[Tensor | None, list[Tensor]]
 
 SHAPE = (12, 37)
@@ -34,7 +34,7 @@ _WITH_BASE = {"required": [True], "optional": [True, False], "unused": [False]}
 
 
 def count_models(method: MergeMethod) -> int:
-    """Return how many models the laws merge: three where the method takes as many."""
+    """Return how many models the laws merge: three if the method takes that many."""
     return max(method.min_models, min(3, method.max_models or 3))
 
 
@@ -63,10 +63,10 @@ def suggest(parameter: Parameter, share: float = 0.5) -> Any:
 
 
 def cases(method: MergeMethod) -> Iterator[Case]:
-    """Yield parameters to try: the defaults, other numbers together and one by one, each value of a flag or choice.
+    """Yield parameters to try, with or without a base.
 
-    Combinations that the method's own validation refuses are left out. Every case is tried with a base and without
-    where that is optional.
+    They are: the defaults; other numbers, all together and one by one; each value of a flag or choice. Combinations
+    that the method's validation refuses are skipped. If the base is optional, each case is yielded with and without it.
     """
     n = count_models(method)
     required = {name: each(p, n) for name, p in method.parameters.items() if p.required}
@@ -90,7 +90,7 @@ def cases(method: MergeMethod) -> Iterator[Case]:
 def make_inputs(
     method: MergeMethod, with_base: bool, shape: Sequence[int] = SHAPE, *, seed: int = 0, scale: float = 1.0
 ) -> Inputs:
-    """Make a base and models, float32: weights of standard deviation `scale`, task vectors with heavy tails."""
+    """Return a base and models, float32: weights of standard deviation `scale`, task vectors with heavy tails."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator) * scale
     models = [base + torch.randn(shape, generator=generator) ** 3 * (0.1 * scale) for _ in range(count_models(method))]
@@ -98,14 +98,14 @@ def make_inputs(
 
 
 def each(parameter: Parameter, n: int) -> Any:
-    """Suggest a value, or different ones for the models."""
+    """Return a value to try for a parameter; for a per-model parameter, a list of `n` different values."""
     if not parameter.per_model:
         return suggest(parameter)
     return [suggest(parameter, 0.35 + 0.3 * (i + 0.5) / n) for i in range(n)]
 
 
 def others(parameter: Parameter, n: int) -> list[Any]:
-    """Return what a parameter may be beside its default: all other choices, or one suggestion."""
+    """Return values of a parameter other than its default: all other choices, or one suggested value."""
     if parameter.kind != "choice":
         return [each(parameter, n)]
     found = [choice for choice in parameter.choices if choice != parameter.default]
@@ -113,7 +113,7 @@ def others(parameter: Parameter, n: int) -> list[Any]:
 
 
 def defaults(method: MergeMethod, *, shares: bool = False) -> Iterator[Case]:
-    """Yield the case of defaults; on request with equal shares of 1 as weights."""
+    """Yield the defaults as a case; with `shares`, required per-model weights are 1 / number of models."""
     n = count_models(method)
     given = {name: each(p, n) for name, p in method.parameters.items() if p.required}
     for name in given:
@@ -125,7 +125,7 @@ def defaults(method: MergeMethod, *, shares: bool = False) -> Iterator[Case]:
 
 
 def weak_inputs(method: MergeMethod, with_base: bool, shape: Sequence[int]) -> Iterator[tuple[str, Inputs]]:
-    """Yield inputs on which a division by a norm, a variance or a count fails, and what they are."""
+    """Yield a description and inputs, most of them degenerate: norms, variances or counts of 0, tiny numbers."""
     base, models = make_inputs(method, with_base, shape)
     zero = torch.zeros(shape)
     yield "ordinary numbers", (base, models)
@@ -172,6 +172,6 @@ def merge(method: MergeMethod, inputs: Inputs, parameters: Mapping[str, Any], **
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Convert inputs."""
+    """Return the inputs in another dtype."""
     base, models = inputs
     return (None if base is None else base.to(dtype)), [model.to(dtype) for model in models]

@@ -1,4 +1,4 @@
-"""The contract of merge methods: laws that every one must keep, ours or a third party's.
+"""The contract of merge methods: laws that every method must satisfy, whether ours or third-party.
 
 A package that registers methods runs it in its own tests:
 
@@ -10,9 +10,9 @@ A package that registers methods runs it in its own tests:
     def test_contract(law):
         law(my_method)
 
-Each law is a plain function that raises AssertionError and says what was expected. Beside those of `contract` there are
-three that need more: `check_reproducible` (fresh processes), `check_citation` (a bibliography) and `check_compiled`
-(a compiler, and some seconds per method).
+Each law is a plain function that raises AssertionError with the expectation that failed. Three more checks are not part
+of `contract`, because they need more: `check_reproducible` (new processes), `check_citation` (a bibliography) and
+`check_compiled` (a compiler, and some seconds per method).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Law = Callable[[MergeMethod], None]
 
 
 def contract(method: MergeMethod) -> list[Law]:
-    """Return the laws that a method must keep."""
+    """Return the laws that a method must satisfy."""
     applicable: list[Law] = [
         describes_itself,
         names_bad_parameters,
@@ -83,14 +83,15 @@ def contract(method: MergeMethod) -> list[Law]:
 
 
 def probe(method: MergeMethod) -> dict[str, Any]:
-    """Find out what a method can do, by its declaration where that is binding and by running it otherwise.
+    """Return the properties of a method, from its declaration where that is binding and by running it otherwise.
 
     Returns:
-        `base` ("required", "optional", "unused"), `models` (in words), `scope` ("element", "row", "tensor", "matrix"),
-        `passes` (over the inputs before the result, at most), `random`; as found by the laws `order_matters`,
-        `identical_models_return_the_model` (for one model: equal to the base), `zero_task_vectors_return_the_base`
-        (None without a base) and `result_differs_from_inputs`; and as measured on a square of 64 at the defaults
-        `peak_memory` (bytes held at a time, inputs and result included, over those of the inputs, in float32).
+        Declared: `base` ("required", "optional", "unused"), `models` (in words), `scope` ("element", "row", "tensor",
+        "matrix"), `passes` (largest number of passes over the inputs before the result) and `random`. Found by running
+        the laws: `order_matters`, `identical_models_return_the_model` (for a method of one model: if it equals the
+        base), `zero_task_vectors_return_the_base` (None without a base) and `result_differs_from_inputs`. Measured on
+        a 64 x 64 tensor at the defaults: `peak_memory` (peak bytes, including inputs and result, over the bytes of the
+        inputs, in float32).
     """
     kept = {name: _holds(law, method) for name, law in _BREAKABLE.items() if _applies(name, method)}
     return {
@@ -108,7 +109,7 @@ def probe(method: MergeMethod) -> dict[str, Any]:
 
 
 def _peak_memory(method: MergeMethod) -> float:
-    """Return the most that a method holds at a time, in multiples of its inputs, for one block in float32."""
+    """Return the peak memory of a method on one block of float32, in multiples of the size of its inputs."""
     with_base, parameters = next(defaults(method))
     n = count_models(method)
     dtypes = [torch.float32] * (n + with_base)
@@ -118,11 +119,11 @@ def _peak_memory(method: MergeMethod) -> float:
     return round(1 + held / (4 * len(dtypes)), 1)
 
 
-# What a method says
+# Declarations
 
 
 def describes_itself(method: MergeMethod) -> None:
-    """The docstring has a summary, a formula and all sections; breaks and compatible values are of known names."""
+    """The docstring has a summary, a formula and all sections; `breaks`, `mergekit` and `when` are consistent."""
     doc = method.doc
     _require(doc.summary.endswith("."), f"{method.name}: the docstring must begin with a sentence")
     _require(bool(re.search(r"^ {4}\S", doc.body, re.M)), f"{method.name}: an indented formula is missing")
@@ -141,7 +142,7 @@ def describes_itself(method: MergeMethod) -> None:
 
 
 def suggests_values(method: MergeMethod) -> None:
-    """Every parameter has a value to try, inside its range; the defaults are allowed, too."""
+    """Every parameter has a value to try inside its range; the defaults are allowed, too."""
     n = count_models(method)
     for parameter in method.parameters.values():
         for value in [suggest(parameter, share) for share in (0.35, 0.5, 0.65)]:
@@ -152,12 +153,12 @@ def suggests_values(method: MergeMethod) -> None:
 
 
 def names_bad_parameters(method: MergeMethod) -> None:
-    """A parameter that is unknown, missing, mistyped, out of range or of the wrong count is named in the error."""
+    """An error about a parameter that is unknown, missing, of the wrong type or count, or out of range, names it."""
     n = count_models(method)
     good = {name: each(p, n) for name, p in method.parameters.items() if p.required}
     _refuses(method, {**good, "no_such_parameter": 1}, "no_such_parameter")
     for name, parameter in method.parameters.items():
-        # the last letter twice
+        # a typing error: the last letter twice
         _refuses(method, {**good, name + name[-1]: 1}, name + name[-1], f"Did you mean '{name}'?")
         if parameter.required:
             _refuses(method, {key: value for key, value in good.items() if key != name}, f"{name} is required")
@@ -169,7 +170,7 @@ def names_bad_parameters(method: MergeMethod) -> None:
 
 
 def ignores_what_does_not_matter(method: MergeMethod) -> None:
-    """A parameter that is said not to matter, in a case, changes nothing there."""
+    """A parameter that does not matter in a case, as `when` declares, does not change the result in that case."""
     n = count_models(method)
     for with_base, parameters in cases(method):
         filled = fill(method, parameters, n)
@@ -184,7 +185,7 @@ def ignores_what_does_not_matter(method: MergeMethod) -> None:
 
 
 def keeps_shape(method: MergeMethod) -> None:
-    """The result has the shape of the inputs, 0-d or with sizes of 1."""
+    """The result has the shape of the inputs, also for 0-d tensors and dimensions of size 1."""
     for with_base, parameters in cases(method):
         for shape in SHAPES:
             result = merge(method, make_inputs(method, with_base, shape), parameters)
@@ -192,7 +193,7 @@ def keeps_shape(method: MergeMethod) -> None:
 
 
 def takes_empty_tensors(method: MergeMethod) -> None:
-    """A tensor without elements gives one of that shape."""
+    """Tensors without elements give a result of their shape."""
     for with_base, parameters in cases(method):
         for shape in EMPTY:
             result = merge(method, make_inputs(method, with_base, shape), parameters)
@@ -200,7 +201,7 @@ def takes_empty_tensors(method: MergeMethod) -> None:
 
 
 def gives_declared_dtype(method: MergeMethod) -> None:
-    """The result has the dtype of the inputs, or the one that is asked for."""
+    """The result has the dtype of the inputs, or the requested dtype."""
     for with_base, parameters in defaults(method):
         inputs = make_inputs(method, with_base)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -211,7 +212,7 @@ def gives_declared_dtype(method: MergeMethod) -> None:
 
 
 def stays_finite(method: MergeMethod) -> None:
-    """No NaN or infinity from weak inputs: zeros, equal tensors, tiny numbers, lonely entries, opposite models."""
+    """Degenerate inputs (zeros, equal tensors, tiny numbers, one entry, opposite models) give no NaN or infinity."""
     tried = [(case, shape) for case in cases(method) for shape in [(), (37,), SHAPE]]
     tried += [(case, shape) for case in defaults(method) for shape in SHAPES]
     for (with_base, parameters), shape in tried:
@@ -222,7 +223,7 @@ def stays_finite(method: MergeMethod) -> None:
 
 
 def leaves_inputs_alone(method: MergeMethod) -> None:
-    """Base and models are not written to."""
+    """Base and models are not modified."""
     for with_base, parameters in cases(method):
         base, models = make_inputs(method, with_base)
         inputs = [*models] if base is None else [base, *models]
@@ -233,7 +234,7 @@ def leaves_inputs_alone(method: MergeMethod) -> None:
 
 
 def rounds_once(method: MergeMethod) -> None:
-    """Inputs of 16 bits give what the same values give in float32, rounded once."""
+    """16-bit inputs give the result of the same values in float32, rounded once."""
     for with_base, parameters in cases(method):
         for dtype in (torch.bfloat16, torch.float16):
             inputs = cast(make_inputs(method, with_base), dtype)
@@ -243,10 +244,9 @@ def rounds_once(method: MergeMethod) -> None:
 
 
 def keeps_precision(method: MergeMethod) -> None:
-    """Arithmetic in float32 is within 2e-6 of the same in float64 (norm of the difference over norm of the result).
+    """The result in float32 is within 2e-6 of that in float64 (norm of the difference over norm of the result).
 
-    Within 1e-4 for methods that work on matrices: singular vectors feel rounding in proportion to how close their
-    singular values lie together.
+    For methods on matrices, within 1e-4: the closer two singular values are, the more rounding changes their vectors.
     """
     allowed = 1e-4 if method.scope == "matrix" else 2e-6
     for with_base, parameters in cases(method):
@@ -257,7 +257,7 @@ def keeps_precision(method: MergeMethod) -> None:
 
 
 def ignores_blocks(method: MergeMethod) -> None:
-    """Many small blocks give the bytes of one block; with measured sums, to the last bits of what follows from them."""
+    """Many small blocks give the bytes of one block; with statistics only up to the rounding of reordered sums."""
     tried: list[tuple[Case, tuple[int, ...]]] = [(case, SHAPE) for case in cases(method)]
     tried += [(case, shape) for case in defaults(method) for shape in ((3, 10, 5), (500,))]
     for (with_base, parameters), shape in tried:
@@ -275,7 +275,7 @@ def ignores_blocks(method: MergeMethod) -> None:
 
 
 def ignores_seed(method: MergeMethod) -> None:
-    """A method that draws nothing gives the same bytes for any seed and any name of the tensor."""
+    """A method without random draws gives the same bytes for any seed and any tensor name."""
     for with_base, parameters in cases(method):
         inputs = make_inputs(method, with_base)
         first, other = (merge(method, inputs, parameters, seed=seed, name=f"tensor {seed}") for seed in (1, 2))
@@ -283,7 +283,7 @@ def ignores_seed(method: MergeMethod) -> None:
 
 
 def follows_seed(method: MergeMethod) -> None:
-    """The same seed gives the same bytes, another seed or tensor name others."""
+    """The same seed gives the same bytes; another seed or tensor name gives others."""
     changed = False
     for with_base, parameters in cases(method):
         inputs = make_inputs(method, with_base)
@@ -298,7 +298,7 @@ def follows_seed(method: MergeMethod) -> None:
 
 
 def goes_by_location(method: MergeMethod) -> None:
-    """A method that takes numbers from where a tensor is gives other results elsewhere, and finite ones everywhere."""
+    """A method with `located` numbers gives different results at different locations, and finite ones at all."""
     for with_base, parameters in defaults(method):
         inputs = make_inputs(method, with_base)
         results = [merge(method, inputs, parameters, location=where, allow_nonfinite=True) for where in LOCATIONS]
@@ -312,7 +312,7 @@ def goes_by_location(method: MergeMethod) -> None:
 
 
 def returns_identical_models(method: MergeMethod) -> None:
-    """Models that are all the same give that model, to rounding; weights that have no default are equal shares of 1."""
+    """Identical models give that model, up to rounding; weights without default are 1 / number of models."""
     for with_base, parameters in defaults(method, shares=True):
         base, (model, *_) = make_inputs(method, with_base)
         merged = merge(method, (base, [model.clone() for _ in range(count_models(method))]), parameters)
@@ -320,7 +320,7 @@ def returns_identical_models(method: MergeMethod) -> None:
 
 
 def returns_base(method: MergeMethod) -> None:
-    """Models equal to the base give the base, bit by bit."""
+    """Models equal to the base give exactly the base."""
     for with_base, parameters in cases(method):
         for dtype in (torch.float32, torch.bfloat16):
             base, models = cast(make_inputs(method, with_base), dtype)
@@ -330,7 +330,7 @@ def returns_base(method: MergeMethod) -> None:
 
 
 def ignores_order(method: MergeMethod) -> None:
-    """Models in another order, with their own parameters, give the same result to rounding."""
+    """Models in another order, with their parameters in that order, give the same result up to rounding."""
     for with_base, parameters in cases(method):
         base, models = make_inputs(method, with_base)
         turned = {
@@ -362,7 +362,7 @@ _BREAKABLE = {
 
 
 def breaks_what_it_says(method: MergeMethod) -> None:
-    """A law that the method declares broken does not hold; an excuse that is not needed misleads."""
+    """A law that the method declares broken does not hold, since an unneeded entry in `breaks` misleads."""
     for name in method.breaks:
         if _applies(name, method):
             said = f"{method.name}: breaks[{name!r}] is declared, but {_BREAKABLE[name].__name__} holds"
@@ -371,12 +371,12 @@ def breaks_what_it_says(method: MergeMethod) -> None:
 
 def _applies(name: str, method: MergeMethod) -> bool:
     if name == "identical":
-        # one model and a base are the two ends of something: there are no models that could be the same
+        # with exactly one model and a base (SLERP) there are no two models to be identical
         return method.base == "unused" or method.max_models != 1
     if name == "zero_delta":
         return method.base != "unused"
     if name == "order":
-        # draws belong to positions
+        # random draws depend on the position of a model
         return method.max_models != 1 and not method.random
     return True
 
@@ -393,7 +393,7 @@ def _holds(law: Law, method: MergeMethod) -> bool:
 
 
 def check_citation(method: MergeMethod, bibliography: Path) -> None:
-    """The method cites an entry of a BibTeX file, or says that there is none ("-") and where it comes from."""
+    """The method cites an entry of a BibTeX file, or declares "-" because there is no publication."""
     if method.cite == "-":
         return
     keys = re.findall(r"^@\w+\{([^,\s]+),", bibliography.read_text(encoding="utf-8"), re.M)
@@ -401,7 +401,7 @@ def check_citation(method: MergeMethod, bibliography: Path) -> None:
 
 
 def check_compiled(method: MergeMethod) -> None:
-    """Fused kernels agree with eager ones, to rounding: at the defaults, and at other numbers."""
+    """Compiled kernels agree with eager ones up to rounding, at the defaults and at other numbers."""
     for with_base, parameters in islice(cases(method), 4):
         inputs = make_inputs(method, with_base)
         eager = merge(method, inputs, parameters)
@@ -410,7 +410,7 @@ def check_compiled(method: MergeMethod) -> None:
 
 
 def _close(method: MergeMethod, merged: Tensor, expected: Tensor) -> None:
-    """Compare to rounding: that of single operations, or that of matrix functions, which pass it on enlarged."""
+    """Compare up to rounding, which matrix functions amplify."""
     bound = 1e-4 if method.scope == "matrix" else 1e-6
     torch.testing.assert_close(merged, expected, rtol=bound, atol=bound)
 

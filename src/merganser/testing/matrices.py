@@ -20,7 +20,7 @@ _REST: list[tuple[tuple[int, ...], str]] = [
 
 
 def leaves_the_rest(method: MergeMethod) -> None:
-    """Norms, vectors, convolutions, embeddings and head become what `others` says; `embeddings` can make matrices."""
+    """Tensors that are not matrices are merged as `others` says, and embeddings and head as `embeddings` says."""
     given = next(defaults(method))[1]
     for others in ("average", "sum", "base"):
         chosen = {**given, "others": others, "embeddings": "others"}
@@ -48,7 +48,7 @@ def _beside(method: MergeMethod, base: Tensor, models: list[Tensor], given: dict
 
 
 def merges_each_expert(method: MergeMethod) -> None:
-    """The experts of a packed tensor are merged one by one, as matrices (unless they share draws or a statistic)."""
+    """Each expert of a packed tensor is merged as a matrix alone (unless they share random draws or a statistic)."""
     if method.random or method.statistics:
         return
     for _, parameters in defaults(method):

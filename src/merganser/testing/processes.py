@@ -1,4 +1,4 @@
-"""Merge in fresh processes, to find results that depend on hash seeds."""
+"""Merge in new processes, to find results that depend on Python's hash seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cases import cases, make_inputs, merge
 
 
 def check_reproducible(methods: Iterable[MergeMethod]) -> None:
-    """Three fresh processes with different hash seeds give the same bytes.
+    """Check that three new processes with different hash seeds give the same bytes.
 
     Args:
         methods: All methods to check; they must be importable by their module and name.
@@ -43,7 +43,7 @@ def check_reproducible(methods: Iterable[MergeMethod]) -> None:
 
 
 def write_digests() -> None:
-    """Write the hash of a string, and the digests of merges with each method named on the command line."""
+    """Print as JSON the hash of a string, and digests of merges by each method named on the command line."""
     digests = {}
     for reference in sys.argv[1:]:
         module, name = reference.split(":")

@@ -1,4 +1,4 @@
-"""Laws of the contract suite for methods that store something for each model."""
+"""Laws of the contract suite for methods with a sidecar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LARGE = [(40, 16), (64,), (3, 24, 8)]
 
 
 def stores_what_it_declares(method: MergeMethod) -> None:
-    """What is stored for a tensor has the sizes and dtypes that were declared from its shape alone."""
+    """The stored parts of a tensor have the sizes and dtypes that were declared from its shape."""
     for _, parameters in cases(method):
         for shape in [*SHAPES, *EMPTY, *_LARGE]:
             base, models = _inputs(method, shape)
@@ -32,7 +32,7 @@ def stores_what_it_declares(method: MergeMethod) -> None:
 
 
 def stores_the_same_again(method: MergeMethod) -> None:
-    """The same inputs give the same bytes, in blocks of any size, and are left as they are."""
+    """The same inputs give the same stored data, with blocks of any size, and are not modified."""
     for _, parameters in cases(method):
         for shape in _LARGE:
             base, models = _inputs(method, shape)
@@ -50,7 +50,7 @@ def stores_the_same_again(method: MergeMethod) -> None:
 
 
 def restores_finite_numbers(method: MergeMethod) -> None:
-    """No NaN or infinity is restored from weak inputs, and the shape is that of the tensor."""
+    """Models restored from degenerate inputs have the shape of the tensor and no NaN or infinity."""
     tried = [(parameters, shape) for _, parameters in cases(method) for shape in [(37,), (12, 37)]]
     tried += [(parameters, shape) for _, parameters in defaults(method) for shape in [*SHAPES, *EMPTY]]
     for parameters, shape in tried:
@@ -63,7 +63,7 @@ def restores_finite_numbers(method: MergeMethod) -> None:
 
 
 def restores_the_base(method: MergeMethod) -> None:
-    """Models equal to the base come back bit by bit."""
+    """Models equal to the base are restored exactly."""
     for _, parameters in cases(method):
         for dtype in (torch.float32, torch.bfloat16):
             for shape in [(37,), (12, 37)]:
@@ -76,7 +76,7 @@ def restores_the_base(method: MergeMethod) -> None:
 
 
 def restores_without_loss(method: MergeMethod) -> None:
-    """With the settings that the method declares lossless, every model comes back to rounding."""
+    """With the settings that the method declares lossless, every model is restored up to rounding."""
     assert method.sidecar is not None
     settings = method.sidecar.lossless
     if settings is None:
@@ -104,7 +104,7 @@ def _restored(method: MergeMethod, base: Tensor, models: list[Tensor], parameter
 
 
 def _same(a: TensorSidecar, b: TensorSidecar) -> bool:
-    """Compare what is stored: packed parts bit by bit, and numbers up to the order in which they were added."""
+    """Compare stored parts: integers exactly, floats up to the rounding of sums in another order."""
     pairs = [(a.shared[name], b.shared[name]) for name in a.shared]
     pairs += [(own[name], other[name]) for own, other in zip(a.tasks, b.tasks, strict=True) for name in own]
 
@@ -128,4 +128,4 @@ SIDECAR_LAWS: list[Callable[[MergeMethod], None]] = [
     restores_the_base,
     restores_without_loss,
 ]
-"""What a method with a sidecar must keep beside the laws of its merge."""
+"""Laws that a method with a sidecar must satisfy, in addition to those of its merge."""
