@@ -1,6 +1,6 @@
-"""Merge methods, one file each; the file's name is the recipe's value.
+"""Merge methods, one file each, named like the method in recipes.
 
-The folder can be called: `merganser.methods()` returns every method by its name, those of other packages, too.
+The package is callable: `merganser.methods()` returns every method by its name, including those of other packages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Methods(ModuleType):
-    """A module, since importing a file of this folder puts the module in the place of a function of its name."""
+    """A callable module, because importing it replaces any function `merganser.methods` by the module."""
 
     def __call__(self) -> dict[str, MergeMethod]:
         """Return every method by its name, sorted."""

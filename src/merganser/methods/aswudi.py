@@ -1,4 +1,4 @@
-"""ASWUDI: the minimum of WUDI in as many directions as the spectrum says."""
+"""ASWUDI: the minimum of WUDI in a number of directions that follows from the spectrum."""
 
 import math
 
@@ -11,7 +11,7 @@ from ..ops.interference import Interference, Start, inverse, inverse_squares, st
 
 
 def participation(values: Tensor) -> int:
-    """Return how many directions take part: as many as equal singular values would have the same ratio of norms."""
+    """Return the participation number of the spectrum, (sum of sqrt(c))^2 / (sum of c), rounded up."""
     total = float(values.sum())
     return math.ceil(float(values.sqrt().sum()) ** 2 / total * (1 - 1e-9)) if total > 0 else 0
 

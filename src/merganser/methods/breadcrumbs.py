@@ -1,4 +1,4 @@
-"""Model breadcrumbs: neither the outliers nor the noise of the task vectors."""
+"""Model breadcrumbs: remove both the outliers and the noise of the task vectors."""
 
 from typing import Literal
 
@@ -48,13 +48,13 @@ def breadcrumbs(
         lambda_: Factor of the sum, alpha in the paper.
         normalize: Divide the sum by the sum of the weights (unless they cancel).
         rescale: Scale what is kept of each task vector back to the L1 norm that the vector had.
-        precedence: Which share holds where both cannot, density + gamma being above 1. With gamma the outliers go and
-            fewer entries are kept; with density fewer outliers go, and at density 1 none does.
+        precedence: Which share holds if density + gamma is above 1. With gamma, all outliers are removed and fewer
+            entries are kept; with density, fewer outliers are removed, and none at density 1.
         by: Rank the entries inside each tensor, or inside each row (all weights of one output unit).
 
     Differs from the paper:
         Nothing with `by: tensor`, which is what the paper says; the authors' code ranks within rows, as `by: row` does.
-        Entries whose magnitude equals that of the first or the last kept one are kept.
+        Entries whose magnitude equals that of the first or the last kept entry are kept, too.
     """
     kept = scaled(keep_middle(base, models, cut, density, gamma, precedence, by), gain)
     total = weighted_sum(kept, weight)

@@ -40,7 +40,7 @@ def breadcrumbs_ties(
         merged = base + lambda * (sum of weight_i * kept_i with that sign)
 
     Use when:
-        As breadcrumbs, and the task vectors disagree in sign.
+        Breadcrumbs would be used, but the task vectors disagree in sign.
 
     Args:
         weight: Factor of each task vector, in the vote and in the sum.
@@ -49,13 +49,13 @@ def breadcrumbs_ties(
         lambda_: Factor of the merged task vector.
         normalize: Divide by the sum of the weights that agree, as TIES does.
         rescale: Scale what is kept of each task vector back to the L1 norm that the vector had.
-        precedence: Which share holds where both cannot, density + gamma being above 1. With gamma the outliers go and
-            fewer entries are kept; with density fewer outliers go, and at density 1 none does.
+        precedence: Which share holds if density + gamma is above 1. With gamma, all outliers are removed and fewer
+            entries are kept; with density, fewer outliers are removed, and none at density 1.
         by: Rank the entries inside each tensor, or inside each row (all weights of one output unit).
 
     Differs from the paper:
         The paper adds without a vote; the combination is mergekit's.
-        Entries whose magnitude equals that of the first or the last kept one are kept.
+        Entries whose magnitude equals that of the first or the last kept entry are kept, too.
         An exact tie of the vote elects plus.
     """
     kept = scaled(keep_middle(base, models, cut, density, gamma, precedence, by), gain)

@@ -1,4 +1,4 @@
-"""Branch-Train-Merge: average of expert models by how probable their domains are."""
+"""Branch-Train-Merge: average of expert models, weighted by the probabilities of their domains."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ Experts = Annotated[int, Number(0, search=(1, 3))]
 
 
 def check_posterior(parameters: Mapping[str, Any]) -> str | None:
-    """Complain where no domain is probable, or more are to be kept than there are."""
+    """Return a complaint if all probabilities are 0, or `top_k` exceeds the number of models, else None."""
     posterior, top_k = parameters["posterior"], parameters["top_k"]
     if not any(posterior):
         return "posterior is 0 for every model; one at least must be above 0"
@@ -25,21 +25,22 @@ def check_posterior(parameters: Mapping[str, Any]) -> str | None:
 
 @merge_method(family="averages", cite="li2022btm", validate=check_posterior)
 def btm(models: list[Tensor], *, posterior: PerModel[Probability], top_k: Experts = 0) -> Tensor:
-    """Average experts of different domains, by the posterior of the domains on text of the target.
+    """Average experts of different domains, weighted by the posterior of their domains on the target text.
 
         merged = sum_i posterior_i * model_i / sum_i posterior_i, over the top_k most probable
 
     Use when:
-        Copies of one model were trained on a domain each, and a single model is wanted for text that mixes domains, or
-        as the start of the expert for a new one.
+        Copies of one model were each trained on one domain, and one model is needed for text that mixes domains, or to
+        start training the expert of a new domain.
 
     Args:
-        posterior: Probability of each expert's domain, p(domain | text). The paper starts with equal priors, finds the
-            posterior of development text from the likelihoods of the experts, and averages it over the batches.
-        top_k: How many experts are averaged, the most probable ones; 0 for all. Of equal ones those named first count.
+        posterior: Probability of each expert's domain, p(domain | text). The paper starts with equal priors, computes
+            the posterior from the likelihoods of the experts on development text, and averages it over the batches.
+        top_k: Number of experts that are averaged, the most probable ones; 0 for all. Of equal ones those named first
+            count.
 
     Differs from the paper:
-        The posterior is given; estimating it takes text and a forward pass of every expert.
-        The paper chooses the top experts for ensembles.
+        The posterior is a parameter; estimating it takes text and a forward pass of every expert.
+        The paper selects the top experts for ensembles.
     """
     return weighted_sum(models, shares(torch.where(best(posterior, top_k or len(models)), posterior, 0.0)))

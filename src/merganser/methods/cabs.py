@@ -1,4 +1,4 @@
-"""CABS: of every few elements the largest, and none that an earlier model took."""
+"""CABS: the largest elements of every group, without those that an earlier model took."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -14,28 +14,28 @@ Group = Annotated[int, Number(1, search=(4, 16))]
 
 
 def check_kept(parameters: Mapping[str, Any]) -> str | None:
-    """Complain where more elements of a group are to be kept than it has."""
+    """Return a complaint if n exceeds m, else None."""
     n, m = parameters["n"], parameters["m"]
     return f"n must be at most m, {m}, got {n}" if n > m else None
 
 
 def largest(groups: Tensor, count: int) -> Tensor:
-    """Say which entries of each row are the largest, bool; of equal ones the last count.
+    """Return which entries of each row are the largest, bool; of equal entries the last are taken.
 
     Args:
-        groups: Not negative, shape [groups, columns].
-        count: How many of each row.
+        groups: Non-negative, shape [groups, columns].
+        count: Number of entries taken of each row.
     """
     columns = groups.shape[1]
     return by_rank(groups, torch.arange(columns, device=groups.device) >= columns - count)
 
 
 def largest_of_groups(size: Tensor, n: int, m: int, tail: str) -> Tensor:
-    """Say which entries are the n largest of their group of m neighbours in a row, bool.
+    """Return which entries are among the n largest of their group of m neighbours in a row, bool.
 
     Args:
-        size: Not negative, shape [rows, columns].
-        n: How many of each group.
+        size: Non-negative, shape [rows, columns].
+        n: Number of entries taken of each group.
         m: Size of the groups.
         tail: As in `cabs`.
     """
@@ -45,7 +45,7 @@ def largest_of_groups(size: Tensor, n: int, m: int, tail: str) -> Tensor:
     if columns >= m:
         parts.append(largest(size[:, : columns - rest].reshape(-1, m), n).view(rows, -1))
     if rest:
-        # rounded up
+        # the shorter group at the end of a row: its share of n, rounded up
         parts.append(largest(size[:, columns - rest :].contiguous(), -(-n * rest // m) if tail == "share" else 0))
     return torch.cat(parts, dim=1)
 
@@ -70,33 +70,32 @@ def cabs(
     m: Group = 256,
     tail: Literal["share", "drop"] = "share",
 ) -> Tensor:
-    """Add the task vectors, each with the n largest of every m neighbours that no model before it took.
+    """Add the task vectors; each contributes, of every m neighbours, the n largest that no earlier model took.
 
         free_i = delta_i where no model before i has an element, else 0
         kept_i = free_i where |free_i| is among the n largest of its group, else 0
         merged = base + lambda * sum_i weight_i * kept_i
 
-    Groups are m elements in a row (all weights of one output unit), one after the other. Models are taken in the order
-    of the recipe: the one named first takes what it likes.
+    Groups are m consecutive elements of a row (all weights of one output unit). Models take their elements in the
+    order of the recipe, so that the first one is not limited by the others.
 
     Use when:
-        Fine-tunes of different tasks get in each other's way, and one of them is to come through unharmed. Name the
-        best one first.
+        Fine-tunes of different tasks interfere, and one of them should be preserved best. Name that one first.
 
     Args:
-        weight: Factor of each task vector. The authors take 1.2 for two models of 7B, and search 0.4 to 1 for small ones.
+        weight: Factor of each task vector. The authors take 1.2 for two 7B models, and search 0.4 to 1 for small ones.
         lambda_: Factor of their sum.
-        n: How many elements of a group each model may take.
-        m: Size of a group. With n times the number of models above m, later models find less.
-        tail: What becomes of a row's end that is shorter than a group: its share of elements is kept (rounded up), or
-            none, as in the authors' script for small models.
+        n: Number of elements that each model may take of a group.
+        m: Size of a group. If n times the number of models exceeds m, later models take fewer elements.
+        tail: What happens at the end of a row that is shorter than a group: its share of elements is kept (rounded up),
+            or none, as in the authors' script for small models.
 
     Differs from the paper:
-        Groups end with the row; the authors' code takes the tensor for one row, which is the same where m divides the
+        Groups end with the row; the authors' code treats the tensor as one row, which is the same if m divides the
         length of the rows.
         Of equal elements the last ones are taken. Elements that did not change are not taken.
-        The authors' script for 7B gives the second model what the first one took, too, if n is m / 2 or more; at m / 2 it
-        does not prune the second model at all. Here models never overlap.
+        If n is m / 2 or more, the authors' script for 7B also gives the second model elements that the first one took;
+        at m / 2 it does not prune the second model at all. Here models never overlap.
     """
     taken = torch.zeros_like(base, dtype=torch.bool)
     total = torch.zeros_like(base)

@@ -1,4 +1,4 @@
-"""Consensus merging: what TALL masks find useful for several tasks."""
+"""Consensus merging: keep the elements that TALL masks assign to several tasks."""
 
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ Tasks = Annotated[int, Number(0, search=(1, 3))]
 
 
 def trims(vector: str, density: tuple[float, ...]) -> bool:
-    """Say whether the merged task vector needs a cut."""
+    """Return whether the merged task vector needs a cut: TIES trims at least one task vector."""
     return vector == "ties" and any(value < 1 for value in density)
 
 
@@ -40,28 +40,28 @@ def consensus(
     """Add the task vectors, and keep the elements that matter to several of the tasks.
 
         delta_i = weight_i * (model_i - base)
-        tau     = sum_i delta_i, or what TIES makes of them
+        tau     = sum_i delta_i, or their merge by TIES
         mask_i  = 1 where |delta_i| > mask_lambda_i * |tau - delta_i|, else 0
         merged  = base + lambda * tau where sum_i mask_i >= k, base elsewhere
 
     Use when:
-        Three or more fine-tunes are merged, and their sum is hurt by changes that serve one task alone or none.
+        Three or more fine-tunes are merged, and changes that serve only one task or none make their sum worse.
         Try lambda 0.3 to 1, and mask_lambda 0.2 to 0.6: the larger, the fewer elements belong to a model.
 
     Args:
         weight: Factor of each task vector.
         lambda_: Factor of the merged task vector, alpha in the paper.
-        mask_lambda: What a model's own change must exceed, as a share of what the others add to it. The paper chooses
-            it for each task on its validation data, from 0.2 to 0.6.
-        k: How many models an element must matter to. 1 removes what matters to none, 2 also what matters to one, 0
-            nothing.
-        vector: Whether the merged task vector is the sum, or the sum that TIES makes.
+        mask_lambda: An element matters to a model if its change exceeds this share of the sum of the other models'
+            changes. The paper chooses it for each task on its validation data, from 0.2 to 0.6.
+        k: Number of models that an element must matter to. 1 removes elements that matter to none, 2 also those that
+            matter to one; 0 removes nothing.
+        vector: Whether the merged task vector is the plain sum, or the sum that TIES computes.
         density: Share of each task vector that TIES keeps; without effect on the plain sum.
         trim_over: Whether TIES ranks entries inside each tensor, or over the whole model as the paper does.
 
     Differs from the paper:
         The paper has no weights; equal ones give its formula.
-        With `vector: ties`, entries whose magnitude equals the cut are all kept, and a tie of the vote elects plus.
+        With `vector: ties`, all entries whose magnitude equals the cut are kept, and a tie of the vote elects plus.
     """
     wide = [delta.double() for delta in deltas(base, models)]
     if vector == "sum":

@@ -28,9 +28,9 @@ def dare_linear(
     rescale: bool = True,
     rescale_to: Literal["expectation", "l1"] = "expectation",
 ) -> Tensor:
-    """Drop entries of the task vectors at random, rescale the survivors, add the weighted task vectors to the base.
+    """Drop entries of the task vectors at random, rescale the others, add the weighted task vectors to the base.
 
-        kept_i = delta_i / density_i with probability density_i, else 0     (for every element on its own)
+        kept_i = delta_i / density_i with probability density_i, else 0     (independently for every element)
         merged = base + lambda * sum_i weight_i * kept_i
 
     Use when:
@@ -42,9 +42,9 @@ def dare_linear(
         density: Probability of an entry to be kept; the paper's drop rate is 1 - density.
         lambda_: Factor of the sum.
         normalize: Divide the sum by the sum of the weights (unless they cancel).
-        rescale: Make up for what was dropped.
-        rescale_to: Divide the survivors by the density, which keeps the expectation of every entry, or scale them so
-            that each task vector has the L1 norm that it had, which only keeps it in the mean over a tensor.
+        rescale: Scale the kept entries up, to compensate for dropped ones.
+        rescale_to: "expectation" divides the kept entries by the density, which preserves the expectation of every
+            entry; "l1" restores the L1 norm of each task vector, which preserves it only in the mean over a tensor.
 
     Differs from the paper:
         Nothing. Draws depend on the seed, the tensor's name, the model's position and the element alone.

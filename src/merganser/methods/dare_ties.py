@@ -42,12 +42,12 @@ def dare_ties(
         density: Probability of an entry to be kept; the paper's drop rate is 1 - density.
         lambda_: Factor of the merged task vector.
         normalize: Divide by the sum of the weights that agree, as TIES does.
-        rescale: Make up for what was dropped.
-        rescale_to: Divide the survivors by the density, which keeps the expectation of every entry, or scale them so
-            that each task vector has the L1 norm that it had, which only keeps it in the mean over a tensor.
+        rescale: Scale the kept entries up, to compensate for dropped ones.
+        rescale_to: "expectation" divides the kept entries by the density, which preserves the expectation of every
+            entry; "l1" restores the L1 norm of each task vector, which preserves it only in the mean over a tensor.
 
     Differs from the paper:
-        TIES does not trim what DARE has dropped already.
+        There is no trim of TIES after DARE has dropped entries.
         The default adds; `normalize: true` is the disjoint mean of TIES.
         An exact tie of the vote elects plus.
     """

@@ -1,4 +1,4 @@
-"""DELLA: drop small entries of the task vectors more often, rescale the rest, elect signs, average those that agree."""
+"""DELLA: drop entries of the task vectors, small ones more often, rescale, elect signs, average those that agree."""
 
 from typing import Annotated, Literal
 
@@ -41,21 +41,21 @@ def della(
     rank_ij is the rank of |delta_ij| among the n entries of its row, 1 for the smallest.
 
     Use when:
-        As TIES, where a random choice that prefers large changes is wanted instead of a sharp cut.
+        TIES would be used, but with a random choice that prefers large changes instead of a fixed cut.
 
     Args:
         weight: Factor of each task vector, in the vote and in the mean.
-        density: Mean probability of an entry to be kept; 1 keeps all, 0 none.
+        density: Mean probability that an entry is kept; 1 keeps all, 0 none.
         epsilon: Half the difference between the probabilities of the largest and the smallest entry of a row.
         lambda_: Factor of the merged task vector.
         normalize: Divide by the sum of the weights that agree (a mean), instead of adding (a sum).
-        rescale: Make up for what was dropped.
-        rescale_to: Divide each survivor by its own probability, which keeps the expectation of every entry, or scale
-            them so that each task vector has the L1 norm that it had, which favours large entries.
+        rescale: Scale the kept entries up, to compensate for dropped ones.
+        rescale_to: "expectation" divides each kept entry by its probability, which preserves the expectation of every
+            entry; "l1" restores the L1 norm of each task vector by one factor, which favours large entries.
 
     Differs from the paper:
         A row is all weights of one output unit, for convolutions too; a vector is one row.
-        Of equal entries in a row the first has the smaller rank. The probability in a row of one element is density.
+        Of equal entries in a row the first has the smaller rank. In a row of one element the probability is density.
         An exact tie of the vote elects plus.
     """
     kept = magprune(base, models, rng, density, epsilon, rescale=rescale and gain is None, exact=True)

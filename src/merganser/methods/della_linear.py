@@ -51,7 +51,7 @@ def della_linear(
     rank_ij is the rank of |delta_ij| among the n entries of its row, 1 for the smallest.
 
     Use when:
-        As DARE, where large changes matter more than small ones; della elects signs, too.
+        DARE would be used, but large changes matter more than small ones; della elects signs, too.
 
     Args:
         weight: Factor of each task vector.
@@ -59,13 +59,13 @@ def della_linear(
         epsilon: Half the difference between the probabilities of the largest and the smallest entry of a row.
         lambda_: Factor of the sum.
         normalize: Divide the sum by the sum of the weights (unless they cancel).
-        rescale: Make up for what was dropped.
-        rescale_to: Divide each survivor by its own probability, which keeps the expectation of every entry, or scale
-            them so that each task vector has the L1 norm that it had, which favours large entries.
+        rescale: Scale the kept entries up, to compensate for dropped ones.
+        rescale_to: "expectation" divides each kept entry by its probability, which preserves the expectation of every
+            entry; "l1" restores the L1 norm of each task vector by one factor, which favours large entries.
 
     Differs from the paper:
         A row is all weights of one output unit, for convolutions too; a vector is one row.
-        Of equal entries in a row the first has the smaller rank. The probability in a row of one element is density.
+        Of equal entries in a row the first has the smaller rank. In a row of one element the probability is density.
     """
     kept = magprune(base, models, rng, density, epsilon, rescale=rescale and gain is None)
     total = weighted_sum(scaled(kept, gain), weight)

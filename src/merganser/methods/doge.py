@@ -1,4 +1,4 @@
-"""DOGE: change all task vectors alike, until their sum is right for each of them."""
+"""DOGE: add one common change to all task vectors, optimised so that their sum is close to each of them."""
 
 from typing import Literal
 
@@ -11,11 +11,11 @@ from ..ops.adam import adam
 from ..ops.spectral import svd
 
 _TOLERANCE = 1e-5
-"""Share of the largest singular value up to which there is only rounding in a direction."""
+"""Singular values up to this share of the largest count as rounding errors."""
 
 
 def shared_directions(vectors: list[Tensor], dimensions: int) -> Tensor:
-    """Return the left directions that the task vectors have most in common, shape [rows, dimensions] at most."""
+    """Return the left directions that the task vectors share most, shape [rows, at most `dimensions`]."""
     k = min(vectors[0].shape) // len(vectors)
     together = torch.cat([svd(vector, k, tolerance=_TOLERANCE).left for vector in vectors], dim=1)
     return svd(together, dimensions, tolerance=_TOLERANCE).left
@@ -33,7 +33,7 @@ class RowLoss:
         self._rows = torch.stack(vectors, dim=1)
         self._factor = factors.sum()
         sums = torch.einsum("mtn,t->mn", self._rows, factors)
-        # what the change has to make of each row of each task vector, shape [m, T]
+        # the loss is 0 if, in every row, the sum of factors times <delta_j, change> equals this; shape [m, T]
         self._missing = (self._rows * (self._rows - sums.unsqueeze(1))).sum(dim=2)
 
     def gradient(self, change: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class RowLoss:
         return torch.bmm(left.unsqueeze(1), self._rows).squeeze(1)
 
     def least_change(self) -> Tensor:
-        """Return the smallest change that makes the loss as small as it can be."""
+        """Return the change of smallest norm that minimises the loss."""
         rows = self._rows.double()
         values, turn = torch.linalg.eigh(rows @ rows.mT)
         known = values > 1e-10 * values[:, -1:]

@@ -1,4 +1,4 @@
-"""EMR: elect a unified task vector; masks and factors give each model back."""
+"""EMR: elect a unified task vector, and restore each model from it by a mask and a factor."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from ..ops.bits import packed
 
 
 def agrees(delta: Tensor, unified: Tensor) -> Tensor:
-    """Say where a task vector has the sign of the unified one, bool."""
+    """Return where a task vector has the sign of the unified one, bool; never where one of them is 0."""
     return ((delta > 0) & (unified > 0)) | ((delta < 0) & (unified < 0))
 
 
@@ -27,18 +27,18 @@ def magnitudes(base: Tensor, models: list[Tensor], merged: Tensor, size: int, re
 
 
 def factors(measured: Tensor) -> Tensor:
-    """Solve for the factor of each task, shape [T]; 1 where nothing is left under the mask."""
+    """Return the factor of each task, shape [T]; 1 where the unified task vector is 0 under the mask."""
     own, kept = measured
     return torch.where(kept > 0, own / kept, 1.0)
 
 
 def over_model(rescale_over: str) -> bool:
-    """Say whether a model has one factor."""
+    """Return whether there is one factor per model, instead of one per tensor."""
     return rescale_over == "model"
 
 
 def parts(shape: tuple[int, ...]) -> dict[str, Part]:
-    """Return what a task keeps: a bit for each element."""
+    """Declare what is stored for a task: one bit per element."""
     return {"mask": packed(shape[0])}
 
 
@@ -55,7 +55,7 @@ def encode(
 
 
 def decode(base: Tensor, merged: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
-    """Return the base plus what of the unified task vector is the task's own."""
+    """Return the base plus the unified task vector under the task's mask, times its factor."""
     own = unpack_flags(mask, merged.numel())
     return base + factor * torch.where(own, merged - base, 0.0)
 
@@ -78,24 +78,25 @@ def emr(base: Tensor, models: list[Tensor]) -> Tensor:
         sign     = + where sum_i delta_i > 0, else -
         merged   = base + sign * max_i |delta_i| over the models whose delta_i has that sign
 
-    Kept for each model, a bit per element and a factor, is what gives it back:
+    Each model can be restored from one bit per element and one factor, which are stored for it:
 
         mask_i   = 1 where delta_i has the sign of (merged - base), else 0
         factor_i = sum |delta_i| / sum |mask_i * (merged - base)|, over all tensors
         model_i  ~ base + factor_i * mask_i * (merged - base)
 
     Use when:
-        Several fine-tunes are to share one model and still be told apart, for a sixteenth of a copy each.
-        The merged model alone is not what the paper evaluates.
+        Several fine-tunes should be stored as one model from which each can be restored approximately, for a sixteenth
+        of a copy each. The paper does not evaluate the merged model alone.
 
     Args:
-        rescale_over: Whether a model has one factor, as in the paper, or one for each tensor, which is closer.
-        rescale_by: Whether the norms are added up over the model, as in the paper, or the means of the tensors, as in
-            the authors' code for language models, where a norm counts as much as a matrix.
+        rescale_over: Whether a model has one factor, as in the paper, or one factor per tensor, which is more accurate.
+        rescale_by: The factor is a ratio of L1 norms summed over the model, as in the paper, or of means of |delta|
+            summed over tensors, as in the authors' code for language models, where a norm layer counts as much as a
+            matrix.
 
     Differs from the paper:
-        The sum is formed in float64, so that rounding does not elect.
-        Masks and factors are made from the merged model as it was written, in its dtype.
-        Every tensor is treated; the authors leave classifiers out.
+        The sum is computed in float64, so that rounding does not decide the sign.
+        Masks and factors are computed from the merged model as it was written, in its dtype.
+        All tensors are included; the authors leave out classifiers.
     """
     return base + elect_largest(deltas(base, models))

@@ -12,7 +12,7 @@ Kept = Annotated[int, Number(1, search=(1, 3))]
 
 
 def check_keep(parameters: Mapping[str, Any]) -> str | None:
-    """Complain where more models are to be kept than there are."""
+    """Return a complaint if `keep` exceeds the number of models, else None."""
     keep, n = parameters["keep"], len(parameters["score"])
     return f"keep must be at most the number of models, {n}, got {keep}" if keep > n else None
 
@@ -24,16 +24,16 @@ def greedy_soup(models: list[Tensor], *, score: PerModel[Weight], keep: Kept) ->
         merged = mean of the `keep` models with the highest score
 
     Use when:
-        Fine-tunes of one base on one task, with other seeds or settings, differ in quality, and the poor ones should
-        not be part of the average.
+        Fine-tunes of one base on one task, with different seeds or settings, differ in quality, and the worse ones
+        should not be part of the average.
 
     Args:
-        score: What each model reaches on held-out data, higher being better; give a loss with a minus.
-        keep: How many models are averaged. Of equal scores those named first are kept.
+        score: Score of each model on held-out data, higher is better; negate a loss.
+        keep: Number of models that are averaged. Of equal scores those named first are kept.
 
     Differs from the paper:
         The paper goes through the models in the order of their scores, and keeps each one only if the average scores
-        better with it than without. That takes an evaluation for every model, which a merge has not: find the number
-        in a search, or leave out of the recipe what did not help.
+        better with it than without. That takes an evaluation per model, which a merge cannot do: find the number by a
+        search, or leave models that did not help out of the recipe.
     """
     return weighted_sum(models, shares(best(score, keep).double()))

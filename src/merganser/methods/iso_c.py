@@ -1,4 +1,4 @@
-"""Iso-C: the sum of the task vectors, with all its singular values made equal."""
+"""Iso-C: the sum of the task vectors, with all its singular values set to their mean."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Iso-CTS: common directions of the task vectors and some of each task's own, all of equal weight."""
+"""Iso-CTS: directions common to the task vectors, and some specific to each task, with equal singular values."""
 
 from typing import Literal
 
@@ -14,12 +14,12 @@ _NOTHING = 2.0**-20
 
 
 def common_rank(size: int, n_models: int, common_space_fraction: float) -> tuple[int, int]:
-    """Return how many directions are common, and how many of each model are added.
+    """Return the number of common directions, and the number of specific directions of each model.
 
     Args:
         size: The smaller side of the matrix.
         n_models: Number of models.
-        common_space_fraction: Share of the directions that is common, before what is left is divided evenly.
+        common_space_fraction: Share of common directions; the others are divided evenly among the models.
     """
     left = size - int(size * common_space_fraction)
     own = min(round(left / n_models), size // n_models)
@@ -34,10 +34,10 @@ def own_directions(base: Tensor, models: list[Tensor], weight: Tensor, common: T
         models: The models.
         weight: Factor of each task vector, shape [T].
         common: Shape [m, c], orthonormal columns.
-        k: How many of each, at most.
+        k: Largest number of triplets of each model.
     """
     m, n = base.shape
-    # in coordinates of the complement what is to be decomposed is small, unless the matrix is much taller than wide
+    # in coordinates of the orthogonal complement the matrix is smaller, unless it is much taller than wide
     complement = torch.linalg.qr(common, mode="complete").Q[:, common.shape[1] :] if m - common.shape[1] < n else None
     found = []
     for i, model in enumerate(models):
@@ -107,7 +107,7 @@ def iso_cts(
     common = svd(summed_deltas(base, models, weight), n_common, tolerance=float(rank_tolerance))
     own = own_directions(base, models, weight, common.left, n_own)
     values = torch.cat([part.values for part in own] + [common.values])
-    # the two groups of left vectors are orthogonal already
+    # the two groups of left vectors are already orthogonal to each other
     left = torch.cat([orthogonalised([part.left for part in own]), common.left], dim=1)
     right = orthogonalised([*(part.right for part in own), common.right])
     mean = values.sum() / max(size if divisor == "size" else len(values), 1)

@@ -1,4 +1,4 @@
-"""Karcher mean: the point of the sphere with the least squared distances to the models."""
+"""Karcher mean: the point of the sphere with the smallest sum of squared distances to the models."""
 
 import torch
 from torch import Tensor
@@ -6,18 +6,18 @@ from torch import Tensor
 from ..method import Count, NonNegative, Positive, default, merge_method, statistic
 from ..ops import gram, inverse_norms, unit_gram, weighted_sum
 
-# vectors closer to opposite than this have no arc between them
+# if the sine of the angle is below this, the vectors are opposite, and no arc between them is unique
 _OPPOSITE = 1e-7
 
 
 def tangent(direction: Tensor, cosines: Tensor, share: Tensor, tol: Tensor) -> Tensor:
-    """Return the mean of the tangents that lead from a direction to all models.
+    """Return the weighted mean of the tangent vectors that lead from a direction to all models.
 
     Args:
-        direction: As factors of the unit vectors, shape [T].
+        direction: The direction, as factors of the unit vectors, shape [T].
         cosines: Inner products of the unit vectors, shape [T, T].
-        share: Of each model, shape [T].
-        tol: Angles below this are passed over.
+        share: Share of each model, shape [T].
+        tol: Angles below this are ignored.
 
     Returns:
         Factors of the unit vectors, shape [T].
@@ -31,12 +31,12 @@ def tangent(direction: Tensor, cosines: Tensor, share: Tensor, tol: Tensor) -> T
 
 
 def length(factors: Tensor, cosines: Tensor) -> Tensor:
-    """Return the norm of a sum of unit vectors."""
+    """Return the norm of a linear combination of the unit vectors."""
     return (factors @ cosines @ factors).clamp(min=0).sqrt()
 
 
 def factors(measured: Tensor, max_iter: int, tol: Tensor, zero_norm: Tensor) -> Tensor:
-    """Solve for the factor of each model, shape [T]."""
+    """Return the factor of each model, shape [T]."""
     norms, cosines = unit_gram(measured)
     present = norms > zero_norm
     if not present.any():
@@ -87,8 +87,8 @@ def karcher(
         Several models of equal standing, and the norm of the weights should not shrink as it does in an average.
 
     Args:
-        max_iter: Steps, at most.
-        tol: Stop when a step is shorter than this; models nearer than this angle do not pull.
+        max_iter: Largest number of steps.
+        tol: Stop when a step is shorter than this; models closer than this angle are ignored in a step.
         zero_norm: Models whose norm is not above this have no direction; they count in the mean length.
 
     Differs from the paper:

@@ -1,4 +1,4 @@
-"""KnOTS: merge the task vectors element by element in a basis that they share."""
+"""KnOTS: merge the coordinates of the task vectors, element by element, in a common basis."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ Rule = Literal["ties", "mean", "sum"]
 
 def dropped(values: Tensor, kept: Tensor, drop: Tensor) -> Tensor:
     """Set entries that are not kept to 0 and divide the others by the probability to be kept."""
-    # nothing is kept where this divides by 0
+    # where the probability is 0, the quotient is discarded: `kept` is False there
     return torch.where(kept, values / (1 - drop), 0.0)
 
 
@@ -49,7 +49,7 @@ def merge_coordinates(
 
 
 def votes(rule: Rule) -> bool:
-    """Say whether the rule trims and elects signs."""
+    """Return whether the rule trims and elects signs."""
     return rule == "ties"
 
 

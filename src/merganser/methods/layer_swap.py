@@ -1,4 +1,4 @@
-"""Layer swapping: the first and the last layers of another model."""
+"""Layer swapping: replace the first and the last layers by those of another model."""
 
 from typing import Annotated, Literal
 
@@ -22,7 +22,7 @@ def share(
     embedding: str,
     head: str,
 ) -> float:
-    """Return the share of the second model."""
+    """Return the share of the second model in a tensor, from 0 to 1."""
     if location.layer is None or location.position != "layer":
         chosen = embedding if location.position == "before" else head
         return {"mix": t, "first": 0.0, "second": 1.0}[chosen]
@@ -57,29 +57,29 @@ def layer_swap(
     embedding: Outside = "mix",
     head: Outside = "mix",
 ) -> Tensor:
-    """Take the first and the last layers of the second model, and those between of the first.
+    """Take the first and the last layers from the second model, and the layers between from the first.
 
         share  = 1 in the first `bottom` and the last `top` layers, t in the transition layers next to them, else 0
         merged = (1 - share) * first + share * second
 
     Use when:
-        A model that was fine-tuned on a task in one language is to do it in another, for which a second fine-tune of
-        the same base exists: the task's model first, the language's second.
+        A model was fine-tuned on a task in one language and should do it in another, for which a second fine-tune of
+        the same base exists. Name the model of the task first, that of the language second.
 
     Args:
-        bottom: How many layers at the beginning are those of the second model.
-        top: How many layers at the end are those of the second model.
-        bottom_transition: How many layers behind the beginning are mixed.
-        top_transition: How many layers before the end are mixed.
+        bottom: Number of layers at the start that come from the second model.
+        top: Number of layers at the end that come from the second model.
+        bottom_transition: Number of mixed layers after those at the start.
+        top_transition: Number of mixed layers before those at the end.
         t: Share of the second model where both are mixed.
-        embedding: What stands before the layers (embeddings, and towers for images and sound): that of the first
-            model, of the second, or mixed. A tied head is its embedding.
-        head: What stands behind the layers: final norm and head.
+        embedding: Whether tensors before the layers (embeddings, encoders of images and sound) come from the first
+            model, from the second, or are mixed. A tied head is its embedding.
+        head: The same for tensors after the layers: final norm and head.
 
     Differs from the paper:
-        The defaults are those that the paper is reported to give for 32 layers; it tried 4 to 6 layers at the beginning,
-        1 or 2 at the end and transitions of 1 or 2. Not checked: whether it mixes what stands outside the layers, and
-        whether it mixes in equal shares. Encoder and decoder are each counted on their own.
+        The defaults are those that the paper is reported to give for 32 layers; it tried 4 to 6 layers at the start, 1
+        or 2 at the end and transitions of 1 or 2. Not checked: whether it mixes tensors outside the layers, and whether
+        it mixes in equal shares. Layers of encoder and decoder are counted separately.
     """
     first, second = models
     mixed = first + share * (second - first)

@@ -1,4 +1,4 @@
-"""LM-Cocktail: average by weights, or by how well models do on a few examples."""
+"""LM-Cocktail: average by given weights, or by the losses of models on a few examples."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ Amount = Annotated[Tensor, Number(0.0, search=(0.0, 1.0))]
 
 
 def check_weights(parameters: Mapping[str, Any]) -> str | None:
-    """Complain where no model has a weight."""
+    """Return a complaint if the weight of every model is 0, else None."""
     return None if any(parameters["weight"]) else "weight is 0 for every model; one at least must be above 0"
 
 
@@ -31,27 +31,27 @@ def lm_cocktail(
     temperature: Positive = default(5.0),
     alpha: Fraction = default(0.0),
 ) -> Tensor:
-    """Mix models by given weights, or by their losses on a few examples, and with a fine-tuned model.
+    """Average models by given weights or by their losses on a few examples, and mix the result with the first model.
 
         share_i = weight_i * exp(-loss_i / temperature), divided by the sum of these
         merged  = alpha * model_1 + (1 - alpha) * sum_i share_i * model_i
 
     Use when:
         A model was fine-tuned for one task and forgot others: mix it with its base, and with fine-tunes on other
-        tasks. Or a new task has a handful of examples and no model of its own.
+        tasks. Or a new task has only a few examples, and no model was trained for it.
 
     Args:
-        weight: Share of each model, before the losses are looked at.
-        loss: Loss of each model on examples of the task; equal ones leave the weights alone.
-        temperature: The larger, the less the losses count.
-        alpha: What is set aside for the first model, the one fine-tuned for the task. The paper sets aside 0.5, and
-            mixes the others alone: give the first model a weight of 0.
+        weight: Share of each model, before the losses are taken into account.
+        loss: Loss of each model on examples of the task; equal losses do not change the weights.
+        temperature: The larger it is, the less the losses count.
+        alpha: Share that is reserved for the first model, the one fine-tuned for the task. The paper reserves 0.5 and
+            averages only the other models: to do that, give the first model a weight of 0.
 
     Differs from the paper:
         Weights are divided by their sum; the authors' code expects them to add up to 1.
-        The losses are given; the authors' code measures them.
+        The losses are parameters; the authors' code measures them.
     """
-    # the least loss that counts: of a weight of 0 nothing is left
+    # the smallest loss among models with a weight above 0, so that the largest exponential is 1
     least = torch.where(weight > 0, loss, torch.inf).min()
     share = shares(weight * torch.exp((least - loss).clamp(max=0) / temperature))
     first = torch.arange(len(models), device=share.device) == 0

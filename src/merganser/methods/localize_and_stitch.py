@@ -1,4 +1,4 @@
-"""Localize-and-Stitch without data: the largest changes of each model, averaged where they overlap."""
+"""Localize-and-Stitch without data: keep the largest changes of each model, average them where they overlap."""
 
 from typing import Literal
 
@@ -30,8 +30,8 @@ def localize_and_stitch(
         merged = base + sum_i mask_i * delta_i / max(1, sum_i mask_i)
 
     Use when:
-        Fine-tunes of different tasks changed much, and what each of them needs is a small part of it that the others
-        should not dilute. There is nothing to tune but the density.
+        Fine-tunes of different tasks changed many elements, of which each needs only a small part, and this part should
+        not be diluted by the others. Only the density has to be tuned.
 
     Args:
         density: Share of each task vector that is kept, the largest entries. The authors keep 0.05 of language models

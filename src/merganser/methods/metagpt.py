@@ -22,18 +22,18 @@ def squared_norms(base: Tensor, models: list[Tensor]) -> Tensor:
 def metagpt(
     base: Tensor, models: list[Tensor], factor: Tensor, *, norms_over: Literal["model", "tensor"] = "model"
 ) -> Tensor:
-    """Add the task vectors, each with a factor that follows from its length.
+    """Add the task vectors, each with a factor that follows from its norm.
 
         factor_i = |delta_i|^2 / sum_j |delta_j|^2
         merged   = base + sum_i factor_i * delta_i
 
     Use when:
-        Task vectors are to be added, and there is no data to choose their factors with.
+        Task vectors should be added, and there is no data to choose their factors.
 
     Args:
-        norms_over: Take the lengths over the whole model as the paper does, or inside each tensor.
+        norms_over: Compute the norms over the whole model as the paper does, or for each tensor separately.
 
     Differs from the paper:
-        Nothing. Its derivation has the model linear around the base, and task vectors at right angles to each other.
+        Nothing. Its derivation assumes a model that is linear around the base, and orthogonal task vectors.
     """
     return base + weighted_sum(deltas(base, models), factor)

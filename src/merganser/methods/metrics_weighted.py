@@ -1,4 +1,4 @@
-"""Metrics-weighted averaging: average of checkpoints by their loss or their step."""
+"""Metrics-weighted averaging: average of checkpoints, weighted by their loss or their training step."""
 
 from typing import Annotated, Literal
 
@@ -20,23 +20,24 @@ def metrics_weighted(
     by: Literal["loss", "step"] = "loss",
     penalty: Penalty = default(1.0),
 ) -> Tensor:
-    """Average checkpoints, those with a lower loss or of a later step counting more.
+    """Average checkpoints; those with a lower loss, or from a later step, count more.
 
         amount_i = (1 / metric_i)^penalty          (metric_i^penalty by step)
         merged   = sum_i amount_i * model_i / sum_i amount_i
 
     Use when:
-        The models are checkpoints of one run, and their losses are in the log.
+        The models are checkpoints of one run, and their losses were logged.
 
     Args:
-        metric: Loss of each checkpoint, or the training step that it was taken at.
-        by: What the metric is.
-        penalty: How much the metric counts: 0 for equal shares; the larger, the more the best checkpoint alone.
+        metric: Loss of each checkpoint, or its training step.
+        by: Whether the metric is a loss or a step.
+        penalty: How much the metric counts: 0 gives equal shares; the larger it is, the more the best checkpoint
+            dominates.
 
     Differs from the paper:
-        Not checked: the paper has one penalty factor for all checkpoints; the power that it is here is our reading, and
-        so is its default.
-        The paper averages LoRA factors; this averages whatever tensors there are.
+        Not checked: the paper has one penalty factor for all checkpoints; that it is an exponent is our reading, and
+        its default is ours.
+        The paper averages LoRA factors; this averages any tensors.
     """
     rank = metric.log() if by == "step" else -metric.log()
     return weighted_sum(models, shares(torch.exp(penalty * (rank - rank.max()))))

@@ -1,4 +1,4 @@
-"""Model Stock: how far to go from the base to the average, by the angle between the task vectors."""
+"""Model Stock: interpolate between the base and the average, by the angle between the task vectors."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from ..ops import deltas, gram
 
 
 def ratio(products: Tensor, clamp: bool, norm_floor: Tensor) -> Tensor:
-    """Return the ratio of interpolation.
+    """Return the interpolation ratio t.
 
     Args:
         products: Inner products of the task vectors, shape [T, T, ...], float64.
         clamp: Keep the ratio between 0 and 1.
-        norm_floor: Least value of |delta_i| |delta_j|.
+        norm_floor: Lower limit of |delta_i| |delta_j|.
     """
     n = products.shape[0]
     norms = [products[i, i].sqrt() for i in range(n)]
@@ -46,7 +46,7 @@ def row_products(vectors: list[Tensor]) -> Tensor:
 
 
 def of_tensor(filter_wise: bool) -> bool:
-    """Say whether the angle is that of the whole tensor."""
+    """Return whether the angle is that of the whole tensor."""
     return not filter_wise
 
 
@@ -67,7 +67,7 @@ def model_stock(
     clamp: bool = False,
     norm_floor: NonNegative = default(0.0),
 ) -> Tensor:
-    """Go from the base towards the average of the models as far as the angle between their task vectors says.
+    """Interpolate between the base and the average of the models, by the angle between their task vectors.
 
         cos    = mean over pairs i < j of <delta_i, delta_j> / (|delta_i| |delta_j|),   delta_i = model_i - base
         t      = N cos / (1 + (N - 1) cos)
@@ -77,10 +77,9 @@ def model_stock(
         The models are fine-tunes of one base on the same data with different seeds or settings.
 
     Args:
-        filter_wise: Take the angle of every row (all weights of one output unit), instead of the whole tensor's.
+        filter_wise: Use the angle of every row (all weights of one output unit), instead of that of the whole tensor.
         clamp: Keep t between 0 and 1; without it a mean angle above 90 degrees gives a t below 0.
-        norm_floor: Least value that |delta_i| |delta_j| is taken to have; it draws tensors that hardly changed to the
-            base.
+        norm_floor: Lower limit of |delta_i| |delta_j|; it moves tensors that hardly changed towards the base.
 
     Differs from the paper:
         The paper has one angle for all pairs; here it is the mean of the pairs' cosines.

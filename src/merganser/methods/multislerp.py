@@ -5,12 +5,12 @@ from torch import Tensor
 from ..method import PerModel, Positive, Weight, default, merge_method, statistic
 from ..ops import deltas, gram, inverse_norms, normalizer, unit_gram, weighted_sum
 
-# shorter sums of unit vectors are rounding of the inner products
+# sums of unit vectors shorter than this are rounding errors of the inner products
 _CANCELLED = 1e-7
 
 
 def several(weight: tuple[float, ...]) -> bool:
-    """Say whether there is more than one model."""
+    """Return whether there is more than one model."""
     return len(weight) > 1
 
 
@@ -20,7 +20,7 @@ def inner_products(base: Tensor | None, models: list[Tensor]) -> Tensor:
 
 
 def factors(measured: Tensor, weight: Tensor, normalize_weights: bool, eps: Tensor) -> Tensor:
-    """Solve for the factor of each model, shape [T]."""
+    """Return the factor of each model, shape [T]."""
     if normalize_weights:
         weight = weight / normalizer(weight.sum())
     norms, cosines = unit_gram(measured)
@@ -61,7 +61,7 @@ def multislerp(
 
     Differs from the paper:
         There is no paper; the method is from mergekit.
-        It is stated there as a step from the mean direction along the mean of the tangents; that mean is 0 always.
+        mergekit computes it as a step from the mean direction along the mean of the tangents; that mean is always 0.
         mergekit refuses more than two models whose directions cancel.
         A single model is returned as it is, whatever its weight.
     """

@@ -1,4 +1,4 @@
-"""NuSLERP: SLERP between two models by weights, on task vectors where a base is given."""
+"""NuSLERP: SLERP between two models by weights, or between their task vectors if a base is given."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from ..method import PerModel, Weight, merge_method, statistic
 from ..ops import along, arc, deltas, gram
 
-# 1 - cos^2 below this is rounding of the inner products
+# 1 - cos^2 below this is a rounding error of the inner products
 _PARALLEL = 1e-14
 
 
@@ -49,12 +49,12 @@ def row_products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def of_columns(measured: Tensor, weight: Tensor, size: Tensor) -> Tensor:
-    """Solve for the factors of every column, shape [3, columns]; a single row is one vector, shape [3, 1]."""
+    """Return the factors of every column, shape [3, columns]; of a single row as one vector, shape [3, 1]."""
     return factors(measured.sum(1, keepdim=True) if measured.shape[1] == size else measured, weight)
 
 
 def by_column(nuslerp_flatten: bool, nuslerp_row_wise: bool) -> bool:
-    """Say whether columns are the vectors."""
+    """Return whether columns are the vectors."""
     return nuslerp_row_wise and not nuslerp_flatten
 
 
@@ -90,8 +90,8 @@ def nuslerp(
     Args:
         weight: Share of each model; only the ratio counts.
         nuslerp_flatten: Take the whole tensor as one vector.
-        nuslerp_row_wise: Without nuslerp_flatten: take columns (all inputs' weights of one input unit) as vectors, in
-            spite of the name; otherwise rows (all weights of one output unit).
+        nuslerp_row_wise: Without nuslerp_flatten: take columns (all weights of one input unit) as vectors, in spite of
+            the name; otherwise rows (all weights of one output unit).
 
     Differs from the paper:
         The paper has unit quaternions; here the vectors keep their own lengths.

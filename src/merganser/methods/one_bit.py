@@ -11,17 +11,17 @@ from ..ops.bits import packed
 
 
 def from_base(origin: str) -> bool:
-    """Say whether restoring takes the base."""
+    """Return whether restoring needs the base."""
     return origin == "base"
 
 
 def scales_tensor(scale_per: str) -> bool:
-    """Say whether a tensor has one scale."""
+    """Return whether there is one scale per tensor, instead of one per row."""
     return scale_per == "tensor"
 
 
 def changes(base: Tensor, models: list[Tensor], merged: Tensor, origin: str) -> list[Tensor]:
-    """Return what is compressed."""
+    """Return the differences that are compressed: models minus base, or models minus the merged model."""
     return deltas(base if from_base(origin) else merged, models)
 
 
@@ -31,12 +31,12 @@ def magnitudes(base: Tensor, models: list[Tensor], merged: Tensor, origin: str) 
 
 
 def mean_magnitude(measured: Tensor, size: Tensor) -> Tensor:
-    """Solve for the scale of each task, shape [T]."""
+    """Return the scale of each task, shape [T]."""
     return measured / size.clamp(min=1)
 
 
 def parts(shape: tuple[int, ...], scale_per: str) -> dict[str, Part]:
-    """Return what a task keeps: a bit for each element, and the scales of the rows."""
+    """Declare what is stored for a task: one bit per element, and scales of the rows if there are any."""
     found = {"sign": packed(shape[0] * shape[1])}
     return found if scales_tensor(scale_per) else {**found, "scale": Part(shape[:1], "float32")}
 
@@ -51,14 +51,14 @@ def encode(
     others: Kept = "own",
     embeddings: Embeddings = "others",
 ) -> Encoded:
-    """Return signs, and where rows have their own, scales."""
+    """Return signs, and scales of the rows, which are stored only if `parts` declares them."""
     vectors = changes(base, models, merged, origin)
     signs = [pack_flags(vector >= 0) for vector in vectors]
     return {"sign": signs, "scale": [vector.double().abs().mean(dim=1) for vector in vectors]}
 
 
 def decode(base: Tensor | None, merged: Tensor, sign: Tensor, scale: Tensor, origin: str) -> Tensor:
-    """Return the origin plus or minus the scale."""
+    """Return the origin plus or minus the scale, by the sign of each element."""
     start = merged if base is None or not from_base(origin) else base
     positive = unpack_flags(sign, merged.numel()).reshape(merged.shape)
     step = scale.reshape(-1, 1)

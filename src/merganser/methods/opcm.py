@@ -1,4 +1,4 @@
-"""OPCM: merge models one after the other, each at right angles to those before."""
+"""OPCM: merge models one after the other, each projected to be orthogonal to those before."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..method import Count, Embeddings, Fraction, Others, Positive, default, mer
 from ..ops.spectral import self_product
 
 _TOLERANCE = 1e-5
-"""Share of the largest singular value up to which there is only rounding in a direction."""
+"""Singular values up to this share of the largest count as rounding errors."""
 
 
 def triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular triplets above the tolerance, the largest first: left [m, r], values [r], right [n, r].
 
-    Later models are projected on what rounding makes of earlier ones, so errors grow from model to model. In float64
-    the Gram matrix knows singular values of 1e-5 of the largest to 1e-6 of their size, and costs no more than a
+    Later models are projected onto the merge of earlier ones, so rounding errors grow from model to model. In float64
+    the Gram matrix gives singular values of 1e-5 of the largest with a relative error of 1e-6, and costs no more than a
     decomposition in float32.
     """
     if matrix.shape[0] < matrix.shape[1]:
@@ -30,13 +30,13 @@ def triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_projected(merged: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
-    """Add what a task vector does not share with what is merged, shape [m, n], float64.
+    """Add the part of a task vector that it does not share with the merge so far, shape [m, n], float64.
 
-    With merged = U S V^T, what goes is the diagonal of U^T delta V, and its block of the largest singular values, which
-    add up to the share alpha of all of them.
+    With merged = U S V^T, the removed part is the diagonal of U^T delta V, and its leading block, of the singular
+    values that add up to the share alpha of their sum.
     """
     left, values, right = triplets(merged)
-    # a share that is alpha but for rounding is not above it
+    # a share that exceeds alpha only by rounding counts as equal to it
     block = int((values.cumsum(0) <= float(alpha) * values.sum() * (1 + 1e-9)).sum())
     image = delta @ right
     shared = left * (left * image).sum(dim=0)
@@ -60,7 +60,7 @@ def squared_norms(base: Tensor, models: list[Tensor], alpha: Tensor, scale: Tens
 
 
 def divisor(measured: Tensor, merged: int) -> Tensor:
-    """Solve for what is merged over the mean norm of the task vectors, 0-d; 1 where nothing was changed."""
+    """Return the norm of the merge over the mean norm of the task vectors, 0-d; 1 if all task vectors are zero."""
     first, *others, total = measured.sqrt()
     mean = (merged * first + sum(others)) / (merged + len(others))
     return torch.where(mean > 0, total / torch.where(mean > 0, mean, torch.ones_like(mean)), 1.0)
@@ -93,10 +93,10 @@ def opcm(
         merged = base + D_T / scale_after,    scale_after = |D_T| / mean_k |delta_k|, over all matrices of the model
 
     Use when:
-        Models arrive one by one, and earlier ones are not kept: a later merge goes on from the result of this one.
+        Models arrive one by one, and earlier ones are not kept: a later merge continues from the result of this one.
 
-    To go on, take the result as the first model, and give `merged` and `scale`: the number of models that it holds, and
-    `scale_after` of its run record (`merge.json`, under `statistics`).
+    To continue, give the result as the first model, with `merged`, the number of models that it contains, and `scale`,
+    the `scale_after` of its run record (`merge.json`, under `statistics`).
 
     Args:
         alpha: Share of the singular values whose directions later models do not touch at all.

@@ -1,4 +1,4 @@
-"""OptMerge: WUDI with the noise taken out of the task vectors."""
+"""OptMerge: WUDI on task vectors truncated to low rank, which removes noise."""
 
 from typing import Literal
 
@@ -65,7 +65,7 @@ def optmerge(
     targets, sources = [], []
     for vector in vectors:
         _, values, right = own = svd(vector, k)
-        # of a product with its transpose the left vectors fall out
+        # C needs only source^T source, from which the left vectors cancel
         sources.append((right * values.to(right.dtype)).T)
         left, values, right = svd(vector - mean, k) if target == "centred" else own
         targets.append(mean + (left * values.to(left.dtype)) @ right.T)

@@ -12,16 +12,16 @@ from ..method import PerModel, Scale, default, merge_method
     breaks={"differs": "it is a copy"},
 )
 def passthrough(models: list[Tensor], *, scale: PerModel[Scale] = default(1.0)) -> Tensor:
-    """Copy the tensors of one model: the way to stack layers of several models into a deeper one.
+    """Copy the tensors of one model, such as to stack layers of several models into a deeper one.
 
         merged = scale * model
 
     Use when:
-        Layers are to be repeated, removed or taken from different models, each slice from one of them.
+        Layers should be repeated, removed or taken from different models, each slice from one of them.
         A scale of 0 on `o_proj` and `down_proj` makes a repeated layer pass its input on unchanged.
 
     Args:
-        scale: Factor of the tensor; 1 copies it bit by bit.
+        scale: Factor of the tensor; 1 copies it exactly.
 
     Differs from the paper:
         There is no paper; the method and its name come from mergekit.

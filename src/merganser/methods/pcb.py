@@ -1,4 +1,4 @@
-"""PCB: balance the competition of task vectors element by element."""
+"""PCB: weigh the elements of task vectors by their balance of competition."""
 
 from typing import Annotated, Literal
 
@@ -9,27 +9,27 @@ from ..method import Fraction, Number, PerModel, Scale, Weight, default, merge_m
 from ..ops import at_least, order_statistic
 
 Clip = Annotated[Tensor, Number(0.0, 0.5, search=(0.0, 0.05))]
-# what a wide order statistic does not tell apart, with room for rounding
+# relative resolution of a wide order statistic (2^-36), with a margin for rounding
 _STEP = 2.0**-35
 
 
 def changes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
-    """Return the task vectors, float64, so that rounding does not rank."""
+    """Return the task vectors, float64, so that rounding does not decide ranks."""
     return [model.double() - base.double() for model in models]
 
 
 def halves(values: list[Tensor]) -> list[Tensor]:
-    """Return the parts above 0 of all values, then those below, not negative."""
+    """Return the positive parts of all values, then their negative parts as positive numbers."""
     return [value.clamp(min=0) for value in values] + [(-value).clamp(min=0) for value in values]
 
 
 def joined(plus: Tensor, minus: Tensor) -> Tensor:
-    """Return the order statistic of values from those of their halves."""
+    """Return the order statistic of signed values from those of their positive and negative parts."""
     return torch.where(plus > 0, plus, -minus)
 
 
 def normalized(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Map an interval to that from 0 to 1; all to 0 where it has no length."""
+    """Map the interval [low, high] linearly to [0, 1]; everything to 0 if it has no length."""
     known = high > low
     return torch.where(known, (value - low) / torch.where(known, high - low, 1.0), 0.0)
 
@@ -38,7 +38,7 @@ def normalized(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def of_paper(form: str) -> bool:
-    """Say whether the form is the paper's."""
+    """Return whether the form is that of the paper."""
     return form == "paper"
 
 
@@ -49,13 +49,13 @@ def products(vectors: list[Tensor]) -> dict[tuple[int, int], Tensor]:
 
 
 def ends(base: Tensor, models: list[Tensor]) -> Tensor:
-    """Measure the largest of each product, and of its negative, shape [T (T + 1) / 2, 2]."""
+    """Measure the maximum of each product and of its negative, shape [T (T + 1) / 2, 2]."""
     found = products(changes(base, models)).values()
     return torch.stack([torch.stack([value.max(), (-value).max()]) for value in found])
 
 
 def as_bits(measured: Tensor) -> Tensor:
-    """Solve: as whole numbers, which are not rounded to the width of the kernels."""
+    """Return the bits as int64, because the engine would round floats to the dtype of the blocks."""
     return measured.view(torch.int64)
 
 
@@ -69,7 +69,7 @@ def affinities(vectors: list[Tensor], extent: Tensor) -> dict[tuple[int, int], T
 
 
 def exponentials(base: Tensor, models: list[Tensor], extent: Tensor) -> Tensor:
-    """Measure the sums that softmax divides by: intra, then inter with every model, shape [T, T + 1]."""
+    """Measure the denominators of the softmax: for each model intra, then inter with every model, shape [T, T + 1]."""
     n = len(models)
     affinity = affinities(changes(base, models), extent)
     inter = {pair: value.sum() for pair, value in affinity.items()}
@@ -80,12 +80,12 @@ def exponentials(base: Tensor, models: list[Tensor], extent: Tensor) -> Tensor:
 
 
 def means(measured: Tensor, size: Tensor) -> Tensor:
-    """Solve for the means of what was measured."""
+    """Return the means from sums over `size` elements."""
     return measured / size
 
 
 def paper_balance(vectors: list[Tensor], extent: Tensor, mean: Tensor) -> list[Tensor]:
-    """Return intra times inter of every model; softmax is relative to the mean, so that it does not vanish."""
+    """Return intra * inter for every model; softmax divides by the mean instead of the sum, to avoid tiny values."""
     n = len(vectors)
     affinity = affinities(vectors, extent)
     balance = []
@@ -101,7 +101,7 @@ def paper_balance(vectors: list[Tensor], extent: Tensor, mean: Tensor) -> list[T
 
 
 def of_code(form: str) -> bool:
-    """Say whether the form is that of the authors' code."""
+    """Return whether the form is that of the authors' code."""
     return form == "code"
 
 
@@ -111,21 +111,21 @@ def magnitudes(base: Tensor, models: list[Tensor]) -> list[Tensor]:
 
 
 def clip_ranks(positive: Tensor, size: Tensor, clip: Tensor) -> Tensor:
-    """Return the ranks of the largest and the smallest magnitude that are left as they are, shape [T, 2]."""
+    """Return the ranks of the largest and the smallest magnitude that are not clipped, shape [T, 2]."""
     low = (size * clip).floor()
     high = (size * (1 - clip) - 1).floor().clamp(min=0)
     return torch.stack([size - high, size - low]).to(torch.int64).expand(len(positive), 2)
 
 
 def clipped(vector: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a task vector's magnitudes between its bounds: as they are, and as they are normalized."""
+    """Return the magnitudes of a task vector, clipped to its bounds; and the same, normalized to [0, 1]."""
     found = bounds.view(torch.float64)
     size = vector.abs().clamp(found[1], found[0])
     return size, normalized(size, found[1], found[0])
 
 
 def code_balance(vectors: list[Tensor], bounds: Tensor) -> list[Tensor]:
-    """Return intra times inter of every model, which may be negative."""
+    """Return intra * inter for every model, which may be negative."""
     total = vectors[0]
     for vector in vectors[1:]:
         total = total + vector
@@ -142,7 +142,7 @@ def code_balance(vectors: list[Tensor], bounds: Tensor) -> list[Tensor]:
 def balances(
     base: Tensor, models: list[Tensor], extent: Tensor | None, mean: Tensor | None, bounds: Tensor | None
 ) -> list[Tensor]:
-    """Return what elements are ranked by, not negative: of the code's form the halves."""
+    """Return the non-negative values by which elements are ranked; for the code's form, positive and negative parts."""
     vectors = changes(base, models)
     if bounds is not None:
         return halves(code_balance(vectors, bounds))
@@ -152,7 +152,7 @@ def balances(
 
 
 def cut_ranks(density: Tensor, size: Tensor, form: str) -> Tensor:
-    """Return the rank of the last element that counts, shape [T, 1]; of the halves also of the first, [2T, 2]."""
+    """Return the rank of the last kept element, shape [T, 1]; for the code's form of last and first, [2T, 2]."""
     if form == "paper":
         kept = torch.where(density > 0, (density * size).floor().clamp(min=1), 0.0)
         return kept.to(torch.int64).unsqueeze(1)
@@ -163,12 +163,12 @@ def cut_ranks(density: Tensor, size: Tensor, form: str) -> Tensor:
 
 
 def hard(balance: list[Tensor], cut: Tensor) -> list[Tensor]:
-    """Return the balance of what is not below the cut, 0 elsewhere."""
+    """Return the balance where it is at least the cut, 0 elsewhere."""
     return [torch.where(at_least(value, cut[i, 0]), value, 0.0) for i, value in enumerate(balance)]
 
 
 def soft(balance: list[Tensor], cut: Tensor) -> list[Tensor]:
-    """Map what counts to the interval from 0 at the cut to 1 at the largest; 1 where these are equal."""
+    """Map the balance linearly from 0 at the cut (and below) to 1 at the largest; to 0 or 1 if these are equal."""
     found, share = cut.view(torch.float64), []
     for i, value in enumerate(balance):
         plus, minus = found[i], found[i + len(balance)]
@@ -207,9 +207,9 @@ def pcb(
     clip: Clip = default(0.0001),
     balance_over: Literal["model", "tensor"] = "model",
 ) -> Tensor:
-    """Weigh every element of a task vector by its size among its own, and by how well it goes with the others'.
+    """Weigh every element of a task vector by its size among its own, and by its agreement with the other task vectors.
 
-        intra_i   = softmax(T * Norm(delta_i^2))            (over the elements; Norm maps least to 0 and most to 1)
+        intra_i   = softmax(T * Norm(delta_i^2))     (over the elements; Norm maps the smallest to 0, the largest to 1)
         inter_i   = sum_j softmax(Norm(delta_i * delta_j))
         balance_i = intra_i * inter_i where that is among the k_i largest, else 0, k_i = floor(density_i * size)
         merged    = base + lambda * sum_i balance_i * weight_i * delta_i / sum_i balance_i
@@ -228,15 +228,16 @@ def pcb(
         lambda_: Factor of the merged task vector.
         density: Share of each task vector that is kept, r in the paper.
         form: The formulas of the paper, or those of the authors' code. They differ: the code's inter-balancing
-            multiplies task vectors as they are, whose products are tiny, and weighs what is just above the cut hardly.
+            multiplies unscaled task vectors, whose products are tiny, and gives elements just above the cut almost no
+            weight.
         clip: Share of elements at either end whose magnitude the code's form limits; for vision models it takes 0.01.
         balance_over: Normalize and rank over the whole model as published, or inside each tensor.
 
     Differs from the paper:
         The default of the density is that of the authors' code. Not checked: the paper's own defaults, and whether its
         Norm is that of the code.
-        Elements are told apart to 2^-36 of their balance; equal ones are all kept.
-        Where all that is kept balances equally, the code divides 0 by 0; here it counts alike.
+        Balances are compared to 2^-36 of their value; equal ones are all kept.
+        If all kept elements have equal balance, the code divides 0 by 0; here they count equally.
     """
     vectors = changes(base, models)
     if bounds is None:

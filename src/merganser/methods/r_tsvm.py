@@ -9,7 +9,7 @@ from ..ops.spectral import joined, svd
 
 
 def outlier_mass(delta: Tensor, sigmas: Tensor) -> Tensor:
-    """Return the sum of the magnitudes that are above their mean by more than so many standard deviations, 0-d."""
+    """Return the sum of the magnitudes that exceed their mean by more than `sigmas` standard deviations, 0-d."""
     magnitude = delta.double().abs()
     cut = magnitude.mean() + sigmas * magnitude.std(correction=0)
     return torch.where(magnitude > cut, magnitude, 0.0).sum()
@@ -59,7 +59,7 @@ def r_tsvm(
     active = shares(torch.stack([(delta.abs() > epsilon).double().mean() for delta in vectors]))
     parts = []
     for i, delta in enumerate(vectors):
-        # 1 / T of T may lie a last bit below 1
+        # the added 1e-9: a product that should be a whole number may be slightly below it
         part = svd(delta, max(int(size * float(active[i]) + 1e-9), 1))
         parts.append(part._replace(values=part.values * (weight[i] * outliers[i])))
     return base + joined(parts) * lambda_

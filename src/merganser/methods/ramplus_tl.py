@@ -1,4 +1,4 @@
-"""RAM+: as RAM, and amplify what only one model changed by how much of its work others share."""
+"""RAM+: RAM, with the changes of single models amplified, the more so the more of a model's changes others share."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from ..ops import average_changes, changed
 
 
 def count_changes(base: Tensor, models: list[Tensor], epsilon: Tensor) -> Tensor:
-    """Count each model's changes that others made too, and those that only it made, shape [2, T]."""
+    """Count for each model the elements that others changed too, and those that only it changed, shape [2, T]."""
     active, count = changed(base, models, epsilon)
     shared = [(mask & (count > 1)).sum() for mask in active]
     unique = [(mask & (count == 1)).sum() for mask in active]
@@ -18,9 +18,9 @@ def count_changes(base: Tensor, models: list[Tensor], epsilon: Tensor) -> Tensor
 
 
 def factors(measured: Tensor, r: Tensor, alpha: Tensor) -> Tensor:
-    """Solve for the factor of each model's unique changes, shape [T]."""
+    """Return the factor of each model's unique changes, shape [T]."""
     shared, unique = measured.double()
-    # without unique changes there is nothing that the factor could act on
+    # without unique changes the factor is not used
     return 1 + r * torch.minimum(shared / unique.clamp(min=1), alpha)
 
 
@@ -40,22 +40,22 @@ def ramplus_tl(
     epsilon: NonNegative = default(1e-5),
     counts: Literal["tensor", "model"] = "tensor",
 ) -> Tensor:
-    """Average the changes that models share, and add those that only one made, amplified.
+    """Average the changes that several models made to an element, and add the change of a single model, amplified.
 
         changed_i = 1 where |delta_i| > epsilon, else 0
-        rho_i     = (number of model i's changes that others share) / (number that are its own)
+        rho_i     = (number of elements that model i and others changed) / (number that only model i changed)
         factor_i  = 1 + r * min(rho_i, alpha)
         merged    = base + factor_i * delta_i where only model i changed the element,
                     base + sum_i changed_i * delta_i / max(1, sum_i changed_i) elsewhere
 
     Use when:
-        As RAM, and averaging the shared changes weakens models that share many.
+        RAM would be used, but averaging the shared changes weakens models that share many.
 
     Args:
         r: Strength of the amplification.
-        alpha: Largest ratio that counts.
+        alpha: Upper limit of the ratio rho.
         epsilon: Changes up to this size count as none.
-        counts: Count changes inside each tensor (the tl of the name: tensor-local), or over the whole model as the
+        counts: Count changes inside each tensor ("tl" in the name: tensor-local), or over the whole model as the
             paper does.
 
     Differs from the paper:

@@ -1,4 +1,4 @@
-"""Reversible model merging: the factors of all task vectors in a basis that they share."""
+"""Reversible model merging: low-rank factors of all task vectors, stored in a common basis."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Space(NamedTuple):
 
     Args:
         mean: Shape [P, R].
-        basis: Shape [P, p, R], orthonormal rows, or zeros where the vectors span less.
+        basis: Shape [P, p, R], orthonormal rows; zero rows if the vectors span fewer dimensions.
         codes: Shape [T, P, p].
     """
 
@@ -41,12 +41,12 @@ def components(vectors: Tensor, count: int) -> Space:
 
     Args:
         vectors: Shape [T, P, R].
-        count: How many, p.
+        count: Number of components, p.
     """
     wide = vectors.double().transpose(0, 1)
     mean = wide.mean(dim=1)
     centred = wide - mean.unsqueeze(1)
-    # T x T, which is small, instead of R x R
+    # the T x T Gram matrix is smaller than the R x R covariance
     squares, turn = torch.linalg.eigh(centred @ centred.mT)
     turn = turn.flip(2)[:, :, :count]
     values = squares.flip(1)[:, :count].clamp(min=0).sqrt()
@@ -57,13 +57,13 @@ def components(vectors: Tensor, count: int) -> Space:
 
 
 def sizes(shape: tuple[int, ...], n_models: int, rank: int, basis: int) -> tuple[int, int]:
-    """Return the rank of the factors and the number of components, where fewer are enough."""
+    """Return the rank of the factors and the number of components, limited by the shape and the number of models."""
     r = min(rank, *shape)
     return r, min(basis, n_models - 1, r)
 
 
 def parts(shape: tuple[int, ...], n_models: int, rank: int, basis: int) -> dict[str, Part]:
-    """Return what is kept of a matrix: means and bases for all tasks, and the codes of each."""
+    """Declare what is stored for a matrix: means and bases shared by all tasks, and codes of each task."""
     r, p = sizes(shape, n_models, rank, basis)
     found = {}
     for side, size in zip(("left", "right"), shape, strict=True):
@@ -82,7 +82,7 @@ def encode(
     others: Kept = "own",
     embeddings: Embeddings = "others",
 ) -> Encoded:
-    """Factor the task vectors, and find the components of their factors."""
+    """Return means, bases and codes of the factors of the task vectors."""
     r, p = sizes(tuple(base.shape), len(models), rank, basis)
     pairs = [factor(model - base, r) for model in models]
     found: dict[str, Tensor | list[Tensor]] = {}
@@ -101,7 +101,7 @@ def decode(
     right_basis: Tensor,
     right_codes: Tensor,
 ) -> Tensor:
-    """Return the base plus the product of the task's factors."""
+    """Return the base plus the product of the task's restored factors."""
     left = left_mean + (left_codes.unsqueeze(1) @ left_basis).squeeze(1)
     right = right_mean + (right_codes.unsqueeze(1) @ right_basis).squeeze(1)
     return base + left @ right.T

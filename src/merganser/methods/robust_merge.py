@@ -17,12 +17,12 @@ def pruned(factor: Tensor, density: Tensor) -> Tensor:
 
 
 def scales(factor: Tensor, kept: Tensor, quantile: Tensor) -> Tensor:
-    """Return by what pruning has diminished each column's L1 norm, raised to a quantile of these; shape [R], float64.
+    """Return for each column its L1 norm before over after pruning, at least a quantile of these; shape [R], float64.
 
     Args:
         factor: Shape [n, R].
-        kept: The same after pruning.
-        quantile: The scales are at least this quantile.
+        kept: The factor after pruning.
+        quantile: The ratios are raised to at least this quantile of all.
     """
     before, after = (part.double().abs().sum(0) for part in (factor, kept))
     found = torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 0.0)

@@ -1,4 +1,4 @@
-"""SCE: select by variance, calculate weights, erase the minority's signs."""
+"""SCE: select elements by variance, calculate weights, erase minority signs."""
 
 from typing import Literal
 
@@ -12,8 +12,8 @@ from ..ops import agreeing_sum, deltas, elect_sign, not_negative, order_statisti
 def spread(models: list[Tensor]) -> Tensor:
     """Return the variance over the models times T^2, float64.
 
-    It is formed from the differences to the first model: neither does the base enter, nor do large means cancel, and
-    for weights of 16 bits every step is exact, so that equal variances come out equal.
+    Computed from the differences to the first model, so that large means do not cancel. For 16-bit weights every step
+    is exact, so that equal variances are equal in floating point.
     """
     steps = [(model.double() - models[0].double()) for model in models[1:]]
     total = squares = torch.zeros_like(models[0], dtype=torch.float64)
@@ -23,17 +23,17 @@ def spread(models: list[Tensor]) -> Tensor:
 
 
 def spreads(models: list[Tensor]) -> list[Tensor]:
-    """Return what is selected by."""
+    """Return the values by which elements are selected, as a list of one tensor."""
     return [spread(models)]
 
 
 def ranks(positive: Tensor, select_topk: Tensor) -> Tensor:
-    """Return how many elements are selected, shape [1, 1]."""
+    """Return the number of selected elements, shape [1, 1]."""
     return (positive * select_topk).floor().to(torch.int64).unsqueeze(1)
 
 
 def selects(select_topk: float) -> bool:
-    """Say whether any element is left out."""
+    """Return whether any element is left out."""
     return select_topk < 1
 
 
@@ -52,7 +52,7 @@ def squared_norms(base: Tensor, models: list[Tensor], cut: Tensor | None) -> Ten
 
 
 def shares(measured: Tensor, size: Tensor, floor: Tensor) -> Tensor:
-    """Solve for the weight of each model, shape [T]."""
+    """Return the weight of each model, shape [T]."""
     energy = measured / size.clamp(min=1)
     total = energy.sum()
     if total == 0 or total < floor:
@@ -80,7 +80,7 @@ def sce(
     select: Literal["delta", "weight"] = "delta",
     floor: NonNegative = default(0.0),
 ) -> Tensor:
-    """Select the elements in which the models differ most, weigh the models by what is left, erase minority signs.
+    """Select the elements in which the models differ most, weigh the models by these, erase minority signs.
 
         select:    delta_i = 0 except at the k elements with the largest variance over the models,
                    k = floor(select_topk * number of elements with a variance above 0)
@@ -95,8 +95,8 @@ def sce(
         select_topk: Share of the elements that is selected. The paper takes 0.1, FuseO1 1.
         select: Whether the selection holds for the task vectors that are merged (delta), or only for the weights
             calculated from them (weight), as in the authors' code.
-        floor: The weights are equal where the mean squares add up to less than this, and no sum of shares that is
-            divided by counts as less.
+        floor: The weights are equal if the mean squares add up to less than this; it is also the smallest divisor in
+            the formula of merged.
 
     Differs from the paper:
         Elements whose variance equals that of the k-th, to the precision of float32, are all selected.

@@ -1,4 +1,4 @@
-"""SkillPacks: task vectors of low rank, whose singular vectors have fewer bits the less they matter."""
+"""SkillPacks: low-rank task vectors, whose less important singular vectors are stored in fewer bits."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -30,12 +30,12 @@ _CLIPS = [1.0 - 0.05 * step for step in range(13)]
 
 
 def from_base(origin: str) -> bool:
-    """Say whether restoring takes the base."""
+    """Return whether restoring needs the base."""
     return origin == "base"
 
 
 def widths(rank: int, ranks_16bit: int, ranks_8bit: int, ranks_4bit: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the bits of singular vectors, and the first and the end of those that have so many."""
+    """Yield each bit width, with the start and end of the range of singular vectors that are stored in it."""
     start = 0
     for bits, count in ((16, ranks_16bit), (8, ranks_8bit), (4, ranks_4bit), (2, rank)):
         end = min(start + count, rank)
@@ -47,22 +47,22 @@ def widths(rank: int, ranks_16bit: int, ranks_8bit: int, ranks_4bit: int) -> Ite
 def quantise(vectors: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Round vectors to the nearest of 2^bits evenly spaced levels, symmetric about 0, in groups of entries.
 
-    The step of each group is that of the least squared error among the widest, which reaches the largest entry, and
-    some that clip.
+    The step of each group has the smallest squared error among several: the widest, which reaches the largest entry,
+    and smaller ones, which clip.
 
     Args:
         vectors: Shape [k, m].
-        bits: Of a code.
-        group: Entries of a vector that share a step.
+        bits: Bits of a code.
+        group: Number of entries of a vector that share a step.
 
     Returns:
-        Codes, shape [k, m], int32, and steps, shape [k, ceil(m / group)], numbers that bfloat16 has.
+        Codes, shape [k, m], int32, and steps, shape [k, ceil(m / group)], exactly representable in bfloat16.
     """
     k, m = vectors.shape
     padded = torch.nn.functional.pad(vectors, (0, -m % group)).view(k, -1, group)
     inside = torch.nn.functional.pad(torch.ones_like(vectors), (0, -m % group)).view(k, -1, group)
     half = (2**bits - 1) / 2
-    # a little more, so that rounding to bfloat16 never clips
+    # slightly wider, so that rounding the step to bfloat16 does not clip the largest entry
     widest = padded.abs().amax(dim=2) / half * (1 + 2.0**-8)
     best = torch.full_like(widest, torch.inf)
     steps = torch.zeros_like(widest)
@@ -79,7 +79,7 @@ def quantise(vectors: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def restore_vectors(codes: Tensor, steps: Tensor, bits: int, group: int) -> Tensor:
-    """Return the vectors of which `quantise` made codes and steps, shape [k, m]."""
+    """Return the vectors that codes and steps of `quantise` stand for, shape [k, m]."""
     m = codes.shape[1]
     values: Tensor = (codes - (2**bits - 1) / 2) * steps.repeat_interleave(group, dim=1)[:, :m]
     return values
@@ -88,7 +88,7 @@ def restore_vectors(codes: Tensor, steps: Tensor, bits: int, group: int) -> Tens
 def parts(
     shape: tuple[int, ...], rank: Tensor, ranks_16bit: int, ranks_8bit: int, ranks_4bit: int, group: int
 ) -> dict[str, Part]:
-    """Return what a task keeps of a matrix: codes and steps of its singular vectors, and singular values."""
+    """Declare what is stored for a task and a matrix: singular values, and codes and steps of singular vectors."""
     k = rank_of(shape, rank)
     found = {"values": Part((k,), "float32")}
     for side, size in zip(("left", "right"), shape, strict=True):
@@ -112,7 +112,7 @@ def encode(
     others: Kept = "own",
     embeddings: Embeddings = "others",
 ) -> Encoded:
-    """Decompose and quantise what each model has beyond the origin."""
+    """Return the quantised singular triplets of the difference between each model and the origin."""
     found: dict[str, list[Tensor]] = {name: [] for name in ("values", "left", "left_steps", "right", "right_steps")}
     start = base if from_base(origin) else merged
     k = rank_of(base.shape, rank)
@@ -147,7 +147,7 @@ def decode(
     ranks_4bit: int,
     group: int,
 ) -> Tensor:
-    """Return the origin plus what the codes say."""
+    """Return the origin plus the decoded low-rank difference."""
     start = merged if base is None or not from_base(origin) else base
     k = len(values)
     sides = []

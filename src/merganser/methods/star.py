@@ -1,4 +1,4 @@
-"""STAR: task vectors without their weakest directions, rescaled to the nuclear norm that they had."""
+"""STAR: task vectors without their weakest singular directions, rescaled to their original nuclear norm."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Singular value calibration: the sum of the task vectors, less what several of them count twice."""
+"""Singular value calibration: the sum of the task vectors, shrunk in directions that several of them share."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from ..ops.spectral import RankTolerance, svd
 from ..ops.sum import summed_deltas
 
 _NOTHING = 1e-3
-"""Share of the merged response up to which that of a task counts as none: rounding mixes singular vectors."""
+"""Responses of a task up to this share of the merged response count as 0, because rounding mixes singular vectors."""
 
 
 def overcounted(delta: Tensor, left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    """Return how far the merge overshoots a task vector in each direction, shape [r], float64.
+    """Return the factor by which the merge overshoots a task vector in each direction, shape [r], float64.
 
     Args:
         delta: The task vector, shape [m, n].

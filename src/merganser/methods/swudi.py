@@ -1,4 +1,4 @@
-"""SWUDI: WUDI by a spectral filter, in the strongest directions alone."""
+"""SWUDI: WUDI by a spectral filter, only in the strongest directions."""
 
 import math
 
@@ -38,7 +38,7 @@ def swudi(
     Args:
         lambda_: Factor of the merged task vector.
         time: How far the filter goes: 0 stays at M_0.
-        rank: Share of the directions that change at all.
+        rank: Share of the directions that the filter changes, the strongest.
         start: M_0: the sum of the task vectors, their mean (which keeps their size), or zero.
 
     Differs from the paper:

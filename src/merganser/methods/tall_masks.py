@@ -1,4 +1,4 @@
-"""TALL masks: the sum of the task vectors, and for each task a mask of what is its own."""
+"""TALL masks: the sum of the task vectors, and for each task a mask of the elements that matter to it."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from .consensus import MaskLambda
 
 
 def parts(shape: tuple[int, ...]) -> dict[str, Part]:
-    """Return what a task keeps: a bit for each element."""
+    """Declare what is stored for a task: one bit per element."""
     return {"mask": packed(shape[0])}
 
 
 def total(base: Tensor, merged: Tensor, lambda_: Tensor) -> Tensor:
-    """Return the sum of the task vectors, as the merged model has it."""
+    """Return the sum of the task vectors, recovered from the merged model."""
     return (merged - base) / lambda_
 
 
@@ -34,7 +34,7 @@ def encode(
 
 
 def decode(base: Tensor, merged: Tensor, mask: Tensor, lambda_: Tensor) -> Tensor:
-    """Return the base plus what of the sum is the task's own."""
+    """Return the base plus the sum of the task vectors where the task's mask is set."""
     own = unpack_flags(mask, merged.numel())
     return torch.where(own, base + total(base, merged, lambda_), base)
 
@@ -46,29 +46,29 @@ def decode(base: Tensor, merged: Tensor, mask: Tensor, lambda_: Tensor) -> Tenso
     sidecar=Sidecar(parts, encode, decode, lossless=Lossless(models=1)),
 )
 def tall_masks(base: Tensor, models: list[Tensor], *, lambda_: Positive = default(1.0)) -> Tensor:
-    """Add the task vectors; a mask for each task says which elements of the sum give its model back.
+    """Add the task vectors, and store for each task a mask of the elements of the sum that restore its model.
 
         merged  = base + lambda * sum_i delta_i,   delta_i = model_i - base
 
-    Kept for each model, a bit per element, is what gives it back:
+    Each model can be restored from one bit per element, which is stored for it:
 
         tau     = (merged - base) / lambda
         mask_i  = 1 where |delta_i| > mask_lambda_i * |tau - delta_i|, else 0
         model_i ~ base + mask_i * tau
 
     Use when:
-        Many fine-tunes of one base are to be stored: one model and a bit per element for each, a sixteenth of a copy.
-        To merge them into one model by the same masks, use consensus.
+        Many fine-tunes of one base should be stored: one model, and one bit per element for each fine-tune, a sixteenth
+        of a copy. To merge them into one model by the same masks, use consensus.
 
     Args:
-        lambda_: Factor of the sum in the merged model. With 1 the sum is stored as it is; what is merged with less (0.3
-            makes a useful model) has it rounded more coarsely.
-        mask_lambda: What a model's own change must exceed, as a share of what the others add to it. The paper chooses
-            it for each task on its validation data, from 0.2 to 0.6.
+        lambda_: Factor of the sum in the merged model. With 1 the sum is stored as it is; with less (0.3 makes the
+            merged model useful) the restored sum has a larger rounding error.
+        mask_lambda: An element matters to a model if its change exceeds this share of the sum of the other models'
+            changes. The paper chooses it for each task on its validation data, from 0.2 to 0.6.
 
     Differs from the paper:
-        The sum is that of task arithmetic; the paper also takes that of TIES.
-        Masks are made from the merged model as it was written, in its dtype.
+        The sum is that of task arithmetic; the paper also uses that of TIES.
+        Masks are computed from the merged model as it was written, in its dtype.
     """
     vectors = deltas(base, models)
     added = vectors[0]

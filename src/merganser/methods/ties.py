@@ -26,18 +26,18 @@ def norms(base: Tensor, models: list[Tensor], cut: Tensor | None) -> Tensor:
 
 
 def plus_votes(base: Tensor, models: list[Tensor], cut: Tensor | None, gain: Tensor | None, weight: Tensor) -> Tensor:
-    """Count the elements that elect plus, less those that elect minus, int64."""
+    """Count the elements that elect plus minus those that elect minus, int64."""
     total = vote(scaled(trim(base, models, cut), gain), weight)
     return (total > 0).sum() - (total < 0).sum()
 
 
 def elected(measured: Tensor) -> Tensor:
-    """Solve for what ties elect, 0-d: 1 for plus, -1 or 0 for minus."""
+    """Return the sign that exact ties elect, 0-d: 1 for plus, -1 or 0 for minus."""
     return measured.sign()
 
 
 def by_majority(tie: str) -> bool:
-    """Say whether ties go by the majority of all elements."""
+    """Return whether exact ties are decided by the majority of all elements."""
     return tie == "majority"
 
 
@@ -80,19 +80,19 @@ def ties(
         weight: Factor of each task vector, in the vote and in the mean.
         density: Share of each task vector that is kept, the largest entries. The paper keeps 0.2.
         lambda_: Factor of the merged task vector.
-        normalize: Divide by the sum of the weights that agree (a mean), instead of adding (a sum). With `merge: max`
-            compare the entries without their weights.
-        rescale: Scale each trimmed task vector back to the L1 norm that it had.
+        normalize: Divide by the sum of the weights that agree (a mean), instead of adding (a sum). With `merge: max`,
+            compare and take the entries without their weights.
+        rescale: Scale each trimmed task vector back to the L1 norm that it had before the trim.
         trim_over: Rank the entries inside each tensor, or over the whole model as the paper does.
-        tie: What an exact tie of the vote elects: plus, or the sign that most elements of the model elect, as in the
-            authors' code (minus, if as many elect either).
+        tie: Sign that an exact tie of the vote elects: plus, or the sign that most elements of the model elect, as in
+            the authors' code (minus, if both signs have equally many).
         merge: Take the sum (the mean, with normalize) of the entries that agree, or the largest of them.
 
     Differs from the paper:
         The paper has no weights; equal weights give its formula.
         The paper's own settings are density 0.2, `trim_over: model` and `tie: majority`, with a mean.
-        Entries whose magnitude equals the cut are all kept, and at least one is unless the density is 0; the authors'
-        code keeps one entry more.
+        All entries whose magnitude equals the cut are kept, and at least one is kept unless the density is 0; the
+        authors' code keeps one entry more.
     """
     trimmed = scaled(trim(base, models, cut), gain)
     positive = elect_sign(trimmed, weight, majority)

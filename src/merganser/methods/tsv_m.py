@@ -1,4 +1,4 @@
-"""TSV-M: the leading singular vectors of every task vector, made orthogonal to those of the others."""
+"""TSV-M: the leading singular vectors of all task vectors, orthogonalised, with their singular values."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""VaRM: average by how much each model changed a tensor."""
+"""VaRM: average of models, weighted by how much each of them changed a tensor."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from ..ops import deltas, shares, weighted_sum
 
 
 def size_of(change: Tensor, variation: str) -> Tensor:
-    """Return what changes count, not negative."""
+    """Return the size of each change: its square or its absolute value."""
     return change * change if variation == "square" else change.abs()
 
 
@@ -20,14 +20,14 @@ def variations(base: Tensor, models: list[Tensor], variation: str) -> Tensor:
 
 
 def of_tensor(by: str) -> bool:
-    """Say whether a tensor has one share for each model."""
+    """Return whether the shares are per tensor, instead of per element."""
     return by == "tensor"
 
 
 def element_shares(vectors: list[Tensor], variation: str) -> list[Tensor]:
-    """Return each model's share of every element, 0 where none changed it."""
+    """Return each model's share of every element, 0 where no model changed it."""
     largest = torch.stack([vector.abs() for vector in vectors]).amax(dim=0)
-    # relative to the largest, as squares of small changes are 0
+    # divide by the largest first, because squares of small changes would underflow to 0
     amounts = [size_of(vector / torch.where(largest > 0, largest, 1.0), variation) for vector in vectors]
     total = amounts[0]
     for amount in amounts[1:]:
@@ -48,22 +48,22 @@ def varm(
     variation: Literal["square", "abs"] = "square",
     by: Literal["tensor", "element"] = "tensor",
 ) -> Tensor:
-    """Average the models, each counted in a tensor with its part in what changed there.
+    """Average the models; in each tensor, the weight of a model is its share of the squared changes of all models.
 
         share_i = mean(delta_i^2) / sum_j mean(delta_j^2)
         merged  = base + sum_i share_i * delta_i = sum_i share_i * model_i
 
     Use when:
-        Models of different skills were trained from one base, and each should lead where it learned most. It is SCE
+        Models of different skills were trained from one base, and each should dominate where it changed most. It is SCE
         without select and erase.
 
     Args:
-        variation: Whether the squares of the changes count, or their absolute values.
-        by: Find shares for each tensor, or for each element by itself.
+        variation: Whether to sum the squares of the changes, or their absolute values.
+        by: Compute shares for each tensor, or for each element.
 
     Differs from the paper:
-        The authors' released script reads the changes of one model for all of them, so that its shares come out equal;
-        this is what the paper says. It can also group the tensors of a layer or of a kind, which is not offered here.
+        The authors' released script reads the changes of one model for all of them, so that its shares are equal; this
+        follows the paper. The script can also group the tensors of a layer or of a kind, which is not offered here.
     """
     vectors = deltas(base, models)
     if share is not None:

@@ -1,4 +1,4 @@
-"""WIDEN: weigh every column by how far its length and its direction moved."""
+"""WIDEN: weigh every column by how much its norm and its direction changed."""
 
 from typing import Annotated, Literal
 
@@ -10,23 +10,23 @@ from ..ops import by_rank, deltas
 
 Ratio = Annotated[Tensor, Number(0.0, search=(0.5, 1.5))]
 
-# elements whose products are formed at a time
+# number of elements whose products are in memory at a time
 _CHUNK = 1 << 20
 
 
 def by_row(location: Location, tokens: str) -> float:
-    """Say whether rows are the units: 1, or 0 for columns."""
+    """Return 1 if rows are the units that are weighted, 0 if columns are."""
     tables = {"none": (), "embedding": ("embedding",), "both": ("embedding", "head")}[tokens]
     return float(location.role in tables)
 
 
 def packed(location: Location) -> float:
-    """Say whether a tensor of three dimensions is a pack of matrices: 1, or 0."""
+    """Return 1 if a 3-D tensor is a pack of matrices (experts), else 0."""
     return float(location.role == "expert")
 
 
 def products(first: Tensor, second: Tensor, rows: bool) -> Tensor:
-    """Return the inner products of two matrices' rows or columns, float64, shape [units]."""
+    """Return the inner products of corresponding rows or columns of two matrices, float64, shape [units]."""
     step = max(_CHUNK // max(first.shape[1], 1), 1)
     parts = zip(torch.split(first, step), torch.split(second, step), strict=True)
     found = [(a.double() * b.double()).sum(dim=1 if rows else 0) for a, b in parts]
@@ -34,9 +34,10 @@ def products(first: Tensor, second: Tensor, rows: bool) -> Tensor:
 
 
 def divergences(base: Tensor, model: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
-    """Return how far the length and the direction of each unit moved, float64, shape [units].
+    """Return how much the norm and the direction of each unit changed, float64, shape [units].
 
-    Both follow from the task vector, as differences of nearly equal lengths and 1 minus cosines near 1 are rounding.
+    Both are computed from the task vector, because differences of nearly equal norms, and 1 minus cosines near 1, would
+    be mostly rounding error.
     """
     vector = model - base
     start, end = products(base, base, rows).sqrt(), products(model, model, rows).sqrt()
@@ -44,16 +45,16 @@ def divergences(base: Tensor, model: Tensor, rows: bool) -> tuple[Tensor, Tensor
     total, area = start + end, 2 * start * end
     growth = (2 * products(base, vector, rows) + square) / torch.where(total > 0, total, 1.0)
     turn = (square - growth * growth).clamp(min=0) / torch.where(area > 0, area, 1.0)
-    # a unit of zeros has no direction: the same as another of zeros, as far as can be from all else
+    # a unit of zeros has no direction: its turn is 0 if it stayed zero, else 1
     return growth.abs(), torch.where(area > 0, turn, (total > 0).double())
 
 
 def scores(significance: Tensor, ratio: Tensor, score: Tensor) -> Tensor:
-    """Return softmax over the models, and the score where a model's significance is above its own average.
+    """Return `score` where a model's significance is above its average times `ratio`, else the softmax over models.
 
     Args:
         significance: Shape [T, units].
-        ratio: What the average is multiplied by.
+        ratio: Factor of the average.
         score: The score.
     """
     above = significance > significance.mean(dim=1, keepdim=True) * ratio
@@ -75,7 +76,7 @@ def add(base: Tensor, models: list[Tensor], share: Tensor, normalize: bool) -> T
     Args:
         base: The base.
         models: The models.
-        share: For each model something that is as large as the base, or spreads to it.
+        share: Factor of each model, shape [T, ...], broadcastable to the shape of the base.
         normalize: Divide by the sum of the shares.
     """
     if normalize:

@@ -1,4 +1,4 @@
-"""WUDI: make the merge look like each task vector to the inputs of its task."""
+"""WUDI: make the merge act like each task vector on the inputs of its task."""
 
 from torch import Tensor
 
@@ -33,7 +33,8 @@ def wudi(
         M      = M_0 + (M_min - M_0) V diag(1 - exp(-c * time)) V^T,    M_0 = sum_i delta_i
         merged = base + lambda * M
 
-    The rows of a task vector lie where the inputs of its task do, so the merge should act there as it does.
+    The rows of a task vector lie approximately in the span of its task's inputs, so the merge should act there as it
+    does.
 
     Use when:
         Experts of clearly different skills were trained from one base, and no data is at hand. Merges of

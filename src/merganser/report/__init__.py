@@ -1,6 +1,6 @@
-"""A merge on a page: what was merged, how far it moved, what it can do.
+"""A report of a merge on one page: what was merged, how far it moved, and its scores.
 
-Nothing is computed here: the numbers are those of the run record, of an evaluation, and of `spectra` where asked for.
+The report computes nothing: its numbers come from the run record, an evaluation, and (if requested) measured spectra.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from .sections import sections, summary
 __all__ = ["PAGE_NAME", "Report", "read_report", "write_report"]
 
 PAGE_NAME = "report.html"
-"""Name of the page, in the folder of the merge, unless another is asked for."""
+"""Default name of the page, in the folder of the merge."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What there is to say of a merge.
+    """The content of a report.
 
     Args:
         title: Name of the merge.
-        lead: What was merged, in a line.
-        sections: All else.
+        lead: What was merged, in one line.
+        sections: The sections, in order.
     """
 
     title: str
@@ -53,19 +53,19 @@ def read_report(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Put together what there is to say of a merge.
+    """Return the report of a merge.
 
     Args:
         out: Folder that a merge wrote.
-        evaluation: What `merganser eval --json` wrote; the merge is hashed, to find it there.
-        spectra: Measure singular values of task vectors; reads weights.
+        evaluation: File that `merganser eval --json` wrote; the merge is found in it by the hash of its contents.
+        spectra: Measure singular values of task vectors, which reads weights.
         cache_dir: Folder for models from the Hub.
-        progress: Told the matrices measured, and those in all.
+        progress: Called with the number of matrices measured so far and in total.
 
     Raises:
         NotFoundError: There is no such folder or file, or no run record.
         CheckpointError: The run record, the evaluation or a checkpoint is damaged.
-        UnsupportedError: One is of a later version, or there are no task vectors to measure.
+        UnsupportedError: The record or the evaluation has a later format, or there are no task vectors to measure.
     """
     record = read_record(out)
     found = None
@@ -86,14 +86,14 @@ def write_report(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Draw a merge on one HTML page, which needs no other file, no server and no network.
+    """Write the report of a merge as one HTML page, which needs no other file, no server and no network.
 
     Args:
         out: Folder that a merge wrote.
         file: The page; by default `report.html` in that folder.
         evaluation: As for `read_report`.
         spectra: As for `read_report`.
-        overwrite: Replace a file that exists.
+        overwrite: Replace an existing file.
         cache_dir: As for `read_report`.
         progress: As for `read_report`.
 
@@ -102,10 +102,10 @@ def write_report(
 
     Raises:
         OutputError: The page exists, or cannot be written.
-        MergeError: As for `read_report`, and UnsupportedError where plotly is not installed.
+        MergeError: As for `read_report`, and UnsupportedError if plotly is not installed.
     """
     target = Path(out) / PAGE_NAME if file is None else Path(file)
-    read_record(out)  # what is wrong with the merge is said before what is wrong with the target
+    read_record(out)  # so that errors of the merge are raised before errors of the target
     _check(target, overwrite)
     report = read_report(out, evaluation=evaluation, spectra=spectra, cache_dir=cache_dir, progress=progress)
     _write(target, render(report.title, report.lead, report.sections))
@@ -131,7 +131,7 @@ def _check(target: Path, overwrite: bool) -> None:
 
 
 def _write(target: Path, text: str) -> None:
-    """Write a file that is there complete, or not at all."""
+    """Write a file atomically."""
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         try:

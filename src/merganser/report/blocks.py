@@ -1,4 +1,4 @@
-"""What a report consists of, whether it is drawn as a page or printed in a terminal."""
+"""The elements of a report, for both the HTML page and the terminal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Number:
     """A measured number.
 
     Args:
-        value: As it was read; None where there is none.
-        text: As it is shown.
-        place: Where the file says so, such as `layers[3].models[0]`; empty for what is no measurement.
-        shade: From -1 to 1, how strongly its cell is coloured; None: not.
+        value: The value as it was read; None if there is none.
+        text: The value as shown.
+        place: Its place in the file, such as `layers[3].models[0]`; empty if it was not read from one.
+        shade: Strength of the colour of its cell, from -1 to 1; None for no colour.
     """
 
     value: float | None
@@ -34,14 +34,14 @@ Cell = str | Number
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells under a head.
+    """A table.
 
     Args:
-        head: One text for each column; all empty for a table without a head.
+        head: Heading of each column; all empty for a table without headings.
         rows: Cells.
         source: File and place of its numbers.
         caption: What it shows.
-        folded: Whether a page shows it on request alone, and a terminal not at all.
+        folded: Whether the page shows it only after a click; the terminal then omits it.
     """
 
     head: Sequence[str]
@@ -51,7 +51,7 @@ class Table:
     folded: bool = False
 
     def numeric(self, column: int) -> bool:
-        """Whether most of a column are numbers."""
+        """Return whether most cells of a column are numbers."""
         return 2 * sum(isinstance(row[column], Number) for row in self.rows) > len(self.rows)
 
 
@@ -63,8 +63,8 @@ class Figure:
         title: What it shows.
         data: Traces of plotly.
         layout: Layout of plotly.
-        height: In pixels.
-        lines: The same for a terminal.
+        height: Height in pixels.
+        lines: Lines of text that replace the figure in a terminal.
         source: File and place of its numbers.
     """
 
@@ -85,7 +85,7 @@ class Paragraph:
 
 @dataclass(frozen=True, slots=True)
 class List:
-    """Messages under a word: warnings, notes."""
+    """A list of messages with a heading, such as warnings."""
 
     kind: str
     texts: Sequence[str]
@@ -93,7 +93,7 @@ class List:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text to be shown as it is."""
+    """Preformatted text."""
 
     text: str
 
@@ -103,19 +103,19 @@ Block = Table | Figure | Paragraph | List | Code
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A titled part."""
+    """A section of the report, with its title."""
 
     title: str
     blocks: Sequence[Block] = field(default_factory=list)
 
 
 def number(value: float | None, place: str, *, shade: float | None = None) -> Number:
-    """Show a number with three digits."""
+    """Return a number shown with three significant digits."""
     return Number(value, number_text(value), place, shade)
 
 
 def estimate(found: Estimate | None, *, percent: bool = False) -> Cell:
-    """Show a number with its standard error: `0.4071 ± 0.0102`, `66.3 ± 2.1 %`."""
+    """Return a number shown with its standard error: `0.4071 ± 0.0102`, `66.3 ± 2.1 %`."""
     if found is None or found.value is None:
         return Number(None, "-", "" if found is None else found.place)
     scale, digits, unit = (100, 1, " %") if percent else (1, 4, "")

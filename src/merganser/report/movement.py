@@ -1,4 +1,4 @@
-"""How far models and merge moved, and how task vectors are related: tables and figures."""
+"""Tables and figures about how far models and merge moved, and how task vectors are related."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .palette import COLOURS, SCALE, cut, escape, layout
 __all__ = ["moved_section", "related_section"]
 
 _STRIP, _GAP, _EDGE = 18, 24, 88
-"""Height of a row of the heatmap, of the title above a strip, and of all that is around them, in pixels."""
+"""Heights in pixels: a row of the heatmap, the title above a strip, the margins of the figure."""
 
 _MOST_TENSORS = 8
-"""Tensors that are told beside a cell."""
+"""Largest number of tensors that the hover text of a cell lists."""
 
 _MOST_ROWS = 2000
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 Names = Callable[[str], str]
-"""From a model as recorded to a short name."""
+"""Maps a model's name in the record to a short name."""
 
 
 def moved_section(record: Record, name: Names) -> Section:
-    """Show how far models and merge moved from the base, in total, by layer and role, and by tensor."""
+    """Return the section on how far models and merge moved from the base: in total, by layer and role, by tensor."""
     columns = _columns(record, name)
     origin = _origin(record, name)
     blocks: list[Block] = [Paragraph(_how(record, origin))]
@@ -58,7 +58,7 @@ def moved_section(record: Record, name: Names) -> Section:
 
 
 def related_section(record: Record, name: Names) -> Section:
-    """Show cosines and sign conflicts of task vectors."""
+    """Return the section on cosines and sign conflicts of task vectors."""
     title = "How task vectors are related"
     movement = record.movement
     if movement is None or movement.total.cosine is None:
@@ -85,7 +85,7 @@ def related_section(record: Record, name: Names) -> Section:
 
 
 def _by_tensor(tensors: Sequence[Moved], columns: Sequence[str]) -> Table:
-    """List the tensors; of very many those that the merge moved most, since a browser has to show them."""
+    """Return a table of tensors, limited to those that the merge moved most, so that browsers can show it."""
     shown, caption = tensors, "by tensor"
     if len(tensors) > _MOST_ROWS:
         shown = sorted(tensors, key=lambda t: -(t.merged or 0))[:_MOST_ROWS]
@@ -95,7 +95,7 @@ def _by_tensor(tensors: Sequence[Moved], columns: Sequence[str]) -> Table:
 
 
 def _places(tensors: Sequence[Moved], name: Names) -> Table:
-    """Tell which models the layers come from, where that differs."""
+    """Return a table of the models that each range of layers comes from."""
     sources: dict[int | None, dict[str, None]] = defaultdict(dict)
     for tensor in tensors:
         sources[tensor.layer].update(dict.fromkeys(map(name, tensor.inputs)))
@@ -129,7 +129,7 @@ def _how(record: Record, origin: str) -> str:
 
 
 def _columns(record: Record, name: Names) -> list[str]:
-    """Name the models that were compared, and the merge."""
+    """Return the headings of the columns: the compared models, and the merge."""
     movement = record.movement
     if movement is not None and movement.inputs:
         return [*(name(model) for model in movement.inputs[1:]), "merge"]
@@ -156,7 +156,7 @@ def _why_unrelated(record: Record) -> str:
 
 
 def _heatmap(record: Record, columns: Sequence[str]) -> list[Block]:
-    """Draw a strip of roles and layers for each model and for the merge, all on one scale."""
+    """Return a heatmap of roles by layers for each model and for the merge, all on one colour scale."""
     cells = {(moved.layer, moved.role): moved for moved in record.layers if moved.layer is not None}
     layers = sorted({layer for layer, _ in cells if layer is not None})
     roles = sorted({role for _, role in cells}, reverse=True)
@@ -188,7 +188,7 @@ def _heatmap(record: Record, columns: Sequence[str]) -> list[Block]:
         annotations.append({**label, "xanchor": "left", "yanchor": "bottom", "font": {"size": 12}})
         lines += _strip(column, list(reversed(roles)), list(reversed(rows)), _largest(cells.values()))
     height = heights + _EDGE
-    # the scale stands above the strips: beside them it would take a fifth of a phone
+    # the colour scale is above the strips, because at their side it would take a fifth of a phone's width
     scale = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1, "yanchor": "bottom", "thickness": 10, "len": 1}
     axes["xaxis"] = {
         "title": {"text": "layer"},
@@ -229,7 +229,7 @@ def _tensors_of(record: Record) -> Mapping[tuple[int | None, str], Sequence[Move
 
 
 def _hover(cell: Moved | None, tensors: Sequence[Moved], column: int, columns: int) -> str:
-    """Tell the value of a cell and of its tensors, the largest first."""
+    """Return the hover text of a cell: its value, and those of its tensors, the largest first."""
     if cell is None:
         return ""
     lines = [f"<b>layer {cell.layer} · {escape(cell.role)}: {number_text(_value(cell, column, columns))}</b>"]
@@ -239,7 +239,7 @@ def _hover(cell: Moved | None, tensors: Sequence[Moved], column: int, columns: i
         short = (tensor.name or "").partition(f".{tensor.layer}.")[2] or tensor.name or ""
         lines.append(f"{number_text(_value(tensor, column, columns))}  {escape(short)}")
         if tensor.inputs:
-            # the merge beside where it started
+            # for the merge, the tensor that it started from
             which = tensor.inputs[0] if column == columns - 1 else tensor.inputs[column + 1]
             lines[-1] += f" of {escape(cut(which))}"
     if len(ordered) > _MOST_TENSORS:
@@ -248,7 +248,7 @@ def _hover(cell: Moved | None, tensors: Sequence[Moved], column: int, columns: i
 
 
 def _strip(column: str, roles: Sequence[str], rows: Sequence[Sequence[float | None]], largest: float) -> list[str]:
-    """Draw a strip for a terminal: one letter for each layer."""
+    """Return a heatmap for a terminal: one character per layer."""
     width = max(map(len, roles))
     lines = [f"{column} (█ = {number_text(largest)})"]
     for role, row in zip(roles, rows, strict=True):
@@ -265,7 +265,7 @@ def _matrix(
     form: str,
     shade: Callable[[float], float],
 ) -> Table:
-    """Show a value for each two models."""
+    """Return a table of a value for each pair of models."""
     known = {
         pair: (k, value)
         for k, (pair, value) in enumerate(zip(combinations(range(len(models)), 2), values, strict=True))
@@ -286,7 +286,7 @@ def _matrix(
 
 
 def _by_layer(record: Record) -> list[Block]:
-    """Draw mean cosine and sign conflict over the layers, a line for each role."""
+    """Return a figure of mean cosine and sign conflict over the layers, with a line for each role."""
     inside = [moved for moved in record.layers if moved.layer is not None and moved.cosine is not None]
     if len({moved.layer for moved in inside}) < 2:
         return []

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no server, no network."""
+"""Render a report as one self-contained HTML file: no server, no network."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .blocks import Block, Cell, Code, Figure, List, Number, Section, Table
 __all__ = ["render"]
 
 _LONG = 28
-"""Letters from which a cell may be broken anywhere: a path or a hash."""
+"""Number of characters above which the text of a cell (a path, a hash) may be broken anywhere."""
 
 
 def render(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Write the page.
+    """Return the page as HTML.
 
     Args:
         title: Name of the merge.
-        lead: A line below it.
+        lead: A line below the title.
         sections: From `sections.sections`.
 
     Raises:
@@ -54,7 +54,7 @@ def render(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 
 def _plotly() -> str:
-    """Return plotly.js, to be set into the page.
+    """Return the source of plotly.js, safe inside a script element.
 
     Raises:
         UnsupportedError: plotly is not installed.
@@ -117,7 +117,7 @@ def _cell(cell: Cell, right: bool) -> str:
 
 
 def _exact(cell: Number) -> str:
-    """Tell the whole number, and where the file says so."""
+    """Return the number with all digits, and its place in the file."""
     return f"{cell.value!r} ({cell.place})" if cell.place else repr(cell.value)
 
 
@@ -133,7 +133,7 @@ def _figure(figure: Figure, figures: list[str]) -> str:
 
 def _json(figure: Figure) -> str:
     value: dict[str, Any] = {"data": figure.data, "layout": figure.layout}
-    # nothing in a script may look like its end
+    # escape "<", so that no text can end the script element
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -1,4 +1,4 @@
-"""Colours and fonts of figures: readable on light and dark, in print, and for the colour-blind."""
+"""Colours and fonts of figures, readable on light and dark backgrounds, in print, and for the colour-blind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["COLOURS", "SCALE", "cut", "escape", "layout"]
 
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#888888", "#DD7722")
-"""Of lines and marks (Paul Tol's bright scheme, and one more)."""
+"""Colours of lines and markers (Paul Tol's bright scheme, and one more)."""
 
 SCALE = "Viridis"
 
@@ -15,7 +15,7 @@ _LONGEST = 36
 
 
 def layout(height: int, **more: Any) -> dict[str, Any]:
-    """Return the layout that all figures share; the page colours text and lines."""
+    """Return the plotly layout that all figures share; page.css sets the colours of text and lines."""
     return {
         "height": height,
         "margin": {"l": 70, "r": 12, "t": 30, "b": 44},
@@ -30,12 +30,12 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
 
 
 def escape(text: str) -> str:
-    """Keep plotly from reading text as markup."""
+    """Escape text, so that plotly does not read it as markup."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def cut(text: str) -> str:
-    """Shorten a long name in its middle, for the labels of a figure."""
+    """Shorten a long name by omitting its middle, for labels of a figure."""
     if len(text) <= _LONGEST:
         return text
     half = _LONGEST // 2

@@ -1,4 +1,4 @@
-"""What an evaluation says of the merge: tables and figures."""
+"""Tables and figures about the scores of a merge in an evaluation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["scores_section"]
 
 _SYMBOLS = ("circle", "square", "triangle-up", "cross", "x", "star")
 _BAR = 40
-"""Letters of the longest bar in a terminal."""
+"""Number of characters of the longest bar in a terminal."""
 
 
 def scores_section(record: Record, found: Evaluation, own_hash: str) -> Section:
-    """Show scores, and what models kept and lost.
+    """Return the section on scores, and on what models kept and lost.
 
     Args:
         record: The run record.
         found: The evaluation.
-        own_hash: What the evaluation would call the merge, by its contents.
+        own_hash: Hash of the merge, as an evaluation of it would contain it.
     """
     own, said = _own(record, found, own_hash)
     said_of = [f"{task.name} has {task.items:,} {task.unit}s" for task in found.tasks]
@@ -57,7 +57,7 @@ def scores_section(record: Record, found: Evaluation, own_hash: str) -> Section:
 
 
 def _own(record: Record, found: Evaluation, own_hash: str) -> tuple[EvaluatedModel | None, str]:
-    """Find the merge among the models of an evaluation; say so, or why it is not there."""
+    """Return the merge's entry in an evaluation (None if there is none), and a sentence that says so or why not."""
     plus = "± is one standard error."
     for model in found.models:
         if model.hash == own_hash:
@@ -127,7 +127,7 @@ def _retention(found: Evaluation, own: EvaluatedModel | None) -> Table:
 
 
 def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]:
-    """Draw mean recovered against forgotten, a mark for each model."""
+    """Return a figure of mean recovered against forgotten, with a marker for each model."""
     data, lines = [], []
     for i, model in enumerate(found.models):
         kept = found.retention.get(model.name)
@@ -173,7 +173,7 @@ def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]
 
 
 def _recovered(found: Evaluation) -> list[Block]:
-    """Draw what each model recovered of every domain."""
+    """Return a bar chart of what each model recovered in every domain."""
     domains = [task.name for task in found.tasks if any(_of(kept, task.name) for kept in found.retention.values())]
     if not domains:
         return []

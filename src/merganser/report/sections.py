@@ -1,4 +1,4 @@
-"""The sections of a report, in order: what was merged, how far it moved, what it can do, and how it was made."""
+"""The sections of a report, in order: what was merged, how far it moved, its scores, and how it was made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["sections", "summary"]
 
 
 def summary(record: Record) -> str:
-    """Say in a line what was merged."""
+    """Return what was merged, in one line."""
     seconds = record.timings.get("seconds")
     return " · ".join(
         [
@@ -34,12 +34,12 @@ def summary(record: Record) -> str:
 
 
 def sections(record: Record, evaluation: tuple[Evaluation, str] | None, spectra: Spectra | None) -> list[Section]:
-    """Lay out a report.
+    """Return the sections of a report.
 
     Args:
         record: The run record.
-        evaluation: What the merge can do, and what it would be called there; None where it was not measured.
-        spectra: Singular values of task vectors; None where nobody asked for them.
+        evaluation: An evaluation, and the merge's hash in it; None without an evaluation.
+        spectra: Singular values of task vectors; None if they were not requested.
     """
     short = dict(zip(record.models, default_names(record.models), strict=True))
 

@@ -1,4 +1,4 @@
-"""Singular values of task vectors: a table and a figure."""
+"""A table and a figure of the singular values of task vectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEIGHT = 470
 
 
 def spectra_section(spectra: Spectra, name: Callable[[str], str]) -> Section:
-    """Show how the singular values of task vectors fall, matrix by matrix."""
+    """Return the section on how the singular values of task vectors decrease, for each matrix."""
     columns = [*(name(model) for model in spectra.models), "merge"]
     share = SHARES[1]
     rows: list[list[Cell]] = []
