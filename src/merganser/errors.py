@@ -1,4 +1,4 @@
-"""Every error that a user can cause.
+"""Every error that a user may see.
 
     MergeError                 the root class; exit code 2: the user can fix it
     ├── RecipeError            (ValueError)   the recipe: syntax, keys, references, counts

@@ -34,7 +34,7 @@ def btm(models: list[Tensor], *, posterior: PerModel[Probability], top_k: Expert
         start training the expert of a new domain.
 
     Args:
-        posterior: Probability of each expert's domain, p(domain | text). The paper starts with equal priors, computes
+        posterior: Probability of each expert's domain given the text. The paper starts with equal priors, computes
             the posterior from the likelihoods of the experts on development text, and averages it over the batches.
         top_k: Number of experts that are averaged, the most probable ones; 0 for all. Of equal ones those named first
             count.
