@@ -4,12 +4,12 @@
     ├── RecipeError            (ValueError)   the recipe: syntax, keys, references, counts
     │   └── ParameterError                    a method's parameter: name, type, range, count
     ├── CheckpointError        (ValueError)   a checkpoint: header, index, config, shapes, dtypes
-    │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that does not exist
+    │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that is not there
     │   └── NonFiniteError                    NaN or infinity in an input or result
     ├── TaskError              (ValueError)   an evaluation's task: file, line, name
-    ├── OutputError            (OSError)      the target: exists, locked, disk full, not writable
+    ├── OutputError            (OSError)      the target: exists, locked, no room, not writable
     ├── MemoryLimitError       (MemoryError)  the work does not fit the memory limit
-    └── UnsupportedError       (NotImplementedError)  a valid request that this version does not support
+    └── UnsupportedError       (NotImplementedError)  understood, and not available in this version
 
 Messages read `where: what is wrong, what was found, what is allowed or what to do`.
 """
@@ -75,6 +75,6 @@ class UnsupportedError(MergeError, NotImplementedError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the word of `known` nearest to `word`, or an empty string if none is near."""
+    """Return `" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is near."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""Read JSON files that other programs wrote: with limits, strictly, with errors that name the place in the file."""
+"""JSON from files that others wrote: bounded, strict, with errors that name the place."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(text: str, duplicates: bool) -> Any:
-    # Hooks are called for every number and object, which doubles the time of a large header. They are avoided where
-    # Python itself refuses numbers of thousands of digits: everywhere except in early releases of 3.10.
+    # Hooks are called for every number and object: they double the time of a large header. Python itself refuses
+    # numbers of thousands of digits, but for early releases of 3.10.
     if hasattr(sys, "get_int_max_str_digits"):
-        with suppress(ValueError):  # the parse with hooks below raises a clearer error
+        with suppress(ValueError):  # said better below
             parsed = json.loads(text)
             # Each key is followed by a colon, so as many keys as colons means that no key was overwritten.
             if duplicates or (isinstance(parsed, dict) and text.count(":") == _keys(parsed)):
@@ -114,7 +114,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """
     try:
         with file.open("rb") as handle:
-            # read() allocates as much as is asked for, so ask for no more than the file holds
+            # no more than there is: as much memory is taken as is asked for
             data = handle.read(min(os.fstat(handle.fileno()).st_size, MAX_JSON_BYTES) + 1)
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None

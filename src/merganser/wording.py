@@ -1,4 +1,4 @@
-"""Numbers and lists formatted for people."""
+"""Numbers and lists as people read them."""
 
 from __future__ import annotations
 

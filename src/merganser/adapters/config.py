@@ -65,7 +65,7 @@ class LoraConfig:
             rank: Rows of its A.
 
         Raises:
-            CheckpointError: The rank differs from the one in the config.
+            CheckpointError: The rank is not the one that the config says.
         """
         said = _match(self.rank_pattern, module, self.r)
         if said != rank:
@@ -132,6 +132,6 @@ def _pattern(file: Path, key: str, config: Mapping[str, Any]) -> dict[str, float
 
 
 def _match(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
-    """Return the value of the first pattern that matches the end of the module's name, as peft does."""
+    """Return the value of the first name that the module's name ends in, as peft looks it up."""
     found = (value for name, value in pattern.items() if re.match(rf"(.*\.)?({name})$", module))
     return next(found, otherwise)

@@ -212,7 +212,7 @@ def _has_nan(value: Any) -> bool:
 
 
 def _missing(tasks: Sequence[HarnessTask]) -> str:
-    """Return the message that lm-eval is not installed; an unknown name may also be a misspelt file name."""
+    """Say that lm-eval is not there; a name may also be a file's with a slip in it."""
     names = [task.source for task in tasks if not Path(task.source).exists()]
     if not names:
         return f"{tasks[0].source}: lm-eval carries out tasks in its format, and it is not installed: {_INSTALL}"

@@ -256,7 +256,7 @@ def _score_model(scorer: Scorer, name: str, model: LanguageModel, jobs: Sequence
 
 
 def _check_out(out: Path) -> None:
-    """Refuse, before anything is measured, an output file that is not ours to overwrite or cannot be written."""
+    """Refuse a target that would be lost, or cannot be written, before anything is measured."""
     if out.is_dir():
         raise OutputError(f"{out}: is a folder; give the name of a file")
     if not out.parent.is_dir():

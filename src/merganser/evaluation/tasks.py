@@ -189,7 +189,7 @@ def _object(where: str, line: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TaskError(f"{where}: expected an object with {', '.join(_QUESTION_KEYS)}, or with text, got {line[:60]}")
     try:
-        # an escape such as \\ud800 alone is half of a surrogate pair, which tokenizers refuse
+        # escapes such as \\ud800 are half of a letter, which no tokenizer takes
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise TaskError(f"{where}: holds half of a surrogate pair, which is no text") from None

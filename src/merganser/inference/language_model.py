@@ -127,7 +127,7 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
                 f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
             )
         files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
-        # the model type belongs to the hash, because it may decide which class reads the tokenizer
+        # the config may say which class reads the files
         digest = xxhash.xxh3_128_hexdigest("\0".join([config.model_type, *names, *files]).encode())
         known = {} if tokenizers is None else tokenizers
         if digest not in known:

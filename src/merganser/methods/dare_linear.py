@@ -42,9 +42,9 @@ def dare_linear(
         density: Probability of an entry to be kept; the paper's drop rate is 1 - density.
         lambda_: Factor of the sum.
         normalize: Divide the sum by the sum of the weights (unless they cancel).
-        rescale: Scale the kept entries up, to compensate for dropped ones.
-        rescale_to: "expectation" divides the kept entries by the density, which preserves the expectation of every
-            entry; "l1" restores the L1 norm of each task vector, which preserves it only in the mean over a tensor.
+        rescale: Make up for what was dropped.
+        rescale_to: Divide the survivors by the density, which keeps the expectation of every entry, or scale them so
+            that each task vector has the L1 norm that it had, which only keeps it in the mean over a tensor.
 
     Differs from the paper:
         Nothing. Draws depend on the seed, the tensor's name, the model's position and the element alone.

@@ -59,9 +59,9 @@ def della_linear(
         epsilon: Half the difference between the probabilities of the largest and the smallest entry of a row.
         lambda_: Factor of the sum.
         normalize: Divide the sum by the sum of the weights (unless they cancel).
-        rescale: Scale the kept entries up, to compensate for dropped ones.
-        rescale_to: "expectation" divides each kept entry by its probability, which preserves the expectation of every
-            entry; "l1" restores the L1 norm of each task vector by one factor, which favours large entries.
+        rescale: Make up for what was dropped.
+        rescale_to: Divide each survivor by its own probability, which keeps the expectation of every entry, or scale
+            them so that each task vector has the L1 norm that it had, which favours large entries.
 
     Differs from the paper:
         A row is all weights of one output unit, for convolutions too; a vector is one row.

@@ -34,10 +34,10 @@ def own_directions(base: Tensor, models: list[Tensor], weight: Tensor, common: T
         models: The models.
         weight: Factor of each task vector, shape [T].
         common: Shape [m, c], orthonormal columns.
-        k: Largest number of triplets of each model.
+        k: How many of each, at most.
     """
     m, n = base.shape
-    # in coordinates of the orthogonal complement the matrix is smaller, unless it is much taller than wide
+    # in coordinates of the complement what is to be decomposed is small, unless the matrix is much taller than wide
     complement = torch.linalg.qr(common, mode="complete").Q[:, common.shape[1] :] if m - common.shape[1] < n else None
     found = []
     for i, model in enumerate(models):

@@ -87,8 +87,8 @@ def karcher(
         Several models of equal standing, and the norm of the weights should not shrink as it does in an average.
 
     Args:
-        max_iter: Largest number of steps.
-        tol: Stop when a step is shorter than this; models closer than this angle are ignored in a step.
+        max_iter: Steps, at most.
+        tol: Stop when a step is shorter than this; models nearer than this angle do not pull.
         zero_norm: Models whose norm is not above this have no direction; they count in the mean length.
 
     Differs from the paper:

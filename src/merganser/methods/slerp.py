@@ -14,7 +14,7 @@ def inner_products(base: Tensor, models: list[Tensor]) -> Tensor:
 
 
 def on_arc(measured: Tensor, t: Tensor) -> Tensor:
-    """Return the factors of `along`, shape [3]."""
+    """Solve for the factors of `along`, shape [3]."""
     _, cosines = unit_gram(measured)
     return arc(cosines[0, 1], t, straight=cosines[0, 1].abs() > _PARALLEL)
 
@@ -39,7 +39,7 @@ def slerp(base: Tensor, models: list[Tensor], factors: Tensor, *, t: Fraction) -
         t: Position on the arc: 0 is the base, 1 the model.
 
     Differs from the paper:
-        The whole tensor is one vector, and the vectors are not normalised.
-        If |cos(angle)| is above 0.9995, as for most tensors of close fine-tunes, the interpolation is linear.
+        The arc is that of the whole tensor as one vector, and the vectors keep their own lengths.
+        Where |cos(angle)| is above 0.9995 the straight line is taken; that is most tensors of close fine-tunes.
     """
     return along(base, models[0], factors)

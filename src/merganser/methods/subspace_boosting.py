@@ -49,7 +49,7 @@ def subspace_boosting(
         The formula was checked against ports, not against the authors' code, which treats attention and MLP alone.
     """
     left, values, right = svd(summed_deltas(base, models, weight), tolerance=float(rank_tolerance))
-    # a share that is missed only by rounding counts as reached
+    # the share that is reached exactly is reached in spite of rounding
     reached = values.cumsum(0) >= float(beta) * (1 - 1e-9) * values.sum()
     raised = values.clamp(min=values[reached].amax()) if len(values) else values
     return base + (left * (lambda_ * raised).to(left.dtype)) @ right.T

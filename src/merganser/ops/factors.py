@@ -19,9 +19,9 @@ def rank_of(shape: Sequence[int], share: Tensor) -> int:
 
 
 def leading(matrix: Tensor, rank: int) -> Svd:
-    """Return exactly `rank` singular triplets, the largest first; beyond the numerical rank they are zero.
+    """Return exactly so many singular triplets, the largest first; where there are fewer, the rest are zeros.
 
-    Signs are fixed: in each left vector the entry of largest magnitude is positive.
+    Their signs are fixed: the entry of each left vector that is largest in magnitude is positive.
 
     Args:
         matrix: Shape [m, n].

@@ -39,7 +39,7 @@ def summed_deltas(base: Tensor, models: Sequence[Tensor], weight: Tensor) -> Ten
 
 
 def normalizer(total: Tensor) -> Tensor:
-    """Return a sum of weights as a divisor, or 1 where the weights cancel, so that a division changes nothing there."""
+    """Return a sum of weights, or 1 where they cancel: a divisor that leaves the weighted sum alone then."""
     return torch.where(total.abs() < _NO_WEIGHT, torch.ones_like(total), total)
 
 

@@ -1,4 +1,4 @@
-"""Name and format of the run record."""
+"""Name and format of the run record, for all who write or read one."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class VerifiedFile:
     Args:
         file: Its path below the output folder.
         bytes: Its size as recorded.
-        problem: What is wrong with it; None if it is unchanged.
+        problem: What is wrong with it; None where it is as it was written.
     """
 
     file: str

@@ -25,7 +25,7 @@ from .sections import sections, summary
 __all__ = ["PAGE_NAME", "Report", "read_report", "write_report"]
 
 PAGE_NAME = "report.html"
-"""Default name of the page, in the folder of the merge."""
+"""Name of the page, in the folder of the merge, unless another is asked for."""
 
 Progress = Callable[[int, int], None]
 
