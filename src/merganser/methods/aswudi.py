@@ -31,7 +31,7 @@ def aswudi(
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Replace the sum of the task vectors by the least interference, in as many directions as the spectrum says.
+    """Move the sum of the task vectors to the least interference, in a number of directions given by the spectrum.
 
         C      = sum_i delta_i^T delta_i / |delta_i|^2 = V diag(c) V^T,    delta_i = model_i - base
         K      = ceil((sum_k sqrt(c_k))^2 / sum_k c_k)
@@ -39,7 +39,7 @@ def aswudi(
         merged = base + lambda * M
 
     Use when:
-        As SWUDI, without anything to choose.
+        SWUDI would be used, but without parameters to choose.
 
     Args:
         lambda_: Factor of the merged task vector.

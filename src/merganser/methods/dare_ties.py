@@ -30,7 +30,7 @@ def dare_ties(
 ) -> Tensor:
     """Drop entries of the task vectors at random, rescale the survivors, elect a sign per element, add those that agree.
 
-        kept_i = delta_i / density_i with probability density_i, else 0     (for every element on its own)
+        kept_i = delta_i / density_i with probability density_i, else 0     (independently for every element)
         sign   = + where sum_i weight_i * kept_i >= 0, else -
         merged = base + lambda * (sum of weight_i * kept_i with that sign)
 

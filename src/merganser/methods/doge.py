@@ -75,7 +75,7 @@ def doge(
     others: Others = "base",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Look for a common change of all task vectors that makes their sum like each of them, and trim them.
+    """Find a common change of all task vectors that makes their sum similar to each of them, and trim them.
 
         factor_i = eta / |delta_i|,    delta_i = model_i - base
         L(D)     = sum_j |rows(delta_j * (delta_j - sum_i factor_i (delta_i + D)))|^2
@@ -90,13 +90,13 @@ def doge(
         Experts of clearly different skills were trained from one base.
 
     Args:
-        eta: Norm that each task vector gets.
+        eta: Norm to which each task vector is scaled.
         density: Share of the elements that is kept, the largest of all matrices of the model together.
-        solver: How D is found: by Adam as in the paper, or as the least change for which L is smallest, row by row and
-            without P, which takes a fraction of the time.
+        solver: How D is computed: by Adam as in the paper, or as the change of smallest norm that minimises L, row by
+            row and without P, which takes a fraction of the time.
         steps: Steps of Adam.
-        learning_rate: Of Adam, which moves every element by about that much in a step.
-        subspace: The shared directions are this part of all: 6 for a sixth.
+        learning_rate: Learning rate of Adam, which is about the distance that every element moves in a step.
+        subspace: The shared directions are one in this many: 6 for a sixth.
 
     Differs from the paper:
         Read in the code of FusionBench, by one of the authors. That code merges the weights of encoders of CLIP; here

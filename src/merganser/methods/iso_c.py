@@ -26,13 +26,13 @@ def iso_c(
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Add the task vectors and give their sum equal singular values, of the same mean.
+    """Add the task vectors and set all singular values of their sum to their mean.
 
         sum_i weight_i * delta_i = U diag(s) V^T,   delta_i = model_i - base
         merged = base + lambda * mean(s) * U V^T
 
     Use when:
-        Several full fine-tunes on different tasks are merged: directions that few of them use come to weigh as much
+        Several full fine-tunes on different tasks are merged, and directions that few of them use should count as much
         as those that all share.
 
     Args:

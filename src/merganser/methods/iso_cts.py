@@ -71,7 +71,7 @@ def iso_cts(
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Complete the common directions of the task vectors by some of each, and give all of them equal singular values.
+    """Combine directions common to the task vectors with some specific to each, and equalise their singular values.
 
         common: the c leading triplets U, s, V of sum_i weight_i * delta_i,   delta_i = model_i - base
         own:    the q leading triplets U_i, s_i, V_i of weight_i * delta_i - U U^T weight_i * delta_i
@@ -81,8 +81,8 @@ def iso_cts(
     gives the nearest matrix with orthonormal columns.
 
     Use when:
-        Many full fine-tunes on different tasks are merged: what only one of them has learned is kept beside what they
-        share.
+        Many full fine-tunes on different tasks are merged, and the merge should contain both what they share and what
+        only one of them has learned.
 
     Args:
         weight: Factor of each task vector.

@@ -86,8 +86,8 @@ def knots(
     be dropped at random and the others rescaled, as DARE does.
 
     Use when:
-        LoRA fine-tunes are merged: their task vectors hardly share directions as they are, and elementwise rules work
-        better on what is aligned.
+        LoRA fine-tunes are merged: their task vectors hardly share directions, and elementwise rules work better in a
+        common basis.
 
     Args:
         weight: Factor of each task vector's coordinates.
@@ -102,7 +102,7 @@ def knots(
 
     Differs from the paper:
         The paper ranks the coordinates of all layers together for the trim; here every matrix is trimmed by itself.
-        The authors' code multiplies every model by the first one's weight; each has its own here, in the vote as well.
+        The authors' code multiplies every model by the first one's weight; here each has its own, also in the vote.
         Its mean divides by the number of models whose coordinate is not 0; `mean` is the mean of all here.
         Entries whose magnitude equals the cut are all kept, and at least one is unless the density is 0.
         An exact tie of the vote elects plus; the authors' code takes the majority sign of the whole model.

@@ -85,7 +85,7 @@ def nuslerp(
         merged = base + sin((1 - t) angle) / sin(angle) * a + sin(t angle) / sin(angle) * b
 
     Use when:
-        Two fine-tunes of one base: with the base given, the angle is that of what they learned.
+        Two fine-tunes of one base are merged; with the base given, the angle is that between their task vectors.
 
     Args:
         weight: Share of each model; only the ratio counts.

@@ -81,29 +81,29 @@ def decode(base: Tensor | None, merged: Tensor, sign: Tensor, scale: Tensor, ori
 def one_bit(
     base: Tensor, models: list[Tensor], *, weight: PerModel[Weight] = default(1.0), lambda_: Scale = default(1.0)
 ) -> Tensor:
-    """Average the task vectors; each of them is kept beside the result as signs and a scale.
+    """Average the task vectors, and store each of them as signs and a scale.
 
         merged  = base + lambda * sum_i weight_i * delta_i / sum_i weight_i,   delta_i = model_i - base
 
-    Kept for each matrix of each model, a bit per element and a number, is what gives it back:
+    Each matrix of each model can be restored from one bit per element and one number, which are stored for it:
 
         scale_i = mean |delta_i|
         model_i ~ base + scale_i * sign(delta_i),   sign(0) = 1
 
     Use when:
-        Many fine-tunes are to be served from one base in memory, and each may cost a sixteenth of it.
+        Many fine-tunes should be served from one base in memory, and each may cost a sixteenth of it.
 
     Args:
         weight: Share of each task vector in the merged model; restoring does not depend on it.
-        lambda_: Factor of their average, too.
-        origin: What the signs are measured from: the base, as in the paper, or the merged model, which is nearer where
-            the models agree, and without which nothing else is needed to restore.
-        scale_per: Whether a matrix has one scale, or each of its rows, which costs little and is closer.
-        embeddings: Whether embeddings and head are kept like the tensors that are not matrices, or as signs.
+        lambda_: Factor of the average; restoring does not depend on it.
+        origin: What is subtracted from the models: the base, as in the paper, or the merged model, which is closer
+            where the models agree; then restoring does not need the base.
+        scale_per: Whether there is one scale per matrix, or one per row, which costs little and is more accurate.
+        embeddings: Whether embeddings and head are stored like the tensors that are not matrices, or as signs.
 
     Differs from the paper:
         Not compared with the authors' code, which was not found; the scale is the one that is optimal for the norm.
         The paper compresses, for each expert, either the attention or the feed-forward matrices; here all are.
-        It routes each input to an expert, and merges the others into the base; here a task is chosen as a whole.
+        It routes each input to an expert, and merges the others into the base; here a whole task is chosen.
     """
     return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))

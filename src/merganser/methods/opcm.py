@@ -84,7 +84,7 @@ def opcm(
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Merge models one after the other: project each task vector away from what is merged, and keep the mean norm.
+    """Merge models one after the other: project each task vector away from the merge so far, and keep the mean norm.
 
         D_1    = delta_1,    delta_k = model_k - base
         D_k    = D_(k-1) + delta_k - U (mask * (U^T delta_k V)) V^T,    D_(k-1) = U S V^T
@@ -99,9 +99,9 @@ def opcm(
     the `scale_after` of its run record (`merge.json`, under `statistics`).
 
     Args:
-        alpha: Share of the singular values whose directions later models do not touch at all.
-        merged: How many models the first one is a merge of.
-        scale: `scale_after` of that merge; 1 for a model that is none.
+        alpha: Share of the singular values whose directions later models do not change at all.
+        merged: Number of models that the first one is a merge of.
+        scale: `scale_after` of that merge; 1 if the first model is not a merge.
 
     Differs from the paper:
         Norms are those of the matrices; the paper counts all tensors, and merges those that are not matrices by the

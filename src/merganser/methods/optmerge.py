@@ -31,7 +31,7 @@ def optmerge(
     others: Others = "base",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Bring the sum of the task vectors towards the least interference of their largest parts.
+    """Move the sum of the task vectors towards the least interference of their leading parts.
 
         [X]_k  = X with its k = floor(min(rows, columns) / T) largest singular values alone (but at least one)
         L(M)   = sum_i |(M - target_i) [delta_i]_k^T|^2 / |delta_i|^2,    delta_i = model_i - base
@@ -46,12 +46,12 @@ def optmerge(
 
     Args:
         lambda_: Factor of the merged task vector. The authors' scripts have 0.1 for a sum as start, 1 for a mean.
-        target: What M shall look like: centred for fine-tunes of all parameters, plain for merged LoRA adapters.
-        solver: How M is found: by the filter above; as the minimum of L itself (nearest to M_0); or by Adam.
+        target: Target that M should approximate: centred for full fine-tunes, plain for merged LoRA adapters.
+        solver: How M is computed: by the filter above; as the minimum of L itself (nearest to M_0); or by Adam.
         time: How far the filter goes: 0 stays at M_0. For `solver: filter`. The authors' descent for adapters (from
             the mean, 300 steps of 1e-4 with momentum 0.9) goes as far as time 0.58.
         steps: Steps of Adam. For `solver: adam`.
-        learning_rate: Of Adam. For `solver: adam`.
+        learning_rate: Learning rate of Adam. For `solver: adam`.
         start: M_0: the sum of the task vectors, their mean (for adapters), or zero.
 
     Differs from the paper:

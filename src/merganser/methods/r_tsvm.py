@@ -41,10 +41,10 @@ def r_tsvm(
                  times weight_i * w_i
 
     Use when:
-        Task vectors differ in how concentrated they are, and TSV-M gives the diffuse ones too much room.
+        Task vectors differ in how concentrated they are, and TSV-M gives the diffuse ones too many directions.
 
     Args:
-        weight: Factor of each task vector, beside w_i.
+        weight: Factor of each task vector, in addition to w_i.
         lambda_: Factor of the merged task vector.
         sigmas: Standard deviations above the mean from which an entry is an outlier.
         epsilon: Largest change of an entry that counts as none.

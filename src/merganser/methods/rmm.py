@@ -122,32 +122,33 @@ def decode(
 def rmm(
     base: Tensor, models: list[Tensor], *, weight: PerModel[Weight] = default(1.0), lambda_: Scale = default(1.0)
 ) -> Tensor:
-    """Average the task vectors; their low-rank factors are kept in a basis that the tasks share.
+    """Average the task vectors, and store their low-rank factors in a basis that the tasks share.
 
         merged  = base + lambda * sum_i weight_i * delta_i / sum_i weight_i,   delta_i = model_i - base
 
-    Kept for each matrix is what gives the models back. The task vectors are factored, delta_i ~ A_i B_i of rank R; for
-    each row of the A_i, and each column of the B_i, the T vectors of R numbers are
+    To restore the models, data are stored for each matrix. The task vectors are factored, delta_i ~ A_i B_i of rank R;
+    for each row of the A_i, and each column of the B_i, the T vectors of R numbers are
 
         a_i ~ mean + sum_{j <= p} code_ij * component_j
 
     with mean and the p principal components for all tasks together, and p codes for each.
 
     Use when:
-        Many LoRA fine-tunes, merged into full weights, are to be stored together: with p small, a further task costs
-        next to nothing. With p = T - 1 they come back exactly, as far as rank R reaches.
+        Many LoRA fine-tunes, merged into full weights, should be stored together: with p small, a further task costs
+        very little. With p = T - 1 their approximations of rank R are restored exactly.
 
     Args:
         weight: Share of each task vector in the merged model; restoring does not depend on it.
-        lambda_: Factor of their average, too.
-        rank: R; the smaller side of a matrix where that is less. Fine-tunes by LoRA have the rank of their adapters.
-        basis: p, at most one less than there are models.
-        embeddings: Whether embeddings and head are kept like the tensors that are not matrices, or as factors.
+        lambda_: Factor of the average; restoring does not depend on it.
+        rank: R; the smaller side of a matrix if that is less. Fine-tunes by LoRA have the rank of their adapters.
+        basis: p, at most one less than the number of models.
+        embeddings: Whether embeddings and head are stored like the tensors that are not matrices, or as factors.
 
     Differs from the paper:
         Not compared with the authors' code, which was not found. Defaults are ours.
-        The paper has the components in the place of a merged model; here there is one beside them.
-        Factors are those of the singular value decomposition, the values shared evenly; the entry of each left vector
-        that is largest in magnitude is positive. Factors of adapters as trained would lie in unrelated bases.
+        The paper has the components instead of a merged model; here there are both.
+        Factors are those of the singular value decomposition, with the square roots of the singular values in both; the
+        entry of largest magnitude of each left vector is positive. Factors of trained adapters would be in unrelated
+        bases.
     """
     return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))

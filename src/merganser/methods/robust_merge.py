@@ -63,7 +63,7 @@ def robust_merge(
     Args:
         weight: Factor of each model, in both sides: 2 as published counts four times in the product.
         lambda_: Factor of the merged task vector.
-        rank: Most singular triplets that are kept of each task vector; fewer where their own rank is less.
+        rank: Largest number of singular triplets that are kept of each task vector; fewer if its rank is lower.
         density: Share of the entries of every factor that is kept.
         scale_quantile: Scales are raised to this quantile of the model's scales.
 

@@ -86,7 +86,7 @@ def sce(
                    k = floor(select_topk * number of elements with a variance above 0)
         calculate: share_i = mean(delta_i^2) / sum_j mean(delta_j^2)
         erase:     delta_i = 0 where its sign is not that of sum_j delta_j
-        merged     = base + sum_i share_i * delta_i / (sum of share_i over what was not erased)
+        merged     = base + sum_i share_i * delta_i / (sum of share_i over the delta_i that were not erased)
 
     Use when:
         Models of different skills were trained from one base, and the weights should follow from how far each moved.

@@ -178,36 +178,37 @@ def decode(
 def skillpack(
     base: Tensor, models: list[Tensor], *, weight: PerModel[Weight] = default(1.0), lambda_: Scale = default(1.0)
 ) -> Tensor:
-    """Average the task vectors; each of them is kept beside the result in low rank and few bits.
+    """Average the task vectors, and store each of them in low rank and few bits.
 
         merged  = base + lambda * sum_i weight_i * delta_i / sum_i weight_i,   delta_i = model_i - base
 
-    Kept for each matrix of each model are its leading singular vectors, the first in more bits than the last:
+    For each matrix of each model its leading singular vectors are stored, the first in more bits than the last:
 
         delta_i ~ U diag(s) V^T of rank k = floor(rank * min(rows, columns))
         model_i ~ base + Q(U) diag(s) Q(V)^T,   Q: nearest of 2^bits levels, in groups of entries
 
     Use when:
-        Large changes, of long training, are to be stored: more than signs keep, at a tenth to a fifth of a copy.
+        Large changes from long training should be stored, more accurately than by signs, at a tenth to a fifth of a
+        copy.
 
     Args:
         weight: Share of each task vector in the merged model; restoring does not depend on it.
-        lambda_: Factor of their average, too.
-        origin: What the models are measured from: the base, as in the paper, or the merged model, without which nothing
-            else is needed to restore.
-        rank: Rank that is kept, as a share of the full one. The authors keep 1000 of 4096 in attention, 1400 in
-            feed-forward layers; a filter says so.
-        ranks_16bit: How many of the first singular vectors have 16 bits.
-        ranks_8bit: How many of those that follow have 8.
-        ranks_4bit: How many after them have 4; the rest have 2.
-        group: Entries of a vector that share a step.
-        embeddings: Whether embeddings and head are kept like the tensors that are not matrices, or compressed.
+        lambda_: Factor of the average; restoring does not depend on it.
+        origin: What is subtracted from the models: the base, as in the paper, or the merged model; then restoring does
+            not need the base.
+        rank: Stored rank, as a share of the full one. The authors keep 1000 of 4096 in attention, 1400 in feed-forward
+            layers; filters can set such ranks.
+        ranks_16bit: Number of leading singular vectors in 16 bits.
+        ranks_8bit: Number of the following ones in 8 bits.
+        ranks_4bit: Number of the following ones in 4 bits; the rest is in 2 bits.
+        group: Number of entries of a vector that share a step.
+        embeddings: Whether embeddings and head are stored like the tensors that are not matrices, or compressed.
 
     Differs from the paper:
         Without data: entries are rounded to the nearest level, with the step of least squared error. The authors
         quantise by GPTQ, which needs the inputs of each layer and loses less at the same size.
         Levels are symmetric about 0, and a group lies along a singular vector.
-        The authors also prune embedding and head by magnitude; here they are kept, or compressed like the rest.
+        The authors also prune embedding and head by magnitude; here they are stored, or compressed like the rest.
         The merged model is an average; the paper has none, and grafts packs onto the base.
     """
     return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))

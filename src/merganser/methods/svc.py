@@ -47,7 +47,7 @@ def svc(
         merged = base + sum_r s_r / (mean_i max(c_ir, alpha)) * u_r v_r^T
 
     Use when:
-        Task arithmetic of fine-tunes that learned much in common, which their sum counts several times.
+        Task arithmetic would be used, but the fine-tunes learned much in common, which their sum counts several times.
 
     Args:
         weight: Factor of each task vector in the sum.
@@ -60,7 +60,7 @@ def svc(
         The paper calibrates what any method merged; this is its form for task arithmetic.
         A response of up to a thousandth of s_r counts as none, and c is 0 then; the authors compare with 1e-6, whatever
         the scale.
-        The authors sum embeddings and what is no matrix, as `others: sum` does.
+        The authors sum embeddings and tensors that are not matrices, as `others: sum` does.
     """
     left, values, right = svd(summed_deltas(base, models, weight) * lambda_, tolerance=float(rank_tolerance))
     total = torch.zeros_like(values)

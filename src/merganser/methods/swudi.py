@@ -22,18 +22,18 @@ def swudi(
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Bring the sum of the task vectors towards the least interference, where the task vectors are strong.
+    """Move the sum of the task vectors towards the least interference, in directions where they are strong.
 
         C      = sum_i delta_i^T delta_i / |delta_i|^2 = V diag(c) V^T,    delta_i = model_i - base
         f(c_k) = 1 - exp(-c_k * time) for the ceil(rank * columns) largest c_k, else 0
         M      = M_0 + (M_min - M_0) V diag(f) V^T,    M_0 = sum_i delta_i, M_min the minimum of WUDI
         merged = base + lambda * M
 
-    Where the task vectors are weak, their sum stays as it is.
+    In directions where the task vectors are weak, their sum is not changed.
 
     Use when:
-        As WUDI, of which this is the form that its group found best on CLIP. For fine-tunes of all parameters of
-        language models they recommend time 300 and rank 0.85.
+        WUDI would be used; its authors found this form of it best on CLIP. For full fine-tunes of language models they
+        recommend time 300 and rank 0.85.
 
     Args:
         lambda_: Factor of the merged task vector.

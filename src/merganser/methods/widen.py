@@ -120,17 +120,17 @@ def widen(
         Models are merged of which one moved far from the base, by continued pre-training, and others little.
 
     Args:
-        ratio: What a model's average rank is multiplied by; a column above it matters. The larger, the fewer do.
+        ratio: A column matters if its rank is above the model's average rank times this. The larger, the fewer matter.
         score: Factor of a column that matters.
         normalize: Divide by the sum of the factors. As published, a column that matters to all models is added in full
             for each of them.
-        tokens: Where rows, which stand for tokens, take the part of columns: in no table, in embeddings as published, or
+        tokens: In which tables of tokens rows are weighted instead of columns: in none, in embeddings as published, or
             in the head, too.
 
     Differs from the paper:
         Of equal changes the first column has the lower rank.
-        A column of zeros (a token that is not used) has no direction, and the code divides 0 by 0: here it has turned
-        by 0 if it stayed zeros, else by 1.
+        A column of zeros (an unused token) has no direction, and the code divides 0 by 0; here its d is 0 if it stayed
+        zero, else 1.
         Convolutions are matrices, a row being all weights of one output unit; packed experts are treated one by one.
         A head that shares the embedding is treated as that.
     """

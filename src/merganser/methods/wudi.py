@@ -26,7 +26,7 @@ def wudi(
     others: Others = "base",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Bring the sum of the task vectors towards the matrix that interferes least with any of them.
+    """Move the sum of the task vectors towards the matrix that interferes least with any of them.
 
         L(M)   = sum_i |(M - delta_i) delta_i^T|^2 / |delta_i|^2,    delta_i = model_i - base
         C      = sum_i delta_i^T delta_i / |delta_i|^2 = V diag(c) V^T
@@ -37,16 +37,16 @@ def wudi(
     does.
 
     Use when:
-        Experts of clearly different skills were trained from one base, and no data is at hand. Merges of
+        Experts of clearly different skills were trained from one base, and no data is available. Merges of
         heterogeneous or overlapping checkpoints are safer with task arithmetic.
 
     Args:
         lambda_: Factor of the merged task vector.
-        solver: How M is found: by the filter above; as the minimum of L itself (the nearest to M_0, where there are
+        solver: How M is computed: by the filter above; as the minimum of L itself (the nearest to M_0 if there are
             several); or by Adam from M_0, as in the paper.
         time: How far the filter goes: 0 stays at M_0, large values reach the minimum. For `solver: filter`.
         steps: Steps of Adam. For `solver: adam`.
-        learning_rate: Of Adam, which moves every element by about that much in a step. For `solver: adam`.
+        learning_rate: Learning rate of Adam, about the distance that every element moves in a step. For `solver: adam`.
         start: M_0: the sum of the task vectors, their mean, or zero.
 
     Differs from the paper:
@@ -55,9 +55,9 @@ def wudi(
         better results for it than for Adam, and for Adam than for the minimum.
         The authors leave all that is not in attention or MLP as it is in the base, and so does the default here;
         FusionBench averages it.
-        Directions in which c is below 1e-8 are not changed: they hold rounding.
-        Matrices are taken as they are stored, [outputs, inputs]. GPT-2 and some packed experts are stored the other way
-        round; there the columns are held to what the rows should be.
+        Directions in which c is below 1e-8 are not changed, because c is only rounding error there.
+        Matrices are used as they are stored, assuming [outputs, inputs]. GPT-2 and some packed experts are stored
+        transposed, so that there the method treats columns as it should treat rows.
         A model equal to the base is left out instead of giving NaN.
     """
     vectors = deltas(base, models)

@@ -1,4 +1,4 @@
-"""Low-rank factors of a matrix, of a rank that is known beforehand."""
+"""Low-rank factors of a matrix, of a given rank."""
 
 from __future__ import annotations
 

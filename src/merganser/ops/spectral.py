@@ -1,18 +1,17 @@
 """Singular value decomposition and polar factor of one matrix, through its Gram matrix.
 
-A symmetric eigenproblem costs a third of a singular value decomposition, but squares the singular values: rounding in
-float32 is of the size of the square of a singular value of 3e-4 of the largest. So there are two passes, and no
-iteration:
+A symmetric eigenproblem costs a third of a singular value decomposition, but squares the singular values: in float32,
+rounding hides singular values below 3e-4 of the largest. Therefore there are two passes, without iteration:
 
-1. The Gram matrix in float32 gives right vectors that are tilted by rounding, little for the large singular values.
-   Their images under the matrix are nearly orthogonal; what is missing is put right to first order.
-2. The matrix is restricted to the few directions that are left, in float64, where the Gram matrix tells singular
-   values apart down to 1e-8 of the largest of them, and the tilt between the two groups is put right, too.
+1. The Gram matrix in float32 gives right vectors, which rounding tilts, but only a little for large singular values.
+   Their images under the matrix are nearly orthogonal; the deviation is corrected to first order.
+2. The matrix is restricted to the few remaining directions, in float64, where the Gram matrix resolves singular values
+   down to 1e-8 of the largest of them. The tilt between the two groups is corrected, too.
 
-Where many singular values are tiny, but not zero, the second pass costs as much as a decomposition in float64 would.
-Very small matrices, and those of float64, are decomposed directly, in float64.
+If many singular values are tiny, but not zero, the second pass costs as much as a decomposition in float64 would. Very
+small matrices, and float64 ones, are decomposed directly, in float64.
 
-Accuracy, as norm of the error over norm of the polar factor, against the float64 decomposition of the same numbers:
+Accuracy, as norm of the error over norm of the polar factor, against the float64 decomposition of the same matrix:
 1e-6 to 5e-5 at condition numbers up to 1e8, where directions below `rank_tolerance` count as zero in both.
 """
 
@@ -33,20 +32,20 @@ _DENSE = 16
 """Matrices with a side of at most this are decomposed directly."""
 
 _LARGE = 0.1
-"""Share of the largest singular value above which the first pass needs no correction: tilts are up to 1e-7 over its
-square, and few reach that."""
+"""Share of the largest singular value above which the first pass needs no correction: a vector is tilted by at most
+1e-7 over the square of its share, and few reach that."""
 
 _CORRECTED = 0.005
-"""Share of the largest singular value above which the first pass is right after the correction, to the square of that.
-It costs two products more."""
+"""Share of the largest singular value above which the first pass is accurate after the correction, to the square of the
+tilt. The correction costs two more matrix products."""
 
 _FEW = 1 / 6
-"""Share of the directions that may be left to the second pass before the correction is the cheaper way."""
+"""Largest share of the directions for which the second pass is cheaper than the correction."""
 
 _COINCIDE = 1e-5
 
 _NEAR = 64
-"""Directions on either side of a truncation that are told apart once more."""
+"""Number of directions on either side of a truncation that are separated more accurately."""
 
 _BLOCK = 512
 
@@ -78,12 +77,12 @@ class Polar(NamedTuple):
 
 
 class _Basis(NamedTuple):
-    """What the first pass finds.
+    """Result of the first pass.
 
     Args:
         squares: Squares of the singular values, shape [n], ascending.
         right: Right vectors, shape [n, n].
-        n_small: How many are left to the second pass.
+        n_small: Number of directions that are left to the second pass.
         tilted: Whether the others need the correction.
         cut: Singular value up to which one counts as zero, 0-d.
     """
@@ -161,7 +160,7 @@ def polar(matrix: Tensor, *, tolerance: float = 0.0) -> Polar:
         large, small = _corrected(matrix, found, None)
         factor = large.left @ large.right.T
         return Polar(factor.addmm_(small.left, small.right.T), len(large.values) + len(small.values))
-    # its product with itself is the inverse root of the Gram matrix
+    # rooted^T rooted is the inverse square root of the Gram matrix
     rooted = (found.right[:, found.n_small :] / found.squares[found.n_small :] ** 0.25).T
     factor = matrix @ self_product(rooted)
     if found.n_small == 0:
@@ -171,9 +170,9 @@ def polar(matrix: Tensor, *, tolerance: float = 0.0) -> Polar:
 
 
 def left_basis(matrices: Sequence[Tensor], floor: float) -> Tensor:
-    """Return the left singular vectors of matrices side by side, the largest first, shape [m, r].
+    """Return the left singular vectors of the concatenated matrices [A_1 ... A_T], the largest first, shape [m, r].
 
-    Each is right by itself, where `svd` leaves close neighbours mixed: the Gram matrix is one of float64.
+    Vectors of close singular values are separated, which `svd` does not do: the Gram matrix is in float64.
 
     Args:
         matrices: Shapes [m, n_i].
@@ -201,9 +200,9 @@ def nuclear_norm(factor: Tensor, matrix: Tensor) -> Tensor:
 
 
 def orthogonalised(frames: Sequence[Tensor]) -> Tensor:
-    """Return the nearest matrix with orthonormal columns to orthonormal frames side by side, as a partial isometry.
+    """Return the nearest matrix with orthonormal columns to concatenated orthonormal frames, as a partial isometry.
 
-    Directions in which frames coincide to 1e-5 (they are not known better) have no nearest one and stay zero.
+    Directions in which frames coincide to 1e-5 (their accuracy) have no unique nearest matrix and stay zero.
 
     Args:
         frames: Shapes [n, k_i], each with orthonormal columns.
@@ -212,7 +211,7 @@ def orthogonalised(frames: Sequence[Tensor]) -> Tensor:
 
 
 def joined(parts: Sequence[Svd]) -> Tensor:
-    """Return the sum of the triplets of several matrices, the vectors of all of them made orthogonal, [m, n].
+    """Return the sum of the triplets of several matrices after orthogonalising the vectors of all of them, [m, n].
 
     Args:
         parts: Triplets; the values may have any sign.
@@ -223,7 +222,7 @@ def joined(parts: Sequence[Svd]) -> Tensor:
 
 
 def self_product(matrix: Tensor) -> Tensor:
-    """Return A^T A, shape [n, n], symmetric to the bit: of its blocks only one triangle is computed."""
+    """Return A^T A, shape [n, n], exactly symmetric: only one triangle of its blocks is computed."""
     n = matrix.shape[1]
     product = matrix.new_empty(n, n)
     for start in range(0, n, _BLOCK):
@@ -235,7 +234,7 @@ def self_product(matrix: Tensor) -> Tensor:
 
 
 def _scale(matrix: Tensor) -> Tensor:
-    """Return the power of two above the largest entry, so that dividing by it rounds nothing; 0 if all are."""
+    """Return the power of two above the largest magnitude, so that a division by it is exact; 0 if all entries are 0."""
     largest = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
     return torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.to(matrix.dtype)), largest)
 
@@ -272,14 +271,14 @@ def _corrected(matrix: Tensor, found: _Basis, k: int | None) -> tuple[Svd, Svd]:
     if found.n_small == 0 or (k is not None and k <= right.shape[1]):
         return Svd(left, values, right), Svd(left[:, :0], values[:0], right[:, :0])
     small, rank, shown = _second_pass(matrix, left, found)
-    # first order again: the angles by which the right vectors of the two groups are tilted against each other
+    # to first order, the angles by which the right vectors of the two groups are tilted towards each other
     tilt = shown / (values[:, None] + small.values).float()
     large = Svd(left, values, right + small.right @ tilt.T)
     return large, Svd(small.left[:, :rank], small.values[:rank], (small.right - right @ tilt)[:, :rank])
 
 
 def _part(matrix: Tensor, right: Tensor, k: int) -> None:
-    """Tell the k largest directions from the others, in place: the Gram matrix has mixed neighbours.
+    """Separate the k largest directions from the others, in place, because the Gram matrix mixes close neighbours.
 
     Args:
         matrix: Shape [m, n].
@@ -288,17 +287,17 @@ def _part(matrix: Tensor, right: Tensor, k: int) -> None:
     """
     border = right.shape[1] - k
     near = slice(max(border - _NEAR, 0), border + _NEAR)
-    # orthonormal to rounding of float32 is not enough: their products would be taken for those of the images
+    # orthonormal in float64: float32 rounding errors of the basis would appear in the inner products of the images
     basis = torch.linalg.qr(right[:, near].double()).Q
     image = (matrix @ basis.float()).double()
     right[:, near] = (basis @ torch.linalg.eigh(image.T @ image).eigenvectors).float()
 
 
 def _orthonormal_image(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the polar factor of a matrix's image of a basis, and the norms of that image, float64.
+    """Return the polar factor of matrix @ basis, and the norms of the columns of that product, float64.
 
-    The basis is one of right singular vectors but for rounding, so that the Gram matrix of the image is D (1 + E) D,
-    D diagonal and E small: to first order the polar factor is image * (1 / D - E_ij / (D_i + D_j)).
+    Up to rounding, the basis consists of right singular vectors. The Gram matrix of the product is therefore
+    D (1 + E) D, with D diagonal and E small: to first order the polar factor is image * (1 / D - E_ij / (D_i + D_j)).
     """
     image = matrix @ basis
     weights = self_product(image)
@@ -310,16 +309,16 @@ def _orthonormal_image(matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _second_pass(matrix: Tensor, large: Tensor, found: _Basis) -> tuple[Svd, int, Tensor]:
-    """Decompose what a matrix does to its small directions.
+    """Decompose a matrix restricted to its small directions.
 
     Args:
         matrix: Shape [m, n].
         large: The large left directions, orthonormal columns, or their polar factor; shape [m, l].
-        found: What the first pass found; s of its directions are small.
+        found: Result of the first pass; s of its directions are small.
 
     Returns:
-        Triplets of all s, with left vectors of zero behind the rank; the rank; and how far the large directions show
-        in the images of the small, which rounding has tilted, shape [l, s].
+        Triplets of all s, with zero left vectors beyond the rank; the rank; and the components of the large left
+        directions in the images of the small ones, which rounding has tilted, shape [l, s].
     """
     basis = found.right[:, : found.n_small]
     image = matrix.double() @ basis.double()
