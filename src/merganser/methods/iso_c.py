@@ -1,4 +1,4 @@
-"""Iso-C: the sum of the task vectors, with all its singular values set to their mean."""
+"""Iso-C: the sum of the task vectors, with its singular values replaced by their mean."""
 
 from typing import Literal
 
@@ -26,7 +26,7 @@ def iso_c(
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Add the task vectors and set all singular values of their sum to their mean.
+    """Add the task vectors and replace the singular values of their sum by their mean.
 
         sum_i weight_i * delta_i = U diag(s) V^T,   delta_i = model_i - base
         merged = base + lambda * mean(s) * U V^T

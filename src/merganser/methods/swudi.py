@@ -32,7 +32,7 @@ def swudi(
     In directions where the task vectors are weak, their sum is not changed.
 
     Use when:
-        WUDI would be used; its authors found this form of it best on CLIP. For full fine-tunes of language models they
+        WUDI would be used; its group found this form of it best on CLIP. For full fine-tunes of language models they
         recommend time 300 and rank 0.85.
 
     Args:

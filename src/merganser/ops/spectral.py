@@ -234,7 +234,7 @@ def self_product(matrix: Tensor) -> Tensor:
 
 
 def _scale(matrix: Tensor) -> Tensor:
-    """Return the power of two above the largest magnitude, so that a division by it is exact; 0 if all entries are 0."""
+    """Return the power of two above the largest magnitude, so that dividing by it is exact; 0 if all are 0."""
     largest = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
     return torch.where(largest > 0, torch.exp2(torch.frexp(largest).exponent.to(matrix.dtype)), largest)
 
