@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def arc(cosine: Tensor, t: Tensor, straight: Tensor) -> Tensor:
-    """Return the factors with which `along` goes from one tensor to another on an arc.
+    """Return the factors by which `along` interpolates between two tensors on an arc.
 
     Args:
         cosine: Cosine of the angle between the tensors, float64, of any shape.
@@ -30,11 +30,11 @@ def arc(cosine: Tensor, t: Tensor, straight: Tensor) -> Tensor:
 
 
 def along(first: Tensor, second: Tensor, factors: Tensor) -> Tensor:
-    """Return the point on the arc, measured from the nearer end: equal tensors and both ends come out bit by bit.
+    """Return the point on the arc, computed from the nearer end, so that both ends and equal tensors are exact.
 
     Args:
-        first: Where t is 0.
-        second: Where t is 1.
+        first: The tensor at t = 0.
+        second: The tensor at t = 1.
         factors: From `arc`.
     """
     return first * factors[0] + second * factors[1] + (second - first) * factors[2]
