@@ -9,6 +9,7 @@ from typing import Any
 
 __all__ = [
     "COUNT_KEYS",
+    "KNOWN_TYPES",
     "as_int",
     "is_tied",
     "layer_counts",
@@ -63,6 +64,8 @@ _UNTIED_BY_DEFAULT = words(
     nemotron_h olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe
     qwen3_next qwen3_vl rembert rwkv seed_oss smolvlm stablelm"""
 )
+KNOWN_TYPES = _TIED_BY_DEFAULT | _UNTIED_BY_DEFAULT
+"""Model types of transformers that have weights of a language model."""
 
 
 def text_scopes(config: Mapping[str, Any], depth: int = 4) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .kernels.assignment import Treatment, treat
 from .kernels.devices import has_compiler, resolve_devices
+from .plan.agreement import compare_configs
 from .plan.alignment import Alignment, Member, Slot
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
@@ -73,6 +74,7 @@ def build_plan(
     resolver = check_recipe(recipe)
     members = _open_all(recipe, cache_dir)
     alignment, drafts = _drafts(recipe, resolver, members)
+    agreement = compare_configs(members[recipe.donor], members.values())
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     template = chat_template(recipe, members)
@@ -101,6 +103,7 @@ def build_plan(
             *resolver.warnings,
             *resolver.idle_filters(),
             *alignment.warnings,
+            *agreement,
             *config_warnings,
             *template[1],
             *compiler_warnings,

@@ -1,0 +1,243 @@
+"""Which settings of a config change what the model computes, and how two configs differ in them.
+
+Equal shapes do not make tensors mean the same: with another number of heads, another activation or a norm that
+multiplies by 1 + w, the same numbers are another function.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .config import COUNT_KEYS, as_int
+from .defaults import NEUTRAL, class_defaults, is_known_type, same_code
+from .kinds import implied_lists
+from .setting_kinds import Kind, kind_of
+
+__all__ = ["Difference", "differences", "settings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A setting in which two configs differ.
+
+    Attributes:
+        key: The setting, with the sub-config it is in: "rope_theta", "vision_config.patch_size".
+        kind: Whether it changes what tensors mean, only how the model acts, or is not known.
+        first: Its value in the first config, the default of the class where the config does not say; None for neither.
+        second: Its value in the second config.
+    """
+
+    key: str
+    kind: Kind
+    first: Any
+    second: Any
+
+
+_LABELS = re.compile(r"label_\d+", re.IGNORECASE)
+
+# Names of the same activation; those of the second kind differ from those of the first by 0.0005 at most.
+_ACTIVATIONS = {
+    "swish": "silu",
+    "gelu_python": "gelu",
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu (tanh)"),
+}
+_GELUS = ("gelu", "gelu (tanh)")
+_ALIASES = {
+    "rotary_emb_base": "rope_theta",
+    "rotary_embedding_base": "rope_theta",
+    "global_rope_theta": "rope_theta",
+    "local_rope_theta": "rope_local_base_freq",
+    "rotary_pct": "partial_rotary_factor",
+}
+_TEXT = ("text_config", "llm_config", "language_config", "text", "llm", "language_model")
+_MOST_DEPTH = 6
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
+    """Return the settings that change what the model computes and that differ between two configs.
+
+    A setting that one config does not have is what its class takes by default, where that is known.
+
+    Args:
+        first: The contents of a config.json.
+        second: The contents of another.
+    """
+    if first == second or not first or not second:
+        return []
+    ours, theirs = settings(first), settings(second)
+    found = []
+    lonely = {key.rpartition(".")[0] for key in ours} ^ {key.rpartition(".")[0] for key in theirs}
+    lonely.discard("")
+    for tower in sorted(lonely):
+        said = "given" if any(key.startswith(f"{tower}.") for key in ours) else None
+        found.append(Difference(tower, "unknown", said, None if said else "given"))
+    for key in dict.fromkeys([*ours, *theirs]):
+        if key.rpartition(".")[0] in lonely:
+            continue
+        a, b = ours.get(key), theirs.get(key)
+        kind = _kind_between(key, a, b)
+        if kind is not None and not _same(a, b):
+            # what the class takes for an absent key is not known
+            unsaid = kind == "meaning" and (key not in ours or key not in theirs)
+            found.append(Difference(key, "unknown" if unsaid else kind, a, b))
+    return found
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Return whether two values are the same setting; no value is the same as one that does nothing.
+
+    Lists of other lengths go with other numbers of layers, which tensors show.
+    """
+    if isinstance(first, list) and isinstance(second, list) and len(first) != len(second):
+        return True
+    if first is None or second is None:
+        other = second if first is None else first
+        return other is None or other is False or other in ([], {}, "")
+    return bool(first == second)
+
+
+def _kind_between(key: str, first: Any, second: Any) -> Kind | None:
+    last = key.rpartition(".")[2]
+    if last == "model_type":
+        if not first or not second or same_code(first, second):
+            return None
+        return "meaning" if is_known_type(first) and is_known_type(second) else "unknown"
+    kind = kind_of(last)
+    if last == "id2label" and isinstance(first, dict) and isinstance(second, dict):
+        return "meaning" if _permuted(first, second) else kind
+    both_gelu = first in _GELUS and second in _GELUS
+    return "behaviour" if both_gelu else kind
+
+
+def _permuted(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
+    """Return whether a label of both has another number in one of them."""
+    place = {label: number for number, label in first.items()}
+    return any(place.get(label, number) != number for number, label in second.items())
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config that may change what the model computes, under one name each.
+
+    Sub-configs of the language model are taken together with the config around them, as older and newer files of one
+    class divide them otherwise; those of towers keep their name in front. RoPE is written in one way, and what the
+    config leaves to its class is filled in where that is known.
+    """
+    found: dict[str, Any] = {}
+    for prefix, scope in _scopes(config, "", _MOST_DEPTH):
+        for key, value in _canonical(scope).items():
+            found[prefix + key] = value
+    return found
+
+
+def _scopes(config: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the text config, with what is around it, and the sub-configs of towers, with the prefix of their keys."""
+    scope: dict[str, Any] = {}
+    inner: list[tuple[str, Mapping[str, Any]]] = []
+    nested: Mapping[str, Any] | None = config
+    for _ in range(depth):
+        if nested is None:
+            break
+        text = None
+        for key, value in nested.items():
+            if not isinstance(value, dict) or not _is_config(key):
+                scope[key] = value
+            elif key in _TEXT and text is None:
+                text = value
+            else:
+                inner.append((key, value))
+        nested = text
+    yield prefix, scope
+    for key, value in inner if depth else ():
+        yield from _scopes(value, f"{prefix}{key}.", depth - 1)
+
+
+def _is_config(key: str) -> bool:
+    return kind_of(key) is not None and "rope" not in key and "label" not in key
+
+
+def _canonical(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one scope, with names, spellings and defaults made alike."""
+    raw = {**class_defaults(scope.get("model_type")), **{_ALIASES.get(key, key): value for key, value in scope.items()}}
+    raw |= _rope(raw)
+    raw |= _derived(raw, scope)
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key == "model_type":
+            if isinstance(value, str):
+                found[key] = value
+        elif kind_of(key) is not None:
+            found[key] = _value(key, value)
+    return found
+
+
+def _value(key: str, value: Any) -> Any:
+    if key == "id2label":
+        return _labels(value)
+    if isinstance(value, str) and kind_of(key) == "meaning":
+        return _ACTIVATIONS.get(value.lower(), value)
+    return None if key in NEUTRAL and value == NEUTRAL[key] else value
+
+
+def _labels(value: Any) -> dict[str, str] | None:
+    """Return labels by number; None for those that transformers makes up."""
+    if not isinstance(value, dict):
+        return None
+    labels = {number: str(label).casefold() for number, label in value.items()}
+    return None if all(_LABELS.fullmatch(label) for label in labels.values()) else labels
+
+
+def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return RoPE's settings as older files have them: a base, a scaling, and a base for sliding windows."""
+    given = raw.get("rope_parameters")
+    newer = isinstance(given, dict)
+    parameters = dict(given) if isinstance(given, dict) else {}
+    sliding = parameters.pop("sliding_attention", None)
+    full = parameters.pop("full_attention", None)
+    parameters |= full if isinstance(full, dict) else {}
+    older = raw.get("rope_scaling")
+    scaling = dict(older) if isinstance(older, dict) and not parameters else parameters
+    found: dict[str, Any] = {"rope_parameters": None}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in scaling:
+            found[key] = scaling.pop(key)
+    if isinstance(sliding, dict) and "rope_theta" in sliding:
+        found["rope_local_base_freq"] = sliding["rope_theta"]
+    kind = scaling.pop("rope_type", scaling.pop("type", None))
+    scaling.pop("type", None)
+    if kind not in (None, "default", "mrope"):
+        scaling["rope_type"] = kind
+    if newer or older is not None:
+        found["rope_scaling"] = scaling or None
+    both = {**raw, **found}
+    if both.get("rope_local_base_freq") == both.get("rope_theta"):
+        found["rope_local_base_freq"] = None
+    return found
+
+
+def _derived(raw: Mapping[str, Any], scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that follow from others where they are not given."""
+    found: dict[str, Any] = {}
+    heads, hidden = as_int(raw.get("num_attention_heads")), as_int(raw.get("hidden_size"))
+    if heads:
+        if raw.get("num_key_value_heads") is None:
+            found["num_key_value_heads"] = heads
+        if raw.get("qk_rope_head_dim") is not None:
+            # multi-head latent attention has parts with widths of their own
+            found["head_dim"] = None
+        elif hidden and raw.get("head_dim") is None:
+            found["head_dim"] = hidden // heads
+    if not raw.get("use_sliding_window", True):
+        # Qwen keeps the window that it does not use
+        found |= {"sliding_window": None, "max_window_layers": None}
+    counts = [as_int(scope.get(key)) for key in COUNT_KEYS]
+    count = next((count for count in counts if count is not None and 0 < count <= 10_000), None)
+    if count is not None:
+        implied = implied_lists({**raw, **found}, count)
+        found |= {key: value for key, value in implied.items() if raw.get(key) is None}
+        types = found.get("layer_types", raw.get("layer_types"))
+        if isinstance(types, list) and set(map(str, types)) == {"full_attention"}:
+            found["layer_types"] = None
+    return found
