@@ -105,11 +105,23 @@ def side_file_bytes(plan: Plan) -> int:
 
 def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, Any]]:
     """Write the files beside the weights; return them with their hashes."""
-    texts: dict[str, bytes] = {"README.md": model_card(plan, title).encode()}
+    (folder / "README.md").write_bytes(model_card(plan, title).encode())
+    return _hashed(folder, dict.fromkeys(["README.md", *write_planned_files(plan, folder)]))
+
+
+def write_planned_files(plan: Plan, folder: Path) -> list[str]:
+    """Write what a plan holds of the files beside the weights: config, index, tokenizer, template; return their names.
+
+    Raises:
+        CheckpointError: A file to copy cannot be read.
+        OSError: The target cannot be written.
+    """
+    texts: dict[str, bytes] = {}
     if plan.chat_template is not None:
         texts["chat_template.jinja"] = plan.chat_template.encode()
-    if plan.config:
-        texts["config.json"] = (json.dumps(plan.config, indent=2) + "\n").encode()
+    for name, content in (("config.json", plan.config), ("generation_config.json", plan.generation_config)):
+        if content:
+            texts[name] = (json.dumps(content, indent=2) + "\n").encode()
     if len(plan.shards) > 1:
         texts[INDEX_NAME] = index_json(plan.shards)
     for name, source in plan.side_files.items():
@@ -117,7 +129,7 @@ def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, An
             _copy(source, folder / name)
     for name, data in texts.items():
         (folder / name).write_bytes(data)
-    return _hashed(folder, dict.fromkeys([*plan.side_files, *texts]))
+    return [*plan.side_files, *texts]
 
 
 def _hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:

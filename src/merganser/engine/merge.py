@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import INDEX_NAME, index_json
 from ..errors import MergeError, OutputError, RecipeError
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 
@@ -203,20 +202,17 @@ def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
 
 
 def _lay_out(plan: Plan, folder: Path) -> None:
-    """Write what a plan's output will be, without its weights: headers, sizes (as holes), config and names of files."""
+    """Write what a plan's output will be, without its weights: headers, sizes (as holes), and the files beside them."""
+    from .finish import write_planned_files
+
     try:
         folder.mkdir()
         for shard in plan.shards:
             with (folder / shard.name).open("wb") as file:
                 file.write(shard.header)
                 file.truncate(shard.size)
-        if len(plan.shards) > 1:
-            (folder / INDEX_NAME).write_bytes(index_json(plan.shards))
-        if plan.config:
-            (folder / "config.json").write_text(json.dumps(plan.config), encoding="utf-8")
-        for name in plan.side_files:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).touch()
+        # later stages look at config and tokenizer
+        write_planned_files(plan, folder)
     except OSError as error:
         raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
 

@@ -18,11 +18,13 @@ from .kernels.assignment import Treatment, treat
 from .kernels.devices import has_compiler, resolve_devices
 from .plan.agreement import compare_configs
 from .plan.alignment import Alignment, Member, Slot
+from .plan.ending import agree_on_ending
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
 from .plan.side_files import chat_template, code_warnings, side_files
 from .plan.slices import align_slices
 from .plan.tensor import PlannedTensor
+from .plan.tokenizers import compare_tokenizers
 from .plan.whole_models import align_models
 from .sidecars.plan import plan_sidecars, sidecar_memory
 
@@ -75,9 +77,11 @@ def build_plan(
     members = _open_all(recipe, cache_dir)
     alignment, drafts = _drafts(recipe, resolver, members)
     agreement = compare_configs(members[recipe.donor], members.values())
+    agreement += compare_tokenizers(recipe, members, alignment)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     template = chat_template(recipe, members)
+    ending = agree_on_ending(recipe, members, config, template[0])
     compiled, compiler_warnings = _fuses(drafts, devices, compiled)
     tensors = _place(drafts, shards)
     limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
@@ -90,9 +94,10 @@ def build_plan(
         donor=recipe.donor,
         tensors=tensors,
         shards=shards,
-        config=config,
+        config=ending.config,
         side_files=side_files(recipe, members),
         chat_template=template[0],
+        generation_config=ending.generation_config,
         compiled=compiled,
         seed=seed,
         workers=workers,
@@ -106,6 +111,7 @@ def build_plan(
             *agreement,
             *config_warnings,
             *template[1],
+            *ending.warnings,
             *compiler_warnings,
         ],
         differences=resolver.differences(),

@@ -31,6 +31,7 @@ class Plan:
         config: config.json of the output; empty where the donor has none.
         side_files: Files to copy: path below the output, and source.
         chat_template: Jinja text to write; None where the donor's files hold it, or none does.
+        generation_config: generation_config.json of the output; None where the donor's is copied, or none is.
         compiled: Whether kernels will be fused.
         seed: Seed of random draws.
         workers: Threads that merge.
@@ -53,6 +54,7 @@ class Plan:
     config: Mapping[str, Any]
     side_files: Mapping[str, Path]
     chat_template: str | None
+    generation_config: Mapping[str, Any] | None
     compiled: bool
     seed: int
     workers: int

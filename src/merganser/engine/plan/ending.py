@@ -1,0 +1,133 @@
+"""Make the output stop: its configs name the tokens with which its tokenizer and chat template end a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...anatomy.config import as_int
+from ...errors import CheckpointError
+from ...jsonfile import read_object
+from ...recipe import ModelReference, Recipe
+from ...tokenizer.ending import end_token, turn_ends
+from ...tokenizer.vocabulary import Vocabulary, read_vocabulary
+from ...wording import some
+from .alignment import Member
+from .side_files import read_chat_template
+from .tokenizers import tokenizer_files, tokenizer_owner
+
+__all__ = ["Ending", "agree_on_ending"]
+
+GENERATION_CONFIG = "generation_config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_END = "eos_token_id"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The configs of an output that stops, and what was changed.
+
+    Args:
+        config: config.json.
+        generation_config: generation_config.json; None where the donor's is right, or is missing and not needed.
+        warnings: What was changed, and what could not be looked at.
+    """
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    warnings: list[str]
+
+
+def agree_on_ending(
+    recipe: Recipe, members: Mapping[ModelReference, Member], config: dict[str, Any], template: str | None
+) -> Ending:
+    """Let the configs of the output stop generation where its tokenizer and chat template do.
+
+    They come from the donor; a recipe may take the tokenizer from another model, or another chat template, whose turns
+    end with a token at which the donor's configs do not stop. Nothing is changed for other recipes.
+
+    Args:
+        recipe: The recipe.
+        members: All inputs by reference.
+        config: config.json of the output.
+        template: The chat template that the recipe sets; None for that of the tokenizer.
+    """
+    owner = members[tokenizer_owner(recipe)]
+    donor = members[recipe.donor]
+    if not config or (owner is donor and template is None):
+        return Ending(config, None, [])
+    try:
+        own = _generation_config(donor)
+        generation = {**own, **_special_ids(_generation_config(owner))} if owner is not donor else dict(own)
+        files = tokenizer_files(owner.checkpoint)
+        vocabulary = read_vocabulary(files)
+        last = end_token(files)
+    except CheckpointError as error:
+        return Ending(config, None, [f"{error}; so whether the output stops where its tokenizer ends was not checked"])
+    if vocabulary is None:
+        return Ending(config, None, [])
+    result = {**config, **_special_ids(owner.checkpoint.config)} if owner is not donor else dict(config)
+    text = template if template is not None else read_chat_template(owner.checkpoint)
+    wanted, lacking = _ends(vocabulary, last, text)
+    stops = _listed(generation.get(_END)) or _listed(result.get(_END))
+    added = [number for number in wanted if number not in stops]
+    if wanted and not set(_listed(result.get(_END))) & wanted.keys():
+        result[_END] = next(iter(wanted))
+    if added:
+        generation |= {key: result[key] for key in _IDS if key in result and key not in generation}
+        generation[_END] = [*stops, *added] if stops else added
+    warnings = _said(owner, config, result, {n: wanted[n] for n in added}, lacking)
+    return Ending(result, generation if generation != own else None, warnings)
+
+
+def _generation_config(member: Member) -> dict[str, Any]:
+    found = [path for path in member.checkpoint.side_files if path.name == GENERATION_CONFIG]
+    return read_object(found[0]) if found else {}
+
+
+def _special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in _IDS if config.get(key) is not None}
+
+
+def _listed(value: Any) -> list[int]:
+    """Return ids that a config writes as a number or a list of numbers."""
+    return [number for number in (value if isinstance(value, list) else [value]) if as_int(number) is not None]
+
+
+def _ends(vocabulary: Vocabulary, last: str | None, template: str | None) -> tuple[dict[int, str], list[str]]:
+    """Return the tokens that end a text or turn by id, and those that a template needs and the vocabulary lacks."""
+    turns = turn_ends(template or "")
+    found: dict[int, str] = {}
+    for token in [*([last] if last else []), *turns]:
+        number = vocabulary.id_of(token)
+        if number is not None:
+            found[number] = token
+    known = set(found.values())
+    return found, [] if known & set(turns) else turns
+
+
+def _said(
+    owner: Member,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    added: Mapping[int, str],
+    lacking: Sequence[str],
+) -> list[str]:
+    """Say what was changed, and which end of a turn is no token."""
+    warnings = []
+    changed = [f"{key} is {after[key]}, not {before.get(key)}" for key in _IDS if after.get(key) != before.get(key)]
+    if changed:
+        warnings.append(f"config.json: goes with the tokenizer of {owner.reference}: {some(changed)}")
+    if added:
+        tokens = some([f"{number} ({token!r})" for number, token in added.items()])
+        warnings.append(
+            f"{GENERATION_CONFIG}: {_END} gets {tokens}, with which the tokenizer of {owner.reference} or the chat "
+            "template ends a text; otherwise the output would not stop"
+        )
+    if lacking:
+        warnings.append(
+            f"chat_template: ends turns with {some(list(map(repr, lacking)))}, which the tokenizer of "
+            f"{owner.reference} has no token for, so that the output may not stop; take a template of its own models"
+        )
+    return warnings

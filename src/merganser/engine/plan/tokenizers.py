@@ -1,0 +1,168 @@
+"""Whether the rows of embeddings and heads stand for the same tokens in every model whose rows are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...checkpoint import Checkpoint
+from ...checkpoint.sidefiles import is_tokenizer_file
+from ...errors import CheckpointError
+from ...recipe import ModelReference, Recipe
+from ...tokenizer.comparison import Comparison, Renamed, compare_vocabularies, is_placeholder
+from ...tokenizer.vocabulary import Vocabulary, read_vocabulary, same_vocabulary
+from ...wording import plural, some
+from .alignment import Alignment, Member
+
+__all__ = ["compare_tokenizers", "tokenizer_files", "tokenizer_owner"]
+
+_BY_TOKEN = "merging rows by their tokens (tokenizer: union) comes with a later version"
+_LONGEST = 40
+
+
+def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Return the files of a checkpoint's tokenizer, by name.
+
+    Raises:
+        CheckpointError: One is a link that leaves the checkpoint's folder.
+    """
+    return {path.name: path for path in checkpoint.side_files if is_tokenizer_file(path.name)}
+
+
+def tokenizer_owner(recipe: Recipe) -> ModelReference:
+    """Return the model whose tokenizer the output gets."""
+    return recipe.tokenizer_donor or recipe.donor
+
+
+def compare_tokenizers(recipe: Recipe, members: Mapping[ModelReference, Member], alignment: Alignment) -> list[str]:
+    """Compare the tokens of the models whose rows make the output's, and of the one that gives the tokenizer.
+
+    Files of the same bytes are not parsed. A model without a tokenizer is not compared.
+
+    Args:
+        recipe: The recipe.
+        members: All inputs by reference.
+        alignment: Which models make which tensor.
+
+    Returns:
+        What the user should know.
+
+    Raises:
+        CheckpointError: The same row stands for other tokens in two models, or there are more tokens than rows.
+    """
+    owner = tokenizer_owner(recipe)
+    rows, givers = _rows(alignment, members[recipe.donor])
+    if rows is None:
+        return []
+    distinct, warnings = _distinct({reference: members[reference] for reference in [owner, *givers]})
+    vocabularies: dict[ModelReference, Vocabulary] = {}
+    if len(distinct) > 1 or recipe.tokenizer_donor is not None:
+        for reference, files in distinct.items():
+            try:
+                found = read_vocabulary(files)
+            except CheckpointError as error:
+                warnings.append(_not_compared(reference, error))
+                continue
+            if found is not None:
+                vocabularies[reference] = found
+    if vocabularies:
+        (first, ours), *others = vocabularies.items()
+        for reference, theirs in others:
+            warnings += _check(first, reference, compare_vocabularies(ours, theirs, rows), ours, theirs)
+    if owner in vocabularies:
+        warnings += _too_many(recipe, owner, vocabularies[owner], rows)
+    return warnings
+
+
+def _distinct(members: Mapping[ModelReference, Member]) -> tuple[dict[ModelReference, dict[str, Path]], list[str]]:
+    """Return the files of the tokenizers, one model for all that have the same one; and what could not be read."""
+    found: dict[ModelReference, dict[str, Path]] = {}
+    warnings = []
+    for reference, member in members.items():
+        try:
+            files = tokenizer_files(member.checkpoint)
+            if files and not any(same_vocabulary(other, files) for other in found.values()):
+                found[reference] = files
+        except CheckpointError as error:
+            warnings.append(_not_compared(reference, error))
+    return found, warnings
+
+
+def _not_compared(reference: ModelReference, error: CheckpointError) -> str:
+    return f"{error}; so the tokens of {reference} were not compared with those of the other models"
+
+
+def _rows(alignment: Alignment, donor: Member) -> tuple[int | None, list[ModelReference]]:
+    """Return how many rows the output's embedding has, and the models that make the rows of embedding and head."""
+    rows = None
+    givers: list[ModelReference] = []
+    for slot in alignment.slots:
+        if slot.name not in (donor.anatomy.embedding, donor.anatomy.head):
+            continue
+        givers += slot.inputs
+        if slot.name == donor.anatomy.embedding:
+            rows = next(iter(slot.inputs.values())).shape[0]
+    return rows, givers
+
+
+def _check(
+    first: ModelReference, second: ModelReference, found: Comparison, ours: Vocabulary, theirs: Vocabulary
+) -> list[str]:
+    """Refuse rows of other tokens, and say what differs otherwise."""
+    if not found.comparable:
+        return [
+            f"{second}: its tokens ({theirs.file}) were not compared with those of {first} ({ours.file}): the files "
+            "number them each in its own way"
+        ]
+    if not found.mergeable:
+        wrong = found.permuted or found.replaced
+        raise CheckpointError(
+            f"{second}: {_stand_for(wrong)} in {first}: {_renamed(wrong)}. Rows are merged by their number, so both models must "
+            f"have the same tokenizer; {_BY_TOKEN}"
+        )
+    warnings = []
+    if other := [*found.replaced, *found.renamed]:
+        warnings.append(
+            f"{second}: {_stand_for(other)} in {first}: {_renamed(other)}; merged all the same, as {_BY_TOKEN}"
+        )
+    for one, two, tokens in ((first, second, found.only_first), (second, first, found.only_second)):
+        if tokens:
+            warnings.append(
+                f"{one}: {plural(len(tokens), 'token')} that the tokenizer of {two} does not have, whose rows stand "
+                f"for nothing there: {_named(tokens)}; they are merged all the same"
+            )
+    return warnings
+
+
+def _too_many(recipe: Recipe, owner: ModelReference, vocabulary: Vocabulary, rows: int) -> list[str]:
+    """Refuse a tokenizer that was asked for and has tokens without rows; warn of one that comes with the donor."""
+    behind = {n: token for n, token in sorted(vocabulary.tokens.items()) if n >= rows and not is_placeholder(token)}
+    if not behind or not vocabulary.numbered:
+        return []
+    problem = (
+        f"{owner}: its tokenizer has {plural(len(behind), 'token')} behind the last of the {rows:,} rows of the "
+        f"output's embedding: {_named(behind)}; a text with one of them cannot be read"
+    )
+    if recipe.tokenizer_donor is None or owner == recipe.donor:
+        return [problem]
+    raise CheckpointError(f"{problem}. Name a model whose tokenizer fits under tokenizer_source; {_BY_TOKEN}")
+
+
+def _stand_for(rows: Sequence[Renamed]) -> str:
+    if len(rows) == 1:
+        return "1 row of the embedding stands for another token than"
+    return f"{len(rows):,} rows of the embedding stand for other tokens than"
+
+
+def _renamed(rows: Sequence[Renamed]) -> str:
+    return some([f"{row.id} is {_shown(row.second)}, not {_shown(row.first)}" for row in rows])
+
+
+def _named(tokens: Mapping[int, str]) -> str:
+    return some([f"{_shown(token)} ({number})" for number, token in tokens.items()])
+
+
+def _shown(token: str) -> str:
+    """Return a token as a text without control characters or halves of surrogate pairs."""
+    text = repr(token)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
