@@ -24,6 +24,7 @@ ROOMS = [
     "methods",
     "checkpoint",
     "record",
+    "tokenizer",
     "anatomy",
     "recipe",
     "adapters",

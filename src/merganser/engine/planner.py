@@ -76,7 +76,7 @@ def build_plan(
     resolver = check_recipe(recipe)
     members = _open_all(recipe, cache_dir)
     alignment, drafts = _drafts(recipe, resolver, members)
-    agreement = compare_configs(members[recipe.donor], members.values())
+    agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += compare_tokenizers(recipe, members, alignment)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...anatomy.function import Difference, differences
 from ...errors import CheckpointError
 from ...wording import some
-from .alignment import Member
+from .alignment import Alignment, Member
 
 __all__ = ["compare_configs"]
 
@@ -17,8 +18,13 @@ _LONGEST = 60
 _MOST = 6
 
 
-def compare_configs(donor: Member, members: Iterable[Member]) -> list[str]:
+def compare_configs(donor: Member, members: Collection[Member], alignment: Alignment) -> list[str]:
     """Compare the configs of the inputs with the donor's, which the output gets.
+
+    Args:
+        donor: Gives the config.
+        members: All inputs.
+        alignment: The tensors of the output.
 
     Returns:
         What differs without changing what the tensors mean.
@@ -28,7 +34,7 @@ def compare_configs(donor: Member, members: Iterable[Member]) -> list[str]:
     """
     warnings = []
     for member in members:
-        found = differences(donor.checkpoint.config, member.checkpoint.config)
+        found = [_as_merged(each, alignment) for each in differences(donor.checkpoint.config, member.checkpoint.config)]
         wrong = [each for each in found if each.kind == "meaning"]
         if wrong:
             raise CheckpointError(
@@ -46,7 +52,34 @@ def compare_configs(donor: Member, members: Iterable[Member]) -> list[str]:
                 f"{member.reference}: config.json differs from that of {donor.reference} in settings whose effect is "
                 f"not known here, so whether the models can be merged was not checked: {_listed(unknown)}"
             )
-    return warnings
+    return [*warnings, *_said_of_ties(donor, members, alignment)]
+
+
+def _said_of_ties(donor: Member, members: Iterable[Member], alignment: Alignment) -> list[str]:
+    """Say which embeddings go into a head that the donor does not share with its own."""
+    head = donor.anatomy.head
+    slot = next((slot for slot in alignment.slots if slot.name == head), None)
+    if slot is None or alignment.tied or head not in donor.checkpoint.tensors:
+        return []
+    tied = [str(member.reference) for member in members if member.tied and member.reference in slot.inputs]
+    if not tied or len(tied) == len(slot.inputs):
+        return []
+    return [
+        f"{head}: {some(tied)} shares it with the embedding, and other models do not; the output's is its own matrix"
+    ]
+
+
+def _as_merged(found: Difference, alignment: Alignment) -> Difference:
+    """Labels in another order mean nothing for tensors where no head of labels is merged."""
+    if found.key != "id2label" or found.kind != "meaning":
+        return found
+    merged = any(
+        slot.part.role == "head"
+        and len(slot.inputs) > 1
+        and next(iter(slot.inputs.values())).shape[0] == len(found.first)
+        for slot in alignment.slots
+    )
+    return found if merged else replace(found, kind="behaviour")
 
 
 def _listed(found: Sequence[Difference]) -> str:

@@ -26,7 +26,8 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Path]:
     Raises:
         CheckpointError: One is a link that leaves the checkpoint's folder.
     """
-    return {path.name: path for path in checkpoint.side_files if is_tokenizer_file(path.name)}
+    beside = (path for path in checkpoint.side_files if path.parent == checkpoint.path)
+    return {path.name: path for path in beside if is_tokenizer_file(path.name)}
 
 
 def tokenizer_owner(recipe: Recipe) -> ModelReference:

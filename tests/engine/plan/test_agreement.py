@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from merganser.engine.merge import merge, plan
 from merganser.errors import CheckpointError
-from tests.making import llama, llama_config, make_recipe, write_model
+from tests.making import HIDDEN, llama, llama_config, make_recipe, write_model
 
 
 def models(root: Path, **settings: Any) -> list[Path]:
@@ -71,3 +72,31 @@ def test_equal_configs_and_models_without_any_go_on(tmp_path: Path) -> None:
     assert plan(make_recipe("linear", paths, parameters={"weight": 0.5})).warnings == []
     (tmp_path / "m1" / "config.json").unlink()
     assert plan(make_recipe("linear", paths, parameters={"weight": 0.5})).warnings == []
+
+
+def test_a_head_of_its_own_beside_one_that_is_the_embedding(tmp_path: Path) -> None:
+    paths = [
+        write_model(tmp_path / f"m{i}", llama(i, head=not tied), llama_config(tied=tied))
+        for i, tied in enumerate([False, True])
+    ]
+    [warning] = plan(make_recipe("linear", paths, parameters={"weight": 0.5})).warnings
+    assert warning.startswith(f"lm_head.weight: {paths[1]} shares it with the embedding, and other models do not")
+    # the other way round it is said as well
+    assert len(plan(make_recipe("linear", paths[::-1], parameters={"weight": 0.5})).warnings) == 1
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_labels_in_another_order(tmp_path: Path, head: bool) -> None:
+    paths = []
+    for i, labels in enumerate([["spam", "ham"], ["HAM", "SPAM"]]):
+        tensors = llama(i, head=False)
+        if head:
+            tensors["score.weight"] = torch.ones(2, HIDDEN)
+        config = {**llama_config(tied=True), "id2label": dict(enumerate(labels))}
+        paths.append(write_model(tmp_path / f"m{i}", tensors, config))
+    recipe = make_recipe("linear", paths, parameters={"weight": 0.5})
+    if head:
+        with pytest.raises(CheckpointError, match="id2label is"):
+            plan(recipe)
+    else:
+        assert any("id2label is" in warning for warning in plan(recipe).warnings)

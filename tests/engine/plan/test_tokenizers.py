@@ -140,21 +140,14 @@ def test_a_pipe_in_the_place_of_a_tokenizer_is_left_alone(tmp_path: Path) -> Non
 
 
 def test_the_result_of_a_stage_has_the_tokens_of_its_donor(tmp_path: Path) -> None:
-    from merganser.engine.merge import merge_stages, plan_stages
-    from merganser.recipe import load_recipes
-
     paths = models(tmp_path, tokenizer(TOKENS), tokenizer(TOKENS), tokenizer(TOKENS[::-1]))
-    text = f"""
-name: first
-merge_method: linear
-models: [{{model: {paths[0]}, parameters: {{weight: 1}}}}, {{model: {paths[1]}, parameters: {{weight: 1}}}}]
----
-merge_method: linear
-models: [{{model: first, parameters: {{weight: 1}}}}, {{model: {paths[1]}, parameters: {{weight: 1}}}}]
-"""
-    assert [stage.plan.warnings for stage in plan_stages(load_recipes(text))] == [[], []]
+
+    def recipe(other: Path) -> str:
+        first = make_recipe("linear", paths[:2], parameters={"weight": 1.0}, name="first")
+        last = make_recipe("linear", [Path("first"), other], parameters={"weight": 1.0})
+        return f"{json.dumps(first)}\n---\n{json.dumps(last)}\n"
+
+    assert plan(recipe(paths[1])).warnings == []
     with pytest.raises(CheckpointError, match="28 rows of the embedding"):
-        merge_stages(
-            load_recipes(text[: text.rindex(str(paths[1]))] + f"{paths[2]}, parameters: {{weight: 1}}}}]\n"),
-            tmp_path / "out",
-        )
+        merge(recipe(paths[2]), tmp_path / "out")
+    assert merge(recipe(paths[1]), tmp_path / "out").record["warnings"] == []
