@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,28 @@ def test_plan_of_equal_parameters(models: Path) -> None:
         "  time         about 2.0 s on cpu, 2 threads, eager\n"
     )
     assert names(models) == ["a", "b", "c", "r.yaml"]
+
+
+def test_what_the_files_beside_the_weights_say(models: Path) -> None:
+    write(models / "c", state(2), rope_theta=500000.0)
+    for name, token in (("a", "<|reserved_special_token_0|>"), ("c", "<tool>")):
+        vocabulary = {"added_tokens": [{"id": 1, "content": token}], "model": {"vocab": {"word": 0}}}
+        (models / name / "tokenizer.json").write_text(json.dumps(vocabulary))
+    file = recipe(models / "r.yaml", linear("a", "c"))
+    said = [
+        "c: config.json differs from that of a, whose settings the output gets: rope_theta is 500000.0, not 10000.0",
+        "c: 1 row of the embedding stands for another token than in a: 1 is '<tool>', not "
+        "'<|reserved_special_token_0|>'; merged all the same, as merging rows by their tokens (tokenizer: union) comes "
+        "with a later version",
+    ]
+    found = run("plan", file)
+    assert found.code == 0
+    assert [line.strip() for line in found.out.split("warns\n")[1].splitlines()] == said
+    assert run("plan", file, "--json").json["stages"][0]["warnings"] == said
+    run("merge", file, models / "out")
+    assert json.loads((models / "out" / "merge.json").read_text())["warnings"] == said
+    report = run("report", models / "out", "--text").out
+    assert all(line in report for line in said)
 
 
 def test_plan_of_schedules_and_filters(models: Path) -> None:

@@ -46,7 +46,7 @@ _BEHAVIOUR = re.compile(
     rope | rotary | window | (layer|attention)_types$ | attention_chunk | local_attention | soft_?cap | _eps$ | epsilon$
     | ^((original_)?max_position_embeddings | n_positions | n_ctx | max_seq(uence)?_len(gth)? | seq_length)$
     | experts_per_tok | ^moe_(top_?)?k$ | top_?k_(experts|group) | ^n(um_expert)?_group$ | index_topk
-    | ^is_decoder$ | causal | bidirectional | pooling | ^summary_type$ | time_step | feature_(layer|select)
+    | ^is_decoder$ | causal | bidirectional | pooling | ^summary_ | time_step | feature_(layer|select)
     | ^id2label$ | ^log_scaling | attn_(scale|temperature) | floor_scale
     """,
     re.VERBOSE,

@@ -63,12 +63,12 @@ def agree_on_ending(
         files = tokenizer_files(owner.checkpoint)
         vocabulary = read_vocabulary(files)
         last = end_token(files)
+        text = template if template is not None else read_chat_template(owner.checkpoint)
     except CheckpointError as error:
         return Ending(config, None, [f"{error}; so whether the output stops where its tokenizer ends was not checked"])
     if vocabulary is None:
         return Ending(config, None, [])
     result = {**config, **_special_ids(owner.checkpoint.config)} if owner is not donor else dict(config)
-    text = template if template is not None else read_chat_template(owner.checkpoint)
     wanted, lacking = _ends(vocabulary, last, text)
     stops = _listed(generation.get(_END)) or _listed(result.get(_END))
     added = [number for number in wanted if number not in stops]
