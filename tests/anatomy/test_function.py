@@ -132,6 +132,20 @@ def test_rope_by_kind_of_layer() -> None:
     newer = {"model_type": "gemma3_text", "rope_parameters": nested}
     assert between(older, newer) == []
     assert between({**older, "rope_local_base_freq": 1e5}, newer) == [("rope_local_base_freq", "behaviour")]
+    nested = {**nested, "sliding_attention": {"rope_type": "default", "rope_theta": 1e5}}
+    assert between({**newer, "rope_parameters": nested}, newer) == [("rope_local_base_freq", "behaviour")]
+
+
+def test_heads_that_follow_from_others() -> None:
+    llama = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 64}
+    assert between(llama, {**llama, "num_key_value_heads": 4, "head_dim": 16}) == []
+    assert between(llama, {**llama, "num_key_value_heads": 2}) == [("num_key_value_heads", "meaning")]
+
+
+def test_a_window_that_is_not_used() -> None:
+    qwen = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+    assert between(qwen, {**qwen, "sliding_window": 131072, "max_window_layers": 21}) == []
+    assert ("sliding_window", "behaviour") in between(qwen, {**qwen, "use_sliding_window": True})
 
 
 def test_the_default_of_a_class_stands_for_an_absent_setting() -> None:
@@ -175,6 +189,7 @@ def test_sub_configs() -> None:
     # older files have the language model's settings at the top
     assert between({"model_type": "llava", **text, "vision_config": vision}, whole) == []
     assert between({**whole, "vision_config": None}, whole) == [("vision_config", "unknown")]
+    assert all(key for key, _ in between({"vision_config": vision}, whole))
 
 
 def test_labels_in_another_order() -> None:

@@ -52,6 +52,10 @@ def test_reserved_tokens_that_got_a_name() -> None:
     assert found.mergeable
 
 
+def test_reserved_tokens_with_other_names() -> None:
+    assert compare([*WORDS, *SPECIAL], [*WORDS, *SPECIAL[:2], "<unused0>", "[PAD]"]) == Comparison(same=302)
+
+
 def test_a_special_token_with_another_name() -> None:
     found = compare([*WORDS, *SPECIAL], [*WORDS, "<|im_start|>", *SPECIAL[1:]])
     assert [row.id for row in found.renamed] == [300]
@@ -88,6 +92,7 @@ def test_a_sentencepiece_file_whose_class_puts_tokens_in_front() -> None:
     assert compare_vocabularies(vocabulary(["<unk>", "<s>", "</s>", *WORDS]), pieces, 1000).comparable
     assert not compare_vocabularies(vocabulary(["<unk>", "<s>", "</s>", *WORDS[::-1]]), pieces, 1000).comparable
     assert not compare_vocabularies(vocabulary([]), pieces, 1000).comparable
+    assert not compare_vocabularies(vocabulary([*WORDS[:100], *map(str, range(900))]), pieces, 1000).comparable
 
 
 @pytest.mark.parametrize(

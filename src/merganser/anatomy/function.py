@@ -70,7 +70,6 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
     ours, theirs = settings(first), settings(second)
     found = []
     lonely = {key.rpartition(".")[0] for key in ours} ^ {key.rpartition(".")[0] for key in theirs}
-    lonely.discard("")
     for tower in sorted(lonely):
         said = "given" if any(key.startswith(f"{tower}.") for key in ours) else None
         found.append(Difference(tower, "unknown", said, None if said else "given"))

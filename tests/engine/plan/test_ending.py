@@ -34,7 +34,7 @@ def models(root: Path, *, generation: bool = True) -> list[Path]:
                 else {}
             ),
         }
-        config = {**llama_config(), "bos_token_id": 28, "eos_token_id": end}
+        config = {**llama_config(), "bos_token_id": [28, 30][i], "eos_token_id": end}
         paths.append(write_model(root / f"m{i}", llama(i), config, side_files=files))
     return paths
 
@@ -50,9 +50,10 @@ def test_the_configs_go_with_the_tokenizer_of_another_model(tmp_path: Path) -> N
     paths = models(tmp_path)
     result = merge(linear(paths, tokenizer_source=str(paths[CHAT])), tmp_path / "out")
     assert read_json(tmp_path / "out", "config.json")["eos_token_id"] == 31
+    assert read_json(tmp_path / "out", "config.json")["bos_token_id"] == 30
     assert read_json(tmp_path / "out", "generation_config.json") == {"eos_token_id": 31, "top_p": 0.5}
     assert result.record["warnings"] == [
-        f"config.json: goes with the tokenizer of {paths[CHAT]}: eos_token_id is 31, not 29"
+        f"config.json: goes with the tokenizer of {paths[CHAT]}: bos_token_id is 30, not 28, eos_token_id is 31, not 29"
     ]
 
 

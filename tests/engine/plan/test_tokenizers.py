@@ -104,6 +104,11 @@ def test_a_tokenizer_source_with_more_tokens_than_rows(tmp_path: Path) -> None:
     paths = models(tmp_path, tokenizer(TOKENS), tokenizer(TOKENS, [*SPECIAL, "<tool>"]))
     with pytest.raises(CheckpointError, match=r"1 token behind the last of the 32 rows .*'<tool>' \(32\)"):
         plan(linear(paths, tokenizer_source=str(paths[1])))
+    # of models that have the same one, too
+    (paths[0] / "tokenizer.json").write_text((paths[1] / "tokenizer.json").read_text())
+    with pytest.raises(CheckpointError, match="1 token behind the last of the 32 rows"):
+        plan(linear(paths, tokenizer_source=str(paths[1])))
+    (paths[0] / "tokenizer.json").write_text(tokenizer(TOKENS))
     # padding behind the rows is what many fine-tunes have
     (paths[1] / "tokenizer.json").write_text(tokenizer(TOKENS, [*SPECIAL, "[PAD]"]))
     assert plan(linear(paths, tokenizer_source=str(paths[1]))).warnings == []
