@@ -98,7 +98,7 @@ def test_what_changes_only_how_the_model_acts(key: str, value: Any) -> None:
         {"head_dim": 8, "num_key_value_heads": 1},
         {"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}},
         {"model_type": "mistral", "sliding_window": None, "rms_norm_eps": 1e-6},
-        {"embedding_multiplier": 1.0, "partial_rotary_factor": 1.0},
+        {"embedding_multiplier": 1.0, "partial_rotary_factor": 1.0, "position_embedding_type": "absolute"},
         {"layer_types": ["full_attention", "full_attention"]},
     ],
 )
@@ -140,6 +140,18 @@ def test_heads_that_follow_from_others() -> None:
     llama = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 64}
     assert between(llama, {**llama, "num_key_value_heads": 4, "head_dim": 16}) == []
     assert between(llama, {**llama, "num_key_value_heads": 2}) == [("num_key_value_heads", "meaning")]
+
+
+def test_settings_that_a_class_reads_under_two_names() -> None:
+    older = {"model_type": "gemma", "hidden_act": "gelu", "hidden_activation": None}
+    newer = {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    assert between(older, newer) == [("hidden_act", "behaviour")]
+    assert between({**older, "hidden_activation": "gelu_pytorch_tanh"}, newer) == []
+    gemma2 = {"model_type": "gemma2", "sliding_window": 4096}
+    assert between({**gemma2, "sliding_window_size": 4096}, gemma2) == []
+    assert between({"model_type": "gpt2", "n_ctx": 1024}, {"model_type": "gpt2", "n_ctx": 512}) == [
+        ("n_positions", "behaviour")
+    ]
 
 
 def test_a_window_that_is_not_used() -> None:

@@ -98,7 +98,7 @@ _TABLE = {
     ),
     "gpt2": (
         "activation_function=gelu_new layer_norm_epsilon=1e-05 n_head=12 n_positions=1024 scale_attn_weights=true "
-        "summary_type=cls_index"
+        "summary_proj_to_labels=true summary_type=cls_index summary_use_proj=true"
     ),
     "gpt_neo": (
         "activation_function=gelu_new hidden_size=2048 layer_norm_epsilon=1e-05 max_position_embeddings=2048 "
@@ -109,9 +109,7 @@ _TABLE = {
         "num_attention_heads=64 partial_rotary_factor=0.25 rope_theta=10000.0 use_parallel_residual=true"
     ),
     "gptj": "activation_function=gelu_new layer_norm_epsilon=1e-05 n_head=16 n_positions=2048 rotary_dim=64",
-    "codegen": (
-        "activation_function=gelu_new layer_norm_epsilon=1e-05 n_ctx=2048 n_head=16 n_positions=2048 rotary_dim=64"
-    ),
+    "codegen": ("activation_function=gelu_new layer_norm_epsilon=1e-05 n_head=16 n_positions=2048 rotary_dim=64"),
     "opt": (
         "activation_function=relu do_layer_norm_before=true hidden_size=768 max_position_embeddings=2048 "
         "num_attention_heads=12"
@@ -227,7 +225,7 @@ _TABLE = {
     ),
     "electra": (
         "hidden_act=gelu hidden_size=256 layer_norm_eps=1e-12 max_position_embeddings=512 num_attention_heads=4 "
-        "summary_activation=gelu summary_type=first"
+        "summary_activation=gelu summary_type=first summary_use_proj=true"
     ),
     "distilbert": "activation=gelu max_position_embeddings=512 n_heads=12",
     "albert": (

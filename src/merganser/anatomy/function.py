@@ -51,7 +51,12 @@ _ALIASES = {
     "global_rope_theta": "rope_theta",
     "local_rope_theta": "rope_local_base_freq",
     "rotary_pct": "partial_rotary_factor",
+    "sliding_window_size": "sliding_window",
+    "n_ctx": "n_positions",
+    "max_sequence_length": "max_position_embeddings",
 }
+"""Settings that some classes call otherwise. Where a config has both names, the second counts."""
+
 _TEXT = ("text_config", "llm_config", "language_config", "text", "llm", "language_model")
 _MOST_DEPTH = 6
 
@@ -78,14 +83,14 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
             continue
         a, b = ours.get(key), theirs.get(key)
         kind = _kind_between(key, a, b)
-        if kind is not None and not _same(a, b):
-            # what the class takes for an absent key is not known
-            unsaid = kind == "meaning" and (key not in ours or key not in theirs)
+        if kind is not None and not _same(key, a, b):
+            # what the class takes where nothing is said is not known
+            unsaid = kind == "meaning" and (a is None or b is None)
             found.append(Difference(key, "unknown" if unsaid else kind, a, b))
     return found
 
 
-def _same(first: Any, second: Any) -> bool:
+def _same(key: str, first: Any, second: Any) -> bool:
     """Return whether two values are the same setting; no value is the same as one that does nothing.
 
     Lists of other lengths go with other numbers of layers, which tensors show.
@@ -94,7 +99,8 @@ def _same(first: Any, second: Any) -> bool:
         return True
     if first is None or second is None:
         other = second if first is None else first
-        return other is None or other is False or other in ([], {}, "")
+        nothing = NEUTRAL.get(key.rpartition(".")[2])
+        return other is None or other is False or other in ([], {}, "") or other == nothing
     return bool(first == second)
 
 
@@ -159,7 +165,11 @@ def _is_config(key: str) -> bool:
 
 def _canonical(scope: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of one scope, with names, spellings and defaults made alike."""
-    raw = {**class_defaults(scope.get("model_type")), **{_ALIASES.get(key, key): value for key, value in scope.items()}}
+    given = {_ALIASES.get(key, key): value for key, value in scope.items() if _ALIASES.get(key, key) not in scope}
+    raw = {**class_defaults(scope.get("model_type")), **given, **scope}
+    if raw.get("hidden_activation") is not None:
+        # Gemma's classes look at this one first
+        raw["hidden_act"] = raw["hidden_activation"]
     raw |= _rope(raw)
     raw |= _derived(raw, scope)
     found: dict[str, Any] = {}
@@ -167,7 +177,7 @@ def _canonical(scope: Mapping[str, Any]) -> dict[str, Any]:
         if key == "model_type":
             if isinstance(value, str):
                 found[key] = value
-        elif kind_of(key) is not None:
+        elif key not in _ALIASES and key != "hidden_activation" and kind_of(key) is not None:
             found[key] = _value(key, value)
     return found
 
@@ -177,7 +187,7 @@ def _value(key: str, value: Any) -> Any:
         return _labels(value)
     if isinstance(value, str) and kind_of(key) == "meaning":
         return _ACTIVATIONS.get(value.lower(), value)
-    return None if key in NEUTRAL and value == NEUTRAL[key] else value
+    return value
 
 
 def _labels(value: Any) -> dict[str, str] | None:

@@ -74,7 +74,7 @@ _SHOWN = words(
     max_target_positions max_relative_positions encoder_stride pooler_output_size first_k_dense_replace mlp_only_layers
     moe_layer_freq decoder_sparse_step moe_layers interleave_moe_layer_step mlp_layer_types cross_attention_layers
     layers_block_type num_hidden_groups inner_group_num no_rope_layer_interval sliding_window_pattern
-    global_attn_every_n_layers full_attention_interval"""
+    image_seq_length global_attn_every_n_layers full_attention_interval"""
 )
 _NO_PART = re.compile(
     r"""
