@@ -24,7 +24,7 @@ from .plan.plan import Plan
 from .plan.side_files import chat_template, code_warnings, side_files
 from .plan.slices import align_slices
 from .plan.tensor import PlannedTensor
-from .plan.tokenizers import compare_tokenizers
+from .plan.vocabularies import compare_tokens
 from .plan.whole_models import align_models
 from .sidecars.plan import plan_sidecars, sidecar_memory
 
@@ -77,7 +77,7 @@ def build_plan(
     members = _open_all(recipe, cache_dir)
     alignment, drafts = _drafts(recipe, resolver, members)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
-    agreement += compare_tokenizers(recipe, members, alignment)
+    agreement += compare_tokens(recipe, members, alignment)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     template = chat_template(recipe, members)

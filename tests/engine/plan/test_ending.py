@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from merganser.engine.merge import merge, plan
-from tests.engine.plan.test_tokenizers import TOKENS, linear, tokenizer
+from tests.engine.plan.test_vocabularies import TOKENS, linear, tokenizer
 from tests.making import llama, llama_config, read_json, write_model
 
 # ids 28 to 31

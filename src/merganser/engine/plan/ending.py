@@ -15,7 +15,7 @@ from ...tokenizer.vocabulary import Vocabulary, read_vocabulary
 from ...wording import some
 from .alignment import Member
 from .side_files import read_chat_template
-from .tokenizers import tokenizer_files, tokenizer_owner
+from .vocabularies import tokenizer_files, tokenizer_owner
 
 __all__ = ["Ending", "agree_on_ending"]
 

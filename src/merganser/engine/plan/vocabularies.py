@@ -14,7 +14,7 @@ from ...tokenizer.vocabulary import Vocabulary, read_vocabulary, same_vocabulary
 from ...wording import plural, some
 from .alignment import Alignment, Member
 
-__all__ = ["compare_tokenizers", "tokenizer_files", "tokenizer_owner"]
+__all__ = ["compare_tokens", "tokenizer_files", "tokenizer_owner"]
 
 _BY_TOKEN = "merging rows by their tokens (tokenizer: union) comes with a later version"
 _LONGEST = 40
@@ -35,7 +35,7 @@ def tokenizer_owner(recipe: Recipe) -> ModelReference:
     return recipe.tokenizer_donor or recipe.donor
 
 
-def compare_tokenizers(recipe: Recipe, members: Mapping[ModelReference, Member], alignment: Alignment) -> list[str]:
+def compare_tokens(recipe: Recipe, members: Mapping[ModelReference, Member], alignment: Alignment) -> list[str]:
     """Compare the tokens of the models whose rows make the output's, and of the one that gives the tokenizer.
 
     Files of the same bytes are not parsed. A model without a tokenizer is not compared.
