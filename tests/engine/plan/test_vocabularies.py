@@ -100,6 +100,14 @@ def test_layers_between_the_ends_need_no_tokenizer(tmp_path: Path) -> None:
         plan({"merge_method": "passthrough", "slices": slices[:2]})
 
 
+def test_a_tokenizer_source_without_a_tokenizer(tmp_path: Path) -> None:
+    paths = models(tmp_path, tokenizer(TOKENS), None, None)
+    with pytest.raises(CheckpointError, match=f"^{paths[1]}: has no files of a tokenizer"):
+        plan(linear(paths, tokenizer_source=str(paths[1])))
+    # there is none to lose
+    assert plan(linear(paths[1:], tokenizer_source=str(paths[2]))).warnings == []
+
+
 def test_a_tokenizer_source_with_more_tokens_than_rows(tmp_path: Path) -> None:
     paths = models(tmp_path, tokenizer(TOKENS), tokenizer(TOKENS, [*SPECIAL, "<tool>"]))
     with pytest.raises(CheckpointError, match=r"1 token behind the last of the 32 rows .*'<tool>' \(32\)"):

@@ -49,9 +49,11 @@ def compare_tokens(recipe: Recipe, members: Mapping[ModelReference, Member], ali
         What the user should know.
 
     Raises:
-        CheckpointError: The same row stands for other tokens in two models, or there are more tokens than rows.
+        CheckpointError: The same row stands for other tokens in two models, or the tokenizer that the recipe asks for
+            is not there or has more tokens than rows.
     """
     owner = tokenizer_owner(recipe)
+    _check_source(recipe, members)
     rows, givers = _rows(alignment, members[recipe.donor])
     if rows is None:
         return []
@@ -91,6 +93,16 @@ def _distinct(members: Mapping[ModelReference, Member]) -> tuple[dict[ModelRefer
 
 def _not_compared(reference: ModelReference, error: CheckpointError) -> str:
     return f"{error}; so the tokens of {reference} were not compared with those of the other models"
+
+
+def _check_source(recipe: Recipe, members: Mapping[ModelReference, Member]) -> None:
+    """Refuse a model without a tokenizer in the place of a donor that has one."""
+    owner, donor = members[tokenizer_owner(recipe)], members[recipe.donor]
+    if owner is not donor and not tokenizer_files(owner.checkpoint) and tokenizer_files(donor.checkpoint):
+        raise CheckpointError(
+            f"{owner.reference}: has no files of a tokenizer, and tokenizer_source asks for its own; name a model that has "
+            "one"
+        )
 
 
 def _rows(alignment: Alignment, donor: Member) -> tuple[int | None, list[ModelReference]]:
