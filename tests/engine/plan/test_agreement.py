@@ -92,7 +92,8 @@ def test_labels_in_another_order(tmp_path: Path, head: bool) -> None:
         tensors = llama(i, head=False)
         if head:
             tensors["score.weight"] = torch.ones(2, HIDDEN)
-        config = {**llama_config(tied=True), "id2label": dict(enumerate(labels))}
+        architecture = "LlamaForSequenceClassification" if head else "LlamaForCausalLM"
+        config = {**llama_config(tied=True), "architectures": [architecture], "id2label": dict(enumerate(labels))}
         paths.append(write_model(tmp_path / f"m{i}", tensors, config))
     recipe = make_recipe("linear", paths, parameters={"weight": 0.5})
     if head:
