@@ -77,18 +77,15 @@ def compare_vocabularies(first: Vocabulary, second: Vocabulary, rows: int) -> Co
     """
     if first.numbered != second.numbered or first.spelling != second.spelling:
         return Comparison(comparable=_same_up_to_shift(first.tokens, second.tokens))
-    ours, theirs = first.tokens, second.tokens
+    ours, theirs = _rows_of(first, rows), _rows_of(second, rows)
     if ours == theirs:
         return Comparison(same=len(ours))
+    other = sorted(number for number in ours.keys() | theirs.keys() if ours.get(number) != theirs.get(number))
+    found = Comparison(same=len(ours.keys() & theirs.keys()) - sum(n in ours and n in theirs for n in other))
     both = set(ours.values()) & set(theirs.values())
-    found = Comparison()
-    for number in sorted(ours.keys() | theirs.keys()):
+    for number in other:
         a, b = ours.get(number), theirs.get(number)
-        if number >= rows:
-            break
-        if a == b:
-            found.same += 1
-        elif a is None or b is None:
+        if a is None or b is None:
             if not is_placeholder(token := a or b or ""):
                 (found.only_second if a is None else found.only_first)[number] = token
         elif is_placeholder(a) or is_placeholder(b):
@@ -101,6 +98,12 @@ def compare_vocabularies(first: Vocabulary, second: Vocabulary, rows: int) -> Co
         else:
             found.replaced.append(Renamed(number, a, b))
     return found
+
+
+def _rows_of(vocabulary: Vocabulary, rows: int) -> Mapping[int, str]:
+    """Return the tokens that have a row."""
+    tokens = vocabulary.tokens
+    return tokens if max(tokens, default=0) < rows else {n: token for n, token in tokens.items() if n < rows}
 
 
 def _same_up_to_shift(first: Mapping[int, str], second: Mapping[int, str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = ["Ending", "agree_on_ending"]
 GENERATION_CONFIG = "generation_config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _END = "eos_token_id"
+_LONGEST = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,8 @@ def agree_on_ending(
 
 
 def _generation_config(member: Member) -> dict[str, Any]:
-    found = [path for path in member.checkpoint.side_files if path.name == GENERATION_CONFIG]
-    return read_object(found[0]) if found else {}
+    file = member.checkpoint.path / GENERATION_CONFIG
+    return read_object(file) if file in member.checkpoint.side_files else {}
 
 
 def _special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,6 +109,12 @@ def _ends(vocabulary: Vocabulary, last: str | None, template: str | None) -> tup
     return found, [] if known & set(turns) else turns
 
 
+def _shown(value: Any) -> str:
+    """Return a value of a config as JSON, the beginning of a long one."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
 def _said(
     owner: Member,
     before: Mapping[str, Any],
@@ -116,7 +124,11 @@ def _said(
 ) -> list[str]:
     """Say what was changed, and which end of a turn is no token."""
     warnings = []
-    changed = [f"{key} is {after[key]}, not {before.get(key)}" for key in _IDS if after.get(key) != before.get(key)]
+    changed = [
+        f"{key} is {_shown(after[key])}, not {_shown(before.get(key))}"
+        for key in _IDS
+        if after.get(key) != before.get(key)
+    ]
     if changed:
         warnings.append(f"config.json: goes with the tokenizer of {owner.reference}: {some(changed)}")
     if added:
