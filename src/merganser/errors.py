@@ -76,5 +76,11 @@ class UnsupportedError(MergeError, NotImplementedError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    spellings = {_folded(each): each for each in known}
+    near = difflib.get_close_matches(_folded(str(word)), list(spellings), n=1, cutoff=0.6)
+    return f" Did you mean {spellings[near[0]]!r}?" if near else ""
+
+
+def _folded(word: str) -> str:
+    """Return a word without what people confuse in names: capitals, hyphens, blanks."""
+    return word.strip().casefold().replace("-", "_").replace(" ", "_")

@@ -11,7 +11,8 @@ import yaml
 
 from merganser.errors import NotFoundError, RecipeError
 from merganser.recipe import document
-from merganser.recipe.document import parse_mapping, parse_text, plain, read_text
+from merganser.recipe.document import parse_mapping, parse_text, plain
+from merganser.recipe.reading import read_text
 
 
 @pytest.fixture(params=["C", "Python"], autouse=True)

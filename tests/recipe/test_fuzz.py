@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from merganser.errors import MergeError
 from merganser.recipe import check_layer_ranges, check_recipe, load_recipe, load_recipes
-from merganser.recipe.load import KEYS, MODEL_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS
+from merganser.recipe.keys import KEYS, MODEL_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS
 
 WILD = [file.read_text(encoding="utf-8") for file in sorted(Path(__file__).with_name("wild").glob("*.yaml"))]
 WORDS = [

@@ -14,6 +14,7 @@ KEYS = (
     "tokenizer, chat_template, compat, random_seed"
 )
 LATER = "comes in a later version"
+UNION = f"the union of tokenizers, which {LATER}; name the model whose tokenizer to keep, or 'base'"
 
 
 def _source(layer_range: str) -> str:
@@ -128,7 +129,7 @@ def _source(layer_range: str) -> str:
         ),
         (
             _source("[0, 2]") + "    layer_range: [0, 2]\n",
-            "<recipe>:6 slices[0]: unknown key 'layer_range'. Allowed: sources, parameters, base_model, residual_weight",
+            "<recipe>:6 slices[0]: unknown key 'layer_range'. Write it beside 'model' in the 'sources' of a slice. Allowed: sources, parameters, base_model, residual_weight",
         ),
         (LINEAR + "parameters: 3\n", "<recipe>:3 parameters: expected a mapping, got 3"),
         (LINEAR + "parameters:\n  weight:\n", "<recipe>:4 parameters: 'weight' has no value"),
@@ -175,7 +176,8 @@ def test_malformed(text: str, message: str) -> None:
     [
         (
             "merge_method: linear\nmodules: {text_decoder: {models: [{model: a}]}}\n",
-            "<recipe>:2 modules: recipes for models of several parts come in a later version; write 'models' or 'slices'",
+            "<recipe>:2 modules: recipes for models of several parts come in a later version; write 'models' or 'slices', "
+            "or name the only module 'default'",
         ),
         *(
             (
@@ -188,14 +190,14 @@ def test_malformed(text: str, message: str) -> None:
         *(
             (
                 f"{LINEAR}{key}\n",
-                f"<recipe>:3 {place}: the union of tokenizers {LATER}; name the model whose tokenizer to keep",
+                f"<recipe>:3 {place}: this asks for {UNION}",
             )
             for key, place in [
                 ("tokenizer_source: union", "tokenizer_source"),
                 ("tokenizer: {source: union}", "tokenizer.source"),
             ]
         ),
-        (LINEAR + "tokenizer: {}\n", f"<recipe>:3 tokenizer: the union of tokenizers {LATER}"),
+        (LINEAR + "tokenizer: {}\n", f"<recipe>:3 tokenizer: without a 'source' this asks for {UNION}"),
         *(
             (
                 f"{LINEAR}tokenizer: {{source: a, {key}}}\n",
@@ -225,7 +227,7 @@ def test_later_features(text: str, message: str) -> None:
             "'merge_method: linear': there is no such recipe file; a YAML text needs a line break to be taken for one",
         ),
         ("a\0b", RecipeError, r"'a\x00b': the recipe cannot be read: embedded null byte"),
-        ("a: \ud800\n", RecipeError, "<recipe>: not valid YAML: half a surrogate pair"),
+        ("a: \ud800\n", RecipeError, "<recipe>:1: not valid YAML: half a surrogate pair"),
         ({"merge_method": "linear", "models": [{"modl": "a"}]}, RecipeError, "<recipe> models[0]: unknown key 'modl'. "
          "Did you mean 'model'? Allowed: model, parameters, name"),
     ],

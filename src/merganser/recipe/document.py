@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
-from ..errors import NotFoundError, RecipeError
-from .place import Node, Place, Scalar, shown
+from ..errors import RecipeError
+from .place import Node, Place
+from .reading import MAX_BYTES
+from .scalar import FLOAT, Scalar, finite, read_scalar, shown, why_no_text
 
-MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
 MAX_DEPTH = 64
 MAX_KEY = 200
-MAX_INTEGER = 2**63
 
-# mergekit users write 1e-4, which YAML 1.1 takes for a text
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
-_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_NULLS = ("", "~", "null", "Null", "NULL")
-_FLAGS = {
-    spelling: value
-    for word, value in [("yes", True), ("no", False), ("true", True), ("false", False), ("on", True), ("off", False)]
-    for spelling in (word, word.capitalize(), word.upper())
-}
 _CORE = "tag:yaml.org,2002:"
 _TAGS = {"str": str, "int": int, "float": (int, float), "bool": bool, "null": type(None), "seq": list, "map": dict}
 _LOADER = cast(type[yaml.SafeLoader], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -40,7 +27,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that would be read as a number."""
 
 
-_Dumper.add_implicit_resolver(f"{_CORE}float", _FLOAT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver(f"{_CORE}float", FLOAT, list("-+.0123456789"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +37,6 @@ class Document:
     root: Node
     file: str
     text: str
-
-
-def read_text(path: Path) -> str:
-    """Read a recipe file.
-
-    Raises:
-        NotFoundError: There is no such file.
-        RecipeError: It cannot be read, is too large, or not UTF-8.
-    """
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: there is no such recipe file") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path}: this is a folder; give the recipe file in it") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RecipeError(f"{shown(str(path))}: the recipe cannot be read: {reason}") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{Place(str(path), line, '')}: the file is not UTF-8 text; save it as UTF-8") from None
 
 
 def parse_text(text: str, file: str) -> list[Document]:
@@ -89,6 +52,10 @@ def parse_text(text: str, file: str) -> list[Document]:
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{file}: a recipe may have {MAX_BYTES:,} characters at most")
+    mark = text.find("\n\ufeff")
+    if mark >= 0:
+        where = Place(file, text.count("\n", 0, mark) + 2, "")
+        raise RecipeError(f"{where}: a byte-order mark inside the text, as of two files put together; remove it")
     builder = _Builder(file)
     starts: list[int] = []
     roots: list[Node] = []
@@ -102,8 +69,9 @@ def parse_text(text: str, file: str) -> list[Document]:
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise RecipeError(f"{Place(file, line, '')}: not valid YAML: a character that is not allowed") from None
-    except UnicodeEncodeError:
-        raise RecipeError(f"{file}: not valid YAML: half a surrogate pair") from None
+    except UnicodeEncodeError as error:
+        line = text[: error.start].count("\n") + 1
+        raise RecipeError(f"{Place(file, line, '')}: not valid YAML: half a surrogate pair") from None
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(error, text, file) from None
     lines = text.splitlines(keepends=True)
@@ -124,6 +92,8 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str) -> RecipeEr
         problem = "a tab cannot indent a line; use spaces"
     elif start and error.problem and start.line + 1 != line:
         problem = f"{error.problem} {error.context}, which starts in line {start.line + 1}"
+    elif "escape" in str(error.problem):
+        problem = f"{error.problem}: in double quotes a backslash starts an escape; use single quotes, or '/' in a path"
     return RecipeError(f"{Place(file, line, '')}: not valid YAML: {problem}")
 
 
@@ -219,7 +189,9 @@ class _Builder:
             for key in value:
                 if not isinstance(key, str) or len(key) > MAX_KEY:
                     raise self.error(0, f"a key must be a short text, got {shown(key)}")
-            return Node({str.__str__(key): self.convert(child, depth + 1) for key, child in value.items()}, 0)
+            return Node(
+                {self._text(str.__str__(key), 0): self.convert(child, depth + 1) for key, child in value.items()}, 0
+            )
         if isinstance(value, list | tuple):
             return Node([self.convert(child, depth + 1) for child in value], 0)
         if isinstance(value, os.PathLike):
@@ -228,11 +200,12 @@ class _Builder:
         if value is None or isinstance(value, bool):
             return Node(value, 0)
         if isinstance(value, str):
-            return Node(str.__str__(value), 0)
-        if isinstance(value, int):
-            return Node(self._finite(int(value), 0), 0)
-        if isinstance(value, float):
-            return Node(self._finite(float(value), 0), 0)
+            return Node(self._text(str.__str__(value), 0), 0)
+        if isinstance(value, int | float):
+            try:
+                return Node(finite(int(value) if isinstance(value, int) else float(value)), 0)
+            except ValueError as error:
+                raise self.error(0, str(error)) from None
         raise self.error(0, f"a recipe holds texts, numbers, flags, lists and mappings, got {type(value).__name__!r}")
 
     def _expects_key(self) -> bool:
@@ -240,6 +213,7 @@ class _Builder:
 
     def _start_pair(self, key: str, line: int) -> None:
         self._check_size(1, len(self.open) + 1, line)
+        self._text(key, line)
         if len(key) > MAX_KEY:
             raise self.error(line, f"a key of {len(key):,} characters; {MAX_KEY} are allowed")
         pairs = cast(dict[str, Node], self.open[-1].node.value)
@@ -291,34 +265,20 @@ class _Builder:
         if not isinstance(value, cast(Any, _TAGS[name])):
             raise self.error(line, f"the tag !!{name} does not fit {shown(value)}")
 
+    def _text(self, text: str, line: int) -> str:
+        problem = why_no_text(text)
+        if problem is not None:
+            raise self.error(line, problem)
+        return text
+
     def _scalar(self, event: yaml.ScalarEvent, line: int) -> Scalar:
-        text: str = event.value
+        text = self._text(event.value, line)
         plain = event.style in (None, "") and event.tag is None
         if event.tag in ("!", f"{_CORE}str") or not (plain or event.tag):
             return text
-        value = self._resolve(text, line)
+        try:
+            value = read_scalar(text)
+        except ValueError as error:
+            raise self.error(line, str(error)) from None
         self._check_tag(event.tag, value, line)
         return value
-
-    def _resolve(self, text: str, line: int) -> Scalar:
-        """Read a plain scalar as YAML 1.1 does, but `1e-4` as the number it is."""
-        if text in _NULLS:
-            return None
-        if text in _FLAGS:
-            return _FLAGS[text]
-        if _NOT_FINITE.fullmatch(text):
-            raise self.error(line, f"{shown(text)} is not a finite number")
-        if _INTEGER.fullmatch(text):
-            # more digits than Python converts are too many here anyway
-            return self._finite(int(text.replace("_", "")[:40]), line)
-        if _FLOAT.fullmatch(text):
-            return self._finite(float(text.replace("_", "")), line)
-        return text
-
-    def _finite(self, number: int | float, line: int) -> int | float:
-        """Refuse numbers that no setting can mean."""
-        if isinstance(number, int) and abs(number) >= MAX_INTEGER:
-            raise self.error(line, "a number of too many digits")
-        if not math.isfinite(number):
-            raise self.error(line, f"{number} is not a finite number")
-        return number

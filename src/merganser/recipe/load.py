@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 from ..errors import NotFoundError, RecipeError, UnsupportedError, did_you_mean
-from .document import MAX_BYTES, Document, parse_mapping, parse_text, read_text
+from ..wording import some
+from .document import Document, parse_mapping, parse_text
+from .keys import KEYS, MODEL_KEYS, MODULE_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
 from .model import Recipe, Slice, Source
-from .place import Entry, Node, Place, shown
+from .place import Entry, Node, Place
+from .reading import MAX_BYTES, read_text, shown_path
 from .reference import ModelReference
+from .scalar import CONTROL, MAX_INTEGER, shown
 from .setting import Setting
 from .templates import AUTO, CHAT_TEMPLATES
 
@@ -23,26 +28,10 @@ DTYPE_ALIASES = {
     **dict.fromkeys(("fp32", "f32", "float", "single", "torch.float32"), "float32"),
     **dict.fromkeys(("fp64", "f64", "double", "torch.float64"), "float64"),
 }
-KEYS = (
-    "name",
-    "merge_method",
-    "models",
-    "slices",
-    "modules",
-    "base_model",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-    "compat",
-    "random_seed",
-)
-MODEL_KEYS = ("model", "parameters", "name")
-SOURCE_KEYS = ("model", "layer_range", "parameters")
-SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
-TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
+MAX_STAGE_NAME = 255
+"""Bytes: what file systems allow."""
+
+_UNION = "the union of tokenizers, which comes in a later version; name the model whose tokenizer to keep, or 'base'"
 
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
 
@@ -51,7 +40,7 @@ def load_recipe(source: RecipeSource) -> Recipe:
     """Load the one recipe of a file, a YAML text or a mapping.
 
     Args:
-        source: A path; a text with a line break is the YAML itself.
+        source: A path, or `-` for standard input; a text with a line break is the YAML itself.
 
     Raises:
         RecipeError: It is not a valid recipe, or there are several.
@@ -63,21 +52,23 @@ def load_recipe(source: RecipeSource) -> Recipe:
         raise RecipeError(
             f"{documents[0].file}: expected one recipe, got {len(documents)} documents; load_recipes reads them all"
         )
-    return _recipe(documents[0])
+    return _recipe(documents[0], frozenset())
 
 
 def load_recipes(source: RecipeSource) -> list[Recipe]:
     """Load all recipes of a source, in an order in which each may use those before it by their `name`.
 
     Args:
-        source: A path; a text with a line break is the YAML itself.
+        source: A path, or `-` for standard input; a text with a line break is the YAML itself.
 
     Raises:
         RecipeError: A recipe is not valid, or the names are not unique, or stages need each other in a circle.
         NotFoundError: There is no such file.
         UnsupportedError: It asks for what a later version brings.
     """
-    recipes = [_recipe(document) for document in _documents(source)]
+    documents = _documents(source)
+    names = frozenset(name for document in documents if isinstance(name := _value(document, "name"), str))
+    recipes = [_recipe(document, names) for document in documents]
     return _stages(recipes) if len(recipes) > 1 else recipes
 
 
@@ -87,7 +78,7 @@ def _documents(source: RecipeSource) -> list[Document]:
     if isinstance(source, str) and "\n" in source:
         file, text = "<recipe>", source
     else:
-        file = str(source)
+        file = shown_path(Path(source))
         try:
             text = read_text(Path(source))
         except NotFoundError:
@@ -102,6 +93,12 @@ def _documents(source: RecipeSource) -> list[Document]:
     return documents
 
 
+def _value(document: Document, key: str) -> object:
+    """Return the value of a top-level key before anything is checked; None without one."""
+    pairs = document.root.value
+    return pairs[key].value if isinstance(pairs, dict) and key in pairs else None
+
+
 def _stages(recipes: list[Recipe]) -> list[Recipe]:
     """Check the names of stages, and sort: a stage after those that it uses, otherwise as written."""
     unnamed = [recipe for recipe in recipes if recipe.name is None]
@@ -114,73 +111,121 @@ def _stages(recipes: list[Recipe]) -> list[Recipe]:
         if recipe.name in stages:
             first = stages[recipe.name].place
             raise RecipeError(f"{recipe.place}: the name {shown(recipe.name)} is taken by the recipe at {first}")
-        parts = re.split(r"[/\\]", recipe.name)
-        if not all(part.strip(". ") for part in parts):
-            raise RecipeError(f"{recipe.place} name: {shown(recipe.name)} must be usable as the name of a folder")
+        _check_stage_name(recipe, recipe.name)
         stages[recipe.name] = recipe
+    return _sorted([*stages.values(), *unnamed])
+
+
+def _check_stage_name(recipe: Recipe, name: str) -> None:
+    """Refuse names that no folder can have; the result of a stage lies in one of its name."""
+    where = f"{recipe.place} name: {shown(name)}"
+    if not all(part.strip(". ") for part in re.split(r"[/\\]", name)) or CONTROL.search(name):
+        raise RecipeError(f"{where} must be usable as the name of a folder")
+    length = len(name.encode()) + sum(2 * name.count(letter) for letter in "%/\\")
+    if length > MAX_STAGE_NAME:
+        raise RecipeError(
+            f"{where} is too long for the name of a folder: {length} bytes, where '/', '\\' and '%' count as three; "
+            f"{MAX_STAGE_NAME} are allowed"
+        )
+
+
+def _sorted(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Put a stage after those that it uses, and otherwise keep the order as written."""
+    numbers = {recipe.name: number for number, recipe in enumerate(recipes) if recipe.name is not None}
+    needs = [{numbers[m.path] for m in recipe.references() if m.path in numbers} for recipe in recipes]
+    users: dict[int, list[int]] = {}
+    for user, needed in enumerate(needs):
+        for number in needed:
+            users.setdefault(number, []).append(user)
+    waits = [len(needed) for needed in needs]
+    # sorted, so it is a heap already
+    ready = [number for number, count in enumerate(waits) if count == 0]
     ordered: list[Recipe] = []
-    left = [recipe for recipe in recipes if recipe.name is not None] + unnamed
-    while left:
-        waiting = {recipe.name for recipe in left}
-        ready = next((r for r in left if not any(model.path in waiting for model in r.references())), None)
-        if ready is None:
-            names = ", ".join(shown(recipe.name) for recipe in left if recipe.name)
-            raise RecipeError(f"{left[0].place}: these recipes need each other's results in a circle: {names}")
-        ordered.append(ready)
-        left.remove(ready)
+    while ready:
+        number = heapq.heappop(ready)
+        ordered.append(recipes[number])
+        for user in users.get(number, ()):
+            waits[user] -= 1
+            if waits[user] == 0:
+                heapq.heappush(ready, user)
+    if len(ordered) < len(recipes):
+        left = [recipe for recipe, count in zip(recipes, waits, strict=True) if count]
+        names = some([shown(recipe.name) for recipe in left if recipe.name])
+        raise RecipeError(f"{left[0].place}: these recipes need each other's results in a circle: {names}")
     return ordered
 
 
-def _recipe(document: Document) -> Recipe:
-    root = Entry(document.root, Place(document.file, document.root.line, ""))
+def _recipe(document: Document, stages: Collection[str]) -> Recipe:
+    """Read one document; `stages` are the names of all that the file has."""
+    compat = _value(document, "compat")
+    method = _value(document, "merge_method")
+    unknown = UnknownKeys(method if isinstance(method, str) else None, ignore=compat == "mergekit")
+    root = Entry(document.root, Place(document.file, document.root.line, ""), unknown)
     if not isinstance(root.value, dict):
         raise root.error(f"a recipe is a mapping with lines such as 'merge_method: linear', got {shown(root.value)}")
+    refuse_foreign(root)
     fields = root.mapping(KEYS, required=["merge_method"])
-    _one_of_models_slices_modules(root, fields)
-    warnings: list[str] = []
-    reader = _Reader(warnings)
-    compat = fields["compat"].choice(["mergekit"]) if "compat" in fields else None
+    if "tokenizer" in fields and "tokenizer_source" in fields:
+        raise fields["tokenizer"].error("give 'tokenizer' or 'tokenizer_source', not both")
+    body = _body(root, fields)
+    reader = _Reader(unknown.warnings, stages)
     recipe = Recipe(
         name=fields["name"].text() if "name" in fields else None,
         merge_method=fields["merge_method"].text(),
-        models=tuple(reader.model(item) for item in fields["models"].items()) if "models" in fields else (),
-        slices=tuple(reader.slice(item) for item in fields["slices"].items()) if "slices" in fields else (),
+        models=tuple(reader.model(item) for item in body["models"].items()) if "models" in body else (),
+        slices=tuple(reader.slice(item) for item in body["slices"].items()) if "slices" in body else (),
         base_model=reader.reference(fields["base_model"]) if "base_model" in fields else None,
-        parameters=reader.parameters(fields),
+        parameters=_over(reader.parameters(body), reader.parameters(fields)),
         dtype=_dtype(fields["dtype"]) if "dtype" in fields else None,
         out_dtype=_dtype(fields["out_dtype"]) if "out_dtype" in fields else None,
         tokenizer_donor=None,
         chat_template=_chat_template(fields["chat_template"]) if "chat_template" in fields else None,
-        compat=cast('Literal["mergekit"] | None', compat),
-        random_seed=_seed(fields["random_seed"]) if "random_seed" in fields else None,
+        compat=cast(
+            'Literal["mergekit"] | None', fields["compat"].choice(["mergekit"]) if "compat" in fields else None
+        ),
+        random_seed=fields["random_seed"].whole_number() if "random_seed" in fields else None,
         place=root.place,
         text=document.text,
-        places={key: value.place for key, value in fields.items()},
-        warnings=tuple(warnings),
+        places={key: value.place for key, value in (body | fields).items()},
     )
-    if "tokenizer" in fields and "tokenizer_source" in fields:
-        raise fields["tokenizer"].error("give 'tokenizer' or 'tokenizer_source', not both")
     source = _tokenizer_source(fields)
-    return replace(recipe, tokenizer_donor=_tokenizer_donor(source, recipe)) if source else recipe
+    donor = _tokenizer_donor(source, recipe, reader) if source else None
+    return replace(recipe, tokenizer_donor=donor, warnings=tuple(unknown.warnings))
 
 
-def _one_of_models_slices_modules(root: Entry, fields: dict[str, Entry]) -> None:
+def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
+    """Return the entries that say what is merged: the recipe's own, or those of its only module."""
     given = [key for key in ("models", "slices", "modules") if key in fields]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
         raise root.error(f"a recipe has exactly one of models, slices and modules, got {found}")
-    if given == ["modules"]:
+    if given != ["modules"]:
+        return {given[0]: fields[given[0]]}
+    modules = fields["modules"].mapping()
+    # mergekit's name for the only part of a language model
+    if list(modules) != ["default"]:
         raise UnsupportedError(
             f"{fields['modules'].place}: recipes for models of several parts come in a later version; "
-            "write 'models' or 'slices'"
+            "write 'models' or 'slices', or name the only module 'default'"
         )
+    module = modules["default"].mapping(MODULE_KEYS)
+    if ("models" in module) == ("slices" in module):
+        raise modules["default"].error("a module has exactly one of models and slices")
+    return module
+
+
+def _over(near: dict[str, Setting], far: dict[str, Setting]) -> dict[str, Setting]:
+    """Return the settings of two levels as one: where no filter of the near one matches, the far one holds."""
+    both = {name: Setting(near[name].rules + far[name].rules, near[name].place) for name in near.keys() & far.keys()}
+    return far | near | both
 
 
 class _Reader:
-    """Read the parts of a recipe, collecting warnings."""
+    """Read the parts of a recipe, collecting warnings; `stages` are names of results that recipes may use as models."""
 
-    def __init__(self, warnings: list[str]) -> None:
+    def __init__(self, warnings: list[str], stages: Collection[str]) -> None:
         self.warnings = warnings
+        self.stages = stages
 
     def model(self, entry: Entry) -> Source:
         fields = entry.mapping(MODEL_KEYS, required=["model"])
@@ -206,7 +251,7 @@ class _Reader:
         )
 
     def reference(self, entry: Entry) -> ModelReference:
-        reference = ModelReference.parse_supported(entry)
+        reference = ModelReference.parse_supported(entry, self.stages)
         if reference.override_architecture:
             self.warnings.append(f"{entry.place}: override_architecture has no effect: tensors are matched by name")
         return replace(reference, override_architecture=None)
@@ -218,16 +263,16 @@ class _Reader:
         settings = {name: Setting.parse(value) for name, value in entry.mapping().items()}
         for name, node in cast("dict[str, Node]", entry.value).items():
             if name not in settings:
-                raise Entry(node, replace(entry.place, line=node.line)).error(f"{shown(name)} has no value")
+                raise RecipeError(f"{replace(entry.place, line=node.line)}: {shown(name)} has no value")
         return settings
 
 
 def _layer_range(entry: Entry) -> tuple[int, int]:
-    nodes: list[Node] = entry.value if isinstance(entry.value, list) else []
-    ends = [node.value for node in nodes]
-    if len(ends) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
-        raise entry.error("expected [first layer, layer after the last], two whole numbers")
-    first, end = cast("list[int]", ends)
+    ends = entry.items() if isinstance(entry.value, list) and entry.value else []
+    try:
+        first, end = (item.whole_number(lowest=-MAX_INTEGER) for item in ends)
+    except ValueError:
+        raise entry.error("expected [first layer, layer after the last], two whole numbers") from None
     if first < 0 or end < 0:
         raise entry.error(f"layers count from 0, got [{first}, {end}]")
     if first == end:
@@ -239,12 +284,6 @@ def _layer_range(entry: Entry) -> tuple[int, int]:
 
 def _dtype(entry: Entry) -> str:
     return entry.choice(DTYPES, DTYPE_ALIASES)
-
-
-def _seed(entry: Entry) -> int:
-    if not isinstance(entry.value, int) or isinstance(entry.value, bool) or entry.value < 0:
-        raise entry.error(f"expected a whole number of at least 0, got {shown(entry.value)}")
-    return entry.value
 
 
 def _chat_template(entry: Entry) -> str:
@@ -271,19 +310,16 @@ def _tokenizer_source(fields: dict[str, Entry]) -> Entry | None:
         if key in parts and parts[key].value != {}:
             raise UnsupportedError(f"{parts[key].place}: changing the vocabulary comes in a later version")
     if "source" not in parts:
-        # mergekit's default
-        raise UnsupportedError(f"{fields['tokenizer'].place}: the union of tokenizers comes in a later version")
+        raise UnsupportedError(f"{fields['tokenizer'].place}: without a 'source' this asks for {_UNION}")
     return parts["source"]
 
 
-def _tokenizer_donor(entry: Entry, recipe: Recipe) -> ModelReference:
+def _tokenizer_donor(entry: Entry, recipe: Recipe, reader: _Reader) -> ModelReference:
     if entry.value == "union":
-        raise UnsupportedError(
-            f"{entry.place}: the union of tokenizers comes in a later version; name the model whose tokenizer to keep"
-        )
+        raise UnsupportedError(f"{entry.place}: this asks for {_UNION}")
     if entry.value == "base":
         return recipe.donor
-    reference = replace(ModelReference.parse_supported(entry), override_architecture=None)
+    reference = reader.reference(entry)
     if reference not in recipe.references():
         known = ", ".join(str(model) for model in recipe.references())
         raise UnsupportedError(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from ..errors import RecipeError, did_you_mean
-
-Scalar: TypeAlias = "str | int | float | bool | None"
-
-_SHOWN = 60
+from .scalar import MAX_INTEGER, Scalar, read_scalar, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +36,30 @@ class Node:
     line: int
 
 
+def refuse_key(key: str, place: Place, allowed: Collection[str], hint: str | None = None) -> None:
+    """Refuse a key that has no meaning where it stands.
+
+    Raises:
+        RecipeError: Always.
+    """
+    hint = did_you_mean(key, allowed) if hint is None else hint
+    raise RecipeError(f"{place}: unknown key {shown(key)}.{hint} Allowed: {', '.join(allowed)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A value of the recipe together with its place, read with the checks that every value needs."""
+    """A value of the recipe together with its place, read with the checks that every value needs.
+
+    Args:
+        node: The parsed value.
+        place: Where it stands.
+        unknown: Called with every key of a mapping that has no meaning there, the place, and the keys that have one;
+            raises, or returns where the key is to be ignored.
+    """
 
     node: Node
     place: Place
+    unknown: Callable[[str, Place, Collection[str]], None] = refuse_key
 
     @property
     def value(self) -> Scalar | list[Node] | dict[str, Node]:
@@ -71,11 +86,10 @@ class Entry:
         entries = {}
         for key, node in self.value.items():
             if allowed is not None and key not in allowed:
-                problem = f"unknown key {shown(key)}.{did_you_mean(key, allowed)} Allowed: {', '.join(allowed)}"
-                raise Entry(node, Place(self.place.file, node.line, self.place.key)).error(problem)
-            if node.value is not None:
+                self.unknown(key, Place(self.place.file, node.line, self.place.key), allowed)
+            elif node.value is not None:
                 path = f"{self.place.key}.{key}" if self.place.key else key
-                entries[key] = Entry(node, Place(self.place.file, node.line, path))
+                entries[key] = Entry(node, Place(self.place.file, node.line, path), self.unknown)
         for key in required:
             if key not in entries:
                 raise self.error(f"{key!r} is missing")
@@ -92,7 +106,7 @@ class Entry:
         if not self.value:
             raise self.error("the list is empty")
         return [
-            Entry(node, Place(self.place.file, node.line, f"{self.place.key}[{i}]"))
+            Entry(node, Place(self.place.file, node.line, f"{self.place.key}[{i}]"), self.unknown)
             for i, node in enumerate(self.value)
         ]
 
@@ -111,6 +125,22 @@ class Entry:
             raise self.error(f"a text of {len(self.value):,} characters; {longest:,} are allowed")
         return self.value
 
+    def whole_number(self, lowest: int = 0) -> int:
+        """Return a whole number; quotes around it and zeros behind its point do not matter, as in mergekit.
+
+        Raises:
+            RecipeError: This is none, or one below `lowest`.
+        """
+        value = self.value
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = read_scalar(value)
+        if isinstance(value, float) and value.is_integer() and abs(value) < MAX_INTEGER:
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise self.error(f"expected a whole number of at least {lowest}, got {shown(self.value)}")
+        return value
+
     def choice(self, allowed: Mapping[str, str] | Collection[str], aliases: Mapping[str, str] | None = None) -> str:
         """Return one of the allowed texts.
 
@@ -127,17 +157,3 @@ class Entry:
         alias = (aliases or {}).get(word.lower())
         hint = f" Did you mean {alias!r}?" if alias else did_you_mean(word, allowed)
         raise self.error(f"{shown(self.value)} is not known.{hint} Allowed: {', '.join(allowed)}")
-
-
-def shown(value: object) -> str:
-    """Return a value as messages quote it: short, and naming the kind of lists and mappings."""
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[0] if isinstance(value, str) else ''}"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import UnsupportedError
-from .place import Entry, shown
+from .place import Entry
+from .scalar import CONTROL, shown
 
 _SYNTAX = "path[@revision][+lora[@revision]]"
 _KEYS = ("model", "lora", "override_architecture")
@@ -15,7 +18,8 @@ _KEYS = ("model", "lora", "override_architecture")
 class ModelReference:
     """A checkpoint: a folder, or the id of a model on the Hub.
 
-    A path that has "@" or "+" in its name is written as a mapping: `{path: ./my+model}`.
+    A text that is the path of something that exists is that path, even with "@" or "+" in it; in a mapping, `{path:
+    ./my+model}`, the path is never split.
 
     Args:
         path: Folder or Hub id.
@@ -38,14 +42,21 @@ class ModelReference:
         return text
 
     @classmethod
-    def parse(cls, entry: Entry) -> ModelReference:
+    def parse(cls, entry: Entry, stages: Collection[str] = ()) -> ModelReference:
         """Read a reference from a recipe.
+
+        Args:
+            entry: The reference.
+            stages: Names of results that a recipe may use as models; they may have "@" and "+" in them, too.
 
         Raises:
             RecipeError: It is neither `path[@revision][+lora[@revision]]` nor a mapping of the same.
         """
         if not isinstance(entry.value, dict):
-            path, plus, lora = entry.text().partition("+")
+            text = _path(entry)
+            if any(sign in text for sign in "@+") and (text in stages or _exists(text)):
+                return cls(text)
+            path, plus, lora = text.partition("+")
             base = cls(*_split(path, entry))
             return cls(base.path, base.revision, *_split(lora, entry)) if plus else base
         # {path, revision} alone, or {model: ..., lora: ..., override_architecture}
@@ -54,7 +65,11 @@ class ModelReference:
         fields = entry.mapping(_KEYS, required=["model"])
         lora_part = _part(fields["lora"]) if "lora" in fields else (None, None)
         architecture = fields["override_architecture"].text() if "override_architecture" in fields else None
-        model = cls.parse(fields["model"]) if isinstance(fields["model"].value, str) else cls(*_part(fields["model"]))
+        model = (
+            cls(*_part(fields["model"]))
+            if isinstance(fields["model"].value, dict)
+            else cls.parse(fields["model"], stages)
+        )
         if model.lora and lora_part[0]:
             raise entry.error(f"two adapters on one model, {model.lora} and {lora_part[0]}; name one")
         return cls(
@@ -66,14 +81,18 @@ class ModelReference:
         )
 
     @classmethod
-    def parse_supported(cls, entry: Entry) -> ModelReference:
+    def parse_supported(cls, entry: Entry, stages: Collection[str] = ()) -> ModelReference:
         """Read a reference, and refuse what this version cannot merge.
+
+        Args:
+            entry: The reference.
+            stages: As for `parse`.
 
         Raises:
             RecipeError: It is not a reference.
             UnsupportedError: It names an adapter.
         """
-        reference = cls.parse(entry)
+        reference = cls.parse(entry, stages)
         if reference.lora:
             raise UnsupportedError(
                 f"{entry.place}: LoRA adapters in references come in a later version, found {shown(reference.lora)}; "
@@ -85,9 +104,28 @@ class ModelReference:
 def _part(entry: Entry) -> tuple[str, str | None]:
     """Read `path`, `path@revision`, or `{path, revision}`, whose path is taken literally."""
     if not isinstance(entry.value, dict):
-        return _split(entry.text(), entry)
+        return _split(_path(entry), entry)
     fields = entry.mapping(("path", "revision"), required=["path"])
-    return fields["path"].text(), fields["revision"].text() if "revision" in fields else None
+    return _path(fields["path"]), fields["revision"].text() if "revision" in fields else None
+
+
+def _path(entry: Entry) -> str:
+    text = entry.text()
+    bad = CONTROL.search(text)
+    if bad is not None:
+        raise entry.error(
+            f"{shown(text)} holds the character {shown(bad[0])}, which is no part of a path; in double quotes a backslash "
+            "starts an escape: use single quotes, or '/'"
+        )
+    return text
+
+
+def _exists(path: str) -> bool:
+    """Return whether something has this path; what the system refuses to look for does not exist."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _split(text: str, entry: Entry) -> tuple[str, str | None]:

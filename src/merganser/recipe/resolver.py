@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError, RecipeError
+from .keys import KEYS
 from .model import Recipe, Slice, Source
-from .place import Place, shown
+from .place import Place
 from .reference import ModelReference
+from .scalar import read_scalar, shown
 from .setting import Rule, Setting, evaluate
 
 if TYPE_CHECKING:
@@ -255,7 +258,13 @@ class Resolver:
             if reason:
                 self.warnings.append(f"{where}: {name} has no effect on {self.method.name}: {reason}")
                 continue
-            parameter = self.method.parameter(name, str(where))
+            try:
+                parameter = self._parameter(name, where)
+            except ParameterError as error:
+                if self.recipe.compat != "mergekit":
+                    raise
+                self.warnings.append(f"{error}; it is ignored, as by mergekit")
+                continue
             self._checked[setting.place] = tuple(
                 replace(rule, values=tuple(_check(parameter, value, rule, where) for value in rule.values))
                 for rule in setting.rules
@@ -265,6 +274,14 @@ class Resolver:
                 if parameter.required and not any(name in level for level in self._shared_levels()):
                     raise ParameterError(f"{where}: {problem}; write it in the recipe's 'parameters'")
                 self.warnings.append(f"{where}: {name} has no effect here: {problem}")
+
+    def _parameter(self, name: str, where: Place) -> Parameter:
+        if name in KEYS and name not in self.method.parameters:
+            raise ParameterError(
+                f"{where}: {shown(name)} is no parameter of {self.method.name} but a key of the recipe; "
+                "write it at the top, not indented"
+            )
+        return self.method.parameter(name, str(where))
 
     def _shared_levels(self) -> Iterable[Mapping[str, Setting]]:
         return [self.recipe.parameters, *(piece.parameters for piece in self.slices)]
@@ -342,6 +359,10 @@ def _schedule_goes_on(chain: Chain) -> bool:
 
 
 def _check(parameter: Parameter, value: object, rule: Rule, where: Place) -> Any:
+    if isinstance(value, str) and parameter.kind != "choice":
+        # mergekit reads quoted numbers, too
+        with contextlib.suppress(ValueError):
+            value = read_scalar(value)
     return parameter.check(value, str(replace(where, line=rule.place.line)))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .place import Entry, Place, shown
+from .place import Entry, Place
+from .scalar import shown
 
 Value: TypeAlias = "str | int | float | bool"
 

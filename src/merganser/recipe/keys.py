@@ -1,0 +1,119 @@
+"""The keys of recipes: which there are, where they belong, and what is done about others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from ..errors import RecipeError, UnsupportedError, did_you_mean
+from .place import Entry, Place, refuse_key
+from .scalar import shown
+
+KEYS = (
+    "name",
+    "merge_method",
+    "models",
+    "slices",
+    "modules",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "compat",
+    "random_seed",
+)
+MODULE_KEYS = ("models", "slices", "parameters")
+MODEL_KEYS = ("model", "parameters", "name")
+SOURCE_KEYS = ("model", "layer_range", "parameters")
+SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
+TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
+
+_PLACES = {
+    "layer_range": "beside 'model' in the 'sources' of a slice",
+    "sources": "in an entry of 'slices'",
+    "residual_weight": "in an entry of 'slices'",
+    "model": "in an entry of 'models', or of the 'sources' of a slice",
+    "revision": "in the model: {path: ..., revision: ...}, or path@revision",
+    "path": "in the model: {path: ..., revision: ...}",
+    "lora": "in the model: {model: ..., lora: ...}",
+    "override_architecture": "in the model: {model: ..., override_architecture: ...}",
+    "filter": "in the value of a parameter: {filter: ..., value: ...}",
+    "value": "in the value of a parameter: {filter: ..., value: ...}",
+    "tokens": "in 'tokenizer'",
+    "pad_to_multiple_of": "in 'tokenizer'",
+    **dict.fromkeys(set(KEYS) - {"name", "models", "parameters"}, "at the top of the recipe, not indented"),
+}
+
+_FOREIGN = {
+    **dict.fromkeys(
+        ("experts", "gate_mode", "experts_per_token", "shared_experts", "positive_prompts", "residual_gate"),
+        "a recipe of mergekit-moe, which builds a mixture of experts; that comes in a later version",
+    ),
+    **dict.fromkeys(
+        ("genome", "layer_granularity", "tasks"),
+        "a recipe of mergekit-evolve, which searches for parameters; that comes in a later version",
+    ),
+    **dict.fromkeys(
+        ("layer_slices", "embedding_source", "lm_head_source"),
+        "a recipe of bakllama; write each entry of 'layer_slices' as a slice of a recipe of passthrough",
+    ),
+}
+
+
+def refuse_foreign(root: Entry) -> None:
+    """Refuse recipes of other commands than merging, which say nothing of a merge method.
+
+    Raises:
+        UnsupportedError: The mapping has no merge method, and a key of such a recipe.
+    """
+    pairs = root.value if isinstance(root.value, dict) else {}
+    found = next((key for key in pairs if key in _FOREIGN), None)
+    if found is not None and "merge_method" not in pairs:
+        place = Place(root.place.file, pairs[found].line, found)
+        raise UnsupportedError(f"{place}: this is {_FOREIGN[found]}")
+
+
+@dataclass(slots=True)
+class UnknownKeys:
+    """What is done about the keys of one recipe that have no meaning where they stand.
+
+    Args:
+        method: Name of the merge method; None where the recipe has none.
+        ignore: Whether they are ignored with a warning, as mergekit ignores them without one.
+        warnings: Takes those warnings.
+    """
+
+    method: str | None
+    ignore: bool
+    warnings: list[str] = field(default_factory=list)
+
+    def __call__(self, key: str, place: Place, allowed: Collection[str]) -> None:
+        """Refuse a key, or note that it is ignored; either says where it belongs.
+
+        Raises:
+            RecipeError: Keys are not ignored.
+        """
+        hint = self._hint(key, allowed)
+        if self.ignore:
+            self.warnings.append(f"{place}: {shown(key)} is ignored, as by mergekit.{hint}".removesuffix("."))
+            return
+        refuse_key(key, place, allowed, hint)
+
+    def _hint(self, key: str, allowed: Collection[str]) -> str:
+        """Return where a key belongs, or what it may be meant to be."""
+        if key in _PLACES:
+            return f" Write it {_PLACES[key]}."
+        if "parameters" in allowed and self._is_parameter(key):
+            return f" It is a parameter of {self.method}: write it below 'parameters'."
+        return did_you_mean(key, allowed)
+
+    def _is_parameter(self, key: str) -> bool:
+        from ..registry import get_method
+
+        try:
+            return self.method is not None and key in get_method(self.method).parameters
+        except RecipeError:
+            return False

@@ -1,0 +1,86 @@
+"""What plain scalars of a recipe mean, and which texts are none."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TypeAlias
+
+Scalar: TypeAlias = "str | int | float | bool | None"
+
+MAX_INTEGER = 2**63
+MAX_DIGITS = 100
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+"""Control characters, which no name or path should have."""
+
+_SHOWN = 60
+
+# mergekit users write 1e-4, which YAML 1.1 takes for a text
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+FLOAT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NULLS = ("", "~", "null", "Null", "NULL")
+_FLAGS = {
+    spelling: value
+    for word, value in [("yes", True), ("no", False), ("true", True), ("false", False), ("on", True), ("off", False)]
+    for spelling in (word, word.capitalize(), word.upper())
+}
+
+
+def read_scalar(text: str) -> Scalar:
+    """Return what a text means where no quotes stand around it: as YAML 1.1 has it, but `1e-4` as the number it is.
+
+    Raises:
+        ValueError: It is infinite, NaN, or an integer beyond 64 bits.
+    """
+    if text in _NULLS:
+        return None
+    if text in _FLAGS:
+        return _FLAGS[text]
+    if _NOT_FINITE.fullmatch(text):
+        raise ValueError(f"{shown(text)} is not a finite number")
+    if not FLOAT.fullmatch(text):
+        return text
+    if len(text) > MAX_DIGITS:
+        # Python converts thousands of digits slowly, or refuses to
+        raise ValueError("a number of too many digits")
+    if _INTEGER.fullmatch(text):
+        return finite(int(text.replace("_", "")))
+    return finite(float(text.replace("_", "")))
+
+
+def finite(number: int | float) -> int | float:
+    """Refuse numbers that no setting can mean."""
+    if isinstance(number, int) and abs(number) >= MAX_INTEGER:
+        raise ValueError("a number of too many digits")
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not a finite number")
+    return number
+
+
+def why_no_text(text: str) -> str | None:
+    """Return why a string is no text that a file or a message can hold; None where it is one."""
+    if "\0" in text:
+        return "this text holds a NUL character (\\0), which no path or name can have"
+    if _SURROGATE.search(text):
+        return "this text holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
+    return None
+
+
+def shown(value: object) -> str:
+    """Return a value as messages quote it: short, and naming the kind of lists and mappings."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) >= 10**_SHOWN:
+        # Python refuses to write thousands of digits
+        return "a number of too many digits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[0] if isinstance(value, str) else ''}"
