@@ -61,8 +61,23 @@ def documents() -> dict[Path, str]:
     pages[docs / "methods" / "README.md"] = method_index(found)
     pages[docs / "errors.md"] = errors_page()
     pages[docs / "cli.md"] = cli_page()
-    pages[ROOT / "src" / "merganser" / "recipe.schema.json"] = json.dumps(json_schema(), indent=1) + "\n"
+    pages[ROOT / "src" / "merganser" / "recipe" / "recipe.schema.json"] = compact_json(json_schema()) + "\n"
     return pages
+
+
+def compact_json(value: object, indent: int = 0, before: int = 0) -> str:
+    """Write JSON with a list or object on one line where it fits or holds none; `before` letters are on the line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or indent + before + len(line) < 120:
+        return line
+    if not any(isinstance(each, dict | list) for each in (value.values() if isinstance(value, dict) else value)):
+        return line
+    keys = [f"{json.dumps(key, ensure_ascii=False)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+    children = value.values() if isinstance(value, dict) else value
+    items = [key + compact_json(child, indent + 1, len(key)) for key, child in zip(keys, children, strict=True)]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    inner = "\n" + " " * (indent + 1)
+    return f"{opening}{inner}" + f",{inner}".join(items) + f"\n{' ' * indent}{closing}"
 
 
 def method_page(method, works: dict[str, dict[str, str]]) -> str:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from merganser.errors import MergeError
 from merganser.method.registry import methods
-from merganser.recipe import json_schema
+from merganser.recipe import check_recipe, json_schema, load_recipe
 from merganser.recipe.document import parse_text, plain
 
 ROOT = Path(__file__).parents[2]
@@ -100,5 +103,94 @@ def test_every_method_and_parameter_is_described() -> None:
     for name, method in methods().items():
         described = schema["$defs"][name]["properties"]
         assert {p.name: p.help for p in method.parameters.values()}.items() <= {
-            key: value["description"] for key, value in described.items()
+            key: value.get("description") for key, value in described.items()
         }.items()
+
+
+def values(name: str) -> st.SearchStrategy[Any]:
+    """Values of a parameter in every form."""
+    numbers = st.sampled_from([0, 1, 0.5, 1.0, "0.5", "1", 1e-4, "1e-4", 2])
+    flags = st.sampled_from([True, False, 0, 1, "true", "No", "1"])
+    one = {"normalize": flags, "rescale": flags, "trim_over": st.sampled_from(["tensor", "model"])}.get(name, numbers)
+    some = one | st.lists(one, min_size=1, max_size=3)
+    rule = st.fixed_dictionaries({"value": some}, optional={"filter": st.sampled_from(["mlp", "*", None])})
+    return st.one_of(some, some, rule, st.lists(rule, min_size=1, max_size=2))
+
+
+NAMES = ["weight", "density", "normalize", "rescale", "t", "scale", "int8_mask", "epsilon", "lambda"]
+parameters = st.one_of(
+    st.none(),
+    *(st.fixed_dictionaries({}, optional={name: values(name) for name in names}) for names in (NAMES[:1], NAMES)),
+)
+references = st.sampled_from(
+    [
+        "a",
+        "b",
+        "c@main",
+        {"path": "d"},
+        {"path": "e", "revision": None},
+        {"model": "f"},
+        {"model": {"path": "g+h"}},
+        "",
+        7,
+    ]
+)
+models = st.lists(
+    st.fixed_dictionaries(
+        {"model": references}, optional={"parameters": parameters, "name": st.sampled_from(["x", None])}
+    ),
+    min_size=1,
+    max_size=3,
+)
+sources = st.lists(
+    st.fixed_dictionaries(
+        {"model": references, "layer_range": st.sampled_from([[0, 2], ["0", 2.0], [2, 4]])},
+        optional={"parameters": parameters},
+    ),
+    min_size=1,
+    max_size=3,
+)
+slices = st.lists(
+    st.fixed_dictionaries(
+        {"sources": sources},
+        optional={"parameters": parameters, "base_model": references, "residual_weight": st.just(1)},
+    ),
+    min_size=1,
+    max_size=2,
+)
+module = st.fixed_dictionaries({"models": models}, optional={"parameters": parameters}) | st.fixed_dictionaries(
+    {"slices": slices, "models": st.none()}
+)
+bodies = st.one_of(
+    st.fixed_dictionaries({"models": models}, optional={"slices": st.none()}),
+    st.fixed_dictionaries({"slices": slices}),
+    st.fixed_dictionaries({"modules": st.fixed_dictionaries({"default": module})}),
+)
+heads = st.fixed_dictionaries(
+    {"merge_method": st.sampled_from(["linear", "passthrough", "ties", "slerp", "della", "karcher"])},
+    optional={
+        "base_model": st.sampled_from(["a", "base", {"path": "b"}, None]),
+        "parameters": st.fixed_dictionaries({"weight": st.sampled_from([1, "0.5"]), "t": st.just(0.5)}) | parameters,
+        "dtype": st.sampled_from(["bfloat16", "float32", None]),
+        "out_dtype": st.none(),
+        "name": st.sampled_from(["stage", None]),
+        "tokenizer_source": st.sampled_from(["base", None]),
+        "tokenizer": st.sampled_from(
+            [None, {"source": "base"}, {"source": "base", "tokens": {}, "pad_to_multiple_of": None}]
+        ),
+        "chat_template": st.sampled_from(["auto", "chatml", "{{ messages }} and some more", None]),
+        "random_seed": st.sampled_from([0, "7", 3.0, None]),
+    },
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(heads, bodies)
+def test_what_loads_is_valid(validator: Draft202012Validator, head: dict[str, Any], body: dict[str, Any]) -> None:
+    try:
+        check_recipe(load_recipe(head | body))
+    except MergeError:
+        event("refused")
+        return
+    event("loads")
+    assert [error.message for error in validator.iter_errors(head | body)] == []

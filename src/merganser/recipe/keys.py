@@ -111,7 +111,7 @@ class UnknownKeys:
         return did_you_mean(key, allowed)
 
     def _is_parameter(self, key: str) -> bool:
-        from ..registry import get_method
+        from ..method.registry import get_method
 
         try:
             return self.method is not None and key in get_method(self.method).parameters

@@ -71,7 +71,7 @@ def _read_bytes(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             _check_stream(path, descriptor)
             os.set_blocking(descriptor, True)
-        with open(descriptor, "rb", closefd=False) as stream:  # noqa: PTH123 (a descriptor has no path)
+        with open(descriptor, "rb", closefd=False) as stream:
             return stream.read(MAX_BYTES + 1)
     finally:
         os.close(descriptor)

@@ -22,7 +22,7 @@ FLOAT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NULLS = ("", "~", "null", "Null", "NULL")
-_FLAGS = {
+FLAGS = {
     spelling: value
     for word, value in [("yes", True), ("no", False), ("true", True), ("false", False), ("on", True), ("off", False)]
     for spelling in (word, word.capitalize(), word.upper())
@@ -37,8 +37,8 @@ def read_scalar(text: str) -> Scalar:
     """
     if text in _NULLS:
         return None
-    if text in _FLAGS:
-        return _FLAGS[text]
+    if text in FLAGS:
+        return FLAGS[text]
     if _NOT_FINITE.fullmatch(text):
         raise ValueError(f"{shown(text)} is not a finite number")
     if not FLOAT.fullmatch(text):

@@ -1,11 +1,17 @@
-"""The JSON schema of recipes, for editors; generated from the registry."""
+"""The JSON schema of recipes, for editors; generated from the registry.
+
+What many methods share (types of values, a setting with its schedules and filters, models and slices) is defined once
+below `$defs`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .load import DTYPES
+from .scalar import FLAGS, FLOAT, MAX_DIGITS
 from .templates import AUTO, CHAT_TEMPLATES
 
 if TYPE_CHECKING:
@@ -13,137 +19,196 @@ if TYPE_CHECKING:
 
 Schema = dict[str, Any]
 
-_FLAG: Schema = {"enum": [True, False, 0, 1]}
-_PARAMETERS: Schema = {"type": ["object", "null"]}
-_REFERENCE: Schema = {"$ref": "#/$defs/reference"}
+_NULL: Schema = {"type": "null"}
+_TEXT: Schema = {"type": "string", "pattern": r"\S"}
 
 
 def json_schema() -> Schema:
-    """Return the JSON schema (draft 2020-12) of one recipe."""
+    """Return the JSON schema (draft 2020-12) of one recipe.
+
+    It accepts whatever loads and suits its merge method, but for the keys that `compat: mergekit` ignores: editors
+    should mark those. Not all that it accepts loads: it knows nothing of the models, nor of ranges within quotes.
+    """
     from ..method.registry import methods
 
     known = methods()
+    parameters = [p for method in known.values() for p in method.parameters.values()]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Merganser recipe",
         "type": "object",
         "required": ["merge_method"],
-        "oneOf": [{"required": ["models"]}, {"required": ["slices"]}],
+        "oneOf": [_has(key) for key in ("models", "slices", "modules")],
         "additionalProperties": False,
-        "properties": _properties(known),
+        "properties": _properties(known.values()),
         "allOf": [_rules_of(method) for method in known.values()],
         "$defs": {
-            "reference": _reference(),
+            **_shared(),
+            **_values(parameters),
+            **{f"levels.of.{name}": _levels(method) for name, method in known.items()},
             **{name: _parameters(method) for name, method in known.items()},
         },
     }
 
 
-def _properties(known: dict[str, MergeMethod]) -> Schema:
-    dtype = {"enum": [*DTYPES, None]}
-    task = _described(
-        {"type": "string", "minLength": 1, "maxLength": 100},
-        "What restores this model, where the method keeps sidecars.",
-    )
+def _properties(known: Iterable[MergeMethod]) -> Schema:
+    dtype: Schema = {"enum": [*DTYPES, None]}
+    names = [AUTO, *CHAT_TEMPLATES]
+    template: Schema = {"anyOf": [{"enum": names}, {"type": "string", "minLength": 20, "pattern": "[{]"}, _NULL]}
     return {
-        "name": _described({"type": "string"}, "Name of a stage, which later recipes of the file may use as a model."),
-        "merge_method": {
-            "oneOf": [{"const": name, "description": method.doc.summary} for name, method in known.items()]
-        },
-        "models": _list_of(_object({"model": _REFERENCE, "name": task, "parameters": _PARAMETERS}, required=["model"])),
-        "slices": _list_of(_slice()),
-        "base_model": _described(_REFERENCE, "The common ancestor; also lends config and tokenizer."),
-        "parameters": _PARAMETERS,
+        "name": _described(_or_null(_TEXT), "Name of a stage, which later recipes of the file may use as a model."),
+        "merge_method": {"oneOf": [{"const": method.name, "description": method.doc.summary} for method in known]},
+        "models": _or_null(_ref("models")),
+        "slices": _or_null(_ref("slices")),
+        "modules": _described(
+            _or_null(_object({"default": _ref("module")}, required=["default"])), "mergekit's form for models of parts."
+        ),
+        "base_model": _described(_or_null(_ref("reference")), "The common ancestor; also lends config and tokenizer."),
+        "parameters": _ref("parameters"),
         "dtype": _described(dtype, "Type that inputs are cast to when they are read."),
         "out_dtype": _described(dtype, "Type of the output."),
-        "tokenizer_source": _described(_REFERENCE, "'base', or the model whose tokenizer the output gets."),
-        "tokenizer": _object({"source": _REFERENCE}, required=["source"]),
-        "chat_template": _described(
-            {"type": "string", "minLength": 4}, f"{AUTO}, {', '.join(CHAT_TEMPLATES)}, or a Jinja template."
+        "tokenizer_source": _described(
+            _or_null(_ref("reference")), "'base', or the model whose tokenizer the output gets."
         ),
+        "tokenizer": _or_null(
+            _object(
+                {
+                    "source": _ref("reference"),
+                    "tokens": {"type": ["object", "null"], "maxProperties": 0},
+                    "pad_to_multiple_of": _NULL,
+                },
+                required=["source"],
+            )
+        ),
+        "chat_template": _described(template, f"{', '.join(names)}, or a Jinja template."),
         "compat": _described({"enum": ["mergekit", None]}, "Reproduce mergekit where it differs from the papers."),
-        "random_seed": {"type": "integer", "minimum": 0},
+        "random_seed": _or_null(_ref("count")),
     }
 
 
-def _slice() -> Schema:
-    layer = {"type": "integer", "minimum": 0}
-    source = _object(
-        {
-            "model": _REFERENCE,
-            "layer_range": _described(
-                {"type": "array", "items": layer, "minItems": 2, "maxItems": 2},
-                "First layer, and the one after the last.",
-            ),
-            "parameters": _PARAMETERS,
-        },
-        required=["model", "layer_range"],
-    )
-    parts = {
-        "sources": _list_of(source),
-        "parameters": _PARAMETERS,
-        "base_model": _REFERENCE,
+def _shared() -> Schema:
+    """Return what every method's recipes are made of."""
+    path = _object({"path": _TEXT, "revision": _or_null(_TEXT)}, required=["path"])
+    task = "What restores this model, where the method keeps sidecars."
+    model = {
+        "model": _ref("reference"),
+        "name": _described(_or_null({**_TEXT, "maxLength": 100}), task),
+        "parameters": _ref("parameters"),
+    }
+    layers: Schema = {"type": "array", "items": _ref("count"), "minItems": 2, "maxItems": 2}
+    source = {
+        "model": _ref("reference"),
+        "layer_range": _described(layers, "First layer, and the one after the last."),
+        "parameters": _ref("parameters"),
+    }
+    piece = {
+        "sources": _list_of(_object(source, required=["model", "layer_range"])),
+        "parameters": _ref("parameters"),
+        "base_model": _or_null(_ref("reference")),
         "residual_weight": _described({}, "Has no effect.", deprecated=True),
     }
-    return _object(parts, required=["sources"])
-
-
-def _reference() -> Schema:
-    path = _object({"path": {"type": "string"}, "revision": {"type": ["string", "null"]}}, required=["path"])
-    mapping = _object(
-        {"model": {"anyOf": [{"type": "string"}, path]}, "override_architecture": {"type": ["string", "null"]}},
-        required=["model"],
-    )
-    return {"description": "path[@revision]", "anyOf": [{"type": "string", "minLength": 1}, path, mapping]}
-
-
-def _rules_of(method: MergeMethod) -> Schema:
-    """Return what holds when the recipe names this method."""
-    parameters = {"$ref": f"#/$defs/{method.name}"}
-    each: Schema = {"items": {"properties": {"parameters": parameters}}}
-    then: Schema = {
-        "properties": {
-            "parameters": parameters,
-            "models": each,
-            "slices": {"items": {"properties": {"parameters": parameters, "sources": each}}},
-        }
+    based = _has("slices") | {"properties": {"slices": {"items": _has("base_model")}}}
+    module_based = {"required": ["modules"], "properties": {"modules": {"properties": {"default": based}}}}
+    module = {key: _or_null(_ref(key)) for key in ("models", "slices")} | {"parameters": _ref("parameters")}
+    return {
+        "reference": {"description": "path[@revision]", "anyOf": [_TEXT, _ref("path"), _ref("model")]},
+        "path": path,
+        "model": _object(
+            {
+                "model": {"anyOf": [_TEXT, _ref("path")]},
+                "lora": _NULL,
+                "override_architecture": _or_null(_TEXT),
+            },
+            required=["model"],
+        ),
+        "models": _list_of(_object(model, required=["model"])),
+        "slices": _list_of(_object(piece, required=["sources"])),
+        "module": _object(module, required=[]) | {"oneOf": [_has("models"), _has("slices")]},
+        "with.base": {"anyOf": [_has("base_model"), based, module_based]},
+        "parameters": {"type": ["object", "null"]},
+        "filter": _described(_or_null(_TEXT), "Part of the names of the tensors that the value is for."),
+        "ignored": _described({}, "Accepted, as in mergekit; has no effect.", deprecated=True),
+        "number": {"type": "string", "pattern": f"^({FLOAT.pattern})$", "maxLength": MAX_DIGITS},
+        "count": {"anyOf": [{"type": "integer", "minimum": 0}, _ref("number")]},
     }
-    if method.base == "required":
-        in_slices = {"required": ["slices"], "properties": {"slices": {"items": {"required": ["base_model"]}}}}
-        then["anyOf"] = [{"required": ["base_model"]}, in_slices]
-    return {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": then}
 
 
-def _parameters(method: MergeMethod) -> Schema:
-    """Return the schema of `parameters` at any level, for one method."""
-    ignored = {"int8_mask": "Accepted, as in mergekit.", **method.ignored}
-    properties = {name: _described({}, f"Has no effect: {why}", deprecated=True) for name, why in ignored.items()}
-    properties |= {p.name: _setting(p) for p in method.parameters.values()}
-    return {"properties": properties, "additionalProperties": False}
+def _values(parameters: Iterable[Parameter]) -> Schema:
+    """Return the schemas of each type of value, and of a setting of it: scalar, schedule, or either with filters."""
+    schemas: Schema = {}
+    for p in parameters:
+        name = _type_name(p)
+        if name not in schemas:
+            value = _ref(f"{name}.value")
+            rule = _ref(f"{name}.rule")
+            fields = {"filter": _ref("filter"), "value": {"anyOf": [value, _list_of(value)]}}
+            schemas[f"{name}.value"] = _value(p)
+            schemas[f"{name}.rule"] = _object(fields, required=["value"])
+            schemas[name] = {"anyOf": [value, _list_of(value), rule, _list_of(rule)]}
+    return schemas
 
 
-def _setting(p: Parameter) -> Schema:
-    """Return the schema of a setting: a value, a layer schedule, or either with filters."""
-    value = _value(p)
-    values = {"anyOf": [value, _list_of(value)]}
-    rule = _object({"filter": {"type": "string", "minLength": 1}, "value": values}, required=["value"])
-    setting: Schema = {"anyOf": [value, _list_of(value), rule, _list_of(rule)]}
-    if not p.required:
-        setting["default"] = p.default
-    return _described(setting, p.help)
+def _type_name(p: Parameter) -> str:
+    """Return the name of a type of values, the same for equal types: `number.from.0.to.1`."""
+    if p.kind == "choice":
+        return ".".join(["one", "of", *sorted(p.choices)])
+    words = [p.kind]
+    if p.range is not None and math.isfinite(p.range.low):
+        words += ["above" if p.range.open else "from", f"{p.range.low:g}"]
+    if p.range is not None and math.isfinite(p.range.high):
+        words += ["below" if p.range.open else "to", f"{p.range.high:g}"]
+    return "any.number" if words == ["number"] else ".".join(words)
 
 
 def _value(p: Parameter) -> Schema:
     if p.kind == "flag":
-        return _FLAG
+        return {"enum": [True, False, 0, 1, "0", "1", *FLAGS]}
     if p.kind == "choice":
-        return {"enum": list(p.choices)}
+        return {"enum": sorted(p.choices)}
     schema: Schema = {"type": p.kind}
     if p.range is not None:
         low, high = ("exclusiveMinimum", "exclusiveMaximum") if p.range.open else ("minimum", "maximum")
         schema |= {low: p.range.low} if math.isfinite(p.range.low) else {}
         schema |= {high: p.range.high} if math.isfinite(p.range.high) else {}
-    return schema
+    return {"anyOf": [schema, _ref("number")]}
+
+
+def _levels(method: MergeMethod) -> Schema:
+    """Return the schema of a mapping that may have parameters of the method, or lists of further such mappings."""
+    inner = _ref(f"levels.of.{method.name}")
+    lists = {key: {"items": inner} for key in ("models", "slices", "sources")}
+    modules = {"modules": {"properties": {"default": inner}}}
+    return {"properties": {"parameters": _ref(method.name), **lists, **modules}}
+
+
+def _rules_of(method: MergeMethod) -> Schema:
+    """Return what holds when the recipe names this method: which parameters each level may have, and who is the base."""
+    rules = [_ref(f"levels.of.{method.name}")] + [_ref("with.base")] * (method.base == "required")
+    return {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": {"allOf": rules}}
+
+
+def _parameters(method: MergeMethod) -> Schema:
+    """Return the schema of `parameters` at any level, for one method."""
+    properties: Schema = {"int8_mask": _ref("ignored")}
+    for name, why in method.ignored.items():
+        properties[name] = _described({}, f"Has no effect: {why}", deprecated=True)
+    for p in method.parameters.values():
+        default = {} if p.required else {"default": p.default}
+        properties[p.name] = _described(_ref(_type_name(p)), p.help, **default)
+    return {"properties": properties, "additionalProperties": False}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _has(key: str) -> Schema:
+    """Return the schema of a mapping that has the key, and not empty: an empty one counts as missing."""
+    return {"required": [key], "properties": {key: {"not": _NULL}}}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, _NULL]}
 
 
 def _object(properties: Schema, required: list[str]) -> Schema:
