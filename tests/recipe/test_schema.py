@@ -117,80 +117,61 @@ def values(name: str) -> st.SearchStrategy[Any]:
     return st.one_of(some, some, rule, st.lists(rule, min_size=1, max_size=2))
 
 
-NAMES = ["weight", "density", "normalize", "rescale", "t", "scale", "int8_mask", "epsilon", "lambda"]
-parameters = st.one_of(
-    st.none(),
-    *(st.fixed_dictionaries({}, optional={name: values(name) for name in names}) for names in (NAMES[:1], NAMES)),
-)
-references = st.sampled_from(
-    [
-        "a",
-        "b",
-        "c@main",
-        {"path": "d"},
-        {"path": "e", "revision": None},
-        {"model": "f"},
-        {"model": {"path": "g+h"}},
-        "",
-        7,
-    ]
-)
-models = st.lists(
-    st.fixed_dictionaries(
-        {"model": references}, optional={"parameters": parameters, "name": st.sampled_from(["x", None])}
-    ),
-    min_size=1,
-    max_size=3,
-)
-sources = st.lists(
-    st.fixed_dictionaries(
-        {"model": references, "layer_range": st.sampled_from([[0, 2], ["0", 2.0], [2, 4]])},
-        optional={"parameters": parameters},
-    ),
-    min_size=1,
-    max_size=3,
-)
-slices = st.lists(
-    st.fixed_dictionaries(
-        {"sources": sources},
-        optional={"parameters": parameters, "base_model": references, "residual_weight": st.just(1)},
-    ),
-    min_size=1,
-    max_size=2,
-)
-module = st.fixed_dictionaries({"models": models}, optional={"parameters": parameters}) | st.fixed_dictionaries(
-    {"slices": slices, "models": st.none()}
-)
-bodies = st.one_of(
-    st.fixed_dictionaries({"models": models}, optional={"slices": st.none()}),
-    st.fixed_dictionaries({"slices": slices}),
-    st.fixed_dictionaries({"modules": st.fixed_dictionaries({"default": module})}),
-)
-heads = st.fixed_dictionaries(
-    {"merge_method": st.sampled_from(["linear", "passthrough", "ties", "slerp", "della", "karcher"])},
-    optional={
-        "base_model": st.sampled_from(["a", "base", {"path": "b"}, None]),
-        "parameters": st.fixed_dictionaries({"weight": st.sampled_from([1, "0.5"]), "t": st.just(0.5)}) | parameters,
-        "dtype": st.sampled_from(["bfloat16", "float32", None]),
-        "out_dtype": st.none(),
-        "name": st.sampled_from(["stage", None]),
-        "tokenizer_source": st.sampled_from(["base", None]),
-        "tokenizer": st.sampled_from(
-            [None, {"source": "base"}, {"source": "base", "tokens": {}, "pad_to_multiple_of": None}]
-        ),
-        "chat_template": st.sampled_from(["auto", "chatml", "{{ messages }} and some more", None]),
-        "random_seed": st.sampled_from([0, "7", 3.0, None]),
-    },
-)
+REFERENCES = [
+    "a",
+    "b",
+    "c@main",
+    {"path": "d"},
+    {"path": "e", "revision": None},
+    {"model": "f"},
+    {"model": {"path": "g+h"}},
+]
+TAKEN = {
+    "linear": ["weight", "normalize"],
+    "karcher": ["max_iter"],
+    "passthrough": ["scale"],
+    "ties": ["weight", "density", "normalize", "trim_over"],
+    "della": ["weight", "density", "rescale", "lambda"],
+}
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(heads, bodies)
-def test_what_loads_is_valid(validator: Draft202012Validator, head: dict[str, Any], body: dict[str, Any]) -> None:
+def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Mappings that may have these fields, or have them empty."""
+    return st.fixed_dictionaries({}, optional={name: value | st.none() for name, value in fields.items()})
+
+
+@st.composite
+def good_recipes(draw: st.DrawFn) -> dict[str, Any]:
+    """Recipes of which most load."""
+    method = draw(st.sampled_from(list(TAKEN)))
+    several = method != "passthrough"
+    settings = st.fixed_dictionaries({}, optional={name: values(name) for name in [*TAKEN[method], "int8_mask"]})
+    chosen = draw(st.lists(st.sampled_from(REFERENCES), min_size=1, max_size=3 if several else 1, unique_by=str))
+    ranges = st.sampled_from([[0, 2], ["0", 2.0], [2, 4]])
+    parts = [{"model": model, **draw(optional(parameters=settings))} for model in chosen]
+    sliced = [part | {"layer_range": draw(ranges)} for part in parts]
+    whole = {"models": parts} | draw(optional(parameters=settings, slices=st.none()))
+    stacked = {"slices": [{"sources": sliced} | draw(optional(parameters=settings, residual_weight=st.just(1)))]}
+    body = draw(st.sampled_from([whole, stacked, {"modules": {"default": whole}}, {"modules": {"default": stacked}}]))
+    required = {"weight": draw(st.sampled_from([1, "0.5", [{"value": 2}]]))} if "weight" in TAKEN[method] else {}
+    base = {} if method in ("linear", "karcher", "passthrough") else {"base_model": "base"}
+    head = optional(
+        name=st.just("stage"),
+        dtype=st.just("bfloat16"),
+        tokenizer=st.sampled_from([{"source": "base"}, {"source": "base", "tokens": {}, "pad_to_multiple_of": None}]),
+        chat_template=st.sampled_from(["auto", "{{ messages }} and some more"]),
+        random_seed=st.sampled_from([0, "7", 3.0]),
+    )
+    return {"merge_method": method, "parameters": required, **base, **draw(head), **body}
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(good_recipes())
+def test_what_loads_is_valid(validator: Draft202012Validator, recipe: dict[str, Any]) -> None:
     try:
-        check_recipe(load_recipe(head | body))
+        check_recipe(load_recipe(recipe))
     except MergeError:
         event("refused")
         return
     event("loads")
-    assert [error.message for error in validator.iter_errors(head | body)] == []
+    assert [error.message for error in validator.iter_errors(recipe)] == []

@@ -152,7 +152,7 @@ def _type_name(p: Parameter) -> str:
     """Return the name of a type of values, the same for equal types: `number.from.0.to.1`."""
     if p.kind == "choice":
         return ".".join(["one", "of", *sorted(p.choices)])
-    words = [p.kind]
+    words: list[str] = [p.kind]
     if p.range is not None and math.isfinite(p.range.low):
         words += ["above" if p.range.open else "from", f"{p.range.low:g}"]
     if p.range is not None and math.isfinite(p.range.high):
