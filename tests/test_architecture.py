@@ -16,6 +16,7 @@ ROOT = Path(merganser.__file__).parent
 ROOMS = [
     "version",
     "errors",
+    "paths",
     "wording",
     "process",
     "jsonfile",

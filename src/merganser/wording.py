@@ -1,15 +1,35 @@
-"""Numbers and lists as people read them."""
+"""Numbers, lists and foreign texts as people read them."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import PurePath
 
-if TYPE_CHECKING:
-    pass
+from .paths import exists
 
-__all__ = ["count_text", "number_text", "plural", "size_text", "some", "time_text"]
+__all__ = ["count_text", "number_text", "plural", "printable", "printable_json", "size_text", "some", "time_text"]
+
+# control characters (C0, DEL, C1), characters without a width, changes of the direction of writing, line separators of
+# Unicode, halves of surrogate pairs, tags
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    """Return a text on one line that a terminal shows as it is: what would move, hide or recolour is escaped.
+
+    Names of tensors, models and files come from others; an escape sequence in one could rewrite what was printed.
+    """
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def printable_json(text: str) -> str:
+    """Return a JSON document with the same escaped as JSON does it; its line breaks stay, and so does its meaning."""
+    return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text)
 
 
 def size_text(count: float) -> str:
@@ -78,8 +98,8 @@ def default_names(references: Sequence[str]) -> list[str]:
 
 
 def _parts(reference: str) -> list[str]:
-    path = reference if Path(reference).exists() else reference.rpartition("+")[2]
-    parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
+    path = reference if exists(reference) else reference.rpartition("+")[2]
+    parts = [part for part in PurePath(path).parts if part not in ("/", ".", "..")]
     if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):
         parts[-1] = parts[-1].rpartition(".")[0]
     return parts or [reference]

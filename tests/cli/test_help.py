@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from merganser import __version__
+from merganser.cli._mergekit import OPTIONS
 from tests.cli.tiny import run
 
 VERBS = ["merge", "plan", "methods", "inspect", "diff", "verify", "restore", "eval", "report"]
@@ -84,3 +88,29 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     assert message in found.err
     assert not found.out
     assert "Traceback" not in found.err
+
+
+@pytest.mark.parametrize("verb", ["merge", "plan"])
+@pytest.mark.parametrize("option", sorted(OPTIONS))
+def test_options_of_mergekit_are_answered(verb: str, option: str) -> None:
+    found = run(verb, "r.yaml", "out", option, "x")
+    assert (found.code, found.out) == (2, "")
+    assert f"Error: {option} is an option of mergekit; " in found.err
+    (line,) = [line for line in found.err.splitlines() if line.startswith("Error")]
+    known = run("merge", "--help").out
+    assert all(name in known for name in re.findall(r"use (--[a-z-]+)", line))
+
+
+def test_our_own_options_are_not_answered() -> None:
+    known = run("merge", "--help").out
+    assert not [option for option in OPTIONS if re.search(rf"(?<![\w-]){option}(?![\w-])", known)]
+
+
+def test_options_of_nobody_are_refused() -> None:
+    assert "No such option: --cuda" in run("inspect", "a", "--cuda").err
+    assert "mergekit" not in run("merge", "--thread", "2").err
+
+
+def test_the_documents_list_the_options_of_mergekit() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "coming-from-mergekit.md").read_text(encoding="utf-8")
+    assert [option for option in OPTIONS if f"`{option}`" not in text and option.startswith("--")] == []

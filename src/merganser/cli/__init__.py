@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..version import __version__
-from ._errors import STOPPED, Verb
+from ._errors import STOPPED, Verb, Verbs
 from .diff import diff
 from .eval import ManyValues, evaluate
 from .inspect import inspect
@@ -28,6 +28,7 @@ from .verify import verify
 __all__ = ["app", "main"]
 
 app = typer.Typer(
+    cls=Verbs,
     name="merganser",
     help="Merge large language models on the machine you have.",
     add_completion=False,

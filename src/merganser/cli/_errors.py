@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import MergeError
 from ..version import __version__
-from ._text import complain
+from ..wording import printable
+from ._mergekit import answer
+from ._text import complain, complain_at_length
 
 STOPPED = 130
 """Exit code after Ctrl-C."""
@@ -34,8 +37,39 @@ def _memory_ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+_UsageError: Any = typer.BadParameter.__mro__[1]
+"""What a command line is refused with; older releases of typer take it from click, later ones have their own."""
+
+
+@contextmanager
+def _wrong_usage(verb: str) -> Iterator[None]:
+    """Answer options of mergekit, and make what was typed safe to print."""
+    try:
+        yield
+    except _UsageError as error:
+        answered = answer(verb, getattr(error, "option_name", None))
+        if answered is not None:
+            error.message, error.possibilities = answered, None
+        error.message = printable(error.message)
+        raise
+
+
+class Verbs(TyperGroup):
+    """The command itself, in front of its verbs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what stands before the verb."""
+        with _wrong_usage(""):
+            return super().parse_args(ctx, args)
+
+
 class Verb(TyperCommand):
     """A command that ends every error in a message."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read options and arguments."""
+        with _wrong_usage(str(ctx.info_name)):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
@@ -58,14 +92,14 @@ class Verb(TyperCommand):
             raise typer.Exit(STOPPED) from None
         except MergeError as error:
             if os.environ.get("MERGANSER_DEBUG"):
-                traceback.print_exc()
+                complain_at_length(error)
             complain("error", str(error))
             raise typer.Exit(2) from None
         except Exception as error:
             if _memory_ran_out(error):
                 complain("error", f"memory ran out; {_LESS.get(str(ctx.info_name), 'free some')}")
                 raise typer.Exit(2) from None
-            traceback.print_exc()
+            complain_at_length(error)
             complain(
                 "error",
                 f"this is a defect of merganser {__version__} (Python {platform.python_version()}, "

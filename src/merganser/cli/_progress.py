@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..wording import count_text, plural, size_text
+from ..wording import count_text, plural, printable, size_text
 from ._text import complain, on_terminal
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def _bar(counted: str, *beside: ProgressColumn) -> Progress:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         *beside,
         BarColumn(bar_width=None),
         DownloadColumn(),
@@ -104,7 +104,7 @@ class MergeProgress:
             beside = plan.sidecars.bytes_read + plan.sidecars.bytes_written if plan.sidecars else 0
             self._bar = _bar("{task.fields[tensors]}", *([_compiling()] if plan.compiled else []))
             self._task = self._bar.add_task(
-                plan.recipe.name or plan.method.name,
+                printable(plan.recipe.name or plan.method.name),
                 total=plan.bytes_read + plan.bytes_written + beside,
                 completed=before,
                 tensors=self._counted(),
@@ -143,7 +143,7 @@ class EvalProgress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
@@ -174,4 +174,4 @@ class EvalProgress:
             if done == 0:
                 # so that the time left is counted from this task's begin
                 self._bar.reset(self._task, total=count)
-            self._bar.update(self._task, description=description, completed=done, total=count)
+            self._bar.update(self._task, description=printable(description), completed=done, total=count)

@@ -1,19 +1,24 @@
-"""Words and numbers as people read them, and where they go: data to stdout, everything else to stderr."""
+"""Words and numbers as people read them, and where they go: data to stdout, everything else to stderr.
+
+All that the command line prints goes through here, where foreign texts are made safe for a terminal.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
 
-from ..wording import count_text, number_text, plural, size_text, some, time_text
+from ..wording import count_text, number_text, plural, printable, printable_json, size_text, some, time_text
 
 __all__ = [
     "complain",
+    "complain_at_length",
     "count_text",
     "head",
     "number_text",
@@ -37,23 +42,29 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 def say(text: str = "") -> None:
     """Print a line of data."""
-    typer.echo(text)
+    typer.echo(printable(text))
 
 
 def head(text: str) -> None:
     """Print a heading."""
-    typer.secho(text, bold=True)
+    typer.secho(printable(text), bold=True)
 
 
 def complain(kind: str, text: str) -> None:
     """Print an error, a warning or a note to stderr."""
     typer.secho(f"{kind}: ", nl=False, err=True, fg=_COLOURS[kind], bold=True)
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
+
+
+def complain_at_length(error: BaseException) -> None:
+    """Print where an error came from, to stderr."""
+    for line in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
+        typer.echo(printable(line), err=True)
 
 
 def say_json(value: Any) -> None:
     """Print one JSON document."""
-    typer.echo(json.dumps(value, indent=1, default=_plain, allow_nan=False, ensure_ascii=False))
+    typer.echo(printable_json(json.dumps(value, indent=1, default=_plain, allow_nan=False, ensure_ascii=False)))
 
 
 def _plain(value: object) -> Any:
@@ -78,6 +89,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str 
         right: Columns that are aligned to the right.
         indent: Start of each line.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
     lines = []
     for row in rows:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import UnsupportedError
+from ..paths import exists
 from .place import Entry
 from .scalar import CONTROL, shown
 
@@ -54,7 +54,7 @@ class ModelReference:
         """
         if not isinstance(entry.value, dict):
             text = _path(entry)
-            if any(sign in text for sign in "@+") and (text in stages or _exists(text)):
+            if any(sign in text for sign in "@+") and (text in stages or exists(text)):
                 return cls(text)
             path, plus, lora = text.partition("+")
             base = cls(*_split(path, entry))
@@ -118,14 +118,6 @@ def _path(entry: Entry) -> str:
             "starts an escape: use single quotes, or '/'"
         )
     return text
-
-
-def _exists(path: str) -> bool:
-    """Return whether something has this path; what the system refuses to look for does not exist."""
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):
-        return False
 
 
 def _split(text: str, entry: Entry) -> tuple[str, str | None]:
