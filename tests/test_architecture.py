@@ -16,7 +16,6 @@ ROOT = Path(merganser.__file__).parent
 ROOMS = [
     "version",
     "errors",
-    "paths",
     "wording",
     "process",
     "jsonfile",

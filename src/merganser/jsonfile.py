@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .errors import CheckpointError, NotFoundError
 
-__all__ = ["LFS_MAGIC", "LFS_POINTER", "MAX_JSON_BYTES", "os_reason", "parse_object", "read_object"]
+__all__ = ["LFS_MAGIC", "LFS_POINTER", "MAX_JSON_BYTES", "exists", "os_reason", "parse_object", "read_object"]
 
 MAX_JSON_BYTES = 100_000_000
 """Largest JSON text that is parsed, in bytes; the safetensors format sets the same limit for its header."""
@@ -30,6 +30,14 @@ _MAX_DIGITS = 20
 def os_reason(error: OSError) -> str:
     """Return the operating system's reason in lower case: `permission denied`, `is a directory`."""
     return (error.strerror or type(error).__name__).lower()
+
+
+def exists(path: str | Path) -> bool:
+    """Return whether there is such a file or folder. What cannot be the name of one, or is too long for one, is not there."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _integer(text: str) -> int:

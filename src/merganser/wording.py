@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import PurePath
-
-from .paths import exists
+from pathlib import Path
 
 __all__ = ["count_text", "number_text", "plural", "printable", "printable_json", "size_text", "some", "time_text"]
 
@@ -98,8 +96,8 @@ def default_names(references: Sequence[str]) -> list[str]:
 
 
 def _parts(reference: str) -> list[str]:
-    path = reference if exists(reference) else reference.rpartition("+")[2]
-    parts = [part for part in PurePath(path).parts if part not in ("/", ".", "..")]
+    path = reference if Path(reference).exists() else reference.rpartition("+")[2]
+    parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
     if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):
         parts[-1] = parts[-1].rpartition(".")[0]
     return parts or [reference]

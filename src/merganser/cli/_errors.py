@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
@@ -23,6 +24,12 @@ STOPPED = 130
 
 _BROKEN_PIPE = 141  # what a shell reports for a command that SIGPIPE ended
 
+
+# what the system refuses because of a name, a full disk or a limit, wherever we ask for it
+_REFUSED = {
+    getattr(errno, name, None)
+    for name in ("ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EROFS", "EIO")
+} - {None}
 
 _LESS = {
     "merge": "the same command continues, with fewer --threads or a lower --max-memory it takes less",
@@ -98,6 +105,9 @@ class Verb(TyperCommand):
         except Exception as error:
             if _memory_ran_out(error):
                 complain("error", f"memory ran out; {_LESS.get(str(ctx.info_name), 'free some')}")
+                raise typer.Exit(2) from None
+            if isinstance(error, OSError) and error.errno in _REFUSED:
+                complain("error", f"{error.filename or ctx.info_name}: {error.strerror}")
                 raise typer.Exit(2) from None
             complain_at_length(error)
             complain(

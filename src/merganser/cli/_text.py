@@ -115,10 +115,12 @@ def parse_size(text: str) -> int:
             known = {"B": "GB, as mergekit means it"}.get(unit, f"{unit}B")
             hint = f" Did you mean {match[1]}{known}?"
         raise typer.BadParameter(f"expected a size such as 5GB, 500MB, 1GiB or a number of bytes, got {text!r}.{hint}")
-    size = int(float(match[1]) * _UNITS[unit])
+    size = float(match[1]) * _UNITS[unit]
+    if size >= 2**63:
+        raise typer.BadParameter(f"expected a size below 8 EiB, got {text!r}")
     if size < 1:
         raise typer.BadParameter(f"expected a size of at least 1 byte, got {text!r}")
-    return size
+    return int(size)
 
 
 def on_terminal() -> bool:

@@ -105,7 +105,7 @@ def side_file_bytes(plan: Plan) -> int:
 
 def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, Any]]:
     """Write the files beside the weights; return them with their hashes."""
-    (folder / "README.md").write_bytes(model_card(plan, title).encode())
+    (folder / "README.md").write_bytes(model_card(plan, title).encode(errors="backslashreplace"))
     return _hashed(folder, dict.fromkeys(["README.md", *write_planned_files(plan, folder)]))
 
 

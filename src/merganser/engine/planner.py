@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
-from ..checkpoint import DTYPE_BY_NAME, DType, Shard, TensorInfo, open_checkpoint, plan_shards
-from ..errors import CheckpointError, ParameterError, RecipeError, UnsupportedError
+from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
+from ..errors import CheckpointError, MergeError, ParameterError, RecipeError, UnsupportedError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .kernels.assignment import Treatment, treat
@@ -136,13 +136,21 @@ def _check_options(out_shard_size: int, threads: int | None, max_memory: int | N
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None) -> Checkpoint:
+    """Open a checkpoint; what is wrong with it is said with the line of the recipe that names it."""
+    try:
+        return open_checkpoint(reference.path, revision=reference.revision, cache_dir=cache_dir)
+    except MergeError as error:
+        raise type(error)(f"{recipe.place_of_model(reference)}: {error}") from None
+
+
 def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Member]:
     members: dict[ModelReference, Member] = {}
     for reference in recipe.references():
-        checkpoint = open_checkpoint(reference.path, revision=reference.revision, cache_dir=cache_dir)
+        checkpoint = _open(recipe, reference, cache_dir)
         if checkpoint.quantised:
             raise CheckpointError(
-                f"{reference}: its weights are quantised ({checkpoint.quantised}); merging them as they are would give "
+                f"{recipe.place_of_model(reference)}: {reference}: its weights are quantised ({checkpoint.quantised}); merging them as they are would give "
                 "garbage. Use the unquantised model; reading quantised ones comes with a later version"
             )
         members[reference] = Member.of(reference, checkpoint, list(members.values())[:1])

@@ -92,6 +92,15 @@ class Recipe:
         """Return where a top-level key stands, the start of the recipe if it is not there."""
         return self.places.get(key, self.place)
 
+    def place_of_model(self, model: ModelReference) -> Place:
+        """Return where the recipe first names a checkpoint."""
+        if model == self.base_model:
+            return self.place_of("base_model")
+        sources = [*self.models, *(source for piece in self.slices for source in piece.sources)]
+        based = [(piece.base_model, piece.place) for piece in self.slices]
+        places = [(source.model, source.place) for source in sources] + based
+        return next((place for named, place in places if named == model), self.place)
+
     @property
     def donor(self) -> ModelReference:
         """The model whose config, tokenizer and other side files the output gets: the base, else the first model."""

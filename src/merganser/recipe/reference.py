@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..errors import UnsupportedError
-from ..paths import exists
+from ..jsonfile import exists
 from .place import Entry
 from .scalar import CONTROL, shown
 
