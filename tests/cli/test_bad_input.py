@@ -173,7 +173,7 @@ RECIPES: list[Case] = [
     ("empty range", sliced(1, 1), "[1, 1] holds no layer"),
     ("too long range", sliced(0, 3), "is too long: a has 2 layers"),
     ("adapter", document(models=linear("a+lora")["models"]), "LoRA adapters in references come in a later version"),
-    ("union", document(tokenizer_source="union"), "come"),
+    ("no vocabulary", document(tokenizer_source="union"), "the vocabulary of a is not known"),
     ("modules", text("merge_method: linear\nmodules: {text: {models: []}}\n"), "in a later version"),
 ]
 

@@ -140,11 +140,29 @@ def test_canonical_text_of_adapters() -> None:
         ("tokenizer_source: b", B),
         ("tokenizer: {source: b}", B),
         ("tokenizer: {source: {model: {path: b}}, tokens: {}}", B),
+        ("tokenizer_source: union", A),
+        ("tokenizer: {source: union}", A),
+        ("tokenizer: {}", A),
         ("name: x", None),
     ],
 )
 def test_tokenizer_donor(line: str, donor: ModelReference | None) -> None:
     assert load_recipe(f"{LINEAR}{line}\n").tokenizer_donor == donor
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("tokenizer_source: union", "tokenizer_source"),
+        ("tokenizer: {source: union, tokens: {}}", "tokenizer.source"),
+        ("tokenizer: {}", "tokenizer"),
+        ("tokenizer_source: base", None),
+        ("name: x", None),
+    ],
+)
+def test_the_union_of_tokenizers(line: str, place: str | None) -> None:
+    found = load_recipe(f"{LINEAR}{line}\n").tokenizer_union
+    assert (found.key if found else None) == place
 
 
 def test_chat_templates() -> None:

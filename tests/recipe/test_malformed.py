@@ -14,7 +14,6 @@ KEYS = (
     "tokenizer, chat_template, compat, random_seed"
 )
 LATER = "comes in a later version"
-UNION = f"the union of tokenizers, which {LATER}; name the model whose tokenizer to keep, or 'base'"
 
 
 def _source(layer_range: str) -> str:
@@ -187,17 +186,6 @@ def test_malformed(text: str, message: str) -> None:
             )
             for written in ("a+b", "a@r+b@s", "{model: a, lora: b}", "{model: {path: a}, lora: {path: b}}")
         ),
-        *(
-            (
-                f"{LINEAR}{key}\n",
-                f"<recipe>:3 {place}: this asks for {UNION}",
-            )
-            for key, place in [
-                ("tokenizer_source: union", "tokenizer_source"),
-                ("tokenizer: {source: union}", "tokenizer.source"),
-            ]
-        ),
-        (LINEAR + "tokenizer: {}\n", f"<recipe>:3 tokenizer: without a 'source' this asks for {UNION}"),
         *(
             (
                 f"{LINEAR}tokenizer: {{source: a, {key}}}\n",

@@ -24,6 +24,7 @@ from .plan.plan import Plan
 from .plan.side_files import chat_template, code_warnings, side_files
 from .plan.slices import align_slices
 from .plan.tensor import PlannedTensor
+from .plan.union import check_union
 from .plan.vocabularies import compare_tokens
 from .plan.whole_models import align_models
 from .sidecars.plan import plan_sidecars, sidecar_memory
@@ -75,6 +76,7 @@ def build_plan(
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
     members = _open_all(recipe, cache_dir)
+    check_union(recipe, members)
     alignment, drafts = _drafts(recipe, resolver, members)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += compare_tokens(recipe, members, alignment)

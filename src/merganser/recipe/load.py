@@ -31,7 +31,8 @@ DTYPE_ALIASES = {
 MAX_STAGE_NAME = 255
 """Bytes: what file systems allow."""
 
-_UNION = "the union of tokenizers, which comes in a later version; name the model whose tokenizer to keep, or 'base'"
+UNION = "union"
+"""In place of a model's tokenizer: that of all models together."""
 
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
 
@@ -190,7 +191,8 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
     )
     source = _tokenizer_source(fields)
     donor = _tokenizer_donor(source, recipe, reader) if source else None
-    return replace(recipe, tokenizer_donor=donor, warnings=tuple(unknown.warnings))
+    union = source.place if source and source.value == UNION else None
+    return replace(recipe, tokenizer_donor=donor, tokenizer_union=union, warnings=tuple(unknown.warnings))
 
 
 def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
@@ -300,7 +302,7 @@ def _chat_template(entry: Entry) -> str:
 
 
 def _tokenizer_source(fields: dict[str, Entry]) -> Entry | None:
-    """Return the entry that names the tokenizer's donor, refusing what changes tokenizers."""
+    """Return the entry that says whose tokenizer the output gets, refusing what changes tokenizers."""
     if "tokenizer_source" in fields:
         return fields["tokenizer_source"]
     if "tokenizer" not in fields:
@@ -309,15 +311,12 @@ def _tokenizer_source(fields: dict[str, Entry]) -> Entry | None:
     for key in ("tokens", "pad_to_multiple_of"):
         if key in parts and (key, parts[key].value) != ("tokens", {}):
             raise UnsupportedError(f"{parts[key].place}: changing the vocabulary comes in a later version")
-    if "source" not in parts:
-        raise UnsupportedError(f"{fields['tokenizer'].place}: without a 'source' this asks for {_UNION}")
-    return parts["source"]
+    # without a source it is the union, as in mergekit
+    return parts.get("source") or replace(fields["tokenizer"], node=Node(UNION, 0))
 
 
 def _tokenizer_donor(entry: Entry, recipe: Recipe, reader: _Reader) -> ModelReference:
-    if entry.value == "union":
-        raise UnsupportedError(f"{entry.place}: this asks for {_UNION}")
-    if entry.value == "base":
+    if entry.value in (UNION, "base"):
         return recipe.donor
     reference = reader.reference(entry)
     if reference not in recipe.references():

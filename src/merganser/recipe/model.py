@@ -62,6 +62,7 @@ class Recipe:
         dtype: Type that every input is cast to when it is read; also that of the output without `out_dtype`.
         out_dtype: Type of the output.
         tokenizer_donor: Whose tokenizer the output gets, where the recipe says so; None for the donor's.
+        tokenizer_union: Where the recipe asks for the union of all tokenizers; None where it does not.
         chat_template: Jinja text for the output; "auto" for what most of the models have; None for the donor's.
         compat: "mergekit" where mergekit's numbers are wanted.
         random_seed: Seed, where the recipe has one and the command gives none.
@@ -87,6 +88,7 @@ class Recipe:
     text: str = field(repr=False)
     places: Mapping[str, Place] = field(repr=False)
     warnings: tuple[str, ...] = ()
+    tokenizer_union: Place | None = None
 
     def place_of(self, key: str) -> Place:
         """Return where a top-level key stands, the start of the recipe if it is not there."""

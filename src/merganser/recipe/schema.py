@@ -68,16 +68,17 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         "dtype": _described(dtype, "Type that inputs are cast to when they are read."),
         "out_dtype": _described(dtype, "Type of the output."),
         "tokenizer_source": _described(
-            _or_null(_ref("reference")), "'base', or the model whose tokenizer the output gets."
+            _or_null(_ref("reference")),
+            "'base', the model whose tokenizer the output gets, or 'union' where all are equal.",
         ),
         "tokenizer": _or_null(
             _object(
                 {
-                    "source": _ref("reference"),
+                    "source": _or_null(_ref("reference")),
                     "tokens": {"type": ["object", "null"], "maxProperties": 0},
                     "pad_to_multiple_of": _NULL,
                 },
-                required=["source"],
+                required=[],
             )
         ),
         "chat_template": _described(template, f"{', '.join(names)}, or a Jinja template."),

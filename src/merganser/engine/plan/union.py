@@ -1,0 +1,48 @@
+"""The union of the models' tokenizers, where all have the same vocabulary: the donor's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...errors import UnsupportedError
+from ...recipe import ModelReference, Recipe
+from ...tokenizer.vocabulary import read_vocabulary, same_vocabulary
+from .alignment import Member
+from .vocabularies import tokenizer_files
+
+__all__ = ["check_union"]
+
+
+def check_union(recipe: Recipe, members: Mapping[ModelReference, Member]) -> None:
+    """Check that the union of the tokenizers, where the recipe asks for it, is the donor's own.
+
+    Raises:
+        UnsupportedError: The vocabularies differ, or a model's is not known.
+        CheckpointError: A file of a tokenizer is damaged.
+    """
+    if recipe.tokenizer_union is None:
+        return
+    problem = _difference(recipe, members)
+    if problem is not None:
+        raise UnsupportedError(
+            f"{recipe.tokenizer_union}: {problem}, and the union of different ones comes in a later version; name the "
+            "model whose tokenizer to keep, or 'base'"
+        )
+
+
+def _difference(recipe: Recipe, members: Mapping[ModelReference, Member]) -> str | None:
+    """Return what is different, or not known; None where all models have the vocabulary of the donor."""
+    files = tokenizer_files(members[recipe.donor].checkpoint)
+    wanted = read_vocabulary(files)
+    if wanted is None:
+        return f"the vocabulary of {recipe.donor} is not known (no file of its tokenizer holds one)"
+    for reference, member in members.items():
+        others = tokenizer_files(member.checkpoint)
+        if same_vocabulary(files, others):
+            continue
+        found = read_vocabulary(others)
+        if found is None:
+            return f"the vocabulary of {reference} is not known (no file of its tokenizer holds one)"
+        if (found.tokens, found.spelling) != (wanted.tokens, wanted.spelling):
+            return f"the vocabularies of {recipe.donor} and {reference} differ"
+    return None
