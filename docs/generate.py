@@ -72,7 +72,9 @@ def compact_json(value: object, indent: int = 0, before: int = 0) -> str:
         return line
     if not any(isinstance(each, dict | list) for each in (value.values() if isinstance(value, dict) else value)):
         return line
-    keys = [f"{json.dumps(key, ensure_ascii=False)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+    keys = (
+        [f"{json.dumps(key, ensure_ascii=False)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+    )
     children = value.values() if isinstance(value, dict) else value
     items = [key + compact_json(child, indent + 1, len(key)) for key, child in zip(keys, children, strict=True)]
     opening, closing = "{}" if isinstance(value, dict) else "[]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merganser import cli
 from merganser.wording import printable, printable_json
 from tests.cli.tiny import Output, linear, recipe, run, state, write
 
@@ -138,3 +140,11 @@ def test_traces_of_defects(models: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert SHOWN.partition(r"\n")[0] in found.err
     assert "Traceback" in found.err
     check(found)
+
+
+def test_all_that_is_printed_goes_through_one_file() -> None:
+    folder = Path(cli.__file__).parent
+    printing = re.compile(r"\b(typer\.s?echo|print_exc|sys\.std(out|err)\.write|(?<![\w.])print)\(")
+    found = {path.name for path in folder.glob("*.py") if printing.search(path.read_text(encoding="utf-8"))}
+    # the version is our own text
+    assert found == {"_text.py", "__init__.py"}
