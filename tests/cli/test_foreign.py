@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import unicodedata
@@ -148,3 +149,16 @@ def test_all_that_is_printed_goes_through_one_file() -> None:
     found = {path.name for path in folder.glob("*.py") if printing.search(path.read_text(encoding="utf-8"))}
     # the version is our own text
     assert found == {"_text.py", "__init__.py"}
+
+
+def test_progress_bars_take_names_for_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from merganser.cli import _progress
+
+    screen = io.StringIO()
+    monkeypatch.setattr(_progress, "on_terminal", lambda: True)
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=screen, force_terminal=True, width=200))
+    with _progress.EvalProgress(quiet=False) as progress:
+        progress.loading(f"[/red]{EVIL}", 0, 1)
+    assert f"[/red]{SHOWN}" in screen.getvalue()

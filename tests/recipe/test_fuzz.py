@@ -46,6 +46,8 @@ recipes = st.fixed_dictionaries(
         ),
         "base_model": model,
         "parameters": parameters,
+        "compat": st.just("mergekit"),
+        "modules": st.fixed_dictionaries({"default": st.fixed_dictionaries({"models": st.lists(source, max_size=3)})}),
         **dict.fromkeys(("dtype", "tokenizer", "tokenizer_source", "chat_template", "name", "random_seed"), trees),
     },
 )
