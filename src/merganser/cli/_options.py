@@ -10,7 +10,12 @@ import typer
 
 from ._text import on_terminal, parse_size
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; - reads it from standard input.", show_default=False)]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe, a YAML file; - reads it from standard input.", show_default=False
+    ),
+]
 Checkpoint = Annotated[
     str,
     typer.Argument(
