@@ -113,3 +113,12 @@ def test_the_recipe_may_come_from_standard_input(models: Path) -> None:
     found = CliRunner().invoke(app, ["plan", "-"], input=text.replace("weight", "wieght"))
     assert found.exit_code == 2
     assert found.stderr.startswith("error: <stdin>:5 models[0].parameters: unknown parameter 'wieght' of linear.")
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "é" * 120, "/".join("x" * 60) + "xxx"])
+def test_the_longest_names_of_stages(models: Path, name: str) -> None:
+    recipe(models / "r.yaml", linear("a", "b", name=name), linear(name, "c"))
+    found = run("merge", "r.yaml", "out", "--keep-stages")
+    assert found.code == 0, found.err
+    recipe(models / "r.yaml", linear("a", "b", name=f"{name}y"), linear(f"{name}y", "c"))
+    assert "too long for the name of a folder" in run("merge", "r.yaml", "out2").err

@@ -28,8 +28,8 @@ DTYPE_ALIASES = {
     **dict.fromkeys(("fp32", "f32", "float", "single", "torch.float32"), "float32"),
     **dict.fromkeys(("fp64", "f64", "double", "torch.float64"), "float64"),
 }
-MAX_STAGE_NAME = 255
-"""Bytes: what file systems allow."""
+MAX_STAGE_NAME = 240
+"""Bytes. File systems allow 255, and a result has a longer name while it is written."""
 
 UNION = "union"
 """In place of a model's tokenizer: that of all models together."""
