@@ -1,7 +1,8 @@
 """`python -m benchmarks.quality [run|check|table] [--set NAME] [--methods NAME,...] [--tune] [--restored]`.
 
 `run` merges the real zoo (`python -m benchmarks.zoo real`) by every method at its published settings and measures what is
-kept. `--tune` then tries each value of a method's grid on the tune texts, and the best of them on the test texts. `--restored`
+kept. `--tune` then tries each value of a method's grid on the tune texts (and others beyond it, while the best lies at its edge),
+and the best of them on the test texts. `--restored`
 measures, of methods with sidecars, the model of each task on its own domain. Each result is a line of results/SET.jsonl; what is
 there is not measured again. `check` measures the same anew, beside them, and prints both figures. `table` writes
 docs/quality.md and its plots.
@@ -87,11 +88,10 @@ def run(
         default = settings.published(config, method)
         started = time.monotonic()
         bench.measure(method, "default", "test", default)
-        grid = settings.grid(config, method) if tune else []
-        scored = [bench.measure(method, f"grid-{i}", "tune", found) for i, found in enumerate(grid)]
-        best = max(range(len(scored)), key=lambda i: scored[i], default=0)
-        if best:
-            bench.measure(method, "tuned", "test", grid[best])
+        if tune:
+            best = bench.tuned(method)
+            if best not in (None, default):
+                bench.measure(method, "tuned", "test", best)
         if restored_too and methods()[method].sidecar:
             bench.measure_restored(method, default)
         sys.stdout.write(f"{name} {method}: {time.monotonic() - started:.0f} s\n")
@@ -148,6 +148,21 @@ class _Bench:
         found = [self._once(method, label, split, setting, seed, self._evaluate_merge) for seed in seeds]
         return sum(found) / len(found)
 
+    def tuned(self, method: str) -> Setting | None:
+        """Return the setting that keeps most on the tune texts; None where there is nothing to tune.
+
+        Where the best value is the least or the largest of the grid, values beyond it are tried.
+        """
+        scored: list[tuple[Setting, float]] = []
+        left = settings.grid(self._config, method)
+        while left:
+            for found in left:
+                scored.append((found, self.measure(method, f"grid-{len(scored)}", "tune", found)))
+            enough = len(scored) >= len(settings.grid(self._config, method)) + self._config["most_wider"]
+            more = None if enough else settings.wider(self._config, method, scored)
+            left = [] if more is None or more in [one for one, _ in scored] else [more]
+        return max(scored, key=lambda one: one[1])[0] if scored else None
+
     def measure_restored(self, method: str, setting: Setting) -> None:
         """Merge with sidecars, and measure what each task's own model keeps, unless that was done."""
         self._once(method, "restored", "test", setting, self._config["seeds"][0], self._evaluate_restored)
@@ -157,8 +172,9 @@ class _Bench:
     ) -> float:
         lengths = {key: self._config[key] for key in ("windows", "context")}
         wanted = {"method": method, "label": label, "split": split, "setting": setting, "seed": seed, **lengths}
+        wanted["version"] = methods()[method].version
         for known in self._known:
-            if {key: known.get(key) for key in wanted} == wanted:
+            if {**{key: known.get(key) for key in wanted}, "version": table.version(known)} == wanted:
                 return _score(known)
         recipe = self._folder / f"{method}.yaml"
         recipe.write_text(yaml.safe_dump(self._recipe(method, setting, seed)), encoding="utf-8")

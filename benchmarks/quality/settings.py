@@ -1,7 +1,7 @@
-"""Settings that methods are measured at: published ones, and the few values that are tried of one parameter."""
+"""Settings that methods are measured at: published ones, and the values that are tried of one parameter."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,63 @@ def published(config: Mapping[str, Any], method: str) -> Setting:
 
 
 def grid(config: Mapping[str, Any], method: str) -> list[Setting]:
-    """Return the settings that tuning tries: the published ones, then other values of one parameter; none where there is none."""
+    """Return the settings that tuning tries first: the published ones, then other values of one parameter; none where there is none."""
+    first = published(config, method)
+    varied = [_with(first, key, value) for key, found in _values(config, method).items() for value in found]
+    return [first, *varied] if varied else []
+
+
+def wider(config: Mapping[str, Any], method: str, tried: Sequence[tuple[Setting, float]]) -> Setting | None:
+    """Return what tuning tries next: a value beyond the best one, where that is the least or the largest of those tried.
+
+    Values go on by ratio: after 0.5, 1 and 1.5 comes 2.2.
+
+    Args:
+        config: The settings that are measured.
+        method: Name of the method.
+        tried: All settings that were tried, with the share of the gain that each keeps.
+
+    Returns:
+        None where the best value lies between others, or where the next one is out of the parameter's range.
+    """
+    first = published(config, method)
+    best = max(tried, key=lambda one: one[1])[0]
+    names = list(_values(config, method))
+    name = next((name for name in names if best["shared"].get(name) != first["shared"].get(name)), names[0])
+    parameter = methods()[method].parameters[name]
+
+    def value(setting: Setting) -> float:
+        return float(setting["shared"].get(name, parameter.default))
+
+    values = sorted(value(setting) for setting, _ in tried if _without(setting, name) == _without(first, name))
+    if value(best) == values[0]:
+        neighbour = values[1]
+    elif value(best) == values[-1]:
+        neighbour = values[-2]
+    else:
+        return None
+    beyond = float(f"{value(best) ** 2 / neighbour:.2g}") if neighbour > 0 else 0.0
+    known = parameter.range
+    return _with(first, name, beyond) if beyond > 0 and (known is None or beyond in known) else None
+
+
+def is_variant(config: Mapping[str, Any], method: str, setting: Setting) -> bool:
+    """Return whether a setting is the published one, or differs from it in one value that tuning varies."""
+    first = published(config, method)
+    names = _values(config, method)
+    return setting == first or any(_without(setting, name) == _without(first, name) for name in names)
+
+
+def _values(config: Mapping[str, Any], method: str) -> dict[str, list[float]]:
+    """Return the values that tuning tries first, by the name of the parameter."""
     own = config["methods"].get(method, {}).get("grid")
     parameters = methods()[method].parameters
-    values = own or {key: found for key, found in config["grids"].items() if key in parameters}
-    first = published(config, method)
-    varied = [
-        {"each": first["each"], "shared": {**first["shared"], key: value}}
-        for key, found in values.items()
-        for value in found
-    ]
-    return [first, *varied] if varied else []
+    return own or {key: found for key, found in config["grids"].items() if key in parameters}
+
+
+def _with(setting: Setting, name: str, value: float) -> Setting:
+    return {"each": setting["each"], "shared": {**setting["shared"], name: value}}
+
+
+def _without(setting: Setting, name: str) -> Setting:
+    return {"each": setting["each"], "shared": {key: v for key, v in setting["shared"].items() if key != name}}

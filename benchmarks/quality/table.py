@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from merganser.method.registry import methods
+
 from . import plots, settings
 
 Result = Mapping[str, Any]
@@ -28,6 +30,11 @@ def mean_recovered(result: Result) -> tuple[float, float] | None:
     return None if mean is None or mean["value"] is None else (mean["value"], mean["stderr"])
 
 
+def version(result: Result) -> int:
+    """Return the version of the method that was measured; the first is not written down."""
+    return int(result.get("version", 1))
+
+
 def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     """Write the plots, and the tables between the markers of quality.md.
 
@@ -41,7 +48,7 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     """
     rows = {name: read(results / f"{name}.jsonl") for name in _SETS}
     every = {name: _entries(own) for name, own in rows.items()}
-    entries = {name: [entry for entry in own if entry["label"] in _NAMES] for name, own in every.items()}
+    entries = {name: [entry for entry in own if _shown(entry, config)] for name, own in every.items()}
     found = {name: own for name, own in entries.items() if any(entry["mean"] is not None for entry in own)}
     if not found:
         raise FileNotFoundError(f"{results}: no results; measure first: python -m benchmarks.quality run")
@@ -68,10 +75,20 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     page.write_text("\n".join([f"{head}{_START}", *parts, f"{_END}{tail}"]), encoding="utf-8")
 
 
+def _shown(entry: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Return whether an entry belongs in the tables of merged models: what is measured there, at today's settings."""
+    method, setting = entry["method"], entry["result"]["setting"]
+    if entry["label"] not in _NAMES or method in config["left_out"]:
+        return False
+    published = settings.published(config, method)
+    return setting == published if entry["label"] == "default" else settings.is_variant(config, method, setting)
+
+
 def _overview(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Write one table of all sets: mean and worst at published settings."""
     return _by_set(
-        "Share of the experts' gain that is kept at published settings, in percent: mean of the domains / worst domain.",
+        "Share of the experts' gain that is kept at published settings, in percent: mean of the domains / worst domain. "
+        "A dagger: measured with an earlier version of the method.",
         {
             name: {entry["method"]: _brief(entry) for entry in entries if entry["label"] == "default"}
             for name, entries in found.items()
@@ -119,7 +136,12 @@ def _by_set(caption: str, cells: Mapping[str, Mapping[str, str]]) -> str:
 def _brief(entry: Mapping[str, Any]) -> str:
     if entry["mean"] is None:
         return "failed"
-    return f"{100 * entry['mean']:.0f} / {100 * entry['worst']['value']:.0f}"
+    return f"{100 * entry['mean']:.0f} / {100 * entry['worst']['value']:.0f}{_dagger(entry)}"
+
+
+def _dagger(entry: Mapping[str, Any]) -> str:
+    """Return a dagger where the method has a later version than the one that was measured."""
+    return "" if version(entry["result"]) == methods()[entry["method"]].version else "†"
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -171,9 +193,13 @@ def _entries(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return one entry per method and setting that was measured on the test texts, the best first."""
     # what was measured again, with other settings, counts
     latest = {(found["method"], found["label"], found["seed"]): found for found in results if found["split"] == "test"}
+    newest: dict[tuple[str, str], int] = {}
+    for (method, label, _), found in latest.items():
+        newest[method, label] = max(version(found), newest.get((method, label), 0))
     groups: dict[tuple[str, str], list[Result]] = {}
     for (method, label, _), result in latest.items():
-        groups.setdefault((method, label), []).append(result)
+        if version(result) == newest[method, label]:
+            groups.setdefault((method, label), []).append(result)
     entries = [_entry(method, label, seeds) for (method, label), seeds in groups.items()]
     return sorted(entries, key=lambda entry: -entry["mean"] if entry["mean"] is not None else float("inf"))
 
@@ -182,20 +208,20 @@ def _after_tuning(
     results: Sequence[Result], entries: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> list[Mapping[str, Any]]:
     """Return, of methods whose whole grid was tried, the entry of the settings that were best on the tune texts."""
-    scores = {
-        (found["method"], json.dumps(found["setting"])): mean_recovered(found)
-        for found in results
-        if found["split"] == "tune"
-    }
     chosen = []
     for entry in entries:
-        method, setting = entry["method"], entry["result"]["setting"]
+        method = entry["method"]
+        tried = [
+            (found["setting"], mean_recovered(found) or (float("-inf"),))
+            for found in results
+            if (found["split"], found["method"]) == ("tune", method)
+            and version(found) == version(entry["result"])
+            and settings.is_variant(config, method, found["setting"])
+        ]
         grid = settings.grid(config, method)
-        tried = [scores.get((method, json.dumps(one)), "not yet") for one in grid]
-        if not grid or "not yet" in tried:
+        if not grid or not all(one in [setting for setting, _ in tried] for one in grid):
             continue
-        best = max(range(len(grid)), key=lambda i: tried[i] or (float("-inf"),))
-        if setting == grid[best]:
+        if entry["result"]["setting"] == max(tried, key=lambda one: one[1])[0]:
             chosen.append(entry)
     return chosen
 
@@ -238,7 +264,7 @@ def _section(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in entries:
-        shown = f"{_NAMES[entry['label']]}{_setting(entry['result'])}"
+        shown = f"{_NAMES[entry['label']]}{_dagger(entry)}{_setting(entry['result'])}"
         if entry["mean"] is None:
             lines.append(f"| {entry['method']} | {shown} | failed: {entry['failed']} | | | |")
             continue

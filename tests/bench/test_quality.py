@@ -16,7 +16,7 @@ from merganser.method.registry import method_names, methods
 CONFIG = json.loads((Path(quality.__file__).parent / "config.json").read_text(encoding="utf-8"))
 
 
-def result(method, mean, *, seed=0, label="default", worst=0.1, failed=None):
+def result(method, mean, *, seed=0, label="default", worst=0.1, failed=None, setting=None):
     retention = {
         "recovered": {"french": None, "maths": None},
         "mean": None if mean is None else {"value": mean, "stderr": 0.02},
@@ -27,8 +27,9 @@ def result(method, mean, *, seed=0, label="default", worst=0.1, failed=None):
         "method": method,
         "label": label,
         "split": "test",
-        "setting": {"each": {"weight": 1.0}, "shared": {"lambda": 0.3}},
+        "setting": setting or settings.published(CONFIG, method),
         "seed": seed,
+        "version": methods()[method].version,
         "retention": retention,
         "seconds": {"load": 2.0},
         "failed": failed,
@@ -85,10 +86,10 @@ def test_the_table_has_the_best_first_and_keeps_what_failed(tmp_path):
         "| dare_ties | 60 / -10 |",
         "| linear | 40 / 10 |",
         "| svc | failed |",
-        "| dare_ties | published: weight 1, lambda 0.3 | 60.0 ± 2.0 % (2 seeds, spread 20.0) | -10.0 ± 3.0 % maths "
+        "| dare_ties | published: weight 1, density 0.8, normalize true | 60.0 ± 2.0 % (2 seeds, spread 20.0) | -10.0 ± 3.0 % maths "
         "| 1.0 ± 0.1 % | 2 |",
-        "| linear | published: weight 1, lambda 0.3 | 40.0 ± 2.0 % | 10.0 ± 3.0 % maths | 1.0 ± 0.1 % | 2 |",
-        "| svc | published: weight 1, lambda 0.3 | failed: NaN in the logits | | | |",
+        "| linear | published: weight 1 | 40.0 ± 2.0 % | 10.0 ± 3.0 % maths | 1.0 ± 0.1 % | 2 |",
+        "| svc | published | failed: NaN in the logits | | | |",
     ]
     assert "<svg" in (docs / "images" / "quality-two.svg").read_text(encoding="utf-8")
 
@@ -131,17 +132,17 @@ def test_a_restored_task_without_figures_is_said_and_not_averaged():
 
 
 def test_restored_tasks_have_a_table_of_their_own(tmp_path):
-    whole = {**result("emr", 0.98, label="restored", worst=0.97), "stored_share": 0.123}
-    write(tmp_path / "results" / "two.jsonl", result("emr", 0.4), whole)
+    whole = {**result("skillpack", 0.98, label="restored", worst=0.97), "stored_share": 0.123}
+    write(tmp_path / "results" / "two.jsonl", result("skillpack", 0.4), whole)
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "quality.md").write_text("<!-- quality:start --><!-- quality:end -->")
     table.write(tmp_path / "results", docs, CONFIG)
     text = (docs / "quality.md").read_text(encoding="utf-8")
-    assert [line for line in text.splitlines() if line.startswith("| emr |")] == [
-        "| emr | 40 / 10 |",
-        "| emr | 98 / 97; 12 |",
-        "| emr | published: weight 1, lambda 0.3 | 40.0 ± 2.0 % | 10.0 ± 3.0 % maths | 1.0 ± 0.1 % | 2 |",
+    assert [line for line in text.splitlines() if line.startswith("| skillpack |")] == [
+        "| skillpack | 40 / 10 |",
+        "| skillpack | 98 / 97; 12 |",
+        "| skillpack | published | 40.0 ± 2.0 % | 10.0 ± 3.0 % maths | 1.0 ± 0.1 % | 2 |",
     ]
 
 
@@ -172,9 +173,80 @@ def test_what_tuning_chose_has_a_table_of_its_own(tmp_path):
     assert [line for line in rows if line.startswith("| ")][1:] == ["| star | 60 / 10 |", "| ties | 40 / 10* |"]
 
 
+def shown(tmp_path, *results):
+    """Return the rows of the first table."""
+    write(tmp_path / "results" / "two.jsonl", *results)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "quality.md").write_text("<!-- quality:start --><!-- quality:end -->")
+    table.write(tmp_path / "results", docs, CONFIG)
+    text = (docs / "quality.md").read_text(encoding="utf-8")
+    return [line for line in text.partition("![")[0].splitlines() if line.startswith("| ")][1:]
+
+
+def test_an_earlier_version_is_marked_and_gives_way_to_a_later_one(tmp_path):
+    assert methods()["tsv_m"].version == methods()["iso_c"].version == 2
+    old = [result(name, 0.2) for name in ("tsv_m", "iso_c")]
+    for line in old:
+        del line["version"]
+    assert shown(tmp_path, *old, result("iso_c", 0.6)) == ["| iso_c | 60 / 10 |", "| tsv_m | 20 / 10† |"]
+
+
+def test_what_was_measured_at_other_settings_or_is_left_out_is_not_shown(tmp_path):
+    other = result("dare_ties", 0.9, setting={"each": {"weight": 1.0, "density": 0.2}, "shared": {}})
+    assert shown(tmp_path, other, result("emr", 0.8), result("linear", 0.4)) == ["| linear | 40 / 10 |"]
+
+
+def test_tuning_goes_on_beyond_the_edge_of_its_grid():
+    def tried(*pairs, method="star"):
+        first = settings.published(CONFIG, method)
+        made = [(settings._with(first, "lambda", value) if value else first, score) for value, score in pairs]
+        found = settings.wider(CONFIG, method, made)
+        return found and found["shared"]["lambda"]
+
+    # the published value of star is 1
+    assert tried((None, 0.4), (0.5, 0.3), (1.5, 0.5)) == 2.2
+    assert tried((None, 0.4), (0.5, 0.3), (1.5, 0.5), (2.2, 0.6)) == 3.2
+    assert tried((None, 0.4), (0.5, 0.3), (1.5, 0.5), (2.2, 0.45)) is None
+    assert tried((None, 0.4), (0.5, 0.6), (1.5, 0.5)) == 0.25
+    assert tried((None, 0.4), (0.5, 0.3), (1.5, 0.1)) is None
+    # of the published value, too
+    assert tried((None, 0.4), (0.5, 0.3), (1.0, 0.1), method="task_arithmetic") == 0.18
+
+
+def test_tuning_stays_in_the_range_of_the_parameter():
+    first = settings.published(CONFIG, "slerp")
+    made = [(settings._with(first, "t", value), score) for value, score in ((0.3, 0.1), (0.5, 0.2), (0.9, 0.3))]
+    assert settings.wider(CONFIG, "slerp", made) is None
+
+
+def test_tuning_tries_what_is_wider_until_the_best_is_inside(tmp_path, monkeypatch):
+    bench = object.__new__(quality._Bench)
+    bench._config = CONFIG
+    asked = []
+
+    def measure(method, label, split, setting):
+        asked.append(setting["shared"].get("lambda", 1.0))
+        return -abs(asked[-1] - best)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    for best, expected in ((2.0, [1, 0.5, 1.5, 2.2, 3.2]), (0.9, [1, 0.5, 1.5])):
+        asked.clear()
+        found = bench.tuned("star")
+        assert asked == expected
+        assert found["shared"].get("lambda", 1.0) == min(expected, key=lambda value: abs(value - best))
+    best = 1e9
+    asked.clear()
+    bench.tuned("star")
+    assert len(asked) == 3 + CONFIG["most_wider"]
+    assert bench.tuned("linear") is None
+
+
 def test_sets_of_different_size_stand_side_by_side(tmp_path):
     write(tmp_path / "results" / "two.jsonl", result("linear", 0.4), result("slerp", 0.45), result("ties", 0.5))
-    write(tmp_path / "results" / "four.jsonl", result("linear", 0.3), result("ties", 0.2, label="tuned"))
+    tuned = settings.grid(CONFIG, "ties")[1]
+    others = result("linear", 0.3), result("ties", 0.2, label="tuned", setting=tuned)
+    write(tmp_path / "results" / "four.jsonl", *others)
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "quality.md").write_text("<!-- quality:start --><!-- quality:end -->")

@@ -97,6 +97,37 @@ def test_blocks_do_not_matter(family: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert whole.cosine[0][1] == pytest.approx(cut.cosine[0][1], rel=1e-12)
 
 
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_how_much_of_a_task_vector_is_rounding(saved: torch.dtype, tmp_path: Path) -> None:
+    """Rounding is that of the values, also where bfloat16 was saved as float32; then it is told as what it is."""
+    base = {name: t.float() for name, t in state(0, width=64, vocab=256).items()}
+    moved = near(base, 1, 0.01)
+    write(tmp_path / "base", base)
+    write(tmp_path / "one", {name: t.to(torch.bfloat16).to(saved) for name, t in moved.items()})
+    found = kinship([tmp_path / "one"], tmp_path / "base").total
+    noise = sum(float((t.bfloat16().double() - t.double()).square().sum()) for t in moved.values()) ** 0.5
+    assert found.rounding[0] == pytest.approx(noise / found.norm[0], rel=0.02)
+    assert 0.1 < found.rounding[0] < 0.5
+
+
+def test_a_tensor_that_was_not_trained_adds_no_rounding(tmp_path: Path) -> None:
+    base = state(0, dtype=torch.float32)
+    moved = near(base, 1, 0.01)
+    write(tmp_path / "base", base)
+    one = {name: moved[name] if "mlp" in name else t for name, t in base.items()}
+    write(tmp_path / "one", one)
+    found = kinship([tmp_path / "one"], tmp_path / "base")
+    parts = [tensor.kin for tensor in found.tensors if "mlp" in (tensor.name or "")]
+    noise = sum((kin.rounding[0] or 0) ** 2 * kin.norm[0] ** 2 for kin in parts) ** 0.5
+    assert found.total.rounding[0] == pytest.approx(noise / found.total.norm[0])
+
+
+def test_a_copy_has_no_task_vector_to_be_rounded(tmp_path: Path) -> None:
+    write(tmp_path / "base", state(0))
+    write(tmp_path / "one", state(0))
+    assert kinship([tmp_path / "one"], tmp_path / "base").total.rounding == [None]
+
+
 def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.attn.q.weight"]
@@ -113,9 +144,9 @@ def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.code, found.err) == (0, "")
     assert found.out == (
         "2 models · base base · 3 tensors, 12 parameters\n"
-        "  model  change    cosine  changed  beyond 0.002  largest\n"
-        "      1   0.144  0.991314     8.3%          8.3%      0.5  one\n"
-        "      2   0.354  0.953206    25.0%         25.0%        1  two\n"
+        "  model  change  rounding    cosine  changed  beyond 0.002  largest\n"
+        "      1   0.144      0.9%  0.991314     8.3%          8.3%      0.5  one\n"
+        "      2   0.354      0.6%  0.953206    25.0%         25.0%        1  two\n"
         "cosine of task vectors\n"
         "  model        1        2\n"
         "      1   1.0000  -0.4082\n"

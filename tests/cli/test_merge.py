@@ -164,3 +164,31 @@ def test_a_traceback_only_where_it_is_wanted(models: Path, monkeypatch: pytest.M
     assert long.code == 2
     assert "Traceback (most recent call last)" in long.err
     assert long.err.endswith(plain.err)
+
+
+def test_models_that_some_tensors_do_without_are_counted(models: Path) -> None:
+    """What is no matrix stays as it is in the base; and a stack takes each layer from one model."""
+    document = {"merge_method": "wudi", "base_model": "a", "models": [{"model": "b"}, {"model": "c"}]}
+    assert run("merge", recipe(models / "r.yaml", document), "out").out.startswith("wudi · a base and 2 models · ")
+    slices = [{"sources": [{"model": name, "layer_range": [i, i + 1]}]} for i, name in enumerate("ab")]
+    document = {"merge_method": "passthrough", "slices": slices}
+    assert run("merge", recipe(models / "r.yaml", document), "stacked").out.startswith("passthrough · 2 models · ")
+
+
+def test_the_length_of_the_merged_task_vector_is_told(models: Path) -> None:
+    document = {
+        "merge_method": "task_arithmetic",
+        "base_model": "a",
+        "models": [{"model": name, "parameters": {"weight": 1.0}} for name in "bc"],
+    }
+    found = run("merge", recipe(models / "r.yaml", document), "out")
+    total = json.loads((models / "out" / "merge.json").read_text())["movement"]["total"]
+    told = (
+        f"length of the task vector: {total['length']:.2g} of the models' (average of unrelated ones: 0.71, sum: 1.4); "
+        f"rounding is {min(total['rounding']):.1%}"
+    )
+    assert found.out.splitlines()[1].startswith(told)
+    assert found.err == ""
+    longer = run("merge", recipe(models / "r.yaml", {**document, "parameters": {"lambda": 9.0}}), "longer")
+    assert longer.err.startswith("warning: the merged task vector is ")
+    assert "which is long" in longer.err

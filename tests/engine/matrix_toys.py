@@ -69,3 +69,20 @@ def unit(
         There is none.
     """
     return base + sum(((model - base) * gain for model in models), torch.zeros_like(base))
+
+
+@merge_method(family="toys", cite="-", scope="matrix")
+def noisy(
+    base: Tensor, models: list[Tensor], rounding: Tensor, *, others: Others = "sum", embeddings: Embeddings = "others"
+) -> Tensor:
+    """Fill each matrix with what rounding may be, over the models.
+
+        merged = sum_i rounding_i
+
+    Use when:
+        Never.
+
+    Differs from the paper:
+        There is none.
+    """
+    return torch.zeros_like(base) + rounding.sum()

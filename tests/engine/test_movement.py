@@ -120,7 +120,7 @@ def test_without_a_base_there_are_no_task_vectors(tmp_path):
 def test_one_model_and_equal_models(tmp_path):
     base, models = close(0.01)
     single = merged_record(tmp_path / "one", [base, models[0]])["movement"]["total"]
-    assert set(single) == {"models", "merged"}
+    assert set(single) == {"models", "merged", "rounding", "length"}
     same = merged_record(tmp_path / "same", [base, base, models[0]])["movement"]["total"]
     # a task vector of zeros has no direction
     assert (same["cosine"], same["sign_conflict"]) == (None, None)
@@ -160,3 +160,44 @@ def test_the_order_of_pairs(tmp_path):
     pairs = list(combinations(range(4), 2))
     assert record["movement"]["total"]["cosines"] == [1.0 if pair == (1, 3) else 0.0 for pair in pairs]
     assert plan(record["recipe"]).tensors[0].name == "w"
+
+
+def test_rounding_and_length_against_a_plain_calculation(tmp_path):
+    base, models = close(0.01)
+    record = merged_record(tmp_path, [base, *models])
+    merged, found = read_model(tmp_path / "out"), record["movement"]["total"]
+    deltas = [np.sqrt(sum(float((m[name] - base[name]).square().sum()) for name in base)) for m in (*models, merged)]
+    assert found["length"] == pytest.approx(deltas[-1] / np.sqrt(np.mean(np.square(deltas[:-1]))), rel=1e-3)
+    for share, model, delta in zip(found["rounding"], models, deltas, strict=False):
+        ulp = np.concatenate([np.spacing(np.abs(tensor.numpy().ravel())) for tensor in model.values()])
+        assert share == pytest.approx(np.sqrt(np.sum(np.square(ulp, dtype=np.float64)) / 12) / delta, rel=1e-3)
+
+
+@pytest.mark.parametrize(("lambda_", "much"), [(0.05, "short"), (0.5, None), (1.0, None), (5.0, "long")])
+def test_what_is_much_longer_or_shorter_than_sums_and_averages_is_warned_of(tmp_path, lambda_, much):
+    base, models = close(0.01)
+    paths = [write_model(tmp_path / f"m{i}", own, llama_config()) for i, own in enumerate([base, *models])]
+    recipe = make_recipe("task_arithmetic", paths[1:], paths[0], {"weight": 1.0, "lambda": lambda_})
+    warnings = [text for text in merge(recipe, tmp_path / "out").record["warnings"] if "task vector" in text]
+    assert [f"which is {much}" in text for text in warnings] == ([] if much is None else [True])
+
+
+def test_what_is_copied_from_the_base_does_not_hide_the_total(tmp_path):
+    """The default of wudi leaves all that is no matrix as it is in the base."""
+    base, models = close(0.01)
+    paths = [write_model(tmp_path / f"m{i}", own, llama_config()) for i, own in enumerate([base, *models[:2]])]
+    found = merge(make_recipe("wudi", paths[1:], paths[0]), tmp_path / "out").record["movement"]
+    assert found["inputs"] == [*map(str, paths)]
+    assert found["from_base"] is True
+    assert len(found["total"]["models"]) == 2
+
+
+def test_what_was_not_trained_adds_no_rounding(tmp_path):
+    base, models = close(0.01)
+    only = {name: models[0][name] if "mlp" in name else t for name, t in base.items()}
+    found = merged_record(tmp_path, [base, only, models[1]])["movement"]
+    parts = [entry for entry in found["tensors"] if "mlp" in entry["name"]]
+    others = [entry["rounding"][0] for entry in found["tensors"] if "mlp" not in entry["name"]]
+    assert set(others) == {None}
+    assert min(entry["rounding"][0] for entry in parts) < found["total"]["rounding"][0]
+    assert found["total"]["rounding"][0] < max(entry["rounding"][0] for entry in parts) * 1.001

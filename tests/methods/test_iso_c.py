@@ -9,8 +9,8 @@ from tests.reference.iso_c import iso_c as reference
 SETTINGS = [
     {},
     {"weight": [0.5, -1.0, 2.0], "lambda": 0.7},
-    {"divisor": "rank"},
-    {"divisor": "rank", "rank_tolerance": 0.05},
+    {"divisor": "size"},
+    {"divisor": "size", "rank_tolerance": 0.05},
 ]
 
 
@@ -42,11 +42,11 @@ def test_by_hand():
     # singular values 3 and 1, of mean 2
     assert merge_tensors(iso_c, base, models).tolist() == [[12, 10], [10, 8]]
     assert merge_tensors(iso_c, base, models, {"lambda": 0.5}).tolist() == [[11, 10], [10, 9]]
-    # one of them alone: half of it, as there could be two, or all of it
-    assert merge_tensors(iso_c, base, models[:1]).tolist() == [[11.5, 10], [10, 10]]
-    assert merge_tensors(iso_c, base, models[:1], {"divisor": "rank"}).tolist() == [[13, 10], [10, 10]]
+    # one of them alone: all of it, or half, as there could be two
+    assert merge_tensors(iso_c, base, models[:1]).tolist() == [[13, 10], [10, 10]]
+    assert merge_tensors(iso_c, base, models[:1], {"divisor": "size"}).tolist() == [[11.5, 10], [10, 10]]
     # what counts as zero stays zero, and takes no part in the mean of the rank
-    found = merge_tensors(iso_c, base, models, {"divisor": "rank", "rank_tolerance": 0.5})
+    found = merge_tensors(iso_c, base, models, {"rank_tolerance": 0.5})
     assert found.tolist() == [[13, 10], [10, 10]]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.errors import CheckpointError
 from merganser.methods.karcher import karcher
 from merganser.methods.nuslerp import nuslerp
 from tests.methods.bars import assert_reaches_bars, make_models
@@ -62,9 +63,17 @@ def test_one_model_is_itself():
     torch.testing.assert_close(merge_tensors(karcher, None, models), models[0], rtol=2e-7, atol=0)
 
 
+def test_a_model_of_zeros_is_refused_beside_others():
+    _, (model,) = make_models((80, 125), 1)
+    with pytest.raises(CheckpointError, match=r"^lm\.bias: karcher: model 1 holds nothing but zeros"):
+        merge_tensors(karcher, None, [model, torch.zeros_like(model)], name="lm.bias")
+    zeros = [torch.zeros(5), torch.zeros(5)]
+    assert torch.equal(merge_tensors(karcher, None, zeros), zeros[0])
+
+
 def test_models_without_a_direction_count_in_the_length():
     _, models = make_models((80, 125), 1)
-    merged = merge_tensors(karcher, None, [torch.zeros_like(models[0]), models[0]])
+    merged = merge_tensors(karcher, None, [torch.zeros_like(models[0]), models[0]], {"zero_norm": 1e-30})
     torch.testing.assert_close(merged, models[0] / 2, rtol=1e-6, atol=0)
 
 

@@ -14,7 +14,6 @@ from tests.reference.linear import linear as reference
         {"weight": [0.2, 0.5, 1.7]},
         {"weight": [1.5, -0.3, 0.1]},
         {"weight": [0.2, 0.5, 0.1], "normalize": False},
-        {"weight": [1.0, -1.0, 0.0]},
     ],
 )
 def test_reaches_the_bars(parameters):

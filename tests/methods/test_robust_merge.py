@@ -51,11 +51,11 @@ def test_scales_say_what_pruning_has_taken_and_are_raised():
     assert scales(before, after, torch.tensor(1.0)).tolist() == [2, 2, 2, 2, 2]
 
 
-def test_one_model_counts_four_times():
+def test_the_weight_of_one_model_counts_twice():
     (vector,) = make_vectors((40, 30), 1, "low rank")
-    merged = merged_vector(robust_merge, [vector], {"density": 1.0})
+    merged = merged_vector(robust_merge, [vector], {"density": 1.0, "weight": 2.0})
     torch.testing.assert_close(merged, 4 * vector, rtol=0, atol=1e-5 * float(vector.abs().max()))
-    merged = merged_vector(robust_merge, [vector], {"density": 1.0, "weight": 1.0})
+    merged = merged_vector(robust_merge, [vector], {"density": 1.0})
     torch.testing.assert_close(merged, vector, rtol=0, atol=1e-5 * float(vector.abs().max()))
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.errors import CheckpointError
 from merganser.methods.slerp import slerp
 from tests.methods.bars import assert_reaches_bars, make_models
 from tests.reference.slerp import slerp as reference
@@ -55,3 +56,15 @@ def test_opposite_vectors_take_the_straight_line():
     base = torch.tensor([1.0, -2.0, 3.0])
     merged = merge_tensors(slerp, base, [-base], {"t": 0.25})
     torch.testing.assert_close(merged, base / 2, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("which", ["the base", "the model"])
+def test_a_tensor_of_zeros_is_refused_unless_an_end_is_taken(which):
+    _, (tensor,) = make_models((80, 125), 1)
+    base, model = (torch.zeros_like(tensor), tensor) if which == "the base" else (tensor, torch.zeros_like(tensor))
+    with pytest.raises(CheckpointError, match=f"^lm.bias: slerp: {which} holds nothing but zeros"):
+        merge_tensors(slerp, base, [model], {"t": 0.5}, name="lm.bias")
+    for t, end in ((0, base), (1, model)):
+        assert torch.equal(merge_tensors(slerp, base, [model], {"t": t}), end)
+    zero = torch.zeros(5)
+    assert torch.equal(merge_tensors(slerp, zero, [zero], {"t": 0.5}), zero)

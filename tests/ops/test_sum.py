@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.ops.sum import deltas, l1_gain, l1_norms, normalizer, not_negative, round_down, scaled, weighted_sum
+from merganser.ops.sum import check_total, deltas, l1_gain, l1_norms, not_negative, round_down, scaled, weighted_sum
 
 
 def test_task_vectors():
@@ -24,13 +24,16 @@ def test_a_weighted_sum_is_added_in_order():
 
 
 @pytest.mark.parametrize("weights", [(0.0,), (1.0, -1.0), (0.1, 0.2, -0.3)])
-def test_weights_that_cancel_do_not_divide(weights):
-    assert normalizer(torch.tensor(weights, dtype=torch.float64).sum()) == 1
+def test_weights_that_add_up_to_0_are_complained_of_where_their_sum_divides(weights):
+    for divides in ({}, {"normalize": True}, {"normalize_weights": True}):
+        assert "add up to 0" in check_total({"weight": weights, **divides})
+    for adds in ({"normalize": False}, {"normalize_weights": False}):
+        assert check_total({"weight": weights, **adds}) is None
 
 
-@pytest.mark.parametrize("total", [1.0, -2.0, 1e-7])
-def test_other_sums_do(total):
-    assert normalizer(torch.tensor(total, dtype=torch.float64)) == total
+@pytest.mark.parametrize("weights", [(1.0,), (-2.0,), (1e-9, 1e-9), (1.0, -0.999)])
+def test_other_weights_may_divide(weights):
+    assert check_total({"weight": weights}) is None
 
 
 def test_norms_add_over_blocks_in_float64():

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from tests.reference.wudi import first, quadratic, vectors, walk
+from tests.reference.decompositions import vectors
+from tests.reference.wudi import first, quadratic, walk
 
 
 def aswudi(base, models, *, start="sum", **scale):

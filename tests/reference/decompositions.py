@@ -19,6 +19,30 @@ def nearest_orthonormal(*frames):
     return u @ v.T
 
 
-def vectors(base, models, weight=1.0):
+def spacing(stored):
+    """From every value to the next one of the narrowest dtype that holds them all; 0 of zeros."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        narrow = stored.to(dtype)
+        if dtype == stored.dtype or torch.equal(narrow.to(stored.dtype), stored):
+            break
+    size = narrow.abs()
+    return torch.where(size > 0, torch.nextafter(size, torch.full_like(size, torch.inf)).double() - size.double(), 0.0)
+
+
+def rounding(stored):
+    """Twice the variance of uniform rounding, and the bound of Bandeira and van Handel for independent entries."""
+    variance = 2 * spacing(stored) ** 2 / 12
+    return variance.sum(1).max().sqrt() + variance.sum(0).max().sqrt()
+
+
+def vectors(base, models, weight=1.0, cut=True):
+    """Weighted task vectors, without the triplets that are not above rounding, unless none of any is."""
     weight = weight if isinstance(weight, list) else [weight] * len(models)
-    return [w * (model.double() - base.double()) for w, model in zip(weight, models, strict=True)]
+    deltas = [model.double() - base.double() for model in models]
+    above = []
+    for model, delta in zip(models, deltas, strict=True):
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        real = s > rounding(model)
+        above.append(u[:, real] @ torch.diag(s[real]) @ vh[real])
+    kept = above if cut and any(delta.any() for delta in above) else deltas
+    return [w * delta for w, delta in zip(weight, kept, strict=True)]

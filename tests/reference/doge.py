@@ -2,6 +2,8 @@
 
 import torch
 
+from tests.reference.decompositions import vectors
+
 
 def directions(deltas, subspace):
     r = min(deltas[0].shape)
@@ -20,8 +22,8 @@ def loss(deltas, lambdas, change):
 
 
 def doge(base, models, *, eta=0.07, density=0.3, solver="adam", steps=400, learning_rate=1e-4, subspace=6):
+    deltas = vectors(base, models)
     base = base.double()
-    deltas = [model.double() - base for model in models]
     lambdas = [eta / delta.norm() for delta in deltas]
     change = torch.nn.Parameter(torch.zeros_like(base))
     if solver == "rows":

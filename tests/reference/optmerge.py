@@ -2,7 +2,8 @@
 
 import torch
 
-from tests.reference.wudi import first, solve, vectors
+from tests.reference.decompositions import vectors
+from tests.reference.wudi import first, solve
 
 
 def truncated(matrix, k):

@@ -13,11 +13,11 @@ def r_tsvm(base, models, *, weight=1.0, sigmas=3.0, epsilon=0.0, **other):
     weight = weight if isinstance(weight, list) else [weight] * n
     deltas = vectors(base, models)
     outliers, active = [], []
-    for delta in deltas:
+    for delta, raw in zip(deltas, vectors(base, models, cut=False), strict=True):
         size = delta.abs()
         deviation = ((size - size.mean()) ** 2).mean() ** 0.5
         outliers.append(float(size[size > size.mean() + sigmas * deviation].sum()))
-        active.append(float((size > epsilon).double().mean()))
+        active.append(float((raw.abs() > epsilon).double().mean()))
     ranks = [max(int(r * share + 1e-9), 1) for share in portions(active)]
     scales = [w * n * share for w, share in zip(weight, portions(outliers), strict=True)]
     return base.double() + other.get("lambda", 1.0) * merge_truncated(deltas, ranks, scales)

@@ -21,7 +21,7 @@ def prune(factor, density):
     return factor if k == 0 else factor * (factor.abs() >= factor.abs().flatten().sort().values[k - 1])
 
 
-def robust_merge(base, models, *, weight=2.0, rank=128, density=0.2, scale_quantile=0.8, **other):
+def robust_merge(base, models, *, weight=1.0, rank=128, density=0.2, scale_quantile=0.8, **other):
     weight = weight if isinstance(weight, list) else [weight] * len(models)
     pairs = [factors(delta, rank) for delta in vectors(base, models)]
     r = max(len(a) for _, a in pairs)

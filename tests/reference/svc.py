@@ -6,8 +6,8 @@ from tests.reference.decompositions import triplets, vectors
 
 
 def svc(base, models, *, weight=1.0, alpha=0.1, rank_tolerance=0.0, **other):
-    merged = other.get("lambda", 0.3) * sum(vectors(base, models, weight))
-    tasks = vectors(base, models)
+    merged = other.get("lambda", 0.3) * sum(vectors(base, models, weight, cut=rank_tolerance == 0))
+    tasks = vectors(base, models, cut=rank_tolerance == 0)
     u, s, v = triplets(merged, tolerance=rank_tolerance)
     calibrated = torch.zeros_like(merged)
     for r in range(len(s)):

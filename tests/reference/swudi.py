@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from tests.reference.wudi import first, quadratic, vectors, walk
+from tests.reference.decompositions import vectors
+from tests.reference.wudi import first, quadratic, walk
 
 
 def swudi(base, models, *, time=1300.0, rank=0.65, start="sum", **scale):

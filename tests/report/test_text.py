@@ -29,8 +29,11 @@ def test_text(out: Path) -> None:
     rows = [line.split() for line in text.splitlines()]
     assert ["base", "base,", "donor", "8.14", "KB", "19", "of", "19", "base"] in rows
     total = record["movement"]["total"]
-    for name, value in zip(("one", "two", "three", "merge"), [*total["models"], total["merged"]], strict=True):
-        assert [name, f"{value:.3g}"] in rows
+    shares = [f"{share:.1%}" for share in total["rounding"]]
+    distances = [*total["models"], total["merged"]]
+    for name, value, share in zip(("one", "two", "three", "merge"), distances, [*shares, "-"], strict=True):
+        assert [name, f"{value:.3g}", share] in rows
+    assert f"The merged task vector is {total['length']:.2g} times as long as the models'" in text
     cosines = [f"{value:.3f}" for value in total["cosines"]]
     assert ["1", "one", "·", cosines[0], cosines[1]] in rows
     assert ["3", "three", cosines[1], cosines[2], "·"] in rows

@@ -65,11 +65,16 @@ def _models(found: Kinship) -> None:
     from ..inspection.task_vectors import FAR
 
     total = found.total
-    rows = [["model", "change", "cosine", "changed", f"beyond {FAR}", "largest", ""]]
+    rows = [["model", "change", "rounding", "cosine", "changed", f"beyond {FAR}", "largest", ""]]
     for i, name in enumerate(found.models):
-        numbers = [number_text(total.change[i]), _form(total.base_cosine[i], ".6f"), f"{total.changed[i]:.1%}"]
+        numbers = [
+            number_text(total.change[i]),
+            _form(total.rounding[i], ".1%"),
+            _form(total.base_cosine[i], ".6f"),
+            f"{total.changed[i]:.1%}",
+        ]
         rows.append([str(i + 1), *numbers, f"{total.far[i]:.1%}", number_text(total.largest[i]), name])
-    for line in table(rows, right=range(6)):
+    for line in table(rows, right=range(7)):
         say(line)
 
 

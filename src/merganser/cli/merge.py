@@ -83,19 +83,22 @@ def merge(
 
 
 def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str | None]) -> None:
+    from ..engine.plan.summary import count_inputs
     from ..process import peak_memory
 
-    used = plan.tensors[0].inputs
-    base = "a base and " if plan.tensors[0].base is not None else ""
-    models = plural(len(used) - bool(base), "model")
+    with_base, count = count_inputs(plan)
+    base = "a base and " if with_base else ""
     head(
-        f"{record['method']} · {base}{models} · {plural(record['tensors'], 'tensor')} · "
+        f"{record['method']} · {base}{plural(count, 'model')} · {plural(record['tensors'], 'tensor')} · "
         f"{count_text(record['parameters'])} parameters · {time_text(record['timings']['seconds'])} · "
         f"peak {size_text(peak_memory())}"
     )
     compiling = record["timings"]["compile_seconds"]
     if compiling >= 1:
         say(f"compiling took {time_text(compiling)} of it; the kernels are kept for merges of this kind")
+    _lengths(record["movement"]["total"])
+    for warning in record["warnings"][len(plan.warnings) :]:
+        complain("warning", warning)
     written = f"{plural(len(plan.shards), 'file')}, {size_text(plan.bytes_written)}"
     say(f"wrote {out} ({written}) and {out / 'merge.json'}")
     if "sidecars" in record:
@@ -109,6 +112,17 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
     if plan.config:
         kind = "AutoModelForCausalLM" if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
         say(f'load it:   transformers.{kind}.from_pretrained("{out}")')
+
+
+def _lengths(total: Mapping[str, Any]) -> None:
+    """Say how long the merged task vector is beside those of the models, and how much of these is rounding."""
+    length, count = total.get("length"), len(total.get("models", ()))
+    rounding = [share for share in total.get("rounding", ()) if share is not None]
+    if length is None or not rounding:
+        return
+    shares = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (min(rounding), max(rounding))))
+    unrelated = f" (average of unrelated ones: {count**-0.5:.2g}, sum: {count**0.5:.2g})" if count > 1 else ""
+    say(f"length of the task vector: {length:.2g} of the models'{unrelated}; rounding is {shares} of theirs")
 
 
 def _tasks(sidecars: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import INDEX_NAME, index_json
 from ..errors import CheckpointError
 from ..record.format import RECORD_NAME, record_text
-from .movement import layer_summary, movement
+from .movement import layer_summary, length_warning, movement
 from .plan.plan import Plan
 from .record import input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
@@ -73,13 +73,15 @@ def write_rest(
         names, beside["sidecars"] = write_index(plan, plan.sidecars, folder, errors, digests)
         outputs += _hashed(folder, names)
     samples = _samples(entries)
+    moved = movement(plan, samples)
     record = make_record(
         plan,
         inputs=input_hashes(plan, digests),
         outputs=outputs,
         statistics={name: _json(solved.tolist()) for name, solved in statistics.items()},
         layers=layer_summary(plan.tensors, samples),
-        movement=movement(plan, samples),
+        movement=moved,
+        warnings=[*plan.warnings, *filter(None, [length_warning(moved["total"])])],
         timings=timings,
         continued=continued,
     )

@@ -44,14 +44,18 @@ def movement(plan: Plan, samples: Samples) -> dict[str, Any]:
         `sample` and `pair_sample`, the most elements of a tensor that distances and pairs were measured on. `inputs`,
         the base (or first model) and the models that were compared with it; None where tensors differ in that, as in
         slices: then every tensor has its own. `from_base`: whether the first of them is a base. `total`: what `_moved`
-        tells of all tensors together. `tensors`: the same of each, without the values of each pair of models.
+        tells of all tensors together, but for those that are copied from the base. `tensors`: the same of each, without
+        the values of each pair of models.
     """
     # two models may share a file (an adapter and its base), but no description of a tensor
     names = {id(t): str(reference) for reference, found in plan.checkpoints.items() for t in found.tensors.values()}
     measured = [tensor for tensor in plan.tensors if tensor.name in samples]
     inputs = {tensor.name: [names[id(source)] for source in tensor.inputs] for tensor in measured}
-    alike = len({tuple(found) for found in inputs.values()}) == 1
-    from_base = {tensor.base is not None for tensor in measured}
+    # of some methods what is no matrix comes from the base alone
+    most = max(inputs.values(), key=len, default=[])
+    alike = all(found in (most, most[:1]) for found in inputs.values())
+    merged = [tensor for tensor in measured if not alike or inputs[tensor.name] == most]
+    from_base = {tensor.base is not None for tensor in merged}
     tensors = []
     for tensor in measured:
         entry: dict[str, Any] = {"name": tensor.name, "layer": tensor.layer, "role": tensor.role}
@@ -61,11 +65,34 @@ def movement(plan: Plan, samples: Samples) -> dict[str, Any]:
     return {
         "sample": SAMPLE,
         "pair_sample": PAIR_SAMPLE,
-        "inputs": next(iter(inputs.values())) if alike else None,
+        "inputs": most if alike and most else None,
         "from_base": from_base.pop() if len(from_base) == 1 else None,
-        "total": _moved([(t.size, samples[t.name]) for t in measured], each_pair=True) if alike else {},
+        "total": _moved([(t.size, samples[t.name]) for t in merged], each_pair=True) if alike else {},
         "tensors": tensors,
     }
+
+
+def length_warning(total: Mapping[str, Any]) -> str | None:
+    """Return what to say of a merged task vector that is much longer, or shorter, than sums and averages make it.
+
+    T unrelated task vectors of length 1 have a sum of length sqrt(T) and an average of 1 / sqrt(T); twice, and half, of
+    these are the bounds.
+
+    Args:
+        total: What `movement` tells of all tensors together.
+    """
+    length, count = total.get("length"), len(total.get("models", ()))
+    if length is None or count < 2:
+        return None
+    longest, shortest = math.sqrt(count), 1 / math.sqrt(count)
+    if shortest / 2 <= length <= 2 * longest:
+        return None
+    much, advice = ("long", "lower") if length > longest else ("short", "raise")
+    return (
+        f"the merged task vector is {length:.2g} times as long as the task vectors of the {count} models, which is {much}: "
+        f"their average would be {shortest:.2g} if they are unrelated, and their sum {longest:.2g}; {advice} the weights or "
+        "lambda, and measure what is kept (merganser eval)"
+    )
 
 
 def _moved(samples: Sequence[tuple[int, Mapping[str, Any]]], *, each_pair: bool) -> dict[str, Any]:
@@ -77,7 +104,8 @@ def _moved(samples: Sequence[tuple[int, Mapping[str, Any]]], *, each_pair: bool)
 
     Returns:
         `models` and `merged`: distances of each model and of the merge from the base, over the norm of the base. Where
-        pairs were measured, `cosine` of task vectors, the mean of all pairs; `sign_conflict`, the share of opposite
+        there is a base: `rounding`, the share of each task vector that rounding of the model's stored values makes up,
+        and `length`, that of the merged task vector over the root mean square of the models'. Where pairs were measured, `cosine` of task vectors, the mean of all pairs; `sign_conflict`, the share of opposite
         directions among all elements that two models changed; and for each pair, in the order of
         `itertools.combinations`, `cosines` and `sign_conflicts`. What is not defined is None; what is not finite, or
         was measured on other numbers of models, is left out.
@@ -91,6 +119,11 @@ def _moved(samples: Sequence[tuple[int, Mapping[str, Any]]], *, each_pair: bool)
     if not all(map(math.isfinite, [norm, merged, *models])):
         return {}
     found: dict[str, Any] = {"models": models, "merged": merged}
+    if all("rounding" in sample for _, sample in samples):
+        noise = [math.sqrt(_sum(samples, "rounding", k)) / norm for k in range(len(models))]
+        found["rounding"] = [min(a / b, 1.0) if b > 0 else None for a, b in zip(noise, models, strict=True)]
+        typical = math.sqrt(sum(value**2 for value in models) / len(models))
+        found["length"] = merged / typical if typical > 0 else None
     if all("pairs" in sample for _, sample in samples):
         found |= _related([(size, sample["pairs"]) for size, sample in samples], len(models), each_pair=each_pair)
     return found

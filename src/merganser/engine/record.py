@@ -101,6 +101,7 @@ def make_record(
     statistics: Mapping[str, Any],
     layers: Sequence[Mapping[str, Any]],
     movement: Mapping[str, Any],
+    warnings: Sequence[str],
     timings: Mapping[str, float],
     continued: bool,
 ) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def make_record(
         "compiled": plan.compiled,
         "workers": plan.workers,
         "continued": continued,
-        "warnings": list(plan.warnings),
+        "warnings": list(warnings),
         "differences_from_mergekit": list(plan.differences),
         "inputs": inputs,
         "outputs": list(outputs),

@@ -42,6 +42,7 @@ class Kin:
         parameters: Number of elements.
         norm: Norm of each task vector, that is the Euclidean distance of the model from the base.
         change: Norm of each task vector over the norm of the base.
+        rounding: Share of the norm of each task vector that is due to rounding of the stored model, at most 1.
         base_cosine: Cosine between the weights of each model and those of the base.
         weight_cosine: Cosine between the weights of each pair of models.
         changed: Share of the elements that differ from the base.
@@ -57,6 +58,7 @@ class Kin:
     parameters: int
     norm: Sequence[float]
     change: Sequence[float | None]
+    rounding: Sequence[float | None]
     base_cosine: Sequence[float | None]
     weight_cosine: Matrix
     changed: Sequence[float]
@@ -236,6 +238,7 @@ class _Sums:
         opposite: How many of these elements the two changed in opposite directions, shape [T, T].
         far: Number of elements of each model that differ by more than `FAR` from the base, shape [T].
         largest: The largest difference of each model from the base, shape [T].
+        rounding: Sum of the variances of the rounding of each model's values, shape [T].
         unequal: Whether two checkpoints (the base is the first) differ in any value, shape [T + 1, T + 1].
     """
 
@@ -247,6 +250,7 @@ class _Sums:
     opposite: np.ndarray[Any, np.dtype[np.float64]]
     far: np.ndarray[Any, np.dtype[np.float64]]
     largest: np.ndarray[Any, np.dtype[np.float64]]
+    rounding: np.ndarray[Any, np.dtype[np.float64]]
     unequal: np.ndarray[Any, np.dtype[np.bool_]]
 
     @classmethod
@@ -255,7 +259,7 @@ class _Sums:
         square, line = (models, models), np.zeros(models)
         products = np.zeros((models + 1, models + 1))
         unequal = np.zeros((models + 1, models + 1), dtype=bool)
-        return cls(0, 0, products, line, np.zeros(square), np.zeros(square), line, line, unequal)
+        return cls(0, 0, products, line, np.zeros(square), np.zeros(square), line, line, line, unequal)
 
     def add(self, other: _Sums) -> None:
         """Add the sums over other elements."""
@@ -267,6 +271,7 @@ class _Sums:
         self.opposite = self.opposite + other.opposite
         self.far = self.far + other.far
         self.largest = np.maximum(self.largest, other.largest)
+        self.rounding = self.rounding + other.rounding
         self.unequal = self.unequal | other.unequal
 
     def kin(self) -> Kin:
@@ -284,6 +289,7 @@ class _Sums:
             parameters=self.n,
             norm=norms.tolist(),
             change=_ratios(norms, np.sqrt(base)),
+            rounding=_ratios(np.sqrt(self.rounding), norms, bound=1),
             base_cosine=_ratios(base + along, np.sqrt(base) * lengths, bound=1),
             weight_cosine=_table(weights, np.outer(lengths, lengths), bound=1),
             changed=(self.both.diagonal() / self.n).tolist(),
@@ -308,6 +314,8 @@ def _measured(wide: Sequence[Tensor], unequal: np.ndarray[Any, np.dtype[np.bool_
     """Measure a block of the base and the models, float64; pairs that `unequal` marks are not compared again."""
     import torch
 
+    from ..ops.rounding import rounding_norms
+
     base, *models = wide
     deltas = torch.stack(models) - base
     signs = deltas.sign().float()  # exact: a block has fewer elements than float32 can count
@@ -328,6 +336,8 @@ def _measured(wide: Sequence[Tensor], unequal: np.ndarray[Any, np.dtype[np.bool_
         opposite=((both - signs @ signs.T) / 2).double().numpy(),
         far=(size > FAR).sum(1).double().numpy(),
         largest=size.amax(1).numpy(),
+        # what was never trained was not rounded after it, either
+        rounding=torch.where(moved.any(1), rounding_norms(torch.stack(models)).square(), 0.0).numpy(),
         unequal=differ,
     )
 

@@ -85,6 +85,8 @@ def merge_method(
         if "base" in signature:
             base = "optional" if type(None) in typing.get_args(hints["base"]) else "required"
         complaint = _matrix_complaint(scope, hints, base, statistics or {}) or _row_complaint(scope, statistics or {})
+        if scope != "matrix" and "rounding" in signature:
+            complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
         if sidecar is not None:
             complaint = complaint or sidecar.complaint(parameters, scope, base)
         if complaint:

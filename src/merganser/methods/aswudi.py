@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Others, Scale, default, merge_method
-from ..ops import deltas
 from ..ops.interference import Interference, Start, inverse, inverse_squares, starting_point, strongest
+from ..ops.rounding import deltas_above_rounding
 
 
 def participation(values: Tensor) -> int:
@@ -20,11 +20,13 @@ def participation(values: Tensor) -> int:
     family="spectral",
     cite="wei2026spectral",
     scope="matrix",
+    version=2,
     breaks={"identical": "in weak directions the sum of the models' task vectors is kept"},
 )
 def aswudi(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     lambda_: Scale = default(1.0),
     start: Start = "sum",
@@ -46,10 +48,11 @@ def aswudi(
         start: M_0: the sum of the task vectors, their mean (which keeps their size), or zero.
 
     Differs from the paper:
+        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
         Eigenvalues are not raised to 1e-8, so that directions of zero do not count in K; those below it are not
         changed. The authors' code has other rules for K, too.
     """
-    vectors = deltas(base, models)
+    vectors = deltas_above_rounding(base, models, rounding)
     found = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
 
     def gain(values: Tensor) -> Tensor:

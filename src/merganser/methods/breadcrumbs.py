@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
-from ..ops import collides, keep_middle, l1_gain, middle_cut, middle_norms, normalizer, scaled, weighted_sum
+from ..ops import check_total, collides, keep_middle, l1_gain, middle_cut, middle_norms, scaled, weighted_sum
 
 
 @merge_method(
@@ -16,6 +16,7 @@ from ..ops import collides, keep_middle, l1_gain, middle_cut, middle_norms, norm
     mergekit={"precedence": "density"},
     when={"precedence": collides},
     breaks={"identical": "the largest entries of the task vector are removed"},
+    validate=check_total,
 )
 def breadcrumbs(
     base: Tensor,
@@ -46,7 +47,7 @@ def breadcrumbs(
         density: Share of the entries that is kept, once the largest are gone; mergekit's name for the paper's 1 - beta.
         gamma: Share of the entries that is removed as outliers, the largest.
         lambda_: Factor of the sum, alpha in the paper.
-        normalize: Divide the sum by the sum of the weights (unless they cancel).
+        normalize: Divide the sum by the sum of the weights.
         rescale: Scale what is kept of each task vector back to the L1 norm that the vector had.
         precedence: Which share holds if density + gamma is above 1. With gamma, all outliers are removed and fewer
             entries are kept; with density, fewer outliers are removed, and none at density 1.
@@ -59,5 +60,5 @@ def breadcrumbs(
     kept = scaled(keep_middle(base, models, cut, density, gamma, precedence, by), gain)
     total = weighted_sum(kept, weight)
     if normalize:
-        total = total / normalizer(weight.sum())
+        total = total / weight.sum()
     return base + lambda_ * total

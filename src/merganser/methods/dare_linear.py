@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..method import Fraction, PerModel, Scale, Weight, default, merge_method, statistic
-from ..ops import Random, drop, drop_norms, l1_gain, normalizer, rescales, restores_l1, scaled, weighted_sum
+from ..ops import Random, check_total, drop, drop_norms, l1_gain, rescales, restores_l1, scaled, weighted_sum
 
 
 @merge_method(
@@ -14,6 +14,7 @@ from ..ops import Random, drop, drop_norms, l1_gain, normalizer, rescales, resto
     statistics={"gain": statistic(drop_norms, l1_gain, when=restores_l1)},
     mergekit={"rescale_to": "l1"},
     when={"rescale_to": rescales},
+    validate=check_total,
 )
 def dare_linear(
     base: Tensor,
@@ -41,7 +42,7 @@ def dare_linear(
         weight: Factor of each task vector.
         density: Probability of an entry to be kept; the paper's drop rate is 1 - density.
         lambda_: Factor of the sum.
-        normalize: Divide the sum by the sum of the weights (unless they cancel).
+        normalize: Divide the sum by the sum of the weights.
         rescale: Make up for what was dropped.
         rescale_to: Divide the survivors by the density, which keeps the expectation of every entry, or scale them so
             that each task vector has the L1 norm that it had, which only keeps it in the mean over a tensor.
@@ -52,5 +53,5 @@ def dare_linear(
     kept = drop(base, models, rng, density, rescale=rescale and gain is None)
     total = weighted_sum(scaled(kept, gain), weight)
     if normalize:
-        total = total / normalizer(weight.sum())
+        total = total / weight.sum()
     return base + lambda_ * total

@@ -1,6 +1,7 @@
 """DELLA without the vote: drop small entries of the task vectors more often, rescale the rest, add them to the base."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
@@ -8,15 +9,20 @@ from ..method import Fraction, Number, PerModel, Scale, Weight, default, merge_m
 from ..ops import (
     Random,
     check_spread,
+    check_total,
     l1_gain,
     magprune,
     magprune_norms,
-    normalizer,
     rescales,
     restores_l1,
     scaled,
     weighted_sum,
 )
+
+
+def check(parameters: Mapping[str, Any]) -> str | None:
+    """Complain of probabilities out of their range, and of weights that add up to 0 where their sum divides."""
+    return check_spread(parameters) or check_total(parameters)
 
 
 @merge_method(
@@ -26,7 +32,7 @@ from ..ops import (
     statistics={"gain": statistic(magprune_norms, l1_gain, when=restores_l1)},
     mergekit={"rescale_to": "l1"},
     when={"rescale_to": rescales},
-    validate=check_spread,
+    validate=check,
 )
 def della_linear(
     base: Tensor,
@@ -58,7 +64,7 @@ def della_linear(
         density: Mean probability of an entry to be kept; 1 keeps all, 0 none.
         epsilon: Half the difference between the probabilities of the largest and the smallest entry of a row.
         lambda_: Factor of the sum.
-        normalize: Divide the sum by the sum of the weights (unless they cancel).
+        normalize: Divide the sum by the sum of the weights.
         rescale: Make up for what was dropped.
         rescale_to: Divide each survivor by its own probability, which keeps the expectation of every entry, or scale
             them so that each task vector has the L1 norm that it had, which favours large entries.
@@ -70,5 +76,5 @@ def della_linear(
     kept = magprune(base, models, rng, density, epsilon, rescale=rescale and gain is None)
     total = weighted_sum(scaled(kept, gain), weight)
     if normalize:
-        total = total / normalizer(weight.sum())
+        total = total / weight.sum()
     return base + lambda_ * total

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..method import Count, Embeddings, Fraction, Others, PerModel, Positive, default, merge_method
-from ..ops import delta_magnitudes, deltas, inverse_norms, magnitude_cut
+from ..ops import inverse_norms, magnitude_cut
 from ..ops.adam import adam
+from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import svd
 
 _TOLERANCE = 1e-5
@@ -19,6 +20,11 @@ def shared_directions(vectors: list[Tensor], dimensions: int) -> Tensor:
     k = min(vectors[0].shape) // len(vectors)
     together = torch.cat([svd(vector, k, tolerance=_TOLERANCE).left for vector in vectors], dim=1)
     return svd(together, dimensions, tolerance=_TOLERANCE).left
+
+
+def magnitudes(base: Tensor, models: list[Tensor], rounding: Tensor) -> list[Tensor]:
+    """Return what the task vectors are trimmed by."""
+    return [vector.abs() for vector in deltas_above_rounding(base, models, rounding)]
 
 
 class RowLoss:
@@ -57,14 +63,16 @@ class RowLoss:
     family="spectral",
     cite="wei2025doge",
     scope="matrix",
+    version=2,
     models=(2, None),
-    statistics={"cut": magnitude_cut(delta_magnitudes, over="model")},
+    statistics={"cut": magnitude_cut(magnitudes, over="model")},
     breaks={"identical": "task vectors are divided by their norms"},
 )
 def doge(
     base: Tensor,
     models: list[Tensor],
     cut: Tensor | None,
+    rounding: Tensor,
     *,
     eta: Positive = default(0.07),
     density: PerModel[Fraction] = default(0.3),
@@ -102,11 +110,12 @@ def doge(
         Read in the code of FusionBench, by one of the authors. That code merges the weights of encoders of CLIP; here
         all matrices are merged. It keeps one element more, and all that equal the smallest that it keeps; here those
         are kept that reach the k-th largest, k = floor(density * elements).
+        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
         Directions of singular values up to 1e-5 of the largest are not among the shared ones, as they are arbitrary. So
         are those that are taken of equally common ones, as of equal models; a single model is refused for that reason.
         A model equal to the base has no say, instead of giving NaN.
     """
-    vectors = deltas(base, models)
+    vectors = deltas_above_rounding(base, models, rounding)
     norms = torch.stack([vector.double().square().sum().sqrt() for vector in vectors])
     factors = (eta * inverse_norms(norms)).to(base.dtype)
     if not factors.any():
@@ -123,7 +132,7 @@ def doge(
 
         change = adam(gradient, torch.zeros_like(base), steps, float(learning_rate))
     total = torch.zeros_like(base)
-    for i, (vector, size) in enumerate(zip(vectors, delta_magnitudes(base, models), strict=True)):
+    for i, vector in enumerate(vectors):
         part = factors[i] * (vector + change)
-        total += part if cut is None else torch.where(size >= cut[i, 0], part, 0.0)
+        total += part if cut is None else torch.where(vector.abs() >= cut[i, 0], part, 0.0)
     return base + total

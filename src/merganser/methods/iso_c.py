@@ -5,23 +5,26 @@ from typing import Literal
 from torch import Tensor
 
 from ..method import Embeddings, Others, PerModel, Scale, Weight, default, merge_method
+from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import RankTolerance, nuclear_norm, polar
-from ..ops.sum import summed_deltas
+from ..ops.sum import weighted_sum
 
 
 @merge_method(
     family="spectral",
     cite="marczak2025iso",
     scope="matrix",
+    version=2,
     breaks={"identical": "singular values are made equal, and task vectors are added, not averaged"},
 )
 def iso_c(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     weight: PerModel[Weight] = default(1.0),
     lambda_: Scale = default(1.0),
-    divisor: Literal["size", "rank"] = "size",
+    divisor: Literal["rank", "size"] = "rank",
     rank_tolerance: RankTolerance = default(0.0),
     others: Others = "average",
     embeddings: Embeddings = "others",
@@ -38,18 +41,21 @@ def iso_c(
     Args:
         weight: Factor of each task vector.
         lambda_: Factor of the merged task vector; the authors choose among 0.1, 0.2, ..., 3.0 on validation data.
-        divisor: What the sum of the singular values is divided by: min(rows, columns), as published, or the rank.
-        rank_tolerance: Singular values up to this share of the largest count as zero. Rounding of the checkpoints to
-            bfloat16 is raised like everything else; this can keep it down where the task vectors are of low rank.
+        divisor: What the sum of the singular values is divided by: the rank, or min(rows, columns), as published.
+            These are the same unless task vectors are of low rank, as those of adapters are.
+        rank_tolerance: Singular values of the sum up to this share of the largest count as zero; 0: what rounding of
+            the stored weights can make, in each task vector.
 
     Differs from the paper:
-        Directions in which the sum is zero (to 2^-22 of its largest singular value) stay zero; published code gives
-        them arbitrary vectors of full length. A frozen matrix stays as it is.
+        Directions in which there is nothing but rounding, of a task vector or of the sum, stay zero, and the mean is
+        over the others. Published code gives them arbitrary vectors of full length, and takes the mean over all. A
+        frozen matrix stays as it is.
         The paper has no weights; 1 gives its formula.
         Embeddings and head are averaged unless `embeddings: matrix` says otherwise.
     """
-    total = summed_deltas(base, models, weight)
-    factor, rank = polar(total, tolerance=float(rank_tolerance))
+    tolerance = float(rank_tolerance)
+    total = weighted_sum(deltas_above_rounding(base, models, rounding, unless=tolerance), weight)
+    factor, rank = polar(total, tolerance=tolerance)
     count = min(total.shape) if divisor == "size" else rank
     mean = nuclear_norm(factor, total) / max(count, 1)
     return factor.mul_(lambda_ * mean).add_(base)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
+from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import RankTolerance, Svd, orthogonalised, svd
-from ..ops.sum import summed_deltas
+from ..ops.sum import weighted_sum
 
 # share of a task vector's norm below which what is left outside the common directions is rounding
 _NOTHING = 2.0**-20
@@ -26,22 +27,21 @@ def common_rank(size: int, n_models: int, common_space_fraction: float) -> tuple
     return size - own * n_models, own
 
 
-def own_directions(base: Tensor, models: list[Tensor], weight: Tensor, common: Tensor, k: int) -> list[Svd]:
+def own_directions(vectors: list[Tensor], weight: Tensor, common: Tensor, k: int) -> list[Svd]:
     """Return the leading triplets of every task vector outside the common left directions.
 
     Args:
-        base: Shape [m, n].
-        models: The models.
+        vectors: The task vectors, shape [m, n].
         weight: Factor of each task vector, shape [T].
         common: Shape [m, c], orthonormal columns.
         k: How many of each, at most.
     """
-    m, n = base.shape
+    m, n = vectors[0].shape
     # in coordinates of the complement what is to be decomposed is small, unless the matrix is much taller than wide
     complement = torch.linalg.qr(common, mode="complete").Q[:, common.shape[1] :] if m - common.shape[1] < n else None
     found = []
-    for i, model in enumerate(models):
-        delta = (model - base) * weight[i]
+    for i, vector in enumerate(vectors):
+        delta = vector * weight[i]
         noise = _NOTHING * torch.linalg.vector_norm(delta.double())
         if complement is None:
             part = svd(delta - common @ (common.T @ delta), k)
@@ -57,16 +57,18 @@ def own_directions(base: Tensor, models: list[Tensor], weight: Tensor, common: T
     family="spectral",
     cite="marczak2025iso",
     scope="matrix",
+    version=2,
     breaks={"identical": "singular values are made equal, and task vectors are added, not averaged"},
 )
 def iso_cts(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     weight: PerModel[Weight] = default(1.0),
     lambda_: Scale = default(1.0),
     common_space_fraction: Fraction = default(0.8),
-    divisor: Literal["size", "rank"] = "size",
+    divisor: Literal["rank", "size"] = "rank",
     rank_tolerance: RankTolerance = default(0.0),
     others: Others = "average",
     embeddings: Embeddings = "others",
@@ -88,13 +90,15 @@ def iso_cts(
         weight: Factor of each task vector.
         lambda_: Factor of the merged task vector; the authors choose among 0.1, 0.2, ..., 3.0 on validation data.
         common_space_fraction: Share of the directions that is common.
-        divisor: What the sum of the singular values is divided by: min(rows, columns), as published, or how many they
-            are.
-        rank_tolerance: Singular values of the sum up to this share of the largest count as zero.
+        divisor: What the sum of the singular values is divided by: how many they are, or min(rows, columns), as
+            published. These are the same unless task vectors are of low rank, as those of adapters are.
+        rank_tolerance: Singular values of the sum up to this share of the largest count as zero; 0: what rounding of
+            the stored weights can make, in each task vector.
 
     Differs from the paper:
-        Triplets whose singular value is zero (to 2^-22 of the largest of the sum, or 2^-20 of the norm of the task
-        vector) are left out; published code gives them arbitrary vectors of full length.
+        Triplets in which there is nothing but rounding (of the stored weights in each task vector; to 2^-22 of the
+        largest of the sum, or 2^-20 of the norm of the task vector) are left out, and the mean is over the others.
+        Published code gives them arbitrary vectors of full length, and takes the mean over all.
         Where vectors of different models span the same directions (to 1e-5), the polar factor leaves out what is
         undetermined.
         With many models and few rows or columns rounding asks for more directions than there are, and published code
@@ -104,8 +108,10 @@ def iso_cts(
     """
     size = min(base.shape)
     n_common, n_own = common_rank(size, len(models), float(common_space_fraction))
-    common = svd(summed_deltas(base, models, weight), n_common, tolerance=float(rank_tolerance))
-    own = own_directions(base, models, weight, common.left, n_own)
+    tolerance = float(rank_tolerance)
+    vectors = deltas_above_rounding(base, models, rounding, unless=tolerance)
+    common = svd(weighted_sum(vectors, weight), n_common, tolerance=tolerance)
+    own = own_directions(vectors, weight, common.left, n_own)
     values = torch.cat([part.values for part in own] + [common.values])
     # the two groups of left vectors are already orthogonal to each other
     left = torch.cat([orthogonalised([part.left for part in own]), common.left], dim=1)

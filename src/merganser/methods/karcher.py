@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..method import Count, NonNegative, Positive, default, merge_method, statistic
-from ..ops import gram, inverse_norms, unit_gram, weighted_sum
+from ..ops import check_directions, gram, inverse_norms, unit_gram, weighted_sum
 
 # if the sine of the angle is below this, the vectors are opposite, and no arc between them is unique
 _OPPOSITE = 1e-7
@@ -38,6 +38,8 @@ def length(factors: Tensor, cosines: Tensor) -> Tensor:
 def factors(measured: Tensor, max_iter: int, tol: Tensor, zero_norm: Tensor) -> Tensor:
     """Return the factor of each model, shape [T]."""
     norms, cosines = unit_gram(measured)
+    if zero_norm == 0:
+        check_directions(norms)
     present = norms > zero_norm
     if not present.any():
         return torch.full_like(norms, 1 / len(norms))
@@ -89,7 +91,8 @@ def karcher(
     Args:
         max_iter: Steps, at most.
         tol: Stop when a step is shorter than this; models nearer than this angle do not pull.
-        zero_norm: Models whose norm is not above this have no direction; they count in the mean length.
+        zero_norm: Models whose norm is not above this have no direction; they count in the mean length. With 0, a model
+            of zeros beside others is refused.
 
     Differs from the paper:
         The paper defines the mean on any manifold; here a tensor of a model is one point of a sphere.

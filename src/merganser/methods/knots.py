@@ -1,12 +1,14 @@
 """KnOTS: merge the coordinates of the task vectors, element by element, in a common basis."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, NonNegative, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops import Random, disjoint_mean, normalizer, weighted_sum
+from ..ops import Random, check_total, disjoint_mean, weighted_sum
+from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import left_basis
 
 Rule = Literal["ties", "mean", "sum"]
@@ -45,7 +47,12 @@ def merge_coordinates(
     if rule == "ties":
         trimmed = [largest(values, density[i]) for i, values in enumerate(coordinates)]
         return disjoint_mean(trimmed, weight, coordinates[0].dtype, normalize=normalize)
-    return weighted_sum(coordinates, weight / normalizer(weight.sum()) if rule == "mean" else weight)
+    return weighted_sum(coordinates, weight / weight.sum() if rule == "mean" else weight)
+
+
+def check_weights(parameters: Mapping[str, Any]) -> str | None:
+    """Complain of weights that add up to 0, where the mean divides by their sum."""
+    return check_total({"weight": parameters["weight"]}) if parameters["rule"] == "mean" else None
 
 
 def votes(rule: Rule) -> bool:
@@ -57,12 +64,15 @@ def votes(rule: Rule) -> bool:
     family="spectral",
     cite="stoica2025knots",
     scope="matrix",
+    version=2,
     when={"density": votes, "normalize": votes},
+    validate=check_weights,
 )
 def knots(
     base: Tensor,
     models: list[Tensor],
     rng: Random,
+    rounding: Tensor,
     *,
     weight: PerModel[Weight] = default(1.0),
     lambda_: Scale = default(1.0),
@@ -101,6 +111,7 @@ def knots(
         epsilon: Directions whose singular value is at most this are left out.
 
     Differs from the paper:
+        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
         The paper ranks the coordinates of all layers together for the trim; here every matrix is trimmed by itself.
         The authors' code multiplies every model by the first one's weight; here each has its own, also in the vote.
         Its mean divides by the number of models whose coordinate is not 0; `mean` is the mean of all here.
@@ -108,7 +119,8 @@ def knots(
         An exact tie of the vote elects plus; the authors' code takes the majority sign of the whole model.
         Tensors that are not matrices are averaged; the authors leave them as they are.
     """
-    vectors = [(model - base) if basis == "output" else (model - base).T for model in models]
+    known = deltas_above_rounding(base, models, rounding)
+    vectors = [vector if basis == "output" else vector.T for vector in known]
     left = left_basis(vectors, float(epsilon))
     coordinates = []
     for i in range(len(models)):

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from ..method import PerModel, Weight, merge_method
-from ..ops import normalizer, weighted_sum
+from ..ops import check_total, weighted_sum
 
 
-@merge_method(family="averages", cite="wortsman2022soups")
+@merge_method(family="averages", cite="wortsman2022soups", validate=check_total)
 def linear(models: list[Tensor], *, weight: PerModel[Weight], normalize: bool = True) -> Tensor:
     """Average the models, each counted with its weight.
 
@@ -21,7 +21,6 @@ def linear(models: list[Tensor], *, weight: PerModel[Weight], normalize: bool = 
 
     Differs from the paper:
         Nothing for equal weights (the uniform soup).
-        Weights that add up to 0 are not divided.
     """
     total = weighted_sum(models, weight)
-    return total / normalizer(weight.sum()) if normalize else total
+    return total / weight.sum() if normalize else total

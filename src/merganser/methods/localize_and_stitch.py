@@ -42,7 +42,8 @@ def localize_and_stitch(
         This is its variant without data; the other one learns the masks.
         The default trims per tensor; `trim_over: model` is the authors'.
         The authors leave embeddings, head and some norms as they are in the base; so does a density of 0 under a filter.
-        Entries whose magnitude equals the cut are kept, and at least one is unless the density is 0.
+        Entries whose magnitude equals the cut are kept, and at least one is unless the density is 0; the authors' code
+        keeps only what is larger than its cut, one entry less where no two are equal.
     """
     kept = trim(base, models, cut)
     zero = torch.zeros_like(base)

@@ -74,7 +74,8 @@ def model_stock(
         merged = base + t * mean_i delta_i
 
     Use when:
-        The models are fine-tunes of one base on the same data with different seeds or settings.
+        The models are fine-tunes of one base on the same data with different seeds or settings. It is not made for
+        experts of different tasks: task vectors at right angles to each other give t = 0, the base itself.
 
     Args:
         filter_wise: Use the angle of every row (all weights of one output unit), instead of that of the whole tensor.

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..method import PerModel, Positive, Weight, default, merge_method, statistic
-from ..ops import deltas, gram, inverse_norms, normalizer, unit_gram, weighted_sum
+from ..ops import check_total, deltas, gram, inverse_norms, unit_gram, weighted_sum
 
 # sums of unit vectors shorter than this are rounding errors of the inner products
 _CANCELLED = 1e-7
@@ -22,7 +22,7 @@ def inner_products(base: Tensor | None, models: list[Tensor]) -> Tensor:
 def factors(measured: Tensor, weight: Tensor, normalize_weights: bool, eps: Tensor) -> Tensor:
     """Return the factor of each model, shape [T]."""
     if normalize_weights:
-        weight = weight / normalizer(weight.sum())
+        weight = weight / weight.sum()
     norms, cosines = unit_gram(measured)
     length = (weight @ cosines @ weight).clamp(min=0).sqrt()
     if length <= eps.clamp(min=_CANCELLED) * weight.abs().sum():
@@ -35,6 +35,7 @@ def factors(measured: Tensor, weight: Tensor, normalize_weights: bool, eps: Tens
     cite="-",
     models=(1, None),
     statistics={"share": statistic(inner_products, factors, when=several)},
+    validate=check_total,
 )
 def multislerp(
     base: Tensor | None,
@@ -63,6 +64,7 @@ def multislerp(
         There is no paper; the method is from mergekit.
         mergekit computes it as a step from the mean direction along the mean of the tangents; that mean is always 0.
         mergekit refuses more than two models whose directions cancel.
+        What is all zeros (an unchanged tensor, where a base is given) has no direction, but counts in the length.
         A single model is returned as it is, whatever its weight.
     """
     if share is None:

@@ -97,6 +97,7 @@ def nuslerp(
         The paper has unit quaternions; here the vectors keep their own lengths.
         Weights that add up to less than 1e-6 count as equal. Parallel and opposite vectors take the straight line.
         A row of a convolution's weight is all weights of one output unit; mergekit takes the last axis alone.
+        What is all zeros (an unchanged tensor, where a base is given) counts as being at a right angle, as in mergekit.
         A tensor of a single row is one vector either way.
     """
     first, second = ends(base, models)

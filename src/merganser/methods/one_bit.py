@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Encoded, Kept, Part, PerModel, Scale, Sidecar, Weight, default, merge_method, statistic
-from ..ops import deltas, normalizer, pack_flags, unpack_flags, weighted_sum
+from ..ops import check_total, deltas, pack_flags, unpack_flags, weighted_sum
 from ..ops.bits import packed
 
 
@@ -68,6 +68,7 @@ def decode(base: Tensor | None, merged: Tensor, sign: Tensor, scale: Tensor, ori
 @merge_method(
     family="sidecars",
     cite="liu2025onebit",
+    validate=check_total,
     sidecar=Sidecar(
         parts,
         encode,
@@ -106,4 +107,4 @@ def one_bit(
         The paper compresses, for each expert, either the attention or the feed-forward matrices; here all are.
         It routes each input to an expert, and merges the others into the base; here a whole task is chosen.
     """
-    return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))
+    return base + lambda_ * (weighted_sum(deltas(base, models), weight) / weight.sum())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..method import Count, Embeddings, Fraction, Others, Positive, default, merge_method, statistic
+from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import self_product
 
 _TOLERANCE = 1e-5
@@ -44,19 +45,24 @@ def add_projected(merged: Tensor, delta: Tensor, alpha: Tensor) -> Tensor:
     return merged + (delta - shared @ right.T)
 
 
-def merge_all(base: Tensor, models: list[Tensor], alpha: Tensor, scale: Tensor) -> Tensor:
+def changes(base: Tensor, models: list[Tensor], rounding: Tensor) -> list[Tensor]:
+    """Return the task vectors without their rounding, float64."""
+    return [delta.double() for delta in deltas_above_rounding(base, models, rounding)]
+
+
+def merge_all(vectors: list[Tensor], alpha: Tensor, scale: Tensor) -> Tensor:
     """Return the sum of projected task vectors, before it is scaled down, float64."""
-    first, *others = (model.double() - base.double() for model in models)
+    first, *others = vectors
     merged = first * scale.double()
     for delta in others:
         merged = add_projected(merged, delta, alpha)
     return merged
 
 
-def squared_norms(base: Tensor, models: list[Tensor], alpha: Tensor, scale: Tensor) -> Tensor:
+def squared_norms(base: Tensor, models: list[Tensor], rounding: Tensor, alpha: Tensor, scale: Tensor) -> Tensor:
     """Measure the squared norms of the task vectors and of what is merged, shape [T + 1], float64."""
-    norms = [(model.double() - base.double()).square().sum() for model in models]
-    return torch.stack([*norms, merge_all(base, models, alpha, scale).square().sum()])
+    vectors = changes(base, models, rounding)
+    return torch.stack([tensor.square().sum() for tensor in (*vectors, merge_all(vectors, alpha, scale))])
 
 
 def divisor(measured: Tensor, merged: int) -> Tensor:
@@ -70,6 +76,7 @@ def divisor(measured: Tensor, merged: int) -> Tensor:
     family="spectral",
     cite="tang2025opcm",
     scope="matrix",
+    version=2,
     statistics={"scale_after": statistic(squared_norms, divisor, over="model")},
     breaks={"order": "each model is projected away from those before it"},
 )
@@ -77,6 +84,7 @@ def opcm(
     base: Tensor,
     models: list[Tensor],
     scale_after: Tensor,
+    rounding: Tensor,
     *,
     alpha: Fraction = default(0.5),
     merged: Count = 1,
@@ -104,6 +112,7 @@ def opcm(
         scale: `scale_after` of that merge; 1 if the first model is not a merge.
 
     Differs from the paper:
+        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
         Norms are those of the matrices; the paper counts all tensors, and merges those that are not matrices by the
         same sum and scale, without projection.
         In directions in which nothing was merged yet (singular values up to 1e-5 of the largest) the diagonal stays.
@@ -111,4 +120,4 @@ def opcm(
         All singular values belong to the block where alpha is 1; the authors' code has an empty block there.
         The order is that of the recipe; the authors shuffle.
     """
-    return base + (merge_all(base, models, alpha, scale) / scale_after).to(base.dtype)
+    return base + (merge_all(changes(base, models, rounding), alpha, scale) / scale_after).to(base.dtype)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..method import Count, Embeddings, NonNegative, Others, Positive, Scale, default, merge_method
-from ..ops import deltas
 from ..ops.interference import Interference, Solver, Start, inverse_squares, starting_point
+from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import svd
 
 
@@ -15,11 +15,13 @@ from ..ops.spectral import svd
     family="spectral",
     cite="wei2026optmerge",
     scope="matrix",
+    version=2,
     breaks={"identical": "the filter stops on the way from the sum of the models' task vectors"},
 )
 def optmerge(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     lambda_: Scale = default(1.0),
     target: Literal["centred", "plain"] = "centred",
@@ -55,11 +57,12 @@ def optmerge(
         start: M_0: the sum of the task vectors, their mean (for adapters), or zero.
 
     Differs from the paper:
+        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
         The authors take 300 steps of Adam for fine-tunes of all parameters; `solver: adam` repeats them. The filter
         does the same without a step size.
         A model equal to the base is left out instead of giving NaN.
     """
-    vectors = deltas(base, models)
+    vectors = deltas_above_rounding(base, models, rounding)
     k = max(min(base.shape) // len(models), 1)
     mean = sum(vectors[1:], vectors[0]) / len(vectors) if target == "centred" else torch.zeros_like(base)
     targets, sources = [], []

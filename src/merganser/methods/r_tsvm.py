@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, NonNegative, Others, PerModel, Scale, Weight, default, merge_method
+from ..ops.rounding import deltas_above_rounding
 from ..ops.shares import shares
 from ..ops.spectral import joined, svd
 
@@ -19,11 +20,13 @@ def outlier_mass(delta: Tensor, sigmas: Tensor) -> Tensor:
     family="spectral",
     cite="yang2025mix",
     scope="matrix",
+    version=2,
     breaks={"identical": "only a share of the singular vectors of each model is kept"},
 )
 def r_tsvm(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     weight: PerModel[Weight] = default(1.0),
     lambda_: Scale = default(1.0),
@@ -52,11 +55,13 @@ def r_tsvm(
     Differs from the paper:
         Only the abstract could be read, under the names R-TSVM and RESM. It says that weights follow outliers and
         ranks follow sparsity; thresholds, normalisation and the order of the steps are ours.
+        Directions in which there is nothing but rounding of the stored weights are left out.
         What is said of degenerate inputs under TSV-M holds here, too.
     """
-    size, vectors = min(base.shape), [model - base for model in models]
+    size, vectors = min(base.shape), deltas_above_rounding(base, models, rounding)
     outliers = shares(torch.stack([outlier_mass(delta, sigmas) for delta in vectors])) * len(models)
-    active = shares(torch.stack([(delta.abs() > epsilon).double().mean() for delta in vectors]))
+    # of the changes as they are stored: without rounding no entry is 0
+    active = shares(torch.stack([((model - base).abs() > epsilon).double().mean() for model in models]))
     parts = []
     for i, delta in enumerate(vectors):
         # the added 1e-9: a product that should be a whole number may be slightly below it

@@ -19,7 +19,7 @@ from ..method import (
     default,
     merge_method,
 )
-from ..ops import deltas, factor, normalizer, weighted_sum
+from ..ops import check_total, deltas, factor, weighted_sum
 
 
 class Space(NamedTuple):
@@ -110,6 +110,7 @@ def decode(
 @merge_method(
     family="sidecars",
     cite="alipour2025rmm",
+    validate=check_total,
     sidecar=Sidecar(
         parts,
         encode,
@@ -151,4 +152,4 @@ def rmm(
         entry of largest magnitude of each left vector is positive. Factors of trained adapters would be in unrelated
         bases.
     """
-    return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))
+    return base + lambda_ * (weighted_sum(deltas(base, models), weight) / weight.sum())

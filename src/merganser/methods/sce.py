@@ -89,7 +89,8 @@ def sce(
         merged     = base + sum_i share_i * delta_i / (sum of share_i over the delta_i that were not erased)
 
     Use when:
-        Models of different skills were trained from one base, and the weights should follow from how far each moved.
+        Models of different skills were trained from one base, and the weights should follow from how far each moved. Try
+        `select_topk: 1` (FuseO1) beside the paper's 0.1, which leaves most of the base unchanged.
 
     Args:
         select_topk: Share of the elements that is selected. The paper takes 0.1, FuseO1 1.
@@ -99,6 +100,8 @@ def sce(
             the formula of merged.
 
     Differs from the paper:
+        The paper can be read in two ways, which give quite different merges where `select_topk` is below 1: that what is
+        selected is merged, or that it only gives the weights. `select` says which.
         Elements whose variance equals that of the k-th, to the precision of float32, are all selected.
         An exact tie of the vote elects plus.
     """

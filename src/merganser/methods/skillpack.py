@@ -22,7 +22,7 @@ from ..method import (
     default,
     merge_method,
 )
-from ..ops import deltas, leading, normalizer, pack_codes, packed_size, rank_of, unpack_codes, weighted_sum
+from ..ops import check_total, deltas, leading, pack_codes, packed_size, rank_of, unpack_codes, weighted_sum
 
 Ranks = Annotated[int, Number(0, search=(0, 64))]
 
@@ -165,6 +165,7 @@ def decode(
 @merge_method(
     family="sidecars",
     cite="du2025graftllm",
+    validate=check_total,
     sidecar=Sidecar(
         parts,
         encode,
@@ -211,4 +212,4 @@ def skillpack(
         The authors also prune embedding and head by magnitude; here they are stored, or compressed like the rest.
         The merged model is an average; the paper has none, and grafts packs onto the base.
     """
-    return base + lambda_ * (weighted_sum(deltas(base, models), weight) / normalizer(weight.sum()))
+    return base + lambda_ * (weighted_sum(deltas(base, models), weight) / weight.sum())

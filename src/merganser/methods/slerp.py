@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..method import Fraction, merge_method, statistic
-from ..ops import along, arc, gram, unit_gram
+from ..ops import along, arc, check_directions, gram, unit_gram
 
 _PARALLEL = 0.9995
 
@@ -15,7 +15,9 @@ def inner_products(base: Tensor, models: list[Tensor]) -> Tensor:
 
 def on_arc(measured: Tensor, t: Tensor) -> Tensor:
     """Solve for the factors of `along`, shape [3]."""
-    _, cosines = unit_gram(measured)
+    norms, cosines = unit_gram(measured)
+    if 0 < t < 1:
+        check_directions(norms, ("the base", "the model"))
     return arc(cosines[0, 1], t, straight=cosines[0, 1].abs() > _PARALLEL)
 
 
@@ -40,6 +42,7 @@ def slerp(base: Tensor, models: list[Tensor], factors: Tensor, *, t: Fraction) -
 
     Differs from the paper:
         The arc is that of the whole tensor as one vector, and the vectors keep their own lengths.
+        A tensor of zeros has no direction: it is refused beside another, unless t is 0 or 1.
         Where |cos(angle)| is above 0.9995 the straight line is taken; that is most tensors of close fine-tunes.
     """
     return along(base, models[0], factors)

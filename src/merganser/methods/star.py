@@ -4,32 +4,41 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.spectral import svd
-from ..ops.sum import normalizer
+from ..ops.rounding import triplets_above_rounding
+from ..ops.spectral import Svd, svd
+from ..ops.sum import check_total
 
 _ROUNDING = 1e-6
 
 
-def truncated(delta: Tensor, eta: float) -> Tensor:
-    """Return the leading triplets of a matrix that make up a share of its nuclear norm, scaled up to all of it."""
-    left, values, right = svd(delta)
+def truncated(delta: Svd, eta: float) -> Tensor:
+    """Return the leading triplets of a matrix that make up a share of its nuclear norm, scaled up to all of it.
+
+    Args:
+        delta: All triplets of the matrix.
+        eta: The share.
+    """
+    left, values, right = delta
     if not len(values):
-        return torch.zeros_like(delta)
+        return left @ right.T
     sums = values.cumsum(0)
     k = int((sums < eta * (1 - _ROUNDING) * sums[-1]).sum()) + 1
     kept = values[:k] * (sums[-1] / sums[k - 1])
-    return left[:, :k] * kept.to(delta.dtype) @ right[:, :k].T
+    return left[:, :k] * kept.to(left.dtype) @ right[:, :k].T
 
 
 @merge_method(
     family="spectral",
     cite="lee2025star",
     scope="matrix",
+    version=2,
     breaks={"identical": "weak directions are left out"},
+    validate=check_total,
 )
 def star(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     weight: PerModel[Weight] = default(1.0),
     lambda_: Scale = default(1.0),
@@ -55,11 +64,13 @@ def star(
 
     Differs from the paper:
         The paper merges products of LoRA factors; here any matrix is truncated.
+        Singular values in which there is nothing but rounding of the stored weights are no part of the nuclear norm.
         The sums are compared to 1e-6, so that equal singular values do not make k a matter of rounding.
         The paper has no weights; equal ones give its formula.
         Embeddings and head are averaged unless `embeddings: matrix` says otherwise.
     """
+    parts = triplets_above_rounding(base, models, rounding, lambda delta, noise: svd(delta, noise=noise))
     total = torch.zeros_like(base)
-    for i, model in enumerate(models):
-        total = total + truncated(model - base, float(eta)) * weight[i]
-    return base + total * (lambda_ / normalizer(weight.sum()) if normalize else lambda_)
+    for part, share in zip(parts, weight, strict=True):
+        total = total + truncated(part, float(eta)) * share
+    return base + total * (lambda_ / weight.sum() if normalize else lambda_)

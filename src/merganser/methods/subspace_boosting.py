@@ -3,30 +3,36 @@
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
+from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import RankTolerance, svd
-from ..ops.sum import summed_deltas
+from ..ops.sum import check_total, weighted_sum
 
 
 @merge_method(
     family="spectral",
     cite="skorobogat2025boosting",
     scope="matrix",
+    version=2,
     breaks={"identical": "singular values are raised, and task vectors are added, not averaged"},
+    validate=check_total,
 )
 def subspace_boosting(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     weight: PerModel[Weight] = default(1.0),
     lambda_: Scale = default(1.0),
     beta: Fraction = default(0.01),
+    normalize: bool = True,
     rank_tolerance: RankTolerance = default(0.0),
     others: Others = "sum",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Add the task vectors, and raise the small singular values of their sum to a large one.
+    """Average the task vectors, and raise the small singular values of their mean to a large one.
 
         sum_i weight_i * delta_i = U diag(s) V^T,   delta_i = model_i - base,   s_1 >= s_2 >= ...
+                                   (over sum_i weight_i when normalize)
         k      = the first with s_1 + ... + s_k >= beta * (sum of all s)
         merged = base + lambda * U diag(max(s, s_k)) V^T
 
@@ -39,16 +45,20 @@ def subspace_boosting(
         weight: Factor of each task vector.
         lambda_: Factor of the merged task vector.
         beta: Share of all singular values that the largest, left as they are, make up. 0 makes all equal to the largest,
-            1 changes nothing.
-        rank_tolerance: Singular values up to this share of the largest count as zero. Rounding of the checkpoints to
-            bfloat16 is raised like everything else; this can keep it down where the task vectors are of low rank.
+            1 changes nothing. At 0.01 the largest alone makes up more, so that all rise to it.
+        normalize: Divide the sum by the sum of the weights, as the authors do; without it the merged task vector is
+            longer by the number of models.
+        rank_tolerance: Singular values of the sum up to this share of the largest count as zero; 0: what rounding of
+            the stored weights can make, in each task vector.
 
     Differs from the paper:
-        Directions in which the sum is zero (to 2^-22 of its largest singular value) stay zero; published code raises
-        arbitrary vectors in their place.
+        Directions in which there is nothing but rounding, of a task vector or of the sum, stay zero; published code
+        raises arbitrary vectors in their place.
         The formula was checked against ports, not against the authors' code, which treats attention and MLP alone.
     """
-    left, values, right = svd(summed_deltas(base, models, weight), tolerance=float(rank_tolerance))
+    tolerance = float(rank_tolerance)
+    total = weighted_sum(deltas_above_rounding(base, models, rounding, unless=tolerance), weight)
+    left, values, right = svd(total / weight.sum() if normalize else total, tolerance=tolerance)
     # the share that is reached exactly is reached in spite of rounding
     reached = values.cumsum(0) >= float(beta) * (1 - 1e-9) * values.sum()
     raised = values.clamp(min=values[reached].amax()) if len(values) else values

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, NonNegative, Others, PerModel, Scale, Weight, default, merge_method
+from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import RankTolerance, svd
-from ..ops.sum import summed_deltas
+from ..ops.sum import weighted_sum
 
 _NOTHING = 1e-3
 """Responses of a task up to this share of the merged response count as 0, because rounding mixes singular vectors."""
@@ -27,10 +28,11 @@ def overcounted(delta: Tensor, left: Tensor, values: Tensor, right: Tensor) -> T
     return torch.where(known, along / torch.where(known, squares, 1.0), 0.0)
 
 
-@merge_method(family="spectral", cite="li2026svc", scope="matrix")
+@merge_method(family="spectral", cite="li2026svc", scope="matrix", version=2)
 def svc(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     weight: PerModel[Weight] = default(1.0),
     lambda_: Scale = default(0.3),
@@ -54,18 +56,22 @@ def svc(
         lambda_: Factor of the sum, before it is calibrated; without effect where all c are above alpha.
         alpha: What counts at least as overshoot, so that no task raises a direction without limit. The authors' program
             takes 0.1, their experiments one over the number of models.
-        rank_tolerance: Singular values of the sum up to this share of the largest count as zero.
+        rank_tolerance: Singular values of the sum up to this share of the largest count as zero; 0: what rounding of
+            the stored weights can make, in each task vector.
 
     Differs from the paper:
         The paper calibrates what any method merged; this is its form for task arithmetic.
+        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
         A response of up to a thousandth of s_r counts as none, and c is 0 then; the authors compare with 1e-6, whatever
         the scale.
         The authors sum embeddings and tensors that are not matrices, as `others: sum` does.
     """
-    left, values, right = svd(summed_deltas(base, models, weight) * lambda_, tolerance=float(rank_tolerance))
+    tolerance = float(rank_tolerance)
+    vectors = deltas_above_rounding(base, models, rounding, unless=tolerance)
+    left, values, right = svd(weighted_sum(vectors, weight) * lambda_, tolerance=tolerance)
     total = torch.zeros_like(values)
-    for model in models:
-        total = total + overcounted(model - base, left, values, right).clamp(min=float(alpha))
+    for vector in vectors:
+        total = total + overcounted(vector, left, values, right).clamp(min=float(alpha))
     mean = total / len(models)
     calibrated = torch.where(mean > 0, values / torch.where(mean > 0, mean, 1.0), values)
     return base + (left * calibrated.to(left.dtype)) @ right.T

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, NonNegative, Others, Scale, default, merge_method
-from ..ops import deltas
 from ..ops.interference import Interference, Start, exponential, inverse_squares, starting_point, strongest
+from ..ops.rounding import deltas_above_rounding
 
 
-@merge_method(family="spectral", cite="wei2026spectral", scope="matrix")
+@merge_method(family="spectral", cite="wei2026spectral", scope="matrix", version=2)
 def swudi(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     lambda_: Scale = default(1.0),
     time: NonNegative = default(1300.0),
@@ -42,9 +43,10 @@ def swudi(
         start: M_0: the sum of the task vectors, their mean (which keeps their size), or zero.
 
     Differs from the paper:
+        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
         Directions in which c is below 1e-8 are not changed; the authors raise c to that.
     """
-    vectors = deltas(base, models)
+    vectors = deltas_above_rounding(base, models, rounding)
     found = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
     kept = math.ceil(float(rank) * base.shape[1] - 1e-9)
 

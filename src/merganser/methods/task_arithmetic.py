@@ -3,13 +3,14 @@
 from torch import Tensor
 
 from ..method import Ignored, PerModel, Scale, Weight, default, merge_method
-from ..ops import deltas, normalizer, weighted_sum
+from ..ops import check_total, deltas, weighted_sum
 
 
 @merge_method(
     family="task vectors",
     cite="ilharco2023task",
     mergekit={"density": Ignored("nothing is trimmed"), "rescale": Ignored("nothing is dropped")},
+    validate=check_total,
 )
 def task_arithmetic(
     base: Tensor,
@@ -29,12 +30,12 @@ def task_arithmetic(
     Args:
         weight: Factor of each task vector; a negative one forgets the task.
         lambda_: Factor of the sum.
-        normalize: Divide the sum by the sum of the weights (unless they cancel).
+        normalize: Divide the sum by the sum of the weights.
 
     Differs from the paper:
         The paper has one factor for all task vectors: lambda here, with weight 1.
     """
     total = weighted_sum(deltas(base, models), weight)
     if normalize:
-        total = total / normalizer(weight.sum())
+        total = total / weight.sum()
     return base + lambda_ * total

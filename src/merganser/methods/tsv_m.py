@@ -3,18 +3,21 @@
 from torch import Tensor
 
 from ..method import Embeddings, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.spectral import RankTolerance, joined, svd
+from ..ops.rounding import triplets_above_rounding
+from ..ops.spectral import RankTolerance, Svd, joined, svd
 
 
 @merge_method(
     family="spectral",
     cite="gargiulo2025tsv",
     scope="matrix",
+    version=2,
     breaks={"identical": "only a share of the singular vectors of each model is kept"},
 )
 def tsv_m(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     weight: PerModel[Weight] = default(1.0),
     lambda_: Scale = default(1.0),
@@ -36,11 +39,12 @@ def tsv_m(
     Args:
         weight: Factor of each task vector.
         lambda_: Factor of the merged task vector; the authors take 1, or choose among 0.1, 0.2, ..., 3.0.
-        rank_tolerance: Singular values up to this share of the largest of a task vector count as zero.
+        rank_tolerance: Singular values up to this share of the largest of a task vector count as zero; 0: what
+            rounding of the stored weights can make.
 
     Differs from the paper:
-        Triplets whose singular value is zero (to 2^-22 of the largest) are left out. Published code keeps their
-        arbitrary vectors; weighted by zero, they still tilt those of the others.
+        Triplets in which there is nothing but rounding are left out: nothing is added in the null space of the task
+        vectors. Published code keeps their arbitrary vectors; weighted by zero, they still tilt those of the others.
         Where vectors of different models span the same directions (to 1e-5), as those of equal models do, the polar
         factor leaves out what is undetermined, instead of adding arbitrary directions: equal models give the k
         leading triplets of one.
@@ -50,7 +54,11 @@ def tsv_m(
     """
     k = max(min(base.shape) // len(models), 1)
     tolerance = float(rank_tolerance)
-    parts = [svd(model - base, k, tolerance=tolerance) for model in models]
+
+    def decompose(delta: Tensor, noise: float) -> Svd:
+        return svd(delta, k, tolerance=tolerance, noise=noise)
+
+    parts = triplets_above_rounding(base, models, rounding, decompose, unless=tolerance)
     return base + lambda_ * joined(
         [part._replace(values=part.values * w) for part, w in zip(parts, weight, strict=True)]
     )

@@ -117,7 +117,8 @@ def widen(
     Vectors are treated element by element, with |delta| in place of the ranks.
 
     Use when:
-        Models are merged of which one moved far from the base, by continued pre-training, and others little.
+        Two or three models are merged of which one moved far from the base, by continued pre-training, and others
+        little. With more, set `normalize`: as published, the factors of a column add up to as much as there are models.
 
     Args:
         ratio: A column matters if its rank is above the model's average rank times this. The larger, the fewer matter.

@@ -3,19 +3,21 @@
 from torch import Tensor
 
 from ..method import Count, Embeddings, NonNegative, Others, Positive, Scale, default, merge_method
-from ..ops import deltas
 from ..ops.interference import Interference, Solver, Start, inverse_squares, starting_point
+from ..ops.rounding import deltas_above_rounding
 
 
 @merge_method(
     family="spectral",
     cite="cheng2025wudi",
     scope="matrix",
+    version=2,
     breaks={"identical": "the filter stops on the way from the sum of the models' task vectors"},
 )
 def wudi(
     base: Tensor,
     models: list[Tensor],
+    rounding: Tensor,
     *,
     lambda_: Scale = default(1.0),
     solver: Solver = "filter",
@@ -50,6 +52,7 @@ def wudi(
         start: M_0: the sum of the task vectors, their mean, or zero.
 
     Differs from the paper:
+        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
         The paper takes 300 steps of Adam, which stop long before the minimum; `solver: adam` repeats them. The filter
         does the same without a step size, and comes from later code of its group (there called IWUDI), which reports
         better results for it than for Adam, and for Adam than for the minimum.
@@ -60,7 +63,7 @@ def wudi(
         transposed, so that there the method treats columns as it should treat rows.
         A model equal to the base is left out instead of giving NaN.
     """
-    vectors = deltas(base, models)
+    vectors = deltas_above_rounding(base, models, rounding)
     found = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
     merged = found.solved(solver, time, steps, learning_rate)
     return base + lambda_ * merged.to(base.dtype)

@@ -15,8 +15,8 @@ from .overlap import average_changes, changed
 from .random import Random
 from .rows import by_rank, sort_rows
 from .shares import best, shares
-from .sphere import along, arc
-from .sum import deltas, l1_gain, l1_norms, normalizer, not_negative, round_down, scaled, weighted_sum
+from .sphere import along, arc, check_directions
+from .sum import check_total, deltas, l1_gain, l1_norms, not_negative, round_down, scaled, weighted_sum
 from .trim import delta_magnitudes, trim
 from .votes import agreeing_largest, agreeing_sum, disjoint_mean, elect_sign, vote
 
@@ -31,7 +31,9 @@ __all__ = [
     "best",
     "by_rank",
     "changed",
+    "check_directions",
     "check_spread",
+    "check_total",
     "collides",
     "delta_magnitudes",
     "deltas",
@@ -52,7 +54,6 @@ __all__ = [
     "magprune_norms",
     "middle_cut",
     "middle_norms",
-    "normalizer",
     "not_negative",
     "order_statistic",
     "pack_codes",

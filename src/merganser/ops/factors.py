@@ -18,7 +18,7 @@ def rank_of(shape: Sequence[int], share: Tensor) -> int:
     return int(float(share) * min(shape) + _ROUNDING)
 
 
-def leading(matrix: Tensor, rank: int) -> Svd:
+def leading(matrix: Tensor, rank: int, *, noise: float = 0.0) -> Svd:
     """Return exactly so many singular triplets, the largest first; where there are fewer, the rest are zeros.
 
     Their signs are fixed: the entry of each left vector that is largest in magnitude is positive.
@@ -26,11 +26,12 @@ def leading(matrix: Tensor, rank: int) -> Svd:
     Args:
         matrix: Shape [m, n].
         rank: At most min(m, n).
+        noise: Singular values up to this count as zero.
 
     Returns:
         Left vectors [m, rank], singular values [rank], float64, and right vectors [n, rank].
     """
-    left, values, right = svd(matrix, rank)
+    left, values, right = svd(matrix, rank, noise=noise)
     if left.shape[1]:
         largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from ..method import Number
 
-RankTolerance = Annotated[Tensor, Number(0.0, 1.0, search=(0.0, 0.01))]
-"""Parameter of methods: singular values up to this share of the largest count as zero."""
+RankTolerance = Annotated[Tensor, Number(0.0, 1.0, search=(0.0, 0.1))]
+"""Parameter of methods: singular values up to this share of the largest count as zero; where it is 0, those up to the
+rounding of the stored weights do."""
 
 _DENSE = 16
 """Matrices with a side of at most this are decomposed directly."""
@@ -85,6 +86,7 @@ class _Basis(NamedTuple):
         n_small: Number of directions that are left to the second pass.
         tilted: Whether the others need the correction.
         cut: Singular value up to which one counts as zero, 0-d.
+        settled: Whether all that are left count as zero, so that there is no second pass.
     """
 
     squares: Tensor
@@ -92,6 +94,7 @@ class _Basis(NamedTuple):
     n_small: int
     tilted: bool
     cut: Tensor
+    settled: bool
 
 
 def rank_tolerance(matrix: Tensor) -> float:
@@ -103,7 +106,7 @@ def rank_tolerance(matrix: Tensor) -> float:
     return max(matrix.shape) * 2.0**-52 if matrix.dtype == torch.float64 else 2.0**-22
 
 
-def svd(matrix: Tensor, k: int | None = None, *, tolerance: float = 0.0) -> Svd:
+def svd(matrix: Tensor, k: int | None = None, *, tolerance: float = 0.0, noise: float = 0.0) -> Svd:
     """Return the singular triplets of a matrix, as many as its numerical rank.
 
     Args:
@@ -111,13 +114,14 @@ def svd(matrix: Tensor, k: int | None = None, *, tolerance: float = 0.0) -> Svd:
         k: At most that many, the largest.
         tolerance: Singular values up to this share of the largest count as zero, where that is more than
             `rank_tolerance`.
+        noise: Those up to this count as zero, too.
 
     Returns:
         Vectors in the dtype of the matrix. Of equal singular values they are one of many bases.
     """
     m, n = matrix.shape
     if m < n:
-        left, values, right = svd(matrix.T, k, tolerance=tolerance)
+        left, values, right = svd(matrix.T, k, tolerance=tolerance, noise=noise)
         return Svd(right, values, left)
     tolerance = max(tolerance, rank_tolerance(matrix))
     scale = _scale(matrix)
@@ -125,9 +129,9 @@ def svd(matrix: Tensor, k: int | None = None, *, tolerance: float = 0.0) -> Svd:
         return Svd(matrix[:, :0], matrix.new_zeros(0, dtype=torch.float64), matrix[:0].T)
     matrix = matrix / scale
     if _is_dense(matrix):
-        left, values, right = _dense(matrix, tolerance)
+        left, values, right = _dense(matrix, tolerance, noise / float(scale))
         return Svd(left[:, :k].to(matrix.dtype), values[:k] * scale, right[:, :k].to(matrix.dtype))
-    large, small = _corrected(matrix, _first_pass(matrix, tolerance), k)
+    large, small = _corrected(matrix, _first_pass(matrix, tolerance, noise / float(scale)), k)
     left, values, right = (torch.cat(pair, dim=-1)[..., :k] for pair in zip(large, small, strict=True))
     return Svd(left, values * scale, right)
 
@@ -163,8 +167,8 @@ def polar(matrix: Tensor, *, tolerance: float = 0.0) -> Polar:
     # rooted^T rooted is the inverse square root of the Gram matrix
     rooted = (found.right[:, found.n_small :] / found.squares[found.n_small :] ** 0.25).T
     factor = matrix @ self_product(rooted)
-    if found.n_small == 0:
-        return Polar(factor, n)
+    if found.n_small == 0 or found.settled:
+        return Polar(factor, n - found.n_small)
     small, rank, _ = _second_pass(matrix, factor, found)
     return Polar(factor.addmm_(small.left, small.right.T), n - found.n_small + rank)
 
@@ -243,23 +247,26 @@ def _is_dense(matrix: Tensor) -> bool:
     return matrix.shape[1] <= _DENSE or matrix.dtype == torch.float64
 
 
-def _dense(matrix: Tensor, tolerance: float) -> Svd:
+def _dense(matrix: Tensor, tolerance: float, noise: float = 0.0) -> Svd:
     """Decompose a matrix directly, in float64."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
-    rank = int((values > tolerance * values[0]).sum())
+    rank = int((values > max(tolerance * float(values[0]), noise)).sum())
     return Svd(left[:, :rank], values[:rank], right[:rank].T)
 
 
-def _first_pass(matrix: Tensor, tolerance: float) -> _Basis:
+def _first_pass(matrix: Tensor, tolerance: float, noise: float = 0.0) -> _Basis:
     """Find the right singular vectors of a matrix of float32, m >= n, whose largest entry is near 1."""
     squares, right = torch.linalg.eigh(self_product(matrix))
+    largest = float(squares[-1].sqrt())
+    zero = min(max(tolerance, noise / largest), 1.0)
 
     def count(share: float) -> int:
-        return int((squares <= max(share, tolerance) ** 2 * squares[-1]).sum())
+        return int((squares <= max(share, zero) ** 2 * squares[-1]).sum())
 
     n_small = count(_LARGE)
     tilted = n_small > _FEW * len(squares)
-    return _Basis(squares, right, count(_CORRECTED) if tilted else n_small, tilted, tolerance * squares[-1].sqrt())
+    least = _CORRECTED if tilted else _LARGE
+    return _Basis(squares, right, count(least), tilted, squares.new_tensor(zero * largest), zero >= least)
 
 
 def _corrected(matrix: Tensor, found: _Basis, k: int | None) -> tuple[Svd, Svd]:
@@ -268,7 +275,7 @@ def _corrected(matrix: Tensor, found: _Basis, k: int | None) -> tuple[Svd, Svd]:
         _part(matrix, found.right, k)
     right = found.right[:, found.n_small :].flip(1)[:, :k]
     left, values = _orthonormal_image(matrix, right)
-    if found.n_small == 0 or (k is not None and k <= right.shape[1]):
+    if found.n_small == 0 or found.settled or (k is not None and k <= right.shape[1]):
         return Svd(left, values, right), Svd(left[:, :0], values[:0], right[:, :0])
     small, rank, shown = _second_pass(matrix, left, found)
     # to first order, the angles by which the right vectors of the two groups are tilted towards each other

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ..errors import CheckpointError
+
+
+def check_directions(norms: Tensor, names: Sequence[str] = ()) -> None:
+    """Refuse tensors of zeros beside others: they have no direction, so no arc leads from or to them.
+
+    Args:
+        norms: Of each input, shape [T]. Where all are 0, so is what comes of them.
+        names: What messages call the inputs; by default "model 0", ...
+
+    Raises:
+        CheckpointError: One is 0, and another is not.
+    """
+    empty = (norms == 0).nonzero().flatten().tolist()
+    if 0 < len(empty) < len(norms):
+        name = names[empty[0]] if names else f"model {empty[0]}"
+        raise CheckpointError(
+            f"{name} holds nothing but zeros here, which have no direction on the sphere, and other inputs do not; merge "
+            "this model by another method, such as linear"
+        )
 
 
 def arc(cosine: Tensor, t: Tensor, straight: Tensor) -> Tensor:

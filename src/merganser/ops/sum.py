@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _NO_WEIGHT = 1e-8
+"""Share of their magnitudes up to which the sum of weights is rounding."""
+
 _NO_MASS = 1e-7
 
 
@@ -29,18 +33,23 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     return total
 
 
-def summed_deltas(base: Tensor, models: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """Return `sum_i weight[i] * (models[i] - base)`, holding one task vector at a time."""
-    total = (models[0] - base).mul_(weight[0])
-    delta = torch.empty_like(total)
-    for i in range(1, len(models)):
-        total += torch.sub(models[i], base, out=delta).mul_(weight[i])
-    return total
+def check_total(parameters: Mapping[str, Any]) -> str | None:
+    """Complain where a method divides by the sum of its weights, and these add up to 0.
 
-
-def normalizer(total: Tensor) -> Tensor:
-    """Return a sum of weights, or 1 where they cancel: a divisor that leaves the weighted sum alone then."""
-    return torch.where(total.abs() < _NO_WEIGHT, torch.ones_like(total), total)
+    Args:
+        parameters: By their names in recipes: `weight`; of `normalize` or `normalize_weights`, those that the method
+            has, say whether it divides.
+    """
+    if not parameters.get("normalize", parameters.get("normalize_weights", True)):
+        return None
+    weight = parameters["weight"]
+    if abs(math.fsum(weight)) > _NO_WEIGHT * math.fsum(map(abs, weight)):
+        return None
+    switch = next((f"; or set {name}: false" for name in parameters if name.startswith("normalize")), "")
+    return (
+        f"the weights add up to 0, by which nothing can be divided, got {', '.join(f'{w:g}' for w in weight)}; "
+        f"give weights with another sum (in each layer, where they follow a schedule){switch}"
+    )
 
 
 def l1_norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:

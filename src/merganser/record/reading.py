@@ -48,6 +48,8 @@ class Moved:
         inputs: Names of the base (or first model) and the models, if they differ between tensors.
         models: Distance of each model from the base, over the norm of the base; empty if not measured.
         merged: Distance of the merge from the base, over the norm of the base.
+        rounding: Share of each task vector that is due to rounding of the stored model; empty if not measured.
+        length: Norm of the merged task vector over the root mean square norm of the models' task vectors.
         cosine: Mean cosine over all pairs of task vectors.
         sign_conflict: Among the elements that two models changed, the share that they changed in opposite directions.
         cosines: Cosine of each pair of task vectors, in the order of `itertools.combinations`.
@@ -63,6 +65,8 @@ class Moved:
     inputs: Sequence[str]
     models: Sequence[float]
     merged: float | None
+    rounding: Sequence[float | None]
+    length: float | None
     cosine: float | None
     sign_conflict: float | None
     cosines: Sequence[float | None]
@@ -254,10 +258,12 @@ def _moved(entry: Entry) -> Moved:
         inputs=[] if inputs is None else inputs.each(Entry.text),
         models=distances,
         merged=_number(entry, "merged"),
+        rounding=_of_each(entry, "rounding", len(distances), "model"),
+        length=_number(entry, "length"),
         cosine=_number(entry, "cosine"),
         sign_conflict=_number(entry, "sign_conflict"),
-        cosines=_of_pairs(entry, "cosines", pairs),
-        sign_conflicts=_of_pairs(entry, "sign_conflicts", pairs),
+        cosines=_of_each(entry, "cosines", pairs, "two models"),
+        sign_conflicts=_of_each(entry, "sign_conflicts", pairs, "two models"),
     )
 
 
@@ -266,9 +272,9 @@ def _number(entry: Entry, key: str) -> float | None:
     return None if found is None else found.number()
 
 
-def _of_pairs(entry: Entry, key: str, count: int) -> list[float | None]:
+def _of_each(entry: Entry, key: str, count: int, of: str) -> list[float | None]:
     found = entry.get(key)
     values = [] if found is None else found.each(Entry.maybe)
     if found is not None and len(values) != count:
-        found.refuse(f"a list of {count} values, one for each two models")
+        found.refuse(f"a list of {count} values, one for each {of}")
     return values

@@ -41,7 +41,17 @@ def moved_section(record: Record, name: Names) -> Section:
         cells = [number(v, f"movement.total.models[{i}]") for i, v in enumerate(movement.total.models)]
         cells.append(number(movement.total.merged, "movement.total.merged"))
         rows: list[list[Cell]] = [[column, cell] for column, cell in zip(columns, cells, strict=True)]
-        blocks.append(Table(["", "all tensors"], rows, "merge.json: movement.total"))
+        head = ["", "all tensors"]
+        if movement.total.rounding:
+            head.append("rounding")
+            shares = [
+                Number(None, "-") if v is None else Number(v, f"{v:.1%}", f"movement.total.rounding[{i}]")
+                for i, v in enumerate(movement.total.rounding)
+            ]
+            rows = [[*row, cell] for row, cell in zip(rows, [*shares, Number(None, "-")], strict=True)]
+        blocks.append(Table(head, rows, "merge.json: movement.total"))
+        if movement.total.length is not None:
+            blocks.append(Paragraph(_length(movement.total.length, len(movement.total.models))))
     blocks += _heatmap(record, columns)
     outside = [moved for moved in record.layers if moved.layer is None]
     if outside:
@@ -82,6 +92,16 @@ def related_section(record: Record, name: Names) -> Section:
     ]
     blocks += _by_layer(record)
     return Section(title, blocks)
+
+
+def _length(length: float, count: int) -> str:
+    """Say how long the merged task vector is, beside what sums and averages would be."""
+    text = f"The merged task vector is {length:.2g} times as long as the models' (root mean square of {count})."
+    if count > 1:
+        text += (
+            f" Of unrelated ones the average is {count**-0.5:.2g} times as long, and the sum {count**0.5:.2g} times."
+        )
+    return f"{text} Rounding: what storing a model's weights makes up of its task vector."
 
 
 def _by_tensor(tensors: Sequence[Moved], columns: Sequence[str]) -> Table:

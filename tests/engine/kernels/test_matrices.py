@@ -24,9 +24,10 @@ from merganser.engine.stream.hashing import span
 from merganser.errors import MemoryLimitError
 from merganser.method import Embeddings, Others, merge_method, statistic
 from merganser.method.registry import get_method
+from merganser.ops.rounding import largest_rounding
 from merganser.testing import contract, probe
 from tests.engine.interrupting import Counter, stop
-from tests.engine.matrix_toys import over_root, rank_one, squared_norm, unit
+from tests.engine.matrix_toys import noisy, over_root, rank_one, squared_norm, unit
 from tests.making import assert_equal, llama, llama_config, make_recipe, read_files, read_json, read_model, write_model
 
 TOYS = {"rank_one": rank_one, "unit": unit}
@@ -217,6 +218,30 @@ def test_state_dicts(tmp_path, monkeypatch):
     assert_equal(merge_state_dicts("rank_one", models, base=base, others="sum"), read_model(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_rounding_is_that_of_the_stored_values_wherever_they_are_merged(tmp_path, monkeypatch, small_blocks, saved):
+    """Each matrix by itself, experts of a packed tensor included, from files as from memory."""
+    monkeypatch.setattr(
+        "merganser.method.registry.get_method", lambda name: noisy if name == "noisy" else get_method(name)
+    )
+    tensors = [{name: t.to(torch.bfloat16).to(saved) for name, t in mixture(i).items()} for i in range(3)]
+    tensors = [{**own, "model.steps": torch.tensor([3])} for own in tensors]
+    base, *models = tensors
+    paths = [write_model(tmp_path / f"m{i}", own, llama_config(2)) for i, own in enumerate(tensors)]
+    merge(make_recipe("noisy", paths[1:], paths[0], dtype="float32"), tmp_path / "out")
+    written = read_model(tmp_path / "out")
+    assert_equal(merge_state_dicts("noisy", models, base=base, dtype=torch.float32), written)
+    for name, merged in written.items():
+        if is_rest(name) or not merged.is_floating_point() or merged.dim() < 2:
+            continue
+        parts = zip(*(list(model[name]) if merged.dim() == 3 else [model[name]] for model in models), strict=True)
+        expected = torch.stack([sum(map(largest_rounding, own)).float() for own in parts])
+        found = merged if merged.dim() == 3 else merged[None]
+        assert torch.equal(found, expected[:, None, None].expand_as(found)), name
+        # of float32 it would be 65,536 times less
+        assert expected.min() > 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "role", "tables", "expected"),
     [
@@ -273,6 +298,12 @@ def test_declarations_that_contradict_themselves():
         """Do."""
         return base
 
+    def rounded(base: Tensor, models: list[Tensor], rounding: Tensor) -> Tensor:
+        """Do."""
+        return base
+
+    with pytest.raises(TypeError, match="rounded: rounding is known of whole matrices; this needs the scope 'matrix'"):
+        declare(rounded, scope="row")
     for function in (bare, half, loose):
         expected = rf"{function.__name__}: scope 'matrix' needs the parameters `others: Others` and `embeddings: Embed"
         with pytest.raises(TypeError, match=expected):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from ...errors import ParameterError
 from ...method import Location, MergeMethod
 from ...method.registry import get_method
 
@@ -64,7 +65,11 @@ def treat(
         return Treatment(method, parameters, method.locate(parameters, location))
     weight = parameters.get("weight", 1.0)
     each = weight if isinstance(weight, tuple) else (weight,) * n_models
-    return _beside(parameters["others"], each, parameters.get("lambda", 1.0))
+    beside = _beside(parameters["others"], each, parameters.get("lambda", 1.0))
+    complaint = beside.method.validate(beside.parameters) if beside.method.validate else None
+    if complaint:
+        raise ParameterError(f"{name}: is no matrix and averaged (others: {parameters['others']}): {complaint}")
+    return beside
 
 
 def is_matrix(name: str, shape: Sequence[int], role: str | None, *, tables: bool) -> bool:

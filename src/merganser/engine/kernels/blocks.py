@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ...errors import MergeError
 from .kernels import Block, Kernels
 from .values import Values
 
@@ -101,8 +102,16 @@ class TensorRun:
     """
 
     def __init__(
-        self, kernels: Kernels, values: Values, shape: tuple[int, ...], random_keys: Tensor, block: int = BLOCK
+        self,
+        kernels: Kernels,
+        values: Values,
+        shape: tuple[int, ...],
+        random_keys: Tensor,
+        block: int = BLOCK,
+        *,
+        name: str = "tensor",
     ) -> None:
+        self.name = name
         self.kernels = kernels
         self.values = values
         self.shape = shape
@@ -136,7 +145,10 @@ class TensorRun:
         """Solve a round and put its result into `known`: as `previous`, and under its name after the last round."""
         given = {key: value.cpu() for key, value in known.items()}
         given["size"] = torch.tensor(size, dtype=torch.float64)
-        solved = self.kernels.solve(name, index, total, self.values, given)
+        try:
+            solved = self.kernels.solve(name, index, total, self.values, given)
+        except MergeError as error:
+            raise type(error)(f"{self.name}: {self.kernels.method.name}: {error}") from error
         known["previous"] = solved
         if index == len(self.kernels.method.statistics[name].rounds) - 1:
             known[name] = solved

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ...method import MergeMethod, Round, Statistic, takes
 from ...ops.random import Random
+from ...ops.rounding import largest_rounding
 from .compiled import Function, KernelError, _compile, compile_ahead, compiled_ahead
 from .sums import join
 from .values import Values
@@ -163,13 +164,14 @@ class Kernels:
         """
         at_once = self.method.statistics[name].at_once
         assert at_once is not None
+        names = takes(self.round(name, 0).measure)
         static = {**self._unwanted, **self.static}
         inputs = ([*block.inputs()], dict(block.rows), dict(block.known))
 
         def measure(inputs: list[Tensor], rows: Any, known: Any) -> Tensor:
             base, models = (None, inputs) if block.base is None else (inputs[0], inputs[1:])
-            given = {**static, **block.numbers, **rows, **known, "models": [model.to(self.compute) for model in models]}
-            return at_once.measure({**given, "base": None if base is None else base.to(self.compute)})
+            given = {**static, **block.numbers, **rows, **known}
+            return at_once.measure({**given, **_read(base, models, self.compute, names)})
 
         earlier = {key: value for key, value in known.items() if key != "size"}
         given = {**static, **values.numbers, "size": known["size"]}
@@ -291,9 +293,7 @@ class Kernels:
             keys: Tensor,
             offset: Tensor,
         ) -> tuple[Tensor, Tensor]:
-            given: dict[str, Any] = {**static, **rows, **numbers, **known}
-            given["base"] = None if base is None else base.to(compute)
-            given["models"] = [model.to(compute) for model in models]
+            given: dict[str, Any] = {**static, **rows, **numbers, **known, **_read(base, models, compute, names)}
             given["rng"] = Random(keys, offset)
             result = function(**{name: given.get(name) for name in names})
             read = [given["base"], *given["models"]] if base is not None else given["models"]
@@ -309,6 +309,15 @@ class Kernels:
         # torch.compile caches per code object and stops after 8 variants; give each kernel its own
         kernel.__code__ = kernel.__code__.replace(co_name=f"merge_by_{self.method.name}")
         return kernel
+
+
+def _read(base: Tensor | None, models: list[Tensor], compute: torch.dtype, names: Sequence[str]) -> dict[str, Any]:
+    """Return what functions are handed of the inputs, by name: in the compute dtype, and how they were rounded."""
+    given: dict[str, Any] = {"base": None if base is None else base.to(compute)}
+    given["models"] = [model.to(compute) for model in models]
+    if "rounding" in names:
+        given["rounding"] = torch.stack([largest_rounding(model) for model in models])
+    return given
 
 
 def _overflow(dtype: torch.dtype) -> float:

@@ -78,7 +78,7 @@ def merge_tensors(
     inputs = [*models] if base is None else [base, *models]
     kernels = Kernels(method, values.static, compute, dtype, device, compiled and method.fuse, not allow_nonfinite)
     worked = working_shape(shape, method.scope, role)
-    run = TensorRun(kernels, values, worked, keys(seed, name, len(models)), block)
+    run = TensorRun(kernels, values, worked, keys(seed, name, len(models)), block, name=name)
     if not run.ranges:
         return torch.empty(shape, dtype=dtype, device=device)
     result = torch.empty(math.prod(shape), dtype=dtype, device=device)

@@ -19,6 +19,7 @@ __all__ = [
     "TaskSummary",
     "TensorGroup",
     "TensorSummary",
+    "count_inputs",
     "summarise",
     "tensor_summaries",
     "value_text",
@@ -210,6 +211,15 @@ def summarise(plan: Plan) -> PlanSummary:
         differences=list(plan.differences),
         sidecars=_sidecars(plan),
     )
+
+
+def count_inputs(plan: Plan) -> tuple[bool, int]:
+    """Return whether a plan reads a base, and how many models are merged beside it; some tensors may take fewer."""
+    bases = [tensor.base for tensor in plan.tensors if tensor.base is not None]
+    files = {base.file for base in bases}
+    read = {source.file for tensor in plan.tensors for source in tensor.models} - files
+    models = sum(any(file in read for file in found.weight_files) for found in plan.checkpoints.values())
+    return bool(bases), max(models, max((len(tensor.models) for tensor in plan.tensors), default=0))
 
 
 def tensor_summaries(plan: Plan) -> list[TensorSummary]:

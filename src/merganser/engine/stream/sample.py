@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.rounding import rounding_norms
 from ..plan.tensor import PlannedTensor
 
 SAMPLE = 1 << 16
@@ -35,16 +36,17 @@ def measure_samples(
 
     Returns:
         By name the number of elements `n`, the norm of the base, and norms of the differences of each model and of the
-        merge from it. Where there are a base and several models: `pairs`, see `_pairs`.
+        merge from it. Where there is a base: `rounding`, the norm that the rounding of each model's stored values is
+        expected to have (0 where nothing changed); with several models `pairs`, see `_pairs`.
     """
     # tensors of one size are measured together
     groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         if not tensor.copy and tensor.size:
-            groups[min(outputs[i].numel(), SAMPLE), len(inputs[i]), _has_pairs(tensor)].append(i)
+            groups[min(outputs[i].numel(), SAMPLE), len(inputs[i]), tensor.base is not None].append(i)
     found = {}
     parts = [(key, part) for key, members in groups.items() for part in _parts(members, _TOGETHER // key[0] or 1)]
-    for (size, width, related), members in parts:
+    for (size, width, with_base), members in parts:
         # slices of very many small tensors cost
         first = [
             [data if data.shape == (size,) else data.reshape(-1)[:size] for data in (*inputs[i], outputs[i])]
@@ -52,13 +54,20 @@ def measure_samples(
         ]
         origin = torch.stack([own[0] for own in first]).double()
         deltas = origin.new_empty(len(members), width, size)
+        rounding = []
         for k in range(width):
-            torch.sub(torch.stack([own[k + 1] for own in first]), origin, out=deltas[:, k])
+            stored = torch.stack([own[k + 1] for own in first])
+            torch.sub(stored, origin, out=deltas[:, k])
+            if with_base and k < width - 1:
+                rounding.append(rounding_norms(stored))
         norm, change = origin.norm(dim=1).tolist(), deltas.norm(dim=2).tolist()
-        pairs = _pairs(deltas[:, :-1, :PAIR_SAMPLE]) if related else None
+        pairs = _pairs(deltas[:, :-1, :PAIR_SAMPLE]) if with_base and width > 2 else None
         for k, i in enumerate(members):
             *models, merged = change[k]
             found[tensors[i].name] = {"n": size, "norm": norm[k], "models": models, "merged": merged}
+            if with_base:
+                expected = zip(rounding, models, strict=True)
+                found[tensors[i].name]["rounding"] = [float(norms[k]) if moved else 0.0 for norms, moved in expected]
             if pairs is not None:
                 found[tensors[i].name]["pairs"] = pairs[k]
     return found
@@ -66,10 +75,6 @@ def measure_samples(
 
 def _parts(members: Sequence[int], count: int) -> list[Sequence[int]]:
     return [members[i : i + count] for i in range(0, len(members), count)]
-
-
-def _has_pairs(tensor: PlannedTensor) -> bool:
-    return tensor.base is not None and len(tensor.models) > 1
 
 
 def _pairs(deltas: Tensor) -> list[dict[str, Any]]:

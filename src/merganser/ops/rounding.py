@@ -1,0 +1,143 @@
+"""What storing a model has done to its task vector: rounding, which spectral methods must not take for knowledge.
+
+A weight x that is stored with p bits is off by up to half a unit in the last place, ulp(x) = 2^(floor(log2 |x|) + 1 - p),
+with variance ulp(x)^2 / 12. So the noise in a task vector scales with the weights, not with the task vector: of small
+changes that are stored as bfloat16 it is a third. It is independent from entry to entry, and such a matrix N, with
+variances v, has
+
+    |N|_2 <= sqrt(max_i sum_j v_ij) + sqrt(max_j sum_i v_ij)
+
+but for a few percent (Bandeira and van Handel, 2016). For equal variances this is sigma * (sqrt(rows) + sqrt(columns)).
+What lies above it in the spectrum of a task vector is knowledge; below it, noise cannot be told from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .spectral import Svd, svd
+from .sum import deltas
+
+_GRIDS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def grid(stored: Tensor) -> torch.dtype:
+    """Return the narrowest float dtype that holds all the values: that in which they were rounded last.
+
+    Checkpoints of bfloat16 are often saved as float32, which does not undo the rounding.
+    """
+    return next(
+        (dtype for dtype in _narrower(stored.dtype) if torch.equal(_rounded(stored, dtype), stored)), stored.dtype
+    )
+
+
+def rounding_variance(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the variance of the rounding of every value to a dtype, ulp^2 / 12, and 0 of zeros; float64.
+
+    Args:
+        stored: Values that the dtype holds, any float dtype and shape.
+        dtype: From `grid`.
+    """
+    found = torch.finfo(dtype)
+    wide = stored.double()
+    # frexp gives 2^e with 2^(e - 1) <= |x| < 2^e
+    ulp = torch.ldexp(torch.full_like(wide, found.eps / 2), torch.frexp(wide).exponent)
+    return torch.where(wide != 0, ulp.clamp_(min=found.tiny * found.eps).square_() / 12, 0.0)
+
+
+def rounding_norms(stored: Tensor) -> Tensor:
+    """Return the norm that the rounding of each row is expected to have, shape [k], float64.
+
+    Args:
+        stored: Shape [k, n]; each row was rounded by itself.
+    """
+    norms = stored.new_zeros(len(stored), dtype=torch.float64)
+    left = torch.ones_like(norms, dtype=torch.bool)
+    for dtype in _narrower(stored.dtype):
+        own = left & (_rounded(stored, dtype) == stored).all(1)
+        if own.any():
+            norms[own] = rounding_variance(stored[own], dtype).sum(1).sqrt()
+            left &= ~own
+    return norms
+
+
+def largest_rounding(stored: Tensor) -> Tensor:
+    """Return what the largest singular value of the rounding in a task vector may be, 0-d, float64.
+
+    Twice the variance is taken, since the base may have been rounded in the same way.
+
+    Args:
+        stored: A model's matrix as it lies in the checkpoint, shape [m, n].
+    """
+    variance = rounding_variance(stored, grid(stored))
+    if not variance.numel():
+        return variance.sum()
+    return (variance.sum(1).amax().sqrt() + variance.sum(0).amax().sqrt()) * 2**0.5
+
+
+def above_rounding(delta: Tensor, rounding: Tensor) -> Tensor:
+    """Return a task vector without the directions in which rounding may be all there is.
+
+    Args:
+        delta: Shape [m, n].
+        rounding: Singular values up to this are cut, 0-d.
+    """
+    left, values, right = svd(delta, noise=float(rounding))
+    return delta if len(values) == min(delta.shape) else (left * values.to(left.dtype)) @ right.T
+
+
+def deltas_above_rounding(
+    base: Tensor, models: Sequence[Tensor], rounding: Tensor, *, unless: float = 0.0
+) -> list[Tensor]:
+    """Return the task vectors, each without the directions in which rounding may be all there is.
+
+    Where that is nothing of any of them, they are left as they are: then no direction stands out, and the base alone
+    would be left of the merge.
+
+    Args:
+        base: Shape [m, n].
+        models: The models.
+        rounding: Of each model, shape [T], as the engine hands it in.
+        unless: `rank_tolerance` of the recipe. Where it is above 0, it decides by itself, and nothing is cut here.
+    """
+    vectors = deltas(base, models)
+    if unless > 0:
+        return vectors
+    kept = [above_rounding(vector, rounding[i]) for i, vector in enumerate(vectors)]
+    return kept if any(vector.any() for vector in kept) else vectors
+
+
+def triplets_above_rounding(
+    base: Tensor,
+    models: Sequence[Tensor],
+    rounding: Tensor,
+    decompose: Callable[[Tensor, float], Svd],
+    *,
+    unless: float = 0.0,
+) -> list[Svd]:
+    """Return singular triplets of the task vectors, with the cut of `deltas_above_rounding`.
+
+    Args:
+        base: Shape [m, n].
+        models: The models.
+        rounding: Of each model, shape [T], as the engine hands it in.
+        decompose: Gets a task vector and the singular value up to which one counts as zero.
+        unless: As in `deltas_above_rounding`.
+    """
+    cuts = [0.0] * len(models) if unless > 0 else rounding.tolist()
+    found = [decompose(model - base, cut) for model, cut in zip(models, cuts, strict=True)]
+    if any(cuts) and not any(part.values.any() for part in found):
+        return [decompose(model - base, 0.0) for model in models]
+    return found
+
+
+def _narrower(dtype: torch.dtype) -> list[torch.dtype]:
+    """Return the float dtypes whose values another one can hold, the narrowest first, and that one."""
+    return [one for one in _GRIDS if one.itemsize < dtype.itemsize] + [dtype]
+
+
+def _rounded(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    return stored if dtype == stored.dtype else stored.to(dtype).to(stored.dtype)
