@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from merganser.checkpoint import Reader, open_checkpoint
-from merganser.checkpoint.reader import _OpenFile
 from merganser.errors import CheckpointError, NotFoundError
 from tests.checkpoint.making import check_equal, only, some_tensors, tensor_bytes, write_shards
 
@@ -91,7 +90,7 @@ def test_closed_reader_says_so(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tmp_path))
     reader = checkpoint.reader()
     reader.close()
-    with pytest.raises(ValueError, match="the reader is closed"):
+    with pytest.raises(ValueError, match="the files are closed"):
         reader.read_into(only(checkpoint), 0, memoryview(bytearray(16)))
 
 
@@ -140,7 +139,7 @@ def test_systems_without_preadv_read_the_same(tmp_path: Path, monkeypatch: pytes
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = _OpenFile.read
-    monkeypatch.setattr(_OpenFile, "read", lambda self, offset, buffer: whole(self, offset, buffer[:3]))
+    whole = Reader._read
+    monkeypatch.setattr(Reader, "_read", lambda self, file, offset, buffer: whole(self, file, offset, buffer[:3]))
     write_shards(tmp_path, {"model.safetensors": some_tensors()})
     check_equal(open_checkpoint(str(tmp_path)), some_tensors())

@@ -130,7 +130,8 @@ def test_the_target_exists(out: Path) -> None:
         "error: out: out, which is read, lies there; choose another target"
     )
     assert error("out", "--task", "b", "--out", "a", "--overwrite") == (
-        "error: a: exists and was not written by merganser (it has no merge.json), so --overwrite does not touch it"
+        "error: a: was not written by merganser (it has no merge.json) and holds 'config.json'; move it away, or choose "
+        "another target"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def _break_note(models: Path) -> None:
     (models / HOME / "first" / ".stage.json").write_text("{")
 
 
-CHANGES = [_change_input, _change_recipe, _change_result, _remove_result, _break_note]
+CHANGES = [_change_input, _change_recipe, _remove_result, _break_note]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -184,6 +185,52 @@ def test_a_stage_is_used_again_only_unchanged(models: Path, change: Any) -> None
     counting = Counting()
     merge(load_recipes(file), "out", overwrite=True, keep_stages=True, progress=counting)
     assert counting.started == ["first", None]
+
+
+@pytest.mark.parametrize("more", [[], ["--fresh"], ["--keep-stages"]])
+def test_a_result_that_a_user_changed_is_not_removed(models: Path, more: list[str]) -> None:
+    file = chain(models)
+    assert run("merge", file, "out", "--keep-stages").code == 0
+    _change_result(models)
+    found = run("merge", file, "out", "--overwrite", *more)
+    assert found.code == 2
+    assert ".out.stages/first: holds 'tokenizer.json', which has 3 bytes, and was written with 2" in found.err
+    assert (models / HOME / "first" / "tokenizer.json").read_text() == "{ }"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "link to a folder", "fifo", "lock"])
+@pytest.mark.parametrize("more", [[], ["--fresh"]])
+def test_what_a_user_put_among_the_stages_stays(models: Path, kind: str, more: list[str]) -> None:
+    (models / HOME).mkdir()
+    planted = models / HOME / ".x.merging.lock" if kind == "lock" else models / HOME / "first"
+    if kind == "folder":
+        planted.mkdir()
+        (planted / "thesis.txt").write_text("mine")
+    elif kind == "fifo":
+        os.mkfifo(planted)
+    elif kind.startswith("link"):
+        (models / "mine").mkdir()
+        (models / "mine" / "thesis.txt").write_text("mine")
+        planted.symlink_to(models / "mine" if kind == "link to a folder" else models / "mine" / "thesis.txt")
+    else:
+        planted.write_text("mine")
+    before = {path: path.lstat() for path in models.rglob("*")}
+    found = run("merge", chain(models), "out", *more)
+    assert found.code == 2
+    assert planted.name in found.err or "thesis.txt" in found.err
+    assert {path: path.lstat().st_mtime_ns for path in before} == {p: s.st_mtime_ns for p, s in before.items()}
+    assert not (models / "out").exists()
+
+
+def test_what_came_among_the_stages_meanwhile_stays(models: Path) -> None:
+    class Meddling(Counting):
+        def start(self, plan: Any, continued: bool) -> None:
+            super().start(plan, continued)
+            if plan.recipe.name is None:
+                (models / HOME / "first" / "thesis.txt").write_text("mine")
+
+    merge(load_recipes(chain(models)), "out", progress=Meddling())
+    assert (models / HOME / "first" / "thesis.txt").read_text() == "mine"
 
 
 def test_fresh_starts_all_stages_again(models: Path) -> None:

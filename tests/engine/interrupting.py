@@ -115,7 +115,7 @@ def merge_and_die(recipe: Any, out: Path, after: int | str, options: dict[str, A
     patch = pytest.MonkeyPatch()
     shrink_blocks(patch)
     if after == "before the rename":
-        patch.setattr(staging, "_replace", lambda target, folder: die())
+        patch.setattr(staging, "publish", lambda *arguments: die())
     elif after == "before the side files":
         patch.setattr(run, "write_rest", lambda *arguments, **keys: die())
     merge(recipe, out, progress=Killer(after) if isinstance(after, int) else None, **options)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import os_reason
+from .descriptors import MAX_OPEN, Descriptors
 from .tensor import TensorInfo
 
 if TYPE_CHECKING:
@@ -20,41 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Reader"]
 
-_MAX_OPEN_FILES = 64
-
-
-class _OpenFile:
-    """A file descriptor and the number of threads that use it right now."""
-
-    __slots__ = ("descriptor", "lock", "users")
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.users = 0
-        self.lock = threading.Lock()  # only for systems that cannot read at an offset
-
-    def read(self, offset: int, buffer: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self.descriptor, [buffer], offset)
-        with self.lock:
-            os.lseek(self.descriptor, offset, os.SEEK_SET)
-            data = os.read(self.descriptor, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
 
 class Reader:
     """Reads tensors of any number of checkpoints; safe to use from many threads at once.
 
     Files stay open between reads, the least recently used is closed when there are too many. Use it as a context
     manager, or call `close`.
+
+    Args:
+        max_open_files: The most that stay open between reads.
     """
 
-    def __init__(self, max_open_files: int = _MAX_OPEN_FILES) -> None:
-        self._max_open_files = max_open_files
-        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-        self._closed = False
+    def __init__(self, max_open_files: int = MAX_OPEN) -> None:
+        self._files: Descriptors[Path] = Descriptors(max_open_files)
+        self._seeking = threading.Lock()  # only for systems that cannot read at an offset
 
     def __enter__(self) -> Reader:
         return self
@@ -85,10 +63,10 @@ class Reader:
             tensor.source.read_into(tensor.name, start, target)
             return
         offset = tensor.offset + start
-        with self._open(tensor) as file:
+        with self._files.lend(tensor.file, lambda: _descriptor(tensor)) as file:
             while target:
                 try:
-                    count = file.read(offset, target)
+                    count = self._read(file, offset, target)
                 except OSError as error:
                     raise CheckpointError(
                         f"{tensor.file}: tensor {tensor.name!r}: cannot be read: {os_reason(error)}"
@@ -118,43 +96,24 @@ class Reader:
         if tensor.source is not None or nbytes <= 0 or not hasattr(os, "posix_fadvise"):
             return
         # Only advice: a file that cannot be read says so at the read itself.
-        with contextlib.suppress(OSError, CheckpointError), self._open(tensor) as file:
-            os.posix_fadvise(file.descriptor, tensor.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
+        with (
+            contextlib.suppress(OSError, CheckpointError),
+            self._files.lend(tensor.file, lambda: _descriptor(tensor)) as file,
+        ):
+            os.posix_fadvise(file, tensor.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        """Close all files. No other thread may be reading."""
-        with self._lock:
-            self._closed = True
-            for file in self._files.values():
-                os.close(file.descriptor)
-            self._files.clear()
+        """Close all files, as soon as no thread reads any more."""
+        self._files.close()
 
-    @contextlib.contextmanager
-    def _open(self, tensor: TensorInfo) -> Iterator[_OpenFile]:
-        path = tensor.file
-        with self._lock:
-            if self._closed:
-                raise ValueError("the reader is closed")
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = _OpenFile(_descriptor(tensor))
-            self._files.move_to_end(path)
-            file.users += 1
-        try:
-            yield file
-        finally:
-            with self._lock:
-                file.users -= 1
-                self._close_surplus()
-
-    def _close_surplus(self) -> None:
-        """Close the least recently used files beyond the limit, but none that a thread reads: its number may be reused."""
-        surplus = len(self._files) - self._max_open_files
-        if surplus <= 0:
-            return
-        idle = [path for path, file in self._files.items() if file.users == 0]
-        for path in idle[:surplus]:
-            os.close(self._files.pop(path).descriptor)
+    def _read(self, descriptor: int, offset: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(descriptor, [buffer], offset)
+        with self._seeking:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            data = os.read(descriptor, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _descriptor(tensor: TensorInfo) -> int:

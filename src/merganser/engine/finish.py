@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
 from .plan.plan import Plan
+from .plan.sidecars import FOLDER
 from .record import input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors
@@ -31,6 +32,7 @@ def write_rest(
     folder: Path,
     title: str,
     *,
+    claim: Callable[[Iterable[str]], None],
     groups: Sequence[Group],
     entries: Entries,
     hashes: Sequence[str],
@@ -46,6 +48,7 @@ def write_rest(
         plan: The plan.
         folder: Holds the weights.
         title: Name of the output.
+        claim: Told which files will be made, before they are.
         groups: All groups of the plan.
         entries: What their tasks read and wrote.
         hashes: sha256 of each shard.
@@ -67,7 +70,8 @@ def write_rest(
             raise CheckpointError(f"{now['path']}: was changed while it was merged; merge again")
     digests = _tensor_digests(groups, entries)
     outputs = [{"file": s.name, "bytes": s.size, "sha256": h} for s, h in zip(plan.shards, hashes, strict=True)]
-    outputs += _write_side_files(plan, folder, title)
+    claim([RECORD_NAME, *([f"{FOLDER}/"] if plan.sidecars is not None else [])])
+    outputs += _write_side_files(plan, folder, title, claim)
     beside: dict[str, Any] = {}
     if plan.sidecars is not None:
         names, beside["sidecars"] = write_index(plan, plan.sidecars, folder, errors, digests)
@@ -105,7 +109,9 @@ def side_file_bytes(plan: Plan) -> int:
     return sum(source.stat().st_size for source in sources if source.exists()) + 1_000 * len(plan.tensors)
 
 
-def _write_side_files(plan: Plan, folder: Path, title: str) -> list[dict[str, Any]]:
+def _write_side_files(
+    plan: Plan, folder: Path, title: str, claim: Callable[[Iterable[str]], None]
+) -> list[dict[str, Any]]:
     """Write the files beside the weights; return them with their hashes."""
     (folder / "README.md").write_bytes(model_card(plan, title).encode(errors="backslashreplace"))
     return _hashed(folder, dict.fromkeys(["README.md", *write_planned_files(plan, folder)]))
@@ -126,6 +132,7 @@ def write_planned_files(plan: Plan, folder: Path) -> list[str]:
             texts[name] = (json.dumps(content, indent=2) + "\n").encode()
     if len(plan.shards) > 1:
         texts[INDEX_NAME] = index_json(plan.shards)
+    claim([*plan.side_files, *texts])
     for name, source in plan.side_files.items():
         if name not in texts:
             _copy(source, folder / name)

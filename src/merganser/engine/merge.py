@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +22,12 @@ from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 if TYPE_CHECKING:
     from .plan.plan import Plan
     from .run import Progress, Result
+    from .stream.ownership import Owned
 
 __all__ = ["RecipeLike", "merge", "plan", "plan_with_stages_made", "stages_folder"]
 
 RecipeLike = Recipe | Sequence[Recipe] | str | Path | Mapping[str, Any]
 """Recipes as `load_recipe` and `load_recipes` return them, or what these read: a path, a YAML text, a mapping."""
-
-
-# hidden, so that it is not taken for a file of the checkpoint
-_NOTE = ".stage.json"
 
 
 def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Plan:
@@ -110,13 +106,13 @@ def merge(
     # whatever can be refused in any stage is refused before the first one runs
     plan(recipes, keep_stages=keep_stages, **options)
     *stages, target = _needed(recipes, keep_stages)
-    with _stages(out, keep=keep_stages, fresh=fresh) as home:
+    with _stages(out, keep=keep_stages, fresh=fresh) as made:
         folders: dict[str, Path] = {}
         for stage in stages:
             assert stage.name is not None
             planned = _plan_one(_with_folders(stage, folders), **options)
-            folders[stage.name] = home / _folder_name(stage.name)
-            _run_stage(planned, folders[stage.name], out, **given)
+            folder = folders[stage.name] = made.home / _folder_name(stage.name)
+            made.made[folder.name] = _run_stage(planned, folder, out, **given)
         whole = "".join(_ended(r.text) for r in sorted(recipes, key=lambda r: r.place.line))
         last = replace(_with_folders(target, folders), text=whole)
         return run_plan(_plan_one(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
@@ -222,10 +218,31 @@ def _folder_name(name: str) -> str:
     return name.replace("%", "%25").replace("/", "%2F").replace("\\", "%5C")
 
 
+@dataclass(frozen=True, slots=True)
+class _Stages:
+    """The results of the stages.
+
+    Args:
+        home: The folder in which they lie.
+        made: Those that this run made, or found unchanged, by the name of their folder.
+    """
+
+    home: Path
+    made: dict[str, Owned]
+
+    def remove(self) -> None:
+        """Remove all that is ours; nothing, where anything is not."""
+        from .stream.ownership import survey_each
+
+        with contextlib.suppress(OSError):
+            survey_each(self.home, known=self.made).remove()
+
+
 @contextlib.contextmanager
-def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[Path]:
+def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
     """Hold the folder of the stages; remove it in the end, but for a run that can be continued."""
-    from .stream.lock import acquire_lock, release_lock
+    from .stream.lock import acquire_lock
+    from .stream.ownership import survey_each
 
     home = stages_folder(out)
     # beside the folder, which comes and goes
@@ -240,48 +257,53 @@ def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[Path]:
     if guard is None:
         raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
     try:
+        # what is in the way is said before hours of work; what is not hashed now is hashed before it is removed
+        found = survey_each(home, hashing=fresh)
         if fresh:
-            for path in home.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
+            found.remove()
+            home.mkdir(exist_ok=True)
+        stages = _Stages(home, {})
         try:
-            yield home
+            yield stages
         except MergeError as error:
             if not keep and not isinstance(error, OutputError):
-                shutil.rmtree(home, ignore_errors=True)
+                stages.remove()
             raise
         if not keep:
-            shutil.rmtree(home, ignore_errors=True)
+            stages.remove()
     finally:
-        release_lock(lock, guard)
+        guard.release()
 
 
-def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> None:
+def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> Owned:
     """Make one stage, unless it lies there, made from the same and unchanged since."""
     from .record import fingerprint
     from .run import Interrupted, run_plan
+    from .stream.ownership import STAGE_NOTE, survey
 
     mark = fingerprint(plan, {"allow_nonfinite": given["allow_nonfinite"]})
-    note = folder / _NOTE
+    note = folder / STAGE_NOTE
     with contextlib.suppress(OSError, ValueError):
         if json.loads(note.read_text(encoding="utf-8")) == {"fingerprint": mark, "files": _files(folder)}:
-            return
-    if folder.is_dir():
-        shutil.rmtree(folder)
+            return survey(folder, hashing=False)
+    survey(folder).remove()
     try:
         run_plan(plan, folder, **given)
     except Interrupted:
         raise Interrupted(
             f"{out}: stopped while {plan.recipe.name!r} was made; run the same command again to continue"
         ) from None
-    temporary = folder / f"{_NOTE}.new"
+    temporary = folder / f"{STAGE_NOTE}.new"
     temporary.write_text(json.dumps({"fingerprint": mark, "files": _files(folder)}), encoding="utf-8")
     temporary.rename(note)
+    return survey(folder, hashing=False)
 
 
 def _files(folder: Path) -> list[list[Any]]:
     """Return name, size and time of change of every file in a stage's folder."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(_NOTE))
+    from .stream.ownership import STAGE_NOTE
+
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(STAGE_NOTE))
     return [[path.relative_to(folder).as_posix(), (s := path.stat()).st_size, s.st_mtime_ns] for path in found]
 
 

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +25,9 @@ from .sidecars.make import Errors, make_sidecars
 from .stream.buffers import KeptMemory
 from .stream.groups import Group, Task, make_groups
 from .stream.hashing import Hasher, span, written_digest
+from .stream.publish import replaced_folder, working_names, working_parent
 from .stream.schedule import GroupState, KernelCache, Schedule, start_group
-from .stream.staging import Staging
+from .stream.staging import Staging, resolve_target
 from .stream.threads import join, work_on_threads
 from .stream.worker import Context, Done
 
@@ -99,6 +100,7 @@ def run_plan(
         overwrite=overwrite,
         fresh=fresh,
     )
+    plan = replace(plan, warnings=(*plan.warnings, *staging.warnings))
     with _keep_or_remove(staging):
         run = _Run(plan, staging, devices, allow_nonfinite, cluster, progress)
         entries = run.execute()
@@ -109,6 +111,7 @@ def run_plan(
             plan,
             staging.folder,
             staging.target.name,
+            claim=staging.claim,
             groups=run.groups,
             entries=entries,
             hashes=hashes,
@@ -122,7 +125,7 @@ def run_plan(
             },
             continued=staging.continued,
         )
-        staging.publish(overwrite=overwrite)
+        staging.publish()
     return Result(out, record)
 
 
@@ -147,11 +150,15 @@ def _keep_or_remove(staging: Staging) -> Iterator[None]:
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
-    """Refuse to replace what is merged."""
-    target = out.resolve()
+    """Refuse to replace what is merged, be it through links."""
+    target = resolve_target(out)
+    places = [target, working_parent(target) / working_names(target)[0], replaced_folder(target)]
     for reference, checkpoint in plan.checkpoints.items():
-        if checkpoint.path.resolve().is_relative_to(target):
-            raise OutputError(f"{out}: {reference}, an input of this merge, lies there; choose another target")
+        for path in [checkpoint.path, *checkpoint.weight_files]:
+            place = next((each for each in places if path.resolve().is_relative_to(each)), None)
+            if place is not None:
+                shown = out if place == target else place
+                raise OutputError(f"{shown}: {reference}, an input of this merge, lies there; choose another target")
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""Name and format of the run record, for all who write or read one."""
+"""Names and marks of what is written about a merge into its folder, for all who write or read it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["RECORD_FORMAT", "RECORD_NAME", "record_text"]
+__all__ = ["PAGE_GENERATOR", "PAGE_NAME", "RECORD_FORMAT", "RECORD_NAME", "record_text"]
 
 RECORD_NAME = "merge.json"
 RECORD_FORMAT = 1
 """Raised when older readers would misunderstand a new record; a new key alone does not raise it."""
+
+PAGE_NAME = "report.html"
+"""Name of the page that shows a merge, in its folder, unless another is asked for."""
+PAGE_GENERATOR = '<meta name="generator" content="merganser '
+"""What begins the line near the top of such a page that tells who drew it; the version follows."""
 
 
 def record_text(record: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import os_reason, read_object
 from .format import RECORD_NAME
 
-__all__ = ["Verification", "VerifiedFile", "verify"]
+__all__ = ["Verification", "VerifiedFile", "recorded_files", "verify"]
 
 _SIDECARS = "sidecars"
 
@@ -73,7 +73,7 @@ def verify(
     out = Path(out)
     if not out.is_dir():
         raise NotFoundError(f"{out}: {'is not a folder' if out.exists() else 'no such folder'}")
-    entries = _entries(out)
+    entries = recorded_files(out)
     recorded = {name for name, _, _ in entries}
     if files is not None:
         unknown = sorted(set(files) - recorded)
@@ -100,8 +100,13 @@ def verify(
     return Verification(out, found, sorted(name for name in names if name not in recorded))
 
 
-def _entries(out: Path) -> list[tuple[str, int, str]]:
-    """Read name, size and sha256 of every output from the run record."""
+def recorded_files(out: Path) -> list[tuple[str, int, str]]:
+    """Read name, size and sha256 of every output from the run record.
+
+    Raises:
+        NotFoundError: There is no run record.
+        CheckpointError: The run record is damaged.
+    """
     record = out / RECORD_NAME
     if not record.exists():
         raise NotFoundError(f"{out}: has no {RECORD_NAME}; only what merganser wrote can be verified")

@@ -17,15 +17,13 @@ from ..evaluation.stored import read_evaluation
 from ..inference.sources import open_source
 from ..inspection.spectra import Spectra, measure_spectra
 from ..jsonfile import os_reason
+from ..record.format import PAGE_NAME
 from ..record.reading import Record, read_record
 from .blocks import Section
 from .page import render
 from .sections import sections, summary
 
 __all__ = ["PAGE_NAME", "Report", "read_report", "write_report"]
-
-PAGE_NAME = "report.html"
-"""Name of the page, in the folder of the merge, unless another is asked for."""
 
 Progress = Callable[[int, int], None]
 

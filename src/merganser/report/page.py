@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from ..errors import UnsupportedError
+from ..record.format import PAGE_GENERATOR
 from ..version import __version__
 from .blocks import Block, Cell, Code, Figure, List, Number, Section, Table
 
@@ -43,7 +44,7 @@ def render(title: str, lead: str, sections: Sequence[Section]) -> str:
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            f'<meta name="generator" content="merganser {escape(__version__)}">',
+            f'{PAGE_GENERATOR}{escape(__version__)}">',
             f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>",
             *parts,
             f'<p class="source">merganser {escape(__version__)}: report</p>',

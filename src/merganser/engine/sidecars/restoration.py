@@ -148,6 +148,7 @@ def _write(
         try:
             places = {name: (i, at) for i, shard in enumerate(shards) for name, (at, _) in shard.entries.items()}
             _write_tensors(stored, restorer, staging, places, told)
+            staging.claim([INDEX_NAME, *stored.files, RECORD_NAME])
             if len(shards) > 1:
                 (staging.folder / INDEX_NAME).write_bytes(index_json(shards))
             for name, path in stored.files.items():
@@ -155,7 +156,7 @@ def _write(
                 shutil.copyfile(out / path, staging.folder / name)
             names = [*(shard.name for shard in shards), *([INDEX_NAME] if len(shards) > 1 else []), *stored.files]
             written = _write_record(out, task, stored, record, staging.folder, names, restorer)
-            staging.publish(overwrite=overwrite)
+            staging.publish()
         except OSError as error:
             staging.remove()
             raise error if isinstance(error, CheckpointError) else staging.write_error(error) from None
@@ -268,7 +269,9 @@ def _beside(out: Path, task: str) -> Path:
 
 
 def _refuse_source(target: Path, source: Path) -> None:
-    if source.resolve().is_relative_to(target.resolve()):
+    from ..stream.staging import resolve_target
+
+    if source.resolve().is_relative_to(resolve_target(target)):
         raise OutputError(f"{target}: {source}, which is read, lies there; choose another target")
 
 

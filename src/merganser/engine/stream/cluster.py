@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import Reader, Shard
+from ...checkpoint.descriptors import Descriptors
 from ...errors import MergeError, OutputError, UnsupportedError
 from ...process import reuse_freed_memory
 from ..kernels.compiled import prepare_compiler_cache
@@ -35,17 +36,23 @@ class SharedOutput:
     """The growing output as a node sees it: files that the driver made, at the same path."""
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
-        try:
-            self._files = [os.open(folder / shard.name, os.O_RDWR) for shard in shards]
-        except OSError as error:
-            raise OutputError(
-                f"{folder}: not seen by this node of the cluster ({error.strerror}); inputs and output must lie on "
-                "storage that all nodes share, at the same path"
-            ) from None
+        self._folder = folder
+        self._shards = shards
+        self._files: Descriptors[int] = Descriptors()
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write bytes at their final place."""
-        write_all(self._files[shard], offset, data)
+        with self._files.lend(shard, lambda: self._open(shard)) as descriptor:
+            write_all(descriptor, offset, data)
+
+    def _open(self, shard: int) -> int:
+        try:
+            return os.open(self._folder / self._shards[shard].name, os.O_RDWR)
+        except OSError as error:
+            raise OutputError(
+                f"{self._folder}: not seen by this node of the cluster ({error.strerror}); inputs and output must lie on "
+                "storage that all nodes share, at the same path"
+            ) from None
 
 
 class Node:

@@ -5,33 +5,173 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
+import platform
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from ...errors import OutputError
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-def acquire_lock(path: Path) -> int | None:
-    """Lock a file that its owner deletes when he is done; None if another run holds it."""
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A lock that is held.
+
+    Args:
+        release: Gives it back. Its file goes while it is still held, so that nobody holds one that has no name.
+    """
+
+    release: Callable[[], None]
+
+
+def acquire_lock(path: Path) -> Lock | None:
+    """Lock a file that its owner deletes when he is done; None if another run holds it.
+
+    Raises:
+        OutputError: Something that is not ours has this name, or nobody can tell whether the lock is still held.
+        OSError: The file cannot be made.
+    """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return None
         except OSError as error:
+            os.close(descriptor)
             if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
                 raise
+            return _acquire_owner_file(path)
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
+                return Lock(partial(_release, path, descriptor))
         # its owner deleted it between the opening and the locking
         os.close(descriptor)
 
 
-def release_lock(path: Path, descriptor: int) -> None:
-    """Give a lock back; its file goes while it is still held, so that nobody holds one that has no name."""
+def _open(path: Path) -> int:
+    """Open or make the file; one that holds anything is not a lock, and would be deleted later."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise _not_ours(path) from None
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size:
+        os.close(descriptor)
+        raise _not_ours(path)
+    return descriptor
+
+
+def _release(path: Path, descriptor: int) -> None:
     path.unlink(missing_ok=True)
     os.close(descriptor)
+
+
+def _acquire_owner_file(path: Path) -> Lock | None:
+    """Lock by a file that names its owner, on a file system without locks; None if its owner still runs."""
+    file = path.with_name(f"{path.name}.owner")
+    own = _Owner.of(os.getpid())
+    while True:
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            if not _remove_stale(file):
+                return None
+            continue
+        with os.fdopen(descriptor, "w", encoding="utf-8") as written:
+            written.write(own.text())
+
+        def release() -> None:
+            for each in (file, path):
+                each.unlink(missing_ok=True)
+
+        return Lock(release)
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """A process: numbers of processes are used again, so the host, its start and that of the process belong to it."""
+
+    host: str
+    boot: str
+    pid: int
+    started: str
+
+    @classmethod
+    def of(cls, pid: int) -> _Owner:
+        """Describe a process of this host."""
+        return cls(platform.node(), _first("/proc/sys/kernel/random/boot_id"), pid, _started(pid))
+
+    def text(self) -> str:
+        return json.dumps([self.host, self.boot, self.pid, self.started])
+
+
+def _remove_stale(file: Path) -> bool:
+    """Remove the file of an owner that has ended; return False if it still runs.
+
+    Raises:
+        OutputError: The file is not ours, or names another host, whose processes are not seen from here.
+    """
+    try:
+        text = "" if file.is_symlink() or not file.is_file() else file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return True
+    try:
+        host, boot, pid, started = json.loads(text)
+        owner = _Owner(str(host), str(boot), int(pid), str(started))
+    except (ValueError, TypeError, RecursionError, OverflowError):
+        raise _not_ours(file) from None
+    if owner.host != platform.node():
+        raise OutputError(
+            f"{file}: a run on {owner.host!r} (process {owner.pid}) writes this target, or was killed; this file system "
+            "has no locks that would tell; if it has ended, delete this file"
+        )
+    if owner == _Owner.of(owner.pid) and _runs(owner.pid):
+        return False
+    # one run alone can rename it
+    taken = file.with_name(f"{file.name}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        file.rename(taken)
+        if taken.read_text(encoding="utf-8", errors="replace") != text:
+            # another run removed the old file before this one, and made its own
+            taken.rename(file)
+            return False
+        taken.unlink()
+    return True
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _started(pid: int) -> str:
+    """Return when a process was started, in the system's own unit; nothing where the system does not tell."""
+    # its name, in brackets, may hold anything
+    fields = _first(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[19] if len(fields) > 19 else ""
+
+
+def _first(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _not_ours(path: Path) -> OutputError:
+    return OutputError(f"{path}: is in the place of a lock, and merganser did not make it; move it away")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint import Shard
+from ...checkpoint.descriptors import Descriptors
 from ...errors import OutputError
-from .lock import acquire_lock, release_lock
-
-_JOURNAL = "journal.jsonl"
+from .journal import JOURNAL, Finished, Journal, read_journal
+from .lock import acquire_lock
+from .ownership import MARKER, Owned, claim, survey, unfinished
+from .publish import publish, replaced_folder, sync, take_back, working_names, working_parent
 
 
 class Staging:
@@ -44,33 +45,32 @@ class Staging:
         overwrite: bool = False,
         fresh: bool = False,
     ) -> None:
-        check_target(out, overwrite=overwrite)
+        self._old = check_target(out, overwrite=overwrite)
         self.out = out
         # absolute: the current folder may change, and "a/.." has no name
-        self.target = out.resolve()
-        self.folder = self.target.with_name(f".{self.target.name}.merging")
-        self._lock_file = self.target.with_name(f".{self.target.name}.merging.lock")
+        self.target = resolve_target(out)
+        self._hidden = working_names(self.target)
+        self.folder, lock = (working_parent(self.target) / name for name in self._hidden)
         self._shards = shards
-        self._files: list[int] = []
-        self._users = 0
-        self._idle = threading.Condition()
-        self._journal_lock = threading.Lock()
+        self._files: Descriptors[int] = Descriptors()
+        self._journal: Journal | None = None
+        self.continued = False
+        self.warnings: list[str] = []
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._guard: int | None = acquire_lock(self._lock_file)
+            self._lock = acquire_lock(lock)
         except OSError as error:
             raise self.write_error(error) from None
-        if self._guard is None:
+        if self._lock is None:
             raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
-        self.continued = False
         try:
-            self.folder.mkdir(exist_ok=True)
-            self.finished, length = ({}, 0) if fresh else self._read_journal(fingerprint)
-            self.continued = bool(self.finished)
-            self._prepare(fingerprint, length, beside)
+            self._begin(fingerprint, beside, fresh)
         except OSError as error:
             (self.keep if self.continued else self.remove)()
             raise self.write_error(error) from None
+        except BaseException:
+            self.keep()
+            raise
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write bytes at their final place.
@@ -103,35 +103,46 @@ class Staging:
         except OSError as error:
             raise self.write_error(error) from None
 
+    def claim(self, names: Iterable[str]) -> None:
+        """Tell which files will be made in the folder beside the shards; of folders, with all in them, "name/".
+
+        Raises:
+            OutputError: The disk is full or failed.
+        """
+        try:
+            claim(self.folder, names)
+        except OSError as error:
+            raise self.write_error(error) from None
+
     def note(self, entry: Mapping[str, Any]) -> None:
         """Add a finished task to the journal.
 
         Raises:
             OutputError: The disk is full or failed.
         """
-        line = json.dumps(entry, separators=(",", ":"))
+        assert self._journal is not None
         try:
-            with self._journal_lock:
-                self._journal.write(line + "\n")
-                self._journal.flush()
+            self._journal.note(entry)
         except OSError as error:
             raise self.write_error(error) from None
 
-    def publish(self, *, overwrite: bool) -> None:
+    def publish(self) -> None:
         """Make the output appear under its name, complete, on the disk.
 
         Raises:
-            OutputError: The target appeared meanwhile, or the disk failed.
+            OutputError: The target appeared or was changed meanwhile, or the disk failed.
         """
         try:
-            check_target(self.target, overwrite=overwrite)
+            if not self._old.files and os.path.lexists(self.target) and not _is_empty(self.target):
+                raise OutputError(
+                    f"{self.out}: exists now, and did not when the run began; move it away and run the same command "
+                    "again, it continues"
+                )
+            survey(self.target, skip=self._hidden, hashing=False)
             self._close_files()
             for path in self.folder.rglob("*"):
-                _sync(path)
-            (self.folder / _JOURNAL).unlink()
-            _sync(self.folder)
-            _replace(self.target, self.folder)
-            _sync(self.target.parent)
+                sync(path)
+            publish(self.folder, self.target, self._old)
         except OSError as error:
             raise self.write_error(error) from None
         self._release()
@@ -142,9 +153,10 @@ class Staging:
         self._release()
 
     def remove(self) -> None:
-        """Delete the folder and all in it."""
+        """Delete the folder and all that is ours in it."""
         self._close_files()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            survey(self.folder).remove()
         self._release()
 
     def write_error(self, error: OSError) -> OutputError:
@@ -159,57 +171,63 @@ class Staging:
 
     @contextlib.contextmanager
     def _file(self, shard: int) -> Iterator[int]:
-        """Lend a shard's descriptor; it is not closed meanwhile, since its number may be reused at once."""
-        with self._idle:
-            if not self._files:
-                raise OutputError(f"{self.out}: the run has ended")
-            self._users += 1
+        """Lend a shard's descriptor."""
+
+        def open_shard() -> int:
+            return os.open(self.folder / self._shards[shard].name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
         try:
-            yield self._files[shard]
-        finally:
-            with self._idle:
-                self._users -= 1
-                self._idle.notify_all()
+            with self._files.lend(shard, open_shard) as descriptor:
+                yield descriptor
+        except ValueError:
+            raise OutputError(f"{self.out}: the run has ended") from None
 
     def _close_files(self) -> None:
         """Close the shards and the journal, when no thread uses them any more."""
-        with self._idle:
-            files, self._files = self._files, []
-            self._idle.wait_for(lambda: not self._users)
-        for descriptor in files:
-            os.close(descriptor)
-        if hasattr(self, "_journal"):
+        self._files.close()
+        if self._journal is not None:
             with contextlib.suppress(OSError):
                 self._journal.close()
 
     def _release(self) -> None:
         """Give the lock back."""
-        if self._guard is not None:
-            release_lock(self._lock_file, self._guard)
-            self._guard = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
-    def _prepare(self, fingerprint: str, journal_length: int, beside: int) -> None:
-        """Open the shards, with their headers and full sizes, and the journal."""
-        if not self.continued:
-            for path in self.folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    def _begin(self, fingerprint: str, beside: int, fresh: bool) -> None:
+        """Find what an earlier run finished, and prepare the folder: shards with their headers and full sizes, a journal."""
+        take_back(self.folder, self.target, self._hidden)
+        survey(replaced_folder(self.target)).remove()
+        found = survey(self.folder)
+        finished = Finished({}, 0)
+        if unfinished(self.folder) and not fresh:
+            finished = read_journal(self.folder / JOURNAL, fingerprint)
+        if finished.damaged is not None:
+            self.warnings.append(
+                f"{self.folder / JOURNAL}: line {finished.damaged} is not as it was written; "
+                "what it and the lines behind it tell is done again"
+            )
+        self.finished = finished.entries
+        self.continued = bool(self.finished)
+        names = [shard.name for shard in self._shards]
+        kept = [JOURNAL, MARKER, *names] if self.continued else []
+        replace(found, files={name: state for name, state in found.files.items() if name not in kept}).remove()
+        self.folder.mkdir(exist_ok=True)
         self._check_room(beside)
-        for shard in self._shards:
+        self.claim([JOURNAL, *names])
+        self._journal = Journal(self.folder / JOURNAL, fingerprint, finished.length if self.continued else 0)
+        for index, shard in enumerate(self._shards):
             path = self.folder / shard.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self._files.append(descriptor)
-            os.ftruncate(descriptor, shard.size)
-        for index, shard in enumerate(self._shards):
+            path.touch()
+            with self._file(index) as descriptor:
+                os.ftruncate(descriptor, shard.size)
             self.write(index, 0, memoryview(shard.header))
-        self._journal = (self.folder / _JOURNAL).open("a", encoding="utf-8")
-        self._journal.truncate(journal_length)
-        if not self.continued:
-            self.note({"fingerprint": fingerprint})
 
     def _check_room(self, beside: int) -> None:
         needed = sum(shard.size for shard in self._shards) + beside
-        present = sum(path.stat().st_blocks * 512 for path in self.folder.rglob("*"))
+        present = sum(path.lstat().st_blocks * 512 for path in self.folder.rglob("*"))
         free = shutil.disk_usage(self.folder).free
         if needed - present > free:
             raise OutputError(
@@ -217,30 +235,12 @@ class Staging:
                 f"{_megabytes(free)} are free; make room, or choose a target on another disk"
             )
 
-    def _read_journal(self, fingerprint: str) -> tuple[dict[tuple[int, int], dict[str, Any]], int]:
-        """Return the finished tasks by (group, segment), and the length of the journal's sound part, bytes.
 
-        Nothing is finished where another merge was begun here.
-        """
-        found: dict[tuple[int, int], dict[str, Any]] = {}
-        length = 0
-        path = self.folder / _JOURNAL
-        if not path.exists():
-            return found, length
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines):
-                entry = _parse(line)
-                # the last line of a killed run may be cut off; nothing behind a damaged one is trusted
-                if entry is None or (entry != {"fingerprint": fingerprint} if number == 0 else "group" not in entry):
-                    break
-                if number:
-                    found[entry["group"], entry["segment"]] = entry
-                length += len(line)
-        return found, length
-
-
-def check_target(out: Path, *, overwrite: bool) -> None:
+def check_target(out: Path, *, overwrite: bool) -> Owned:
     """Refuse a target that would be lost.
+
+    Returns:
+        What is there and will be replaced.
 
     Raises:
         OutputError: The target exists and may not be replaced.
@@ -249,24 +249,46 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         if out.is_symlink():
             raise OutputError(f"{out}: is a link; choose another target, or the folder that it leads to")
         if not out.exists():
-            return
+            return Owned(out, {}, [])
         if not out.is_dir():
             raise OutputError(f"{out}: is not a folder; choose another target")
-        if Path.cwd().is_relative_to(out.resolve()):
+        target = resolve_target(out)
+        if _current_folder().is_relative_to(target):
             raise OutputError(f"{out}: the current folder is in it, and would be replaced; choose another target")
-        if not any(out.iterdir()):
-            return
-        if not overwrite:
+        # what a run left that was cut off while it published was given up already
+        if not overwrite and not _is_empty(target) and not unfinished(target):
             raise OutputError(f"{out}: exists; choose another target, or allow it to be replaced with --overwrite")
-        if not (out / "merge.json").exists():
-            raise OutputError(
-                f"{out}: exists and was not written by merganser (it has no merge.json), "
-                "so --overwrite does not touch it"
-            )
+        found = survey(out, skip=working_names(target))
+        return Owned(target, {}, []) if unfinished(target) else replace(found, folder=target)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def resolve_target(out: Path) -> Path:
+    """Return the absolute path of a target, without links.
+
+    Raises:
+        OutputError: There is none, since the current folder was deleted, or links lead in a circle.
+    """
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:
+        reason = "the current folder is no longer there" if isinstance(error, FileNotFoundError) else str(error)
+        raise OutputError(f"{out}: cannot be found: {reason}") from None
+
+
+def _is_empty(target: Path) -> bool:
+    return all(path.name in working_names(target) for path in target.iterdir())
+
+
+def _current_folder() -> Path:
+    """Return the current folder; the root, which is in no target, where it was deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/")
 
 
 def write_all(descriptor: int, offset: int, data: memoryview) -> None:
@@ -280,42 +302,6 @@ def write_all(descriptor: int, offset: int, data: memoryview) -> None:
         count = os.pwrite(descriptor, view, offset)
         offset += count
         view = view[count:]
-
-
-def _replace(target: Path, folder: Path) -> None:
-    """Put a folder in the place of another, or of none."""
-    old = target.with_name(f".{target.name}.replaced")
-    exists = target.exists()
-    if exists:
-        # one may be there: of a run that was killed right here
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    try:
-        folder.rename(target)
-    except OSError:
-        if exists:
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Read a line of the journal; None if it is damaged."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    if not line.endswith(b"\n") or not isinstance(entry, dict):
-        return None
-    return entry
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _megabytes(nbytes: int) -> str:
