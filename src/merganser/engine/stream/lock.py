@@ -9,6 +9,8 @@ import json
 import os
 import platform
 import stat
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +124,7 @@ def _remove_stale(file: Path) -> bool:
         OutputError: The file is not ours, or names another host, whose processes are not seen from here.
     """
     try:
-        text = "" if file.is_symlink() or not file.is_file() else file.read_text(encoding="utf-8", errors="replace")
+        text = _read(file)
     except FileNotFoundError:
         return True
     try:
@@ -138,15 +140,28 @@ def _remove_stale(file: Path) -> bool:
     if owner == _Owner.of(owner.pid) and _runs(owner.pid):
         return False
     # one run alone can rename it
-    taken = file.with_name(f"{file.name}.{os.getpid()}")
+    taken = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
     with contextlib.suppress(FileNotFoundError):
         file.rename(taken)
-        if taken.read_text(encoding="utf-8", errors="replace") != text:
+        if _read(taken) != text:
             # another run removed the old file before this one, and made its own
             taken.rename(file)
             return False
         taken.unlink()
     return True
+
+
+def _read(file: Path) -> str:
+    """Return the text of an owner's file; nothing for what is none."""
+    for _ in range(10):
+        if not stat.S_ISREG(file.lstat().st_mode):
+            return ""
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if text:
+            return text
+        # its owner made it just now, and is about to write it
+        time.sleep(0.02)
+    return ""
 
 
 def _runs(pid: int) -> bool:
