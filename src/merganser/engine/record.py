@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import platform
 import time
@@ -11,19 +12,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import NotFoundError
+from ..method import MergeMethod
 from ..recipe import ModelReference
 from ..record.format import RECORD_FORMAT, RECORD_NAME
 from ..version import __version__
 from .plan.plan import Plan
-from .stream.digests import digest
+from .stream.digests import digest, file_hash
 
 
 def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
-    """Identify a merge: a run continues only what has the same fingerprint."""
+    """Identify a merge by all that decides its result: a run continues only what has the same fingerprint."""
     facts = {
         "versions": versions(plan),
+        "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
+        "methods": [_source(method) for method in plan.methods],
         "recipe": plan.recipe.text,
         "seed": plan.seed,
         "compiled": plan.compiled,
@@ -31,14 +37,58 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "settings": dict(settings),
         "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.files],
         "inputs": [[file["path"], file["bytes"], file["mtime_ns"]] for file in input_files(plan)],
+        "tensors": _treatment(plan),
+        "config": plan.config,
+        "chat_template": plan.chat_template,
+        "side_files": {name: _state(file) for name, file in plan.side_files.items()},
+        "tasks": [
+            [
+                task.name,
+                plan.checkpoints[task.reference].config,
+                *map(_state, plan.checkpoints[task.reference].side_files),
+            ]
+            for task in (plan.sidecars.tasks if plan.sidecars else ())
+        ],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def _treatment(plan: Plan) -> str:
+    """Hash how every tensor is made: from what, by which method, with which parameters, as which layer."""
+    found = hashlib.sha256()
+    # many tensors share one set of parameters
+    parameters: dict[int, str] = {}
+    for t in plan.tensors:
+        text = parameters.setdefault(id(t.parameters), repr(sorted(t.parameters.items())))
+        made = (t.name, t.dtype.name, t.shape, t.copy, t.compute_dtype.name, t.layer, t.role, t.shard, t.offset)
+        inputs = [None if source is None else (str(source.file), source.name) for source in (t.base, *t.models)]
+        found.update(repr((made, inputs, t.method.name, text, sorted(t.located.items()))).encode())
+    return found.hexdigest()
+
+
+def _source(method: MergeMethod) -> str:
+    """Hash the file in which a method is defined: its author may change it without a new version."""
+    try:
+        return file_hash(Path(inspect.getfile(method.combine)))
+    except (OSError, TypeError):
+        return ""
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    """Return a file with its size and time of change.
+
+    Raises:
+        NotFoundError: It is no longer there.
+    """
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise NotFoundError(f"{file}: cannot be read any more: {error.strerror}") from None
+    return str(file), status.st_size, status.st_mtime_ns
+
+
 def versions(plan: Plan) -> dict[str, str]:
     """Return the versions that results depend on."""
-    import torch
-
     return {
         "merganser": __version__,
         "torch": torch.__version__,
@@ -56,16 +106,8 @@ def input_files(plan: Plan) -> list[dict[str, Any]]:
     found = {}
     for reference, checkpoint in plan.checkpoints.items():
         for file in checkpoint.weight_files:
-            try:
-                status = file.stat()
-            except OSError as error:
-                raise NotFoundError(f"{file}: cannot be read any more: {error.strerror}") from None
-            found[file] = {
-                "model": str(reference),
-                "path": str(file),
-                "bytes": status.st_size,
-                "mtime_ns": status.st_mtime_ns,
-            }
+            path, size, time_of_change = _state(file)
+            found[file] = {"model": str(reference), "path": path, "bytes": size, "mtime_ns": time_of_change}
     return list(found.values())
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import threading
@@ -14,8 +16,11 @@ import time
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from merganser.engine.merge import merge
+from merganser.engine.merge import merge, plan
+from merganser.engine.record import fingerprint
 from merganser.engine.run import Interrupted
 from merganser.engine.stream import staging
 from merganser.errors import NonFiniteError, OutputError
@@ -220,7 +225,137 @@ def test_a_damaged_journal(tmp_path, recipe, expected, harm, continued):
     assert read_files(result.out) == files
 
 
-@pytest.mark.parametrize("change", ["recipe", "seed", "shards", "nonfinite", "time", "content", "version"])
+VALUES = st.sampled_from(
+    [None, True, -1, 0, 1, 10**30, 1.5, "", "00", "x", [], {}, [[]], [0], {"a": 1}, float("nan"), "\ud800"]
+)
+
+
+def broken(draw, entry):
+    """Return an entry of the journal without a key, with another value somewhere, or nested deeply."""
+    key = draw(st.sampled_from(sorted(entry)))
+    kind = draw(st.sampled_from(["gone", "other", "deep", "digit"]))
+    if kind == "gone":
+        del entry[key]
+    elif kind == "other":
+        entry[key] = draw(VALUES)
+    elif kind == "digit":
+        text = entry[key] if isinstance(entry[key], str) else "0"
+        at = draw(st.integers(0, len(text) - 1))
+        entry[key] = text[:at] + draw(st.sampled_from("01f")) + text[at + 1 :]
+    text = json.dumps(entry, separators=(",", ":")).encode()
+    return text[:-1] + b',"deep":' + b"[" * 5000 + b"]" * 5000 + b"}" if kind == "deep" else text
+
+
+@st.composite
+def harmed(draw, journal):
+    """Return the text of a journal with some harm done to it."""
+    lines = journal.splitlines(keepends=True)
+    for _ in range(draw(st.integers(1, 2))):
+        at = draw(st.integers(0, len(lines) - 1))
+        kind = draw(st.sampled_from(["broken", "byte", "twice", "moved", "gone", "more", "cut"]))
+        if kind == "broken":
+            with contextlib.suppress(ValueError):
+                lines[at] = broken(draw, json.loads(lines[at])) + b"\n"
+        elif kind == "byte":
+            position = draw(st.integers(0, len(lines[at]) - 1))
+            lines[at] = lines[at][:position] + draw(st.binary(min_size=1, max_size=1)) + lines[at][position + 1 :]
+        elif kind == "twice":
+            lines.insert(at, lines[at])
+        elif kind == "moved":
+            lines.insert(draw(st.integers(0, len(lines) - 1)), lines.pop(at))
+        elif kind == "gone" and len(lines) > 1:
+            del lines[at]
+        elif kind == "more":
+            lines.insert(at, draw(st.binary(max_size=20)) + b"\n")
+        elif kind == "cut":
+            lines[at] = lines[at][: draw(st.integers(0, len(lines[at])))] or b"\n"
+    return b"".join(lines)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[*HealthCheck])
+@given(data=st.data())
+def test_whatever_a_journal_holds_the_bytes_are_the_same(tmp_path, recipe, expected, data):
+    """And those of the record's hashes of inputs, which come from the journal, too."""
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    if not kept.exists():
+        stop(recipe, out, expected[1].calls * 2 // 3, threads=1)
+        staged(tmp_path).rename(kept)
+        whole = json.loads((tmp_path / "elsewhere" / "out" / "merge.json").read_text())
+        (tmp_path / "inputs.json").write_text(json.dumps(whole["inputs"]))
+    shutil.rmtree(staged(tmp_path), ignore_errors=True)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(kept, staged(tmp_path))
+    journal = staged(tmp_path) / "journal.jsonl"
+    journal.write_bytes(data.draw(harmed(journal.read_bytes())))
+    result = merge(recipe, out)
+    assert read_files(out) == expected[0]
+    assert result.record["inputs"] == json.loads((tmp_path / "inputs.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("line", "continued"),
+    [(0, False), (1, False), (3, True)],
+)
+def test_a_journal_that_does_not_read_as_ours_is_said(tmp_path, recipe, expected, line, continued):
+    stop(recipe, tmp_path / "out", expected[1].calls * 2 // 3, threads=1)
+    journal = staged(tmp_path) / "journal.jsonl"
+    lines = journal.read_bytes().splitlines()
+    entry = json.loads(lines[line])
+    entry.popitem()
+    lines[line] = json.dumps(entry, separators=(",", ":")).encode()
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    warned = []
+
+    class Listener(Counter):
+        def start(self, plan, continued):
+            super().start(plan, continued)
+            warned.extend(plan.warnings)
+
+    result = merge(recipe, tmp_path / "out", progress=(listener := Listener()))
+    assert listener.continued is continued
+    (warning,) = warned
+    assert warning == (
+        f"{journal}: line {line + 1} is not as it was written; what it and the lines behind it tell is done again"
+    )
+    assert warning in result.record["warnings"]
+    assert read_files(result.out) == expected[0]
+
+
+def test_how_a_tensor_is_made_belongs_to_the_fingerprint(recipe):
+    """Layers that are counted differently have another schedule under the same recipe."""
+    planned = plan(recipe)
+    marks = {fingerprint(planned, {})}
+    first, *others = planned.tensors
+    for change in (
+        {"parameters": first.parameters | {"density": 0.41}},
+        {"located": {"depth": 0.5}},
+        {"layer": 7},
+        {"role": "another"},
+        {"models": first.models[::-1]},
+        {"base": None},
+        {"copy": True},
+    ):
+        changed = dataclasses.replace(planned, tensors=[dataclasses.replace(first, **change), *others])
+        marks.add(fingerprint(changed, {}))
+    assert len(marks) == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "recipe",
+        "seed",
+        "shards",
+        "nonfinite",
+        "time",
+        "content",
+        "version",
+        "config",
+        "side file",
+        "method",
+        "processor",
+    ],
+)
 def test_what_is_not_the_same_merge_is_not_continued(tmp_path, paths, monkeypatch, change):
     recipe = recipe_of("dare_ties", paths)
     options = {}
@@ -241,6 +376,15 @@ def test_what_is_not_the_same_merge_is_not_continued(tmp_path, paths, monkeypatc
         write_llamas(tmp_path / "others", 3, layers=1)
         paths[2].rename(tmp_path / "away")
         (tmp_path / "others" / "m1").rename(paths[2])
+    elif change == "config":
+        config = json.loads((paths[0] / "config.json").read_text())
+        (paths[0] / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+    elif change == "side file":
+        (paths[0] / "tokenizer.json").write_text("{}")
+    elif change == "method":
+        monkeypatch.setattr("merganser.engine.record._source", lambda method: "another")
+    elif change == "processor":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
     elif change == "version":
         monkeypatch.setattr("merganser.engine.record.__version__", "0.0.0")
     expected = read_files(merge(recipe, tmp_path / "elsewhere" / "out", **options).out)
