@@ -10,11 +10,14 @@ Every public name is loaded when it is first used: importing merganser loads nei
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
 
+# typing would take as long to import as all the rest, before the command line can answer Ctrl-C
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from . import errors, methods
     from .checkpoint import open_checkpoint
     from .engine.in_memory import merge_state_dicts

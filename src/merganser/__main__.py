@@ -1,6 +1,36 @@
 """`python -m merganser` is the command `merganser`."""
 
-from .cli import main
+from __future__ import annotations
+
+import os
+import signal
+
+# nothing is imported that Ctrl-C could still interrupt: typing alone takes some milliseconds
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command of this process.
+
+    Raises:
+        SystemExit: With the exit code.
+    """
+    # Python raises KeyboardInterrupt only where nothing else was decided, such as in a shell script's background
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+    from .cli import main as run_command
+
+    run_command()
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """End the process at Ctrl-C, while there is nothing yet to keep or to remove, nor anybody to catch an error."""
+    os.write(2, b"error: stopped\n")
+    os._exit(128 + number)
+
 
 if __name__ == "__main__":
     main()

@@ -9,12 +9,15 @@ import gc
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from ..errors import OutputError
 from ..version import __version__
 from ._errors import STOPPED, Verb, Verbs
+from ._text import complain, writing
 from .diff import diff
 from .eval import ManyValues, evaluate
 from .inspect import inspect
@@ -58,6 +61,17 @@ def _options(
     """Merge large language models on the machine you have."""
 
 
+def _prepare_streams() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # the shell closed it
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            # a terminal that lacks a letter shows a question mark
+            stream.reconfigure(errors="replace")
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command, by default that of this process.
 
@@ -66,13 +80,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     # a plan is millions of small objects that all stay: looking through them again and again took half of its time
     gc.set_threshold(200_000, 50, 100)
-    for stream in (sys.stdout, sys.stderr):
-        # a terminal that lacks a letter shows a question mark
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    _prepare_streams()
     try:
-        app(arguments, prog_name="merganser")
+        with writing():
+            app(arguments, prog_name="merganser")
         raise SystemExit(0)
+    except OutputError as error:
+        # of help and version, which no verb prints
+        complain("error", str(error))
+        raise SystemExit(2) from None
     except SystemExit as end:
         if arguments is None and end.code == STOPPED:
             # Python would wait for threads that are in the middle of a block

@@ -5,19 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..errors import MergeError
+from ..errors import MergeError, NotFoundError
 from ..version import __version__
 from ..wording import printable
 from ._mergekit import answer
-from ._text import complain, complain_at_length
+from ._text import complain, complain_at_length, discard, writing
 
 STOPPED = 130
 """Exit code after Ctrl-C."""
@@ -70,6 +73,35 @@ class Verbs(TyperGroup):
             return super().parse_args(ctx, args)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt meanwhile, and end the process at once before and after, as `__main__` decided."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        # ignored, or decided by somebody else
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _refuse_deleted_folder() -> None:
+    """Refuse to work in a folder that is no longer there: libraries that are loaded later would end the process.
+
+    Raises:
+        NotFoundError: It was deleted.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise NotFoundError(
+            "the current folder was deleted; go to one that exists, with cd, and run the command again"
+        ) from None
+
+
 class Verb(TyperCommand):
     """A command that ends every error in a message."""
 
@@ -85,14 +117,17 @@ class Verb(TyperCommand):
             typer.Exit: With the exit code.
         """
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
+            with _interruptible():
+                _refuse_deleted_folder()
+                result = super().invoke(ctx)
+                with writing():
+                    sys.stdout.flush()
+                return result
         except (typer.Exit, typer.Abort):
             raise
         except BrokenPipeError:
-            # whoever read our output has enough; Python would complain once more when it exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # whoever read our output has enough
+            discard(sys.stdout)
             raise typer.Exit(_BROKEN_PIPE) from None
         except KeyboardInterrupt:
             complain("error", "stopped")

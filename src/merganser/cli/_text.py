@@ -6,20 +6,25 @@ All that the command line prints goes through here, where foreign texts are made
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 import typer
 
+from ..errors import OutputError
+from ..jsonfile import os_reason
 from ..wording import count_text, number_text, plural, printable, printable_json, size_text, some, time_text
 
 __all__ = [
     "complain",
     "complain_at_length",
     "count_text",
+    "discard",
     "head",
     "number_text",
     "on_terminal",
@@ -32,6 +37,7 @@ __all__ = [
     "some",
     "table",
     "time_text",
+    "writing",
 ]
 
 _COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "note": typer.colors.CYAN}
@@ -41,19 +47,28 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
 def say(text: str = "") -> None:
-    """Print a line of data."""
-    typer.echo(printable(text))
+    """Print a line of data.
+
+    Raises:
+        OutputError: Standard output cannot be written, as when it is a file on a full disk; so for all that print data.
+    """
+    with writing():
+        typer.echo(printable(text))
 
 
 def head(text: str) -> None:
     """Print a heading."""
-    typer.secho(printable(text), bold=True)
+    with writing():
+        typer.secho(printable(text), bold=True)
 
 
 def complain(kind: str, text: str) -> None:
-    """Print an error, a warning or a note to stderr."""
-    typer.secho(f"{kind}: ", nl=False, err=True, fg=_COLOURS[kind], bold=True)
-    typer.echo(printable(text), err=True)
+    """Print an error, a warning or a note to stderr; where nothing can be printed there, nobody can be told."""
+    try:
+        typer.secho(f"{kind}: ", nl=False, err=True, fg=_COLOURS[kind], bold=True)
+        typer.echo(printable(text), err=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def complain_at_length(error: BaseException) -> None:
@@ -62,9 +77,33 @@ def complain_at_length(error: BaseException) -> None:
         typer.echo(printable(line), err=True)
 
 
+@contextmanager
+def writing() -> Iterator[None]:
+    """Turn an error of standard output into one that says so.
+
+    Raises:
+        OutputError: It cannot be written.
+        BrokenPipeError: Whoever read it has enough.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise OutputError(f"standard output: cannot be written: {os_reason(error)}") from None
+
+
+def discard(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere: Python would try to write it, and complain, once more when it exits."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say_json(value: Any) -> None:
     """Print one JSON document."""
-    typer.echo(printable_json(json.dumps(value, indent=1, default=_plain, allow_nan=False, ensure_ascii=False)))
+    with writing():
+        typer.echo(printable_json(json.dumps(value, indent=1, default=_plain, allow_nan=False, ensure_ascii=False)))
 
 
 def _plain(value: object) -> Any:
@@ -117,7 +156,7 @@ def parse_size(text: str) -> int:
         raise typer.BadParameter(f"expected a size such as 5GB, 500MB, 1GiB or a number of bytes, got {text!r}.{hint}")
     size = float(match[1]) * _UNITS[unit]
     if size >= 2**63:
-        raise typer.BadParameter(f"expected a size below 8 EiB, got {text!r}")
+        raise typer.BadParameter(f"expected a size below 8 EiB, got {text[:40]!r}")
     if size < 1:
         raise typer.BadParameter(f"expected a size of at least 1 byte, got {text!r}")
     return int(size)

@@ -113,8 +113,22 @@ def _write_side_files(
     plan: Plan, folder: Path, title: str, claim: Callable[[Iterable[str]], None]
 ) -> list[dict[str, Any]]:
     """Write the files beside the weights; return them with their hashes."""
+    claim(["README.md", *plan.side_files, *_planned_texts(plan)])
     (folder / "README.md").write_bytes(model_card(plan, title).encode(errors="backslashreplace"))
     return _hashed(folder, dict.fromkeys(["README.md", *write_planned_files(plan, folder)]))
+
+
+def _planned_texts(plan: Plan) -> dict[str, bytes]:
+    """Return the contents of the files beside the weights that are not copied, by name."""
+    texts: dict[str, bytes] = {}
+    if plan.chat_template is not None:
+        texts["chat_template.jinja"] = plan.chat_template.encode()
+    for name, content in (("config.json", plan.config), ("generation_config.json", plan.generation_config)):
+        if content:
+            texts[name] = (json.dumps(content, indent=2) + "\n").encode()
+    if len(plan.shards) > 1:
+        texts[INDEX_NAME] = index_json(plan.shards)
+    return texts
 
 
 def write_planned_files(plan: Plan, folder: Path) -> list[str]:
@@ -124,15 +138,7 @@ def write_planned_files(plan: Plan, folder: Path) -> list[str]:
         CheckpointError: A file to copy cannot be read.
         OSError: The target cannot be written.
     """
-    texts: dict[str, bytes] = {}
-    if plan.chat_template is not None:
-        texts["chat_template.jinja"] = plan.chat_template.encode()
-    for name, content in (("config.json", plan.config), ("generation_config.json", plan.generation_config)):
-        if content:
-            texts[name] = (json.dumps(content, indent=2) + "\n").encode()
-    if len(plan.shards) > 1:
-        texts[INDEX_NAME] = index_json(plan.shards)
-    claim([*plan.side_files, *texts])
+    texts = _planned_texts(plan)
     for name, source in plan.side_files.items():
         if name not in texts:
             _copy(source, folder / name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["PAGE_GENERATOR", "PAGE_NAME", "RECORD_FORMAT", "RECORD_NAME", "record_text"]
+__all__ = ["PAGE_GENERATOR", "PAGE_NAME", "RECORD_FORMAT", "RECORD_NAME", "is_page", "record_text"]
 
 RECORD_NAME = "merge.json"
 RECORD_FORMAT = 1
@@ -16,6 +17,18 @@ PAGE_NAME = "report.html"
 """Name of the page that shows a merge, in its folder, unless another is asked for."""
 PAGE_GENERATOR = '<meta name="generator" content="merganser '
 """What begins the line near the top of such a page that tells who drew it; the version follows."""
+
+
+def is_page(file: Path) -> bool:
+    """Return whether a file is a page that merganser drew.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if not file.is_file():
+        return False
+    with file.open("rb") as page:
+        return PAGE_GENERATOR.encode() in page.read(1000)
 
 
 def record_text(record: Mapping[str, Any]) -> str:

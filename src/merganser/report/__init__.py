@@ -17,7 +17,7 @@ from ..evaluation.stored import read_evaluation
 from ..inference.sources import open_source
 from ..inspection.spectra import Spectra, measure_spectra
 from ..jsonfile import os_reason
-from ..record.format import PAGE_NAME
+from ..record.format import PAGE_NAME, is_page
 from ..record.reading import Record, read_record
 from .blocks import Section
 from .page import render
@@ -124,8 +124,12 @@ def _spectra(record: Record, cache_dir: Path | None, progress: Progress | None) 
 def _check(target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise OutputError(f"{target}: is a folder; name a file, such as {target / PAGE_NAME}")
-    if target.exists() and not overwrite:
+    if not target.exists():
+        return
+    if not overwrite:
         raise OutputError(f"{target}: exists; choose another file with --out, or replace it with --overwrite")
+    if not is_page(target):
+        raise OutputError(f"{target}: exists and is no page of merganser; choose another file with --out")
 
 
 def _write(target: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ...errors import CheckpointError, OutputError
-from ...record.format import PAGE_GENERATOR, PAGE_NAME, RECORD_NAME
+from ...record.format import PAGE_NAME, RECORD_NAME, is_page
 from ...record.verification import recorded_files
 from .digests import file_hash
 
@@ -260,10 +260,8 @@ def _refuse_unlisted(folder: Path, name: str, files: Mapping[str, _State], liste
 def _refuse_changed(folder: Path, name: str, known: tuple[int, str] | None) -> None:
     if known is not None and file_hash(folder / name) != known[1]:
         raise _foreign(folder, name, "was changed since merganser wrote it (its sha256 is another)")
-    if name == PAGE_NAME and known is None:
-        with (folder / name).open("rb") as page:
-            if PAGE_GENERATOR.encode() not in page.read(1000):
-                raise _foreign(folder, name, "merganser did not write")
+    if name == PAGE_NAME and known is None and not is_page(folder / name):
+        raise _foreign(folder, name, "merganser did not write")
 
 
 def _kind(status: os.stat_result) -> str | None:

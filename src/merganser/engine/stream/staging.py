@@ -270,13 +270,15 @@ def resolve_target(out: Path) -> Path:
     """Return the absolute path of a target, without links.
 
     Raises:
-        OutputError: There is none, since the current folder was deleted, or links lead in a circle.
+        OutputError: There is none: it is too long, the current folder was deleted, or links lead in a circle.
     """
     try:
-        return out.resolve()
-    except (OSError, RuntimeError) as error:
-        reason = "the current folder is no longer there" if isinstance(error, FileNotFoundError) else str(error)
-        raise OutputError(f"{out}: cannot be found: {reason}") from None
+        target = out.resolve()
+        target.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise OutputError(f"{out}: cannot be written: {reason}") from None
+    return target
 
 
 def _is_empty(target: Path) -> bool:
