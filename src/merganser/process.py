@@ -1,19 +1,22 @@
-"""Memory and threads of this process: peak memory, memory limit, reuse of freed memory, one-thread computation."""
+"""Memory and threads of this process: peak memory, memory limits, reuse of freed memory, one-thread computation."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .errors import MemoryLimitError
+
 if TYPE_CHECKING:
     pass
 
-__all__ = ["memory_here", "peak_memory", "reuse_freed_memory"]
+__all__ = ["data_limit", "memory_here", "one_thread", "peak_memory", "reuse_freed_memory"]
 
 # option numbers of mallopt, from malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
@@ -35,7 +38,7 @@ def peak_memory() -> int:
 
 
 def memory_here(root: Path = Path("/")) -> int | None:
-    """Return the memory of the machine, or the smaller limit of this process's control group (container), in bytes.
+    """Return the memory of the machine, or the smaller limit of this process or its control group (container), in bytes.
 
     Args:
         root: Root of the file system; tests pass another one.
@@ -64,7 +67,23 @@ def memory_here(root: Path = Path("/")) -> int | None:
         place = Path(path.lstrip("/"))
         # inside a container the path may be that of the host; the limit of the container is then in `top`
         found += [limit for own in (place, *place.parents) if (limit := _limit(top / own / name)) is not None]
+    found += [limit for limit in map(_own_limit, ("RLIMIT_DATA", "RLIMIT_AS")) if limit is not None]
     return min(found, default=None)
+
+
+def data_limit() -> int | None:
+    """Return the bytes of data that this process may hold (`ulimit -d`); None where it is not limited."""
+    return _own_limit("RLIMIT_DATA")
+
+
+def _own_limit(kind: str) -> int | None:
+    try:
+        import resource
+
+        found = resource.getrlimit(getattr(resource, kind))[0]
+    except (ImportError, AttributeError, ValueError, OSError):
+        return None
+    return None if found == resource.RLIM_INFINITY else found
 
 
 def _limit(file: Path) -> int | None:
@@ -90,6 +109,24 @@ def reuse_freed_memory() -> None:
     if mallopt is not None:
         for option, value in ((_ARENAS, 1), (_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, (1 << 31) - 1)):
             mallopt(option, value)
+
+
+NO_THREADS = (
+    "threads: the system starts no more of them; use fewer with --threads, or raise the limit on processes (ulimit -u) "
+    "or on memory (ulimit -d)"
+)
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        MemoryLimitError: The system allows no more of them.
+    """
+    try:
+        thread.start()
+    except RuntimeError:
+        raise MemoryLimitError(NO_THREADS) from None
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..errors import MergeError, NotFoundError
+from ..errors import MemoryLimitError, MergeError, NotFoundError
+from ..process import NO_THREADS, data_limit
 from ..version import __version__
 from ..wording import printable
 from ._mergekit import answer
@@ -24,6 +25,9 @@ from ._text import complain, complain_at_length, discard, writing
 
 STOPPED = 130
 """Exit code after Ctrl-C."""
+
+_LEAST_DATA = 200_000_000
+"""With 180 MB, torch 2.13 is loaded, and no thread can be started; with 100 MB it ends the process."""
 
 _BROKEN_PIPE = 141  # what a shell reports for a command that SIGPIPE ended
 
@@ -102,6 +106,20 @@ def _refuse_deleted_folder() -> None:
         ) from None
 
 
+def _refuse_little_memory() -> None:
+    """Refuse to begin where not even the libraries could be loaded: they would end the process without a message.
+
+    Raises:
+        MemoryLimitError: This process may hold too little.
+    """
+    limit = data_limit()
+    if limit is not None and limit < _LEAST_DATA:
+        raise MemoryLimitError(
+            f"memory: this process may hold {limit / 1e6:,.0f} MB (ulimit -d), and torch alone takes about "
+            f"{_LEAST_DATA / 1e6:,.0f} MB; raise the limit"
+        )
+
+
 class Verb(TyperCommand):
     """A command that ends every error in a message."""
 
@@ -119,6 +137,7 @@ class Verb(TyperCommand):
         try:
             with _interruptible():
                 _refuse_deleted_folder()
+                _refuse_little_memory()
                 result = super().invoke(ctx)
                 with writing():
                     sys.stdout.flush()
@@ -140,6 +159,9 @@ class Verb(TyperCommand):
         except Exception as error:
             if _memory_ran_out(error):
                 complain("error", f"memory ran out; {_LESS.get(str(ctx.info_name), 'free some')}")
+                raise typer.Exit(2) from None
+            if isinstance(error, RuntimeError) and "start new thread" in str(error):
+                complain("error", NO_THREADS)
                 raise typer.Exit(2) from None
             if isinstance(error, OSError) and error.errno in _REFUSED:
                 complain("error", f"{error.filename or ctx.info_name}: {error.strerror}")

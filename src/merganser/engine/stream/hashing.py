@@ -7,6 +7,7 @@ import threading
 
 import xxhash
 
+from ...process import start_thread
 from ..plan.plan import Plan
 from .groups import Group
 from .staging import Staging
@@ -57,7 +58,7 @@ class Hasher:
 
     def start(self) -> None:
         """Begin."""
-        self._thread.start()
+        start_thread(self._thread)
 
     def add(self, shard: int, offset: int, nbytes: int) -> None:
         """Tell that a range is written."""

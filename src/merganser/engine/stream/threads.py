@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from ...process import one_thread
+from ...process import one_thread, start_thread
 from .groups import Task
 from .schedule import GroupState, KernelCache, Schedule, start_group
 from .worker import Context, Done, Stopped, Worker
@@ -77,7 +77,7 @@ def join(works: Sequence[Callable[[], None]], schedule: Stoppable) -> None:
         # torch remembers the number of the thread that set it last, for all
         with one_thread():
             for thread in threads:
-                thread.start()
+                start_thread(thread)
             for thread in threads:
                 # with a timeout, so that Ctrl-C is heard
                 while thread.is_alive():
