@@ -138,7 +138,18 @@ def test_what_a_run_left_that_was_killed_between_two_renames_goes_with_the_next(
     out = merge(recipe, tmp_path / "out").out
     before = read_files(out)
     out.rename(tmp_path / ".out.replaced")
-    merge(recipe, out)
+    seen = []
+
+    class Watcher:
+        def start(self, plan, continued):
+            seen.append(read_files(tmp_path / ".out.replaced"))
+
+        def advance(self, read, written, tensors):
+            pass
+
+    merge(recipe, out, progress=Watcher())
+    # it is the only complete output there is, until then
+    assert seen == [before]
     assert read_files(out) == before
     assert names(tmp_path) == ["models", "out"]
     (tmp_path / ".out.replaced").mkdir()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import stat
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,15 +139,18 @@ def _remove_stale(file: Path) -> bool:
         )
     if owner == _Owner.of(owner.pid) and _runs(owner.pid):
         return False
-    # one run alone can rename it
-    taken = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
-    with contextlib.suppress(FileNotFoundError):
-        file.rename(taken)
-        if _read(taken) != text:
-            # another run removed the old file before this one, and made its own
-            taken.rename(file)
-            return False
-        taken.unlink()
+    # one run alone can make this file, and only that one removes the lock: of this owner, not of one that came meanwhile
+    claim = file.with_name(f"{file.name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}")
+    try:
+        os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except FileExistsError:
+        return False
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if _read(file) == text:
+                file.unlink()
+    finally:
+        claim.unlink()
     return True
 
 

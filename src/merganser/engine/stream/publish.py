@@ -39,21 +39,26 @@ def working_parent(target: Path) -> Path:
     return target.parent
 
 
-def publish(folder: Path, target: Path, old: Owned) -> None:
+def publish(folder: Path, target: Path, old: Owned, left: Owned) -> None:
     """Put a finished output in its place.
 
     Args:
         folder: The output, with its marker and journal.
         target: Its place.
         old: What is there.
+        left: The output before that one, left by a run that was killed before it put another in its place.
 
     Raises:
         OutputError: What is there was changed.
         OSError: The system refused; the output, or what was there, is still complete.
     """
     old.check()
+    if target.exists():
+        left.remove()
     if folder.parent == target or not _rename(folder, target, old):
         _move_files(folder, target, old)
+    with contextlib.suppress(OSError):
+        left.remove()
 
 
 def take_back(folder: Path, target: Path, skip: tuple[str, str]) -> None:

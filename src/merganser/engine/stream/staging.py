@@ -63,10 +63,11 @@ class Staging:
             raise self.write_error(error) from None
         if self._lock is None:
             raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+        made = not os.path.lexists(self.folder)
         try:
             self._begin(fingerprint, beside, fresh)
         except OSError as error:
-            (self.keep if self.continued else self.remove)()
+            (self.remove if made else self.keep)()
             raise self.write_error(error) from None
         except BaseException:
             self.keep()
@@ -142,7 +143,7 @@ class Staging:
             self._close_files()
             for path in self.folder.rglob("*"):
                 sync(path)
-            publish(self.folder, self.target, self._old)
+            publish(self.folder, self.target, self._old, self._left)
         except OSError as error:
             raise self.write_error(error) from None
         self._release()
@@ -198,7 +199,7 @@ class Staging:
     def _begin(self, fingerprint: str, beside: int, fresh: bool) -> None:
         """Find what an earlier run finished, and prepare the folder: shards with their headers and full sizes, a journal."""
         take_back(self.folder, self.target, self._hidden)
-        survey(replaced_folder(self.target)).remove()
+        self._left = survey(replaced_folder(self.target))
         found = survey(self.folder)
         finished = Finished({}, 0)
         if unfinished(self.folder) and not fresh:

@@ -95,7 +95,7 @@ def test_one_of_many_takes_a_stale_lock(tmp_path, no_locks):
     path = tmp_path / "lock"
     acquire_lock(path)
     stale = owner(path).read_text().replace(str(os.getpid()), str(2**22 + 1))
-    for _ in range(20):
+    for _ in range(30):
         owner(path).write_text(stale)
         held = []
         barrier = threading.Barrier(4)

@@ -206,6 +206,16 @@ def test_what_a_user_put_beside_the_target(tmp_path, recipe, out, place, kind, f
     refused(tmp_path, recipe, place, fresh=fresh)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_what_was_done_is_kept_when_something_else_is_in_the_way(tmp_path, recipe):
+    stop(recipe, tmp_path / "out")
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "thesis.txt").write_text("mine")
+    refused(tmp_path, recipe, "thesis.txt")
+    shutil.rmtree(tmp_path / ".out.replaced")
+    assert merge(recipe, tmp_path / "out").record["continued"]
+
+
 @pytest.mark.parametrize("place", [".out.merging.lock"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "fifo"])
 def test_a_lock_that_is_not_ours(tmp_path, recipe, place, kind):
