@@ -27,7 +27,12 @@ def merge(
     device: options.Device = "cpu",
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     seed: options.Seed = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of merganser.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an output of merganser, unless something in it was added or changed."
+        ),
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again; do not continue an interrupted run.")] = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Merge NaN and infinity instead of refusing them.")

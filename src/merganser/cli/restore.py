@@ -28,7 +28,12 @@ def restore(
         typer.Option(metavar="CKPT", help="The base of the merge.  [default: where it was then]", show_default=False),
     ] = None,
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output of merganser.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an output of merganser, unless something in it was added or changed."
+        ),
+    ] = False,
     cache_dir: options.CacheDir = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     json: options.Json = False,

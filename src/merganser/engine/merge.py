@@ -81,7 +81,7 @@ def merge(
         recipe: A recipe of one document or several: its path, its YAML text, a mapping, or what was loaded from those.
         out: Target folder; it appears, complete, when all is done.
         keep_stages: Keep the results of the other documents in `stages_folder(out)`, even those that no later one uses.
-        overwrite: Replace a target that merganser wrote before.
+        overwrite: Replace a target that merganser wrote before, unless something in it was added or changed.
         fresh: Start again even where an interrupted run could be continued.
         allow_nonfinite: Merge NaN and infinity instead of refusing them.
         cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.

@@ -77,7 +77,7 @@ def run_plan(
     Args:
         plan: From `build_plan`.
         out: Target folder; it appears when the merge is complete.
-        overwrite: Replace a target that merganser wrote before.
+        overwrite: Replace a target that merganser wrote before, unless something in it was added or changed.
         fresh: Start again even where an interrupted run could be continued.
         allow_nonfinite: Merge NaN and infinity instead of refusing them.
         cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.

@@ -59,7 +59,7 @@ def restore(
         task: Name of the task.
         target: Folder to write; by default beside `out`, under its name and the task's. It appears when it is complete.
         base: The base of the merge, where it is no longer where it was; not every method needs it.
-        overwrite: Replace a target that merganser wrote before.
+        overwrite: Replace a target that merganser wrote before, unless something in it was added or changed.
         out_shard_size: Largest size of a file, bytes.
         cache_dir: Folder for models from the Hub.
         progress: Told the bytes that were checked and restored so far, and those in all.
