@@ -7,14 +7,26 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import xxhash
+
 from .errors import CheckpointError, NotFoundError
 
-__all__ = ["LFS_MAGIC", "LFS_POINTER", "MAX_JSON_BYTES", "exists", "os_reason", "parse_object", "read_object"]
+__all__ = [
+    "LFS_MAGIC",
+    "LFS_POINTER",
+    "MAX_JSON_BYTES",
+    "exists",
+    "os_reason",
+    "parse_object",
+    "read_object",
+    "sealed_line",
+    "unseal_line",
+]
 
 MAX_JSON_BYTES = 100_000_000
 """Largest JSON text that is parsed, in bytes; the safetensors format sets the same limit for its header."""
@@ -233,3 +245,32 @@ class Entry:
         raise CheckpointError(
             f"{self.where}: must be {expected}, found {shown if len(shown) < 60 else shown[:57] + '...'}"
         )
+
+
+_CHECK = b'{"check":"'
+_CHECK_DIGITS = 32
+
+
+def sealed_line(entry: Mapping[str, Any], seed: str = "") -> bytes:
+    """Return an object as a line of JSON that begins with a hash of the rest: `{"check":"...", ...}`.
+
+    Args:
+        entry: The object; it has at least one key.
+        seed: Enters the hash: a line is not taken for one with another seed.
+    """
+    body = json.dumps(entry, separators=(",", ":")).encode()[1:]
+    return _CHECK + _hash(body, seed) + b'",' + body + b"\n"
+
+
+def unseal_line(line: bytes, seed: str = "") -> dict[str, Any] | None:
+    """Read a line of `sealed_line`; None if it is not as it was written, so that nothing else is ever parsed."""
+    head = len(_CHECK) + _CHECK_DIGITS
+    body = line[head + 2 : -1]
+    if not line.endswith(b"\n") or line[: head + 2] != _CHECK + _hash(body, seed) + b'",':
+        return None
+    entry: dict[str, Any] = json.loads(b"{" + body)
+    return entry
+
+
+def _hash(body: bytes, seed: str) -> bytes:
+    return xxhash.xxh3_128_hexdigest(seed.encode() + body).encode()

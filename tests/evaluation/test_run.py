@@ -153,6 +153,30 @@ def test_an_interrupted_evaluation_continues(
     assert again.to_json()["results"] == whole.to_json()["results"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]",
+        b"{}",
+        b'{"key": "key"}',
+        b'{"key": ["key"], "batch": 1, "content": {}}',
+        b'{"key": "key", "batch": 1, "content": {"bits": [7.0]}}',
+        b'{"note": "text dtype"}',
+        b'{"a":' * 100_000,
+    ],
+)
+def test_a_journal_with_a_line_that_is_not_ours(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "items.jsonl"
+    with Journal(path) as journal:
+        for batch in range(3):
+            journal.add("key", batch, {"bits": [batch + 0.5]})
+    lines = path.read_bytes().splitlines()
+    lines[2] = line
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with Journal(path) as journal:
+        assert [journal.get("key", batch) for batch in range(3)] == [{"bits": [0.5]}, None, None]
+
+
 @pytest.mark.parametrize("cut", [1, 2, 30])
 def test_a_journal_that_was_cut_off_is_mended(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "items.jsonl"

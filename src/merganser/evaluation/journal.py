@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import OutputError
-from ..jsonfile import os_reason
+from ..jsonfile import os_reason, sealed_line, unseal_line
 
-FORMAT = 1
+FORMAT = 2
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -99,7 +98,7 @@ class Journal:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            self._file.write(sealed_line(line))
             self._file.flush()
         except OSError as error:
             raise OutputError(f"{self._path}: cannot be written: {os_reason(error)}") from None
@@ -118,9 +117,9 @@ class Journal:
         self._file.seek(0)
         length = 0
         for number, line in enumerate(self._file):
-            entry = _parse(line)
+            entry = unseal_line(line)
             if number == 0 and entry != _HEADER:
-                if not line.endswith(b"\n") and json.dumps(_HEADER, separators=(",", ":")).encode().startswith(line):
+                if not line.endswith(b"\n") and sealed_line(_HEADER).startswith(line):
                     break
                 raise OutputError(
                     f"{self._path}: is not a file of measurements of this version; remove it, or choose another name"
@@ -138,11 +137,3 @@ class Journal:
 
 
 _HEADER = {"kind": "evaluation items", "format": FORMAT}
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if line.endswith(b"\n") and isinstance(entry, dict) else None

@@ -176,6 +176,19 @@ def test_a_file_that_is_changed_while_a_merge_runs(tmp_path, recipe, out):
     assert (out / "merge.json").exists()
 
 
+def test_what_was_changed_since_it_was_looked_at_is_not_removed(tmp_path, out):
+    found = survey(out)
+    (out / "config.json").write_text("mine")
+    before = everything(tmp_path)
+    with pytest.raises(OutputError, match=r"'config\.json', which was changed meanwhile"):
+        found.remove()
+    assert everything(tmp_path) == before
+    found = survey(out, hashing=False, skip={"config.json"})
+    (out / "notes.txt").write_text("mine")
+    found.remove()
+    assert {path.name for path in out.iterdir()} == {"config.json", "notes.txt"}
+
+
 PLACES = [".out.merging", ".out.replaced"]
 
 

@@ -513,6 +513,17 @@ def test_a_disk_that_fills_up_and_then_has_room_again(small_disk, recipe, expect
     assert beside(small_disk) == ["out"]
 
 
+def test_a_disk_that_is_full_from_the_beginning(small_disk, recipe, expected):
+    with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(OutputError, match=r"the disk is (too )?full"):
+        merge(recipe, small_disk / "out")
+    (small_disk / "ballast").unlink()
+    assert read_files(merge(recipe, small_disk / "out").out) == expected[0]
+    assert beside(small_disk) == ["out"]
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(small_disk, tmp_path):
     recipe = make_recipe("linear", write_llamas(tmp_path / "large", 2, layers=30), parameters={"weight": 1})
     with pytest.raises(OutputError, match=r"disk is too full: 0\.\d MB are to be written, 0\.3 MB are free"):

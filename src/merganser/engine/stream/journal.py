@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .digests import digest
+from ...jsonfile import sealed_line, unseal_line
 
 JOURNAL = "journal.jsonl"
 
-_CHECK = b'{"check":"'
-_DIGITS = 32
 _LONGEST = 1 << 26
 """No line of ours is as long, bytes; a file of zeros would be read into memory as one line."""
 
@@ -37,8 +34,7 @@ class Finished:
 def read_journal(path: Path, fingerprint: str) -> Finished:
     """Read what an earlier run of the same merge finished; nothing behind a damaged line is trusted.
 
-    Each line begins with a digest of what follows, so that only what we wrote is ever parsed. Digests behind the first
-    line, which names the merge, are those of this merge.
+    Lines are sealed: the first one, which names the merge, by itself, and those behind it with the fingerprint.
 
     Args:
         path: The journal; it need not exist.
@@ -53,7 +49,7 @@ def read_journal(path: Path, fingerprint: str) -> Finished:
         return Finished(entries, length)
     with path.open("rb") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(_LONGEST), b""), start=1):
-            entry = _parse(line, "" if number == 1 else fingerprint)
+            entry = unseal_line(line, "" if number == 1 else fingerprint)
             if entry is None:
                 # the last line of a killed run may be cut off
                 return Finished(entries, length, number if line.endswith(b"\n") else None)
@@ -98,21 +94,6 @@ class Journal:
         self._file.close()
 
     def _write(self, entry: Mapping[str, Any], fingerprint: str) -> None:
-        body = json.dumps(entry, separators=(",", ":")).encode()[1:]
         with self._lock:
-            self._file.write(_CHECK + _check(body, fingerprint) + b'",' + body + b"\n")
+            self._file.write(sealed_line(entry, fingerprint))
             self._file.flush()
-
-
-def _check(body: bytes, fingerprint: str) -> bytes:
-    return digest(fingerprint.encode() + body).hex().encode()
-
-
-def _parse(line: bytes, fingerprint: str) -> dict[str, Any] | None:
-    """Read a line; None if it is not as it was written."""
-    head = len(_CHECK) + _DIGITS
-    body = line[head + 2 : -1]
-    if not line.endswith(b"\n") or line[: head + 2] != _CHECK + _check(body, fingerprint) + b'",':
-        return None
-    entry: dict[str, Any] = json.loads(b"{" + body)
-    return entry
