@@ -176,6 +176,21 @@ def test_a_file_that_is_changed_while_a_merge_runs(tmp_path, recipe, out):
     assert (out / "merge.json").exists()
 
 
+def test_a_file_that_is_added_while_a_merge_runs(tmp_path, recipe, out):
+    class Meddler:
+        def start(self, plan, continued):
+            (out / "notes.txt").write_text("mine")
+
+        def advance(self, read, written, tensors):
+            pass
+
+    with pytest.raises(OutputError, match=r"out: holds 'notes\.txt', which merganser did not write"):
+        merge(recipe, out, overwrite=True, progress=Meddler())
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert merge(recipe, out, overwrite=True).record["continued"]
+
+
 def test_what_was_changed_since_it_was_looked_at_is_not_removed(tmp_path, out):
     found = survey(out)
     (out / "config.json").write_text("mine")

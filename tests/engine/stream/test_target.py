@@ -152,6 +152,9 @@ def test_what_a_run_left_that_was_killed_between_two_renames_goes_with_the_next(
     assert seen == [before]
     assert read_files(out) == before
     assert names(tmp_path) == ["models", "out"]
+    shutil.copytree(out, tmp_path / ".out.replaced")
+    merge(recipe, out, overwrite=True)
+    assert names(tmp_path) == ["models", "out"]
     (tmp_path / ".out.replaced").mkdir()
     merge(recipe, out, overwrite=True)
     assert names(tmp_path) == ["models", "out"]
