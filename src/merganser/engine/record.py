@@ -39,6 +39,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "inputs": [[file["path"], file["bytes"], file["mtime_ns"]] for file in input_files(plan)],
         "tensors": _treatment(plan),
         "config": plan.config,
+        "generation_config": plan.generation_config,
         "chat_template": plan.chat_template,
         "side_files": {name: _state(file) for name, file in plan.side_files.items()},
         "tasks": [
