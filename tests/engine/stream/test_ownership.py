@@ -315,11 +315,26 @@ def test_a_marker_that_was_cut_off_lists_the_whole_lines(tmp_path):
     found = survey(tmp_path)
     assert [*found.files][-1] == MARKER
     marker = tmp_path / MARKER
-    marker.write_bytes(marker.read_bytes()[:-2])
+    whole = marker.read_bytes()
+    marker.write_bytes(whole[:-2])
     with pytest.raises(OutputError, match=re.escape(r"'deep/er/c.txt', which merganser did not write")):
         survey(tmp_path)
-    found.folder.joinpath("late.txt").write_text("mine")
     claim(tmp_path, ["deep/"])
+    assert claimed(tmp_path) == {MARKER, "a.txt", "b\n\udcff.txt", "deep/"}
+    for cut in (0, 5):
+        marker.write_bytes(whole[:cut])
+        assert claimed(tmp_path) == {MARKER}
+        claim(tmp_path, ["a.txt", "b\n\udcff.txt", "deep/"])
+        assert marker.read_bytes() == whole
+
+
+def test_a_marker_that_another_program_wrote(tmp_path, recipe):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).write_text('"thesis.txt"\n')
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    refused(tmp_path, recipe, MARKER)
+    (tmp_path / "out" / "thesis.txt").unlink()
+    refused(tmp_path, recipe, MARKER)
 
 
 NAMES = st.sampled_from(["a", "b", "deep/c", "deep/er/d", "merge.json", ".merganser", ".stage.json"])
@@ -339,4 +354,5 @@ def test_arbitrary_folders_are_never_ours(tmp_path_factory, files):
     except OutputError:
         assert read_files(folder) == before
     else:
+        assert not any(files.values())
         assert set(files) <= {MARKER}

@@ -31,6 +31,8 @@ MARKER = ".merganser"
 STAGE_NOTE = ".stage.json"
 """In the folder of a stage: what it was made from. It is hidden, so that it is not taken for a file of the checkpoint."""
 
+_FIRST_LINE = b"# merganser is writing this folder, and made what is listed here\n"
+
 _STAGE_NOTES = (STAGE_NOTE, f"{STAGE_NOTE}.new")
 
 _State = tuple[int, int]
@@ -162,12 +164,15 @@ def claim(folder: Path, names: Iterable[str], *, marker: str = MARKER) -> None:
     Raises:
         OSError: The marker cannot be written.
     """
-    path = folder / marker
     known = claimed(folder, marker=marker)
     lines = "".join(f"{json.dumps(name)}\n" for name in dict.fromkeys(names) if name not in known)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(lines)
+    # with no names in it, it may be cut off within its first line
+    begun = len(known) > 1
+    flags = os.O_APPEND if begun else os.O_TRUNC
+    descriptor = os.open(folder / marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        # the last line may be cut off, too
+        file.write((b"\n" if begun else _FIRST_LINE) + lines.encode())
         file.flush()
         os.fsync(descriptor)
 
@@ -177,9 +182,13 @@ def claimed(folder: Path, *, marker: str = MARKER) -> set[str]:
     path = folder / marker
     if path.is_symlink() or not path.is_file():
         return set()
+    data = path.read_bytes()
+    if not data.startswith(_FIRST_LINE):
+        # cut off, or not ours
+        return {MARKER} if _FIRST_LINE.startswith(data) else set()
     found = {MARKER}
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        # a run that was killed while it wrote a line had not made the file
+    for line in data.removeprefix(_FIRST_LINE).split(b"\n")[:-1]:
+        # a run that was killed while it wrote a line had not made that file yet
         with contextlib.suppress(ValueError, RecursionError):
             name = json.loads(line)
             if isinstance(name, str):
@@ -229,8 +238,8 @@ def _entries(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
 
 def _listed(folder: Path, files: Mapping[str, _State]) -> _Listed:
     """Return what the marker lists, else what the run record does."""
-    if MARKER in files:
-        return dict.fromkeys(claimed(folder))
+    if claims := claimed(folder):
+        return dict.fromkeys(claims)
     if RECORD_NAME not in files:
         return {}
     try:

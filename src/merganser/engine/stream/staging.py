@@ -177,11 +177,12 @@ class Staging:
         def open_shard() -> int:
             return os.open(self.folder / self._shards[shard].name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
 
-        try:
-            with self._files.lend(shard, open_shard) as descriptor:
-                yield descriptor
-        except ValueError:
-            raise OutputError(f"{self.out}: the run has ended") from None
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(self._files.lend(shard, open_shard))
+            except ValueError:
+                raise OutputError(f"{self.out}: the run has ended") from None
+            yield descriptor
 
     def _close_files(self) -> None:
         """Close the shards and the journal, when no thread uses them any more."""
@@ -256,7 +257,7 @@ def check_target(out: Path, *, overwrite: bool) -> Owned:
         target = resolve_target(out)
         if _current_folder().is_relative_to(target):
             raise OutputError(f"{out}: the current folder is in it, and would be replaced; choose another target")
-        # what a run left that was cut off while it published was given up already
+        # with a marker, a run was cut off while it replaced what was here, with the user's consent
         if not overwrite and not _is_empty(target) and not unfinished(target):
             raise OutputError(f"{out}: exists; choose another target, or allow it to be replaced with --overwrite")
         found = survey(out, skip=working_names(target))
