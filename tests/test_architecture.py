@@ -19,6 +19,7 @@ ROOMS = [
     "wording",
     "process",
     "jsonfile",
+    "files",
     "method",
     "ops",
     "methods",

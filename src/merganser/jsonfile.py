@@ -1,4 +1,4 @@
-"""JSON from files that others wrote: bounded, strict, with errors that name the place."""
+"""JSON from files that others wrote: bounded, strict, with errors that name the place; and lines of our own that are sealed."""
 
 from __future__ import annotations
 

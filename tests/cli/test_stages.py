@@ -198,20 +198,24 @@ def test_a_result_that_a_user_changed_is_not_removed(models: Path, more: list[st
     assert (models / HOME / "first" / "tokenizer.json").read_text() == "{ }"
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "link", "link to a folder", "fifo", "lock"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "link to a folder", "fifo", "lock", "home", "lock of home"])
 @pytest.mark.parametrize("more", [[], ["--fresh"]])
 def test_what_a_user_put_among_the_stages_stays(models: Path, kind: str, more: list[str]) -> None:
-    (models / HOME).mkdir()
-    planted = models / HOME / ".x.merging.lock" if kind == "lock" else models / HOME / "first"
+    planted = {
+        "lock": models / HOME / ".x.merging.lock",
+        "home": models / HOME,
+        "lock of home": models / f"{HOME}.lock",
+    }.get(kind, models / HOME / "first")
+    planted.parent.mkdir(exist_ok=True)
     if kind == "folder":
         planted.mkdir()
         (planted / "thesis.txt").write_text("mine")
     elif kind == "fifo":
         os.mkfifo(planted)
-    elif kind.startswith("link"):
+    elif kind.startswith("link") or kind == "home":
         (models / "mine").mkdir()
         (models / "mine" / "thesis.txt").write_text("mine")
-        planted.symlink_to(models / "mine" if kind == "link to a folder" else models / "mine" / "thesis.txt")
+        planted.symlink_to(models / "mine" if kind in ("link to a folder", "home") else models / "mine" / "thesis.txt")
     else:
         planted.write_text("mine")
     before = {path: path.lstat() for path in models.rglob("*")}

@@ -253,6 +253,8 @@ def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
         if guard is not None:
             home.mkdir(exist_ok=True)
     except OSError as error:
+        if isinstance(error, OutputError):
+            raise
         raise OutputError(f"{home}: cannot be written: {error.strerror}") from None
     if guard is None:
         raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")

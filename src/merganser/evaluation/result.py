@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from ..errors import OutputError
+from ..files import write_whole
 from ..inference.sources import Kind
-from ..jsonfile import os_reason
 from .estimate import Estimate
 from .outcome import Outcome
 from .retention import Retention, measure_retention
@@ -179,14 +178,7 @@ class Evaluation:
         Raises:
             OutputError: It cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.new")
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {os_reason(error)}") from None
+        write_whole(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
     def _differences(self) -> dict[str, Any]:
         reference = self.base or next(iter(self.models))

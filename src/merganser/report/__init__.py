@@ -5,8 +5,6 @@ The report computes nothing: its numbers come from the run record, an evaluation
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,9 +12,9 @@ from pathlib import Path
 
 from ..errors import OutputError, UnsupportedError
 from ..evaluation.stored import read_evaluation
+from ..files import write_whole
 from ..inference.sources import open_source
 from ..inspection.spectra import Spectra, measure_spectra
-from ..jsonfile import os_reason
 from ..record.format import PAGE_NAME, is_page
 from ..record.reading import Record, read_record
 from .blocks import Section
@@ -106,7 +104,7 @@ def write_report(
     read_record(out)  # so that errors of the merge are raised before errors of the target
     _check(target, overwrite)
     report = read_report(out, evaluation=evaluation, spectra=spectra, cache_dir=cache_dir, progress=progress)
-    _write(target, render(report.title, report.lead, report.sections))
+    write_whole(target, render(report.title, report.lead, report.sections))
     return target
 
 
@@ -130,19 +128,3 @@ def _check(target: Path, overwrite: bool) -> None:
         raise OutputError(f"{target}: exists; choose another file with --out, or replace it with --overwrite")
     if not is_page(target):
         raise OutputError(f"{target}: exists and is no page of merganser; choose another file with --out")
-
-
-def _write(target: Path, text: str) -> None:
-    """Write a file atomically."""
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
-            Path(name).chmod(0o644)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {os_reason(error)}") from None
