@@ -19,6 +19,7 @@ from .kernels.devices import has_compiler, resolve_devices
 from .plan.agreement import compare_configs
 from .plan.alignment import Alignment, Member, Slot
 from .plan.ending import agree_on_ending
+from .plan.loadable import check_layers_load
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
 from .plan.side_files import chat_template, code_warnings, side_files
@@ -190,7 +191,8 @@ def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, 
     donor = members[recipe.donor]
     if not recipe.slices:
         return align_models(recipe, donor, [members[source.model] for source in _all(resolver.sources(0))])
-    check_layer_ranges(recipe, {reference: member.anatomy.n_layers for reference, member in members.items()})
+    stacked = {reference: member.anatomy.n_layers for reference, member in members.items() if member.anatomy.main}
+    check_layer_ranges(recipe, stacked)
     slices = [_layer_ranges(resolver.sources(i)) for i in range(len(resolver.slices))]
     return align_slices(recipe, slices, donor, members)
 
@@ -304,6 +306,7 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
         sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
         config = sliced.config
         warnings += sliced.warnings
+        check_layers_load(config, donor, alignment.layers)
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
     # what most weights are

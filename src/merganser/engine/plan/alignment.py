@@ -17,7 +17,8 @@ from ...errors import CheckpointError
 from ...method import Location
 from ...recipe import ModelReference, Recipe
 
-_RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
+# buffers that old checkpoints hold and that model code computes by itself
+RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +190,7 @@ def _names(
 def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]) -> set[str]:
     """Return names that some models hold and the output need not: recomputed buffers and copies of tied heads."""
     names = dict.fromkeys(name for m in members for name in m.checkpoint.tensors)
-    drop = {name for name in names if _RECOMPUTED.search(name) and not _alike(name, members)}
+    drop = {name for name in names if RECOMPUTED.search(name) and not _alike(name, members)}
     if drop:
         warnings.append(f"{_some(sorted(drop))}: not alike in every model; left out, as model code computes it")
     if tied and head and any(head not in m.checkpoint.tensors for m in members):
@@ -204,9 +205,19 @@ def _alike(name: str, members: Sequence[Member]) -> bool:
     return len({tensor and (tensor.shape, tensor.dtype) for tensor in held}) == 1
 
 
-def _check_names(donor: Member, member: Member, names: Sequence[str], own: set[str]) -> None:
-    """Refuse a model that lacks tensors of the output, or holds others."""
-    missing = sorted(name for name in names if member.tensor(name) is None)
+def _check_names(
+    donor: Member, member: Member, names: Sequence[str], own: set[str], renamed: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a model that lacks tensors of the output, or holds others.
+
+    Args:
+        donor: Gives the names.
+        member: The model.
+        names: Of the output.
+        own: Names that the model holds.
+        renamed: The model's own name of a tensor of the output, where it is another one.
+    """
+    missing = sorted(name for name in names if member.tensor((renamed or {}).get(name, name)) is None)
     extra = sorted(own.difference(names))
     if missing or extra:
         lines = [f"{member.reference} and {donor.reference} do not hold the same tensors"]

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...anatomy import Part
-from ...errors import CheckpointError, RecipeError
+from ...errors import CheckpointError
 from ...method import Location
 from ...recipe import ModelReference, Recipe, layer_depth
 from .alignment import (
-    _RECOMPUTED,
+    RECOMPUTED,
     Alignment,
     Member,
     Slot,
-    _anatomy,
     _check_names,
     _inputs,
     _names,
-    _part,
     _some,
     after_layers,
     location_of,
 )
+from .stacking import check_outside, check_stack, donor_layer
 
 
 def align_slices(
@@ -40,14 +39,11 @@ def align_slices(
 
     Raises:
         RecipeError: A model has no single stack of layers.
-        CheckpointError: Tensors are missing or of different shapes.
+        CheckpointError: Tensors are missing or of different shapes, or the donor has no layer like one of the output.
     """
     used = [members[reference] for reference in dict.fromkeys(r for piece in slices for r in piece)]
-    for member in used:
-        if member.anatomy.main is None:
-            raise RecipeError(
-                f"{recipe.place}: {member.reference} has no single stack of numbered layers, so it cannot be sliced"
-            )
+    for member in dict.fromkeys([donor, *used]):
+        check_stack(recipe, member)
     warnings: list[str] = []
     names, head, tied, drop = _names(donor, used, warnings)
     if tied and head:
@@ -60,29 +56,44 @@ def align_slices(
         )
     slots: list[Slot] = []
     layers: list[int] = []
+    total = sum(len(next(iter(starts.values()))) for starts in slices)
 
     def outside(position: str, index: int, t: float) -> None:
         sources = {reference: members[reference] for reference in slices[index]}
-        parts = {name: _part(name, [donor, *used]) for name in names}
-        wheres = {name: location_of(name, _anatomy(name, [donor, *used])) for name in names}
-        found = [name for name in names if parts[name].position == position]
-        for member in sources.values():
-            own = (name for name, part in member.anatomy.parts.items() if part.position == position)
-            _check_names(donor, member, found, set(own) - drop)
-        for name in found:
-            inputs = _inputs(name, {reference: (member, name) for reference, member in sources.items()})
-            slots.append(Slot(name, name, parts[name], index, t, wheres[name], inputs))
+        # prediction layers move, so tensors go by their names in the output
+        own = {member.reference: _names_outside(member, position, total) for member in [donor, *used]}
+        everyone = [donor, *used]
+        found = {}
+        for name in names:
+            holder = next(member for member in everyone if name in member.anatomy.parts)
+            if holder.anatomy.parts[name].position == position:
+                found[holder.anatomy.rename_behind(name, total)] = (holder, name)
+        for reference, member in sources.items():
+            held = {new: old for new, old in own[reference].items() if old not in drop}
+            _check_names(donor, member, list(found), set(held), own[reference])
+        for new, (holder, name) in found.items():
+            inputs = _inputs(new, {r: (member, own[r].get(new, name)) for r, member in sources.items()})
+            check_outside(new, inputs, donor, own[donor.reference].get(new, name))
+            old = holder.anatomy.parts[name]
+            part = Part(new, old.stack, old.layer, old.position, old.role, old.expert)
+            slots.append(Slot(new, new, part, index, t, location_of(name, holder.anatomy), inputs))
 
     outside("before", 0, 0.0)
-    total = sum(len(next(iter(starts.values()))) for starts in slices)
     for index, starts in enumerate(slices):
-        # per-layer settings in the config are the donor's
-        own = starts.get(donor.reference) or next(iter(starts.values()))
-        for step in range(len(own)):
-            slots += _layer(members, starts, step, len(layers), total, index)
-            layers.append(min(own[step], donor.anatomy.n_layers - 1))
+        for step in range(len(next(iter(starts.values())))):
+            made = list(_layer(members, starts, step, len(layers), total, index))
+            slots += made
+            # per-layer settings in the config are the donor's
+            own = starts.get(donor.reference) or next(iter(starts.values()))
+            layers.append(donor_layer(donor, own[step], made))
     outside("after", len(slices) - 1, after_layers(recipe))
     return Alignment(slots, tied, layers, warnings)
+
+
+def _names_outside(member: Member, position: str, n_layers: int) -> dict[str, str]:
+    """Return the member's tensors on that side of the layers: by their names in the output, their own names."""
+    parts = member.anatomy.parts.items()
+    return {member.anatomy.rename_behind(name, n_layers): name for name, part in parts if part.position == position}
 
 
 def _layer(
@@ -99,7 +110,7 @@ def _layer(
     named = {reference: members[reference].layers[layers[step]] for reference, layers in starts.items()}
     common = set.intersection(*(set(names) for names in named.values()))
     for reference, names in named.items():
-        kept = {suffix: name for suffix, name in names.items() if suffix in common or not _RECOMPUTED.search(name)}
+        kept = {suffix: name for suffix, name in names.items() if suffix in common or not RECOMPUTED.search(name)}
         named[reference] = kept
     pattern = named[first]
     for reference, names in named.items():
