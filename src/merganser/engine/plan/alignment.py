@@ -75,6 +75,7 @@ class Slot:
         t: Position in a layer schedule, 0 to 1.
         location: Where it is in the output (a tied head is where its embedding is).
         inputs: The tensor of each model of the slice.
+        kept: Whether it is not merged, but taken from the one model of `inputs` as it is.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Slot:
     t: float
     location: Location
     inputs: Mapping[ModelReference, TensorInfo]
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,12 @@ def _shape_message(
 ) -> str:
     shapes = f"{list(expected.shape)} in {first}, {list(tensor.shape)} in {other}"
     part = sources[other][0].anatomy.parts.get(tensor.name)
+    rows = {member.anatomy.vocab_size for member, _ in sources.values()}
+    if part is not None and part.role == "head" and not {expected.shape[0], tensor.shape[0]} <= rows:
+        return (
+            f"{name}: heads differ: {shapes}. They have other labels, so they cannot be merged; to merge the rest, write "
+            "'unmatched: skip' (leave them out) or 'unmatched: base' (keep the base's) into the recipe"
+        )
     if part is not None and part.role in ("embedding", "head") and tensor.shape[1:] == expected.shape[1:]:
         return (
             f"{name}: vocabularies differ: {shapes}. Models are merged row by row, so both must have the same "
@@ -184,6 +192,7 @@ def _names(
             f"{head}: {', '.join(untied)} has a head of its own, so the output has one, too, and is not tied"
         )
     drop = _droppable(head, tied, everyone, warnings)
+    drop |= _copies(donor, members, head, warnings)
     return [name for name in names if name not in drop], head, tied, drop
 
 
@@ -197,6 +206,19 @@ def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings
         drop.add(head)
         warnings.append(f"{head}: every model is tied, so the copy that some of them hold is left out")
     return drop
+
+
+def _copies(donor: Member, members: Sequence[Member], head: str | None, warnings: list[str]) -> set[str]:
+    """Return names under which others repeat a tensor that the donor holds once, as T5's stacks do the shared table."""
+    once = dict(donor.anatomy.tied)
+    held = dict.fromkeys(name for member in members for name in member.checkpoint.tensors)
+    copies = [name for name in held if name in once and name != head and name not in donor.checkpoint.tensors]
+    if copies:
+        sources = ", ".join(dict.fromkeys(once[name] for name in copies))
+        warnings.append(
+            f"{_some(copies)}: copies of {sources}, which some models hold and the output needs once; left out"
+        )
+    return set(copies)
 
 
 def _alike(name: str, members: Sequence[Member]) -> bool:
@@ -226,7 +248,18 @@ def _check_names(
         if extra:
             lines.append(f"{len(extra)} only in {member.reference}: {_some(extra)}")
         lines.append("only models of one architecture can be merged")
+        holders = [(name, next(m for m in (donor, member) if name in m.anatomy.parts)) for name in (*missing, *extra)]
+        if all(may_be_unmatched(name, holder) for name, holder in holders):
+            lines.append(
+                "these come behind the layers: 'unmatched: skip' or 'unmatched: base' in the recipe merges the rest"
+            )
         raise CheckpointError("; ".join(lines))
+
+
+def may_be_unmatched(name: str, holder: Member) -> bool:
+    """Return whether a tensor comes behind the layers, and so may differ between models of one architecture."""
+    part = holder.anatomy.parts[name]
+    return part.position == "after" and part.role != "embedding" and name != holder.anatomy.embedding
 
 
 def _part(name: str, members: Iterable[Member]) -> Part:

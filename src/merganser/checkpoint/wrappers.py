@@ -1,0 +1,67 @@
+"""Names that training frameworks put around those of a model: stripped when a checkpoint is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import CheckpointError
+from .tensor import Source, TensorInfo
+
+__all__ = ["unwrap"]
+
+# What wraps a module keeps it under a name of its own, at any depth: torch.compile, FSDP, activation checkpointing,
+# DeepSpeed.
+_ANYWHERE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+# What wraps the whole model: DataParallel and DDP, PEFT. Models may have parts of these names, so all tensors must be
+# inside.
+_AROUND = ("module.", "base_model.model.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """Reads a tensor under the name that it has in its file."""
+
+    source: Source
+    name: str
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        self.source.read_into(self.name, start, buffer)
+
+
+def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Return the tensors by the names that the model gives them, and the wrappers' names that were stripped.
+
+    Args:
+        where: The checkpoint, for messages.
+        tensors: By their names in the files.
+
+    Raises:
+        CheckpointError: Two tensors would have the same name.
+    """
+    names = {name: _ANYWHERE.sub("", name) for name in tensors}
+    stripped = set(_found(names))
+    while around := next((prefix for prefix in _AROUND if all(new.startswith(prefix) for new in names.values())), None):
+        names = {name: new.removeprefix(around) for name, new in names.items()}
+        stripped.add(around)
+    if not stripped:
+        return dict(tensors), []
+    renamed: dict[str, TensorInfo] = {}
+    holders: dict[str, str] = {}
+    for name, new in names.items():
+        if new in holders:
+            raise CheckpointError(
+                f"{where}: tensors {holders[new]!r} and {name!r} would both be called {new!r} without the names "
+                "of their training framework; keep one of them"
+            )
+        holders[new] = name
+        tensor = tensors[name]
+        source = _Renamed(tensor.source, name) if tensor.source is not None and new != name else tensor.source
+        renamed[new] = replace(tensor, name=new, source=source)
+    return renamed, sorted(stripped)
+
+
+def _found(names: Iterable[str]) -> Iterable[str]:
+    for name in names:
+        yield from _ANYWHERE.findall(name)
