@@ -107,8 +107,8 @@ def slice_value(key: str, value: Any, layers: Sequence[int], count: int, predict
     return value
 
 
-def _members(value: Sequence[int], layers: Sequence[int], start: int = 0) -> list[int]:
-    chosen = set(value)
+def _members(value: Sequence[Any], layers: Sequence[int], start: int = 0) -> list[int]:
+    chosen = {item for item in value if as_int(item) is not None}
     return [position + start for position, index in enumerate(layers) if index + start in chosen]
 
 
@@ -123,7 +123,7 @@ def _slice_text(key: str, value: str, layers: Sequence[int], count: int) -> str:
 
 def _slice_dict(key: str, value: dict[str, Any], layers: Sequence[int], count: int) -> dict[str, Any]:
     if key == "per_layer_config":
-        by_index = {int(index): settings for index, settings in value.items() if index.isdecimal()}
+        by_index = {int(index): settings for index, settings in value.items() if str(index).isdecimal()}
         width = len(str(len(layers) - 1))
         return {
             f"{position:0{width}d}": copy.deepcopy(by_index[index])

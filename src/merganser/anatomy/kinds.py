@@ -175,7 +175,7 @@ def dense_layers(scope: Mapping[str, Any], layers: Sequence[int], default: int =
     first = as_int(scope.get("first_k_dense_replace"))
     freq = scope.get("moe_layer_freq")
     k = default if first is None else first
-    if isinstance(freq, list):
+    if isinstance(freq, list) and len(freq) > max(layers, default=0):
         return [index < k or not freq[index] for index in layers]
     return [index < k or index % (as_int(freq) or 1) != 0 for index in layers]
 

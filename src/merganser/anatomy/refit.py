@@ -90,7 +90,7 @@ def refit_rules(scope: dict[str, Any], layers: Sequence[int], count: int) -> Non
     _refit_fixed_period(scope, layers, "cross_attention_frequency")
     _refit_fixed_period(scope, layers, "n_layers_per_attn_res_block")
     _refit_sparse_step(scope, layers)
-    _refit_first_dense(scope, layers)
+    _refit_first_dense(scope, layers, count)
     _refit_leading(scope, layers, "num_dense_layers", "dense layers")
     for key in ("dense_mlp_idx", "num_hash_layers"):
         if not scope.get("mlp_layer_types"):
@@ -102,7 +102,8 @@ def refit_rules(scope: dict[str, Any], layers: Sequence[int], count: int) -> Non
         raise _inexpressible("layer_types", f"the last layer would be of another kind than {kind}, which it must have")
     if has_window(scope) and (first := as_int(scope.get("max_window_layers"))) is not None:
         scope["max_window_layers"] = _leading([index < first for index in layers])
-    if (scale := scope.get("scale_depth")) is not None:
+    scale = scope.get("scale_depth")
+    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
         # MiniCPM multiplies residual branches by scale_depth / sqrt(layers); that of each layer stays as it was
         scope["scale_depth"] = scale * math.sqrt(len(layers) / count)
 
@@ -171,22 +172,22 @@ def _refit_sparse_step(scope: dict[str, Any], layers: Sequence[int]) -> None:
     scope["decoder_sparse_step"] = 1
 
 
-def _refit_first_dense(scope: dict[str, Any], layers: Sequence[int]) -> None:
+def _refit_first_dense(scope: dict[str, Any], layers: Sequence[int], count: int) -> None:
     """DeepSeek and its kin: the first k layers are dense, then every `moe_layer_freq`-th has experts."""
     first = as_int(scope.get("first_k_dense_replace"))
     if first is None:
         return
     freq = scope.get("moe_layer_freq")
     dense = dense_layers(scope, layers)
-    if isinstance(freq, list):
+    if isinstance(freq, list) and len(freq) == count:
         # the list, which is re-indexed, says the rest
         scope["moe_layer_freq"] = [0 if index < first else flag for index, flag in enumerate(freq)]
         scope["first_k_dense_replace"] = 0
         return
     every = as_int(freq) or 1
-    for count in range(len(layers) + 1):
-        if dense == [position < count or position % every != 0 for position in range(len(layers))]:
-            scope["first_k_dense_replace"] = count
+    for leading in range(len(layers) + 1):
+        if dense == [position < leading or position % every != 0 for position in range(len(layers))]:
+            scope["first_k_dense_replace"] = leading
             return
     if not scope.get("mlp_layer_types"):
         raise _inexpressible(f"first_k_dense_replace={first}", "dense layers would follow layers with experts")
@@ -226,7 +227,7 @@ def _refit_shared_cache(scope: dict[str, Any], layers: Sequence[int], count: int
                 f"num_kv_shared_layers={shared}", "layers with keys of their own would follow those that share them"
             )
     sources = scope.get("kv_source_layers")
-    if isinstance(sources, list) and len(sources) == count:
+    if isinstance(sources, list) and len(sources) == count and all(as_int(item) is not None for item in sources):
         # the list is re-indexed like all others, so a value is written where its layer was
         latest: dict[int, int] = {}
         remapped: list[int] = []

@@ -118,7 +118,8 @@ def _check_first_layer(layers: Sequence[int], anatomy: Anatomy) -> None:
         if part.stack == anatomy.main and part.role == "norm" and part.layer is not None:
             norms[part.layer].add(anatomy.rename_layer(part.name, 0))
     rest = [norms[index] for index in range(1, anatomy.n_layers)]
-    if not rest or any(other != rest[0] for other in rest) or norms[0] == rest[0]:
+    # of two layers neither is the rest
+    if len(rest) < 2 or any(other != rest[0] for other in rest) or norms[0] == rest[0]:
         return
     if layers[0] != 0 or 0 in layers[1:]:
         raise UnsupportedError(

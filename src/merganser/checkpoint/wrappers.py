@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError
-from .tensor import Source, TensorInfo
+from .tensor import TensorInfo, renamed
 
 __all__ = ["unwrap"]
 
@@ -17,17 +16,6 @@ _ANYWHERE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 # What wraps the whole model: DataParallel and DDP, PEFT. Models may have parts of these names, so all tensors must be
 # inside.
 _AROUND = ("module.", "base_model.model.")
-
-
-@dataclass(frozen=True, slots=True)
-class _Renamed:
-    """Reads a tensor under the name that it has in its file."""
-
-    source: Source
-    name: str
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        self.source.read_into(self.name, start, buffer)
 
 
 def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -47,7 +35,7 @@ def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Ten
         stripped.add(around)
     if not stripped:
         return dict(tensors), []
-    renamed: dict[str, TensorInfo] = {}
+    unwrapped: dict[str, TensorInfo] = {}
     holders: dict[str, str] = {}
     for name, new in names.items():
         if new in holders:
@@ -56,10 +44,8 @@ def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Ten
                 "of their training framework; keep one of them"
             )
         holders[new] = name
-        tensor = tensors[name]
-        source = _Renamed(tensor.source, name) if tensor.source is not None and new != name else tensor.source
-        renamed[new] = replace(tensor, name=new, source=source)
-    return renamed, sorted(stripped)
+        unwrapped[new] = renamed(tensors[name], new)
+    return unwrapped, sorted(stripped)
 
 
 def _found(names: Iterable[str]) -> Iterable[str]:

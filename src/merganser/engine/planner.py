@@ -23,6 +23,7 @@ from .plan.leftovers import without_leftovers
 from .plan.loadable import check_layers_load
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
+from .plan.renaming import named_alike
 from .plan.side_files import chat_template, code_warnings, side_files
 from .plan.slices import align_slices
 from .plan.tensor import PlannedTensor
@@ -165,6 +166,9 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
             warnings.append(f"{reference}: {stripped}: names of a training framework, stripped from those of tensors")
         checkpoint, left_out = without_leftovers(recipe, str(reference), checkpoint)
         warnings += left_out
+        if members and recipe.models:
+            checkpoint, old_names = named_alike(str(reference), checkpoint, members[recipe.donor].checkpoint)
+            warnings += old_names
         members[reference] = Member.of(reference, checkpoint, list(members.values())[:1])
     return members, warnings
 

@@ -248,6 +248,15 @@ def _check_names(
         if extra:
             lines.append(f"{len(extra)} only in {member.reference}: {_some(extra)}")
         lines.append("only models of one architecture can be merged")
+        kind = donor.checkpoint.config.get("model_type")
+        if (
+            kind
+            and kind == member.checkpoint.config.get("model_type")
+            and 2 * min(len(missing), len(extra)) > len(names)
+        ):
+            lines.append(
+                f"both are {kind}, so one was saved by other code: save it again with the code that wrote the other"
+            )
         holders = [(name, next(m for m in (donor, member) if name in m.anatomy.parts)) for name in (*missing, *extra)]
         if all(may_be_unmatched(name, holder) for name, holder in holders):
             lines.append(

@@ -12,6 +12,7 @@ from typing import Any
 from ...anatomy import Anatomy, infer_anatomy
 from ...errors import CheckpointError
 from .alignment import Member
+from .meta_model import build_model
 
 __all__ = ["check_layers_load"]
 
@@ -79,31 +80,8 @@ def _outside(shapes: Shapes, anatomy: Anatomy) -> Shapes:
 
 
 def _built(config: Mapping[str, Any]) -> Shapes | str | None:
-    """Return the tensors of the model that a config describes, by their names in memory.
-
-    Returns:
-        A text where transformers refuses the config, None where it does not know the class.
-    """
-    architectures = config.get("architectures")
-    if not (isinstance(architectures, list) and architectures) or config.get("auto_map"):
-        return None
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        return None
-    kind = getattr(transformers, str(architectures[0]), None)
-    known = getattr(kind, "config_class", None)
-    if kind is None or known is None or known.model_type != config.get("model_type"):
-        return None
-    logging: Any = transformers.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with torch.device("meta"):
-            model = kind(known.from_dict(dict(config)))
-    except Exception as error:  # a config class may raise anything
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}"
-    finally:
-        logging.set_verbosity(verbosity)
+    """Return the tensors of the model that a config describes, by their names in memory; a text or None as there."""
+    model = build_model(config)
+    if model is None or isinstance(model, str):
+        return model
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
