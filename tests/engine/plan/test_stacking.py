@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from merganser import merge, plan
 from merganser.checkpoint import open_checkpoint
@@ -15,38 +13,13 @@ from merganser.engine.plan.alignment import Member
 from merganser.engine.plan.loadable import check_layers_load
 from merganser.errors import CheckpointError, RecipeError, UnsupportedError
 from merganser.recipe import ModelReference
-from tests.anatomy.architectures import ARCHITECTURES
-from tests.engine.test_slices import make_sliced, piece
+from tests.engine.plan.small_models import change, loads_fully, save
+from tests.engine.plan.test_slices import make_sliced, piece
 from tests.making import assert_equal, read_json, read_model
-
-
-def save(folder, name, **settings):
-    """Write a small model with transformers itself; the same settings give the same weights."""
-    kind, own, auto = ARCHITECTURES[name]
-    torch.manual_seed(len(folder.name))
-    config = transformers.AutoConfig.for_model(kind, **{**own, **settings})
-    getattr(transformers, f"AutoModelFor{auto}").from_config(config).save_pretrained(folder)
-    return folder
 
 
 def stack(*pieces, method="passthrough", **keys):
     return make_sliced(method, [piece(one) for one in pieces], **keys)
-
-
-def change(folder, tensors=None, **config):
-    """Write other tensors and settings into a checkpoint; a setting of None is removed."""
-    if tensors is not None:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    found = {**read_json(folder, "config.json"), **config}
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
-    return folder
-
-
-def loads_fully(folder, kind=transformers.AutoModelForCausalLM):
-    """Return the model, once transformers has found every tensor, and no other, in the file."""
-    model, report = kind.from_pretrained(folder, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    return model
 
 
 @pytest.mark.parametrize(

@@ -10,29 +10,14 @@ from safetensors.torch import load_file
 from merganser import merge, plan
 from merganser.errors import CheckpointError, RecipeError
 from merganser.recipe import load_recipe
-from tests.engine.test_stacking import change, loads_fully, save
+from tests.engine.plan.small_models import change, classifier, linear, loads_fully, save
 from tests.making import assert_equal, make_recipe, read_model
 
 WEIGHT = {"weight": 1.0}
 
 
-def linear(*models, base=None, **keys):
-    return make_recipe("linear", models, base, WEIGHT, **keys)
-
-
 def arithmetic(base, *models, **keys):
     return make_recipe("task_arithmetic", models, base, {"weight": 0.5}, **keys)
-
-
-def classifier(folder, labels, seed, auto="SequenceClassification"):
-    """A fine-tune of BERT: trunks of one shape, heads of their own."""
-    torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(
-        "bert", vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    config.num_labels = labels
-    getattr(transformers, f"AutoModelFor{auto}").from_config(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from merganser import merge, plan
 from merganser.errors import CheckpointError
-from tests.engine.test_stacking import change, loads_fully, save
-from tests.engine.test_unmatched import classifier, linear
+from tests.engine.plan.small_models import change, classifier, linear, loads_fully, save
 from tests.making import assert_equal, read_model
 
 
