@@ -1,7 +1,8 @@
-"""Keys of configs of transformers that sound like layers, or are as long, and are about something else."""
+"""What the test of all configs of transformers knows: keys that only sound like layers, and families that are refused."""
 
 from merganser.anatomy.config import words
 
+# Keys that sound like layers, or lists that are as long, and are about something else.
 OTHER_KEYS = words(
     # sizes, periods and steps of other things
     """aff_block_r altup_active_idx block_multiple_of block_per_row block_repeats block_size conv_depthwise_kernel_size
@@ -25,4 +26,11 @@ OTHER_KEYS = words(
     # lists of other stacks and of stages, which have `depths`
     """ dilations encode_proj_layers encoder_projection_indices hidden_sizes neck_ignore_stages num_attention_heads
     num_heads patch_sizes pretrained_window_sizes resblock_dilation_sizes resblock_kernel_sizes"""
+)
+
+# Families that have settings for which the tried layers have no config: stages, a last layer that must be of one kind,
+# tables with columns for each layer, blocks of layers.
+REFUSED = words(
+    """clap_audio_model dinat donut-swin muse_spark_audio swin swin2sr swinv2 diffusion_gemma_text embedding_gemma2_text
+    gemma4_text gemma4_unified_text inkling2_text"""
 )

@@ -10,9 +10,10 @@ import transformers
 from merganser.anatomy import infer_anatomy, slice_config
 from merganser.anatomy.by_layer import is_by_layer
 from merganser.anatomy.config import COUNT_KEYS, as_int, text_scopes
+from merganser.anatomy.kinds import _DERIVED_ELSEWHERE
 from merganser.anatomy.refit import RULE_KEYS
 from merganser.errors import UnsupportedError
-from tests.anatomy.depth_keys import OTHER_KEYS
+from tests.anatomy.depth_keys import OTHER_KEYS, REFUSED
 
 SUSPECT = re.compile(
     r"layer|block|stage|depth|period|interval|every|freq|step|(^|_)(idxs?|indices|indexes)$|_ids$|first_|last_|source"
@@ -147,4 +148,5 @@ def test_lists_follow_their_layers_or_are_refused_by_name(configs):
                     wrong += [f"{kind} {form} {layers[:2]}...: {key}" for key in off]
     assert wrong == []
     assert right > 300
+    assert refused.keys() <= {*_DERIVED_ELSEWHERE, *REFUSED}
     assert all(re.search(r"config\.json: \w+", message) for message in refused.values())

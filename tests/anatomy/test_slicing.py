@@ -141,6 +141,19 @@ def test_every_key_that_held_the_count_is_set():
     assert result.warnings == []
 
 
+def test_a_list_of_kinds_may_stand_for_the_count():
+    shapes = {f"model.layers.{index}.mlp.up_proj.weight": (8, 8) for index in range(4)}
+    config = {"text_config": {"layers_block_type": list("abcd")}}
+    result = slice_config(config, [1, 1], anatomy=infer_anatomy(shapes, config))
+    assert (result.config, result.warnings) == ({"text_config": {"layers_block_type": ["b", "b"]}}, [])
+
+
+@pytest.mark.parametrize("tower", ["qformer_config", "dit_config", "vision_config"])
+def test_towers_of_as_many_layers_keep_theirs(tower):
+    result = sliced([0, 1], **{tower: {"num_hidden_layers": 4}})
+    assert result.config == {"num_hidden_layers": 2, tower: {"num_hidden_layers": 4}}
+
+
 def test_a_missing_count_is_added():
     config, anatomy = four_layers()
     del config["num_hidden_layers"]

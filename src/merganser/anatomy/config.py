@@ -49,7 +49,7 @@ PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden
 
 # Sub-configs of towers beside the language model.
 _SIDE_CONFIG = re.compile(
-    r"vision|visual|vit_|image|audio|speech|sound|projector|vq|quant|talker|token2wav|codec|code_|draft"
+    r"vision|visual|vit_|image|audio|speech|sound|projector|qformer|vq|quant|talker|token2wav|codec|code_|draft|dit_"
 )
 
 # Only families whose config class sets the flag are listed: for others an absent key says nothing.

@@ -64,6 +64,10 @@ def slice_config(config: Mapping[str, Any], layers: Sequence[int], *, anatomy: A
     scopes = [scope for scope, key in named if scope[key] == count]
     warnings: list[str] = []
     if not named:
+        # some classes count the kinds that a list gives
+        kinds = ((scope, scope.get("layers_block_type")) for scope in text_scopes(result))
+        scopes = [scope for scope, found in kinds if isinstance(found, list) and len(found) == count]
+    if not named and not scopes:
         result["num_hidden_layers"] = count
         scopes = [result]
         warnings.append("config.json names no number of layers; num_hidden_layers is added")
