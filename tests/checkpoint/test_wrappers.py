@@ -17,6 +17,8 @@ WRAPPED = {
     "base_model.model.": [f"base_model.model.{name}" for name in NAMES],
     "_fsdp_wrapped_module.": [name.replace("0.", "0._fsdp_wrapped_module.") for name in NAMES],
     "_checkpoint_wrapped_module.": [name.replace("mlp.", "mlp._checkpoint_wrapped_module.") for name in NAMES],
+    "policy.": [f"policy.{name}" for name in NAMES],
+    "model., module.": [f"module.model.{name}" for name in NAMES],
     "_orig_mod., module.": [f"module._orig_mod.{name}" for name in NAMES],
     "_fsdp_wrapped_module., _orig_mod.": [f"_fsdp_wrapped_module._orig_mod.{name}" for name in NAMES],
 }
@@ -48,12 +50,23 @@ def test_wrappers_are_stripped_and_the_same_bytes_are_read(tmp_path, stripped, s
 
 
 @pytest.mark.parametrize(
-    "names", [NAMES, ["module.a.weight", "b.weight"], ["base_model.a.weight", "module_list.0.weight"]]
+    "names",
+    [
+        NAMES,
+        ["module.a.weight", "b.weight"],
+        ["model.model.a.weight", "model.vision.weight"],
+        ["base_model.a.weight", "module_list.0.weight"],
+    ],
 )
 def test_parts_of_a_model_that_are_called_alike_stay(tmp_path, names):
     checkpoint = open_checkpoint(write(tmp_path / "m", names, "safetensors"))
     assert checkpoint.wrappers == ()
     assert sorted(checkpoint.tensors) == sorted(names)
+
+
+def test_a_name_that_is_nothing_else_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"tensor 'module\.' has no name but that of a training framework"):
+        open_checkpoint(write(tmp_path / "m", ["module."], "safetensors"))
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ..errors import CheckpointError
 from .tensor import TensorInfo, renamed
@@ -16,6 +16,8 @@ _ANYWHERE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 # What wraps the whole model: DataParallel and DDP, PEFT. Models may have parts of these names, so all tensors must be
 # inside.
 _AROUND = ("module.", "base_model.model.")
+# What trains a causal language model as a part of something else (Lightning, trainers of policies).
+_AROUND_DECODER = re.compile(r"(?:model|policy|actor|student|llm)\.(?=(?:model|lm_head)\.)")
 
 
 def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -29,15 +31,21 @@ def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Ten
         CheckpointError: Two tensors would have the same name.
     """
     names = {name: _ANYWHERE.sub("", name) for name in tensors}
-    stripped = set(_found(names))
+    stripped = {found for name in tensors for found in _ANYWHERE.findall(name)}
     while around := next((prefix for prefix in _AROUND if all(new.startswith(prefix) for new in names.values())), None):
         names = {name: new.removeprefix(around) for name, new in names.items()}
         stripped.add(around)
+    inside = {match[0] for new in names.values() if (match := _AROUND_DECODER.match(new))}
+    if len(inside) == 1 and all(_AROUND_DECODER.match(new) for new in names.values()):
+        names = {name: _AROUND_DECODER.sub("", new, count=1) for name, new in names.items()}
+        stripped |= inside
     if not stripped:
         return dict(tensors), []
     unwrapped: dict[str, TensorInfo] = {}
     holders: dict[str, str] = {}
     for name, new in names.items():
+        if not new:
+            raise CheckpointError(f"{where}: tensor {name!r} has no name but that of a training framework")
         if new in holders:
             raise CheckpointError(
                 f"{where}: tensors {holders[new]!r} and {name!r} would both be called {new!r} without the names "
@@ -46,8 +54,3 @@ def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Ten
         holders[new] = name
         unwrapped[new] = renamed(tensors[name], new)
     return unwrapped, sorted(stripped)
-
-
-def _found(names: Iterable[str]) -> Iterable[str]:
-    for name in names:
-        yield from _ANYWHERE.findall(name)

@@ -129,6 +129,10 @@ LEFTOVERS = {
     "weights that an adapter": {"model.layers.0.self_attn.q_proj.base_layer.weight": torch.ones(32, 32)},
     "copies that an adapter": {"lm_head.modules_to_save.default.weight": torch.ones(96, 32)},
     "a value head": {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)},
+    "a head that LlamaForCausalLM does not have": {"score.weight": torch.ones(1, 32)},
+    "factors of an adapter": {"model.layers.0.mlp.up_proj.ia3_l.default": torch.ones(1, 32)},
+    "weights and masks of pruning": {"model.layers.0.mlp.up_proj.weight_mask": torch.ones(64, 32)},
+    "flattened parameters of FSDP": {"model._flat_param": torch.ones(64)},
     "moving averages": {"model_ema.layers.0.weight": torch.ones(2)},
     "the state of an optimizer": {"optimizer.state.0.exp_avg": torch.ones(2)},
 }

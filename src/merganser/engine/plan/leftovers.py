@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
@@ -18,12 +19,20 @@ _LEFTOVERS: Mapping[str, re.Pattern[str]] = {
     "LoRA factors that were not merged into the weights": re.compile(
         r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.|$)"
     ),
+    "factors of an adapter that were not merged into the weights": re.compile(
+        r"\.(ia3_l|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|b?oft_[rRsS]|vera_lambda_[bd])(\.|$)"
+    ),
     "weights that an adapter is put around": re.compile(r"\.base_layer\.(weight|bias)$"),
     "copies that an adapter trains": re.compile(r"\.(modules_to_save|original_module)\."),
     "a value head": re.compile(r"^(pretrained_model\.|model\.)?(v_head|value_head|critic_head)\."),
     "moving averages": re.compile(r"^(model_ema|ema_model|ema)\."),
+    "weights and masks of pruning": re.compile(r"\.(weight|bias)_(orig|mask)$"),
+    "flattened parameters of FSDP": re.compile(r"(^|\.)_?flat_param(_\d+)?$"),
     "the state of an optimizer": re.compile(r"^(optimizer|optimizer_state|lr_scheduler)\."),
 }
+
+
+_OTHER_HEADS = re.compile(r"^(score|classifier|qa_outputs|regression_head|reward_head)\.")
 
 
 def without_leftovers(recipe: Recipe, where: str, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
@@ -37,7 +46,10 @@ def without_leftovers(recipe: Recipe, where: str, checkpoint: Checkpoint) -> tup
     Raises:
         CheckpointError: There are such tensors, and the recipe does not say what becomes of them.
     """
-    found = {what: list(_matching(pattern, checkpoint.tensors)) for what, pattern in _LEFTOVERS.items()}
+    patterns = dict(_LEFTOVERS)
+    if architecture := _language_model(checkpoint.config):
+        patterns[f"a head that {architecture} does not have"] = _OTHER_HEADS
+    found = {what: list(_matching(pattern, checkpoint.tensors)) for what, pattern in patterns.items()}
     found = {what: names for what, names in found.items() if names}
     if not found or not checkpoint.config:
         return checkpoint, []
@@ -52,6 +64,13 @@ def without_leftovers(recipe: Recipe, where: str, checkpoint: Checkpoint) -> tup
     if not tensors:
         raise CheckpointError(f"{where}: holds nothing but what no model class loads: {parts}")
     return replace(checkpoint, tensors=tensors), [f"{where}: left out, as no model class loads it: {parts}"]
+
+
+def _language_model(config: Mapping[str, Any]) -> str | None:
+    """Return the class of a model whose only head is over the vocabulary; None for others, and for code of its own."""
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return name if name.endswith(("ForCausalLM", "LMHeadModel")) and not config.get("auto_map") else None
 
 
 def _matching(pattern: re.Pattern[str], names: Iterable[str]) -> Iterable[str]:
