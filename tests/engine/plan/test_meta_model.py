@@ -54,6 +54,11 @@ def test_kernels_that_a_config_names_are_not_fetched(key, monkeypatch):
     assert model.config._attn_implementation == "eager"
 
 
+def test_a_limit_without_end_is_no_size():
+    found = {**real("mamba").config, "time_step_limit": [0.0, float("inf")]}
+    assert isinstance(build_model(found), transformers.MambaForCausalLM)
+
+
 def test_wide_experts_are_tried():
     model = build_model({**real("qwen2_moe").config, "shared_expert_intermediate_size": 100_000})
     assert model.state_dict()["model.layers.0.mlp.shared_expert.up_proj.weight"].shape == (100_000, 32)

@@ -91,6 +91,19 @@ def test_layers_and_embeddings_are_never_left_out(tmp_path, settings, name, choi
         plan(arithmetic(base, other, unmatched=choice))
 
 
+def test_the_norm_behind_the_layers_is_no_head(tmp_path):
+    base, other = save(tmp_path / "base", "llama"), save(tmp_path / "other", "llama")
+    own = load_file(other / "model.safetensors")
+    change(other, {name: tensor for name, tensor in own.items() if name != "model.norm.weight"})
+    with pytest.raises(CheckpointError, match=r"1 missing in .*other: model\.norm\.weight") as raised:
+        plan(arithmetic(base, other))
+    assert "unmatched" not in str(raised.value)
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight: \[32\] in .*base, missing in .*other; 'unmatched: skip'"
+    ):
+        plan(arithmetic(base, other, unmatched="skip"))
+
+
 def test_vocabularies_that_differ_are_still_called_that(tmp_path):
     models = [save(tmp_path / f"m{size}", "llama", vocab_size=size) for size in (96, 100)]
     with pytest.raises(CheckpointError, match="vocabularies differ"):

@@ -267,8 +267,14 @@ def _check_names(
 
 def may_be_unmatched(name: str, holder: Member) -> bool:
     """Return whether a tensor comes behind the layers, and so may differ between models of one architecture."""
-    part = holder.anatomy.parts[name]
-    return part.position == "after" and part.role != "embedding" and name != holder.anatomy.embedding
+    anatomy = holder.anatomy
+    part = anatomy.parts[name]
+    if part.role == "norm":
+        # the norm beside the layers is the last part of the trunk; those of heads are elsewhere
+        stacks = [anatomy.main] if anatomy.main is not None else list(anatomy.stacks)
+        if name.rsplit(".", 2)[0] in {stack.rpartition(".")[0] for stack in stacks}:
+            return False
+    return part.position == "after" and part.role != "embedding" and name != anatomy.embedding
 
 
 def _part(name: str, members: Iterable[Member]) -> Part:

@@ -70,18 +70,18 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _settings(value)
 
 
-def _numbers(value: Any) -> Iterator[float]:
-    """Yield the numbers of a value that may be a list of lists."""
+def _numbers(value: Any) -> Iterator[int]:
+    """Yield the whole numbers of a value that may be a list of lists."""
     if isinstance(value, list):
         for item in value:
             yield from _numbers(item)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif isinstance(value, int) and not isinstance(value, bool):
         yield value
 
 
 def _is_tried(config: Mapping[str, Any]) -> bool:
     """Return whether a config names nothing to fetch, brings no code, and describes a model that is built in seconds."""
-    layers = experts = 1.0
+    layers = experts = 1
     for key, value in _settings(config):
         if value and (key == "auto_map" or _FETCHES_WEIGHTS.search(key)):
             return False
