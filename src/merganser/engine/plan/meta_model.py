@@ -16,7 +16,7 @@ _FETCHES_CODE = re.compile(
 _FETCHES_WEIGHTS = re.compile(r"backbone|timm|pretrained_model")
 # A config is a text that anyone may have written: numbers that would take minutes to build are not tried.
 _MODULES = re.compile(r"layer|depth|block|expert|stage|codebook")
-_SIZES = re.compile(r"size|dim")
+_SIZES = re.compile(r"size|dim|theta")
 _MOST_MODULES = 5_000
 _MOST_TOGETHER = 200_000
 _MOST_LABELS = 1_000_000
