@@ -108,7 +108,7 @@ def underived(scope: Mapping[str, Any]) -> list[str]:
 
 def last_kind(scope: Mapping[str, Any]) -> str | None:
     """Return the kind that the last layer must have, None where any will do."""
-    return "full_attention" if scope.get("model_type") in _LAST_IS_FULL else None
+    return "full_attention" if str(scope.get("model_type")) in _LAST_IS_FULL else None
 
 
 def implied_lists(scope: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
@@ -117,7 +117,7 @@ def implied_lists(scope: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
     Lists that the scope spells out are not looked at.
     """
     lists: dict[str, list[Any]] = {}
-    kind = scope.get("model_type")
+    kind = str(scope.get("model_type"))
     if types := _alternating(scope, count) or _windowed(scope, count):
         lists["layer_types"] = types
     if kind in _DENSE_FIRST:
