@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ...anatomy import Part
 from ...errors import CheckpointError
@@ -54,31 +55,11 @@ def align_slices(
         warnings.append(
             f"the models are tied, so the output's head is its embedding: that of {', '.join(map(str, slices[0]))}"
         )
-    slots: list[Slot] = []
-    layers: list[int] = []
     total = sum(len(next(iter(starts.values()))) for starts in slices)
-
-    def outside(position: str, index: int, t: float) -> None:
-        sources = {reference: members[reference] for reference in slices[index]}
-        # prediction layers move, so tensors go by their names in the output
-        own = {member.reference: _names_outside(member, position, total) for member in [donor, *used]}
-        everyone = [donor, *used]
-        found = {}
-        for name in names:
-            holder = next(member for member in everyone if name in member.anatomy.parts)
-            if holder.anatomy.parts[name].position == position:
-                found[holder.anatomy.rename_behind(name, total)] = (holder, name)
-        for reference, member in sources.items():
-            held = {new: old for new, old in own[reference].items() if old not in drop}
-            _check_names(donor, member, list(found), set(held), own[reference])
-        for new, (holder, name) in found.items():
-            inputs = _inputs(new, {r: (member, own[r].get(new, name)) for r, member in sources.items()})
-            check_outside(new, inputs, donor, own[donor.reference].get(new, name))
-            old = holder.anatomy.parts[name]
-            part = Part(new, old.stack, old.layer, old.position, old.role, old.expert)
-            slots.append(Slot(new, new, part, index, t, location_of(name, holder.anatomy), inputs))
-
-    outside("before", 0, 0.0)
+    frame = _Frame(donor, used, names, drop, total)
+    first, last = ({reference: members[reference] for reference in slices[index]} for index in (0, -1))
+    slots = frame.slots("before", first, 0, 0.0)
+    layers: list[int] = []
     for index, starts in enumerate(slices):
         for step in range(len(next(iter(starts.values())))):
             made = list(_layer(members, starts, step, len(layers), total, index))
@@ -86,14 +67,54 @@ def align_slices(
             # per-layer settings in the config are the donor's
             own = starts.get(donor.reference) or next(iter(starts.values()))
             layers.append(donor_layer(donor, own[step], made))
-    outside("after", len(slices) - 1, after_layers(recipe))
+    slots += frame.slots("after", last, len(slices) - 1, after_layers(recipe))
     return Alignment(slots, tied, layers, warnings)
 
 
-def _names_outside(member: Member, position: str, n_layers: int) -> dict[str, str]:
-    """Return the member's tensors on that side of the layers: by their names in the output, their own names."""
-    parts = member.anatomy.parts.items()
-    return {member.anatomy.rename_behind(name, n_layers): name for name, part in parts if part.position == position}
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What is outside the layers.
+
+    Prediction layers move with the last layer, so tensors go by the names that they have in the output.
+
+    Args:
+        donor: Gives the names.
+        used: All models of the slices.
+        names: Of the tensors, in the donor or in the first model that has them.
+        drop: Names that the output does not have.
+        n_layers: Number of layers of the output.
+    """
+
+    donor: Member
+    used: Sequence[Member]
+    names: Sequence[str]
+    drop: Collection[str]
+    n_layers: int
+
+    def slots(self, position: str, sources: Mapping[ModelReference, Member], slice_index: int, t: float) -> list[Slot]:
+        """Return the slots of one side of the layers, which a slice makes."""
+        own = {member.reference: self._held(member, position) for member in [self.donor, *self.used]}
+        found = {}
+        for name in self.names:
+            holder = next(member for member in [self.donor, *self.used] if name in member.anatomy.parts)
+            if holder.anatomy.parts[name].position == position:
+                found[holder.anatomy.rename_behind(name, self.n_layers)] = (holder, name)
+        for reference, member in sources.items():
+            held = {new for new, old in own[reference].items() if old not in self.drop}
+            _check_names(self.donor, member, list(found), held, own[reference])
+        slots = []
+        for new, (holder, name) in found.items():
+            inputs = _inputs(new, {r: (member, own[r].get(new, name)) for r, member in sources.items()})
+            check_outside(new, inputs, self.donor, own[self.donor.reference].get(new, name))
+            part = replace(holder.anatomy.parts[name], name=new)
+            slots.append(Slot(new, new, part, slice_index, t, location_of(name, holder.anatomy), inputs))
+        return slots
+
+    def _held(self, member: Member, position: str) -> dict[str, str]:
+        """Return the member's own names of its tensors on that side, by their names in the output."""
+        anatomy = member.anatomy
+        names = [name for name, part in anatomy.parts.items() if part.position == position]
+        return {anatomy.rename_behind(name, self.n_layers): name for name in names}
 
 
 def _layer(
