@@ -164,7 +164,7 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
         if checkpoint.wrappers:
             stripped = ", ".join(checkpoint.wrappers)
             warnings.append(f"{reference}: {stripped}: names of a training framework, stripped from those of tensors")
-        checkpoint, left_out = without_leftovers(recipe, str(reference), checkpoint)
+        checkpoint, left_out = without_leftovers(recipe, reference, checkpoint)
         warnings += left_out
         if members and recipe.models:
             checkpoint, old_names = named_alike(str(reference), checkpoint, members[recipe.donor].checkpoint)

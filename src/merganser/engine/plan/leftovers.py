@@ -9,7 +9,7 @@ from typing import Any
 
 from ...checkpoint import Checkpoint
 from ...errors import CheckpointError
-from ...recipe import Recipe
+from ...recipe import ModelReference, Recipe
 from ...wording import some
 
 __all__ = ["without_leftovers"]
@@ -35,12 +35,14 @@ _LEFTOVERS: Mapping[str, re.Pattern[str]] = {
 _OTHER_HEADS = re.compile(r"^(score|classifier|qa_outputs|regression_head|reward_head)\.")
 
 
-def without_leftovers(recipe: Recipe, where: str, checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+def without_leftovers(
+    recipe: Recipe, reference: ModelReference, checkpoint: Checkpoint
+) -> tuple[Checkpoint, list[str]]:
     """Return the checkpoint without what no model class loads, and what was left out.
 
     Args:
         recipe: Says in `unmatched` whether such tensors may be left out.
-        where: The checkpoint as the recipe names it.
+        reference: The checkpoint as the recipe names it.
         checkpoint: An input. One without config.json is no model of a known class and is returned as it is.
 
     Raises:
@@ -56,14 +58,16 @@ def without_leftovers(recipe: Recipe, where: str, checkpoint: Checkpoint) -> tup
     parts = "; ".join(f"{what}: {some(names)}" for what, names in found.items())
     if recipe.unmatched == "refuse":
         raise CheckpointError(
-            f"{where}: holds what no model class loads: {parts}. Merge adapters into the weights (merge_and_unload), or "
+            f"{recipe.place_of_model(reference)}: {reference}: holds what no model class loads: {parts}. Merge adapters into the weights (merge_and_unload), or "
             "write 'unmatched: skip' into the recipe to leave these out"
         )
     left = {name for names in found.values() for name in names}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
     if not tensors:
-        raise CheckpointError(f"{where}: holds nothing but what no model class loads: {parts}")
-    return replace(checkpoint, tensors=tensors), [f"{where}: left out, as no model class loads it: {parts}"]
+        raise CheckpointError(
+            f"{recipe.place_of_model(reference)}: {reference}: holds nothing but what no model class loads: {parts}"
+        )
+    return replace(checkpoint, tensors=tensors), [f"{reference}: left out, as no model class loads it: {parts}"]
 
 
 def _language_model(config: Mapping[str, Any]) -> str | None:
