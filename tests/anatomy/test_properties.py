@@ -6,8 +6,9 @@ import string
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merganser.anatomy import infer_anatomy, is_tied, set_config_dtype, set_tied, slice_config
+from merganser.anatomy import by_layer, infer_anatomy, is_tied, set_config_dtype, set_tied, slice_config
 from merganser.anatomy.config import layer_counts
+from merganser.anatomy.refit import RULE_KEYS
 from merganser.errors import MergeError
 
 WORDS = [
@@ -112,6 +113,33 @@ def test_slicing_any_config_gives_a_config_or_a_reason(shapes, config, layers):
         assert chose_all or len(layers) in layer_counts(sliced.config)
         assert all(isinstance(warning, str) for warning in sliced.warnings)
     assert repr(config) == before
+
+
+by_layer_key = st.sampled_from(sorted(RULE_KEYS | by_layer._READ | by_layer._PER_LAYER | by_layer._NESTED))
+odd_key = st.sampled_from(
+    ["per_layer_config", "out_indices", "out_features", "stage_names", "moe_layers_enum", "kda_layers"]
+)
+by_layer_leaf = st.one_of(
+    leaf,
+    st.floats(allow_nan=False),
+    st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    st.lists(st.one_of(st.none(), st.text(max_size=2), st.lists(st.integers(), max_size=1)), min_size=4, max_size=4),
+    st.dictionaries(st.one_of(st.integers(0, 5).map(str), st.text(max_size=2), odd_key), leaf, max_size=3),
+)
+
+
+@given(
+    st.dictionaries(st.one_of(by_layer_key, odd_key), by_layer_leaf, max_size=6),
+    st.lists(st.integers(0, 3), min_size=1, max_size=6),
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_settings_by_layer_hold_they_are_carried_over_or_refused(settings, layers):
+    shapes = {f"model.layers.{index}.mlp.up_proj.weight": (2, 2) for index in range(4)}
+    config = {**settings, "num_hidden_layers": 4}
+    with contextlib.suppress(MergeError):
+        sliced = slice_config(config, layers, anatomy=infer_anatomy(shapes, config)).config
+        assert sliced["num_hidden_layers"] == len(layers)
+        assert sliced.keys() >= config.keys()
 
 
 @given(config)

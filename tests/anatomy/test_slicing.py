@@ -92,6 +92,8 @@ def test_layers_keep_their_kind(name, settings, choice, spelled, tmp_path):
     if spelled:
         scope.update(kinds)
     layers = choices(anatomy.n_layers)[choice]
+    if name == "modernbert":
+        layers[0] = 0
     after = load_config(slice_config(config, layers, anatomy=anatomy).config, tmp_path).get_text_config()
     assert {key: getattr(after, key) for key in kinds} == {
         key: [values[index] for index in layers] for key, values in kinds.items()
@@ -139,6 +141,19 @@ def test_every_key_that_held_the_count_is_set():
     assert result.warnings == []
 
 
+def test_a_list_of_kinds_may_stand_for_the_count():
+    shapes = {f"model.layers.{index}.mlp.up_proj.weight": (8, 8) for index in range(4)}
+    config = {"text_config": {"layers_block_type": list("abcd")}}
+    result = slice_config(config, [1, 1], anatomy=infer_anatomy(shapes, config))
+    assert (result.config, result.warnings) == ({"text_config": {"layers_block_type": ["b", "b"]}}, [])
+
+
+@pytest.mark.parametrize("tower", ["qformer_config", "dit_config", "vision_config"])
+def test_towers_of_as_many_layers_keep_theirs(tower):
+    result = sliced([0, 1], **{tower: {"num_hidden_layers": 4}})
+    assert result.config == {"num_hidden_layers": 2, tower: {"num_hidden_layers": 4}}
+
+
 def test_a_missing_count_is_added():
     config, anatomy = four_layers()
     del config["num_hidden_layers"]
@@ -175,6 +190,18 @@ def test_a_count_that_contradicts_the_file_is_refused():
         ("suppress_tokens", [1, 2, 3, 4], [1, 2, 3, 4]),
         ("rope_scaling", {"factor": [1, 2, 3, 4]}, {"factor": [1, 2, 3, 4]}),
         ("block_types", ["r", "a"], ["a", "a", "a"]),
+        ("per_layer_config", {"01": {"n": 1}, "02": {"n": 2}}, {"1": {"n": 1}, "2": {"n": 1}}),
+        ("linear_attn_config", {"kda_layers": [1, 2], "head_dim": 4}, {"kda_layers": [2, 3], "head_dim": 4}),
+        ("sparse_attention_config", {"sparse_attention_freq": [0, 1, 1, 0]}, {"sparse_attention_freq": [0, 1, 1]}),
+        ("moe_layers_enum", "2,3", "0"),
+        ("index_topk_pattern", "FSFS", "SSS"),
+        ("deepstack_visual_indexes", [3], [2]),
+        ("feature_layer", -2, -2),
+        ("backbone_out_indices", [3], [2]),
+        ("out_features", ["stage4"], ["stage3"]),
+        ("stage_names", ["stem", "stage1", "stage2", "stage3", "stage4"], ["stem", "stage1", "stage2", "stage3"]),
+        ("target_layer_ids", [0, 1, 2, 3], [0, 1, 2, 3]),
+        ("mtp_layer_types", ["a", "b", "c", "d"], ["a", "b", "c", "d"]),
     ],
 )
 def test_lists(key, value, expected):
@@ -193,9 +220,15 @@ def test_dense_layers_between_experts():
 def test_leading_dense_layers():
     assert sliced([0, 0, 1, 2], first_k_dense_replace=2).config["first_k_dense_replace"] == 3
     assert sliced([2, 3], first_k_dense_replace=2).config["first_k_dense_replace"] == 0
-    result = sliced([0, 3, 0], first_k_dense_replace=1)
-    assert result.config["first_k_dense_replace"] == 1
-    assert result.warnings == ["first_k_dense_replace=1: dense layers would follow layers with experts"]
+    with pytest.raises(UnsupportedError, match="first_k_dense_replace=1: dense layers would follow layers with expert"):
+        sliced([0, 3, 0], first_k_dense_replace=1)
+    result = sliced([0, 3, 0], first_k_dense_replace=1, model_type="glm4_moe_lite")
+    assert result.config["mlp_layer_types"] == ["dense", "sparse", "dense"]
+    result = sliced([0, 3, 0], first_k_dense_replace=1, moe_layer_freq=[1, 0, 1, 1])
+    assert (result.config["first_k_dense_replace"], result.config["moe_layer_freq"]) == (0, [0, 1, 0])
+    assert sliced([0, 1, 1], num_dense_layers=1).config["num_dense_layers"] == 1
+    with pytest.raises(UnsupportedError, match="num_dense_layers=1: dense layers would follow others"):
+        sliced([1, 0], num_dense_layers=1)
     kinds = ["dense", "sparse", "sparse", "sparse"]
     result = sliced([0, 3, 0], first_k_dense_replace=1, mlp_layer_types=kinds)
     assert result.config["mlp_layer_types"] == ["dense", "sparse", "dense"]
@@ -215,10 +248,78 @@ def test_the_window_starts_behind_the_same_layers():
 def test_periods_with_offsets():
     result = sliced([1, 2, 3], attn_layer_period=4, attn_layer_offset=2)
     assert (result.config["attn_layer_period"], result.config["attn_layer_offset"]) == (4, 1)
-    result = sliced([0, 1, 2, 1, 3], attn_layer_period=2, attn_layer_offset=1)
-    assert result.warnings == [
-        "attn_layer_period=2, attn_layer_offset=1: no period and offset describe the chosen layers"
-    ]
+    with pytest.raises(UnsupportedError, match="attn_layer_period=2, attn_layer_offset=1: the layers no longer alter"):
+        sliced([0, 1, 2, 1, 3], attn_layer_period=2, attn_layer_offset=1)
+    assert sliced([0, 2], cross_attention_frequency=2).config["cross_attention_frequency"] == 1
+    with pytest.raises(UnsupportedError, match="cross_attention_frequency=2: "):
+        sliced([1, 2, 3], cross_attention_frequency=2)
+    with pytest.raises(UnsupportedError, match="n_layers_per_attn_res_block=2: "):
+        sliced([1, 2], n_layers_per_attn_res_block=2)
+
+
+def test_a_range_of_layers_with_experts():
+    settings = {"moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1}
+
+    def rule(layers, **changed):
+        config = sliced(layers, **{**settings, **changed}).config
+        return [config[key] for key in settings]
+
+    assert rule([0, 1, 2]) == [1, 2, 1]
+    assert rule([0, 0, 3]) == [2, 2, 1]
+    assert rule([1, 2, 3], moe_layer_end_index=2) == [0, 1, 1]
+    assert rule([0, 0, 1]) == [2, 2, 1]
+    first, last, _ = rule([0, 0])
+    assert first > last
+    assert rule([0, 1, 2, 3], moe_layer_interval=2)[2] == 2
+    with pytest.raises(UnsupportedError, match="moe_layer_start_index=1, moe_layer_interval=1: layers with experts"):
+        sliced([1, 0, 2], **settings)
+
+
+def test_layers_that_share_keys_and_values():
+    assert sliced([0, 1, 3], num_kv_shared_layers=2).config["num_kv_shared_layers"] == 1
+    assert sliced([0, 1], num_kv_shared_layers=2).config["num_kv_shared_layers"] == 0
+    with pytest.raises(UnsupportedError, match="num_kv_shared_layers=2: layers with keys of their own would follow"):
+        sliced([0, 3, 1], num_kv_shared_layers=2)
+    assert sliced([0, 1, 0, 1], kv_source_layers=[0, 0, 2, 2]).config["kv_source_layers"] == [0, 0, 2, 2]
+    assert sliced([2, 3, 3], kv_source_layers=[0, 0, 2, 2]).config["kv_source_layers"] == [0, 0, 0]
+    with pytest.raises(UnsupportedError, match="kv_source_layers: layer 3 would lack layer 2, its source"):
+        sliced([0, 3], kv_source_layers=[0, 0, 2, 2])
+    assert sliced([0, 1], indexer_types=["full", "shared"] * 2).config["indexer_types"] == ["full", "shared"]
+    with pytest.raises(UnsupportedError, match="indexer_types: layer 1 would be first"):
+        sliced([1, 2], indexer_types=["full", "shared"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size_per_layer_input": 8}, "a table beside the layers has columns for each"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "divided by the layer's number"),
+        ({"use_weighted_layer_sum": True}, "a weight for each"),
+        ({"depths": [2, 2, 6, 2]}, "stages"),
+        ({"num_mem_blocks": 2}, "shared blocks"),
+        ({"model_type": "gemma4_text", "layer_types": ["full_attention"] + ["sliding_attention"] * 3}, "last layer"),
+        ({"model_type": "zamba2"}, "layers_block_type of model_type zamba2 is absent"),
+        (
+            {"deepstack_visual_indexes": [0, 2]},
+            "deepstack_visual_indexes reads the output of layer 0, which is chosen 0",
+        ),
+        ({"out_indices": [3, 4]}, "out_indices reads the output of layer 2, which is chosen 2 times"),
+    ],
+)
+def test_what_no_config_says_is_refused_by_name(settings, message):
+    with pytest.raises(UnsupportedError, match=message) as raised:
+        sliced([1, 2, 2, 3], **settings)
+    assert str(raised.value).startswith("config.json: ")
+
+
+def test_what_goes_by_number_holds_for_the_first_layers():
+    for settings in ({"scale_attn_by_inverse_layer_idx": True}, {"num_mem_blocks": 2}):
+        assert sliced([0, 1], **settings).config == {"num_hidden_layers": 2, **settings}
+    assert sliced([3, 2], scale_attn_by_inverse_layer_idx=False, num_mem_blocks=1, depths=None).warnings == []
+
+
+def test_each_layer_keeps_the_scale_of_its_residual():
+    assert sliced([2], scale_depth=1.5).config["scale_depth"] == 0.75
 
 
 def test_fit_period():
@@ -238,7 +339,7 @@ def test_a_stale_rule_is_named_and_a_good_one_is_kept():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num_kv_shared_layers": 1}, {"cross_layer_interval": 2}, {"moe_every_n_layers": 2}]
+    "settings", [{"num_kv_shared_layers_of_blocks": 1}, {"dense_block_step": 2}, {"moe_every_n_layers": 2}]
 )
 def test_rules_that_are_not_understood_are_named(settings):
     result = sliced([1, 2, 3], **settings)
@@ -246,12 +347,15 @@ def test_rules_that_are_not_understood_are_named(settings):
     assert result.warnings == [f"{key}={value} depends on the position of layers and is left as it is"]
 
 
-@pytest.mark.parametrize(("layers", "warned"), [([0, 1, 1], False), ([1, 2], True), ([0, 1, 0], True)])
-def test_a_first_layer_with_other_norms_must_stay_first(layers, warned):
+@pytest.mark.parametrize(("layers", "refused"), [([0, 1, 1], False), ([1, 2], True), ([0, 1, 0], True)])
+def test_a_first_layer_with_other_norms_must_stay_first(layers, refused):
     found = real("modernbert")
     anatomy = infer_anatomy(found.shapes, found.config)
-    messages = slice_config(found.config, layers, anatomy=anatomy).warnings
-    assert any("layer 0" in message for message in messages) == warned
+    if not refused:
+        assert slice_config(found.config, layers, anatomy=anatomy).warnings == []
+        return
+    with pytest.raises(UnsupportedError, match="layer 0 has other norms than the rest, so it must stay first and al"):
+        slice_config(found.config, layers, anatomy=anatomy)
 
 
 @pytest.mark.parametrize("layers", [[], [4], [-1], [0, 1, 7]])
@@ -264,8 +368,15 @@ def test_what_cannot_be_sliced_is_refused():
     found = real("t5")
     with pytest.raises(UnsupportedError, match=r"found encoder\.block, decoder\.block"):
         slice_config(found.config, [0], anatomy=infer_anatomy(found.shapes, found.config))
-    config = {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
-    _, anatomy = four_layers(**config)
-    with pytest.raises(UnsupportedError, match="prediction layers"):
-        slice_config(config, [0], anatomy=anatomy)
-    assert slice_config(config, [0, 1, 2], anatomy=anatomy).config == config
+
+
+@pytest.mark.parametrize("key", ["num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers"])
+def test_prediction_layers_stay_behind_the_last_layer(key):
+    config, anatomy = four_layers(num_hidden_layers=3, layer_types=list("abcp"), **{key: 1})
+    assert anatomy.n_layers == 3
+    behind = "model.layers.3.mlp.up_proj.weight"
+    assert [name for name in anatomy.parts if anatomy.is_prediction_layer(name)] == [behind]
+    assert anatomy.rename_behind(behind, 5) == "model.layers.5.mlp.up_proj.weight"
+    assert anatomy.rename_behind("model.layers.2.mlp.up_proj.weight", 5) == "model.layers.2.mlp.up_proj.weight"
+    result = slice_config(config, [0, 1, 1, 2, 2], anatomy=anatomy)
+    assert result.config == {"num_hidden_layers": 5, "layer_types": list("abbccp"), key: 1}

@@ -58,11 +58,39 @@ def test_other_architectures_are_loaded_otherwise(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a", state(0), architectures=["BertModel"], model_type="bert")
     file = recipe(tmp_path / "r.yaml", linear("a"))
-    assert run("merge", file, "out").out.endswith('transformers.AutoModel.from_pretrained("out")\n')
+    assert run("merge", file, "out").out.endswith('transformers.BertModel.from_pretrained("out")\n')
     (tmp_path / "a" / "config.json").unlink()
     found = run("merge", file, "bare")
     assert found.out.endswith("merganser verify bare\n")
     assert found.err == "warning: the donor has no config.json, so the output has none\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "loader"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration"),
+        ({"architectures": ["BertForSequenceClassification"]}, "BertForSequenceClassification"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "AutoModelForCausalLM"),
+        ({"architectures": None}, "AutoModel"),
+        (
+            {"architectures": ["OwnLM"], "auto_map": {"AutoConfig": "c.OwnConfig", "AutoModelForCausalLM": "m.OwnLM"}},
+            "AutoModelForCausalLM",
+        ),
+    ],
+)
+def test_the_class_that_loads_the_head_too_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, object], loader: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", state(0), **config)
+    found = run("merge", recipe(tmp_path / "r.yaml", linear("a")), "out").out
+    assert found.endswith(f'load it:   transformers.{loader}.from_pretrained("out")\n')
+
+
+def test_stacked_models_are_counted(models: Path) -> None:
+    slices = [{"sources": [{"model": model, "layer_range": [0, 1]}]} for model in ("a", "b", "a")]
+    file = recipe(models / "r.yaml", {"merge_method": "passthrough", "slices": slices})
+    assert run("merge", file, "out").out.startswith("passthrough · 2 models · ")
 
 
 def test_warnings_and_differences_go_to_stderr(models: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = [
     "COUNT_KEYS",
     "KNOWN_TYPES",
+    "PREDICTION_KEYS",
     "as_int",
     "is_tied",
     "layer_counts",
@@ -36,15 +37,19 @@ COUNT_KEYS = (
     "n_blocks",
     "num_blocks",
     "depth",
+    "layers",
     "decoder_layers",
     "num_decoder_layers",
     "encoder_layers",
     "num_encoder_layers",
 )
 
+# Every name under which published configs keep the number of layers that predict further tokens, behind the last layer.
+PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
 # Sub-configs of towers beside the language model.
 _SIDE_CONFIG = re.compile(
-    r"vision|visual|vit_|image|audio|speech|sound|projector|vq|quant|talker|token2wav|codec|code_|draft"
+    r"vision|visual|vit_|image|audio|speech|sound|projector|qformer|vq|quant|talker|token2wav|codec|code_|draft|dit_"
 )
 
 # Only families whose config class sets the flag are listed: for others an absent key says nothing.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config import as_int, is_tied, layer_counts, model_types, text_scopes
+from .config import PREDICTION_KEYS, as_int, is_tied, layer_counts, model_types, text_scopes
 from .roles import SIDE, Part, Position, Role, outside_position, outside_role, role_in_layer
 from .stacks import find_stacks, split_at, walk
 
@@ -53,6 +53,21 @@ class Anatomy:
         prefix = f"{part.stack}."
         rest = name[len(prefix) :].partition(".")[2]
         return f"{prefix}{new_index}.{rest}"
+
+    def is_prediction_layer(self, name: str) -> bool:
+        """Return whether the tensor is in a layer that predicts further tokens, appended to the main stack."""
+        part = self.parts[name]
+        return part.layer is None and part.stack is not None and part.stack == self.main
+
+    def rename_behind(self, name: str, n_layers: int) -> str:
+        """Return the name that the tensor has in a main stack of `n_layers` layers, if it is in a prediction layer.
+
+        Such layers stay behind the last layer. Other tensors keep their name.
+        """
+        if not self.is_prediction_layer(name):
+            return name
+        index, _, rest = name.removeprefix(f"{self.main}.").partition(".")
+        return f"{self.main}.{int(index) - self.n_layers + n_layers}.{rest}"
 
     def layer_count(self, name: str) -> int:
         """Return how many layers the tensor's stack has; 0 for a tensor outside layers."""
@@ -122,9 +137,10 @@ def _main_stack(stacks: Mapping[str, int], shapes: Mapping[str, Shape], config: 
 def _without_prediction_layers(found: int, config: Mapping[str, Any]) -> int:
     """DeepSeek appends its multi-token prediction layers to the same list, behind the ones that config counts."""
     for scope in text_scopes(config):
-        extra = as_int(scope.get("num_nextn_predict_layers"))
-        if extra and found - extra in layer_counts(config) and found not in layer_counts(config):
-            return found - extra
+        for key in PREDICTION_KEYS:
+            extra = as_int(scope.get(key))
+            if extra and found - extra in layer_counts(config) and found not in layer_counts(config):
+                return found - extra
     return found
 
 

@@ -3,32 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from .config import as_int
+from .config import as_int, words
 
-__all__ = ["fit_period", "implied_lists", "refit_rules", "stale_rules"]
+__all__ = ["dense_layers", "fit_period", "has_window", "implied_lists", "last_kind", "stale_rules", "underived"]
 
-# Families whose config class alternates the kinds by itself: period when no key gives one, and the kind of all layers
-# but every period-th, which is full attention.
-_ALTERNATING: dict[str, tuple[int, str]] = {
-    "cohere2": (4, "sliding_attention"),
-    "exaone4": (4, "sliding_attention"),
-    "gemma2": (2, "sliding_attention"),
-    "gemma3_text": (6, "sliding_attention"),
-    "gemma3n_text": (5, "sliding_attention"),
-    "gpt_oss": (2, "sliding_attention"),
-    "olmo3": (4, "sliding_attention"),
-    "qwen3_5_moe_text": (4, "linear_attention"),
-    "qwen3_5_text": (4, "linear_attention"),
-    "qwen3_next": (4, "linear_attention"),
-    "vaultgemma": (2, "sliding_attention"),
+
+class _Every(NamedTuple):
+    """Every `period`-th layer is of the `chosen` kind: those with `index % period == at % period`; the rest is not."""
+
+    period: int
+    rest: str
+    chosen: str = "full_attention"
+    at: int = -1
+    last: bool = False
+    """Whether the last layer is chosen, too, whatever its index."""
+
+
+# Families whose config class turns the last layer into one of full attention, whatever the list says.
+_LAST_IS_FULL = words("diffusion_gemma_text embedding_gemma2_text gemma4_text gemma4_unified_text")
+
+# Families whose config class alternates the kinds by itself, with the period that it takes when no key gives one.
+_ALTERNATING: dict[str, _Every] = {
+    **dict.fromkeys(words("gemma2 gpt_oss t5_gemma_module vaultgemma"), _Every(2, "sliding_attention")),
+    **dict.fromkeys(words("ultrabert"), _Every(3, "sliding_attention")),
+    **dict.fromkeys(words("afmoe cohere2 exaone4 exaone_moe olmo3"), _Every(4, "sliding_attention")),
+    **dict.fromkeys(words("gemma3n_text kolibri1"), _Every(5, "sliding_attention")),
+    **dict.fromkeys(words("gemma3_text t5gemma2_decoder t5gemma2_text"), _Every(6, "sliding_attention")),
+    **dict.fromkeys((*_LAST_IS_FULL, "beam"), _Every(6, "sliding_attention", last=True)),
+    **dict.fromkeys(words("cwm granite_swa granitemoe_swa"), _Every(4, "sliding_attention", at=0)),
+    **dict.fromkeys(
+        words("olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next"),
+        _Every(4, "linear_attention"),
+    ),
+    "bailing_hybrid": _Every(6, "linear_attention"),
+    "inkling2_text": _Every(6, "hybrid_sliding", "hybrid"),
+    "minimax": _Every(2, "linear_attention", at=0),
+    "modernbert": _Every(3, "sliding_attention", at=0),
+    "modernbert-decoder": _Every(3, "sliding_attention", at=0),
+    "qwen4_exp_text": _Every(4, "linear_attention", "indexed_attention"),
 }
 _PERIOD_KEYS = {
     "sliding_window_pattern": "sliding_attention",
     "_sliding_window_pattern": "sliding_attention",
+    "global_attn_every_n_layers": "sliding_attention",
     "full_attention_interval": "linear_attention",
+    "layer_group_size": "linear_attention",
 }
+
+# Families whose config class lists dense layers first and layers with experts behind them, and how many are dense when
+# `first_k_dense_replace` does not say.
+_DENSE_FIRST: dict[str, int] = {
+    **dict.fromkeys(
+        words(
+            """axk1 axk2 dots3_note_text ernie4_5_vl_moe_text glm4_moe_lite hy_v3 hy_v4 kimi_linear laguna
+            mimo_v2_flash unlimited_ocr_text"""
+        ),
+        1,
+    ),
+    "bailing_hybrid": 2,
+    "cohere2_moe": 0,
+    **dict.fromkeys(words("beam deepseek_v32 glm5_next_text glm_moe_dsa mistral_large4_text"), 3),
+}
+
+# Lists that a config class derives from rules that are not written down here.
+_DERIVED_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "cohere2_moe": ("layer_types",),
+    "deepseek_v4": ("layer_types", "mlp_layer_types"),
+    "dots3_note_text": ("layer_types", "per_layer_config"),
+    "dots3_note_vision_encoder": ("mlp_layer_types", "per_layer_config"),
+    "flint": ("layer_types",),
+    "gemma3n_text": ("activation_sparsity_pattern",),
+    "glm5_next_text": ("layer_types", "indexer_types"),
+    "glm_moe_dsa": ("indexer_types",),
+    "hy_v4": ("indexer_types",),
+    "inkling_text": ("layer_types", "mlp_layer_types"),
+    "kimi_linear": ("layer_types",),
+    "lfm3": ("layer_types",),
+    "lfm3_vl_vision": ("layer_types",),
+    "mimo_v2_flash": ("layer_types",),
+    "mistral_large4_text": ("no_rope_layers", "indexer_types"),
+    "moonshine_streaming_encoder": ("sliding_windows",),
+    "muse_glimmer_text": ("layer_types", "layer_rope_theta"),
+    "muse_glimmer_vision": ("layer_types",),
+    "muse_spark_text": ("layer_types", "layer_rope_theta"),
+    "muse_spark_vision": ("layer_types",),
+    "neomme": ("layer_types", "per_layer_config"),
+    "reformer": ("attn_layers",),
+    "sapiens2": ("num_key_value_heads_per_layer",),
+    "step3p5": ("layer_types", "mlp_layer_types"),
+    "zamba": ("layers_block_type",),
+    "zamba2": ("layers_block_type",),
+}
+
+
+def underived(scope: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the per-layer lists that `scope` leaves to its config class, which derives them by itself.
+
+    Only lists whose rule `implied_lists` does not know are named.
+    """
+    return [key for key in _DERIVED_ELSEWHERE.get(str(scope.get("model_type")), ()) if not scope.get(key)]
+
+
+def last_kind(scope: Mapping[str, Any]) -> str | None:
+    """Return the kind that the last layer must have, None where any will do."""
+    return "full_attention" if str(scope.get("model_type")) in _LAST_IS_FULL else None
 
 
 def implied_lists(scope: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
@@ -37,9 +117,12 @@ def implied_lists(scope: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
     Lists that the scope spells out are not looked at.
     """
     lists: dict[str, list[Any]] = {}
-    kind = scope.get("model_type")
+    kind = str(scope.get("model_type"))
     if types := _alternating(scope, count) or _windowed(scope, count):
         lists["layer_types"] = types
+    if kind in _DENSE_FIRST:
+        dense = dense_layers(scope, range(count), _DENSE_FIRST[kind])
+        lists["mlp_layer_types"] = ["dense" if flag else "sparse" for flag in dense]
     if kind in ("llama4_text", "smollm3"):
         interval = as_int(scope.get("no_rope_layer_interval")) or 4
         lists["no_rope_layers"] = [int((index + 1) % interval != 0) for index in range(count)]
@@ -54,25 +137,47 @@ def implied_lists(scope: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
 
 
 def _alternating(scope: Mapping[str, Any], count: int) -> list[str] | None:
-    kind = scope.get("model_type")
-    if kind in ("modernbert", "modernbert-decoder"):
-        period = as_int(scope.get("global_attn_every_n_layers")) or 3
-        return ["sliding_attention" if index % period else "full_attention" for index in range(count)]
-    period, other = _ALTERNATING.get(str(kind), (0, ""))
-    for key, name in _PERIOD_KEYS.items():
-        if given := as_int(scope.get(key)):
-            period, other = given, other or name
-    if not period:
+    rule = _ALTERNATING.get(str(scope.get("model_type")))
+    for key, rest in _PERIOD_KEYS.items():
+        if period := as_int(scope.get(key)):
+            rule = _Every(period, rest) if rule is None else rule._replace(period=period)
+    if rule is None:
         return None
-    return [other if (index + 1) % period else "full_attention" for index in range(count)]
+    chosen = [index % rule.period == rule.at % rule.period for index in range(count)]
+    if rule.last:
+        chosen[-1] = True
+    return [rule.chosen if flag else rule.rest for flag in chosen]
 
 
 def _windowed(scope: Mapping[str, Any], count: int) -> list[str] | None:
     """Qwen: the first `max_window_layers` layers attend to everything, the rest slide."""
     first = as_int(scope.get("max_window_layers"))
-    if first is None or not scope.get("use_sliding_window") or scope.get("sliding_window") is None:
+    if first is None or not has_window(scope):
         return None
     return ["sliding_attention" if index >= first else "full_attention" for index in range(count)]
+
+
+def has_window(scope: Mapping[str, Any]) -> bool:
+    """Return whether layers behind the first `max_window_layers` attend to a window only."""
+    # dots1 has no switch
+    switched = scope.get("use_sliding_window", scope.get("model_type") == "dots1")
+    return bool(switched) and scope.get("sliding_window") is not None
+
+
+def dense_layers(scope: Mapping[str, Any], layers: Sequence[int], default: int = 0) -> list[bool]:
+    """Return which of these layers are dense: the first k, and where experts have a frequency those between, too.
+
+    Args:
+        scope: The config.
+        layers: Indices of layers.
+        default: k where `first_k_dense_replace` does not say.
+    """
+    first = as_int(scope.get("first_k_dense_replace"))
+    freq = scope.get("moe_layer_freq")
+    k = default if first is None else first
+    if isinstance(freq, list) and len(freq) > max(layers, default=0):
+        return [index < k or not freq[index] for index in layers]
+    return [index < k or index % (as_int(freq) or 1) != 0 for index in layers]
 
 
 def fit_period(flags: Sequence[bool], period: int, offset: int) -> tuple[int, int] | None:
@@ -88,76 +193,14 @@ def fit_period(flags: Sequence[bool], period: int, offset: int) -> tuple[int, in
     return None
 
 
-def refit_rules(scope: dict[str, Any], layers: Sequence[int]) -> list[str]:
-    """Rewrite the rules in `scope` so that they describe the layers that were kept, in their new order.
-
-    Returns:
-        A message for each rule that cannot describe them.
-    """
-    warnings = []
-    if "layers_block_type" not in scope:
-        for what in ("attn", "expert"):
-            warnings += _refit_period(scope, layers, f"{what}_layer_period", f"{what}_layer_offset")
-    _refit_sparse_step(scope, layers)
-    warnings += _refit_first_dense(scope, layers)
-    if scope.get("use_sliding_window") and (first := as_int(scope.get("max_window_layers"))) is not None:
-        scope["max_window_layers"] = _leading([index < first for index in layers])
-    return warnings
-
-
-def _leading(flags: Sequence[bool]) -> int:
-    return next((position for position, flag in enumerate(flags) if not flag), len(flags))
-
-
-def _refit_period(scope: dict[str, Any], layers: Sequence[int], period_key: str, offset_key: str) -> list[str]:
-    period = as_int(scope.get(period_key))
-    if not period:
-        return []
-    offset = as_int(scope.get(offset_key)) or 0
-    fitted = fit_period([index % period == offset for index in layers], period, offset)
-    if fitted is None:
-        return [f"{period_key}={period}, {offset_key}={offset}: no period and offset describe the chosen layers"]
-    scope[period_key], scope[offset_key] = fitted
-    return []
-
-
-def _refit_sparse_step(scope: dict[str, Any], layers: Sequence[int]) -> None:
-    """Qwen MoE: with step 1, `mlp_only_layers` can name any set of dense layers. It is remapped as an index list."""
-    step = as_int(scope.get("decoder_sparse_step"))
-    if step is None or step <= 1:
-        return
-    given = scope.get("mlp_only_layers")
-    dense = {index for index in given if as_int(index) is not None} if isinstance(given, list) else set()
-    scope["mlp_only_layers"] = sorted(dense | {index for index in range(max(layers) + 1) if (index + 1) % step})
-    scope["decoder_sparse_step"] = 1
-
-
-def _refit_first_dense(scope: dict[str, Any], layers: Sequence[int]) -> list[str]:
-    """DeepSeek and its kin: the first k layers are dense, then every `moe_layer_freq`-th has experts."""
-    first = as_int(scope.get("first_k_dense_replace"))
-    if first is None:
-        return []
-    freq = as_int(scope.get("moe_layer_freq")) or 1
-    dense = [index < first or index % freq != 0 for index in layers]
-    for count in range(len(layers) + 1):
-        if dense == [position < count or position % freq != 0 for position in range(len(layers))]:
-            scope["first_k_dense_replace"] = count
-            return []
-    if "mlp_layer_types" in scope:
-        scope["first_k_dense_replace"] = _leading(dense)
-        return []
-    return [f"first_k_dense_replace={first}: dense layers would follow layers with experts"]
-
-
 def stale_rules(scope: Mapping[str, Any], count: int) -> list[str]:
     """Return a message for each rule in `scope` that contradicts the list beside it."""
     implied = implied_lists(scope, count).get("layer_types")
     if implied is None or scope.get("layer_types") == implied:
         return []
-    keys = ("sliding_window_pattern", "full_attention_interval", "global_attn_every_n_layers", "max_window_layers")
     return [
         f"{key}={scope[key]} does not describe the chosen layers; layer_types does, so load it with a transformers "
         "version that reads layer_types"
-        for key in keys
-        if scope.get(key)
+        for key in (*_PERIOD_KEYS, "max_window_layers")
+        if scope.get(key) and not key.startswith("_")
     ]

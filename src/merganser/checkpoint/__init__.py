@@ -10,7 +10,7 @@ from .dtypes import DTYPE_BY_NAME, DTYPES, DType
 from .folder import Checkpoint, open_checkpoint
 from .layout import INDEX_NAME, Shard, index_json, plan_shards
 from .reader import Reader
-from .tensor import TensorInfo
+from .tensor import TensorInfo, renamed
 
 __all__ = [
     "DTYPES",
@@ -24,4 +24,5 @@ __all__ = [
     "index_json",
     "open_checkpoint",
     "plan_shards",
+    "renamed",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -18,6 +18,7 @@ from .reader import Reader
 from .sidefiles import side_file_names
 from .tensor import TensorInfo
 from .weights import PICKLED_SUFFIXES, choose_weights, refuse_name
+from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -33,6 +34,7 @@ class Checkpoint:
         tensors: by name, in the order of the files and of the bytes within each.
         weight_files: the files that hold the tensors.
         metadata: the `__metadata__` of the safetensors headers.
+        wrappers: names of training frameworks that the names of tensors had in the files, and do not have here.
     """
 
     reference: str
@@ -41,6 +43,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     weight_files: list[Path]
     metadata: dict[str, str]
+    wrappers: tuple[str, ...] = ()
 
     @cached_property
     def side_files(self) -> list[Path]:
@@ -90,11 +93,13 @@ def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: P
     elif revision is not None:
         raise CheckpointError(f"{reference}: revision {revision!r} is given, but the model is a folder on this machine")
     try:
-        return _open_folder(reference, path) if path.is_dir() else _open_file(reference, path)
+        found = _open_folder(reference, path) if path.is_dir() else _open_file(reference, path)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{error.filename or path}: cannot be read: {os_reason(error)}") from None
+    tensors, wrappers = unwrap(reference, found.tensors)
+    return replace(found, tensors=tensors, wrappers=tuple(wrappers)) if wrappers else found
 
 
 def _existing(reference: str) -> Path | None:

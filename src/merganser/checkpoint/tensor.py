@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from .dtypes import DType
 
-__all__ = ["Source", "TensorInfo"]
+__all__ = ["Source", "TensorInfo", "renamed"]
 
 
 class Source(Protocol):
@@ -45,3 +45,22 @@ class TensorInfo:
     def numel(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """Reads a tensor by the name that it has in its file."""
+
+    source: Source
+    name: str
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        self.source.read_into(self.name, start, buffer)
+
+
+def renamed(tensor: TensorInfo, name: str) -> TensorInfo:
+    """Return the same bytes of the same file under another name."""
+    if name == tensor.name:
+        return tensor
+    source = None if tensor.source is None else _Renamed(tensor.source, tensor.name)
+    return replace(tensor, name=name, source=source)

@@ -113,10 +113,20 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
     say(f"check it:  merganser verify {out}")
     if plan.sidecars:
         say(f"restore:   merganser restore {out} --task {plan.sidecars.tasks[0].name}")
-    architectures = plan.config.get("architectures") or [""]
     if plan.config:
-        kind = "AutoModelForCausalLM" if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
-        say(f'load it:   transformers.{kind}.from_pretrained("{out}")')
+        say(f'load it:   transformers.{_loader(plan.config)}.from_pretrained("{out}")')
+
+
+def _loader(config: Mapping[str, Any]) -> str:
+    """Return the class of transformers that loads a checkpoint whole: `AutoModel` would leave out its head."""
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    own_code = config.get("auto_map")
+    if isinstance(own_code, dict):
+        return next((auto for auto, target in own_code.items() if str(target).endswith(f".{name}")), "AutoModel")
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "AutoModelForCausalLM"
+    return name if name.isidentifier() else "AutoModel"
 
 
 def _lengths(total: Mapping[str, Any]) -> None:

@@ -14,13 +14,16 @@ from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, op
 from ..errors import CheckpointError, MergeError, ParameterError, RecipeError, UnsupportedError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
-from .kernels.assignment import Treatment, treat
+from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import has_compiler, resolve_devices
 from .plan.agreement import compare_configs
 from .plan.alignment import Alignment, Member, Slot
 from .plan.ending import agree_on_ending
+from .plan.leftovers import without_leftovers
+from .plan.loadable import check_layers_load
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
+from .plan.renaming import named_alike
 from .plan.side_files import chat_template, code_warnings, side_files
 from .plan.slices import align_slices
 from .plan.tensor import PlannedTensor
@@ -75,7 +78,7 @@ def build_plan(
     _check_options(out_shard_size, threads, max_memory)
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
-    members = _open_all(recipe, cache_dir)
+    members, input_warnings = _open_all(recipe, cache_dir)
     check_union(recipe, members)
     alignment, drafts = _drafts(recipe, resolver, members)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
@@ -109,6 +112,7 @@ def build_plan(
         warnings=[
             *resolver.warnings,
             *resolver.idle_filters(),
+            *input_warnings,
             *alignment.warnings,
             *agreement,
             *config_warnings,
@@ -146,8 +150,10 @@ def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None) -> 
         raise type(error)(f"{recipe.place_of_model(reference)}: {error}") from None
 
 
-def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Member]:
+def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReference, Member], list[str]]:
+    """Open every checkpoint; return also what was stripped from names, and what was left out."""
     members: dict[ModelReference, Member] = {}
+    warnings: list[str] = []
     for reference in recipe.references():
         checkpoint = _open(recipe, reference, cache_dir)
         if checkpoint.quantised:
@@ -155,8 +161,16 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> dict[ModelReference, Me
                 f"{recipe.place_of_model(reference)}: {reference}: its weights are quantised ({checkpoint.quantised}); merging them as they are would give "
                 "garbage. Use the unquantised model; reading quantised ones comes with a later version"
             )
+        if checkpoint.wrappers:
+            stripped = ", ".join(checkpoint.wrappers)
+            warnings.append(f"{reference}: {stripped}: names of a training framework, stripped from those of tensors")
+        checkpoint, left_out = without_leftovers(recipe, reference, checkpoint)
+        warnings += left_out
+        if members and recipe.models:
+            checkpoint, old_names = named_alike(str(reference), checkpoint, members[recipe.donor].checkpoint)
+            warnings += old_names
         members[reference] = Member.of(reference, checkpoint, list(members.values())[:1])
-    return members
+    return members, warnings
 
 
 def _fuses(
@@ -190,7 +204,8 @@ def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, 
     donor = members[recipe.donor]
     if not recipe.slices:
         return align_models(recipe, donor, [members[source.model] for source in _all(resolver.sources(0))])
-    check_layer_ranges(recipe, {reference: member.anatomy.n_layers for reference, member in members.items()})
+    stacked = {reference: member.anatomy.n_layers for reference, member in members.items() if member.anatomy.main}
+    check_layer_ranges(recipe, stacked)
     slices = [_layer_ranges(resolver.sources(i)) for i in range(len(resolver.slices))]
     return align_slices(recipe, slices, donor, members)
 
@@ -207,6 +222,11 @@ def _drafts(
     recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]
 ) -> tuple[Alignment, list[PlannedTensor]]:
     """Match the inputs' tensors, and decide how each tensor of the output is made."""
+    if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
+        raise RecipeError(
+            f"{recipe.place_of('unmatched')}: {resolver.method.name} stores what gives each model back, so all models "
+            f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' goes with it"
+        )
     alignment = _align(recipe, resolver, members)
     drafts = [_draft(slot, recipe, resolver) for slot in alignment.slots]
     _check_whole_model(recipe, resolver.method, drafts)
@@ -216,15 +236,17 @@ def _drafts(
 def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
     """Decide dtype, inputs, method and parameters of one tensor; its place comes later."""
     given = resolver.sources(slot.slice_index)
-    base = slot.inputs[given.base.model] if given.base is not None else None
-    models: Sequence[TensorInfo] = [slot.inputs[source.model] for source in given.models]
+    base = slot.inputs[given.base.model] if given.base is not None and not slot.kept else None
+    sources = slot.inputs if slot.kept else [source.model for source in given.models]
+    models: Sequence[TensorInfo] = [slot.inputs[model] for model in sources]
     inputs = models if base is None else [base, *models]
     dtype, shape, role = inputs[0].dtype, inputs[0].shape, slot.part.role
     copy = dtype.kind != "float"
-    treatment = Treatment(resolver.method, {})
+    treatment = untouched() if slot.kept else Treatment(resolver.method, {})
     if not copy:
         declared = recipe.out_dtype or recipe.dtype
         dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.dtype for tensor in inputs])
+    if not copy and not slot.kept:
         # only slices give a tensor other names in the models; a tied head goes by the name of the output
         sliced = bool(recipe.slices) and slot.part.layer is not None
         names = [tensor.name if sliced else slot.rule for tensor in models]
@@ -304,6 +326,7 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
         sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
         config = sliced.config
         warnings += sliced.warnings
+        check_layers_load(config, donor, alignment.layers)
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
     # what most weights are

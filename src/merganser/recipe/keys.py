@@ -23,6 +23,7 @@ KEYS = (
     "tokenizer",
     "chat_template",
     "compat",
+    "unmatched",
     "random_seed",
 )
 MODULE_KEYS = ("models", "slices", "parameters")

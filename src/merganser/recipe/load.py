@@ -34,6 +34,9 @@ MAX_STAGE_NAME = 240
 UNION = "union"
 """In place of a model's tokenizer: that of all models together."""
 
+UNMATCHED = ("refuse", "base", "skip")
+"""What becomes of parts behind the layers that not all models hold in one shape."""
+
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
 
 
@@ -188,6 +191,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         place=root.place,
         text=document.text,
         places={key: value.place for key, value in (body | fields).items()},
+        unmatched=_unmatched(fields, body),
     )
     source = _tokenizer_source(fields)
     donor = _tokenizer_donor(source, recipe, reader) if source else None
@@ -286,6 +290,18 @@ def _layer_range(entry: Entry) -> tuple[int, int]:
 
 def _dtype(entry: Entry) -> str:
     return entry.choice(DTYPES, DTYPE_ALIASES)
+
+
+def _unmatched(fields: dict[str, Entry], body: dict[str, Entry]) -> Literal["refuse", "base", "skip"]:
+    if "unmatched" not in fields:
+        return "refuse"
+    entry = fields["unmatched"]
+    choice = cast('Literal["refuse", "base", "skip"]', entry.choice(UNMATCHED))
+    if choice != "refuse" and "slices" in body:
+        raise entry.error(f"{choice!r} is for recipes of models; slices must hold the same tensors")
+    if choice == "base" and "base_model" not in fields:
+        raise entry.error("'base' takes parts from the base, and the recipe has no base_model")
+    return choice
 
 
 def _chat_template(entry: Entry) -> str:

@@ -70,6 +70,8 @@ class Recipe:
         text: The document as written.
         places: Where each top-level key stands.
         warnings: What the recipe says to no effect.
+        unmatched: What becomes of parts behind the layers that not all models hold in one shape: "refuse" them, take
+            them from the "base", or "skip" them.
     """
 
     name: str | None
@@ -89,6 +91,7 @@ class Recipe:
     places: Mapping[str, Place] = field(repr=False)
     warnings: tuple[str, ...] = ()
     tokenizer_union: Place | None = None
+    unmatched: Literal["refuse", "base", "skip"] = "refuse"
 
     def place_of(self, key: str) -> Place:
         """Return where a top-level key stands, the start of the recipe if it is not there."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .load import DTYPES
+from .load import DTYPES, UNMATCHED
 from .scalar import FLAGS, FLOAT, MAX_DIGITS
 from .templates import AUTO, CHAT_TEMPLATES
 
@@ -83,6 +83,9 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         ),
         "chat_template": _described(template, f"{', '.join(names)}, or a Jinja template."),
         "compat": _described({"enum": ["mergekit", None]}, "Reproduce mergekit where it differs from the papers."),
+        "unmatched": _described(
+            {"enum": [*UNMATCHED, None]}, "Parts behind the layers that not all models hold in one shape."
+        ),
         "random_seed": _or_null(_ref("count")),
     }
 

@@ -253,7 +253,7 @@ def test_ranges_are_checked_against_the_models(tmp_path):
 
 def test_a_model_without_layers_cannot_be_sliced(tmp_path):
     path = write_model(tmp_path / "m", {"w": torch.zeros(3)})
-    with pytest.raises(RecipeError, match=r"no single stack of numbered layers|has 0 layers"):
+    with pytest.raises(RecipeError, match="has no numbered layers, so it cannot be sliced"):
         plan(make_sliced("passthrough", [piece((path, 0, 1))]))
 
 

@@ -89,10 +89,16 @@ def is_matrix(name: str, shape: Sequence[int], role: str | None, *, tables: bool
     return tables or role not in _TABLES
 
 
+@lru_cache(maxsize=1)
+def untouched() -> Treatment:
+    """Return how a tensor is taken from one model as it is."""
+    return Treatment(get_method("passthrough"), {"scale": (1.0,)})
+
+
 @lru_cache(maxsize=1024)
 def _beside(others: str, weight: tuple[float, ...], lambda_: float) -> Treatment:
     """Return how tensors that are not matrices are merged."""
     if others == "base":
-        return Treatment(get_method("passthrough"), {"scale": (1.0,)})
+        return untouched()
     parameters = {"weight": weight, "lambda": lambda_, "normalize": others == "average"}
     return Treatment(get_method("task_arithmetic"), parameters)

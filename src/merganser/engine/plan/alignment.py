@@ -17,7 +17,8 @@ from ...errors import CheckpointError
 from ...method import Location
 from ...recipe import ModelReference, Recipe
 
-_RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
+# buffers that old checkpoints hold and that model code computes by itself
+RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,7 @@ class Slot:
         t: Position in a layer schedule, 0 to 1.
         location: Where it is in the output (a tied head is where its embedding is).
         inputs: The tensor of each model of the slice.
+        kept: Whether it is not merged, but taken from the one model of `inputs` as it is.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Slot:
     t: float
     location: Location
     inputs: Mapping[ModelReference, TensorInfo]
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,12 @@ def _shape_message(
 ) -> str:
     shapes = f"{list(expected.shape)} in {first}, {list(tensor.shape)} in {other}"
     part = sources[other][0].anatomy.parts.get(tensor.name)
+    rows = {member.anatomy.vocab_size for member, _ in sources.values()}
+    if part is not None and part.role == "head" and not {expected.shape[0], tensor.shape[0]} <= rows:
+        return (
+            f"{name}: heads differ: {shapes}. They have other labels, so they cannot be merged; to merge the rest, write "
+            "'unmatched: skip' (leave them out) or 'unmatched: base' (keep the base's) into the recipe"
+        )
     if part is not None and part.role in ("embedding", "head") and tensor.shape[1:] == expected.shape[1:]:
         return (
             f"{name}: vocabularies differ: {shapes}. Models are merged row by row, so both must have the same "
@@ -183,13 +192,14 @@ def _names(
             f"{head}: {', '.join(untied)} has a head of its own, so the output has one, too, and is not tied"
         )
     drop = _droppable(head, tied, everyone, warnings)
+    drop |= _copies(donor, members, head, warnings)
     return [name for name in names if name not in drop], head, tied, drop
 
 
 def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]) -> set[str]:
     """Return names that some models hold and the output need not: recomputed buffers and copies of tied heads."""
     names = dict.fromkeys(name for m in members for name in m.checkpoint.tensors)
-    drop = {name for name in names if _RECOMPUTED.search(name) and not _alike(name, members)}
+    drop = {name for name in names if RECOMPUTED.search(name) and not _alike(name, members)}
     if drop:
         warnings.append(f"{_some(sorted(drop))}: not alike in every model; left out, as model code computes it")
     if tied and head and any(head not in m.checkpoint.tensors for m in members):
@@ -198,15 +208,38 @@ def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings
     return drop
 
 
+def _copies(donor: Member, members: Sequence[Member], head: str | None, warnings: list[str]) -> set[str]:
+    """Return names under which others repeat a tensor that the donor holds once, as T5's stacks do the shared table."""
+    once = dict(donor.anatomy.tied)
+    held = dict.fromkeys(name for member in members for name in member.checkpoint.tensors)
+    copies = [name for name in held if name in once and name != head and name not in donor.checkpoint.tensors]
+    if copies:
+        sources = ", ".join(dict.fromkeys(once[name] for name in copies))
+        warnings.append(
+            f"{_some(copies)}: copies of {sources}, which some models hold and the output needs once; left out"
+        )
+    return set(copies)
+
+
 def _alike(name: str, members: Sequence[Member]) -> bool:
     """Say whether every model holds a tensor that some hold, in one shape and dtype."""
     held = (member.checkpoint.tensors.get(name) for member in members)
     return len({tensor and (tensor.shape, tensor.dtype) for tensor in held}) == 1
 
 
-def _check_names(donor: Member, member: Member, names: Sequence[str], own: set[str]) -> None:
-    """Refuse a model that lacks tensors of the output, or holds others."""
-    missing = sorted(name for name in names if member.tensor(name) is None)
+def _check_names(
+    donor: Member, member: Member, names: Sequence[str], own: set[str], renamed: Mapping[str, str] | None = None
+) -> None:
+    """Refuse a model that lacks tensors of the output, or holds others.
+
+    Args:
+        donor: Gives the names.
+        member: The model.
+        names: Of the output.
+        own: Names that the model holds.
+        renamed: The model's own name of a tensor of the output, where it is another one.
+    """
+    missing = sorted(name for name in names if member.tensor((renamed or {}).get(name, name)) is None)
     extra = sorted(own.difference(names))
     if missing or extra:
         lines = [f"{member.reference} and {donor.reference} do not hold the same tensors"]
@@ -215,7 +248,33 @@ def _check_names(donor: Member, member: Member, names: Sequence[str], own: set[s
         if extra:
             lines.append(f"{len(extra)} only in {member.reference}: {_some(extra)}")
         lines.append("only models of one architecture can be merged")
+        kind = donor.checkpoint.config.get("model_type")
+        if (
+            kind
+            and kind == member.checkpoint.config.get("model_type")
+            and 2 * min(len(missing), len(extra)) > len(names)
+        ):
+            lines.append(
+                f"both are {kind}, so one was saved by other code: save it again with the code that wrote the other"
+            )
+        holders = [(name, next(m for m in (donor, member) if name in m.anatomy.parts)) for name in (*missing, *extra)]
+        if all(may_be_unmatched(name, holder) for name, holder in holders):
+            lines.append(
+                "these come behind the layers: 'unmatched: skip' or 'unmatched: base' in the recipe merges the rest"
+            )
         raise CheckpointError("; ".join(lines))
+
+
+def may_be_unmatched(name: str, holder: Member) -> bool:
+    """Return whether a tensor comes behind the layers, and so may differ between models of one architecture."""
+    anatomy = holder.anatomy
+    part = anatomy.parts[name]
+    if part.role == "norm":
+        # the norm beside the layers is the last part of the trunk; those of heads are elsewhere
+        stacks = [anatomy.main] if anatomy.main is not None else list(anatomy.stacks)
+        if name.rsplit(".", 2)[0] in {stack.rpartition(".")[0] for stack in stacks}:
+            return False
+    return part.position == "after" and part.role != "embedding" and name != anatomy.embedding
 
 
 def _part(name: str, members: Iterable[Member]) -> Part:

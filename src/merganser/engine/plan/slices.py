@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ...anatomy import Part
-from ...errors import CheckpointError, RecipeError
+from ...errors import CheckpointError
 from ...method import Location
 from ...recipe import ModelReference, Recipe, layer_depth
 from .alignment import (
-    _RECOMPUTED,
+    RECOMPUTED,
     Alignment,
     Member,
     Slot,
-    _anatomy,
     _check_names,
     _inputs,
     _names,
-    _part,
     _some,
     after_layers,
     location_of,
 )
+from .stacking import check_outside, check_stack, donor_layer
 
 
 def align_slices(
@@ -40,14 +40,11 @@ def align_slices(
 
     Raises:
         RecipeError: A model has no single stack of layers.
-        CheckpointError: Tensors are missing or of different shapes.
+        CheckpointError: Tensors are missing or of different shapes, or the donor has no layer like one of the output.
     """
     used = [members[reference] for reference in dict.fromkeys(r for piece in slices for r in piece)]
-    for member in used:
-        if member.anatomy.main is None:
-            raise RecipeError(
-                f"{recipe.place}: {member.reference} has no single stack of numbered layers, so it cannot be sliced"
-            )
+    for member in dict.fromkeys([donor, *used]):
+        check_stack(recipe, member)
     warnings: list[str] = []
     names, head, tied, drop = _names(donor, used, warnings)
     if tied and head:
@@ -58,31 +55,66 @@ def align_slices(
         warnings.append(
             f"the models are tied, so the output's head is its embedding: that of {', '.join(map(str, slices[0]))}"
         )
-    slots: list[Slot] = []
-    layers: list[int] = []
-
-    def outside(position: str, index: int, t: float) -> None:
-        sources = {reference: members[reference] for reference in slices[index]}
-        parts = {name: _part(name, [donor, *used]) for name in names}
-        wheres = {name: location_of(name, _anatomy(name, [donor, *used])) for name in names}
-        found = [name for name in names if parts[name].position == position]
-        for member in sources.values():
-            own = (name for name, part in member.anatomy.parts.items() if part.position == position)
-            _check_names(donor, member, found, set(own) - drop)
-        for name in found:
-            inputs = _inputs(name, {reference: (member, name) for reference, member in sources.items()})
-            slots.append(Slot(name, name, parts[name], index, t, wheres[name], inputs))
-
-    outside("before", 0, 0.0)
     total = sum(len(next(iter(starts.values()))) for starts in slices)
+    frame = _Frame(donor, used, names, drop, total)
+    first, last = ({reference: members[reference] for reference in slices[index]} for index in (0, -1))
+    slots = frame.slots("before", first, 0, 0.0)
+    layers: list[int] = []
     for index, starts in enumerate(slices):
-        # per-layer settings in the config are the donor's
-        own = starts.get(donor.reference) or next(iter(starts.values()))
-        for step in range(len(own)):
-            slots += _layer(members, starts, step, len(layers), total, index)
-            layers.append(min(own[step], donor.anatomy.n_layers - 1))
-    outside("after", len(slices) - 1, after_layers(recipe))
+        for step in range(len(next(iter(starts.values())))):
+            made = list(_layer(members, starts, step, len(layers), total, index))
+            slots += made
+            # per-layer settings in the config are the donor's
+            own = starts.get(donor.reference) or next(iter(starts.values()))
+            layers.append(donor_layer(donor, own[step], made))
+    slots += frame.slots("after", last, len(slices) - 1, after_layers(recipe))
     return Alignment(slots, tied, layers, warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What is outside the layers.
+
+    Prediction layers move with the last layer, so tensors go by the names that they have in the output.
+
+    Args:
+        donor: Gives the names.
+        used: All models of the slices.
+        names: Of the tensors, in the donor or in the first model that has them.
+        drop: Names that the output does not have.
+        n_layers: Number of layers of the output.
+    """
+
+    donor: Member
+    used: Sequence[Member]
+    names: Sequence[str]
+    drop: Collection[str]
+    n_layers: int
+
+    def slots(self, position: str, sources: Mapping[ModelReference, Member], slice_index: int, t: float) -> list[Slot]:
+        """Return the slots of one side of the layers, which a slice makes."""
+        own = {member.reference: self._held(member, position) for member in [self.donor, *self.used]}
+        found = {}
+        for name in self.names:
+            holder = next(member for member in [self.donor, *self.used] if name in member.anatomy.parts)
+            if holder.anatomy.parts[name].position == position:
+                found[holder.anatomy.rename_behind(name, self.n_layers)] = (holder, name)
+        for reference, member in sources.items():
+            held = {new for new, old in own[reference].items() if old not in self.drop}
+            _check_names(self.donor, member, list(found), held, own[reference])
+        slots = []
+        for new, (holder, name) in found.items():
+            inputs = _inputs(new, {r: (member, own[r].get(new, name)) for r, member in sources.items()})
+            check_outside(new, inputs, self.donor, own[self.donor.reference].get(new, name))
+            part = replace(holder.anatomy.parts[name], name=new)
+            slots.append(Slot(new, new, part, slice_index, t, location_of(name, holder.anatomy), inputs))
+        return slots
+
+    def _held(self, member: Member, position: str) -> dict[str, str]:
+        """Return the member's own names of its tensors on that side, by their names in the output."""
+        anatomy = member.anatomy
+        names = [name for name, part in anatomy.parts.items() if part.position == position]
+        return {anatomy.rename_behind(name, self.n_layers): name for name in names}
 
 
 def _layer(
@@ -99,7 +131,7 @@ def _layer(
     named = {reference: members[reference].layers[layers[step]] for reference, layers in starts.items()}
     common = set.intersection(*(set(names) for names in named.values()))
     for reference, names in named.items():
-        kept = {suffix: name for suffix, name in names.items() if suffix in common or not _RECOMPUTED.search(name)}
+        kept = {suffix: name for suffix, name in names.items() if suffix in common or not RECOMPUTED.search(name)}
         named[reference] = kept
     pattern = named[first]
     for reference, names in named.items():

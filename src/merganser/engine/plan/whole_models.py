@@ -17,6 +17,7 @@ from .alignment import (
     after_layers,
     location_of,
 )
+from .unmatched import find_unmatched
 
 
 def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Alignment:
@@ -32,8 +33,14 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
     """
     warnings: list[str] = []
     names, head, tied, drop = _names(donor, members, warnings)
+    held = (name for member in members for name in member.checkpoint.tensors if name not in drop)
+    unmatched = find_unmatched(recipe, donor, members, dict.fromkeys([*names, *held]))
+    warnings += unmatched.warnings
+    names = [name for name in names if name not in unmatched.dropped]
+    matched = [name for name in names if name not in unmatched.kept]
     for member in members:
-        _check_names(donor, member, names, set(member.checkpoint.tensors) - drop)
+        own = set(member.checkpoint.tensors) - drop - unmatched.kept - unmatched.dropped
+        _check_names(donor, member, matched, own)
     end = after_layers(recipe)
     slots = []
     for name in names:
@@ -45,5 +52,7 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         depth = donor.anatomy.depth(name) if name in donor.anatomy.parts else None
         t = depth if depth is not None else (end if part.position == "after" and rule == name else 0.0)
         where = location_of(rule, _anatomy(rule, [donor, *members]))
-        slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, {m.reference: (m, name) for m in members})))
+        kept = name in unmatched.kept
+        sources = {member.reference: (member, name) for member in ([donor] if kept else members)}
+        slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, sources), kept))
     return Alignment(slots, tied, None, warnings)

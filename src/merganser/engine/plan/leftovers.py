@@ -1,0 +1,81 @@
+"""What training leaves in a checkpoint beside the model: tensors that no model class loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...checkpoint import Checkpoint
+from ...errors import CheckpointError
+from ...recipe import ModelReference, Recipe
+from ...wording import some
+
+__all__ = ["without_leftovers"]
+
+# By name alone: asking transformers would import it for every merge, which takes longer than planning one.
+_LEFTOVERS: Mapping[str, re.Pattern[str]] = {
+    "LoRA factors that were not merged into the weights": re.compile(
+        r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.|$)"
+    ),
+    "factors of an adapter that were not merged into the weights": re.compile(
+        r"\.(ia3_l|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|b?oft_[rRsS]|vera_lambda_[bd])(\.|$)"
+    ),
+    "weights that an adapter is put around": re.compile(r"\.base_layer\.(weight|bias)$"),
+    "copies that an adapter trains": re.compile(r"\.(modules_to_save|original_module)\."),
+    "a value head": re.compile(r"^(pretrained_model\.|model\.)?(v_head|value_head|critic_head)\."),
+    "moving averages": re.compile(r"^(model_ema|ema_model|ema)\."),
+    "weights and masks of pruning": re.compile(r"\.(weight|bias)_(orig|mask)$"),
+    "flattened parameters of FSDP": re.compile(r"(^|\.)_?flat_param(_\d+)?$"),
+    "the state of an optimizer": re.compile(r"^(optimizer|optimizer_state|lr_scheduler)\."),
+}
+
+
+_OTHER_HEADS = re.compile(r"^(score|classifier|qa_outputs|regression_head|reward_head)\.")
+
+
+def without_leftovers(
+    recipe: Recipe, reference: ModelReference, checkpoint: Checkpoint
+) -> tuple[Checkpoint, list[str]]:
+    """Return the checkpoint without what no model class loads, and what was left out.
+
+    Args:
+        recipe: Says in `unmatched` whether such tensors may be left out.
+        reference: The checkpoint as the recipe names it.
+        checkpoint: An input. One without config.json is no model of a known class and is returned as it is.
+
+    Raises:
+        CheckpointError: There are such tensors, and the recipe does not say what becomes of them.
+    """
+    patterns = dict(_LEFTOVERS)
+    if architecture := _language_model(checkpoint.config):
+        patterns[f"a head that {architecture} does not have"] = _OTHER_HEADS
+    found = {what: list(_matching(pattern, checkpoint.tensors)) for what, pattern in patterns.items()}
+    found = {what: names for what, names in found.items() if names}
+    if not found or not checkpoint.config:
+        return checkpoint, []
+    parts = "; ".join(f"{what}: {some(names)}" for what, names in found.items())
+    if recipe.unmatched == "refuse":
+        raise CheckpointError(
+            f"{recipe.place_of_model(reference)}: {reference}: holds what no model class loads: {parts}. Merge adapters into the weights (merge_and_unload), or "
+            "write 'unmatched: skip' into the recipe to leave these out"
+        )
+    left = {name for names in found.values() for name in names}
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
+    if not tensors:
+        raise CheckpointError(
+            f"{recipe.place_of_model(reference)}: {reference}: holds nothing but what no model class loads: {parts}"
+        )
+    return replace(checkpoint, tensors=tensors), [f"{reference}: left out, as no model class loads it: {parts}"]
+
+
+def _language_model(config: Mapping[str, Any]) -> str | None:
+    """Return the class of a model whose only head is over the vocabulary; None for others, and for code of its own."""
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return name if name.endswith(("ForCausalLM", "LMHeadModel")) and not config.get("auto_map") else None
+
+
+def _matching(pattern: re.Pattern[str], names: Iterable[str]) -> Iterable[str]:
+    return (name for name in names if pattern.search(name))

@@ -1,0 +1,87 @@
+"""Whether transformers would build, from the output's config, the layers that the output has.
+
+Names and shapes of stacked layers are compared with the donor's beforehand. What they do not show is which kind of layer
+the config asks for at each place: a dense layer where experts are written would be loaded with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...anatomy import Anatomy, infer_anatomy
+from ...errors import CheckpointError
+from .alignment import Member
+from .meta_model import build_model
+
+__all__ = ["check_layers_load"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_layers_load(config: Mapping[str, Any], donor: Member, layers: Sequence[int]) -> None:
+    """Refuse a config from which transformers builds other layers than the donor's.
+
+    Both models are built without memory, on the meta device, which takes one or two seconds, most of it for importing
+    transformers. Only slices are worth that: whole models keep names, shapes and config of the donor. Names are compared
+    as they are in memory, so how a file calls them does not matter. Nothing is checked where transformers is missing or
+    does not know the class, or cannot build the donor either.
+
+    Args:
+        config: config.json of the output.
+        donor: Gives the config that it was made from.
+        layers: For each layer of the output, the donor's layer that describes it.
+
+    Raises:
+        CheckpointError: A layer would be another one, or the model cannot be built. The message names the tensors.
+    """
+    if list(layers) == list(range(donor.anatomy.n_layers)):
+        return
+    before = _built(donor.checkpoint.config)
+    if not isinstance(before, dict):
+        return
+    after = _built(config)
+    what = f"the config for the chosen layers of {donor.reference}"
+    if after is None:
+        return
+    if isinstance(after, str):
+        raise CheckpointError(f"{what}: transformers cannot build the model: {after}")
+    old, new = infer_anatomy(before, donor.checkpoint.config), infer_anatomy(after, config)
+    if old.main is None or old.main != new.main or old.n_layers != donor.anatomy.n_layers:
+        # in memory the stack is not the one of the file
+        return
+    if new.n_layers != len(layers):
+        raise CheckpointError(f"{what}: transformers would build {new.n_layers} layers, {len(layers)} were chosen")
+    for position, index in enumerate(layers):
+        _compare(f"{what}: layer {position}", _layer(before, old, index), _layer(after, new, position))
+    _compare(what, _outside(before, old), _outside(after, new))
+
+
+def _compare(what: str, written: Shapes, built: Shapes) -> None:
+    for name in sorted(written.keys() | built.keys()):
+        own, other = written.get(name), built.get(name)
+        if own == other:
+            continue
+        found = "is not written" if own is None else f"is written with {list(own)}"
+        wanted = "would not be loaded" if other is None else f"would be loaded as {list(other)}"
+        raise CheckpointError(
+            f"{what}: {name} {found} and {wanted}, so transformers would not load the result; choose layers for which the "
+            "config can say of what kind they are"
+        )
+
+
+def _layer(shapes: Shapes, anatomy: Anatomy, index: int) -> Shapes:
+    prefix = f"{anatomy.main}.{index}."
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _outside(shapes: Shapes, anatomy: Anatomy) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if not name.startswith(f"{anatomy.main}.")}
+
+
+def _built(config: Mapping[str, Any]) -> Shapes | str | None:
+    """Return the tensors of the model that a config describes, by their names in memory; a text or None as there."""
+    model = build_model(config)
+    if model is None or isinstance(model, str):
+        return model
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,113 @@
+"""Models as transformers builds them, without memory: on the meta device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = ["build_model"]
+
+# A config may name code to fetch and run (kernels), or weights to fetch (backbones): the first is left out, with the second
+# no model is built.
+_FETCHES_CODE = re.compile(
+    r"_implementation|^kernel_config$|^use_kernels$|^fusion_config$|^quantization_config$|name_or_path"
+)
+_FETCHES_WEIGHTS = re.compile(r"backbone|timm|pretrained_model")
+# A config is a text that anyone may have written: numbers that would take minutes to build are not tried.
+_MODULES = re.compile(r"layer|depth|block|expert|stage|codebook")
+_SIZES = re.compile(r"size|dim|theta")
+_MOST_MODULES = 5_000
+_MOST_TOGETHER = 200_000
+_MOST_LABELS = 1_000_000
+_MOST = 20_000_000
+_MOST_REPEATS = 1_000
+
+
+def build_model(config: Mapping[str, Any]) -> Any | str | None:
+    """Return the model that a config describes, on the meta device.
+
+    Importing transformers takes one or two seconds, so this is for merges that need it. No code of a checkpoint is run, and
+    nothing is fetched.
+
+    Args:
+        config: The contents of config.json.
+
+    Returns:
+        The model; a text where transformers refuses the config; None where transformers is missing, does not know the
+        class, or the checkpoint brings code of its own, names weights to fetch, or is beyond all sizes.
+    """
+    architectures = config.get("architectures")
+    if not (isinstance(architectures, list) and architectures) or not _is_tried(config):
+        return None
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    kind: Any = getattr(transformers, str(architectures[0]), None)
+    known = getattr(kind, "config_class", None)
+    if known is None or known.model_type != config.get("model_type"):
+        return None
+    logging: Any = transformers.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            return kind(known.from_dict({**_harmless(config), "attn_implementation": "eager"}))
+    except Exception as error:  # a config class may raise anything
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, those of nested configs included."""
+    for key, value in config.items():
+        yield str(key), value
+        if isinstance(value, Mapping):
+            yield from _settings(value)
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """Yield the whole numbers of a value that may be a list of lists."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
+
+
+def _is_tried(config: Mapping[str, Any]) -> bool:
+    """Return whether a config names nothing to fetch, brings no code, and describes a model that is built in seconds."""
+    layers = experts = 1
+    for key, value in _settings(config):
+        if value and (key == "auto_map" or _FETCHES_WEIGHTS.search(key)):
+            return False
+        largest = max(_numbers(value), default=0)
+        if largest > _most(key):
+            return False
+        if "expert" in key and not _SIZES.search(key):
+            experts = max(experts, largest)
+        elif key.endswith(("layers", "n_layer", "depth")):
+            layers = max(layers, largest)
+    return layers * experts <= _MOST_TOGETHER
+
+
+def _most(key: str) -> int:
+    """Return the largest number with which a model is still built in seconds."""
+    if key == "attention_types":
+        return _MOST_REPEATS
+    if "label" in key:
+        return _MOST_LABELS
+    return _MOST_MODULES if _MODULES.search(key) and not _SIZES.search(key) else _MOST
+
+
+def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config without what would fetch code."""
+    return {
+        key: _harmless(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not _FETCHES_CODE.search(str(key))
+    }

@@ -1,0 +1,103 @@
+"""Whether layers fit on each other: the output has the donor's config, so it must be made of what the donor is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ...checkpoint import TensorInfo
+from ...errors import CheckpointError, RecipeError
+from ...recipe import ModelReference, Recipe
+from .alignment import RECOMPUTED, Member, Slot
+
+__all__ = ["check_outside", "check_stack", "donor_layer"]
+
+Shape = tuple[int, ...]
+
+
+def check_stack(recipe: Recipe, member: Member) -> None:
+    """Refuse a model that has no single stack of layers.
+
+    Raises:
+        RecipeError: It has none, or several.
+    """
+    anatomy = member.anatomy
+    if anatomy.main is not None:
+        return
+    if not anatomy.stacks:
+        raise RecipeError(f"{recipe.place}: {member.reference} has no numbered layers, so it cannot be sliced")
+    stacks = ", ".join(f"{prefix} ({count} layers)" for prefix, count in anatomy.stacks.items())
+    raise RecipeError(
+        f"{recipe.place}: {member.reference} has several stacks of layers, {stacks}, so a layer_range does not say which "
+        "are meant; models of one stack can be sliced"
+    )
+
+
+def donor_layer(donor: Member, index: int, made: Sequence[Slot]) -> int:
+    """Return the layer of the donor whose settings in the config describe a layer of the output.
+
+    Args:
+        donor: Gives the config.
+        index: The layer that is meant, by its number in the model that it comes from.
+        made: The tensors of the layer.
+
+    Returns:
+        `index`, or the nearest layer that is made of tensors of the same names and shapes.
+
+    Raises:
+        CheckpointError: The donor has no layer made of the same.
+    """
+    shapes = {_suffix(slot): next(iter(slot.inputs.values())).shape for slot in made}
+    order = sorted(donor.layers, key=lambda own: (abs(own - index), own))
+    nearest = {suffix: donor.checkpoint.tensors[name].shape for suffix, name in donor.layers[order[0]].items()}
+    for own in order:
+        held = {suffix: donor.checkpoint.tensors[name].shape for suffix, name in donor.layers[own].items()}
+        if _needed(held) == _needed(shapes):
+            return own
+    sources = " and ".join(str(reference) for reference in made[0].inputs)
+    raise CheckpointError(
+        f"layer {made[0].part.layer} of the output, from {sources}: {_differences(shapes, nearest)} in layer {order[0]} of "
+        f"{donor.reference}, whose config the output gets, and no other layer of it is like that; only layers of one "
+        "architecture and size can be stacked"
+    )
+
+
+def _suffix(slot: Slot) -> str:
+    return slot.name.removeprefix(f"{slot.part.stack}.{slot.part.layer}.")
+
+
+def _needed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {suffix: shape for suffix, shape in shapes.items() if not RECOMPUTED.search(f"h.0.{suffix}")}
+
+
+def _differences(shapes: Mapping[str, Shape], others: Mapping[str, Shape]) -> str:
+    for suffix in sorted(shapes.keys() | others.keys()):
+        own, other = shapes.get(suffix), others.get(suffix)
+        if own != other:
+            texts = ["is missing" if shape is None else f"is {list(shape)}" for shape in (own, other)]
+            return f"{suffix} {texts[0]}, but {texts[1]}"
+    return "its tensors are others than"
+
+
+def check_outside(name: str, inputs: Mapping[ModelReference, TensorInfo], donor: Member, own: str) -> None:
+    """Refuse a tensor outside the layers that has another shape than the donor's.
+
+    Args:
+        name: Its name in the output.
+        inputs: The tensors that it is made from.
+        donor: Gives the config.
+        own: Its name in the donor.
+
+    Raises:
+        CheckpointError: The shapes differ.
+    """
+    expected = donor.tensor(own)
+    reference, found = next(iter(inputs.items()))
+    if expected is None or expected.shape == found.shape:
+        return
+    part = donor.anatomy.parts.get(own)
+    table = part is not None and part.role in ("embedding", "head") and expected.shape[1:] == found.shape[1:]
+    why = "vocabularies differ" if table else "shapes differ"
+    raise CheckpointError(
+        f"{name}: {why}: {list(found.shape)} in {reference}, {list(expected.shape)} in {donor.reference}, whose config "
+        "the output gets; only models of one architecture and size can be stacked"
+    )

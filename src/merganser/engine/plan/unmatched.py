@@ -1,0 +1,72 @@
+"""Parts that not all models hold in one shape: heads with other labels, poolers, prediction layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ...errors import CheckpointError
+from ...recipe import Recipe
+from ...wording import some
+from .alignment import Member, may_be_unmatched
+
+__all__ = ["Unmatched", "find_unmatched"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unmatched:
+    """What becomes of the tensors that not all models hold in one shape.
+
+    Args:
+        kept: Names of those that the output has from the donor, as they are.
+        dropped: Names of those that it does not have.
+        warnings: Which they are.
+    """
+
+    kept: frozenset[str] = frozenset()
+    dropped: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
+
+
+def find_unmatched(recipe: Recipe, donor: Member, members: Sequence[Member], names: Iterable[str]) -> Unmatched:
+    """Find the tensors that not all models hold in one shape, and decide what becomes of them.
+
+    Args:
+        recipe: Says in `unmatched` what is wanted.
+        donor: Gives what is kept.
+        members: All inputs of the merge.
+        names: Every name that counts: of the donor, and of the others.
+
+    Raises:
+        CheckpointError: A layer or an embedding is among them.
+    """
+    if recipe.unmatched == "refuse":
+        return Unmatched()
+    found = [name for name in names if not _is_alike(name, members)]
+    for name in found:
+        holder = next(member for member in [donor, *members] if name in member.anatomy.parts)
+        if not may_be_unmatched(name, holder):
+            shapes = ", ".join(f"{_shape(name, member)} in {member.reference}" for member in members)
+            raise CheckpointError(
+                f"{name}: {shapes}; 'unmatched: {recipe.unmatched}' is for what comes behind the layers, and models that "
+                "differ in layers or embeddings are of different architectures"
+            )
+    held = {name for name in found if name in donor.checkpoint.tensors}
+    kept = held if recipe.unmatched == "base" else set()
+    warnings = []
+    if kept:
+        warnings.append(f"not in all models in one shape, and taken from {donor.reference}: {some(sorted(kept))}")
+    if dropped := set(found) - kept:
+        needed = "; loading the output as a class that needs them starts them anew" if held and not kept else ""
+        warnings.append(f"not in all models in one shape, and left out: {some(sorted(dropped))}{needed}")
+    return Unmatched(frozenset(kept), frozenset(dropped), tuple(warnings))
+
+
+def _is_alike(name: str, members: Sequence[Member]) -> bool:
+    held = [member.tensor(name) for member in members]
+    return all(held) and len({(tensor.shape, tensor.dtype.kind) for tensor in held if tensor}) == 1
+
+
+def _shape(name: str, member: Member) -> str:
+    tensor = member.tensor(name)
+    return "missing" if tensor is None else str(list(tensor.shape))
