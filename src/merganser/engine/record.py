@@ -60,10 +60,13 @@ def _treatment(plan: Plan) -> str:
     # many tensors share one set of parameters
     parameters: dict[int, str] = {}
     for t in plan.tensors:
-        text = parameters.setdefault(id(t.parameters), repr(sorted(t.parameters.items())))
+        if id(t.parameters) not in parameters:
+            parameters[id(t.parameters)] = repr(sorted(t.parameters.items()))
         made = (t.name, t.dtype.name, t.shape, t.copy, t.compute_dtype.name, t.layer, t.role, t.shard, t.offset)
         inputs = [None if source is None else (str(source.file), source.name) for source in (t.base, *t.models)]
-        found.update(repr((made, inputs, t.method.name, text, sorted(t.located.items()))).encode())
+        found.update(
+            repr((made, inputs, t.method.name, parameters[id(t.parameters)], sorted(t.located.items()))).encode()
+        )
     return found.hexdigest()
 
 
