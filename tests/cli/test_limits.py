@@ -20,7 +20,7 @@ from merganser import MergeError, load_recipe, merge, verify
 from merganser.cli._text import parse_size
 from merganser.errors import MemoryLimitError, OutputError
 from merganser.process import memory_here
-from tests.cli.tiny import linear, names, recipe, run, write
+from tests.cli.tiny import linear, names, recipe, run
 
 FULL = Path("/dev/full")
 
@@ -202,7 +202,7 @@ def test_too_little_memory_for_the_libraries() -> None:
 def test_a_size_beyond_64_bits(models: Path, size: str) -> None:
     found = run("merge", recipe(models / "r.yaml", linear("a", "b")), "out", "--out-shard-size", size)
     assert found.code == 2
-    assert "expected a size of" in found.err
+    assert "expected a size below 8 EiB" in found.err
     assert len(found.err) < 1000
     assert parse_size("8000000TB") == 8 * 10**18
 
@@ -221,9 +221,7 @@ def test_a_name_that_no_file_can_have(models: Path, name: str, more: list[str], 
 
 def test_a_name_that_is_not_utf_8(models: Path) -> None:
     out = os.fsdecode(b"o\xff\ntarget")
-    write(models / os.fsdecode(b"m\xff"), {"w": torch.ones(2)})
-    write(models / "m", {"w": torch.ones(2)})
-    made = merge(linear(os.fsdecode(b"m\xff"), "m"), out)
+    made = merge(linear("a", "b"), out)
     assert made.out.is_dir()
     assert verify(out).ok
     done = process("merge", recipe(models / "r.yaml", linear("a", "b")), out, "--overwrite", capture_output=True)
