@@ -59,7 +59,9 @@ def measure_samples(
             stored = torch.stack([own[k + 1] for own in first])
             torch.sub(stored, origin, out=deltas[:, k])
             if with_base and k < width - 1:
-                rounding.append(rounding_norms(stored))
+                # fewer elements are enough for a mean of squares
+                few = stored[:, :PAIR_SAMPLE]
+                rounding.append(rounding_norms(few) * (size / few.shape[1]) ** 0.5)
         norm, change = origin.norm(dim=1).tolist(), deltas.norm(dim=2).tolist()
         pairs = _pairs(deltas[:, :-1, :PAIR_SAMPLE]) if with_base and width > 2 else None
         for k, i in enumerate(members):
