@@ -15,8 +15,9 @@ import pytest
 from merganser.engine import run
 from merganser.engine.kernels import blocks, merge_tensor
 from merganser.engine.merge import merge
+from merganser.engine.output import staging
 from merganser.engine.run import Interrupted
-from merganser.engine.stream import groups, staging
+from merganser.engine.stream import groups
 
 BLOCK, SEGMENT_BLOCKS = 128, 2
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from merganser.anatomy import infer_anatomy
+from merganser.engine.alignment.alignment import location_of
 from merganser.engine.kernels.merge_tensor import merge_tensors
 from merganser.engine.merge import merge, plan
-from merganser.engine.plan.alignment import location_of
 from merganser.engine.stream import groups as work
 from merganser.method.method import fill
 from merganser.method.registry import get_method, methods

@@ -9,7 +9,7 @@ import torch
 
 import merganser
 from merganser.engine.in_memory import merge_to_state_dict
-from merganser.engine.stream import staging
+from merganser.engine.output import staging
 from merganser.errors import NonFiniteError
 from tests.making import assert_equal, llama, llama_config, make_recipe, read_model, write_llamas, write_model
 

@@ -15,12 +15,12 @@ from ..checkpoint import INDEX_NAME, index_json
 from ..errors import CheckpointError
 from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
+from .output.digests import digest, file_hash
 from .plan.plan import Plan
 from .plan.sidecars import FOLDER
 from .record import input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors
-from .stream.digests import digest, file_hash
 from .stream.groups import Group
 
 Entries = Mapping[tuple[int, int], Mapping[str, Any]]

@@ -112,8 +112,8 @@ def merge_state_dicts(
     from ..errors import CheckpointError, UnsupportedError
     from ..method.method import fill
     from ..method.registry import get_method
+    from .alignment.alignment import location_of
     from .kernels.merge_tensor import merge_tensors
-    from .plan.alignment import location_of
 
     found = get_method(method)
     settings = {name.rstrip("_"): value for name, value in parameters.items()}

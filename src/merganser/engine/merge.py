@@ -20,9 +20,9 @@ from ..errors import MergeError, OutputError, RecipeError
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 
 if TYPE_CHECKING:
+    from .output.ownership import Owned
     from .plan.plan import Plan
     from .run import Progress, Result
-    from .stream.ownership import Owned
 
 __all__ = ["RecipeLike", "merge", "plan", "plan_with_stages_made", "stages_folder"]
 
@@ -95,8 +95,8 @@ def merge(
         MergeError: A recipe, an input or the target is at fault; the message says why.
         Interrupted: Ctrl-C; the same call continues.
     """
+    from .output.staging import check_target
     from .run import run_plan
-    from .stream.staging import check_target
 
     out, recipes = Path(out), _load(recipe)
     given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
@@ -232,7 +232,7 @@ class _Stages:
 
     def remove(self) -> None:
         """Remove all that is ours; nothing, where anything is not."""
-        from .stream.ownership import survey_each
+        from .output.ownership import survey_each
 
         with contextlib.suppress(OSError):
             survey_each(self.home, known=self.made).remove()
@@ -241,8 +241,8 @@ class _Stages:
 @contextlib.contextmanager
 def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
     """Hold the folder of the stages; remove it in the end, but for a run that can be continued."""
-    from .stream.lock import acquire_lock
-    from .stream.ownership import survey_each
+    from .output.lock import acquire_lock
+    from .output.ownership import survey_each
 
     home = stages_folder(out)
     # beside the folder, which comes and goes
@@ -279,9 +279,9 @@ def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
 
 def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> Owned:
     """Make one stage, unless it lies there, made from the same and unchanged since."""
+    from .output.ownership import STAGE_NOTE, survey
     from .record import fingerprint
     from .run import Interrupted, run_plan
-    from .stream.ownership import STAGE_NOTE, survey
 
     mark = fingerprint(plan, {"allow_nonfinite": given["allow_nonfinite"]})
     note = folder / STAGE_NOTE
@@ -303,7 +303,7 @@ def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> Owned:
 
 def _files(folder: Path) -> list[list[Any]]:
     """Return name, size and time of change of every file in a stage's folder."""
-    from .stream.ownership import STAGE_NOTE
+    from .output.ownership import STAGE_NOTE
 
     found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(STAGE_NOTE))
     return [[path.relative_to(folder).as_posix(), (s := path.stat()).st_size, s.st_mtime_ns] for path in found]

@@ -14,22 +14,22 @@ from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, op
 from ..errors import CheckpointError, MergeError, ParameterError, RecipeError, UnsupportedError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
+from .agreement.configs import compare_configs
+from .agreement.ending import agree_on_ending
+from .agreement.side_files import chat_template, code_warnings, side_files
+from .agreement.union import check_union
+from .agreement.vocabularies import compare_tokens
+from .alignment.alignment import Alignment, Member, Slot
+from .alignment.leftovers import without_leftovers
+from .alignment.loadable import check_layers_load
+from .alignment.renaming import named_alike
+from .alignment.slices import align_slices
+from .alignment.whole_models import align_models
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import has_compiler, resolve_devices
-from .plan.agreement import compare_configs
-from .plan.alignment import Alignment, Member, Slot
-from .plan.ending import agree_on_ending
-from .plan.leftovers import without_leftovers
-from .plan.loadable import check_layers_load
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
-from .plan.renaming import named_alike
-from .plan.side_files import chat_template, code_warnings, side_files
-from .plan.slices import align_slices
 from .plan.tensor import PlannedTensor
-from .plan.union import check_union
-from .plan.vocabularies import compare_tokens
-from .plan.whole_models import align_models
 from .sidecars.plan import plan_sidecars, sidecar_memory
 
 if TYPE_CHECKING:

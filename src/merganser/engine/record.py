@@ -20,8 +20,8 @@ from ..method import MergeMethod
 from ..recipe import ModelReference
 from ..record.format import RECORD_FORMAT, RECORD_NAME
 from ..version import __version__
+from .output.digests import digest, file_hash
 from .plan.plan import Plan
-from .stream.digests import digest, file_hash
 
 
 def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:

@@ -19,15 +19,15 @@ from ..errors import MergeError, OutputError
 from .finish import side_file_bytes, write_rest
 from .kernels.compiled import end_compiler, prepare_compiler_cache
 from .kernels.devices import resolve_devices
+from .output.publish import replaced_folder, working_names, working_parent
+from .output.staging import Staging, resolve_target
 from .plan.plan import Plan
 from .record import fingerprint, input_files
 from .sidecars.make import Errors, make_sidecars
 from .stream.buffers import KeptMemory
 from .stream.groups import Group, Task, make_groups
 from .stream.hashing import Hasher, span, written_digest
-from .stream.publish import replaced_folder, working_names, working_parent
 from .stream.schedule import GroupState, KernelCache, Schedule, start_group
-from .stream.staging import Staging, resolve_target
 from .stream.threads import join, work_on_threads
 from .stream.worker import Context, Done
 

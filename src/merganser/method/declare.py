@@ -11,12 +11,7 @@ from torch import Tensor
 
 from .docstring import Docstring, parse_docstring
 from .method import Ignored, Law, MergeMethod, Scope
-from .parameter import (
-    Embeddings,
-    Others,
-    Parameter,
-    read_parameter,
-)
+from .parameter import Embeddings, Others, Parameter, read_parameter
 from .statistic import Statistic, When
 
 if TYPE_CHECKING:

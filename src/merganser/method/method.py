@@ -13,9 +13,7 @@ from torch import Tensor
 from ..errors import ParameterError, did_you_mean
 from .docstring import Docstring
 from .location import Location
-from .parameter import (
-    Parameter,
-)
+from .parameter import Parameter
 from .statistic import Statistic, When, applies, takes
 
 if TYPE_CHECKING:

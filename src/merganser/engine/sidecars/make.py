@@ -16,10 +16,10 @@ from torch import Tensor
 from ...checkpoint import Reader, TensorInfo
 from ...errors import NonFiniteError
 from ..kernels.blocks import BLOCK
+from ..output.staging import Staging
 from ..plan.plan import Plan
 from ..plan.sidecars import SHARED, Place, SidecarPlan
 from ..plan.tensor import PlannedTensor, holds
-from ..stream.staging import Staging
 from ..stream.threads import join
 from ..stream.worker import Stopped
 from .codec import OWN, Codec, Codecs, Lazily, Span

@@ -16,8 +16,8 @@ from ...errors import CheckpointError, NotFoundError, ParameterError, Unsupporte
 from ...method import MergeMethod, Part
 from ...method.registry import get_method
 from ..kernels.blocks import BLOCK, block_step
+from ..output.digests import block_digests, digest
 from ..plan.sidecars import INDEX_FILE
-from ..stream.digests import block_digests, digest
 from .codec import OWN, Codec, Codecs, Span
 from .index import INDEX_FORMAT
 from .plan import stored_name

@@ -16,7 +16,7 @@ from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
 from ...record.verification import verify
 
 if TYPE_CHECKING:
-    from ..stream.staging import Staging
+    from ..output.staging import Staging
     from .read import Restorer, StoredTask
 
 __all__ = ["Restored", "restore"]
@@ -72,8 +72,8 @@ def restore(
         CheckpointError: A file of the output is damaged, or the base is not that of the merge.
         OutputError: The target exists, or cannot be written.
     """
+    from ..output.staging import check_target
     from ..plan.sidecars import INDEX_FILE
-    from ..stream.staging import check_target
     from .read import read_task
 
     out = Path(out)
@@ -134,7 +134,7 @@ def _write(
 ) -> Restored:
     """Write the checkpoint into a folder beside the target, and rename it."""
     from ...checkpoint import INDEX_NAME, index_json, plan_shards
-    from ..stream.staging import Staging
+    from ..output.staging import Staging
     from .read import Restorer, open_parts
 
     merged = open_checkpoint(str(out))
@@ -195,7 +195,7 @@ def _write_record(
     import time
 
     from ...version import __version__
-    from ..stream.digests import file_hash
+    from ..output.digests import file_hash
 
     described: dict[str, Any] = next((each for each in record["sidecars"]["tasks"] if each["name"] == task), {})
     written = {
@@ -269,7 +269,7 @@ def _beside(out: Path, task: str) -> Path:
 
 
 def _refuse_source(target: Path, source: Path) -> None:
-    from ..stream.staging import resolve_target
+    from ..output.staging import resolve_target
 
     if source.resolve().is_relative_to(resolve_target(target)):
         raise OutputError(f"{target}: {source}, which is read, lies there; choose another target")

@@ -23,10 +23,10 @@ from ...checkpoint.descriptors import Descriptors
 from ...errors import MergeError, OutputError, UnsupportedError
 from ...process import reuse_freed_memory
 from ..kernels.compiled import prepare_compiler_cache
+from ..output.staging import write_all
 from ..plan.plan import Plan
 from .groups import Task, make_groups
 from .schedule import GroupState, KernelCache, Schedule, start_group
-from .staging import write_all
 from .worker import Context, Done, Stopped, Worker
 
 _PATIENCE = 5

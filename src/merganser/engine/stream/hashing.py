@@ -8,9 +8,9 @@ import threading
 import xxhash
 
 from ...process import start_thread
+from ..output.staging import Staging
 from ..plan.plan import Plan
 from .groups import Group
-from .staging import Staging
 
 _PIECE = 1 << 22
 

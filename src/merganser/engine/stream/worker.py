@@ -19,10 +19,10 @@ from ...checkpoint import Reader
 from ...errors import CheckpointError, NonFiniteError
 from ..kernels.blocks import TensorRun
 from ..kernels.sums import Sum
+from ..output.digests import _cuts, _digests, block_digests, digest
 from ..plan.tensor import PlannedTensor
 from .buffers import InputBuffer, Kept
 from .bundle import merge_together
-from .digests import _cuts, _digests, block_digests, digest
 from .groups import Group, Task
 from .sample import measure_samples
 from .schedule import GroupState

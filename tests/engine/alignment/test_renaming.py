@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from merganser import merge, plan
 from merganser.errors import CheckpointError
-from tests.engine.plan.small_models import change, classifier, linear, loads_fully, save
+from tests.engine.alignment.small_models import change, classifier, linear, loads_fully, save
 from tests.making import assert_equal, read_model
 
 
@@ -98,7 +98,7 @@ def test_other_code_of_an_architecture_is_called_that(tmp_path):
 
 def test_models_of_the_same_names_do_not_ask_transformers(tmp_path, monkeypatch):
     models = [save(tmp_path / name, "llama") for name in ("m", "mm")]
-    monkeypatch.setattr("merganser.engine.plan.renaming.build_model", None)
+    monkeypatch.setattr("merganser.engine.alignment.renaming.build_model", None)
     assert plan(linear(*models)).tensors
 
 

@@ -12,8 +12,8 @@ import threading
 import pytest
 
 from merganser.engine.merge import merge
-from merganser.engine.stream import lock
-from merganser.engine.stream.lock import acquire_lock
+from merganser.engine.output import lock
+from merganser.engine.output.lock import acquire_lock
 from merganser.errors import OutputError
 from tests.engine.interrupting import Counter
 from tests.making import make_recipe, write_llamas

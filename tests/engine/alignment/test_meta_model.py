@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from merganser.engine.plan.meta_model import build_model
+from merganser.engine.alignment.meta_model import build_model
 from tests.anatomy.architectures import real
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from merganser.engine.merge import merge
-from merganser.engine.stream import publish
+from merganser.engine.output import publish
 from merganser.errors import CheckpointError, NonFiniteError, NotFoundError, OutputError
 from tests.making import SIDE_FILES, llama, make_recipe, read_files, write_llamas
 

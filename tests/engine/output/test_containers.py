@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from merganser.engine.merge import merge
-from merganser.engine.stream import publish, staging
-from merganser.engine.stream.ownership import MARKER
+from merganser.engine.output import publish, staging
+from merganser.engine.output.ownership import MARKER
 from merganser.errors import OutputError
 from merganser.record import verify
 from tests.engine.interrupting import Counter, in_a_process, shrink_blocks

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ...errors import UnsupportedError
 from ...recipe import ModelReference, Recipe
 from ...tokenizer.vocabulary import read_vocabulary, same_vocabulary
-from .alignment import Member
+from ..alignment.alignment import Member
 from .vocabularies import tokenizer_files
 
 __all__ = ["check_union"]

@@ -14,7 +14,7 @@ from ...recipe import ModelReference, Recipe
 from ...tokenizer.ending import end_token, turn_ends
 from ...tokenizer.vocabulary import Vocabulary, read_vocabulary
 from ...wording import some
-from .alignment import Member
+from ..alignment.alignment import Member
 from .side_files import read_chat_template
 from .vocabularies import tokenizer_files, tokenizer_owner
 

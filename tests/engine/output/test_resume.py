@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merganser.engine.merge import merge, plan
+from merganser.engine.output import staging
 from merganser.engine.record import fingerprint
 from merganser.engine.run import Interrupted
-from merganser.engine.stream import staging
 from merganser.errors import NonFiniteError, OutputError
 from tests.engine.interrupting import Counter, Stopper, in_a_process, merge_and_die, merge_slowly, stop
 from tests.making import make_recipe, read_files, write_llamas, write_model

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from merganser import merge, plan
 from merganser.errors import CheckpointError, RecipeError
 from merganser.recipe import load_recipe
-from tests.engine.plan.small_models import change, classifier, linear, loads_fully, save
+from tests.engine.alignment.small_models import change, classifier, linear, loads_fully, save
 from tests.making import assert_equal, make_recipe, read_model
 
 WEIGHT = {"weight": 1.0}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from merganser.engine.merge import merge
+from merganser.engine.output.ownership import MARKER, claim, claimed, survey
 from merganser.engine.run import Interrupted
-from merganser.engine.stream.ownership import MARKER, claim, claimed, survey
 from merganser.errors import OutputError
 from tests.engine.interrupting import Stopper
 from tests.making import make_recipe, read_files, write_llamas
@@ -134,7 +134,7 @@ def test_a_model_that_was_trained_further_and_saved_over_the_merged_one(tmp_path
 
 def test_a_file_of_another_size_is_noticed_without_hashing(tmp_path, recipe, out, monkeypatch):
     (out / "README.md").write_text("my own words")
-    monkeypatch.setattr("merganser.engine.stream.ownership.file_hash", lambda path: pytest.fail("was hashed"))
+    monkeypatch.setattr("merganser.engine.output.ownership.file_hash", lambda path: pytest.fail("was hashed"))
     assert "has 12 bytes, and was written with" in refused(tmp_path, recipe, "'README.md'")
 
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 
 from merganser import merge, plan
 from merganser.checkpoint import open_checkpoint
-from merganser.engine.plan.alignment import Member
-from merganser.engine.plan.loadable import check_layers_load
+from merganser.engine.alignment.alignment import Member
+from merganser.engine.alignment.loadable import check_layers_load
 from merganser.errors import CheckpointError, RecipeError, UnsupportedError
 from merganser.recipe import ModelReference
-from tests.engine.plan.small_models import change, loads_fully, save
-from tests.engine.plan.test_slices import make_sliced, piece
+from tests.engine.alignment.small_models import change, loads_fully, save
+from tests.engine.alignment.test_slices import make_sliced, piece
 from tests.making import assert_equal, read_json, read_model
 
 

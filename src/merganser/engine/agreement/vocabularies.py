@@ -12,7 +12,7 @@ from ...recipe import ModelReference, Recipe
 from ...tokenizer.comparison import Comparison, Renamed, compare_vocabularies, is_placeholder
 from ...tokenizer.vocabulary import Vocabulary, read_vocabulary, same_vocabulary
 from ...wording import plural, some
-from .alignment import Alignment, Member
+from ..alignment.alignment import Alignment, Member
 
 __all__ = ["compare_tokens", "tokenizer_files", "tokenizer_owner"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from ...anatomy.function import Difference, differences
 from ...errors import CheckpointError
 from ...wording import some
-from .alignment import Alignment, Member
+from ..alignment.alignment import Alignment, Member
 
 __all__ = ["compare_configs"]
 

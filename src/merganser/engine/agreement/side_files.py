@@ -11,7 +11,7 @@ from ...checkpoint import Checkpoint
 from ...checkpoint.sidefiles import is_tokenizer_file
 from ...recipe import ModelReference, Recipe
 from ...recipe.templates import AUTO
-from .alignment import Member
+from ..alignment.alignment import Member
 
 
 def side_files(recipe: Recipe, members: Mapping[ModelReference, Member]) -> dict[str, Path]:
