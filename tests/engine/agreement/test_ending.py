@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.alignment.test_vocabularies import TOKENS, linear, tokenizer
+from tests.engine.agreement.test_vocabularies import TOKENS, linear, tokenizer
 
 from merganser.engine.merge import merge, plan
 from tests.making import llama, llama_config, read_json, write_model
