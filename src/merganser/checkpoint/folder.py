@@ -14,8 +14,9 @@ from .formats.pickled import read_pickled
 from .formats.quantised import why_quantised
 from .formats.safetensors import read_header
 from .hub import is_hub_id, snapshot
+from .links import inside
 from .reader import Reader
-from .sidefiles import side_file_names
+from .sidefiles import list_side_files
 from .tensor import TensorInfo
 from .weights import PICKLED_SUFFIXES, choose_weights, refuse_name
 from .wrappers import unwrap
@@ -52,9 +53,18 @@ class Checkpoint:
         A copy keeps their place below `path`.
 
         Raises:
-            CheckpointError: one is a link that leaves the folder.
+            CheckpointError: one is a link that leaves the folder, or to nothing, or a pipe or device.
         """
-        return [_inside(self.path, name, str(self.path)) for name in side_file_names(self.path)]
+        return list_side_files(self.path)
+
+    def side_file(self, name: str) -> Path | None:
+        """Return the side file of this name, or None where there is none.
+
+        Raises:
+            CheckpointError: it is a link that leaves the folder, or to nothing.
+        """
+        file = self.path / name
+        return inside(self.path, name, str(self.path)) if file.is_symlink() or file.exists() else None
 
     @cached_property
     def quantised(self) -> str | None:
@@ -128,7 +138,7 @@ def _open_folder(reference: str, folder: Path) -> Checkpoint:
     weight_map = read_weight_map(index)
     files = []
     for name in sorted(set(weight_map.values())):
-        file = _inside(folder, name, str(index))
+        file = inside(folder, name, str(index))
         if not file.exists():
             count = sum(target == name for target in weight_map.values())
             raise NotFoundError(f"{file}: no such file, but {index} says that it holds {count} tensors")
@@ -167,22 +177,6 @@ def _check_shard_name(index: Path, name: str) -> None:
         raise CheckpointError(f"{index}: file {name!r} is not a file of weights")
 
 
-def _inside(folder: Path, name: str, where: str) -> Path:
-    """Return the file `name` of `folder`, unless links lead out of it; those of the Hub's cache may."""
-    file = folder / name
-    home = folder.resolve()
-    target = file.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        # The Hub's cache keeps the contents in ../../blobs and fills the folder of a revision with links.
-        allowed.append((home.parent.parent / "blobs").resolve())
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise CheckpointError(
-            f"{where}: file {name!r} is a link that leaves the checkpoint's folder; put the file itself there"
-        )
-    return file
-
-
 def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
@@ -195,8 +189,14 @@ def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
             tensors[tensor.name] = tensor
     if not tensors:
         raise CheckpointError(f"{files[0]}: holds no tensors")
+    return Checkpoint(reference, folder, _read_config(folder), tensors, files, metadata)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
-    return Checkpoint(reference, folder, read_object(config) if config.exists() else {}, tensors, files, metadata)
+    if not config.is_symlink() and not config.exists():
+        return {}
+    return read_object(inside(folder, config.name, str(folder)))
 
 
 def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:

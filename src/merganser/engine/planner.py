@@ -24,7 +24,7 @@ from .plan.loadable import check_layers_load
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
 from .plan.renaming import named_alike
-from .plan.side_files import chat_template, code_warnings, side_files
+from .plan.side_files import chat_template, side_file_warnings, side_files
 from .plan.slices import align_slices
 from .plan.tensor import PlannedTensor
 from .plan.union import check_union
@@ -321,7 +321,7 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
     config = dict(donor.checkpoint.config)
     warnings: list[str] = []
     if not config:
-        return {}, ["the donor has no config.json, so the output has none", *code_warnings(donor)]
+        return {}, ["the donor has no config.json, so the output has none", *side_file_warnings(donor)]
     if alignment.layers is not None:
         sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
         config = sliced.config
@@ -336,4 +336,4 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
             sizes[draft.dtype.name] = sizes.get(draft.dtype.name, 0) + draft.size
     if sizes:
         config = set_config_dtype(config, max(sizes, key=lambda name: sizes[name]))
-    return config, [*warnings, *code_warnings(donor)]
+    return config, [*warnings, *side_file_warnings(donor)]

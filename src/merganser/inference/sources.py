@@ -21,7 +21,7 @@ from ..adapters import open_adapter
 from ..checkpoint import Checkpoint, Reader, open_checkpoint
 from ..checkpoint.folder import open_reference
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import os_reason, read_object
+from ..jsonfile import open_regular, os_reason, read_object
 from ..recipe import Recipe, load_recipes
 from ..version import __version__
 
@@ -202,7 +202,7 @@ def hash_file(path: Path) -> str:
 @lru_cache(maxsize=4096)
 def _hash_contents(path: Path, size: int, mtime_ns: int) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.weights import is_weight_file
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import os_reason, read_object
+from ..jsonfile import open_regular, os_reason, read_object
 from .format import RECORD_NAME
 
 __all__ = ["Verification", "VerifiedFile", "recorded_files", "verify"]
@@ -150,7 +150,7 @@ def _sha256(path: Path, tell: Callable[[int], None]) -> str:
     found = hashlib.sha256()
     buffer = memoryview(bytearray(_PIECE))
     done = 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             found.update(buffer[:count])
             done += count

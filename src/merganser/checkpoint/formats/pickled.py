@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, NotFoundError
-from ...jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
+from ...jsonfile import LFS_MAGIC, LFS_POINTER, open_regular, os_reason
 from ..dtypes import DTYPE_BY_NAME
 from ..tensor import TensorInfo
 
@@ -92,7 +92,7 @@ def _load(file: Path) -> Any:
     import torch
 
     try:
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
             magic = handle.read(len(_ZIP_MAGIC))
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None

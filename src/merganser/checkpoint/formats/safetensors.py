@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, NotFoundError
-from ...jsonfile import LFS_MAGIC, LFS_POINTER, MAX_JSON_BYTES, os_reason, parse_object
+from ...jsonfile import LFS_MAGIC, LFS_POINTER, MAX_JSON_BYTES, open_regular, os_reason, parse_object
 from ..dtypes import DTYPES, DType
 from ..tensor import TensorInfo
 
@@ -46,7 +46,7 @@ def read_header(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
 def _read_raw(file: Path) -> tuple[bytes, int]:
     """Return the header's bytes and the size of the file."""
     try:
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
             size = os.fstat(handle.fileno()).st_size
             if size == 0:
                 raise CheckpointError(f"{file}: the file is empty; fetch it again")

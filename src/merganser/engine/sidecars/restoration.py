@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import Checkpoint, open_checkpoint
+from ...checkpoint.sidefiles import copy_file
 from ...errors import CheckpointError, NotFoundError, OutputError
 from ...jsonfile import read_object
 from ...process import one_thread
@@ -152,8 +152,7 @@ def _write(
             if len(shards) > 1:
                 (staging.folder / INDEX_NAME).write_bytes(index_json(shards))
             for name, path in stored.files.items():
-                (staging.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(out / path, staging.folder / name)
+                copy_file(out / path, staging.folder / name)
             names = [*(shard.name for shard in shards), *([INDEX_NAME] if len(shards) > 1 else []), *stored.files]
             written = _write_record(out, task, stored, record, staging.folder, names, restorer)
             staging.publish()
