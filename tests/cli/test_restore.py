@@ -274,7 +274,7 @@ def test_verify_looks_into_the_sidecars(out: Path) -> None:
     found = run("verify", "out")
     assert found.code == 2
     lines = dict(line.split(": ", 1) for line in found.out.splitlines())
-    assert lines["sidecars/b/more.safetensors"] == "holds weights, and was not written by this merge"
+    assert lines["sidecars/b/more.safetensors"] == "is new: it was not written by this merge, and loading may read it"
     assert lines["sidecars/c/parts.safetensors"].startswith("has sha256 ")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError, NotFoundError
 
-__all__ = ["inside", "leads_out"]
+__all__ = ["inside", "leads_out", "link_target"]
 
 
 def leads_out(folder: Path, file: Path) -> bool:
@@ -19,6 +19,16 @@ def leads_out(folder: Path, file: Path) -> bool:
     """
     home, target = folder.resolve(), file.resolve()
     return not target.is_relative_to(home) and target.parent not in _blobs(home)
+
+
+def link_target(folder: Path, name: str) -> Path | None:
+    """Return where the file `name` of a folder really lies, if a link is on the way to it; else None.
+
+    Links into the blobs of the Hub's cache do not count; see `leads_out`.
+    """
+    home = folder.resolve()
+    target = Path(os.path.realpath(folder / name))
+    return None if target == home / name or target.parent in _blobs(home) else target
 
 
 def _blobs(home: Path) -> Iterator[Path]:

@@ -13,7 +13,15 @@ from ..jsonfile import open_regular, os_reason, read_json
 from .links import inside
 from .weights import is_weight_file
 
-__all__ = ["copy_file", "is_module_file", "is_side_file", "is_tokenizer_file", "list_side_files", "module_folders"]
+__all__ = [
+    "TEMPLATE_FOLDERS",
+    "copy_file",
+    "is_module_file",
+    "is_side_file",
+    "is_tokenizer_file",
+    "list_side_files",
+    "module_folders",
+]
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".merges", ".spm", ".tokens")
 _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)", re.IGNORECASE)
@@ -26,8 +34,9 @@ _OWN = re.compile(
     re.IGNORECASE,
 )
 
-# Chat templates beyond the first have a folder of their own.
-_FOLDERS = ("additional_chat_templates", "chat_templates")
+
+TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
+"""Folders for chat templates beyond the first."""
 
 _MODULES = "modules.json"
 _ROUTER = "router_config.json"
@@ -36,7 +45,7 @@ _ROUTER = "router_config.json"
 def is_side_file(name: str) -> bool:
     """Return whether a file, given by its path below the checkpoint's folder, is one to copy to an output."""
     folder, _, last = name.rpartition("/")
-    return (not folder or folder in _FOLDERS) and _is_wanted(last)
+    return (not folder or folder in TEMPLATE_FOLDERS) and _is_wanted(last)
 
 
 def _is_wanted(last: str) -> bool:
@@ -97,7 +106,7 @@ def list_side_files(folder: Path) -> list[Path]:
         CheckpointError: One is a link out of the folder, a link to nothing, or a pipe or device.
     """
     modules = module_folders(folder)
-    places = [folder, *(folder / name for name in (*_FOLDERS, *modules))]
+    places = [folder, *(folder / name for name in (*TEMPLATE_FOLDERS, *modules))]
     names = {path.relative_to(folder).as_posix() for place in places if place.is_dir() for path in place.iterdir()}
     wanted = sorted(name for name in names if is_side_file(name) or is_module_file(name, modules))
     return [inside(folder, name, str(folder)) for name in wanted if not (folder / name).is_dir()]
@@ -109,7 +118,7 @@ def is_tokenizer_file(name: str) -> bool:
     exact = {"vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"}
     endings = (".model", ".tiktoken", ".jinja", ".vocab", ".bpe", ".spm")
     known = last in exact or last.startswith(("tokenizer", "chat_template")) or last.endswith(endings)
-    return known and (not folder or folder in _FOLDERS)
+    return known and (not folder or folder in TEMPLATE_FOLDERS)
 
 
 def copy_file(source: Path, target: Path) -> None:
