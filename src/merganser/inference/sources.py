@@ -20,6 +20,7 @@ import xxhash
 from ..adapters import open_adapter
 from ..checkpoint import Checkpoint, Reader, open_checkpoint
 from ..checkpoint.folder import open_reference
+from ..checkpoint.links import inside
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import open_regular, os_reason, read_object
 from ..recipe import Recipe, load_recipes
@@ -135,7 +136,7 @@ def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> So
     if not index.exists():
         raise NotFoundError(f"{text}: {out} has no sidecars, so no task {task!r} can be restored from it")
     stored = read_task(out, read_object(index), task)
-    files = {name: out / path for name, path in stored.files.items()}
+    files = {name: inside(out, path, str(index)) for name, path in stored.files.items()}
     config = read_object(files.pop("config.json")) if "config.json" in files else dict(merged.config)
 
     def read() -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..plan.sidecars import INDEX_FILE
 from ..stream.digests import block_digests, digest
 from .codec import OWN, Codec, Codecs, Span
 from .index import INDEX_FORMAT
-from .plan import stored_name
+from .plan import is_folder_name, stored_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
         raise UnsupportedError(
             f"{where}: format {index['format']} is of a later version; this one reads {INDEX_FORMAT}"
         )
-    names = [str(entry["name"]) for entry in index["tasks"]]
+    names = [_task_name(entry["name"]) for entry in index["tasks"]]
     if task not in names:
         raise NotFoundError(f"{out}: no task {task!r}.{did_you_mean(task, names)} Tasks: {', '.join(names)}")
     method = get_method(index["method"])
@@ -125,11 +125,26 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
                     found.get("wide", False),
                 )
             )
-    for file in entry["files"]:
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise ValueError(f"file {file!r} would lie outside of the checkpoint")
-    parts = [*index["shared"], *entry["parts"]]
-    return StoredTask(method, position, len(names), parts, dict(entry["files"]), tensors, index["base"])
+    parts = [_file_name(file) for file in (*index["shared"], *entry["parts"])]
+    files = {_file_name(name): _file_name(file) for name, file in entry["files"].items()}
+    return StoredTask(method, position, len(names), parts, files, tensors, index["base"])
+
+
+def _task_name(name: Any) -> str:
+    # By default the task is restored into a folder of its name.
+    if not isinstance(name, str) or not is_folder_name(name):
+        raise ValueError(f"task {name!r} must be usable as the name of a folder: letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _file_name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the name of a file must be a text, found {name!r}")
+    # As Windows reads it, which knows both slashes, drives and shares: an index must mean the same everywhere.
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts or "\\" in name:
+        raise ValueError(f"file {name!r} would lie outside of the checkpoint")
+    return name
 
 
 def _checked(method: MergeMethod, given: Mapping[str, Any], n_tasks: int) -> dict[str, Any]:
