@@ -96,7 +96,7 @@ def default_names(references: Sequence[str]) -> list[str]:
 
 
 def _parts(reference: str) -> list[str]:
-    path = reference if Path(reference).exists() else reference.rpartition("+")[2]
+    path = reference if exists(reference) else reference.rpartition("+")[2]
     parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
     if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):
         parts[-1] = parts[-1].rpartition(".")[0]

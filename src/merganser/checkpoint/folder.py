@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import os_reason, read_object
+from ..jsonfile import exists, os_reason, read_object
 from .formats.pickled import read_pickled
 from .formats.quantised import why_quantised
 from .formats.safetensors import read_header
@@ -22,6 +22,9 @@ from .weights import PICKLED_SUFFIXES, choose_weights, refuse_name
 from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+_MAX_NAME = 500
+"""Most characters in the name of a tensor; names of published models have some 150."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +185,7 @@ def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
     metadata: dict[str, str] = {}
     for file in files:
         for tensor in _read(file, metadata):
+            _check_name(tensor)
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"{file}: tensor {tensor.name!r} is in {tensors[tensor.name].file.name} too; it can be in one only"
@@ -190,6 +194,25 @@ def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{files[0]}: holds no tensors")
     return Checkpoint(reference, folder, _read_config(folder), tensors, files, metadata)
+
+
+def _check_name(tensor: TensorInfo) -> None:
+    """Refuse a name that a safetensors file cannot hold, or that is longer than any name of a module.
+
+    Names are split at every dot to find layers: for one of ten thousands of parts that takes minutes.
+    """
+    name = tensor.name
+    if len(name) > _MAX_NAME:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name[:40] + '...'!r}: the name has {len(name):,} characters; at most {_MAX_NAME} are "
+            "accepted"
+        )
+    if name == "__metadata__":
+        raise CheckpointError(f"{tensor.file}: tensor {name!r}: safetensors keeps this name for itself; rename the tensor")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{tensor.file}: tensor {name!r}: the name is not valid Unicode") from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -234,13 +257,6 @@ def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:
         CheckpointError: It is damaged.
     """
     path, at, revision = text.rpartition("@")
-    if at and revision and is_hub_id(path) and not _exists(text):
+    if at and revision and is_hub_id(path) and not exists(text):
         return open_checkpoint(path, revision=revision, cache_dir=cache_dir)
     return open_checkpoint(text, cache_dir=cache_dir)
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):
-        return False

@@ -22,7 +22,7 @@ from ..checkpoint import Checkpoint, Reader, open_checkpoint
 from ..checkpoint.folder import open_reference
 from ..checkpoint.links import inside
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import open_regular, os_reason, read_object
+from ..jsonfile import exists, open_regular, os_reason, read_object
 from ..recipe import Recipe, load_recipes
 from ..version import __version__
 
@@ -62,7 +62,7 @@ class Source:
 def split_name(text: str) -> tuple[str | None, str]:
     """Split `NAME=REFERENCE`; the name is None if there is none, or if the whole text is an existing path."""
     match = _NAMED.fullmatch(text)
-    if match is None or Path(text).exists():
+    if match is None or exists(text):
         return None, text
     return match[1], match[2]
 
@@ -84,7 +84,7 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
     text = str(reference)
     if text.endswith((".yaml", ".yml")) and not Path(text).is_dir():
         return _open_recipe(load_recipes(text), text, stack, cache_dir)
-    if not Path(text).expanduser().exists():
+    if not exists(text):
         out, sign, task = text.rpartition("#")
         if sign and out and task:
             return _open_sidecar(Path(out).expanduser(), task, text, cache_dir)

@@ -151,7 +151,8 @@ def _state_dict(file: Path, loaded: Any) -> dict[str, torch.Tensor]:
 def _plain(file: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        kind = f"{tensor.layout} on {tensor.device}"
+        kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else kind
         raise CheckpointError(f"{file}: tensor {name!r}: only dense tensors can be read, found {kind}; {_REMEDY}")
     return tensor.detach()
