@@ -208,7 +208,9 @@ def _check_name(tensor: TensorInfo) -> None:
             "accepted"
         )
     if name == "__metadata__":
-        raise CheckpointError(f"{tensor.file}: tensor {name!r}: safetensors keeps this name for itself; rename the tensor")
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name!r}: safetensors keeps this name for itself; rename the tensor"
+        )
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -190,7 +190,7 @@ def sidecar_memory(method: MergeMethod, tensors: Sequence[PlannedTensor]) -> int
 def _held(codec: Codec, tensor: PlannedTensor) -> int:
     """Return what the largest block of a tensor takes, bytes, as was measured for our methods."""
     n_models = len(tensor.models)
-    block = codec.blocks[0]
+    block = codec.largest_block
     if codec.sidecar.scope == "matrix":
         stored = sum(
             math.prod(part.shape) * (1 if part.shared else n_models) for part in codec.parts(block.shape).values()
