@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import exists, os_reason, read_object
+from ..wording import some
 from .formats.pickled import read_pickled
 from .formats.quantised import why_quantised
 from .formats.safetensors import read_header
@@ -18,10 +19,13 @@ from .links import inside
 from .reader import Reader
 from .sidefiles import list_side_files
 from .tensor import TensorInfo
-from .weights import PICKLED_SUFFIXES, choose_weights, refuse_name
+from .weights import PICKLED_SUFFIXES, Weights, choose_weights, may_be_weights, refuse_name
 from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+WEIGHTS_KEY = "transformers_weights"
+"""Key of config.json that names the file of weights, or their index, where it is not the usual one."""
 
 _MAX_NAME = 500
 """Most characters in the name of a tensor; names of published models have some 150."""
@@ -39,6 +43,7 @@ class Checkpoint:
         weight_files: the files that hold the tensors.
         metadata: the `__metadata__` of the safetensors headers.
         wrappers: names of training frameworks that the names of tensors had in the files, and do not have here.
+        unread: names of files in the folder that may hold weights, too, and are not read.
     """
 
     reference: str
@@ -48,6 +53,7 @@ class Checkpoint:
     weight_files: list[Path]
     metadata: dict[str, str]
     wrappers: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @cached_property
     def side_files(self) -> list[Path]:
@@ -129,15 +135,58 @@ def _existing(reference: str) -> Path | None:
 
 
 def _open_file(reference: str, file: Path) -> Checkpoint:
+    if file.name.endswith(".index.json"):
+        return _open_index(reference, file.parent, file)
     refuse_name(str(file), file.name)
     return _assemble(reference, file.parent, [file])
 
 
 def _open_folder(reference: str, folder: Path) -> Checkpoint:
-    weights = choose_weights(str(folder), [path.name for path in folder.iterdir()])
-    if weights.index is None:
-        return _assemble(reference, folder, [folder / name for name in weights.files])
-    index = folder / weights.index
+    names = [path.name for path in folder.iterdir()]
+    weights = _named_weights(folder) or choose_weights(str(folder), names)
+    if weights.rival is not None:
+        _check_rival(folder, weights.files[0], weights.rival)
+    if weights.index is not None:
+        opened = _open_index(reference, folder, folder / weights.index)
+    else:
+        opened = _assemble(reference, folder, [folder / name for name in weights.files])
+    return replace(opened, unread=_unread(names, opened.weight_files))
+
+
+def _named_weights(folder: Path) -> Weights | None:
+    """Return the weights that config.json names, which transformers then loads whatever else is there."""
+    name = _read_config(folder).get(WEIGHTS_KEY)
+    if name is None:
+        return None
+    config = folder / "config.json"
+    if not isinstance(name, str):
+        raise CheckpointError(f"{config}: {WEIGHTS_KEY} must be the name of a file, found {name!r}")
+    _check_shard_name(config, name.removesuffix(".index.json"))
+    if not (folder / name).exists():
+        raise NotFoundError(f"{folder / name}: no such file, but {config} names it in {WEIGHTS_KEY}")
+    return Weights(name, ()) if name.endswith(".index.json") else Weights(None, (name,))
+
+
+def _check_rival(folder: Path, file: str, index: str) -> None:
+    """Refuse a file of weights beside the index of others: transformers loads the file, other programs the index."""
+    others = sorted(set(read_weight_map(folder / index).values()) - {file})
+    if others:
+        raise CheckpointError(
+            f"{folder}: both {file} and {index} (for {some(others, 2)}) are there, and it is not clear which are the model's; "
+            f"remove the others, or give the path of the one that is meant, such as {folder / index}"
+        )
+
+
+def _unread(names: Iterable[str], files: Sequence[Path]) -> tuple[str, ...]:
+    """Return the files of weights of the same format that lie beside those of the checkpoint."""
+    chosen = {file.name for file in files}
+    suffix = files[0].suffix
+    return tuple(
+        sorted(name for name in names if name.endswith(suffix) and may_be_weights(name) and name not in chosen)
+    )
+
+
+def _open_index(reference: str, folder: Path, index: Path) -> Checkpoint:
     weight_map = read_weight_map(index)
     files = []
     for name in sorted(set(weight_map.values())):

@@ -39,7 +39,8 @@ def snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Pat
         return _cached(model, revision, cache_dir)
     weights = choose_weights(f"{model} on the Hub", names)
     first = [name for name in names if name == "config.json" or is_side_file(name)]
-    folder = _fetch(model, revision, cache_dir, [*first, *weights.files, *([weights.index] if weights.index else [])])
+    indexes = [name for name in (weights.index, weights.rival) if name]
+    folder = _fetch(model, revision, cache_dir, [*first, *weights.files, *indexes])
     if weights.index is not None:
         shards = read_object(folder / weights.index).get("weight_map")
         wanted = {file for file in shards.values() if isinstance(file, str)} if isinstance(shards, dict) else set()

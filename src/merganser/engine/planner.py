@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
+from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import CheckpointError, MergeError, ParameterError, RecipeError, UnsupportedError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
@@ -24,7 +25,7 @@ from .plan.loadable import check_layers_load
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
 from .plan.renaming import named_alike
-from .plan.side_files import chat_template, side_file_warnings, side_files
+from .plan.side_files import chat_template, side_file_warnings, side_files, unread_warnings
 from .plan.slices import align_slices
 from .plan.tensor import PlannedTensor
 from .plan.union import check_union
@@ -113,6 +114,7 @@ def build_plan(
             *resolver.warnings,
             *resolver.idle_filters(),
             *input_warnings,
+            *unread_warnings(members),
             *alignment.warnings,
             *agreement,
             *config_warnings,
@@ -318,7 +320,8 @@ def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[Pla
 
 def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]) -> tuple[dict[str, Any], list[str]]:
     """Return the output's config.json: the donor's, with layers, tie and dtype as they will be; and warnings."""
-    config = dict(donor.checkpoint.config)
+    # The files of the output have the usual names.
+    config = {key: value for key, value in donor.checkpoint.config.items() if key != WEIGHTS_KEY}
     warnings: list[str] = []
     if not config:
         return {}, ["the donor has no config.json, so the output has none", *side_file_warnings(donor)]

@@ -13,6 +13,7 @@ from ...errors import CheckpointError
 from ...jsonfile import Entry, os_reason, read_file, read_object
 from ...recipe import ModelReference, Recipe
 from ...recipe.templates import AUTO
+from ...wording import some
 from .alignment import Member
 
 _MAX_TEMPLATE_BYTES = 10_000_000
@@ -44,6 +45,16 @@ def side_file_warnings(donor: Member) -> list[str]:
             f"{', '.join(weights)}: weights of modules behind the model; they are copied from {donor.reference}, not merged"
         )
     return warnings
+
+
+def unread_warnings(members: Mapping[ModelReference, Member]) -> list[str]:
+    """Return which files of weights lie in the models' folders and are not read."""
+    return [
+        f"{reference}: {some(member.checkpoint.unread)} may hold weights, too; read is "
+        f"{some([file.name for file in member.checkpoint.weight_files])}"
+        for reference, member in members.items()
+        if member.checkpoint.unread
+    ]
 
 
 def chat_template(recipe: Recipe, members: Mapping[ModelReference, Member]) -> tuple[str | None, list[str]]:
