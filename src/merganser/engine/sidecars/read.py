@@ -20,7 +20,7 @@ from ..plan.sidecars import INDEX_FILE
 from ..stream.digests import block_digests, digest
 from .codec import OWN, Codec, Codecs, Span
 from .index import INDEX_FORMAT
-from .plan import is_folder_name, stored_name
+from .plan import is_folder_name, needs_base, stored_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +113,33 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
     for name, found in index["tensors"].items():
         dtype = found["dtypes"][position] if isinstance(found["dtypes"], list) else found["dtypes"]
         if dtype is not None:
-            parameters = None if "kept" in found else settings[found["parameters"]]
-            tensors.append(
-                StoredTensor(
-                    name,
-                    DTYPE_BY_NAME[dtype],
-                    found.get("kept"),
-                    parameters,
-                    found.get("base"),
-                    found.get("xxh3_128", ""),
-                    found.get("wide", False),
-                )
-            )
+            tensors.append(_stored_tensor(method, name, DTYPE_BY_NAME[dtype], found, settings))
     parts = [_file_name(file) for file in (*index["shared"], *entry["parts"])]
     files = {_file_name(name): _file_name(file) for name, file in entry["files"].items()}
-    return StoredTask(method, position, len(names), parts, files, tensors, index["base"])
+    base = index["base"]
+    if base is not None and not all(base[key] is None or isinstance(base[key], str) for key in _BASE):
+        raise ValueError(f"base must have texts for {', '.join(_BASE)}, found {base!r}")
+    if base is None and any(tensor.base is not None for tensor in tensors):
+        raise ValueError("tensors need the base of the merge, which is not named")
+    return StoredTask(method, position, len(names), parts, files, tensors, base)
+
+
+_BASE = ("model", "revision", "path")
+
+
+def _stored_tensor(
+    method: MergeMethod, name: str, dtype: DType, found: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]
+) -> StoredTensor:
+    """Check what an index says of a tensor."""
+    kept, base, digest_, wide = (found.get(key) for key in ("kept", "base", "xxh3_128", "wide"))
+    if kept not in (None, OWN, "merged") or not isinstance(wide, bool | None):
+        raise ValueError(f"tensor {name!r}: kept is {kept!r} and wide is {wide!r}")
+    parameters = None if kept is not None else settings[found["parameters"]]
+    if parameters is not None and needs_base(method, parameters) and base is None:
+        raise ValueError(f"tensor {name!r} needs the base's, which is not named")
+    if base is not None and not (isinstance(base, str) and isinstance(digest_, str)):
+        raise ValueError(f"tensor {name!r}: base and xxh3_128 must be texts, found {base!r} and {digest_!r}")
+    return StoredTensor(name, dtype, kept, parameters, base, digest_ or "", bool(wide))
 
 
 def _task_name(name: Any) -> str:

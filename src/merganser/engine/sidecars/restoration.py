@@ -257,7 +257,7 @@ def _open_base(out: Path, task: str, stored: StoredTask, given: str | None, cach
     """Open the base: the one that is given, else where it was when the models were merged."""
     if given is not None:
         return open_checkpoint(given, cache_dir=cache_dir)
-    assert stored.base is not None
+    assert stored.base is not None  # checked when the index was read
     path, model, revision = (stored.base.get(key) for key in ("path", "model", "revision"))
     try:
         if path is not None:
