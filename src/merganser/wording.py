@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,8 @@ def default_names(references: Sequence[str]) -> list[str]:
 
 
 def _parts(reference: str) -> list[str]:
-    path = reference if exists(reference) else reference.rpartition("+")[2]
+    # Path.exists raises for a name that is too long for a file.
+    path = reference if os.path.exists(reference) else reference.rpartition("+")[2]  # noqa: PTH110
     parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
     if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):
         parts[-1] = parts[-1].rpartition(".")[0]
