@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from merganser.checkpoint import open_checkpoint
 from merganser.engine.merge import plan
 from merganser.errors import CheckpointError
+from merganser.jsonfile import exists, open_regular
 from tests.making import make_recipe
 
 ONE = torch.ones(2)
@@ -100,6 +101,31 @@ def test_pipes_and_devices(name: str, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match=rf"{name}: .*(not a regular file|is a device)"):
         open_checkpoint(str(tmp_path))
+
+
+def test_what_is_no_file_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
+    with pytest.raises(OSError, match="is a named pipe, where a regular file is needed"):
+        open_regular(tmp_path / "pipe")
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    status = (tmp_path / "file").stat()
+    monkeypatch.setattr(Path, "stat", lambda _: status)
+    with pytest.raises(OSError, match="is a named pipe, where a regular file is needed"):
+        open_regular(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "n" * 300])
+def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"no file can have this name|File name too long"):
+        open_regular(tmp_path / name)
+    assert not exists(tmp_path / name)
 
 
 def twice(depth: int) -> bytes:

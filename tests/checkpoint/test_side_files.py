@@ -201,6 +201,13 @@ def test_a_module_may_not_lie_elsewhere(path: str, model: Path) -> None:
         plan(linear(model))
 
 
+def test_names_of_modules_are_not_read_through_a_link(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("no JSON")
+    (model / "modules.json").symlink_to(tmp_path / "key")
+    with pytest.raises(CheckpointError, match=LEAVES):
+        plan(linear(model))
+
+
 def test_a_module_may_not_be_a_link_elsewhere(model: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "config.json").write_text(SECRET)
