@@ -127,7 +127,7 @@ def test_what_is_no_file_is_refused(name: str, model: Path, tmp_path: Path) -> N
     with pytest.raises(
         CheckpointError, match=rf"{name}: cannot be read: is a named pipe, where a regular file is need"
     ):
-        merge(linear(model), tmp_path / "out")
+        plan(linear(model))
     (model / name).unlink()
     (model / name).symlink_to("/dev/zero")
     with pytest.raises(CheckpointError, match=LEAVES):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Collection, Iterator
+from io import BufferedReader
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -103,13 +104,24 @@ def list_side_files(folder: Path) -> list[Path]:
     """Return the side files of a checkpoint's folder, sorted by their paths below it.
 
     Raises:
-        CheckpointError: One is a link out of the folder, a link to nothing, or a pipe or device.
+        CheckpointError: One is a link out of the folder, a link to nothing, a pipe or device, or cannot be read.
     """
     modules = module_folders(folder)
     places = [folder, *(folder / name for name in (*TEMPLATE_FOLDERS, *modules))]
     names = {path.relative_to(folder).as_posix() for place in places if place.is_dir() for path in place.iterdir()}
     wanted = sorted(name for name in names if is_side_file(name) or is_module_file(name, modules))
-    return [inside(folder, name, str(folder)) for name in wanted if not (folder / name).is_dir()]
+    files = [inside(folder, name, str(folder)) for name in wanted if not (folder / name).is_dir()]
+    for file in files:
+        # What cannot be copied is refused before hours of merging, not behind them.
+        _open(file).close()
+    return files
+
+
+def _open(file: Path) -> BufferedReader:
+    try:
+        return open_regular(file)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -128,11 +140,7 @@ def copy_file(source: Path, target: Path) -> None:
         CheckpointError: The source cannot be read, or is not a regular file.
         OSError: The target cannot be written.
     """
-    try:
-        file = open_regular(source)
-    except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read: {os_reason(error)}") from None
-    with file:
+    with _open(source) as file:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as copy:
             shutil.copyfileobj(file, copy)
