@@ -99,6 +99,20 @@ def test_a_template_is_not_read_through_a_link(name: str, model: Path, tmp_path:
     assert plan(linear(donor, model)).side_files == {}
 
 
+def test_what_lies_beside_a_single_file_is_not_the_models(model: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (model / name).write_text("{}")
+    file = model / "model.safetensors"
+    assert set(plan(linear(file)).side_files) == {"tokenizer.json", "chat_template.jinja"}
+    # a folder of downloads, say
+    (model / "config.json").unlink()
+    (model / "client_secret.json").write_text(SECRET)
+    planned = plan(linear(file, chat_template="auto"))
+    assert (planned.side_files, planned.chat_template) == ({}, None)
+    assert any("has no config.json, so the output has none, and none of the other files" in w for w in planned.warnings)
+    assert "client_secret.json" in plan(linear(model)).side_files
+
+
 def test_links_inside_of_a_checkpoint_are_followed(model: Path) -> None:
     (model / "real.json").write_text("{}")
     (model / "tokenizer.json").symlink_to("real.json")

@@ -44,6 +44,7 @@ class Checkpoint:
         metadata: the `__metadata__` of the safetensors headers.
         wrappers: names of training frameworks that the names of tensors had in the files, and do not have here.
         unread: names of files in the folder that may hold weights, too, and are not read.
+        loose: whether it is a single file in a folder that has no config.json: what else lies there is not the model's.
     """
 
     reference: str
@@ -54,6 +55,7 @@ class Checkpoint:
     metadata: dict[str, str]
     wrappers: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    loose: bool = False
 
     @cached_property
     def side_files(self) -> list[Path]:
@@ -64,7 +66,7 @@ class Checkpoint:
         Raises:
             CheckpointError: one is a link that leaves the folder, or to nothing, or a pipe or device.
         """
-        return list_side_files(self.path)
+        return [] if self.loose else list_side_files(self.path)
 
     def side_file(self, name: str) -> Path | None:
         """Return the side file of this name, or None where there is none.
@@ -73,7 +75,8 @@ class Checkpoint:
             CheckpointError: it is a link that leaves the folder, or to nothing.
         """
         file = self.path / name
-        return inside(self.path, name, str(self.path)) if file.is_symlink() or file.exists() else None
+        there = not self.loose and (file.is_symlink() or file.exists())
+        return inside(self.path, name, str(self.path)) if there else None
 
     @cached_property
     def quantised(self) -> str | None:
@@ -138,7 +141,8 @@ def _open_file(reference: str, file: Path) -> Checkpoint:
     if file.name.endswith(".index.json"):
         return _open_index(reference, file.parent, file)
     refuse_name(str(file), file.name)
-    return _assemble(reference, file.parent, [file])
+    opened = _assemble(reference, file.parent, [file])
+    return replace(opened, loose=not (file.parent / "config.json").exists())
 
 
 def _open_folder(reference: str, folder: Path) -> Checkpoint:

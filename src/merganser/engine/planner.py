@@ -324,7 +324,8 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
     config = {key: value for key, value in donor.checkpoint.config.items() if key != WEIGHTS_KEY}
     warnings: list[str] = []
     if not config:
-        return {}, ["the donor has no config.json, so the output has none", *side_file_warnings(donor)]
+        others = ", and none of the other files that lie beside it" if donor.checkpoint.loose else ""
+        return {}, [f"the donor has no config.json, so the output has none{others}", *side_file_warnings(donor)]
     if alignment.layers is not None:
         sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
         config = sliced.config
