@@ -186,6 +186,7 @@ CONFIG = json.loads(json.dumps({
 
 @many
 @given(value=damaged(CONFIG, KEYS))
+@example(value=CONFIG | {"model_type": "gpt_neo", "attention_types": [[["global", "local"], 2_000_000_000]]})
 @example(value=CONFIG | {"num_hidden_layers": 2**62, "model_type": "gemma2"})
 def test_configs(value: Any, folder: Path) -> None:
     with written(folder / "a" / "config.json", value):
@@ -205,6 +206,28 @@ def test_tokenizers(value: Any, name: str, folder: Path) -> None:
     with written(folder / "a" / f"{name}.json", value):
         ended("plan", "auto.yaml")
         ended("inspect", "a")
+
+
+VOCABULARY = {
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
+    "added_tokens": [{"id": 2, "content": "x"}],
+}
+
+
+@many
+@given(
+    value=damaged(VOCABULARY, ["added_tokens", "model"]), name=st.sampled_from(["tokenizer", "vocab", "added_tokens"])
+)
+def test_vocabularies(value: Any, name: str, folder: Path) -> None:
+    with written(folder / "a" / f"{name}.json", value):
+        ended("plan", "auto.yaml")
+
+
+@many
+@given(value=damaged({"eos_token_id": [1, 2], "bos_token_id": 0}, ["eos_token_id", "pad_token_id"]))
+def test_generation_configs(value: Any, folder: Path) -> None:
+    with written(folder / "a" / "generation_config.json", value):
+        ended("plan", "auto.yaml")
 
 
 @many
