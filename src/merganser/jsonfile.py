@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import xxhash
 
 from .errors import CheckpointError, NotFoundError
+from .wording import brief
 
 __all__ = [
     "LFS_MAGIC",
@@ -348,10 +349,7 @@ class Entry:
         Raises:
             CheckpointError: Always.
         """
-        shown = repr(self._value)
-        raise CheckpointError(
-            f"{self.where}: must be {expected}, found {shown if len(shown) < 60 else shown[:57] + '...'}"
-        )
+        raise CheckpointError(f"{self.where}: must be {expected}, found {brief(self._value, 60)}")
 
 
 _CHECK = b'{"check":"'

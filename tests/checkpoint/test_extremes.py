@@ -156,3 +156,23 @@ def test_configs(content: bytes, message: str | None, tmp_path: Path) -> None:
         return
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(str(tmp_path))
+
+
+LONG = ["x" * 1000] * 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors.index.json", {"weight_map": {"a": LONG}}),
+        ("config.json", {"transformers_weights": LONG}),
+        ("tokenizer_config.json", {"chat_template": {"a": LONG}}),
+    ],
+)
+def test_what_others_wrote_is_cut_off_in_messages(name: str, content: Any, tmp_path: Path) -> None:
+    if "index" not in name:
+        save_file({"a": ONE}, tmp_path / "model.safetensors")
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError) as caught:
+        plan(make_recipe("linear", [tmp_path], parameters={"weight": 1}, chat_template="auto"))
+    assert len(str(caught.value)) < 500

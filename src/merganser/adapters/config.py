@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from ..jsonfile import read_object
+from ..wording import brief
 from .patterns import PatternError, first_matches
 
 CONFIG_NAME = "adapter_config.json"
@@ -102,19 +103,19 @@ def read_config(folder: Path) -> LoraConfig:
     config = read_object(file)
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedError(f"{file}: peft_type is {kind!r}; only LORA adapters can be applied to weights here")
+        raise UnsupportedError(f"{file}: peft_type is {brief(kind)}; only LORA adapters can be applied to weights here")
     for key, meaning in _REFUSED.items():
         if config.get(key):
             raise UnsupportedError(f"{file}: {key}: {meaning}, which cannot be read here; {_REMEDY}")
     if config.get("bias", "none") != "none":
         raise UnsupportedError(
-            f"{file}: bias is {config['bias']!r}: the adapter holds biases of the base, which cannot be read here; "
+            f"{file}: bias is {brief(config['bias'])}: the adapter holds biases of the base, which cannot be read here; "
             f"only 'none' can. {_REMEDY[0].upper()}{_REMEDY[1:]}"
         )
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise UnsupportedError(
-            f"{file}: init_lora_weights is {start!r}, which also changes the base's weights, or may; save the adapter "
+            f"{file}: init_lora_weights is {brief(start)}, which also changes the base's weights, or may; save the adapter "
             "with peft's path_initial_model_for_weight_conversion, or merge it with peft and give the merged model"
         )
     return LoraConfig(
@@ -132,19 +133,19 @@ def read_config(folder: Path) -> LoraConfig:
 def _number(file: Path, key: str, value: Any) -> float:
     known = isinstance(value, int | float) and not isinstance(value, bool)
     if not known or not math.isfinite(value) or value <= 0:
-        raise CheckpointError(f"{file}: {key} must be a finite number above 0, found {value!r}")
+        raise CheckpointError(f"{file}: {key} must be a finite number above 0, found {brief(value)}")
     return float(value)
 
 
 def _flag(file: Path, key: str, config: Mapping[str, Any]) -> bool:
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{file}: {key} must be true or false, found {value!r}")
+        raise CheckpointError(f"{file}: {key} must be true or false, found {brief(value)}")
     return bool(value)
 
 
 def _pattern(file: Path, key: str, config: Mapping[str, Any]) -> dict[str, float]:
     found = config.get(key) or {}
     if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: {key} must be a mapping from names of modules to numbers, found {found!r}")
+        raise CheckpointError(f"{file}: {key} must be a mapping from names of modules to numbers, found {brief(found)}")
     return {name: _number(file, f"{key}.{name}", value) for name, value in found.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import exists, os_reason, read_object
-from ..wording import some
+from ..wording import brief, some
 from .formats.pickled import read_pickled
 from .formats.quantised import why_quantised
 from .formats.safetensors import read_header
@@ -164,7 +164,7 @@ def _named_weights(folder: Path) -> Weights | None:
         return None
     config = folder / "config.json"
     if not isinstance(name, str):
-        raise CheckpointError(f"{config}: {WEIGHTS_KEY} must be the name of a file, found {name!r}")
+        raise CheckpointError(f"{config}: {WEIGHTS_KEY} must be the name of a file, found {brief(name)}")
     _check_shard_name(config, name.removesuffix(".index.json"))
     if not (folder / name).exists():
         raise NotFoundError(f"{folder / name}: no such file, but {config} names it in {WEIGHTS_KEY}")
@@ -216,7 +216,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
     checked: set[str] = set()
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file:
-            raise CheckpointError(f"{index}: tensor {name!r}: the name of its file must be a string, found {file!r}")
+            raise CheckpointError(
+                f"{index}: tensor {name!r}: the name of its file must be a string, found {brief(file)}"
+            )
         # thousands of tensors share a file
         if file not in checked:
             _check_shard_name(index, file)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from ..errors import TaskError, did_you_mean
 from ..jsonfile import exists, os_reason, read_file
+from ..wording import brief
 
 SUFFIXES = {".txt": "a text", ".jsonl": "questions or documents", ".yaml": "a task of lm-eval", ".yml": "the same"}
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
@@ -208,18 +209,22 @@ def _object(where: str, line: str) -> dict[str, Any]:
 def _document(where: str, line: Mapping[str, Any]) -> str:
     text = _value(where, line, "text", ("text",))
     if not isinstance(text, str) or not text.strip():
-        raise TaskError(f"{where}: text must be a text that is not empty, got {text!r}")
+        raise TaskError(f"{where}: text must be a text that is not empty, got {brief(text)}")
     return text
 
 
 def _question(where: str, line: Mapping[str, Any]) -> Question:
     context, choices, gold = (_value(where, line, key, _QUESTION_KEYS) for key in _QUESTION_KEYS)
     if not isinstance(context, str):
-        raise TaskError(f"{where}: context must be a text, got {context!r}")
+        raise TaskError(f"{where}: context must be a text, got {brief(context)}")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise TaskError(f"{where}: choices must be a list of two or more texts that are not empty, got {choices!r}")
+        raise TaskError(
+            f"{where}: choices must be a list of two or more texts that are not empty, got {brief(choices)}"
+        )
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise TaskError(f"{where}: gold must be the index of the right choice, 0 to {len(choices) - 1}, got {gold!r}")
+        raise TaskError(
+            f"{where}: gold must be the index of the right choice, 0 to {len(choices) - 1}, got {brief(gold)}"
+        )
     return Question(context, tuple(choices), gold, where)
 
 

@@ -15,6 +15,7 @@ from ..checkpoint.links import inside, link_target
 from ..checkpoint.sidefiles import TEMPLATE_FOLDERS, is_tokenizer_file
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import open_regular, os_reason, read_object
+from ..wording import brief
 from .format import RECORD_NAME
 
 __all__ = ["Verification", "VerifiedFile", "recorded_files", "verify"]
@@ -185,13 +186,13 @@ def _entry(record: Path, index: int, item: Any) -> tuple[str, int, str]:
         raise CheckpointError(f"{where}: must be an object with file, bytes and sha256")
     name, size, digest = item.get("file"), item.get("bytes"), item.get("sha256")
     if not isinstance(name, str) or not name or not _is_text(name):
-        raise CheckpointError(f"{where}: file must be the name of a file, got {name!r}")
+        raise CheckpointError(f"{where}: file must be the name of a file, got {brief(name)}")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise CheckpointError(f"{where}: file {name!r} is not inside the folder, where it must be")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise CheckpointError(f"{where}: bytes must be a whole number of at least 0, got {size!r}")
+        raise CheckpointError(f"{where}: bytes must be a whole number of at least 0, got {brief(size)}")
     if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set(string.hexdigits):
-        raise CheckpointError(f"{where}: sha256 must be 64 hexadecimal digits, got {digest!r}")
+        raise CheckpointError(f"{where}: sha256 must be 64 hexadecimal digits, got {brief(digest)}")
     return name, size, digest.lower()
 
 

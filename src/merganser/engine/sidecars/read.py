@@ -15,6 +15,7 @@ from ...checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo
 from ...errors import CheckpointError, NotFoundError, ParameterError, UnsupportedError, did_you_mean
 from ...method import MergeMethod, Part
 from ...method.registry import get_method
+from ...wording import brief
 from ..kernels.blocks import BLOCK, block_step
 from ..plan.sidecars import INDEX_FILE
 from ..stream.digests import block_digests, digest
@@ -118,7 +119,7 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
     files = {_file_name(name): _file_name(file) for name, file in entry["files"].items()}
     base = index["base"]
     if base is not None and not all(base[key] is None or isinstance(base[key], str) for key in _BASE):
-        raise ValueError(f"base must have texts for {', '.join(_BASE)}, found {base!r}")
+        raise ValueError(f"base must have texts for {', '.join(_BASE)}, found {brief(base)}")
     if base is None and any(tensor.base is not None for tensor in tensors):
         raise ValueError("tensors need the base of the merge, which is not named")
     return StoredTask(method, position, len(names), parts, files, tensors, base)
@@ -133,25 +134,27 @@ def _stored_tensor(
     """Check what an index says of a tensor."""
     kept, base, digest_, wide = (found.get(key) for key in ("kept", "base", "xxh3_128", "wide"))
     if kept not in (None, OWN, "merged") or not isinstance(wide, bool | None):
-        raise ValueError(f"tensor {name!r}: kept is {kept!r} and wide is {wide!r}")
+        raise ValueError(f"tensor {name!r}: kept is {brief(kept)} and wide is {brief(wide)}")
     parameters = None if kept is not None else settings[found["parameters"]]
     if parameters is not None and needs_base(method, parameters) and base is None:
         raise ValueError(f"tensor {name!r} needs the base's, which is not named")
     if base is not None and not (isinstance(base, str) and isinstance(digest_, str)):
-        raise ValueError(f"tensor {name!r}: base and xxh3_128 must be texts, found {base!r} and {digest_!r}")
+        raise ValueError(f"tensor {name!r}: base and xxh3_128 must be texts, found {brief(base)} and {brief(digest_)}")
     return StoredTensor(name, dtype, kept, parameters, base, digest_ or "", bool(wide))
 
 
 def _task_name(name: Any) -> str:
     # By default the task is restored into a folder of its name.
     if not isinstance(name, str) or not is_folder_name(name):
-        raise ValueError(f"task {name!r} must be usable as the name of a folder: letters, digits, '.', '_' and '-'")
+        raise ValueError(
+            f"task {brief(name)} must be usable as the name of a folder: letters, digits, '.', '_' and '-'"
+        )
     return name
 
 
 def _file_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
-        raise ValueError(f"the name of a file must be a text, found {name!r}")
+        raise ValueError(f"the name of a file must be a text, found {brief(name)}")
     # As Windows reads it, which knows both slashes, drives and shares: an index must mean the same everywhere.
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts or "\\" in name:
