@@ -254,6 +254,13 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "merge.json"])
+def test_a_file_may_not_take_the_place_of_what_is_restored(name: str, out: Path) -> None:
+    rewrite(out, lambda index: index["tasks"][0]["files"].update({name: "config.json"}))
+    with pytest.raises(CheckpointError, match=rf"file '{name}' would take the place of what is restored"):
+        restore(out, "b")
+
+
 @pytest.mark.parametrize(("change", "kind", "message"), DAMAGES)
 def test_a_wrong_index(out: Path, change: Callable[[dict[str, Any]], Any], kind: type[Exception], message: str) -> None:
     rewrite(out, change)

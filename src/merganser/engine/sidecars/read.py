@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo
+from ...checkpoint import DTYPE_BY_NAME, INDEX_NAME, Checkpoint, DType, Reader, TensorInfo
+from ...checkpoint.weights import is_weight_file
 from ...errors import CheckpointError, NotFoundError, ParameterError, UnsupportedError, did_you_mean
 from ...method import MergeMethod, Part
 from ...method.registry import get_method
+from ...record.format import RECORD_NAME
 from ...wording import brief
 from ..kernels.blocks import BLOCK, block_step
 from ..plan.sidecars import INDEX_FILE
@@ -117,6 +119,8 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
             tensors.append(_stored_tensor(method, name, DTYPE_BY_NAME[dtype], found, settings))
     parts = [_file_name(file) for file in (*index["shared"], *entry["parts"])]
     files = {_file_name(name): _file_name(file) for name, file in entry["files"].items()}
+    if own := [name for name in files if "/" not in name and (name in _OWN_NAMES or is_weight_file(name))]:
+        raise ValueError(f"file {brief(own[0])} would take the place of what is restored")
     base = index["base"]
     if base is not None and not all(base[key] is None or isinstance(base[key], str) for key in _BASE):
         raise ValueError(f"base must have texts for {', '.join(_BASE)}, found {brief(base)}")
@@ -124,6 +128,9 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
         raise ValueError("tensors need the base of the merge, which is not named")
     return StoredTask(method, position, len(names), parts, files, tensors, base)
 
+
+_OWN_NAMES = (INDEX_NAME, RECORD_NAME)
+"""Files of a restored checkpoint that are written, and not copied; as are its weights."""
 
 _BASE = ("model", "revision", "path")
 
