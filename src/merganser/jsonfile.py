@@ -1,28 +1,36 @@
-"""JSON from files that others wrote: bounded, strict, with errors that name the place; and lines of our own that are sealed."""
+"""Files that others wrote, read with care, and the JSON in them; and lines of our own that are sealed."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
+import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import xxhash
 
 from .errors import CheckpointError, NotFoundError
+from .wording import brief
 
 __all__ = [
     "LFS_MAGIC",
     "LFS_POINTER",
     "MAX_JSON_BYTES",
     "exists",
+    "open_regular",
     "os_reason",
     "parse_object",
+    "read_file",
+    "read_json",
     "read_object",
     "sealed_line",
     "unseal_line",
@@ -37,6 +45,19 @@ LFS_MAGIC = b"version "
 LFS_POINTER = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or fetch the file again"
 
 _MAX_DIGITS = 20
+_LONG_NUMBER = re.compile(rf"[0-9]{{{_MAX_DIGITS + 1}}}")
+
+MAX_DEPTH = 64
+"""Most levels of lists and objects in a JSON file. Copying, comparing and writing JSON recurse, and Python allows some hundred
+levels; no config has more than ten."""
+
+_KINDS = (
+    (stat.S_ISDIR, errno.EISDIR, "is a folder"),
+    (stat.S_ISFIFO, errno.EINVAL, "is a named pipe"),
+    (stat.S_ISSOCK, errno.EINVAL, "is a socket"),
+    (stat.S_ISCHR, errno.EINVAL, "is a device"),
+    (stat.S_ISBLK, errno.EINVAL, "is a device"),
+)
 
 
 def os_reason(error: OSError) -> str:
@@ -50,6 +71,58 @@ def exists(path: str | Path) -> bool:
         return Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError):
         return False
+
+
+def open_regular(file: Path) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Whatever reads a file that others wrote opens it here: reading from a named pipe without a writer waits forever, and a
+    device may have no end.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: It cannot be opened, or is a folder, a pipe, a socket or a device; `strerror` says which.
+    """
+    try:
+        # Opening a device can have effects of its own, so the kind is asked for first.
+        _require_regular(file.stat().st_mode, file)
+        # Should a pipe take the file's place meanwhile, opening it does not wait for a writer.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        descriptor = os.open(file, flags)
+    except ValueError:  # a NUL character, or half of a surrogate pair
+        raise FileNotFoundError(errno.ENOENT, "no file can have this name", repr(str(file))) from None
+    try:
+        _require_regular(os.fstat(descriptor).st_mode, file)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_regular(mode: int, file: Path) -> None:
+    if stat.S_ISREG(mode):
+        return
+    code, kind = next(((c, kind) for is_kind, c, kind in _KINDS if is_kind(mode)), (errno.EINVAL, "is no file"))
+    raise OSError(code, f"{kind}, where a regular file is needed", str(file))
+
+
+def read_file(file: Path, limit: int) -> bytes:
+    """Read a regular file whole.
+
+    Args:
+        file: The file.
+        limit: The most bytes that it may have.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: It cannot be read, is not a regular file, or is larger than `limit`; `strerror` says which.
+    """
+    with open_regular(file) as handle:
+        # No more than the size is asked for, since as much memory is taken as is asked for.
+        data = handle.read(min(os.fstat(handle.fileno()).st_size, limit) + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes, the most that is accepted here", str(file))
+    return data
 
 
 def _integer(text: str) -> int:
@@ -70,7 +143,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse(text: str, duplicates: bool) -> Any:
     # Hooks are called for every number and object: they double the time of a large header. Python itself refuses
     # numbers of thousands of digits, but for early releases of 3.10.
-    if hasattr(sys, "get_int_max_str_digits"):
+    if hasattr(sys, "get_int_max_str_digits") and _LONG_NUMBER.search(text) is None:
         with suppress(ValueError):  # said better below
             parsed = json.loads(text)
             # Each key is followed by a colon, so as many keys as colons means that no key was overwritten.
@@ -96,12 +169,15 @@ def parse_object(data: bytes, where: str, *, duplicates: bool = False) -> dict[s
     Raises:
         CheckpointError: the text is not UTF-8, not JSON, nested too deeply or not an object.
     """
+    return _object(_parse_json(data, where, duplicates), where)
 
+
+def _parse_json(data: bytes, where: str, duplicates: bool) -> Any:
     def bad(reason: str) -> NoReturn:
         raise CheckpointError(f"{where}: {reason}") from None
 
     try:
-        parsed = _parse(data.decode("utf-8"), duplicates)
+        return _parse(data.decode("utf-8"), duplicates)
     except UnicodeDecodeError as error:
         bad(f"is not UTF-8 text (byte {error.start})")
     except json.JSONDecodeError as error:
@@ -110,8 +186,12 @@ def parse_object(data: bytes, where: str, *, duplicates: bool = False) -> dict[s
         bad("is nested too deeply")
     except ValueError as error:
         bad(f"is not acceptable JSON: {error}")
+
+
+def _object(parsed: Any, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
-        bad(f"must be a JSON object, found {_JSON_NAMES.get(type(parsed), type(parsed).__name__)}")
+        found = _JSON_NAMES.get(type(parsed), type(parsed).__name__)
+        raise CheckpointError(f"{where}: must be a JSON object, found {found}")
     return parsed
 
 
@@ -125,24 +205,48 @@ _JSON_NAMES: dict[type, str] = {
 }
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold one object.
+def read_json(file: Path) -> Any:
+    """Read a JSON file.
 
     Raises:
-        NotFoundError: there is no such file.
-        CheckpointError: it cannot be read, is too large or is not a JSON object.
+        NotFoundError: There is no such file.
+        CheckpointError: It cannot be read, is too large, not JSON, or nested too deeply.
     """
     try:
-        with file.open("rb") as handle:
-            # no more than there is: as much memory is taken as is asked for
-            data = handle.read(min(os.fstat(handle.fileno()).st_size, MAX_JSON_BYTES) + 1)
+        data = read_file(file, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file}: is larger than {MAX_JSON_BYTES:,} bytes, the most that is accepted for JSON")
-    return parse_object(data.removeprefix(b"\xef\xbb\xbf"), str(file), duplicates=True)
+    parsed = _parse_json(data.removeprefix(b"\xef\xbb\xbf"), str(file), duplicates=True)
+    if _depth_exceeds(parsed, MAX_DEPTH):
+        raise CheckpointError(f"{file}: is nested too deeply: at most {MAX_DEPTH} levels are accepted")
+    return parsed
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold one object.
+
+    Raises:
+        NotFoundError: There is no such file.
+        CheckpointError: It cannot be read, is too large, not JSON, nested too deeply or not an object.
+    """
+    return _object(read_json(file), str(file))
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    """Return whether lists and objects are nested in more than `limit` levels; without recursion."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(limit):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 T = TypeVar("T")
@@ -197,6 +301,10 @@ class Entry:
             if found is not None:
                 yield key, found
 
+    def is_list(self) -> bool:
+        """Return whether the value is a list."""
+        return isinstance(self._value, list)
+
     def each(self, read: Callable[[Entry], T]) -> list[T]:
         """Read every member of a list."""
         if not isinstance(self._value, list):
@@ -241,10 +349,7 @@ class Entry:
         Raises:
             CheckpointError: Always.
         """
-        shown = repr(self._value)
-        raise CheckpointError(
-            f"{self.where}: must be {expected}, found {shown if len(shown) < 60 else shown[:57] + '...'}"
-        )
+        raise CheckpointError(f"{self.where}: must be {expected}, found {brief(self._value, 60)}")
 
 
 _CHECK = b'{"check":"'

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["count_text", "number_text", "plural", "printable", "printable_json", "size_text", "some", "time_text"]
+__all__ = [
+    "brief",
+    "count_text",
+    "number_text",
+    "plural",
+    "printable",
+    "printable_json",
+    "size_text",
+    "some",
+    "time_text",
+]
 
 # control characters (C0, DEL, C1), characters without a width, changes of the direction of writing, line separators of
 # Unicode, halves of surrogate pairs, tags
@@ -28,6 +39,12 @@ def printable(text: str) -> str:
 def printable_json(text: str) -> str:
     """Return a JSON document with the same escaped as JSON does it; its line breaks stay, and so does its meaning."""
     return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text)
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """Return a value that others wrote as Python shows it, cut off where it is long: it may have a million entries."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def size_text(count: float) -> str:
@@ -96,7 +113,8 @@ def default_names(references: Sequence[str]) -> list[str]:
 
 
 def _parts(reference: str) -> list[str]:
-    path = reference if Path(reference).exists() else reference.rpartition("+")[2]
+    # Path.exists raises for a name that is too long for a file.
+    path = reference if os.path.exists(reference) else reference.rpartition("+")[2]  # noqa: PTH110
     parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
     if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):
         parts[-1] = parts[-1].rpartition(".")[0]

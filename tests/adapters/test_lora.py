@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merganser.adapters import open_adapter
+from merganser.adapters import open_adapter, patterns
+from merganser.adapters.patterns import first_matches
 from merganser.checkpoint import Reader, open_checkpoint
 from merganser.errors import CheckpointError, NotFoundError, UnsupportedError
 from tests.making import HIDDEN, VOCAB, Tensors, llama, llama_config, write_model
@@ -159,9 +162,20 @@ def test_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     ("tensors", "config", "message"),
     [
         (pair(), {"r": 3}, f"{Q} has rank 3 by the config, and A has 2 rows"),
-        (pair(), {"r": 0}, "r must be a number above 0, found 0"),
-        (pair(), {"lora_alpha": "x"}, "lora_alpha must be a number above 0, found 'x'"),
+        (pair(), {"r": 0}, "r must be a finite number above 0, found 0"),
+        (pair(), {"lora_alpha": "x"}, "lora_alpha must be a finite number above 0, found 'x'"),
+        (pair(), {"r": float("inf")}, "r must be a finite number above 0, found inf"),
+        (pair(), {"r": True}, "r must be a finite number above 0, found True"),
+        (pair(), {"r": None}, "r must be a finite number above 0, found None"),
+        (pair(), {"r": int("9" * 400)}, "a number of 400 digits"),
+        (pair(), {"lora_alpha": float("nan")}, "lora_alpha must be a finite number above 0, found nan"),
+        (pair(), {"use_rslora": "false"}, "use_rslora must be true or false, found 'false'"),
+        (pair(), {"fan_in_fan_out": 1}, "fan_in_fan_out must be true or false, found 1"),
+        (pair(), {"rank_pattern": 3}, "rank_pattern must be a mapping from names of modules to numbers, found 3"),
+        (pair(), {"rank_pattern": {"q_proj": "2"}}, r"rank_pattern\.q_proj must be a finite number above 0, found '2'"),
         (pair(), {"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is no regular expression"),
+        (pair(), {"alpha_pattern": {"(" * 9_999: 2}}, "alpha_pattern: .* is no regular expression"),
+        (pair(), {"alpha_pattern": {"a{99999999999}": 2}}, r"alpha_pattern: 'a\{99999999999\}' is no regular"),
         ({f"{Q}.lora_A.weight": torch.zeros(2, 4)}, {}, f"{Q} has A of LoRA alone; A and B are needed"),
         (
             {f"{Q}.lora_A.weight": torch.zeros(2, 4), f"{Q}.lora_B.weight": torch.zeros(4, 3)},
@@ -174,6 +188,54 @@ def test_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
 def test_damaged(tmp_path: Path, tensors: Tensors, config: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         open_adapter(str(write_adapter(tmp_path / "adapter", tensors, **config)))
+
+
+KEYS = [
+    "q_proj", "proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj", "", r"layers\.0\..*", r".*\.(q|k)_proj",
+    "k_proj|q_proj", r"\d+\.self_attn\.q_proj", "x)|(.*", "^model.*", "model.layers.[0-3].self_attn.q_proj",
+    r"(?!model).*", "layers.0", "Q_PROJ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_patterns_are_looked_up_as_peft_does(key: str) -> None:
+    def looked_up(keys: list[str], module: str) -> str:
+        # what peft.utils.other.get_pattern_key does
+        return next((key for key in keys if re.match(rf"(.*\.)?({key})$", module)), module)
+
+    modules = [Q, "lm_head", "model.layers.10.self_attn.q_proj", "q_proj", "k_proj", "model.embed_tokens"]
+    for keys in ([key], ["k_proj", key, "q_proj"], [key, r"\w+"]):
+        expected = [looked_up(keys, module) for module in modules]
+        found = first_matches(keys, modules)
+        assert [module if i is None else keys[i] for i, module in zip(found, modules, strict=True)] == expected
+
+
+@pytest.mark.parametrize("key", ["(a+)+x", "(a|a)*x", "(.*)*x", "a?" * 30 + "a" * 30 + "x", "(.*.*.*.*.*.*.*.*)x"])
+@pytest.mark.parametrize("which", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_take_forever(key: str, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 0.3)
+    adapter = write_adapter(tmp_path / "adapter", pair("a" * 200), **{which: {key: 2}})
+    with pytest.raises(
+        CheckpointError, match=rf"json: {which}: matching the keys with 1 modules takes more than 0\.3 s"
+    ):
+        open_adapter(str(adapter))
+
+
+def test_many_keys_are_matched(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, modules = [f"layers.{i}.q_proj" for i in range(300)], [f"model.layers.{i}.q_proj" for i in range(301)]
+    expected = [*range(300), None]
+    assert first_matches(keys, modules) == expected
+    monkeypatch.setattr(patterns, "_MOST_HERE", 100)
+    assert first_matches(keys, modules) == expected
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_pipes(name: str, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", pair())
+    (adapter / ("adapter_model.safetensors" if "model" in name else name)).unlink()
+    os.mkfifo(adapter / name)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read: is a named pipe"):
+        open_adapter(str(adapter))
 
 
 def test_unknown_tensor(tmp_path: Path) -> None:

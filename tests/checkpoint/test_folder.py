@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from merganser.checkpoint import open_checkpoint
+from merganser.engine.merge import plan
 from merganser.errors import CheckpointError, MergeError, NotFoundError, UnsupportedError
 from tests.checkpoint.making import Tensors, check_equal, put, raw_file, tensor_bytes, write_shards
 
@@ -20,6 +22,15 @@ C: Tensors = {"c": torch.zeros(1)}
 
 def numbered(stem: str, suffix: str, *parts: Tensors) -> dict[str, Tensors]:
     return {f"{stem}-{i:05d}-of-{len(parts):05d}{suffix}": part for i, part in enumerate(parts, start=1)}
+
+
+INDEX = "model.safetensors.index.json"
+SHARDS = numbered("model", ".safetensors", A, B)
+FIRST, SECOND = SHARDS
+
+
+def mapping(**files: object) -> bytes:
+    return json.dumps({"weight_map": files}).encode()
 
 
 LAYOUTS: list[tuple[str, dict[str, Tensors], str | None, Tensors]] = [
@@ -74,6 +85,111 @@ def test_index_may_name_a_subfolder(tmp_path: Path) -> None:
     check_equal(open_checkpoint(str(tmp_path)), A | B)
 
 
+def test_the_path_of_an_index(tmp_path: Path) -> None:
+    write_shards(tmp_path, SHARDS, INDEX)
+    write_shards(tmp_path, {"model.safetensors": C})
+    check_equal(open_checkpoint(str(tmp_path / INDEX)), A | B)
+
+
+@pytest.mark.parametrize(("stem", "suffix"), [("model", ".safetensors"), ("pytorch_model", ".bin")])
+def test_a_file_beside_an_index_of_others(stem: str, suffix: str, tmp_path: Path) -> None:
+    index = f"{stem}{suffix}.index.json"
+    write_shards(tmp_path, numbered(stem, suffix, A, B), index)
+    write_shards(tmp_path, {f"{stem}{suffix}": C})
+    with pytest.raises(
+        CheckpointError, match=f"both {stem}{suffix} and {index} .*are there, and it is not clear which"
+    ):
+        open_checkpoint(str(tmp_path))
+    check_equal(open_checkpoint(str(tmp_path / f"{stem}{suffix}")), C)
+    # some programs write an index for a single file, too
+    (tmp_path / index).write_bytes(mapping(c=f"{stem}{suffix}"))
+    check_equal(open_checkpoint(str(tmp_path)), C)
+
+
+UNREAD: list[tuple[dict[str, Tensors], str | None, tuple[str, ...]]] = [
+    ({"model.safetensors": A}, None, ()),
+    ({"model.safetensors": A, "pytorch_model.bin": B, "model.onnx": C}, None, ()),
+    ({"model.safetensors": A, "consolidated.safetensors": B}, None, ("consolidated.safetensors",)),
+    ({"model.safetensors": A, "model-00001-of-00002.safetensors": B}, None, ("model-00001-of-00002.safetensors",)),
+    ({"pytorch_model.bin": A, "training_args.bin": B, "optimizer.bin": C, "ema.bin": C}, None, ("ema.bin",)),
+]
+
+
+@pytest.mark.parametrize(("shards", "index", "unread"), UNREAD)
+def test_weights_that_are_not_read_are_told(
+    shards: dict[str, Tensors], index: str | None, unread: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_shards(tmp_path, shards, index)
+    assert open_checkpoint(str(tmp_path)).unread == unread
+    planned = plan({"merge_method": "linear", "models": [{"model": str(tmp_path)}], "parameters": {"weight": 1}})
+    told = [text for text in planned.warnings if "may hold weights, too; read is " in text]
+    assert len(told) == (1 if unread else 0)
+    assert all(text.startswith(f"{tmp_path}: {', '.join(unread)} may") for text in told)
+
+
+def test_stray_shards_are_told(tmp_path: Path) -> None:
+    write_shards(tmp_path, numbered("model", ".safetensors", A, B), INDEX)
+    write_shards(tmp_path, {"model-00003-of-00003.safetensors": C})
+    assert open_checkpoint(str(tmp_path)).unread == ("model-00003-of-00003.safetensors",)
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", INDEX])
+def test_the_config_may_name_the_weights(name: str, tmp_path: Path) -> None:
+    write_shards(tmp_path, SHARDS, INDEX)
+    write_shards(tmp_path, {"model.safetensors": C, "other.safetensors": A | B})
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    check_equal(open_checkpoint(str(tmp_path)), A | B)
+    planned = plan({"merge_method": "linear", "models": [{"model": str(tmp_path)}], "parameters": {"weight": 1}})
+    assert "transformers_weights" not in planned.config
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (3, "must be the name of a file, found 3"),
+        ("../x.safetensors", "is not inside the checkpoint's folder"),
+        ("x.py", "is not a file of weights"),
+        ("none.safetensors", "no such file, but .* names it in transformers_weights"),
+        ("x.safetensors.index.json", "no such file, but .* names it in transformers_weights"),
+    ],
+)
+def test_the_config_may_name_only_weights(name: object, message: str, tmp_path: Path) -> None:
+    write_shards(tmp_path / "model", {"model.safetensors": A})
+    write_shards(tmp_path, {"x.safetensors": A})
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(tmp_path / "model"))
+
+
+FOREIGN = [
+    ("epoch=3.ckpt", "PyTorch Lightning", r"python -c \"import torch; .*load\('epoch=3\.ckpt'"),
+    ("__0_0.distcp", "distributed checkpoint of PyTorch", "format_utils dcp_to_torch FOLDER pytorch_model.bin"),
+    ("zero_to_fp32.py", "DeepSpeed ZeRO", r"python zero_to_fp32\.py FOLDER OUT"),
+    ("global_step500", "DeepSpeed ZeRO", r"python zero_to_fp32\.py FOLDER OUT"),
+    ("model_world_size_8_rank_3.pt", "verl", r"python -m verl\.model_merger merge"),
+    ("pytorch_model_fsdp_0", "FSDP", "accelerate merge-weights"),
+    ("model.nemo", "NeMo", "export of NeMo"),
+]
+
+
+@pytest.mark.parametrize(("name", "what", "command"), FOREIGN)
+def test_what_training_programs_write_is_named(name: str, what: str, command: str, tmp_path: Path) -> None:
+    put(tmp_path, {name: b"x", "config.json": b"{}"})
+    for reference in (tmp_path, tmp_path / name):
+        with pytest.raises(
+            CheckpointError, match=rf"{re.escape(name)} is an? .*{what}.*; make a checkpoint .*{command}"
+        ):
+            open_checkpoint(str(reference))
+
+
+def test_parts_of_an_original_checkpoint_are_named(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"consolidated.00.pth": A, "consolidated.01.pth": B})
+    with pytest.raises(
+        CheckpointError, match=r"consolidated\.00\.pth, consolidated\.01\.pth: the parts of an original Py"
+    ):
+        open_checkpoint(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["some.safetensors", "some.bin", "some.pt", "some.pth"])
 def test_path_of_a_file(name: str, tmp_path: Path) -> None:
     write_shards(tmp_path, {name: A, "model.safetensors": B})
@@ -114,15 +230,6 @@ def test_config_and_metadata(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.config == {"model_type": "llama", "rope": float("inf")}
     assert checkpoint.metadata == {"format": "pt"}
-
-
-INDEX = "model.safetensors.index.json"
-SHARDS = numbered("model", ".safetensors", A, B)
-FIRST, SECOND = SHARDS
-
-
-def mapping(**files: object) -> bytes:
-    return json.dumps({"weight_map": files}).encode()
 
 
 both = mapping(a=FIRST, b=SECOND)

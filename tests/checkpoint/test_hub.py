@@ -157,6 +157,14 @@ def test_single_file(shards: dict[str, Tensors], hub: Hub, tmp_path: Path) -> No
     assert set(hub.fetched) == {"config.json", *shards}
 
 
+def test_folders_of_modules_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    modules = {"modules.json": '[{"path": ""}, {"path": "1_Pooling"}]', "1_Pooling/config.json": "{}"}
+    fill(hub.folder / "org" / "name", {"model.safetensors": A}, **modules, **NOT_NEEDED)
+    checkpoint = fetch(tmp_path)
+    assert {path.relative_to(checkpoint.path).as_posix() for path in checkpoint.side_files} == set(modules)
+    assert set(hub.fetched) == {"config.json", "model.safetensors", *modules}
+
+
 def test_revision_is_honoured(hub: Hub, tmp_path: Path) -> None:
     fill(hub.folder / "org" / "name", {"model.safetensors": A})
     check_equal(fetch(tmp_path, revision="v1"), A)

@@ -139,7 +139,7 @@ def test_bad_file_is_refused(content: bytes, message: str, tmp_path: Path) -> No
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"x\.safetensors: no such file"):
         read_header(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: cannot be read: is a directory")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: cannot be read: is a folder")):
         read_header(tmp_path)
 
 

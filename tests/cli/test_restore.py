@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from merganser import restore, verify
 from merganser.errors import CheckpointError, NotFoundError, UnsupportedError
+from merganser.inference.sources import open_source
 from tests.cli.test_process import process
 from tests.cli.tiny import linear, names, recipe, run, state, write
 
@@ -223,8 +225,19 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
     ),
     (lambda index: index["parameters"].clear(), CheckpointError, r"is damaged, or no index of sidecars"),
     (lambda index: index["tasks"][0]["parts"].clear(), CheckpointError, r"part '.*\.mask' is missing, must be uint8"),
-    (lambda index: index["tasks"][0]["parts"].append("../a/x"), CheckpointError, r"does not name '\.\./a/x' among the"),
-    (lambda index: index["tasks"][0]["files"].update(x="/etc/passwd"), CheckpointError, r"does not name '/etc/passwd'"),
+    (lambda index: index["tasks"][0]["parts"].append("../a/x"), CheckpointError, r"file '\.\./a/x' would lie outside"),
+    (
+        lambda index: index["tasks"][0]["files"].update(x="/etc/passwd"),
+        CheckpointError,
+        r"file '/etc/passwd' would lie",
+    ),
+    (lambda index: index["tasks"][0]["files"].update(x="README"), CheckpointError, r"does not name 'README' among the"),
+    (
+        lambda index: index["tasks"][0]["files"].update(x=3),
+        CheckpointError,
+        r"the name of a file must be a text, found 3",
+    ),
+    (lambda index: index["tasks"][0]["files"].update({"C:\\x": "README"}), CheckpointError, r"would lie outside of"),
     (
         lambda index: index["tensors"].update({"more.weight": {"dtypes": "float32", "kept": "merged"}}),
         CheckpointError,
@@ -241,6 +254,13 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "merge.json"])
+def test_a_file_may_not_take_the_place_of_what_is_restored(name: str, out: Path) -> None:
+    rewrite(out, lambda index: index["tasks"][0]["files"].update({name: "config.json"}))
+    with pytest.raises(CheckpointError, match=rf"file '{name}' would take the place of what is restored"):
+        restore(out, "b")
+
+
 @pytest.mark.parametrize(("change", "kind", "message"), DAMAGES)
 def test_a_wrong_index(out: Path, change: Callable[[dict[str, Any]], Any], kind: type[Exception], message: str) -> None:
     rewrite(out, change)
@@ -252,9 +272,17 @@ def test_a_wrong_index(out: Path, change: Callable[[dict[str, Any]], Any], kind:
 
 def test_a_record_that_says_nothing_of_tasks(out: Path) -> None:
     record = json.loads((out / "merge.json").read_text())
-    (out / "merge.json").write_text(json.dumps(record | {"sidecars": []}))
-    with pytest.raises(CheckpointError, match=r"merge\.json: must have a list of tasks under 'sidecars'"):
-        restore(out, "b")
+    for sidecars, message in (
+        ([], r"merge\.json: sidecars: must be an object, found \[\]"),
+        ({}, "sidecars: has no 'tasks'"),
+        ({"tasks": 3}, r"sidecars\.tasks: must be a list"),
+        ({"tasks": [3]}, r"sidecars\.tasks\[0\]: must be an object"),
+        ({"tasks": [{"name": 3}]}, r"sidecars\.tasks\[0\]\.name: must be a text"),
+        ({"tasks": [{"name": "b", "error": "x"}]}, r"sidecars\.tasks\[0\]\.error: must be a finite number"),
+    ):
+        (out / "merge.json").write_text(json.dumps(record | {"sidecars": sidecars}))
+        with pytest.raises(CheckpointError, match=message):
+            restore(out, "b")
     (out / "merge.json").write_text(json.dumps({"outputs": record["outputs"]}))
     with pytest.raises(NotFoundError, match="out: has no sidecars: what wrote it stores nothing for single tasks"):
         restore(out, "b")
@@ -267,6 +295,38 @@ def test_files_of_a_task_stay_inside_of_its_folder(out: Path) -> None:
     assert not (out.parent.parent / "escaped").exists()
 
 
+NAMES = ["../m1", "a/b", "/etc/cron.d/x", "..", ".hidden", "-x", "", "a\\b", "a\0b", "a\nb", "\ud800", 3, None, ["b"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wanted", ["own", "other"])
+def test_names_of_tasks_are_names_of_folders(name: Any, wanted: str, out: Path) -> None:
+    rewrite(out, lambda index: index["tasks"][0].update(name=name))
+    before = names(out.parent)
+    with pytest.raises(CheckpointError, match="must be usable as the name of a folder: letters, digits"):
+        restore(out, str(name) if wanted == "own" else "c")
+    assert names(out.parent) == before
+
+
+@pytest.mark.parametrize("task", ["../m1", "a/b", "/etc/x"])
+def test_a_task_that_is_not_there_makes_no_folder(task: str, out: Path) -> None:
+    with pytest.raises(NotFoundError, match="no task"):
+        restore(out, task)
+
+
+def test_a_model_and_its_files_are_not_read_from_elsewhere(out: Path) -> None:
+    (out.parent / "secret.json").write_text("{}")
+    rewrite(out, lambda index: index["tasks"][0]["files"].update({"tokenizer.json": "../secret.json"}))
+    with ExitStack() as stack, pytest.raises(CheckpointError, match=r"file '\.\./secret\.json' would lie outside"):
+        open_source(f"{out}#b", stack)
+    rewrite(out, lambda index: index["tasks"][0]["files"].update({"tokenizer.json": "sidecars/b/x.json"}))
+    (out / "sidecars/b/x.json").symlink_to("../../../secret.json")
+    with ExitStack() as stack, pytest.raises(CheckpointError, match="is a link that leaves the checkpoint's folder"):
+        open_source(f"{out}#b", stack)
+    with pytest.raises(CheckpointError, match=r"does not name 'sidecars/b/x\.json' among the files"):
+        restore(out, "b")
+
+
 def test_verify_looks_into_the_sidecars(out: Path) -> None:
     assert run("verify", "out").code == 0
     shutil.copy(out / "model.safetensors", out / "sidecars/b/more.safetensors")
@@ -274,7 +334,7 @@ def test_verify_looks_into_the_sidecars(out: Path) -> None:
     found = run("verify", "out")
     assert found.code == 2
     lines = dict(line.split(": ", 1) for line in found.out.splitlines())
-    assert lines["sidecars/b/more.safetensors"] == "holds weights, and was not written by this merge"
+    assert lines["sidecars/b/more.safetensors"] == "is new: it was not written by this merge, and loading may read it"
     assert lines["sidecars/c/parts.safetensors"].startswith("has sha256 ")
 
 

@@ -95,7 +95,7 @@ def test_missing_files() -> None:
     with pytest.raises(TaskError, match=r"nowhere/x\.txt: there is no such file"):
         load_tasks(["nowhere/x.txt"])
     Path("folder.txt").mkdir()
-    with pytest.raises(TaskError, match=r"folder\.txt: cannot be read: is a directory"):
+    with pytest.raises(TaskError, match=r"folder\.txt: cannot be read: is a folder"):
         load_tasks(["folder.txt"])
     with pytest.raises(TaskError, match="tasks: none given"):
         load_tasks([])

@@ -128,7 +128,7 @@ def test_a_damaged_evaluation(out: Path, damage: Callable[[dict[str, Any]], obje
 
 def test_no_evaluation(out: Path) -> None:
     assert refused("out", "--eval", "none.json") == "none.json: no such file"
-    assert refused("out", "--eval", "out") == "out: cannot be read: is a directory"
+    assert refused("out", "--eval", "out") == "out: cannot be read: is a folder, where a regular file is needed"
 
 
 def test_spectra_need_task_vectors_and_the_models(out: Path) -> None:

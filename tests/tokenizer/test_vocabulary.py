@@ -177,7 +177,7 @@ def test_added_tokens_of_the_wrong_kind_are_refused(tmp_path: Path, content: Any
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
-    with pytest.raises(CheckpointError, match="is not a regular file"):
+    with pytest.raises(CheckpointError, match="is a named pipe, where a regular file is needed"):
         read(tmp_path)
 
 

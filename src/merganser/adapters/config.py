@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from ..jsonfile import read_object
+from ..wording import brief
+from .patterns import PatternError, first_matches
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -57,21 +59,36 @@ class LoraConfig:
     transposed: bool
     base: str | None
 
-    def scale(self, module: str, rank: int) -> float:
-        """Return the factor of B A for a module.
+    def scales(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """Return the factors of B A.
 
         Args:
-            module: Name of the module in the base model.
-            rank: Rows of its A.
+            ranks: Rows of A for each module, by the module's name in the base model.
 
         Raises:
-            CheckpointError: The rank is not the one that the config says.
+            CheckpointError: A rank is not the one that the config says, or a pattern cannot be matched.
         """
-        said = _match(self.rank_pattern, module, self.r)
-        if said != rank:
-            raise CheckpointError(f"{self.file}: {module} has rank {said:g} by the config, and A has {rank} rows")
-        alpha = _match(self.alpha_pattern, module, self.alpha)
-        return alpha / (rank**0.5 if self.rslora else rank)
+        said = self._looked_up("rank_pattern", self.rank_pattern, [*ranks], self.r)
+        alphas = self._looked_up("alpha_pattern", self.alpha_pattern, [*ranks], self.alpha)
+        for module, rank in ranks.items():
+            if said[module] != rank:
+                raise CheckpointError(
+                    f"{self.file}: {module} has rank {said[module]:g} by the config, and A has {rank} rows"
+                )
+        return {module: alphas[module] / (rank**0.5 if self.rslora else rank) for module, rank in ranks.items()}
+
+    def _looked_up(
+        self, key: str, pattern: Mapping[str, float], modules: Sequence[str], otherwise: float
+    ) -> dict[str, float]:
+        """Return the value of each module: that of the first pattern that it matches."""
+        try:
+            first = first_matches([*pattern], modules)
+        except PatternError as error:
+            raise CheckpointError(f"{self.file}: {key}: {error}") from None
+        values = [*pattern.values()]
+        return {
+            module: otherwise if index is None else values[index] for module, index in zip(modules, first, strict=True)
+        }
 
 
 def read_config(folder: Path) -> LoraConfig:
@@ -86,52 +103,49 @@ def read_config(folder: Path) -> LoraConfig:
     config = read_object(file)
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedError(f"{file}: peft_type is {kind!r}; only LORA adapters can be applied to weights here")
+        raise UnsupportedError(f"{file}: peft_type is {brief(kind)}; only LORA adapters can be applied to weights here")
     for key, meaning in _REFUSED.items():
         if config.get(key):
             raise UnsupportedError(f"{file}: {key}: {meaning}, which cannot be read here; {_REMEDY}")
     if config.get("bias", "none") != "none":
         raise UnsupportedError(
-            f"{file}: bias is {config['bias']!r}: the adapter holds biases of the base, which cannot be read here; "
+            f"{file}: bias is {brief(config['bias'])}: the adapter holds biases of the base, which cannot be read here; "
             f"only 'none' can. {_REMEDY[0].upper()}{_REMEDY[1:]}"
         )
     start = config.get("init_lora_weights", True)
     if start not in _STARTS:
         raise UnsupportedError(
-            f"{file}: init_lora_weights is {start!r}, which also changes the base's weights, or may; save the adapter "
+            f"{file}: init_lora_weights is {brief(start)}, which also changes the base's weights, or may; save the adapter "
             "with peft's path_initial_model_for_weight_conversion, or merge it with peft and give the merged model"
         )
     return LoraConfig(
         file,
         _number(file, "r", config.get("r")),
         _number(file, "lora_alpha", config.get("lora_alpha")),
-        bool(config.get("use_rslora")),
+        _flag(file, "use_rslora", config),
         _pattern(file, "rank_pattern", config),
         _pattern(file, "alpha_pattern", config),
-        bool(config.get("fan_in_fan_out")),
+        _flag(file, "fan_in_fan_out", config),
         config["base_model_name_or_path"] if isinstance(config.get("base_model_name_or_path"), str) else None,
     )
 
 
 def _number(file: Path, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise CheckpointError(f"{file}: {key} must be a number above 0, found {value!r}")
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not math.isfinite(value) or value <= 0:
+        raise CheckpointError(f"{file}: {key} must be a finite number above 0, found {brief(value)}")
     return float(value)
+
+
+def _flag(file: Path, key: str, config: Mapping[str, Any]) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{file}: {key} must be true or false, found {brief(value)}")
+    return bool(value)
 
 
 def _pattern(file: Path, key: str, config: Mapping[str, Any]) -> dict[str, float]:
     found = config.get(key) or {}
     if not isinstance(found, dict):
-        raise CheckpointError(f"{file}: {key} must be a mapping from names of modules to numbers, found {found!r}")
-    for name in found:
-        try:
-            re.compile(name)
-        except re.error as error:
-            raise CheckpointError(f"{file}: {key}: {name!r} is no regular expression: {error}") from None
+        raise CheckpointError(f"{file}: {key} must be a mapping from names of modules to numbers, found {brief(found)}")
     return {name: _number(file, f"{key}.{name}", value) for name, value in found.items()}
-
-
-def _match(pattern: Mapping[str, float], module: str, otherwise: float) -> float:
-    """Return the value of the first name that the module's name ends in, as peft looks it up."""
-    found = (value for name, value in pattern.items() if re.match(rf"(.*\.)?({name})$", module))
-    return next(found, otherwise)

@@ -170,14 +170,17 @@ def _sort(
             replaced[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
     if not factors and not replaced:
         raise CheckpointError(f"{file}: holds no tensors")
+    for module, pair in factors.items():
+        _check_pair(file, module, pair)
+    scales = config.scales({module: pair["A"].shape[0] for module, pair in factors.items()})
     changes = {
-        f"{module}.weight": _low_rank(config, file, module, pair, module in embeddings or config.transposed)
+        f"{module}.weight": LowRank(pair["A"], pair["B"], scales[module], module in embeddings or config.transposed)
         for module, pair in factors.items()
     }
     return changes, replaced
 
 
-def _low_rank(config: LoraConfig, file: Path, module: str, pair: Mapping[str, TensorInfo], transposed: bool) -> LowRank:
+def _check_pair(file: Path, module: str, pair: Mapping[str, TensorInfo]) -> None:
     if len(pair) != 2:
         raise CheckpointError(f"{file}: {module} has {next(iter(pair))} of LoRA alone; A and B are needed")
     a, b = pair["A"], pair["B"]
@@ -187,4 +190,3 @@ def _low_rank(config: LoraConfig, file: Path, module: str, pair: Mapping[str, Te
         )
     if a.shape[0] != b.shape[1]:
         raise CheckpointError(f"{file}: {module}: A is {list(a.shape)} and B is {list(b.shape)}; their ranks differ")
-    return LowRank(a, b, config.scale(module, a.shape[0]), transposed)

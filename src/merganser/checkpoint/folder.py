@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import os_reason, read_object
+from ..jsonfile import exists, os_reason, read_object
+from ..wording import brief, some
 from .formats.pickled import read_pickled
 from .formats.quantised import why_quantised
 from .formats.safetensors import read_header
 from .hub import is_hub_id, snapshot
+from .links import inside
 from .reader import Reader
-from .sidefiles import side_file_names
+from .sidefiles import list_side_files
 from .tensor import TensorInfo
-from .weights import PICKLED_SUFFIXES, choose_weights, refuse_name
+from .weights import PICKLED_SUFFIXES, Weights, choose_weights, may_be_weights, refuse_name
 from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+WEIGHTS_KEY = "transformers_weights"
+"""Key of config.json that names the file of weights, or their index, where it is not the usual one."""
+
+_MAX_NAME = 500
+"""Most characters in the name of a tensor; names of published models have some 150."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +43,8 @@ class Checkpoint:
         weight_files: the files that hold the tensors.
         metadata: the `__metadata__` of the safetensors headers.
         wrappers: names of training frameworks that the names of tensors had in the files, and do not have here.
+        unread: names of files in the folder that may hold weights, too, and are not read.
+        loose: whether it is a single file in a folder that has no config.json: what else lies there is not the model's.
     """
 
     reference: str
@@ -44,6 +54,8 @@ class Checkpoint:
     weight_files: list[Path]
     metadata: dict[str, str]
     wrappers: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    loose: bool = False
 
     @cached_property
     def side_files(self) -> list[Path]:
@@ -52,9 +64,19 @@ class Checkpoint:
         A copy keeps their place below `path`.
 
         Raises:
-            CheckpointError: one is a link that leaves the folder.
+            CheckpointError: one is a link that leaves the folder, or to nothing, or a pipe or device.
         """
-        return [_inside(self.path, name, str(self.path)) for name in side_file_names(self.path)]
+        return [] if self.loose else list_side_files(self.path)
+
+    def side_file(self, name: str) -> Path | None:
+        """Return the side file of this name, or None where there is none.
+
+        Raises:
+            CheckpointError: it is a link that leaves the folder, or to nothing.
+        """
+        file = self.path / name
+        there = not self.loose and (file.is_symlink() or file.exists())
+        return inside(self.path, name, str(self.path)) if there else None
 
     @cached_property
     def quantised(self) -> str | None:
@@ -116,19 +138,63 @@ def _existing(reference: str) -> Path | None:
 
 
 def _open_file(reference: str, file: Path) -> Checkpoint:
+    if file.name.endswith(".index.json"):
+        return _open_index(reference, file.parent, file)
     refuse_name(str(file), file.name)
-    return _assemble(reference, file.parent, [file])
+    opened = _assemble(reference, file.parent, [file])
+    return replace(opened, loose=not (file.parent / "config.json").exists())
 
 
 def _open_folder(reference: str, folder: Path) -> Checkpoint:
-    weights = choose_weights(str(folder), [path.name for path in folder.iterdir()])
-    if weights.index is None:
-        return _assemble(reference, folder, [folder / name for name in weights.files])
-    index = folder / weights.index
+    names = [path.name for path in folder.iterdir()]
+    weights = _named_weights(folder) or choose_weights(str(folder), names)
+    if weights.rival is not None:
+        _check_rival(folder, weights.files[0], weights.rival)
+    if weights.index is not None:
+        opened = _open_index(reference, folder, folder / weights.index)
+    else:
+        opened = _assemble(reference, folder, [folder / name for name in weights.files])
+    return replace(opened, unread=_unread(names, opened.weight_files))
+
+
+def _named_weights(folder: Path) -> Weights | None:
+    """Return the weights that config.json names, which transformers then loads whatever else is there."""
+    name = _read_config(folder).get(WEIGHTS_KEY)
+    if name is None:
+        return None
+    config = folder / "config.json"
+    if not isinstance(name, str):
+        raise CheckpointError(f"{config}: {WEIGHTS_KEY} must be the name of a file, found {brief(name)}")
+    _check_shard_name(config, name.removesuffix(".index.json"))
+    if not (folder / name).exists():
+        raise NotFoundError(f"{folder / name}: no such file, but {config} names it in {WEIGHTS_KEY}")
+    return Weights(name, ()) if name.endswith(".index.json") else Weights(None, (name,))
+
+
+def _check_rival(folder: Path, file: str, index: str) -> None:
+    """Refuse a file of weights beside the index of others: transformers loads the file, other programs the index."""
+    others = sorted(set(read_weight_map(folder / index).values()) - {file})
+    if others:
+        raise CheckpointError(
+            f"{folder}: both {file} and {index} (for {some(others, 2)}) are there, and it is not clear which are the model's; "
+            f"remove the others, or give the path of the one that is meant, such as {folder / index}"
+        )
+
+
+def _unread(names: Iterable[str], files: Sequence[Path]) -> tuple[str, ...]:
+    """Return the files of weights of the same format that lie beside those of the checkpoint."""
+    chosen = {file.name for file in files}
+    suffix = files[0].suffix
+    return tuple(
+        sorted(name for name in names if name.endswith(suffix) and may_be_weights(name) and name not in chosen)
+    )
+
+
+def _open_index(reference: str, folder: Path, index: Path) -> Checkpoint:
     weight_map = read_weight_map(index)
     files = []
     for name in sorted(set(weight_map.values())):
-        file = _inside(folder, name, str(index))
+        file = inside(folder, name, str(index))
         if not file.exists():
             count = sum(target == name for target in weight_map.values())
             raise NotFoundError(f"{file}: no such file, but {index} says that it holds {count} tensors")
@@ -150,7 +216,9 @@ def read_weight_map(index: Path) -> dict[str, str]:
     checked: set[str] = set()
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file:
-            raise CheckpointError(f"{index}: tensor {name!r}: the name of its file must be a string, found {file!r}")
+            raise CheckpointError(
+                f"{index}: tensor {name!r}: the name of its file must be a string, found {brief(file)}"
+            )
         # thousands of tensors share a file
         if file not in checked:
             _check_shard_name(index, file)
@@ -167,27 +235,12 @@ def _check_shard_name(index: Path, name: str) -> None:
         raise CheckpointError(f"{index}: file {name!r} is not a file of weights")
 
 
-def _inside(folder: Path, name: str, where: str) -> Path:
-    """Return the file `name` of `folder`, unless links lead out of it; those of the Hub's cache may."""
-    file = folder / name
-    home = folder.resolve()
-    target = file.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        # The Hub's cache keeps the contents in ../../blobs and fills the folder of a revision with links.
-        allowed.append((home.parent.parent / "blobs").resolve())
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise CheckpointError(
-            f"{where}: file {name!r} is a link that leaves the checkpoint's folder; put the file itself there"
-        )
-    return file
-
-
 def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for file in files:
         for tensor in _read(file, metadata):
+            _check_name(tensor)
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"{file}: tensor {tensor.name!r} is in {tensors[tensor.name].file.name} too; it can be in one only"
@@ -195,8 +248,35 @@ def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
             tensors[tensor.name] = tensor
     if not tensors:
         raise CheckpointError(f"{files[0]}: holds no tensors")
+    return Checkpoint(reference, folder, _read_config(folder), tensors, files, metadata)
+
+
+def _check_name(tensor: TensorInfo) -> None:
+    """Refuse a name that a safetensors file cannot hold, or that is longer than any name of a module.
+
+    Names are split at every dot to find layers: for one of ten thousands of parts that takes minutes.
+    """
+    name = tensor.name
+    if len(name) > _MAX_NAME:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name[:40] + '...'!r}: the name has {len(name):,} characters; at most {_MAX_NAME} are "
+            "accepted"
+        )
+    if name == "__metadata__":
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name!r}: safetensors keeps this name for itself; rename the tensor"
+        )
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{tensor.file}: tensor {name!r}: the name is not valid Unicode") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
-    return Checkpoint(reference, folder, read_object(config) if config.exists() else {}, tensors, files, metadata)
+    if not config.is_symlink() and not config.exists():
+        return {}
+    return read_object(inside(folder, config.name, str(folder)))
 
 
 def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
@@ -234,13 +314,6 @@ def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:
         CheckpointError: It is damaged.
     """
     path, at, revision = text.rpartition("@")
-    if at and revision and is_hub_id(path) and not _exists(text):
+    if at and revision and is_hub_id(path) and not exists(text):
         return open_checkpoint(path, revision=revision, cache_dir=cache_dir)
     return open_checkpoint(text, cache_dir=cache_dir)
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):
-        return False

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import os_reason, read_object
-from .sidefiles import is_side_file
+from .sidefiles import is_module_file, is_side_file, module_folders
 from .weights import PICKLED_SUFFIXES, choose_weights, is_weight_file
 
 __all__ = ["is_hub_id", "snapshot"]
@@ -39,12 +39,16 @@ def snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Pat
         return _cached(model, revision, cache_dir)
     weights = choose_weights(f"{model} on the Hub", names)
     first = [name for name in names if name == "config.json" or is_side_file(name)]
-    folder = _fetch(model, revision, cache_dir, [*first, *weights.files, *([weights.index] if weights.index else [])])
+    indexes = [name for name in (weights.index, weights.rival) if name]
+    folder = _fetch(model, revision, cache_dir, [*first, *weights.files, *indexes])
     if weights.index is not None:
         shards = read_object(folder / weights.index).get("weight_map")
         wanted = {file for file in shards.values() if isinstance(file, str)} if isinstance(shards, dict) else set()
         # The folder is named after the commit: the shards come from the same one, even when a branch moves meanwhile.
         _fetch(model, folder.name, cache_dir, sorted(wanted & set(names)))
+    modules = module_folders(folder)
+    if more := [name for name in names if is_module_file(name, modules)]:
+        _fetch(model, folder.name, cache_dir, more)
     return folder
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError, NotFoundError, UnsupportedError
 
-__all__ = ["PICKLED_SUFFIXES", "Weights", "choose_weights", "is_weight_file", "refuse_name"]
+__all__ = ["PICKLED_SUFFIXES", "Weights", "choose_weights", "is_weight_file", "may_be_weights", "refuse_name"]
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 """What the names of pickled checkpoints end in."""
@@ -29,15 +29,28 @@ _GGUF = "GGUF inputs come with a later version; give the safetensors checkpoint 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The choice: either an index, which names the shards, or the files themselves."""
+    """The choice: either an index, which names the shards, or the files themselves.
+
+    Args:
+        index: Name of the index.
+        files: Names of the files, where no index is chosen.
+        rival: Name of an index that lies beside the chosen file. It may name that file alone; if it names others, it is not
+            clear which are the model's.
+    """
 
     index: str | None
     files: tuple[str, ...]
+    rival: str | None = None
 
 
 def is_weight_file(name: str) -> bool:
     """Say whether a file holds tensors of any format, of the model or of its training."""
     return name.endswith((".safetensors", *PICKLED_SUFFIXES, *_OTHER_WEIGHTS))
+
+
+def may_be_weights(name: str) -> bool:
+    """Return whether a file in a format of weights is not, by its name, the state of a training run or an adapter."""
+    return not _NOT_WEIGHTS.match(name)
 
 
 def refuse_name(where: str, name: str) -> None:
@@ -51,6 +64,8 @@ def refuse_name(where: str, name: str) -> None:
         raise UnsupportedError(f"{where}: {_GGUF}")
     if name.startswith("adapter_"):
         raise UnsupportedError(f"{where}: {_lora('the file is a LoRA adapter')}")
+    if foreign := _foreign([name]):
+        raise CheckpointError(f"{where}: {foreign}")
     if not name.endswith((".safetensors", *PICKLED_SUFFIXES)):
         raise CheckpointError(
             f"{where}: not a checkpoint: give a folder, or a file that ends in .safetensors, "
@@ -77,7 +92,7 @@ def choose_weights(where: str, names: Iterable[str]) -> Weights:
     present = sorted(set(names))
     if "adapter_config.json" in present:
         raise UnsupportedError(f"{where}: {_lora('the folder holds a LoRA adapter (adapter_config.json)')}")
-    usable = [name for name in present if "/" not in name and not _NOT_WEIGHTS.match(name)]
+    usable = [name for name in present if "/" not in name and may_be_weights(name)]
     for suffixes, default in ((".safetensors",), "model.safetensors"), (PICKLED_SUFFIXES, "pytorch_model.bin"):
         mine = [name for name in usable if name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
         mine += [name for name in usable if name.endswith(tuple(suffixes))]
@@ -91,10 +106,11 @@ def choose_weights(where: str, names: Iterable[str]) -> Weights:
 def _choose(where: str, names: Sequence[str], default: str) -> Weights | None:
     indexes = [name for name in names if name.endswith(".index.json")]
     files = [name for name in names if name not in indexes]
+    own_index = f"{default}.index.json"
     if default in files:
-        return Weights(None, (default,))
-    if f"{default}.index.json" in indexes:
-        return Weights(f"{default}.index.json", ())
+        return Weights(None, (default,), own_index if own_index in indexes else None)
+    if own_index in indexes:
+        return Weights(own_index, ())
     if indexes:
         return Weights(_only(where, "indexes", indexes), ())
     sets: dict[tuple[str, int, str], dict[int, str]] = defaultdict(dict)
@@ -110,6 +126,11 @@ def _choose(where: str, names: Sequence[str], default: str) -> Weights | None:
             key = described[_only(where, "sets of shards", list(described))]
         return Weights(None, _complete(where, key, sets[key]))
     if files and files[0].startswith("consolidated"):
+        if len(files) > 1 and not files[0].endswith(".safetensors"):
+            raise CheckpointError(
+                f"{where}: {_listing(files)}: the parts of an original PyTorch checkpoint of Llama, in which every matrix is cut "
+                "into as many pieces as there are files; convert it with convert_llama_weights_to_hf.py of transformers 4"
+            )
         return Weights(None, tuple(files))
     return Weights(None, (_only(where, "weight files and no index", files),)) if files else None
 
@@ -138,9 +159,54 @@ def _complete(where: str, key: tuple[str, int, str], shards: dict[int, str]) -> 
     return tuple(shards[number] for number in range(1, count + 1))
 
 
+# What training programs write, and how it becomes a checkpoint: the pattern of a name, what it is, and the command.
+_FOREIGN = (
+    (
+        r".*\.ckpt",
+        "a checkpoint of PyTorch Lightning, which holds the state of the training, too",
+        "python -c \"import torch; torch.save(torch.load('{name}', map_location='cpu', weights_only=True)['state_dict'], "
+        "'pytorch_model.bin')\"",
+    ),
+    (
+        r".*\.distcp",
+        "a distributed checkpoint of PyTorch",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin",
+    ),
+    (
+        r"global_step\d+|zero_to_fp32\.py|.*zero_pp_rank_.*\.pt",
+        "a checkpoint of DeepSpeed ZeRO, whose weights are cut up",
+        "python zero_to_fp32.py FOLDER OUT",
+    ),
+    (
+        r"model_world_size_\d+_rank_\d+\.pt",
+        "a checkpoint of verl, whose weights are cut up",
+        "python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir OUT",
+    ),
+    (
+        r"pytorch_model_fsdp_\d+",
+        "a checkpoint of FSDP, whose weights are cut up",
+        "accelerate merge-weights FOLDER OUT",
+    ),
+    (r".*\.nemo", "an archive of NeMo", "the export of NeMo to Hugging Face"),
+)
+
+
+def _foreign(names: Sequence[str]) -> str | None:
+    """Say what a training program's file is, and what makes a checkpoint of it; None where there is no such file."""
+    for pattern, what, command in _FOREIGN:
+        name = next((name for name in names if re.fullmatch(pattern, name)), None)
+        if name is not None:
+            return (
+                f"{name} is {what}; make a checkpoint of it and put config.json beside it: {command.format(name=name)}"
+            )
+    return None
+
+
 def _nothing(where: str, names: Sequence[str]) -> Exception:
     if any(name.endswith(".gguf") for name in names):
         return UnsupportedError(f"{where}: {_GGUF}")
+    if foreign := _foreign(names):
+        return CheckpointError(f"{where}: {foreign}")
     if other := [name for name in names if name.endswith(_OTHER_WEIGHTS)]:
         return CheckpointError(
             f"{where}: no weights in a format that can be read, found {_listing(other)}; convert them to safetensors"

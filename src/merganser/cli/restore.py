@@ -70,5 +70,5 @@ def restore(
     if "error" in described:
         say(
             f"off by {number_text(described['error'])} of the model's norm, "
-            f"{number_text(described['error_of_task_vector'])} of its task vector's"
+            f"{number_text(described.get('error_of_task_vector'))} of its task vector's"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint import INDEX_NAME, index_json
+from ..checkpoint.sidefiles import copy_file
 from ..errors import CheckpointError
 from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
@@ -141,7 +141,7 @@ def write_planned_files(plan: Plan, folder: Path) -> list[str]:
     texts = _planned_texts(plan)
     for name, source in plan.side_files.items():
         if name not in texts:
-            _copy(source, folder / name)
+            copy_file(source, folder / name)
     for name, data in texts.items():
         (folder / name).write_bytes(data)
     return [*plan.side_files, *texts]
@@ -150,21 +150,6 @@ def write_planned_files(plan: Plan, folder: Path) -> list[str]:
 def _hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
     """Return files with their sizes and hashes, as the run record names them."""
     return [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names]
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file's contents.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    try:
-        file = source.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with file, target.open("wb") as copy:
-        shutil.copyfileobj(file, copy)
 
 
 def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[Path, str], bytes]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MergeError, OutputError, RecipeError
+from ..jsonfile import read_object
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> Owned:
     mark = fingerprint(plan, {"allow_nonfinite": given["allow_nonfinite"]})
     note = folder / STAGE_NOTE
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(note.read_text(encoding="utf-8")) == {"fingerprint": mark, "files": _files(folder)}:
+        if read_object(note) == {"fingerprint": mark, "files": _files(folder)}:
             return survey(folder, hashing=False)
     survey(folder).remove()
     try:

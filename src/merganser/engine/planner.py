@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
+from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import CheckpointError, MergeError, ParameterError, RecipeError, UnsupportedError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .agreement.configs import compare_configs
 from .agreement.ending import agree_on_ending
-from .agreement.side_files import chat_template, code_warnings, side_files
+from .agreement.side_files import chat_template, side_file_warnings, side_files, unread_warnings
 from .agreement.union import check_union
 from .agreement.vocabularies import compare_tokens
 from .alignment.alignment import Alignment, Member, Slot
@@ -113,6 +114,7 @@ def build_plan(
             *resolver.warnings,
             *resolver.idle_filters(),
             *input_warnings,
+            *unread_warnings(members),
             *alignment.warnings,
             *agreement,
             *config_warnings,
@@ -318,10 +320,12 @@ def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[Pla
 
 def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]) -> tuple[dict[str, Any], list[str]]:
     """Return the output's config.json: the donor's, with layers, tie and dtype as they will be; and warnings."""
-    config = dict(donor.checkpoint.config)
+    # The files of the output have the usual names.
+    config = {key: value for key, value in donor.checkpoint.config.items() if key != WEIGHTS_KEY}
     warnings: list[str] = []
     if not config:
-        return {}, ["the donor has no config.json, so the output has none", *code_warnings(donor)]
+        others = ", and none of the other files that lie beside it" if donor.checkpoint.loose else ""
+        return {}, [f"the donor has no config.json, so the output has none{others}", *side_file_warnings(donor)]
     if alignment.layers is not None:
         sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
         config = sliced.config
@@ -336,4 +340,4 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
             sizes[draft.dtype.name] = sizes.get(draft.dtype.name, 0) + draft.size
     if sizes:
         config = set_config_dtype(config, max(sizes, key=lambda name: sizes[name]))
-    return config, [*warnings, *code_warnings(donor)]
+    return config, [*warnings, *side_file_warnings(donor)]

@@ -20,6 +20,7 @@ import xxhash
 from ..errors import TaskError, did_you_mean
 from ..inference.language_model import Tokenizer
 from ..inference.libraries import explained
+from ..jsonfile import exists
 from .estimate import Estimate
 from .outcome import Outcome
 from .tasks import HarnessTask
@@ -77,14 +78,14 @@ class Harness:
         return self._opened[task.name].hash
 
     def _open(self, task: HarnessTask) -> Opened:
-        path = Path(task.source).expanduser()
-        if not path.exists() and task.source not in self._manager.all_tasks:
+        is_file = exists(task.source)
+        if not is_file and task.source not in self._manager.all_tasks:
             near = did_you_mean(task.source, self._manager.all_tasks)
             raise TaskError(
                 f"{task.source}: no such file, and lm-eval has no task of that name.{near} "
                 "`lm-eval ls tasks` lists them"
             )
-        spec = str(path.absolute()) if path.exists() else task.source
+        spec = str(Path(task.source).expanduser().absolute()) if is_file else task.source
         with explained(TaskError, f"{task.source}: {_REFUSED}"):
             loaded = self._manager.load([spec])
             groups = [name for name in loaded["groups"] if name == task.source] or [*loaded["groups"]][:1]
@@ -213,7 +214,7 @@ def _has_nan(value: Any) -> bool:
 
 def _missing(tasks: Sequence[HarnessTask]) -> str:
     """Say that lm-eval is not there; a name may also be a file's with a slip in it."""
-    names = [task.source for task in tasks if not Path(task.source).exists()]
+    names = [task.source for task in tasks if not exists(task.source)]
     if not names:
         return f"{tasks[0].source}: lm-eval carries out tasks in its format, and it is not installed: {_INSTALL}"
     near = did_you_mean(names[0], [path.name for path in Path().iterdir()])

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..errors import TaskError, did_you_mean
 from ..inference.sources import Reference, split_name
+from ..jsonfile import exists
 from ..recipe import Recipe
 from ..wording import default_names
 
@@ -126,8 +127,8 @@ def _identity(reference: Reference) -> str:
     """Return a key that is equal for different spellings of one path."""
     if isinstance(reference, Recipe):
         return f"recipe {id(reference)}"
-    path = Path(str(reference)).expanduser()
-    return str(path.resolve()) if path.exists() else str(reference)
+    path = Path(str(reference))
+    return str(path.expanduser().resolve()) if exists(path) else str(reference)
 
 
 def _text(reference: Reference) -> str:

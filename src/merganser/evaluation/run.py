@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..engine.kernels.devices import resolve_devices
-from ..errors import MergeError, OutputError, TaskError
+from ..errors import CheckpointError, MergeError, OutputError, TaskError
 from ..inference.language_model import LanguageModel, Tokenizer, open_model
 from ..inference.sources import Reference, open_source
+from ..jsonfile import os_reason, read_object
 from ..process import peak_memory
 from ..version import __version__
 from .harness import Harness
@@ -257,15 +257,20 @@ def _score_model(scorer: Scorer, name: str, model: LanguageModel, jobs: Sequence
 
 def _check_out(out: Path) -> None:
     """Refuse a target that would be lost, or cannot be written, before anything is measured."""
-    if out.is_dir():
-        raise OutputError(f"{out}: is a folder; give the name of a file")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no folder {out.parent}; make it first")
-    if not out.exists():
-        return
     try:
-        ours = json_module.loads(out.read_bytes()).get("kind") == "evaluation"
-    except (OSError, ValueError, AttributeError):
+        if out.is_dir():
+            raise OutputError(f"{out}: is a folder; give the name of a file")
+        if not out.parent.is_dir():
+            raise OutputError(f"{out}: there is no folder {out.parent}; make it first")
+        if not out.exists():
+            return
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{out}: cannot be written: {os_reason(error)}") from None
+    try:
+        ours = read_object(out).get("kind") == "evaluation"
+    except CheckpointError:
         ours = False
     if not ours:
         raise OutputError(f"{out}: exists and is no evaluation of merganser; choose another name")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..errors import TaskError, did_you_mean
-from ..jsonfile import os_reason
+from ..jsonfile import exists, os_reason, read_file
+from ..wording import brief
 
 SUFFIXES = {".txt": "a text", ".jsonl": "questions or documents", ".yaml": "a task of lm-eval", ".yml": "the same"}
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
+_MAX_BYTES = 2_000_000_000
 _QUESTION_KEYS = ("context", "choices", "gold")
 
 
@@ -124,14 +126,14 @@ def load_tasks(given: Sequence[str | Path] | Mapping[str, str | Path]) -> list[T
 
 def _split(text: str) -> tuple[str | None, str]:
     match = _NAMED.fullmatch(text)
-    if match is None or Path(text).exists():
+    if match is None or exists(text):
         return None, text
     return match[1], match[2]
 
 
 def _load(name: str | None, source: str) -> Task:
-    path = Path(source).expanduser()
-    if not path.exists() and path.suffix not in SUFFIXES and "/" not in source:
+    path = _path(source)
+    if not exists(path) and path.suffix not in SUFFIXES and "/" not in source:
         return HarnessTask(name or source, source, hashlib.sha256(source.encode()).hexdigest())
     if path.suffix not in SUFFIXES:
         kinds = ", ".join(f"{suffix} {meaning}" for suffix, meaning in SUFFIXES.items())
@@ -149,9 +151,16 @@ def _load(name: str | None, source: str) -> Task:
     return _load_lines(name, source, digest, text)
 
 
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        raise TaskError(f"{source}: there is no such home folder") from None
+
+
 def _read(path: Path, source: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, _MAX_BYTES)
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise TaskError(f"{source}: there is no such file.{near}") from None
@@ -183,34 +192,39 @@ def _load_lines(name: str, source: str, digest: str, text: str) -> Task:
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        # Escapes such as \\ud800 are half of a letter, which no tokenizer takes.
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise TaskError(f"{where}: holds half of a surrogate pair, which is no text") from None
+    except RecursionError:
+        raise TaskError(f"{where}: is not JSON: it is nested too deeply; each line must hold one object") from None
+    except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise TaskError(f"{where}: is not JSON: {reason}; each line must hold one object") from None
     if not isinstance(found, dict):
         raise TaskError(f"{where}: expected an object with {', '.join(_QUESTION_KEYS)}, or with text, got {line[:60]}")
-    try:
-        # escapes such as \\ud800 are half of a letter, which no tokenizer takes
-        json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise TaskError(f"{where}: holds half of a surrogate pair, which is no text") from None
     return found
 
 
 def _document(where: str, line: Mapping[str, Any]) -> str:
     text = _value(where, line, "text", ("text",))
     if not isinstance(text, str) or not text.strip():
-        raise TaskError(f"{where}: text must be a text that is not empty, got {text!r}")
+        raise TaskError(f"{where}: text must be a text that is not empty, got {brief(text)}")
     return text
 
 
 def _question(where: str, line: Mapping[str, Any]) -> Question:
     context, choices, gold = (_value(where, line, key, _QUESTION_KEYS) for key in _QUESTION_KEYS)
     if not isinstance(context, str):
-        raise TaskError(f"{where}: context must be a text, got {context!r}")
+        raise TaskError(f"{where}: context must be a text, got {brief(context)}")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise TaskError(f"{where}: choices must be a list of two or more texts that are not empty, got {choices!r}")
+        raise TaskError(
+            f"{where}: choices must be a list of two or more texts that are not empty, got {brief(choices)}"
+        )
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise TaskError(f"{where}: gold must be the index of the right choice, 0 to {len(choices) - 1}, got {gold!r}")
+        raise TaskError(
+            f"{where}: gold must be the index of the right choice, 0 to {len(choices) - 1}, got {brief(gold)}"
+        )
     return Question(context, tuple(choices), gold, where)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from ..checkpoint.sidefiles import is_tokenizer_file
+from ..checkpoint.sidefiles import copy_file, is_tokenizer_file
 from ..errors import CheckpointError, UnsupportedError
 from .libraries import explained
 from .sources import Source, hash_file
@@ -200,8 +199,7 @@ def _folder(source: Source) -> Iterator[Path]:
         for relative, path in source.files.items():
             if relative.endswith(".py"):
                 continue
-            (folder / relative).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / relative)
+            copy_file(path, folder / relative)
         for relative, text in source.texts.items():
             (folder / relative).write_text(text, encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")

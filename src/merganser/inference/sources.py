@@ -20,8 +20,9 @@ import xxhash
 from ..adapters import open_adapter
 from ..checkpoint import Checkpoint, Reader, open_checkpoint
 from ..checkpoint.folder import open_reference
+from ..checkpoint.links import inside
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import os_reason, read_object
+from ..jsonfile import exists, open_regular, os_reason, read_object
 from ..recipe import Recipe, load_recipes
 from ..version import __version__
 
@@ -61,7 +62,7 @@ class Source:
 def split_name(text: str) -> tuple[str | None, str]:
     """Split `NAME=REFERENCE`; the name is None if there is none, or if the whole text is an existing path."""
     match = _NAMED.fullmatch(text)
-    if match is None or Path(text).exists():
+    if match is None or exists(text):
         return None, text
     return match[1], match[2]
 
@@ -83,7 +84,7 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
     text = str(reference)
     if text.endswith((".yaml", ".yml")) and not Path(text).is_dir():
         return _open_recipe(load_recipes(text), text, stack, cache_dir)
-    if not Path(text).expanduser().exists():
+    if not exists(text):
         out, sign, task = text.rpartition("#")
         if sign and out and task:
             return _open_sidecar(Path(out).expanduser(), task, text, cache_dir)
@@ -135,7 +136,7 @@ def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> So
     if not index.exists():
         raise NotFoundError(f"{text}: {out} has no sidecars, so no task {task!r} can be restored from it")
     stored = read_task(out, read_object(index), task)
-    files = {name: out / path for name, path in stored.files.items()}
+    files = {name: inside(out, path, str(index)) for name, path in stored.files.items()}
     config = read_object(files.pop("config.json")) if "config.json" in files else dict(merged.config)
 
     def read() -> dict[str, Tensor]:
@@ -202,7 +203,7 @@ def hash_file(path: Path) -> str:
 @lru_cache(maxsize=4096)
 def _hash_contents(path: Path, size: int, mtime_ns: int) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()

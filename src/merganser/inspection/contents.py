@@ -11,6 +11,7 @@ from ..anatomy import Anatomy, infer_anatomy, is_tied
 from ..anatomy.config import as_int, layer_counts, text_scopes
 from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.folder import open_reference
+from ..wording import some
 
 __all__ = ["InspectedFile", "InspectedTensor", "Inspection", "Share", "inspect", "open_reference"]
 
@@ -152,6 +153,8 @@ def _warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     warnings = []
     if checkpoint.quantised:
         warnings.append(f"its weights are quantised ({checkpoint.quantised}); they cannot be merged as they are")
+    if checkpoint.unread:
+        warnings.append(f"{some(checkpoint.unread)} may hold weights, too, and is not read")
     if not checkpoint.config:
         warnings.append("there is no config.json; layers and ties are told from names alone, and an output has none")
     counts = layer_counts(checkpoint.config)

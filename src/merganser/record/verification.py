@@ -1,22 +1,38 @@
-"""Whether an output is still as it was written: the hashes of its run record, computed again."""
+"""Whether an output is still as it was written: the hashes of its run record, computed again, and what is new in its folder."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import string
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, NoReturn
 
-from ..checkpoint.weights import is_weight_file
+from ..checkpoint.links import inside, link_target
+from ..checkpoint.sidefiles import TEMPLATE_FOLDERS, is_tokenizer_file
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import os_reason, read_object
+from ..jsonfile import open_regular, os_reason, read_object
+from ..wording import brief
 from .format import RECORD_NAME
 
 __all__ = ["Verification", "VerifiedFile", "recorded_files", "verify"]
 
+State = Literal["intact", "changed", "missing", "link"]
+
 _SIDECARS = "sidecars"
+
+# Folders that something which loads a model looks into by name, whether the output has files there or not. transformers runs
+# custom_generate/generate.py where remote code is allowed.
+_LOADED_FOLDERS = (_SIDECARS, *TEMPLATE_FOLDERS, "custom_generate")
+
+# What nothing that loads a model reads: documents, pictures, and names without an ending.
+_DOCUMENT = re.compile(
+    r"[^.]*|.*\.(md|rst|txt|pdf|html?|log|csv|tsv|ya?ml|png|jpe?g|gif|svg|webp)", re.IGNORECASE | re.DOTALL
+)
+_VOCABULARY = re.compile(r".*(vocab|merges|dict|bpe|token).*\.txt", re.IGNORECASE | re.DOTALL)
 
 _PIECE = 1 << 22
 
@@ -28,11 +44,14 @@ class VerifiedFile:
     Args:
         file: Its path below the output folder.
         bytes: Its size as recorded.
+        state: "intact", "changed" (other contents, or no file any more), "missing", or "link": a link to something,
+            whatever its contents are now.
         problem: What is wrong with it; None where it is as it was written.
     """
 
     file: str
     bytes: int
+    state: State
     problem: str | None
 
 
@@ -43,27 +62,30 @@ class Verification:
     Args:
         out: The output folder.
         files: Every file that the run record names, in its order.
-        extra: Files of weights that it does not name: they may be loaded in place of the right ones.
+        extra: Files that it does not name and that loading may read: weights, indexes, code, tokenizers, adapters, parts of
+            sidecars. They may take the place of the right ones. A folder ends in "/".
+        beside: Other files and folders that it does not name, such as notes.
     """
 
     out: Path
     files: Sequence[VerifiedFile]
     extra: Sequence[str]
+    beside: Sequence[str]
 
     @property
     def ok(self) -> bool:
-        """Whether all files are as they were written, and no weights were added."""
+        """Whether all files are as they were written, and nothing was added that loading may read."""
         return not self.extra and all(file.problem is None for file in self.files)
 
 
 def verify(
     out: str | Path, *, files: Collection[str] | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Verification:
-    """Compare the files of an output with the hashes in its run record.
+    """Compare the files of an output with the hashes in its run record, and look for files that it does not name.
 
     Args:
         out: Folder that a merge wrote.
-        files: Their paths below the folder, where not all are wanted.
+        files: Their paths below the folder, where not all are wanted; then nothing is said of new files.
         progress: Told the bytes hashed so far, and those in all.
 
     Raises:
@@ -92,12 +114,54 @@ def verify(
             if progress is not None:
                 progress(before + count, total)
 
-        found.append(VerifiedFile(name, size, _problem(out / name, size, digest, tell)))
+        found.append(VerifiedFile(name, size, *_compare(out, name, size, digest, tell)))
         done += size
         tell(size)
-    present = [*out.iterdir(), *(out / _SIDECARS).rglob("*")]
-    names = (path.relative_to(out).as_posix() for path in present if is_weight_file(path.name))
-    return Verification(out, found, sorted(name for name in names if name not in recorded))
+    new = sorted(_new(out, recorded)) if files is None else []
+    loaded = _loaded_folders(recorded)
+    extra = [name for name in new if _may_be_loaded(name, loaded)]
+    return Verification(out, found, extra, [name for name in new if name not in extra])
+
+
+def _loaded_folders(recorded: Collection[str]) -> set[str]:
+    """Return the folders below the output, "" for itself, in which loading may find files by their names."""
+    return {"", *_LOADED_FOLDERS, *(name.rpartition("/")[0] for name in recorded)}
+
+
+def _new(out: Path, recorded: Collection[str]) -> Iterator[str]:
+    """Yield what the record does not name: files, links, and as a whole the folders that have nothing to do with the output."""
+    loaded = _loaded_folders(recorded)
+
+    def refuse(error: OSError) -> NoReturn:
+        raise CheckpointError(f"{error.filename}: cannot be read: {os_reason(error)}") from None
+
+    for place, folders, files in os.walk(out, onerror=refuse):
+        below = Path(place).relative_to(out)
+        for name in list(folders):
+            path = (below / name).as_posix()
+            known = any(path == folder or folder.startswith(f"{path}/") for folder in loaded)
+            inner = path.startswith(f"{_SIDECARS}/") or known
+            # A link to a folder is not walked into.
+            if not inner or (Path(place) / name).is_symlink():
+                folders.remove(name)
+                if path not in recorded:  # else it is said of the file
+                    yield f"{path}/"
+        for name in files:
+            path = (below / name).as_posix()
+            if path not in recorded and path != RECORD_NAME:
+                yield path
+
+
+def _may_be_loaded(name: str, loaded: Collection[str]) -> bool:
+    """Return whether something that loads a model may read a new file, or look into a new folder."""
+    folder, _, last = name.rstrip("/").rpartition("/")
+    if name.endswith("/"):
+        return name.rstrip("/") in loaded or folder.partition("/")[0] == _SIDECARS
+    if folder.partition("/")[0] == _SIDECARS:
+        return True
+    if last.startswith(".") or folder not in loaded:
+        return False
+    return _DOCUMENT.fullmatch(last) is None or _VOCABULARY.fullmatch(last) is not None or is_tokenizer_file(last)
 
 
 def recorded_files(out: Path) -> list[tuple[str, int, str]]:
@@ -107,9 +171,9 @@ def recorded_files(out: Path) -> list[tuple[str, int, str]]:
         NotFoundError: There is no run record.
         CheckpointError: The run record is damaged.
     """
-    record = out / RECORD_NAME
-    if not record.exists():
+    if not (out / RECORD_NAME).exists():
         raise NotFoundError(f"{out}: has no {RECORD_NAME}; only what merganser wrote can be verified")
+    record = inside(out, RECORD_NAME, str(out))
     outputs = read_object(record).get("outputs")
     if not isinstance(outputs, list) or not outputs:
         raise CheckpointError(f"{record}: must have a list 'outputs' of the files that were written")
@@ -121,36 +185,48 @@ def _entry(record: Path, index: int, item: Any) -> tuple[str, int, str]:
     if not isinstance(item, dict):
         raise CheckpointError(f"{where}: must be an object with file, bytes and sha256")
     name, size, digest = item.get("file"), item.get("bytes"), item.get("sha256")
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise CheckpointError(f"{where}: file must be the name of a file, got {name!r}")
+    if not isinstance(name, str) or not name or not _is_text(name):
+        raise CheckpointError(f"{where}: file must be the name of a file, got {brief(name)}")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise CheckpointError(f"{where}: file {name!r} is not inside the folder, where it must be")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise CheckpointError(f"{where}: bytes must be a whole number of at least 0, got {size!r}")
+        raise CheckpointError(f"{where}: bytes must be a whole number of at least 0, got {brief(size)}")
     if not isinstance(digest, str) or len(digest) != 64 or set(digest) - set(string.hexdigits):
-        raise CheckpointError(f"{where}: sha256 must be 64 hexadecimal digits, got {digest!r}")
+        raise CheckpointError(f"{where}: sha256 must be 64 hexadecimal digits, got {brief(digest)}")
     return name, size, digest.lower()
 
 
-def _problem(path: Path, size: int, digest: str, tell: Callable[[int], None]) -> str | None:
-    """Compare one file; sizes are compared first, since that is cheap."""
+def _is_text(name: str) -> bool:
+    """Return whether a file can have this name: no NUL character, no half of a surrogate pair."""
     try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _compare(out: Path, name: str, size: int, digest: str, tell: Callable[[int], None]) -> tuple[State, str | None]:
+    """Compare one file; sizes are compared first, since that is cheap."""
+    path = out / name
+    try:
+        target = link_target(out, name)
+        if target is not None:
+            return "link", f"is a link to {target}, and was written as a file"
         if not path.is_file():
-            return "is not a file" if path.exists() else "is missing"
+            return ("changed", "is not a file") if path.exists() else ("missing", "is missing")
         found = path.stat().st_size
         if found != size:
-            return f"has {found:,} bytes, was written with {size:,}"
+            return "changed", f"has {found:,} bytes, was written with {size:,}"
         actual = _sha256(path, tell)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {os_reason(error)}") from None
-    return None if actual == digest else f"has sha256 {actual}, was written with {digest}"
+    return ("intact", None) if actual == digest else ("changed", f"has sha256 {actual}, was written with {digest}")
 
 
 def _sha256(path: Path, tell: Callable[[int], None]) -> str:
     found = hashlib.sha256()
     buffer = memoryview(bytearray(_PIECE))
     done = 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             found.update(buffer[:count])
             done += count

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import CheckpointError
-from ..jsonfile import MAX_JSON_BYTES, os_reason, read_object
+from ..jsonfile import MAX_JSON_BYTES, os_reason, read_file, read_object
 from .sentencepiece import read_pieces
 
 __all__ = ["Vocabulary", "read_vocabulary", "same_vocabulary"]
@@ -162,12 +162,7 @@ def _tiktoken(data: bytes, file: Path) -> dict[int, str]:
 
 def _read(file: Path) -> bytes:
     try:
-        if not file.is_file():
-            # a pipe would be waited for
-            raise CheckpointError(f"{file}: is not a regular file")
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: is larger than {MAX_JSON_BYTES:,} bytes, more than any tokenizer's file")
-        return file.read_bytes()
+        return read_file(file, MAX_JSON_BYTES)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.agreement.test_vocabularies import TOKENS, linear, tokenizer
 
 from merganser.engine.merge import merge, plan
+from tests.engine.agreement.test_vocabularies import TOKENS, linear, tokenizer
 from tests.making import llama, llama_config, read_json, write_model
 
 # ids 28 to 31

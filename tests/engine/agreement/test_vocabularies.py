@@ -149,7 +149,7 @@ def test_a_damaged_tokenizer_is_said(tmp_path: Path, content: bytes) -> None:
 def test_a_pipe_in_the_place_of_a_tokenizer_is_not_waited_for(tmp_path: Path) -> None:
     paths = models(tmp_path, tokenizer(TOKENS), None)
     os.mkfifo(paths[1] / "tokenizer.json")
-    assert all("is not a regular file" in warning for warning in plan(linear(paths)).warnings)
+    assert all("is a named pipe" in warning for warning in plan(linear(paths)).warnings)
 
 
 def test_the_result_of_a_stage_has_the_tokens_of_its_donor(tmp_path: Path) -> None:

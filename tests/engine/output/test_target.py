@@ -226,7 +226,7 @@ def test_a_side_file_that_vanishes_is_named(tmp_path):
     paths = write_llamas(tmp_path / "models", 2)
     (paths[0] / "tokenizer.json").write_text("{}")
     recipe = make_recipe("linear", paths, parameters={"weight": 0.5})
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read: no such file"):
         merge(recipe, tmp_path / "out", progress=Saboteur((paths[0] / "tokenizer.json").unlink))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, NotFoundError
-from ...jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
+from ...jsonfile import LFS_MAGIC, LFS_POINTER, open_regular, os_reason
 from ..dtypes import DTYPE_BY_NAME
 from ..tensor import TensorInfo
 
@@ -92,7 +92,7 @@ def _load(file: Path) -> Any:
     import torch
 
     try:
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
             magic = handle.read(len(_ZIP_MAGIC))
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None
@@ -151,7 +151,8 @@ def _state_dict(file: Path, loaded: Any) -> dict[str, torch.Tensor]:
 def _plain(file: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        kind = "quantised" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        kind = f"{tensor.layout} on {tensor.device}"
+        kind = "nested" if tensor.is_nested else "quantised" if tensor.is_quantized else kind
         raise CheckpointError(f"{file}: tensor {name!r}: only dense tensors can be read, found {kind}; {_REMEDY}")
     return tensor.detach()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, NotFoundError
-from ...jsonfile import LFS_MAGIC, LFS_POINTER, MAX_JSON_BYTES, os_reason, parse_object
+from ...jsonfile import LFS_MAGIC, LFS_POINTER, MAX_JSON_BYTES, open_regular, os_reason, parse_object
+from ...wording import brief
 from ..dtypes import DTYPES, DType
 from ..tensor import TensorInfo
 
@@ -46,7 +47,7 @@ def read_header(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
 def _read_raw(file: Path) -> tuple[bytes, int]:
     """Return the header's bytes and the size of the file."""
     try:
-        with file.open("rb") as handle:
+        with open_regular(file) as handle:
             size = os.fstat(handle.fileno()).st_size
             if size == 0:
                 raise CheckpointError(f"{file}: the file is empty; fetch it again")
@@ -105,7 +106,7 @@ def _parse_tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     except UnicodeEncodeError:
         raise _FlawError("the name is not valid Unicode") from None
     if not isinstance(entry, dict):
-        raise _FlawError(f"the header's entry must be an object, found {_brief(entry)}")
+        raise _FlawError(f"the header's entry must be an object, found {brief(entry)}")
     for key in ("dtype", "shape", "data_offsets"):
         if key not in entry:
             raise _FlawError(f"the header's entry has no {key!r}")
@@ -120,7 +121,7 @@ def _parse_tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     nbytes = _nbytes(dtype, shape)
     if end - begin != nbytes:
         raise _FlawError(
-            f"data_offsets span {end - begin} bytes, shape {_brief(list(shape))} of {dtype.tag} needs {nbytes} bytes"
+            f"data_offsets span {end - begin} bytes, shape {brief(list(shape))} of {dtype.tag} needs {nbytes} bytes"
         )
     return TensorInfo(name, dtype, shape, file, start + begin, nbytes)
 
@@ -128,7 +129,7 @@ def _parse_tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
 def _dtype(tag: Any) -> DType:
     dtype = DTYPES.get(tag) if isinstance(tag, str) else None
     if dtype is None:
-        raise _FlawError(f"unknown dtype {_brief(tag)}; known are {', '.join(DTYPES)}")
+        raise _FlawError(f"unknown dtype {brief(tag)}; known are {', '.join(DTYPES)}")
     return dtype
 
 
@@ -140,7 +141,7 @@ def _integers(key: str, value: Any) -> tuple[int, ...]:
                 break
         else:
             return tuple(value)
-    raise _FlawError(f"{key} must be a list of non-negative 63-bit integers, found {_brief(value)}")
+    raise _FlawError(f"{key} must be a list of non-negative 63-bit integers, found {brief(value)}")
 
 
 def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
@@ -149,7 +150,7 @@ def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
         # Checked at each step: the product of a million large numbers would take minutes.
         numel *= length
         if numel >= _MAX_NUMEL:
-            raise _FlawError(f"shape {_brief(list(shape))} has more than 2^63 elements")
+            raise _FlawError(f"shape {brief(list(shape))} has more than 2^63 elements")
     if numel * dtype.bits % 8:
         raise _FlawError(f"{numel} elements of {dtype.tag} do not fill whole bytes")
     return numel * dtype.bits // 8
@@ -176,8 +177,3 @@ def _check_layout(file: Path, tensors: list[TensorInfo], start: int, size: int) 
         raise CheckpointError(
             f"{file}: {size - position} bytes after the last tensor: header promises {position} bytes, file has {size}"
         )
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

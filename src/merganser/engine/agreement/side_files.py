@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from ...checkpoint import Checkpoint
 from ...checkpoint.sidefiles import is_tokenizer_file
+from ...checkpoint.weights import is_weight_file
+from ...errors import CheckpointError
+from ...jsonfile import Entry, os_reason, read_file, read_object
 from ...recipe import ModelReference, Recipe
 from ...recipe.templates import AUTO
+from ...wording import some
 from ..alignment.alignment import Member
+
+_MAX_TEMPLATE_BYTES = 10_000_000
 
 
 def side_files(recipe: Recipe, members: Mapping[ModelReference, Member]) -> dict[str, Path]:
@@ -29,12 +34,27 @@ def side_files(recipe: Recipe, members: Mapping[ModelReference, Member]) -> dict
     return files
 
 
-def code_warnings(donor: Member) -> list[str]:
-    """Say which files of the donor are code."""
-    code = [path.name for path in donor.checkpoint.side_files if path.suffix == ".py"]
-    if not code:
-        return []
-    return [f"{', '.join(code)}: code that comes with {donor.reference}; it is copied, and was not run"]
+def side_file_warnings(donor: Member) -> list[str]:
+    """Return what to know of the files that are copied from the donor: which are code, and which hold weights."""
+    names = [path.relative_to(donor.checkpoint.path).as_posix() for path in donor.checkpoint.side_files]
+    warnings = []
+    if code := [name for name in names if name.endswith(".py")]:
+        warnings.append(f"{', '.join(code)}: code that comes with {donor.reference}; it is copied, and was not run")
+    if weights := [name for name in names if is_weight_file(name)]:
+        warnings.append(
+            f"{', '.join(weights)}: weights of modules behind the model; they are copied from {donor.reference}, not merged"
+        )
+    return warnings
+
+
+def unread_warnings(members: Mapping[ModelReference, Member]) -> list[str]:
+    """Return which files of weights lie in the models' folders and are not read."""
+    return [
+        f"{reference}: {some(member.checkpoint.unread)} may hold weights, too; read is "
+        f"{some([file.name for file in member.checkpoint.weight_files])}"
+        for reference, member in members.items()
+        if member.checkpoint.unread
+    ]
 
 
 def chat_template(recipe: Recipe, members: Mapping[ModelReference, Member]) -> tuple[str | None, list[str]]:
@@ -59,21 +79,45 @@ def chat_template(recipe: Recipe, members: Mapping[ModelReference, Member]) -> t
 
 
 def read_chat_template(checkpoint: Checkpoint) -> str | None:
-    """Return a checkpoint's chat template: its own file's, else the tokenizer config's; None without one."""
-    own = checkpoint.path / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text(encoding="utf-8")
+    """Return a checkpoint's chat template: its own file's, else the tokenizer config's; None without one.
+
+    Raises:
+        CheckpointError: A file that may hold it cannot be read, is a link out of the checkpoint, or holds something else.
+    """
+    own = checkpoint.side_file("chat_template.jinja")
+    if own is not None:
+        return _checked(own, _read_text(own))
     for name in ("chat_template.json", "tokenizer_config.json"):
-        try:
-            content = json.loads((checkpoint.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        template = content.get("chat_template") if isinstance(content, dict) else None
-        if isinstance(template, str):
-            return template
-        if isinstance(template, list):
-            # several by name
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            if isinstance(named.get("default"), str):
-                return str(named["default"])
+        file = checkpoint.side_file(name)
+        found = None if file is None else _template_in(Entry(read_object(file), str(file)))
+        if file is not None and found is not None:
+            return _checked(file, found)
     return None
+
+
+def _template_in(content: Entry) -> str | None:
+    """Return the template of a tokenizer's config: a text, or the one of several that is called "default"."""
+    entry = content.get("chat_template")
+    if entry is None:
+        return None
+    if entry.is_list():
+        named = {each["name"].text(): each["template"].text() for each in entry.each(lambda each: each)}
+        return named.get("default")
+    return entry.text()
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return read_file(file, _MAX_TEMPLATE_BYTES).decode("utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: is not UTF-8 text (byte {error.start})") from None
+
+
+def _checked(file: Path, template: str) -> str:
+    try:
+        template.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{file}: chat_template: holds half of a surrogate pair, which is no text") from None
+    return template

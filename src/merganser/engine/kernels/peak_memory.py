@@ -18,6 +18,8 @@ from .merge_tensor import merge_tensors
 
 _ELEMENTS = 1 << 13
 _LEAST = 24
+_MOST = 1024
+"""Longest side of what is tried: methods that compare the rows of a matrix with each other take the cube of it."""
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -107,10 +109,13 @@ def peak_per_element(
 
 
 def _smaller(shape: Sequence[int]) -> tuple[int, ...]:
-    """Shrink a shape, in proportion, but keep each dimension large enough for what depends on the number of models."""
+    """Shrink a shape, in proportion.
+
+    Each dimension stays large enough for what depends on the number of models, and becomes small enough to be tried.
+    """
     sides = sum(size > 1 for size in shape)
     factor = min((_ELEMENTS / max(math.prod(shape), 1)) ** (1 / max(sides, 1)), 1.0)
-    return tuple(min(size, max(round(size * factor), _LEAST)) for size in shape)
+    return tuple(min(size, _MOST, max(round(size * factor), _LEAST)) for size in shape)
 
 
 @lru_cache(maxsize=512)

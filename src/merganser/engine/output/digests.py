@@ -10,12 +10,13 @@ from typing import Any
 
 import xxhash
 
+from ...jsonfile import open_regular
 from ..kernels.blocks import block_step
 
 
 def file_hash(path: Path) -> str:
     """Return the sha256 of a file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
 
 

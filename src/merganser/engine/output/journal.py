@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...jsonfile import sealed_line, unseal_line
+from ...jsonfile import open_regular, sealed_line, unseal_line
 
 JOURNAL = "journal.jsonl"
 
@@ -47,7 +47,7 @@ def read_journal(path: Path, fingerprint: str) -> Finished:
     length = 0
     if not path.exists():
         return Finished(entries, length)
-    with path.open("rb") as lines:
+    with open_regular(path) as lines:
         for number, line in enumerate(iter(lambda: lines.readline(_LONGEST), b""), start=1):
             entry = unseal_line(line, "" if number == 1 else fingerprint)
             if entry is None:

@@ -133,6 +133,11 @@ class Codec:
         """The blocks of the tensor."""
         return list(spans(self._shape, self.sidecar.scope, self._block))
 
+    @property
+    def largest_block(self) -> Span:
+        """The first block: none is larger. Planning needs no other, and a large tensor has millions."""
+        return next(spans(self._shape, self.sidecar.scope, self._block))
+
     def parts(self, shape: tuple[int, ...]) -> Mapping[str, Part]:
         """Return the parts of a block of that shape, by name."""
         if shape not in self._parts:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import filecmp
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...checkpoint import Checkpoint
-from ...errors import CheckpointError
+from ...checkpoint.sidefiles import copy_file
 from ..plan.plan import Plan
 from ..plan.sidecars import FOLDER, INDEX_FILE, SHARED, SidecarPlan
 from ..plan.tensor import PlannedTensor, holds
@@ -159,15 +158,8 @@ def _side_files(checkpoint: Checkpoint, folder: Path, task: str) -> dict[str, st
     found = {}
     for source in sources:
         name = source.relative_to(checkpoint.path).as_posix()
-        try:
-            same = (folder / name).is_file() and filecmp.cmp(source, folder / name, shallow=False)
-            if not same:
-                target = folder / FOLDER / task / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
-        except OSError as error:
-            if error.filename is not None and Path(str(error.filename)) != source:
-                raise
-            raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from None
+        same = (folder / name).is_file() and filecmp.cmp(source, folder / name, shallow=False)
+        if not same:
+            copy_file(source, folder / FOLDER / task / name)
         found[name] = name if same else f"{FOLDER}/{task}/{name}"
     return found

@@ -92,6 +92,11 @@ def needs_base(method: MergeMethod, parameters: Mapping[str, object]) -> bool:
     return "base" in takes(sidecar.decode) and applies(sidecar.base, parameters)
 
 
+def is_folder_name(name: str) -> bool:
+    """Return whether a task can have this name: it is a plain name of a folder on every system, and not hidden."""
+    return bool(name) and _UNUSUAL.search(name) is None and name[0] not in ".-"
+
+
 def task_names(sources: Sequence[Source]) -> list[str]:
     """Name the tasks: as the recipe says, else after the folders of the models, made unique.
 
@@ -103,7 +108,7 @@ def task_names(sources: Sequence[Source]) -> list[str]:
         if source.name is None:
             continue
         where = f"{source.place}: name {source.name!r}"
-        if _UNUSUAL.search(source.name) or source.name[0] in ".-":
+        if not is_folder_name(source.name):
             raise RecipeError(f"{where} must be usable as the name of a folder: letters, digits, '.', '_' and '-'")
         if source.name.lower() in taken:
             reason = "is kept for a file of the sidecars" if source.name.lower() in _RESERVED else "is given twice"
@@ -185,7 +190,7 @@ def sidecar_memory(method: MergeMethod, tensors: Sequence[PlannedTensor]) -> int
 def _held(codec: Codec, tensor: PlannedTensor) -> int:
     """Return what the largest block of a tensor takes, bytes, as was measured for our methods."""
     n_models = len(tensor.models)
-    block = codec.blocks[0]
+    block = codec.largest_block
     if codec.sidecar.scope == "matrix":
         stored = sum(
             math.prod(part.shape) * (1 if part.shared else n_models) for part in codec.parts(block.shape).values()

@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo
+from ...checkpoint import DTYPE_BY_NAME, INDEX_NAME, Checkpoint, DType, Reader, TensorInfo
+from ...checkpoint.weights import is_weight_file
 from ...errors import CheckpointError, NotFoundError, ParameterError, UnsupportedError, did_you_mean
 from ...method import MergeMethod, Part
 from ...method.registry import get_method
+from ...record.format import RECORD_NAME
+from ...wording import brief
 from ..kernels.blocks import BLOCK, block_step
 from ..output.digests import block_digests, digest
 from ..plan.sidecars import INDEX_FILE
 from .codec import OWN, Codec, Codecs, Span
 from .index import INDEX_FORMAT
-from .plan import stored_name
+from .plan import is_folder_name, needs_base, stored_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
         raise UnsupportedError(
             f"{where}: format {index['format']} is of a later version; this one reads {INDEX_FORMAT}"
         )
-    names = [str(entry["name"]) for entry in index["tasks"]]
+    names = [_task_name(entry["name"]) for entry in index["tasks"]]
     if task not in names:
         raise NotFoundError(f"{out}: no task {task!r}.{did_you_mean(task, names)} Tasks: {', '.join(names)}")
     method = get_method(index["method"])
@@ -113,23 +116,57 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
     for name, found in index["tensors"].items():
         dtype = found["dtypes"][position] if isinstance(found["dtypes"], list) else found["dtypes"]
         if dtype is not None:
-            parameters = None if "kept" in found else settings[found["parameters"]]
-            tensors.append(
-                StoredTensor(
-                    name,
-                    DTYPE_BY_NAME[dtype],
-                    found.get("kept"),
-                    parameters,
-                    found.get("base"),
-                    found.get("xxh3_128", ""),
-                    found.get("wide", False),
-                )
-            )
-    for file in entry["files"]:
-        if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise ValueError(f"file {file!r} would lie outside of the checkpoint")
-    parts = [*index["shared"], *entry["parts"]]
-    return StoredTask(method, position, len(names), parts, dict(entry["files"]), tensors, index["base"])
+            tensors.append(_stored_tensor(method, name, DTYPE_BY_NAME[dtype], found, settings))
+    parts = [_file_name(file) for file in (*index["shared"], *entry["parts"])]
+    files = {_file_name(name): _file_name(file) for name, file in entry["files"].items()}
+    if own := [name for name in files if "/" not in name and (name in _OWN_NAMES or is_weight_file(name))]:
+        raise ValueError(f"file {brief(own[0])} would take the place of what is restored")
+    base = index["base"]
+    if base is not None and not all(base[key] is None or isinstance(base[key], str) for key in _BASE):
+        raise ValueError(f"base must have texts for {', '.join(_BASE)}, found {brief(base)}")
+    if base is None and any(tensor.base is not None for tensor in tensors):
+        raise ValueError("tensors need the base of the merge, which is not named")
+    return StoredTask(method, position, len(names), parts, files, tensors, base)
+
+
+_OWN_NAMES = (INDEX_NAME, RECORD_NAME)
+"""Files of a restored checkpoint that are written, and not copied; as are its weights."""
+
+_BASE = ("model", "revision", "path")
+
+
+def _stored_tensor(
+    method: MergeMethod, name: str, dtype: DType, found: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]
+) -> StoredTensor:
+    """Check what an index says of a tensor."""
+    kept, base, digest_, wide = (found.get(key) for key in ("kept", "base", "xxh3_128", "wide"))
+    if kept not in (None, OWN, "merged") or not isinstance(wide, bool | None):
+        raise ValueError(f"tensor {name!r}: kept is {brief(kept)} and wide is {brief(wide)}")
+    parameters = None if kept is not None else settings[found["parameters"]]
+    if parameters is not None and needs_base(method, parameters) and base is None:
+        raise ValueError(f"tensor {name!r} needs the base's, which is not named")
+    if base is not None and not (isinstance(base, str) and isinstance(digest_, str)):
+        raise ValueError(f"tensor {name!r}: base and xxh3_128 must be texts, found {brief(base)} and {brief(digest_)}")
+    return StoredTensor(name, dtype, kept, parameters, base, digest_ or "", bool(wide))
+
+
+def _task_name(name: Any) -> str:
+    # By default the task is restored into a folder of its name.
+    if not isinstance(name, str) or not is_folder_name(name):
+        raise ValueError(
+            f"task {brief(name)} must be usable as the name of a folder: letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def _file_name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the name of a file must be a text, found {brief(name)}")
+    # As Windows reads it, which knows both slashes, drives and shares: an index must mean the same everywhere.
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts or "\\" in name:
+        raise ValueError(f"file {name!r} would lie outside of the checkpoint")
+    return name
 
 
 def _checked(method: MergeMethod, given: Mapping[str, Any], n_tasks: int) -> dict[str, Any]:

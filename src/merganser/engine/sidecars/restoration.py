@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import Checkpoint, open_checkpoint
+from ...checkpoint.sidefiles import copy_file
 from ...errors import CheckpointError, NotFoundError, OutputError
-from ...jsonfile import read_object
+from ...jsonfile import Entry, read_object
 from ...process import one_thread
 from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
 from ...record.verification import verify
@@ -77,10 +77,11 @@ def restore(
     from .read import read_task
 
     out = Path(out)
-    target = Path(target) if target is not None else _beside(out, task)
     record = _record(out)
     _intact(out, [INDEX_FILE])
     stored = read_task(out, read_object(out / INDEX_FILE), task)
+    # Only now the task is known to be one of the index, whose name is that of a folder.
+    target = Path(target) if target is not None else _beside(out, task)
     check_target(target, overwrite=overwrite)
     _refuse_source(target, out)
     opened = None
@@ -152,8 +153,7 @@ def _write(
             if len(shards) > 1:
                 (staging.folder / INDEX_NAME).write_bytes(index_json(shards))
             for name, path in stored.files.items():
-                (staging.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(out / path, staging.folder / name)
+                copy_file(out / path, staging.folder / name)
             names = [*(shard.name for shard in shards), *([INDEX_NAME] if len(shards) > 1 else []), *stored.files]
             written = _write_record(out, task, stored, record, staging.folder, names, restorer)
             staging.publish()
@@ -228,10 +228,18 @@ def _record(out: Path) -> dict[str, Any]:
             f"{out}: has no sidecars: {record.get('method', 'what wrote it')} stores nothing for single tasks; "
             f"methods that do are {known}"
         )
-    found = record["sidecars"]
-    if not isinstance(found, dict) or not isinstance(found.get("tasks"), list):
-        raise CheckpointError(f"{path}: must have a list of tasks under 'sidecars'")
+    Entry(record, str(path))["sidecars"]["tasks"].each(_check_task)
     return record
+
+
+def _check_task(entry: Entry) -> None:
+    """Check what is shown of a task when it was restored."""
+    entry["name"].text()
+    if entry.get("error") is not None:
+        entry["error"].number()
+        error = entry.get("error_of_task_vector")
+        if error is not None:
+            error.number()
 
 
 def _intact(out: Path, files: list[str], progress: Progress | None = None) -> None:
@@ -249,7 +257,7 @@ def _open_base(out: Path, task: str, stored: StoredTask, given: str | None, cach
     """Open the base: the one that is given, else where it was when the models were merged."""
     if given is not None:
         return open_checkpoint(given, cache_dir=cache_dir)
-    assert stored.base is not None
+    assert stored.base is not None  # checked when the index was read
     path, model, revision = (stored.base.get(key) for key in ("path", "model", "revision"))
     try:
         if path is not None:
