@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merganser.engine.plan.side_files import read_chat_template
+from merganser.engine.agreement.side_files import read_chat_template
 from safetensors.torch import save_file
 
 from merganser.checkpoint import open_checkpoint
