@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-VOCAB = 96
+VOCAB = 320
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,

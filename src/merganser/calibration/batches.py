@@ -25,8 +25,22 @@ class Tokens:
     counted: tuple[bool, ...]
 
 
-Sample = tuple[Tokens, ...]
-"""What a model reads at once: one sequence, or for an encoder-decoder one for each of its stacks."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a model reads at once.
+
+    Args:
+        stacks: One sequence, or for an encoder-decoder one for each of its stacks.
+        where: File and line that it comes from, for messages.
+    """
+
+    stacks: tuple[Tokens, ...]
+    where: str
+
+    @property
+    def longest(self) -> int:
+        """The tokens of its longest sequence."""
+        return max(len(tokens.ids) for tokens in self.stacks)
 
 
 @dataclass(frozen=True)
@@ -61,10 +75,13 @@ class Batch:
     """Samples that a model reads at once.
 
     Args:
-        stacks: What each of the model's stacks reads; an encoder-decoder has two.
+        stacks: What each of the model's stacks reads. An encoder-decoder has two, whose padded lengths differ, so that
+            the shape of what a matrix receives tells which of them it is.
+        where: For each sample, file and line that it comes from.
     """
 
     stacks: tuple[Padded, ...]
+    where: tuple[str, ...]
 
     def inputs(self) -> dict[str, Tensor]:
         """Return what the model's forward takes; there is no mask where there is no padding."""
@@ -74,46 +91,40 @@ class Batch:
         return found | {f"{name}attention_mask": padded.valid.long() for name, padded in masks if not padded.full}
 
 
-def make_batches(
-    samples: Sequence[Sample], budget: int, pad_id: int, device: torch.device | None = None
-) -> list[Batch]:
+def make_batches(samples: Sequence[Sample], budget: int, pad_id: int) -> list[Batch]:
     """Divide samples into batches, the longest first, so that there is little padding and memory runs out at once.
 
     Args:
         samples: What the model reads.
         budget: Most tokens of a batch, with padding, in its longest stack; a longer sample is a batch by itself.
         pad_id: The token that padding consists of.
-        device: Where the model is.
     """
-    lengths = [max(len(tokens.ids) for tokens in sample) for sample in samples]
     groups: list[list[Sample]] = []
-    for index in sorted(range(len(samples)), key=lambda i: (-lengths[i], i)):
-        if not groups or (len(groups[-1]) + 1) * _longest(groups[-1][0]) > budget:
+    for _, sample in sorted(enumerate(samples), key=lambda pair: (-pair[1].longest, pair[0])):
+        if not groups or (len(groups[-1]) + 1) * groups[-1][0].longest > budget:
             groups.append([])
-        groups[-1].append(samples[index])
+        groups[-1].append(sample)
     batches: list[Batch] = []
-    first = [0] * len(samples[0]) if samples else []
+    first = [0] * len(samples[0].stacks) if samples else []
     for group in groups:
-        stacks = tuple(
-            _padded([sample[stack] for sample in group], first[stack], pad_id, device) for stack in range(len(first))
-        )
-        batches.append(Batch(stacks))
-        first = [start + padded.rows for start, padded in zip(first, stacks, strict=True)]
+        stacks: list[Padded] = []
+        for stack, start in enumerate(first):
+            taken = {padded.ids.shape[1] for padded in stacks}
+            stacks.append(_padded([sample.stacks[stack] for sample in group], start, taken, pad_id))
+        batches.append(Batch(tuple(stacks), tuple(sample.where for sample in group)))
+        first = [padded.first + padded.rows for padded in stacks]
     return batches
 
 
-def _longest(sample: Sample) -> int:
-    return max(len(tokens.ids) for tokens in sample)
-
-
-def _padded(group: Sequence[Tokens], first: int, pad_id: int, device: torch.device | None) -> Padded:
+def _padded(group: Sequence[Tokens], first: int, taken: set[int], pad_id: int) -> Padded:
+    """Pad sequences to the longest, and one more where that length is taken."""
     width = max(len(tokens.ids) for tokens in group)
-    missing = [width - len(tokens.ids) for tokens in group]
-    rows = list(zip(group, missing, strict=True))
+    width += width in taken
+    rows = [(tokens, width - len(tokens.ids)) for tokens in group]
     return Padded(
-        torch.tensor([[*tokens.ids, *[pad_id] * rest] for tokens, rest in rows], device=device),
-        torch.tensor([[True] * len(tokens.ids) + [False] * rest for tokens, rest in rows], device=device),
-        torch.tensor([[*tokens.counted, *[False] * rest] for tokens, rest in rows], device=device),
+        torch.tensor([[*tokens.ids, *[pad_id] * rest] for tokens, rest in rows]),
+        torch.tensor([[True] * len(tokens.ids) + [False] * rest for tokens, rest in rows]),
+        torch.tensor([[*tokens.counted, *[False] * rest] for tokens, rest in rows]),
         first,
     )
 

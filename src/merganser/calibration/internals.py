@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "Target",
     "build_skeleton",
     "empty_tensors",
+    "expert_matrices",
     "expert_modules",
     "linear_classes",
     "load_tensors",
@@ -184,7 +186,7 @@ def _renamed(
     return parameter, pattern
 
 
-def load_tensors(model: Any, tensors: Mapping[str, LazyTensor], device: torch.device) -> None:
+def load_tensors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
     """Fill the parameters that some checkpoint tensors belong to, in the dtypes of the skeleton.
 
     Raises:
@@ -195,7 +197,7 @@ def load_tensors(model: Any, tensors: Mapping[str, LazyTensor], device: torch.de
     from transformers.modeling_utils import LoadStateDictConfig
 
     mapping: Any = get_model_conversion_mapping(model)
-    settings = LoadStateDictConfig(device_map={"": device}, weight_mapping=mapping)
+    settings = LoadStateDictConfig(weight_mapping=mapping)
     with quiet():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
     for name, found, wanted in sorted(info.mismatched_keys):
@@ -247,14 +249,12 @@ class ExpertInputs:
 
     Args:
         parameter: Name of the stacked parameter in its module: gate_up_proj, up_proj or down_proj.
-        axis: Axis of that parameter that meets the input.
         expert: Which expert.
         rows: The inputs, shape [tokens of the expert, in].
         tokens: Which of the module's tokens they are, int64, shape [tokens of the expert].
     """
 
     parameter: str
-    axis: int
     expert: int
     rows: Tensor
     tokens: Tensor
@@ -263,6 +263,12 @@ class ExpertInputs:
 def expert_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Return the modules within `module` that hold the experts of a mixture as stacked parameters, by name."""
     return {name: each for name, each in module.named_modules() if hasattr(each, "_apply_gate")}
+
+
+def expert_matrices(experts: Any) -> dict[str, int]:
+    """Return the stacked parameters of a module of experts, and the axis of each that meets the input."""
+    axis = 1 if experts.is_transposed else 2
+    return dict.fromkeys(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"), axis)
 
 
 def observed_experts(experts: Any, observe: Callable[[ExpertInputs], None]) -> Callable[..., Tensor]:
@@ -282,33 +288,26 @@ def _forward_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """Compute what transformers' grouped form computes, with the additions in the same order."""
-    axis = 1 if experts.is_transposed else 2
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    count, width = top_k_index.shape[0], hidden_states.shape[-1]
-    outputs = hidden_states.new_zeros(top_k_index.numel(), width)
-    chosen = top_k_index.reshape(-1)
-    for expert in range(experts.num_experts):
-        places = (chosen == expert).nonzero()[:, 0]
-        if not len(places):
-            continue
-        tokens = places // top_k_index.shape[1]
-        rows = hidden_states[tokens]
-        observe(ExpertInputs(first, axis, expert, rows, tokens))
-        inner = _expert_linear(experts, first, expert, rows)
-        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        observe(ExpertInputs("down_proj", axis, expert, inner, tokens))
-        outputs[places] = _expert_linear(experts, "down_proj", expert, inner)
+    """Compute what transformers' grouped form computes, with every operation on the same rows in the same order."""
+    first, second = expert_matrices(experts)
+    count, top_k = top_k_index.shape
+    chosen, order = torch.sort(top_k_index.reshape(-1))
+    tokens = order // top_k
+    ends = torch.searchsorted(chosen, torch.arange(experts.num_experts), right=True).tolist()
+
+    def multiply(name: str, rows: Tensor) -> Tensor:
+        weight: Tensor = getattr(experts, name) if experts.is_transposed else getattr(experts, name).transpose(1, 2)
+        product = rows.new_empty(len(rows), weight.shape[2])
+        for expert, (start, end) in enumerate(pairwise([0, *ends])):
+            if start < end:
+                observe(ExpertInputs(name, expert, rows[start:end], tokens[start:end]))
+                torch.mm(rows[start:end], weight[expert], out=product[start:end])
+        return product.add_(getattr(experts, f"{name}_bias")[chosen]) if experts.has_bias else product
+
+    inner = multiply(first, hidden_states[tokens])
+    outputs = multiply(second, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
     if experts.has_post_expert_norm:
         outputs = experts.post_expert_norm(outputs)
-    weighted = outputs * top_k_weights.reshape(-1, 1)
-    summed: Tensor = weighted.view(count, -1, width).sum(dim=1)
-    return summed.to(hidden_states.dtype)
-
-
-def _expert_linear(experts: Any, name: str, expert: int, rows: Tensor) -> Tensor:
-    weight: Tensor = getattr(experts, name)[expert]
-    product = rows @ (weight if experts.is_transposed else weight.T)
-    if experts.has_bias:
-        product = product + getattr(experts, f"{name}_bias")[expert]
-    return product
+    weighted = torch.empty_like(outputs)
+    weighted[order] = outputs * top_k_weights.reshape(-1)[order, None]
+    return weighted.view(count, top_k, -1).sum(dim=1).to(hidden_states.dtype)

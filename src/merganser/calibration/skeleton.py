@@ -44,7 +44,6 @@ class Skeleton:
 
     Args:
         checkpoint: Where its weights are.
-        device: Where blocks are computed.
 
     Attributes:
         model: The model.
@@ -57,9 +56,8 @@ class Skeleton:
         UnsupportedError: transformers does not know the model, or it has no stack of blocks.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.device = device or torch.device("cpu")
         config = _config(checkpoint)
         self.dtype = _dtype(checkpoint, config)
         self.model = internals.build_skeleton(config, self.dtype)
@@ -97,7 +95,7 @@ class Skeleton:
 
     def _load(self, names: Sequence[str]) -> None:
         tensors = {name: internals.LazyTensor(self.checkpoint.tensors[name], self._reader) for name in names}
-        internals.load_tensors(self.model, tensors, self.device)
+        internals.load_tensors(self.model, tensors)
 
     @contextmanager
     def filled(self, block: Block) -> Iterator[None]:

@@ -9,8 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..checkpoint.jsonfile import os_reason
 from ..errors import OutputError
+from ..jsonfile import os_reason
 
 __all__ = ["Spool"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.jsonfile import os_reason
-from ..errors import OutputError
+from ..errors import NonFiniteError, OutputError
+from ..jsonfile import os_reason
 from .batches import Batch, Padded, pad
 from .forward import Output, logits, run_block
-from .skeleton import Skeleton
+from .skeleton import Block, Skeleton
 from .spool import Spool
 
 __all__ = ["Stream", "StreamState"]
@@ -61,22 +61,25 @@ class Stream:
         self.folder = folder
         self.state = state or StreamState()
 
-    def advance(self, begin: Callable[[Padded], None]) -> None:
+    def advance(self, begin: Callable[[Batch], None]) -> None:
         """Run the next block, which must be filled, on all batches.
 
         Args:
-            begin: Called before each batch with what the block reads of it.
+            begin: Called before each batch.
 
         Raises:
             OutputError: The disk is full or failed.
             UnsupportedError: The block does not return hidden states.
+            NonFiniteError: It returns NaN or infinity for a token.
         """
         index = self.state.done
-        stack = self.skeleton.blocks[index].stack
+        block = self.skeleton.blocks[index]
+        stack = block.stack
         with Spool(self._hidden_file(index)) as spool:
             for number, batch in enumerate(self.batches):
-                begin(batch.stacks[stack])
+                begin(batch)
                 output = run_block(self.skeleton, index, batch, self._before(number))
+                _check_finite(output.hidden, batch, block)
                 rows = _rows(output.hidden, batch.stacks[stack])
                 spool.write(batch.stacks[stack].first, rows)
                 if output.rest is not None:
@@ -101,7 +104,7 @@ class Stream:
             width, dtype, has_rest = self.state.formats[stack]
             with Spool(self._hidden_file(index)) as spool:
                 rows = spool.read(padded.first, padded.rows, width, getattr(torch, dtype))
-            hidden = pad(rows.to(self.skeleton.device), padded.valid)
+            hidden = pad(rows, padded.valid)
             found[stack] = Output(hidden, self._read_rest(index, number) if has_rest else None)
         return found
 
@@ -123,13 +126,22 @@ class Stream:
     def _read_rest(self, index: int, number: int) -> tuple[Any, ...]:
         path = self._rest_file(index, number)
         try:
-            rest: tuple[Any, ...] = torch.load(path, map_location=self.skeleton.device, weights_only=True)
+            rest: tuple[Any, ...] = torch.load(path, weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise OutputError(f"{path}: cannot be read: {error}; start again") from None
         return rest
 
 
+def _check_finite(hidden: Tensor, batch: Batch, block: Block) -> None:
+    finite = hidden.isfinite().all(-1) | ~batch.stacks[block.stack].valid
+    if not bool(finite.all()):
+        sample = int((~finite).any(-1).nonzero()[0])
+        raise NonFiniteError(
+            f"{batch.where[sample]}: the model produces NaN or infinity for this text, in {block.name}"
+        )
+
+
 def _rows(hidden: Tensor, padded: Padded) -> Tensor:
-    """Return the rows of hidden states that belong to tokens, on the CPU, shape [tokens, width]."""
+    """Return the rows of hidden states that belong to tokens, shape [tokens, width]."""
     rows = hidden.flatten(0, 1) if padded.full else hidden[padded.valid]
-    return rows.contiguous().cpu()
+    return rows.contiguous()

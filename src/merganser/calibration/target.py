@@ -1,0 +1,131 @@
+"""The folder beside the target in which statistics grow, and from which a killed calibration continues."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..engine.stream.lock import acquire_lock, release_lock
+from ..errors import CheckpointError, OutputError
+from ..jsonfile import os_reason, read_object
+from .writer import write_json
+
+__all__ = ["Target"]
+
+_STATE = "state.json"
+
+
+class Target:
+    """The growing output. As a context manager it holds the target's lock.
+
+    What was finished stays when the disk fails or the process ends, so that the same command continues; after any other
+    error nothing is left.
+
+    Args:
+        out: The folder that appears when all is done; it must not exist.
+        fingerprint: Identifies the work; what another work left here is not continued.
+
+    Attributes:
+        folder: Where the files go.
+        state: What an earlier run of the same work noted last; empty where there was none.
+
+    Raises:
+        OutputError: The target exists, cannot be written, or another run works on it.
+    """
+
+    def __init__(self, out: Path, fingerprint: str) -> None:
+        self.out = out
+        self._fingerprint = fingerprint
+        check_absent(out)
+        target = out.expanduser().resolve()
+        self._target = target
+        self.folder = target.with_name(f".{target.name}.calibrating")
+        self._lock_file = target.with_name(f".{target.name}.calibrating.lock")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = acquire_lock(self._lock_file)
+        except OSError as error:
+            raise self._failed(error) from None
+        if self._lock is None:
+            raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+        try:
+            self.state = self._read_state()
+            if not self.state:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir()
+        except OSError as error:
+            self._release()
+            raise self._failed(error) from None
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, OutputError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
+
+    def note(self, state: Mapping[str, Any]) -> None:
+        """Keep what a continued run needs to know.
+
+        Raises:
+            OutputError: The disk is full or failed.
+        """
+        write_json(self.folder / _STATE, {"fingerprint": self._fingerprint, "state": dict(state)})
+
+    def publish(self) -> None:
+        """Let the target appear under its name.
+
+        Raises:
+            OutputError: It appeared meanwhile, or the disk failed.
+        """
+        check_absent(self.out)
+        try:
+            (self.folder / _STATE).unlink(missing_ok=True)
+            if self._target.exists():
+                self._target.rmdir()
+            self.folder.rename(self._target)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _read_state(self) -> dict[str, Any]:
+        file = self.folder / _STATE
+        if not file.exists():
+            return {}
+        try:
+            found = read_object(file)
+        except CheckpointError:
+            return {}
+        state = found.get("state")
+        return state if found.get("fingerprint") == self._fingerprint and isinstance(state, dict) else {}
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            release_lock(self._lock_file, self._lock)
+            self._lock = None
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.out}: cannot be written: {os_reason(error)}")
+
+
+def check_absent(out: Path) -> None:
+    """Check that a target does not exist; an empty folder does not count.
+
+    Raises:
+        OutputError: It exists.
+    """
+    try:
+        path = out.expanduser()
+        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+            raise OutputError(f"{out}: exists; choose another folder, or remove it")
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{out}: cannot be written: {os_reason(error)}") from None
+    except (ValueError, RuntimeError) as error:
+        raise OutputError(f"{str(out)!r}: is not the name of a folder: {error}") from None
