@@ -431,7 +431,29 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
     (broken / "statistics.json").write_text('{"kind": ')
     check(broken, "is not valid JSON")
     good = open_statistics(fresh("good"))
-    with pytest.raises(DataError, match="has no 'magnitude'; it has count, gram"):
+    with pytest.raises(
+        DataError, match=r"has no 'magnitude'; it has count, gram. Calibrate again with --statistics magnitude"
+    ):
         good.info("magnitude", "model.layers.0.mlp.up_proj.weight")
     with pytest.raises(DataError, match=r"has nothing of tensor 'model.norm.weight'"):
         good.info("gram", "model.norm.weight")
+
+
+def test_what_is_not_ours_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = _model(tmp_path / "model"), _texts(tmp_path / "data.jsonl")
+    working = tmp_path / ".out.calibrating"
+    working.mkdir()
+    (working / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds 'mine.txt'"):
+        merganser.calibrate(model, [data], tmp_path / "out")
+    assert (working / "mine.txt").read_text() == "mine"
+    (working / "mine.txt").unlink()
+
+    def failing(file: Path, sums: Any) -> None:
+        (working / "note.txt").write_text("mine")
+        raise NonFiniteError("the model is damaged")
+
+    monkeypatch.setattr(run, "write_sums", failing)
+    with pytest.raises(NonFiniteError, match="the model is damaged"):
+        merganser.calibrate(model, [data], tmp_path / "out")
+    assert (working / "note.txt").read_text() == "mine"

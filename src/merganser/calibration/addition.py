@@ -47,6 +47,7 @@ def add_statistics(folders: Sequence[str | Path], out: str | Path) -> Statistics
         if any(piece == earlier for earlier, _ in pieces[:number]):
             raise DataError(f"{part.path}: is of data that another folder is of, too; they would count twice")
     with Target(Path(out), "addition") as target, Reader() as reader:
+        target.claim(first.about["files"])
         for file in first.about["files"]:
             infos = {name: info for name, info in first.sums.items() if info.file.name == file}
             sums = {

@@ -39,7 +39,7 @@ def products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 # of the Gram matrix's lower half, so many columns at a time: enough for a fast product, little memory beside the sum
-_PANELS, _NARROWEST, _WIDEST = 8, 128, 1024
+_PANELS, _NARROWEST, _WIDEST = 8, 256, 1024
 
 
 class Reducer(Protocol):

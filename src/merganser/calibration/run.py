@@ -188,12 +188,13 @@ def _stream(
     skeleton: Skeleton, batches: Sequence[Batch], statistics: Sequence[str], target: Target, progress: Progress | None
 ) -> dict[str, Any]:
     """Run all blocks, and write the sums of each. Returns what is known of every tensor."""
+    count = len(skeleton.blocks)
+    target.claim(["hidden/", *(file_name(number, count) for number in range(1, count + 1))])
     spool = target.folder / "hidden"
     spool.mkdir(exist_ok=True)
     state = StreamState.from_json(target.state["stream"]) if target.state else None
     tensors: dict[str, Any] = dict(target.state.get("tensors", {}))
     stream = Stream(skeleton, batches, spool, state)
-    count = len(skeleton.blocks)
     for index in range(stream.state.done, count):
         if progress is not None:
             progress(index, count)
@@ -202,8 +203,6 @@ def _stream(
         taps = Taps(skeleton, skeleton.blocks[index], statistics)
         with skeleton.filled(skeleton.blocks[index]), taps.watching():
             stream.advance(taps.begin)
-        # otherwise the block, and what it left between, stay with the process while the sums are written, and after
-        release_freed_memory()
         found = [tapped for tapped in taps.results() if _fits(skeleton, tapped)]
         sums = {sum_name(name, tapped.names[0]): own for tapped in found for name, own in tapped.sums.items()}
         write_sums(target.folder / file_name(index + 1, count), sums)

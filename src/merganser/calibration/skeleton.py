@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint
 from ..errors import CheckpointError, UnsupportedError
+from ..process import release_freed_memory
 from . import internals
 
 __all__ = ["Block", "Skeleton"]
@@ -115,6 +116,8 @@ class Skeleton:
             yield
         finally:
             internals.empty_tensors(block.module)
+            # the C library would keep what was between pieces that are still used, more with every block
+            release_freed_memory()
 
     def will_need(self, block: Block) -> None:
         """Tell the system that a block's tensors will be read soon."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..engine.stream.lock import acquire_lock, release_lock
-from ..errors import CheckpointError, OutputError
+from ..engine.output.lock import acquire_lock
+from ..engine.output.ownership import MARKER, claim, survey
+from ..errors import CheckpointError, MergeError, OutputError
 from ..jsonfile import os_reason, read_object
+from ..statistics import STATISTICS_NAME
 from .writer import write_json
 
 __all__ = ["Target"]
@@ -21,8 +23,8 @@ _STATE = "state.json"
 class Target:
     """The growing output. As a context manager it holds the target's lock.
 
-    What was finished stays when the disk fails or the process ends, so that the same command continues; after any other
-    error nothing is left.
+    What was finished stays when the disk is full, memory runs out or the process ends, so that the same command continues.
+    After an error that would come again, nothing is left.
 
     Args:
         out: The folder that appears when all is done; it must not exist.
@@ -52,12 +54,16 @@ class Target:
         if self._lock is None:
             raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
         try:
+            left = survey(self.folder)
             self.state = self._read_state()
             if not self.state:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir()
+                left.remove()
+                self.folder.mkdir(exist_ok=True)
+                claim(self.folder, [_STATE, f".{_STATE}.new", STATISTICS_NAME, f".{STATISTICS_NAME}.new"])
         except OSError as error:
-            self._release()
+            self._lock.release()
+            if isinstance(error, OutputError):
+                raise
             raise self._failed(error) from None
 
     def __enter__(self) -> Target:
@@ -66,9 +72,23 @@ class Target:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, OutputError):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._release()
+        if isinstance(error, MergeError) and not isinstance(error, OutputError):
+            # what somebody else put there stays, and so does the error that is being raised
+            with contextlib.suppress(OSError):
+                survey(self.folder).remove()
+        assert self._lock is not None
+        self._lock.release()
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Tell which files will be made in the folder; of folders, with all in them, "name/".
+
+        Raises:
+            OutputError: The disk is full or failed.
+        """
+        try:
+            claim(self.folder, names)
+        except OSError as error:
+            raise self._failed(error) from None
 
     def note(self, state: Mapping[str, Any]) -> None:
         """Keep what a continued run needs to know.
@@ -86,7 +106,8 @@ class Target:
         """
         check_absent(self.out)
         try:
-            (self.folder / _STATE).unlink(missing_ok=True)
+            for name in (_STATE, MARKER):
+                (self.folder / name).unlink(missing_ok=True)
             if self._target.exists():
                 self._target.rmdir()
             self.folder.rename(self._target)
@@ -103,11 +124,6 @@ class Target:
             return {}
         state = found.get("state")
         return state if found.get("fingerprint") == self._fingerprint and isinstance(state, dict) else {}
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            release_lock(self._lock_file, self._lock)
-            self._lock = None
 
     def _failed(self, error: OSError) -> OutputError:
         return OutputError(f"{self.out}: cannot be written: {os_reason(error)}")

@@ -80,14 +80,25 @@ class Statistics:
         """The bytes of all sums."""
         return sum(info.nbytes for info in self.sums.values())
 
+    def require(self, statistic: str) -> None:
+        """Check that there is a statistic.
+
+        Raises:
+            DataError: There is not.
+        """
+        if statistic not in self.statistics:
+            raise DataError(
+                f"{self.path}: has no {statistic!r}; it has {', '.join(self.statistics)}. "
+                f"Calibrate again with --statistics {statistic}"
+            )
+
     def info(self, statistic: str, tensor: str) -> TensorInfo:
         """Return where a sum is.
 
         Raises:
             DataError: The folder does not have this statistic, or nothing of this tensor.
         """
-        if statistic not in self.statistics:
-            raise DataError(f"{self.path}: has no {statistic!r}; it has {', '.join(self.statistics)}")
+        self.require(statistic)
         if tensor not in self.tensors:
             raise DataError(f"{self.path}: has nothing of tensor {tensor!r}")
         return self.sums[sum_name(statistic, self.tensors[tensor].stored)]
