@@ -25,6 +25,7 @@ FAMILIES = {
     "task vectors": "Task vectors",
     "spectral": "Spectral methods",
     "layers": "Layers",
+    "data": "With statistics from data",
     "sidecars": "Sidecars",
 }
 
@@ -91,6 +92,9 @@ def method_page(method, works: dict[str, dict[str, str]]) -> str:
     lines += ["## Use when", "", doc.sections["Use when"], "", "## Parameters", ""]
     lines += parameter_table(method)
     lines += ["", f"Takes {method.models_text()}."]
+    if method.from_data:
+        needed = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
+        lines += ["", f"Needs of every model the [statistics from data](../calibrate.md) `{needed}`."]
     if method.sidecar is not None:
         lines += ["", "Keeps what gives each model back: see [sidecars](../sidecars.md)."]
     if method.ignored:
@@ -158,6 +162,8 @@ def example(method) -> str:
     count = max(method.min_models, min(2, method.max_models or 2))
     for i in range(count):
         lines.append(f"  - model: path/to/expert-{'abcdefgh'[i]}")
+        if method.from_data:
+            lines.append(f"    statistics: path/to/statistics-{'abcdefgh'[i]}")
         each = [p for p in method.parameters.values() if p.per_model and p.required]
         if each:
             lines.append("    parameters:")

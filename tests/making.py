@@ -138,6 +138,22 @@ def make_recipe(
     return recipe
 
 
+def write_statistics(folder: Path, means: Mapping[str, Tensors]) -> Path:
+    """Write statistics of one token: by the tensor's name, its means by the name of the statistic."""
+    folder.mkdir(parents=True)
+    sums = {f"{kind}/{name}": own.contiguous() for name, each in means.items() for kind, own in each.items()}
+    save_file(sums | {f"count/{name}": torch.tensor(1) for name in means}, folder / "s.safetensors")
+    about = {
+        "kind": "statistics",
+        "format": 1,
+        "statistics": ["count", *next(iter(means.values()))],
+        "files": ["s.safetensors"],
+        "tensors": {name: {"axis": 1, "stored": name} for name in means},
+    }
+    (folder / "statistics.json").write_text(json.dumps(about))
+    return folder
+
+
 def read_model(folder: Path) -> Tensors:
     """All tensors of a checkpoint."""
     tensors: Tensors = {}

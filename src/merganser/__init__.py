@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from . import errors, methods
+    from .calibration import add_statistics, calibrate
     from .checkpoint import open_checkpoint
     from .engine.in_memory import merge_state_dicts
     from .engine.merge import merge, plan
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MergeError",
+    "add_statistics",
+    "calibrate",
     "diff",
     "errors",
     "evaluate",
@@ -52,6 +55,8 @@ __all__ = [
 _MODULES = ("errors", "methods")
 _HOMES = {
     "MergeError": "errors",
+    "add_statistics": "calibration",
+    "calibrate": "calibration",
     "diff": "inspection",
     "evaluate": "evaluation",
     "inspect": "inspection",

@@ -7,6 +7,7 @@
     │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that is not there
     │   └── NonFiniteError                    NaN or infinity in an input or result
     ├── TaskError              (ValueError)   an evaluation's task: file, line, name
+    ├── DataError              (ValueError)   calibration data and statistics of it: file, line, key
     ├── OutputError            (OSError)      the target: exists, locked, no room, not writable
     ├── MemoryLimitError       (MemoryError)  the work does not fit the memory limit
     └── UnsupportedError       (NotImplementedError)  understood, and not available in this version
@@ -21,6 +22,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "CheckpointError",
+    "DataError",
     "MemoryLimitError",
     "MergeError",
     "NonFiniteError",
@@ -60,6 +62,10 @@ class NonFiniteError(CheckpointError):
 
 class TaskError(MergeError, ValueError):
     """A task of an evaluation does not exist, is malformed, or does not suit the model."""
+
+
+class DataError(MergeError, ValueError):
+    """Data to calibrate on, or statistics of such data, are not there, malformed, or do not fit the model."""
 
 
 class OutputError(MergeError, OSError):

@@ -16,7 +16,7 @@ from .errors import MemoryLimitError
 if TYPE_CHECKING:
     pass
 
-__all__ = ["data_limit", "memory_here", "one_thread", "peak_memory", "reuse_freed_memory"]
+__all__ = ["data_limit", "memory_here", "one_thread", "peak_memory", "release_freed_memory", "reuse_freed_memory"]
 
 # option numbers of mallopt, from malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
@@ -140,3 +140,13 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what was freed; the C library keeps it where it has pieces in use between free ones.
+
+    Does nothing where the C library is not glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)

@@ -25,6 +25,7 @@ from tests.making import (
     read_model,
     write_llamas,
     write_model,
+    write_statistics,
 )
 from tests.methods.whole_model import merge_whole_model
 
@@ -57,8 +58,29 @@ def _merged_one_by_one(method, base, models, parameters, *, seed, dtype, compute
             seed=seed,
             dtype=dtype,
             compute=compute,
+            data=_data(found, name, first, len(models)),
         )
     return result
+
+
+def _data(method, name, tensor, count):
+    """Statistics from data of the matrices in the layers; embeddings and head have none."""
+    if tensor.dim() < 2 or ".layers." not in name:
+        return {}
+    return _cases.make_data(method, tensor.shape, count)
+
+
+def _hand_in(recipe, method, folder, tensors):
+    """Name, for every model of a recipe, a folder with the statistics that `_data` makes."""
+    for i, entry in enumerate(recipe["models"] if method.from_data else []):
+        found = {name: _data(method, name, tensor, len(recipe["models"])) for name, tensor in tensors.items()}
+        means = {
+            name: {own.statistic: data[key][i] for key, own in method.from_data.items()}
+            for name, data in found.items()
+            if data
+        }
+        entry["statistics"] = str(write_statistics(folder / f"statistics{i}", means))
+    return recipe
 
 
 def over_model(method, parameters):
@@ -92,8 +114,9 @@ def test_every_method_in_small_tensors(tmp_path, name, with_base, parameters):
     per_model = {key: value for key, value in parameters.items() if method.parameters[key].per_model}
     shared = {key: value for key, value in parameters.items() if key not in per_model}
     listed = [(path, {key: value[i] for key, value in per_model.items()}) for i, path in enumerate(models)]
-    result = merge(make_recipe(name, listed, base, shared), tmp_path / "out", seed=7, threads=2)
     tensors = [read_model(path) for path in paths]
+    recipe = _hand_in(make_recipe(name, listed, base, shared), method, tmp_path, tensors[0])
+    result = merge(recipe, tmp_path / "out", seed=7, threads=2)
     expected = merged_one_by_one(name, tensors[0] if with_base else None, tensors[1:], parameters, seed=7)
     assert_equal(read_model(result.out), expected)
 

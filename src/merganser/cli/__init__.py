@@ -17,9 +17,11 @@ import typer
 from ..errors import OutputError
 from ..version import __version__
 from ._errors import STOPPED, Verb, Verbs
+from ._options import many_values
 from ._text import complain, writing
+from .calibrate import calibrate
 from .diff import diff
-from .eval import ManyValues, evaluate
+from .eval import evaluate
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -40,9 +42,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (merge, plan, methods, inspect, diff, verify, restore):
+for verb in (merge, plan, methods, inspect, diff):
     app.command(cls=Verb)(verb)
-app.command("eval", cls=ManyValues)(evaluate)
+app.command(cls=many_values("--data"))(calibrate)
+app.command(cls=Verb)(verify)
+app.command(cls=Verb)(restore)
+app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=Verb)(report)
 
 

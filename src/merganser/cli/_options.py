@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ._errors import Verb
 from ._text import on_terminal, parse_size
 
 RecipeFile = Annotated[
@@ -73,3 +75,27 @@ def quieten_hub(quiet: bool = False) -> None:
     """Keep the Hub's own progress bars off what is no terminal."""
     if quiet or not on_terminal():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def many_values(*names: str) -> type[Verb]:
+    """Return a kind of command whose options of these names take all that follows, up to the next option."""
+
+    class ManyValues(Verb):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            return super().parse_args(ctx, _spread(args, names))
+
+    return ManyValues
+
+
+def _spread(args: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Write `--tasks a b` as `--tasks a --tasks b`."""
+    found: list[str] = []
+    current = None
+    for arg in args:
+        if arg in names:
+            current = arg
+            continue
+        if arg.startswith("-") and arg != "-":
+            current = None
+        found += [arg] if current is None else [current, arg]
+    return found

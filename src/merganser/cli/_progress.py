@@ -35,6 +35,22 @@ def _bar(counted: str, *beside: ProgressColumn) -> Progress:
     )
 
 
+def _step_bar() -> Progress:
+    """Make a bar over steps."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        expand=True,
+    )
+
+
 def _compiling() -> ProgressColumn:
     """Make a column that says so while a kernel is compiled: the first merge of its kind seems to stand still."""
     from rich.progress import ProgressColumn
@@ -56,6 +72,21 @@ def byte_progress(description: str, quiet: bool = False) -> Iterator[Callable[[i
         yield None
         return
     with _bar("") as bar:
+        task = bar.add_task(description, total=None)
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield tell
+
+
+@contextmanager
+def step_progress(description: str, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar for work that tells its steps, done and in all."""
+    if quiet or not on_terminal():
+        yield None
+        return
+    with _step_bar() as bar:
         task = bar.add_task(description, total=None)
 
         def tell(done: int, total: int) -> None:
@@ -138,19 +169,7 @@ class EvalProgress:
 
     def __enter__(self) -> EvalProgress:
         if not self._quiet and on_terminal():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-                expand=True,
-            )
+            self._bar = _step_bar()
             self._task = self._bar.add_task("opening models and tasks", total=None)
             self._bar.start()
         return self

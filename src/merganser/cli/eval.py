@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..wording import plural, size_text, time_text
 from . import _options as options
-from ._errors import Verb
 from ._progress import EvalProgress
 from ._text import complain, head, say, say_json, table
 
@@ -79,27 +77,6 @@ JsonFile = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-
-
-class ManyValues(Verb):
-    """A command whose `--tasks` and `--experts` take all that follows, up to the next option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Write `--tasks a b` as `--tasks a --tasks b`."""
-        return super().parse_args(ctx, _spread(args, ("--tasks", "--experts")))
-
-
-def _spread(args: Sequence[str], names: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    current = None
-    for arg in args:
-        if arg in names:
-            current = arg
-            continue
-        if arg.startswith("-") and arg != "-":
-            current = None
-        found += [arg] if current is None else [current, arg]
-    return found
 
 
 def evaluate(

@@ -116,6 +116,10 @@ def merge_state_dicts(
     from .kernels.merge_tensor import merge_tensors
 
     found = get_method(method)
+    if found.from_data:
+        raise UnsupportedError(
+            f"{method}: needs statistics from data ({', '.join(found.from_data)}), which belong to checkpoints; merge these"
+        )
     settings = {name.rstrip("_"): value for name, value in parameters.items()}
     filled = fill(found, settings, len(models))
     for name, statistic in found.statistics.items():

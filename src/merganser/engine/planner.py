@@ -28,6 +28,7 @@ from .alignment.slices import align_slices
 from .alignment.whole_models import align_models
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import has_compiler, resolve_devices
+from .plan.from_data import DataOfModels, open_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
@@ -230,12 +231,18 @@ def _drafts(
             f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' goes with it"
         )
     alignment = _align(recipe, resolver, members)
-    drafts = [_draft(slot, recipe, resolver) for slot in alignment.slots]
+    data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
+    drafts = [_draft(slot, recipe, resolver, data[slot.slice_index]) for slot in alignment.slots]
     _check_whole_model(recipe, resolver.method, drafts)
+    if resolver.method.from_data and not any(draft.data for draft in drafts):
+        raise RecipeError(
+            f"{recipe.place}: the statistics from data are of none of the tensors that {resolver.method.name} merges; are "
+            "they of these models?"
+        )
     return alignment, drafts
 
 
-def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
+def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | None) -> PlannedTensor:
     """Decide dtype, inputs, method and parameters of one tensor; its place comes later."""
     given = resolver.sources(slot.slice_index)
     base = slot.inputs[given.base.model] if given.base is not None and not slot.kept else None
@@ -266,6 +273,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
         base, models = treatment.inputs(base, models)
+    handed, turned = data.of(models) if data is not None and treatment.method.from_data and not copy else ({}, False)
     wide = "float64" in (recipe.dtype, dtype.name, *(tensor.dtype.name for tensor in inputs))
     return PlannedTensor(
         name=slot.name,
@@ -283,6 +291,8 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
         shard=0,
         offset=0,
         nbytes=dtype.nbytes(math.prod(shape)),
+        data=handed,
+        turned=turned,
     )
 
 

@@ -37,6 +37,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "settings": dict(settings),
         "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.files],
         "inputs": [[file["path"], file["bytes"], file["mtime_ns"]] for file in input_files(plan)],
+        "statistics": [_state(file) for file in data_files(plan)],
         "tensors": _treatment(plan),
         "config": plan.config,
         "generation_config": plan.generation_config,
@@ -115,6 +116,12 @@ def input_files(plan: Plan) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def data_files(plan: Plan) -> list[Path]:
+    """Return the files of statistics from data that are read."""
+    sums = (own.sum for tensor in plan.tensors for each in tensor.data.values() for own in each)
+    return list(dict.fromkeys(info.file for info in sums))
+
+
 def input_hashes(plan: Plan, digests: Mapping[tuple[Path, str], bytes]) -> list[dict[str, Any]]:
     """Return the weight files of the inputs with a hash of the tensors that were read.
 
@@ -173,6 +180,9 @@ def make_record(
         "warnings": list(warnings),
         "differences_from_mergekit": list(plan.differences),
         "inputs": inputs,
+        "statistics_from_data": [
+            dict(zip(("path", "bytes"), _state(file)[:2], strict=True)) for file in data_files(plan)
+        ],
         "outputs": list(outputs),
         "statistics": dict(statistics),
         "layers": list(layers),

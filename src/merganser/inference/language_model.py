@@ -110,7 +110,7 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
         UnsupportedError: transformers is not installed, or the tokenizer has no tokenizer.json.
     """
     try:
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
     except ImportError:
         raise UnsupportedError(
             "evaluating needs transformers, which is not installed: pip install 'merganser[transformers]'"
@@ -120,24 +120,41 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
         with explained(CheckpointError, f"{source.reference}: transformers cannot load config.json"), _quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_architecture(source, config)
-        names = sorted(name for name in {*source.files, *source.texts} if is_tokenizer_file(name))
-        if not any("chat_template" not in name for name in names):
-            raise CheckpointError(
-                f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
-            )
-        files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
-        # the config may say which class reads the files
-        digest = xxhash.xxh3_128_hexdigest("\0".join([config.model_type, *names, *files]).encode())
-        known = {} if tokenizers is None else tokenizers
-        if digest not in known:
-            with explained(CheckpointError, f"{source.reference}: transformers cannot load the tokenizer"), _quiet():
-                encoder = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            known[digest] = _tokenizer(source, encoder, digest)
-    opened = LanguageModel(source, config, known[digest], _positions(config))
+        tokenizer = _load_tokenizer(source, folder, config.model_type, {} if tokenizers is None else tokenizers)
+    opened = LanguageModel(source, config, tokenizer, positions_of(config))
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if rows is not None:
         _check_vocabulary(opened, rows)
     return opened
+
+
+def open_tokenizer(source: Source) -> Tokenizer:
+    """Read the tokenizer of a model of whatever kind.
+
+    Raises:
+        CheckpointError: It has none, or transformers cannot load it.
+        UnsupportedError: It cannot say which characters a token stands for.
+    """
+    with _folder(source) as folder:
+        return _load_tokenizer(source, folder, str(source.config.get("model_type")), {})
+
+
+def _load_tokenizer(source: Source, folder: Path, model_type: str, known: dict[str, Tokenizer]) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    names = sorted(name for name in {*source.files, *source.texts} if is_tokenizer_file(name))
+    if not any("chat_template" not in name for name in names):
+        raise CheckpointError(
+            f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
+        )
+    files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
+    # the config may say which class reads the files
+    digest = xxhash.xxh3_128_hexdigest("\0".join([model_type, *names, *files]).encode())
+    if digest not in known:
+        with explained(CheckpointError, f"{source.reference}: transformers cannot load the tokenizer"), _quiet():
+            encoder = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known[digest] = _tokenizer(source, encoder, digest)
+    return known[digest]
 
 
 def _check_kind(source: Source) -> None:
@@ -183,7 +200,8 @@ def _tokenizer(source: Source, tokenizer: Any, digest: str) -> Tokenizer:
     return Tokenizer(tokenizer, tuple(whole[:before]), start, digest)
 
 
-def _positions(config: Any) -> int | None:
+def positions_of(config: Any) -> int | None:
+    """Return the most tokens that a model can see at once, by its config; None without such a limit."""
     text = config.get_text_config()
     found = (
         getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

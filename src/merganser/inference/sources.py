@@ -152,9 +152,11 @@ def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_d
     """Plan a recipe; earlier stages are merged immediately, into a temporary folder."""
     from ..engine.in_memory import merge_to_state_dict
     from ..engine.merge import plan_with_stages_made
+    from ..engine.record import data_files
 
     plan = stack.enter_context(plan_with_stages_made(recipes, **({"cache_dir": cache_dir} if cache_dir else {})))
     inputs = [_hash_checkpoint(checkpoint) for checkpoint in plan.checkpoints.values()]
+    inputs += [hash_file(file) for file in data_files(plan)]
     settings = [__version__, *(recipe.text for recipe in recipes), str(plan.seed), str(plan.method.version)]
     return Source(
         text,

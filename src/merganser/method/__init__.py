@@ -40,7 +40,7 @@ from .parameter import (
 )
 from .registry import get_method, method_names, methods
 from .sidecar import Encoded, Kept, Lossless, Part, Sidecar
-from .statistic import AtOnce, Round, Statistic, When, applies, statistic, takes, taking
+from .statistic import AtOnce, FromData, Round, Statistic, When, applies, statistic, takes, taking
 
 __all__ = [
     "AtOnce",
@@ -48,6 +48,7 @@ __all__ = [
     "Embeddings",
     "Encoded",
     "Fraction",
+    "FromData",
     "Ignored",
     "Kept",
     "Law",

@@ -12,7 +12,7 @@ from torch import Tensor
 from .docstring import Docstring, parse_docstring
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
-from .statistic import Statistic, When
+from .statistic import FromData, Statistic, When
 
 if TYPE_CHECKING:
     from .sidecar import Sidecar
@@ -24,7 +24,7 @@ def merge_method(
     cite: str,
     scope: Scope = "element",
     models: tuple[int, int | None] = (1, None),
-    statistics: Mapping[str, Statistic] | None = None,
+    statistics: Mapping[str, Statistic | FromData] | None = None,
     located: Mapping[str, Callable[..., float]] | None = None,
     version: int = 1,
     breaks: Mapping[Law, str] | None = None,
@@ -43,7 +43,8 @@ def merge_method(
             whole weight matrix (see below).
         models: Smallest and largest number of models, not counting the base (None: no limit).
         statistics: Statistics that are measured before the function runs, by the name of the argument that takes them.
-            They are measured in this order, and each may use those before it.
+            They are measured in this order, and each may use those before it. Those of kind `FromData` were measured on
+            text before the merge, and are for methods of scope "matrix".
         located: Numbers that follow from where in the model a tensor is, by the name of the argument that takes them.
             Each is computed, when the merge is planned, from `location: Location` and the parameters that it names
             (per-model ones are tuples). It may raise ParameterError.
@@ -79,7 +80,11 @@ def merge_method(
         base = "unused"
         if "base" in signature:
             base = "optional" if type(None) in typing.get_args(hints["base"]) else "required"
-        complaint = _matrix_complaint(scope, hints, base, statistics or {}) or _row_complaint(scope, statistics or {})
+        measured = {name: own for name, own in (statistics or {}).items() if isinstance(own, Statistic)}
+        from_data = {name: own for name, own in (statistics or {}).items() if isinstance(own, FromData)}
+        complaint = _matrix_complaint(scope, hints, base, measured) or _row_complaint(scope, measured)
+        if from_data and scope != "matrix":
+            complaint = f"{next(iter(from_data))} is from data, which only methods of scope 'matrix' are handed"
         if scope != "matrix" and "rounding" in signature:
             complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
         if sidecar is not None:
@@ -89,7 +94,8 @@ def merge_method(
         return MergeMethod(
             name=function.__name__,
             combine=function,
-            statistics=dict(statistics or {}),
+            statistics=measured,
+            from_data=from_data,
             located=dict(located or {}),
             parameters=parameters,
             family=family,

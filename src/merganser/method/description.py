@@ -52,6 +52,7 @@ class MethodDescription:
         models: How many models it takes, in words.
         scope: What one call works on: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
+        from_data: The statistics from data that it needs of every model.
         sidecar: Whether it stores data for each model from which the model can be restored.
         parameters: Its parameters, in order.
         differs: Where it differs from the paper; empty if it does not.
@@ -70,6 +71,7 @@ class MethodDescription:
     models: str
     scope: str
     random: bool
+    from_data: Sequence[str]
     sidecar: bool
     parameters: Sequence[ParameterDescription]
     differs: str
@@ -91,6 +93,7 @@ def describe(method: MergeMethod) -> MethodDescription:
         models=method.models_text(),
         scope=method.scope,
         random=method.random,
+        from_data=list(dict.fromkeys(own.statistic for own in method.from_data.values())),
         sidecar=method.sidecar is not None,
         parameters=[_parameter(parameter) for parameter in method.parameters.values()],
         differs=method.doc.sections.get("Differs from the paper", ""),

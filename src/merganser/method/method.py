@@ -14,7 +14,7 @@ from ..errors import ParameterError, did_you_mean
 from .docstring import Docstring
 from .location import Location
 from .parameter import Parameter
-from .statistic import Statistic, When, applies, takes
+from .statistic import FromData, Statistic, When, applies, takes
 
 if TYPE_CHECKING:
     from .sidecar import Sidecar
@@ -46,6 +46,7 @@ class MergeMethod:
     name: str
     combine: Callable[..., Tensor]
     statistics: Mapping[str, Statistic]
+    from_data: Mapping[str, FromData]
     located: Mapping[str, Callable[..., float]]
     parameters: Mapping[str, Parameter]
     family: str

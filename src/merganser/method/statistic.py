@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -85,6 +85,31 @@ class Statistic:
             parameters: All parameters of the tensor, by their names in recipes.
         """
         return str(parameters.get(self.over, self.over))
+
+
+@dataclass(frozen=True, slots=True)
+class FromData:
+    """A statistic of what each model computes on text, which `merganser calibrate` measured before the merge.
+
+    A method of scope "matrix" takes it under the name by which it is declared: a sequence with one tensor per model, which
+    are read when they are asked for, so that a loop holds one at a time; or None where a matrix has no such statistic
+    (embeddings, the head, routers). With x the tokens that a matrix [rows, columns] receives, the tensors are
+
+        gram             mean of x x^T, shape [columns, columns]
+        second_moment    mean of x^2, shape [columns]
+        magnitude        mean of |x|, shape [columns]
+
+    in the compute dtype, and zero where no token came (an expert that was never chosen).
+
+    Args:
+        statistic: Which of them.
+    """
+
+    statistic: Literal["gram", "second_moment", "magnitude"]
+
+    def shape(self, columns: int) -> tuple[int, ...]:
+        """Return the shape of one model's tensor."""
+        return (columns, columns) if self.statistic == "gram" else (columns,)
 
 
 def statistic(

@@ -27,7 +27,7 @@ KEYS = (
     "random_seed",
 )
 MODULE_KEYS = ("models", "slices", "parameters")
-MODEL_KEYS = ("model", "parameters", "name")
+MODEL_KEYS = ("model", "parameters", "name", "statistics")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")

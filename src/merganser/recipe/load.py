@@ -236,7 +236,8 @@ class _Reader:
     def model(self, entry: Entry) -> Source:
         fields = entry.mapping(MODEL_KEYS, required=["model"])
         name = fields["name"].text(longest=100) if "name" in fields else None
-        return Source(self.reference(fields["model"]), None, self.parameters(fields), entry.place, name)
+        statistics = fields["statistics"].text() if "statistics" in fields else None
+        return Source(self.reference(fields["model"]), None, self.parameters(fields), entry.place, name, statistics)
 
     def slice(self, entry: Entry) -> Slice:
         fields = entry.mapping(SLICE_KEYS, required=["sources"])

@@ -22,6 +22,7 @@ class Source:
         place: Where it stands.
         name: What the model is called in the output, where the method keeps something for each; None for its folder's
             name.
+        statistics: Folder with statistics of this model from data; None where the recipe names none.
     """
 
     model: ModelReference
@@ -29,6 +30,7 @@ class Source:
     parameters: Mapping[str, Setting]
     place: Place
     name: str | None = None
+    statistics: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,9 +94,11 @@ def _shared() -> Schema:
     """Return what every method's recipes are made of."""
     path = _object({"path": _TEXT, "revision": _or_null(_TEXT)}, required=["path"])
     task = "What restores this model, where the method keeps sidecars."
+    folder = "What merganser calibrate wrote for this model, where the method needs statistics from data."
     model = {
         "model": _ref("reference"),
         "name": _described(_or_null({**_TEXT, "maxLength": 100}), task),
+        "statistics": _described(_or_null(_TEXT), folder),
         "parameters": _ref("parameters"),
     }
     layers: Schema = {"type": "array", "items": _ref("count"), "minItems": 2, "maxItems": 2}

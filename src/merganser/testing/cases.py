@@ -165,9 +165,31 @@ def bad_values(parameter: Parameter) -> Iterator[Any]:
                 yield end
 
 
+def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str, list[Tensor]]:
+    """Return statistics from data of made-up inputs, which differ from model to model, float32."""
+    columns = shape[-1] if shape else 1
+    found: dict[str, list[Tensor]] = {name: [] for name in method.from_data}
+    for model in range(count):
+        generator = torch.Generator().manual_seed(100 + model)
+        scale = torch.rand(columns, generator=generator) + 0.1
+        rows = torch.randn(3 * columns + 5, columns, generator=generator) * scale
+        made = {
+            "gram": rows.T @ rows / len(rows),
+            "second_moment": rows.square().mean(0),
+            "magnitude": rows.abs().mean(0),
+        }
+        for name, own in method.from_data.items():
+            tensor = made[own.statistic]
+            # packed experts have one each; here all have the same
+            found[name].append(tensor.expand(shape[0], *tensor.shape) if len(shape) == 3 else tensor)
+    return found
+
+
 def merge(method: MergeMethod, inputs: Inputs, parameters: Mapping[str, Any], **options: Any) -> Tensor:
-    """Merge inputs in memory."""
+    """Merge inputs in memory, with statistics from data where the method takes any."""
     base, models = inputs
+    if method.from_data:
+        options = {"data": make_data(method, models[0].shape, len(models)), **options}
     return merge_tensors(method, base, models, parameters, **options)
 
 

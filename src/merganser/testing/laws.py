@@ -42,6 +42,7 @@ from .cases import (
     count_models,
     defaults,
     each,
+    make_data,
     make_inputs,
     merge,
     others,
@@ -75,6 +76,8 @@ def contract(method: MergeMethod) -> list[Law]:
         follows_seed if method.random else ignores_seed,
     ]
     kept = [law for name, law in _BREAKABLE.items() if name not in method.breaks and _applies(name, method)]
+    if method.from_data:
+        applicable.append(goes_by_data)
     if method.located:
         applicable.append(goes_by_location)
     matrices: list[Law] = [leaves_the_rest, merges_each_expert] if method.scope == "matrix" else []
@@ -298,6 +301,22 @@ def follows_seed(method: MergeMethod) -> None:
     _require(changed, f"{method.name}: takes rng, and neither seed nor tensor name changes the result")
 
 
+# Data
+
+
+def goes_by_data(method: MergeMethod) -> None:
+    """Statistics from data change the result; without any, and where all are zero, it is finite."""
+    for with_base, parameters in defaults(method):
+        inputs = make_inputs(method, with_base)
+        data = make_data(method, SHAPE, count_models(method))
+        zero = {name: [torch.zeros_like(tensor) for tensor in own] for name, own in data.items()}
+        results = [merge(method, inputs, parameters, data=own, allow_nonfinite=True) for own in (data, zero, None)]
+        finite = all(bool(torch.isfinite(result).all()) for result in results)
+        _require(finite, f"{method.name}: not finite without statistics from data, or with zeros")
+        changed = not any(torch.equal(result, results[0]) for result in results[1:])
+        _require(changed, f"{method.name}: takes statistics from data, and they change nothing")
+
+
 # Layers
 
 
@@ -341,7 +360,8 @@ def ignores_order(method: MergeMethod) -> None:
             name: value[::-1] if method.parameters[name].per_model else value for name, value in parameters.items()
         }
         result = merge(method, (base, models), parameters)
-        _close(method, merge(method, (base, models[::-1]), turned), result)
+        data = {name: own[::-1] for name, own in make_data(method, SHAPE, len(models)).items()}
+        _close(method, merge(method, (base, models[::-1]), turned, data=data), result)
 
 
 def differs_from_inputs(method: MergeMethod) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...errors import MergeError
+from .data import Data
 from .kernels import Block, Kernels
 from .values import Values
 
@@ -99,6 +101,7 @@ class TensorRun:
         shape: Shape as which the tensor is worked on.
         random_keys: From `ops.random.keys`.
         block: Elements of a block, at most.
+        turned: Whether its matrices are stored [inputs, outputs]; the method gets them [outputs, inputs].
     """
 
     def __init__(
@@ -110,12 +113,14 @@ class TensorRun:
         block: int = BLOCK,
         *,
         name: str = "tensor",
+        turned: bool = False,
     ) -> None:
         self.name = name
         self.kernels = kernels
         self.values = values
         self.shape = shape
         self.size = math.prod(shape)
+        self.turned = turned
         self.ranges = list(block_ranges(shape, kernels.method.scope, block))
         self._keys = random_keys.to(kernels.device)
         self._numbers = kernels.numbers(values)
@@ -223,11 +228,29 @@ class TensorRun:
         return kernels.combine_several(block)
 
     def combine(
-        self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
+        self,
+        known: Mapping[str, Tensor],
+        range_: tuple[int, int],
+        base: Tensor | None,
+        models: Sequence[Tensor],
+        data: Data = MappingProxyType({}),
     ) -> tuple[Tensor, bool]:
-        """Merge one block and return it flat; also return whether the inputs and the result are finite."""
-        merged, finite = self.kernels.combine(self._block(known, range_, base, models))
-        return merged.reshape(-1), bool(finite)
+        """Merge one block and return it flat; also return whether the inputs and the result are finite.
+
+        Args:
+            known: Solved statistics.
+            range_: First element and end of the block.
+            base: The block of the base, flat, if the method takes one.
+            models: The same of the models.
+            data: The statistics from data of the block's matrix, a tensor per model.
+        """
+        block = replace(self._block(known, range_, base, models), data=data)
+        merged, finite = self.kernels.combine(block)
+        return (merged.T if self.turned else merged).reshape(-1), bool(finite)
+
+    def matrix(self, start: int) -> int:
+        """Return which of a packed tensor's matrices an element is in."""
+        return start // math.prod(self.shape[-2:])
 
     def _block(
         self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
@@ -240,14 +263,18 @@ class TensorRun:
         others = {name: self.kernels.to_device(value) for name, value in known.items() if name not in over_rows}
         offset = torch.tensor(start, dtype=torch.int64, device=self.kernels.device)
         return Block(
-            None if base is None else base.reshape(shape),
-            [model.reshape(shape) for model in models],
+            None if base is None else self._shaped(base, shape),
+            [self._shaped(model, shape) for model in models],
             rows,
             self._numbers,
             others,
             self._keys,
             offset,
         )
+
+    def _shaped(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+        block = flat.reshape(shape)
+        return block.T if self.turned else block
 
     def _rows(self, range_: tuple[int, int]) -> slice:
         """Return the rows that a block of whole rows covers."""

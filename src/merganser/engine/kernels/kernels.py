@@ -22,6 +22,7 @@ from ...method import MergeMethod, Round, Statistic, takes
 from ...ops.random import Random
 from ...ops.rounding import largest_rounding
 from .compiled import Function, KernelError, _compile, compile_ahead, compiled_ahead
+from .data import Data
 from .sums import join
 from .values import Values
 
@@ -41,6 +42,7 @@ class Block:
         known: Other solved statistics.
         keys: Keys of random draws, from `ops.random.keys`.
         offset: Index of the block's first element in the tensor, int64, 0-d.
+        data: Statistics from data, a tensor per model; kernels that take them are never compiled.
     """
 
     base: Tensor | None
@@ -50,6 +52,7 @@ class Block:
     known: Mapping[str, Tensor]
     keys: Tensor
     offset: Tensor
+    data: Data = field(default_factory=dict)
 
     def flat(self) -> list[Tensor]:
         """Return all tensors, in a fixed order."""
@@ -205,7 +208,7 @@ class Kernels:
         Args:
             block: Their inputs and statistics, stacked, and their keys where the method is random.
         """
-        dims = (None if block.base is None else 0, 0, 0, None, 0, 0 if self.method.random else None, None)
+        dims = (None if block.base is None else 0, 0, 0, None, 0, 0 if self.method.random else None, None, None)
         merged, finite = torch.vmap(self._function(("combine", "", 0)), in_dims=dims)(*_arguments(block))
         return merged, finite
 
@@ -292,8 +295,16 @@ class Kernels:
             known: dict[str, Tensor],
             keys: Tensor,
             offset: Tensor,
+            data: Data,
         ) -> tuple[Tensor, Tensor]:
-            given: dict[str, Any] = {**static, **rows, **numbers, **known, **_read(base, models, compute, names)}
+            given: dict[str, Any] = {
+                **static,
+                **rows,
+                **numbers,
+                **known,
+                **data,
+                **_read(base, models, compute, names),
+            }
             given["rng"] = Random(keys, offset)
             result = function(**{name: given.get(name) for name in names})
             read = [given["base"], *given["models"]] if base is not None else given["models"]
@@ -344,4 +355,4 @@ def _on_block(kernel: Callable[..., tuple[Tensor, Tensor]]) -> _Kernel:
 def _arguments(block: Block) -> tuple[Any, ...]:
     """Return the arguments of a kernel function for a block."""
     known = (dict(block.rows), dict(block.numbers), dict(block.known))
-    return block.base, list(block.models), *known, block.keys, block.offset
+    return block.base, list(block.models), *known, block.keys, block.offset, dict(block.data)

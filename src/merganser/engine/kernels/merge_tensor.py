@@ -17,6 +17,7 @@ from ...method.method import fill
 from ...ops.random import keys
 from .assignment import treat
 from .blocks import BLOCK, Inputs, TensorRun, working_shape
+from .data import Data, PerModel
 from .kernels import Kernels
 from .values import Values
 
@@ -38,6 +39,7 @@ def merge_tensors(
     block: int = BLOCK,
     compiled: bool = False,
     allow_nonfinite: bool = False,
+    data: Data | None = None,
 ) -> Tensor:
     """Merge one tensor in memory.
 
@@ -56,6 +58,8 @@ def merge_tensors(
         block: Elements of a block, at most.
         compiled: Fuse with `torch.compile`.
         allow_nonfinite: Merge NaN and infinity instead of refusing them.
+        data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed experts
+            with a leading dimension. Without them it treats the tensor as one that has none.
 
     Returns:
         The merged tensor, in the shape of the inputs.
@@ -83,11 +87,14 @@ def merge_tensors(
         return torch.empty(shape, dtype=dtype, device=device)
     result = torch.empty(math.prod(shape), dtype=dtype, device=device)
     complaint = f"{name}: an input or the result is not finite ({method.name}, {dtype})"
-    _run_on(run, [tensor.reshape(-1) for tensor in inputs], base is not None, result, complaint)
+    handed = {key: own for key, own in (data or {}).items() if key in method.from_data}
+    _run_on(run, [tensor.reshape(-1) for tensor in inputs], base is not None, result, complaint, handed)
     return result.view(shape)
 
 
-def _run_on(run: TensorRun, inputs: Sequence[Tensor], with_base: bool, result: Tensor, complaint: str) -> None:
+def _run_on(
+    run: TensorRun, inputs: Sequence[Tensor], with_base: bool, result: Tensor, complaint: str, data: Data
+) -> None:
     """Measure, solve and combine flat inputs."""
 
     def read(start: int, end: int) -> Inputs:
@@ -100,9 +107,19 @@ def _run_on(run: TensorRun, inputs: Sequence[Tensor], with_base: bool, result: T
     known = run.solve_statistics(read, refuse)
     for start, end in run.ranges:
         found = read(start, end)
-        result[start:end], finite = run.combine(known, (start, end), *found)
+        result[start:end], finite = run.combine(known, (start, end), *found, _of_matrix(data, run, start))
         if not finite:
             refuse(found)
+
+
+def _of_matrix(data: Data, run: TensorRun, start: int) -> Data:
+    """Return the statistics from data of the matrix in which an element is, in the compute dtype."""
+    packed, compute = len(run.shape) == 3, run.kernels.compute
+
+    def own(tensors: Sequence[Tensor]) -> PerModel:
+        return PerModel(len(tensors), lambda k: (tensors[k][run.matrix(start)] if packed else tensors[k]).to(compute))
+
+    return {name: own(tensors) for name, tensors in data.items()}
 
 
 def _check_inputs(method: MergeMethod, base: Tensor | None, models: Sequence[Tensor]) -> None:

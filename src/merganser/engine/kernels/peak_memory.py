@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...method import MergeMethod
+from .data import PerModel
 from .merge_tensor import merge_tensors
 
 _ELEMENTS = 1 << 13
@@ -135,6 +136,12 @@ def _measure(
     memory = PeakMemory()
     for tensor in models if base is None else [base, *models]:
         memory.ignore(tensor)
+    data = {
+        name: PerModel(len(models), lambda _, own=own: torch.ones(own.shape(shape[-1])))  # type: ignore[misc]
+        for name, own in method.from_data.items()
+    }
     with memory:
-        merge_tensors(method, base, models, dict(parameters), dtype=output, compute=compute, allow_nonfinite=True)
+        merge_tensors(
+            method, base, models, dict(parameters), dtype=output, compute=compute, allow_nonfinite=True, data=data
+        )
     return memory.peak / max(math.prod(shape), 1)

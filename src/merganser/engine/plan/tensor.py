@@ -13,6 +13,19 @@ from ..kernels.blocks import block_step, working_shape
 
 
 @dataclass(frozen=True, slots=True)
+class SumFromData:
+    """A sum over tokens that a method is handed as a mean.
+
+    Args:
+        sum: The sum.
+        count: The number of tokens in it.
+    """
+
+    sum: TensorInfo
+    count: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """How one tensor of the output is made.
 
@@ -32,6 +45,8 @@ class PlannedTensor:
         shard: Index of the shard that holds it.
         offset: First byte in that shard.
         nbytes: Size in the output, bytes.
+        data: Statistics from data that its method is handed, by name, one per model; empty where there are none of it.
+        turned: Whether its matrices are stored [inputs, outputs], as statistics from data tell.
     """
 
     name: str
@@ -49,6 +64,8 @@ class PlannedTensor:
     shard: int
     offset: int
     nbytes: int
+    data: Mapping[str, tuple[SumFromData, ...]] = field(default_factory=dict)
+    turned: bool = False
     size: int = field(init=False)
     """Number of elements."""
 
@@ -74,7 +91,8 @@ class PlannedTensor:
     @property
     def nbytes_read(self) -> int:
         """Size of the inputs, bytes."""
-        return sum(tensor.nbytes for tensor in self.inputs)
+        from_data = (own.sum.nbytes for each in self.data.values() for own in each)
+        return sum(tensor.nbytes for tensor in self.inputs) + sum(from_data)
 
     @property
     def passes(self) -> int:

@@ -61,7 +61,9 @@ class KernelCache:
                     self._check,
                 )
         random = keys(self._plan.seed, tensor.name, len(tensor.models)) if method.random else self._no_keys
-        return TensorRun(self._kernels[key], values, tensor.working_shape, random, name=tensor.name)
+        return TensorRun(
+            self._kernels[key], values, tensor.working_shape, random, name=tensor.name, turned=tensor.turned
+        )
 
 
 @dataclass

@@ -23,6 +23,7 @@ from ..output.digests import _cuts, _digests, block_digests, digest
 from ..plan.tensor import PlannedTensor
 from .buffers import InputBuffer, Kept
 from .bundle import merge_together
+from .data import matrix_data
 from .groups import Group, Task
 from .sample import measure_samples
 from .schedule import GroupState
@@ -208,7 +209,8 @@ class Worker:
         end: int,
         inputs: list[Tensor],
     ) -> Tensor:
-        merged, finite = run.combine(known, (start, end), *self._split(tensor, inputs))
+        data = matrix_data(tensor, run.matrix(start), self._c.reader, run.kernels) if tensor.data else {}
+        merged, finite = run.combine(known, (start, end), *self._split(tensor, inputs), data)
         if not finite and not self._c.allow_nonfinite:
             self._refuse(tensor, inputs)
         if self._c.stopping():

@@ -1,0 +1,84 @@
+"""Statistics of several parts of the data, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoint import Reader, TensorInfo
+from ..errors import DataError
+from ..statistics import Statistics, open_statistics
+from .target import Target
+from .writer import Sum, write_about, write_sums
+
+__all__ = ["add_statistics"]
+
+# what must be the same in statistics that are added
+_SAME = {
+    "model": "are of another model",
+    "tokenizer": "are of another tokenizer",
+    "statistics": "have other statistics",
+    "tensors": "are of other tensors",
+}
+
+
+def add_statistics(folders: Sequence[str | Path], out: str | Path) -> Statistics:
+    """Add statistics of one model on several parts of the data: the sums are those of all the data in one pass.
+
+    Args:
+        folders: Two or more folders of statistics.
+        out: The folder to write; it must not exist.
+
+    Raises:
+        DataError: They are of different models or kinds, or two are of the same data.
+        OutputError: `out` exists or cannot be written.
+    """
+    parts = [open_statistics(folder) for folder in folders]
+    if len(parts) < 2:
+        raise DataError(f"adding statistics: needs two or more folders, found {len(parts)}")
+    first = parts[0]
+    for part in parts[1:]:
+        _check_alike(first, part)
+    pieces = [(piece, part) for part in parts for piece in part.about["parts"]]
+    for number, (piece, part) in enumerate(pieces):
+        if any(piece == earlier for earlier, _ in pieces[:number]):
+            raise DataError(f"{part.path}: is of data that another folder is of, too; they would count twice")
+    with Target(Path(out), "addition") as target, Reader() as reader:
+        target.claim(first.about["files"])
+        for file in first.about["files"]:
+            infos = {name: info for name, info in first.sums.items() if info.file.name == file}
+            sums = {
+                name: Sum(info.shape, info.dtype.name, partial(_added, name, parts, reader))
+                for name, info in infos.items()
+            }
+            write_sums(target.folder / file, sums)
+        write_about(target.folder, {**first.about, "parts": [piece for piece, _ in pieces]})
+        target.publish()
+    return open_statistics(out)
+
+
+def _added(name: str, parts: Sequence[Statistics], reader: Reader) -> Tensor:
+    def read(info: TensorInfo) -> Tensor:
+        tensor = reader.tensor(info)
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    total = read(parts[0].sums[name])
+    for part in parts[1:]:
+        total += read(part.sums[name])
+    return total
+
+
+def _check_alike(first: Statistics, other: Statistics) -> None:
+    for key, complaint in _SAME.items():
+        one, two = first.about[key], other.about[key]
+        if key == "model":
+            # the same model may be found at another place
+            one, two = one["hash"], two["hash"]
+        if one != two:
+            raise DataError(f"{other.path}: its statistics {complaint} than those of {first.path}, and cannot be added")
+    for name, info in first.sums.items():
+        if name not in other.sums or other.sums[name].shape != info.shape:
+            raise DataError(f"{other.path}: {name!r} is missing or has another shape than in {first.path}")

@@ -1,0 +1,257 @@
+"""Data to calibrate on: texts, prompts with completions, and conversations, from files."""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..errors import DataError, UnsupportedError, did_you_mean
+from ..jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
+
+__all__ = ["Conversation", "DataFile", "Pair", "Record", "Text", "read_data"]
+
+SUFFIXES = {
+    ".txt": "one text",
+    ".jsonl": "one object per line",
+    ".parquet": "one row per text or conversation",
+}
+_FORMS = "text, or prompt and completion, or messages"
+_KEYS = ("text", "prompt", "completion", "messages")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt, and how it goes on."""
+
+    prompt: str
+    completion: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, each with a role and a content."""
+
+    messages: tuple[Mapping[str, str], ...]
+    where: str
+
+
+Record = Text | Pair | Conversation
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of data.
+
+    Args:
+        path: As given.
+        hash: xxh3-128 of its bytes.
+        nbytes: Its size.
+        records: What it holds.
+    """
+
+    path: str
+    hash: str
+    nbytes: int
+    records: tuple[Record, ...]
+
+
+def read_data(files: Sequence[str | Path]) -> list[DataFile]:
+    """Read files of data.
+
+    Args:
+        files: Texts (.txt), or objects with text, prompt and completion, or messages (.jsonl, .parquet).
+
+    Returns:
+        The files, in an order that does not depend on the order in which they were given.
+
+    Raises:
+        DataError: None is given, one is given twice, missing, empty or malformed.
+        UnsupportedError: A Parquet file, and pyarrow is not installed.
+    """
+    if not files:
+        raise DataError(f"data: no file given; give {_known()}")
+    found = sorted((_read_file(str(file)) for file in files), key=lambda file: file.hash)
+    for one, other in pairwise(found):
+        if one.hash == other.hash:
+            raise DataError(f"{other.path}: holds the same as {one.path}; give each file once")
+    return found
+
+
+def _known() -> str:
+    return ", ".join(f"{suffix} ({meaning})" for suffix, meaning in SUFFIXES.items())
+
+
+def _read_file(name: str) -> DataFile:
+    path = Path(name).expanduser()
+    data = _bytes(path, name)
+    read = {".txt": _text, ".jsonl": _lines, ".parquet": _rows}.get(path.suffix)
+    if read is None:
+        kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
+        raise DataError(f"{name}: what {kind} holds is not known; known are {_known()}")
+    if data.startswith(LFS_MAGIC):
+        raise DataError(f"{name}: {LFS_POINTER}")
+    if not data.strip():
+        raise DataError(f"{name}: is empty; there is nothing to calibrate on")
+    records = tuple(read(name, data))
+    if not records:
+        raise DataError(f"{name}: has no rows; there is nothing to calibrate on")
+    return DataFile(name, xxhash.xxh3_128_hexdigest(data), len(data), records)
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise DataError(f"{name}: is a folder; give the files in it, {_known()}")
+        if not stat.S_ISREG(mode):
+            # reading a pipe would wait for whoever writes it, and could not be done again when the run continues
+            raise DataError(f"{name}: is not a file but a pipe or a device; write the data to a file first")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise DataError(f"{name}: there is no such file.{near}") from None
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{name!r}: is not the name of a file: {error}") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read: {os_reason(error)}") from None
+
+
+def _decoded(name: str, data: bytes) -> str:
+    try:
+        # a byte order mark is no part of the text
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{name}:{line}: is not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+
+
+def _text(name: str, data: bytes) -> Iterator[Record]:
+    text = _decoded(name, data)
+    if not text.strip():
+        raise DataError(f"{name}: is empty; there is nothing to calibrate on")
+    yield Text(text, name)
+
+
+def _lines(name: str, data: bytes) -> Iterator[Record]:
+    # not splitlines: JSON strings may hold U+2028 and other line ends of Unicode
+    for number, line in enumerate(_decoded(name, data).split("\n"), 1):
+        if line.strip():
+            where = f"{name}:{number}"
+            yield _record(where, _object(where, line))
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where}: is not JSON: {reason}; each line must hold one object with {_FORMS}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: must be an object with {_FORMS}, found {line[:60]}")
+    return found
+
+
+def _rows(name: str, data: bytes) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UnsupportedError(
+            f"{name}: reading Parquet needs pyarrow, which is not installed: pip install pyarrow; or convert it to .jsonl"
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        columns = [column for column in file.schema_arrow.names if column in _KEYS]
+        rows = file.read(columns=columns).to_pylist()
+        others = file.schema_arrow.names
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: is not a Parquet file, or damaged: {str(error).splitlines()[0][:200]}") from None
+    for number, row in enumerate(rows, 1):
+        # a column that a row has nothing in is no part of it
+        own = {key: value for key, value in row.items() if value is not None}
+        yield _record(f"{name}: row {number}", own or dict.fromkeys(others))
+
+
+def _record(where: str, found: Mapping[str, Any]) -> Record:
+    forms: dict[tuple[str, ...], Callable[[str, Mapping[str, Any]], Record]] = {
+        ("text",): _plain,
+        ("prompt", "completion"): _pair,
+        ("messages",): _conversation,
+    }
+    present = [keys for keys in forms if any(key in found for key in keys)]
+    if not present:
+        near = next((f" Is {key!r} meant to be{hint[13:]}" for key in found if (hint := did_you_mean(key, _KEYS))), "")
+        raise DataError(f"{where}: has neither {_FORMS}.{near} Found: {', '.join(map(repr, found)) or 'nothing'}")
+    if len(present) > 1:
+        keys = " and ".join(repr(key) for own in present for key in own if key in found)
+        raise DataError(f"{where}: has {keys}, and only one of them can be meant; give {_FORMS}")
+    for key in present[0]:
+        if key not in found:
+            raise DataError(f"{where}: {key!r} is missing; found: {', '.join(map(repr, found))}")
+    return forms[present[0]](where, found)
+
+
+def _string(where: str, key: str, value: Any, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key} must be a text, found {str(value)[:60]!r}")
+    if not empty and not value.strip():
+        raise DataError(f"{where}: {key} is empty; leave the line out, or give a text")
+    try:
+        # escapes such as \ud800 are half of a letter, which no tokenizer takes
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {key} holds half of a surrogate pair, which is no text") from None
+    return value
+
+
+def _plain(where: str, found: Mapping[str, Any]) -> Record:
+    return Text(_string(where, "text", found["text"]), where)
+
+
+def _pair(where: str, found: Mapping[str, Any]) -> Record:
+    prompt = _string(where, "prompt", found["prompt"], empty=True)
+    return Pair(prompt, _string(where, "completion", found["completion"]), where)
+
+
+def _conversation(where: str, found: Mapping[str, Any]) -> Record:
+    messages = found["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(
+            f"{where}: messages must be a list of objects with role and content, found {str(messages)[:60]}"
+        )
+    read: list[Mapping[str, str]] = []
+    for number, message in enumerate(messages, 1):
+        place = f"{where}: message {number}"
+        if not isinstance(message, dict):
+            raise DataError(f"{place}: must be an object with role and content, found {str(message)[:60]}")
+        for key in ("role", "content"):
+            if key not in message:
+                keys = ", ".join(map(repr, message)) or "nothing"
+                raise DataError(f"{place}: {key!r} is missing.{_hint(key, message)} Found: {keys}")
+        role = _string(place, "role", message["role"])
+        read.append({"role": role, "content": _string(place, "content", message["content"], empty=True)})
+    return Conversation(tuple(read), where)
+
+
+def _hint(key: str, found: Mapping[str, Any]) -> str:
+    other = next((k for k in found if k not in ("role", "content") and did_you_mean(k, [key])), None)
+    return f" Is {other!r} meant to be {key!r}?" if other else ""

@@ -1,0 +1,193 @@
+"""A model's forward, one block at a time: the model's own code runs, with only one block's weights in memory.
+
+To compute block i, the model is called as always, but the blocks before it return what they returned before (from the
+spool), and the call ends when block i has returned. So every block receives exactly the arguments that the model makes
+for it, whatever these are: masks, rotary tables, position biases, results of an encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MergeError, NonFiniteError, UnsupportedError
+from .batches import Batch, Padded
+from .skeleton import Block, Skeleton
+
+__all__ = ["Output", "check_streamable", "logits", "run_block"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a block returned.
+
+    Args:
+        hidden: The hidden states, shape [sequences, longest, width].
+        rest: What it returned behind them, such as position biases that later blocks share; None where it returned the
+            hidden states alone, and not in a tuple.
+    """
+
+    hidden: Tensor
+    rest: tuple[Any, ...] | None
+
+    def returned(self) -> Any:
+        """Return it in the form in which the block did."""
+        return self.hidden if self.rest is None else (self.hidden, *self.rest)
+
+
+class _Finished(BaseException):
+    """Ends a model's forward; not an Exception, so that no model catches it."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+@torch.no_grad()
+def run_block(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
+    """Run one block.
+
+    Args:
+        skeleton: The model; the block is filled.
+        index: Which block.
+        batch: What the model reads.
+        before: By stack, what its last finished block returned. It has all stacks before the block's own, and that one
+            where the block is not its first.
+
+    Raises:
+        UnsupportedError: The block was not reached, or returned something else than hidden states.
+    """
+    block = skeleton.blocks[index]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        raise _Finished(type(block.module).forward(block.module, *args, **kwargs))
+
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for earlier in skeleton.blocks[:index]:
+        forwards[earlier.module] = _returning(before[earlier.stack])
+    forwards[block.module] = run
+    try:
+        with replaced(forwards):
+            skeleton.model(**batch.inputs())
+    except _Finished as finished:
+        return _output(skeleton, block, batch.stacks[block.stack], finished.output)
+    raise UnsupportedError(f"{skeleton.checkpoint.reference}: {_name(skeleton)} does not run {block.name}")
+
+
+@torch.no_grad()
+def logits(skeleton: Skeleton, batch: Batch, last: Mapping[int, Output]) -> Tensor:
+    """Return the logits of a batch, from what the last block of every stack returned.
+
+    The skeleton must be filled outside its blocks, with the head.
+
+    Returns:
+        Shape [sequences, longest, vocabulary].
+    """
+    with replaced({block.module: _returning(last[block.stack]) for block in skeleton.blocks}):
+        found: Tensor = skeleton.model(**batch.inputs()).logits
+    return found
+
+
+def _returning(output: Output) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output.returned()
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute something else; such contexts may be nested."""
+    previous = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in previous.items():
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own
+
+
+def _output(skeleton: Skeleton, block: Block, padded: Padded, found: Any) -> Output:
+    hidden, rest = (found[0], found[1:]) if isinstance(found, tuple) else (found, None)
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != padded.ids.shape:
+        shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise UnsupportedError(
+            f"{skeleton.checkpoint.reference}: {_name(skeleton)}: {block.name} returns {shape} and not one row of "
+            f"hidden states per token, {[*padded.ids.shape, '...']}; statistics from data need that"
+        )
+    return Output(hidden, rest)
+
+
+def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
+    """Check that blocks run one at a time give what they give within the model's own forward, bit for bit.
+
+    The model's own forward runs once, each block filled when its turn comes; beside it the block is run by itself.
+    A model that hands something from block to block past what they return (a cache that several blocks share, for
+    instance) shows a difference.
+
+    Args:
+        skeleton: The model, filled outside its blocks.
+        batch: A few tokens, without padding.
+
+    Raises:
+        UnsupportedError: They differ, or the blocks do not run each once and in order.
+        NonFiniteError: The model produces NaN or infinity.
+    """
+    turns = iter(range(len(skeleton.blocks)))
+    before: dict[int, Output] = {}
+
+    def observed(index: int, block: Block) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if next(turns, None) != index:
+                raise _refusal(skeleton, f"{block.name} does not run once and in its turn")
+            with skeleton.filled(block):
+                found = type(block.module).forward(block.module, *args, **kwargs)
+                whole = _output(skeleton, block, batch.stacks[block.stack], found)
+                alone = _run_alone(skeleton, index, batch, before)
+            if not bool(whole.hidden.isfinite().all()):
+                raise NonFiniteError(
+                    f"{skeleton.checkpoint.reference}: {block.name} gives NaN or infinity for the first tokens of the "
+                    "data; the model is damaged, or its dtype too small for it"
+                )
+            if not torch.equal(whole.hidden, alone.hidden):
+                raise _refusal(skeleton, f"{block.name} computes something else when it runs by itself")
+            # a copy: the next block may work in place
+            before[block.stack] = Output(whole.hidden.clone(), whole.rest)
+            if index + 1 == len(skeleton.blocks):
+                raise _Finished(None)
+            return found
+
+        return forward
+
+    forwards = {block.module: observed(index, block) for index, block in enumerate(skeleton.blocks)}
+    with suppress(_Finished), torch.no_grad(), replaced(forwards):
+        skeleton.model(**batch.inputs())
+        raise _refusal(skeleton, f"its forward does not run {skeleton.blocks[-1].name}")
+
+
+def _run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
+    try:
+        return run_block(skeleton, index, batch, before)
+    except MergeError:
+        raise
+    # whatever a block raises that misses what an earlier one would have left for it
+    except Exception as error:
+        raise _refusal(
+            skeleton, f"{skeleton.blocks[index].name} fails when it runs by itself ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _refusal(skeleton: Skeleton, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{skeleton.checkpoint.reference}: {_name(skeleton)} does work between its blocks: {reason}; statistics from "
+        "data are computed one block at a time and cannot be had for it"
+    )
+
+
+def _name(skeleton: Skeleton) -> str:
+    return type(skeleton.model).__name__

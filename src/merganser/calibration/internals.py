@@ -1,0 +1,313 @@
+"""What streaming needs of transformers and is not part of its public interface. No other file touches such names.
+
+model = build_skeleton(config)                      parameters on the meta device, buffers real
+names = parameters_of(model, checkpoint.tensors)    checkpoint tensor -> parameter that it fills
+load_tensors(model, {name: LazyTensor(...), ...})   fills these parameters, converted as `from_pretrained` does
+empty_tensors(module)                               puts a module's parameters back on the meta device
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from ..checkpoint import Reader, TensorInfo
+from ..errors import CheckpointError, UnsupportedError
+
+__all__ = [
+    "ExpertInputs",
+    "LazyTensor",
+    "Target",
+    "build_skeleton",
+    "empty_tensors",
+    "expert_matrices",
+    "expert_modules",
+    "linear_classes",
+    "load_tensors",
+    "observed_experts",
+    "parameters_of",
+    "quiet",
+    "tie",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The parameter that a checkpoint tensor fills.
+
+    Args:
+        parameter: Its name in the model.
+        index: Which part of it where several tensors of one kind are stacked (experts), otherwise None.
+    """
+
+    parameter: str
+    index: int | None
+
+
+class LazyTensor:
+    """A checkpoint tensor that is read when it is indexed, as transformers does with its own lazy slices."""
+
+    def __init__(self, tensor: TensorInfo, reader: Reader) -> None:
+        self._tensor = tensor
+        self._reader = reader
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._reader.tensor(self._tensor)[index]
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """Return a model whose parameters take no memory; its buffers are real.
+
+    Buffers such as rotary frequencies are in no checkpoint: the constructor computes them.
+
+    Args:
+        config: A config of transformers; it is changed.
+        dtype: What the parameters will be, but for those that the class keeps in float32.
+
+    Raises:
+        UnsupportedError: transformers has no such model, or cannot build it.
+    """
+    kind = _model_class(config)
+    config.use_cache = False
+    try:
+        with quiet(), _parameters_on_meta():
+            model = kind._from_config(config, dtype=dtype)
+    except Exception as error:
+        raise UnsupportedError(f"{kind.__name__}: transformers cannot build the model: {error}") from None
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        _set_dtype(model, pattern, kept)
+    return model.eval().requires_grad_(False)
+
+
+def _model_class(config: Any) -> Any:
+    """Return the class that config.json names, else that of the model type with a head, else without one."""
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            return kind
+    for auto in (AutoModelForCausalLM, AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise UnsupportedError(
+        f"transformers has no model of type {config.model_type!r}; a newer transformers may, or use a method without data"
+    )
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        # a parameter that is on meta already may be tied: a copy of it would no longer be
+        return None if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _set_dtype(model: nn.Module, pattern: str, dtype: torch.dtype) -> None:
+    # transformers reads the patterns as regular expressions, in which * stands for anything
+    matches = re.compile(pattern.replace("*", ".*")).search
+    for name, parameter in list(model.named_parameters()):
+        if matches(name):
+            owner, _, own = name.rpartition(".")
+            model.get_submodule(owner)._parameters[own] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+
+
+def parameters_of(model: Any, names: Iterable[str]) -> dict[str, Target]:
+    """Return which parameter or buffer of a model each checkpoint tensor fills.
+
+    Args:
+        model: A skeleton.
+        names: The checkpoint's tensors. Those that fill nothing are left out of the result.
+
+    Raises:
+        UnsupportedError: This version of transformers converts checkpoints in another way.
+    """
+    renamings, converters = _transforms(model)
+    # the order in which transformers stacks them: experts.10 behind experts.9
+    from transformers.core_model_loading import dot_natural_key
+
+    state = model.state_dict()
+    found: dict[str, Target] = {}
+    stacked: dict[tuple[str, str], int] = {}
+    for name in sorted(names, key=dot_natural_key):
+        parameter, pattern = _renamed(name, renamings, converters, model.base_model_prefix, state)
+        if parameter not in state:
+            continue
+        index = None
+        if pattern is not None and "*" in pattern:
+            index = stacked.get((parameter, pattern), 0)
+            stacked[parameter, pattern] = index + 1
+        found[name] = Target(parameter, index)
+    return found
+
+
+def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+    except ImportError:
+        import transformers
+
+        raise UnsupportedError(
+            f"calibrating needs transformers 5.2 or newer, installed is {transformers.__version__}: "
+            "pip install --upgrade transformers"
+        ) from None
+    mapping = get_model_conversion_mapping(model)
+    return (
+        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+    )
+
+
+def _renamed(
+    name: str, renamings: list[Any], converters: list[Any], prefix: str, state: dict[str, Tensor]
+) -> tuple[str, str | None]:
+    from transformers.core_model_loading import rename_source_key
+
+    parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
+    if parameter not in state and name in state:
+        # transformers, too, falls back to the name as it is
+        return rename_source_key(name, [], [], prefix, state)
+    return parameter, pattern
+
+
+def load_tensors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
+    """Fill the parameters that some checkpoint tensors belong to, in the dtypes of the skeleton.
+
+    Raises:
+        CheckpointError: A tensor does not have the shape that the model needs, or cannot be converted.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    mapping: Any = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(weight_mapping=mapping)
+    with quiet():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
+    for name, found, wanted in sorted(info.mismatched_keys):
+        raise CheckpointError(f"{name}: has shape {list(found)}, config.json asks for {list(wanted)}")
+    for name, problem in info.conversion_errors.items():
+        raise CheckpointError(f"{name}: transformers cannot convert it: {problem}")
+
+
+def empty_tensors(module: nn.Module) -> None:
+    """Put all parameters of a module back on the meta device; its buffers stay, they are small."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def tie(model: Any) -> None:
+    """Let tied parameters, such as an output matrix that is the embedding, be one again."""
+    model.tie_weights()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars and the loading report of transformers off the terminal."""
+    from transformers.utils import logging as library
+
+    logging: Any = library
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def linear_classes() -> dict[type[nn.Module], int]:
+    """Return the classes of modules that multiply with a matrix, and the axis of their weight that meets the input."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {nn.Linear: 1, Conv1D: 0}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInputs:
+    """What one expert of a mixture received.
+
+    Args:
+        parameter: Name of the stacked parameter in its module: gate_up_proj, up_proj or down_proj.
+        expert: Which expert.
+        rows: The inputs, shape [tokens of the expert, in].
+        tokens: Which of the module's tokens they are, int64, shape [tokens of the expert].
+    """
+
+    parameter: str
+    expert: int
+    rows: Tensor
+    tokens: Tensor
+
+
+def expert_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules within `module` that hold the experts of a mixture as stacked parameters, by name."""
+    return {name: each for name, each in module.named_modules() if hasattr(each, "_apply_gate")}
+
+
+def expert_matrices(experts: Any) -> dict[str, int]:
+    """Return the stacked parameters of a module of experts, and the axis of each that meets the input."""
+    axis = 1 if experts.is_transposed else 2
+    return dict.fromkeys(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"), axis)
+
+
+def observed_experts(experts: Any, observe: Callable[[ExpertInputs], None]) -> Callable[..., Tensor]:
+    """Return a forward for a module of experts that shows every expert's inputs; its results are the same.
+
+    Args:
+        experts: A module that `expert_modules` found.
+        observe: Is called for both matrices of every expert that receives tokens.
+    """
+    return partial(_forward_experts, experts, observe)
+
+
+def _forward_experts(
+    experts: Any,
+    observe: Callable[[ExpertInputs], None],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """Compute what transformers' grouped form computes, with every operation on the same rows in the same order."""
+    first, second = expert_matrices(experts)
+    count, top_k = top_k_index.shape
+    chosen, order = torch.sort(top_k_index.reshape(-1))
+    tokens = order // top_k
+    ends = torch.searchsorted(chosen, torch.arange(experts.num_experts), right=True).tolist()
+
+    def multiply(name: str, rows: Tensor) -> Tensor:
+        weight: Tensor = getattr(experts, name) if experts.is_transposed else getattr(experts, name).transpose(1, 2)
+        product = rows.new_empty(len(rows), weight.shape[2])
+        for expert, (start, end) in enumerate(pairwise([0, *ends])):
+            if start < end:
+                observe(ExpertInputs(name, expert, rows[start:end], tokens[start:end]))
+                torch.mm(rows[start:end], weight[expert], out=product[start:end])
+        return product.add_(getattr(experts, f"{name}_bias")[chosen]) if experts.has_bias else product
+
+    inner = multiply(first, hidden_states[tokens])
+    outputs = multiply(second, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
+    if experts.has_post_expert_norm:
+        outputs = experts.post_expert_norm(outputs)
+    weighted = torch.empty_like(outputs)
+    weighted[order] = outputs * top_k_weights.reshape(-1)[order, None]
+    return weighted.view(count, top_k, -1).sum(dim=1).to(hidden_states.dtype)

@@ -1,0 +1,140 @@
+"""Sums over the inputs of a matrix, which its statistics are made of.
+
+Each is a sum over tokens and no mean, so that those of two halves of the data add up to those of the whole. Products
+are computed in float32, as is the sum within a batch; across batches they are added in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["REDUCERS", "Reducer", "products_of"]
+
+
+@contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 products use a processor's units for bfloat16 where all factors were bfloat16.
+
+    Nothing is lost: these units multiply without rounding and add in float32.
+
+    Args:
+        dtype: What the factors were before they became float32.
+    """
+    # torch has the setting since 2.9
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if dtype != torch.bfloat16 or settings is None:
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+# of the Gram matrix's lower half, so many columns at a time: enough for a fast product, little memory beside the sum
+_PANELS, _NARROWEST, _WIDEST = 8, 256, 1024
+
+
+class Reducer(Protocol):
+    """A sum over the tokens that a matrix receives."""
+
+    stored_as: ClassVar[str]
+    """The dtype in files."""
+
+    shape: tuple[int, ...]
+    """The shape of the sum."""
+
+    def __init__(self, width: int) -> None:
+        """Start with nothing.
+
+        Args:
+            width: Numbers in an input.
+        """
+
+    def add(self, rows: Tensor) -> None:
+        """Add the inputs of some tokens, float32, shape [tokens, width]."""
+
+    def result(self) -> Tensor:
+        """Return the sum; nothing may be added afterwards."""
+
+
+class Magnitude:
+    """Sum of magnitudes, `Σ |x|`, shape [width]."""
+
+    stored_as: ClassVar[str] = "float64"
+
+    def __init__(self, width: int) -> None:
+        self.shape: tuple[int, ...] = (width,)
+        self._sum = torch.zeros(self.shape, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add `|x|` of every row."""
+        self._sum += rows.abs().sum(0)
+
+    def result(self) -> Tensor:
+        """Return the sum."""
+        return self._sum
+
+
+class SecondMoment:
+    """Sum of squares, `Σ x²`: the diagonal of the Gram matrix, shape [width]."""
+
+    stored_as: ClassVar[str] = "float64"
+
+    def __init__(self, width: int) -> None:
+        self.shape: tuple[int, ...] = (width,)
+        self._sum = torch.zeros(self.shape, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add `x²` of every row."""
+        self._sum += rows.square().sum(0)
+
+    def result(self) -> Tensor:
+        """Return the sum."""
+        return self._sum
+
+
+class Gram:
+    """Gram matrix, `Σ x xᵀ`, shape [width, width].
+
+    It is symmetric, so that only its lower half is summed: in panels, each a few columns from the diagonal downwards.
+    """
+
+    stored_as: ClassVar[str] = "float32"
+
+    def __init__(self, width: int) -> None:
+        self.shape: tuple[int, ...] = (width, width)
+        step = min(max(-(-width // _PANELS), _NARROWEST), _WIDEST)
+        self._panels = {
+            start: torch.zeros(width - start, min(step, width - start), dtype=torch.float64)
+            for start in range(0, width, step)
+        }
+
+    def add(self, rows: Tensor) -> None:
+        """Add `x xᵀ` of every row."""
+        for start, panel in self._panels.items():
+            panel += rows[:, start:].T @ rows[:, start : start + panel.shape[1]]
+
+    def result(self) -> Tensor:
+        """Return the sum, with its upper half."""
+        found = torch.empty(self.shape, dtype=torch.float32)
+        while self._panels:
+            start, panel = self._panels.popitem()
+            end = start + panel.shape[1]
+            found[start:, start:end] = panel
+            found[start:end, end:] = found[end:, start:end].T
+            # both halves of the block on the diagonal were summed, and may differ in the last bit
+            block = found[start:end, start:end]
+            block.copy_(block.tril() + block.tril(-1).T)
+        return found
+
+
+REDUCERS: dict[str, type[Reducer]] = {"magnitude": Magnitude, "second_moment": SecondMoment, "gram": Gram}
+"""What can be summed, by the name of the statistic."""

@@ -1,0 +1,225 @@
+"""A calibration from begin to end: one model, some data, a folder of statistics."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..checkpoint.folder import open_reference
+from ..errors import DataError, UnsupportedError, did_you_mean
+from ..inference.language_model import open_tokenizer, positions_of
+from ..inference.sources import Source, open_source
+from ..process import release_freed_memory
+from ..statistics import (
+    COUNT,
+    STATISTICS_FORMAT,
+    STATISTICS_KIND,
+    Statistics,
+    open_statistics,
+    sum_name,
+)
+from ..version import __version__
+from .batches import Batch, Sample, Tokens, make_batches
+from .data import DataFile, read_data
+from .forward import check_streamable
+from .reducers import REDUCERS
+from .samples import Choice, choose_samples
+from .skeleton import Skeleton
+from .stream import Stream, StreamState
+from .taps import Tapped, Taps
+from .target import Target, check_absent
+from .writer import file_name, write_about, write_sums
+
+__all__ = ["STATISTICS", "calibrate"]
+
+STATISTICS = (COUNT, *REDUCERS)
+"""What can be asked for."""
+
+Progress = Callable[[int, int], None]
+"""Told how many blocks are done, and how many there are."""
+
+# the check that a model can be streamed needs only these
+_PROBE_SAMPLES, _PROBE_TOKENS = 2, 8
+
+
+def calibrate(
+    model: str | Path,
+    data: Sequence[str | Path],
+    out: str | Path,
+    *,
+    statistics: Sequence[str] = ("gram",),
+    sequences: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    tokens: str = "all",
+    batch_tokens: int = 2048,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run a model on text, one block in memory at a time, and write statistics of what its matrices receive.
+
+    An interrupted calibration continues at its block when it is called again with the same arguments.
+
+    Args:
+        model: A checkpoint: a folder, a file of weights, or a Hub id.
+        data: Files: texts (.txt), or objects with text, prompt and completion, or messages (.jsonl, .parquet).
+        out: The folder to write; it must not exist.
+        statistics: What to sum: `gram`, `second_moment`, `magnitude`; `count` is always there.
+        sequences: How many sequences are drawn from the data; None for 64, or fewer where there are not as many.
+        length: Most tokens of a sequence; None for 256, or what the model can see.
+        seed: Of the draw.
+        tokens: Which tokens count: `all`, or those of `completions` alone.
+        batch_tokens: Most tokens that the model reads at once, with padding.
+        cache_dir: Folder for models from the Hub.
+        progress: Told how the calibration advances.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        DataError: The data, or what is asked of them.
+        CheckpointError: The model is missing, damaged, or has no tokenizer.
+        UnsupportedError: transformers does not know the model, or it cannot be run one block at a time.
+        NonFiniteError: The model produces NaN or infinity.
+        OutputError: `out` exists or cannot be written.
+    """
+    target_path = Path(out)
+    check_absent(target_path)
+    wanted = _statistics(statistics)
+    choice = Choice(sequences, length, seed, tokens)
+    choice.check()
+    if batch_tokens < 1:
+        raise DataError(f"batch_tokens: must be at least 1, found {batch_tokens}")
+    files = read_data(data)
+    with ExitStack() as stack:
+        source = open_source(model, stack, cache_dir=cache_dir)
+        if source.kind != "checkpoint":
+            raise UnsupportedError(
+                f"{model}: only checkpoints can be calibrated on; write the {source.kind} out as a checkpoint first"
+            )
+        skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir)))
+        config = skeleton.model.config
+        tokenizer = open_tokenizer(source)
+        samples = choose_samples(files, tokenizer, config, choice, positions_of(config))
+        pad = config.get_text_config().pad_token_id
+        pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
+        skeleton.fill_outside()
+        check_streamable(skeleton, _probe(samples, pad_id))
+        about = {
+            **_about(source, skeleton, tokenizer.hash),
+            "statistics": list(wanted),
+            "parts": [_part(files, samples, choice)],
+        }
+        with Target(target_path, _fingerprint(about, batch_tokens)) as target:
+            tensors = _stream(skeleton, make_batches(samples, batch_tokens, pad_id), wanted, target, progress)
+            names = [file_name(number, len(skeleton.blocks)) for number in range(1, len(skeleton.blocks) + 1)]
+            without = _without(skeleton, tensors)
+            write_about(target.folder, {**about, "without": without, "files": names, "tensors": tensors})
+            target.publish()
+    return open_statistics(target_path)
+
+
+def _about(source: Source, skeleton: Skeleton, tokenizer: str) -> dict[str, Any]:
+    """Describe the model."""
+    return {
+        "kind": STATISTICS_KIND,
+        "format": STATISTICS_FORMAT,
+        "merganser": __version__,
+        "model": {
+            "reference": source.reference,
+            "hash": source.hash,
+            "architecture": type(skeleton.model).__name__,
+            "dtype": str(skeleton.dtype).removeprefix("torch."),
+        },
+        "tokenizer": tokenizer,
+    }
+
+
+def _statistics(names: Sequence[str]) -> tuple[str, ...]:
+    for name in names:
+        if name not in STATISTICS:
+            raise DataError(
+                f"statistics: unknown statistic {name!r}.{did_you_mean(name, STATISTICS)} "
+                f"Known are {', '.join(STATISTICS)}"
+            )
+    return tuple(name for name in STATISTICS if name == COUNT or name in names)
+
+
+def _probe(samples: Sequence[Sample], pad_id: int) -> Batch:
+    """Return a few tokens of the data, of equal length."""
+    chosen = samples[:_PROBE_SAMPLES]
+    lengths = [
+        min(_PROBE_TOKENS, *(len(own.ids) for own in stack)) for stack in zip(*(s.stacks for s in chosen), strict=True)
+    ]
+    short = [
+        Sample(
+            tuple(Tokens(t.ids[:n], t.counted[:n]) for t, n in zip(sample.stacks, lengths, strict=True)), sample.where
+        )
+        for sample in chosen
+    ]
+    return make_batches(short, len(short) * max(lengths), pad_id)[0]
+
+
+def _part(files: Sequence[DataFile], samples: Sequence[Sample], choice: Choice) -> dict[str, Any]:
+    """Describe one pass over some data."""
+    return {
+        "data": [{"file": Path(file.path).name, "hash": file.hash, "bytes": file.nbytes} for file in files],
+        "length": choice.length,
+        "seed": choice.seed,
+        "tokens_counted": choice.tokens,
+        "sequences": len(samples),
+        "tokens": sum(len(tokens.ids) for sample in samples for tokens in sample.stacks),
+        "counted": sum(sum(tokens.counted) for sample in samples for tokens in sample.stacks),
+    }
+
+
+def _fingerprint(about: Mapping[str, Any], batch_tokens: int) -> str:
+    """Identify the work: what was begun with another one is not continued."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([about, batch_tokens], sort_keys=True).encode())
+
+
+def _stream(
+    skeleton: Skeleton, batches: Sequence[Batch], statistics: Sequence[str], target: Target, progress: Progress | None
+) -> dict[str, Any]:
+    """Run all blocks, and write the sums of each. Returns what is known of every tensor."""
+    count = len(skeleton.blocks)
+    target.claim(["hidden/", *(file_name(number, count) for number in range(1, count + 1))])
+    spool = target.folder / "hidden"
+    spool.mkdir(exist_ok=True)
+    state = StreamState.from_json(target.state["stream"]) if target.state else None
+    tensors: dict[str, Any] = dict(target.state.get("tensors", {}))
+    stream = Stream(skeleton, batches, spool, state)
+    for index in range(stream.state.done, count):
+        if progress is not None:
+            progress(index, count)
+        if index + 1 < count:
+            skeleton.will_need(skeleton.blocks[index + 1])
+        taps = Taps(skeleton, skeleton.blocks[index], statistics)
+        with skeleton.filled(skeleton.blocks[index]), taps.watching():
+            stream.advance(taps.begin)
+        found = [tapped for tapped in taps.results() if _fits(skeleton, tapped)]
+        sums = {sum_name(name, tapped.names[0]): own for tapped in found for name, own in tapped.sums.items()}
+        write_sums(target.folder / file_name(index + 1, count), sums)
+        tensors |= {name: {"axis": own.axis, "stored": own.names[0]} for own in found for name in own.names}
+        target.note({"stream": stream.state.to_json(), "tensors": tensors})
+        release_freed_memory()
+    shutil.rmtree(spool)
+    return tensors
+
+
+def _fits(skeleton: Skeleton, tapped: Tapped) -> bool:
+    """Return whether the tensors are laid out as the model's parameters are, so that the axis is right."""
+    shapes = [skeleton.checkpoint.tensors[name].shape for name in tapped.names]
+    return all(tapped.axis < len(shape) and shape[tapped.axis] == tapped.width for shape in shapes)
+
+
+def _without(skeleton: Skeleton, tensors: Mapping[str, Any]) -> list[str]:
+    """Return the matrices in the blocks that have no statistics."""
+    names = (name for block in skeleton.blocks for name in block.sources)
+    return [name for name in names if name not in tensors and len(skeleton.checkpoint.tensors[name].shape) > 1]

@@ -1,0 +1,226 @@
+"""From data to what a model reads: tokens, which of them count, and which sequences are taken."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import DataError
+from ..inference.language_model import Tokenizer
+from .batches import Sample, Tokens
+from .data import Conversation, DataFile, Pair, Record, Text
+
+__all__ = ["Choice", "choose_samples"]
+
+DEFAULT_SEQUENCES = 64
+DEFAULT_LENGTH = 256
+COUNTED = ("all", "completions")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which part of the data is used.
+
+    Args:
+        sequences: How many sequences; None for 64, or fewer where there are not as many.
+        length: Most tokens of a sequence; longer texts are cut into several. None for 256, or what the model can see.
+        seed: Of the draw of sequences.
+        tokens: Which tokens statistics see: `all`, or those of `completions` alone: what follows a prompt, and what the
+            assistant says in a conversation.
+    """
+
+    sequences: int | None = None
+    length: int | None = None
+    seed: int = 0
+    tokens: str = "all"
+
+    def check(self) -> None:
+        """Check the values.
+
+        Raises:
+            DataError: One is not allowed.
+        """
+        if self.sequences is not None and self.sequences < 1:
+            raise DataError(f"sequences: must be at least 1, found {self.sequences}")
+        if self.length is not None and self.length < 2:
+            raise DataError(f"length: must be at least 2 tokens, found {self.length}")
+        if self.seed < 0:
+            raise DataError(f"seed: must be at least 0, found {self.seed}")
+        if self.tokens not in COUNTED:
+            raise DataError(f"tokens: must be {' or '.join(COUNTED)}, found {self.tokens!r}")
+
+
+class _Cutter:
+    """Cuts records into samples."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int, tokens: str, config: Any) -> None:
+        self._tokenizer = tokenizer
+        self._length = length
+        self._all = tokens == "all"
+        self._config = config
+        plain, whole = tokenizer.ids("a"), tokenizer.encoder("a")["input_ids"]
+        self._suffix = tuple(whole[len(tokenizer.prefix) + len(plain) :])
+        if len(tokenizer.prefix) + len(self._suffix) >= length:
+            raise DataError(
+                f"length: {length} leaves no room for text: the tokenizer itself puts "
+                f"{len(tokenizer.prefix) + len(self._suffix)} tokens around it"
+            )
+
+    def cut(self, record: Record) -> list[Sample]:
+        """Return the samples of a record that have tokens that count."""
+        if self._config.is_encoder_decoder:
+            found = [self._translation(record)]
+        else:
+            ids, counted, framed = self._tokens(record)
+            found = [Sample((tokens,), record.where) for tokens in self._windows(ids, counted, framed=framed)]
+        return [sample for sample in found if any(any(tokens.counted) for tokens in sample.stacks)]
+
+    def _windows(self, ids: Sequence[int], counted: Sequence[bool], *, framed: bool) -> list[Tokens]:
+        """Cut tokens into windows.
+
+        Args:
+            ids: Tokens of a text.
+            counted: Which count.
+            framed: Whether what the tokenizer puts around a text is in there already.
+        """
+        before, behind = ((), ()) if framed else (self._tokenizer.prefix, self._suffix)
+        room = self._length - len(before) - len(behind)
+        return [
+            Tokens(
+                (*before, *ids[start : start + room], *behind),
+                (*[self._all] * len(before), *counted[start : start + room], *[self._all] * len(behind)),
+            )
+            for start in range(0, len(ids), room)
+        ]
+
+    def _tokens(self, record: Record) -> tuple[list[int], list[bool], bool]:
+        """Return the tokens of a record, which of them count, and whether they have what stands around a text."""
+        if isinstance(record, Conversation):
+            text, spans = self._rendered(record)
+        elif isinstance(record, Pair):
+            text, spans = record.prompt + record.completion, [(len(record.prompt), None)]
+        else:
+            text, spans = record.text, []
+        if not self._all and isinstance(record, Text):
+            raise DataError(
+                f"{record.where}: is a plain text and has no completion; give prompt and completion, or messages, "
+                "or let all tokens count"
+            )
+        ids, ends = self._tokenizer.ids_and_ends(text)
+        if self._all:
+            counted = [True] * len(ids)
+        else:
+            counted = [any(begin < end <= (stop or len(text)) for begin, stop in spans) for end in ends]
+        return ids, counted, isinstance(record, Conversation)
+
+    def _rendered(self, record: Conversation) -> tuple[str, list[tuple[int, int | None]]]:
+        """Return a conversation as text, and where in it the assistant speaks."""
+        text = self._render(record, len(record.messages))
+        spans: list[tuple[int, int | None]] = []
+        if self._all:
+            return text, spans
+        for number, message in enumerate(record.messages):
+            if message["role"] != "assistant":
+                continue
+            before, through = self._render(record, number, prompt=True), self._render(record, number + 1)
+            if not through.startswith(before) or not text.startswith(through):
+                raise DataError(
+                    f"{record.where}: message {number + 1}: the model's chat template writes earlier messages anew "
+                    "with every further one, so it cannot be told which tokens are the completion; let all tokens count"
+                )
+            spans.append((len(before), len(through)))
+        return text, spans
+
+    def _render(self, record: Conversation, count: int, *, prompt: bool = False) -> str:
+        encoder = self._tokenizer.encoder
+        if encoder.chat_template is None:
+            raise DataError(
+                f"{record.where}: the model's tokenizer has no chat template, which messages need; "
+                "give text, or prompt and completion"
+            )
+        if not count:
+            return ""
+        try:
+            text: str = encoder.apply_chat_template(
+                [dict(message) for message in record.messages[:count]], tokenize=False, add_generation_prompt=prompt
+            )
+        # a template is a program of whoever made the model: it may raise anything
+        except Exception as error:
+            raise DataError(f"{record.where}: the model's chat template refuses the messages: {error}") from None
+        return text
+
+    def _translation(self, record: Record) -> Sample:
+        """Return what encoder and decoder read."""
+        if not isinstance(record, Pair):
+            raise DataError(
+                f"{record.where}: the model is an encoder-decoder, which needs prompt and completion; "
+                f"found {'messages' if isinstance(record, Conversation) else 'a text'}"
+            )
+        length = self._length
+        room = length - len(self._tokenizer.prefix) - len(self._suffix)
+        prompt = (*self._tokenizer.prefix, *self._tokenizer.ids(record.prompt)[:room], *self._suffix)
+        completion = (self._config.decoder_start_token_id, *self._tokenizer.ids(record.completion)[: length - 1])
+        # every token of the prompt counts: what the encoder computes of it is what the completion is made from
+        return Sample(tuple(Tokens(ids, (True,) * len(ids)) for ids in (prompt, completion)), record.where)
+
+
+def choose_samples(
+    files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice, positions: int | None
+) -> list[Sample]:
+    """Draw the sequences that a model is calibrated on.
+
+    Records are visited in a random order that depends on the seed alone, and each gives as many of its windows as all
+    would have to give; the others are taken where that was not enough.
+
+    Args:
+        files: The data.
+        tokenizer: Of the model.
+        config: Of the model, as transformers reads it.
+        choice: Which part of the data.
+        positions: Most tokens that the model can see at once; None without such a limit.
+
+    Raises:
+        DataError: There are fewer sequences than asked for, none has a token that counts, or they do not fit the model.
+    """
+    choice.check()
+    length = choice.length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+    if positions is not None and length > positions:
+        raise DataError(f"length: {length} tokens, but the model sees at most {positions} at once")
+    cutter = _Cutter(tokenizer, length, choice.tokens, config)
+    draw = random.Random(choice.seed)
+    records = [record for file in files for record in file.records]
+    draw.shuffle(records)
+    wanted = choice.sequences or DEFAULT_SEQUENCES
+    share = -(-wanted // len(records))
+    taken: list[Sample] = []
+    left: list[Sample] = []
+    for record in records:
+        if len(taken) >= wanted:
+            break
+        windows = cutter.cut(record)
+        draw.shuffle(windows)
+        taken += windows[:share]
+        left += windows[share:]
+    draw.shuffle(left)
+    taken = [*taken, *left][:wanted]
+    if not taken:
+        raise DataError(f"{files[0].path}: no token in the data counts; let all tokens count, or give other data")
+    if choice.sequences is not None and len(taken) < choice.sequences:
+        raise DataError(
+            f"sequences: {choice.sequences} of at most {length} tokens are asked for, the data have "
+            f"{len(taken)}; ask for fewer, or give more data"
+        )
+    _check_vocabulary(taken, config)
+    return taken
+
+
+def _check_vocabulary(samples: Sequence[Sample], config: Any) -> None:
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    largest = max(max(tokens.ids) for sample in samples for tokens in sample.stacks)
+    if rows is not None and largest >= rows:
+        raise DataError(
+            f"{samples[0].where}: the tokenizer does not match the model: it gives token {largest}, and the model has "
+            f"{rows} embeddings; use the tokenizer that the model was trained with"
+        )

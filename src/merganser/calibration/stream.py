@@ -1,0 +1,147 @@
+"""One model's hidden states on their way through the blocks, kept on disk between them."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, OutputError
+from ..jsonfile import os_reason
+from .batches import Batch, Padded, pad
+from .forward import Output, logits, run_block
+from .skeleton import Block, Skeleton
+from .spool import Spool
+
+__all__ = ["Stream", "StreamState"]
+
+
+@dataclass
+class StreamState:
+    """How far a stream is; with the files in its folder, all that is needed to continue it.
+
+    Args:
+        done: How many blocks are finished.
+        formats: By stack: width and dtype of its hidden states, and whether its blocks return a tuple.
+    """
+
+    done: int = 0
+    formats: dict[int, tuple[int, str, bool]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"done": self.done, "formats": {str(stack): list(own) for stack, own in self.formats.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StreamState:
+        """Read what `to_json` wrote."""
+        return cls(data["done"], {int(stack): (own[0], own[1], own[2]) for stack, own in data["formats"].items()})
+
+
+class Stream:
+    """The data on its way through one model.
+
+    Args:
+        skeleton: The model, filled outside its blocks.
+        batches: The data.
+        folder: Where hidden states lie; it must exist.
+        state: Of an interrupted stream in this folder that is continued.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, batches: Sequence[Batch], folder: Path, state: StreamState | None = None
+    ) -> None:
+        self.skeleton = skeleton
+        self.batches = batches
+        self.folder = folder
+        self.state = state or StreamState()
+
+    def advance(self, begin: Callable[[Batch], None]) -> None:
+        """Run the next block, which must be filled, on all batches.
+
+        Args:
+            begin: Called before each batch.
+
+        Raises:
+            OutputError: The disk is full or failed.
+            UnsupportedError: The block does not return hidden states.
+            NonFiniteError: It returns NaN or infinity for a token.
+        """
+        index = self.state.done
+        block = self.skeleton.blocks[index]
+        stack = block.stack
+        with Spool(self._hidden_file(index)) as spool:
+            for number, batch in enumerate(self.batches):
+                begin(batch)
+                output = run_block(self.skeleton, index, batch, self._before(number))
+                _check_finite(output.hidden, batch, block)
+                rows = _rows(output.hidden, batch.stacks[stack])
+                spool.write(batch.stacks[stack].first, rows)
+                if output.rest is not None:
+                    self._write_rest(index, number, output.rest)
+                written = (rows.shape[1], str(rows.dtype).removeprefix("torch."), output.rest is not None)
+        self.state = StreamState(index + 1, {**self.state.formats, stack: written})
+
+    def logits(self, number: int) -> Tensor:
+        """Return the logits of a batch, when all blocks are done and the head is filled.
+
+        Returns:
+            Shape [sequences, longest, vocabulary].
+        """
+        return logits(self.skeleton, self.batches[number], self._before(number))
+
+    def _before(self, number: int) -> dict[int, Output]:
+        """Return what the last finished block of each stack returned for a batch."""
+        last = {block.stack: index for index, block in enumerate(self.skeleton.blocks[: self.state.done])}
+        found: dict[int, Output] = {}
+        for stack, index in last.items():
+            padded = self.batches[number].stacks[stack]
+            width, dtype, has_rest = self.state.formats[stack]
+            with Spool(self._hidden_file(index)) as spool:
+                rows = spool.read(padded.first, padded.rows, width, getattr(torch, dtype))
+            hidden = pad(rows, padded.valid)
+            found[stack] = Output(hidden, self._read_rest(index, number) if has_rest else None)
+        return found
+
+    def _hidden_file(self, index: int) -> Path:
+        # two files per stack in turn: what a block writes never replaces what it reads
+        return self.folder / f"hidden-{self.skeleton.blocks[index].stack}-{index % 2}.bin"
+
+    def _rest_file(self, index: int, number: int) -> Path:
+        return self.folder / f"rest-{self.skeleton.blocks[index].stack}-{index % 2}-{number}.pt"
+
+    def _write_rest(self, index: int, number: int, rest: tuple[Any, ...]) -> None:
+        path = self._rest_file(index, number)
+        try:
+            torch.save(rest, path)
+        except (OSError, RuntimeError) as error:
+            reason = os_reason(error) if isinstance(error, OSError) else str(error)
+            raise OutputError(f"{path}: cannot be written: {reason}; make room, or choose another disk") from None
+
+    def _read_rest(self, index: int, number: int) -> tuple[Any, ...]:
+        path = self._rest_file(index, number)
+        try:
+            rest: tuple[Any, ...] = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise OutputError(f"{path}: cannot be read: {error}; start again") from None
+        return rest
+
+
+def _check_finite(hidden: Tensor, batch: Batch, block: Block) -> None:
+    finite = hidden.isfinite().all(-1) | ~batch.stacks[block.stack].valid
+    if not bool(finite.all()):
+        sample = int((~finite).any(-1).nonzero()[0])
+        raise NonFiniteError(
+            f"{batch.where[sample]}: the model produces NaN or infinity for this text, in {block.name}"
+        )
+
+
+def _rows(hidden: Tensor, padded: Padded) -> Tensor:
+    """Return the rows of hidden states that belong to tokens, shape [tokens, width]."""
+    rows = hidden.flatten(0, 1) if padded.full else hidden[padded.valid]
+    return rows.contiguous()

@@ -1,0 +1,189 @@
+"""Where statistics are taken: the inputs of a block's matrices, each token once, padding never."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..statistics import COUNT
+from . import internals
+from .batches import Batch
+from .forward import replaced
+from .reducers import REDUCERS, Reducer, products_of
+from .skeleton import Block, Skeleton
+from .writer import Sum
+
+__all__ = ["Tapped", "Taps"]
+
+_Key = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """What was summed for some of a checkpoint's tensors.
+
+    Args:
+        names: The tensors; all of them received the same inputs.
+        axis: The axis of these tensors that meets the input.
+        width: Numbers in an input.
+        sums: By the name of the statistic. Where one tensor holds all experts of a mixture, each has a leading axis for
+            the experts.
+    """
+
+    names: tuple[str, ...]
+    axis: int
+    width: int
+    sums: Mapping[str, Sum]
+
+
+class _Inputs:
+    """The sums over what one matrix receives."""
+
+    def __init__(self, statistics: Sequence[str], width: int) -> None:
+        self.width = width
+        self.count = 0
+        self.reducers: dict[str, Reducer] = {name: REDUCERS[name](width) for name in statistics}
+
+    def add(self, rows: Tensor) -> None:
+        """Add the inputs of some tokens, shape [tokens, width]."""
+        self.count += len(rows)
+        if self.reducers and len(rows):
+            wide = rows.float()
+            with products_of(rows.dtype):
+                for reducer in self.reducers.values():
+                    reducer.add(wide)
+
+
+class Taps:
+    """Sums over the inputs of every matrix in a block.
+
+    Args:
+        skeleton: The model.
+        block: One of its blocks.
+        statistics: Names of statistics; the number of tokens is always counted.
+    """
+
+    def __init__(self, skeleton: Skeleton, block: Block, statistics: Sequence[str]) -> None:
+        self._block = block
+        self._statistics = [name for name in statistics if name != COUNT]
+        self._sources: dict[_Key, list[str]] = {}
+        for source in block.sources:
+            target = skeleton.targets[source]
+            self._sources.setdefault((target.parameter, target.index), []).append(source)
+        self._batch: Batch | None = None
+        self._received: list[tuple[weakref.ref[Tensor], str]] = []
+        # for every matrix, the first one in the block that receives the same tensor
+        self._leaders: dict[str, str] = {}
+        self._inputs: dict[_Key, _Inputs] = {}
+        self._axes: dict[str, int] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take part in the block's forward, as long as the context lasts."""
+        axes = internals.linear_classes()
+        with ExitStack() as stack:
+            for name, module in self._block.module.named_modules():
+                axis = next((axis for kind, axis in axes.items() if isinstance(module, kind)), None)
+                parameter = f"{self._block.name}.{name}.weight"
+                if axis is not None and (parameter, None) in self._sources:
+                    self._axes[parameter] = axis
+                    handle = module.register_forward_pre_hook(partial(self._receive, parameter))
+                    stack.callback(handle.remove)
+            forwards: dict[nn.Module, Callable[..., Any]] = {}
+            for name, module in internals.expert_modules(self._block.module).items():
+                own = f"{self._block.name}.{name}"
+                forwards[module] = internals.observed_experts(module, partial(self._receive_expert, own))
+                self._prepare_experts(own, module)
+            stack.enter_context(replaced(forwards))
+            yield
+
+    def begin(self, batch: Batch) -> None:
+        """Know which batch comes next."""
+        self._batch = batch
+        self._received.clear()
+
+    def _receive(self, parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        received: Tensor = inputs[0]
+        leader = next((name for reference, name in self._received if reference() is received), parameter)
+        if self._leaders.setdefault(parameter, leader) != leader:
+            raise UnsupportedError(
+                f"{parameter}: receives the same input as {leader} in some batches only; its statistics cannot be taken"
+            )
+        if leader != parameter:
+            return
+        self._received.append((weakref.ref(received), parameter))
+        counted = self._counted(received)
+        if counted is None:
+            return
+        if (parameter, None) not in self._inputs:
+            self._inputs[parameter, None] = _Inputs(self._statistics, received.shape[-1])
+        rows = received.flatten(0, -2)
+        self._inputs[parameter, None].add(rows if bool(counted.all()) else rows[counted])
+
+    def _prepare_experts(self, name: str, module: Any) -> None:
+        """Make the sums of all experts: one that receives no token has sums, too."""
+        for own, axis in internals.expert_matrices(module).items():
+            parameter = f"{name}.{own}"
+            experts, width = getattr(module, own).shape[0], getattr(module, own).shape[axis]
+            for expert in range(experts):
+                self._inputs[parameter, expert] = _Inputs(self._statistics, width)
+            # a checkpoint that has a tensor for each expert has them as matrices [out, in]
+            self._axes[parameter] = axis if (parameter, None) in self._sources else 1
+
+    def _receive_expert(self, module: str, inputs: internals.ExpertInputs) -> None:
+        assert self._batch is not None
+        counted = self._batch.stacks[self._block.stack].counted.flatten()[inputs.tokens]
+        self._inputs[f"{module}.{inputs.parameter}", inputs.expert].add(inputs.rows[counted])
+
+    def _counted(self, received: Tensor) -> Tensor | None:
+        """Return which rows of an input count, bool, shape [rows]; None where its rows are not the batch's tokens."""
+        assert self._batch is not None
+        rows = _without_ones(received.shape[:-1])
+        for padded in self._batch.stacks:
+            if rows in (_without_ones(padded.ids.shape), _without_ones((padded.ids.numel(),))):
+                return padded.counted.flatten()
+        return None
+
+    def results(self) -> list[Tapped]:
+        """Return all that was summed, when the block is done."""
+        found: list[Tapped] = []
+        for (parameter, expert), inputs in self._inputs.items():
+            own = self._sources.get((parameter, expert), [])
+            if expert is None:
+                followers = [other for other, leader in self._leaders.items() if leader == parameter]
+                own = [name for other in followers for name in self._sources[other, None]]
+            if own:
+                found.append(Tapped(tuple(own), self._axes[parameter], inputs.width, _sums([inputs], stacked=False)))
+            elif expert == 0 and (parameter, None) in self._sources:
+                experts = [each for (other, _), each in self._inputs.items() if other == parameter]
+                names = tuple(self._sources[parameter, None])
+                found.append(Tapped(names, self._axes[parameter], inputs.width, _sums(experts, stacked=True)))
+        return found
+
+
+def _sums(inputs: Sequence[_Inputs], *, stacked: bool) -> dict[str, Sum]:
+    """Return the sums over what a matrix receives, or with a leading axis those of all experts."""
+    lead = (len(inputs),) if stacked else ()
+
+    def take(name: str) -> Tensor:
+        found = [each.reducers.pop(name).result() for each in inputs]
+        return torch.stack(found) if stacked else found[0]
+
+    counts = [each.count for each in inputs]
+    sums = {COUNT: Sum(lead, "int64", lambda: torch.tensor(counts if stacked else counts[0]))}
+    for name, reducer in inputs[0].reducers.items():
+        sums[name] = Sum((*lead, *reducer.shape), reducer.stored_as, partial(take, name))
+    return sums
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    """Return a shape without axes of length 1: with or without them its rows are in the same order."""
+    return [length for length in shape if length != 1]

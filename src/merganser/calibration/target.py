@@ -1,0 +1,147 @@
+"""The folder beside the target in which statistics grow, and from which a killed calibration continues."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..engine.output.lock import acquire_lock
+from ..engine.output.ownership import MARKER, claim, survey
+from ..errors import CheckpointError, MergeError, OutputError
+from ..jsonfile import os_reason, read_object
+from ..statistics import STATISTICS_NAME
+from .writer import write_json
+
+__all__ = ["Target"]
+
+_STATE = "state.json"
+
+
+class Target:
+    """The growing output. As a context manager it holds the target's lock.
+
+    What was finished stays when the disk is full, memory runs out or the process ends, so that the same command continues.
+    After an error that would come again, nothing is left.
+
+    Args:
+        out: The folder that appears when all is done; it must not exist.
+        fingerprint: Identifies the work; what another work left here is not continued.
+
+    Attributes:
+        folder: Where the files go.
+        state: What an earlier run of the same work noted last; empty where there was none.
+
+    Raises:
+        OutputError: The target exists, cannot be written, or another run works on it.
+    """
+
+    def __init__(self, out: Path, fingerprint: str) -> None:
+        self.out = out
+        self._fingerprint = fingerprint
+        check_absent(out)
+        target = out.expanduser().resolve()
+        self._target = target
+        self.folder = target.with_name(f".{target.name}.calibrating")
+        self._lock_file = target.with_name(f".{target.name}.calibrating.lock")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = acquire_lock(self._lock_file)
+        except OSError as error:
+            raise self._failed(error) from None
+        if self._lock is None:
+            raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+        try:
+            left = survey(self.folder)
+            self.state = self._read_state()
+            if not self.state:
+                left.remove()
+                self.folder.mkdir(exist_ok=True)
+                claim(self.folder, [_STATE, f".{_STATE}.new", STATISTICS_NAME, f".{STATISTICS_NAME}.new"])
+        except OSError as error:
+            self._lock.release()
+            if isinstance(error, OutputError):
+                raise
+            raise self._failed(error) from None
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, MergeError) and not isinstance(error, OutputError):
+            # what somebody else put there stays, and so does the error that is being raised
+            with contextlib.suppress(OSError):
+                survey(self.folder).remove()
+        assert self._lock is not None
+        self._lock.release()
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Tell which files will be made in the folder; of folders, with all in them, "name/".
+
+        Raises:
+            OutputError: The disk is full or failed.
+        """
+        try:
+            claim(self.folder, names)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def note(self, state: Mapping[str, Any]) -> None:
+        """Keep what a continued run needs to know.
+
+        Raises:
+            OutputError: The disk is full or failed.
+        """
+        write_json(self.folder / _STATE, {"fingerprint": self._fingerprint, "state": dict(state)})
+
+    def publish(self) -> None:
+        """Let the target appear under its name.
+
+        Raises:
+            OutputError: It appeared meanwhile, or the disk failed.
+        """
+        check_absent(self.out)
+        try:
+            for name in (_STATE, MARKER):
+                (self.folder / name).unlink(missing_ok=True)
+            if self._target.exists():
+                self._target.rmdir()
+            self.folder.rename(self._target)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _read_state(self) -> dict[str, Any]:
+        file = self.folder / _STATE
+        if not file.exists():
+            return {}
+        try:
+            found = read_object(file)
+        except CheckpointError:
+            return {}
+        state = found.get("state")
+        return state if found.get("fingerprint") == self._fingerprint and isinstance(state, dict) else {}
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.out}: cannot be written: {os_reason(error)}")
+
+
+def check_absent(out: Path) -> None:
+    """Check that a target does not exist; an empty folder does not count.
+
+    Raises:
+        OutputError: It exists.
+    """
+    try:
+        path = out.expanduser()
+        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+            raise OutputError(f"{out}: exists; choose another folder, or remove it")
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{out}: cannot be written: {os_reason(error)}") from None
+    except (ValueError, RuntimeError) as error:
+        raise OutputError(f"{str(out)!r}: is not the name of a folder: {error}") from None

@@ -1,0 +1,91 @@
+"""`merganser calibrate`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _options as options
+from ._progress import step_progress
+from ._text import complain, head, plural, say, say_json, size_text, some, time_text
+
+
+def calibrate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a file of weights, or a Hub id.", show_default=False)
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE...",
+            help="Texts (.txt), or text, prompt and completion, or messages (.jsonl, .parquet).",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.", show_default=False)],
+    statistics: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What to sum: gram, second_moment, magnitude, count.")
+    ] = "gram",
+    sequences: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Sequences drawn from the data.  [default: 64, or all there are]",
+            show_default=False,
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Most tokens of a sequence.  [default: 256, or what the model can see]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draw.")] = 0,
+    tokens: Annotated[str, typer.Option(metavar="all|completions", help="Which tokens count.")] = "all",
+    batch_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")] = 2048,
+    cache_dir: options.CacheDir = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Write statistics of a model on text, for merges that use data."""
+    options.quieten_hub(quiet)
+    from ..calibration import calibrate as run
+    from ..process import peak_memory
+
+    started = time.monotonic()
+    with step_progress("calibrate", quiet) as progress:
+        found = run(
+            model,
+            data,
+            out,
+            statistics=[name.strip() for name in statistics.split(",") if name.strip()],
+            sequences=sequences,
+            length=length,
+            seed=seed,
+            tokens=tokens,
+            batch_tokens=batch_tokens,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    if json:
+        say_json(found.about)
+        return
+    if quiet:
+        return
+    (part,) = found.about["parts"]
+    head(
+        f"{', '.join(found.statistics)} · {plural(len(found.tensors), 'tensor')} · "
+        f"{plural(part['sequences'], 'sequence')} · {plural(part['counted'], 'token')} · "
+        f"{time_text(time.monotonic() - started)} · peak {size_text(peak_memory())}"
+    )
+    without = found.about["without"]
+    if without:
+        complain("note", f"{plural(len(without), 'tensor')} of the blocks have no statistics: {some(without)}")
+    say(f"wrote {found.path} ({size_text(found.nbytes)})")

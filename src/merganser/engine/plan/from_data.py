@@ -1,0 +1,112 @@
+"""Match statistics from data to the tensors that a merge makes of the models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...checkpoint import TensorInfo
+from ...errors import RecipeError
+from ...method import FromData, MergeMethod
+from ...recipe import Inputs, Source
+from ...statistics import COUNT, Statistics, open_statistics
+from .tensor import SumFromData
+
+__all__ = ["DataOfModels", "open_data"]
+
+
+@dataclass(frozen=True)
+class DataOfModels:
+    """The statistics from data of the models that a recipe merges.
+
+    Args:
+        wanted: What the method takes, by name.
+        sources: The models, as the recipe lists them.
+        folders: Their statistics, in that order.
+    """
+
+    wanted: Mapping[str, FromData]
+    sources: Sequence[Source]
+    folders: Sequence[Statistics]
+
+    def of(self, models: Sequence[TensorInfo]) -> tuple[dict[str, tuple[SumFromData, ...]], bool]:
+        """Return what a tensor's method is handed, and whether its matrices are stored [inputs, outputs].
+
+        Args:
+            models: The models' tensors that are merged.
+
+        Returns:
+            By name a sum per model. Empty where no model has statistics of this tensor.
+
+        Raises:
+            RecipeError: Only some of the models have statistics of it, or their shapes do not fit the tensor.
+        """
+        axes = [
+            own.tensors[tensor.name].axis if tensor.name in own.tensors else None for own, tensor in self._pairs(models)
+        ]
+        if all(axis is None for axis in axes):
+            return {}, False
+        for axis, source, tensor in zip(axes, self.sources, models, strict=True):
+            if axis is None or axis != axes[0]:
+                problem = "have nothing of" if axis is None else "count inputs along another axis of"
+                raise RecipeError(
+                    f"{source.place}: its statistics {problem} {tensor.name}, other models' do; calibrate all models "
+                    "with the same version of merganser"
+                )
+        found = {
+            name: tuple(self._sum(own, k, models[k]) for k in range(len(models))) for name, own in self.wanted.items()
+        }
+        return found, axes[0] == len(models[0].shape) - 2
+
+    def _pairs(self, models: Sequence[TensorInfo]) -> list[tuple[Statistics, TensorInfo]]:
+        return list(zip(self.folders, models, strict=True))
+
+    def _sum(self, wanted: FromData, model: int, tensor: TensorInfo) -> SumFromData:
+        folder = self.folders[model]
+        total, count = folder.info(wanted.statistic, tensor.name), folder.info(COUNT, tensor.name)
+        width = tensor.shape[folder.tensors[tensor.name].axis]
+        lead = tensor.shape[:-2]
+        if total.shape != (*lead, *wanted.shape(width)) or count.shape != lead:
+            raise RecipeError(
+                f"{self.sources[model].place}: its statistics are of another model: {wanted.statistic} of {tensor.name} "
+                f"{list(tensor.shape)} has shape {list(total.shape)}, expected {[*lead, *wanted.shape(width)]}"
+            )
+        return SumFromData(total, count)
+
+
+def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
+    """Open the statistics from data that a recipe names.
+
+    Args:
+        method: The recipe's method.
+        inputs: The models, and the base.
+
+    Returns:
+        None where the method takes none.
+
+    Raises:
+        RecipeError: The method takes none and the recipe names some, or the other way round.
+        DataError: A folder is missing, damaged, or lacks a statistic.
+    """
+    sources = inputs.models
+    idle = [inputs.base] if method.from_data else [inputs.base, *sources]
+    for source in idle:
+        if source is not None and source.statistics is not None:
+            of = "of the base" if method.from_data else "from data"
+            raise RecipeError(f"{source.place} statistics: {method.name} uses no statistics {of}; leave the key out")
+    if not method.from_data:
+        return None
+    wanted = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
+    folders: list[Statistics] = []
+    for source in sources:
+        if source.statistics is None:
+            raise RecipeError(
+                f"{source.place}: {method.name} needs statistics of this model from data ({wanted}); write them with "
+                f"merganser calibrate {source.model} --data FILE --statistics {wanted} --out FOLDER, and give the folder "
+                "as 'statistics'"
+            )
+        folder = open_statistics(source.statistics)
+        for own in method.from_data.values():
+            folder.require(own.statistic)
+        folders.append(folder)
+    return DataOfModels(method.from_data, sources, folders)

@@ -1,0 +1,105 @@
+"""RegMean: the matrix that maps each model's inputs to what that model makes of them."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..method import Embeddings, Fraction, FromData, NonNegative, Others, PerModel, Positive, default, merge_method
+from ..ops import deltas
+
+
+def shrunk(gram: Tensor, alpha: Tensor) -> Tensor:
+    """Return a Gram matrix with its off-diagonal entries times alpha, float64."""
+    found = gram.to(torch.float64, copy=True).mul_(alpha)
+    found.diagonal().copy_(gram.diagonal())
+    return found
+
+
+def solve_right(pull: Tensor, total: Tensor, ridge: Tensor) -> Tensor:
+    """Return pull (total + e I)^-1, where e is `ridge` times the mean of the diagonal of `total`.
+
+    A sum of Gram matrices of fewer tokens than inputs is singular, and rounding can make it indefinite. The ridge is then
+    raised tenfold until the sum is positive definite.
+
+    Args:
+        pull: Shape [m, n], float64.
+        total: Shape [n, n], float64, symmetric; it is changed.
+        ridge: 0-d.
+    """
+    step = float(ridge * total.diagonal().mean())
+    if not step > 0:
+        return torch.zeros_like(pull)
+    added = 0.0
+    while True:
+        total.diagonal().add_(step - added)
+        added = step
+        factor, failed = torch.linalg.cholesky_ex(total)
+        if not failed:
+            return torch.cholesky_solve(pull.T, factor).T
+        step *= 10
+
+
+@merge_method(
+    family="data",
+    cite="jin2023regmean",
+    scope="matrix",
+    statistics={"gram": FromData("gram")},
+)
+def regmean(
+    base: Tensor,
+    models: list[Tensor],
+    gram: Sequence[Tensor] | None,
+    *,
+    weight: PerModel[NonNegative] = default(1.0),
+    alpha: Fraction = default(0.5),
+    ridge: Positive = default(1e-4),
+    reference: Literal["average", "base"] = "average",
+    others: Others = "average",
+    embeddings: Embeddings = "others",
+) -> Tensor:
+    """Fit every matrix by least squares to the outputs of all models, each on inputs of its own text.
+
+        G_i    = alpha gram_i + (1 - alpha) diag(gram_i),    gram_i = mean of x x^T over the tokens of model i
+        R      = base + sum_i weight_i delta_i / sum_i weight_i,    delta_i = model_i - base
+        merged = R + (sum_i weight_i (model_i - R) G_i) (sum_i weight_i G_i + e I)^-1
+
+    This minimises sum_i weight_i |(merged - model_i) x_i|^2 over the inputs x_i of the models, which are known by their
+    Gram matrices alone. In directions that no input takes, R stays.
+
+    Use when:
+        Some thousand tokens of each expert's field are at hand, or their statistics, which others can hand on in place of
+        the texts: `merganser calibrate EXPERT --data FILE --out FOLDER`.
+
+    Args:
+        weight: How much a model's inputs count.
+        alpha: Factor of the off-diagonal entries of every Gram matrix. With 0 each column is averaged by itself; with 1
+            the fit is exact, and follows the few texts that were seen most closely.
+        ridge: What is added to the diagonal of the sum, over the mean of that diagonal: pulls towards R. It is raised where
+            the sum is not positive definite.
+        reference: R: the weighted average of the models as above, or the base.
+
+    Differs from the paper:
+        The paper solves for the matrix itself; the step from R is the same matrix where the sum can be inverted, is less
+        sensitive to rounding, and leaves R where there is no input instead of going to zero.
+        Every Gram matrix is a mean over tokens, so that a model counts the same however many tokens it was measured on;
+        padding is not among them.
+        A model whose matrix received no token (an expert of a mixture that was never chosen) has no say in it; where
+        none received any, R remains. Matrices without statistics (routers, embeddings, the head) become R.
+    """
+    total_weight = weight.sum().clamp(min=1e-30)
+    vectors = [delta.double() for delta in deltas(base, models)]
+    mean = (
+        sum((w * delta for w, delta in zip(weight, vectors, strict=True)), torch.zeros_like(vectors[0])) / total_weight
+    )
+    start = mean if reference == "average" else torch.zeros_like(mean)
+    if gram is None:
+        return base + mean.to(base.dtype)
+    pull = torch.zeros_like(mean)
+    total = mean.new_zeros(base.shape[1], base.shape[1])
+    for w, delta, own in zip(weight, vectors, gram, strict=True):
+        inputs = shrunk(own, alpha).mul_(w)
+        pull.addmm_(delta - start, inputs)
+        total += inputs
+    return base + (start + solve_right(pull, total, ridge)).to(base.dtype)

@@ -1,0 +1,23 @@
+"""Statistics of what models compute on text, as files: sums over tokens, by the names of a checkpoint's tensors."""
+
+from .format import (
+    COUNT,
+    STATISTICS_FORMAT,
+    STATISTICS_KIND,
+    STATISTICS_NAME,
+    Statistics,
+    TensorSums,
+    open_statistics,
+    sum_name,
+)
+
+__all__ = [
+    "COUNT",
+    "STATISTICS_FORMAT",
+    "STATISTICS_KIND",
+    "STATISTICS_NAME",
+    "Statistics",
+    "TensorSums",
+    "open_statistics",
+    "sum_name",
+]
