@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.method.registry import get_method
 
 METHODS = ("iso_c", "iso_cts", "tsv_m", "wudi")
@@ -59,7 +59,7 @@ def ours(method: str, steps: int | None) -> Merge:
     parameters = {"solver": "adam", "steps": steps} if method == "wudi" and steps else {}
 
     def merge(vectors: Sequence[Tensor]) -> Tensor:
-        return merge_tensors(found, torch.zeros_like(vectors[0]), vectors, parameters)
+        return merge_tensor(found, torch.zeros_like(vectors[0]), vectors, parameters)
 
     return merge
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from merganser.engine.agreement.side_files import read_chat_template
 from safetensors.torch import save_file
 
 from merganser.checkpoint import open_checkpoint
+from merganser.engine.agreement.side_files import read_chat_template
 from merganser.engine.merge import merge, plan
 from merganser.errors import CheckpointError, MergeError
 from merganser.inspection import inspect

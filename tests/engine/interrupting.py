@@ -29,7 +29,7 @@ def shrink_blocks(patch: pytest.MonkeyPatch) -> None:
     for function in (blocks.block_ranges, blocks.block_step):
         patch.setattr(function, "__defaults__", (BLOCK,))
     patch.setattr(blocks.TensorRun.__init__, "__defaults__", (BLOCK,))
-    patch.setitem(merge_tensor.merge_tensors.__kwdefaults__, "block", BLOCK)
+    patch.setitem(merge_tensor.merge_tensor.__kwdefaults__, "block", BLOCK)
 
 
 class Counter:

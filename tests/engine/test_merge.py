@@ -9,7 +9,7 @@ import torch
 
 from merganser.anatomy import infer_anatomy
 from merganser.engine.alignment.alignment import location_of
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge, plan
 from merganser.engine.stream import groups as work
 from merganser.method.method import fill
@@ -31,7 +31,7 @@ from tests.methods.whole_model import merge_whole_model
 
 
 def merged_one_by_one(method, base, models, parameters, *, seed=0, dtype=None, compute=None):
-    """What `merge_tensors` makes of every tensor; integers are copied."""
+    """What `merge_tensor` makes of every tensor; integers are copied."""
     # products of matrices depend on the number of threads; those of the engine have one each
     with one_thread():
         return _merged_one_by_one(method, base, models, parameters, seed=seed, dtype=dtype, compute=compute)
@@ -47,7 +47,7 @@ def _merged_one_by_one(method, base, models, parameters, *, seed, dtype, compute
             continue
         own = None if base is None else base[name]
         others = [model[name] for model in models]
-        result[name] = merge_tensors(
+        result[name] = merge_tensor(
             found,
             own,
             others,
@@ -194,7 +194,7 @@ def test_ties_over_the_model(tmp_path, request, density, blocks_of):
     # the whole model as one tensor
     names = sorted(base)
     vectors = [torch.cat([model[name].reshape(-1) for name in names]) for model in (base, *models)]
-    flat = merge_tensors(get_method("ties"), vectors[0], vectors[1:], {**parameters, "trim_over": "tensor"})
+    flat = merge_tensor(get_method("ties"), vectors[0], vectors[1:], {**parameters, "trim_over": "tensor"})
     expected = {
         name: part.view(base[name].shape)
         for name, part in zip(names, flat.split([base[name].numel() for name in names]), strict=True)
@@ -333,7 +333,7 @@ def test_thousands_of_small_tensors(tmp_path):
         for i, rows in enumerate(data)
     ]
     result = merge(make_recipe("linear", paths, parameters={"weight": 0.3}), tmp_path / "out", threads=2)
-    expected = merge_tensors(get_method("linear"), None, data, {"weight": 0.3})
+    expected = merge_tensor(get_method("linear"), None, data, {"weight": 0.3})
     assert_equal(read_model(result.out), {f"t{j:05d}": row for j, row in enumerate(expected)})
 
 

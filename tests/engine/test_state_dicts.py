@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from merganser.engine.in_memory import merge_state_dicts
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import CheckpointError, NonFiniteError, ParameterError, RecipeError, UnsupportedError
 from merganser.method.registry import get_method
 from tests.making import assert_equal
@@ -40,7 +40,7 @@ def test_modules(method, with_base, parameters):
             assert found[name].item() == 7
             continue
         own = None if base is None else base[name]
-        expected = merge_tensors(get_method(method), own, [model[name] for model in models], named, name=name, seed=5)
+        expected = merge_tensor(get_method(method), own, [model[name] for model in models], named, name=name, seed=5)
         assert torch.equal(found[name], expected)
     loaded = make(9)
     loaded.load_state_dict(found)

@@ -2,7 +2,7 @@
 
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 
 FLOAT32 = 2e-6
 """Norm of the error over norm of the reference."""
@@ -31,13 +31,13 @@ def error(result, expected):
 def assert_reaches_bars(method, reference, base, models, parameters=None):
     """Assert the float32 and the bfloat16 bar; `base` may be None."""
     parameters = parameters or {}
-    merged = merge_tensors(method, base, models, parameters)
+    merged = merge_tensor(method, base, models, parameters)
     expected = reference(base, models, **parameters)
     assert merged.dtype == torch.float32
     assert error(merged, expected) <= FLOAT32, f"{method.name} in float32, {parameters}"
     base = None if base is None else base.bfloat16()
     models = [model.bfloat16() for model in models]
-    merged = merge_tensors(method, base, models, parameters)
+    merged = merge_tensor(method, base, models, parameters)
     expected = reference(base, models, **parameters)
     assert merged.dtype == torch.bfloat16
     once = error(expected.bfloat16(), expected)

@@ -2,7 +2,7 @@
 
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 
 KINDS = ["random", "low rank", "conditioned", "shared"]
 SHAPES = [(40, 64), (64, 40), (48, 48), (16, 96)]
@@ -52,11 +52,11 @@ def step_error(method, reference, base, models, parameters=None, dtype=torch.flo
     parameters = parameters or {}
     base, models = base.to(dtype), [model.to(dtype) for model in models]
     wide = [tensor.double() for tensor in models]
-    merged = merge_tensors(method, base, models, parameters, dtype=torch.float64, compute=dtype)
+    merged = merge_tensor(method, base, models, parameters, dtype=torch.float64, compute=dtype)
     expected = reference(base.double(), wide, **parameters)
     return float((merged - expected).norm() / (expected - base.double()).norm().clamp(min=1e-300))
 
 
 def steps(method, base, models, parameters=None):
     """Return how a merge moves the base, float64."""
-    return merge_tensors(method, base, models, parameters or {}, dtype=torch.float64) - base
+    return merge_tensor(method, base, models, parameters or {}, dtype=torch.float64) - base

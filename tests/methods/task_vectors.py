@@ -2,7 +2,7 @@
 
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from tests.methods.spectra import KINDS, make_matrices
 
 __all__ = ["KINDS", "make_vectors", "merged_vector", "rotated", "vector_error"]
@@ -16,14 +16,14 @@ def make_vectors(shape, n, kind, *, seed=0):
 
 def merged_vector(method, vectors, parameters=None):
     """Merge task vectors beside a base of zeros, in float32."""
-    return merge_tensors(method, torch.zeros_like(vectors[0]), vectors, parameters or {})
+    return merge_tensor(method, torch.zeros_like(vectors[0]), vectors, parameters or {})
 
 
 def vector_error(method, reference, vectors, parameters, *, base=None):
     """Return the norm of the error of the merged task vector over the norm of the reference's."""
     base = torch.zeros_like(vectors[0]) if base is None else base
     models = [base + vector for vector in vectors]
-    merged = merge_tensors(method, base, models, parameters).double()
+    merged = merge_tensor(method, base, models, parameters).double()
     expected = reference(base, models, **parameters)
     return float((merged - expected).norm() / (expected - base.double()).norm().clamp(min=1e-300))
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.arcee_fusion import arcee_fusion, divergences
 from tests.methods.bars import assert_reaches_bars, make_models
 from tests.reference.arcee_fusion import arcee_fusion as reference
@@ -23,7 +23,7 @@ def test_reaches_the_bars_on_a_million_elements():
 @pytest.mark.parametrize("shape", [(1000, 1000), (1_000_000,), (50_000, 20)])
 def test_keeps_the_very_entries_of_the_reference(shape):
     base, (model,) = make_models(shape, 1, change=0.02, seed=1)
-    kept = merge_tensors(arcee_fusion, base, [model]) != base
+    kept = merge_tensor(arcee_fusion, base, [model]) != base
     assert torch.equal(kept, reference(base, [model]) != base.double())
     assert 0.01 < kept.float().mean() < 0.3
 
@@ -47,25 +47,25 @@ def test_equal_importances_are_all_kept():
     """The quartiles are one value, which is the threshold."""
     base = torch.zeros(400)
     model = torch.tensor([0.1, -0.1]).repeat(200)
-    assert torch.equal(merge_tensors(arcee_fusion, base, [model]), model)
+    assert torch.equal(merge_tensor(arcee_fusion, base, [model]), model)
 
 
 @pytest.mark.parametrize("unit", range(1001, 1041))
 def test_an_entry_that_equals_the_threshold_is_kept(unit):
     """One row, so importance goes as |delta|: the quartiles are 3, 4 and 8, the threshold is 11.5 units."""
     delta = torch.tensor([[1, -2, 3, 3.5, -4, 5, 8, 11, -11.5]]) * unit * 2.0**-20
-    merged = merge_tensors(arcee_fusion, torch.zeros(1, 9), [delta])
+    merged = merge_tensor(arcee_fusion, torch.zeros(1, 9), [delta])
     assert torch.equal(merged, torch.where(delta.abs() >= delta.abs().max(), delta, torch.zeros(1, 9)))
 
 
 def test_a_row_of_one_entry_has_no_divergence_and_is_taken_over():
     base, (model,) = make_models((50, 1), 1)
-    assert torch.equal(merge_tensors(arcee_fusion, base, [model]), model)
+    assert torch.equal(merge_tensor(arcee_fusion, base, [model]), model)
 
 
 def test_the_quartiles_are_entries_of_the_ascending_order():
     """One row, so importance ranks as |delta|: of n = 12 the entries 2, 5 and 8, here 3, 6, 9; the cut is 15."""
     delta = torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8, 9, 14.9, 15.1, 30])
     delta = delta * torch.tensor([1.0, -1.0]).repeat(6) * 1e-3
-    merged = merge_tensors(arcee_fusion, torch.zeros(12), [delta])
+    merged = merge_tensor(arcee_fusion, torch.zeros(12), [delta])
     assert torch.equal(merged, torch.where(delta.abs() >= 0.015, delta, torch.zeros(12)))

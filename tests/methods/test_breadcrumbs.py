@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.breadcrumbs import breadcrumbs
 from merganser.methods.task_arithmetic import task_arithmetic
 from tests.methods.bars import assert_reaches_bars, make_models
@@ -37,7 +37,7 @@ def test_reaches_the_bars_on_a_million_elements():
 
 def merged(entries, **parameters):
     entries = torch.tensor(entries)
-    return merge_tensors(breadcrumbs, torch.zeros_like(entries), [entries], {"weight": 1, **parameters}).tolist()
+    return merge_tensor(breadcrumbs, torch.zeros_like(entries), [entries], {"weight": 1, **parameters}).tolist()
 
 
 TEN = [1.0, -2.0, 3.0, -4.0, 5.0, 6.0, -7.0, 8.0, 9.0, -10.0]
@@ -76,24 +76,24 @@ def test_entries_as_large_as_a_cut_are_all_kept():
 def test_rows_are_cut_on_their_own(precedence):
     rows = torch.tensor([TEN, [x * 100 for x in TEN]])
     parameters = {"weight": 1, "density": 0.4, "gamma": 0.2, "by": "row", "precedence": precedence}
-    found = merge_tensors(breadcrumbs, torch.zeros_like(rows), [rows], parameters)
+    found = merge_tensor(breadcrumbs, torch.zeros_like(rows), [rows], parameters)
     expected = [0, 0, 0, 0, 5, 6, -7, 8, 0, 0]
     assert found.tolist() == [expected, [x * 100 for x in expected]]
 
 
 def test_nothing_removed_is_task_arithmetic_bit_by_bit():
     base, models = make_models((80, 125), 3)
-    plain = merge_tensors(task_arithmetic, base, models, {"weight": WEIGHT})
+    plain = merge_tensor(task_arithmetic, base, models, {"weight": WEIGHT})
     for parameters in ({"gamma": 0}, {"gamma": 0.3, "precedence": "density"}, {"gamma": 0, "by": "row"}):
-        assert torch.equal(merge_tensors(breadcrumbs, base, models, {"weight": WEIGHT, **parameters}), plain)
+        assert torch.equal(merge_tensor(breadcrumbs, base, models, {"weight": WEIGHT, **parameters}), plain)
 
 
 def test_columns_may_change_places():
     base, models = make_models((80, 125), 3)
     order = torch.randperm(125, generator=torch.Generator().manual_seed(0))
     parameters = {"weight": WEIGHT, "density": 0.3, "gamma": 0.1}
-    turned = merge_tensors(breadcrumbs, base[:, order], [model[:, order] for model in models], parameters)
-    assert torch.equal(turned, merge_tensors(breadcrumbs, base, models, parameters)[:, order])
+    turned = merge_tensor(breadcrumbs, base[:, order], [model[:, order] for model in models], parameters)
+    assert torch.equal(turned, merge_tensor(breadcrumbs, base, models, parameters)[:, order])
 
 
 def test_passes_are_saved_where_nothing_is_cut():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.breadcrumbs import breadcrumbs
 from merganser.methods.breadcrumbs_ties import breadcrumbs_ties
 from merganser.methods.ties import ties
@@ -36,12 +36,12 @@ def test_reaches_the_bars_on_a_million_elements():
 def test_without_outliers_it_is_ties_bit_by_bit(density):
     base, models = make_models((80, 125), 3)
     parameters = {"weight": WEIGHT, "density": density, "normalize": True}
-    plain = merge_tensors(ties, base, models, parameters)
-    assert torch.equal(merge_tensors(breadcrumbs_ties, base, models, {**parameters, "gamma": 0}), plain)
+    plain = merge_tensor(ties, base, models, parameters)
+    assert torch.equal(merge_tensor(breadcrumbs_ties, base, models, {**parameters, "gamma": 0}), plain)
 
 
 def test_one_model_has_no_one_to_disagree_with():
     base, (model,) = make_models((80, 125), 1)
     parameters = {"weight": 0.7, "density": 0.4, "gamma": 0.1}
-    plain = merge_tensors(breadcrumbs, base, [model], parameters)
-    assert torch.equal(merge_tensors(breadcrumbs_ties, base, [model], parameters), plain)
+    plain = merge_tensor(breadcrumbs, base, [model], parameters)
+    assert torch.equal(merge_tensor(breadcrumbs_ties, base, [model], parameters), plain)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import ParameterError
 from merganser.methods.btm import btm
 from merganser.methods.linear import linear
@@ -26,7 +26,7 @@ def test_by_hand():
     models = [torch.tensor([x]) for x in (10.0, 20.0, 60.0)]
 
     def merged(**given):
-        return merge_tensors(btm, None, models, given).item()
+        return merge_tensor(btm, None, models, given).item()
 
     assert merged(posterior=[0.5, 0.3, 0.2]) == pytest.approx(23)
     assert merged(posterior=[0.5, 0.3, 0.2], top_k=2) == pytest.approx((5 + 6) / 0.8)
@@ -35,10 +35,10 @@ def test_by_hand():
 
 def test_all_experts_are_those_of_linear():
     _, models = make_models((30, 10), 4)
-    expected = merge_tensors(linear, None, models, {"weight": POSTERIOR})
+    expected = merge_tensor(linear, None, models, {"weight": POSTERIOR})
     for given in ({"posterior": POSTERIOR}, {"posterior": [x * 1e307 for x in POSTERIOR], "top_k": 4}):
-        torch.testing.assert_close(merge_tensors(btm, None, models, given), expected)
-    assert torch.equal(merge_tensors(btm, None, models, {"posterior": POSTERIOR, "top_k": 1}), models[1])
+        torch.testing.assert_close(merge_tensor(btm, None, models, given), expected)
+    assert torch.equal(merge_tensor(btm, None, models, {"posterior": POSTERIOR, "top_k": 1}), models[1])
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_all_experts_are_those_of_linear():
 def test_what_cannot_be_is_refused(given, message):
     _, models = make_models((3,), 2)
     with pytest.raises(ParameterError, match=message):
-        merge_tensors(btm, None, models, given)
+        merge_tensor(btm, None, models, given)

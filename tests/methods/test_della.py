@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.dare_ties import dare_ties
 from merganser.methods.della import della
 from merganser.methods.ties import ties
@@ -35,12 +35,12 @@ def test_reaches_the_bars_on_a_million_elements():
 def test_a_full_density_is_ties_without_a_trim(dtype):
     base, models = make_models((80, 125), 3)
     base, models = base.to(dtype), [model.to(dtype) for model in models]
-    plain = merge_tensors(ties, base, models, {"weight": WEIGHT})
-    assert torch.equal(merge_tensors(della, base, models, {"weight": WEIGHT}), plain)
+    plain = merge_tensor(ties, base, models, {"weight": WEIGHT})
+    assert torch.equal(merge_tensor(della, base, models, {"weight": WEIGHT}), plain)
 
 
 def test_no_spread_is_dare_bit_by_bit():
     base, models = make_models((80, 125), 3)
     parameters = {"weight": WEIGHT, "density": [0.25, 0.5, 0.75], "normalize": True}
-    plain = merge_tensors(dare_ties, base, models, parameters)
-    assert torch.equal(merge_tensors(della, base, models, {**parameters, "epsilon": 0}), plain)
+    plain = merge_tensor(dare_ties, base, models, parameters)
+    assert torch.equal(merge_tensor(della, base, models, {**parameters, "epsilon": 0}), plain)

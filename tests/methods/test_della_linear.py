@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import ParameterError
 from merganser.methods.dare_linear import dare_linear
 from merganser.methods.della_linear import della_linear
@@ -46,23 +46,23 @@ def test_a_full_density_is_task_arithmetic_bit_by_bit(dtype, rescale_to):
     base, models = make_models((80, 125), 3)
     base, models = base.to(dtype), [model.to(dtype) for model in models]
     parameters = {"weight": WEIGHT, "lambda": 0.7}
-    plain = merge_tensors(task_arithmetic, base, models, parameters)
-    assert torch.equal(merge_tensors(della_linear, base, models, {**parameters, "rescale_to": rescale_to}), plain)
+    plain = merge_tensor(task_arithmetic, base, models, parameters)
+    assert torch.equal(merge_tensor(della_linear, base, models, {**parameters, "rescale_to": rescale_to}), plain)
 
 
 @pytest.mark.parametrize("rescale_to", ["expectation", "l1"])
 def test_no_spread_is_dare_bit_by_bit(rescale_to):
     base, models = make_models((80, 125), 3)
     parameters = {"weight": WEIGHT, "density": [0.25, 0.5, 0.75], "rescale_to": rescale_to}
-    plain = merge_tensors(dare_linear, base, models, parameters)
-    assert torch.equal(merge_tensors(della_linear, base, models, {**parameters, "epsilon": 0}), plain)
+    plain = merge_tensor(dare_linear, base, models, parameters)
+    assert torch.equal(merge_tensor(della_linear, base, models, {**parameters, "epsilon": 0}), plain)
 
 
 def test_keeps_the_expectation_of_small_and_large_entries():
     model = torch.tensor([4, -3, 2, 1, 0.5, -7, 6, 5, 8])
     runs = 6000
     parameters = {"weight": 1, "density": 0.4, "epsilon": 0.3}
-    drawn = merge_tensors(della_linear, torch.zeros(runs, 9), [model.expand(runs, 9)], parameters)
+    drawn = merge_tensor(della_linear, torch.zeros(runs, 9), [model.expand(runs, 9)], parameters)
     rank = model.abs().argsort().argsort()
     probability = 0.1 + 0.6 * rank / 8
     kept = (drawn != 0).float().mean(dim=0)
@@ -73,7 +73,7 @@ def test_keeps_the_expectation_of_small_and_large_entries():
 
 def test_of_equal_entries_the_first_has_the_smaller_rank():
     parameters = {"weight": 1, "density": 0.5, "epsilon": 0.45, "rescale": False}
-    kept = merge_tensors(della_linear, torch.zeros(4000, 4), [torch.ones(4000, 4)], parameters).mean(dim=0)
+    kept = merge_tensor(della_linear, torch.zeros(4000, 4), [torch.ones(4000, 4)], parameters).mean(dim=0)
     torch.testing.assert_close(kept, torch.tensor([0.05, 0.35, 0.65, 0.95]), rtol=0, atol=0.04)
 
 
@@ -82,10 +82,10 @@ def test_probabilities_outside_the_interval_are_refused(density, epsilon):
     base, models = make_models((4, 5), 2)
     parameters = {"weight": 1, "density": [0.5, density], "epsilon": [0.1, epsilon]}
     with pytest.raises(ParameterError, match=rf"density - epsilon .* of model 1 .* got density {density:g}"):
-        merge_tensors(della_linear, base, models, parameters)
+        merge_tensor(della_linear, base, models, parameters)
 
 
 @pytest.mark.parametrize("density", [0, 1])
 def test_the_spread_has_no_say_at_the_ends(density):
     base, models = make_models((4, 5), 2)
-    merge_tensors(della_linear, base, models, {"weight": 1, "density": density, "epsilon": 0.7})
+    merge_tensor(della_linear, base, models, {"weight": 1, "density": density, "epsilon": 0.7})

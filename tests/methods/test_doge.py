@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.doge import RowLoss, doge, shared_directions
 from tests.methods.spectra import BARS, KINDS, SHAPES, make_matrices, step_error, steps
 from tests.methods.whole_model import merge_whole_model
@@ -20,7 +20,7 @@ SETTINGS = [
 def test_is_refused_for_one_model():
     base, models = make_matrices((20, 30), 1, "random")
     with pytest.raises(ValueError, match="doge takes 2 or more models and a base"):
-        merge_tensors(doge, base, models)
+        merge_tensor(doge, base, models)
 
 
 @pytest.mark.parametrize("parameters", SETTINGS, ids=str)
@@ -30,7 +30,7 @@ def test_reaches_the_bar(parameters, kind, n):
     for shape in SHAPES:
         base, models = make_matrices(shape, n, kind)
         if parameters.get("density") == 0:
-            assert torch.equal(merge_tensors(doge, base, models, parameters), base)
+            assert torch.equal(merge_tensor(doge, base, models, parameters), base)
         else:
             error = step_error(doge, reference, base, models, parameters)
             assert error <= BARS[kind], (shape, error)
@@ -67,9 +67,9 @@ def test_rows_leave_no_loss_where_none_must_be(n):
 def test_equal_and_unchanged_models():
     base, (model, other) = make_matrices((18, 30), 2, "random")
     for solver in ("adam", "rows"):
-        assert torch.equal(merge_tensors(doge, base, [base, base], {"solver": solver}), base)
+        assert torch.equal(merge_tensor(doge, base, [base, base], {"solver": solver}), base)
         for models in ([model] * 3, [model, base], [base, other, base], [model, 2 * base - model]):
-            found = merge_tensors(doge, base, models, {"solver": solver})
+            found = merge_tensor(doge, base, models, {"solver": solver})
             assert torch.isfinite(found).all()
     # equal models: every row becomes theirs
     found = steps(doge, base, [model] * 3, {"solver": "rows", "density": 1.0})
@@ -116,8 +116,8 @@ def test_the_cut_is_that_of_the_whole_model():
 def test_many_models_and_packed_experts():
     base, models = make_matrices((9, 14), 16, "random")
     assert step_error(doge, reference, base, models, {"solver": "rows"}) <= 1e-3
-    assert torch.isfinite(merge_tensors(doge, base, models)).all()
+    assert torch.isfinite(merge_tensor(doge, base, models)).all()
     stacked, pack = torch.stack([base, base]), [torch.stack([model, base]) for model in models[:2]]
-    merged = merge_tensors(doge, stacked, pack, {"density": 1.0}, role="expert")
-    assert torch.equal(merged[0], merge_tensors(doge, base, models[:2], {"density": 1.0}))
+    merged = merge_tensor(doge, stacked, pack, {"density": 1.0}, role="expert")
+    assert torch.equal(merged[0], merge_tensor(doge, base, models[:2], {"density": 1.0}))
     assert torch.equal(merged[1], base)

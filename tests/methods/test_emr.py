@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from merganser import merge, restore
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.emr import emr
 from tests.making import make_recipe, read_model, write_model
 from tests.methods.bars import assert_reaches_bars, error, make_models
@@ -30,26 +30,26 @@ def test_by_hand():
     first = base + torch.tensor([1.0, 2.0, 1.0, 0.0, -1.0])
     second = base + torch.tensor([4.0, -1.5, -2.0, 0.0, 1.0])
     third = base + torch.tensor([-2.0, -1.5, 1.0, 0.0, 0.0])
-    assert merge_tensors(emr, base, [first, second, third]).tolist() == [14, 8.5, 8, 10, 9]
+    assert merge_tensor(emr, base, [first, second, third]).tolist() == [14, 8.5, 8, 10, 9]
 
 
 def test_rounding_does_not_elect():
     # in float32 the first two add up to the first, and the sum to 0
     models = [torch.tensor([1.0]), torch.tensor([2.0**-30]), torch.tensor([-1.0])]
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
-        assert merge_tensors(emr, torch.zeros(1), [models[i] for i in order]).item() == 1
+        assert merge_tensor(emr, torch.zeros(1), [models[i] for i in order]).item() == 1
 
 
 def test_one_model_and_equal_models_are_that_model():
     base, (model,) = make_models((80, 125), 1)
     for n in (1, 2, 5):
-        torch.testing.assert_close(merge_tensors(emr, base, [model] * n), model, rtol=0, atol=1e-8)
+        torch.testing.assert_close(merge_tensor(emr, base, [model] * n), model, rtol=0, atol=1e-8)
 
 
 def test_no_element_moves_against_its_vote():
     base, models = make_models((80, 125), 4)
     vectors = torch.stack([model - base for model in models])
-    moved = merge_tensors(emr, torch.zeros_like(base), list(vectors))
+    moved = merge_tensor(emr, torch.zeros_like(base), list(vectors))
     assert (moved * vectors.sum(dim=0) >= 0).all()
     assert torch.equal(moved.abs(), (vectors * moved.sign()).amax(dim=0))
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import ParameterError
 from merganser.methods.greedy_soup import greedy_soup
 from merganser.methods.linear import linear
@@ -24,25 +24,25 @@ def test_reaches_the_bars_with_16_models_of_a_million_elements():
 
 def test_by_hand():
     models = [torch.full((2,), float(x)) for x in (1, 2, 4, 8)]
-    found = [merge_tensors(greedy_soup, None, models, {"score": [3, 9, 4, 1], "keep": k})[0].item() for k in (1, 2, 3)]
+    found = [merge_tensor(greedy_soup, None, models, {"score": [3, 9, 4, 1], "keep": k})[0].item() for k in (1, 2, 3)]
     assert found == pytest.approx([2, 3, 7 / 3])
 
 
 def test_of_equal_scores_the_first_is_kept():
     models = [torch.full((2,), float(x)) for x in (1, 2, 4, 8)]
     for score, keep, kept in (([5, 7, 5, 5], 2, (2 + 1) / 2), ([1, 1, 1, 1], 2, 1.5), ([0, 7, 7, 7], 1, 2)):
-        assert merge_tensors(greedy_soup, None, models, {"score": score, "keep": keep})[0].item() == kept
+        assert merge_tensor(greedy_soup, None, models, {"score": score, "keep": keep})[0].item() == kept
 
 
 def test_one_is_the_best_model_and_all_is_the_uniform_soup():
     _, models = make_models((30, 10), 3)
     given = {"score": [0.2, 0.9, 0.4]}
-    assert torch.equal(merge_tensors(greedy_soup, None, models, {**given, "keep": 1}), models[1])
-    uniform = merge_tensors(linear, None, models, {"weight": 1})
-    torch.testing.assert_close(merge_tensors(greedy_soup, None, models, {**given, "keep": 3}), uniform)
+    assert torch.equal(merge_tensor(greedy_soup, None, models, {**given, "keep": 1}), models[1])
+    uniform = merge_tensor(linear, None, models, {"weight": 1})
+    torch.testing.assert_close(merge_tensor(greedy_soup, None, models, {**given, "keep": 3}), uniform)
 
 
 def test_more_than_there_are_is_refused():
     _, models = make_models((3,), 2)
     with pytest.raises(ParameterError, match="keep must be at most the number of models, 2, got 3"):
-        merge_tensors(greedy_soup, None, models, {"score": 1, "keep": 3})
+        merge_tensor(greedy_soup, None, models, {"score": 1, "keep": 3})

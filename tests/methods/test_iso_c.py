@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.iso_c import iso_c
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, rotated, vector_error
 from tests.reference.iso_c import iso_c as reference
@@ -40,13 +40,13 @@ def test_by_hand():
     base = torch.full((2, 2), 10.0)
     models = [base + torch.tensor([[3.0, 0.0], [0.0, 0.0]]), base + torch.tensor([[0.0, 0.0], [0.0, -1.0]])]
     # singular values 3 and 1, of mean 2
-    assert merge_tensors(iso_c, base, models).tolist() == [[12, 10], [10, 8]]
-    assert merge_tensors(iso_c, base, models, {"lambda": 0.5}).tolist() == [[11, 10], [10, 9]]
+    assert merge_tensor(iso_c, base, models).tolist() == [[12, 10], [10, 8]]
+    assert merge_tensor(iso_c, base, models, {"lambda": 0.5}).tolist() == [[11, 10], [10, 9]]
     # one of them alone: all of it, or half, as there could be two
-    assert merge_tensors(iso_c, base, models[:1]).tolist() == [[13, 10], [10, 10]]
-    assert merge_tensors(iso_c, base, models[:1], {"divisor": "size"}).tolist() == [[11.5, 10], [10, 10]]
+    assert merge_tensor(iso_c, base, models[:1]).tolist() == [[13, 10], [10, 10]]
+    assert merge_tensor(iso_c, base, models[:1], {"divisor": "size"}).tolist() == [[11.5, 10], [10, 10]]
     # what counts as zero stays zero, and takes no part in the mean of the rank
-    found = merge_tensors(iso_c, base, models, {"rank_tolerance": 0.5})
+    found = merge_tensor(iso_c, base, models, {"rank_tolerance": 0.5})
     assert found.tolist() == [[13, 10], [10, 10]]
 
 
@@ -85,4 +85,4 @@ def test_scaling_the_task_vectors_scales_the_merge():
 def test_models_that_cancel_give_the_base():
     base = torch.zeros(20, 30)
     vector = make_vectors((20, 30), 1, "random")[0]
-    assert torch.equal(merge_tensors(iso_c, base, [vector, -vector]), base)
+    assert torch.equal(merge_tensor(iso_c, base, [vector, -vector]), base)

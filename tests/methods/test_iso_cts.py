@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.iso_c import iso_c
 from merganser.methods.iso_cts import common_rank, iso_cts
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, rotated, vector_error
@@ -51,10 +51,10 @@ def test_by_hand():
     base = torch.zeros(2, 2)
     models = [torch.tensor([[4.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, -2.0]])]
     # the sum has 5 and 2: one direction is common, and half of one is each model's, rounded to none
-    found = merge_tensors(iso_cts, base, models, {"common_space_fraction": 0.5})
+    found = merge_tensor(iso_cts, base, models, {"common_space_fraction": 0.5})
     torch.testing.assert_close(found, torch.tensor([[3.5, 0.0], [0.0, -3.5]]))
     # nothing is common; the models' own leading directions are 4 and 2
-    found = merge_tensors(iso_cts, base, models, {"common_space_fraction": 0.0})
+    found = merge_tensor(iso_cts, base, models, {"common_space_fraction": 0.0})
     torch.testing.assert_close(found, torch.tensor([[3.0, 0.0], [0.0, -3.0]]))
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.knots import knots
 from merganser.methods.task_arithmetic import task_arithmetic
 from merganser.methods.ties import ties
@@ -85,14 +85,14 @@ def test_turning_the_outputs_turns_the_merge():
 def test_directions_up_to_epsilon_are_left_out():
     base = torch.zeros(3, 3)
     model = torch.diag(torch.tensor([3.0, 2e-5, 1e-6]))
-    assert merge_tensors(knots, base, [model]).diagonal().tolist() == pytest.approx([3, 2e-5, 0], abs=1e-8)
-    assert torch.equal(merge_tensors(knots, base, [model], {"epsilon": 4.0}), base)
+    assert merge_tensor(knots, base, [model]).diagonal().tolist() == pytest.approx([3, 2e-5, 0], abs=1e-8)
+    assert torch.equal(merge_tensor(knots, base, [model], {"epsilon": 4.0}), base)
 
 
 def test_dropped_coordinates_average_to_what_they_were():
     (vector,) = make_vectors((30, 20), 1, "random")
     merges = [
-        merge_tensors(knots, torch.zeros(30, 20), [vector], {"rule": "sum", "drop": 0.5}, seed=seed)
+        merge_tensor(knots, torch.zeros(30, 20), [vector], {"rule": "sum", "drop": 0.5}, seed=seed)
         for seed in range(400)
     ]
     mean = torch.stack(merges).mean(0)

@@ -4,7 +4,7 @@ import torch
 from merganser import plan
 from merganser.cli import main
 from merganser.engine.in_memory import merge_state_dicts
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge
 from merganser.errors import ParameterError
 from merganser.method import Location
@@ -31,7 +31,7 @@ def at(layer, n_layers):
 def test_every_layer_is_that_of_the_reference(parameters):
     _, models = make_models((8, 5), 2, change=1.0)
     for layer in range(12):
-        found = merge_tensors(layer_swap, None, models, parameters, location=at(layer, 12))
+        found = merge_tensor(layer_swap, None, models, parameters, location=at(layer, 12))
         torch.testing.assert_close(found, reference(*models, layer, 12, **parameters).float())
 
 
@@ -44,10 +44,10 @@ def test_reaches_the_bars(change, t):
 
 def test_zones_by_hand():
     models = [torch.zeros(1), torch.ones(1)]
-    found = [merge_tensors(layer_swap, None, models, ZONES, location=at(layer, 10)).item() for layer in range(10)]
+    found = [merge_tensor(layer_swap, None, models, ZONES, location=at(layer, 10)).item() for layer in range(10)]
     assert found == [1, 1, 1, 0.5, 0, 0, 0.5, 0.5, 1, 1]
     # the zones may fill the model
-    found = [merge_tensors(layer_swap, None, models, ZONES, location=at(layer, 8)).item() for layer in range(8)]
+    found = [merge_tensor(layer_swap, None, models, ZONES, location=at(layer, 8)).item() for layer in range(8)]
     assert found == [1, 1, 1, 0.5, 0.5, 0.5, 1, 1]
 
 
@@ -57,8 +57,8 @@ def test_what_is_outside_layers_has_settings_of_its_own():
     for position, expected in (("before", 1), ("after", 0)):
         # also a layer of a tower beside the model
         for location in (Location(position), Location(position, 3, 9)):
-            assert merge_tensors(layer_swap, None, models, settings, location=location).item() == expected
-            assert merge_tensors(layer_swap, None, models, {"t": 0.25}, location=location).item() == 0.25
+            assert merge_tensor(layer_swap, None, models, settings, location=location).item() == expected
+            assert merge_tensor(layer_swap, None, models, {"t": 0.25}, location=location).item() == 0.25
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -66,7 +66,7 @@ def test_zones_are_copies(dtype):
     first, second = (model.to(dtype) for model in make_models((80, 125), 2)[1])
     first[0, :2] = second[0, :2] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4])
     for layer, expected in ((0, second), (15, first)):
-        copy = merge_tensors(layer_swap, None, [first, second], location=at(layer, 32))
+        copy = merge_tensor(layer_swap, None, [first, second], location=at(layer, 32))
         assert torch.equal(copy.view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -75,7 +75,7 @@ def test_zones_that_do_not_fit_are_refused():
     with pytest.raises(
         ParameterError, match=r"^layer_swap: bottom 3, bottom_transition 1, .* need 8 layers, there are 7"
     ):
-        merge_tensors(layer_swap, None, models, ZONES, location=at(0, 7))
+        merge_tensor(layer_swap, None, models, ZONES, location=at(0, 7))
 
 
 def test_a_merge_takes_layers_like_slices(tmp_path):

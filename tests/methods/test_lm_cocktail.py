@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import ParameterError
 from merganser.methods.linear import linear
 from merganser.methods.lm_cocktail import lm_cocktail
@@ -36,7 +36,7 @@ def test_by_hand():
     models = [torch.tensor([x]) for x in (10.0, 20.0, 60.0)]
 
     def merged(**given):
-        return merge_tensors(lm_cocktail, None, models, given).item()
+        return merge_tensor(lm_cocktail, None, models, given).item()
 
     assert merged(weight=[1, 2, 1]) == pytest.approx(27.5)
     # shares 4, 2, 1 of 7
@@ -50,24 +50,24 @@ def test_by_hand():
 def test_given_weights_are_those_of_linear():
     _, models = make_models((30, 10), 3)
     weight = {"weight": [0.7, 0.1, 0.4]}
-    expected = merge_tensors(linear, None, models, weight)
-    torch.testing.assert_close(merge_tensors(lm_cocktail, None, models, {**weight, "loss": 3.3}), expected)
+    expected = merge_tensor(linear, None, models, weight)
+    torch.testing.assert_close(merge_tensor(lm_cocktail, None, models, {**weight, "loss": 3.3}), expected)
     hot = {**weight, "loss": LOSS, "temperature": 1e9}
-    torch.testing.assert_close(merge_tensors(lm_cocktail, None, models, hot), expected)
+    torch.testing.assert_close(merge_tensor(lm_cocktail, None, models, hot), expected)
 
 
 def test_the_ends():
     _, models = make_models((30, 10), 3)
-    assert torch.equal(merge_tensors(lm_cocktail, None, models, {"alpha": 1}), models[0])
+    assert torch.equal(merge_tensor(lm_cocktail, None, models, {"alpha": 1}), models[0])
     for temperature in (1e-3, 1e-300):
-        found = merge_tensors(lm_cocktail, None, models, {"loss": [3, 1, 2], "temperature": temperature})
+        found = merge_tensor(lm_cocktail, None, models, {"loss": [3, 1, 2], "temperature": temperature})
         assert torch.equal(found, models[1])
         # what has no weight does not count, be its loss ever so low
         given = {"loss": [3, 1, 2], "weight": [1, 0, 1], "temperature": temperature}
-        assert torch.equal(merge_tensors(lm_cocktail, None, models, given), models[2])
+        assert torch.equal(merge_tensor(lm_cocktail, None, models, given), models[2])
 
 
 def test_a_weight_is_needed():
     _, models = make_models((3,), 2)
     with pytest.raises(ParameterError, match="weight is 0 for every model"):
-        merge_tensors(lm_cocktail, None, models, {"weight": 0})
+        merge_tensor(lm_cocktail, None, models, {"weight": 0})

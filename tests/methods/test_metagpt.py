@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.metagpt import metagpt
 from merganser.methods.task_arithmetic import task_arithmetic
 from tests.methods.bars import FLOAT32, assert_reaches_bars, error, make_models
@@ -32,35 +32,35 @@ def test_norms_over_the_model_reach_the_bar():
         assert error(result, add(base, models, factor)) <= FLOAT32
     # which they are not tensor by tensor
     base, models = tensors[0]
-    assert error(merge_tensors(metagpt, base, models), add(base, models, factor)) > 1e-4
+    assert error(merge_tensor(metagpt, base, models), add(base, models, factor)) > 1e-4
 
 
 def test_by_hand():
     base = torch.zeros(2)
     # squared lengths 25 and 75
     models = [torch.tensor([3.0, 4.0]), torch.tensor([5.0, 50.0**0.5])]
-    found = merge_tensors(metagpt, base, models)
+    found = merge_tensor(metagpt, base, models)
     assert found.tolist() == pytest.approx([3 / 4 + 15 / 4, 1 + 0.75 * 50**0.5])
 
 
 def test_equal_lengths_are_task_arithmetic_with_equal_factors():
     base, (model, other) = make_models((80, 125), 2)
     other = base + (other - base) * ((model - base).norm() / (other - base).norm())
-    expected = merge_tensors(task_arithmetic, base, [model, other], {"weight": 0.5})
-    torch.testing.assert_close(merge_tensors(metagpt, base, [model, other]), expected, rtol=0, atol=1e-7)
+    expected = merge_tensor(task_arithmetic, base, [model, other], {"weight": 0.5})
+    torch.testing.assert_close(merge_tensor(metagpt, base, [model, other]), expected, rtol=0, atol=1e-7)
 
 
 def test_models_that_did_not_change_count_nothing():
     base, models = make_models((80, 125), 2)
-    expected = merge_tensors(metagpt, base, models)
-    assert torch.equal(merge_tensors(metagpt, base, [models[0], base, models[1], base]), expected)
-    assert torch.equal(merge_tensors(metagpt, base, [base, models[0]]), merge_tensors(metagpt, base, models[:1]))
-    assert torch.equal(merge_tensors(metagpt, base, [base] * 4), base)
+    expected = merge_tensor(metagpt, base, models)
+    assert torch.equal(merge_tensor(metagpt, base, [models[0], base, models[1], base]), expected)
+    assert torch.equal(merge_tensor(metagpt, base, [base, models[0]]), merge_tensor(metagpt, base, models[:1]))
+    assert torch.equal(merge_tensor(metagpt, base, [base] * 4), base)
 
 
 def test_scaling_the_task_vectors_scales_the_merge():
     base, models = make_models((80, 125), 3)
     zero, vectors = torch.zeros_like(base), [model - base for model in models]
-    once = merge_tensors(metagpt, zero, vectors)
-    tiny = merge_tensors(metagpt, zero, [vector * 2.0**-60 for vector in vectors])
+    once = merge_tensor(metagpt, zero, vectors)
+    tiny = merge_tensor(metagpt, zero, [vector * 2.0**-60 for vector in vectors])
     assert torch.equal(tiny * 2.0**60, once)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.linear import linear
 from merganser.methods.metrics_weighted import metrics_weighted
 from tests.methods.bars import assert_reaches_bars, make_models
@@ -32,7 +32,7 @@ def test_by_hand():
     models = [torch.tensor([12.0]), torch.tensor([24.0])]
 
     def merged(**given):
-        return merge_tensors(metrics_weighted, None, models, given).item()
+        return merge_tensor(metrics_weighted, None, models, given).item()
 
     # 1/1 and 1/2, then 1 and 1/4
     assert merged(metric=[1, 2]) == pytest.approx(16)
@@ -42,14 +42,14 @@ def test_by_hand():
 
 def test_equal_metrics_or_no_penalty_give_the_uniform_soup():
     _, models = make_models((30, 10), 3)
-    uniform = merge_tensors(linear, None, models, {"weight": 1})
+    uniform = merge_tensor(linear, None, models, {"weight": 1})
     for given in ({"metric": 0.3}, {"metric": [1, 2, 3], "penalty": 0}):
-        torch.testing.assert_close(merge_tensors(metrics_weighted, None, models, given), uniform)
+        torch.testing.assert_close(merge_tensor(metrics_weighted, None, models, given), uniform)
 
 
 def test_a_large_penalty_gives_the_best():
     _, models = make_models((30, 10), 3)
     for penalty in (1e6, 1e308):
         given = {"metric": [2.0, 1e-300, 1e300], "penalty": penalty}
-        assert torch.equal(merge_tensors(metrics_weighted, None, models, given), models[1])
-        assert torch.equal(merge_tensors(metrics_weighted, None, models, {**given, "by": "step"}), models[2])
+        assert torch.equal(merge_tensor(metrics_weighted, None, models, given), models[1])
+        assert torch.equal(merge_tensor(metrics_weighted, None, models, {**given, "by": "step"}), models[2])

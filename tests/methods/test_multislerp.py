@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.multislerp import multislerp
 from merganser.methods.nuslerp import nuslerp
 from tests.methods.bars import assert_reaches_bars, make_models
@@ -32,7 +32,7 @@ def test_reaches_the_bars_on_a_million_elements():
 
 def test_has_the_weighted_mean_of_the_lengths():
     _, models = make_models((80, 125), 3, change=2.0)
-    merged = merge_tensors(multislerp, None, models, {"weight": [1, 2, 5]})
+    merged = merge_tensor(multislerp, None, models, {"weight": [1, 2, 5]})
     lengths = torch.stack([model.norm() for model in models])
     torch.testing.assert_close(merged.norm(), lengths @ torch.tensor([1 / 8, 2 / 8, 5 / 8]), rtol=1e-5, atol=0)
 
@@ -40,14 +40,14 @@ def test_has_the_weighted_mean_of_the_lengths():
 def test_half_way_between_two_of_one_length_it_is_slerp():
     _, models = make_models((80, 125), 2)
     models[1] = models[1] * (models[0].norm() / models[1].norm())
-    merged = merge_tensors(multislerp, None, models, {"weight": [1, 1]})
-    torch.testing.assert_close(merged, merge_tensors(nuslerp, None, models, {"weight": [1, 1]}), rtol=1e-5, atol=1e-7)
+    merged = merge_tensor(multislerp, None, models, {"weight": [1, 1]})
+    torch.testing.assert_close(merged, merge_tensor(nuslerp, None, models, {"weight": [1, 1]}), rtol=1e-5, atol=1e-7)
 
 
 def test_one_model_is_returned_as_it_is():
     base, models = make_models((80, 125), 1)
     for start in (base, None):
-        merged = merge_tensors(multislerp, start, models, {"weight": [0.3], "normalize_weights": False})
+        merged = merge_tensor(multislerp, start, models, {"weight": [0.3], "normalize_weights": False})
         assert torch.equal(merged, models[0])
 
 
@@ -57,11 +57,11 @@ def test_directions_that_cancel_are_averaged_as_they_are(n):
     angles = torch.arange(n) * (2 * torch.pi / n)
     units = torch.stack([angles.cos(), angles.sin()], dim=1)
     models = list(units * torch.tensor([[3.0], [1.0], [1.0]])[:n])
-    merged = merge_tensors(multislerp, None, models, {"weight": [1.0] * n}, compute=torch.float64)
+    merged = merge_tensor(multislerp, None, models, {"weight": [1.0] * n}, compute=torch.float64)
     torch.testing.assert_close(merged, torch.tensor([2.0 / n, 0.0]), rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_of_zeros_has_no_direction_but_counts_in_the_length():
     _, models = make_models((80, 125), 1)
-    merged = merge_tensors(multislerp, None, [models[0], torch.zeros_like(models[0])], {"weight": [1, 1]})
+    merged = merge_tensor(multislerp, None, [models[0], torch.zeros_like(models[0])], {"weight": [1, 1]})
     torch.testing.assert_close(merged, models[0] / 2, rtol=1e-6, atol=0)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.nuslerp import nuslerp
 from merganser.methods.slerp import slerp
 from tests.methods.bars import assert_reaches_bars, make_models
@@ -28,29 +28,29 @@ def test_reaches_the_bars_on_a_million_elements(axis):
 
 def test_without_a_base_it_is_slerp():
     base, (model,) = make_models((80, 125), 1, change=1.0)
-    weighted = merge_tensors(nuslerp, None, [base, model], {"weight": [0.3, 0.7]})
-    torch.testing.assert_close(weighted, merge_tensors(slerp, base, [model], {"t": 0.7}), rtol=1e-6, atol=1e-8)
+    weighted = merge_tensor(nuslerp, None, [base, model], {"weight": [0.3, 0.7]})
+    torch.testing.assert_close(weighted, merge_tensor(slerp, base, [model], {"t": 0.7}), rtol=1e-6, atol=1e-8)
 
 
 def test_rows_and_columns_are_those_of_the_transposed():
     base, models = make_models((60, 50), 2)
-    across = merge_tensors(nuslerp, base.T, [model.T for model in models], {"weight": [0.3, 0.7], **ROWS})
-    down = merge_tensors(nuslerp, base, models, {"weight": [0.3, 0.7], **COLUMNS})
+    across = merge_tensor(nuslerp, base.T, [model.T for model in models], {"weight": [0.3, 0.7], **ROWS})
+    down = merge_tensor(nuslerp, base, models, {"weight": [0.3, 0.7], **COLUMNS})
     torch.testing.assert_close(across.T, down, rtol=1e-6, atol=1e-8)
 
 
 def test_columns_are_measured_over_all_blocks():
     base, models = make_models((60, 50), 2)
     parameters = {"weight": [0.3, 0.7], **COLUMNS}
-    whole = merge_tensors(nuslerp, base, models, parameters)
-    assert torch.equal(merge_tensors(nuslerp, base, models, parameters, block=50), whole)
+    whole = merge_tensor(nuslerp, base, models, parameters)
+    assert torch.equal(merge_tensor(nuslerp, base, models, parameters, block=50), whole)
 
 
 @pytest.mark.parametrize("axis", [{}, ROWS, COLUMNS])
 def test_a_vector_is_one_vector(axis):
     base, models = make_models((500,), 2)
-    merged = merge_tensors(nuslerp, base, models, {"weight": [0.3, 0.7], **axis})
-    expected = merge_tensors(nuslerp, base, models, {"weight": [0.3, 0.7]})
+    merged = merge_tensor(nuslerp, base, models, {"weight": [0.3, 0.7], **axis})
+    expected = merge_tensor(nuslerp, base, models, {"weight": [0.3, 0.7]})
     torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -58,9 +58,9 @@ def test_a_vector_is_one_vector(axis):
 def test_all_weight_on_one_model_gives_it(axis):
     base, models = make_models((60, 50), 2)
     for weight, model in (([1, 0], models[0]), ([0, 1], models[1])):
-        merged = merge_tensors(nuslerp, base, models, {"weight": weight, **axis})
+        merged = merge_tensor(nuslerp, base, models, {"weight": weight, **axis})
         torch.testing.assert_close(merged, model, rtol=1e-6, atol=1e-8)
-        assert torch.equal(merge_tensors(nuslerp, None, models, {"weight": weight, **axis}), model)
+        assert torch.equal(merge_tensor(nuslerp, None, models, {"weight": weight, **axis}), model)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_all_weight_on_one_model_gives_it(axis):
 )
 def test_only_the_ratio_of_weights_counts_until_they_cancel(weight, like):
     base, models = make_models((60, 50), 2)
-    merged = merge_tensors(nuslerp, base, models, {"weight": weight})
-    assert torch.equal(merged, merge_tensors(nuslerp, base, models, {"weight": like}))
+    merged = merge_tensor(nuslerp, base, models, {"weight": weight})
+    assert torch.equal(merged, merge_tensor(nuslerp, base, models, {"weight": like}))
 
 
 def test_only_the_products_in_use_are_measured():
@@ -83,7 +83,7 @@ def test_only_the_products_in_use_are_measured():
 def test_opposite_task_vectors_take_the_straight_line(axis):
     base, (model, _) = make_models((60, 50), 2, change=0.5)
     model = base + (model - base)
-    merged = merge_tensors(
+    merged = merge_tensor(
         nuslerp, torch.zeros_like(base), [model - base, base - model], {"weight": [0.75, 0.25], **axis}
     )
     torch.testing.assert_close(merged, (model - base) / 2, rtol=1e-5, atol=1e-7)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from merganser.engine import run
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge
 from merganser.methods.opcm import add_projected, divisor, opcm
 from tests.making import make_recipe, read_model, write_llamas
@@ -18,9 +18,7 @@ def test_reaches_the_bar(alpha, kind, n):
     for shape in SHAPES:
         base, models = make_matrices(shape, n, kind)
         narrow = [tensor.float() for tensor in (base, *models)]
-        merged = merge_tensors(
-            opcm, narrow[0], narrow[1:], {"alpha": alpha}, dtype=torch.float64, compute=torch.float32
-        )
+        merged = merge_tensor(opcm, narrow[0], narrow[1:], {"alpha": alpha}, dtype=torch.float64, compute=torch.float32)
         (expected,), _ = reference([(narrow[0], narrow[1:])], alpha=alpha)
         error = (merged - expected).norm() / (expected - base).norm()
         assert error <= BARS[kind], (shape, error)
@@ -72,8 +70,8 @@ def test_the_norm_is_the_mean_of_all_norms():
 def test_one_model_is_that_model_and_so_are_equal_ones():
     base, (model, other) = make_matrices((30, 50), 2, "random")
     for models in ([model], [model] * 4):
-        torch.testing.assert_close(merge_tensors(opcm, base, models), model, rtol=1e-9, atol=1e-12)
-    assert torch.equal(merge_tensors(opcm, base, [base, base]), base)
+        torch.testing.assert_close(merge_tensor(opcm, base, models), model, rtol=1e-9, atol=1e-12)
+    assert torch.equal(merge_tensor(opcm, base, [base, base]), base)
     # the norm of the mean: half
     torch.testing.assert_close(steps(opcm, base, [base, other]), (other - base) / 2, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(steps(opcm, base, [model, base]), (model - base) / 2, rtol=1e-9, atol=1e-12)
@@ -83,14 +81,14 @@ def test_one_model_is_that_model_and_so_are_equal_ones():
 def test_a_later_merge_goes_on_from_an_earlier_one(split):
     base, models = make_matrices((30, 50), 4, "random")
     models = [base + (i + 1) * (model - base) for i, model in enumerate(models)]
-    whole = merge_tensors(opcm, base, models, {"alpha": 0.4})
-    early = merge_tensors(opcm, base, models[:split], {"alpha": 0.4})
+    whole = merge_tensor(opcm, base, models, {"alpha": 0.4})
+    early = merge_tensor(opcm, base, models[:split], {"alpha": 0.4})
     _, scale = reference([(base, models[:split])], alpha=0.4)
     state = {"merged": split, "scale": scale}
-    later = merge_tensors(opcm, base, [early, *models[split:]], {"alpha": 0.4, **state})
+    later = merge_tensor(opcm, base, [early, *models[split:]], {"alpha": 0.4, **state})
     torch.testing.assert_close(later, whole, rtol=1e-9, atol=1e-12)
     if split > 1:
-        forgotten = merge_tensors(opcm, base, [early, *models[split:]], {"alpha": 0.4})
+        forgotten = merge_tensor(opcm, base, [early, *models[split:]], {"alpha": 0.4})
         assert (forgotten - whole).norm() > 0.05 * (whole - base).norm()
 
 
@@ -122,8 +120,8 @@ def test_many_models_and_scales():
     found = steps(opcm, base, models)
     assert torch.isfinite(found).all()
     zero, deltas = torch.zeros(9, 7), [(model - base).float() for model in models]
-    once = merge_tensors(opcm, zero, deltas)
-    torch.testing.assert_close(merge_tensors(opcm, zero, [delta * 2.0**-60 for delta in deltas]) * 2.0**60, once)
+    once = merge_tensor(opcm, zero, deltas)
+    torch.testing.assert_close(merge_tensor(opcm, zero, [delta * 2.0**-60 for delta in deltas]) * 2.0**60, once)
 
 
 def test_a_merge_on_disk_goes_on_from_what_its_record_says(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.passthrough import passthrough
 from tests.methods.bars import assert_reaches_bars, make_models
 from tests.reference.passthrough import passthrough as reference
@@ -22,11 +22,11 @@ def test_copies_bit_by_bit(dtype):
     model[0, :6] = torch.tensor(
         [0.0, -0.0, limits.smallest_normal / 4, -limits.smallest_normal / 4, limits.max, limits.min], dtype=dtype
     )
-    copy = merge_tensors(passthrough, None, [model])
+    copy = merge_tensor(passthrough, None, [model])
     assert torch.equal(copy.view(torch.uint8), model.view(torch.uint8))
 
 
 def test_takes_one_model():
     _, models = make_models((4,), 2)
     with pytest.raises(ValueError, match="exactly 1 model, got 2"):
-        merge_tensors(passthrough, None, models)
+        merge_tensor(passthrough, None, models)

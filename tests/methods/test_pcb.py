@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.pcb import pcb
 from merganser.methods.ties import ties
 from tests.methods.bars import assert_reaches_bars, error, make_models
@@ -57,7 +57,7 @@ def test_balance_over_the_model_is_that_of_one_long_tensor(form):
     # the differences of rounded weights
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-8)
     # which the tensors are not on their own
-    alone = merge_tensors(pcb, *tensors[0], {"form": form, "balance_over": "tensor"})
+    alone = merge_tensor(pcb, *tensors[0], {"form": form, "balance_over": "tensor"})
     assert error(merged[0] - tensors[0][0], (alone - tensors[0][0]).double()) > 0.01
 
 
@@ -72,14 +72,14 @@ def test_the_paper_by_hand():
     intra = [softmax(0.5, 0, 2), softmax(0, 2, 2 / 5)]
     own, cross = [softmax(0.25, 0, 1), softmax(0, 1, 0.2)], softmax(1, 0.8, 0)
     first, second = ([intra[i][p] * (own[i][p] + cross[p]) for p in range(3)] for i in range(2))
-    found = merge_tensors(pcb, base, models, {"density": 1})
+    found = merge_tensor(pcb, base, models, {"density": 1})
     expected = [1, 4 * second[1] / (first[1] + second[1]), 2 * (first[2] - second[2]) / (first[2] + second[2])]
     assert found.tolist() == pytest.approx(expected)
     # two of three are kept, then one
     assert sorted(range(3), key=lambda p: first[p]) == [1, 0, 2]
     assert sorted(range(3), key=lambda p: second[p]) == [2, 0, 1]
-    assert merge_tensors(pcb, base, models, {"density": 0.67}).tolist() == pytest.approx([1, 4, 2])
-    assert merge_tensors(pcb, base, models, {"density": 0.34}).tolist() == pytest.approx([0, 4, 2])
+    assert merge_tensor(pcb, base, models, {"density": 0.67}).tolist() == pytest.approx([1, 4, 2])
+    assert merge_tensor(pcb, base, models, {"density": 0.34}).tolist() == pytest.approx([0, 4, 2])
 
 
 def test_the_code_by_hand():
@@ -88,39 +88,39 @@ def test_the_code_by_hand():
     # sums 2 4 1; normalized magnitudes 0.5 0 1 and 0 1 0
     first = [math.exp(0.5) * math.tanh(2), 0, math.exp(2) * math.tanh(2)]
     second = [math.tanh(2), math.exp(2) * math.tanh(16), math.tanh(-1)]
-    found = merge_tensors(pcb, base, models, {"form": "code", "density": 1, "clip": 0})
+    found = merge_tensor(pcb, base, models, {"form": "code", "density": 1, "clip": 0})
     lowest = second[2]
     shares = [[x / first[2] for x in first], [(x - lowest) / (second[1] - lowest) for x in second]]
     assert found.tolist() == pytest.approx([1, 4, 2])
     assert shares[0][1] == shares[1][2] == 0
-    weighted = merge_tensors(pcb, base, models, {"form": "code", "density": 1, "clip": 0, "weight": [1, 3]})
+    weighted = merge_tensor(pcb, base, models, {"form": "code", "density": 1, "clip": 0, "weight": [1, 3]})
     at_first = (shares[0][0] + 3 * shares[1][0]) / (shares[0][0] + shares[1][0])
     assert weighted.tolist() == pytest.approx([at_first, 12, 2])
     # what is at the cut weighs nothing
-    half = merge_tensors(pcb, base, models, {"form": "code", "density": 0.66, "clip": 0})
+    half = merge_tensor(pcb, base, models, {"form": "code", "density": 0.66, "clip": 0})
     assert half.tolist() == pytest.approx([0, 4, 2])
 
 
 def test_one_model_in_the_form_of_the_paper_is_trimmed_as_ties_does():
     base, (model,) = make_models((80, 125), 1)
     for density in (0.1, 0.37, 1.0):
-        expected = merge_tensors(ties, base, [model], {"weight": 1, "density": density})
-        found = merge_tensors(pcb, base, [model], {"density": density})
+        expected = merge_tensor(ties, base, [model], {"weight": 1, "density": density})
+        found = merge_tensor(pcb, base, [model], {"density": density})
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
 
 
 def test_equal_models_stay_where_all_is_kept():
     base, (model,) = make_models((80, 125), 1)
-    found = merge_tensors(pcb, base, [model] * 3, {"density": 1})
+    found = merge_tensor(pcb, base, [model] * 3, {"density": 1})
     torch.testing.assert_close(found, model, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("form", ["paper", "code"])
 def test_task_vectors_without_structure_are_averaged(form):
     constant = [torch.full((5,), step) for step in (0.25, 0.75)]
-    assert merge_tensors(pcb, torch.zeros(5), constant, {"form": form}).tolist() == [0.5] * 5
+    assert merge_tensor(pcb, torch.zeros(5), constant, {"form": form}).tolist() == [0.5] * 5
     # which is so for a single number, too
-    found = merge_tensors(pcb, torch.tensor(1.0), [torch.tensor(2.0), torch.tensor(4.0)], {"form": form})
+    found = merge_tensor(pcb, torch.tensor(1.0), [torch.tensor(2.0), torch.tensor(4.0)], {"form": form})
     assert found.item() == 3
 
 
@@ -128,24 +128,24 @@ def test_task_vectors_without_structure_are_averaged(form):
 def test_turning_the_task_vectors_turns_the_merge(form):
     base, models = make_models((80, 125), 3)
     zero, vectors = torch.zeros_like(base), [model - base for model in models]
-    there = merge_tensors(pcb, zero, vectors, {"form": form})
-    assert torch.equal(there, -merge_tensors(pcb, zero, [-vector for vector in vectors], {"form": form}))
+    there = merge_tensor(pcb, zero, vectors, {"form": form})
+    assert torch.equal(there, -merge_tensor(pcb, zero, [-vector for vector in vectors], {"form": form}))
 
 
 def test_scaling_the_task_vectors_scales_the_merge_in_the_form_of_the_paper():
     base, models = make_models((80, 125), 3)
     zero, vectors = torch.zeros_like(base), [model - base for model in models]
-    once = merge_tensors(pcb, zero, vectors)
-    tiny = merge_tensors(pcb, zero, [vector * 2.0**-80 for vector in vectors])
+    once = merge_tensor(pcb, zero, vectors)
+    tiny = merge_tensor(pcb, zero, [vector * 2.0**-80 for vector in vectors])
     assert torch.equal(tiny * 2.0**80, once)
 
 
 @pytest.mark.parametrize("form", ["paper", "code"])
 def test_models_that_did_not_change_give_the_base(form):
     base, (model,) = make_models((80, 125), 1)
-    assert torch.equal(merge_tensors(pcb, base, [base] * 3, {"form": form}), base)
+    assert torch.equal(merge_tensor(pcb, base, [base] * 3, {"form": form}), base)
     opposite = [model, base - (model - base)]
-    assert torch.isfinite(merge_tensors(pcb, base, opposite, {"form": form})).all()
+    assert torch.isfinite(merge_tensor(pcb, base, opposite, {"form": form})).all()
 
 
 def test_only_the_passes_of_one_form_are_made():

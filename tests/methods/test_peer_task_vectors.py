@@ -2,7 +2,7 @@
 
 import pytest
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.method.registry import get_method
 from tests.methods.bars import FLOAT32, error, make_models
 
@@ -41,7 +41,7 @@ def test_agrees_with_mergekit(name, parameters, change):
     mergekit = pytest.importorskip("mergekit.merge_methods")
     base, models = make_models((80, 125), 3, change=change)
     method = get_method(name)
-    ours = merge_tensors(method, base, models, {**parameters, **method.mergekit})
+    ours = merge_tensor(method, base, models, {**parameters, **method.mergekit})
     wide = [tensor.double() for tensor in (base, *models)]
-    theirs = mergekit.merge_tensors(wide, name, parameters=parameters, base_index=0)
+    theirs = mergekit.merge_tensor(wide, name, parameters=parameters, base_index=0)
     assert error(ours, theirs) <= FLOAT32

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.r_tsvm import outlier_mass, r_tsvm
 from merganser.methods.tsv_m import tsv_m
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, vector_error
@@ -52,4 +52,4 @@ def test_without_outliers_the_weights_are_equal():
 
 def test_models_without_changes_give_the_base():
     base = make_vectors((20, 30), 1, "random")[0]
-    assert torch.equal(merge_tensors(r_tsvm, base, [base, base]), base)
+    assert torch.equal(merge_tensor(r_tsvm, base, [base, base]), base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.regmean import regmean
 from merganser.methods.task_arithmetic import task_arithmetic
 from tests.methods.spectra import KINDS, SHAPES, make_matrices
@@ -31,7 +31,7 @@ def grams(columns, n, *, tokens=400, seed=0):
 
 
 def merged(base, models, data, **parameters):
-    return merge_tensors(regmean, base, models, parameters, data={"gram": data})
+    return merge_tensor(regmean, base, models, parameters, data={"gram": data})
 
 
 @pytest.mark.parametrize("parameters", SETTINGS, ids=str)
@@ -63,7 +63,7 @@ def test_by_hand():
 def test_equal_grams_give_the_average_and_one_model_itself():
     base, models = make_matrices((24, 40), 3, "random")
     same = grams(40, 1) * 3
-    average = merge_tensors(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
+    average = merge_tensor(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
     torch.testing.assert_close(merged(base, models, same), average, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(merged(base, models[:1], same[:1]), models[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(merged(base, [models[0]] * 3, grams(40, 3)), models[0], rtol=1e-9, atol=1e-12)
@@ -93,7 +93,7 @@ def test_nothing_fits_better():
     least = _loss(best, models, data)
     generator = torch.Generator().manual_seed(0)
     noise = [1e-4 * torch.randn(24, 40, generator=generator, dtype=torch.float64) for _ in range(5)]
-    average = merge_tensors(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
+    average = merge_tensor(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
     for other in (average, base, *models, *(best + own for own in noise)):
         assert least < _loss(other, models, data)
 
@@ -129,7 +129,7 @@ def test_directions_without_input_keep_the_reference(reference):
         gram[30:] = 0
         gram[:, 30:] = 0
     start = (
-        merge_tensors(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
+        merge_tensor(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
         if reference == "average"
         else base
     )
@@ -146,7 +146,7 @@ def test_who_received_no_token_has_no_say():
     torch.testing.assert_close(
         found, merged(base, models[:2], [first, second], reference="base"), rtol=1e-9, atol=1e-12
     )
-    average = merge_tensors(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
+    average = merge_tensor(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
     torch.testing.assert_close(merged(base, models, [zero] * 3), average, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(merged(base, models, [zero] * 3, reference="base"), base)
 
@@ -165,6 +165,4 @@ def test_without_statistics_matrices_are_averaged():
     base, models = make_matrices((24, 40), 3, "random")
     weight = [1.0, 2.0, 5.0]
     expected = sum(w * model for w, model in zip(weight, models, strict=True)) / 8
-    torch.testing.assert_close(
-        merge_tensors(regmean, base, models, {"weight": weight}), expected, rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(merge_tensor(regmean, base, models, {"weight": weight}), expected, rtol=1e-9, atol=1e-12)

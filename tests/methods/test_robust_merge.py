@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.robust_merge import pruned, robust_merge, scales
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, vector_error
 from tests.reference.robust_merge import robust_merge as reference
@@ -90,4 +90,4 @@ def test_scaling_the_task_vectors_scales_the_merge():
 
 def test_models_without_changes_give_the_base():
     base = make_vectors((20, 30), 1, "random")[0]
-    assert torch.equal(merge_tensors(robust_merge, base, [base, base]), base)
+    assert torch.equal(merge_tensor(robust_merge, base, [base, base]), base)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.method import methods
 
 SPECTRAL = [method for method in methods().values() if method.family == "spectral"]
@@ -35,7 +35,7 @@ def stored_experts(dtype, *, base_rounded):
 
 def step(method, base, models):
     """Return what a merge at the defaults adds to the base, float64."""
-    return merge_tensors(method, base, models, dtype=torch.float64, compute=torch.float32) - base.double()
+    return merge_tensor(method, base, models, dtype=torch.float64, compute=torch.float32) - base.double()
 
 
 def alone(method, vectors):

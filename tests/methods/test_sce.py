@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.sce import sce, spread
 from tests.methods.bars import assert_reaches_bars, make_models
 from tests.reference.sce import sce as reference
@@ -42,23 +42,23 @@ def test_by_hand():
     models = [torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([-1.0, 1.0, 0.0, 1.0])]
     # mean squares 14 and 3: their shares decide where both agree
     first = 14 / 17
-    assert merge_tensors(sce, base, models).tolist() == pytest.approx([3, 1, 2, 1])
+    assert merge_tensor(sce, base, models).tolist() == pytest.approx([3, 1, 2, 1])
     two = [torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 1.0])]
-    assert merge_tensors(sce, base, two).tolist() == pytest.approx([first * 3 + 3 / 17, 1, 2, 1])
+    assert merge_tensor(sce, base, two).tolist() == pytest.approx([first * 3 + 3 / 17, 1, 2, 1])
     # two thirds of the three that vary
-    selected = merge_tensors(sce, base, models, {"select_topk": 0.67})
+    selected = merge_tensor(sce, base, models, {"select_topk": 0.67})
     assert selected.tolist() == pytest.approx([3, 0, 2, 0])
     # a third of them, which is two, as they vary equally: the mean squares are 13 and 1
-    weighed = merge_tensors(sce, base, two, {"select_topk": 0.34, "select": "weight"})
+    weighed = merge_tensor(sce, base, two, {"select_topk": 0.34, "select": "weight"})
     assert weighed.tolist() == pytest.approx([13 / 14 * 3 + 1 / 14, 1, 2, 1])
 
 
 def test_elements_that_vary_as_much_as_the_last_are_all_selected():
     base = torch.zeros(6)
     models = [torch.tensor([1.0, 2.0, 1.0, 4.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 0.0, 1.0, 0.0, 0.0])]
-    found = merge_tensors(sce, base, models, {"select_topk": 0.4})
+    found = merge_tensor(sce, base, models, {"select_topk": 0.4})
     assert (found != 0).tolist() == [True, True, True, True, False, True]
-    found = merge_tensors(sce, base, models, {"select_topk": 0.39})
+    found = merge_tensor(sce, base, models, {"select_topk": 0.39})
     assert (found != 0).tolist() == [False, False, False, True, False, False]
 
 
@@ -85,8 +85,8 @@ def test_the_spread_is_the_variance():
 
 def test_equal_models_are_that_model_unless_a_selection_finds_no_difference():
     base, (model,) = make_models((80, 125), 1)
-    torch.testing.assert_close(merge_tensors(sce, base, [model] * 3), model, rtol=0, atol=1e-8)
-    assert torch.equal(merge_tensors(sce, base, [model] * 3, {"select_topk": 0.9}), base)
+    torch.testing.assert_close(merge_tensor(sce, base, [model] * 3), model, rtol=0, atol=1e-8)
+    assert torch.equal(merge_tensor(sce, base, [model] * 3, {"select_topk": 0.9}), base)
 
 
 def test_scaling_the_task_vectors_scales_the_merge():
@@ -94,16 +94,16 @@ def test_scaling_the_task_vectors_scales_the_merge():
     zero = torch.zeros_like(base)
     vectors = [model - base for model in models]
     for parameters in ({}, {"select_topk": 0.3}, {"select_topk": 0.3, "select": "weight"}):
-        once = merge_tensors(sce, zero, vectors, parameters)
-        tiny = merge_tensors(sce, zero, [vector * 2.0**-40 for vector in vectors], parameters)
+        once = merge_tensor(sce, zero, vectors, parameters)
+        tiny = merge_tensor(sce, zero, [vector * 2.0**-40 for vector in vectors], parameters)
         assert torch.equal(tiny * 2.0**40, once)
 
 
 def test_a_floor_makes_small_models_equal():
     base = torch.zeros(2)
     models = [torch.tensor([3e-4, 0.0]), torch.tensor([1e-4, 1e-4])]
-    assert merge_tensors(sce, base, models)[0].item() == pytest.approx(9 / 11 * 3e-4 + 2 / 11 * 1e-4)
-    assert merge_tensors(sce, base, models, {"floor": 1e-6})[0].item() == pytest.approx(2e-4)
+    assert merge_tensor(sce, base, models)[0].item() == pytest.approx(9 / 11 * 3e-4 + 2 / 11 * 1e-4)
+    assert merge_tensor(sce, base, models, {"floor": 1e-6})[0].item() == pytest.approx(2e-4)
 
 
 def test_passes_are_saved_where_all_is_selected():

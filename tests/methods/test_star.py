@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.star import star
 from merganser.methods.task_arithmetic import task_arithmetic
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, rotated, vector_error
@@ -37,12 +37,12 @@ def test_by_hand():
     base = torch.full((3, 3), 10.0)
     model = base + torch.diag(torch.tensor([5.0, -3.0, 2.0]))
     diagonals = {
-        eta: merge_tensors(star, base, [model], {"eta": eta}).diagonal().sub(10).tolist() for eta in (0.5, 0.6, 0.9)
+        eta: merge_tensor(star, base, [model], {"eta": eta}).diagonal().sub(10).tolist() for eta in (0.5, 0.6, 0.9)
     }
     assert diagonals[0.5] == pytest.approx([10, 0, 0])
     assert diagonals[0.6] == pytest.approx([6.25, -3.75, 0])
     assert diagonals[0.9] == pytest.approx([5, -3, 2])
-    assert merge_tensors(star, base, [model, base], {"eta": 0.5})[0, 0].item() == pytest.approx(15)
+    assert merge_tensor(star, base, [model, base], {"eta": 0.5})[0, 0].item() == pytest.approx(15)
 
 
 def test_equal_singular_values_are_counted_not_rounded():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.iso_c import iso_c
 from merganser.methods.subspace_boosting import subspace_boosting
 from merganser.methods.task_arithmetic import task_arithmetic
@@ -39,10 +39,10 @@ def test_by_hand():
     models = [base + torch.diag(torch.tensor([5.0, 0.0, 1.0])), base + torch.diag(torch.tensor([0.0, -4.0, 0.0]))]
     # of 10, the first makes up half, and the first two nine tenths
     for beta, expected in ((0.3, (5, 5, 5)), (0.5, (5, 5, 5)), (0.51, (5, 4, 4)), (0.9, (5, 4, 4)), (0.91, (5, 4, 1))):
-        merged = merge_tensors(subspace_boosting, base, models, {"beta": beta, "normalize": False})
+        merged = merge_tensor(subspace_boosting, base, models, {"beta": beta, "normalize": False})
         assert merged.diagonal().tolist() == pytest.approx([10 + expected[0], 10 - expected[1], 10 + expected[2]])
     # the mean of two is half of their sum
-    merged = merge_tensors(subspace_boosting, base, models, {"beta": 0.51})
+    merged = merge_tensor(subspace_boosting, base, models, {"beta": 0.51})
     assert merged.diagonal().tolist() == pytest.approx([12.5, 8, 12])
 
 
@@ -84,4 +84,4 @@ def test_scaling_the_task_vectors_scales_the_merge():
 
 def test_models_that_cancel_give_the_base():
     vector = make_vectors((20, 30), 1, "random")[0]
-    assert torch.equal(merge_tensors(subspace_boosting, torch.zeros(20, 30), [vector, -vector]), torch.zeros(20, 30))
+    assert torch.equal(merge_tensor(subspace_boosting, torch.zeros(20, 30), [vector, -vector]), torch.zeros(20, 30))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.svc import svc
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, rotated, vector_error
 from tests.reference.svc import svc as reference
@@ -38,13 +38,13 @@ def test_by_hand():
     # in the first direction both say 4; the second belongs to the second model
     models = [base + torch.tensor([[4.0, 0.0], [0.0, 0.0]]), base + torch.tensor([[4.0, 0.0], [0.0, 2.0]])]
     # the sum overshoots both by 2; the other direction by 1, and what is missing in the first model counts 0.5
-    merged = merge_tensors(svc, base, models, {"lambda": 1.0, "alpha": 0.5})
+    merged = merge_tensor(svc, base, models, {"lambda": 1.0, "alpha": 0.5})
     torch.testing.assert_close(merged, base + torch.tensor([[4.0, 0.0], [0.0, 2 / 0.75]]))
     # of a tenth of the sum, no direction reaches alpha
-    merged = merge_tensors(svc, base, models, {"lambda": 0.1, "alpha": 0.5})
+    merged = merge_tensor(svc, base, models, {"lambda": 0.1, "alpha": 0.5})
     torch.testing.assert_close(merged, base + torch.tensor([[0.8 / 0.5, 0.0], [0.0, 0.2 / 0.5]]))
     # and without an alpha the missing response counts nothing
-    merged = merge_tensors(svc, base, models, {"lambda": 0.1, "alpha": 0.0})
+    merged = merge_tensor(svc, base, models, {"lambda": 0.1, "alpha": 0.0})
     torch.testing.assert_close(merged, base + torch.tensor([[4.0, 0.0], [0.0, 4.0]]))
 
 
@@ -97,4 +97,4 @@ def test_scaling_the_task_vectors_scales_the_merge():
 
 def test_models_that_cancel_give_the_base():
     vector = make_vectors((20, 30), 1, "random")[0]
-    assert torch.equal(merge_tensors(svc, torch.zeros(20, 30), [vector, -vector]), torch.zeros(20, 30))
+    assert torch.equal(merge_tensor(svc, torch.zeros(20, 30), [vector, -vector]), torch.zeros(20, 30))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.consensus import consensus
 from merganser.methods.tall_masks import tall_masks
 from tests.methods.bars import assert_reaches_bars, error, make_models
@@ -71,8 +71,8 @@ def test_scaling_the_task_vectors_scales_what_is_restored():
 def test_the_merged_model_is_consensus_without_a_quorum():
     base, models = make_models((80, 125), 3)
     for lambda_ in (1.0, 0.3):
-        merged = merge_tensors(tall_masks, base, models, {"lambda": lambda_})
-        other = merge_tensors(consensus, base, models, {"k": 0, "lambda": lambda_})
+        merged = merge_tensor(tall_masks, base, models, {"lambda": lambda_})
+        other = merge_tensor(consensus, base, models, {"k": 0, "lambda": lambda_})
         torch.testing.assert_close(merged, other, rtol=0, atol=2e-8)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import ParameterError
 from merganser.methods.linear import linear
 from merganser.methods.task_arithmetic import task_arithmetic
@@ -30,31 +30,31 @@ def test_reaches_the_bars_on_a_million_elements():
 
 def test_one_model_in_full_is_that_model():
     base, (model,) = make_models((80, 125), 1)
-    torch.testing.assert_close(merge_tensors(task_arithmetic, base, [model], {"weight": 1}), model, rtol=0, atol=1e-8)
+    torch.testing.assert_close(merge_tensor(task_arithmetic, base, [model], {"weight": 1}), model, rtol=0, atol=1e-8)
 
 
 def test_no_lambda_gives_the_base():
     base, models = make_models((80, 125), 2)
-    assert torch.equal(merge_tensors(task_arithmetic, base, models, {"weight": 1, "lambda": 0}), base)
+    assert torch.equal(merge_tensor(task_arithmetic, base, models, {"weight": 1, "lambda": 0}), base)
 
 
 def test_equal_shares_are_the_mean():
     base, models = make_models((80, 125), 3)
-    shares = merge_tensors(task_arithmetic, base, models, {"weight": 1, "lambda": 1 / 3})
-    torch.testing.assert_close(shares, merge_tensors(linear, None, models, {"weight": 1}), rtol=0, atol=3e-8)
+    shares = merge_tensor(task_arithmetic, base, models, {"weight": 1, "lambda": 1 / 3})
+    torch.testing.assert_close(shares, merge_tensor(linear, None, models, {"weight": 1}), rtol=0, atol=3e-8)
 
 
 def test_task_vectors_add():
     base, models = make_models((80, 125), 2)
-    first = merge_tensors(task_arithmetic, base, models[:1], {"weight": 0.5})
-    second = merge_tensors(task_arithmetic, base, models[1:], {"weight": 0.25})
-    both = merge_tensors(task_arithmetic, base, models, {"weight": [0.5, 0.25]})
+    first = merge_tensor(task_arithmetic, base, models[:1], {"weight": 0.5})
+    second = merge_tensor(task_arithmetic, base, models[1:], {"weight": 0.25})
+    both = merge_tensor(task_arithmetic, base, models, {"weight": [0.5, 0.25]})
     torch.testing.assert_close(both - base, (first - base) + (second - base), rtol=0, atol=3e-8)
 
 
 def test_weights_that_cancel_are_refused_where_their_sum_divides():
     base, models = make_models((80, 125), 3)
     weight = [0.1, 0.2, -0.3]
-    merge_tensors(task_arithmetic, base, models, {"weight": weight})
+    merge_tensor(task_arithmetic, base, models, {"weight": weight})
     with pytest.raises(ParameterError, match=r"add up to 0.*got 0.1, 0.2, -0.3"):
-        merge_tensors(task_arithmetic, base, models, {"weight": weight, "normalize": True})
+        merge_tensor(task_arithmetic, base, models, {"weight": weight, "normalize": True})

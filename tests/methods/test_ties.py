@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.ties import ties
 from tests.methods.bars import assert_reaches_bars, make_models
 from tests.methods.whole_model import merge_whole_model
@@ -37,12 +37,12 @@ def test_reaches_the_bars_on_a_million_elements():
 def test_by_hand():
     base = torch.zeros(4)
     models = [torch.tensor([4.0, -1.0, 2.0, 0.0]), torch.tensor([2.0, 3.0, -2.0, 0.0])]
-    found = merge_tensors(ties, base, models, {"weight": 1})
+    found = merge_tensor(ties, base, models, {"weight": 1})
     # agree; plus wins; a tie elects plus; nothing
     assert found.tolist() == [3, 3, 2, 0]
-    found = merge_tensors(ties, base, models, {"weight": [1, 2], "normalize": False, "lambda": 0.5})
+    found = merge_tensor(ties, base, models, {"weight": [1, 2], "normalize": False, "lambda": 0.5})
     assert found.tolist() == [4, 3, -2, 0]
-    found = merge_tensors(ties, base, models, {"weight": 1, "density": [0.5, 0.25]})
+    found = merge_tensor(ties, base, models, {"weight": 1, "density": [0.5, 0.25]})
     assert found.tolist() == [4, 3, 2, 0]
 
 
@@ -51,15 +51,15 @@ def test_the_largest_by_hand():
     models = [torch.tensor([4.0, -1.0, 2.0, 0.0]), torch.tensor([2.0, 3.0, 5.0, 0.0])]
     given = {"merge": "max"}
     for normalize in (True, False):
-        found = merge_tensors(ties, base, models, {**given, "weight": 1, "normalize": normalize, "lambda": 2})
+        found = merge_tensor(ties, base, models, {**given, "weight": 1, "normalize": normalize, "lambda": 2})
         assert found.tolist() == [8, 6, 10, 0]
     # 4 and 6, -1 and 9, 2 and 15
     weight = {"weight": [1, 3]}
-    assert merge_tensors(ties, base, models, {**given, **weight, "normalize": False}).tolist() == [6, 9, 15, 0]
-    assert merge_tensors(ties, base, models, {**given, **weight}).tolist() == [4, 3, 5, 0]
+    assert merge_tensor(ties, base, models, {**given, **weight, "normalize": False}).tolist() == [6, 9, 15, 0]
+    assert merge_tensor(ties, base, models, {**given, **weight}).tolist() == [4, 3, 5, 0]
     # 4 and -6, -1 and -9, 2 and -15
     weight = {"weight": [1, -3], "normalize": False}
-    assert merge_tensors(ties, base, models, {**given, **weight}).tolist() == [-6, -9, -15, 0]
+    assert merge_tensor(ties, base, models, {**given, **weight}).tolist() == [-6, -9, -15, 0]
 
 
 def test_a_tie_goes_by_the_majority_of_the_model():
@@ -67,7 +67,7 @@ def test_a_tie_goes_by_the_majority_of_the_model():
     given = {"weight": 1, "tie": "majority"}
 
     def merged(*models, **more):
-        return merge_tensors(ties, torch.zeros_like(models[0]), list(models), {**given, **more}).tolist()
+        return merge_tensor(ties, torch.zeros_like(models[0]), list(models), {**given, **more}).tolist()
 
     assert merged(*vectors) == [-2, -3, -1, 0, 1]
     assert merged(*vectors, tie="plus") == [2, -3, -1, 0, 1]
@@ -88,47 +88,47 @@ def test_the_majority_is_that_of_all_tensors():
     ]
     merged = merge_whole_model(ties, tensors, {"weight": 1, "tie": "majority"})
     assert merged[0].tolist() == [-1, 1]
-    assert merge_tensors(ties, *tensors[0], {"weight": 1, "tie": "majority"}).tolist() == [1, 1]
+    assert merge_tensor(ties, *tensors[0], {"weight": 1, "tie": "majority"}).tolist() == [1, 1]
 
 
 def test_entries_as_large_as_the_cut_are_all_kept():
     base, model = torch.zeros(8), torch.tensor([1.0, -2.0, 2.0, 3.0, 2.0, 1.0, 0.5, -2.0])
-    found = merge_tensors(ties, base, [model], {"weight": 1, "density": 0.25})
+    found = merge_tensor(ties, base, [model], {"weight": 1, "density": 0.25})
     assert found.tolist() == [0, -2, 2, 3, 2, 0, 0, -2]
 
 
 def test_one_entry_at_least_is_kept_unless_the_density_is_0():
     base, model = torch.zeros(3), torch.tensor([1.0, -2.0, 0.5])
-    assert merge_tensors(ties, base, [model], {"weight": 1, "density": 0.01}).tolist() == [0, -2, 0]
-    assert torch.equal(merge_tensors(ties, base, [model], {"weight": 1, "density": 0}), base)
+    assert merge_tensor(ties, base, [model], {"weight": 1, "density": 0.01}).tolist() == [0, -2, 0]
+    assert torch.equal(merge_tensor(ties, base, [model], {"weight": 1, "density": 0}), base)
 
 
 def test_one_untrimmed_model_is_that_model():
     base, (model,) = make_models((80, 125), 1)
-    torch.testing.assert_close(merge_tensors(ties, base, [model], {"weight": 1}), model, rtol=0, atol=1e-8)
+    torch.testing.assert_close(merge_tensor(ties, base, [model], {"weight": 1}), model, rtol=0, atol=1e-8)
 
 
 def test_equal_models_count_as_one():
     base, (model,) = make_models((80, 125), 1)
-    alone = merge_tensors(ties, base, [model], {"weight": 1, "density": 0.3})
-    together = merge_tensors(ties, base, [model] * 3, {"weight": 0.4, "density": 0.3})
+    alone = merge_tensor(ties, base, [model], {"weight": 1, "density": 0.3})
+    together = merge_tensor(ties, base, [model] * 3, {"weight": 0.4, "density": 0.3})
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-8)
 
 
 def test_turning_the_task_vectors_turns_the_merge():
     base, models = make_models((80, 125), 3)
-    there = merge_tensors(ties, torch.zeros_like(base), [model - base for model in models], {"weight": WEIGHT})
-    back = merge_tensors(ties, torch.zeros_like(base), [base - model for model in models], {"weight": WEIGHT})
+    there = merge_tensor(ties, torch.zeros_like(base), [model - base for model in models], {"weight": WEIGHT})
+    back = merge_tensor(ties, torch.zeros_like(base), [base - model for model in models], {"weight": WEIGHT})
     assert torch.equal(there, -back)
 
 
 def test_a_full_density_measures_nothing_and_changes_nothing():
     base, models = make_models((80, 125), 3)
-    whole = merge_tensors(ties, base, models, {"weight": WEIGHT})
+    whole = merge_tensor(ties, base, models, {"weight": WEIGHT})
     wanted = {"density": (1.0, 1.0), "rescale": False, "tie": "plus"}
     assert not any(statistic.wanted(wanted) for statistic in ties.statistics.values())
     # one model is trimmed, by nothing
-    assert torch.equal(merge_tensors(ties, base, models, {"weight": WEIGHT, "density": [1, 1 - 1e-9, 1]}), whole)
+    assert torch.equal(merge_tensor(ties, base, models, {"weight": WEIGHT, "density": [1, 1 - 1e-9, 1]}), whole)
 
 
 def test_a_trim_over_the_model_is_that_of_one_long_tensor():
@@ -138,15 +138,15 @@ def test_a_trim_over_the_model_is_that_of_one_long_tensor():
     base = torch.cat([base.reshape(-1) for base, _ in tensors])
     models = [torch.cat([models[i].reshape(-1) for _, models in tensors]) for i in range(3)]
     assert torch.equal(
-        torch.cat([result.reshape(-1) for result in merged]), merge_tensors(ties, base, models, parameters)
+        torch.cat([result.reshape(-1) for result in merged]), merge_tensor(ties, base, models, parameters)
     )
     # which the tensors are not on their own
-    assert not torch.equal(merged[0], merge_tensors(ties, *tensors[0], parameters))
+    assert not torch.equal(merged[0], merge_tensor(ties, *tensors[0], parameters))
 
 
 def test_rescaling_restores_the_norm():
     base, (model,) = make_models((80, 125), 1)
-    merged = merge_tensors(ties, base, [model], {"weight": 1, "density": 0.2, "rescale": True})
+    merged = merge_tensor(ties, base, [model], {"weight": 1, "density": 0.2, "rescale": True})
     assert (merged == base).float().mean() > 0.79
     torch.testing.assert_close((merged - base).abs().sum(), (model - base).abs().sum(), rtol=1e-4, atol=0)
 
@@ -157,7 +157,7 @@ def test_a_vote_of_16_bit_weights_is_not_decided_by_rounding():
     generator = torch.Generator().manual_seed(0)
     models = [(torch.randint(-12, 13, (4096,), generator=generator) * 2.0**-10).bfloat16() for _ in range(3)]
     parameters = {"weight": [0.3, 0.3, 0.3], "normalize": True}
-    merged = merge_tensors(ties, base, models, parameters)
+    merged = merge_tensor(ties, base, models, parameters)
     assert torch.equal(merged, reference(base, models, **parameters).bfloat16())
 
 
@@ -166,7 +166,7 @@ def test_float64_weights_are_merged_in_float64(compute):
     base, models = make_models((80, 125), 3)
     base, models = base.double(), [model.double() + 1e-12 for model in models]
     parameters = {"weight": WEIGHT, "density": [0.2, 0.5, 0.9]}
-    merged = merge_tensors(ties, base, models, parameters, compute=compute)
+    merged = merge_tensor(ties, base, models, parameters, compute=compute)
     expected = reference(base, models, **parameters)
     error = float((merged - expected).norm() / expected.norm())
     assert error < (2e-6 if compute == torch.float32 else 1e-15)

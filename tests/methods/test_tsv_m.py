@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.task_arithmetic import task_arithmetic
 from merganser.methods.tsv_m import tsv_m
 from tests.methods.task_vectors import KINDS, make_vectors, merged_vector, rotated, vector_error
@@ -41,7 +41,7 @@ def test_by_hand():
     turn = torch.tensor(torch.pi / 8, dtype=torch.float64)
     left = torch.stack([torch.stack([turn.cos(), turn.sin()]), torch.stack([-turn.sin(), turn.cos()])])
     expected = (left * torch.tensor([3.0, 2.0])).float()
-    found = merge_tensors(tsv_m, base, models)
+    found = merge_tensor(tsv_m, base, models)
     torch.testing.assert_close(
         found, torch.stack([expected[0] * torch.tensor([1.0, 1]), expected[1]]), atol=1e-6, rtol=0
     )

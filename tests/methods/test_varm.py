@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.metagpt import metagpt
 from merganser.methods.sce import sce
 from merganser.methods.varm import varm
@@ -31,7 +31,7 @@ def test_by_hand():
     models = [torch.tensor([4.0, 1.0]), torch.tensor([2.0, -1.0])]
 
     def merged(**given):
-        return merge_tensors(varm, base, models, given).tolist()
+        return merge_tensor(varm, base, models, given).tolist()
 
     # squares 9 and 5, absolute values 3 and 3
     assert merged() == pytest.approx([1 + (27 + 5) / 14, 1 - 10 / 14])
@@ -43,30 +43,30 @@ def test_by_hand():
 def test_it_is_sce_that_selects_all_where_no_signs_conflict():
     base, models = make_models((80, 125), 3)
     same = [base + (model - base).abs() * base.sign() for model in models]
-    expected = merge_tensors(sce, base, same, {"select_topk": 1})
-    torch.testing.assert_close(merge_tensors(varm, base, same), expected, rtol=0, atol=1e-8)
+    expected = merge_tensor(sce, base, same, {"select_topk": 1})
+    torch.testing.assert_close(merge_tensor(varm, base, same), expected, rtol=0, atol=1e-8)
     # and not where they do: sce erases
-    assert not torch.allclose(merge_tensors(varm, base, models), merge_tensors(sce, base, models), rtol=0, atol=1e-5)
+    assert not torch.allclose(merge_tensor(varm, base, models), merge_tensor(sce, base, models), rtol=0, atol=1e-5)
 
 
 def test_squares_of_a_tensor_are_metagpt_inside_it():
     base, models = make_models((80, 125), 3)
-    expected = merge_tensors(metagpt, base, models, {"norms_over": "tensor"})
-    assert torch.equal(merge_tensors(varm, base, models), expected)
+    expected = merge_tensor(metagpt, base, models, {"norms_over": "tensor"})
+    assert torch.equal(merge_tensor(varm, base, models), expected)
 
 
 @pytest.mark.parametrize("parameters", SETTINGS, ids=str)
 def test_who_alone_changed_a_tensor_gives_it(parameters):
     base, (model,) = make_models((80, 125), 1)
-    found = merge_tensors(varm, base, [base, model, base], parameters)
+    found = merge_tensor(varm, base, [base, model, base], parameters)
     torch.testing.assert_close(found, model, rtol=0, atol=1e-8)
-    assert torch.equal(merge_tensors(varm, base, [base] * 3, parameters), base)
+    assert torch.equal(merge_tensor(varm, base, [base] * 3, parameters), base)
 
 
 @pytest.mark.parametrize("parameters", SETTINGS, ids=str)
 def test_scaling_the_task_vectors_scales_the_merge(parameters):
     base, models = make_models((80, 125), 3)
     zero, vectors = torch.zeros_like(base), [model - base for model in models]
-    once = merge_tensors(varm, zero, vectors, parameters)
-    tiny = merge_tensors(varm, zero, [vector * 2.0**-80 for vector in vectors], parameters)
+    once = merge_tensor(varm, zero, vectors, parameters)
+    tiny = merge_tensor(varm, zero, [vector * 2.0**-80 for vector in vectors], parameters)
     assert torch.equal(tiny * 2.0**80, once)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.method import Location
 from merganser.methods.task_arithmetic import task_arithmetic
 from merganser.methods.widen import divergences, widen
@@ -57,7 +57,7 @@ def test_by_hand():
 
     factor = [(share(a, c) + share(b, c)) / 2 for a, b, c in zip(length, turn, rest, strict=True)]
     expected = base + torch.tensor(factor) * (first - base)
-    torch.testing.assert_close(merge_tensors(widen, base, [first, still]), expected)
+    torch.testing.assert_close(merge_tensor(widen, base, [first, still]), expected)
 
 
 def test_a_vector_by_hand():
@@ -67,13 +67,13 @@ def test_a_vector_by_hand():
     low = [math.exp(0.5) / (math.exp(0.5) + math.exp(1)), math.exp(1) / (math.exp(1) + math.exp(0.1))]
     last = math.exp(0.1) / (math.exp(1) + math.exp(0.1))
     expected = [3, 0.5 * low[0] - 1, low[1] + 0.1 * last]
-    assert merge_tensors(widen, base, models).tolist() == pytest.approx(expected)
+    assert merge_tensor(widen, base, models).tolist() == pytest.approx(expected)
 
 
 def test_rows_of_tables_stand_for_tokens():
     base, models = make_models((40, 25), 2)
-    turned = merge_tensors(widen, base.T, [model.T for model in models]).T
-    plain = merge_tensors(widen, base, models)
+    turned = merge_tensor(widen, base.T, [model.T for model in models]).T
+    plain = merge_tensor(widen, base, models)
     given = {
         ("embedding", "embedding"): turned,
         ("embedding", "head"): plain,
@@ -84,29 +84,29 @@ def test_rows_of_tables_stand_for_tokens():
         ("none", "embedding"): plain,
     }
     for (tokens, role), expected in given.items():
-        found = merge_tensors(widen, base, models, {"tokens": tokens}, role=role)
+        found = merge_tensor(widen, base, models, {"tokens": tokens}, role=role)
         assert torch.equal(found, expected), (tokens, role)
-        assert torch.equal(merge_tensors(widen, base, models, {"tokens": tokens}, location=Location(role=role)), found)
+        assert torch.equal(merge_tensor(widen, base, models, {"tokens": tokens}, location=Location(role=role)), found)
     # a convolution is no table
     base, models = make_models((8, 5, 3), 2)
-    assert torch.equal(merge_tensors(widen, base, models, role="embedding"), merge_tensors(widen, base, models))
+    assert torch.equal(merge_tensor(widen, base, models, role="embedding"), merge_tensor(widen, base, models))
 
 
 def test_packed_experts_are_merged_one_by_one():
     base, models = make_models((4, 12, 7), 3)
-    packed = merge_tensors(widen, base, models, role="expert")
-    each = [merge_tensors(widen, base[i], [model[i] for model in models]) for i in range(4)]
+    packed = merge_tensor(widen, base, models, role="expert")
+    each = [merge_tensor(widen, base[i], [model[i] for model in models]) for i in range(4)]
     assert torch.equal(packed, torch.stack(each))
-    assert not torch.equal(packed, merge_tensors(widen, base, models))
+    assert not torch.equal(packed, merge_tensor(widen, base, models))
 
 
 def test_columns_of_zeros_have_no_direction():
     base, models = make_models((40, 25), 2)
     base[:, 3] = 0
     models[0][:, 3] = models[1][:, 5] = 0
-    found = merge_tensors(widen, base, models)
+    found = merge_tensor(widen, base, models)
     torch.testing.assert_close(found.double(), reference(base, models), rtol=0, atol=1e-7)
-    assert torch.isfinite(merge_tensors(widen, torch.zeros(5, 4), [torch.zeros(5, 4), models[0][:5, :4]])).all()
+    assert torch.isfinite(merge_tensor(widen, torch.zeros(5, 4), [torch.zeros(5, 4), models[0][:5, :4]])).all()
     length, turn = divergences(base, models[0], False)
     assert (length[3].item(), turn[3].item()) == (0, 0)
     assert divergences(base, models[1], False)[1][[3, 5]].tolist() == [1, 1]
@@ -123,24 +123,24 @@ def test_small_turns_are_told_apart():
 def test_one_model_is_that_model():
     for shape in ((40, 25), (30,)):
         base, models = make_models(shape, 1)
-        torch.testing.assert_close(merge_tensors(widen, base, models), models[0], rtol=0, atol=1e-8)
+        torch.testing.assert_close(merge_tensor(widen, base, models), models[0], rtol=0, atol=1e-8)
 
 
 def test_equal_models_are_added_unless_normalized():
     base, (model,) = make_models((40, 25), 1)
-    found = merge_tensors(widen, base, [model] * 3, {"normalize": True})
+    found = merge_tensor(widen, base, [model] * 3, {"normalize": True})
     torch.testing.assert_close(found, model, rtol=0, atol=1e-8)
     # what matters is added three times; what does not has softmax shares that add up to 1
-    added = (merge_tensors(widen, base, [model] * 3) - base) / (model - base)
+    added = (merge_tensor(widen, base, [model] * 3) - base) / (model - base)
     assert {round(float(x), 2) for x in added.median(dim=0).values} == {1, 2, 3}
-    everything = merge_tensors(widen, base, [model] * 3, {"ratio": 0})
-    expected = merge_tensors(task_arithmetic, base, [model] * 3, {"weight": 1})
+    everything = merge_tensor(widen, base, [model] * 3, {"ratio": 0})
+    expected = merge_tensor(task_arithmetic, base, [model] * 3, {"weight": 1})
     # but for the column of the lowest rank
     assert ((everything - expected).abs().amax(dim=0) > 1e-6).sum() <= 2
 
 
 def test_scaling_all_weights_scales_the_merge():
     base, models = make_models((40, 25), 3)
-    once = merge_tensors(widen, base, models)
-    tiny = merge_tensors(widen, base * 2.0**-80, [model * 2.0**-80 for model in models])
+    once = merge_tensor(widen, base, models)
+    tiny = merge_tensor(widen, base * 2.0**-80, [model * 2.0**-80 for model in models])
     assert torch.equal(tiny * 2.0**80, once)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.aswudi import aswudi
 from merganser.methods.optmerge import optmerge
 from merganser.methods.swudi import swudi
@@ -36,9 +36,9 @@ def test_by_hand():
     models = [torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 3.0]])]
     # both tasks look along their own row: C = [[1, 0], [0, 0]] + [[1, 1], [1, 1]] / 2, and both get what they want
     expected = torch.tensor([[2.0, 4.0]])
-    torch.testing.assert_close(merge_tensors(wudi, base, models, {"solver": "minimum"}), expected)
-    torch.testing.assert_close(merge_tensors(wudi, base, models, {"time": 1e6}), expected)
-    half = merge_tensors(wudi, base, models, {"solver": "minimum", "lambda": 0.5})
+    torch.testing.assert_close(merge_tensor(wudi, base, models, {"solver": "minimum"}), expected)
+    torch.testing.assert_close(merge_tensor(wudi, base, models, {"time": 1e6}), expected)
+    half = merge_tensor(wudi, base, models, {"solver": "minimum", "lambda": 0.5})
     torch.testing.assert_close(half, expected / 2)
 
 
@@ -83,7 +83,7 @@ def test_the_minimum_of_one_model_many_times_is_that_model(shape):
 @pytest.mark.parametrize("method", FAMILY, ids=lambda method: method.name)
 def test_who_did_not_change_has_no_say(method):
     base, models = make_matrices((24, 40), 3, "random")
-    unchanged = merge_tensors(method, base, [base, base])
+    unchanged = merge_tensor(method, base, [base, base])
     assert torch.equal(unchanged, base)
     rank = {"target": "plain"} if method is optmerge else {}
     found = steps(method, base, [models[0], base], rank)
@@ -108,26 +108,26 @@ def test_scaling_the_task_vectors_scales_the_merge(method):
     base, models = make_matrices((24, 40), 3, "random")
     zero = torch.zeros(24, 40)
     deltas = [(model - base).float() for model in models]
-    once = merge_tensors(method, zero, deltas)
-    assert torch.equal(merge_tensors(method, zero, [delta * 2.0**-70 for delta in deltas]) * 2.0**70, once)
+    once = merge_tensor(method, zero, deltas)
+    assert torch.equal(merge_tensor(method, zero, [delta * 2.0**-70 for delta in deltas]) * 2.0**70, once)
 
 
 @pytest.mark.parametrize("method", FAMILY, ids=lambda method: method.name)
 def test_more_models_than_rows(method):
     base, models = make_matrices((7, 9), 16, "random")
-    merged = merge_tensors(method, base.float(), [model.float() for model in models])
-    wide = merge_tensors(method, base, models)
+    merged = merge_tensor(method, base.float(), [model.float() for model in models])
+    wide = merge_tensor(method, base, models)
     assert (merged - wide).norm() <= 1e-4 * (wide - base).norm()
 
 
 def test_only_matrices_are_solved():
     base, models = make_matrices((6, 10), 2, "random")
     stacked, pack = torch.stack([base] * 3), [torch.stack([model, base, 2 * model]) for model in models]
-    merged = merge_tensors(wudi, stacked, pack, role="expert")
-    torch.testing.assert_close(merged[0], merge_tensors(wudi, base, models), rtol=1e-9, atol=1e-12)
+    merged = merge_tensor(wudi, stacked, pack, role="expert")
+    torch.testing.assert_close(merged[0], merge_tensor(wudi, base, models), rtol=1e-9, atol=1e-12)
     assert torch.equal(merged[1], base)
-    assert torch.equal(merge_tensors(wudi, base[0], [model[0] for model in models]), base[0])
-    vector = merge_tensors(aswudi, base[0], [model[0] for model in models])
+    assert torch.equal(merge_tensor(wudi, base[0], [model[0] for model in models]), base[0])
+    vector = merge_tensor(aswudi, base[0], [model[0] for model in models])
     torch.testing.assert_close(vector, (models[0][0] + models[1][0]) / 2)
 
 
@@ -136,5 +136,5 @@ def test_adam_sees_the_gradient_of_the_loss_itself():
     base, models = make_matrices((20, 30), 3, "random", size=1e-8)
     parameters = {"solver": "adam", "learning_rate": 1e-8, "steps": 20}
     zero, deltas = torch.zeros_like(base), [model - base for model in models]
-    merged = merge_tensors(wudi, zero, deltas, parameters)
+    merged = merge_tensor(wudi, zero, deltas, parameters)
     torch.testing.assert_close(merged, reference(zero, deltas, **parameters), rtol=1e-6, atol=1e-14)

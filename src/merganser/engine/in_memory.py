@@ -12,7 +12,7 @@ from ..checkpoint import Reader
 from .kernels.compiled import prepare_compiler_cache
 from .kernels.devices import resolve_devices
 from .plan.plan import Plan
-from .stream.buffers import KeptMemory
+from .stream.buffers import InputCache
 from .stream.groups import Task, make_groups
 from .stream.schedule import GroupState, KernelCache, Schedule, start_group
 from .stream.threads import work_on_threads
@@ -50,7 +50,7 @@ def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[st
     memory = _Memory(plan)
     devices = resolve_devices(plan.device)
     kernels = [KernelCache(plan, device, check_finite=not allow_nonfinite) for device in devices]
-    kept = KeptMemory(plan.workers, plan.kept)
+    kept = InputCache(plan.workers, plan.kept)
     schedule = Schedule(
         make_groups(plan),
         lambda group: start_group(group, kernels[0], kept),
@@ -113,7 +113,7 @@ def merge_state_dicts(
     from ..method.method import fill
     from ..method.registry import get_method
     from .alignment.alignment import location_of
-    from .kernels.merge_tensor import merge_tensors
+    from .kernels.merge_tensor import merge_tensor
 
     found = get_method(method)
     if found.from_data:
@@ -145,7 +145,7 @@ def merge_state_dicts(
                 merged[name] = _copy_equal(name, inputs)
                 continue
             start, own = (None, inputs) if base is None else (inputs[0], inputs[1:])
-            merged[name] = merge_tensors(
+            merged[name] = merge_tensor(
                 found,
                 start,
                 own,

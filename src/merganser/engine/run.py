@@ -24,7 +24,7 @@ from .output.staging import Staging, resolve_target
 from .plan.plan import Plan
 from .record import fingerprint, input_files
 from .sidecars.make import Errors, make_sidecars
-from .stream.buffers import KeptMemory
+from .stream.buffers import InputCache
 from .stream.groups import Group, Task, make_groups
 from .stream.hashing import Hasher, span, written_digest
 from .stream.schedule import GroupState, KernelCache, Schedule, start_group
@@ -191,7 +191,7 @@ class _Run:
         """Do all tasks; return the journal's entries by group and segment."""
         finished = self._trusted()
         # nodes of a cluster share no memory
-        memory = KeptMemory(self._plan.workers, self._plan.kept if self._cluster is None else 0)
+        memory = InputCache(self._plan.workers, self._plan.kept if self._cluster is None else 0)
         schedule = Schedule(
             self.groups,
             lambda group: start_group(group, self._kernels[0], memory),

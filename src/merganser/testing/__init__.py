@@ -11,8 +11,8 @@ A package that registers methods runs it in its own tests:
         law(my_method)
 """
 
-from ..engine.kernels.merge_tensor import merge_tensors
+from ..engine.kernels.merge_tensor import merge_tensor
 from .laws import Law, check_citation, check_compiled, contract, probe
 from .processes import check_reproducible
 
-__all__ = ["Law", "check_citation", "check_compiled", "check_reproducible", "contract", "merge_tensors", "probe"]
+__all__ = ["Law", "check_citation", "check_compiled", "check_reproducible", "contract", "merge_tensor", "probe"]

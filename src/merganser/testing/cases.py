@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.kernels.merge_tensor import merge_tensors
+from ..engine.kernels.merge_tensor import merge_tensor
 from ..errors import ParameterError
 from ..method import Location, MergeMethod, Number, Parameter
 from ..method.method import fill
@@ -190,7 +190,7 @@ def merge(method: MergeMethod, inputs: Inputs, parameters: Mapping[str, Any], **
     base, models = inputs
     if method.from_data:
         options = {"data": make_data(method, models[0].shape, len(models)), **options}
-    return merge_tensors(method, base, models, parameters, **options)
+    return merge_tensor(method, base, models, parameters, **options)
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:

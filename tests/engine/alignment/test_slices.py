@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge, plan
 from merganser.errors import CheckpointError, RecipeError
 from merganser.method.registry import get_method
@@ -104,7 +104,7 @@ def test_slices_of_two_models_with_a_schedule(tmp_path):
     out = read_model(merge(recipe, tmp_path / "out").out)
     a, b = read_model(first), read_model(second)
     for name, tensor in out.items():
-        expected = merge_tensors(get_method("slerp"), a[name], [b[name]], {"t": found[name]["t"]})
+        expected = merge_tensor(get_method("slerp"), a[name], [b[name]], {"t": found[name]["t"]})
         assert torch.equal(tensor, expected)
 
 
@@ -173,7 +173,7 @@ def test_a_base_that_is_not_listed_lends_the_same_layers(tmp_path):
     a, b, c = (read_model(path) for path in (base, first, second))
     name = "model.layers.1.mlp.up_proj.weight"
     inputs = [model[name.replace("1", "2", 1)] for model in (a, b, c)]
-    assert torch.equal(found[0][name], merge_tensors(get_method("ties"), inputs[0], inputs[1:], {"weight": 0.5}))
+    assert torch.equal(found[0][name], merge_tensor(get_method("ties"), inputs[0], inputs[1:], {"weight": 0.5}))
 
 
 def test_a_base_whose_layers_are_not_clear(tmp_path):

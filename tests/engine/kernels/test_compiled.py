@@ -12,7 +12,7 @@ import torch
 
 from merganser.engine.kernels import compiled as ahead
 from merganser.engine.kernels.devices import has_compiler
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.method.registry import get_method
 
 needs_compiler = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
@@ -28,7 +28,7 @@ def cache(tmp_path, monkeypatch):
 def merge(compiled, shape=(50, 40)):
     generator = torch.Generator().manual_seed(0)
     models = [torch.randn(shape, generator=generator) for _ in range(2)]
-    return merge_tensors(get_method("linear"), None, models, {"weight": [0.3, 0.7]}, compiled=compiled)
+    return merge_tensor(get_method("linear"), None, models, {"weight": [0.3, 0.7]}, compiled=compiled)
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_a_kernel_is_compiled_once_and_serves_all_sizes(cache, monkeypatch):
 def test_a_kernel_with_custom_operators_is_a_package(cache):
     base, *models = torch.randn((3, 64, 50), generator=torch.Generator().manual_seed(0))
     fused, eager = (
-        merge_tensors(get_method("della"), base, models, {"weight": 0.5, "density": 0.5}, compiled=compiled)
+        merge_tensor(get_method("della"), base, models, {"weight": 0.5, "density": 0.5}, compiled=compiled)
         for compiled in (True, False)
     )
     torch.testing.assert_close(fused, eager, rtol=1e-6, atol=1e-6)
@@ -62,9 +62,7 @@ def test_kernels_take_statistics_over_rows(cache):
     model = base + torch.randn(300, 70, generator=generator) * 0.01
     method = get_method("arcee_fusion")
     # the last block has one row, and is computed eagerly
-    fused, eager = (
-        merge_tensors(method, base, [model], compiled=compiled, block=13 * 70) for compiled in (True, False)
-    )
+    fused, eager = (merge_tensor(method, base, [model], compiled=compiled, block=13 * 70) for compiled in (True, False))
     assert {path.suffix for path in cache.iterdir()} == {".so"}
     assert torch.equal(fused, eager)
     assert 0.01 < (fused != base).float().mean() < 0.3

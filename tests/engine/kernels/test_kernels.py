@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import NonFiniteError
 from merganser.method import merge_method, statistic
 from merganser.method.registry import get_method
@@ -18,18 +18,16 @@ def test_fused_kernels_notice_what_is_not_finite(name, parameters, tmp_path, mon
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     method = get_method(name)
     inputs = [torch.full((40, 103), 1.0 + i, dtype=torch.float16) for i in range(3)]
-    merge_tensors(method, inputs[0], inputs[1:], {"weight": 1, **parameters}, compiled=True)
+    merge_tensor(method, inputs[0], inputs[1:], {"weight": 1, **parameters}, compiled=True)
     for place in range(3):
         for bad in (math.nan, math.inf, -math.inf):
             broken = [tensor.clone() for tensor in inputs]
             broken[place][-1, -1] = bad
             with pytest.raises(NonFiniteError):
-                merge_tensors(method, broken[0], broken[1:], {"weight": 1, **parameters}, compiled=True)
+                merge_tensor(method, broken[0], broken[1:], {"weight": 1, **parameters}, compiled=True)
     # beyond float16, though all that was read is finite
     with pytest.raises(NonFiniteError):
-        merge_tensors(
-            method, inputs[0], inputs[1:], {"weight": 40_000, "normalize": False, **parameters}, compiled=True
-        )
+        merge_tensor(method, inputs[0], inputs[1:], {"weight": 40_000, "normalize": False, **parameters}, compiled=True)
 
 
 @pytest.mark.slow
@@ -40,7 +38,7 @@ def test_more_than_eight_kernels_in_a_process(tmp_path, monkeypatch):
     base, model = torch.ones(500), torch.full((500,), 2.0)
     for _ in range(10):
         # each call makes a kernel of its own
-        merged = merge_tensors(method, base, [model], {"weight": 0.5}, compiled=True)
+        merged = merge_tensor(method, base, [model], {"weight": 0.5}, compiled=True)
         assert torch.equal(merged, torch.full((500,), 1.5))
 
 
@@ -84,9 +82,9 @@ def test_a_statistic_that_is_not_wanted_is_none_for_those_after_it(block):
         return torch.zeros_like(models[0]) + top[0, 0] + 100 * total[0] + (0 if offset is None else 0.5)
 
     model = torch.tensor([1.0, 4.0, 3.0, 2.0])
-    assert merge_tensors(toy, None, [model], block=block).tolist() == [4 + 100 * 5] * 4
+    assert merge_tensor(toy, None, [model], block=block).tolist() == [4 + 100 * 5] * 4
     blocks = -(-4 // block)
-    wanted = merge_tensors(toy, None, [model], {"flag": True}, block=block).tolist()
+    wanted = merge_tensor(toy, None, [model], {"flag": True}, block=block).tolist()
     # every block adds one to the offset; the total adds it once for every block
     assert wanted == [3 + 100 * (10 + blocks * blocks) + 0.5] * 4
 
@@ -106,7 +104,7 @@ def test_the_largest_of_all_blocks_counts(block):
         return models[0] * 0 + 10 * high[0] + high[1]
 
     models = [torch.tensor([-3.0, -1.0, -7.0, -2.0]), torch.tensor([-3.0, 0.5, -0.5, -2.0])]
-    assert merge_tensors(toy, None, models, block=block).tolist() == [-9.5] * 4
+    assert merge_tensor(toy, None, models, block=block).tolist() == [-9.5] * 4
 
 
 def largest(models: list[Tensor]) -> Tensor:
@@ -139,7 +137,7 @@ def over_rows(**changes):
 @pytest.mark.parametrize("shape", [(30, 4), (7, 2, 3), (9,)])
 def test_a_statistic_over_rows_is_handed_to_the_blocks_of_those_rows(shape, block):
     models = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    merged = merge_tensors(over_rows(), None, models, block=block)
+    merged = merge_tensor(over_rows(), None, models, block=block)
     first, second = (model.reshape(shape[0] if len(shape) > 1 else 1, -1) for model in models)
     total = (first.abs() / first.abs().amax(1, keepdim=True)).double().sum()
     expected = first / second.abs().amax(1, keepdim=True) + total

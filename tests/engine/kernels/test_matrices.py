@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merganser.engine.in_memory import merge_state_dicts
 from merganser.engine.kernels.assignment import is_matrix
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.kernels.peak_memory import PeakMemory, peak_per_element
 from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
@@ -114,7 +114,7 @@ def test_embeddings_as_matrices(tmp_path, toys):
     base, *models = (read_model(path) for path in paths)
     merged = read_model(tmp_path / "out")
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.position_embeddings.weight"):
-        expected = merge_tensors(rank_one, base[name], [model[name] for model in models], name=name)
+        expected = merge_tensor(rank_one, base[name], [model[name] for model in models], name=name)
         assert torch.equal(merged[name], expected)
         assert not torch.equal(merged[name], base[name])
     assert torch.equal(merged["model.norm.weight"], base["model.norm.weight"])
@@ -403,16 +403,16 @@ def test_a_limit_that_is_too_small_names_the_matrix(tmp_path, toys):
 MEASURE = """
 import sys, torch
 torch.set_num_threads(1)
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from tests.engine.matrix_toys import rank_one
 def most():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 small = torch.randn(3, 64, 64)
-merge_tensors(rank_one, small[0], [small[1], small[2]])
+merge_tensor(rank_one, small[0], [small[1], small[2]])
 inputs = torch.randn(3, 1024, 1024)
 open("/proc/self/clear_refs", "w").write("5")
 before = most()
-merge_tensors(rank_one, inputs[0], [inputs[1], inputs[2]])
+merge_tensor(rank_one, inputs[0], [inputs[1], inputs[2]])
 print((most() - before) / 2**20)
 """
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from merganser.engine.kernels.blocks import block_shape, block_step, working_shape
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge, plan
 from merganser.method.registry import get_method
 from tests.engine.matrix_toys import rank_one
@@ -65,19 +65,19 @@ def test_blocks_of_packed_experts_are_whole_rows():
 def test_packed_experts_are_merged_like_experts_of_their_own(name, parameters):
     method = get_method(name)
     tensors = [draw(seed, EXPERTS, ROWS, COLUMNS) for seed in range(3)]
-    packed = merge_tensors(method, tensors[0], tensors[1:], parameters, role="expert", block=1000)
-    apart = [merge_tensors(method, base, models, parameters) for base, *models in zip(*tensors, strict=True)]
+    packed = merge_tensor(method, tensors[0], tensors[1:], parameters, role="expert", block=1000)
+    apart = [merge_tensor(method, base, models, parameters) for base, *models in zip(*tensors, strict=True)]
     assert torch.equal(packed, torch.stack(apart))
     # not as if each expert were one row
-    assert not torch.equal(packed, merge_tensors(method, tensors[0], tensors[1:], parameters))
+    assert not torch.equal(packed, merge_tensor(method, tensors[0], tensors[1:], parameters))
 
 
 @pytest.mark.parametrize(("name", "parameters"), BY_ROW)
 def test_a_convolution_has_a_row_for_each_output(name, parameters):
     method = get_method(name)
     base, *models = (draw(seed, 16, 8, 4) for seed in range(3))
-    found = merge_tensors(method, base, models, parameters, role="conv")
-    flat = merge_tensors(method, base.flatten(1), [model.flatten(1) for model in models], parameters)
+    found = merge_tensor(method, base, models, parameters, role="conv")
+    flat = merge_tensor(method, base.flatten(1), [model.flatten(1) for model in models], parameters)
     assert torch.equal(found.flatten(1), flat)
 
 
@@ -95,7 +95,7 @@ def test_a_merge_of_packed_experts(tmp_path, small_blocks, name, parameters):
     assert planned[CONVOLUTION].role == "conv"
     merged = read_model(merge(recipe, tmp_path / "out", seed=3, threads=2).out)
     expected = {
-        key: merge_tensors(
+        key: merge_tensor(
             get_method(name), *(models[0][key], [m[key] for m in models[1:]]), parameters, name=key, seed=3, role=t.role
         )
         for key, t in planned.items()

@@ -7,7 +7,7 @@ import torch
 
 from merganser.engine.kernels.blocks import TensorRun
 from merganser.engine.kernels.kernels import Kernels
-from merganser.engine.kernels.merge_tensor import merge_tensors
+from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.kernels.values import Values
 from merganser.engine.merge import merge
 from merganser.engine.stream import worker as stream
@@ -57,7 +57,7 @@ def test_they_are_what_each_is_alone(name, with_base, parameters, dtype):
     assert set(merged) == (set(range(6)) if joined else {0, 1, 2, 3, 5})
     for i, result in merged.items():
         base, models = split(i, inputs[i])
-        alone = merge_tensors(method, base, models, parameters, name=names[i], seed=7, dtype=torch.float32)
+        alone = merge_tensor(method, base, models, parameters, name=names[i], seed=7, dtype=torch.float32)
         assert torch.equal(result, alone), i
 
 

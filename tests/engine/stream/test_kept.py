@@ -14,7 +14,7 @@ from merganser.engine.in_memory import merge_to_state_dict
 from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
 from merganser.engine.plan.memory import kept_bytes
-from merganser.engine.stream.buffers import KeptMemory
+from merganser.engine.stream.buffers import InputCache
 from tests.engine.stream.test_schedule import sparse
 from tests.making import assert_equal, make_recipe, read_files, read_model, write_llamas
 
@@ -113,7 +113,7 @@ def test_the_plan_says_what_is_kept(tmp_path):
 
 def test_places_are_taken_and_given_back(tmp_path):
     embedding, layer = plan(recipe_of("ties", sparse(tmp_path, 3, SHAPES))).tensors
-    places = KeptMemory(2, kept_bytes(layer))
+    places = InputCache(2, kept_bytes(layer))
     assert places.take(embedding) is None
     first, second = places.take(layer), places.take(layer)
     assert first is not None
@@ -124,4 +124,4 @@ def test_places_are_taken_and_given_back(tmp_path):
     third = places.take(layer)
     assert third is not None
     assert third.memory is first.memory
-    assert KeptMemory(2, 0).take(layer) is None
+    assert InputCache(2, 0).take(layer) is None

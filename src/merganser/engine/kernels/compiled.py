@@ -223,7 +223,7 @@ def compiled_ahead(method: MergeMethod) -> bool:
     return known_sources(inspect.getsourcefile(method.combine))
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """Fuse a kernel: one thread per call, since the engine runs several calls at once, and without the GIL."""
     return torch.compile(
         function,

@@ -21,7 +21,7 @@ from ...errors import UnsupportedError
 from ...method import MergeMethod, Round, Statistic, takes
 from ...ops.random import Random
 from ...ops.rounding import largest_rounding
-from .compiled import Function, KernelError, _compile, compile_ahead, compiled_ahead
+from .compiled import Function, KernelError, compile_ahead, compiled_ahead, fused
 from .data import Data
 from .sums import join
 from .values import Values
@@ -252,7 +252,7 @@ class Kernels:
                 return partial(_on_tensors, kernel)
         name = ("compiled", *phase)
         if name not in self._functions:
-            self._functions[name] = _compile(self._function(phase))
+            self._functions[name] = fused(self._function(phase))
         return _on_block(self._functions[name])
 
     def _order(self, phase: Phase, block: Block) -> dict[str, Any]:

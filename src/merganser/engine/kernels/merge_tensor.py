@@ -24,7 +24,7 @@ from .values import Values
 _OUTSIDE = Location()
 
 
-def merge_tensors(
+def merge_tensor(
     method: MergeMethod,
     base: Tensor | None,
     models: Sequence[Tensor],

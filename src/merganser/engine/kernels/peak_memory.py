@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...method import MergeMethod
 from .data import PerModel
-from .merge_tensor import merge_tensors
+from .merge_tensor import merge_tensor
 
 _ELEMENTS = 1 << 13
 _LEAST = 24
@@ -141,7 +141,7 @@ def _measure(
         for name, own in method.from_data.items()
     }
     with memory:
-        merge_tensors(
+        merge_tensor(
             method, base, models, dict(parameters), dtype=output, compute=compute, allow_nonfinite=True, data=data
         )
     return memory.peak / max(math.prod(shape), 1)

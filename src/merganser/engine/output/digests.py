@@ -41,10 +41,10 @@ def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) 
         end: The one behind the last.
         data: The bytes of all of them.
     """
-    return _digests(_cuts(shape, start, end), data)
+    return cut_digests(digest_cuts(shape, start, end), data)
 
 
-def _digests(cuts: Sequence[int], data: memoryview) -> list[bytes]:
+def cut_digests(cuts: Sequence[int], data: memoryview) -> list[bytes]:
     """Hash bytes that are cut at these elements; the first and the last are their ends."""
     if len(cuts) <= 2:
         return [digest(data)]
@@ -53,7 +53,7 @@ def _digests(cuts: Sequence[int], data: memoryview) -> list[bytes]:
     return [digest(data[(a - start) * size : (b - start) * size]) for a, b in pairwise(cuts)]
 
 
-def _cuts(shape: Sequence[int], start: int, end: int) -> list[int]:
+def digest_cuts(shape: Sequence[int], start: int, end: int) -> list[int]:
     """Return where hashes of the elements of a tensor begin, and where the last one ends."""
     if start == end:
         return [start]

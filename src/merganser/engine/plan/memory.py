@@ -187,8 +187,8 @@ def kept_bytes(tensor: PlannedTensor) -> int:
     """Return what keeping the inputs of a tensor takes, bytes; 0 where they are not looked at several times in a row."""
     if tensor.size <= tensor.block or tensor.passes == 1 or tensor.over_model:
         return 0
-    return sum(_aligned(source.nbytes) for source in tensor.inputs)
+    return sum(aligned(source.nbytes) for source in tensor.inputs)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

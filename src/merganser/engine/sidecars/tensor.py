@@ -12,7 +12,7 @@ from torch import Tensor
 from ...method import MergeMethod, Part
 from ...method.method import fill
 from ..kernels.blocks import BLOCK
-from ..kernels.merge_tensor import merge_tensors
+from ..kernels.merge_tensor import merge_tensor
 from .codec import OWN, Codec, Span, keeps
 
 
@@ -54,7 +54,7 @@ def make_sidecar(
         ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
     """
     filled = fill(method, parameters or {}, len(models))
-    merged = merge_tensors(method, base, models, parameters, allow_nonfinite=True)
+    merged = merge_tensor(method, base, models, parameters, allow_nonfinite=True)
     kept = keeps(method, filled, "tensor", base.shape, None)
     if kept is not None:
         own = kept == OWN

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import Reader, TensorInfo
-from ..plan.memory import _aligned, kept_bytes
+from ..plan.memory import aligned, kept_bytes
 
 if TYPE_CHECKING:
     from ..plan.tensor import PlannedTensor
 
 
-class Kept:
+class CachedInputs:
     """The inputs of one tensor, block by block as they were first read. Workers share it: no two read one block at a time.
 
     Args:
@@ -44,12 +44,12 @@ class Kept:
             if start not in self._starts:
                 reader.read_into(source, start * size, data.numpy().data)
             found.append(data.view(getattr(torch, source.dtype.name)))
-            place += _aligned(source.nbytes)
+            place += aligned(source.nbytes)
         self._starts.add(start)
         return found
 
 
-class KeptMemory:
+class InputCache:
     """Memory for a few tensors at a time whose inputs are kept; thread-safe.
 
     Args:
@@ -63,7 +63,7 @@ class KeptMemory:
         self._free: list[Tensor] = []
         self._lock = threading.Lock()
 
-    def take(self, tensor: PlannedTensor) -> Kept | None:
+    def take(self, tensor: PlannedTensor) -> CachedInputs | None:
         """Take a place for the inputs of a tensor; None where it does not need one, does not fit, or all are taken."""
         if not 0 < kept_bytes(tensor) <= self._nbytes:
             return None
@@ -71,9 +71,9 @@ class KeptMemory:
             if not self._free and self._left:
                 self._left -= 1
                 self._free.append(torch.empty(self._nbytes, dtype=torch.uint8))
-            return Kept(tensor, self._free.pop()) if self._free else None
+            return CachedInputs(tensor, self._free.pop()) if self._free else None
 
-    def give_back(self, kept: Kept) -> None:
+    def give_back(self, kept: CachedInputs) -> None:
         """Let another tensor have the place."""
         with self._lock:
             self._free.append(kept.memory)
@@ -92,7 +92,9 @@ class InputBuffer:
         self._pinned = pinned
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def read(self, tensor: PlannedTensor, start: int, end: int, kept: Kept | None = None) -> tuple[list[Tensor], int]:
+    def read(
+        self, tensor: PlannedTensor, start: int, end: int, kept: CachedInputs | None = None
+    ) -> tuple[list[Tensor], int]:
         """Read elements of every input of a tensor, or take them from what is kept; also return their bytes."""
         if kept is not None:
             found = kept.read(self._reader, start, end)
@@ -150,7 +152,7 @@ class InputBuffer:
         places, total = [], 0
         for _, _, nbytes in spans:
             places.append(total)
-            total += _aligned(nbytes)
+            total += aligned(nbytes)
         if self._buffer.numel() < total:
             # the old one goes first
             self._buffer = torch.empty(0, dtype=torch.uint8)

@@ -35,12 +35,12 @@ class Task:
 
     Args:
         group: Index of the group.
-        stage: Number of the pass; -1 for all passes at once, the last one combines.
+        pass_number: Number of the pass; the last one combines; -1: all passes at once.
         segment: Index of the segment.
     """
 
     group: int
-    stage: int
+    pass_number: int
     segment: int
 
 

@@ -23,7 +23,7 @@ from ..kernels.sums import Sum
 from ..kernels.values import Values
 from ..plan.plan import Plan
 from ..plan.tensor import PlannedTensor
-from .buffers import Kept, KeptMemory
+from .buffers import CachedInputs, InputCache
 from .groups import Group, Task
 
 
@@ -73,8 +73,8 @@ class GroupState:
     Args:
         group: The group.
         runs: The work on each tensor; None for copies.
-        stages: Passes: name, round and "row", "tensor" or "model" of each measurement; the last pass combines.
-        stage: The present pass.
+        measurements: Of each measuring pass: name and round of the statistic, and "row", "tensor" or "model".
+        pass_number: The present pass; the one after the last measurement combines.
         known: What was solved for each tensor, by name.
         sums: What the present pass measured for each tensor.
         open_tasks: Tasks of the present pass that are not done.
@@ -83,15 +83,15 @@ class GroupState:
 
     group: Group
     runs: list[TensorRun | None]
-    stages: list[tuple[str, int, str]]
-    stage: int = 0
+    measurements: list[tuple[str, int, str]]
+    pass_number: int = 0
     known: list[dict[str, Tensor]] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
     open_tasks: int = 0
-    kept: Kept | None = None
+    kept: CachedInputs | None = None
 
 
-def start_group(group: Group, kernels: KernelCache, memory: KeptMemory | None = None) -> GroupState:
+def start_group(group: Group, kernels: KernelCache, memory: InputCache | None = None) -> GroupState:
     """Prepare the work on a group.
 
     Args:
@@ -101,13 +101,13 @@ def start_group(group: Group, kernels: KernelCache, memory: KeptMemory | None = 
     """
     runs = [None if tensor.copy else kernels.run(tensor) for tensor in group.tensors]
     first = next((run for run in runs if run is not None), None)
-    stages = [
+    measurements = [
         (name, index, over)
         for name, statistic, over in (first.kernels.statistics if first else ())
         for index in range(len(statistic.rounds))
     ]
     kept = None if group.bundle or memory is None else memory.take(group.tensors[0])
-    return GroupState(group, runs, stages, known=[{} for _ in runs], kept=kept)
+    return GroupState(group, runs, measurements, known=[{} for _ in runs], kept=kept)
 
 
 class Schedule:
@@ -128,7 +128,7 @@ class Schedule:
         *,
         whole_model: bool,
         finished: Mapping[int, set[int]],
-        memory: KeptMemory | None = None,
+        memory: InputCache | None = None,
     ) -> None:
         self._groups = groups
         self._make = state
@@ -180,13 +180,13 @@ class Schedule:
             sums: What it measured: for each tensor of the group, or one for all where this is over the model.
         """
         with self._changed:
-            if task.stage not in (-1, len(state.stages)):
-                over_model = state.stages[task.stage][2] == "model"
+            if task.pass_number not in (-1, len(state.measurements)):
+                over_model = state.measurements[task.pass_number][2] == "model"
                 for known, more in zip([self._model_sum] if over_model else state.sums, sums, strict=True):
                     known.merge(more)
             state.open_tasks -= 1
             if state.open_tasks == 0:
-                self._advance(state, whole=task.stage == -1)
+                self._advance(state, whole=task.pass_number == -1)
             self._changed.notify_all()
 
     def give_back(self, task: Task) -> None:
@@ -230,13 +230,13 @@ class Schedule:
     def _open(self, state: GroupState) -> None:
         """Put the tasks of the group's present pass on the heap."""
         group = state.group
-        combining = state.stage == len(state.stages)
+        combining = state.pass_number == len(state.measurements)
         done = self._finished.get(group.index, set())
         if group.bundle and not self._whole:
             tasks = [Task(group.index, -1, 0)]
         else:
             segments = [s for s in range(len(group.segments)) if not (combining and s in done)]
-            tasks = [Task(group.index, state.stage, s) for s in segments]
+            tasks = [Task(group.index, state.pass_number, s) for s in segments]
         state.open_tasks = len(tasks)
         state.sums = [] if combining else [Sum() for _ in state.runs]
         for task in tasks:
@@ -252,10 +252,10 @@ class Schedule:
 
     def _advance(self, state: GroupState, *, whole: bool) -> None:
         """Go to the next pass of a group, or of all groups where the pass was over the model."""
-        if whole or state.stage == len(state.stages):
+        if whole or state.pass_number == len(state.measurements):
             self._close(state)
             return
-        name, index, over = state.stages[state.stage]
+        name, index, over = state.measurements[state.pass_number]
         if over != "model":
             for run, known, found in zip(state.runs, state.known, state.sums, strict=True):
                 if run is not None and not found.empty:
@@ -267,7 +267,7 @@ class Schedule:
             self._solve_model(name, index)
 
     def _next(self, state: GroupState) -> None:
-        state.stage += 1
+        state.pass_number += 1
         self._open(state)
 
     def _solve_model(self, name: str, index: int) -> None:

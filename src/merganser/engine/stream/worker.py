@@ -19,9 +19,9 @@ from ...checkpoint import Reader
 from ...errors import CheckpointError, NonFiniteError
 from ..kernels.blocks import TensorRun
 from ..kernels.sums import Sum
-from ..output.digests import _cuts, _digests, block_digests, digest
+from ..output.digests import block_digests, cut_digests, digest, digest_cuts
 from ..plan.tensor import PlannedTensor
-from .buffers import InputBuffer, Kept
+from .buffers import CachedInputs, InputBuffer
 from .bundle import merge_together
 from .data import matrix_data
 from .groups import Group, Task
@@ -95,10 +95,10 @@ class Worker:
             return self._do(state, task)
 
     def _do(self, state: GroupState, task: Task) -> Done:
-        if task.stage not in (-1, len(state.stages)):
+        if task.pass_number not in (-1, len(state.measurements)):
             return Done(sums=self._measure_group(state, task))
         if state.group.bundle:
-            return Done(entry=self._combine_bundle(state, measure=task.stage == -1))
+            return Done(entry=self._combine_bundle(state, measure=task.pass_number == -1))
         run = state.runs[0]
         assert run is not None
         return Done(entry=self._combine_segment(state, task, run))
@@ -109,7 +109,7 @@ class Worker:
 
     def _measure_group(self, state: GroupState, task: Task) -> list[Sum]:
         """Measure a segment of every tensor of a group."""
-        name, index, over = state.stages[task.stage]
+        name, index, over = state.measurements[task.pass_number]
         largest = any(run is not None and run.kernels.round(name, index).largest for run in state.runs)
         sums = [Sum(largest=largest) for _ in (state.runs[:1] if over == "model" else state.runs)]
         for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True)):
@@ -158,9 +158,9 @@ class Worker:
         self._c.advance(nbytes, 0, 0)
         outputs, written = self._merge_bundle(state, inputs, measure=measure)
         # many have one shape
-        cuts = {shape: _cuts(shape, 0, math.prod(shape)) for shape in {tensor.shape for tensor in tensors}}
+        cuts = {shape: digest_cuts(shape, 0, math.prod(shape)) for shape in {tensor.shape for tensor in tensors}}
         hashes = [
-            [_hex(_digests(cuts[tensor.shape], view)) for view in views]
+            [_hex(cut_digests(cuts[tensor.shape], view)) for view in views]
             for tensor, views in zip(tensors, raw, strict=True)
         ]
         self._c.advance(0, 0, len(tensors))
@@ -247,7 +247,7 @@ class Worker:
                 )
         return inputs[0].reshape(-1).clone()
 
-    def _read(self, tensor: PlannedTensor, start: int, end: int, kept: Kept | None) -> list[Tensor]:
+    def _read(self, tensor: PlannedTensor, start: int, end: int, kept: CachedInputs | None) -> list[Tensor]:
         """Read elements of every input, unless they are kept; valid until the next read."""
         if self._c.stopping():
             raise Stopped
