@@ -191,4 +191,5 @@ def kept_bytes(tensor: PlannedTensor) -> int:
 
 
 def aligned(nbytes: int) -> int:
+    """Round a size up to the alignment of cached inputs, bytes."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
