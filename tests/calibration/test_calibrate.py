@@ -243,6 +243,9 @@ def test_the_seed_draws_sequences(tmp_path: Path) -> None:
         for i, seed in enumerate((0, 0, 1))
     ]
     assert [own.about["parts"][0]["counted"] for own in found] == [64, 64, 64]
+    # what the model can see, where nothing is asked for
+    whole = merganser.calibrate(model, [data], tmp_path / "whole")
+    assert [own.about["parts"][0]["length"] for own in (*found, whole)] == [16, 16, 16, 64]
     grams = [_read(own)["gram", "model.layers.0.mlp.up_proj.weight"] for own in found]
     assert torch.equal(grams[0], grams[1])
     assert not torch.allclose(grams[0], grams[2])

@@ -106,7 +106,8 @@ def calibrate(
         skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir)))
         config = skeleton.model.config
         tokenizer = open_tokenizer(source)
-        samples = choose_samples(files, tokenizer, config, choice, positions_of(config))
+        choice = choice.for_model(positions_of(config))
+        samples = choose_samples(files, tokenizer, config, choice)
         pad = config.get_text_config().pad_token_id
         pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
         skeleton.fill_outside()

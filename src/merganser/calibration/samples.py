@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import DataError
@@ -50,6 +50,20 @@ class Choice:
             raise DataError(f"seed: must be at least 0, found {self.seed}")
         if self.tokens not in COUNTED:
             raise DataError(f"tokens: must be {' or '.join(COUNTED)}, found {self.tokens!r}")
+
+    def for_model(self, positions: int | None) -> Choice:
+        """Return the same with the length that it means for a model.
+
+        Args:
+            positions: Most tokens that the model can see at once; None without such a limit.
+
+        Raises:
+            DataError: The length is more than the model can see.
+        """
+        length = self.length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+        if positions is not None and length > positions:
+            raise DataError(f"length: {length} tokens, but the model sees at most {positions} at once")
+        return replace(self, length=length)
 
 
 class _Cutter:
@@ -166,9 +180,7 @@ class _Cutter:
         return Sample(tuple(Tokens(ids, (True,) * len(ids)) for ids in (prompt, completion)), record.where)
 
 
-def choose_samples(
-    files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice, positions: int | None
-) -> list[Sample]:
+def choose_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice) -> list[Sample]:
     """Draw the sequences that a model is calibrated on.
 
     Records are visited in a random order that depends on the seed alone, and each gives as many of its windows as all
@@ -178,16 +190,13 @@ def choose_samples(
         files: The data.
         tokenizer: Of the model.
         config: Of the model, as transformers reads it.
-        choice: Which part of the data.
-        positions: Most tokens that the model can see at once; None without such a limit.
+        choice: Which part of the data, from `Choice.for_model`.
 
     Raises:
         DataError: There are fewer sequences than asked for, none has a token that counts, or they do not fit the model.
     """
     choice.check()
-    length = choice.length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
-    if positions is not None and length > positions:
-        raise DataError(f"length: {length} tokens, but the model sees at most {positions} at once")
+    length = choice.length or DEFAULT_LENGTH
     cutter = _Cutter(tokenizer, length, choice.tokens, config)
     draw = random.Random(choice.seed)
     records = [record for file in files for record in file.records]

@@ -21,7 +21,10 @@ def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that a merge wrote.", show_default=False)],
     json: Json = False,
 ) -> None:
-    """Check an output against the hashes in its merge.json, and look for files that were added."""
+    """Check an output against the hashes in its merge.json.
+
+    Files that were added since are named, too.
+    """
     from dataclasses import asdict
 
     from ..record.verification import verify as check

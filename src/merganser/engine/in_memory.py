@@ -120,14 +120,14 @@ def merge_state_dicts(
         raise UnsupportedError(
             f"{method}: needs statistics from data ({', '.join(found.from_data)}), which belong to checkpoints; merge these"
         )
+    everything = [*models] if base is None else [base, *models]
+    if not everything:
+        raise ValueError(f"{method} takes {found.models_text()}, got no models")
     settings = {name.rstrip("_"): value for name, value in parameters.items()}
     filled = fill(found, settings, len(models))
     for name, statistic in found.statistics.items():
         if statistic.wanted(filled) and statistic.where(filled) == "model":
             raise UnsupportedError(f"{method}: {name} is measured over the whole model; merge checkpoints instead")
-    everything = [*models] if base is None else [base, *models]
-    if not everything:
-        raise ValueError(f"{method} takes {found.models_text()}, got no models")
     names = everything[0].keys()
     for position, other in enumerate(everything):
         if other.keys() != names:
