@@ -193,12 +193,13 @@ def _entries(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return one entry per method and setting that was measured on the test texts, the best first."""
     # what was measured again, with other settings, counts
     latest = {(found["method"], found["label"], found["seed"]): found for found in results if found["split"] == "test"}
-    newest: dict[tuple[str, str], int] = {}
-    for (method, label, _), found in latest.items():
-        newest[method, label] = max(version(found), newest.get((method, label), 0))
+    newest: dict[str, int] = {}
+    for (method, _, _), found in latest.items():
+        newest[method] = max(version(found), newest.get(method, 0))
     groups: dict[tuple[str, str], list[Result]] = {}
     for (method, label, _), result in latest.items():
-        if version(result) == newest[method, label]:
+        # rows of different versions of a method cannot be compared
+        if version(result) == newest[method]:
             groups.setdefault((method, label), []).append(result)
     entries = [_entry(method, label, seeds) for (method, label), seeds in groups.items()]
     return sorted(entries, key=lambda entry: -entry["mean"] if entry["mean"] is not None else float("inf"))

@@ -189,7 +189,11 @@ def test_an_earlier_version_is_marked_and_gives_way_to_a_later_one(tmp_path):
     old = [result(name, 0.2) for name in ("tsv_m", "iso_c")]
     for line in old:
         del line["version"]
-    assert shown(tmp_path, *old, result("iso_c", 0.6)) == ["| iso_c | 60 / 10 |", "| tsv_m | 20 / 10† |"]
+    tuned = result("iso_c", 0.3, label="tuned", setting=settings.grid(CONFIG, "iso_c")[1])
+    del tuned["version"]
+    rows = shown(tmp_path, *old, tuned, result("iso_c", 0.6))
+    assert rows == ["| iso_c | 60 / 10 |", "| tsv_m | 20 / 10† |"]
+    assert "30.0" not in (tmp_path / "docs" / "quality.md").read_text(encoding="utf-8")
 
 
 def test_what_was_measured_at_other_settings_or_is_left_out_is_not_shown(tmp_path):
