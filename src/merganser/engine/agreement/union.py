@@ -31,7 +31,7 @@ def check_union(recipe: Recipe, members: Mapping[ModelReference, Member]) -> Non
 
 
 def _difference(recipe: Recipe, members: Mapping[ModelReference, Member]) -> str | None:
-    """Return what is different, or not known; None where all models have the vocabulary of the donor."""
+    """Return how a vocabulary differs from the donor's, or that one is unknown; None if all are the same."""
     files = tokenizer_files(members[recipe.donor].checkpoint)
     wanted = read_vocabulary(files)
     if wanted is None:
