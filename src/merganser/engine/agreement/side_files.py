@@ -79,7 +79,7 @@ def chat_template(recipe: Recipe, members: Mapping[ModelReference, Member]) -> t
 
 
 def read_chat_template(checkpoint: Checkpoint) -> str | None:
-    """Return a checkpoint's chat template: that of its template file, else of the tokenizer config; None if it has neither.
+    """Return a checkpoint's chat template, from its template file or else its tokenizer config; None if it has none.
 
     Raises:
         CheckpointError: A file that may hold it cannot be read, is a link out of the checkpoint, or has no valid

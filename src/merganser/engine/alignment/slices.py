@@ -74,7 +74,7 @@ def align_slices(
 @dataclass(frozen=True, slots=True)
 class _Frame:
     """The tensors outside the layers.
-    
+
     Prediction layers are numbered after the last layer, so tensors are matched by their names in the output.
 
     Args:

@@ -37,8 +37,8 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 def working_shape(shape: Sequence[int], scope: str, role: str | None) -> tuple[int, ...]:
     """Return the shape as which a tensor is worked on.
 
-    A row is all weights of one output unit, also of packed experts [experts, rows, columns]: where rows are wanted, these
-    are one matrix, an expert below the other.
+    A row is all weights of one output unit, also of packed experts [experts, rows, columns]: where rows are wanted,
+    these are one matrix, an expert below the other.
 
     Args:
         shape: Shape of the tensor.

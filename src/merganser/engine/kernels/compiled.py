@@ -76,7 +76,8 @@ class Library:
         ]
         inputs = (ctypes.c_void_p * len(handles))(*handles)
         outputs = (ctypes.c_void_p * self._n_outputs)()
-        # the kernel frees the handles of the inputs; those of the outputs are freed by torch, which takes them over below
+        # the kernel frees the handles of the inputs; those of the outputs are freed by torch, which takes them over
+        # below
         self._check(
             self._library.AOTInductorModelContainerRun(
                 self._container,

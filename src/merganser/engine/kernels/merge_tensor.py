@@ -49,8 +49,8 @@ def merge_tensor(
         models: The other tensors, of the same shape, on the same device.
         parameters: Values by the names that recipes use; a single value of a per-model parameter counts for all.
         name: Name of the tensor: part of the key of random draws.
-        role: What the tensor does ("attention", "embedding", "expert", ...), for methods that treat matrices or rows; by
-            default what has two dimensions is a matrix, and the first dimension counts rows.
+        role: What the tensor does ("attention", "embedding", "expert", ...), for methods that treat matrices or rows;
+            by default what has two dimensions is a matrix, and the first dimension counts rows.
         location: Where the tensor is, for methods that go by layers; by default before them.
         seed: Seed of random draws.
         dtype: Dtype of the result; by default what the inputs promote to.
@@ -58,8 +58,8 @@ def merge_tensor(
         block: Elements of a block, at most.
         compiled: Fuse with `torch.compile`.
         allow_nonfinite: Merge NaN and infinity instead of refusing them.
-        data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed experts
-            with a leading dimension. Without them it treats the tensor as one that has none.
+        data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed
+            experts with a leading dimension. Without them it treats the tensor as one that has none.
 
     Returns:
         The merged tensor, in the shape of the inputs.

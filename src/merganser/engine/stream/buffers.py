@@ -1,7 +1,7 @@
 """Inputs in memory: every worker reads into one buffer of its own, again and again.
 
-What is looked at several times, and small enough, is kept in between: reading a file again from the system's cache costs
-as much as the arithmetic.
+What is looked at several times, and small enough, is kept in between: reading a file again from the system's cache
+costs as much as the arithmetic.
 """
 
 from __future__ import annotations

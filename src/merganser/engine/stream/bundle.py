@@ -21,12 +21,13 @@ def merge_together(
     Args:
         runs: The work on each tensor; None for copies.
         inputs: The inputs of each, flat.
-        split: Puts inputs like those of a tensor, given by its index, on the device, and tells the base from the models.
+        split: Puts inputs like those of a tensor, given by its index, on the device, and tells the base from the
+            models.
         allow_nonfinite: Merge NaN and infinity; otherwise tensors in which there are some are left out.
 
     Yields:
-        Indices of tensors, and their results one behind the other, flat, on the CPU. What is left out has to be merged by
-        itself.
+        Indices of tensors, and their results one behind the other, flat, on the CPU. What is left out has to be merged
+        by itself.
     """
     alike: dict[Any, list[int]] = {}
     for i, (run, given) in enumerate(zip(runs, inputs, strict=True)):
