@@ -31,7 +31,7 @@ class Treatment:
     located: Mapping[str, float] = field(default_factory=dict)
 
     def inputs(self, base: T | None, models: Sequence[T]) -> tuple[T | None, Sequence[T]]:
-        """Return base and models as the method takes them; for a method without a base (passthrough), the base is the model."""
+        """Return base and models as the method takes them; without a base (passthrough), the base is the model."""
         if base is None or self.method.base != "unused":
             return base, models
         return None, [base]

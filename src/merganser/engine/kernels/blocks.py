@@ -135,7 +135,7 @@ class TensorRun:
         models: Sequence[Tensor],
         total: Tensor | None,
     ) -> tuple[Tensor, bool]:
-        """Add the measurement of a block to the total of the blocks before it; also return whether the block is finite."""
+        """Add a block's measurement to the total of the blocks before it; also return whether the block is finite."""
         block = self._block(known, range_, base, models)
         if name not in self.kernels.rows:
             total, finite = self.kernels.measure(name, index, block, total)
@@ -160,7 +160,7 @@ class TensorRun:
             del known["previous"]
 
     def at_once(self, name: str, known: dict[str, Tensor], base: Tensor | None, models: Sequence[Tensor]) -> bool:
-        """Compute a statistic of a one-block tensor without its rounds, if it supports that; return whether it was done."""
+        """Compute a one-block tensor's statistic without rounds, if it supports that; return whether it was done."""
         if len(self.ranges) > 1 or self.kernels.method.statistics[name].at_once is None:
             return False
         given = {key: value.cpu() for key, value in known.items()}
@@ -198,7 +198,7 @@ class TensorRun:
 
     @property
     def together(self) -> Literal["joined", "stacked"] | None:
-        """How this tensor may be merged with others of the same kernels and parameters, as in `MergeMethod.together`."""
+        """How it can be merged with tensors of the same kernels and parameters, as in `MergeMethod.together`."""
         # fused kernels take one tensor, and their results differ from stacked ones by rounding
         fits = len(self.ranges) == 1 and not (self.values.together == "stacked" and self.kernels.compiled)
         return self.values.together if fits else None

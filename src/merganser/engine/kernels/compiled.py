@@ -133,7 +133,7 @@ def compile_ahead(order: Mapping[str, Any]) -> Function | None:
 
 
 class _Compiler:
-    """A process that compiles kernels, one at a time. It ends when its standard input closes, even if this process is killed."""
+    """A process that compiles kernels one at a time. It ends when its stdin closes, also if this process is killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None

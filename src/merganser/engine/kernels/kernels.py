@@ -203,7 +203,7 @@ class Kernels:
         return self._run(("combine", "", 0), block)
 
     def combine_several(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Merge, in one call, several tensors of one shape with the same parameters; also return whether each is finite.
+        """Merge several tensors of one shape and the same parameters in one call; also return whether each is finite.
 
         Args:
             block: Their inputs and statistics, stacked, and their keys where the method is random.
@@ -332,7 +332,7 @@ def _read(base: Tensor | None, models: list[Tensor], compute: torch.dtype, names
 
 
 def _overflow(dtype: torch.dtype) -> float:
-    """Return the smallest number that rounds to infinity: half a unit in the last place above the largest finite one."""
+    """Return the smallest number that rounds to infinity: half an ulp above the largest finite one."""
     found = torch.finfo(dtype)
     return found.max + found.max / (2 / found.eps - 1) / 2
 

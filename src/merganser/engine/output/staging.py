@@ -105,7 +105,7 @@ class Staging:
             raise self.write_error(error) from None
 
     def claim(self, names: Iterable[str]) -> None:
-        """Register files before they are created in the folder, besides the shards; "name/" is a folder with all contents.
+        """Register other files than the shards before they are created; "name/" is a folder with all contents.
 
         Raises:
             OutputError: The disk is full or failed.
@@ -198,7 +198,7 @@ class Staging:
             self._lock = None
 
     def _begin(self, fingerprint: str, beside: int, fresh: bool) -> None:
-        """Read the journal of an earlier run, and prepare the folder: shards with headers and full sizes, and a journal."""
+        """Read an earlier run's journal, and prepare the folder: shards with headers and full sizes, and a journal."""
         take_back(self.folder, self.target, self._hidden)
         self._left = survey(replaced_folder(self.target))
         found = survey(self.folder)
