@@ -256,8 +256,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
         declared = recipe.out_dtype or recipe.dtype
         dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.dtype for tensor in inputs])
     if not copy and not slot.kept:
-        # layers of slices have different names in the models; other tensors, and tied heads, match filters by their
-        # rule
+        # a slice's layers have other names in the models, and filters match those; else filters match `rule`
         sliced = bool(recipe.slices) and slot.part.layer is not None
         names = [tensor.name if sliced else slot.rule for tensor in models]
         parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
@@ -344,7 +343,7 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
         check_layers_load(config, donor, alignment.layers)
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
-    # the config states the dtype of most bytes
+    # the config states the dtype of most elements
     sizes: dict[str, int] = {}
     for draft in drafts:
         if not draft.copy:

@@ -196,7 +196,7 @@ def is_compiling() -> bool:
 
 
 def known_sources(method_file: str | None) -> bool:
-    """Return whether a method's file lies in this package, so that the key of the cache covers its code."""
+    """Return whether a method's file is in this package, so that the key of the cache covers its code."""
     return method_file is not None and Path(method_file).is_relative_to(_PACKAGE)
 
 
@@ -210,7 +210,7 @@ _PACKAGE = Path(__file__).parents[2]
 
 @cache
 def _surroundings() -> list[str]:
-    """Return what a kernel depends on beside its order: the version of torch, the processor, and our own sources."""
+    """Return what a kernel depends on besides its order: the version of torch, the processor, and our own sources."""
     sources = hashlib.sha256()
     for part in ("methods", "ops", "method", "engine/kernels"):
         place = _PACKAGE / part

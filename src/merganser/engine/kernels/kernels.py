@@ -141,7 +141,7 @@ class Kernels:
             name: Name of the statistic.
             index: Index of the round.
             block: The block.
-            total: Of the blocks before, on the CPU; it may be changed in place. None for the first block.
+            total: Total of the blocks before, on the CPU; it may be changed in place. None for the first block.
         """
         measured, finite = self._run(("measure", name, index), block)
         round_ = self.round(name, index)
@@ -156,7 +156,7 @@ class Kernels:
     def measure_at_once(
         self, name: str, block: Block, values: Values, known: Mapping[str, Tensor], *, several: bool = False
     ) -> Tensor:
-        """Find a statistic of a tensor of one block without its rounds.
+        """Compute a statistic of a one-block tensor without its rounds.
 
         Args:
             name: Name of the statistic; it has `at_once`.
@@ -323,7 +323,7 @@ class Kernels:
 
 
 def _read(base: Tensor | None, models: list[Tensor], compute: torch.dtype, names: Sequence[str]) -> dict[str, Any]:
-    """Return what functions are handed of the inputs, by name: in the compute dtype, and how they were rounded."""
+    """Return the inputs as functions take them, by name: in the compute dtype; with rounding errors if wanted."""
     given: dict[str, Any] = {"base": None if base is None else base.to(compute)}
     given["models"] = [model.to(compute) for model in models]
     if "rounding" in names:

@@ -5,8 +5,8 @@ followed. There are two kinds:
 
 - A complete output. Its run record lists every file with size and sha256; files that differ or are not listed belong to
   the user. All files are hashed, however large, because a model that was trained further and saved over the merged one
-  has the same names and sizes.
-- A folder that is still being written. Its files have no hashes yet, so a marker file lists their names; each name is
+  has the same names and sizes. The merge itself hashes as many bytes while it writes.
+  - A folder that is still being written. Its files have no hashes yet, so a marker file lists their names; each name is
   added before the file is created.
 """
 
@@ -130,7 +130,7 @@ def survey_each(home: Path, *, known: Mapping[str, Owned] | None = None, hashing
 
     Args:
         home: The folder; it need not exist.
-        known: Surveys of its subfolders that exist already, by name.
+        known: Earlier results of `survey` for its subfolders, by name; these are not surveyed again.
         hashing: As for `survey`.
 
     Raises:

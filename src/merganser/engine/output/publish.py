@@ -62,7 +62,7 @@ def publish(folder: Path, target: Path, old: Owned, left: Owned) -> None:
 
 
 def take_back(folder: Path, target: Path, skip: tuple[str, str]) -> None:
-    """Undo an interrupted move file by file, so that the run can be continued like any other.
+    """Undo an interrupted file-by-file move, so that the run can be continued like any other.
 
     Args:
         folder: The staging folder.

@@ -52,7 +52,7 @@ def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, l
 
     Args:
         tensors: The tensors of the plan.
-        wanted: Wanted number of workers.
+        wanted: Preferred number of workers.
         compiled: Whether kernels are fused.
         limit: Largest resident memory, bytes.
         beside: Other memory of the process, bytes.

@@ -19,7 +19,7 @@ def merge_together(
     """Merge in one call small tensors that share kernels, parameters and dtypes.
 
     Args:
-        runs: The work on each tensor; None for copies.
+        runs: The kernels and parameters of each tensor; None for copies.
         inputs: The inputs of each tensor, flat.
         split: Moves inputs to the device and separates the base from the models, as for the tensor at an index.
         allow_nonfinite: Merge NaN and infinity; otherwise tensors that share a call with such values are left out.
