@@ -6,7 +6,7 @@ followed. There are two kinds:
 - A complete output. Its run record lists every file with size and sha256; files that differ or are not listed belong to
   the user. All files are hashed, however large, because a model that was trained further and saved over the merged one
   has the same names and sizes. The merge itself hashes as many bytes while it writes.
-  - A folder that is still being written. Its files have no hashes yet, so a marker file lists their names; each name is
+- A folder that is still being written. Its files have no hashes yet, so a marker file lists their names; each name is
   added before the file is created.
 """
 

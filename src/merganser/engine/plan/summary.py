@@ -214,7 +214,7 @@ def summarise(plan: Plan) -> PlanSummary:
 
 
 def count_inputs(plan: Plan) -> tuple[bool, int]:
-    """Return whether a plan reads a base, and the most models that are merged into a tensor."""
+    """Return whether a plan reads a base, and how many other models it merges; some tensors may take fewer."""
     bases = [tensor.base for tensor in plan.tensors if tensor.base is not None]
     files = {base.file for base in bases}
     read = {source.file for tensor in plan.tensors for source in tensor.models} - files
