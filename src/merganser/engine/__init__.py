@@ -1,1 +1,1 @@
-"""Plan a merge from headers, stream it, resume it."""
+"""Plan a merge from file headers, stream the tensors through it, resume it after an interruption."""

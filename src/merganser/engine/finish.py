@@ -1,4 +1,4 @@
-"""What follows the last tensor: the files beside the weights, and the run record."""
+"""Finish an output after its last tensor: write the files besides the weights, and the run record."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .sidecars.make import Errors
 from .stream.groups import Group
 
 Entries = Mapping[tuple[int, int], Mapping[str, Any]]
-"""The journal: what each task read and wrote, by group and segment."""
+"""Journal entries by group and segment: what each task read and wrote."""
 
 
 def write_rest(
@@ -46,23 +46,23 @@ def write_rest(
 
     Args:
         plan: The plan.
-        folder: Holds the weights.
+        folder: Folder that holds the weights.
         title: Name of the output.
-        claim: Told which files will be made, before they are.
+        claim: Called with the names of files before they are created.
         groups: All groups of the plan.
-        entries: What their tasks read and wrote.
+        entries: Their journal entries.
         hashes: sha256 of each shard.
-        statistics: What was solved for the whole model.
-        inputs: From `input_files`, before the first read.
-        errors: Of restoring each tensor from the sidecars.
-        timings: For the record.
-        continued: Whether an earlier run had begun.
+        statistics: Statistics over the whole model, by name.
+        inputs: From `input_files`, called before the first read.
+        errors: Errors of restoring each tensor from the sidecars, by name.
+        timings: Seconds per phase, for the record.
+        continued: Whether this run continued an earlier one.
 
     Returns:
         The run record.
 
     Raises:
-        CheckpointError: An input changed meanwhile, or a file to copy cannot be read.
+        CheckpointError: An input changed during the run, or a file to copy cannot be read.
         OSError: The target cannot be written.
     """
     for before, now in zip(inputs, input_files(plan), strict=True):
@@ -95,14 +95,14 @@ def write_rest(
 
 
 def _json(value: Any) -> Any:
-    """Return numbers, or lists of them, with null for what JSON does not know: infinity and NaN."""
+    """Return a number or nested list of numbers with None for infinity and NaN, which JSON cannot express."""
     if isinstance(value, list):
         return [_json(each) for each in value]
     return value if math.isfinite(value) else None
 
 
 def side_file_bytes(plan: Plan) -> int:
-    """Return the size of what `write_rest` will write, roughly."""
+    """Return the approximate number of bytes that `write_rest` writes."""
     sources = [*plan.side_files.values()]
     for task in plan.sidecars.tasks if plan.sidecars else ():
         sources += plan.checkpoints[task.reference].side_files
@@ -112,14 +112,14 @@ def side_file_bytes(plan: Plan) -> int:
 def _write_side_files(
     plan: Plan, folder: Path, title: str, claim: Callable[[Iterable[str]], None]
 ) -> list[dict[str, Any]]:
-    """Write the files beside the weights; return them with their hashes."""
+    """Write the files besides the weights; return their names, sizes and hashes."""
     claim(["README.md", *plan.side_files, *_planned_texts(plan)])
     (folder / "README.md").write_bytes(model_card(plan, title).encode(errors="backslashreplace"))
     return _hashed(folder, dict.fromkeys(["README.md", *write_planned_files(plan, folder)]))
 
 
 def _planned_texts(plan: Plan) -> dict[str, bytes]:
-    """Return the contents of the files beside the weights that are not copied, by name."""
+    """Return the contents of generated files besides the weights (config, index, template), by name."""
     texts: dict[str, bytes] = {}
     if plan.chat_template is not None:
         texts["chat_template.jinja"] = plan.chat_template.encode()
@@ -132,7 +132,7 @@ def _planned_texts(plan: Plan) -> dict[str, bytes]:
 
 
 def write_planned_files(plan: Plan, folder: Path) -> list[str]:
-    """Write what a plan holds of the files beside the weights: config, index, tokenizer, template; return their names.
+    """Write config, index, tokenizer and template as planned; return the names of the files.
 
     Raises:
         CheckpointError: A file to copy cannot be read.
@@ -148,12 +148,12 @@ def write_planned_files(plan: Plan, folder: Path) -> list[str]:
 
 
 def _hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
-    """Return files with their sizes and hashes, as the run record names them."""
+    """Return names, sizes and hashes of files, as entries of the run record."""
     return [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names]
 
 
 def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[Path, str], bytes]:
-    """Put the digests of blocks together to those of the input tensors."""
+    """Combine the digests of blocks into one digest per input tensor."""
     found: dict[tuple[Path, str], bytes] = {}
     for group in groups:
         if group.bundle:

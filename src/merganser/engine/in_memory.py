@@ -1,4 +1,4 @@
-"""Carry out a plan in memory: the bytes that would be written, as a state dict."""
+"""Run a plan in memory: return the tensors that would be written as a state dict."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from .stream.worker import Context, Done
 
 
 class _Memory:
-    """Shards in memory, laid out as they would be on disk."""
+    """Shards in memory, with the same layout as on disk."""
 
     def __init__(self, plan: Plan) -> None:
         self._shards = [torch.empty(shard.size, dtype=torch.uint8) for shard in plan.shards]
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
-        """Write bytes at their final place."""
+        """Write bytes at their final position in a shard."""
         self._shards[shard].numpy().data[offset : offset + data.nbytes] = data.cast("B")
 
     def tensor(self, shard: int, offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor that lies in a shard; it shares the shard's memory."""
+        """Return a view of a shard as a tensor; it shares the shard's memory."""
         return self._shards[shard][offset : offset + nbytes].view(dtype).view(shape)
 
 
 def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
-    """Carry out a plan without writing anything.
+    """Run a plan without writing anything to disk.
 
     Args:
         plan: From `build_plan`.
-        allow_nonfinite: Merge NaN and infinity instead of refusing them.
+        allow_nonfinite: Merge NaN and infinity instead of raising an error.
 
     Returns:
         The tensors by name, on the CPU, bit for bit what `run_plan` would write.
 
     Raises:
-        CheckpointError: An input is damaged, not finite, or integer buffers differ.
+        CheckpointError: An input is damaged or not finite, or integer buffers differ.
     """
     memory = _Memory(plan)
     devices = resolve_devices(plan.device)
@@ -86,7 +86,7 @@ def merge_state_dicts(
     dtype: torch.dtype | None = None,
     **parameters: Any,
 ) -> dict[str, Tensor]:
-    """Merge state dicts in memory, on the device that they are on; for souping inside a training loop.
+    """Merge state dicts in memory, on their device, for example to average checkpoints in a training loop.
 
         averaged = merganser.merge_state_dicts("linear", [a.state_dict(), b.state_dict()], weight=1.0)
 
@@ -95,15 +95,15 @@ def merge_state_dicts(
         models: The state dicts, with the same names and shapes.
         base: State dict of the base, where the method takes one.
         seed: Seed of random draws.
-        dtype: Dtype of the merged tensors; by default what the inputs of each promote to.
-        **parameters: As in recipes (`lambda_` for `lambda`); a list gives one value per model.
+        dtype: Dtype of the merged tensors; by default the promoted dtype of a tensor's inputs.
+        **parameters: Parameters as in recipes (`lambda_` for `lambda`); a list gives one value per model.
 
     Returns:
-        New tensors under the same names. Whole numbers and flags are copied from the first input.
+        New tensors under the same names. Integer and boolean tensors are copied from the first input.
 
     Raises:
         ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
-        CheckpointError: Names or shapes differ, or buffers of whole numbers do.
+        CheckpointError: Names or shapes differ, or values of integer or boolean tensors do.
         UnsupportedError: The parameters ask for a statistic over the whole model.
     """
     import torch
@@ -160,7 +160,7 @@ def merge_state_dicts(
 
 
 def _copy_equal(name: str, inputs: Sequence[Tensor]) -> Tensor:
-    """Copy a buffer of whole numbers or flags that all models agree on."""
+    """Copy an integer or boolean tensor; all models must have the same values."""
     import torch
 
     from ..errors import CheckpointError

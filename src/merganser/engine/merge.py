@@ -1,8 +1,8 @@
-"""Plan and merge a recipe: what Python and the command line call.
+"""Plan and merge a recipe: the entry points for Python and the command line.
 
-A recipe may have several documents (stages), and each may name the result of another one as a model. The last one in the
-order of work is the target. The results of the others lie in a folder beside it, `.OUT.stages`, each under its name; a
-stage that is finished there is used again as long as nothing that it was made from has changed.
+A recipe may have several documents (stages), and each may name the output of another one as a model. The last one to
+run is the target. The others are written to the folder `.OUT.stages` next to it, each under its name; a finished stage
+is reused as long as nothing that it was merged from has changed.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 __all__ = ["RecipeLike", "merge", "plan", "plan_with_stages_made", "stages_folder"]
 
 RecipeLike = Recipe | Sequence[Recipe] | str | Path | Mapping[str, Any]
-"""Recipes as `load_recipe` and `load_recipes` return them, or what these read: a path, a YAML text, a mapping."""
+"""Recipes from `load_recipe` or `load_recipes`, or what these read: a path, a YAML text, a mapping."""
 
 
 def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Plan:
     """Plan a merge from the headers of its inputs; nothing is written.
 
     Args:
-        recipe: A recipe of one document or several: its path, its YAML text, a mapping, or what was loaded from those.
-        keep_stages: Plan stages that no later one uses, too.
+        recipe: A recipe of one document or several: its path, its YAML text, a mapping, or loaded recipes.
+        keep_stages: Also plan stages that no later one uses.
         **options: As for `merganser.engine.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
             `max_memory`, `cache_dir`, `compiled`.
 
     Returns:
-        The plan of the target; its `stages` are the plans of the documents before it, whose results it reads.
+        The plan of the target; its `stages` are the plans of the other documents, whose outputs it reads.
 
     Raises:
         MergeError: The recipe or its inputs cannot be merged; the message says why.
@@ -79,22 +79,23 @@ def merge(
     """Merge models into a new checkpoint.
 
     Args:
-        recipe: A recipe of one document or several: its path, its YAML text, a mapping, or what was loaded from those.
-        out: Target folder; it appears, complete, when all is done.
-        keep_stages: Keep the results of the other documents in `stages_folder(out)`, even those that no later one uses.
+        recipe: A recipe of one document or several: its path, its YAML text, a mapping, or loaded recipes.
+        out: Target folder; it appears when the merge is complete.
+        keep_stages: Run all documents and keep their outputs in `stages_folder(out)`, also those that no later one
+            uses.
         overwrite: Replace a target that merganser wrote before, unless something in it was added or changed.
-        fresh: Start again even where an interrupted run could be continued.
-        allow_nonfinite: Merge NaN and infinity instead of refusing them.
-        cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.
-        progress: Told how each run advances.
+        fresh: Start again even if an interrupted run could be continued.
+        allow_nonfinite: Merge NaN and infinity instead of raising an error.
+        cluster: Address of a Ray cluster whose nodes share storage with this machine; None to run locally.
+        progress: Gets reports of each run's progress.
         **options: As for `plan`.
 
     Returns:
         The folder and the run record of the target, which holds the text of all documents.
 
     Raises:
-        MergeError: A recipe, an input or the target is at fault; the message says why.
-        Interrupted: Ctrl-C; the same call continues.
+        MergeError: A recipe, an input or the target is invalid; the message says why.
+        Interrupted: Ctrl-C was pressed; the same call continues the run.
     """
     from .output.staging import check_target
     from .run import run_plan
@@ -104,7 +105,7 @@ def merge(
     if len(recipes) == 1:
         return run_plan(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
     check_target(out, overwrite=overwrite)
-    # whatever can be refused in any stage is refused before the first one runs
+    # plan every stage first, so that an error in any of them shows before the first one runs
     plan(recipes, keep_stages=keep_stages, **options)
     *stages, target = _needed(recipes, keep_stages)
     with _stages(out, keep=keep_stages, fresh=fresh) as made:
@@ -121,7 +122,7 @@ def merge(
 
 @contextlib.contextmanager
 def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
-    """Plan the target of a recipe, and merge its other documents at once into a folder that lasts as long as the context.
+    """Merge the stages of a recipe into a folder that exists during the context, and yield the plan of its target.
 
     Args:
         recipe: As for `plan`.
@@ -146,12 +147,12 @@ def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
 
 
 def stages_folder(out: str | Path) -> Path:
-    """Return the folder beside a target where the results of its other recipes lie."""
+    """Return the folder next to a target that holds the outputs of its other stages."""
     return Path(out).with_name(f".{Path(out).name}.stages")
 
 
 def _needed(recipes: Sequence[Recipe], keep_stages: bool) -> list[Recipe]:
-    """Return the recipes to run, in order: the target last, and without those whose result nobody reads."""
+    """Return the recipes to run, in order: the target last, and without stages whose output no recipe reads."""
     *others, target = recipes
     if keep_stages:
         return [*others, target]
@@ -169,7 +170,7 @@ def _needed(recipes: Sequence[Recipe], keep_stages: bool) -> list[Recipe]:
 
 
 def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
-    """Return the recipe with the folders of earlier stages in the place of their names."""
+    """Return the recipe with the names of earlier stages replaced by their folders."""
 
     def reference(model: ModelReference) -> ModelReference:
         if model.path not in folders:
@@ -199,7 +200,7 @@ def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
 
 
 def _lay_out(plan: Plan, folder: Path) -> None:
-    """Write what a plan's output will be, without its weights: headers, sizes (as holes), and the files beside them."""
+    """Write a plan's output without weights: headers, sparse files of full size, and the files besides weights."""
     from .finish import write_planned_files
 
     try:
@@ -208,31 +209,31 @@ def _lay_out(plan: Plan, folder: Path) -> None:
             with (folder / shard.name).open("wb") as file:
                 file.write(shard.header)
                 file.truncate(shard.size)
-        # later stages look at config and tokenizer
+        # planning later stages reads config and tokenizer
         write_planned_files(plan, folder)
     except OSError as error:
         raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
 
 
 def _folder_name(name: str) -> str:
-    """Return a name for the folder of a stage; different stages have different ones, side by side."""
+    """Return the folder name of a stage; different stages have different names."""
     return name.replace("%", "%25").replace("/", "%2F").replace("\\", "%5C")
 
 
 @dataclass(frozen=True, slots=True)
 class _Stages:
-    """The results of the stages.
+    """The outputs of the stages.
 
     Args:
-        home: The folder in which they lie.
-        made: Those that this run made, or found unchanged, by the name of their folder.
+        home: The folder that holds them.
+        made: Those that this run wrote or reused, by the name of their folder.
     """
 
     home: Path
     made: dict[str, Owned]
 
     def remove(self) -> None:
-        """Remove all that is ours; nothing, where anything is not."""
+        """Remove the folder, unless it holds anything that merganser did not write."""
         from .output.ownership import survey_each
 
         with contextlib.suppress(OSError):
@@ -241,12 +242,12 @@ class _Stages:
 
 @contextlib.contextmanager
 def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
-    """Hold the folder of the stages; remove it in the end, but for a run that can be continued."""
+    """Lock the folder of the stages; remove it at the end, unless the run can be continued."""
     from .output.lock import acquire_lock
     from .output.ownership import survey_each
 
     home = stages_folder(out)
-    # beside the folder, which comes and goes
+    # next to the folder, not in it, as the folder is created and removed under the lock
     lock = home.with_name(f"{home.name}.lock")
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +261,7 @@ def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
     if guard is None:
         raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
     try:
-        # what is in the way is said before hours of work; what is not hashed now is hashed before it is removed
+        # refuse foreign files now, not after hours of work; files not hashed here are hashed before they are removed
         found = survey_each(home, hashing=fresh)
         if fresh:
             found.remove()
@@ -279,7 +280,7 @@ def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
 
 
 def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> Owned:
-    """Make one stage, unless it lies there, made from the same and unchanged since."""
+    """Run one stage, unless its output exists, is unchanged, and was made from the same inputs."""
     from .output.ownership import STAGE_NOTE, survey
     from .record import fingerprint
     from .run import Interrupted, run_plan
@@ -303,7 +304,7 @@ def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> Owned:
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """Return name, size and time of change of every file in a stage's folder."""
+    """Return name, size and modification time of every file in a stage's folder."""
     from .output.ownership import STAGE_NOTE
 
     found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(STAGE_NOTE))

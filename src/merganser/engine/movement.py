@@ -1,4 +1,4 @@
-"""How far models and merge moved from the base, and how task vectors are related, for the run record."""
+"""Compute, for the run record, how far models and merge moved from the base, and how task vectors are related."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .plan.tensor import PlannedTensor
 from .stream.sample import PAIR_SAMPLE, SAMPLE
 
 Samples = Mapping[str, Mapping[str, Any]]
-"""By name of the tensor, from `sample.measure_samples`."""
+"""Measurements by tensor name, from `sample.measure_samples`."""
 
 
 def layer_summary(tensors: Sequence[PlannedTensor], samples: Samples) -> list[dict[str, Any]]:
-    """Sum up by layer and role what was measured on the samples.
+    """Combine the measurements on samples by layer and role.
 
     Returns:
-        One entry per layer and role: number of tensors and parameters, and what `_moved` tells of them.
+        One entry per layer and role: number of tensors and parameters, and the result of `_moved`.
     """
     groups: dict[tuple[int, str], list[PlannedTensor]] = defaultdict(list)
     for tensor in tensors:
@@ -38,20 +38,20 @@ def layer_summary(tensors: Sequence[PlannedTensor], samples: Samples) -> list[di
 
 
 def movement(plan: Plan, samples: Samples) -> dict[str, Any]:
-    """Sum up over the model, and tell of every tensor, what was measured on the samples.
+    """Combine the measurements on samples over the model, and list them for every tensor.
 
     Returns:
-        `sample` and `pair_sample`, the most elements of a tensor that distances and pairs were measured on. `inputs`,
-        the base (or first model) and the models that were compared with it; None where tensors differ in that, as in
-        slices: then every tensor has its own. `from_base`: whether the first of them is a base. `total`: what `_moved`
-        tells of all tensors together, but for those that are copied from the base. `tensors`: the same of each, without
-        the values of each pair of models.
+        `sample` and `pair_sample`: the most elements of a tensor used for distances and for pairs. `inputs`: the base
+        (or first model) and the models compared with it; None if tensors differ in their inputs, as in slices, so that
+        each tensor lists its own. `from_base`: whether the first of them is a base. `total`: the result of `_moved` for
+        all tensors together, without those copied from the base. `tensors`: the same for each tensor, without values
+        per pair of models.
     """
-    # two models may share a file (an adapter and its base), but no description of a tensor
+    # keyed by TensorInfo object, not by file: two models may share a file (an adapter and its base)
     names = {id(t): str(reference) for reference, found in plan.checkpoints.items() for t in found.tensors.values()}
     measured = [tensor for tensor in plan.tensors if tensor.name in samples]
     inputs = {tensor.name: [names[id(source)] for source in tensor.inputs] for tensor in measured}
-    # of some methods what is no matrix comes from the base alone
+    # some methods copy tensors that are not matrices from the base; these have the base as their only input
     most = max(inputs.values(), key=len, default=[])
     alike = all(found in (most, most[:1]) for found in inputs.values())
     merged = [tensor for tensor in measured if not alike or inputs[tensor.name] == most]
@@ -73,13 +73,13 @@ def movement(plan: Plan, samples: Samples) -> dict[str, Any]:
 
 
 def length_warning(total: Mapping[str, Any]) -> str | None:
-    """Return what to say of a merged task vector that is much longer, or shorter, than sums and averages make it.
+    """Return a warning if the merged task vector is much longer than a sum or much shorter than an average.
 
-    T unrelated task vectors of length 1 have a sum of length sqrt(T) and an average of 1 / sqrt(T); twice, and half, of
-    these are the bounds.
+    T orthogonal task vectors of norm 1 have a sum of norm sqrt(T) and an average of norm 1 / sqrt(T). The bounds are
+    twice the first and half the second.
 
     Args:
-        total: What `movement` tells of all tensors together.
+        total: `total` of the result of `movement`.
     """
     length, count = total.get("length"), len(total.get("models", ()))
     if length is None or count < 2:
@@ -96,26 +96,26 @@ def length_warning(total: Mapping[str, Any]) -> str | None:
 
 
 def _moved(samples: Sequence[tuple[int, Mapping[str, Any]]], *, each_pair: bool) -> dict[str, Any]:
-    """Put tensors together as if they were one vector; a sample counts for as many elements as its tensor has.
+    """Combine tensors as if concatenated into one vector; each sample is scaled up to its tensor's size.
 
     Args:
         samples: Number of elements and sample of each tensor.
-        each_pair: Whether to tell of every pair of models.
+        each_pair: Whether to return values for every pair of models.
 
     Returns:
-        `models` and `merged`: distances of each model and of the merge from the base, over the norm of the base. Where
-        there is a base: `rounding`, the share of each task vector that rounding of the model's stored values makes up,
-        and `length`, that of the merged task vector over the root mean square of the models'. Where pairs were measured, `cosine` of task vectors, the mean of all pairs; `sign_conflict`, the share of opposite
-        directions among all elements that two models changed; and for each pair, in the order of
-        `itertools.combinations`, `cosines` and `sign_conflicts`. What is not defined is None; what is not finite, or
-        was measured on other numbers of models, is left out.
+        `models` and `merged`: distance of each model and of the merge from the base, divided by the norm of the base.
+        With a base also `rounding`: the norm of each model's rounding errors divided by its distance; and `length`: the
+        norm of the merged task vector divided by the root mean square of the models'. If pairs were measured, `cosine`:
+        the mean cosine of all pairs of task vectors; `sign_conflict`: the share of opposite signs among elements that
+        both models changed; and per pair, in the order of `itertools.combinations`, `cosines` and `sign_conflicts`.
+        Undefined values are None. Empty if a value is not finite, or samples differ in their number of models.
     """
     norm = math.sqrt(_sum(samples, "norm"))
     if not norm > 0 or len({len(sample["models"]) for _, sample in samples}) != 1:
         return {}
     models = [math.sqrt(_sum(samples, "models", k)) / norm for k in range(len(samples[0][1]["models"]))]
     merged = math.sqrt(_sum(samples, "merged")) / norm
-    # JSON knows neither NaN nor infinity
+    # JSON cannot express NaN and infinity
     if not all(map(math.isfinite, [norm, merged, *models])):
         return {}
     found: dict[str, Any] = {"models": models, "merged": merged}
@@ -130,7 +130,7 @@ def _moved(samples: Sequence[tuple[int, Mapping[str, Any]]], *, each_pair: bool)
 
 
 def _sum(samples: Iterable[tuple[int, Mapping[str, Any]]], key: str, index: int | None = None) -> float:
-    """Add up the squares of norms."""
+    """Return the sum over tensors of squared norms, each scaled from the sample to its tensor's size."""
     total = 0.0
     for size, sample in samples:
         total += size / sample["n"] * (sample[key] if index is None else sample[key][index]) ** 2
@@ -142,7 +142,7 @@ def _related(samples: Sequence[tuple[int, Mapping[str, Any]]], count: int, *, ea
         [sum(values) for values in zip(*([size / s["n"] * x for x in s[key]] for size, s in samples), strict=True)]
         for key in ("dots", "both", "opposite")
     )
-    # of combinations with replacement, those of a model with itself
+    # indices of the pairs (i, i) in the order of combinations_with_replacement
     own = [i * count - i * (i - 1) // 2 for i in range(count)]
     cosines = []
     for i, j in combinations(range(count), 2):

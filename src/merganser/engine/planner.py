@@ -1,4 +1,4 @@
-"""Plan a merge: read the headers of its inputs, match their tensors, and decide how and where each one is made."""
+"""Plan a merge: read the inputs' headers, match their tensors, decide how and where each output tensor is merged."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     import torch
 
 COMPILE_FROM = 450_000_000
-"""Input elements from which a merge is fused. Compiling takes some ten seconds for the kernel of each pass, once; a pass over
-so many elements takes one or two more when it runs eagerly."""
+"""Number of input elements from which kernels are fused. Compiling takes about ten seconds per kernel, once; an eager
+pass over so many elements takes one or two seconds longer than a fused one."""
 
 _TENSOR_WORK = 1 << 15
-"""Input elements that take as long eagerly as what a tensor costs, however small, that is merged by itself."""
+"""Fixed cost of merging one tensor by itself, in input elements that eager kernels process in the same time."""
 
 SHARD_BYTES = 5_000_000_000
 
@@ -64,17 +64,17 @@ def build_plan(
         recipe: From `load_recipe`.
         seed: Seed of random draws.
         out_shard_size: Largest size of an output file, bytes.
-        threads: Threads that merge; by default one per core, at most 8. Fewer run where memory would not suffice.
+        threads: Threads that merge; by default one per core, at most 8. Fewer are used if memory does not suffice.
         max_memory: Largest resident memory, bytes; by default a quarter of the machine's or container's, at most 4 GB.
         device: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
         cache_dir: Folder for models from the Hub.
-        compiled: Fuse kernels; by default where the work is large and a C++ compiler is at hand.
+        compiled: Fuse kernels; by default if the work is large and a C++ compiler is installed.
 
     Raises:
-        RecipeError: The recipe does not suit the method or the models.
+        RecipeError: The recipe does not fit the method or the models.
         CheckpointError: An input is missing, damaged, quantised, or does not fit the others.
         MemoryLimitError: The method cannot work within `max_memory`; the message says what it needs.
-        UnsupportedError: There is no such device, or no compiler where `compiled` asks for one.
+        UnsupportedError: There is no such device, or `compiled` is true and there is no compiler.
         ValueError: A number is below 1.
     """
     _check_options(out_shard_size, threads, max_memory)
@@ -131,7 +131,7 @@ def build_plan(
 def _share_memory(
     method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int, *, keeps: bool
 ) -> tuple[int, int, int]:
-    """Return how many workers merge, what each keeps of inputs, and what is left for making sidecars, bytes."""
+    """Return the number of workers, the bytes of inputs that each may cache, and the bytes left for making sidecars."""
     beside = sidecar_memory(method, drafts)
     workers = fit_workers(drafts, wanted, compiled, limit, beside=beside)
     room = limit - estimate_memory(drafts, workers, compiled)
@@ -146,7 +146,7 @@ def _check_options(out_shard_size: int, threads: int | None, max_memory: int | N
 
 
 def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None) -> Checkpoint:
-    """Open a checkpoint; what is wrong with it is said with the line of the recipe that names it."""
+    """Open a checkpoint; errors get the place in the recipe that names it."""
     try:
         return open_checkpoint(reference.path, revision=reference.revision, cache_dir=cache_dir)
     except MergeError as error:
@@ -154,7 +154,7 @@ def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None) -> 
 
 
 def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReference, Member], list[str]]:
-    """Open every checkpoint; return also what was stripped from names, and what was left out."""
+    """Open every checkpoint; also return warnings about changed names and tensors left out."""
     members: dict[ModelReference, Member] = {}
     warnings: list[str] = []
     for reference in recipe.references():
@@ -179,7 +179,7 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
 def _fuses(
     drafts: Sequence[PlannedTensor], devices: Sequence[torch.device], wanted: bool | None
 ) -> tuple[bool, list[str]]:
-    """Say whether kernels are fused, and warn where they would be if it were possible."""
+    """Return whether kernels are fused, and a warning if only a missing compiler prevents it."""
     worth = _work(drafts) >= COMPILE_FROM if wanted is None else wanted
     if not worth or has_compiler(devices[0]):
         return worth, []
@@ -190,9 +190,9 @@ def _fuses(
 
 
 def _work(drafts: Sequence[PlannedTensor]) -> int:
-    """Return the input elements that kernels see in a pass; a tensor counts as some, however small."""
+    """Return the work of one pass in input elements, including the fixed cost per tensor."""
     fused = [draft for draft in drafts if draft.method.fuse and not draft.copy]
-    # many share their parameters
+    # many tensors share their parameters, so ask once per set
     alone: dict[tuple[str, int], bool] = {}
     each = 0
     for draft in fused:
@@ -224,7 +224,7 @@ def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
 def _drafts(
     recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]
 ) -> tuple[Alignment, list[PlannedTensor]]:
-    """Match the inputs' tensors, and decide how each tensor of the output is made."""
+    """Match the inputs' tensors, and decide how each tensor of the output is merged."""
     if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
         raise RecipeError(
             f"{recipe.place_of('unmatched')}: {resolver.method.name} stores what gives each model back, so all models "
@@ -243,7 +243,7 @@ def _drafts(
 
 
 def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | None) -> PlannedTensor:
-    """Decide dtype, inputs, method and parameters of one tensor; its place comes later."""
+    """Decide dtype, inputs, method and parameters of one tensor; shard and offset are set later."""
     given = resolver.sources(slot.slice_index)
     base = slot.inputs[given.base.model] if given.base is not None and not slot.kept else None
     sources = slot.inputs if slot.kept else [source.model for source in given.models]
@@ -256,7 +256,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
         declared = recipe.out_dtype or recipe.dtype
         dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.dtype for tensor in inputs])
     if not copy and not slot.kept:
-        # only slices give a tensor other names in the models; a tied head goes by the name of the output
+        # a slice's layers have other names in the models, and filters match those; else filters match `rule`
         sliced = bool(recipe.slices) and slot.part.layer is not None
         names = [tensor.name if sliced else slot.rule for tensor in models]
         parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
@@ -297,7 +297,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
 
 
 def _place(drafts: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[PlannedTensor]:
-    """Put every tensor at its place, in the order of the shards' bytes."""
+    """Set shard and offset of every tensor, in the order of the shards' bytes."""
     by_name = {draft.name: draft for draft in drafts}
     return [
         replace(by_name[name], shard=index, offset=offset, nbytes=nbytes)
@@ -307,7 +307,7 @@ def _place(drafts: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[Pla
 
 
 def promote(dtypes: Sequence[DType]) -> DType:
-    """Return the float dtype that holds all of these."""
+    """Return the float dtype to which all of these promote."""
     names = {dtype.name for dtype in dtypes}
     if len(names) == 1:
         return dtypes[0]
@@ -315,7 +315,7 @@ def promote(dtypes: Sequence[DType]) -> DType:
 
 
 def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[PlannedTensor]) -> None:
-    """A statistic over the whole model needs the same parameters everywhere."""
+    """Raise RecipeError if a statistic over the whole model has tensors with different parameters."""
     merged = {id(draft.parameters): draft for draft in drafts if not draft.copy and draft.method is method}
     if len(merged) < 2:
         return
@@ -329,8 +329,8 @@ def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[Pla
 
 
 def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]) -> tuple[dict[str, Any], list[str]]:
-    """Return the output's config.json: the donor's, with layers, tie and dtype as they will be; and warnings."""
-    # The files of the output have the usual names.
+    """Return the output's config.json: the donor's with updated layers, tie and dtype; and warnings."""
+    # drop the key for the weight file's name, as the output's files have standard names
     config = {key: value for key, value in donor.checkpoint.config.items() if key != WEIGHTS_KEY}
     warnings: list[str] = []
     if not config:
@@ -343,7 +343,7 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
         check_layers_load(config, donor, alignment.layers)
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
-    # what most weights are
+    # the config states the dtype of most elements
     sizes: dict[str, int] = {}
     for draft in drafts:
         if not draft.copy:

@@ -1,4 +1,4 @@
-"""The run record (`merge.json`) and the model card: what was read, done and written."""
+"""Write the run record (`merge.json`) and the model card: what was read, done and written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .plan.plan import Plan
 
 
 def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
-    """Identify a merge by all that decides its result: a run continues only what has the same fingerprint."""
+    """Hash everything that determines a merge's result; a run continues only an output with the same fingerprint."""
     facts = {
         "versions": versions(plan),
         "processor": [platform.machine(), torch.backends.cpu.get_cpu_capability()],
@@ -56,9 +56,9 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
 
 
 def _treatment(plan: Plan) -> str:
-    """Hash how every tensor is made: from what, by which method, with which parameters, as which layer."""
+    """Hash how every tensor is merged: its inputs, method, parameters and layer."""
     found = hashlib.sha256()
-    # many tensors share one set of parameters
+    # many tensors share one set of parameters, so serialise each set once
     parameters: dict[int, str] = {}
     for t in plan.tensors:
         if id(t.parameters) not in parameters:
@@ -72,7 +72,7 @@ def _treatment(plan: Plan) -> str:
 
 
 def _source(method: MergeMethod) -> str:
-    """Hash the file in which a method is defined: its author may change it without a new version."""
+    """Hash the file that defines a method, as its author may change it without a new version."""
     try:
         return file_hash(Path(inspect.getfile(method.combine)))
     except (OSError, TypeError):
@@ -80,10 +80,10 @@ def _source(method: MergeMethod) -> str:
 
 
 def _state(file: Path) -> tuple[str, int, int]:
-    """Return a file with its size and time of change.
+    """Return a file's path, size and modification time.
 
     Raises:
-        NotFoundError: It is no longer there.
+        NotFoundError: The file no longer exists.
     """
     try:
         status = file.stat()
@@ -93,7 +93,7 @@ def _state(file: Path) -> tuple[str, int, int]:
 
 
 def versions(plan: Plan) -> dict[str, str]:
-    """Return the versions that results depend on."""
+    """Return the versions of software that results depend on."""
     return {
         "merganser": __version__,
         "torch": torch.__version__,
@@ -103,10 +103,10 @@ def versions(plan: Plan) -> dict[str, str]:
 
 
 def input_files(plan: Plan) -> list[dict[str, Any]]:
-    """Return the weight files of the inputs, with size and time of change.
+    """Return the weight files of the inputs, with size and modification time.
 
     Raises:
-        NotFoundError: One is no longer there.
+        NotFoundError: A file no longer exists.
     """
     found = {}
     for reference, checkpoint in plan.checkpoints.items():
@@ -117,7 +117,7 @@ def input_files(plan: Plan) -> list[dict[str, Any]]:
 
 
 def data_files(plan: Plan) -> list[Path]:
-    """Return the files of statistics from data that are read."""
+    """Return the files of the statistics from data that the plan reads."""
     sums = (own.sum for tensor in plan.tensors for each in tensor.data.values() for own in each)
     return list(dict.fromkeys(info.file for info in sums))
 
@@ -125,11 +125,11 @@ def data_files(plan: Plan) -> list[Path]:
 def input_hashes(plan: Plan, digests: Mapping[tuple[Path, str], bytes]) -> list[dict[str, Any]]:
     """Return the weight files of the inputs with a hash of the tensors that were read.
 
-    The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks: as many whole rows as fit into 524,288
-    elements, or, where a row is longer, the pieces between multiples of that number and beginnings of rows. A tensor of
-    three dimensions may be a stack of matrices: it is cut for this reading, too, and where a matrix begins. The hash of
-    a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. Files of which not every
-    tensor was read say how many were.
+    The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks. A block is as many whole rows as fit
+    into 524,288 elements; a longer row is cut at multiples of that number, counted in elements of the tensor, and at
+    its ends. A tensor of three dimensions may also be merged as a stack of matrices, so it is cut as well where blocks
+    of these begin. The hash of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. If
+    not every tensor of a file was read, the entry says how many were.
     """
     tensors: dict[Path, list[TensorInfo]] = defaultdict(list)
     for checkpoint in plan.checkpoints.values():
@@ -158,7 +158,7 @@ def make_record(
     timings: Mapping[str, float],
     continued: bool,
 ) -> dict[str, Any]:
-    """Put the run record together."""
+    """Build the run record."""
     return {
         "format": RECORD_FORMAT,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -192,7 +192,7 @@ def make_record(
 
 
 def model_card(plan: Plan, title: str) -> str:
-    """Write the README.md of the output."""
+    """Return the text of the output's README.md."""
     models = list(plan.checkpoints)
     hub = [str(reference.path) for reference in models if _is_hub(reference, plan.checkpoints[reference])]
     front = ["---", "library_name: transformers", "tags:", "- merge", "- merganser"]
@@ -227,7 +227,7 @@ Config, tokenizer and other files are those of {_shown(plan.donor, hub)}.
 
 
 def _restoring(plan: Plan) -> str:
-    """Say in the card how the models come back."""
+    """Return the card's section on how to restore the models."""
     if plan.sidecars is None:
         return ""
     base = ", with the base at hand" if plan.sidecars.needs_base else ""
@@ -248,5 +248,5 @@ def _is_hub(reference: ModelReference, checkpoint: Checkpoint) -> bool:
 
 
 def _shown(reference: ModelReference, hub: Sequence[str]) -> str:
-    """Name a model in the card: Hub ids as they are, folders by their last part only."""
+    """Return a model's name for the card: Hub ids unchanged, only the last part of a folder's path."""
     return str(reference) if reference.path in hub else f"`{Path(reference.path).name}`"

@@ -1,4 +1,4 @@
-"""Run a plan: from tasks to a finished folder."""
+"""Run a plan: from the first task to the finished output folder."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from .stream.worker import Context, Done
 
 
 class Interrupted(Exception):
-    """The run was stopped by Ctrl-C; the same command continues it."""
+    """Raised when a run is stopped by Ctrl-C; the same command continues it."""
 
 
 class Progress(Protocol):
-    """Told how a run advances, from several threads, one at a time.
+    """Receives reports of a run's progress, from several threads but one at a time.
 
-    What an earlier run finished is told before the start.
+    Work that an earlier run finished is reported before `start`.
     """
 
     def start(self, plan: Plan, continued: bool) -> None:
-        """The run begins, or continues."""
+        """Report that the run starts; `continued`: from an earlier run's journal."""
 
     def advance(self, read: int, written: int, tensors: int) -> None:
-        """So many more bytes were read and written, and tensors completed."""
+        """Report additional bytes read, bytes written and tensors completed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run left.
+    """The result of a run.
 
     Args:
         out: The output folder.
@@ -72,21 +72,21 @@ def run_plan(
     cluster: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Carry out a plan.
+    """Run a plan.
 
     Args:
         plan: From `build_plan`.
         out: Target folder; it appears when the merge is complete.
         overwrite: Replace a target that merganser wrote before, unless something in it was added or changed.
-        fresh: Start again even where an interrupted run could be continued.
-        allow_nonfinite: Merge NaN and infinity instead of refusing them.
-        cluster: Address of a Ray cluster whose nodes share storage with this machine; None: work here.
-        progress: Told how the run advances.
+        fresh: Start again even if an interrupted run could be continued.
+        allow_nonfinite: Merge NaN and infinity instead of raising an error.
+        cluster: Address of a Ray cluster whose nodes share storage with this machine; None to run locally.
+        progress: Receives reports of the run's progress.
 
     Raises:
         OutputError: The target cannot be written.
-        CheckpointError: An input is damaged, not finite, or integer buffers differ.
-        Interrupted: Ctrl-C.
+        CheckpointError: An input is damaged or not finite, or integer buffers differ.
+        Interrupted: Ctrl-C was pressed.
     """
     devices = resolve_devices(plan.device)
     started = time.monotonic()
@@ -131,14 +131,14 @@ def run_plan(
 
 @contextmanager
 def _keep_or_remove(staging: Staging) -> Iterator[None]:
-    """Decide what becomes of a staging folder when a run fails."""
+    """Keep or remove the staging folder when a run fails."""
     try:
         yield
     except KeyboardInterrupt:
         staging.keep()
         raise Interrupted(f"{staging.out}: stopped; run the same command again to continue") from None
     except MergeError as error:
-        # what the disk refuses it may take later; any other mistake would only be made again
+        # keep the folder after a disk error, so that the run can continue; other user errors would repeat
         (staging.keep if isinstance(error, OutputError) else staging.remove)()
         raise
     except OSError as error:
@@ -150,7 +150,7 @@ def _keep_or_remove(staging: Staging) -> Iterator[None]:
 
 
 def _refuse_inputs(plan: Plan, out: Path) -> None:
-    """Refuse to replace what is merged, be it through links."""
+    """Refuse a target that is or holds an input, also through links."""
     target = resolve_target(out)
     places = [target, working_parent(target) / working_names(target)[0], replaced_folder(target)]
     for reference, checkpoint in plan.checkpoints.items():
@@ -162,7 +162,7 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
 
 
 class _Run:
-    """The threads of one run, and what they tell."""
+    """The threads of one run, and its reports of progress."""
 
     def __init__(
         self,
@@ -188,9 +188,9 @@ class _Run:
         self.compile_seconds = 0.0
 
     def execute(self) -> dict[tuple[int, int], Mapping[str, Any]]:
-        """Do all tasks; return the journal's entries by group and segment."""
+        """Run all tasks; return the journal's entries by group and segment."""
         finished = self._trusted()
-        # nodes of a cluster share no memory
+        # no cache on a cluster, as its nodes share no memory
         memory = InputCache(self._plan.workers, self._plan.kept if self._cluster is None else 0)
         schedule = Schedule(
             self.groups,
@@ -220,7 +220,7 @@ class _Run:
         return self._entries
 
     def sidecars(self) -> dict[str, Errors]:
-        """Make the sidecars, where the method has some; return the errors of restoring each tensor."""
+        """Make the sidecars if the method has them; return the errors of restoring each tensor."""
         if self._plan.sidecars is None:
             return {}
         return make_sidecars(
@@ -234,7 +234,7 @@ class _Run:
         )
 
     def _locally(self, schedule: Schedule) -> None:
-        """Do all tasks on threads of this process."""
+        """Run all tasks on threads of this process."""
         with Reader() as reader:
             contexts = [
                 Context(reader, self._staging, device, self._advance, lambda: schedule.stopping, self._allow)
@@ -243,7 +243,7 @@ class _Run:
             work_on_threads(schedule, contexts, self._kernels, self._plan.workers, partial(self._done, schedule))
 
     def _on_cluster(self, schedule: Schedule, address: str) -> None:
-        """Do all tasks on the nodes of a cluster; each has a thread here that waits for it."""
+        """Run all tasks on a cluster; one thread here waits for each remote worker."""
         from .stream.cluster import Cluster
 
         cluster = Cluster(address)
@@ -267,7 +267,7 @@ class _Run:
         schedule.done(state, task, done.sums)
 
     def _trusted(self) -> dict[int, set[int]]:
-        """Compare what the journal says was written with what is there; return the segments that agree."""
+        """Compare the journal's hashes with the files on disk; return the segments, by group, that match."""
         trusted: dict[int, set[int]] = defaultdict(set)
         for (index, segment), entry in self._staging.finished.items():
             if index >= len(self.groups) or segment >= len(self.groups[index].segments):

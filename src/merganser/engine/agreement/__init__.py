@@ -1,1 +1,1 @@
-"""Compare the files beside the weights: configs, tokenizers, chat templates; what the output gets of them."""
+"""Compare the inputs' configs, tokenizers and chat templates, and decide which of them the output gets."""

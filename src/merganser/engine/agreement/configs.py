@@ -1,4 +1,4 @@
-"""What the files beside the weights say of the inputs: configs and tokenizers that make other things of equal shapes."""
+"""Compare configs: models with equal shapes may still use their tensors in different ways."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def compare_configs(donor: Member, members: Collection[Member], alignment: Align
     """Compare the configs of the inputs with the donor's, which the output gets.
 
     Args:
-        donor: Gives the config.
+        donor: Model whose config the output gets.
         members: All inputs.
         alignment: The tensors of the output.
 
     Returns:
-        What differs without changing what the tensors mean.
+        Warnings about differences that do not change the meaning of tensors.
 
     Raises:
-        CheckpointError: The same tensors mean something else in two models.
+        CheckpointError: The same tensors have different meanings in two models.
     """
     warnings = []
     for member in members:
@@ -56,7 +56,7 @@ def compare_configs(donor: Member, members: Collection[Member], alignment: Align
 
 
 def _said_of_ties(donor: Member, members: Iterable[Member], alignment: Alignment) -> list[str]:
-    """Say which embeddings go into a head that the donor does not share with its own."""
+    """Warn of models whose tied embedding is merged into the donor's separate head."""
     head = donor.anatomy.head
     slot = next((slot for slot in alignment.slots if slot.name == head), None)
     if slot is None or alignment.tied or head not in donor.checkpoint.tensors:
@@ -70,7 +70,7 @@ def _said_of_ties(donor: Member, members: Iterable[Member], alignment: Alignment
 
 
 def _as_merged(found: Difference, alignment: Alignment) -> Difference:
-    """Labels in another order mean nothing for tensors where no head of labels is merged."""
+    """Count a different order of labels as a change of behaviour, not of meaning, if no head of labels is merged."""
     if found.key != "id2label" or found.kind != "meaning":
         return found
     merged = any(
@@ -83,7 +83,7 @@ def _as_merged(found: Difference, alignment: Alignment) -> Difference:
 
 
 def _listed(found: Sequence[Difference]) -> str:
-    """Write settings as "rope_theta is 500000.0, not 10000.0"."""
+    """Describe differing settings, as in "rope_theta is 500000.0, not 10000.0"."""
     return some([f"{each.key} is {_shown(each.second)}, {_contrast(each.first)}" for each in found], _MOST)
 
 

@@ -1,4 +1,4 @@
-"""Make the output stop: its configs name the tokens with which its tokenizer and chat template end a text."""
+"""Make generation stop: the output's configs list the end tokens of its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _LONGEST = 60
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The configs of an output that stops, and what was changed.
+    """The output's configs with all its end tokens, and warnings about the changes.
 
     Args:
         config: config.json.
-        generation_config: generation_config.json; None where the donor's is right, or is missing and not needed.
-        warnings: What was changed, and what could not be looked at.
+        generation_config: generation_config.json; None if the donor's is copied, or none is needed.
+        warnings: What was changed, and what could not be checked.
     """
 
     config: dict[str, Any]
@@ -44,10 +44,11 @@ class Ending:
 def agree_on_ending(
     recipe: Recipe, members: Mapping[ModelReference, Member], config: dict[str, Any], template: str | None
 ) -> Ending:
-    """Let the configs of the output stop generation where its tokenizer and chat template do.
+    """Add the end tokens of the output's tokenizer and chat template to its configs.
 
-    They come from the donor; a recipe may take the tokenizer from another model, or another chat template, whose turns
-    end with a token at which the donor's configs do not stop. Nothing is changed for other recipes.
+    The configs come from the donor. If the recipe takes the tokenizer from another model, or sets another chat
+    template, these may end a turn with a token at which the donor's configs do not stop. Configs stay as they are for
+    all other recipes.
 
     Args:
         recipe: The recipe.
@@ -93,12 +94,12 @@ def _special_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> list[int]:
-    """Return ids that a config writes as a number or a list of numbers."""
+    """Return token ids that a config stores as an integer or a list of integers."""
     return [number for number in (value if isinstance(value, list) else [value]) if as_int(number) is not None]
 
 
 def _ends(vocabulary: Vocabulary, last: str | None, template: str | None) -> tuple[dict[int, str], list[str]]:
-    """Return the tokens that end a text or turn by id, and those that a template needs and the vocabulary lacks."""
+    """Return the tokens that end a text or turn, by id, and end tokens of the template that the vocabulary lacks."""
     turns = turn_ends(template or "")
     found: dict[int, str] = {}
     for token in [*([last] if last else []), *turns]:
@@ -110,7 +111,7 @@ def _ends(vocabulary: Vocabulary, last: str | None, template: str | None) -> tup
 
 
 def _shown(value: Any) -> str:
-    """Return a value of a config as JSON, the beginning of a long one."""
+    """Return a config value as JSON, shortened if it is long."""
     text = json.dumps(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
@@ -122,7 +123,7 @@ def _said(
     added: Mapping[int, str],
     lacking: Sequence[str],
 ) -> list[str]:
-    """Say what was changed, and which end of a turn is no token."""
+    """Return warnings: what was changed, and which end of a turn is not a token."""
     warnings = []
     changed = [
         f"{key} is {_shown(after[key])}, not {_shown(before.get(key))}"

@@ -1,4 +1,4 @@
-"""Which files an output has beside weights and config, and whose they are."""
+"""Choose the files that an output gets besides weights and config, and the model each comes from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_TEMPLATE_BYTES = 10_000_000
 
 
 def side_files(recipe: Recipe, members: Mapping[ModelReference, Member]) -> dict[str, Path]:
-    """Return the files to copy: the donor's, with the tokenizer of the model that the recipe names for it."""
+    """Return the files to copy: the donor's, with the tokenizer files of the model that the recipe names."""
     donor = members[recipe.donor].checkpoint
     files = {path.relative_to(donor.path).as_posix(): path for path in donor.side_files}
     other = recipe.tokenizer_donor
@@ -35,7 +35,7 @@ def side_files(recipe: Recipe, members: Mapping[ModelReference, Member]) -> dict
 
 
 def side_file_warnings(donor: Member) -> list[str]:
-    """Return what to know of the files that are copied from the donor: which are code, and which hold weights."""
+    """Return warnings about files copied from the donor that are code or hold weights."""
     names = [path.relative_to(donor.checkpoint.path).as_posix() for path in donor.checkpoint.side_files]
     warnings = []
     if code := [name for name in names if name.endswith(".py")]:
@@ -48,7 +48,7 @@ def side_file_warnings(donor: Member) -> list[str]:
 
 
 def unread_warnings(members: Mapping[ModelReference, Member]) -> list[str]:
-    """Return which files of weights lie in the models' folders and are not read."""
+    """Return warnings about weight files in the models' folders that are not read."""
     return [
         f"{reference}: {some(member.checkpoint.unread)} may hold weights, too; read is "
         f"{some([file.name for file in member.checkpoint.weight_files])}"
@@ -58,9 +58,9 @@ def unread_warnings(members: Mapping[ModelReference, Member]) -> list[str]:
 
 
 def chat_template(recipe: Recipe, members: Mapping[ModelReference, Member]) -> tuple[str | None, list[str]]:
-    """Return the chat template to write, and what the user should know of the choice.
+    """Return the chat template to write, and warnings about the choice.
 
-    `auto` is the template that most models have; of equally frequent ones the first in the recipe's order.
+    `auto` is the template that most models have; of equally frequent ones, the first in the recipe's order.
     """
     if recipe.chat_template != AUTO:
         return recipe.chat_template, []
@@ -68,7 +68,7 @@ def chat_template(recipe: Recipe, members: Mapping[ModelReference, Member]) -> t
     counts = Counter(text for text in found.values() if text is not None)
     if not counts:
         return None, ["chat_template: auto: no model has a chat template, so the output has none"]
-    # a Counter keeps the order of first appearance among equals
+    # most_common keeps the order of first appearance among equal counts
     chosen, count = counts.most_common(1)[0]
     first = next(reference for reference, text in found.items() if text == chosen)
     if len(counts) == 1:
@@ -79,10 +79,11 @@ def chat_template(recipe: Recipe, members: Mapping[ModelReference, Member]) -> t
 
 
 def read_chat_template(checkpoint: Checkpoint) -> str | None:
-    """Return a checkpoint's chat template: its own file's, else the tokenizer config's; None without one.
+    """Return a checkpoint's chat template, from its template file or else its tokenizer config; None if it has none.
 
     Raises:
-        CheckpointError: A file that may hold it cannot be read, is a link out of the checkpoint, or holds something else.
+        CheckpointError: A file that may hold it cannot be read, is a link out of the checkpoint, or has no valid
+            template.
     """
     own = checkpoint.side_file("chat_template.jinja")
     if own is not None:
@@ -96,7 +97,7 @@ def read_chat_template(checkpoint: Checkpoint) -> str | None:
 
 
 def _template_in(content: Entry) -> str | None:
-    """Return the template of a tokenizer's config: a text, or the one of several that is called "default"."""
+    """Return the template in a tokenizer config: a string, or the entry named "default" of a list."""
     entry = content.get("chat_template")
     if entry is None:
         return None

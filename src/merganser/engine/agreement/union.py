@@ -1,4 +1,4 @@
-"""The union of the models' tokenizers, where all have the same vocabulary: the donor's tokenizer."""
+"""Check the union of the models' tokenizers: it must be the donor's, so all need the same vocabulary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_union"]
 
 
 def check_union(recipe: Recipe, members: Mapping[ModelReference, Member]) -> None:
-    """Check that the union of the tokenizers, where the recipe asks for it, is the donor's own.
+    """Check, if the recipe asks for the union of the tokenizers, that it is the donor's tokenizer.
 
     Raises:
         UnsupportedError: The vocabularies differ, or a model's is not known.
@@ -31,7 +31,7 @@ def check_union(recipe: Recipe, members: Mapping[ModelReference, Member]) -> Non
 
 
 def _difference(recipe: Recipe, members: Mapping[ModelReference, Member]) -> str | None:
-    """Return what is different, or not known; None where all models have the vocabulary of the donor."""
+    """Return how a vocabulary differs from the donor's, or that one is unknown; None if all are the same."""
     files = tokenizer_files(members[recipe.donor].checkpoint)
     wanted = read_vocabulary(files)
     if wanted is None:

@@ -1,4 +1,4 @@
-"""Whether the rows of embeddings and heads stand for the same tokens in every model whose rows are merged."""
+"""Check that each row of the embeddings and heads belongs to the same token in every merged model."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def tokenizer_owner(recipe: Recipe) -> ModelReference:
 
 
 def compare_tokens(recipe: Recipe, members: Mapping[ModelReference, Member], alignment: Alignment) -> list[str]:
-    """Compare the tokens of the models whose rows make the output's, and of the one that gives the tokenizer.
+    """Compare the tokens of the models whose embedding rows are merged, and of the one whose tokenizer is used.
 
-    Files of the same bytes are not parsed. A model without a tokenizer is not compared.
+    Files with identical bytes are not parsed. A model without a tokenizer is not compared.
 
     Args:
         recipe: The recipe.
         members: All inputs by reference.
-        alignment: Which models make which tensor.
+        alignment: Which models each output tensor is merged from.
 
     Returns:
-        What the user should know.
+        Warnings for the user.
 
     Raises:
-        CheckpointError: The same row stands for other tokens in two models, or the tokenizer that the recipe asks for
-            is not there or has more tokens than rows.
+        CheckpointError: A row belongs to different tokens in two models, or the tokenizer that the recipe asks for is
+            missing or has more tokens than rows.
     """
     owner = tokenizer_owner(recipe)
     _check_source(recipe, members)
@@ -78,7 +78,7 @@ def compare_tokens(recipe: Recipe, members: Mapping[ModelReference, Member], ali
 
 
 def _distinct(members: Mapping[ModelReference, Member]) -> tuple[dict[ModelReference, dict[str, Path]], list[str]]:
-    """Return the files of the tokenizers, one model for all that have the same one; and what could not be read."""
+    """Return each distinct tokenizer's files, under the first model that has it, and warnings about unreadable ones."""
     found: dict[ModelReference, dict[str, Path]] = {}
     warnings = []
     for reference, member in members.items():
@@ -96,7 +96,7 @@ def _not_compared(reference: ModelReference, error: CheckpointError) -> str:
 
 
 def _check_source(recipe: Recipe, members: Mapping[ModelReference, Member]) -> None:
-    """Refuse a model without a tokenizer in the place of a donor that has one."""
+    """Refuse to replace the donor's tokenizer by that of a model without one."""
     owner, donor = members[tokenizer_owner(recipe)], members[recipe.donor]
     if owner is not donor and not tokenizer_files(owner.checkpoint) and tokenizer_files(donor.checkpoint):
         raise CheckpointError(
@@ -106,7 +106,7 @@ def _check_source(recipe: Recipe, members: Mapping[ModelReference, Member]) -> N
 
 
 def _rows(alignment: Alignment, donor: Member) -> tuple[int | None, list[ModelReference]]:
-    """Return how many rows the output's embedding has, and the models that make the rows of embedding and head."""
+    """Return the number of rows of the output's embedding, and the models merged into embedding and head."""
     rows = None
     givers: list[ModelReference] = []
     for slot in alignment.slots:
@@ -121,7 +121,7 @@ def _rows(alignment: Alignment, donor: Member) -> tuple[int | None, list[ModelRe
 def _check(
     first: ModelReference, second: ModelReference, found: Comparison, ours: Vocabulary, theirs: Vocabulary
 ) -> list[str]:
-    """Refuse rows of other tokens, and say what differs otherwise."""
+    """Refuse rows that belong to different tokens; return warnings about other differences."""
     if not found.comparable:
         return [
             f"{second}: its tokens ({theirs.file}) were not compared with those of {first} ({ours.file}): the files "
@@ -148,7 +148,7 @@ def _check(
 
 
 def _too_many(recipe: Recipe, owner: ModelReference, vocabulary: Vocabulary, rows: int) -> list[str]:
-    """Refuse a tokenizer that was asked for and has tokens without rows; warn of one that comes with the donor."""
+    """Refuse a requested tokenizer with tokens that have no row; only warn if it is the donor's."""
     behind = {n: token for n, token in sorted(vocabulary.tokens.items()) if n >= rows and not is_placeholder(token)}
     if not behind or not vocabulary.numbered:
         return []
@@ -176,6 +176,6 @@ def _named(tokens: Mapping[int, str]) -> str:
 
 
 def _shown(token: str) -> str:
-    """Return a token as a text without control characters or halves of surrogate pairs."""
+    """Return a token's `repr`, so that control characters and lone surrogates are escaped; shortened if long."""
     text = repr(token)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

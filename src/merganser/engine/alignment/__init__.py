@@ -1,1 +1,1 @@
-"""Match the tensors of the inputs: which of them make each tensor of the output, and whether a model can load it."""
+"""Match the inputs' tensors: which of them are merged into each output tensor, and whether the result can be loaded."""

@@ -1,4 +1,4 @@
-"""Match the tensors of the inputs: which tensors of which models make each tensor of the output.
+"""Match the tensors of the inputs: which tensors of which models are merged into each tensor of the output.
 
 Works from names and shapes. No table of architectures is needed; structure matters only for slices, layer schedules
 and tied heads.
@@ -17,13 +17,13 @@ from ...errors import CheckpointError
 from ...method import Location
 from ...recipe import ModelReference, Recipe
 
-# buffers that old checkpoints hold and that model code computes by itself
+# buffers that old checkpoints store and that the model's code recomputes
 RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A checkpoint of the recipe, opened, and what its names mean."""
+    """An opened checkpoint of the recipe, with the structure inferred from its tensor names."""
 
     reference: ModelReference
     checkpoint: Checkpoint
@@ -32,7 +32,7 @@ class Member:
 
     @classmethod
     def of(cls, reference: ModelReference, checkpoint: Checkpoint, others: Iterable[Member] = ()) -> Member:
-        """Read the structure of a checkpoint; what is known of others with the same names, shapes and config counts."""
+        """Infer a checkpoint's structure, or reuse that of one of `others` with the same names, shapes and config."""
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         for other in others:
             alike = other.checkpoint.config == checkpoint.config
@@ -44,7 +44,7 @@ class Member:
 
     @cached_property
     def layers(self) -> dict[int, dict[str, str]]:
-        """Names of the main stack's tensors: by layer, by the part that follows the number."""
+        """Tensor names of the main stack, by layer, then by the part of the name after the layer's number."""
         grouped: dict[int, dict[str, str]] = {}
         for name, part in self.anatomy.parts.items():
             if part.stack == self.anatomy.main and part.layer is not None:
@@ -52,7 +52,7 @@ class Member:
         return grouped
 
     def tensor(self, name: str) -> TensorInfo | None:
-        """Return a tensor by name; a head that is absent because it is tied is the embedding."""
+        """Return a tensor by name, or None; for a tied head that is not stored, return the embedding."""
         found = self.checkpoint.tensors.get(name)
         if found is None:
             source = dict(self.anatomy.tied).get(name)
@@ -69,13 +69,13 @@ class Slot:
 
     Args:
         name: Name in the output.
-        rule: Name that filters of parameters look at (a tied head follows its embedding).
-        part: What the name means, in the output's numbering.
-        slice_index: Slice whose parameters count.
+        rule: Name that parameter filters match (the embedding's name for a tied head).
+        part: Structure of the name (layer, role, ...), with the output's layer numbers.
+        slice_index: Index of the slice whose parameters apply.
         t: Position in a layer schedule, 0 to 1.
-        location: Where it is in the output (a tied head is where its embedding is).
+        location: Its location in the output (the embedding's for a tied head).
         inputs: The tensor of each model of the slice.
-        kept: Whether it is not merged, but taken from the one model of `inputs` as it is.
+        kept: True if it is not merged but copied from the only model in `inputs`.
     """
 
     name: str
@@ -95,8 +95,8 @@ class Alignment:
     Args:
         slots: One per tensor of the output.
         tied: Whether the output's head shares its embedding.
-        layers: For slices, the donor's layer for each layer of the output.
-        warnings: What was dropped or decided.
+        layers: For slices, the donor's layer whose config settings each output layer gets; else None.
+        warnings: Messages about tensors that were dropped and choices that were made.
     """
 
     slots: list[Slot]
@@ -106,18 +106,18 @@ class Alignment:
 
 
 def after_layers(recipe: Recipe) -> float:
-    """Return the depth of what comes after the layers, for layer schedules: 1, where mergekit has 0."""
+    """Return the position in layer schedules of tensors after the layers: 1, or 0 as in mergekit."""
     return 0.0 if recipe.compat == "mergekit" else 1.0
 
 
 def location_of(name: str, anatomy: Anatomy) -> Location:
-    """Return where a tensor is in its checkpoint."""
+    """Return the location of a tensor in its checkpoint: position, layer and role."""
     part = anatomy.parts[name]
     return Location(part.position, part.layer, anatomy.layer_count(name), part.role)
 
 
 def _inputs(name: str, sources: Mapping[ModelReference, tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
-    """Look up one tensor in every model and compare shapes and kinds."""
+    """Look up one tensor in every model; refuse different shapes or kinds of dtype."""
     found: dict[ModelReference, TensorInfo] = {}
     for reference, (member, own) in sources.items():
         tensor = member.tensor(own)
@@ -179,7 +179,7 @@ def _names(
     """Decide which tensors the output has.
 
     Returns:
-        Their names in the donor's order, the head's name, whether it is tied, and what is left out.
+        Their names in the donor's order, the head's name, whether the head is tied, and the names left out.
     """
     names = list(donor.checkpoint.tensors)
     everyone = list(dict.fromkeys([donor, *members]))
@@ -197,7 +197,7 @@ def _names(
 
 
 def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]) -> set[str]:
-    """Return names that some models hold and the output need not: recomputed buffers and copies of tied heads."""
+    """Return names that some models store and the output does not need: recomputed buffers and copies of tied heads."""
     names = dict.fromkeys(name for m in members for name in m.checkpoint.tensors)
     drop = {name for name in names if RECOMPUTED.search(name) and not _alike(name, members)}
     if drop:
@@ -209,7 +209,7 @@ def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings
 
 
 def _copies(donor: Member, members: Sequence[Member], head: str | None, warnings: list[str]) -> set[str]:
-    """Return names under which others repeat a tensor that the donor holds once, as T5's stacks do the shared table."""
+    """Return names under which models store copies of a tensor that the donor stores once (T5's shared embedding)."""
     once = dict(donor.anatomy.tied)
     held = dict.fromkeys(name for member in members for name in member.checkpoint.tensors)
     copies = [name for name in held if name in once and name != head and name not in donor.checkpoint.tensors]
@@ -222,7 +222,7 @@ def _copies(donor: Member, members: Sequence[Member], head: str | None, warnings
 
 
 def _alike(name: str, members: Sequence[Member]) -> bool:
-    """Say whether every model holds a tensor that some hold, in one shape and dtype."""
+    """Return whether every model has the tensor, with the same shape and dtype."""
     held = (member.checkpoint.tensors.get(name) for member in members)
     return len({tensor and (tensor.shape, tensor.dtype) for tensor in held}) == 1
 
@@ -230,14 +230,14 @@ def _alike(name: str, members: Sequence[Member]) -> bool:
 def _check_names(
     donor: Member, member: Member, names: Sequence[str], own: set[str], renamed: Mapping[str, str] | None = None
 ) -> None:
-    """Refuse a model that lacks tensors of the output, or holds others.
+    """Raise CheckpointError if a model lacks tensors of the output, or has others.
 
     Args:
-        donor: Gives the names.
+        donor: Model that defines the names.
         member: The model.
-        names: Of the output.
-        own: Names that the model holds.
-        renamed: The model's own name of a tensor of the output, where it is another one.
+        names: Names of the output's tensors.
+        own: Names of the model's tensors.
+        renamed: The model's name for a tensor of the output, where the two names differ.
     """
     missing = sorted(name for name in names if member.tensor((renamed or {}).get(name, name)) is None)
     extra = sorted(own.difference(names))
@@ -266,11 +266,11 @@ def _check_names(
 
 
 def may_be_unmatched(name: str, holder: Member) -> bool:
-    """Return whether a tensor comes behind the layers, and so may differ between models of one architecture."""
+    """Return whether a tensor comes after the layers, where models of one architecture may differ (heads, poolers)."""
     anatomy = holder.anatomy
     part = anatomy.parts[name]
     if part.role == "norm":
-        # the norm beside the layers is the last part of the trunk; those of heads are elsewhere
+        # a norm in the same module as the layers is the trunk's final norm; heads have theirs elsewhere
         stacks = [anatomy.main] if anatomy.main is not None else list(anatomy.stacks)
         if name.rsplit(".", 2)[0] in {stack.rpartition(".")[0] for stack in stacks}:
             return False

@@ -1,4 +1,4 @@
-"""What training leaves in a checkpoint beside the model: tensors that no model class loads."""
+"""Tensors that training tools leave in a checkpoint and that no model class loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...wording import some
 
 __all__ = ["without_leftovers"]
 
-# By name alone: asking transformers would import it for every merge, which takes longer than planning one.
+# Found by name only: importing transformers for every merge would take longer than planning one.
 _LEFTOVERS: Mapping[str, re.Pattern[str]] = {
     "LoRA factors that were not merged into the weights": re.compile(
         r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(\.|$)"
@@ -38,15 +38,15 @@ _OTHER_HEADS = re.compile(r"^(score|classifier|qa_outputs|regression_head|reward
 def without_leftovers(
     recipe: Recipe, reference: ModelReference, checkpoint: Checkpoint
 ) -> tuple[Checkpoint, list[str]]:
-    """Return the checkpoint without what no model class loads, and what was left out.
+    """Return the checkpoint without tensors that no model class loads, and warnings that list them.
 
     Args:
-        recipe: Says in `unmatched` whether such tensors may be left out.
+        recipe: Its `unmatched` decides whether such tensors may be left out.
         reference: The checkpoint as the recipe names it.
-        checkpoint: An input. One without config.json is no model of a known class and is returned as it is.
+        checkpoint: An input; returned unchanged if it has no config.json, as its model class is unknown.
 
     Raises:
-        CheckpointError: There are such tensors, and the recipe does not say what becomes of them.
+        CheckpointError: There are such tensors and `unmatched` is "refuse", or there are no other tensors.
     """
     patterns = dict(_LEFTOVERS)
     if architecture := _language_model(checkpoint.config):
@@ -71,7 +71,7 @@ def without_leftovers(
 
 
 def _language_model(config: Mapping[str, Any]) -> str | None:
-    """Return the class of a model whose only head is over the vocabulary; None for others, and for code of its own."""
+    """Return the class name of a causal language model; None for other classes and for custom code."""
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     return name if name.endswith(("ForCausalLM", "LMHeadModel")) and not config.get("auto_map") else None

@@ -1,7 +1,7 @@
-"""Whether transformers would build, from the output's config, the layers that the output has.
+"""Check that transformers builds, from the output's config, the layers that the output has.
 
-Names and shapes of stacked layers are compared with the donor's beforehand. What they do not show is which kind of layer
-the config asks for at each place: a dense layer where experts are written would be loaded with random weights.
+Names and shapes of stacked layers were compared with the donor's before. They do not show which kind of layer the
+config asks for at each position: a dense layer where experts are stored would be loaded with random weights.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_layers_load(config: Mapping[str, Any], donor: Member, layers: Sequence[int]) -> None:
-    """Refuse a config from which transformers builds other layers than the donor's.
+    """Refuse a config from which transformers would build layers that differ from the donor's.
 
-    Both models are built without memory, on the meta device, which takes one or two seconds, most of it for importing
-    transformers. Only slices are worth that: whole models keep names, shapes and config of the donor. Names are compared
-    as they are in memory, so how a file calls them does not matter. Nothing is checked where transformers is missing or
-    does not know the class, or cannot build the donor either.
+    Both models are built on the meta device, without memory; this takes one or two seconds, mostly to import
+    transformers. Only slices need it: whole models keep the donor's names, shapes and config. Names are compared as in
+    `state_dict()`, so the names in the file do not matter. Nothing is checked if transformers is missing, does not know
+    the class, or cannot build the donor.
 
     Args:
         config: config.json of the output.
-        donor: Gives the config that it was made from.
+        donor: Model whose config the output's was made from.
         layers: For each layer of the output, the donor's layer that describes it.
 
     Raises:
-        CheckpointError: A layer would be another one, or the model cannot be built. The message names the tensors.
+        CheckpointError: A layer would differ, or the model cannot be built. The message names the tensors.
     """
     if list(layers) == list(range(donor.anatomy.n_layers)):
         return
@@ -48,7 +48,7 @@ def check_layers_load(config: Mapping[str, Any], donor: Member, layers: Sequence
         raise CheckpointError(f"{what}: transformers cannot build the model: {after}")
     old, new = infer_anatomy(before, donor.checkpoint.config), infer_anatomy(after, config)
     if old.main is None or old.main != new.main or old.n_layers != donor.anatomy.n_layers:
-        # in memory the stack is not the one of the file
+        # the stack in memory is not the stack in the file, so its layers cannot be compared
         return
     if new.n_layers != len(layers):
         raise CheckpointError(f"{what}: transformers would build {new.n_layers} layers, {len(layers)} were chosen")
@@ -80,7 +80,7 @@ def _outside(shapes: Shapes, anatomy: Anatomy) -> Shapes:
 
 
 def _built(config: Mapping[str, Any]) -> Shapes | str | None:
-    """Return the tensors of the model that a config describes, by their names in memory; a text or None as there."""
+    """Return the shapes in the `state_dict()` of a config's model; an error message or None as `build_model` does."""
     model = build_model(config)
     if model is None or isinstance(model, str):
         return model

@@ -1,4 +1,4 @@
-"""Models as transformers builds them, without memory: on the meta device."""
+"""Build models with transformers on the meta device, without memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 __all__ = ["build_model"]
 
-# A config may name code to fetch and run (kernels), or weights to fetch (backbones): the first is left out, with the second
-# no model is built.
+# A config may name code to download and run (kernels), which is removed from it, or weights to download (backbones),
+# for which no model is built.
 _FETCHES_CODE = re.compile(
     r"_implementation|^kernel_config$|^use_kernels$|^fusion_config$|^quantization_config$|name_or_path"
 )
 _FETCHES_WEIGHTS = re.compile(r"backbone|timm|pretrained_model")
-# A config is a text that anyone may have written: numbers that would take minutes to build are not tried.
+# Configs are untrusted: reject numbers with which building a model would take minutes.
 _MODULES = re.compile(r"layer|depth|block|expert|stage|codebook")
 _SIZES = re.compile(r"size|dim|theta")
 _MOST_MODULES = 5_000
@@ -27,15 +27,15 @@ _MOST_REPEATS = 1_000
 def build_model(config: Mapping[str, Any]) -> Any | str | None:
     """Return the model that a config describes, on the meta device.
 
-    Importing transformers takes one or two seconds, so this is for merges that need it. No code of a checkpoint is run, and
-    nothing is fetched.
+    Importing transformers takes one or two seconds, so call this only where a merge needs it. No code of a
+    checkpoint is run, and nothing is downloaded.
 
     Args:
         config: The contents of config.json.
 
     Returns:
-        The model; a text where transformers refuses the config; None where transformers is missing, does not know the
-        class, or the checkpoint brings code of its own, names weights to fetch, or is beyond all sizes.
+        The model; the error message if transformers rejects the config; None if transformers is missing or does not
+        know the class, or if the config needs custom code or downloaded weights, or is too large.
     """
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures) or not _is_tried(config):
@@ -63,7 +63,7 @@ def build_model(config: Mapping[str, Any]) -> Any | str | None:
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield every key with its value, those of nested configs included."""
+    """Yield every key with its value, including those of nested configs."""
     for key, value in config.items():
         yield str(key), value
         if isinstance(value, Mapping):
@@ -71,7 +71,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _numbers(value: Any) -> Iterator[int]:
-    """Yield the whole numbers of a value that may be a list of lists."""
+    """Yield the integers in a value, which may be a nested list."""
     if isinstance(value, list):
         for item in value:
             yield from _numbers(item)
@@ -80,7 +80,7 @@ def _numbers(value: Any) -> Iterator[int]:
 
 
 def _is_tried(config: Mapping[str, Any]) -> bool:
-    """Return whether a config names nothing to fetch, brings no code, and describes a model that is built in seconds."""
+    """Return whether a config needs no download and no custom code, and its model can be built in seconds."""
     layers = experts = 1
     for key, value in _settings(config):
         if value and (key == "auto_map" or _FETCHES_WEIGHTS.search(key)):
@@ -96,7 +96,7 @@ def _is_tried(config: Mapping[str, Any]) -> bool:
 
 
 def _most(key: str) -> int:
-    """Return the largest number with which a model is still built in seconds."""
+    """Return the largest value of a setting with which a model can be built in seconds."""
     if key == "attention_types":
         return _MOST_REPEATS
     if "label" in key:
@@ -105,7 +105,7 @@ def _most(key: str) -> int:
 
 
 def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config without what would fetch code."""
+    """Return the config without settings that would download code."""
     return {
         key: _harmless(value) if isinstance(value, Mapping) else value
         for key, value in config.items()

@@ -1,4 +1,4 @@
-"""Old and new names of one architecture: transformers renames tensors when it loads a file, and so does matching."""
+"""Match old and new tensor names of one architecture, as transformers does when it loads a file."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["named_alike"]
 def named_alike(where: str, checkpoint: Checkpoint, donor: Checkpoint) -> tuple[Checkpoint, list[str]]:
     """Return the checkpoint with the donor's names for tensors that transformers loads as the same parameter.
 
-    Transformers is asked only where names differ, as importing it takes longer than planning a merge. Without it, or for
-    classes that it does not know, names stay what they are.
+    Transformers is used only if names differ, as importing it takes longer than planning a merge. Names stay unchanged
+    without it, and for classes that it does not know.
 
     Args:
         where: The checkpoint as the recipe names it.
         checkpoint: An input.
-        donor: Gives the names.
+        donor: Checkpoint whose names are used.
 
     Returns:
-        The checkpoint, and what was renamed.
+        The checkpoint, and messages about what was renamed.
     """
     odd = checkpoint.tensors.keys() - donor.tensors.keys()
     kind = checkpoint.config.get("model_type")
@@ -33,7 +33,7 @@ def named_alike(where: str, checkpoint: Checkpoint, donor: Checkpoint) -> tuple[
     loaded = _names_in_memory(donor.config, [*donor.tensors, *odd])
     own = {loaded[name]: name for name in donor.tensors if name in loaded}
     pairs = {name: own[loaded[name]] for name in sorted(odd) if loaded.get(name) in own}
-    # several tensors of one parameter, or a tensor that is there under both names, are not a matter of names
+    # skip parameters that are split into several tensors, and tensors stored under both names: neither is a renaming
     targets = list(pairs.values())
     pairs = {n: new for n, new in pairs.items() if targets.count(new) == 1 and new not in checkpoint.tensors}
     if not pairs:
@@ -51,7 +51,7 @@ def named_alike(where: str, checkpoint: Checkpoint, donor: Checkpoint) -> tuple[
 
 
 def _names_in_memory(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Return the parameter as which transformers loads each name; empty where it does not say."""
+    """Return the parameter to which transformers loads each tensor name; empty if that is unknown."""
     model = build_model(config)
     if model is None or isinstance(model, str):
         return {}
@@ -59,12 +59,12 @@ def _names_in_memory(config: Mapping[str, Any], names: Iterable[str]) -> dict[st
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
     except ImportError:
-        # before version 5, renaming was done inside of loading
+        # before version 5, transformers renamed tensors only while loading them
         return {}
     state, prefix = model.state_dict(), model.base_model_prefix
     try:
         renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
         return {name: rename_source_key(name, renamings, [], prefix, state)[0] for name in names}
     except (AttributeError, TypeError):
-        # none of this is a promise of transformers
+        # these functions are not public API of transformers and may change
         return {}

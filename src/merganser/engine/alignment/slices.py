@@ -1,4 +1,4 @@
-"""Align slices: layers of several models, stacked."""
+"""Align slices: stacked layers of several models."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def align_slices(
     donor: Member,
     members: Mapping[ModelReference, Member],
 ) -> Alignment:
-    """Align slices: layers are stacked in the order of the recipe, the rest comes from the first and last slice.
+    """Stack layers in the recipe's order; take tensors before and after them from the first and last slice.
 
     Args:
         recipe: A recipe with slices, whose ranges were checked.
-        slices: For each slice, its models and their layers; all of a slice have equally many.
-        donor: Gives the names outside the layers.
+        slices: For each slice, its models and their layers; all models of a slice have equally many layers.
+        donor: Model that defines the names outside the layers.
         members: All inputs by reference.
 
     Raises:
@@ -48,7 +48,7 @@ def align_slices(
     warnings: list[str] = []
     names, head, tied, drop = _names(donor, used, warnings)
     if tied and head:
-        # embedding and head may come from different slices; what was tied stays one matrix
+        # embedding and head may come from different slices, but a tied pair must stay one matrix
         drop.add(head)
         names = [name for name in names if name != head]
     if tied and slices[0].keys() != slices[-1].keys():
@@ -64,7 +64,7 @@ def align_slices(
         for step in range(len(next(iter(starts.values())))):
             made = list(_layer(members, starts, step, len(layers), total, index))
             slots += made
-            # per-layer settings in the config are the donor's
+            # per-layer settings in the output's config come from the donor
             own = starts.get(donor.reference) or next(iter(starts.values()))
             layers.append(donor_layer(donor, own[step], made))
     slots += frame.slots("after", last, len(slices) - 1, after_layers(recipe))
@@ -73,14 +73,14 @@ def align_slices(
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What is outside the layers.
+    """The tensors outside the layers.
 
-    Prediction layers move with the last layer, so tensors go by the names that they have in the output.
+    Prediction layers are numbered after the last layer, so tensors are matched by their names in the output.
 
     Args:
-        donor: Gives the names.
+        donor: Model that defines the names.
         used: All models of the slices.
-        names: Of the tensors, in the donor or in the first model that has them.
+        names: Names of the tensors in the donor, or in the first model that has them.
         drop: Names that the output does not have.
         n_layers: Number of layers of the output.
     """
@@ -92,7 +92,7 @@ class _Frame:
     n_layers: int
 
     def slots(self, position: str, sources: Mapping[ModelReference, Member], slice_index: int, t: float) -> list[Slot]:
-        """Return the slots of one side of the layers, which a slice makes."""
+        """Return the slots of the tensors "before" or "after" the layers, made from the models of one slice."""
         own = {member.reference: self._held(member, position) for member in [self.donor, *self.used]}
         found = {}
         for name in self.names:
@@ -111,7 +111,7 @@ class _Frame:
         return slots
 
     def _held(self, member: Member, position: str) -> dict[str, str]:
-        """Return the member's own names of its tensors on that side, by their names in the output."""
+        """Return the member's names of its tensors "before" or "after" the layers, by their names in the output."""
         anatomy = member.anatomy
         names = [name for name, part in anatomy.parts.items() if part.position == position]
         return {anatomy.rename_behind(name, self.n_layers): name for name in names}

@@ -1,4 +1,4 @@
-"""Whether layers fit on each other: the output has the donor's config, so it must be made of what the donor is made of."""
+"""Check that stacked layers have the names and shapes of the donor's, whose config the output gets."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def check_stack(recipe: Recipe, member: Member) -> None:
 
 
 def donor_layer(donor: Member, index: int, made: Sequence[Slot]) -> int:
-    """Return the layer of the donor whose settings in the config describe a layer of the output.
+    """Return the donor's layer whose config settings fit a layer of the output.
 
     Args:
-        donor: Gives the config.
-        index: The layer that is meant, by its number in the model that it comes from.
+        donor: Model whose config the output gets.
+        index: Number of the layer in the model that it comes from.
         made: The tensors of the layer.
 
     Returns:
-        `index`, or the nearest layer that is made of tensors of the same names and shapes.
+        `index`, or the nearest layer whose tensors have the same names and shapes.
 
     Raises:
-        CheckpointError: The donor has no layer made of the same.
+        CheckpointError: The donor has no such layer.
     """
     shapes = {_suffix(slot): next(iter(slot.inputs.values())).shape for slot in made}
     order = sorted(donor.layers, key=lambda own: (abs(own - index), own))
@@ -79,12 +79,12 @@ def _differences(shapes: Mapping[str, Shape], others: Mapping[str, Shape]) -> st
 
 
 def check_outside(name: str, inputs: Mapping[ModelReference, TensorInfo], donor: Member, own: str) -> None:
-    """Refuse a tensor outside the layers that has another shape than the donor's.
+    """Refuse a tensor outside the layers whose shape differs from the donor's.
 
     Args:
         name: Its name in the output.
         inputs: The tensors that it is made from.
-        donor: Gives the config.
+        donor: Model whose config the output gets.
         own: Its name in the donor.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Parts that not all models hold in one shape: heads with other labels, poolers, prediction layers."""
+"""Parts that some models lack or have in another shape: heads with other labels, poolers, prediction layers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Unmatched", "find_unmatched"]
 
 @dataclass(frozen=True, slots=True)
 class Unmatched:
-    """What becomes of the tensors that not all models hold in one shape.
+    """What to do with tensors that some models lack or have in another shape.
 
     Args:
-        kept: Names of those that the output has from the donor, as they are.
-        dropped: Names of those that it does not have.
-        warnings: Which they are.
+        kept: Names of tensors that are copied from the donor.
+        dropped: Names of tensors that the output leaves out.
+        warnings: Messages that list both.
     """
 
     kept: frozenset[str] = frozenset()
@@ -29,13 +29,13 @@ class Unmatched:
 
 
 def find_unmatched(recipe: Recipe, donor: Member, members: Sequence[Member], names: Iterable[str]) -> Unmatched:
-    """Find the tensors that not all models hold in one shape, and decide what becomes of them.
+    """Find tensors that some models lack or have in another shape, and decide whether to keep or drop them.
 
     Args:
-        recipe: Says in `unmatched` what is wanted.
-        donor: Gives what is kept.
+        recipe: Its `unmatched` decides.
+        donor: Model from which tensors are kept.
         members: All inputs of the merge.
-        names: Every name that counts: of the donor, and of the others.
+        names: Names of all tensors to compare, of the donor and of the other models.
 
     Raises:
         CheckpointError: A layer or an embedding is among them.

@@ -1,4 +1,4 @@
-"""Align whole models: which tensors of which models make each tensor of the output."""
+"""Align whole models: which tensors of which models are merged into each tensor of the output."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
 
     Args:
         recipe: A recipe with models.
-        donor: Gives the names and their order.
+        donor: Model that defines the names and their order.
         members: All inputs of the merge.
 
     Raises:
-        CheckpointError: Tensors are missing, or too many, or of different shapes.
+        CheckpointError: Tensors are missing, unexpected, or of different shapes.
     """
     warnings: list[str] = []
     names, head, tied, drop = _names(donor, members, warnings)
@@ -47,7 +47,7 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         part = _part(name, [donor, *members])
         rule = name
         if tied and name == head and donor.anatomy.embedding:
-            # one matrix under two names must stay one matrix
+            # a tied head is the same matrix as the embedding, so the embedding's parameters apply
             rule = donor.anatomy.embedding
         depth = donor.anatomy.depth(name) if name in donor.anatomy.parts else None
         t = depth if depth is not None else (end if part.position == "after" and rule == name else 0.0)

@@ -1,4 +1,4 @@
-"""Decide which method merges a tensor: the recipe's, or, for tensors that a matrix method leaves out, a simple one."""
+"""Decide which method merges a tensor: the recipe's, or a simple one for tensors that a matrix method leaves out."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Treatment:
 
     Args:
         method: Merges it.
-        parameters: Of that method, by their names in recipes; equal ones are the same object.
-        located: Numbers that the method takes from where the tensor is.
+        parameters: Parameters of that method, by their names in recipes; equal ones are the same object.
+        located: Numbers that the method derives from the tensor's location.
     """
 
     method: MergeMethod
@@ -31,7 +31,7 @@ class Treatment:
     located: Mapping[str, float] = field(default_factory=dict)
 
     def inputs(self, base: T | None, models: Sequence[T]) -> tuple[T | None, Sequence[T]]:
-        """Return base and models as the method takes them; for a method without a base (passthrough), the base is the model."""
+        """Return base and models as the method takes them; without a base (passthrough), the base is the model."""
         if base is None or self.method.base != "unused":
             return base, models
         return None, [base]
@@ -54,12 +54,12 @@ def treat(
         parameters: Its parameters for this tensor.
         name: Name of the tensor.
         shape: Its shape.
-        role: What it does, from `anatomy`; None: not known, then what has two dimensions is a matrix.
-        location: Where it is.
-        n_models: Number of models beside the base.
+        role: Its role, from `anatomy`; None if unknown: a tensor of two dimensions then counts as a matrix.
+        location: Its location.
+        n_models: Number of models besides the base.
 
     Raises:
-        ParameterError: The parameters do not suit a tensor there.
+        ParameterError: The parameters do not fit a tensor at this location.
     """
     if method.scope != "matrix" or is_matrix(name, shape, role, tables=parameters["embeddings"] == "matrix"):
         return Treatment(method, parameters, method.locate(parameters, location))
@@ -78,7 +78,7 @@ def is_matrix(name: str, shape: Sequence[int], role: str | None, *, tables: bool
     Args:
         name: Name of the tensor.
         shape: Its shape.
-        role: What it does; None: not known.
+        role: Its role; None if unknown.
         tables: Whether tables of tokens and positions count as matrices.
     """
     if len(shape) != (3 if role == "expert" and len(shape) == 3 else 2):
@@ -91,7 +91,7 @@ def is_matrix(name: str, shape: Sequence[int], role: str | None, *, tables: bool
 
 @lru_cache(maxsize=1)
 def untouched() -> Treatment:
-    """Return how a tensor is taken from one model as it is."""
+    """Return the treatment of a tensor that is copied from one model."""
     return Treatment(get_method("passthrough"), {"scale": (1.0,)})
 
 

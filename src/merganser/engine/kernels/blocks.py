@@ -21,10 +21,10 @@ from .kernels import Block, Kernels
 from .values import Values
 
 Inputs = tuple[Tensor | None, Sequence[Tensor]]
-"""The base, where the method takes one, and the models: whole tensors or blocks."""
+"""The base, if the method takes one, and the models: whole tensors or blocks."""
 
 BLOCK = 1 << 19
-"""Elements of a block, at most, on a CPU (a row or a whole tensor may be larger where the method needs it)."""
+"""Most elements per block on a CPU; a row, matrix or tensor that the method needs whole may be larger."""
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -35,15 +35,15 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def working_shape(shape: Sequence[int], scope: str, role: str | None) -> tuple[int, ...]:
-    """Return the shape as which a tensor is worked on.
+    """Return the shape in which kernels see a tensor.
 
-    A row is all weights of one output unit, also of packed experts [experts, rows, columns]: where rows are wanted, these
-    are one matrix, an expert below the other.
+    A row is all weights of one output unit. For scope "row", packed experts [experts, rows, columns] become one matrix
+    [experts * rows, columns].
 
     Args:
         shape: Shape of the tensor.
         scope: "element", "row", "tensor" or "matrix", as in the method.
-        role: What the tensor does; None: not known.
+        role: Role of the tensor; None if unknown.
     """
     if scope == "row" and role == "expert" and len(shape) == 3:
         return shape[0] * shape[1], shape[2]
@@ -54,7 +54,7 @@ def block_ranges(shape: Sequence[int], scope: str, block: int = BLOCK) -> Iterat
     """Cut a tensor into blocks, on borders between rows where rows are not longer than a block.
 
     Args:
-        shape: Shape as which the tensor is worked on.
+        shape: Shape in which kernels see the tensor.
         scope: "element", "row", "tensor" or "matrix", as in the method.
         block: Elements of a block, at most; a row, tensor or matrix that the scope needs whole may be larger.
 
@@ -81,7 +81,7 @@ def block_step(shape: Sequence[int], scope: str, block: int = BLOCK) -> int:
 
 
 def block_shape(shape: Sequence[int], scope: str, size: int) -> tuple[int, ...]:
-    """Return the shape in which a block of `size` elements is handed to the method."""
+    """Return the shape of a block of `size` elements, as the method gets it."""
     if scope == "tensor":
         return tuple(shape)
     if scope == "matrix":
@@ -98,7 +98,7 @@ class TensorRun:
     Args:
         kernels: The method's kernels.
         values: The parameters of this tensor.
-        shape: Shape as which the tensor is worked on.
+        shape: Shape in which kernels see the tensor.
         random_keys: From `ops.random.keys`.
         block: Elements of a block, at most.
         turned: Whether its matrices are stored [inputs, outputs]; the method gets them [outputs, inputs].
@@ -135,7 +135,7 @@ class TensorRun:
         models: Sequence[Tensor],
         total: Tensor | None,
     ) -> tuple[Tensor, bool]:
-        """Add the measurement of a block to the total of the blocks before it; also return whether the block is finite."""
+        """Add a block's measurement to the total of the blocks before it; also return whether the block is finite."""
         block = self._block(known, range_, base, models)
         if name not in self.kernels.rows:
             total, finite = self.kernels.measure(name, index, block, total)
@@ -160,7 +160,7 @@ class TensorRun:
             del known["previous"]
 
     def at_once(self, name: str, known: dict[str, Tensor], base: Tensor | None, models: Sequence[Tensor]) -> bool:
-        """Compute a statistic of a one-block tensor without its rounds, if it supports that; return whether it was done."""
+        """Compute a one-block tensor's statistic without rounds, if it supports that; return whether it was done."""
         if len(self.ranges) > 1 or self.kernels.method.statistics[name].at_once is None:
             return False
         given = {key: value.cpu() for key, value in known.items()}
@@ -172,11 +172,11 @@ class TensorRun:
     def solve_statistics(
         self, read: Callable[[int, int], Inputs], refuse: Callable[[Inputs], None]
     ) -> dict[str, Tensor]:
-        """Measure and solve the statistics of a tensor whose blocks are all at hand, in their order.
+        """Measure and solve the statistics of a tensor, block by block, in order.
 
         Args:
             read: Returns the base (or None) and the models between two elements, flat.
-            refuse: Told the inputs of a block that is not finite; raises unless that is allowed.
+            refuse: Called with the inputs of a block that is not finite; raises unless that is allowed.
 
         Returns:
             The solved statistics by name, as `combine` takes them.
@@ -198,7 +198,7 @@ class TensorRun:
 
     @property
     def together(self) -> Literal["joined", "stacked"] | None:
-        """How this tensor may be merged with others of the same kernels and parameters, as in `MergeMethod.together`."""
+        """How it can be merged with tensors of the same kernels and parameters, as in `MergeMethod.together`."""
         # fused kernels take one tensor, and their results differ from stacked ones by rounding
         fits = len(self.ranges) == 1 and not (self.values.together == "stacked" and self.kernels.compiled)
         return self.values.together if fits else None
@@ -249,7 +249,7 @@ class TensorRun:
         return (merged.T if self.turned else merged).reshape(-1), bool(finite)
 
     def matrix(self, start: int) -> int:
-        """Return which of a packed tensor's matrices an element is in."""
+        """Return the index of the matrix, in a packed tensor, that holds an element."""
         return start // math.prod(self.shape[-2:])
 
     def _block(

@@ -76,7 +76,8 @@ class Library:
         ]
         inputs = (ctypes.c_void_p * len(handles))(*handles)
         outputs = (ctypes.c_void_p * self._n_outputs)()
-        # the kernel frees the handles of the inputs; those of the outputs are freed by torch, which takes them over below
+        # the kernel frees the handles of the inputs; those of the outputs are freed by torch, which takes them over
+        # below
         self._check(
             self._library.AOTInductorModelContainerRun(
                 self._container,
@@ -132,7 +133,7 @@ def compile_ahead(order: Mapping[str, Any]) -> Function | None:
 
 
 class _Compiler:
-    """A process that compiles kernels, one at a time. It ends when its standard input closes, even if this process is killed."""
+    """A process that compiles kernels one at a time. It ends when its stdin closes, also if this process is killed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -195,7 +196,7 @@ def is_compiling() -> bool:
 
 
 def known_sources(method_file: str | None) -> bool:
-    """Return whether a method's file lies in this package, so that the key of the cache covers its code."""
+    """Return whether a method's file is in this package, so that the key of the cache covers its code."""
     return method_file is not None and Path(method_file).is_relative_to(_PACKAGE)
 
 
@@ -209,7 +210,7 @@ _PACKAGE = Path(__file__).parents[2]
 
 @cache
 def _surroundings() -> list[str]:
-    """Return what a kernel depends on beside its order: the version of torch, the processor, and our own sources."""
+    """Return what a kernel depends on besides its order: the version of torch, the processor, and our own sources."""
     sources = hashlib.sha256()
     for part in ("methods", "ops", "method", "engine/kernels"):
         place = _PACKAGE / part

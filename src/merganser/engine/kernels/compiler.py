@@ -32,7 +32,7 @@ _PROXY = b"aoti_torch_proxy_executor_call_function"
 
 
 def main() -> None:
-    """Compile what is read from standard input."""
+    """Compile the orders that are read from standard input."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder()))
     torch.set_num_threads(1)
     # compilers print to standard output, too: keep it for answers
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def compile_kernel(place: Path, ordered: Mapping[str, Any]) -> None:
-    """Compile what was ordered."""
+    """Compile the kernel of an order."""
     from torch._inductor import aoti_compile_and_package
 
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def _export(ordered: Mapping[str, Any]) -> ExportedProgram:
         check_finite=ordered["check_finite"],
     )
     forms = ordered["tensors"]
-    # sizes that may vary are 0 in the order; any other number will do for tracing
+    # sizes that may vary are 0 in the order; any other size works for tracing
     tensors = [torch.zeros([size or 24 for size in shape], dtype=getattr(torch, dtype)) for dtype, shape in forms]
     empty = torch.zeros(0)
     structure = Block(

@@ -1,4 +1,4 @@
-"""Statistics from data as methods are handed them: a tensor per model, in memory only while it is used."""
+"""Statistics from data as methods receive them: one tensor per model, in memory only while it is used."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import overload
 from torch import Tensor
 
 Data = Mapping[str, Sequence[Tensor]]
-"""By the name under which a method takes it, a tensor per model."""
+"""One tensor per model, by argument name of the method."""
 
 
 class PerModel(Sequence[Tensor]):
-    """A tensor per model, made each time that it is asked for.
+    """A sequence of one tensor per model; each access creates the tensor anew.
 
     Args:
         count: Number of models.
-        make: Returns the tensor of one of them.
+        make: Returns the tensor of a model, given its index.
     """
 
     def __init__(self, count: int, make: Callable[[int], Tensor]) -> None:
@@ -33,6 +33,6 @@ class PerModel(Sequence[Tensor]):
     def __getitem__(self, index: slice) -> list[Tensor]: ...
 
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        """Make the tensor of a model, or of several."""
+        """Create the tensor of one model, or of several."""
         found = range(self._count)[index]
         return self._make(found) if isinstance(found, int) else [self._make(i) for i in found]

@@ -1,4 +1,4 @@
-"""Where kernels run."""
+"""Resolve the devices that kernels run on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import UnsupportedError
 
 
 def resolve_devices(name: str) -> list[torch.device]:
-    """Return the devices of that name: one or more, all of one kind.
+    """Return the devices for a name: one or more, all of one kind.
 
     Args:
         name: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
@@ -40,7 +40,7 @@ def _one(name: str, n_gpus: int) -> torch.device:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Return whether kernels can be fused: on a CPU this takes a C++ compiler."""
+    """Return whether kernels can be fused: on a CPU this needs a C++ compiler."""
     if device.type != "cpu":
         return True
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))

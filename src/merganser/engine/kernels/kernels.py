@@ -141,7 +141,7 @@ class Kernels:
             name: Name of the statistic.
             index: Index of the round.
             block: The block.
-            total: Of the blocks before, on the CPU; it may be changed in place. None for the first block.
+            total: Total of the blocks before, on the CPU; it may be changed in place. None for the first block.
         """
         measured, finite = self._run(("measure", name, index), block)
         round_ = self.round(name, index)
@@ -156,7 +156,7 @@ class Kernels:
     def measure_at_once(
         self, name: str, block: Block, values: Values, known: Mapping[str, Tensor], *, several: bool = False
     ) -> Tensor:
-        """Find a statistic of a tensor of one block without its rounds.
+        """Compute a statistic of a one-block tensor without its rounds.
 
         Args:
             name: Name of the statistic; it has `at_once`.
@@ -203,7 +203,7 @@ class Kernels:
         return self._run(("combine", "", 0), block)
 
     def combine_several(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Merge, in one call, several tensors of one shape with the same parameters; also return whether each is finite.
+        """Merge several tensors of one shape and the same parameters in one call; also return whether each is finite.
 
         Args:
             block: Their inputs and statistics, stacked, and their keys where the method is random.
@@ -323,7 +323,7 @@ class Kernels:
 
 
 def _read(base: Tensor | None, models: list[Tensor], compute: torch.dtype, names: Sequence[str]) -> dict[str, Any]:
-    """Return what functions are handed of the inputs, by name: in the compute dtype, and how they were rounded."""
+    """Return the inputs as functions take them, by name: in the compute dtype; with rounding errors if wanted."""
     given: dict[str, Any] = {"base": None if base is None else base.to(compute)}
     given["models"] = [model.to(compute) for model in models]
     if "rounding" in names:
@@ -332,7 +332,7 @@ def _read(base: Tensor | None, models: list[Tensor], compute: torch.dtype, names
 
 
 def _overflow(dtype: torch.dtype) -> float:
-    """Return the smallest number that rounds to infinity: half a unit in the last place above the largest finite one."""
+    """Return the smallest number that rounds to infinity: half an ulp above the largest finite one."""
     found = torch.finfo(dtype)
     return found.max + found.max / (2 / found.eps - 1) / 2
 

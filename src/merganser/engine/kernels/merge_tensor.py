@@ -45,21 +45,21 @@ def merge_tensor(
 
     Args:
         method: The merge method.
-        base: The base tensor, or None where the method takes none.
+        base: The base tensor, or None if the method takes none.
         models: The other tensors, of the same shape, on the same device.
-        parameters: Values by the names that recipes use; a single value of a per-model parameter counts for all.
+        parameters: Values by their names in recipes; a single value of a per-model parameter is used for all models.
         name: Name of the tensor: part of the key of random draws.
-        role: What the tensor does ("attention", "embedding", "expert", ...), for methods that treat matrices or rows; by
-            default what has two dimensions is a matrix, and the first dimension counts rows.
-        location: Where the tensor is, for methods that go by layers; by default before them.
+        role: Role of the tensor ("attention", "embedding", "expert", ...), for methods that work on matrices or rows;
+            by default a tensor of two dimensions is a matrix, and the first dimension counts rows.
+        location: Location of the tensor, for methods that depend on the layer; by default before the layers.
         seed: Seed of random draws.
-        dtype: Dtype of the result; by default what the inputs promote to.
+        dtype: Dtype of the result; by default the promoted dtype of the inputs.
         compute: Dtype of the arithmetic; by default float32, or float64 if an input or `dtype` is.
         block: Elements of a block, at most.
         compiled: Fuse with `torch.compile`.
-        allow_nonfinite: Merge NaN and infinity instead of refusing them.
-        data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed experts
-            with a leading dimension. Without them it treats the tensor as one that has none.
+        allow_nonfinite: Merge NaN and infinity instead of raising an error.
+        data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed
+            experts with a leading dimension. Without them, the tensor is merged like one that has none.
 
     Returns:
         The merged tensor, in the shape of the inputs.
@@ -67,7 +67,7 @@ def merge_tensor(
     Raises:
         ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
         NonFiniteError: An input holds NaN or infinity, or the result overflows `dtype`.
-        ValueError: Shapes or devices differ, or the number of models does not suit the method.
+        ValueError: Shapes or devices differ, or the number of models does not fit the method.
     """
     _check_inputs(method, base, models)
     dtypes = [tensor.dtype for tensor in (*models, *([] if base is None else [base]))]
@@ -113,7 +113,7 @@ def _run_on(
 
 
 def _of_matrix(data: Data, run: TensorRun, start: int) -> Data:
-    """Return the statistics from data of the matrix in which an element is, in the compute dtype."""
+    """Return the statistics from data of the matrix that holds an element, in the compute dtype."""
     packed, compute = len(run.shape) == 3, run.kernels.compute
 
     def own(tensors: Sequence[Tensor]) -> PerModel:

@@ -1,4 +1,4 @@
-"""How much memory a method holds, found out by running it on something small."""
+"""Measure how much memory a method needs, by running it on small tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .merge_tensor import merge_tensor
 _ELEMENTS = 1 << 13
 _LEAST = 24
 _MOST = 1024
-"""Longest side of what is tried: methods that compare the rows of a matrix with each other take the cube of it."""
+"""Longest side of the small tensors: time is cubic in it for methods that compare rows of a matrix with each other."""
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that come to life inside of a `with` block, on this thread.
+    """Counts the bytes of tensors that are created inside a `with` block, on this thread.
 
     Attributes:
         live: Bytes that are held now.
@@ -43,7 +43,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def ignore(self, tensor: Tensor) -> None:
-        """Leave a tensor out, and whatever shares its memory."""
+        """Do not count a tensor, nor others that share its memory."""
         self._hold(tensor, 0)
 
     def _hold(self, tensor: Tensor, nbytes: int) -> None:
@@ -54,7 +54,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation and count what it leaves."""
+        """Run an operation and count the tensors that it creates."""
         result = func(*args, **(kwargs or {}))
         gone = [key for key, (held, _) in self._held.items() if held.expired()]  # type: ignore[no-untyped-call]
         for key in gone:
@@ -67,17 +67,17 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _workspace(func: Any, args: Sequence[Any], result: Any) -> int:
-    """Return the bytes that LAPACK works with inside of an operation, as it documents them and as was measured."""
+    """Return the size of LAPACK's workspace in an operation, bytes, from its documentation and measurements."""
     kind = func.overloadpacket.__name__
     if kind not in ("_linalg_svd", "_linalg_eigh"):
         return 0
     rows, columns = args[0].shape[-2:]
     factors = result[-1].numel() > 0
     if kind == "_linalg_svd":
-        # a copy of the matrix beside the factors, and gesdd's work
+        # besides the factors: a copy of the matrix, and gesdd's workspace
         elements = rows * columns + (4 * min(rows, columns) ** 2 if factors else 0)
     else:
-        # syevd's work, or a copy of the matrix
+        # syevd's workspace, or a copy of the matrix
         elements = 2 * columns**2 if factors else columns**2
     return int(elements * args[0].element_size())
 
@@ -92,14 +92,14 @@ def peak_per_element(
     *,
     with_base: bool,
 ) -> float:
-    """Return how many bytes a method holds at a time beside its inputs, per element of the tensor.
+    """Return a method's peak memory besides its inputs, bytes per element of the tensor.
 
     The method runs, with these parameters, on random numbers in a small tensor of the same proportions.
 
     Args:
         method: The merge method.
         parameters: Its parameters, by their names in recipes.
-        shape: Shape of the tensor: of one matrix where the method works on matrices.
+        shape: Shape of the tensor, or of one matrix if the method works on matrices.
         dtypes: Dtypes of the inputs, the base first.
         output: Dtype of the result.
         compute: Dtype of the arithmetic.
@@ -112,7 +112,7 @@ def peak_per_element(
 def _smaller(shape: Sequence[int]) -> tuple[int, ...]:
     """Shrink a shape, in proportion.
 
-    Each dimension stays large enough for what depends on the number of models, and becomes small enough to be tried.
+    Each dimension stays large enough for operations whose size depends on the number of models.
     """
     sides = sum(size > 1 for size in shape)
     factor = min((_ELEMENTS / max(math.prod(shape), 1)) ** (1 / max(sides, 1)), 1.0)

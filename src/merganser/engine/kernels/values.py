@@ -18,7 +18,7 @@ class Values:
 
     Args:
         static: Flags, counts and choices, and which statistics are wanted ("measure NAME").
-        numbers: Numeric parameters, and what follows from where the tensor is, float64: 0-d, or shape [T].
+        numbers: Numeric parameters, and numbers derived from the tensor's location, float64: 0-d, or shape [T].
         together: How tensors with these parameters may be merged at once, as in `MergeMethod.together`.
     """
 
@@ -30,7 +30,7 @@ class Values:
     def of(
         cls, method: MergeMethod, parameters: Mapping[str, Any], located: Mapping[str, float] | None = None
     ) -> Values:
-        """Sort resolved parameters, by their names in recipes, into the two kinds; add what was located."""
+        """Sort resolved parameters, by names in recipes, into both kinds; add numbers derived from the location."""
         static: dict[str, Any] = {}
         numbers: dict[str, Tensor] = {}
         for name, value in parameters.items():

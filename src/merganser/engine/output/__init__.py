@@ -1,1 +1,1 @@
-"""The growing output: its folder and journal, the lock on the target, what in a folder is ours, and the finish."""
+"""Write the output safely: staging folder, journal, lock on the target, ownership of files, publishing."""

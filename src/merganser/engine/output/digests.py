@@ -15,7 +15,7 @@ from ..kernels.blocks import block_step
 
 
 def file_hash(path: Path) -> str:
-    """Return the sha256 of a file."""
+    """Return the sha256 of a file, hexadecimal."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
 
@@ -28,24 +28,24 @@ def _sha256(file: Any) -> str:
 
 
 def digest(data: memoryview | bytes) -> bytes:
-    """Return the xxh3-128 digest of some bytes."""
+    """Return the xxh3-128 digest of bytes."""
     return xxhash.xxh3_128_digest(data)
 
 
 def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) -> list[bytes]:
-    """Hash elements of an input, cut in the same places whatever the method's blocks are: wherever one may begin.
+    """Hash elements of an input, cut wherever a block of any method may begin, so that no hash depends on the method.
 
     Args:
         shape: Shape of the tensor.
-        start: The first element.
-        end: The one behind the last.
-        data: The bytes of all of them.
+        start: Index of the first element.
+        end: Index after the last element.
+        data: The bytes of these elements.
     """
     return cut_digests(digest_cuts(shape, start, end), data)
 
 
 def cut_digests(cuts: Sequence[int], data: memoryview) -> list[bytes]:
-    """Hash bytes that are cut at these elements; the first and the last are their ends."""
+    """Hash each piece of data between consecutive cuts, which are element indices."""
     if len(cuts) <= 2:
         return [digest(data)]
     start = cuts[0]
@@ -54,12 +54,12 @@ def cut_digests(cuts: Sequence[int], data: memoryview) -> list[bytes]:
 
 
 def digest_cuts(shape: Sequence[int], start: int, end: int) -> list[int]:
-    """Return where hashes of the elements of a tensor begin, and where the last one ends."""
+    """Return the element indices at which `block_digests` cuts, including `start` and `end`."""
     if start == end:
         return [start]
     steps = {block_step(shape, scope) for scope in ("element", "row")}
     if len(shape) == 3:
-        # what is packed may be worked on as rows of all its matrices, or matrix by matrix
+        # a stack of matrices may be merged as the rows of all matrices, or matrix by matrix
         steps |= {block_step((shape[0] * shape[1], shape[2]), "row"), block_step(shape, "matrix")}
     cuts = {start}
     for step in steps:

@@ -1,4 +1,4 @@
-"""The journal of a run: a line for each finished task, from which a killed run continues."""
+"""The journal of a run: one line per finished task, from which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ...jsonfile import open_regular, sealed_line, unseal_line
 JOURNAL = "journal.jsonl"
 
 _LONGEST = 1 << 26
-"""No line of ours is as long, bytes; a file of zeros would be read into memory as one line."""
+"""Read lines up to this length, bytes, more than any valid line has; a file of zeros would be one huge line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What an earlier run finished.
+    """The tasks that an earlier run finished.
 
     Args:
-        entries: Entries by group and segment; none where another merge was begun here.
-        length: Length of the journal's sound part, bytes.
-        damaged: Number of the first line that is not as it was written, counted from 1; None where all are.
+        entries: Entries by group and segment; empty if the journal is of another merge.
+        length: Length of the journal's valid part, bytes.
+        damaged: Number of the first damaged line, counted from 1; None if there is none.
     """
 
     entries: Mapping[tuple[int, int], Mapping[str, Any]]
@@ -32,13 +32,13 @@ class Finished:
 
 
 def read_journal(path: Path, fingerprint: str) -> Finished:
-    """Read what an earlier run of the same merge finished; nothing behind a damaged line is trusted.
+    """Read the tasks that an earlier run of the same merge finished, up to the first damaged line.
 
-    Lines are sealed: the first one, which names the merge, by itself, and those behind it with the fingerprint.
+    Each line has a checksum; from the second line on, the checksum also covers the fingerprint of the merge.
 
     Args:
         path: The journal; it need not exist.
-        fingerprint: Of the merge.
+        fingerprint: Fingerprint of the merge.
 
     Raises:
         OSError: The journal cannot be read.
@@ -51,7 +51,7 @@ def read_journal(path: Path, fingerprint: str) -> Finished:
         for number, line in enumerate(iter(lambda: lines.readline(_LONGEST), b""), start=1):
             entry = unseal_line(line, "" if number == 1 else fingerprint)
             if entry is None:
-                # the last line of a killed run may be cut off
+                # an incomplete last line is no damage: the run was killed while it wrote
                 return Finished(entries, length, number if line.endswith(b"\n") else None)
             if number > 1:
                 entries[entry["group"], entry["segment"]] = entry
@@ -62,12 +62,12 @@ def read_journal(path: Path, fingerprint: str) -> Finished:
 
 
 class Journal:
-    """Takes down what is finished; thread-safe.
+    """Records finished tasks in a file; thread-safe.
 
     Args:
         path: The file.
-        fingerprint: Of the merge.
-        length: Length of its sound part, bytes; what is behind that is cut off.
+        fingerprint: Fingerprint of the merge.
+        length: Length of its valid part, bytes; the rest is cut off.
 
     Raises:
         OSError: The file cannot be written.
@@ -82,7 +82,7 @@ class Journal:
             self._write({"fingerprint": fingerprint}, "")
 
     def note(self, entry: Mapping[str, Any]) -> None:
-        """Add a finished task.
+        """Append the entry of a finished task.
 
         Raises:
             OSError: The disk is full or failed.

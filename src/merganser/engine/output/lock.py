@@ -23,21 +23,21 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """A lock that is held.
+    """A lock that this process holds.
 
     Args:
-        release: Gives it back. Its file goes while it is still held, so that nobody holds one that has no name.
+        release: Releases it. The file is deleted while still locked, so that no other run locks a deleted file.
     """
 
     release: Callable[[], None]
 
 
 def acquire_lock(path: Path) -> Lock | None:
-    """Lock a file that its owner deletes when he is done; None if another run holds it.
+    """Lock a file, which the lock's release deletes; return None if another run holds the lock.
 
     Raises:
-        OutputError: Something that is not ours has this name, or nobody can tell whether the lock is still held.
-        OSError: The file cannot be made.
+        OutputError: A file that is not a lock has this name, or it is unknown whether the lock is still held.
+        OSError: The file cannot be created.
     """
     while True:
         descriptor = _open(path)
@@ -54,12 +54,12 @@ def acquire_lock(path: Path) -> Lock | None:
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
                 return Lock(partial(_release, path, descriptor))
-        # its owner deleted it between the opening and the locking
+        # another run deleted the file after it was opened here: try again
         os.close(descriptor)
 
 
 def _open(path: Path) -> int:
-    """Open or make the file; one that holds anything is not a lock, and would be deleted later."""
+    """Open or create the file; refuse one that is not empty: it is no lock, and releasing would delete it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -79,7 +79,7 @@ def _release(path: Path, descriptor: int) -> None:
 
 
 def _acquire_owner_file(path: Path) -> Lock | None:
-    """Lock by a file that names its owner, on a file system without locks; None if its owner still runs."""
+    """Lock by a file that names the owner, for file systems without flock; return None if the owner still runs."""
     file = path.with_name(f"{path.name}.owner")
     own = _Owner.of(os.getpid())
     while True:
@@ -101,7 +101,7 @@ def _acquire_owner_file(path: Path) -> Lock | None:
 
 @dataclass(frozen=True, slots=True)
 class _Owner:
-    """A process: numbers of processes are used again, so the host, its start and that of the process belong to it."""
+    """A process: pids are reused, so host, boot and start time of the process identify it together."""
 
     host: str
     boot: str
@@ -110,7 +110,7 @@ class _Owner:
 
     @classmethod
     def of(cls, pid: int) -> _Owner:
-        """Describe a process of this host."""
+        """Return the identity of a process of this host."""
         return cls(platform.node(), _first("/proc/sys/kernel/random/boot_id"), pid, _started(pid))
 
     def text(self) -> str:
@@ -118,10 +118,10 @@ class _Owner:
 
 
 def _remove_stale(file: Path) -> bool:
-    """Remove the file of an owner that has ended; return False if it still runs.
+    """Remove an owner file if its process has ended; return False if it still runs.
 
     Raises:
-        OutputError: The file is not ours, or names another host, whose processes are not seen from here.
+        OutputError: The file is no owner file, or names another host, whose processes cannot be checked.
     """
     try:
         text = _read(file)
@@ -139,7 +139,7 @@ def _remove_stale(file: Path) -> bool:
         )
     if owner == _Owner.of(owner.pid) and _runs(owner.pid):
         return False
-    # one run alone can make this file, and only that one removes the lock: of this owner, not of one that came meanwhile
+    # only the run that creates this file removes the owner file, and only if it still names the same owner
     claim = file.with_name(f"{file.name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}")
     try:
         os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -155,14 +155,14 @@ def _remove_stale(file: Path) -> bool:
 
 
 def _read(file: Path) -> str:
-    """Return the text of an owner's file; nothing for what is none."""
+    """Return the text of an owner file; empty if it is not a regular file."""
     for _ in range(10):
         if not stat.S_ISREG(file.lstat().st_mode):
             return ""
         text = file.read_text(encoding="utf-8", errors="replace")
         if text:
             return text
-        # its owner made it just now, and is about to write it
+        # its owner has just created it and not yet written it
         time.sleep(0.02)
     return ""
 
@@ -178,8 +178,8 @@ def _runs(pid: int) -> bool:
 
 
 def _started(pid: int) -> str:
-    """Return when a process was started, in the system's own unit; nothing where the system does not tell."""
-    # its name, in brackets, may hold anything
+    """Return the start time of a process in clock ticks; empty if the system does not provide it."""
+    # split after the process name: it is in brackets and may contain spaces and brackets
     fields = _first(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 else ""
 

@@ -1,13 +1,13 @@
-"""What in a folder is ours: nothing else is ever removed.
+"""Decide whether merganser wrote all files in a folder ("ours"): nothing else is ever removed.
 
-A folder is ours whole or not at all, and only what is regular files in folders; links are never followed. There are two
-kinds:
+A folder is ours as a whole or not at all, and only if it holds nothing but regular files and folders; links are never
+followed. There are two kinds:
 
-- An output is complete. Its run record lists every file with its size and sha256; what differs from that, or is not listed,
-  belongs to the user. All files are hashed, however large: a model that was trained further and saved over the merged one
+- A complete output. Its run record lists every file with size and sha256; files that differ or are not listed belong to
+  the user. All files are hashed, however large, because a model that was trained further and saved over the merged one
   has the same names and sizes. The merge itself hashes as many bytes while it writes.
-- A folder that is still being written has no hashes yet. It holds a marker, to which each name is added before the file
-  is made.
+- A folder that is still being written. Its files have no hashes yet, so a marker file lists their names; each name is
+  added before the file is created.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ...record.verification import recorded_files
 from .digests import file_hash
 
 MARKER = ".merganser"
-"""Lists what we put into a folder that is being written: a line of JSON for each file, or for a folder with all in it."""
+"""Marker of a folder that is being written; one line of JSON per file, or per folder with all its contents."""
 
 STAGE_NOTE = ".stage.json"
-"""In the folder of a stage: what it was made from. It is hidden, so that it is not taken for a file of the checkpoint."""
+"""Note in a stage's folder: what the stage was made from. Hidden, so that it is not taken for a checkpoint file."""
 
 _FIRST_LINE = b"# merganser is writing this folder, and made what is listed here\n"
 
@@ -40,12 +40,12 @@ _State = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """A folder that holds nothing but what is ours.
+    """A folder in which merganser wrote every file.
 
     Args:
         folder: The folder; it need not exist.
-        files: Their paths below it, with size and time of change; last what tells that they are ours.
-        folders: Paths of the folders below it, inner ones first.
+        files: Size and modification time of its files, by relative path; run record and marker come last.
+        folders: Relative paths of its subfolders, inner ones first.
     """
 
     folder: Path
@@ -53,10 +53,10 @@ class Owned:
     folders: Sequence[str]
 
     def check(self) -> None:
-        """Refuse to go on where a file was changed since it was found to be ours.
+        """Check that no file was changed since the survey.
 
         Raises:
-            OutputError: One was; its name is in the message.
+            OutputError: A file was changed; the message names it.
         """
         for name in self.folders:
             if (self.folder / name).is_symlink():
@@ -67,37 +67,37 @@ class Owned:
                     raise _foreign(self.folder, name, "was changed meanwhile")
 
     def remove(self) -> None:
-        """Remove the files, and the folders that are empty then.
+        """Remove the files, and the folders that are then empty.
 
         Raises:
-            OutputError: A file was changed meanwhile; nothing was removed.
-            OSError: The system refused.
+            OutputError: A file was changed since the survey; nothing was removed.
+            OSError: A file cannot be removed.
         """
         self.check()
         for name in self.files:
             (self.folder / name).unlink(missing_ok=True)
         for name in [*self.folders, "."]:
-            # whatever came meanwhile stays, with its folder
+            # a folder with files that were added since the survey stays
             with contextlib.suppress(OSError):
                 (self.folder / name).rmdir()
 
     def within(self, parent: Path) -> Owned:
-        """Return the same files as part of a folder above."""
+        """Return the same files with paths relative to a parent folder."""
         name = self.folder.relative_to(parent).as_posix()
         files = {f"{name}/{file}": state for file, state in self.files.items()}
         return Owned(parent, files, [*(f"{name}/{each}" for each in self.folders), name])
 
 
 def survey(folder: Path, *, skip: Collection[str] = (), hashing: bool = True) -> Owned:
-    """Find out whether all that is in a folder is ours.
+    """List a folder's files, and check that all of them are ours.
 
     Args:
         folder: The folder; it need not exist.
-        skip: Names directly in it that are left out.
-        hashing: Whether files of an output are compared with their hashes, and not by size alone.
+        skip: Names directly in the folder to leave out.
+        hashing: Whether to compare files of an output with their hashes, not only their sizes.
 
     Raises:
-        OutputError: Something in it is not ours: the first one is named.
+        OutputError: A file or folder is not ours; the message names the first one.
     """
     try:
         if not os.path.lexists(folder):
@@ -109,7 +109,7 @@ def survey(folder: Path, *, skip: Collection[str] = (), hashing: bool = True) ->
         parents = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
         for name in files:
             _refuse_unlisted(folder, name, files, listed)
-            # a run that continues would write through it into a file elsewhere
+            # a continued run would write through the hard link into a file elsewhere
             if MARKER in files and (folder / name).lstat().st_nlink > 1:
                 raise _foreign(folder, name, "is a hard link")
         for name in folders:
@@ -126,11 +126,11 @@ def survey(folder: Path, *, skip: Collection[str] = (), hashing: bool = True) ->
 
 
 def survey_each(home: Path, *, known: Mapping[str, Owned] | None = None, hashing: bool = True) -> Owned:
-    """Find out whether a folder holds nothing but outputs, finished or not, and their locks.
+    """List the files of a folder of outputs, and check that it holds only outputs, finished or not, and their locks.
 
     Args:
         home: The folder; it need not exist.
-        known: Folders in it that were found to be ours already, by name.
+        known: Earlier results of `survey` for its subfolders, by name; these are not surveyed again.
         hashing: As for `survey`.
 
     Raises:
@@ -154,41 +154,41 @@ def survey_each(home: Path, *, known: Mapping[str, Owned] | None = None, hashing
 
 
 def claim(folder: Path, names: Iterable[str], *, marker: str = MARKER) -> None:
-    """Note in a folder's marker that these names are ours, before what they name is made.
+    """Add names to a folder's marker, before the files are created.
 
     Args:
-        folder: A folder that is being written; it holds nothing that is not ours.
-        names: Paths of files below it; of folders, with all in them, where they end with a slash.
-        marker: Name of the marker, where it is made for another folder.
+        folder: A folder that is being written; all its files are ours.
+        names: Relative paths of files; or of folders with all their contents, ending with a slash.
+        marker: Name of the marker file, if it is written for another folder.
 
     Raises:
         OSError: The marker cannot be written.
     """
     known = claimed(folder, marker=marker)
     lines = "".join(f"{json.dumps(name)}\n" for name in dict.fromkeys(names) if name not in known)
-    # with no names in it, it may be cut off within its first line
+    # a marker without names may be cut off within its first line, so write it anew
     begun = len(known) > 1
     flags = os.O_APPEND if begun else os.O_TRUNC
     descriptor = os.open(folder / marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
     with os.fdopen(descriptor, "wb") as file:
-        # the last line may be cut off, too
+        # start with a newline, as the last line may be cut off
         file.write((b"\n" if begun else _FIRST_LINE) + lines.encode())
         file.flush()
         os.fsync(descriptor)
 
 
 def claimed(folder: Path, *, marker: str = MARKER) -> set[str]:
-    """Return the names in a folder's marker; none where it has no marker."""
+    """Return the names in a folder's marker; empty if it has no marker."""
     path = folder / marker
     if path.is_symlink() or not path.is_file():
         return set()
     data = path.read_bytes()
     if not data.startswith(_FIRST_LINE):
-        # cut off, or not ours
+        # a first line that was cut off by a kill, or a file that is not a marker
         return {MARKER} if _FIRST_LINE.startswith(data) else set()
     found = {MARKER}
     for line in data.removeprefix(_FIRST_LINE).split(b"\n")[:-1]:
-        # a run that was killed while it wrote a line had not made that file yet
+        # skip a line that was cut off by a kill: the run had not created that file yet
         with contextlib.suppress(ValueError, RecursionError):
             name = json.loads(line)
             if isinstance(name, str):
@@ -197,21 +197,21 @@ def claimed(folder: Path, *, marker: str = MARKER) -> set[str]:
 
 
 def unfinished(folder: Path) -> bool:
-    """Return whether a folder has a marker: a run writes it, or was cut off."""
+    """Return whether a folder has a marker: a run is writing it, or was killed."""
     return bool(claimed(folder))
 
 
 def covers(listed: Collection[str], name: str) -> bool:
-    """Return whether a name is among those, or in a folder among those."""
+    """Return whether a name is listed, or is in a folder that is listed."""
     return name in listed or any(each.endswith("/") and name.startswith(each) for each in listed)
 
 
 _Listed = Mapping[str, tuple[int, str] | None]
-"""Names of files that are ours, with size and sha256 where those are known."""
+"""Size and sha256 of our files, by name; None where unknown."""
 
 
 def _walk(folder: Path, skip: Collection[str]) -> tuple[dict[str, _State], list[str]]:
-    """Return the files below a folder, and the folders, inner ones first; refuse what is neither."""
+    """Return all files and all subfolders of a folder, inner folders first; refuse links and special files."""
     files: dict[str, _State] = {}
     folders: list[str] = []
     for name, status in _entries(folder, ""):
@@ -227,7 +227,7 @@ def _walk(folder: Path, skip: Collection[str]) -> tuple[dict[str, _State], list[
 
 
 def _entries(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield everything below a folder, in order, what is in a folder before it."""
+    """Yield all files and subfolders of a folder, sorted by name; a folder comes after its contents."""
     with os.scandir(folder / prefix) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
@@ -237,7 +237,7 @@ def _entries(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _listed(folder: Path, files: Mapping[str, _State]) -> _Listed:
-    """Return what the marker lists, else what the run record does."""
+    """Return the files that the marker lists or, without a marker, the run record."""
     if claims := claimed(folder):
         return dict.fromkeys(claims)
     if RECORD_NAME not in files:
@@ -274,7 +274,7 @@ def _refuse_changed(folder: Path, name: str, known: tuple[int, str] | None) -> N
 
 
 def _kind(status: os.stat_result) -> str | None:
-    """Return what a thing is that is neither a file nor a folder."""
+    """Describe a link or special file; return None for a regular file."""
     if stat.S_ISREG(status.st_mode):
         return None
     return "is a link" if stat.S_ISLNK(status.st_mode) else "is not a regular file"

@@ -1,4 +1,4 @@
-"""How a finished output appears under its name: by one rename, or file by file where a folder cannot be renamed."""
+"""Move a finished output to its target: by one rename, or file by file where a folder cannot be renamed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pathlib import Path
 from .journal import JOURNAL
 from .ownership import MARKER, Owned, claim, claimed, covers, survey, unfinished
 
-# a folder of a lower layer of overlayfs, such as one that came with a container's image; a mount point
+# EXDEV: a folder in a lower layer of overlayfs, as in a container's image; EBUSY: a mount point
 _NOT_RENAMED = (errno.EXDEV, errno.EBUSY)
 
 _TARGET_MARKER = f"{MARKER}.target"
 
 
 def replaced_folder(target: Path) -> Path:
-    """Return where the old output lies while the new one takes its place."""
+    """Return the path to which the old output is moved while the new one replaces it."""
     return target.with_name(f".{target.name}.replaced")
 
 
 def working_names(target: Path) -> tuple[str, str]:
-    """Return the names of the folder in which an output grows, and of its lock."""
+    """Return the names of the staging folder and of the lock file."""
     return f".{target.name}.merging", f".{target.name}.merging.lock"
 
 
 def working_parent(target: Path) -> Path:
-    """Return the folder in which the growing output lies: the target's own, so that one rename finishes it.
+    """Return the folder for the staging folder: the target's parent, so that one rename finishes the output.
 
-    It is the target itself where files could not be moved there from outside: on a mount point, such as a volume of a
-    container, or where its parent is read-only.
+    It is the target itself if a folder cannot be renamed to it: if it is a mount point, such as a volume of a
+    container, or its parent is read-only.
     """
     if target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK | os.X_OK)):
         return target
@@ -40,17 +40,17 @@ def working_parent(target: Path) -> Path:
 
 
 def publish(folder: Path, target: Path, old: Owned, left: Owned) -> None:
-    """Put a finished output in its place.
+    """Move a finished output to its target.
 
     Args:
-        folder: The output, with its marker and journal.
-        target: Its place.
-        old: What is there.
-        left: The output before that one, left by a run that was killed before it put another in its place.
+        folder: The staging folder, with its marker and journal.
+        target: The target.
+        old: The present contents of the target.
+        left: An older output that a killed run moved aside and did not delete.
 
     Raises:
-        OutputError: What is there was changed.
-        OSError: The system refused; the output, or what was there, is still complete.
+        OutputError: The contents of the target were changed.
+        OSError: A file system operation failed; the new or the old output is still complete.
     """
     old.check()
     if target.exists():
@@ -62,16 +62,16 @@ def publish(folder: Path, target: Path, old: Owned, left: Owned) -> None:
 
 
 def take_back(folder: Path, target: Path, skip: tuple[str, str]) -> None:
-    """Undo a publishing file by file that was cut off, so that it can be continued like any other run.
+    """Undo an interrupted file-by-file move, so that the run can be continued like any other.
 
     Args:
-        folder: The output.
-        target: Its place.
+        folder: The staging folder.
+        target: The target.
         skip: Names in the target that are not part of it.
 
     Raises:
-        OutputError: One of the folders holds what is not ours.
-        OSError: The system refused.
+        OutputError: One of the folders holds files that are not ours.
+        OSError: A file system operation failed.
     """
     if not unfinished(target):
         return
@@ -85,7 +85,7 @@ def take_back(folder: Path, target: Path, skip: tuple[str, str]) -> None:
 
 
 def _rename(folder: Path, target: Path, old: Owned) -> bool:
-    """Rename the folder; return False where the system cannot, and nothing was done."""
+    """Rename the folder to the target; if the system cannot rename it, undo everything and return False."""
     aside = replaced_folder(target)
     exists = target.exists()
     marks = {name: (folder / name).read_bytes() for name in (JOURNAL, MARKER)}
@@ -116,9 +116,9 @@ def _rename(folder: Path, target: Path, old: Owned) -> bool:
 
 
 def _move_files(folder: Path, target: Path, old: Owned) -> None:
-    """Move the files one by one, the run record last; from the first to the last moment the target has a marker.
+    """Move the files one by one, the run record last. The target has a marker until all are moved.
 
-    What cannot work fails at the marker, before anything that was there is removed.
+    The marker is moved first, so that a failure shows before any old file is removed.
     """
     new = [name for name in survey(folder).files if name not in (MARKER, JOURNAL, _TARGET_MARKER)]
     target.mkdir(exist_ok=True)
@@ -126,7 +126,7 @@ def _move_files(folder: Path, target: Path, old: Owned) -> None:
     claim(folder, [*old.files, *new], marker=_TARGET_MARKER)
     (folder / _TARGET_MARKER).rename(target / MARKER)
     sync(target)
-    # the run record first, so that nobody takes what is left for complete
+    # remove the run record first, so that the remaining files do not look like a complete output
     for name in [*old.files][::-1]:
         (target / name).unlink(missing_ok=True)
     for name in old.folders:
@@ -142,7 +142,7 @@ def _move_files(folder: Path, target: Path, old: Owned) -> None:
 
 
 def _is_mount(folder: Path) -> bool:
-    """Return whether something is mounted there, even another folder of the same disk."""
+    """Return whether a folder is a mount point, including bind mounts of the same disk."""
     if folder.is_mount():
         return True
     if not sys.platform.startswith("linux"):
@@ -153,13 +153,13 @@ def _is_mount(folder: Path) -> bool:
         return False
     name = os.fsencode(folder)
     for byte in b"\\ \t\n":
-        # as the kernel writes them; the backslash first
+        # escaped as in mountinfo; the backslash first
         name = name.replace(bytes([byte]), b"\\%03o" % byte)
     return any(line.split(b" ")[4] == name for line in lines)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

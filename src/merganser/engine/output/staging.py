@@ -1,4 +1,4 @@
-"""The folder beside the target in which an output grows, and the journal from which a killed run continues."""
+"""The staging folder, in which an output is written next to its target, and from which a killed run continues."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .publish import publish, replaced_folder, sync, take_back, working_names, w
 
 
 class Staging:
-    """The growing output; it holds the target's lock until it is published, kept or removed.
+    """The staging folder of a run; it holds the target's lock until the output is published, kept or removed.
 
     Args:
         out: The target folder.
-        shards: Files of the output.
-        fingerprint: Identifies recipe, inputs and versions; another one never continues this journal.
-        beside: Bytes that will be written beside the shards.
+        shards: Weight files of the output.
+        fingerprint: Hash of recipe, inputs and versions; only a run with the same one continues the journal.
+        beside: Bytes of files that will be written besides the shards.
         overwrite: Whether the target may exist.
-        fresh: Start again even where a run could be continued.
+        fresh: Start again even if a run could be continued.
 
     Raises:
-        OutputError: The target exists, its parent cannot be written, there is no room, or another run works on it.
+        OutputError: The target exists, its parent cannot be written, the disk is too full, or another run writes it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Staging:
     ) -> None:
         self._old = check_target(out, overwrite=overwrite)
         self.out = out
-        # absolute: the current folder may change, and "a/.." has no name
+        # resolve the path: the current folder may change, and "a/.." has no name
         self.target = resolve_target(out)
         self._hidden = working_names(self.target)
         self.folder, lock = (working_parent(self.target) / name for name in self._hidden)
@@ -74,7 +74,7 @@ class Staging:
             raise
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
-        """Write bytes at their final place.
+        """Write bytes at their final position in a shard.
 
         Raises:
             OutputError: The disk is full or failed.
@@ -86,10 +86,10 @@ class Staging:
             raise self.write_error(error) from None
 
     def read(self, shard: int, offset: int, buffer: memoryview) -> None:
-        """Read back what was written.
+        """Read back bytes of a shard.
 
         Raises:
-            OutputError: The disk failed, or somebody cut the file.
+            OutputError: The disk failed, or the file was truncated.
         """
         view = buffer.cast("B")
         try:
@@ -105,7 +105,7 @@ class Staging:
             raise self.write_error(error) from None
 
     def claim(self, names: Iterable[str]) -> None:
-        """Tell which files will be made in the folder beside the shards; of folders, with all in them, "name/".
+        """Register other files than the shards before they are created; "name/" is a folder with all contents.
 
         Raises:
             OutputError: The disk is full or failed.
@@ -128,10 +128,10 @@ class Staging:
             raise self.write_error(error) from None
 
     def publish(self) -> None:
-        """Make the output appear under its name, complete, on the disk.
+        """Move the complete output to its target, flushed to disk.
 
         Raises:
-            OutputError: The target appeared or was changed meanwhile, or the disk failed.
+            OutputError: The target appeared or was changed during the run, or the disk failed.
         """
         try:
             if not self._old.files and os.path.lexists(self.target) and not _is_empty(self.target):
@@ -149,19 +149,19 @@ class Staging:
         self._release()
 
     def keep(self) -> None:
-        """Leave the folder for the next run to continue."""
+        """Close the folder and leave it for the next run to continue."""
         self._close_files()
         self._release()
 
     def remove(self) -> None:
-        """Delete the folder and all that is ours in it."""
+        """Delete the folder, unless it holds files that are not ours."""
         self._close_files()
         with contextlib.suppress(OSError):
             survey(self.folder).remove()
         self._release()
 
     def write_error(self, error: OSError) -> OutputError:
-        """Turn an error of the system into one with a remedy."""
+        """Turn an OSError into an error with a remedy."""
         if isinstance(error, OutputError):
             return error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -172,7 +172,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _file(self, shard: int) -> Iterator[int]:
-        """Lend a shard's descriptor."""
+        """Yield a shard's file descriptor."""
 
         def open_shard() -> int:
             return os.open(self.folder / self._shards[shard].name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -185,20 +185,20 @@ class Staging:
             yield descriptor
 
     def _close_files(self) -> None:
-        """Close the shards and the journal, when no thread uses them any more."""
+        """Close the shards and the journal once no thread uses them."""
         self._files.close()
         if self._journal is not None:
             with contextlib.suppress(OSError):
                 self._journal.close()
 
     def _release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def _begin(self, fingerprint: str, beside: int, fresh: bool) -> None:
-        """Find what an earlier run finished, and prepare the folder: shards with their headers and full sizes, a journal."""
+        """Read an earlier run's journal, and prepare the folder: shards with headers and full sizes, and a journal."""
         take_back(self.folder, self.target, self._hidden)
         self._left = survey(replaced_folder(self.target))
         found = survey(self.folder)
@@ -239,10 +239,10 @@ class Staging:
 
 
 def check_target(out: Path, *, overwrite: bool) -> Owned:
-    """Refuse a target that would be lost.
+    """Refuse a target that must not be replaced.
 
     Returns:
-        What is there and will be replaced.
+        The present contents of the target, which will be replaced.
 
     Raises:
         OutputError: The target exists and may not be replaced.
@@ -257,7 +257,7 @@ def check_target(out: Path, *, overwrite: bool) -> Owned:
         target = resolve_target(out)
         if _current_folder().is_relative_to(target):
             raise OutputError(f"{out}: the current folder is in it, and would be replaced; choose another target")
-        # with a marker, a run was cut off while it replaced what was here, with the user's consent
+        # a target with a marker was being replaced by a run that was killed, so the user has already agreed
         if not overwrite and not _is_empty(target) and not unfinished(target):
             raise OutputError(f"{out}: exists; choose another target, or allow it to be replaced with --overwrite")
         found = survey(out, skip=working_names(target))
@@ -269,10 +269,10 @@ def check_target(out: Path, *, overwrite: bool) -> Owned:
 
 
 def resolve_target(out: Path) -> Path:
-    """Return the absolute path of a target, without links.
+    """Return the absolute path of a target, with links resolved.
 
     Raises:
-        OutputError: There is none: it is too long, the current folder was deleted, or links lead in a circle.
+        OutputError: The path is too long, the current folder was deleted, or links form a cycle.
     """
     try:
         target = out.resolve()
@@ -288,7 +288,7 @@ def _is_empty(target: Path) -> bool:
 
 
 def _current_folder() -> Path:
-    """Return the current folder; the root, which is in no target, where it was deleted."""
+    """Return the current folder; the root, which is in no target, if it was deleted."""
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -296,7 +296,7 @@ def _current_folder() -> Path:
 
 
 def write_all(descriptor: int, offset: int, data: memoryview) -> None:
-    """Write bytes at their place in a file.
+    """Write bytes at an offset in a file.
 
     Raises:
         OSError: The disk is full or failed.

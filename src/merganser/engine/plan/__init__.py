@@ -1,4 +1,4 @@
-"""What a merge will do, as data: every tensor, its inputs, sizes, memory and files, known from headers alone."""
+"""The plan of a merge as data: every tensor, its inputs, sizes, memory and files, from file headers alone."""
 
 from .plan import Plan
 from .tensor import PlannedTensor

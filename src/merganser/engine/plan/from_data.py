@@ -1,4 +1,4 @@
-"""Match statistics from data to the tensors that a merge makes of the models."""
+"""Match statistics from calibration data to the tensors that are merged."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class DataOfModels:
     """The statistics from data of the models that a recipe merges.
 
     Args:
-        wanted: What the method takes, by name.
+        wanted: The statistics that the method takes, by argument name.
         sources: The models, as the recipe lists them.
-        folders: Their statistics, in that order.
+        folders: The statistics of each model, in that order.
     """
 
     wanted: Mapping[str, FromData]
@@ -30,16 +30,16 @@ class DataOfModels:
     folders: Sequence[Statistics]
 
     def of(self, models: Sequence[TensorInfo]) -> tuple[dict[str, tuple[SumFromData, ...]], bool]:
-        """Return what a tensor's method is handed, and whether its matrices are stored [inputs, outputs].
+        """Return the statistics of one merged tensor, and whether its matrices are stored [inputs, outputs].
 
         Args:
-            models: The models' tensors that are merged.
+            models: The tensor in each model.
 
         Returns:
-            By name a sum per model. Empty where no model has statistics of this tensor.
+            One sum per model, by argument name. Empty if no model has statistics of this tensor.
 
         Raises:
-            RecipeError: Only some of the models have statistics of it, or their shapes do not fit the tensor.
+            RecipeError: Only some models have statistics of it, or a shape does not fit the tensor.
         """
         axes = [
             own.tensors[tensor.name].axis if tensor.name in own.tensors else None for own, tensor in self._pairs(models)
@@ -82,10 +82,10 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         inputs: The models, and the base.
 
     Returns:
-        None where the method takes none.
+        The statistics; None if the method takes none.
 
     Raises:
-        RecipeError: The method takes none and the recipe names some, or the other way round.
+        RecipeError: The recipe names statistics that the method does not take, or lacks statistics that it needs.
         DataError: A folder is missing, damaged, or lacks a statistic.
     """
     sources = inputs.models

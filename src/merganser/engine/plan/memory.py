@@ -1,4 +1,4 @@
-"""How much memory a merge will take, and how many workers fit into a limit."""
+"""Estimate how much memory a merge takes, and how many workers fit into a limit."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ if TYPE_CHECKING:
 
 _PYTHON_AND_TORCH = 240_000_000
 
-# what is known of a tensor of an input or of the output
+# bytes of Python objects per listed tensor, of an input or of the output
 _LISTED = 640
 
-# what was measured of it, and its text in the record
+# bytes per output tensor for its measurements and its text in the record; bytes per measured number
 _RECORDED = 1_600
 _NUMBER = 32
 
-# loaded kernels; where they are compiled just in time, torch.compile's machinery
+# bytes of kernels compiled ahead of time; of torch.compile if they are compiled just in time
 _LIBRARIES = 20_000_000
 _COMPILER = 190_000_000
 
-# freed memory goes back to the system at once where it is allocated in such pieces; of smaller ones some is kept
+# the allocator returns freed pieces of at least this size to the system at once; it keeps some smaller ones,
+# so their peak memory is multiplied by _KEPT
 _GIVEN_BACK = 32 << 20
 _KEPT = 1.4
 
-# most layers of most models, in the inputs of a usual merge
+# bytes of inputs that a worker may cache; enough for most layers of most models
 _KEEP_INPUTS = 64 << 20
 
 
 def default_memory() -> int:
-    """Return the default memory limit, bytes: a quarter of what is here, at most 4 GB, at least 1 GB if there is that much."""
+    """Return the default memory limit, bytes: a quarter of the machine's memory, at least 1 GB and at most 4 GB."""
     total = memory_here()
     if total is None:
         return 4_000_000_000
@@ -50,14 +51,14 @@ def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, l
     """Return how many workers, at most `wanted`, stay within a memory limit.
 
     Args:
-        tensors: What they work on.
-        wanted: How many there shall be.
+        tensors: The tensors of the plan.
+        wanted: Preferred number of workers.
         compiled: Whether kernels are fused.
         limit: Largest resident memory, bytes.
-        beside: What else will be held, bytes.
+        beside: Other memory of the process, bytes.
 
     Raises:
-        MemoryLimitError: Not even one does.
+        MemoryLimitError: One worker alone exceeds it.
     """
     fixed, each = _needs(tensors, compiled)
     needed = beside + fixed + each
@@ -71,19 +72,19 @@ def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, l
 
 
 def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, compiled: bool) -> int:
-    """Estimate the largest resident memory of a run, bytes: within a quarter of what was measured for our methods."""
+    """Estimate the largest resident memory of a run, bytes; within 25% of measured values for the built-in methods."""
     fixed, each = _needs(tensors, compiled)
     return fixed + workers * each
 
 
 def _needs(tensors: Sequence[PlannedTensor], compiled: bool) -> tuple[int, int]:
-    """Return what the process needs, and what each worker adds to it, bytes."""
+    """Return the memory of the process without workers, and of each worker, bytes."""
     largest = bundle = 0
     kinds = _kinds(tensors)
     for tensor in kinds:
         largest = max(largest, _held(tensor, compiled))
         if _block(tensor) == tensor.size:
-            # many are put together in copies, and merged as one block
+            # small tensors are concatenated (a copy) and merged as one block
             merged = tensor.together == "joined" or (tensor.together == "stacked" and not compiled)
             bundle = max(bundle, _raw(tensor) + (_raw(tensor) + _eager(tensor) if merged else 0))
     needed = max(largest, _largest_bundle(tensors) * bundle)
@@ -93,7 +94,7 @@ def _needs(tensors: Sequence[PlannedTensor], compiled: bool) -> tuple[int, int]:
 
 
 def _largest_bundle(tensors: Sequence[PlannedTensor]) -> int:
-    """Return the elements of the small tensors that may be worked on together: neighbours, up to a block's elements."""
+    """Return the most elements in a bundle: consecutive small tensors, up to one block."""
     largest = filled = 0
     for tensor in tensors:
         filled = min(filled + tensor.size, BLOCK) if _block(tensor) == tensor.size else 0
@@ -104,7 +105,7 @@ def _largest_bundle(tensors: Sequence[PlannedTensor]) -> int:
 
 
 def _kinds(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
-    """Return a tensor of each kind that needs memory of its own."""
+    """Return one tensor of each kind: tensors of a kind need the same memory per worker."""
     found: dict[tuple[Any, ...], PlannedTensor] = {}
     for tensor in tensors:
         key: tuple[Any, ...] = (tensor.method.name, tensor.copy, tensor.shape, tensor.role, tensor.dtype.name)
@@ -115,23 +116,23 @@ def _kinds(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
 
 
 def kept_memory(tensors: Sequence[PlannedTensor], workers: int, room: int) -> int:
-    """Return what each worker may keep of the inputs of a tensor from pass to pass, bytes.
+    """Return how many bytes of a tensor's inputs each worker may cache between passes.
 
     Args:
-        tensors: What they work on.
-        workers: How many there are.
-        room: What is left for all of them, bytes.
+        tensors: The tensors of the plan.
+        workers: Number of workers.
+        room: Memory left for all their caches, bytes.
     """
     limit = min(_KEEP_INPUTS, room // workers)
     return max((kept for tensor in tensors if (kept := kept_bytes(tensor)) <= limit), default=0)
 
 
 def _held(tensor: PlannedTensor, compiled: bool) -> int:
-    """Return what a worker holds while it works on a tensor, bytes: one block, in and out, and the arithmetic."""
+    """Return a worker's memory while it merges a tensor, bytes: one block of inputs and output, and temporaries."""
     block = _block(tensor)
     raw = _raw(tensor)
     if tensor.method.scope in ("tensor", "matrix") and not tensor.copy and block:
-        # pieces are matrices in float64
+        # temporaries are matrices in float64
         kept = 1.0 if 8 * block >= _GIVEN_BACK else _KEPT
         return math.ceil(block * (raw + kept * _probed(tensor)))
     return block * (raw + (_fused(tensor) if compiled and block >= BLOCK // 2 else _eager(tensor)))
@@ -142,32 +143,32 @@ def _block(tensor: PlannedTensor) -> int:
 
 
 def _numbers(tensor: PlannedTensor) -> int:
-    """Return how many numbers are measured of a tensor for the record."""
+    """Return how many numbers the record holds per tensor."""
     models = len(tensor.models)
     return len(tensor.inputs) + 2 + (models * (3 * models - 1) // 2 if tensor.base is not None else 0)
 
 
 def _raw(tensor: PlannedTensor) -> int:
-    """Return what an element takes as it lies in the files, bytes."""
+    """Return the bytes per element of all inputs and the output, in their stored dtypes."""
     return sum(t.dtype.itemsize for t in tensor.inputs) + tensor.dtype.itemsize
 
 
 def _fused(tensor: PlannedTensor) -> int:
-    """Return what fused arithmetic adds to an element, bytes, as measured: it holds what is counted or ranked."""
+    """Return the measured bytes per element of fused kernels' temporaries: 0 unless they count or rank."""
     method = tensor.method
     counts = any(round_.tally for statistic in method.statistics.values() for round_ in statistic.rounds)
     return 8 * len(tensor.inputs) + 24 if counts or (method.scope == "row" and method.random) else 0
 
 
 def _eager(tensor: PlannedTensor) -> int:
-    """Return what eager arithmetic on small blocks adds to an element, bytes, as measured."""
+    """Return the measured bytes per element of eager temporaries."""
     n = len(tensor.inputs)
     eager = 12 * n + 50 if tensor.together == "joined" else 24 * n + 70
     return eager * tensor.compute_dtype.itemsize // 4
 
 
 def _probed(tensor: PlannedTensor) -> float:
-    """Return what a method for whole tensors adds to an element, bytes, as it does on small ones."""
+    """Return the bytes per element of temporaries of a method for whole tensors, measured on small tensors."""
     shape = block_shape(tensor.working_shape, tensor.method.scope, tensor.size)
     return peak_per_element(
         tensor.method,
@@ -184,7 +185,7 @@ _ALIGNMENT = 64
 
 
 def kept_bytes(tensor: PlannedTensor) -> int:
-    """Return what keeping the inputs of a tensor takes, bytes; 0 where they are not looked at several times in a row."""
+    """Return the bytes to cache a tensor's inputs; 0 if no later pass over them follows directly."""
     if tensor.size <= tensor.block or tensor.passes == 1 or tensor.over_model:
         return 0
     return sum(aligned(source.nbytes) for source in tensor.inputs)

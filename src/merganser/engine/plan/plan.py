@@ -1,4 +1,4 @@
-"""What a merge will do: everything that will be read, held and written, known from headers alone."""
+"""The plan of a merge: everything that will be read, held in memory and written, from file headers alone."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from .tensor import PlannedTensor, each_once
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A merge, decided down to the byte. Nothing was written, and no weights were read.
+    """A merge planned down to the byte, before any weights are read or written.
 
     Args:
         recipe: The recipe.
         method: Its merge method.
-        checkpoints: The opened inputs, by reference, the donor first.
-        donor: Gives config, names, and files that are not weights.
-        tensors: The output, in the order of its shards.
-        shards: Files of the output, with their headers.
-        config: config.json of the output; empty where the donor has none.
-        side_files: Files to copy: path below the output, and source.
-        chat_template: Jinja text to write; None where the donor's files hold it, or none does.
-        generation_config: generation_config.json of the output; None where the donor's is copied, or none is.
+        checkpoints: The opened inputs, by reference; the donor first.
+        donor: Model from which config, tensor names and files other than weights are taken.
+        tensors: The output's tensors, in the order of their bytes in the shards.
+        shards: Weight files of the output, with their headers.
+        config: config.json of the output; empty if the donor has none.
+        side_files: Files to copy: source by path relative to the output.
+        chat_template: Jinja text to write; None if it is copied with the donor's files, or there is none.
+        generation_config: generation_config.json to write; None if the donor's is copied, or there is none.
         compiled: Whether kernels will be fused.
         seed: Seed of random draws.
         workers: Threads that merge.
-        kept: What each of them may keep of inputs that are looked at several times, bytes.
+        kept: Bytes of inputs that each worker may cache between passes.
         max_memory: Largest resident memory allowed, bytes.
         device: "cpu" or "cuda[:i]".
-        warnings: What the user should know before running.
-        differences: Where mergekit would compute other numbers for this recipe.
-        sidecars: What is stored for each model beside the merged one; None where the method stores nothing.
-        stages: Plans of the recipe's other documents, in the order of work; their results do not exist yet.
-        made: Path in this plan of each input that an earlier stage makes, and that stage's name.
+        warnings: Messages for the user before the run.
+        differences: Messages about where mergekit would compute other values for this recipe.
+        sidecars: What is stored to restore each model from the merged one; None if the method has no sidecar.
+        stages: Plans of the recipe's other documents, in the order in which they run; their outputs do not exist yet.
+        made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
 
     recipe: Recipe
@@ -68,7 +68,7 @@ class Plan:
     made: Mapping[str, str] = field(default_factory=dict)
 
     def shown(self, text: object) -> str:
-        """Return a text with the names of stages in the place of their paths."""
+        """Return a text with the paths of stages replaced by their names."""
         found = str(text)
         for path in sorted(self.made, key=len, reverse=True):
             found = found.replace(path, self.made[path])
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def files(self) -> list[Shard]:
-        """Every file of tensors that is written: the weights, and those of the sidecars."""
+        """Every safetensors file that is written: weights and sidecars."""
         return [*self.shards, *(self.sidecars.shards if self.sidecars else ())]
 
     @cached_property
@@ -86,13 +86,13 @@ class Plan:
 
     @cached_property
     def methods(self) -> dict[MergeMethod, int]:
-        """Number of tensors that each method merges: the recipe's method first, then those for tensors it leaves out."""
+        """Number of tensors per method: the recipe's method first, then those that merge what it leaves out."""
         counts = Counter(t.method for t in self.tensors if not t.copy)
         return {self.method: counts.pop(self.method, 0), **counts}
 
     @cached_property
     def passes(self) -> int:
-        """How often inputs are read, at most: once per measuring round, once to combine."""
+        """Most passes over the inputs of any tensor: one per measuring round, and one to combine."""
         return max((t.passes for t in self.distinct), default=1)
 
     @cached_property
@@ -102,9 +102,9 @@ class Plan:
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes of the inputs that all passes read together; tensors of one block are read once.
+        """Bytes of inputs read in all passes together; tensors of one block are read once.
 
-        Some of them are kept in memory between passes, and not read again.
+        An upper bound: inputs cached in memory are not read again.
         """
         passes = {id(t.parameters): t.passes for t in self.distinct}
         total = 0
@@ -120,19 +120,19 @@ class Plan:
 
     @cached_property
     def n_parameters(self) -> int:
-        """Number of weights of the output."""
+        """Number of elements of the output, without copied integers."""
         return sum(t.size for t in self.tensors if not t.copy)
 
     @cached_property
     def peak_memory(self) -> int:
-        """Largest resident memory to expect, bytes: measured constants, and what the workers hold."""
-        # memory that the workers freed stays with the process while the sidecars are made
+        """Largest resident memory to expect, bytes: measured constants, and the memory of the workers."""
+        # add, not max: memory that workers freed stays with the process while the sidecars are made
         beside = self.sidecars.peak_memory if self.sidecars else 0
         return estimate_memory(self.tensors, self.workers, self.compiled) + self.workers * self.kept + beside
 
     @property
     def seconds(self) -> float:
-        """Rough time to expect: passes at 4 GB/s from memory, the first read and the writing at 0.5 GB/s."""
+        """Rough time to expect, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
         once = sum(t.nbytes_read for t in self.tensors)
         beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
         merge = 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + (20 if self.compiled else 0)

@@ -1,4 +1,4 @@
-"""What is stored for each task beside the merged model, and where, as data."""
+"""The plan of the sidecars as data: what is stored to restore each task's model, and where."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     pass
 
 FOLDER = "sidecars"
-"""Folder of an output that holds its sidecars."""
+"""Folder in an output for its sidecars."""
 
 INDEX_FILE = f"{FOLDER}/index.json"
 
 SHARED = -1
-"""Owner of the parts that are stored once for all tasks; those of a task belong to its position."""
+"""Owner index of parts stored once for all tasks; a task's own parts have its position as owner."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a part lies.
+    """Location of a part of a tensor in the sidecar files.
 
     Args:
-        shard: Index among the files of the sidecars.
-        offset: Its first byte in the file.
+        shard: Index of its sidecar file.
+        offset: Position of its first byte in the file.
         nbytes: Its size, bytes.
     """
 
@@ -44,9 +44,9 @@ class PlannedTask:
 
     Args:
         name: Its name.
-        reference: Its model in the recipe.
-        nbytes: Size of the files of its parts.
-        full_bytes: Size of its tensors, as a copy would take.
+        reference: The model's reference in the recipe.
+        nbytes: Size of its sidecar files, bytes.
+        full_bytes: Size of its tensors in a full checkpoint, bytes.
     """
 
     name: str
@@ -56,23 +56,23 @@ class PlannedTask:
 
     @property
     def model(self) -> str:
-        """The model as the recipe names it."""
+        """The model's name in the recipe."""
         return str(self.reference)
 
 
 @dataclass(frozen=True, eq=False)
 class SidecarPlan:
-    """What is stored beside the shared model.
+    """What is stored besides the merged model.
 
     Args:
         tasks: The tasks, in the order of the models.
-        shards: All files: those of what is shared first, then task by task.
-        owners: For each file its task's position, or SHARED.
-        kept: What stands for each tensor that is not treated, by name ("own" or "merged").
-        needs_base: Whether restoring takes the base.
-        workers: Threads that make them.
-        peak_memory: Largest resident memory beside Python and torch, bytes.
-        bytes_read: Bytes read from the models and from the shared model.
+        shards: All sidecar files: the shared ones first, then task by task.
+        owners: For each file, its task's position, or SHARED.
+        kept: For each tensor without parts, by name: "own" (a copy is stored) or "merged" (the merged tensor is used).
+        needs_base: Whether restoring needs the base.
+        workers: Threads that make the sidecars.
+        peak_memory: Largest resident memory besides Python and torch, bytes.
+        bytes_read: Bytes read from the inputs and the merged model.
     """
 
     tasks: tuple[PlannedTask, ...]
@@ -86,12 +86,12 @@ class SidecarPlan:
 
     @property
     def shared_bytes(self) -> int:
-        """Size of the files of what is shared."""
+        """Size of the shared files, bytes."""
         return sum(shard.size for shard, owner in zip(self.shards, self.owners, strict=True) if owner == SHARED)
 
     @property
     def bytes_written(self) -> int:
-        """Size of all files."""
+        """Size of all files, bytes."""
         return sum(shard.size for shard in self.shards)
 
     @cached_property
@@ -103,5 +103,5 @@ class SidecarPlan:
         return found
 
     def places_of(self, tensor: str) -> dict[tuple[int, str], Place]:
-        """Return where the parts of a tensor lie, by owner and their name in the file."""
+        """Return the location of each part of a tensor, by owner and the part's name."""
         return self._places.get(tensor, {})

@@ -1,4 +1,4 @@
-"""A plan in the words of a reader: what is read, how tensors are made, and what comes out."""
+"""Summarise a plan for display: what is read, how tensors are merged, and what is written."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class InputSummary:
     """One input of a plan.
 
     Args:
-        used_as: "base", "model", or "files only" where no tensor of it is read.
-        reference: As the recipe names it.
-        path: The folder.
-        files: Number of files of weights.
-        bytes: Size of all its tensors.
+        used_as: "base", "model", or "files only" if none of its tensors is read.
+        reference: Its name in the recipe.
+        path: Its folder.
+        files: Number of weight files.
+        bytes: Size of all its tensors, bytes.
         tensors: Number of its tensors.
         tensors_read: How many of them are read.
         dtypes: Their dtypes, the most common first.
@@ -56,16 +56,16 @@ class InputSummary:
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """Tensors of the output that are made in the same way.
+    """Tensors of the output that are merged by the same method with the same parameters.
 
     Args:
         layers: First and last layer; None for tensors outside the layers.
-        roles: What the tensors do; empty where it is all that there are in these layers.
-        names: Their names, with a star for the layer, where role and layers do not tell the group from another.
-        tensors: How many.
-        method: That merges them; empty where they are copied.
-        parameters: Value of each parameter of that method, and of what it takes from where a tensor is, as text; a
-            schedule by its turning points.
+        roles: Their roles ("attention", "norm", ...); empty if the group has all roles in these layers.
+        names: Their names, with `*` for the layer, if role and layers do not identify the group.
+        tensors: Number of tensors.
+        method: Method that merges them; empty if they are copied.
+        parameters: Value of each parameter of that method, and of the numbers it derives from a tensor's location, as
+            text; a schedule by its turning points.
         copied: Whether they are integers, copied from equal inputs.
     """
 
@@ -80,7 +80,7 @@ class TensorGroup:
 
 @dataclass(frozen=True, slots=True)
 class TensorSummary:
-    """One tensor of the output: its place, its method, and the value of each parameter of that."""
+    """One tensor of the output: its file, its method, and the value of each of the method's parameters."""
 
     name: str
     dtype: str
@@ -94,13 +94,13 @@ class TensorSummary:
 
 @dataclass(frozen=True, slots=True)
 class TaskSummary:
-    """A model that the output can give back.
+    """A model that can be restored from the output.
 
     Args:
-        name: Of the task.
-        model: As the recipe names it.
-        bytes: What is stored for it.
-        full_bytes: What its tensors take.
+        name: Name of the task.
+        model: Its model's name in the recipe.
+        bytes: Size of its sidecar files, bytes.
+        full_bytes: Size of its tensors in a full checkpoint, bytes.
     """
 
     name: str
@@ -111,13 +111,13 @@ class TaskSummary:
 
 @dataclass(frozen=True, slots=True)
 class SidecarSummary:
-    """What is stored beside the merged model.
+    """What is stored besides the merged model.
 
     Args:
-        tasks: The models that come back.
-        shared_bytes: Stored once for all of them.
-        needs_base: Whether restoring takes the base.
-        bytes_read: From the models and the merged one, to make all this.
+        tasks: The models that can be restored.
+        shared_bytes: Size of the files shared by all tasks, bytes.
+        needs_base: Whether restoring needs the base.
+        bytes_read: Bytes read from the inputs and the merged model to make the sidecars.
     """
 
     tasks: Sequence[TaskSummary]
@@ -128,33 +128,33 @@ class SidecarSummary:
 
 @dataclass(frozen=True, slots=True)
 class PlanSummary:
-    """A plan.
+    """A plan, summarised for display.
 
     Args:
-        name: Of the recipe; None without one.
-        method: Merge method.
-        methods: How many tensors that method merges, and how many are merged by which others.
-        inputs: What is read; the donor first.
-        donor: Gives config, tokenizer and other files.
-        donor_files: Those files.
-        files: Files of weights that are written, with their sizes in bytes.
-        dtypes: Of the output, the most common first.
+        name: Name of the recipe; None if it has none.
+        method: Name of the merge method.
+        methods: Number of tensors per method: that method first, then others.
+        inputs: The inputs; the donor first.
+        donor: Model from which config, tokenizer and other files are taken.
+        donor_files: Names of those files.
+        files: Sizes in bytes of the weight files that are written, by name.
+        dtypes: Dtypes of the output, the most common first.
         tensors: Number of tensors of the output.
-        parameters: Number of weights of the output.
-        groups: How they are made.
-        passes: How often inputs are read, at most.
-        bytes_read: In all passes together.
-        bytes_written: Weights of the output.
-        peak_memory: To expect, bytes.
-        max_memory: That must not be exceeded, bytes.
-        seconds: To expect.
-        device: Where the work is done.
-        threads: That share it.
+        parameters: Number of elements of the output, without copied integers.
+        groups: How the tensors are merged.
+        passes: Most passes over the inputs of any tensor.
+        bytes_read: Bytes of inputs read in all passes together, at most.
+        bytes_written: Bytes of weights written.
+        peak_memory: Expected largest resident memory, bytes.
+        max_memory: Allowed largest resident memory, bytes.
+        seconds: Expected time, seconds.
+        device: Devices that kernels run on.
+        threads: Number of threads that merge.
         compiled: Whether kernels are fused.
-        seed: Of random draws; None where the method makes none.
-        warnings: What to know before running.
-        differences: Where mergekit computes other numbers.
-        sidecars: What is stored for each model; None where the method stores nothing.
+        seed: Seed of random draws; None if the method makes none.
+        warnings: Messages for the user before the run.
+        differences: Messages about where mergekit computes other values.
+        sidecars: What is stored to restore each model; None if the method has no sidecar.
     """
 
     name: str | None
@@ -184,7 +184,7 @@ class PlanSummary:
 
 
 def summarise(plan: Plan) -> PlanSummary:
-    """Sum up a plan."""
+    """Return the summary of a plan."""
     return PlanSummary(
         name=plan.recipe.name,
         method=plan.method.name,
@@ -214,7 +214,7 @@ def summarise(plan: Plan) -> PlanSummary:
 
 
 def count_inputs(plan: Plan) -> tuple[bool, int]:
-    """Return whether a plan reads a base, and how many models are merged beside it; some tensors may take fewer."""
+    """Return whether a plan reads a base, and how many other models it merges; some tensors may take fewer."""
     bases = [tensor.base for tensor in plan.tensors if tensor.base is not None]
     files = {base.file for base in bases}
     read = {source.file for tensor in plan.tensors for source in tensor.models} - files
@@ -269,7 +269,7 @@ def _input(plan: Plan, reference: ModelReference) -> InputSummary:
 
 
 def _groups(plan: Plan) -> list[TensorGroup]:
-    """Put tensors together that are made in the same way: by method and parameters, layer for layer."""
+    """Group tensors that have the same method and the same parameters in every layer."""
     merged = [t for t in plan.tensors if not t.copy]
     groups = []
     if merged and all(_way(t) == _way(merged[0]) for t in merged):
@@ -283,7 +283,7 @@ def _groups(plan: Plan) -> list[TensorGroup]:
 
 
 def _differing(merged: Sequence[PlannedTensor]) -> list[TensorGroup]:
-    # tensors of one kind, such as all q_proj, make a series over the layers
+    # tensors of one kind, such as all q_proj, form a series over the layers
     kinds: dict[tuple[str, str], list[PlannedTensor]] = defaultdict(list)
     for tensor in merged:
         kinds[_pattern(tensor), tensor.role].append(tensor)
@@ -307,7 +307,7 @@ def _differing(merged: Sequence[PlannedTensor]) -> list[TensorGroup]:
 
 
 def _series(members: Sequence[PlannedTensor]) -> tuple[Any, ...]:
-    """Return what tensors of one kind must have in common with another kind to be told together."""
+    """Return the key by which kinds of tensors share a group: method and parameters, per layer where they vary."""
     where = "outside" if members[0].layer is None else "layers"
     values = {t.layer: _way(t) for t in members}
     first, *rest = values.values()
@@ -323,7 +323,7 @@ def _values(tensor: PlannedTensor) -> dict[str, Any]:
 
 
 def _position(group: TensorGroup) -> tuple[Any, ...]:
-    """Order of the groups: what comes before the layers, the layers, what comes after."""
+    """Return the sort key of a group: before the layers, the layers, after the layers."""
     first = _ROLE_ORDER.index(group.roles[0]) if group.roles else -1
     if group.layers is not None:
         return (1, group.layers, first, group.names)
@@ -331,7 +331,7 @@ def _position(group: TensorGroup) -> tuple[Any, ...]:
 
 
 def _pattern(tensor: PlannedTensor) -> str:
-    """Return the name with a star for the number of its layer."""
+    """Return the tensor's name with `*` for its layer's number."""
     if tensor.layer is None:
         return tensor.name
     return f".{tensor.name}".replace(f".{tensor.layer}.", ".*.", 1)[1:]
@@ -357,7 +357,7 @@ def _group(members: Sequence[PlannedTensor], roles: tuple[str, ...], names: tupl
 def value_text(values: Sequence[Any]) -> str:
     """Describe the values that a parameter takes from the first layer to the last: `0.2 → 0.8`.
 
-    Numbers are told by their turning points, other values by their changes; long series by their extremes.
+    Numbers are shown by their turning points, other values by their changes, long series by their extremes.
     """
     steps = [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in steps)

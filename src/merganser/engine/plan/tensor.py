@@ -1,4 +1,4 @@
-"""One tensor of the output: what it is made from, and how."""
+"""One tensor of the output: its inputs, its method, and its location in the files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..kernels.blocks import block_step, working_shape
 
 @dataclass(frozen=True, slots=True)
 class SumFromData:
-    """A sum over tokens that a method is handed as a mean.
+    """A sum over tokens; the method gets the mean.
 
     Args:
         sum: The sum.
@@ -27,26 +27,26 @@ class SumFromData:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """How one tensor of the output is made.
+    """How one tensor of the output is merged.
 
     Args:
         name: Name in the output.
         dtype: Dtype in the output.
-        compute_dtype: Dtype of the arithmetic: float32, or float64 where the recipe's dtype, an input or the output is.
+        compute_dtype: Dtype of the arithmetic: float32, or float64 if the recipe's dtype, an input or the output is.
         shape: Shape.
         copy: True for integers: all inputs must be equal, and are copied.
-        method: Merges it: the plan's method, or another one for what that does not treat.
-        base: The base's tensor, where the method takes one.
+        method: Merges it: the plan's method, or the one for tensors that the plan's method leaves out.
+        base: The base's tensor, if the method takes one.
         models: The other inputs, in the order of the recipe.
         parameters: Resolved values of its method, by their names in recipes.
-        located: Numbers that the method takes from where the tensor is.
+        located: Numbers that the method derives from the tensor's location.
         layer: Layer in the output, if in a layer.
-        role: What the tensor does ("attention", "norm", ...).
+        role: Role in the model ("attention", "norm", ...).
         shard: Index of the shard that holds it.
         offset: First byte in that shard.
         nbytes: Size in the output, bytes.
-        data: Statistics from data that its method is handed, by name, one per model; empty where there are none of it.
-        turned: Whether its matrices are stored [inputs, outputs], as statistics from data tell.
+        data: Statistics from data for its method, by name, one per model; empty if there are none for it.
+        turned: Whether its matrices are stored [inputs, outputs], known from statistics from data.
     """
 
     name: str
@@ -70,17 +70,17 @@ class PlannedTensor:
     """Number of elements."""
 
     def __post_init__(self) -> None:
-        """Count the elements, once: many ask for them."""
+        """Count the elements once, as `size` is used often."""
         object.__setattr__(self, "size", math.prod(self.shape))
 
     @property
     def working_shape(self) -> tuple[int, ...]:
-        """Shape as which it is worked on."""
+        """Shape in which its kernels see it."""
         return working_shape(self.shape, self.method.scope, self.role)
 
     @property
     def block(self) -> int:
-        """Number of elements of each of its blocks but the last."""
+        """Elements per block; the last block may have fewer."""
         return block_step(self.working_shape, self.method.scope)
 
     @property
@@ -96,7 +96,7 @@ class PlannedTensor:
 
     @property
     def passes(self) -> int:
-        """How often the inputs are looked at: once per measuring round, once to combine."""
+        """Number of passes over the inputs: one per measuring round, and one to combine."""
         if self.copy:
             return 1
         statistics = self.method.statistics.values()
@@ -104,12 +104,12 @@ class PlannedTensor:
 
     @property
     def together(self) -> Literal["joined", "stacked"] | None:
-        """How it is merged at once with others, where it is small, as in `MergeMethod.together`."""
+        """How it can be merged in one call with other small tensors, as in `MergeMethod.together`."""
         return None if self.copy else self.method.together(self.parameters)
 
     @property
     def over_model(self) -> bool:
-        """Whether it takes part in something that is measured over the whole model."""
+        """Whether one of its statistics is measured over the whole model."""
         return not self.copy and any(
             statistic.wanted(self.parameters) and statistic.where(self.parameters) == "model"
             for statistic in self.method.statistics.values()
@@ -122,5 +122,5 @@ def each_once(tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
 
 
 def holds(tensor: PlannedTensor, task: int) -> bool:
-    """Say whether a task's own checkpoint holds a tensor; a tied head is read from the embedding."""
+    """Return whether a task's checkpoint stores a tensor under this name; a tied head is read from the embedding."""
     return tensor.models[task].name == tensor.name

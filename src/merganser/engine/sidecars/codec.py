@@ -1,4 +1,4 @@
-"""Parts of one tensor: their sizes, how they are made, and how a task's tensor is made of them."""
+"""Encode one tensor into stored parts, and decode a task's tensor from them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..kernels.values import Values
 T = TypeVar("T")
 
 OWN = "own"
-"""Part that holds the task's own tensor."""
+"""Name of the part that is a copy of the task's tensor."""
 
 Stored = Mapping[str, Tensor | Sequence[Tensor]]
-"""Parts of a block, in the dtypes in which they are stored: one tensor, or one per model."""
+"""Parts of a block by name, in their stored dtypes: one shared tensor, or one tensor per model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A block of a tensor, as it is handed to a sidecar's functions.
+    """A block of a tensor, as a sidecar's functions receive it.
 
     Args:
-        start: Its first element.
-        end: The one behind its last.
+        start: Index of its first element.
+        end: Index after its last element.
         shape: Its shape.
     """
 
@@ -41,11 +41,11 @@ class Span:
 
 
 class Lazily(Sequence[Tensor]):
-    """Tensors that are read when they are asked for.
+    """A sequence of tensors that are read on access.
 
     Args:
-        read: Returns the tensor at a position.
-        count: How many there are.
+        read: Returns the tensor at an index.
+        count: Number of tensors.
     """
 
     def __init__(self, read: Callable[[int], Tensor], count: int) -> None:
@@ -62,7 +62,7 @@ class Lazily(Sequence[Tensor]):
 
 
 def sidecar_of(method: MergeMethod) -> Sidecar:
-    """Return the sidecar of a method that has one."""
+    """Return a method's sidecar; the method must have one."""
     assert method.sidecar is not None
     return method.sidecar
 
@@ -70,14 +70,14 @@ def sidecar_of(method: MergeMethod) -> Sidecar:
 def keeps(
     method: MergeMethod, parameters: Mapping[str, Any], name: str, shape: Sequence[int], role: str | None
 ) -> str | None:
-    """Say what stands for a tensor that the sidecar does not treat ("own" or "merged"); None where it does.
+    """Return how a tensor without parts is restored: "own" or "merged" (see `SidecarPlan`); None if it has parts.
 
     Args:
         method: A method with a sidecar.
-        parameters: Those of the tensor, by their names in recipes.
+        parameters: Parameters of the tensor, by their names in recipes.
         name: Name of the tensor.
         shape: Its shape.
-        role: What it does, from `anatomy`; None: not known.
+        role: Its role, from `anatomy`; None if unknown.
     """
     if not math.prod(shape):
         return "merged"
@@ -91,10 +91,10 @@ class Codec:
 
     Args:
         method: A method with a sidecar.
-        parameters: Those of the tensor, by their names in recipes.
+        parameters: Parameters of the tensor, by their names in recipes.
         shape: Shape of the tensor.
         n_models: Number of models.
-        block: Elements of a block, at most (a multiple of 8).
+        block: Most elements per block; a multiple of 8.
         device: Where encoding and decoding run.
     """
 
@@ -135,11 +135,11 @@ class Codec:
 
     @property
     def largest_block(self) -> Span:
-        """The first block: none is larger. Planning needs no other, and a large tensor has millions."""
+        """The first block; none is larger. Planning needs only this one, as a large tensor may have millions."""
         return next(spans(self._shape, self.sidecar.scope, self._block))
 
     def parts(self, shape: tuple[int, ...]) -> Mapping[str, Part]:
-        """Return the parts of a block of that shape, by name."""
+        """Return the declared parts of a block of a shape, by name."""
         if shape not in self._parts:
             given = {"shape": shape, "n_models": self._n_models, **self._settings()}
             self._parts[shape] = _call(self.sidecar.parts, given)
@@ -147,7 +147,7 @@ class Codec:
 
     @cached_property
     def all_parts(self) -> dict[str, Part]:
-        """Return what is stored for the whole tensor: its parts, and its statistics."""
+        """Return the declaration of everything stored for the whole tensor: its parts and statistics."""
         if self.sidecar.scope == "matrix":
             *packed, rows, columns = self._shape
             each = self.parts((rows, columns))
@@ -159,7 +159,7 @@ class Codec:
     def measure(
         self, name: str, index: int, base: Tensor, models: Sequence[Tensor], merged: Tensor, known: Mapping[str, Tensor]
     ) -> Tensor:
-        """Measure a block: round `index` of statistic `name`, on the CPU, float64 or int64."""
+        """Measure round `index` of statistic `name` on a block; the result is on the CPU, float64 or int64."""
         measure = self.sidecar.statistics[name].rounds[index].measure
         given = {"base": base, "models": models, "merged": merged, "size": math.prod(self._shape)}
         given |= {**self._settings(), **self._sent(known, base)}
@@ -168,7 +168,7 @@ class Codec:
         return measured.cpu() if tally is None else tally(measured, None)
 
     def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
-        """Solve a round, and put its result into `known`: as `previous`, and under its name after the last round."""
+        """Solve a round, and store its result in `known`: as `previous`, or after the last round under its name."""
         statistic = self.sidecar.statistics[name]
         solve = statistic.rounds[index].solve
         first, *rest = takes(solve)
@@ -180,13 +180,13 @@ class Codec:
     def solve_statistics(
         self, over: Collection[str], measure: Callable[[str, int], Tensor], known: dict[str, Tensor], size: int
     ) -> None:
-        """Measure and solve statistics, one after the other, and put them into `known`.
+        """Measure and solve statistics one after another, and store them in `known`.
 
         Args:
-            over: Which of them: those over the "tensor", over the "model", or both.
-            measure: Returns the measurement of round `index` of statistic `name`, added up over all blocks.
-            known: What was solved before, by name.
-            size: Number of elements that are measured.
+            over: Which statistics: those over the "tensor", over the "model", or both.
+            measure: Returns the measurement of round `index` of statistic `name`, summed over all blocks.
+            known: Statistics solved before, by name.
+            size: Number of measured elements.
         """
         for name, statistic, where in self.statistics:
             for index in range(len(statistic.rounds)) if where in over else ():
@@ -201,18 +201,18 @@ class Codec:
         known: Mapping[str, Tensor],
         dtypes: Sequence[torch.dtype],
     ) -> Stored:
-        """Make the parts of a block.
+        """Encode a block into its parts.
 
         Args:
             block: The block.
-            base: Its base, in its shape, in the compute dtype.
-            models: Its models; each is read when it is asked for.
-            merged: The shared model as written.
+            base: The base's block, in the compute dtype and the block's shape.
+            models: The models' blocks; each is read on access.
+            merged: The merged model's block, as written.
             known: Solved statistics.
-            dtypes: Dtype of the tensor in the shared model, then in each task's.
+            dtypes: Dtype of the tensor in the merged model, then in each task's model.
 
         Returns:
-            The parts, flat and rounded to the dtypes in which they are stored, on the CPU.
+            The parts, flat, on the CPU, rounded to their stored dtypes.
         """
         given = {"base": base, "models": models, "merged": merged, **self._settings(), **self._sent(known, base)}
         encoded = _call(self.sidecar.encode, given)
@@ -229,14 +229,14 @@ class Codec:
     def decode(
         self, block: Span, task: int, base: Tensor | None, merged: Tensor, stored: Mapping[str, Tensor]
     ) -> Tensor:
-        """Make a task's block of its parts, in the compute dtype.
+        """Decode a task's block from its parts, in the compute dtype.
 
         Args:
             block: The block.
             task: Position of the task's model.
-            base: The base's block, in its shape, in the compute dtype; None where it is not needed.
-            merged: The shared model's.
-            stored: Parts of the block as stored, those of the task and shared ones, and the task's statistics.
+            base: The base's block, in the compute dtype and the block's shape; None if it is not needed.
+            merged: The merged model's block, likewise.
+            stored: Stored parts of the block, the task's and the shared ones, and the task's statistics.
         """
         given = {"base": base, "merged": merged, **self._settings(task)}
         for name, part in self.parts(block.shape).items():
@@ -247,7 +247,7 @@ class Codec:
         return restored
 
     def _settings(self, task: int | None = None) -> dict[str, Any]:
-        """Return the parameters by argument name; for a task its own of those that each model has."""
+        """Return the parameters by argument name; for a task, with its own value of each per-model parameter."""
 
         def own(name: str, value: Any) -> Any:
             return value[task] if task is not None and name in self._per_model else value
@@ -255,7 +255,7 @@ class Codec:
         return {name: own(name, value) for name, value in {**self._values.static, **self._values.numbers}.items()}
 
     def _sent(self, known: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """Return statistics where the arithmetic is, in its dtype."""
+        """Return statistics on the device of `like`, floats in its dtype."""
         return {
             name: value.to(like.device, like.dtype if value.is_floating_point() else None)
             for name, value in known.items()
@@ -263,12 +263,12 @@ class Codec:
 
 
 def spans(shape: tuple[int, ...], scope: str, block: int = BLOCK) -> Iterator[Span]:
-    """Cut a tensor into blocks whose bits fill whole bytes.
+    """Cut a tensor into blocks of a multiple of 8 elements, so that one bit per element fills whole bytes.
 
     Args:
         shape: Shape of the tensor, not empty.
         scope: "element", "row" or "matrix".
-        block: Elements of a block, at most, where the scope needs no more; a multiple of 8.
+        block: Most elements per block, unless the scope needs more; a multiple of 8.
     """
     size = math.prod(shape)
     columns = shape[-1] if shape else 1
@@ -290,7 +290,7 @@ def _whole(shape: tuple[int, ...], scope: str) -> tuple[int, ...]:
 
 
 def _stored(name: str, part: Part, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring a part into the form in which it is stored, and hold the author to what was declared."""
+    """Return a part in its stored form; assert that its shape is as declared."""
     wanted = dtype if part.dtype is None else getattr(torch, part.dtype)
     assert tuple(tensor.shape) == part.shape, f"{name}: {list(tensor.shape)} instead of the declared {list(part.shape)}"
     return tensor.detach().to("cpu", wanted).reshape(-1).contiguous()
@@ -306,7 +306,7 @@ def _taken(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 class Codecs:
-    """The sidecar of a method for many tensors: those of one shape with the same parameters share one.
+    """The codecs of a method; tensors of one shape with the same parameters share a codec.
 
     Args:
         method: A method with a sidecar.
@@ -321,7 +321,7 @@ class Codecs:
         self._known: dict[tuple[int, tuple[int, ...]], Codec] = {}
 
     def of(self, parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Codec:
-        """Return the codec of tensors of that shape with these parameters, which stay alive meanwhile."""
+        """Return the codec for a shape and parameters; callers keep the parameters alive, as their `id` is the key."""
         key = id(parameters), shape
         found = self._known.get(key)
         if found is None:

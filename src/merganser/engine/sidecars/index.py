@@ -1,4 +1,4 @@
-"""The index of the sidecars: how a task is restored, in JSON."""
+"""The index of the sidecars: how each task is restored, as JSON."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .plan import needs_base
 INDEX_FORMAT = 1
 
 Digests = Mapping[tuple[Path, str], bytes]
-"""Hash of each tensor of the inputs, by file and name, as in the run record."""
+"""Hash of each input tensor, by file and name, as in the run record."""
 
 
 def write_index(
     plan: Plan, sidecars: SidecarPlan, folder: Path, errors: Mapping[str, Errors], digests: Digests
 ) -> tuple[list[str], dict[str, Any]]:
-    """Write the index, and the files of the tasks that differ from those of the output.
+    """Write the index, and copies of the tasks' files that differ from the output's.
 
     Args:
         plan: The plan.
-        sidecars: Its sidecars, written.
-        folder: The output; all its own files are there.
+        sidecars: Its sidecars; their parts are written.
+        folder: The output; all its other files are written.
         errors: From `make_sidecars`.
-        digests: Hashes of the inputs' tensors.
+        digests: Hashes of the input tensors.
 
     Returns:
-        Names of all files of the sidecars, below the folder; and what the run record says of them.
+        Relative paths of all sidecar files, and their entry in the run record.
 
     Raises:
         CheckpointError: A file of a task cannot be read.
@@ -63,7 +63,7 @@ def write_index(
 
 
 def describe(plan: Plan, sidecars: SidecarPlan, errors: Mapping[str, Errors]) -> dict[str, Any]:
-    """Return what the run record says of sidecars: for each task its size, and how far the restored model is off."""
+    """Return the sidecars' entry in the run record: for each task, its size and the error of its restored model."""
     return {
         "shared_bytes": sidecars.shared_bytes,
         "needs_base": sidecars.needs_base,
@@ -82,7 +82,7 @@ def describe(plan: Plan, sidecars: SidecarPlan, errors: Mapping[str, Errors]) ->
 
 
 def _accuracy(task: int, errors: Mapping[str, Errors]) -> dict[str, Any]:
-    """Return the errors of restoring a task, relative norms: over the whole model, and of the worst tensor."""
+    """Return the relative errors of restoring a task: over the whole model, and of the worst tensor."""
     total, model, delta = (
         math.fsum(rows[task] for rows in columns)
         for columns in zip(*(found.rows() for found in errors.values()), strict=True)
@@ -97,16 +97,16 @@ def _accuracy(task: int, errors: Mapping[str, Errors]) -> dict[str, Any]:
 
 
 def relative(error: float, of: float) -> float | None:
-    """Return the ratio of two norms, given their squares; None where it is not finite."""
+    """Return the ratio of two norms, given their squares; None if it is not finite."""
     if error == 0:
         return 0.0
     found = math.sqrt(error / of) if of > 0 and error >= 0 else math.inf
-    # JSON knows neither NaN nor infinity
+    # JSON cannot express NaN and infinity
     return found if math.isfinite(found) else None
 
 
 def _tensors(plan: Plan, sidecars: SidecarPlan, digests: Digests) -> dict[str, Any]:
-    """Say for each tensor what stands for it: "own", "merged", or parts of these parameters."""
+    """Return for each tensor how it is restored: "own", "merged", or from parts with given parameters."""
     settings: dict[int, int] = {}
     parameters: list[Mapping[str, Any]] = []
     tensors: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def _base_tensor(tensor: PlannedTensor, digests: Digests) -> dict[str, Any]:
 
 
 def _base(plan: Plan) -> dict[str, str | None]:
-    """Say where the base was found: on this machine, or on the Hub."""
+    """Return where the base was found: on this machine, or on the Hub."""
     reference = plan.recipe.base_model
     assert reference is not None
     path = Path(reference.path).expanduser()
@@ -150,7 +150,7 @@ def _files(sidecars: SidecarPlan, owner: int) -> list[str]:
 
 
 def _side_files(checkpoint: Checkpoint, folder: Path, task: str) -> dict[str, str]:
-    """Keep the files of a task's checkpoint; return for each where it lies below the output."""
+    """Copy a task's files that differ from the output's; return each file's path relative to the output."""
     sources: Sequence[Path] = checkpoint.side_files
     config = checkpoint.path / "config.json"
     if checkpoint.config:

@@ -1,4 +1,4 @@
-"""Make the sidecars of a merge: after the shared model, from what of it was written, a tensor at a time."""
+"""Make the sidecars of a merge, one tensor at a time, from the merged model as it was written."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _PIECE = 1 << 22
 
 @dataclass
 class Errors:
-    """How far restored tensors are from those of the models: sums of squares, float64.
+    """Errors of restored tensors: for each task, sums of squares in float64.
 
     Args:
-        error: Of model minus restored, for each task.
+        error: Of the model minus the restored model.
         model: Of the model.
         delta: Of the task vector, model minus base.
     """
@@ -46,22 +46,22 @@ class Errors:
 
     @classmethod
     def none(cls, n_tasks: int) -> Errors:
-        """Return sums of nothing."""
+        """Return sums of zero."""
         return cls(*([0.0] * n_tasks for _ in range(3)))
 
     def add(self, task: int, error: float, model: float, delta: float) -> None:
-        """Add what was found on a block."""
+        """Add the sums of a block."""
         for sums, more in ((self.error, error), (self.model, model), (self.delta, delta)):
             sums[task] += more
 
     def rows(self) -> list[list[float]]:
-        """Return the sums as the journal keeps them."""
+        """Return the sums as the journal stores them."""
         return [self.error, self.model, self.delta]
 
 
 @dataclass
 class _Queue:
-    """Hands out tensors to threads, and keeps what they found."""
+    """Hands out tensors to threads, and stores the first error."""
 
     left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -98,22 +98,22 @@ def make_sidecars(
     allow_nonfinite: bool,
     advance: Callable[[int, int, int], None],
 ) -> dict[str, Errors]:
-    """Write the parts of all tensors.
+    """Encode all tensors, and write their parts.
 
     Args:
         plan: The plan; its shards are written.
         sidecars: Its sidecars.
-        staging: Holds the shards, and behind them the files of the sidecars.
-        first: Number of the first tensor in the journal.
-        device: Where parts are made.
+        staging: Holds the shards, followed by the sidecar files.
+        first: Number of the first tensor's entry in the journal.
+        device: Device on which tensors are encoded.
         allow_nonfinite: Store NaN and infinity.
-        advance: Told the bytes read and written, and the tensors completed.
+        advance: Called with additional bytes read, bytes written and tensors completed.
 
     Returns:
-        The errors of restoring, by tensor.
+        The errors of restoring, by tensor name.
 
     Raises:
-        MergeError: An input or the target is at fault.
+        MergeError: An input is invalid, or the target cannot be written.
     """
     with Reader() as reader:
         work = _Maker(plan, sidecars, staging, reader, device, allow_nonfinite, advance)
@@ -134,7 +134,7 @@ def make_sidecars(
 
 
 class _Maker:
-    """What the threads of the pass share."""
+    """State shared by the threads that make sidecars."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _Maker:
         self._codecs = Codecs(plan.method, self._n, device)
 
     def each(self, count: int, work: Callable[[int], T]) -> list[T]:
-        """Do something for each of so many numbers, on several threads; return what it gave, in order."""
+        """Call a function for 0 to `count` - 1 on several threads; return the results in order."""
         self._queue = queue = _Queue(count)
         results: dict[int, T] = {}
 
@@ -172,7 +172,7 @@ class _Maker:
         return [results[index] for index in range(count)]
 
     def over_model(self, tensors: Sequence[PlannedTensor]) -> dict[str, Tensor]:
-        """Measure and solve what is over the whole model."""
+        """Measure and solve the statistics over the whole model."""
         known: dict[str, Tensor] = {}
         if not tensors:
             return known
@@ -186,7 +186,7 @@ class _Maker:
         return known
 
     def make(self, tensor: PlannedTensor, known: dict[str, Tensor]) -> tuple[Errors, str]:
-        """Write the parts of a tensor; return the errors of restoring it, and a hash of what was written."""
+        """Write the parts of a tensor; return the errors of restoring it, and a hash of the written bytes."""
         writer = _Writer(self._sidecars, self._staging, len(self._plan.shards), tensor, self._advance)
         errors = Errors.none(self._n)
         kept = self._sidecars.kept.get(tensor.name)
@@ -204,7 +204,7 @@ class _Maker:
         return errors, writer.digest()
 
     def continued(self, tensor: PlannedTensor, entry: Mapping[str, Any]) -> Errors | None:
-        """Return the errors that an earlier run found, if what it wrote is still there."""
+        """Return the errors that an earlier run measured, if its bytes are still on disk; else None."""
         writer = _Writer(self._sidecars, self._staging, len(self._plan.shards), tensor, self._advance)
         if writer.digest_of_disk() != entry["out"]:
             return None
@@ -229,7 +229,7 @@ class _Maker:
         writer.append({name: list(known[name]) for name, _, _ in codec.statistics})
 
     def _keep(self, tensor: PlannedTensor, kept: str, writer: _Writer, errors: Errors) -> None:
-        """Store the models' own tensors as they are, or nothing."""
+        """Store copies of the models' tensors ("own") or nothing ("merged"), and add up the errors."""
         for start in range(0, tensor.size, BLOCK):
             end = min(start + BLOCK, tensor.size)
             raw = [self._raw(model, start, end) for model in tensor.models]
@@ -244,20 +244,20 @@ class _Maker:
     def _compare(
         self, errors: Errors, task: int, tensor: PlannedTensor, base: Tensor, model: Tensor, restored: Tensor
     ) -> None:
-        """Add how far a restored block is, rounded to the model's dtype, from that of the model."""
+        """Add the error of a restored block, rounded to the model's dtype."""
         rounded = restored.to(getattr(torch, tensor.models[task].dtype.name)).double()
         wide = model.reshape(-1).double()
         parts = (wide - rounded, wide, wide - base.reshape(-1).double())
         errors.add(task, *(float(part.square().sum()) for part in parts))
 
     def _measure(self, tensor: PlannedTensor, name: str, index: int, known: dict[str, Tensor]) -> Tensor:
-        """Measure a tensor, block by block, in their order."""
+        """Measure a tensor: sum the measurements of its blocks, in order."""
         codec = self._codec(tensor)
         parts = [codec.measure(name, index, *self._read_block(codec, tensor, span), known) for span in codec.blocks]
         return sum(parts[1:], parts[0])
 
     def _read_block(self, codec: Codec, tensor: PlannedTensor, span: Span) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        """Return a block of the base, of the models and of the shared model, in the compute dtype."""
+        """Return a block of the base, of the models and of the merged model, in the compute dtype."""
 
         def shaped(raw: Tensor) -> Tensor:
             return self._wide(tensor, raw).reshape(span.shape)
@@ -282,7 +282,7 @@ class _Maker:
         return data.view(getattr(torch, info.dtype.name))
 
     def _merged(self, tensor: PlannedTensor, start: int, end: int) -> Tensor:
-        """Read elements of the shared model, as written."""
+        """Read elements of the merged model, as written."""
         size = tensor.dtype.itemsize
         data = torch.empty((end - start) * size, dtype=torch.uint8)
         self._staging.read(tensor.shard, tensor.offset + start * size, data.numpy().data)
@@ -304,7 +304,7 @@ class _Maker:
 
 
 class _Writer:
-    """Writes the parts of one tensor, block behind block, and hashes them."""
+    """Writes the parts of one tensor, one block after another, and hashes them."""
 
     def __init__(
         self,
@@ -324,11 +324,11 @@ class _Writer:
 
     @property
     def nbytes(self) -> int:
-        """Size of all parts."""
+        """Size of all parts, bytes."""
         return sum(place.nbytes for place in self._places.values())
 
     def append(self, stored: dict[str, Any]) -> None:
-        """Write the parts of the next block; what no task holds is left out."""
+        """Write the parts of the next block, without those of tasks whose checkpoint lacks the tensor."""
         for name, part in stored.items():
             for owner, tensor in [(SHARED, part)] if isinstance(part, Tensor) else enumerate(part):
                 key = owner, stored_name(self._tensor.name, name)
@@ -336,10 +336,10 @@ class _Writer:
                     self._write(key, tensor.reshape(-1).contiguous().view(torch.uint8).numpy().data)
 
     def digest(self) -> str:
-        """Return a hash of all that was written.
+        """Return a hash of all written bytes.
 
         Raises:
-            AssertionError: The parts are not as large as they were declared.
+            AssertionError: A part does not have its declared size.
         """
         for key, place in self._places.items():
             found = f"{key[1]}: {self._written[key]} bytes instead of the declared {place.nbytes}"
@@ -347,7 +347,7 @@ class _Writer:
         return self._joined()
 
     def digest_of_disk(self) -> str:
-        """Return the hash of what lies in the places of the parts."""
+        """Return the hash of the bytes on disk at the locations of the parts."""
         for key, place in self._places.items():
             buffer = memoryview(bytearray(min(_PIECE, place.nbytes)))
             for at in range(0, place.nbytes, _PIECE):

@@ -1,4 +1,4 @@
-"""Where every byte of the sidecars goes, known from headers alone."""
+"""Plan where every byte of the sidecars goes, from file headers alone."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ def plan_sidecars(
 
     Args:
         resolver: The recipe and its method.
-        tensors: Tensors of the shared model.
+        tensors: Tensors of the merged model.
         shard_bytes: Largest size of a file, bytes.
-        threads: Threads that make them; fewer run where memory would not suffice.
-        max_memory: Memory that is left for making them, bytes.
+        threads: Threads that make them; fewer are used if memory does not suffice.
+        max_memory: Memory left for making them, bytes.
 
     Returns:
-        The plan; None where the method has no sidecar.
+        The plan; None if the method has no sidecar.
 
     Raises:
-        RecipeError: The recipe stacks slices, names a task badly, or lets a statistic of the whole model differ.
+        RecipeError: The recipe stacks slices, has an invalid task name, or has different parameters for a statistic
+            over the whole model.
     """
     recipe, method = resolver.recipe, resolver.method
     if method.sidecar is None:
@@ -87,21 +88,21 @@ def plan_sidecars(
 
 
 def needs_base(method: MergeMethod, parameters: Mapping[str, object]) -> bool:
-    """Say whether restoring a treated tensor of these parameters takes the base."""
+    """Return whether restoring a tensor from parts with these parameters needs the base."""
     sidecar = sidecar_of(method)
     return "base" in takes(sidecar.decode) and applies(sidecar.base, parameters)
 
 
 def is_folder_name(name: str) -> bool:
-    """Return whether a task can have this name: it is a plain name of a folder on every system, and not hidden."""
+    """Return whether a task can have this name: a valid folder name on every system, and not hidden."""
     return bool(name) and _UNUSUAL.search(name) is None and name[0] not in ".-"
 
 
 def task_names(sources: Sequence[Source]) -> list[str]:
-    """Name the tasks: as the recipe says, else after the folders of the models, made unique.
+    """Return the tasks' names: those in the recipe, else the names of the models' folders, made unique.
 
     Raises:
-        RecipeError: A name in the recipe is taken, or cannot be that of a folder.
+        RecipeError: A name in the recipe is used twice, or is not a valid folder name.
     """
     taken = {name.lower() for name in _RESERVED}
     for source in sources:
@@ -135,7 +136,7 @@ def _kept(method: MergeMethod, tensor: PlannedTensor) -> str | None:
 
 
 def _check_over_model(recipe: Recipe, codecs: Codecs, tensors: Sequence[PlannedTensor]) -> None:
-    """A statistic over the whole model needs the same parameters everywhere."""
+    """Raise RecipeError if a statistic over the whole model has tensors with different parameters."""
     by_parameters = {id(t.parameters): t for t in tensors}
     if len(by_parameters) < 2:
         return
@@ -155,7 +156,7 @@ _Stored = tuple[str, DType, tuple[int, ...]]
 def _stored_tensors(
     codecs: Codecs, tensors: Sequence[PlannedTensor], kept: Mapping[str, str], n_models: int
 ) -> dict[int, list[_Stored]]:
-    """List what is stored, by owner."""
+    """Return the tensors to store, by owner."""
     stored: dict[int, list[_Stored]] = {owner: [] for owner in (SHARED, *range(n_models))}
     for tensor in tensors:
         owners = [i for i in range(n_models) if holds(tensor, i)]
@@ -174,12 +175,12 @@ def _stored_tensors(
 
 
 def part_dtype(part: Part, own: DType) -> DType:
-    """Return the dtype in which a part is stored, where the tensor itself has that dtype."""
+    """Return the stored dtype of a part, given the dtype of its tensor."""
     return own if part.dtype is None else DTYPE_BY_NAME[part.dtype]
 
 
 def sidecar_memory(method: MergeMethod, tensors: Sequence[PlannedTensor]) -> int:
-    """Return what one thread holds while it makes sidecars, bytes: its largest block; 0 without a sidecar."""
+    """Return the memory of one thread that makes sidecars, bytes; 0 if the method has none."""
     if method.sidecar is None:
         return 0
     treated = [tensor for tensor in tensors if _kept(method, tensor) is None]
@@ -188,7 +189,7 @@ def sidecar_memory(method: MergeMethod, tensors: Sequence[PlannedTensor]) -> int
 
 
 def _held(codec: Codec, tensor: PlannedTensor) -> int:
-    """Return what the largest block of a tensor takes, bytes, as was measured for our methods."""
+    """Return the memory for a tensor's largest block, bytes, from measurements of the built-in methods."""
     n_models = len(tensor.models)
     block = codec.largest_block
     if codec.sidecar.scope == "matrix":
@@ -202,7 +203,7 @@ def _held(codec: Codec, tensor: PlannedTensor) -> int:
 
 
 def _bytes_read(codecs: Codecs, tensors: Sequence[PlannedTensor], kept: Mapping[str, str]) -> int:
-    """Return what the pass over the sidecars reads: everything once to measure, once to encode, models to compare."""
+    """Return the bytes read to make sidecars: all inputs per measuring round and to encode, models again to compare."""
     total = 0
     for tensor in tensors:
         if tensor.copy:

@@ -1,4 +1,4 @@
-"""Restore a task's tensors from an output: the index, the parts, the shared model, and the base."""
+"""Restore a task's tensors from an output: from index, parts, merged model and base."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class StoredTensor:
     Args:
         name: Its name.
         dtype: Its dtype in the task's checkpoint.
-        kept: "own" where it is stored as it is, "merged" where the shared model's stands for it, else None.
-        parameters: Of the method, by their names in recipes; None where it is kept.
-        base: Name of the base's tensor where that is needed.
+        kept: "own" if a copy is stored, "merged" if the merged tensor is used, None if it is decoded from parts.
+        parameters: Parameters of the method, by their names in recipes; None unless it is decoded from parts.
+        base: Name of the base's tensor, if that is needed.
         base_digest: Hash of that tensor, hexadecimal.
-        wide: Whether the arithmetic is in float64.
+        wide: Whether it is decoded in float64.
     """
 
     name: str
@@ -51,16 +51,16 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredTask:
-    """What the index says of a task.
+    """The index's entry of a task.
 
     Args:
         method: The method that stored it.
         position: Its position among the tasks.
         n_tasks: Number of tasks.
-        parts: Files of its parts, and of those that are shared.
-        files: Files of its checkpoint beside the weights: name, and path below the output.
+        parts: Files of its parts and of shared parts.
+        files: Files of its checkpoint besides weights: path relative to the output, by name.
         tensors: Its tensors.
-        base: Where the base was: "model", "revision" and "path"; None where no tensor needs it.
+        base: Where the base was when it was merged: "model", "revision" and "path"; None if no tensor needs it.
     """
 
     method: MergeMethod
@@ -73,7 +73,7 @@ class StoredTask:
 
 
 def read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
-    """Read what an index says of a task.
+    """Read and check a task's entry in an index.
 
     Args:
         out: The output.
@@ -130,7 +130,7 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
 
 
 _OWN_NAMES = (INDEX_NAME, RECORD_NAME)
-"""Files of a restored checkpoint that are written, and not copied; as are its weights."""
+"""Files of a restored checkpoint that are generated, like its weights, not copied."""
 
 _BASE = ("model", "revision", "path")
 
@@ -138,7 +138,7 @@ _BASE = ("model", "revision", "path")
 def _stored_tensor(
     method: MergeMethod, name: str, dtype: DType, found: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]
 ) -> StoredTensor:
-    """Check what an index says of a tensor."""
+    """Check an index's entry of a tensor."""
     kept, base, digest_, wide = (found.get(key) for key in ("kept", "base", "xxh3_128", "wide"))
     if kept not in (None, OWN, "merged") or not isinstance(wide, bool | None):
         raise ValueError(f"tensor {name!r}: kept is {brief(kept)} and wide is {brief(wide)}")
@@ -151,7 +151,7 @@ def _stored_tensor(
 
 
 def _task_name(name: Any) -> str:
-    # By default the task is restored into a folder of its name.
+    # The name must be valid for a folder, as the task is restored into a folder of this name by default.
     if not isinstance(name, str) or not is_folder_name(name):
         raise ValueError(
             f"task {brief(name)} must be usable as the name of a folder: letters, digits, '.', '_' and '-'"
@@ -162,7 +162,7 @@ def _task_name(name: Any) -> str:
 def _file_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"the name of a file must be a text, found {brief(name)}")
-    # As Windows reads it, which knows both slashes, drives and shares: an index must mean the same everywhere.
+    # Check as a Windows path, which may have either slash, drives and shares: an index must be safe on every system.
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts or "\\" in name:
         raise ValueError(f"file {name!r} would lie outside of the checkpoint")
@@ -170,7 +170,7 @@ def _file_name(name: Any) -> str:
 
 
 def _checked(method: MergeMethod, given: Mapping[str, Any], n_tasks: int) -> dict[str, Any]:
-    """Check parameters as if they stood in a recipe."""
+    """Check parameters like those of a recipe."""
     found: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
         if not parameter.per_model:
@@ -183,18 +183,18 @@ def _checked(method: MergeMethod, given: Mapping[str, Any], n_tasks: int) -> dic
 
 
 class Restorer:
-    """Makes the tensors of one task.
+    """Restores the tensors of one task.
 
     Args:
         out: The output.
-        task: What its index says of the task.
-        merged: The output as a checkpoint: the shared model.
-        parts: Tensors of the task's files of parts, and of the shared ones.
-        base: The base, where it is needed.
+        task: The index's entry of the task.
+        merged: The output as a checkpoint: the merged model.
+        parts: Tensors in the files of the task's parts and of the shared parts.
+        base: The base, if it is needed.
         reader: Reads all of them.
 
     Raises:
-        CheckpointError: A tensor is missing, or of another form than the index promises.
+        CheckpointError: A tensor is missing, or its shape or dtype does not match the index.
     """
 
     def __init__(
@@ -221,10 +221,10 @@ class Restorer:
         return self._merged.tensors[tensor.name].shape
 
     def pieces(self, tensor: StoredTensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield a tensor piece by piece: the first element of each, and its numbers, flat, in the tensor's dtype.
+        """Yield a tensor in pieces: index of the first element, and values, flat, in the tensor's dtype.
 
         Raises:
-            CheckpointError: The base's tensor is not the one of the merge, or a file cannot be read.
+            CheckpointError: The base's tensor is not the one that was merged, or a file cannot be read.
         """
         dtype = getattr(torch, tensor.dtype.name)
         if tensor.kept is not None:
@@ -252,7 +252,7 @@ class Restorer:
         return self._codecs.of(tensor.parameters, self.shape(tensor))
 
     def _stored(self, codec: Codec, tensor: StoredTensor, span: Span, positions: dict[str, int]) -> dict[str, Tensor]:
-        """Read the parts of a block, which follow those of the block before."""
+        """Read the parts of a block, which follow those of the previous block."""
         stored = {}
         for name, part in codec.parts(span.shape).items():
             size = math.prod(part.shape)
@@ -275,7 +275,7 @@ class Restorer:
         return data.view(getattr(torch, info.dtype.name))
 
     def _check(self, tensor: StoredTensor) -> None:
-        """Compare what is there with what is needed, from headers alone."""
+        """Compare stored tensors with the expected ones, from headers alone."""
         merged = self._merged.tensors.get(tensor.name)
         if merged is None:
             raise CheckpointError(f"{self._out}: tensor {tensor.name!r} is missing; merge again")

@@ -1,4 +1,4 @@
-"""Bring a task's own checkpoint back from an output with sidecars."""
+"""Restore a task's checkpoint from an output with sidecars."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What `restore` wrote.
+    """The result of `restore`.
 
     Args:
-        out: The folder.
-        record: What it holds, as in its `merge.json`.
+        out: The folder that was written.
+        record: Its record, as in its `merge.json`.
     """
 
     out: Path
@@ -50,25 +50,25 @@ def restore(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Restored:
-    """Write a task's own checkpoint, from the shared model and what was stored for the task.
+    """Write a task's checkpoint, restored from the merged model and the task's sidecar.
 
-    Everything that is read is compared with the hashes of the merge: files of the output, and tensors of the base.
+    Files of the output and tensors of the base are checked against the hashes of the merge.
 
     Args:
         out: Folder that a merge with sidecars wrote.
         task: Name of the task.
-        target: Folder to write; by default beside `out`, under its name and the task's. It appears when it is complete.
-        base: The base of the merge, where it is no longer where it was; not every method needs it.
+        target: Folder to write; by default next to `out`, named after it and the task. It appears when it is complete.
+        base: The base of the merge, if it has moved; not every method needs it.
         overwrite: Replace a target that merganser wrote before, unless something in it was added or changed.
         out_shard_size: Largest size of a file, bytes.
         cache_dir: Folder for models from the Hub.
-        progress: Told the bytes that were checked and restored so far, and those in all.
+        progress: Called with the bytes checked and restored so far, and the total.
 
     Returns:
         The folder, and its record.
 
     Raises:
-        NotFoundError: There is no such output, no sidecar in it, no such task, or no base.
+        NotFoundError: The output, its sidecars, the task or the base is missing.
         CheckpointError: A file of the output is damaged, or the base is not that of the merge.
         OutputError: The target exists, or cannot be written.
     """
@@ -80,7 +80,7 @@ def restore(
     record = _record(out)
     _intact(out, [INDEX_FILE])
     stored = read_task(out, read_object(out / INDEX_FILE), task)
-    # Only now the task is known to be one of the index, whose name is that of a folder.
+    # Only now is the task known to be in the index, and its name to be a valid folder name.
     target = Path(target) if target is not None else _beside(out, task)
     check_target(target, overwrite=overwrite)
     _refuse_source(target, out)
@@ -97,24 +97,24 @@ def restore(
 
 
 class _Told:
-    """Adds the bytes of checking and restoring up."""
+    """Reports progress: adds up checked and restored bytes."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self._checked = self._restored = self._total = 0
 
     def checked(self, done: int, total: int) -> None:
-        """So many bytes were checked; as many again, about, will be written."""
+        """Set the bytes checked so far, and their total."""
         self._checked, self._total = done, total
         self._tell()
 
     def restored(self, count: int) -> None:
-        """So many more bytes were written."""
+        """Add written bytes."""
         self._restored += count
         self._tell()
 
     def begin(self, nbytes: int) -> None:
-        """So many bytes will be written."""
+        """Set how many bytes will be written."""
         self._total = self._checked + nbytes
 
     def _tell(self) -> None:
@@ -133,7 +133,7 @@ def _write(
     shard_bytes: int,
     told: _Told,
 ) -> Restored:
-    """Write the checkpoint into a folder beside the target, and rename it."""
+    """Write the checkpoint into a folder next to the target, and rename it."""
     from ...checkpoint import INDEX_NAME, index_json, plan_shards
     from ..output.staging import Staging
     from .read import Restorer, open_parts
@@ -171,7 +171,7 @@ def _write_tensors(
 ) -> None:
     import torch
 
-    # as it was when the parts were made
+    # one thread, as when the parts were made: results depend on the number
     with one_thread():
         for tensor in stored.tensors:
             shard, offset = places[tensor.name]
@@ -190,7 +190,7 @@ def _write_record(
     names: list[str],
     restorer: Restorer,
 ) -> dict[str, Any]:
-    """Write what was restored from what, with hashes that `verify` checks."""
+    """Write the record of a restored checkpoint, with hashes that `verify` checks."""
     import math
     import time
 
@@ -233,7 +233,7 @@ def _record(out: Path) -> dict[str, Any]:
 
 
 def _check_task(entry: Entry) -> None:
-    """Check what is shown of a task when it was restored."""
+    """Check the fields of a task's entry that are shown after restoring."""
     entry["name"].text()
     if entry.get("error") is not None:
         entry["error"].number()
@@ -246,7 +246,7 @@ def _intact(out: Path, files: list[str], progress: Progress | None = None) -> No
     """Compare files of an output with the hashes in its run record.
 
     Raises:
-        CheckpointError: One differs, or is missing.
+        CheckpointError: A file differs, or is missing.
     """
     for file in verify(out, files=files, progress=progress).files:
         if file.problem is not None:
@@ -254,7 +254,7 @@ def _intact(out: Path, files: list[str], progress: Progress | None = None) -> No
 
 
 def _open_base(out: Path, task: str, stored: StoredTask, given: str | None, cache_dir: Path | None) -> Checkpoint:
-    """Open the base: the one that is given, else where it was when the models were merged."""
+    """Open the base: the given one, else the one that was merged."""
     if given is not None:
         return open_checkpoint(given, cache_dir=cache_dir)
     assert stored.base is not None  # checked when the index was read
@@ -271,7 +271,7 @@ def _open_base(out: Path, task: str, stored: StoredTask, given: str | None, cach
 
 
 def _beside(out: Path, task: str) -> Path:
-    # "." has no name of its own
+    # "." has an empty name
     named = out if out.name else out.resolve()
     return named.with_name(f"{named.name}-{task}")
 

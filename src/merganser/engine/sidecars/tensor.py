@@ -1,4 +1,4 @@
-"""Sidecars of one tensor in memory: what the pass over a checkpoint does, without files."""
+"""Make and restore sidecars of one tensor in memory, without files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .codec import OWN, Codec, Span, keeps
 
 @dataclass(frozen=True, slots=True)
 class TensorSidecar:
-    """The shared tensor, and what is stored beside it.
+    """The merged tensor, and its stored parts.
 
     Args:
-        merged: The shared model's tensor.
-        declared: The parts, as known from the shape alone.
+        merged: The merged tensor.
+        declared: The declared parts, by name.
         shared: Shared parts by name, flat.
-        tasks: For each task its parts by name, flat.
+        tasks: For each task, its parts by name, flat.
     """
 
     merged: Tensor
@@ -41,14 +41,14 @@ def make_sidecar(
     *,
     block: int = BLOCK,
 ) -> TensorSidecar:
-    """Merge a tensor, and make what gives each model back.
+    """Merge a tensor, and make the parts that restore each model's tensor.
 
     Args:
         method: A method with a sidecar.
         base: The base.
         models: The models, of the same shape.
-        parameters: By the names that recipes use.
-        block: Elements of a block, at most; a multiple of 8.
+        parameters: Parameters by their names in recipes.
+        block: Most elements per block; a multiple of 8.
 
     Raises:
         ParameterError: A parameter is unknown, missing, out of range or of the wrong count.
@@ -99,7 +99,7 @@ def restore_tensor(
     dtype: torch.dtype | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """Return a task's tensor, made of the shared one and what is stored.
+    """Return a task's tensor, restored from the merged tensor and its parts.
 
     Args:
         method: The method.
@@ -107,7 +107,7 @@ def restore_tensor(
         task: Position of the task's model.
         base: The base.
         parameters: As for `make_sidecar`.
-        dtype: Dtype of the task's model; by default that of the shared tensor.
+        dtype: Dtype of the task's model; by default that of the merged tensor.
         block: As for `make_sidecar`.
     """
     merged, own = sidecar.merged, sidecar.tasks[task]

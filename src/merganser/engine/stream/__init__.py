@@ -1,1 +1,1 @@
-"""Carry out a plan: tasks, workers, buffers, the growing output and its journal."""
+"""Run a plan: groups of tensors, tasks, workers and buffers."""

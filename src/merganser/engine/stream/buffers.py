@@ -1,7 +1,7 @@
-"""Inputs in memory: every worker reads into one buffer of its own, again and again.
+"""Inputs in memory: every worker reuses one buffer of its own.
 
-What is looked at several times, and small enough, is kept in between: reading a file again from the system's cache costs
-as much as the arithmetic.
+Inputs that several passes read are cached if they are small enough: reading them again, even from the page cache, takes
+as long as the arithmetic.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class CachedInputs:
-    """The inputs of one tensor, block by block as they were first read. Workers share it: no two read one block at a time.
+    """A cache of one tensor's inputs, filled block by block. Workers share it; two never read the same block at once.
 
     Args:
         tensor: The tensor.
-        memory: Room for `kept_bytes(tensor)`.
+        memory: Buffer of at least `kept_bytes(tensor)` bytes, uint8.
     """
 
     def __init__(self, tensor: PlannedTensor, memory: Tensor) -> None:
@@ -36,7 +36,7 @@ class CachedInputs:
         self._starts: set[int] = set()
 
     def read(self, reader: Reader, start: int, end: int) -> list[Tensor]:
-        """Return elements of every input, from memory if they were read before."""
+        """Return elements of every input, flat; read the file only the first time."""
         found, place = [], 0
         for source in self._inputs:
             size = source.dtype.itemsize
@@ -50,11 +50,11 @@ class CachedInputs:
 
 
 class InputCache:
-    """Memory for a few tensors at a time whose inputs are kept; thread-safe.
+    """Buffers to cache the inputs of a few tensors at a time; thread-safe.
 
     Args:
-        places: Number of tensors.
-        nbytes: Room for each, bytes.
+        places: Number of buffers.
+        nbytes: Size of each, bytes.
     """
 
     def __init__(self, places: int, nbytes: int) -> None:
@@ -64,7 +64,7 @@ class InputCache:
         self._lock = threading.Lock()
 
     def take(self, tensor: PlannedTensor) -> CachedInputs | None:
-        """Take a place for the inputs of a tensor; None where it does not need one, does not fit, or all are taken."""
+        """Take a buffer for a tensor's inputs; None if it needs none, does not fit, or all buffers are taken."""
         if not 0 < kept_bytes(tensor) <= self._nbytes:
             return None
         with self._lock:
@@ -74,17 +74,17 @@ class InputCache:
             return CachedInputs(tensor, self._free.pop()) if self._free else None
 
     def give_back(self, kept: CachedInputs) -> None:
-        """Let another tensor have the place."""
+        """Return a buffer, so that another tensor can use it."""
         with self._lock:
             self._free.append(kept.memory)
 
 
 class InputBuffer:
-    """Memory that inputs are read into; what it returns is valid until the next read.
+    """A buffer that inputs are read into; returned tensors are valid until the next read.
 
     Args:
         reader: Reads the files.
-        pinned: Whether the memory is to be copied to a GPU.
+        pinned: Whether to use pinned memory, for copies to a GPU.
     """
 
     def __init__(self, reader: Reader, *, pinned: bool) -> None:
@@ -95,7 +95,7 @@ class InputBuffer:
     def read(
         self, tensor: PlannedTensor, start: int, end: int, kept: CachedInputs | None = None
     ) -> tuple[list[Tensor], int]:
-        """Read elements of every input of a tensor, or take them from what is kept; also return their bytes."""
+        """Read elements of every input of a tensor, from the cache if there is one; also return the number of bytes."""
         if kept is not None:
             found = kept.read(self._reader, start, end)
             return found, sum(data.nbytes for data in found)
@@ -108,12 +108,12 @@ class InputBuffer:
         ], total
 
     def read_bundle(self, tensors: Sequence[PlannedTensor]) -> tuple[list[list[Tensor]], list[list[memoryview]], int]:
-        """Read whole tensors, every input of each; inputs that lie side by side in a file are read at once.
+        """Read all inputs of several tensors; inputs that are adjacent in a file are read with one call.
 
         Returns:
-            For each tensor its inputs, flat; the same as bytes; and the number of bytes.
+            For each tensor its inputs, flat; the same inputs as bytes; and the total number of bytes read.
         """
-        # which tensor, and its input
+        # runs of adjacent inputs: index of the tensor, and its input
         runs: list[list[tuple[int, TensorInfo]]] = []
         for k in range(max(len(tensor.inputs) for tensor in tensors)):
             last = None
@@ -139,7 +139,7 @@ class InputBuffer:
         return values, raw, nbytes
 
     def _parts(self, sources: Sequence[TensorInfo], start: int) -> Sequence[Tensor]:
-        """Return tensors that were read one behind the other, flat, in their dtypes."""
+        """Return views of consecutive tensors in the buffer, flat, in their dtypes."""
         places = list(accumulate((source.nbytes for source in sources), initial=start))
         dtype = sources[0].dtype
         if start % dtype.itemsize or any(source.dtype is not dtype for source in sources):
@@ -148,13 +148,13 @@ class InputBuffer:
         return torch.split(whole, [source.nbytes // dtype.itemsize for source in sources])
 
     def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> tuple[list[int], int]:
-        """Read byte ranges one behind the other into the buffer; return where each begins, and the bytes read."""
+        """Read byte ranges into the buffer, one after another; return their starts, and the bytes read."""
         places, total = [], 0
         for _, _, nbytes in spans:
             places.append(total)
             total += aligned(nbytes)
         if self._buffer.numel() < total:
-            # the old one goes first
+            # free the old buffer before the new one is allocated
             self._buffer = torch.empty(0, dtype=torch.uint8)
             self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=self._pinned)
         memory = self._buffer.numpy().data
@@ -163,7 +163,7 @@ class InputBuffer:
         return places, sum(nbytes for _, _, nbytes in spans)
 
     def _typed(self, source: TensorInfo, place: int, nbytes: int) -> Tensor:
-        """Return a part of the buffer in the dtype of what was read there."""
+        """Return a part of the buffer as a flat tensor in its input's dtype."""
         data = self._buffer[place : place + nbytes]
         if place % source.dtype.itemsize:
             data = data.clone()

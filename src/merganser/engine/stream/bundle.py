@@ -1,4 +1,4 @@
-"""Merge the small tensors of a bundle at once, where that gives the same bytes as one by one."""
+"""Merge several small tensors of a bundle in one call, where the result is the same to the bit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Split = Callable[[int, list[Tensor]], tuple[Tensor | None, list[Tensor]]]
 def merge_together(
     runs: Sequence[TensorRun | None], inputs: Sequence[Sequence[Tensor]], split: Split, *, allow_nonfinite: bool
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Merge those of some tensors that differ in nothing that an element could notice.
+    """Merge in one call small tensors that share kernels, parameters and dtypes.
 
     Args:
-        runs: The work on each tensor; None for copies.
-        inputs: The inputs of each, flat.
-        split: Puts inputs like those of a tensor, given by its index, on the device, and tells the base from the models.
-        allow_nonfinite: Merge NaN and infinity; otherwise tensors in which there are some are left out.
+        runs: The kernels and parameters of each tensor; None for copies.
+        inputs: The inputs of each tensor, flat.
+        split: Moves inputs to the device and separates the base from the models, as for the tensor at an index.
+        allow_nonfinite: Merge NaN and infinity; otherwise tensors that share a call with such values are left out.
 
     Yields:
-        Indices of tensors, and their results one behind the other, flat, on the CPU. What is left out has to be merged by
-        itself.
+        Indices of tensors, and their results, flat and concatenated, on the CPU. Tensors that are left out must be
+        merged one by one.
     """
     alike: dict[Any, list[int]] = {}
     for i, (run, given) in enumerate(zip(runs, inputs, strict=True)):
@@ -48,6 +48,6 @@ def merge_together(
             base, models = split(found[0], [torch.cat(column) for column in columns])
             joined = TensorRun(own[0].kernels, own[0].values, (size,), torch.zeros((1, 2), dtype=torch.int32))
             merged, finite = joined.combine({}, (0, size), base, models)
-        # the search for the culprit is left to the tensors one by one
+        # merging these tensors one by one finds the one that is not finite
         if finite or allow_nonfinite:
             yield found, merged.reshape(-1).cpu()

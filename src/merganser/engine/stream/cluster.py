@@ -1,8 +1,8 @@
 """Spread the tasks of a run over a Ray cluster whose nodes share storage.
 
-Ray only places the work: the tasks are those of a local run, the driver hands them out by the same schedule, and each
-node reads inputs and writes its ranges of the output by itself. A task whose worker was lost is done again, by another;
-as every task writes the same bytes to the same place, doing one twice does no harm.
+Ray only places the workers: the tasks are those of a local run, the driver assigns them by the same schedule, and each
+node reads inputs and writes its ranges of the output itself. If a worker is lost, another repeats its task; this is
+safe, as a task always writes the same bytes to the same position.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PATIENCE = 5
 
 
 class SharedOutput:
-    """The growing output as a node sees it: files that the driver made, at the same path."""
+    """The staging folder as a node sees it: files that the driver created, at the same path."""
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
         self._folder = folder
@@ -41,7 +41,7 @@ class SharedOutput:
         self._files: Descriptors[int] = Descriptors()
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
-        """Write bytes at their final place."""
+        """Write bytes at their final position in a shard."""
         with self._files.lend(shard, lambda: self._open(shard)) as descriptor:
             write_all(descriptor, offset, data)
 
@@ -56,7 +56,7 @@ class SharedOutput:
 
 
 class Node:
-    """A worker on some node: does tasks, knows nothing of the others."""
+    """A remote worker: runs tasks independently of other workers."""
 
     def __init__(self, plan: Plan, folder: Path, allow_nonfinite: bool) -> None:
         reuse_freed_memory()
@@ -71,11 +71,11 @@ class Node:
         self._worker = Worker(context)
 
     def ready(self) -> bool:
-        """Answer, to show that the cluster found a place for this worker."""
+        """Return True: an answer shows that the cluster has started this worker."""
         return True
 
     def do(self, task: Task, known: list[dict[str, Tensor]]) -> tuple[Done | MergeError, list[int]]:
-        """Do a task; return what it gave, or the user's error, and the bytes read and written."""
+        """Run a task; return its result or a MergeError, and the amounts for `advance`."""
         self._read = [0, 0, 0]
         state = start_group(self._groups[task.group], self._kernels)
         state.known = known
@@ -97,7 +97,7 @@ class Cluster:
 
     Raises:
         UnsupportedError: Ray is not installed.
-        MergeError: The cluster does not answer.
+        MergeError: The cluster cannot be reached.
     """
 
     def __init__(self, address: str) -> None:
@@ -114,16 +114,16 @@ class Cluster:
             raise MergeError(f"--cluster {address}: no Ray cluster answers there: {error}") from None
 
     def close(self) -> None:
-        """Leave the cluster."""
+        """Disconnect from the cluster."""
         self._ray.shutdown()
 
     def n_workers(self) -> int:
-        """Return how many tasks the cluster can do at a time: one per CPU."""
+        """Return how many tasks the cluster runs at a time: one per CPU."""
         resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
         return max(int(resources.get("CPU", 1)), 1)
 
     def share(self, plan: Plan) -> Any:
-        """Put the plan where every node can take it."""
+        """Put the plan into Ray's object store, from which every node can read it."""
         return self._ray.put(plan)
 
     def work(
@@ -134,14 +134,14 @@ class Cluster:
         schedule: Schedule,
         done: Callable[[GroupState, Task, Done, list[int]], None],
     ) -> None:
-        """Hand tasks to one worker of the cluster until none is left; replace the worker when it is lost.
+        """Run tasks on one worker of the cluster until none is left; replace the worker if it is lost.
 
         Args:
             plan: From `share`.
             folder: The staging folder.
             allow_nonfinite: Merge NaN and infinity.
-            schedule: Hands out tasks.
-            done: Told what each task gave.
+            schedule: The schedule of tasks.
+            done: Called with the result of each task.
         """
         ray = self._ray
         remote = ray.remote(num_cpus=1, max_restarts=0)(Node)
@@ -151,7 +151,7 @@ class Cluster:
             try:
                 if node is None:
                     node = remote.remote(plan, folder, allow_nonfinite)
-                    # a task is taken only once the cluster has room for the worker
+                    # take a task only after the worker has started, so that no task waits for room in the cluster
                     self._wait(node.ready.remote(), schedule)
                 taken = schedule.take()
                 if taken is None:
@@ -172,7 +172,7 @@ class Cluster:
             done(state, task, result, amounts)
 
     def _wait(self, reference: Any, schedule: Schedule) -> Any:
-        """Wait for a worker's answer, for the end of the run, and for Ctrl-C."""
+        """Wait for a worker's answer; stop waiting at the end of the run or on Ctrl-C."""
         while True:
             ready, _ = self._ray.wait([reference], timeout=0.2)
             if ready:
@@ -182,10 +182,10 @@ class Cluster:
 
 
 def _knock(address: str) -> None:
-    """Find out within seconds whether anything listens at HOST:PORT; Ray itself tries for minutes.
+    """Check within seconds whether anything listens at HOST:PORT; Ray itself would retry for minutes.
 
     Raises:
-        MergeError: Nothing does.
+        MergeError: Nothing listens there.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():

@@ -1,4 +1,4 @@
-"""Statistics from data, read for one matrix at a time."""
+"""Read statistics from data for one matrix at a time."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ..plan.tensor import PlannedTensor, SumFromData
 
 
 def matrix_data(tensor: PlannedTensor, matrix: int, reader: Reader, kernels: Kernels) -> Data:
-    """Return the statistics from data of one of a tensor's matrices: means over tokens, read when they are asked for.
+    """Return the statistics from data of one of a tensor's matrices: means over tokens, read on access.
 
     Args:
         tensor: The tensor; it has such statistics.
-        matrix: Which of its matrices, where it is a stack of them.
+        matrix: Index of the matrix, if the tensor is a stack of matrices.
         reader: Reads them.
-        kernels: Say on which device and in which dtype.
+        kernels: Their device and compute dtype are used.
     """
 
     def mean(own: SumFromData) -> Tensor:
         packed = len(own.count.shape) == 1
         count = reader.tensor(own.count).reshape(-1)[matrix if packed else 0]
         total = _part(reader, own.sum, matrix) if packed else reader.tensor(own.sum)
-        # of no tokens the sum is zero, and so is what stands for the mean
+        # without tokens the sum is 0, so that the mean is 0, too
         return total.to(kernels.device, kernels.compute) / max(int(count), 1)
 
     return {name: PerModel(len(each), lambda k, each=each: mean(each[k])) for name, each in tensor.data.items()}  # type: ignore[misc]
 
 
 def _part(reader: Reader, info: TensorInfo, index: int) -> Tensor:
-    """Read one of the tensors that are stacked in one."""
+    """Read one entry along the first dimension of a tensor."""
     shape = info.shape[1:]
     nbytes = info.dtype.nbytes(math.prod(shape))
     memory = torch.empty(nbytes, dtype=torch.uint8)

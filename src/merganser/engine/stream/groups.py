@@ -1,4 +1,4 @@
-"""The units of work: groups of tensors, and the tasks that they are cut into."""
+"""The units of work: groups of tensors, and the tasks into which they are divided."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BUNDLE_TENSORS = 512
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors that are worked on together.
+    """Tensors that are merged together.
 
     Args:
         index: Position in the plan's order.
-        tensors: One large tensor, or a bundle of small ones that lie one behind the other in the output.
-        segments: Ranges of blocks of the large tensor, per task; a bundle has one task.
+        tensors: One large tensor, or a bundle of small ones that are adjacent in the output.
+        segments: Ranges of blocks of the large tensor, one per task; a bundle has one task.
         bundle: Whether these are small tensors, of one block each.
     """
 
@@ -35,7 +35,7 @@ class Task:
 
     Args:
         group: Index of the group.
-        pass_number: Number of the pass; the last one combines; -1: all passes at once.
+        pass_number: Number of the pass, from 0; the last one combines. -1: all passes in one task.
         segment: Index of the segment.
     """
 

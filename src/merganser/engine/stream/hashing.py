@@ -1,4 +1,4 @@
-"""Hashes of the output: of its files while they grow, and of single tasks when a run is continued."""
+"""Hash the output: its files while they are written, and single tasks when a run is continued."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PIECE = 1 << 22
 
 
 def span(plan: Plan, group: Group, segment: int) -> tuple[int, int, int]:
-    """Return where a task's output lies: shard, first byte, number of bytes."""
+    """Return the range of a task's output: shard, first byte, number of bytes."""
     first, last = group.tensors[0], group.tensors[-1]
     if group.bundle:
         return first.shard, first.offset, last.offset + last.nbytes - first.offset
@@ -26,7 +26,7 @@ def span(plan: Plan, group: Group, segment: int) -> tuple[int, int, int]:
 
 
 def written_digest(plan: Plan, staging: Staging, group: Group, segment: int) -> str:
-    """Hash what lies at a task's place in the output, as the task hashed what it wrote: block by block."""
+    """Hash a task's range of the output file by blocks, as the task hashed what it wrote."""
     shard, offset, nbytes = span(plan, group, segment)
     tensor = group.tensors[0]
     step = nbytes if group.bundle else tensor.block * tensor.dtype.itemsize
@@ -44,7 +44,7 @@ def written_digest(plan: Plan, staging: Staging, group: Group, segment: int) -> 
 
 
 class Hasher:
-    """Hashes the output's files from front to back while they are written, on a thread of its own."""
+    """Hashes the output's files from start to end while they are written, in a thread of its own."""
 
     def __init__(self, plan: Plan, staging: Staging) -> None:
         self._shards = plan.shards
@@ -57,18 +57,18 @@ class Hasher:
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         start_thread(self._thread)
 
     def add(self, shard: int, offset: int, nbytes: int) -> None:
-        """Tell that a range is written."""
+        """Report that a range is written."""
         if nbytes:
             with self._changed:
                 self._done[shard][offset] = offset + nbytes
                 self._changed.notify()
 
     def stop(self) -> None:
-        """End without a result."""
+        """Stop the thread without a result."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -82,7 +82,7 @@ class Hasher:
             OutputError: A file cannot be read.
         """
         while self._thread.is_alive():
-            # with a timeout, so that Ctrl-C is heard
+            # a timeout, so that Ctrl-C is handled
             self._thread.join(0.1)
         if self._error is not None:
             raise self._error

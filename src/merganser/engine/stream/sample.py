@@ -1,4 +1,4 @@
-"""What the run record tells of each tensor, measured on its first elements while they are at hand."""
+"""Measure for the run record on the first elements of each tensor, while they are in memory."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ SAMPLE = 1 << 16
 """Elements at the start of each tensor on which distances are measured."""
 
 PAIR_SAMPLE = 1 << 14
-"""Elements at the start of each tensor on which each two task vectors are compared: their number grows with the square
-of that of the models."""
+"""Elements at the start of each tensor on which pairs of task vectors are compared; fewer, as the number of pairs grows
+with the square of the number of models."""
 
 _TOGETHER = 1 << 17
-"""Elements, of several tensors, that are measured at a time: in float64 and of all models they are megabytes."""
+"""Elements of several small tensors that are measured at a time; in float64 for all models these are megabytes."""
 
 
 def measure_samples(
     tensors: Sequence[PlannedTensor], inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Measure how far models and merge are from the base (or the first model), and how task vectors are related.
+    """Measure the distance of models and merge from the base (or first model), and how task vectors are related.
 
     Args:
-        tensors: What the plan says of each; copies are left out.
-        inputs: For each the base, if any, and the models: the beginning of the tensor, or all of it.
-        outputs: The same of the output.
+        tensors: The planned tensors; copied ones are left out.
+        inputs: For each tensor, the base, if any, and the models: the start of the tensor, or all of it.
+        outputs: For each tensor, the start of the merged tensor, or all of it.
 
     Returns:
-        By name the number of elements `n`, the norm of the base, and norms of the differences of each model and of the
-        merge from it. Where there is a base: `rounding`, the norm that the rounding of each model's stored values is
-        expected to have (0 where nothing changed); with several models `pairs`, see `_pairs`.
+        By tensor name: `n`, the number of elements; `norm` of the base; `models` and `merged`, the norms of their
+        differences from it. With a base also `rounding`, the expected norm of each model's rounding errors (0 if it
+        equals the base), and, with several models, `pairs` as from `_pairs`.
     """
-    # tensors of one size are measured together
+    # measure tensors of one size together
     groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         if not tensor.copy and tensor.size:
@@ -47,7 +47,7 @@ def measure_samples(
     found = {}
     parts = [(key, part) for key, members in groups.items() for part in _parts(members, _TOGETHER // key[0] or 1)]
     for (size, width, with_base), members in parts:
-        # slices of very many small tensors cost
+        # slice only where needed: slicing very many small tensors takes time
         first = [
             [data if data.shape == (size,) else data.reshape(-1)[:size] for data in (*inputs[i], outputs[i])]
             for i in members
@@ -59,7 +59,7 @@ def measure_samples(
             stored = torch.stack([own[k + 1] for own in first])
             torch.sub(stored, origin, out=deltas[:, k])
             if with_base and k < width - 1:
-                # fewer elements are enough for a mean of squares
+                # fewer elements suffice to estimate a mean of squares
                 few = stored[:, :PAIR_SAMPLE]
                 rounding.append(rounding_norms(few) * (size / few.shape[1]) ** 0.5)
         norm, change = origin.norm(dim=1).tolist(), deltas.norm(dim=2).tolist()
@@ -86,14 +86,14 @@ def _pairs(deltas: Tensor) -> list[dict[str, Any]]:
         deltas: Shape [tensors, models, elements], float64.
 
     Returns:
-        For each tensor the number of elements `n`; `dots`, the inner products of each two, each with itself included;
-        for each two different ones, `both`, the number of elements that both changed, and `opposite`, how many of those
-        in opposite directions. All in the order of `itertools.combinations`.
+        For each tensor: `n`, the number of elements; `dots`, the inner product of every pair, also of each task vector
+        with itself; and per pair of different ones `both`, the number of elements that both changed, and `opposite`,
+        how many of these with opposite signs. Pairs are in the order of `itertools.combinations` (`_with_replacement`).
     """
     count, size = deltas.shape[1:]
     own, other = zip(*combinations_with_replacement(range(count), 2), strict=True)
     one, two = zip(*combinations(range(count), 2), strict=True)
-    signs = deltas.sign().float()  # sums of so few are exact
+    signs = deltas.sign().float()  # float32 counts PAIR_SAMPLE elements exactly
     changed = signs.abs()
     both = (changed @ changed.mT)[:, one, two]
     opposite = (both - (signs @ signs.mT)[:, one, two]) / 2

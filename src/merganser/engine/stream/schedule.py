@@ -1,8 +1,8 @@
-"""Divide a plan into tasks, and hand them out in an order that respects what each of them needs.
+"""Divide a plan into tasks, and hand them out in an order that respects their dependencies.
 
 A group is one large tensor, or a bundle of small ones. A large tensor is cut into segments of a fixed number of
-blocks; each segment is a task in every pass. What a pass measured is added in the order of the segments, whoever did
-the work, so that results do not depend on who did it. The same tasks run on threads, processes or machines.
+blocks; each segment is a task in every pass. Measurements of a pass are added in the order of the segments, so that
+results do not depend on which worker ran which task. The same tasks run on threads, processes or machines.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class KernelCache:
         self._lock = threading.Lock()
 
     def run(self, tensor: PlannedTensor) -> TensorRun:
-        """Prepare the work on a tensor."""
+        """Return the kernels and parameters to merge a tensor."""
         method = tensor.method
         with self._lock:
             settings = (id(tensor.parameters), *tensor.located.values())
@@ -68,17 +68,17 @@ class KernelCache:
 
 @dataclass
 class GroupState:
-    """Where the work on a group stands.
+    """The progress of the work on a group.
 
     Args:
         group: The group.
-        runs: The work on each tensor; None for copies.
-        measurements: Of each measuring pass: name and round of the statistic, and "row", "tensor" or "model".
-        pass_number: The present pass; the one after the last measurement combines.
-        known: What was solved for each tensor, by name.
-        sums: What the present pass measured for each tensor.
-        open_tasks: Tasks of the present pass that are not done.
-        kept: Inputs of a large tensor, kept from pass to pass.
+        runs: The kernels and parameters of each tensor; None for copies.
+        measurements: For each measuring pass: name and round of the statistic, and "row", "tensor" or "model".
+        pass_number: The current pass; the one after the last measurement combines.
+        known: Solved statistics of each tensor, by name.
+        sums: Measurements of the current pass for each tensor.
+        open_tasks: Number of unfinished tasks of the current pass.
+        kept: Inputs of a large tensor, cached between passes.
     """
 
     group: Group
@@ -97,7 +97,7 @@ def start_group(group: Group, kernels: KernelCache, memory: InputCache | None = 
     Args:
         group: The group.
         kernels: The kernels of a device.
-        memory: Where inputs may be kept.
+        memory: Buffers to cache inputs in.
     """
     runs = [None if tensor.copy else kernels.run(tensor) for tensor in group.tensors]
     first = next((run for run in runs if run is not None), None)
@@ -111,14 +111,14 @@ def start_group(group: Group, kernels: KernelCache, memory: InputCache | None = 
 
 
 class Schedule:
-    """Hands out tasks; thread-safe.
+    """Hands out tasks to workers; thread-safe.
 
     Args:
         groups: All groups.
-        state: Makes the state of a group when its turn comes.
+        state: Creates the state of a group when its first task is needed.
         whole_model: Whether some statistic is measured over the whole model.
         finished: Segments that an earlier run finished, by group.
-        memory: Where the groups' inputs are kept.
+        memory: Buffers in which the groups' inputs are cached.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Schedule:
         self._solved: dict[str, Tensor] = {}
 
     def take(self) -> tuple[GroupState, Task] | None:
-        """Wait for a task; None when all is done or stopped."""
+        """Wait for a task and return it; None if all are done or the run is stopped."""
         while True:
             with self._changed:
                 group = None
@@ -164,7 +164,7 @@ class Schedule:
                     group = next(self._waiting, None)
                     if group is None:
                         self._changed.wait()
-            # outside the lock: it takes a while for many small tensors
+            # not under the lock, as it takes a while for many small tensors
             state = self._make(group)
             with self._changed:
                 self._states[group.index] = state
@@ -175,9 +175,9 @@ class Schedule:
         """Report a task as done.
 
         Args:
-            state: Where the group of the task stands.
+            state: State of the task's group.
             task: The task.
-            sums: What it measured: for each tensor of the group, or one for all where this is over the model.
+            sums: Its measurements: one per tensor of the group, or a single one if it is over the model.
         """
         with self._changed:
             if task.pass_number not in (-1, len(state.measurements)):
@@ -190,45 +190,45 @@ class Schedule:
             self._changed.notify_all()
 
     def give_back(self, task: Task) -> None:
-        """Let somebody else do a task: whoever took it is lost."""
+        """Put a task back for another worker, after its worker was lost."""
         with self._changed:
             heapq.heappush(self._ready, task)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Stop everybody because of an error."""
+        """Stop all workers because of an error."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Ask everybody to stop at the next border between blocks."""
+        """Ask all workers to stop after their current block."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     @property
     def stopping(self) -> bool:
-        """Whether work should end."""
+        """Whether workers should stop."""
         return self._stopped or self._error is not None
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do, or no reason to go on."""
+        """Whether all tasks are done, or the run is stopped."""
         return self.stopping or not self._left
 
     @property
     def statistics(self) -> Mapping[str, Tensor]:
-        """What was solved for the whole model, by name."""
+        """Solved statistics over the whole model, by name."""
         return self._solved
 
     @property
     def error(self) -> BaseException | None:
-        """What went wrong, if anything did."""
+        """The first error, if any."""
         return self._error
 
     def _open(self, state: GroupState) -> None:
-        """Put the tasks of the group's present pass on the heap."""
+        """Put the tasks of the group's current pass on the heap."""
         group = state.group
         combining = state.pass_number == len(state.measurements)
         done = self._finished.get(group.index, set())
@@ -251,7 +251,7 @@ class Schedule:
             self._memory.give_back(state.kept)
 
     def _advance(self, state: GroupState, *, whole: bool) -> None:
-        """Go to the next pass of a group, or of all groups where the pass was over the model."""
+        """Go to the next pass of a group, or of all groups if the pass was over the model."""
         if whole or state.pass_number == len(state.measurements):
             self._close(state)
             return
@@ -271,7 +271,7 @@ class Schedule:
         self._open(state)
 
     def _solve_model(self, name: str, index: int) -> None:
-        """Solve a round that was measured over the whole model, for everybody."""
+        """Solve a round that was measured over the whole model, and go to the next pass of all groups."""
         states, self._arrived = self._arrived, []
         found, self._model_sum = self._model_sum, Sum()
         runs = [

@@ -1,4 +1,4 @@
-"""Do the tasks of a schedule on threads of this process."""
+"""Run the tasks of a schedule on threads of this process."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def work_on_threads(
     workers: int,
     done: Callable[[GroupState, Task, Done], None],
 ) -> None:
-    """Do all tasks; errors are left in the schedule.
+    """Run all tasks; errors are stored in the schedule.
 
     Args:
-        schedule: Hands out the tasks.
-        contexts: What the workers of each device share.
+        schedule: The schedule of tasks.
+        contexts: For each device, what its workers share.
         kernels: The kernels of each device.
         workers: Number of threads; each device gets at least one.
-        done: Told what each task gave, from any thread.
+        done: Called with the result of each task, from any thread.
     """
 
     def work(index: int) -> None:
         worker = Worker(contexts[index])
         while (taken := schedule.take()) is not None:
             state, task = taken
-            # statistics lie on the CPU, so that every device can go on where another measured
+            # statistics are on the CPU, so that any device can continue a group that another one measured
             own = state if index == 0 else replace(state, runs=start_group(state.group, kernels[index]).runs)
             done(state, task, worker.do(own, task))
 
@@ -47,24 +47,25 @@ def work_on_threads(
 
 
 class Stoppable(Protocol):
-    """What hands out work, and hears when to stop."""
+    """A source of work that can be stopped."""
 
     def fail(self, error: BaseException) -> None:
-        """Stop everybody because of an error."""
+        """Stop all workers because of an error."""
 
     def stop(self) -> None:
-        """Ask everybody to stop."""
+        """Ask all workers to stop."""
 
 
 def join(works: Sequence[Callable[[], None]], schedule: Stoppable) -> None:
-    """Run functions on threads of their own until all have ended; errors are left in the schedule.
+    """Run each function on its own thread until all have ended; errors are stored in the schedule.
 
-    Each of them computes on one thread, whatever the environment says: products of matrices depend on it to the bit.
+    Each uses a single torch thread whatever the environment says, as the bits of matrix products depend on that number.
     """
 
     def guarded(work: Callable[[], None]) -> None:
         try:
-            # OpenMP takes its number for each thread from the environment; torch would tell it after the first product
+            # OpenMP sets its thread count per thread from the environment; torch's own count would apply only after the
+            # first product
             torch.set_num_threads(1)
             work()
         except Stopped:
@@ -74,12 +75,12 @@ def join(works: Sequence[Callable[[], None]], schedule: Stoppable) -> None:
 
     threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
     try:
-        # torch remembers the number of the thread that set it last, for all
+        # set_num_threads changes the count of the whole process, so restore it afterwards
         with one_thread():
             for thread in threads:
                 start_thread(thread)
             for thread in threads:
-                # with a timeout, so that Ctrl-C is heard
+                # a timeout, so that Ctrl-C is handled
                 while thread.is_alive():
                     thread.join(0.1)
     except BaseException:

@@ -1,8 +1,8 @@
 """Stream tensors through a merge method: read, compute, write, on several threads at once.
 
-Every worker takes a task, reads its blocks into buffers of its own, runs the method and writes the result to its final
-place. Reading, arithmetic and writing of different workers overlap, since all three leave Python's lock. What is in
-memory at any time is a block of every input per worker, and what is kept of inputs for a later pass.
+Every worker takes a task, reads its blocks into its own buffer, runs the method and writes the result to its final
+position. Reading, arithmetic and writing of different workers overlap, since all three release the GIL. Memory holds
+one block of every input per worker, and the inputs that are cached for later passes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .schedule import GroupState
 
 
 class Stopped(Exception):
-    """The run was asked to stop."""
+    """Raised in a worker when the run is stopped."""
 
 
 class Output(Protocol):
-    """Takes the output's bytes."""
+    """Receives the output's bytes."""
 
     def write(self, shard: int, offset: int, data: memoryview) -> None:
-        """Write bytes at their final place."""
+        """Write bytes at their final position in a shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Context:
 
     Args:
         reader: Reads inputs.
-        output: Takes the output.
+        output: Receives the output.
         device: Where kernels run.
-        advance: Told the bytes read, the bytes written and the tensors completed.
-        stopping: Says whether work should end at the next border between blocks.
+        advance: Called with additional bytes read, bytes written and tensors completed.
+        stopping: Returns whether workers should stop after their current block.
         allow_nonfinite: Merge NaN and infinity.
     """
 
@@ -63,11 +63,11 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a task gave.
+    """The result of a task.
 
     Args:
-        sums: For a task that measured: for each tensor of the group, or one for all where this is over the model.
-        entry: For a task that combined: its journal entry, with hashes of what was read and written.
+        sums: For a measuring task: one per tensor of the group, or a single one if it is over the model.
+        entry: For a combining task: its journal entry, with hashes of what was read and written.
     """
 
     sums: Sequence[Sum] = ()
@@ -75,7 +75,7 @@ class Done:
 
 
 class Worker:
-    """One thread's share of a run: its buffers, and what it does with a task."""
+    """Runs tasks on one thread, with a buffer of its own."""
 
     def __init__(self, context: Context) -> None:
         self._c = context
@@ -83,11 +83,11 @@ class Worker:
         self._stream = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def do(self, state: GroupState, task: Task) -> Done:
-        """Do a task.
+        """Run a task.
 
         Raises:
             Stopped: The run was asked to stop.
-            MergeError: An input or the target is at fault.
+            MergeError: An input is invalid, or the target cannot be written.
         """
         if self._stream is None:
             return self._do(state, task)
@@ -152,12 +152,12 @@ class Worker:
         return entry
 
     def _combine_bundle(self, state: GroupState, *, measure: bool) -> dict[str, Any]:
-        """Merge many small tensors: everything is read at once, where it lies together, and written at once."""
+        """Merge many small tensors; adjacent inputs are read, and the results written, with one call."""
         tensors = state.group.tensors
         inputs, raw, nbytes = self._buffer.read_bundle(tensors)
         self._c.advance(nbytes, 0, 0)
         outputs, written = self._merge_bundle(state, inputs, measure=measure)
-        # many have one shape
+        # many tensors share a shape, so compute the cuts once per shape
         cuts = {shape: digest_cuts(shape, 0, math.prod(shape)) for shape in {tensor.shape for tensor in tensors}}
         hashes = [
             [_hex(cut_digests(cuts[tensor.shape], view)) for view in views]
@@ -179,7 +179,7 @@ class Worker:
         alike = merge_together(state.runs, inputs, split, allow_nonfinite=self._c.allow_nonfinite)
         for found, merged in alike:
             if len(found) == len(tensors):
-                # they lie one behind the other already
+                # the tensors are already in the order of the output, so no copy is needed
                 return [*torch.split(merged, [tensor.size for tensor in tensors])], self._write(tensors[0], 0, merged)
             outputs.update(zip(found, torch.split(merged, [tensors[i].size for i in found]), strict=True))
         for i, own in enumerate(inputs):
@@ -218,7 +218,7 @@ class Worker:
         return merged.cpu()
 
     def _refuse(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> None:
-        """Say which input is not finite.
+        """Raise an error that names the input that is not finite.
 
         Raises:
             NonFiniteError: Always, unless such numbers are allowed.
@@ -237,7 +237,7 @@ class Worker:
         )
 
     def _copy(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> Tensor:
-        """Copy an integer buffer that all inputs agree on."""
+        """Copy an integer tensor; all inputs must have the same values."""
         first, *others = (data.reshape(-1).view(torch.uint8) for data in inputs)
         for source, other in zip(tensor.inputs[1:], others, strict=True):
             if not torch.equal(first, other):
@@ -248,7 +248,7 @@ class Worker:
         return inputs[0].reshape(-1).clone()
 
     def _read(self, tensor: PlannedTensor, start: int, end: int, kept: CachedInputs | None) -> list[Tensor]:
-        """Read elements of every input, unless they are kept; valid until the next read."""
+        """Read elements of every input, from the cache if there is one; valid until the next read."""
         if self._c.stopping():
             raise Stopped
         inputs, nbytes = self._buffer.read(tensor, start, end, kept)
@@ -272,7 +272,7 @@ class Worker:
         return [digest(data)]
 
     def _write_together(self, tensors: Sequence[PlannedTensor], outputs: Sequence[Tensor]) -> list[bytes]:
-        """Write a bundle; its tensors lie one behind the other."""
+        """Write a bundle with one call; its tensors are adjacent in the output."""
         if len(outputs) == 1:
             return self._write(tensors[0], 0, outputs[0])
         data = b"".join(_bytes(output) for output in outputs)
