@@ -1,4 +1,4 @@
-"""Whether a file of a folder is really inside that folder, or is a link to a file elsewhere."""
+"""Find out whether a file of a folder is really inside that folder, or is a link to a file elsewhere."""
 
 from __future__ import annotations
 
