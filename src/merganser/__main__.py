@@ -27,7 +27,7 @@ def main() -> NoReturn:
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """End the process at Ctrl-C, while there is nothing yet to keep or to remove, nor anybody to catch an error."""
+    """End the process at Ctrl-C during imports, when no files exist yet that a handler would have to keep or remove."""
     os.write(2, b"error: stopped\n")
     os._exit(128 + number)
 

@@ -65,7 +65,7 @@ class TaskError(MergeError, ValueError):
 
 
 class DataError(MergeError, ValueError):
-    """Data to calibrate on, or statistics of such data, are not there, malformed, or do not fit the model."""
+    """Calibration data, or statistics of it, are missing or malformed, or do not fit the model."""
 
 
 class OutputError(MergeError, OSError):
@@ -81,12 +81,12 @@ class UnsupportedError(MergeError, NotImplementedError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is near."""
+    """Return `" Did you mean 'x'?"` with the closest of `known`, or an empty string if none is close."""
     spellings = {_folded(each): each for each in known}
     near = difflib.get_close_matches(_folded(str(word)), list(spellings), n=1, cutoff=0.6)
     return f" Did you mean {spellings[near[0]]!r}?" if near else ""
 
 
 def _folded(word: str) -> str:
-    """Return a word without what people confuse in names: capitals, hyphens, blanks."""
+    """Return a word without differences that are easily confused: capitals, hyphens, spaces."""
     return word.strip().casefold().replace("-", "_").replace(" ", "_")

@@ -1,4 +1,4 @@
-"""Files that appear whole, or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["write_whole"]
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file; what had its name is there until all is written.
+    """Write a text file atomically: until it is complete, the old file of that name stays.
 
     Args:
         path: The file; its folder exists.
-        text: Its contents, written as UTF-8; parts of names that are not text are escaped.
+        text: The contents, written as UTF-8; lone surrogates, as in undecodable file names, are escaped.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     try:
-        # a name that nobody has: a fixed one may be the user's, or a link
+        # a unique name: a fixed one might be a file of the user, or a link
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".merganser-")
         try:
             with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

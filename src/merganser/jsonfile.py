@@ -1,4 +1,4 @@
-"""Files that others wrote, read with care, and the JSON in them; and lines of our own that are sealed."""
+"""Read files from untrusted sources, and the JSON in them; and write and read our own lines with checksums."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ _MAX_DIGITS = 20
 _LONG_NUMBER = re.compile(rf"[0-9]{{{_MAX_DIGITS + 1}}}")
 
 MAX_DEPTH = 64
-"""Most levels of lists and objects in a JSON file. Copying, comparing and writing JSON recurse, and Python allows some hundred
-levels; no config has more than ten."""
+"""Largest number of nested lists and objects in a JSON file. Copying, comparing and writing JSON recurse, and Python
+allows some hundred levels; no config has more than ten."""
 
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "is a folder"),
@@ -66,7 +66,7 @@ def os_reason(error: OSError) -> str:
 
 
 def exists(path: str | Path) -> bool:
-    """Return whether there is such a file or folder. What cannot be the name of one, or is too long for one, is not there."""
+    """Return whether a path exists; False for names that no file can have."""
     try:
         return Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError):
@@ -76,20 +76,20 @@ def exists(path: str | Path) -> bool:
 def open_regular(file: Path) -> BufferedReader:
     """Open a regular file for reading.
 
-    Whatever reads a file that others wrote opens it here: reading from a named pipe without a writer waits forever, and a
-    device may have no end.
+    Untrusted files must be opened with this function: reading a named pipe without a writer waits forever, and a device
+    may have no end.
 
     Raises:
         FileNotFoundError: There is no such file.
         OSError: It cannot be opened, or is a folder, a pipe, a socket or a device; `strerror` says which.
     """
     try:
-        # Opening a device can have effects of its own, so the kind is asked for first.
+        # Check the kind before opening, since opening a device can have side effects.
         _require_regular(file.stat().st_mode, file)
-        # Should a pipe take the file's place meanwhile, opening it does not wait for a writer.
+        # If a pipe takes the file's place in between, O_NONBLOCK keeps the call from waiting for a writer.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         descriptor = os.open(file, flags)
-    except ValueError:  # a NUL character, or half of a surrogate pair
+    except ValueError:  # a NUL character or a lone surrogate
         raise FileNotFoundError(errno.ENOENT, "no file can have this name", repr(str(file))) from None
     try:
         _require_regular(os.fstat(descriptor).st_mode, file)
@@ -111,14 +111,14 @@ def read_file(file: Path, limit: int) -> bytes:
 
     Args:
         file: The file.
-        limit: The most bytes that it may have.
+        limit: Largest number of bytes.
 
     Raises:
         FileNotFoundError: There is no such file.
         OSError: It cannot be read, is not a regular file, or is larger than `limit`; `strerror` says which.
     """
     with open_regular(file) as handle:
-        # No more than the size is asked for, since as much memory is taken as is asked for.
+        # Request no more than the size, since `read` allocates as much as it is asked for.
         data = handle.read(min(os.fstat(handle.fileno()).st_size, limit) + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"is larger than {limit:,} bytes, the most that is accepted here", str(file))
@@ -141,12 +141,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse(text: str, duplicates: bool) -> Any:
-    # Hooks are called for every number and object: they double the time of a large header. Python itself refuses
-    # numbers of thousands of digits, but for early releases of 3.10.
+    # Hooks are called for every number and object, which doubles the time of a large header. Avoid them if Python
+    # itself refuses numbers of thousands of digits (not in early releases of 3.10).
     if hasattr(sys, "get_int_max_str_digits") and _LONG_NUMBER.search(text) is None:
-        with suppress(ValueError):  # said better below
+        with suppress(ValueError):  # parse again below, for a better message
             parsed = json.loads(text)
-            # Each key is followed by a colon, so as many keys as colons means that no key was overwritten.
+            # Each key is followed by a colon, so if there are as many keys as colons, no key was overwritten.
             if duplicates or (isinstance(parsed, dict) and text.count(":") == _keys(parsed)):
                 return parsed
     hook: Callable[[list[tuple[str, Any]]], Any] = dict if duplicates else _unique
@@ -344,7 +344,7 @@ class Entry:
         return self._value if isinstance(self._value, str) else json.dumps(self._value)
 
     def refuse(self, expected: str) -> NoReturn:
-        """Raise CheckpointError, saying which kind of value was expected here.
+        """Raise CheckpointError with the kind of value that was expected here.
 
         Raises:
             CheckpointError: Always.
@@ -361,14 +361,14 @@ def sealed_line(entry: Mapping[str, Any], seed: str = "") -> bytes:
 
     Args:
         entry: The object; it has at least one key.
-        seed: Enters the hash: a line is not taken for one with another seed.
+        seed: Part of the hash, so that a line is valid only with the same seed.
     """
     body = json.dumps(entry, separators=(",", ":")).encode()[1:]
     return _CHECK + _hash(body, seed) + b'",' + body + b"\n"
 
 
 def unseal_line(line: bytes, seed: str = "") -> dict[str, Any] | None:
-    """Read a line of `sealed_line`; None if it is not as it was written, so that nothing else is ever parsed."""
+    """Parse a line of `sealed_line`; None if the hash does not match, in which case nothing is parsed."""
     head = len(_CHECK) + _CHECK_DIGITS
     body = line[head + 2 : -1]
     if not line.endswith(b"\n") or line[: head + 2] != _CHECK + _hash(body, seed) + b'",':

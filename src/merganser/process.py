@@ -38,7 +38,7 @@ def peak_memory() -> int:
 
 
 def memory_here(root: Path = Path("/")) -> int | None:
-    """Return the memory of the machine, or the smaller limit of this process or its control group (container), in bytes.
+    """Return the memory of the machine, or a smaller limit of this process or its control group (container), in bytes.
 
     Args:
         root: Root of the file system; tests pass another one.
@@ -72,7 +72,7 @@ def memory_here(root: Path = Path("/")) -> int | None:
 
 
 def data_limit() -> int | None:
-    """Return the bytes of data that this process may hold (`ulimit -d`); None where it is not limited."""
+    """Return the number of bytes of data that this process may hold (`ulimit -d`); None if it is not limited."""
     return _own_limit("RLIMIT_DATA")
 
 
@@ -121,7 +121,7 @@ def start_thread(thread: threading.Thread) -> None:
     """Start a thread.
 
     Raises:
-        MemoryLimitError: The system allows no more of them.
+        MemoryLimitError: The system allows no more threads.
     """
     try:
         thread.start()
@@ -143,9 +143,9 @@ def one_thread() -> Iterator[None]:
 
 
 def release_freed_memory() -> None:
-    """Give back to the system what was freed; the C library keeps it where it has pieces in use between free ones.
+    """Return freed memory to the system; otherwise glibc keeps freed pieces between pieces in use.
 
-    Does nothing where the C library is not glibc.
+    Does nothing with other C libraries.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
     if trim is not None:

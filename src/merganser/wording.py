@@ -1,4 +1,4 @@
-"""Numbers, lists and foreign texts as people read them."""
+"""Format numbers, lists and untrusted text for people."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = [
     "time_text",
 ]
 
-# control characters (C0, DEL, C1), characters without a width, changes of the direction of writing, line separators of
-# Unicode, halves of surrogate pairs, tags
+# control characters (C0, DEL, C1), zero-width characters, changes of the writing direction, Unicode line separators,
+# lone surrogates, tags
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
@@ -29,20 +29,20 @@ _UNSAFE = re.compile(
 
 
 def printable(text: str) -> str:
-    """Return a text on one line that a terminal shows as it is: what would move, hide or recolour is escaped.
+    """Return a text as one line that is safe to print: characters that move, hide or recolour text are escaped.
 
-    Names of tensors, models and files come from others; an escape sequence in one could rewrite what was printed.
+    Names of tensors, models and files are untrusted; an escape sequence in one could rewrite earlier output.
     """
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def printable_json(text: str) -> str:
-    """Return a JSON document with the same escaped as JSON does it; its line breaks stay, and so does its meaning."""
+    """Return a JSON document with such characters as JSON escapes; line breaks and meaning stay the same."""
     return _UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text)
 
 
 def brief(value: object, limit: int = 80) -> str:
-    """Return a value that others wrote as Python shows it, cut off where it is long: it may have a million entries."""
+    """Return the repr of an untrusted value, cut off at `limit` characters, since it may have a million entries."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -113,7 +113,7 @@ def default_names(references: Sequence[str]) -> list[str]:
 
 
 def _parts(reference: str) -> list[str]:
-    # Path.exists raises for a name that is too long for a file.
+    # os.path.exists returns False for a name that is too long for a file; Path.exists raises.
     path = reference if os.path.exists(reference) else reference.rpartition("+")[2]  # noqa: PTH110
     parts = [part for part in Path(path).parts if part not in ("/", ".", "..")]
     if parts and parts[-1].endswith((".yaml", ".yml", ".safetensors")):

@@ -45,7 +45,7 @@ class LoraConfig:
         alpha: lora_alpha.
         rslora: Whether the scale is alpha / sqrt(r) instead of alpha / r.
         rank_pattern: Ranks that differ from r, by a regular expression for the end of a module's name.
-        alpha_pattern: Values of alpha that differ, by such an expression.
+        alpha_pattern: Values of alpha that differ, by a regular expression as in `rank_pattern`.
         transposed: Whether the base stores its weights as [in, out] (fan_in_fan_out).
         base: Name of the base model; None if the config does not name it.
     """
@@ -66,7 +66,7 @@ class LoraConfig:
             ranks: Rows of A for each module, by the module's name in the base model.
 
         Raises:
-            CheckpointError: A rank is not the one that the config says, or a pattern cannot be matched.
+            CheckpointError: A rank differs from the config, or a pattern cannot be matched.
         """
         said = self._looked_up("rank_pattern", self.rank_pattern, [*ranks], self.r)
         alphas = self._looked_up("alpha_pattern", self.alpha_pattern, [*ranks], self.alpha)
@@ -80,7 +80,7 @@ class LoraConfig:
     def _looked_up(
         self, key: str, pattern: Mapping[str, float], modules: Sequence[str], otherwise: float
     ) -> dict[str, float]:
-        """Return the value of each module: that of the first pattern that it matches."""
+        """Return the value of each module: the value of the first pattern that matches its name."""
         try:
             first = first_matches([*pattern], modules)
         except PatternError as error:

@@ -1,8 +1,7 @@
-"""Which entry of `rank_pattern` or `alpha_pattern` a module of an adapter belongs to.
+"""Match the modules of an adapter to the entries of `rank_pattern` or `alpha_pattern`.
 
-The keys are regular expressions that strangers wrote, and Python's matching of `(a+)+$` takes longer than anybody waits. Keys
-that are plain names, which most are, are matched here; all others in a process of its own, which is stopped when it takes too
-long.
+The keys are untrusted regular expressions, and Python would match one such as `(a+)+$` practically forever. Keys that
+are plain names, which most are, are matched in this process; all others in a separate process with a time limit.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ __all__ = ["PatternError", "first_matches"]
 
 _PLAIN = re.compile(r"[\w.-]*")
 _MOST_HERE = 1_000_000
-"""Most pairs of a key and a module that are tried in this process."""
+"""Largest number of pairs of a key and a module that are matched in this process."""
 
 _SECONDS = 20.0
 
-# As peft looks a module up: the first key that the whole name, or its end behind a dot, matches.
+# As peft looks up a module: the first key that matches the whole name, or the end of the name after a dot.
 _FORM = r"(.*\.)?({})$"
 
 _SCRIPT = """
@@ -40,18 +39,18 @@ print(json.dumps({"first": first}))
 
 
 class PatternError(Exception):
-    """A key is no regular expression, or matching takes too long; who catches it says where."""
+    """A key is not a regular expression, or matching takes too long; the caller adds the file to the message."""
 
 
 def first_matches(keys: Sequence[str], modules: Sequence[str]) -> list[int | None]:
-    """Return for each module the index of the first key that it matches, None where it matches none.
+    """Return for each module the index of the first key that matches it; None if no key does.
 
     Args:
-        keys: Regular expressions of ends of names.
+        keys: Regular expressions for the ends of names.
         modules: Names of modules.
 
     Raises:
-        PatternError: A key is no regular expression, or matching takes too long.
+        PatternError: A key is not a regular expression, or matching takes too long.
     """
     if len(keys) * len(modules) > _MOST_HERE or not all(_PLAIN.fullmatch(key) for key in keys):
         return _elsewhere(keys, modules)

@@ -1,4 +1,4 @@
-"""What tensor names mean: layers, roles, ties; and the configs that go with them.
+"""The meaning of tensor names: layers, roles and tied weights; and how configs are changed to fit.
 
 Structure is inferred from names, shapes and config. Nothing here reads weights, and nothing here imports torch.
 """

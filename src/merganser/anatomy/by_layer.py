@@ -1,4 +1,4 @@
-"""Values of a config that name layers or hold one entry for each, carried over to the layers that were chosen."""
+"""Config values that name layers, or hold one entry per layer, rewritten for a new choice of layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .config import as_int, words
 
 __all__ = ["is_by_layer", "slice_value"]
 
-# Lists of layer indices, as opposed to lists with a value for each layer: the layers that have something.
+# Lists of layer indices: the layers that have some feature, as opposed to lists with one value per layer.
 _MEMBERS = re.compile(
     r"(attn|attention|layers?|blocks?|moe|mlp|hybrid)_(layer_)?(idxs?|ids|indices|indexes)$|_only_layers$"
     r"|^moe_layers$|^cross_attention_layers$|^(sparse|dense|global|full|linear)_(attn_|attention_)?layers$"
     r"|^fullatt_block_indexes$|^global_attention_blocks$|^global_attn_indexes$|^look_(ahead|backward)_layers$"
     r"|^rope_scaling_layers$|^subsample_layers$"
 )
-# Lists with a value for each layer. Others of that length are taken for such lists, too.
+# Lists with one value per layer. Other lists of that length are treated as such lists, too.
 _PER_LAYER = frozenset(
     words(
         """activation_sparsity_pattern attention_layers attention_types attention_window attention_windows attn_layers
@@ -28,7 +28,7 @@ _PER_LAYER = frozenset(
         num_key_value_heads_per_layer sliding_windows swiglu_limits swiglu_limits_shared"""
     )
 )
-# Layers whose output something else reads: each must still be there, once.
+# Layers whose output is read elsewhere in the model: each must be in the result exactly once.
 _READ = frozenset(
     words(
         """backbone_out_indices cat_hidden_layers conditional_layer deepstack_visual_indexes eval_idx extract_layers
@@ -36,31 +36,31 @@ _READ = frozenset(
         spatial_target_layers"""
     )
 )
-# The same, counted from 1: 0 is what goes into the first layer.
+# The same, counted from 1: 0 is the input of the first layer.
 _READ_FROM_ONE = frozenset(("out_indices", "_out_indices"))
 _STAGES = frozenset(("out_features", "_out_features"))
-# Lists by prediction layer, layers of another model, and values that the rules have rewritten.
+# Lists over prediction layers or over layers of another model, and values that `refit` has rewritten already.
 _NOT_THESE_LAYERS = frozenset(
     words(
         """kv_source_layers mtp_layer_types mtp_layers_block_type mtp_local_layer_ids mtp_mlp_layer_types ple_layer_ids
         target_layer_ids"""
     )
 )
-# Lists that are never per layer, whatever their length.
+# Lists that never hold one value per layer, whatever their length.
 _NOT_PER_LAYER = re.compile(
     r"token|^architectures$|(?<!layer)_ids$|lang|label|time_step|image|patch|multiplier|conv_|kernel|words|mrope|task"
     r"|^summary_idxs$"
 )
-# Dicts inside the scope that hold such lists. Their indices count from 1.
+# Nested dicts that hold such lists. Their indices count from 1.
 _NESTED = frozenset(("linear_attn_config", "sparse_attention_config"))
 _NESTED_MEMBERS_FROM_ONE = frozenset(("full_attn_layers", "kda_layers"))
-# Text with a letter for each layer, and text that lists layers.
+# Strings with one letter per layer, and strings that list layers.
 _LETTERS = re.compile(r"override_pattern$|^index_topk_pattern$")
 _WRITTEN_MEMBERS = frozenset(("moe_layers_enum",))
 
 
 def is_by_layer(key: str) -> bool:
-    """Return whether a key is known to name layers, or to be about other layers in spite of its name."""
+    """Return whether a key is known to name layers, or is a known exception that only looks as if it did."""
     known = (
         _PER_LAYER,
         _READ,
@@ -75,17 +75,17 @@ def is_by_layer(key: str) -> bool:
 
 
 def slice_value(key: str, value: Any, layers: Sequence[int], count: int, predictions: int = 0) -> Any:
-    """Return the value that `key` has once these layers were chosen; that of any other key is returned as it is.
+    """Return the value of `key` for the chosen layers; values that do not depend on layers are returned unchanged.
 
     Args:
         key: The key.
         value: Its value for the old layers.
-        layers: For each new layer, the old one that it comes from.
+        layers: For each new layer, the index of the old layer that it comes from.
         count: Number of old layers.
-        predictions: Number of prediction layers behind the last one, which lists may cover, too. They are kept.
+        predictions: Number of prediction layers after the last layer, which lists may also cover. They are kept.
 
     Raises:
-        UnsupportedError: Something reads the output of a layer that is no longer there, or there several times.
+        UnsupportedError: The model reads the output of a layer that the result lacks, or has several times.
     """
     if key in _NOT_THESE_LAYERS:
         return value
@@ -141,7 +141,7 @@ def _slice_dict(key: str, value: dict[str, Any], layers: Sequence[int], count: i
 
 
 def _slice_read(key: str, value: Any, layers: Sequence[int], count: int) -> Any:
-    """Carry over layers whose output is read. That of the last layer stays that of the last layer."""
+    """Rewrite indices of layers whose output is read; an index of the last layer still means the last layer."""
     if key == "stage_names":
         stages = ["stem", *(f"stage{index + 1}" for index in range(count))]
         return [*stages[:1], *(f"stage{index + 1}" for index in range(len(layers)))] if value == stages else value
@@ -160,7 +160,7 @@ def _slice_read(key: str, value: Any, layers: Sequence[int], count: int) -> Any:
 
 def _new_number(key: str, number: Any, layers: Sequence[int], count: int, start: int = 1) -> Any:
     index = as_int(number)
-    # numbers from the end, and the input of the first layer, stay what they are
+    # indices from the end, and the index of the first layer's input, do not change
     if index is None or not start <= index < count + start:
         return number
     if index - start == count - 1:
@@ -175,7 +175,7 @@ def _new_number(key: str, number: Any, layers: Sequence[int], count: int, start:
 
 
 def _expand(attention_types: list[Any], count: int) -> list[Any]:
-    """GPT-Neo: `[[["global", "local"], 12]]` is 24 layers. Empty where that is another number than `count`."""
+    """Expand GPT-Neo's `[[["global", "local"], 12]]` to one kind per layer; empty if that is not `count` layers."""
     kinds: list[Any] = []
     for entry in attention_types:
         match entry:

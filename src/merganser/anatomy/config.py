@@ -1,4 +1,4 @@
-"""Reading and changing a checkpoint's config.json: where the settings of the language model live, ties and dtype."""
+"""Read and change a config.json: the settings of the language model, tied embeddings and dtype."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = [
 
 
 def words(text: str) -> frozenset[str]:
-    """Return the words of a table written as text."""
+    """Return the set of words in a string; tables of names are written as one string."""
     return frozenset(text.split())
 
 
-# Every name under which published configs keep the number of layers.
+# All keys under which published configs store the number of layers.
 COUNT_KEYS = (
     "num_hidden_layers",
     "n_layer",
@@ -44,15 +44,15 @@ COUNT_KEYS = (
     "num_encoder_layers",
 )
 
-# Every name under which published configs keep the number of layers that predict further tokens, behind the last layer.
+# All keys under which published configs store the number of multi-token prediction layers after the last layer.
 PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
-# Sub-configs of towers beside the language model.
+# Sub-configs of parts other than the language model, such as vision towers.
 _SIDE_CONFIG = re.compile(
     r"vision|visual|vit_|image|audio|speech|sound|projector|qformer|vq|quant|talker|token2wav|codec|code_|draft|dit_"
 )
 
-# Only families whose config class sets the flag are listed: for others an absent key says nothing.
+# Only families whose config class defines the flag are listed; for others an absent key has no known meaning.
 _TIED_BY_DEFAULT = words(
     """albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom camembert
     cohere cohere2 convbert ctrl data2vec-text deberta deberta-v2 distilbert electra ernie ernie4_5 ernie4_5_moe esm
@@ -70,14 +70,14 @@ _UNTIED_BY_DEFAULT = words(
     qwen3_next qwen3_vl rembert rwkv seed_oss smolvlm stablelm"""
 )
 KNOWN_TYPES = _TIED_BY_DEFAULT | _UNTIED_BY_DEFAULT
-"""Model types of transformers that have weights of a language model."""
+"""Model types of transformers that include a language model."""
 
 
 def text_scopes(config: Mapping[str, Any], depth: int = 4) -> Iterator[dict[str, Any]]:
-    """Yield the dicts that describe the language model: the config itself, then `text_config` and its kin.
+    """Yield the dicts that describe the language model: the config itself, then `text_config` and similar sub-configs.
 
-    Sub-configs of vision and audio towers, quantisation and the like are left out, and so is what is nested
-    deeper than `depth`.
+    Sub-configs of vision and audio towers, of quantisation and the like are skipped, and so are dicts nested deeper
+    than `depth`.
     """
     yield config  # type: ignore[misc]  # callers that write pass the copy they made, a dict
     for key, value in config.items() if depth else ():
@@ -92,24 +92,24 @@ def model_types(config: Mapping[str, Any]) -> list[str]:
 
 
 def layer_counts(config: Mapping[str, Any]) -> set[int]:
-    """Return every number of layers that the text scopes name, under any of `COUNT_KEYS`."""
+    """Return all numbers of layers in the text scopes, under any of `COUNT_KEYS`."""
     return {
         count for scope in text_scopes(config) for key in COUNT_KEYS if (count := as_int(scope.get(key))) is not None
     }
 
 
 def as_int(value: object) -> int | None:
-    """Return `value` when it is an integer and not a bool, else None."""
+    """Return `value` if it is an integer and not a bool, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def is_tied(config: Mapping[str, Any]) -> bool | None:
-    """Say whether the output head shares the input embedding.
+    """Return whether the output head shares the input embedding.
 
-    An explicit `tie_word_embeddings` decides, the outermost first; without one the default of the model type does.
+    The outermost explicit `tie_word_embeddings` decides; without one, the default of the model type.
 
     Returns:
-        None when the config does not say and the model type is not a known one.
+        None if the config has no flag and the model type is unknown.
     """
     for scope in text_scopes(config):
         flag = scope.get("tie_word_embeddings")
@@ -133,9 +133,9 @@ def set_tied(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def set_config_dtype(config: Mapping[str, Any], dtype_name: str) -> dict[str, Any]:
-    """Return a copy that declares `dtype_name` wherever the config declares a dtype, sub-configs of towers included.
+    """Return a copy with `dtype_name` wherever the config declares a dtype, including sub-configs of towers.
 
-    Both spellings, `dtype` and `torch_dtype`, are kept as found. A config that has neither gets `torch_dtype`, which
+    Both spellings, `dtype` and `torch_dtype`, are kept. A config that has neither gets `torch_dtype`, which
     every version of transformers reads.
 
     Args:

@@ -1,8 +1,8 @@
-"""What config classes of transformers take for a setting that a config.json does not have.
+"""The defaults of transformers' config classes for settings that a config.json omits.
 
-Only settings that change what the model computes are listed, and only the common classes: others answer with nothing,
-and a setting that one of two configs lacks is then said to be unknown. A test compares the table with the installed
-transformers; reading it from there would take a second of every merge.
+Only settings that change what the model computes, and only common classes, are listed. For other classes, a setting
+that one of two configs omits is reported as unknown. A test compares the table with the installed transformers;
+importing transformers instead would add a second to every merge.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ NEUTRAL: Mapping[str, Any] = {
     "position_embedding_type": "absolute",
     "scale_attn_weights": True,
 }
-"""Values that are the same as none."""
+"""Values that have the same effect as an absent setting."""
 
-# Model types that are one class, or classes that compute the same from the same settings.
+# Model types that share one class, or whose classes compute the same function from the same settings.
 _SAME_CODE = (
     words("llama mistral code_llama yi"),
     words("roberta xlm-roberta camembert"),
@@ -283,26 +283,26 @@ MODEL_TYPES = tuple(_TABLE)
 
 
 def same_code(first: str, second: str) -> bool:
-    """Return whether two model types compute the same from the same settings."""
+    """Return whether two model types compute the same function from the same settings."""
     first, second = _plain(first), _plain(second)
     return first == second or any(first in group and second in group for group in _SAME_CODE)
 
 
 def is_known_type(model_type: str) -> bool:
-    """Return whether a model type is one of transformers' own, so that another one is certainly other code."""
+    """Return whether a model type is one of transformers'; two such types differ in code unless `same_code` holds."""
     plain = _plain(model_type)
     return any(name in _TABLE or name in KNOWN_TYPES for name in (model_type, plain))
 
 
 def _plain(model_type: str) -> str:
-    """Return a model type without what a language model inside another one adds."""
+    """Return a model type without the suffix that it has as part of a larger model, such as `_text`."""
     for suffix in _SUFFIXES:
         model_type = model_type.removesuffix(suffix)
     return model_type
 
 
 def class_defaults(model_type: object) -> Mapping[str, Any]:
-    """Return what the class of a model type takes for absent settings; nothing for a type that is not listed."""
+    """Return the defaults of a model type's config class; empty for a type that is not listed."""
     if not isinstance(model_type, str):
         return {}
     text = _TABLE.get(model_type) or _TABLE.get(_plain(model_type), "")

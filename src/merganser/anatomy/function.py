@@ -1,7 +1,7 @@
-"""Which settings of a config change what the model computes, and how two configs differ in them.
+"""Which config settings change what the model computes, and how two configs differ in them.
 
-Equal shapes do not make tensors mean the same: with another number of heads, another activation or a norm that
-multiplies by 1 + w, the same numbers are another function.
+Tensors of equal shapes may have different meanings: with another number of heads, another activation, or a norm that
+multiplies by 1 + w, the same numbers compute another function.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Difference:
     """A setting in which two configs differ.
 
     Attributes:
-        key: The setting, with the sub-config it is in: "rope_theta", "vision_config.patch_size".
-        kind: Whether it changes what tensors mean, only how the model acts, or is not known.
-        first: Its value in the first config, the default of the class where the config does not say; None for neither.
+        key: The setting, prefixed with its sub-config: "rope_theta", "vision_config.patch_size".
+        kind: What the setting changes; see `Kind`.
+        first: Its value in the first config, else the default of the config class; None if neither is known.
         second: Its value in the second config.
     """
 
@@ -38,7 +38,7 @@ class Difference:
 
 _LABELS = re.compile(r"label_\d+", re.IGNORECASE)
 
-# Names of the same activation; those of the second kind differ from those of the first by 0.0005 at most.
+# Equivalent names of activations; the tanh approximation differs from exact GELU by at most 0.0005.
 _ACTIVATIONS = {
     "swish": "silu",
     "gelu_python": "gelu",
@@ -55,7 +55,7 @@ _ALIASES = {
     "n_ctx": "n_positions",
     "max_sequence_length": "max_position_embeddings",
 }
-"""Settings that some classes call otherwise. Where a config has both names, the second counts."""
+"""Other names that some classes use for a setting. If a config has both names, the second one takes precedence."""
 
 _TEXT = ("text_config", "llm_config", "language_config", "text", "llm", "language_model")
 _MOST_DEPTH = 6
@@ -64,7 +64,7 @@ _MOST_DEPTH = 6
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
     """Return the settings that change what the model computes and that differ between two configs.
 
-    A setting that one config does not have is what its class takes by default, where that is known.
+    If a config lacks a setting, its class's default is compared, if that is known.
 
     Args:
         first: The contents of a config.json.
@@ -84,16 +84,16 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
         a, b = ours.get(key), theirs.get(key)
         kind = _kind_between(key, a, b)
         if kind is not None and not _same(key, a, b):
-            # what the class takes where nothing is said is not known
+            # the class's default for the absent setting is unknown
             unsaid = kind == "meaning" and (a is None or b is None)
             found.append(Difference(key, "unknown" if unsaid else kind, a, b))
     return found
 
 
 def _same(key: str, first: Any, second: Any) -> bool:
-    """Return whether two values are the same setting; no value is the same as one that does nothing.
+    """Return whether two values are the same setting; an absent value equals one that has no effect.
 
-    Lists of other lengths go with other numbers of layers, which tensors show.
+    Lists of different lengths count as the same: they belong to different numbers of layers, which the tensors show.
     """
     if isinstance(first, list) and isinstance(second, list) and len(first) != len(second):
         return True
@@ -118,17 +118,17 @@ def _kind_between(key: str, first: Any, second: Any) -> Kind | None:
 
 
 def _permuted(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    """Return whether a label of both has another number in one of them."""
+    """Return whether a label that both mappings contain has different numbers in them."""
     place = {label: number for number, label in first.items()}
     return any(place.get(label, number) != number for number, label in second.items())
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a config that may change what the model computes, under one name each.
+    """Return the settings of a config that may change what the model computes, each under one canonical name.
 
-    Sub-configs of the language model are taken together with the config around them, as older and newer files of one
-    class divide them otherwise; those of towers keep their name in front. RoPE is written in one way, and what the
-    config leaves to its class is filled in where that is known.
+    Sub-configs of the language model are merged with the config around them, since older and newer files of one class
+    split them differently; sub-configs of towers keep their name as a prefix. RoPE settings are written in one form,
+    and known class defaults are filled in.
     """
     found: dict[str, Any] = {}
     for prefix, scope in _scopes(config, "", _MOST_DEPTH):
@@ -138,7 +138,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scopes(config: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the text config, with what is around it, and the sub-configs of towers, with the prefix of their keys."""
+    """Yield the text config, merged with the config around it, and the sub-configs of towers, each with its prefix."""
     scope: dict[str, Any] = {}
     inner: list[tuple[str, Mapping[str, Any]]] = []
     nested: Mapping[str, Any] | None = config
@@ -164,11 +164,11 @@ def _is_config(key: str) -> bool:
 
 
 def _canonical(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of one scope, with names, spellings and defaults made alike."""
+    """Return the settings of one scope with canonical names, spellings and defaults."""
     given = {_ALIASES.get(key, key): value for key, value in scope.items() if _ALIASES.get(key, key) not in scope}
     raw = {**class_defaults(scope.get("model_type")), **given, **scope}
     if raw.get("hidden_activation") is not None:
-        # Gemma's classes look at this one first
+        # Gemma's classes give this key precedence
         raw["hidden_act"] = raw["hidden_activation"]
     raw |= _rope(raw)
     raw |= _derived(raw, scope)
@@ -191,7 +191,7 @@ def _value(key: str, value: Any) -> Any:
 
 
 def _labels(value: Any) -> dict[str, str] | None:
-    """Return labels by number; None for those that transformers makes up."""
+    """Return the labels by number; None if they are the placeholders that transformers generates."""
     if not isinstance(value, dict):
         return None
     labels = {number: str(label).casefold() for number, label in value.items()}
@@ -199,7 +199,7 @@ def _labels(value: Any) -> dict[str, str] | None:
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RoPE's settings as older files have them: a base, a scaling, and a base for sliding windows."""
+    """Return RoPE settings in the form of older files: a base, a scaling, and a base for sliding windows."""
     given = raw.get("rope_parameters")
     newer = isinstance(given, dict)
     parameters = dict(given) if isinstance(given, dict) else {}
@@ -227,19 +227,19 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _derived(raw: Mapping[str, Any], scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings that follow from others where they are not given."""
+    """Return settings that are absent and follow from others."""
     found: dict[str, Any] = {}
     heads, hidden = as_int(raw.get("num_attention_heads")), as_int(raw.get("hidden_size"))
     if heads:
         if raw.get("num_key_value_heads") is None:
             found["num_key_value_heads"] = heads
         if raw.get("qk_rope_head_dim") is not None:
-            # multi-head latent attention has parts with widths of their own
+            # multi-head latent attention has several head widths, under other keys
             found["head_dim"] = None
         elif hidden and raw.get("head_dim") is None:
             found["head_dim"] = hidden // heads
     if not raw.get("use_sliding_window", True):
-        # Qwen keeps the window that it does not use
+        # Qwen's configs keep the window size even if the window is off
         found |= {"sliding_window": None, "max_window_layers": None}
     counts = [as_int(scope.get(key)) for key in COUNT_KEYS]
     count = next((count for count in counts if count is not None and 0 < count <= 10_000), None)

@@ -1,4 +1,4 @@
-"""From names, shapes and config to the structure of a checkpoint."""
+"""Infer the structure of a checkpoint from names, shapes and config."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Anatomy:
     """The structure of a checkpoint.
 
     Attributes:
-        parts: Every tensor name, and what it means.
+        parts: Every tensor name, with its meaning.
         stacks: Prefix of each indexed stack and its number of layers, the main one first.
-        main: The stack that slicing renumbers. None without stacks, and when there are several equal candidates, as in
+        main: The stack that slicing renumbers. None without stacks, and if several candidates are equally likely, as in
             encoder-decoder models.
-        n_layers: Number of layers of the main stack, 0 when there is none.
+        n_layers: Number of layers of the main stack; 0 without one.
         tied: `(alias, source)` pairs of names: the alias is absent from the file because it shares the source.
         embedding: Name of the input embedding.
         head: Name of the output matrix over the vocabulary, if the file holds one.
@@ -55,14 +55,14 @@ class Anatomy:
         return f"{prefix}{new_index}.{rest}"
 
     def is_prediction_layer(self, name: str) -> bool:
-        """Return whether the tensor is in a layer that predicts further tokens, appended to the main stack."""
+        """Return whether the tensor is in a multi-token prediction layer, appended to the main stack."""
         part = self.parts[name]
         return part.layer is None and part.stack is not None and part.stack == self.main
 
     def rename_behind(self, name: str, n_layers: int) -> str:
-        """Return the name that the tensor has in a main stack of `n_layers` layers, if it is in a prediction layer.
+        """Return the name of a prediction layer's tensor if the main stack had `n_layers` layers.
 
-        Such layers stay behind the last layer. Other tensors keep their name.
+        Prediction layers stay after the last layer. Other tensors keep their name.
         """
         if not self.is_prediction_layer(name):
             return name
@@ -70,14 +70,14 @@ class Anatomy:
         return f"{self.main}.{int(index) - self.n_layers + n_layers}.{rest}"
 
     def layer_count(self, name: str) -> int:
-        """Return how many layers the tensor's stack has; 0 for a tensor outside layers."""
+        """Return the number of layers of the tensor's stack; 0 for a tensor outside layers."""
         part = self.parts[name]
         return self.stacks[part.stack] if part.layer is not None and part.stack is not None else 0
 
     def depth(self, name: str) -> float | None:
-        """Return how deep the tensor's layer lies, 0 for the first layer to 1 for the last (1 for a single layer).
+        """Return the relative depth of the tensor's layer: 0 for the first, 1 for the last (1 for a single layer).
 
-        In encoder-decoder models this is the depth in the tensor's own stack. None outside the layers.
+        In encoder-decoder models the depth is within the tensor's own stack. None for tensors outside layers.
         """
         part = self.parts[name]
         if part.position != "layer" or part.layer is None or part.stack is None:
@@ -135,7 +135,7 @@ def _main_stack(stacks: Mapping[str, int], shapes: Mapping[str, Shape], config: 
 
 
 def _without_prediction_layers(found: int, config: Mapping[str, Any]) -> int:
-    """DeepSeek appends its multi-token prediction layers to the same list, behind the ones that config counts."""
+    """Return the number of layers without DeepSeek's prediction layers, which follow the others in the same list."""
     for scope in text_scopes(config):
         for key in PREDICTION_KEYS:
             extra = as_int(scope.get(key))
@@ -145,7 +145,7 @@ def _without_prediction_layers(found: int, config: Mapping[str, Any]) -> int:
 
 
 def _side_prefixes(stacks: Mapping[str, int], main: str | None) -> tuple[str, ...]:
-    """Return the roots of the towers beside the main stack: what their prefix has up to where it leaves main's."""
+    """Return the root prefixes of towers: each stack's prefix up to the first component that differs from main's."""
     if main is None:
         return ()
     roots = []
@@ -181,14 +181,14 @@ def _parts(
         layer = index if index < stacks[stack] else None
         position: Position = "layer" if main in (stack, None) else outside_position(name, role, side=side)
         if layer is None:
-            # A prediction layer carries its own embedding and head.
+            # A prediction layer has its own embedding and head.
             position, role = "after", outside_role(suffix, side=False) if role == "other" else role
         parts[name] = Part(name, stack, layer, position, role, _expert_index(suffix) if role == "expert" else None)
     return parts
 
 
 def _position_outside(name: str, role: Role, side: bool, config: Mapping[str, Any]) -> Position:
-    # LFM2 calls its final norm "embedding_norm".
+    # LFM2's final norm is called "embedding_norm".
     if name.endswith("embedding_norm.weight") and any(kind.startswith("lfm2") for kind in model_types(config)):
         return "after"
     return outside_position(name, role, side=side)
@@ -220,7 +220,7 @@ def _embedding(parts: Mapping[str, Part], shapes: Mapping[str, Shape], config: M
         module = name.removesuffix(".weight").rsplit(".", 1)[-1]
         if module not in _EMBEDDING_WORDS and shape[0] not in sizes:
             continue
-        # T5 and BART: "shared" is the source, the copies in encoder and decoder are its aliases.
+        # T5 and BART: "shared" is the source; the copies in encoder and decoder are aliases.
         word = _EMBEDDING_WORDS.index(module) if module in _EMBEDDING_WORDS else len(_EMBEDDING_WORDS)
         rank = (bool(sizes) and shape[0] not in sizes, module != "shared", word, name)
         if best is None or rank < best[0]:
@@ -241,7 +241,7 @@ def _head(parts: Mapping[str, Part], shapes: Mapping[str, Shape], embedding: str
     return next(iter(sorted(name for name in fits if shapes[name][0] == rows) or sorted(named)), None)
 
 
-# Output matrices that are not called lm_head.
+# Names of output matrices other than lm_head.
 _HEAD_NAMES = {"gpt_neox": "embed_out.weight", "gpt_neox_japanese": "embed_out.weight", "whisper": "proj_out.weight"}
 _LM_SUFFIXES = ("CausalLM", "LMHeadModel", "MaskedLM", "PreTraining", "ConditionalGeneration", "WithLMHead")
 
@@ -263,7 +263,7 @@ def _ties(
     architectures = config.get("architectures")
     named = str(architectures[0]) if isinstance(architectures, list) and architectures else None
     has_head = named is None or named.endswith(_LM_SUFFIXES)
-    # An unknown config class without the flag: a language model whose file has no head can only be tied.
+    # An unknown config class without the flag: if the file of a language model has no head, it must be tied.
     tied = is_tied(config) if named is None else is_tied(config) is not False
     if head is None and has_head and tied:
         ties += _head_aliases(parts, shapes, config, embedding)
@@ -274,7 +274,7 @@ def _head_aliases(
     parts: Mapping[str, Part], shapes: Mapping[str, Shape], config: Mapping[str, Any], embedding: str
 ) -> list[tuple[str, str]]:
     rows = shapes[embedding][0]
-    # Encoders keep the bias of the tied matrix, and its name tells the name of the matrix.
+    # Encoders store the bias of the tied matrix; the matrix has the same prefix as its bias.
     for name, part in parts.items():
         if part.role == "head" and shapes[name] == (rows,) and name.endswith(".bias"):
             module = name.removesuffix(".bias")

@@ -11,20 +11,20 @@ __all__ = ["dense_layers", "fit_period", "has_window", "implied_lists", "last_ki
 
 
 class _Every(NamedTuple):
-    """Every `period`-th layer is of the `chosen` kind: those with `index % period == at % period`; the rest is not."""
+    """Layers with `index % period == at % period` are of the `chosen` kind; all others are of the kind `rest`."""
 
     period: int
     rest: str
     chosen: str = "full_attention"
     at: int = -1
     last: bool = False
-    """Whether the last layer is chosen, too, whatever its index."""
+    """Whether the last layer is of the `chosen` kind, too, whatever its index."""
 
 
-# Families whose config class turns the last layer into one of full attention, whatever the list says.
+# Families whose config class forces full attention in the last layer, whatever the list says.
 _LAST_IS_FULL = words("diffusion_gemma_text embedding_gemma2_text gemma4_text gemma4_unified_text")
 
-# Families whose config class alternates the kinds by itself, with the period that it takes when no key gives one.
+# Families whose config class alternates the kinds itself, with the period that it uses if no key gives one.
 _ALTERNATING: dict[str, _Every] = {
     **dict.fromkeys(words("gemma2 gpt_oss t5_gemma_module vaultgemma"), _Every(2, "sliding_attention")),
     **dict.fromkeys(words("ultrabert"), _Every(3, "sliding_attention")),
@@ -52,8 +52,8 @@ _PERIOD_KEYS = {
     "layer_group_size": "linear_attention",
 }
 
-# Families whose config class lists dense layers first and layers with experts behind them, and how many are dense when
-# `first_k_dense_replace` does not say.
+# Families whose config class makes the first layers dense and gives the others experts, with the number of dense
+# layers to use if `first_k_dense_replace` is absent.
 _DENSE_FIRST: dict[str, int] = {
     **dict.fromkeys(
         words(
@@ -67,7 +67,7 @@ _DENSE_FIRST: dict[str, int] = {
     **dict.fromkeys(words("beam deepseek_v32 glm5_next_text glm_moe_dsa mistral_large4_text"), 3),
 }
 
-# Lists that a config class derives from rules that are not written down here.
+# Lists that a config class derives from rules that this module does not implement.
 _DERIVED_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "cohere2_moe": ("layer_types",),
     "deepseek_v4": ("layer_types", "mlp_layer_types"),
@@ -99,22 +99,22 @@ _DERIVED_ELSEWHERE: dict[str, tuple[str, ...]] = {
 
 
 def underived(scope: Mapping[str, Any]) -> list[str]:
-    """Return the keys of the per-layer lists that `scope` leaves to its config class, which derives them by itself.
+    """Return the keys of per-layer lists that `scope` omits and its config class derives.
 
-    Only lists whose rule `implied_lists` does not know are named.
+    Only lists whose rule `implied_lists` does not implement are returned.
     """
     return [key for key in _DERIVED_ELSEWHERE.get(str(scope.get("model_type")), ()) if not scope.get(key)]
 
 
 def last_kind(scope: Mapping[str, Any]) -> str | None:
-    """Return the kind that the last layer must have, None where any will do."""
+    """Return the kind that the last layer must have; None if it may have any."""
     return "full_attention" if str(scope.get("model_type")) in _LAST_IS_FULL else None
 
 
 def implied_lists(scope: Mapping[str, Any], count: int) -> dict[str, list[Any]]:
     """Return the per-layer lists that transformers derives for `count` layers from the rules in `scope`.
 
-    Lists that the scope spells out are not looked at.
+    Lists that `scope` already has are not compared.
     """
     lists: dict[str, list[Any]] = {}
     kind = str(scope.get("model_type"))
@@ -150,7 +150,7 @@ def _alternating(scope: Mapping[str, Any], count: int) -> list[str] | None:
 
 
 def _windowed(scope: Mapping[str, Any], count: int) -> list[str] | None:
-    """Qwen: the first `max_window_layers` layers attend to everything, the rest slide."""
+    """Return the kinds of Qwen's layers: full attention in the first `max_window_layers`, then a sliding window."""
     first = as_int(scope.get("max_window_layers"))
     if first is None or not has_window(scope):
         return None
@@ -158,19 +158,19 @@ def _windowed(scope: Mapping[str, Any], count: int) -> list[str] | None:
 
 
 def has_window(scope: Mapping[str, Any]) -> bool:
-    """Return whether layers behind the first `max_window_layers` attend to a window only."""
-    # dots1 has no switch
+    """Return whether the layers after the first `max_window_layers` attend to a sliding window only."""
+    # dots1 has no flag for it
     switched = scope.get("use_sliding_window", scope.get("model_type") == "dots1")
     return bool(switched) and scope.get("sliding_window") is not None
 
 
 def dense_layers(scope: Mapping[str, Any], layers: Sequence[int], default: int = 0) -> list[bool]:
-    """Return which of these layers are dense: the first k, and where experts have a frequency those between, too.
+    """Return which of these layers are dense: the first k, and those to which `moe_layer_freq` gives no experts.
 
     Args:
         scope: The config.
         layers: Indices of layers.
-        default: k where `first_k_dense_replace` does not say.
+        default: k if `first_k_dense_replace` is absent.
     """
     first = as_int(scope.get("first_k_dense_replace"))
     freq = scope.get("moe_layer_freq")
@@ -181,9 +181,9 @@ def dense_layers(scope: Mapping[str, Any], layers: Sequence[int], default: int =
 
 
 def fit_period(flags: Sequence[bool], period: int, offset: int) -> tuple[int, int] | None:
-    """Return `(period, offset)` with `flags[i] == (i % period == offset)`, nearest to the given pair; None without one.
+    """Return `(period, offset)` with `flags[i] == (i % period == offset)`, preferably the given pair, else None.
 
-    When no flag is set, an offset behind the last layer says so.
+    If no flag is set, the offset is an index after the last layer.
     """
     periods = [period, *range(1, len(flags) + 2)]
     for candidate in periods:
@@ -194,7 +194,7 @@ def fit_period(flags: Sequence[bool], period: int, offset: int) -> tuple[int, in
 
 
 def stale_rules(scope: Mapping[str, Any], count: int) -> list[str]:
-    """Return a message for each rule in `scope` that contradicts the list beside it."""
+    """Return a message for each rule in `scope` that contradicts its `layer_types`."""
     implied = implied_lists(scope, count).get("layer_types")
     if implied is None or scope.get("layer_types") == implied:
         return []

@@ -1,4 +1,4 @@
-"""Rules by position in a config (every 6th, the first k), rewritten for the layers that were chosen."""
+"""Rewrite the positional rules of a config (every 6th, the first k) for a new choice of layers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .kinds import dense_layers, fit_period, has_window, last_kind
 
 __all__ = ["RULE_KEYS", "refit_rules"]
 
-# Settings that give a meaning to the number of a layer, which its code computes with. A setting of 0 or False is off.
+# Settings by which the model's code computes with a layer's index. 0 or False switches such a setting off.
 _BY_NUMBER = {
     "encoder_sparse_step": "layers with experts are counted by number",
     "num_mem_blocks": "shared blocks take turns by number",
     "ple_layer_ids": "the rows of a table are given to layers by their number",
     "scale_attn_by_inverse_layer_idx": "attention is divided by the layer's number",
 }
-# Settings that give tensors outside the layers a size that depends on the number of layers.
+# Settings that make the size of tensors outside the layers depend on the number of layers.
 _BY_COUNT = {
     "aligner_num_add_layers": "adapters are spread over the layers in a stack of their own",
     "cross_layer_interval": "cross-attention layers are spread over the layers in a stack of their own",
@@ -29,7 +29,7 @@ _BY_COUNT = {
     "num_block_repeats": "layers are stages of different widths",
     "use_weighted_layer_sum": "a tensor beside the layers has a weight for each of them",
 }
-# A setting of 1 is as good as none.
+# Settings for which 1 means off.
 _HARMLESS_ONE = frozenset(("encoder_sparse_step", "num_mem_blocks"))
 
 RULE_KEYS = frozenset(
@@ -68,20 +68,20 @@ RULE_KEYS = frozenset(
         "sliding_window_pattern",
     }
 )
-"""Keys of rules that slicing rewrites, refuses, or replaces by the list that they stand for."""
+"""Keys of rules that slicing rewrites, refuses, or replaces by an explicit list."""
 
 
 def refit_rules(scope: dict[str, Any], layers: Sequence[int], count: int) -> None:
-    """Rewrite the rules in `scope` so that they describe the layers that were kept, in their new order.
+    """Rewrite the rules in `scope` so that they describe the chosen layers in their new order.
 
     Args:
-        scope: The config, or the part of it that describes the layers. It is changed. Its lists are still those of the
-            old layers.
-        layers: For each new layer, the old one that it comes from.
+        scope: The config, or the part of it that describes the layers; changed in place. Its lists must still be those
+            of the old layers.
+        layers: For each new layer, the index of the old layer that it comes from.
         count: Number of old layers.
 
     Raises:
-        UnsupportedError: A rule cannot describe the chosen layers. The message names it.
+        UnsupportedError: A rule, named in the message, cannot describe the chosen layers.
     """
     _refuse(scope, layers)
     if "layers_block_type" not in scope:
@@ -104,7 +104,7 @@ def refit_rules(scope: dict[str, Any], layers: Sequence[int], count: int) -> Non
         scope["max_window_layers"] = _leading([index < first for index in layers])
     scale = scope.get("scale_depth")
     if isinstance(scale, (int, float)) and not isinstance(scale, bool):
-        # MiniCPM multiplies residual branches by scale_depth / sqrt(layers); that of each layer stays as it was
+        # MiniCPM multiplies residual branches by scale_depth / sqrt(layers); keep the factor of each layer
         scope["scale_depth"] = scale * math.sqrt(len(layers) / count)
 
 
@@ -127,7 +127,7 @@ def _leading(flags: Sequence[bool]) -> int:
 
 
 def _refit_leading(scope: dict[str, Any], layers: Sequence[int], key: str, what: str) -> None:
-    """Set a key that says how many of the first layers are special."""
+    """Rewrite a key that counts the special layers at the start."""
     first = as_int(scope.get(key))
     if first is None:
         return
@@ -149,7 +149,7 @@ def _refit_period(scope: dict[str, Any], layers: Sequence[int], period_key: str,
 
 
 def _refit_fixed_period(scope: dict[str, Any], layers: Sequence[int], key: str) -> None:
-    """Set a key for which every n-th layer is special, counted from the first one."""
+    """Rewrite a key by which every n-th layer, counted from the first, is special."""
     period = as_int(scope.get(key))
     if not period:
         return
@@ -162,7 +162,7 @@ def _refit_fixed_period(scope: dict[str, Any], layers: Sequence[int], key: str) 
 
 
 def _refit_sparse_step(scope: dict[str, Any], layers: Sequence[int]) -> None:
-    """Qwen MoE: with step 1, `mlp_only_layers` can name any set of dense layers. It is remapped as an index list."""
+    """Rewrite Qwen MoE's step to 1, with the dense layers listed in `mlp_only_layers`, which is then remapped."""
     step = as_int(scope.get("decoder_sparse_step"))
     if step is None or step <= 1:
         return
@@ -173,14 +173,14 @@ def _refit_sparse_step(scope: dict[str, Any], layers: Sequence[int]) -> None:
 
 
 def _refit_first_dense(scope: dict[str, Any], layers: Sequence[int], count: int) -> None:
-    """DeepSeek and its kin: the first k layers are dense, then every `moe_layer_freq`-th has experts."""
+    """Rewrite DeepSeek's rule: the first k layers are dense, then every `moe_layer_freq`-th layer has experts."""
     first = as_int(scope.get("first_k_dense_replace"))
     if first is None:
         return
     freq = scope.get("moe_layer_freq")
     dense = dense_layers(scope, layers)
     if isinstance(freq, list) and len(freq) == count:
-        # the list, which is re-indexed, says the rest
+        # the list describes the remaining layers, and is re-indexed later
         scope["moe_layer_freq"] = [0 if index < first else flag for index, flag in enumerate(freq)]
         scope["first_k_dense_replace"] = 0
         return
@@ -195,7 +195,7 @@ def _refit_first_dense(scope: dict[str, Any], layers: Sequence[int], count: int)
 
 
 def _refit_expert_range(scope: dict[str, Any], layers: Sequence[int], count: int) -> None:
-    """ERNIE: every n-th layer between a first and a last one has experts."""
+    """Rewrite ERNIE's rule: every n-th layer between a first and a last one has experts."""
     start = as_int(scope.get("moe_layer_start_index"))
     if start is None or scope.get("mlp_layer_types"):
         return
@@ -203,11 +203,11 @@ def _refit_expert_range(scope: dict[str, Any], layers: Sequence[int], count: int
     last = count - 1 if end is None or end == -1 else end
     flags = [start <= index <= last and (index + 1) % step == 0 for index in layers]
     hits = [position for position, flag in enumerate(flags) if flag]
-    # without experts: a range that is empty
+    # no layer has experts: use an empty range
     first, final = (hits[0], hits[-1]) if hits else (len(layers), len(layers) - 1)
     for candidate in (step, *range(1, len(layers) + 1)):
         if hits == [position for position in range(first, final + 1) if (position + 1) % candidate == 0]:
-            # ERNIE's first layer index may lie before the first layer with experts; this one does not
+            # the old start index may precede the first layer with experts; the new one is exactly that layer
             scope["moe_layer_start_index"], scope["moe_layer_end_index"] = first, final
             scope["moe_layer_interval"] = candidate
             return
@@ -217,7 +217,7 @@ def _refit_expert_range(scope: dict[str, Any], layers: Sequence[int], count: int
 
 
 def _refit_shared_cache(scope: dict[str, Any], layers: Sequence[int], count: int) -> None:
-    """Layers that attend to keys and values of an earlier layer: the last k, or those that a list names."""
+    """Rewrite which layers reuse the keys and values of an earlier layer: the last k, or those in a list."""
     shared = as_int(scope.get("num_kv_shared_layers"))
     if shared:
         own = [index < count - shared for index in layers]
@@ -228,7 +228,7 @@ def _refit_shared_cache(scope: dict[str, Any], layers: Sequence[int], count: int
             )
     sources = scope.get("kv_source_layers")
     if isinstance(sources, list) and len(sources) == count and all(as_int(item) is not None for item in sources):
-        # the list is re-indexed like all others, so a value is written where its layer was
+        # each new value is the new index of the source layer; `slice_value` leaves this list as it is
         latest: dict[int, int] = {}
         remapped: list[int] = []
         for position, index in enumerate(layers):

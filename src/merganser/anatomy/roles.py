@@ -1,4 +1,4 @@
-"""What a tensor does, read from the words in its name."""
+"""Infer the role of a tensor from the words in its name."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Position = Literal["before", "layer", "after"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one tensor name means.
+    """The meaning of one tensor name.
 
     Attributes:
         name: The name in the file.
-        stack: Prefix of the indexed stack it belongs to ("model.layers"), None outside any stack.
-        layer: Index in that stack; None outside, and for prediction layers appended behind the last one.
-        position: "layer" in the main stack (in any stack when there is no main one), else the side of it on which
-            the tensor is used. A vision tower is "before".
-        role: What it does. Shared experts count as "expert", biases go with their weight.
-        expert: Index of the expert in layouts with one tensor per expert, None in fused layouts.
+        stack: Prefix of the tensor's indexed stack ("model.layers"); None outside any stack.
+        layer: Index in that stack; None outside stacks, and for prediction layers appended after the last layer.
+        position: "layer" in the main stack (in any stack if there is no main one), else "before" or "after" the layers,
+            where the tensor is used. A vision tower is "before".
+        role: What the tensor does. Shared experts count as "expert"; biases have the role of their weight.
+        expert: Index of the expert in layouts with one tensor per expert; None in fused layouts.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Part:
     expert: int | None
 
 
-# Towers beside the language model, by a word in the name.
+# Words in the names of parts other than the language model, such as vision towers.
 SIDE = re.compile(
     r"vision|visual|image|audio|speech|multi_?modal|mm_projector|qformer|resampler|connector|feature_extractor"
     r"|talker|token2wav|\bmtp\b|nextn|draft|eagle|medusa"
@@ -71,9 +71,9 @@ def role_in_layer(suffix: str, shape: Sequence[int], *, ssm_modules: Sequence[st
     """Return the role of a tensor inside a layer.
 
     Args:
-        suffix: The name behind the layer's index ("self_attn.q_proj.weight").
-        shape: Its shape.
-        ssm_modules: Modules of this layer that hold a state-space recurrence, as prefixes of suffixes.
+        suffix: The name after the layer's index ("self_attn.q_proj.weight").
+        shape: Shape of the tensor.
+        ssm_modules: Modules of this layer that contain a state-space recurrence, as prefixes of suffixes.
         has_experts: Whether the checkpoint has experts, which makes a module called "gate" a router.
     """
     words = suffix.lower().split(".")
@@ -107,11 +107,11 @@ def _attention_or_mlp(words: Sequence[str]) -> Role:
 
 
 def outside_role(name: str, *, side: bool) -> Role:
-    """Return the role of a tensor that is in no layer.
+    """Return the role of a tensor outside all layers.
 
     Args:
         name: The whole name.
-        side: Whether it belongs to a tower beside the language model, where a "head" is a pooling block.
+        side: Whether it belongs to a tower, such as a vision encoder, where a "head" is a pooling block.
     """
     words = name.lower().split(".")
     modules = words[:-1] if len(words) > 1 and words[-1] in _PARAMETER else words
@@ -136,7 +136,7 @@ def outside_role(name: str, *, side: bool) -> Role:
 
 
 def outside_position(name: str, role: Role, *, side: bool) -> Position:
-    """Return on which side of the layers a tensor outside them is used."""
+    """Return whether a tensor outside the layers is used before or after them."""
     lower = name.lower()
     if _BEHIND.search(lower):
         return "after"

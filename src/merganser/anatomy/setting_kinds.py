@@ -1,4 +1,4 @@
-"""What a setting of a config changes, by its name."""
+"""Classify config settings by name: what does a setting change?"""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Kind", "kind_of"]
 Kind = Literal["meaning", "behaviour", "unknown"]
 """What a setting changes.
 
-    meaning      the numbers of the tensors are read otherwise (heads, activation, multipliers); nothing can be averaged
-    behaviour    the tensors mean the same, and the model acts otherwise (RoPE base, windows, epsilons, experts per token)
-    unknown      not known here, as with settings of a checkpoint's own code
+    meaning      how the numbers of the tensors are used (heads, activation, multipliers); averaging is meaningless
+    behaviour    the tensors mean the same, but the model acts differently (RoPE base, windows, epsilons, top-k experts)
+    unknown      not known, as for settings of a checkpoint's own code
 """
 
 _MEANING = re.compile(
@@ -52,7 +52,7 @@ _BEHAVIOUR = re.compile(
     re.VERBOSE,
 )
 
-# Training, generation, caches, names and number formats.
+# Training, generation, caches, names and number formats: no effect on what the model computes.
 _NOT_COMPUTED = words(
     """architectures auto_map model_name name license torchscript prefix pruned_heads label2id num_labels problem_type
     finetuning_task task_specific_params pretraining_tp use_cache use_bfloat16 fp16 bf16 fp32 is_encoder_decoder
@@ -65,7 +65,7 @@ _NOT_COMPUTED = words(
     output_attentions output_hidden_states output_router_logits output_past output_scores num_logits_to_keep legacy
     onnx_export is_training dtype"""
 )
-# Sizes, biases and kinds of layers, which tensors show; and rules whose outcome is compared instead.
+# Sizes, biases and kinds of layers, which are visible in the tensors; and rules whose results are compared instead.
 _SHOWN = words(
     """dim n_embd d_model d_ff d_inner n_inner embedding_size word_embed_proj_dim num_channels in_channels projection_dim
     state_size num_experts num_local_experts num_routed_experts num_shared_experts n_routed_experts n_shared_experts
@@ -91,10 +91,10 @@ def kind_of(key: str) -> Kind | None:
     """Return what a setting changes.
 
     Args:
-        key: Its name, without that of its sub-config.
+        key: Name of the setting, without its sub-config.
 
     Returns:
-        None where it changes nothing that the tensors do not show.
+        None if it changes nothing, or only what is visible in the tensors.
     """
     if key in COUNT_KEYS or key in _NOT_COMPUTED or key in _SHOWN or _NO_PART.search(key):
         return None

@@ -1,4 +1,4 @@
-"""The config of a checkpoint whose layers are chosen from another's."""
+"""Make the config of a checkpoint whose layers are chosen from another checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SlicedConfig", "slice_config"]
 
 @dataclass(frozen=True, slots=True)
 class SlicedConfig:
-    """A config and what it could not express.
+    """A config, and warnings about settings that could not be adapted.
 
     Attributes:
         config: The new contents of config.json.
@@ -31,7 +31,7 @@ class SlicedConfig:
     warnings: list[str]
 
 
-# Rules by position that nothing here knows how to carry over.
+# Positional rules that this module cannot adapt.
 _UNKNOWN_RULE = re.compile(
     r"(layer|block|moe|attn|attention|sparse|sliding|cross|rope|dense).*(period|interval|every|freq|step)"
     r"|(every|period|interval|freq).*(layer|block)|kv_shared_layers|source_layers"
@@ -39,11 +39,11 @@ _UNKNOWN_RULE = re.compile(
 
 
 def slice_config(config: Mapping[str, Any], layers: Sequence[int], *, anatomy: Anatomy) -> SlicedConfig:
-    """Return the config of a checkpoint made of these layers of this one, in this order.
+    """Return the config of a checkpoint that consists of these layers, in this order.
 
     The layer count is set under every key that held it, lists with one entry per layer are re-indexed, lists of layer
-    indices are remapped. Where transformers derives the kinds of the layers from a rule that no longer holds, the rule
-    is refitted or the list is written out. Prediction layers behind the last one stay behind the last one.
+    indices are remapped. If transformers derives the kinds of layers from a rule that no longer holds, the rule is
+    refitted, or the list is written out. Prediction layers stay after the last layer.
 
     Args:
         config: The contents of config.json of the checkpoint that `anatomy` describes.
@@ -51,9 +51,9 @@ def slice_config(config: Mapping[str, Any], layers: Sequence[int], *, anatomy: A
         anatomy: The structure of that checkpoint.
 
     Raises:
-        UnsupportedError: The checkpoint has no single stack of layers, or a setting cannot describe the chosen ones.
-        CheckpointError: The config contradicts the file on the number of layers.
-        ValueError: `layers` is empty or names a layer that is not there.
+        UnsupportedError: The checkpoint has no single stack of layers, or a setting cannot describe the chosen layers.
+        CheckpointError: The config and the tensors disagree on the number of layers.
+        ValueError: `layers` is empty or contains an index that does not exist.
     """
     count = anatomy.n_layers
     _check(layers, anatomy)
@@ -64,7 +64,7 @@ def slice_config(config: Mapping[str, Any], layers: Sequence[int], *, anatomy: A
     scopes = [scope for scope, key in named if scope[key] == count]
     warnings: list[str] = []
     if not named:
-        # some classes count the kinds that a list gives
+        # some classes take the number of layers from the length of this list
         kinds = ((scope, scope.get("layers_block_type")) for scope in text_scopes(result))
         scopes = [scope for scope, found in kinds if isinstance(found, list) and len(found) == count]
     if not named and not scopes:
@@ -116,13 +116,13 @@ def _slice_scope(scope: dict[str, Any], layers: Sequence[int], count: int) -> li
 
 
 def _check_first_layer(layers: Sequence[int], anatomy: Anatomy) -> None:
-    """RWKV's first layer has one norm more, ModernBERT's one less, and their classes expect it at index 0."""
+    """Check that a layer 0 with other norms (RWKV, ModernBERT) stays first and is used once."""
     norms: dict[int, set[str]] = {index: set() for index in range(anatomy.n_layers)}
     for part in anatomy.parts.values():
         if part.stack == anatomy.main and part.role == "norm" and part.layer is not None:
             norms[part.layer].add(anatomy.rename_layer(part.name, 0))
     rest = [norms[index] for index in range(1, anatomy.n_layers)]
-    # of two layers neither is the rest
+    # with two layers, it is unclear which one is the exception
     if len(rest) < 2 or any(other != rest[0] for other in rest) or norms[0] == rest[0]:
         return
     if layers[0] != 0 or 0 in layers[1:]:

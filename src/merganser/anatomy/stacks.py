@@ -1,4 +1,4 @@
-"""Indexed stacks: `prefix.0.suffix`, `prefix.1.suffix`, ... found in a list of names."""
+"""Find indexed stacks (`prefix.0.suffix`, `prefix.1.suffix`, ...) in a list of names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 __all__ = ["find_stacks", "split_at", "walk"]
 
-# Without leading zeros: an index must be what its number prints as, or renaming could not be undone.
+# No leading zeros: the name must be recoverable from the integer index, or renaming could not be undone.
 _INDEX = re.compile(r"(?:0|[1-9][0-9]{0,5})\Z", re.ASCII)
 _LAYER_WORD = re.compile(r"(?:(?:.*_)?(?:layers?|blocks?)|h)\Z")
 
@@ -22,15 +22,15 @@ def walk(name: str) -> Iterator[tuple[str, int, str]]:
 
 
 def find_stacks(names: Iterable[str], counts: Collection[int]) -> dict[str, int]:
-    """Return the stacks of layers, prefix to number of layers.
+    """Return the stacks of layers, as a mapping from prefix to number of layers.
 
-    A stack counts 0..n-1 without a gap (or fills most of a count that the config names: pruned models may have empty
-    layers). Its last word is a layer word, or its layers share names as blocks do. Indices inside a layer (experts,
-    sub-layers of T5) are not stacks.
+    A stack has the indices 0..n-1 without a gap, or most of a count that the config names (pruned models may have empty
+    layers). Its last word is a layer word, or its layers share tensor names as blocks do. Indices inside a layer
+    (experts, sub-layers of T5) are not stacks.
 
     Args:
         names: Every tensor name.
-        counts: The numbers of layers that the config names.
+        counts: The numbers of layers in the config.
     """
     names = list(names)
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -43,7 +43,7 @@ def find_stacks(names: Iterable[str], counts: Collection[int]) -> dict[str, int]
 
 
 def split_at(name: str, stacks: Collection[str]) -> tuple[str, int, str] | None:
-    """Return `(stack, index, suffix)` for the outermost stack that `name` is in, None when it is in none."""
+    """Return `(stack, index, suffix)` for the outermost stack that contains `name`; None if none does."""
     return next((hit for hit in walk(name) if hit[0] in stacks), None)
 
 

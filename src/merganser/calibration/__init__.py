@@ -1,4 +1,4 @@
-"""Statistics of what a model computes on text, one transformer block at a time."""
+"""Collect statistics of a model's activations on text, with one transformer block in memory at a time."""
 
 from .addition import add_statistics
 from .run import STATISTICS, calibrate

@@ -1,4 +1,4 @@
-"""Statistics of several parts of the data, added up."""
+"""Add statistics that were collected on several parts of the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .writer import Sum, write_about, write_sums
 
 __all__ = ["add_statistics"]
 
-# what must be the same in statistics that are added
+# keys that must be equal in statistics that are added
 _SAME = {
     "model": "are of another model",
     "tokenizer": "are of another tokenizer",
@@ -26,14 +26,14 @@ _SAME = {
 
 
 def add_statistics(folders: Sequence[str | Path], out: str | Path) -> Statistics:
-    """Add statistics of one model on several parts of the data: the sums are those of all the data in one pass.
+    """Add statistics of one model on several parts of the data; the sums equal those of one pass over all the data.
 
     Args:
         folders: Two or more folders of statistics.
         out: The folder to write; it must not exist.
 
     Raises:
-        DataError: They are of different models or kinds, or two are of the same data.
+        DataError: The statistics are of different models or kinds, or two are of the same data.
         OutputError: `out` exists or cannot be written.
     """
     parts = [open_statistics(folder) for folder in folders]
@@ -75,7 +75,7 @@ def _check_alike(first: Statistics, other: Statistics) -> None:
     for key, complaint in _SAME.items():
         one, two = first.about[key], other.about[key]
         if key == "model":
-            # the same model may be found at another place
+            # compare hashes, since the same model may have another path
             one, two = one["hash"], two["hash"]
         if one != two:
             raise DataError(f"{other.path}: its statistics {complaint} than those of {first.path}, and cannot be added")

@@ -1,4 +1,4 @@
-"""Sequences of tokens, and batches of them as a model takes them."""
+"""Token sequences, and the padded batches of them that a model reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tokens:
 
     Args:
         ids: The tokens.
-        counted: For each, whether statistics see it.
+        counted: For each token, whether statistics include it.
     """
 
     ids: tuple[int, ...]
@@ -27,11 +27,11 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a model reads at once.
+    """One input of a model.
 
     Args:
-        stacks: One sequence, or for an encoder-decoder one for each of its stacks.
-        where: File and line that it comes from, for messages.
+        stacks: One sequence, or one for each stack of an encoder-decoder.
+        where: File and line of the record, for messages.
     """
 
     stacks: tuple[Tokens, ...]
@@ -39,7 +39,7 @@ class Sample:
 
     @property
     def longest(self) -> int:
-        """The tokens of its longest sequence."""
+        """Number of tokens of the longest sequence."""
         return max(len(tokens.ids) for tokens in self.stacks)
 
 
@@ -49,9 +49,9 @@ class Padded:
 
     Args:
         ids: Int64, shape [sequences, longest].
-        valid: Where there is a token and not padding, bool, same shape.
-        counted: Tokens that statistics see, bool, same shape; never where there is padding.
-        first: The first of these tokens among those of all batches.
+        valid: True for tokens, False for padding, bool, same shape.
+        counted: True for tokens that statistics include, bool, same shape; False for padding.
+        first: Index of the batch's first token among the tokens of all batches.
     """
 
     ids: Tensor
@@ -72,19 +72,19 @@ class Padded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that a model reads at once.
+    """Samples that a model reads in one call.
 
     Args:
-        stacks: What each of the model's stacks reads. An encoder-decoder has two, whose padded lengths differ, so that
-            the shape of what a matrix receives tells which of them it is.
-        where: For each sample, file and line that it comes from.
+        stacks: The input of each of the model's stacks. An encoder-decoder has two, padded to different lengths, so
+            that the shape of a matrix's input shows which stack it belongs to.
+        where: File and line of each sample.
     """
 
     stacks: tuple[Padded, ...]
     where: tuple[str, ...]
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return what the model's forward takes; there is no mask where there is no padding."""
+        """Return the arguments of the model's forward; the mask is omitted if there is no padding."""
         names = ("", "decoder_")[: len(self.stacks)]
         found = {f"{name}input_ids": padded.ids for name, padded in zip(names, self.stacks, strict=True)}
         masks = zip(names, self.stacks, strict=True)
@@ -92,12 +92,13 @@ class Batch:
 
 
 def make_batches(samples: Sequence[Sample], budget: int, pad_id: int) -> list[Batch]:
-    """Divide samples into batches, the longest first, so that there is little padding and memory runs out at once.
+    """Divide samples into batches, the longest first: there is little padding, and memory would run out at the start.
 
     Args:
-        samples: What the model reads.
-        budget: Most tokens of a batch, with padding, in its longest stack; a longer sample is a batch by itself.
-        pad_id: The token that padding consists of.
+        samples: The samples.
+        budget: Largest number of tokens of a batch, with padding, in its longest stack; a longer sample is a batch of
+            its own.
+        pad_id: The padding token.
     """
     groups: list[list[Sample]] = []
     for _, sample in sorted(enumerate(samples), key=lambda pair: (-pair[1].longest, pair[0])):
@@ -117,7 +118,7 @@ def make_batches(samples: Sequence[Sample], budget: int, pad_id: int) -> list[Ba
 
 
 def _padded(group: Sequence[Tokens], first: int, taken: set[int], pad_id: int) -> Padded:
-    """Pad sequences to the longest, and one more where that length is taken."""
+    """Pad sequences to the length of the longest, plus one if that length is in `taken`."""
     width = max(len(tokens.ids) for tokens in group)
     width += width in taken
     rows = [(tokens, width - len(tokens.ids)) for tokens in group]
@@ -130,14 +131,14 @@ def _padded(group: Sequence[Tokens], first: int, taken: set[int], pad_id: int) -
 
 
 def pad(rows: Tensor, valid: Tensor) -> Tensor:
-    """Lay out the tokens of a batch.
+    """Arrange the tokens of a batch in padded sequences.
 
     Args:
-        rows: The tokens of its sequences, one sequence after the other, shape [tokens, width].
-        valid: Where the batch has tokens, bool, shape [sequences, longest].
+        rows: The tokens of all sequences, concatenated, shape [tokens, width].
+        valid: True where the batch has tokens, bool, shape [sequences, longest].
 
     Returns:
-        Shape [sequences, longest, width], zero where there is padding.
+        Shape [sequences, longest, width], zero at padding.
     """
     if len(rows) == valid.numel():
         return rows.view(*valid.shape, -1)

@@ -37,7 +37,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt, and how it goes on."""
+    """A prompt and its completion."""
 
     prompt: str
     completion: str
@@ -60,10 +60,10 @@ class DataFile:
     """A file of data.
 
     Args:
-        path: As given.
+        path: The path as given.
         hash: xxh3-128 of its bytes.
-        nbytes: Its size.
-        records: What it holds.
+        nbytes: Size of the file.
+        records: The records in the file.
     """
 
     path: str
@@ -79,11 +79,11 @@ def read_data(files: Sequence[str | Path]) -> list[DataFile]:
         files: Texts (.txt), or objects with text, prompt and completion, or messages (.jsonl, .parquet).
 
     Returns:
-        The files, in an order that does not depend on the order in which they were given.
+        The files, in an order that does not depend on the order of the arguments.
 
     Raises:
-        DataError: None is given, one is given twice, missing, empty or malformed.
-        UnsupportedError: A Parquet file, and pyarrow is not installed.
+        DataError: No file is given, or one is given twice, missing, empty or malformed.
+        UnsupportedError: A Parquet file is given, and pyarrow is not installed.
     """
     if not files:
         raise DataError(f"data: no file given; give {_known()}")
@@ -121,7 +121,7 @@ def _bytes(path: Path, name: str) -> bytes:
         if stat.S_ISDIR(mode):
             raise DataError(f"{name}: is a folder; give the files in it, {_known()}")
         if not stat.S_ISREG(mode):
-            # reading a pipe would wait for whoever writes it, and could not be done again when the run continues
+            # reading a pipe might wait for its writer, and cannot be repeated when the run continues
             raise DataError(f"{name}: is not a file but a pipe or a device; write the data to a file first")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -137,7 +137,7 @@ def _bytes(path: Path, name: str) -> bytes:
 
 def _decoded(name: str, data: bytes) -> str:
     try:
-        # a byte order mark is no part of the text
+        # drop the byte order mark
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -152,7 +152,7 @@ def _text(name: str, data: bytes) -> Iterator[Record]:
 
 
 def _lines(name: str, data: bytes) -> Iterator[Record]:
-    # not splitlines: JSON strings may hold U+2028 and other line ends of Unicode
+    # not splitlines: JSON strings may contain U+2028 and other Unicode line ends
     for number, line in enumerate(_decoded(name, data).split("\n"), 1):
         if line.strip():
             where = f"{name}:{number}"
@@ -186,7 +186,7 @@ def _rows(name: str, data: bytes) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{name}: is not a Parquet file, or damaged: {str(error).splitlines()[0][:200]}") from None
     for number, row in enumerate(rows, 1):
-        # a column that a row has nothing in is no part of it
+        # a null means that the row lacks this column
         own = {key: value for key, value in row.items() if value is not None}
         yield _record(f"{name}: row {number}", own or dict.fromkeys(others))
 
@@ -216,7 +216,7 @@ def _string(where: str, key: str, value: Any, *, empty: bool = False) -> str:
     if not empty and not value.strip():
         raise DataError(f"{where}: {key} is empty; leave the line out, or give a text")
     try:
-        # escapes such as \ud800 are half of a letter, which no tokenizer takes
+        # a lone surrogate such as \ud800 is not a character, and no tokenizer accepts it
         value.encode()
     except UnicodeEncodeError:
         raise DataError(f"{where}: {key} holds half of a surrogate pair, which is no text") from None

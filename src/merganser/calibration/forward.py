@@ -1,8 +1,8 @@
-"""A model's forward, one block at a time: the model's own code runs, with only one block's weights in memory.
+"""Run a model's forward one block at a time: the model's own code runs, with only one block's weights in memory.
 
-To compute block i, the model is called as always, but the blocks before it return what they returned before (from the
-spool), and the call ends when block i has returned. So every block receives exactly the arguments that the model makes
-for it, whatever these are: masks, rotary tables, position biases, results of an encoder.
+To compute block i, the model is called as usual, but every block before it returns its stored output (from the spool),
+and the call ends when block i returns. So every block receives exactly the arguments that the model computes for it:
+masks, rotary tables, position biases, the results of an encoder.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ __all__ = ["Output", "check_streamable", "logits", "run_block"]
 
 @dataclass(frozen=True)
 class Output:
-    """What a block returned.
+    """The output of a block.
 
     Args:
         hidden: The hidden states, shape [sequences, longest, width].
-        rest: What it returned behind them, such as position biases that later blocks share; None where it returned the
-            hidden states alone, and not in a tuple.
+        rest: Further values of the returned tuple, such as position biases that later blocks share; None if the block
+            returned the hidden states alone, not a tuple.
     """
 
     hidden: Tensor
     rest: tuple[Any, ...] | None
 
     def returned(self) -> Any:
-        """Return it in the form in which the block did."""
+        """Return the output in the form in which the block returned it."""
         return self.hidden if self.rest is None else (self.hidden, *self.rest)
 
 
 class _Finished(BaseException):
-    """Ends a model's forward; not an Exception, so that no model catches it."""
+    """Ends a model's forward; not an Exception, so that no `except Exception` of the model catches it."""
 
     def __init__(self, output: Any) -> None:
         self.output = output
@@ -52,14 +52,14 @@ def run_block(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int,
     """Run one block.
 
     Args:
-        skeleton: The model; the block is filled.
-        index: Which block.
-        batch: What the model reads.
-        before: By stack, what its last finished block returned. It has all stacks before the block's own, and that one
-            where the block is not its first.
+        skeleton: The model; the weights of the block are loaded.
+        index: Index of the block.
+        batch: The input of the model.
+        before: By stack, the output of its last finished block: of all stacks before the block's own, and of its own
+            stack unless the block is the first one.
 
     Raises:
-        UnsupportedError: The block was not reached, or returned something else than hidden states.
+        UnsupportedError: The block was not called, or returned something other than hidden states.
     """
     block = skeleton.blocks[index]
 
@@ -80,9 +80,9 @@ def run_block(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int,
 
 @torch.no_grad()
 def logits(skeleton: Skeleton, batch: Batch, last: Mapping[int, Output]) -> Tensor:
-    """Return the logits of a batch, from what the last block of every stack returned.
+    """Return the logits of a batch, computed from the last block's output of every stack.
 
-    The skeleton must be filled outside its blocks, with the head.
+    The weights outside the blocks must be loaded, including the head.
 
     Returns:
         Shape [sequences, longest, vocabulary].
@@ -98,7 +98,7 @@ def _returning(output: Output) -> Callable[..., Any]:
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let modules compute something else; such contexts may be nested."""
+    """Replace the forward of modules within the context; such contexts may be nested."""
     previous = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -124,18 +124,17 @@ def _output(skeleton: Skeleton, block: Block, padded: Padded, found: Any) -> Out
 
 
 def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
-    """Check that blocks run one at a time give what they give within the model's own forward, bit for bit.
+    """Check that blocks run one at a time return bit for bit the same as within the model's own forward.
 
-    The model's own forward runs once, each block filled when its turn comes; beside it the block is run by itself.
-    A model that hands something from block to block past what they return (a cache that several blocks share, for
-    instance) shows a difference.
+    The model's own forward runs once, with each block loaded in turn; next to it, each block is run alone. The results
+    differ for models that pass something between blocks other than their outputs, such as a cache that blocks share.
 
     Args:
-        skeleton: The model, filled outside its blocks.
+        skeleton: The model, with the weights outside its blocks loaded.
         batch: A few tokens, without padding.
 
     Raises:
-        UnsupportedError: They differ, or the blocks do not run each once and in order.
+        UnsupportedError: The results differ, or the blocks are not each called once and in order.
         NonFiniteError: The model produces NaN or infinity.
     """
     turns = iter(range(len(skeleton.blocks)))
@@ -156,7 +155,7 @@ def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
                 )
             if not torch.equal(whole.hidden, alone.hidden):
                 raise _refusal(skeleton, f"{block.name} computes something else when it runs by itself")
-            # a copy: the next block may work in place
+            # a copy, since the next block may work in place
             before[block.stack] = Output(whole.hidden.clone(), whole.rest)
             if index + 1 == len(skeleton.blocks):
                 raise _Finished(None)
@@ -175,7 +174,7 @@ def _run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int
         return run_block(skeleton, index, batch, before)
     except MergeError:
         raise
-    # whatever a block raises that misses what an earlier one would have left for it
+    # a block that misses a value which an earlier block would have left for it may raise any exception
     except Exception as error:
         raise _refusal(
             skeleton, f"{skeleton.blocks[index].name} fails when it runs by itself ({type(error).__name__}: {error})"

@@ -1,4 +1,4 @@
-"""What streaming needs of transformers and is not part of its public interface. No other file touches such names.
+"""All uses of non-public parts of transformers that streaming needs. No other module may use such names.
 
 model = build_skeleton(config)                      parameters on the meta device, buffers real
 names = parameters_of(model, checkpoint.tensors)    checkpoint tensor -> parameter that it fills
@@ -46,7 +46,7 @@ class Target:
 
     Args:
         parameter: Its name in the model.
-        index: Which part of it where several tensors of one kind are stacked (experts), otherwise None.
+        index: Index in the parameter if it stacks several tensors of one kind (experts), otherwise None.
     """
 
     parameter: str
@@ -54,7 +54,7 @@ class Target:
 
 
 class LazyTensor:
-    """A checkpoint tensor that is read when it is indexed, as transformers does with its own lazy slices."""
+    """A checkpoint tensor that is read when it is indexed, like the lazy slices of transformers."""
 
     def __init__(self, tensor: TensorInfo, reader: Reader) -> None:
         self._tensor = tensor
@@ -67,11 +67,11 @@ class LazyTensor:
 def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
     """Return a model whose parameters take no memory; its buffers are real.
 
-    Buffers such as rotary frequencies are in no checkpoint: the constructor computes them.
+    Buffers such as rotary frequencies are in no checkpoint; the constructor computes them.
 
     Args:
-        config: A config of transformers; it is changed.
-        dtype: What the parameters will be, but for those that the class keeps in float32.
+        config: A config of transformers; changed in place.
+        dtype: Dtype of the parameters, except those that the class keeps in float32.
 
     Raises:
         UnsupportedError: transformers has no such model, or cannot build it.
@@ -89,7 +89,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _model_class(config: Any) -> Any:
-    """Return the class that config.json names, else that of the model type with a head, else without one."""
+    """Return the class that config.json names, else the model type's class with a head, else the one without a head."""
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def _model_class(config: Any) -> Any:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
-        # a parameter that is on meta already may be tied: a copy of it would no longer be
+        # skip parameters on meta: they may be tied, and a copy would no longer be
         return None if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     hook = register_module_parameter_registration_hook(to_meta)
@@ -119,7 +119,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _set_dtype(model: nn.Module, pattern: str, dtype: torch.dtype) -> None:
-    # transformers reads the patterns as regular expressions, in which * stands for anything
+    # in these regular expressions, transformers means any text by *
     matches = re.compile(pattern.replace("*", ".*")).search
     for name, parameter in list(model.named_parameters()):
         if matches(name):
@@ -128,17 +128,17 @@ def _set_dtype(model: nn.Module, pattern: str, dtype: torch.dtype) -> None:
 
 
 def parameters_of(model: Any, names: Iterable[str]) -> dict[str, Target]:
-    """Return which parameter or buffer of a model each checkpoint tensor fills.
+    """Return the parameter or buffer of a model that each checkpoint tensor fills.
 
     Args:
         model: A skeleton.
-        names: The checkpoint's tensors. Those that fill nothing are left out of the result.
+        names: The checkpoint's tensors. Tensors that fill nothing are missing in the result.
 
     Raises:
-        UnsupportedError: This version of transformers converts checkpoints in another way.
+        UnsupportedError: The installed version of transformers converts checkpoints differently.
     """
     renamings, converters = _transforms(model)
-    # the order in which transformers stacks them: experts.10 behind experts.9
+    # stack experts in the order of transformers: experts.10 after experts.9
     from transformers.core_model_loading import dot_natural_key
 
     state = model.state_dict()
@@ -181,13 +181,13 @@ def _renamed(
 
     parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
     if parameter not in state and name in state:
-        # transformers, too, falls back to the name as it is
+        # transformers also falls back to the unchanged name
         return rename_source_key(name, [], [], prefix, state)
     return parameter, pattern
 
 
 def load_tensors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
-    """Fill the parameters that some checkpoint tensors belong to, in the dtypes of the skeleton.
+    """Fill the parameters that the given checkpoint tensors belong to, in the dtypes of the skeleton.
 
     Raises:
         CheckpointError: A tensor does not have the shape that the model needs, or cannot be converted.
@@ -207,7 +207,7 @@ def load_tensors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
 
 
 def empty_tensors(module: nn.Module) -> None:
-    """Put all parameters of a module back on the meta device; its buffers stay, they are small."""
+    """Move all parameters of a module back to the meta device; its buffers, which are small, stay."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
@@ -215,13 +215,13 @@ def empty_tensors(module: nn.Module) -> None:
 
 
 def tie(model: Any) -> None:
-    """Let tied parameters, such as an output matrix that is the embedding, be one again."""
+    """Tie parameters again that share one tensor, such as an output matrix and the embedding."""
     model.tie_weights()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars and the loading report of transformers off the terminal."""
+    """Hide the progress bars and the loading report of transformers."""
     from transformers.utils import logging as library
 
     logging: Any = library
@@ -237,7 +237,7 @@ def quiet() -> Iterator[None]:
 
 
 def linear_classes() -> dict[type[nn.Module], int]:
-    """Return the classes of modules that multiply with a matrix, and the axis of their weight that meets the input."""
+    """Return the module classes that multiply by a matrix, and the weight's axis that is contracted with the input."""
     from transformers.pytorch_utils import Conv1D
 
     return {nn.Linear: 1, Conv1D: 0}
@@ -245,13 +245,13 @@ def linear_classes() -> dict[type[nn.Module], int]:
 
 @dataclass(frozen=True, slots=True)
 class ExpertInputs:
-    """What one expert of a mixture received.
+    """The inputs of one expert of a mixture.
 
     Args:
         parameter: Name of the stacked parameter in its module: gate_up_proj, up_proj or down_proj.
-        expert: Which expert.
+        expert: Index of the expert.
         rows: The inputs, shape [tokens of the expert, in].
-        tokens: Which of the module's tokens they are, int64, shape [tokens of the expert].
+        tokens: Index of each row among the module's tokens, int64, shape [tokens of the expert].
     """
 
     parameter: str
@@ -261,22 +261,22 @@ class ExpertInputs:
 
 
 def expert_modules(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules within `module` that hold the experts of a mixture as stacked parameters, by name."""
+    """Return the modules within `module` that hold a mixture's experts as stacked parameters, by name."""
     return {name: each for name, each in module.named_modules() if hasattr(each, "_apply_gate")}
 
 
 def expert_matrices(experts: Any) -> dict[str, int]:
-    """Return the stacked parameters of a module of experts, and the axis of each that meets the input."""
+    """Return the stacked parameters of a module of experts, and the axis of each that is contracted with the input."""
     axis = 1 if experts.is_transposed else 2
     return dict.fromkeys(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"), axis)
 
 
 def observed_experts(experts: Any, observe: Callable[[ExpertInputs], None]) -> Callable[..., Tensor]:
-    """Return a forward for a module of experts that shows every expert's inputs; its results are the same.
+    """Return a forward for a module of experts that passes every expert's inputs to `observe`; results are unchanged.
 
     Args:
-        experts: A module that `expert_modules` found.
-        observe: Is called for both matrices of every expert that receives tokens.
+        experts: A module that `expert_modules` returned.
+        observe: Called for both matrices of every expert that receives tokens.
     """
     return partial(_forward_experts, experts, observe)
 
@@ -288,7 +288,7 @@ def _forward_experts(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """Compute what transformers' grouped form computes, with every operation on the same rows in the same order."""
+    """Compute the same as transformers' grouped form, with every operation on the same rows in the same order."""
     first, second = expert_matrices(experts)
     count, top_k = top_k_index.shape
     chosen, order = torch.sort(top_k_index.reshape(-1))

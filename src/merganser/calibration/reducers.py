@@ -1,7 +1,7 @@
-"""Sums over the inputs of a matrix, which its statistics are made of.
+"""Sums over the inputs of a matrix, from which statistics are made.
 
-Each is a sum over tokens and no mean, so that those of two halves of the data add up to those of the whole. Products
-are computed in float32, as is the sum within a batch; across batches they are added in float64.
+Each is a sum over tokens, not a mean, so that the sums of two halves of the data add up to those of the whole. Products
+and the sum within a batch are float32; sums over batches are float64.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["REDUCERS", "Reducer", "products_of"]
 
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 products use a processor's units for bfloat16 where all factors were bfloat16.
+    """Let float32 products use a processor's bfloat16 units if all factors were bfloat16.
 
-    Nothing is lost: these units multiply without rounding and add in float32.
+    This is exact: these units multiply without rounding and add in float32.
 
     Args:
-        dtype: What the factors were before they became float32.
+        dtype: Dtype of the factors before their conversion to float32.
     """
-    # torch has the setting since 2.9
+    # torch has this setting since 2.9
     settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if dtype != torch.bfloat16 or settings is None:
         yield
@@ -38,7 +38,7 @@ def products_of(dtype: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-# of the Gram matrix's lower half, so many columns at a time: enough for a fast product, little memory beside the sum
+# number of panels of the Gram matrix, and limits of their width: fast products, and little memory besides the sum
 _PANELS, _NARROWEST, _WIDEST = 8, 256, 1024
 
 
@@ -46,16 +46,16 @@ class Reducer(Protocol):
     """A sum over the tokens that a matrix receives."""
 
     stored_as: ClassVar[str]
-    """The dtype in files."""
+    """Dtype in files."""
 
     shape: tuple[int, ...]
-    """The shape of the sum."""
+    """Shape of the sum."""
 
     def __init__(self, width: int) -> None:
-        """Start with nothing.
+        """Begin with a sum of zero.
 
         Args:
-            width: Numbers in an input.
+            width: Number of features of an input.
         """
 
     def add(self, rows: Tensor) -> None:
@@ -104,7 +104,7 @@ class SecondMoment:
 class Gram:
     """Gram matrix, `Σ x xᵀ`, shape [width, width].
 
-    It is symmetric, so that only its lower half is summed: in panels, each a few columns from the diagonal downwards.
+    The matrix is symmetric, so only its lower half is summed, in panels of columns from the diagonal downwards.
     """
 
     stored_as: ClassVar[str] = "float32"
@@ -130,11 +130,11 @@ class Gram:
             end = start + panel.shape[1]
             found[start:, start:end] = panel
             found[start:end, end:] = found[end:, start:end].T
-            # both halves of the block on the diagonal were summed, and may differ in the last bit
+            # both halves of the diagonal block were summed, and may differ in the last bit; copy one to the other
             block = found[start:end, start:end]
             block.copy_(block.tril() + block.tril(-1).T)
         return found
 
 
 REDUCERS: dict[str, type[Reducer]] = {"magnitude": Magnitude, "second_moment": SecondMoment, "gram": Gram}
-"""What can be summed, by the name of the statistic."""
+"""Classes of sums by the name of the statistic."""

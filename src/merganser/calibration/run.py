@@ -1,4 +1,4 @@
-"""A calibration from begin to end: one model, some data, a folder of statistics."""
+"""Calibrate: run one model on data, and write a folder of statistics."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from .writer import file_name, write_about, write_sums
 __all__ = ["STATISTICS", "calibrate"]
 
 STATISTICS = (COUNT, *REDUCERS)
-"""What can be asked for."""
+"""Names of all statistics."""
 
 Progress = Callable[[int, int], None]
-"""Told how many blocks are done, and how many there are."""
+"""Called with the number of finished blocks and the number of all blocks."""
 
-# the check that a model can be streamed needs only these
+# a small batch is enough to check that a model can be streamed
 _PROBE_SAMPLES, _PROBE_TOKENS = 2, 8
 
 
@@ -62,7 +62,7 @@ def calibrate(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Run a model on text, one block in memory at a time, and write statistics of what its matrices receive.
+    """Run a model on text, with one block in memory at a time, and write statistics of the inputs of its matrices.
 
     An interrupted calibration continues at its block when it is called again with the same arguments.
 
@@ -70,20 +70,20 @@ def calibrate(
         model: A checkpoint: a folder, a file of weights, or a Hub id.
         data: Files: texts (.txt), or objects with text, prompt and completion, or messages (.jsonl, .parquet).
         out: The folder to write; it must not exist.
-        statistics: What to sum: `gram`, `second_moment`, `magnitude`; `count` is always there.
-        sequences: How many sequences are drawn from the data; None for 64, or fewer where there are not as many.
-        length: Most tokens of a sequence; None for 256, or what the model can see.
-        seed: Of the draw.
+        statistics: Names of the statistics to sum: `gram`, `second_moment`, `magnitude`; `count` is always included.
+        sequences: Number of sequences drawn from the data; None for 64, or fewer if the data has fewer.
+        length: Largest number of tokens of a sequence; None for 256, or the model's context window if it is smaller.
+        seed: Seed of the draw.
         tokens: Which tokens count: `all`, or those of `completions` alone.
-        batch_tokens: Most tokens that the model reads at once, with padding.
+        batch_tokens: Largest number of tokens of a batch, with padding.
         cache_dir: Folder for models from the Hub.
-        progress: Told how the calibration advances.
+        progress: Called with the number of finished blocks and of all blocks.
 
     Returns:
         The statistics.
 
     Raises:
-        DataError: The data, or what is asked of them.
+        DataError: The data, or the options for them, are not valid.
         CheckpointError: The model is missing, damaged, or has no tokenizer.
         UnsupportedError: transformers does not know the model, or it cannot be run one block at a time.
         NonFiniteError: The model produces NaN or infinity.
@@ -127,7 +127,7 @@ def calibrate(
 
 
 def _about(source: Source, skeleton: Skeleton, tokenizer: str) -> dict[str, Any]:
-    """Describe the model."""
+    """Return the description of model and tokenizer for statistics.json."""
     return {
         "kind": STATISTICS_KIND,
         "format": STATISTICS_FORMAT,
@@ -153,7 +153,7 @@ def _statistics(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _probe(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Return a few tokens of the data, of equal length."""
+    """Return a batch of a few tokens of the data, of equal length."""
     chosen = samples[:_PROBE_SAMPLES]
     lengths = [
         min(_PROBE_TOKENS, *(len(own.ids) for own in stack)) for stack in zip(*(s.stacks for s in chosen), strict=True)
@@ -168,7 +168,7 @@ def _probe(samples: Sequence[Sample], pad_id: int) -> Batch:
 
 
 def _part(files: Sequence[DataFile], samples: Sequence[Sample], choice: Choice) -> dict[str, Any]:
-    """Describe one pass over some data."""
+    """Return the description of one pass over the data for statistics.json."""
     return {
         "data": [{"file": Path(file.path).name, "hash": file.hash, "bytes": file.nbytes} for file in files],
         "length": choice.length,
@@ -181,14 +181,14 @@ def _part(files: Sequence[DataFile], samples: Sequence[Sample], choice: Choice) 
 
 
 def _fingerprint(about: Mapping[str, Any], batch_tokens: int) -> str:
-    """Identify the work: what was begun with another one is not continued."""
+    """Return a hash of everything that affects the result; only a run with the same hash is continued."""
     return xxhash.xxh3_128_hexdigest(json.dumps([about, batch_tokens], sort_keys=True).encode())
 
 
 def _stream(
     skeleton: Skeleton, batches: Sequence[Batch], statistics: Sequence[str], target: Target, progress: Progress | None
 ) -> dict[str, Any]:
-    """Run all blocks, and write the sums of each. Returns what is known of every tensor."""
+    """Run all blocks, write the sums of each, and return the description of every tensor with statistics."""
     count = len(skeleton.blocks)
     target.claim(["hidden/", *(file_name(number, count) for number in range(1, count + 1))])
     spool = target.folder / "hidden"
@@ -215,12 +215,12 @@ def _stream(
 
 
 def _fits(skeleton: Skeleton, tapped: Tapped) -> bool:
-    """Return whether the tensors are laid out as the model's parameters are, so that the axis is right."""
+    """Return whether the tensors have the layout of the model's parameters, so that `axis` is right for them."""
     shapes = [skeleton.checkpoint.tensors[name].shape for name in tapped.names]
     return all(tapped.axis < len(shape) and shape[tapped.axis] == tapped.width for shape in shapes)
 
 
 def _without(skeleton: Skeleton, tensors: Mapping[str, Any]) -> list[str]:
-    """Return the matrices in the blocks that have no statistics."""
+    """Return the matrices in the blocks for which there are no statistics."""
     names = (name for block in skeleton.blocks for name in block.sources)
     return [name for name in names if name not in tensors and len(skeleton.checkpoint.tensors[name].shape) > 1]

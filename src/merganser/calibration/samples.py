@@ -1,4 +1,4 @@
-"""From data to what a model reads: tokens, which of them count, and which sequences are taken."""
+"""Make samples from data: tokenise, mark the tokens that count, and draw sequences."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ COUNTED = ("all", "completions")
 
 @dataclass(frozen=True)
 class Choice:
-    """Which part of the data is used.
+    """The part of the data to use.
 
     Args:
-        sequences: How many sequences; None for 64, or fewer where there are not as many.
-        length: Most tokens of a sequence; longer texts are cut into several. None for 256, or what the model can see.
-        seed: Of the draw of sequences.
-        tokens: Which tokens statistics see: `all`, or those of `completions` alone: what follows a prompt, and what the
-            assistant says in a conversation.
+        sequences: Number of sequences; None for 64, or fewer if the data has fewer.
+        length: Largest number of tokens of a sequence; longer texts are cut into several. None for 256, or the model's
+            context window if it is smaller.
+        seed: Seed of the draw of sequences.
+        tokens: Which tokens count in statistics: `all`, or only those of `completions` (what follows a prompt, and the
+            assistant's messages in a conversation).
     """
 
     sequences: int | None = None
@@ -37,10 +38,10 @@ class Choice:
     tokens: str = "all"
 
     def check(self) -> None:
-        """Check the values.
+        """Check that all values are allowed.
 
         Raises:
-            DataError: One is not allowed.
+            DataError: A value is not allowed.
         """
         if self.sequences is not None and self.sequences < 1:
             raise DataError(f"sequences: must be at least 1, found {self.sequences}")
@@ -83,7 +84,7 @@ class _Cutter:
             )
 
     def cut(self, record: Record) -> list[Sample]:
-        """Return the samples of a record that have tokens that count."""
+        """Return the samples of a record that contain tokens that count."""
         if self._config.is_encoder_decoder:
             found = [self._translation(record)]
         else:
@@ -96,8 +97,8 @@ class _Cutter:
 
         Args:
             ids: Tokens of a text.
-            counted: Which count.
-            framed: Whether what the tokenizer puts around a text is in there already.
+            counted: For each token, whether it counts.
+            framed: Whether `ids` already include the tokenizer's special tokens at the start and end.
         """
         before, behind = ((), ()) if framed else (self._tokenizer.prefix, self._suffix)
         room = self._length - len(before) - len(behind)
@@ -110,7 +111,7 @@ class _Cutter:
         ]
 
     def _tokens(self, record: Record) -> tuple[list[int], list[bool], bool]:
-        """Return the tokens of a record, which of them count, and whether they have what stands around a text."""
+        """Return a record's tokens, which of them count, and whether special tokens at start and end are included."""
         if isinstance(record, Conversation):
             text, spans = self._rendered(record)
         elif isinstance(record, Pair):
@@ -130,7 +131,7 @@ class _Cutter:
         return ids, counted, isinstance(record, Conversation)
 
     def _rendered(self, record: Conversation) -> tuple[str, list[tuple[int, int | None]]]:
-        """Return a conversation as text, and where in it the assistant speaks."""
+        """Return a conversation as text, and the ranges of the assistant's messages in it."""
         text = self._render(record, len(record.messages))
         spans: list[tuple[int, int | None]] = []
         if self._all:
@@ -160,13 +161,13 @@ class _Cutter:
             text: str = encoder.apply_chat_template(
                 [dict(message) for message in record.messages[:count]], tokenize=False, add_generation_prompt=prompt
             )
-        # a template is a program of whoever made the model: it may raise anything
+        # a chat template is a program by the model's author, and may raise any exception
         except Exception as error:
             raise DataError(f"{record.where}: the model's chat template refuses the messages: {error}") from None
         return text
 
     def _translation(self, record: Record) -> Sample:
-        """Return what encoder and decoder read."""
+        """Return the sample of an encoder-decoder: the prompt for the encoder, the completion for the decoder."""
         if not isinstance(record, Pair):
             raise DataError(
                 f"{record.where}: the model is an encoder-decoder, which needs prompt and completion; "
@@ -176,15 +177,15 @@ class _Cutter:
         room = length - len(self._tokenizer.prefix) - len(self._suffix)
         prompt = (*self._tokenizer.prefix, *self._tokenizer.ids(record.prompt)[:room], *self._suffix)
         completion = (self._config.decoder_start_token_id, *self._tokenizer.ids(record.completion)[: length - 1])
-        # every token of the prompt counts: what the encoder computes of it is what the completion is made from
+        # all tokens of the prompt count, since the completion depends on the encoder's result for each
         return Sample(tuple(Tokens(ids, (True,) * len(ids)) for ids in (prompt, completion)), record.where)
 
 
 def choose_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice) -> list[Sample]:
     """Draw the sequences that a model is calibrated on.
 
-    Records are visited in a random order that depends on the seed alone, and each gives as many of its windows as all
-    would have to give; the others are taken where that was not enough.
+    Records are visited in a random order that depends only on the seed. Each gives an equal share of the windows; more
+    windows of a record are used only if these are not enough.
 
     Args:
         files: The data.

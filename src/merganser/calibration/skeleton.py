@@ -1,4 +1,4 @@
-"""A model without its weights, whose blocks are filled from a checkpoint one at a time and emptied again."""
+"""A model without weights, whose blocks are loaded from a checkpoint one at a time and emptied again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import internals
 
 __all__ = ["Block", "Skeleton"]
 
-# what configs call the number of blocks in a stack; most families map theirs to the first
+# keys of the number of blocks in a stack; most families map theirs to the first key
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 
 
@@ -30,7 +30,7 @@ class Block:
     Args:
         name: The module's name in the model, such as `model.layers.3`.
         module: The module.
-        stack: Which stack it is in: 0, or for the decoder of an encoder-decoder 1.
+        stack: Index of its stack: 0, or 1 for the decoder of an encoder-decoder.
         sources: Names of the checkpoint's tensors that fill it.
     """
 
@@ -44,13 +44,13 @@ class Skeleton:
     """A model of transformers with its parameters on the meta device. Use it as a context manager.
 
     Args:
-        checkpoint: Where its weights are.
+        checkpoint: The checkpoint with its weights.
 
     Attributes:
         model: The model.
         blocks: Its blocks, in the order of the model: an encoder's before its decoder's.
         targets: For every tensor of the checkpoint that the model uses, the parameter that it fills.
-        dtype: Of most parameters.
+        dtype: Dtype of most parameters.
 
     Raises:
         CheckpointError: config.json is missing or transformers cannot read it.
@@ -76,14 +76,14 @@ class Skeleton:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the model reads one text and writes another."""
+        """Whether the model is an encoder-decoder."""
         return bool(self.model.config.is_encoder_decoder)
 
     def fill_outside(self, *, head: bool = False) -> None:
-        """Fill what is outside the blocks: embeddings, norms.
+        """Load the weights outside the blocks: embeddings, norms.
 
         Args:
-            head: Whether the matrix that makes logits is filled, too, where it is not the embedding.
+            head: Whether to load the output matrix, too, if it is not the embedding.
 
         Raises:
             CheckpointError: A tensor cannot be read, or has the wrong shape.
@@ -100,7 +100,7 @@ class Skeleton:
 
     @contextmanager
     def filled(self, block: Block) -> Iterator[None]:
-        """Hold a block's weights, as long as the context lasts.
+        """Load a block's weights, and free them at the end of the context.
 
         Raises:
             CheckpointError: A tensor is missing, cannot be read, or has the wrong shape.
@@ -116,11 +116,11 @@ class Skeleton:
             yield
         finally:
             internals.empty_tensors(block.module)
-            # the C library would keep what was between pieces that are still used, more with every block
+            # otherwise the C library would keep freed pieces between used ones, more with every block
             release_freed_memory()
 
     def will_need(self, block: Block) -> None:
-        """Tell the system that a block's tensors will be read soon."""
+        """Advise the system that a block's tensors will be read soon."""
         for name in block.sources:
             tensor = self.checkpoint.tensors[name]
             self._reader.will_need(tensor, 0, tensor.nbytes)
@@ -153,7 +153,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
-    """Return the dtype that config.json names, else that of most of the weights."""
+    """Return the dtype in config.json, else the dtype of most of the weights."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     sizes: Counter[str] = Counter()
@@ -185,7 +185,7 @@ def _blocks(checkpoint: Checkpoint, model: nn.Module, targets: dict[str, interna
 
 
 def _stacks(model: nn.Module) -> list[tuple[str, int]]:
-    """Return name and length of the outermost lists of modules that are as long as the config says."""
+    """Return name and length of the outermost module lists that are as long as the config says."""
     config: Any = model.config
     text = config.get_text_config()
     depths = {depth for each in (config, text) for name in _DEPTHS if (depth := getattr(each, name, None))}
@@ -199,7 +199,7 @@ def _stacks(model: nn.Module) -> list[tuple[str, int]]:
 
 
 def _own_head(model: Any) -> frozenset[str]:
-    """Return the parameters of the module that makes logits, without those that it shares with the embedding."""
+    """Return the parameters of the output module, without those that it shares with the embedding."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
         return frozenset()

@@ -1,4 +1,4 @@
-"""What left the blocks, on disk: the hidden states of all tokens, without padding."""
+"""The outputs of blocks on disk: the hidden states of all tokens, without padding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ __all__ = ["Spool"]
 class Spool:
     """A file of hidden states, one row per token.
 
-    Use it as a context manager. It is read and written at offsets and not mapped into memory: mapped pages count as memory of this process.
+    Use it as a context manager. It is read and written at offsets, not memory-mapped, since mapped pages count as
+    memory of this process.
 
     Args:
         path: The file; an existing one is opened.
@@ -46,7 +47,7 @@ class Spool:
         """Write the rows of some tokens.
 
         Args:
-            first: The first of the tokens.
+            first: Index of the first token.
             rows: Shape [tokens, width], the same width and dtype in every call.
 
         Raises:
@@ -66,7 +67,7 @@ class Spool:
         """Return the rows of some tokens, shape [count, width].
 
         Raises:
-            OutputError: The file is shorter, or the disk failed.
+            OutputError: The file is too short, or the disk failed.
         """
         rows = torch.empty(count, width, dtype=dtype)
         data = _bytes(rows)

@@ -1,4 +1,4 @@
-"""One model's hidden states on their way through the blocks, kept on disk between them."""
+"""Pass data through a model block by block, with the hidden states on disk in between."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["Stream", "StreamState"]
 
 @dataclass
 class StreamState:
-    """How far a stream is; with the files in its folder, all that is needed to continue it.
+    """Progress of a stream; together with the files in its folder, enough to continue it.
 
     Args:
-        done: How many blocks are finished.
+        done: Number of finished blocks.
         formats: By stack: width and dtype of its hidden states, and whether its blocks return a tuple.
     """
 
@@ -34,23 +34,23 @@ class StreamState:
     formats: dict[int, tuple[int, str, bool]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
+        """Return the state as plain data."""
         return {"done": self.done, "formats": {str(stack): list(own) for stack, own in self.formats.items()}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StreamState:
-        """Read what `to_json` wrote."""
+        """Return the state that `to_json` stored."""
         return cls(data["done"], {int(stack): (own[0], own[1], own[2]) for stack, own in data["formats"].items()})
 
 
 class Stream:
-    """The data on its way through one model.
+    """Data that is passed through one model, block by block.
 
     Args:
-        skeleton: The model, filled outside its blocks.
+        skeleton: The model, with the weights outside its blocks loaded.
         batches: The data.
-        folder: Where hidden states lie; it must exist.
-        state: Of an interrupted stream in this folder that is continued.
+        folder: Folder for hidden states; it must exist.
+        state: State of an interrupted stream in this folder, to continue it.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Stream:
         self.state = state or StreamState()
 
     def advance(self, begin: Callable[[Batch], None]) -> None:
-        """Run the next block, which must be filled, on all batches.
+        """Run the next block, whose weights must be loaded, on all batches.
 
         Args:
             begin: Called before each batch.
@@ -70,7 +70,7 @@ class Stream:
         Raises:
             OutputError: The disk is full or failed.
             UnsupportedError: The block does not return hidden states.
-            NonFiniteError: It returns NaN or infinity for a token.
+            NonFiniteError: The block returns NaN or infinity for a token.
         """
         index = self.state.done
         block = self.skeleton.blocks[index]
@@ -88,7 +88,7 @@ class Stream:
         self.state = StreamState(index + 1, {**self.state.formats, stack: written})
 
     def logits(self, number: int) -> Tensor:
-        """Return the logits of a batch, when all blocks are done and the head is filled.
+        """Return the logits of a batch, once all blocks are done and the head is loaded.
 
         Returns:
             Shape [sequences, longest, vocabulary].
@@ -96,7 +96,7 @@ class Stream:
         return logits(self.skeleton, self.batches[number], self._before(number))
 
     def _before(self, number: int) -> dict[int, Output]:
-        """Return what the last finished block of each stack returned for a batch."""
+        """Return the output of each stack's last finished block for a batch."""
         last = {block.stack: index for index, block in enumerate(self.skeleton.blocks[: self.state.done])}
         found: dict[int, Output] = {}
         for stack, index in last.items():
@@ -109,7 +109,7 @@ class Stream:
         return found
 
     def _hidden_file(self, index: int) -> Path:
-        # two files per stack in turn: what a block writes never replaces what it reads
+        # alternate between two files per stack, so that a block never overwrites its own input
         return self.folder / f"hidden-{self.skeleton.blocks[index].stack}-{index % 2}.bin"
 
     def _rest_file(self, index: int, number: int) -> Path:

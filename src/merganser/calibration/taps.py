@@ -1,4 +1,4 @@
-"""Where statistics are taken: the inputs of a block's matrices, each token once, padding never."""
+"""Collect statistics of the inputs of a block's matrices: each token once, padding never."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _Key = tuple[str, int | None]
 
 @dataclass(frozen=True)
 class Tapped:
-    """What was summed for some of a checkpoint's tensors.
+    """The sums for tensors of the checkpoint that received the same inputs.
 
     Args:
-        names: The tensors; all of them received the same inputs.
-        axis: The axis of these tensors that meets the input.
-        width: Numbers in an input.
-        sums: By the name of the statistic. Where one tensor holds all experts of a mixture, each has a leading axis for
-            the experts.
+        names: The tensors.
+        axis: The axis of these tensors that is contracted with the input.
+        width: Number of features of an input.
+        sums: By the name of the statistic. If one tensor holds all experts of a mixture, each sum has a leading axis
+            for the experts.
     """
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class Tapped:
 
 
 class _Inputs:
-    """The sums over what one matrix receives."""
+    """The sums over the inputs of one matrix."""
 
     def __init__(self, statistics: Sequence[str], width: int) -> None:
         self.width = width
@@ -80,14 +80,14 @@ class Taps:
             self._sources.setdefault((target.parameter, target.index), []).append(source)
         self._batch: Batch | None = None
         self._received: list[tuple[weakref.ref[Tensor], str]] = []
-        # for every matrix, the first one in the block that receives the same tensor
+        # for every matrix, the first matrix in the block that receives the same input tensor
         self._leaders: dict[str, str] = {}
         self._inputs: dict[_Key, _Inputs] = {}
         self._axes: dict[str, int] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Take part in the block's forward, as long as the context lasts."""
+        """Observe the block's forward within the context."""
         axes = internals.linear_classes()
         with ExitStack() as stack:
             for name, module in self._block.module.named_modules():
@@ -106,7 +106,7 @@ class Taps:
             yield
 
     def begin(self, batch: Batch) -> None:
-        """Know which batch comes next."""
+        """Set the batch that the block reads next."""
         self._batch = batch
         self._received.clear()
 
@@ -129,13 +129,13 @@ class Taps:
         self._inputs[parameter, None].add(rows if bool(counted.all()) else rows[counted])
 
     def _prepare_experts(self, name: str, module: Any) -> None:
-        """Make the sums of all experts: one that receives no token has sums, too."""
+        """Create the sums of all experts, including those that will receive no token."""
         for own, axis in internals.expert_matrices(module).items():
             parameter = f"{name}.{own}"
             experts, width = getattr(module, own).shape[0], getattr(module, own).shape[axis]
             for expert in range(experts):
                 self._inputs[parameter, expert] = _Inputs(self._statistics, width)
-            # a checkpoint that has a tensor for each expert has them as matrices [out, in]
+            # a checkpoint with one tensor per expert stores matrices of shape [out, in]
             self._axes[parameter] = axis if (parameter, None) in self._sources else 1
 
     def _receive_expert(self, module: str, inputs: internals.ExpertInputs) -> None:
@@ -144,7 +144,7 @@ class Taps:
         self._inputs[f"{module}.{inputs.parameter}", inputs.expert].add(inputs.rows[counted])
 
     def _counted(self, received: Tensor) -> Tensor | None:
-        """Return which rows of an input count, bool, shape [rows]; None where its rows are not the batch's tokens."""
+        """Return which rows of an input count, bool, shape [rows]; None if the rows are not the batch's tokens."""
         assert self._batch is not None
         rows = _without_ones(received.shape[:-1])
         for padded in self._batch.stacks:
@@ -153,7 +153,7 @@ class Taps:
         return None
 
     def results(self) -> list[Tapped]:
-        """Return all that was summed, when the block is done."""
+        """Return all sums, once the block is done."""
         found: list[Tapped] = []
         for (parameter, expert), inputs in self._inputs.items():
             own = self._sources.get((parameter, expert), [])
@@ -170,7 +170,7 @@ class Taps:
 
 
 def _sums(inputs: Sequence[_Inputs], *, stacked: bool) -> dict[str, Sum]:
-    """Return the sums over what a matrix receives, or with a leading axis those of all experts."""
+    """Return the sums over a matrix's inputs; if `stacked`, of all experts, with a leading axis."""
     lead = (len(inputs),) if stacked else ()
 
     def take(name: str) -> Tensor:
@@ -185,5 +185,5 @@ def _sums(inputs: Sequence[_Inputs], *, stacked: bool) -> dict[str, Sum]:
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:
-    """Return a shape without axes of length 1: with or without them its rows are in the same order."""
+    """Return a shape without axes of length 1, which do not affect the order of rows."""
     return [length for length in shape if length != 1]

@@ -1,4 +1,4 @@
-"""The folder beside the target in which statistics grow, and from which a killed calibration continues."""
+"""The working folder next to the target, in which statistics are written and a killed calibration continues."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _STATE = "state.json"
 
 
 class Target:
-    """The growing output. As a context manager it holds the target's lock.
+    """The output while it is being written. As a context manager it holds the target's lock.
 
-    What was finished stays when the disk is full, memory runs out or the process ends, so that the same command continues.
-    After an error that would come again, nothing is left.
+    Finished files stay if the disk is full, memory runs out or the process ends, so that the same command continues.
+    After an error that would occur again, they are removed.
 
     Args:
-        out: The folder that appears when all is done; it must not exist.
-        fingerprint: Identifies the work; what another work left here is not continued.
+        out: The folder that appears when everything is done; it must not exist.
+        fingerprint: Identifies the work; files of other work are not continued.
 
     Attributes:
-        folder: Where the files go.
-        state: What an earlier run of the same work noted last; empty where there was none.
+        folder: Folder for the files.
+        state: The state that an earlier run of the same work noted last; empty if there is none.
 
     Raises:
         OutputError: The target exists, cannot be written, or another run works on it.
@@ -73,14 +73,14 @@ class Target:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, MergeError) and not isinstance(error, OutputError):
-            # what somebody else put there stays, and so does the error that is being raised
+            # files of others stay, and an error here must not replace the error being raised
             with contextlib.suppress(OSError):
                 survey(self.folder).remove()
         assert self._lock is not None
         self._lock.release()
 
     def claim(self, names: Iterable[str]) -> None:
-        """Tell which files will be made in the folder; of folders, with all in them, "name/".
+        """Register files before they are written in the folder; "name/" stands for a folder and all its files.
 
         Raises:
             OutputError: The disk is full or failed.
@@ -91,7 +91,7 @@ class Target:
             raise self._failed(error) from None
 
     def note(self, state: Mapping[str, Any]) -> None:
-        """Keep what a continued run needs to know.
+        """Store the state that a continued run needs.
 
         Raises:
             OutputError: The disk is full or failed.
@@ -99,10 +99,10 @@ class Target:
         write_json(self.folder / _STATE, {"fingerprint": self._fingerprint, "state": dict(state)})
 
     def publish(self) -> None:
-        """Let the target appear under its name.
+        """Rename the working folder to the target.
 
         Raises:
-            OutputError: It appeared meanwhile, or the disk failed.
+            OutputError: The target appeared meanwhile, or the disk failed.
         """
         check_absent(self.out)
         try:
@@ -133,7 +133,7 @@ def check_absent(out: Path) -> None:
     """Check that a target does not exist; an empty folder does not count.
 
     Raises:
-        OutputError: It exists.
+        OutputError: The target exists.
     """
     try:
         path = out.expanduser()

@@ -1,4 +1,4 @@
-"""Writing a folder of statistics."""
+"""Write a folder of statistics."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Sum:
     """A sum to be written.
 
     Args:
-        shape: Its shape.
-        dtype: Its dtype in the file, by torch's name.
-        take: Returns it, in whatever dtype. It is called once, and its result let go when it is written.
+        shape: Shape of the sum.
+        dtype: Dtype in the file, by its name in torch.
+        take: Returns the sum, in any dtype. Called once; the result is freed after it is written.
     """
 
     shape: tuple[int, ...]
@@ -40,10 +40,10 @@ def file_name(number: int, count: int) -> str:
 
 
 def write_sums(file: Path, sums: Mapping[str, Sum]) -> None:
-    """Write sums to one file, one after the other: only one of them is in memory twice.
+    """Write sums to one file, one after the other, so that only one of them is in memory twice.
 
     Args:
-        file: Where; what is there is replaced.
+        file: The file; an existing one is replaced.
         sums: By their names in the file.
 
     Raises:
@@ -66,7 +66,7 @@ def write_sums(file: Path, sums: Mapping[str, Sum]) -> None:
 
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write what says what a folder holds, in one step: there is never half of it.
+    """Write the description of a folder's contents atomically.
 
     Raises:
         OutputError: The disk is full or failed.
@@ -75,7 +75,7 @@ def write_about(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step: there is never half of it.
+    """Write a JSON file atomically.
 
     Raises:
         OutputError: The disk is full or failed.

@@ -1,4 +1,4 @@
-"""Tensors on disk: what a checkpoint holds, where, and how to read it; where a written one puts every byte.
+"""Tensors on disk: what a checkpoint holds and where, how to read it, and the layout of one to be written.
 
 checkpoint = open_checkpoint("path/to/model")
 tensor = checkpoint.tensors["model.norm.weight"]

@@ -1,4 +1,4 @@
-"""Open files, shared by threads: few at a time, however many there are."""
+"""File descriptors shared by threads: a bounded number is open at a time, for any number of files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["MAX_OPEN", "Descriptors"]
 K = TypeVar("K")
 
 MAX_OPEN = 64
-"""Far below the 256 descriptors that some systems allow a process; reads and writes are long beside an opening."""
+"""Far below the 256 descriptors that some systems allow a process. Reopening costs little next to reading."""
 
 
 class Descriptors(Generic[K]):
-    """File descriptors by key, opened when first used; the least recently used is closed when there are too many.
+    """A cache of file descriptors by key: opened at first use, the least recently used closed when there are too many.
 
     Safe to use from many threads at once.
 
     Args:
-        max_open: The most that stay open between uses.
+        max_open: The largest number that stays open between uses.
     """
 
     def __init__(self, max_open: int = MAX_OPEN) -> None:
@@ -38,14 +38,14 @@ class Descriptors(Generic[K]):
 
     @contextlib.contextmanager
     def lend(self, key: K, open_file: Callable[[], int]) -> Iterator[int]:
-        """Lend a descriptor; it is not closed meanwhile, since its number may be reused at once.
+        """Yield a descriptor that stays open meanwhile: the system would reuse the number of a closed one.
 
         Args:
-            key: Names the file.
-            open_file: Opens it.
+            key: Identifies the file.
+            open_file: Opens the file and returns its descriptor.
 
         Raises:
-            ValueError: After `close`.
+            ValueError: The cache was closed.
         """
         with self._changed:
             if self._closed:
@@ -67,14 +67,14 @@ class Descriptors(Generic[K]):
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Close all files, as soon as no thread uses one any more."""
+        """Close all files, each as soon as no thread uses it."""
         with self._changed:
             self._closed = True
             self._changed.wait_for(lambda: not self._users)
             self._close_surplus(0)
 
     def _close_surplus(self, limit: int) -> None:
-        """Close the least recently used files beyond a number, but none that is in use."""
+        """Close the least recently used files until `limit` are open; files in use stay open."""
         surplus = len(self._open) - limit
         if surplus > 0:
             for key in [key for key in self._open if key not in self._users][:surplus]:

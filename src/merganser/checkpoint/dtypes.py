@@ -1,4 +1,4 @@
-"""Element types as safetensors writes them, and what merganser may do with each."""
+"""Element types as safetensors names them, and how merganser treats each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class DType:
         tag: the name in a safetensors header, such as `"BF16"`.
         name: the name in torch, such as `"bfloat16"`.
         bits: the size of one element in bits; below 8 for packed types.
-        kind: `"float"` can be merged; `"int"` and `"bool"` are copied when equal; `"quantised"` values mean
-            nothing without their scales.
+        kind: `"float"` can be merged; `"int"` and `"bool"` are copied if equal; `"quantised"` values have no meaning
+            without their scales.
     """
 
     tag: str

@@ -25,26 +25,26 @@ from .wrappers import unwrap
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 WEIGHTS_KEY = "transformers_weights"
-"""Key of config.json that names the file of weights, or their index, where it is not the usual one."""
+"""Key of config.json with the name of the weights file, or of its index, if it is not the usual name."""
 
 _MAX_NAME = 500
-"""Most characters in the name of a tensor; names of published models have some 150."""
+"""Largest number of characters in a tensor's name; published models have at most about 150."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model on disk: what it holds and where, without its weights.
+    """A model on disk: its config, and the names, shapes, dtypes and places of its tensors, but not their values.
 
     Attributes:
         reference: the path or Hub id as the user wrote it.
         path: the local folder.
-        config: the contents of `config.json`; empty where there is none.
+        config: the contents of `config.json`; empty if there is none.
         tensors: by name, in the order of the files and of the bytes within each.
         weight_files: the files that hold the tensors.
         metadata: the `__metadata__` of the safetensors headers.
-        wrappers: names of training frameworks that the names of tensors had in the files, and do not have here.
-        unread: names of files in the folder that may hold weights, too, and are not read.
-        loose: whether it is a single file in a folder that has no config.json: what else lies there is not the model's.
+        wrappers: prefixes of training frameworks, such as `_orig_mod.`, that were stripped from the names of tensors.
+        unread: names of files in the folder that may also hold weights and are not read.
+        loose: whether it is a single file in a folder without config.json; other files there are not the model's.
     """
 
     reference: str
@@ -59,20 +59,20 @@ class Checkpoint:
 
     @cached_property
     def side_files(self) -> list[Path]:
-        """The files to copy to an output beside the weights and config: tokenizer, templates, code, licence.
+        """The files to copy to an output in addition to weights and config: tokenizer, templates, code, licence.
 
-        A copy keeps their place below `path`.
+        A copy keeps its path relative to `path`.
 
         Raises:
-            CheckpointError: one is a link that leaves the folder, or to nothing, or a pipe or device.
+            CheckpointError: one is a pipe, a device, or a link that is broken or leaves the folder.
         """
         return [] if self.loose else list_side_files(self.path)
 
     def side_file(self, name: str) -> Path | None:
-        """Return the side file of this name, or None where there is none.
+        """Return the side file of this name, or None if there is none.
 
         Raises:
-            CheckpointError: it is a link that leaves the folder, or to nothing.
+            CheckpointError: the file is a link that is broken or leaves the folder.
         """
         file = self.path / name
         there = not self.loose and (file.is_symlink() or file.exists())
@@ -80,7 +80,7 @@ class Checkpoint:
 
     @cached_property
     def quantised(self) -> str | None:
-        """What says that the weights are quantised, such as `fp8 (config.json quantization_config.quant_method)`."""
+        """Why the weights count as quantised, as in `fp8 (config.json quantization_config.quant_method)`, or None."""
         return why_quantised(self.config, self.tensors)
 
     @property
@@ -89,16 +89,16 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def reader(self) -> Reader:
-        """Return a new reader; it serves the tensors of any checkpoint."""
+        """Return a new reader, which can read the tensors of any checkpoint."""
         return Reader()
 
 
 def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
-    """Open a checkpoint: read its headers, index and config, and none of its weights.
+    """Open a checkpoint: read its headers, index and config, but no weights.
 
     Args:
-        reference: a folder, a weight file, or the id of a model on the Hugging Face Hub (`org/name`). What exists on
-            disk is never looked up on the Hub, nor is what looks like a path.
+        reference: a folder, a weight file, or the id of a model on the Hugging Face Hub (`org/name`). A path that
+            exists, or that cannot be a Hub id, is never looked up on the Hub.
         revision: the branch, tag or commit on the Hub.
         cache_dir: the folder for models from the Hub; by default the one that huggingface_hub uses.
 
@@ -133,7 +133,7 @@ def _existing(reference: str) -> Path | None:
         return path
     except PermissionError:
         raise CheckpointError(f"{reference}: cannot be read: permission denied") from None
-    except (OSError, RuntimeError, UnicodeError):  # too long, no such home, a loop of links, half a character
+    except (OSError, RuntimeError, UnicodeError):  # too long, unknown home folder, circular links, lone surrogate
         return None
 
 
@@ -158,7 +158,7 @@ def _open_folder(reference: str, folder: Path) -> Checkpoint:
 
 
 def _named_weights(folder: Path) -> Weights | None:
-    """Return the weights that config.json names, which transformers then loads whatever else is there."""
+    """Return the weights that config.json names; transformers loads these, whatever other files exist."""
     name = _read_config(folder).get(WEIGHTS_KEY)
     if name is None:
         return None
@@ -172,7 +172,7 @@ def _named_weights(folder: Path) -> Weights | None:
 
 
 def _check_rival(folder: Path, file: str, index: str) -> None:
-    """Refuse a file of weights beside the index of others: transformers loads the file, other programs the index."""
+    """Refuse a weights file with an index of other files: transformers loads the file, other programs the index."""
     others = sorted(set(read_weight_map(folder / index).values()) - {file})
     if others:
         raise CheckpointError(
@@ -182,7 +182,7 @@ def _check_rival(folder: Path, file: str, index: str) -> None:
 
 
 def _unread(names: Iterable[str], files: Sequence[Path]) -> tuple[str, ...]:
-    """Return the files of weights of the same format that lie beside those of the checkpoint."""
+    """Return the folder's other weight files of the same format, which are not part of the checkpoint."""
     chosen = {file.name for file in files}
     suffix = files[0].suffix
     return tuple(
@@ -205,7 +205,7 @@ def _open_index(reference: str, folder: Path, index: Path) -> Checkpoint:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read which file holds which tensor from an index, and check that no file lies outside the index's folder.
+    """Read from an index which file holds which tensor, and check that every file is inside the index's folder.
 
     Raises:
         CheckpointError: the index is damaged, or one of its paths leaves the folder.
@@ -219,7 +219,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{index}: tensor {name!r}: the name of its file must be a string, found {brief(file)}"
             )
-        # thousands of tensors share a file
+        # thousands of tensors share a file, so each file name is checked once
         if file not in checked:
             _check_shard_name(index, file)
             checked.add(file)
@@ -227,7 +227,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_shard_name(index: Path, name: str) -> None:
-    # As Windows reads it, which knows both slashes, drives and shares: an index must mean the same everywhere.
+    # Parsed by Windows rules, the strictest (both slashes, drives, shares), so that it means the same on every system.
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts or "\0" in name or "\\" in name:
         raise CheckpointError(f"{index}: file {name!r} is not inside the checkpoint's folder, where it must be")
@@ -252,9 +252,9 @@ def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
 
 
 def _check_name(tensor: TensorInfo) -> None:
-    """Refuse a name that a safetensors file cannot hold, or that is longer than any name of a module.
+    """Refuse a name that a safetensors file cannot hold, or that is too long.
 
-    Names are split at every dot to find layers: for one of ten thousands of parts that takes minutes.
+    Finding layers splits names at every dot, which would take minutes for a name of tens of thousands of parts.
     """
     name = tensor.name
     if len(name) > _MAX_NAME:
@@ -283,7 +283,7 @@ def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
     if not file.exists():
         raise NotFoundError(f"{file}: is a link to a file that is not there; fetch the checkpoint again")
     if not file.is_file():
-        # A pipe or a device would wait or never end.
+        # Reading a pipe or a device might wait forever or never end.
         kind = "a directory" if file.is_dir() else "not a regular file"
         raise CheckpointError(f"{file}: is {kind}, a file with weights is needed")
     if not file.name.endswith(".safetensors"):
@@ -307,7 +307,7 @@ def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Ten
 
 
 def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:
-    """Open a checkpoint by what a user writes: a path, or a Hub id that may have `@revision` behind it.
+    """Open a checkpoint by what a user writes: a path, or a Hub id that may end in `@revision`.
 
     Raises:
         NotFoundError: There is no such model.

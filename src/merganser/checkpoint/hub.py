@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: only the files that a merge needs, from the cache when there is no network."""
+"""Models of the Hugging Face Hub: fetch only the files that a merge needs; without a network, use the cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".ckpt", *PICKLED_SUFFIXES)
 
 
 def is_hub_id(reference: str) -> bool:
-    """Say whether a reference that is no file or folder can be the id of a model on the Hub."""
+    """Return whether a reference that is not an existing path can be the id of a model on the Hub."""
     return _HUB_ID.fullmatch(reference) is not None and not reference.endswith(_FILE_SUFFIXES)
 
 
 def snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Path:
-    """Fetch what a merge needs of a model on the Hub, and return the folder that holds it.
+    """Fetch the files of a Hub model that a merge needs, and return the folder that holds them.
 
     Without a network, or with `HF_HUB_OFFLINE=1`, the folder is the one in the cache.
 
@@ -44,7 +44,7 @@ def snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Pat
     if weights.index is not None:
         shards = read_object(folder / weights.index).get("weight_map")
         wanted = {file for file in shards.values() if isinstance(file, str)} if isinstance(shards, dict) else set()
-        # The folder is named after the commit: the shards come from the same one, even when a branch moves meanwhile.
+        # The folder is named after the commit, so all shards come from one commit even if the branch moves meanwhile.
         _fetch(model, folder.name, cache_dir, sorted(wanted & set(names)))
     modules = module_folders(folder)
     if more := [name for name in names if is_module_file(name, modules)]:
@@ -59,12 +59,12 @@ def _offline() -> bool:
 
 
 def _list_files(model: str, revision: str | None) -> list[str] | None:
-    """Return the names of the model's files, or None when the Hub cannot be reached."""
+    """Return the names of the model's files, or None if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        # Not `list_repo_files`: that tries again for half a minute when there is no network.
+        # Not `list_repo_files`: without a network, that retries for half a minute.
         info = HfApi().model_info(model, revision=revision, timeout=_TIMEOUT_SECONDS)
         return [file.rfilename for file in info.siblings or ()]
     except HfHubHTTPError as error:
@@ -82,7 +82,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None) -> Path:
 
     unreachable = "the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
     try:
-        # One small file is named because huggingface_hub else insists on every file of the repository.
+        # Name one small file: huggingface_hub otherwise requires every file of the repository to be in the cache.
         found = snapshot_download(
             model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=["config.json"]
         )
@@ -113,7 +113,7 @@ def _fetch(model: str, revision: str | None, cache_dir: Path | None, names: list
 
 
 def _is_network(error: Exception) -> bool:
-    # huggingface_hub has changed its HTTP library more than once.
+    # Recognise errors by module: huggingface_hub has changed its HTTP library more than once.
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in (
         "httpx",
         "httpx2",
@@ -124,7 +124,7 @@ def _is_network(error: Exception) -> bool:
 
 
 def _refuse(model: str, revision: str | None, error: Exception) -> NoReturn:
-    """Raise our own error. It quotes no message of the library's: these hold addresses with signatures in them."""
+    """Raise our own error, without the library's message, which contains signed URLs."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):

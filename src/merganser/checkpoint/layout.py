@@ -1,4 +1,4 @@
-"""Where every byte of a written checkpoint goes, known before the first is written."""
+"""The position of every byte of a checkpoint to be written, computed before the first byte is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .dtypes import DType
 __all__ = ["INDEX_NAME", "Shard", "index_json", "plan_shards"]
 
 INDEX_NAME = "model.safetensors.index.json"
-"""The file that says which shard holds which tensor; there is one only when there is more than one shard."""
+"""The file that maps tensors to shards; written only if there is more than one shard."""
 
 _ALIGNMENT = 8
 
@@ -41,17 +41,17 @@ def plan_shards(
 ) -> list[Shard]:
     """Divide tensors into safetensors files and place each tensor.
 
-    Shards are filled in the given order. Within a shard the larger element types come first, so that every tensor
-    begins at a multiple of its element size.
+    Shards are filled in the given order. Within a shard, tensors with larger elements come first, so that the offset of
+    every tensor is a multiple of its element size.
 
     Args:
         tensors: name, element type and shape of each.
         shard_bytes: the most tensor bytes in one shard; a larger tensor gets a shard of its own.
-        metadata: entries for the header beside `format: pt`.
-        stem: what the names of the files begin with.
+        metadata: entries for the header in addition to `format: pt`.
+        stem: prefix of the files' names.
 
     Raises:
-        ValueError: a name appears twice, or is the one that the format keeps for metadata.
+        ValueError: a name appears twice, or is `__metadata__`, which the format reserves.
     """
     _check_names(tensors)
     groups = _groups(tensors, shard_bytes)

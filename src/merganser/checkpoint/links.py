@@ -1,4 +1,4 @@
-"""Whether a file of a folder lies in that folder, or is a link to something else."""
+"""Find out whether a file of a folder is really inside that folder, or is a link to a file elsewhere."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["inside", "leads_out", "link_target"]
 
 
 def leads_out(folder: Path, file: Path) -> bool:
-    """Return whether links lead from `file`, which is named below `folder`, to a place outside of it.
+    """Return whether links lead from `file`, a path below `folder`, out of that folder.
 
-    The cache of the Hub keeps contents in `blobs` and fills the folder of a revision, `snapshots/<revision>`, with links
-    to them: links into the blobs of the same repository do not count.
+    The Hub's cache keeps file contents in `blobs` and fills the folder of a revision, `snapshots/<revision>`, with
+    links to them: links into the blobs of the same repository are allowed.
     """
     home, target = folder.resolve(), file.resolve()
     return not target.is_relative_to(home) and target.parent not in _blobs(home)
 
 
 def link_target(folder: Path, name: str) -> Path | None:
-    """Return where the file `name` of a folder really lies, if a link is on the way to it; else None.
+    """Return the real path of the file `name` of a folder if the path contains a link, else None.
 
-    Links into the blobs of the Hub's cache do not count; see `leads_out`.
+    Links into the blobs of the Hub's cache are ignored; see `leads_out`.
     """
     home = folder.resolve()
     target = Path(os.path.realpath(folder / name))
@@ -38,17 +38,17 @@ def _blobs(home: Path) -> Iterator[Path]:
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """Return the file `name` of a checkpoint's folder.
+    """Return the path of the file `name` of a checkpoint's folder.
 
     Args:
         folder: The folder.
-        name: Path of the file below it.
-        where: What names the file, for messages.
+        name: Path of the file, relative to the folder.
+        where: Where the file is named, for messages.
 
     Raises:
-        NotFoundError: The file is a link to nothing.
-        CheckpointError: It is a link to something outside the folder: whatever that is, it is not the checkpoint's, and
-            must not be copied into an output.
+        NotFoundError: The file is a broken link.
+        CheckpointError: The file is a link out of the folder: its target is not part of the checkpoint and must not be
+            copied into an output.
     """
     file = folder / name
     try:
@@ -57,7 +57,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
                 f"{where}: file {name!r} is a link that leaves the checkpoint's folder (to {os.path.realpath(file)}); if it "
                 "belongs to the model, put the file itself there"
             )
-    except RuntimeError:  # Python before 3.13 says so of a loop of links
+    except RuntimeError:  # circular links, in Python before 3.13
         raise CheckpointError(
             f"{where}: file {name!r} is a link that leads to itself; fetch the checkpoint again"
         ) from None

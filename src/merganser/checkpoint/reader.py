@@ -1,4 +1,4 @@
-"""Bytes of tensors, from many files and many threads."""
+"""Read the bytes of tensors, from many files and in many threads."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["Reader"]
 class Reader:
     """Reads tensors of any number of checkpoints; safe to use from many threads at once.
 
-    Files stay open between reads, the least recently used is closed when there are too many. Use it as a context
+    Files stay open between reads; when there are too many, the least recently used is closed. Use it as a context
     manager, or call `close`.
 
     Args:
-        max_open_files: The most that stay open between reads.
+        max_open_files: The largest number of files that stay open between reads.
     """
 
     def __init__(self, max_open_files: int = MAX_OPEN) -> None:
         self._files: Descriptors[Path] = Descriptors(max_open_files)
-        self._seeking = threading.Lock()  # only for systems that cannot read at an offset
+        self._seeking = threading.Lock()  # only for systems without os.pread
 
     def __enter__(self) -> Reader:
         return self
@@ -48,11 +48,11 @@ class Reader:
         Args:
             tensor: what to read.
             start: the first byte wanted, counted from the beginning of the tensor.
-            buffer: writable and contiguous; its length says how much is read.
+            buffer: writable and contiguous; its length is the number of bytes to read.
 
         Raises:
             CheckpointError: the file is shorter than its header promised, or cannot be read.
-            ValueError: the range does not lie inside the tensor.
+            ValueError: the range is not inside the tensor.
         """
         if not buffer.nbytes:
             return
@@ -80,7 +80,7 @@ class Reader:
                 target = target[count:]
 
     def tensor(self, tensor: TensorInfo) -> Tensor:
-        """Read a tensor whole, in its own dtype and shape.
+        """Read a whole tensor, in its own dtype and shape.
 
         Raises:
             CheckpointError: the file is shorter than its header promised, or cannot be read.
@@ -92,10 +92,10 @@ class Reader:
         return memory.view(getattr(torch, tensor.dtype.name)).view(tensor.shape)
 
     def will_need(self, tensor: TensorInfo, start: int, nbytes: int) -> None:
-        """Tell the system that these bytes of the tensor will be read soon; does nothing where it cannot be told."""
+        """Advise the system that these bytes of the tensor will be read soon, if the system has a call for it."""
         if tensor.source is not None or nbytes <= 0 or not hasattr(os, "posix_fadvise"):
             return
-        # Only advice: a file that cannot be read says so at the read itself.
+        # This is only advice: if the file cannot be read, the read itself raises the error.
         with (
             contextlib.suppress(OSError, CheckpointError),
             self._files.lend(tensor.file, lambda: _descriptor(tensor)) as file,
@@ -103,7 +103,7 @@ class Reader:
             os.posix_fadvise(file, tensor.offset + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        """Close all files, as soon as no thread reads any more."""
+        """Close all files, each as soon as no thread reads from it."""
         self._files.close()
 
     def _read(self, descriptor: int, offset: int, buffer: memoryview) -> int:

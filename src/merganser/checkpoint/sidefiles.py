@@ -1,4 +1,4 @@
-"""The files of a checkpoint that are neither weights nor config, and that an output needs to be usable."""
+"""The side files of a checkpoint: neither weights nor config, but needed to use an output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".merges", ".spm", ".tokens")
 _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)", re.IGNORECASE)
 
-# What describes this one checkpoint, its training or its packing, and would be wrong beside other weights.
+# Files that describe this one checkpoint, its training or its packaging, and would be wrong with other weights.
 _OWN = re.compile(
     r"(config\.json|params\.json|.*\.index(\..+)?\.json|README.*|adapter_.*|merge\.json|mergekit_.*|"
     r"(trainer|scheduler|optimizer|training).*|(all|train|eval|test|predict)_results.*|.*quanti[sz]e?_config\.json|"
@@ -44,7 +44,7 @@ _ROUTER = "router_config.json"
 
 
 def is_side_file(name: str) -> bool:
-    """Return whether a file, given by its path below the checkpoint's folder, is one to copy to an output."""
+    """Return whether the file at this path, relative to the checkpoint's folder, is one to copy to an output."""
     folder, _, last = name.rpartition("/")
     return (not folder or folder in TEMPLATE_FOLDERS) and _is_wanted(last)
 
@@ -56,19 +56,19 @@ def _is_wanted(last: str) -> bool:
 
 
 def is_module_file(name: str, folders: Collection[str]) -> bool:
-    """Return whether a file is to be copied because it lies in the folder of a module; see `module_folders`."""
+    """Return whether a file is copied because it is in the folder of a module; see `module_folders`."""
     folder, _, last = name.rpartition("/")
     return folder in folders and (last == "config.json" or is_weight_file(last) or _is_wanted(last))
 
 
 def module_folders(folder: Path) -> list[str]:
-    """Return the folders of what sentence-transformers puts behind the language model, such as `1_Pooling`.
+    """Return the folders of modules that sentence-transformers applies after the language model, such as `1_Pooling`.
 
-    `modules.json` and `router_config.json` name them, and the checkpoint does not open there without them. A folder that is
-    named need not exist: modules without settings have none.
+    `modules.json` and `router_config.json` name them; sentence-transformers needs them to open the checkpoint. A named
+    folder need not exist: modules without settings have none.
 
     Raises:
-        CheckpointError: One of the files is damaged, or names a folder outside of the checkpoint.
+        CheckpointError: One of the two files is damaged, or names a folder outside the checkpoint.
     """
     found: dict[str, None] = {}
     for name, read in ((_MODULES, _modules), (_ROUTER, _routes)):
@@ -92,7 +92,7 @@ def _routes(content: Any) -> Iterator[str]:
 
 
 def _check_folder(file: Path, path: str) -> None:
-    # As Windows reads it, which knows both slashes, drives and shares: a checkpoint must mean the same everywhere.
+    # Parsed by Windows rules, the strictest (both slashes, drives, shares), so that it means the same on every system.
     read = PureWindowsPath(path)
     if read.anchor or ".." in read.parts or "\0" in path or "\\" in path:
         raise CheckpointError(
@@ -101,10 +101,10 @@ def _check_folder(file: Path, path: str) -> None:
 
 
 def list_side_files(folder: Path) -> list[Path]:
-    """Return the side files of a checkpoint's folder, sorted by their paths below it.
+    """Return the side files of a checkpoint's folder, sorted by their relative paths.
 
     Raises:
-        CheckpointError: One is a link out of the folder, a link to nothing, a pipe or device, or cannot be read.
+        CheckpointError: One is a pipe, a device, a link that is broken or leaves the folder, or cannot be read.
     """
     modules = module_folders(folder)
     places = [folder, *(folder / name for name in (*TEMPLATE_FOLDERS, *modules))]
@@ -112,7 +112,7 @@ def list_side_files(folder: Path) -> list[Path]:
     wanted = sorted(name for name in names if is_side_file(name) or is_module_file(name, modules))
     files = [inside(folder, name, str(folder)) for name in wanted if not (folder / name).is_dir()]
     for file in files:
-        # What cannot be copied is refused before hours of merging, not behind them.
+        # Refuse unreadable files now, before hours of merging, and not when they are copied.
         _open(file).close()
     return files
 
@@ -134,7 +134,7 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's contents, and make the folder for it.
+    """Copy a file's contents, and create the target's folder.
 
     Raises:
         CheckpointError: The source cannot be read, or is not a regular file.

@@ -1,4 +1,4 @@
-"""Where one named tensor of a checkpoint lies."""
+"""Descriptions of named tensors of a checkpoint: dtype, shape, and where the bytes are."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Source", "TensorInfo", "renamed"]
 
 
 class Source(Protocol):
-    """A file whose tensors cannot be read at a plain byte offset."""
+    """A reader of tensors whose bytes are not stored in one contiguous range of a file."""
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of the row-major tensor `name` from byte `start` on."""
+        """Fill `buffer` with bytes of the row-major tensor `name`, beginning at byte `start` of the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class TensorInfo:
         dtype: the element type.
         shape: the shape; `()` for a scalar.
         file: the file that holds it.
-        offset: the first byte in `file`, or -1 where `source` must be asked.
+        offset: the first byte in `file`, or -1 if the bytes must be read through `source`.
         nbytes: the size in bytes.
-        source: who reads the bytes when a plain offset does not say it (`.bin` files).
+        source: reads the bytes if they are not at a plain offset (`.bin` files).
     """
 
     name: str
@@ -49,7 +49,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Renamed:
-    """Reads a tensor by the name that it has in its file."""
+    """Reads a tensor under its original name in the file."""
 
     source: Source
     name: str

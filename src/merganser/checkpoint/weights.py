@@ -1,6 +1,6 @@
-"""Which files of a folder are its weights, decided from their names alone.
+"""Choose the weight files of a folder from file names alone.
 
-Names alone, because the same decision is made for a repository on the Hub before anything is fetched.
+Only names are used, because the same choice is made for a repository on the Hub before anything is fetched.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from ..errors import CheckpointError, NotFoundError, UnsupportedError
 __all__ = ["PICKLED_SUFFIXES", "Weights", "choose_weights", "is_weight_file", "may_be_weights", "refuse_name"]
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
-"""What the names of pickled checkpoints end in."""
+"""Endings of the names of pickled checkpoints."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.safetensors|\.bin)")
 _OTHER_WEIGHTS = (".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".tflite", ".ot", ".npz", ".mlmodel", ".pdparams")
-# The state of a training run and adapters: tensors, and not the model's.
+# Optimizer and training states, and adapters: these files hold tensors, but not the model's weights.
 _NOT_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|adapter_|pytorch_lora|"
     r"tokenizer|global_step|.*optim_states|.*_rank_\d)"
@@ -29,13 +29,13 @@ _GGUF = "GGUF inputs come with a later version; give the safetensors checkpoint 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """The choice: either an index, which names the shards, or the files themselves.
+    """The chosen weights: either an index, which names the shards, or the files themselves.
 
     Args:
         index: Name of the index.
-        files: Names of the files, where no index is chosen.
-        rival: Name of an index that lies beside the chosen file. It may name that file alone; if it names others, it is not
-            clear which are the model's.
+        files: Names of the files, if no index is chosen.
+        rival: Name of an index in the same folder as the chosen file. The index may name only that file; if it names
+            others, it is not clear which files are the model's.
     """
 
     index: str | None
@@ -44,21 +44,21 @@ class Weights:
 
 
 def is_weight_file(name: str) -> bool:
-    """Say whether a file holds tensors of any format, of the model or of its training."""
+    """Return whether a file holds tensors in any format, be it model weights or training state."""
     return name.endswith((".safetensors", *PICKLED_SUFFIXES, *_OTHER_WEIGHTS))
 
 
 def may_be_weights(name: str) -> bool:
-    """Return whether a file in a format of weights is not, by its name, the state of a training run or an adapter."""
+    """Return whether a file has a weight format and its name is not that of training state or an adapter."""
     return not _NOT_WEIGHTS.match(name)
 
 
 def refuse_name(where: str, name: str) -> None:
-    """Refuse a single file that is given as a checkpoint and cannot be one.
+    """Raise the error for a single file that was given as a checkpoint but cannot be one.
 
     Raises:
-        UnsupportedError: GGUF, or an adapter.
-        CheckpointError: any other name.
+        UnsupportedError: The file is GGUF, or an adapter.
+        CheckpointError: The file has any other name.
     """
     if name.endswith(".gguf"):
         raise UnsupportedError(f"{where}: {_GGUF}")
@@ -76,18 +76,18 @@ def refuse_name(where: str, name: str) -> None:
 def choose_weights(where: str, names: Iterable[str]) -> Weights:
     """Choose the weights among the files of a folder.
 
-    The order: what transformers itself loads (`model.safetensors`, its index), any other index, any other set of
-    shards, any other single file; a `consolidated` copy of the weights comes after all of these; pickled files come
-    last, in the same order.
+    The order of preference: what transformers itself loads (`model.safetensors`, its index), any other index, any other
+    set of shards, any other single file, a `consolidated` copy of the weights; pickled files come last, in the same
+    order.
 
     Args:
-        where: what the folder is called in messages.
+        where: name of the folder in messages.
         names: the names of its files.
 
     Raises:
         NotFoundError: a shard of a set without index is missing.
-        CheckpointError: there are no weights, or several that are equally good.
-        UnsupportedError: the folder holds an adapter, or GGUF files only.
+        CheckpointError: there are no weights, or several equally preferred candidates.
+        UnsupportedError: the folder holds an adapter, or only GGUF files.
     """
     present = sorted(set(names))
     if "adapter_config.json" in present:
@@ -146,7 +146,7 @@ def _only(where: str, what: str, names: list[str]) -> str:
 
 def _complete(where: str, key: tuple[str, int, str], shards: dict[int, str]) -> tuple[str, ...]:
     stem, count, suffix = key
-    # No set of all numbers is made: the count is whatever a name says.
+    # Do not build the set of all numbers: the count comes from a file's name and may be huge.
     missing = next(number for number in range(1, len(shards) + 2) if number not in shards)
     width = len(str(count)) if count > 99_999 else 5
     if missing <= count:
@@ -159,7 +159,7 @@ def _complete(where: str, key: tuple[str, int, str], shards: dict[int, str]) -> 
     return tuple(shards[number] for number in range(1, count + 1))
 
 
-# What training programs write, and how it becomes a checkpoint: the pattern of a name, what it is, and the command.
+# Files of training programs: a pattern for the name, what the file is, and the command that makes a checkpoint of it.
 _FOREIGN = (
     (
         r".*\.ckpt",
@@ -192,7 +192,7 @@ _FOREIGN = (
 
 
 def _foreign(names: Sequence[str]) -> str | None:
-    """Say what a training program's file is, and what makes a checkpoint of it; None where there is no such file."""
+    """Return what a training program's file is and how to make a checkpoint of it; None if there is no such file."""
     for pattern, what, command in _FOREIGN:
         name = next((name for name in names if re.fullmatch(pattern, name)), None)
         if name is not None:

@@ -1,4 +1,4 @@
-"""Names that training frameworks put around those of a model: stripped when a checkpoint is opened."""
+"""Prefixes that training frameworks add to the names of tensors; stripped when a checkpoint is opened."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from .tensor import TensorInfo, renamed
 
 __all__ = ["unwrap"]
 
-# What wraps a module keeps it under a name of its own, at any depth: torch.compile, FSDP, activation checkpointing,
-# DeepSpeed.
+# Wrappers of single modules add a name at any depth: torch.compile, FSDP, activation checkpointing, DeepSpeed.
 _ANYWHERE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
-# What wraps the whole model: DataParallel and DDP, PEFT. Models may have parts of these names, so all tensors must be
-# inside.
+# Wrappers of the whole model: DataParallel and DDP, PEFT. A model may have a part of such a name, so a prefix is
+# stripped only if all tensors have it.
 _AROUND = ("module.", "base_model.model.")
-# What trains a causal language model as a part of something else (Lightning, trainers of policies).
+# Training code that holds a causal language model as one of its parts (Lightning, policy trainers).
 _AROUND_DECODER = re.compile(r"(?:model|policy|actor|student|llm)\.(?=(?:model|lm_head)\.)")
 
 
 def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Return the tensors by the names that the model gives them, and the wrappers' names that were stripped.
+    """Return the tensors by the names that the model itself uses, and the prefixes that were stripped.
 
     Args:
         where: The checkpoint, for messages.
-        tensors: By their names in the files.
+        tensors: Tensors by their names in the files.
 
     Raises:
         CheckpointError: Two tensors would have the same name.

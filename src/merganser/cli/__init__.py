@@ -1,6 +1,6 @@
-"""The command `merganser`: one file per verb, each of which prints what one public call returns.
+"""The command `merganser`: one file per verb; each verb prints what one public function returns.
 
-Nothing here imports torch before there is work for it, so that help is there at once.
+Nothing here imports torch until it is needed, so that help appears at once.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ def _prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            # the shell closed it
+            # the shell closed this stream
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            # a terminal that lacks a letter shows a question mark
+            # print a character that the terminal cannot encode as a question mark
             stream.reconfigure(errors="replace")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command, by default that of this process.
+    """Run a command, by default with the arguments of this process.
 
     Raises:
         SystemExit: Always, with the exit code.
     """
-    # a plan is millions of small objects that all stay: looking through them again and again took half of its time
+    # A plan is millions of small objects that all stay alive; scanning them repeatedly took half of a plan's time.
     gc.set_threshold(200_000, 50, 100)
     _prepare_streams()
     try:
@@ -91,12 +91,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             app(arguments, prog_name="merganser")
         raise SystemExit(0)
     except OutputError as error:
-        # of help and version, which no verb prints
+        # an error while printing help or the version, which run outside any verb
         complain("error", str(error))
         raise SystemExit(2) from None
     except SystemExit as end:
         if arguments is None and end.code == STOPPED:
-            # Python would wait for threads that are in the middle of a block
+            # exit without joining threads: Python would wait for those that are still merging a block
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(STOPPED)

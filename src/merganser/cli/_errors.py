@@ -1,4 +1,4 @@
-"""From errors to messages and exit codes: 2 what the user can mend, 130 Ctrl-C, 1 a defect of ours."""
+"""Map errors to messages and exit codes: 2 for errors that the user can fix, 130 for Ctrl-C, 1 for a bug of ours."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ STOPPED = 130
 """Exit code after Ctrl-C."""
 
 _LEAST_DATA = 200_000_000
-"""With 180 MB, torch 2.13 is loaded, and no thread can be started; with 100 MB it ends the process."""
+"""Bytes. Within 180 MB torch 2.13 loads but can start no thread; within 100 MB loading it kills the process."""
 
-_BROKEN_PIPE = 141  # what a shell reports for a command that SIGPIPE ended
+_BROKEN_PIPE = 141  # exit code that a shell reports for a command ended by SIGPIPE
 
 
-# what the system refuses because of a name, a full disk or a limit, wherever we ask for it
+# errors of the operating system about a file name, a full disk or a limit, for which the user gets a plain message
 _REFUSED = {
     getattr(errno, name, None)
     for name in ("ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE", "ENOSPC", "EDQUOT", "EROFS", "EIO")
@@ -46,19 +46,19 @@ _LESS = {
 
 
 def _memory_ran_out(error: BaseException) -> bool:
-    """Say whether an error is one of memory: Python's, or torch's, which has no type of its own on a CPU."""
+    """Return whether an error means that memory ran out: Python's, or torch's, which has no own type on a CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
-"""What a command line is refused with; older releases of typer take it from click, later ones have their own."""
+"""The error class for a wrong command line; older releases of typer take it from click, later ones define it."""
 
 
 @contextmanager
 def _wrong_usage(verb: str) -> Iterator[None]:
-    """Answer options of mergekit, and make what was typed safe to print."""
+    """Explain options of mergekit, and escape the user's text in the error message."""
     try:
         yield
     except _UsageError as error:
@@ -70,20 +70,20 @@ def _wrong_usage(verb: str) -> Iterator[None]:
 
 
 class Verbs(TyperGroup):
-    """The command itself, in front of its verbs."""
+    """The command `merganser` itself: the options before the verb."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read what stands before the verb."""
+        """Parse the arguments before the verb."""
         with _wrong_usage(""):
             return super().parse_args(ctx, args)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt meanwhile, and end the process at once before and after, as `__main__` decided."""
+    """Let Ctrl-C raise KeyboardInterrupt within the context; outside it, the handler that `__main__` set applies."""
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
-        # ignored, or decided by somebody else
+        # Ctrl-C is ignored, or another handler was set by the caller
         yield
         return
     try:
@@ -94,10 +94,10 @@ def _interruptible() -> Iterator[None]:
 
 
 def _refuse_deleted_folder() -> None:
-    """Refuse to work in a folder that is no longer there: libraries that are loaded later would end the process.
+    """Refuse to run in a deleted folder, where libraries that are loaded later would end the process.
 
     Raises:
-        NotFoundError: It was deleted.
+        NotFoundError: The current folder was deleted.
     """
     try:
         Path.cwd()
@@ -108,10 +108,10 @@ def _refuse_deleted_folder() -> None:
 
 
 def _refuse_little_memory() -> None:
-    """Refuse to begin where not even the libraries could be loaded: they would end the process without a message.
+    """Refuse to run if the memory limit is too low to load the libraries, which would end the process silently.
 
     Raises:
-        MemoryLimitError: This process may hold too little.
+        MemoryLimitError: The limit of this process is too low.
     """
     limit = data_limit()
     if limit is not None and limit < _LEAST_DATA:
@@ -122,10 +122,10 @@ def _refuse_little_memory() -> None:
 
 
 class Verb(TyperCommand):
-    """A command that ends every error in a message."""
+    """A command that turns every error into a message and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read options and arguments."""
+        """Parse options and arguments."""
         with _wrong_usage(str(ctx.info_name)):
             return super().parse_args(ctx, args)
 
@@ -146,7 +146,7 @@ class Verb(TyperCommand):
         except (typer.Exit, typer.Abort):
             raise
         except BrokenPipeError:
-            # whoever read our output has enough
+            # the reader closed the pipe, as `head` does
             discard(sys.stdout)
             raise typer.Exit(_BROKEN_PIPE) from None
         except KeyboardInterrupt:

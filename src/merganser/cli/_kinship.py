@@ -1,4 +1,4 @@
-"""A kinship in the terminal."""
+"""Print the kinship of models: how similar their task vectors are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MATRICES = (
 
 
 def kinship_json(found: Kinship, *, every: bool) -> dict[str, Any]:
-    """Return a kinship and what it means as one JSON document; with the tensors if `every`."""
+    """Return a kinship and its interpretation as one JSON document; with every tensor if `every`."""
     from ..inspection.findings import kinship_findings
 
     described = asdict(found)
@@ -32,7 +32,7 @@ def kinship_json(found: Kinship, *, every: bool) -> dict[str, Any]:
 
 
 def print_kinship(found: Kinship, *, every: bool) -> None:
-    """Print a kinship: each model, the matrices, and what they mean."""
+    """Print a kinship: each model, the matrices of similarities, and their interpretation."""
     from ..inspection.findings import kinship_findings
 
     total = found.total
@@ -87,7 +87,7 @@ def _matrix(matrix: Matrix, form: str) -> None:
 
 
 def _mean(found: Kinship) -> None:
-    """Print the mean over all pairs, which Model Kinship (arXiv:2410.12613) takes for the kinship of many models."""
+    """Print the mean over all pairs, the kinship of several models in Model Kinship (arXiv:2410.12613)."""
     from ..inspection.task_vectors import mean_of_pairs
 
     total = found.total

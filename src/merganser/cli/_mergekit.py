@@ -1,4 +1,4 @@
-"""What to use here instead of the options of mergekit's commands."""
+"""Hints for the options of mergekit's commands that merganser does not have."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OPTIONS = {
 
 
 def answer(verb: str, option: str | None) -> str | None:
-    """Return what to do without an option of mergekit; None for any other option, and for verbs that it does not have."""
+    """Return what replaces an option of mergekit; None for any other option, and for verbs that mergekit lacks."""
     if verb not in ("merge", "plan") or option not in OPTIONS:
         return None
     return f"{option} is an option of mergekit; {OPTIONS[option]}"

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what they mean together."""
+"""Options that several verbs share, and functions that interpret them."""
 
 from __future__ import annotations
 
@@ -67,18 +67,18 @@ SHARD_SIZE = "5GB"
 
 
 def chosen(**options: Any) -> dict[str, Any]:
-    """Return the options that were given; the defaults of the others are not ours to know."""
+    """Return the options that were given, so that the called function applies its own defaults for the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def quieten_hub(quiet: bool = False) -> None:
-    """Keep the Hub's own progress bars off what is no terminal."""
+    """Disable the Hub's progress bars if stderr is not a terminal, or if `quiet`."""
     if quiet or not on_terminal():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def many_values(*names: str) -> type[Verb]:
-    """Return a kind of command whose options of these names take all that follows, up to the next option."""
+    """Return a command class in which the named options take every argument up to the next option."""
 
     class ManyValues(Verb):
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -88,7 +88,7 @@ def many_values(*names: str) -> type[Verb]:
 
 
 def _spread(args: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Write `--tasks a b` as `--tasks a --tasks b`."""
+    """Rewrite `--tasks a b` as `--tasks a --tasks b`."""
     found: list[str] = []
     current = None
     for arg in args:

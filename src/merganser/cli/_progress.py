@@ -1,4 +1,4 @@
-"""Live progress on stderr; silent where nobody watches."""
+"""Live progress on stderr, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _bar(counted: str, *beside: ProgressColumn) -> Progress:
-    """Make a bar over bytes; `counted` is a format of what else is told, `beside` comes after the description."""
+    """Return a progress bar over bytes; `counted` formats a second count, `beside` follows the description."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -36,7 +36,7 @@ def _bar(counted: str, *beside: ProgressColumn) -> Progress:
 
 
 def _step_bar() -> Progress:
-    """Make a bar over steps."""
+    """Return a progress bar over steps."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -52,7 +52,7 @@ def _step_bar() -> Progress:
 
 
 def _compiling() -> ProgressColumn:
-    """Make a column that says so while a kernel is compiled: the first merge of its kind seems to stand still."""
+    """Return a column that tells when a kernel is being compiled, since the bar then stands still."""
     from rich.progress import ProgressColumn
     from rich.text import Text
 
@@ -67,7 +67,7 @@ def _compiling() -> ProgressColumn:
 
 @contextmanager
 def byte_progress(description: str, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar for work that tells its bytes, done and in all."""
+    """Show a bar for work that reports its bytes: those done, and the total."""
     if quiet or not on_terminal():
         yield None
         return
@@ -82,7 +82,7 @@ def byte_progress(description: str, quiet: bool = False) -> Iterator[Callable[[i
 
 @contextmanager
 def step_progress(description: str, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar for work that tells its steps, done and in all."""
+    """Show a bar for work that reports its steps: those done, and the total."""
     if quiet or not on_terminal():
         yield None
         return
@@ -96,7 +96,7 @@ def step_progress(description: str, quiet: bool = False) -> Iterator[Callable[[i
 
 
 class MergeProgress:
-    """Tells what a plan warns of when it starts, then how its run advances; as `merganser.engine.run.Progress`."""
+    """Prints the warnings of a plan and then the progress of its run; implements `merganser.engine.run.Progress`."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -116,10 +116,10 @@ class MergeProgress:
         self._close()
 
     def start(self, plan: Plan, continued: bool) -> None:
-        """A run begins, or continues."""
+        """Print the plan's warnings and open a bar for a run that begins or continues."""
         self._close()
         self.plans.append(plan)
-        # what an earlier run finished was told before the start
+        # `advance` was called for the results of an earlier run before this call
         before, self._total = self._bytes, len(plan.tensors)
         if self._quiet:
             return
@@ -143,7 +143,7 @@ class MergeProgress:
             self._bar.start()
 
     def advance(self, read: int, written: int, tensors: int) -> None:
-        """So many more bytes were read and written, and tensors completed."""
+        """Add bytes read and written and completed tensors to the bar."""
         self._bytes += read + written
         self._tensors += tensors
         if self._bar is not None and self._task is not None:
@@ -160,7 +160,7 @@ class MergeProgress:
 
 
 class EvalProgress:
-    """Tells how an evaluation advances; as `merganser.evaluation.Progress`."""
+    """Shows the progress of an evaluation; implements `merganser.evaluation.Progress`."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -181,16 +181,16 @@ class EvalProgress:
             self._bar.stop()
 
     def loading(self, model: str, number: int, count: int) -> None:
-        """A model is read, or merged."""
+        """Show that a model is being read or merged."""
         self._show(f"{model} ({number + 1} of {count}): loading", 0, None)
 
     def scoring(self, model: str, task: str, done: int, count: int) -> None:
-        """So many batches of a task are done."""
+        """Show how many batches of a task are done."""
         self._show(f"{model}: {task}", done, count)
 
     def _show(self, description: str, done: int, count: int | None) -> None:
         if self._bar is not None and self._task is not None:
             if done == 0:
-                # so that the time left is counted from this task's begin
+                # restart the bar, so that the remaining time is estimated from this task alone
                 self._bar.reset(self._task, total=count)
             self._bar.update(self._task, description=printable(description), completed=done, total=count)

@@ -1,6 +1,6 @@
-"""Words and numbers as people read them, and where they go: data to stdout, everything else to stderr.
+"""Format words and numbers, and print them: data to stdout, everything else to stderr.
 
-All that the command line prints goes through here, where foreign texts are made safe for a terminal.
+All output of the command line goes through this module, which escapes control characters for the terminal.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def say(text: str = "") -> None:
     """Print a line of data.
 
     Raises:
-        OutputError: Standard output cannot be written, as when it is a file on a full disk; so for all that print data.
+        OutputError: Standard output cannot be written, for example to a full disk. All functions that print data raise
+            it.
     """
     with writing():
         typer.echo(printable(text))
@@ -63,7 +64,7 @@ def head(text: str) -> None:
 
 
 def complain(kind: str, text: str) -> None:
-    """Print an error, a warning or a note to stderr; where nothing can be printed there, nobody can be told."""
+    """Print an error, a warning or a note to stderr; do nothing if stderr cannot be written."""
     try:
         typer.secho(f"{kind}: ", nl=False, err=True, fg=_COLOURS[kind], bold=True)
         typer.echo(printable(text), err=True)
@@ -72,18 +73,18 @@ def complain(kind: str, text: str) -> None:
 
 
 def complain_at_length(error: BaseException) -> None:
-    """Print where an error came from, to stderr."""
+    """Print the traceback of an error to stderr."""
     for line in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
         typer.echo(printable(line), err=True)
 
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """Turn an error of standard output into one that says so.
+    """Turn an error while writing standard output into an `OutputError`.
 
     Raises:
-        OutputError: It cannot be written.
-        BrokenPipeError: Whoever read it has enough.
+        OutputError: Standard output cannot be written.
+        BrokenPipeError: The reader closed the pipe.
     """
     try:
         yield
@@ -95,7 +96,7 @@ def writing() -> Iterator[None]:
 
 
 def discard(stream: TextIO) -> None:
-    """Let what a stream still holds go nowhere: Python would try to write it, and complain, once more when it exits."""
+    """Redirect a stream to nowhere; otherwise Python would try to write its buffer again at exit, and complain."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -111,20 +112,20 @@ def _plain(value: object) -> Any:
 
 
 def passes_text(count: int) -> str:
-    """Write `1 pass`, `up to 3 passes`: what is small is read once."""
+    """Return `1 pass` or `up to 3 passes`: small tensors need only one."""
     return "1 pass" if count == 1 else f"up to {count} passes"
 
 
 def share_text(part: float, whole: float) -> str:
-    """Write what a copy would have cost: `6.3% of a copy`."""
+    """Return the size relative to a full copy: `6.3% of a copy`."""
     return f"{100 * part / max(whole, 1):.3g}% of a copy"
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str = "  ") -> list[str]:
-    """Align columns; nothing is ever cut off or wrapped, so that output can be searched.
+    """Align columns; cells are never truncated or wrapped, so that output can be searched.
 
     Args:
-        rows: The cells; the last one of a row may be as long as it likes.
+        rows: The cells; the last one of a row may have any length.
         right: Columns that are aligned to the right.
         indent: Start of each line.
     """
@@ -141,10 +142,10 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str 
 
 
 def parse_size(text: str) -> int:
-    """Read a number of bytes: `5GB`, `500 MB`, `1GiB`, `1000000`.
+    """Parse a number of bytes: `5GB`, `500 MB`, `1GiB`, `1000000`.
 
     Raises:
-        typer.BadParameter: It is none.
+        typer.BadParameter: The text is not a number of bytes.
     """
     match = _SIZE.fullmatch(text.strip())
     unit = match[2].upper() if match else ""
@@ -163,5 +164,5 @@ def parse_size(text: str) -> int:
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches stderr."""
+    """Return whether stderr is a terminal."""
     return sys.stderr.isatty()

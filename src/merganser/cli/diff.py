@@ -58,7 +58,7 @@ def _print(found: Difference, *, every: bool) -> None:
         say("tensors")
         _tensors(found.tensors)
     elif changed:
-        # those without a number first: they need a look
+        # tensors without a relative change (NaN, or from zero) come first: they need attention
         changed.sort(key=lambda t: -1 if t.distance.relative_change is None else 1 / (1 + t.distance.relative_change))
         say("most changed")
         _tensors(changed[:_MOST_CHANGED])
@@ -70,7 +70,7 @@ def _print(found: Difference, *, every: bool) -> None:
 
 
 def _by_layer_and_role(found: Difference) -> None:
-    """Print the relative change of every layer and role; equal ones as `=`."""
+    """Print the relative change of every layer and role; `=` marks equal ones."""
     roles = sorted({group.role for group in found.groups if group.layer is not None})
     cells = {
         (group.layer, group.role): "=" if group.distance.identical else number_text(group.distance.relative_change)

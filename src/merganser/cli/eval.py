@@ -145,7 +145,7 @@ def _print(found: Evaluation, out: str | None) -> None:
 
 
 def _figures(found: Evaluation, rank: int) -> bool:
-    """Print a metric of every task: the one that counts, or the second; say whether there was any."""
+    """Print the metric at `rank` of every task (0 is the main one); return whether any task has it."""
     shown = {name: task.metrics[rank] for name, task in found.tasks.items() if rank < len(task.metrics)}
     if not shown:
         return False

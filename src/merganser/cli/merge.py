@@ -59,7 +59,7 @@ def merge(
     from ..recipe import load_recipes
 
     reuse_freed_memory()
-    recipes = load_recipes(recipe)  # what is wrong with it is said before torch is loaded
+    recipes = load_recipes(recipe)  # report errors in the recipe before torch is loaded
     from ..engine.merge import merge as merge_recipes
     from ..engine.run import Interrupted
 
@@ -118,7 +118,7 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
 
 
 def _loader(config: Mapping[str, Any]) -> str:
-    """Return the class of transformers that loads a checkpoint whole: `AutoModel` would leave out its head."""
+    """Return the class of transformers that loads the whole checkpoint; `AutoModel` would drop its head."""
     architectures = config.get("architectures")
     name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     own_code = config.get("auto_map")
@@ -130,7 +130,7 @@ def _loader(config: Mapping[str, Any]) -> str:
 
 
 def _lengths(total: Mapping[str, Any]) -> None:
-    """Say how long the merged task vector is beside those of the models, and how much of these is rounding."""
+    """Print the length of the merged task vector, those of the models, and how much of these is rounding."""
     length, count = total.get("length"), len(total.get("models", ()))
     rounding = [share for share in total.get("rounding", ()) if share is not None]
     if length is None or not rounding:
@@ -141,7 +141,7 @@ def _lengths(total: Mapping[str, Any]) -> None:
 
 
 def _tasks(sidecars: Mapping[str, Any]) -> None:
-    """Say what was stored for each model, and how far from it the restored one is."""
+    """Print what was stored for each model, and how far each restored model is from the original."""
     shared = f", and {size_text(sidecars['shared_bytes'])} for all" if sidecars["shared_bytes"] else ""
     base = "with the base" if sidecars["needs_base"] else "without the base"
     say(f"keeps {plural(len(sidecars['tasks']), 'task')}{shared}; they are restored {base}, with a relative error")

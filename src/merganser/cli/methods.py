@@ -60,7 +60,7 @@ def methods(
 
 
 def _traits(method: MethodDescription) -> list[str]:
-    """Return what sets a method apart; the contract suite tests each of these words."""
+    """Return the special properties of a method; the contract suite tests each of them."""
     traits = {
         "random": method.random,
         "order matters": "order" in method.breaks,
@@ -112,7 +112,7 @@ def _value(value: Any) -> str:
 
 
 def _block(title: str, text: str) -> None:
-    """Print a section; its lines stay as they are, so that formulas do."""
+    """Print a section without rewrapping its lines, so that formulas keep their layout."""
     if not text:
         return
     say()

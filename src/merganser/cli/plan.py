@@ -118,14 +118,14 @@ def _input(stage: Plan, entry: InputSummary) -> list[str]:
 
 
 def _methods(found: PlanSummary) -> str:
-    """Name the method, and where others merge what it does not, how many tensors each of them has."""
+    """Return the name of the method; if further methods merge some tensors, all names with their numbers of tensors."""
     if len(found.methods) == 1:
         return found.method
     return ", ".join(f"{name} ({plural(count, 'tensor')})" for name, count in found.methods.items())
 
 
 def _groups(groups: Sequence[TensorGroup]) -> list[list[str]]:
-    """Say how tensors are made; what holds for all of them is said once."""
+    """Return rows that describe how tensors are made; parameters that all groups share are listed once."""
     merged = [group.parameters for group in groups if not group.copied]
     several = len({group.method for group in groups if not group.copied}) > 1
     everywhere = [
@@ -194,7 +194,7 @@ def _files(found: PlanSummary) -> list[list[str]]:
 
 
 def _tasks(stage: Plan, found: SidecarSummary) -> list[list[str]]:
-    """Say what is stored for each model, and what it takes to restore them."""
+    """Return rows that describe what is stored for each model, and what it takes to restore it."""
     rows = [
         [
             f"sidecars/{task.name}",

@@ -168,10 +168,10 @@ def outcome(content: Mapping[str, Any], task: str, model: str) -> Outcome:
         higher[name] = found["higher_is_better"]
         if found["items"] is not None:
             columns[name] = np.array(found["items"], np.float64)
-            # take lm-eval's value, from which the mean over the items may differ in the last digit
+            # use lm-eval's value; the mean over the items may differ from it in the last digit
             metrics[name] = replace(Estimate.of_ratio(columns[name], np.ones(len(columns[name])), items), value=value)
         elif error is not None:
-            # without values of items, the number counts as independent of those of other models
+            # without values of items, treat the result as independent of those of other models
             metrics[name] = Estimate.of_error(value, error, (items, model, name))
         else:
             metrics[name] = Estimate(value, {(items, model, name): np.zeros(1)})
@@ -213,7 +213,7 @@ def _has_nan(value: Any) -> bool:
 
 
 def _missing(tasks: Sequence[HarnessTask]) -> str:
-    """Say that lm-eval is not there; a name may also be a file's with a slip in it."""
+    """Return the message that lm-eval is not installed; a missing name may also be a misspelt file name."""
     names = [task.source for task in tasks if not exists(task.source)]
     if not names:
         return f"{tasks[0].source}: lm-eval carries out tasks in its format, and it is not installed: {_INSTALL}"

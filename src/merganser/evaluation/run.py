@@ -256,7 +256,7 @@ def _score_model(scorer: Scorer, name: str, model: LanguageModel, jobs: Sequence
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a target that would be lost, or cannot be written, before anything is measured."""
+    """Check that the results can be written to the target, before anything is measured."""
     try:
         if out.is_dir():
             raise OutputError(f"{out}: is a folder; give the name of a file")

@@ -192,7 +192,7 @@ def _load_lines(name: str, source: str, digest: str, text: str) -> Task:
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
-        # Escapes such as \\ud800 are half of a letter, which no tokenizer takes.
+        # A lone surrogate such as \\ud800 is not a character, and no tokenizer accepts it.
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise TaskError(f"{where}: holds half of a surrogate pair, which is no text") from None
@@ -237,5 +237,5 @@ def _value(where: str, line: Mapping[str, Any], key: str, keys: Sequence[str]) -
 
 
 def glued(task: ChoiceTask) -> bool:
-    """Return whether white space separates no choice of a task from its context: in most languages a mistake."""
+    """Return whether white space separates no choice of a task from its context, in most languages a mistake."""
     return not any(q.context[-1:].isspace() or c[:1].isspace() for q in task.questions for c in q.choices)

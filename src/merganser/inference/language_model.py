@@ -129,11 +129,11 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
 
 
 def open_tokenizer(source: Source) -> Tokenizer:
-    """Read the tokenizer of a model of whatever kind.
+    """Read the tokenizer of a model of any kind.
 
     Raises:
-        CheckpointError: It has none, or transformers cannot load it.
-        UnsupportedError: It cannot say which characters a token stands for.
+        CheckpointError: The model has no tokenizer, or transformers cannot load it.
+        UnsupportedError: The tokenizer cannot map tokens to characters.
     """
     with _folder(source) as folder:
         return _load_tokenizer(source, folder, str(source.config.get("model_type")), {})
@@ -148,7 +148,7 @@ def _load_tokenizer(source: Source, folder: Path, model_type: str, known: dict[s
             f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
         )
     files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
-    # the config may say which class reads the files
+    # the config is part of the hash, since it may name the class that reads the files
     digest = xxhash.xxh3_128_hexdigest("\0".join([model_type, *names, *files]).encode())
     if digest not in known:
         with explained(CheckpointError, f"{source.reference}: transformers cannot load the tokenizer"), _quiet():
@@ -201,7 +201,7 @@ def _tokenizer(source: Source, tokenizer: Any, digest: str) -> Tokenizer:
 
 
 def positions_of(config: Any) -> int | None:
-    """Return the most tokens that a model can see at once, by its config; None without such a limit."""
+    """Return the size of the context window in the config, in tokens; None without such a limit."""
     text = config.get_text_config()
     found = (
         getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

@@ -1,4 +1,4 @@
-"""Say in sentences what measured distances between models mean for a merge."""
+"""Explain in sentences what measured distances between models mean for a merge."""
 
 from __future__ import annotations
 

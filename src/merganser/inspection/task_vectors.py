@@ -336,7 +336,7 @@ def _measured(wide: Sequence[Tensor], unequal: np.ndarray[Any, np.dtype[np.bool_
         opposite=((both - signs @ signs.T) / 2).double().numpy(),
         far=(size > FAR).sum(1).double().numpy(),
         largest=size.amax(1).numpy(),
-        # what was never trained was not rounded after it, either
+        # a model whose tensor equals the base was not trained there, so no rounding error counts
         rounding=torch.where(moved.any(1), rounding_norms(torch.stack(models)).square(), 0.0).numpy(),
         unequal=differ,
     )

@@ -35,20 +35,20 @@ def dare_linear(
         merged = base + lambda * sum_i weight_i * kept_i
 
     Use when:
-        The task vectors are small and redundant, as after supervised fine-tuning, and should interfere less. It fails
-        on large ones, such as those of continued pre-training.
+        The task vectors are small and redundant, as after supervised fine-tuning, and should interfere less. DARE fails
+        on large task vectors, such as those of continued pre-training.
 
     Args:
         weight: Factor of each task vector.
         density: Probability of an entry to be kept; the paper's drop rate is 1 - density.
         lambda_: Factor of the sum.
         normalize: Divide the sum by the sum of the weights.
-        rescale: Make up for what was dropped.
-        rescale_to: Divide the survivors by the density, which keeps the expectation of every entry, or scale them so
-            that each task vector has the L1 norm that it had, which only keeps it in the mean over a tensor.
+        rescale: Rescale the entries that are kept, to make up for those that are dropped.
+        rescale_to: Divide the kept entries by the density, which preserves the expectation of every entry, or scale
+            them to the L1 norm of the whole task vector, which preserves it only on average over a tensor.
 
     Differs from the paper:
-        Nothing. Draws depend on the seed, the tensor's name, the model's position and the element alone.
+        Nothing. Draws depend only on the seed, the tensor's name, the model's position and the element.
     """
     kept = drop(base, models, rng, density, rescale=rescale and gain is None)
     total = weighted_sum(scaled(kept, gain), weight)

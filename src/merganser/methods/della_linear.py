@@ -1,4 +1,4 @@
-"""DELLA without the vote: drop small entries of the task vectors more often, rescale the rest, add them to the base."""
+"""DELLA without sign election: drop small entries more often, rescale the rest, add the task vectors to the base."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -21,7 +21,7 @@ from ..ops import (
 
 
 def check(parameters: Mapping[str, Any]) -> str | None:
-    """Complain of probabilities out of their range, and of weights that add up to 0 where their sum divides."""
+    """Return what is wrong if a probability is out of range, or if weights that are normalised add up to 0."""
     return check_spread(parameters) or check_total(parameters)
 
 
@@ -57,21 +57,21 @@ def della_linear(
     rank_ij is the rank of |delta_ij| among the n entries of its row, 1 for the smallest.
 
     Use when:
-        DARE would be used, but large changes matter more than small ones; della elects signs, too.
+        DARE would be suitable, but large changes matter more than small ones; `della` also elects signs.
 
     Args:
         weight: Factor of each task vector.
-        density: Mean probability of an entry to be kept; 1 keeps all, 0 none.
-        epsilon: Half the difference between the probabilities of the largest and the smallest entry of a row.
+        density: Mean probability of an entry to be kept; 1 keeps all entries, 0 none.
+        epsilon: Half the difference between the keep probabilities of the largest and the smallest entry of a row.
         lambda_: Factor of the sum.
         normalize: Divide the sum by the sum of the weights.
-        rescale: Make up for what was dropped.
-        rescale_to: Divide each survivor by its own probability, which keeps the expectation of every entry, or scale
-            them so that each task vector has the L1 norm that it had, which favours large entries.
+        rescale: Rescale the entries that are kept, to make up for those that are dropped.
+        rescale_to: Divide each kept entry by its own probability, which preserves the expectation of every entry, or
+            scale them to the L1 norm of the whole task vector, which favours large entries.
 
     Differs from the paper:
-        A row is all weights of one output unit, for convolutions too; a vector is one row.
-        Of equal entries in a row the first has the smaller rank. In a row of one element the probability is density.
+        A row holds all weights of one output unit, for convolutions too; a vector is one row.
+        Of equal entries in a row, the first has the smaller rank. In a row of one element the probability is density.
     """
     kept = magprune(base, models, rng, density, epsilon, rescale=rescale and gain is None)
     total = weighted_sum(scaled(kept, gain), weight)

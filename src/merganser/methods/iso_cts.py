@@ -10,7 +10,7 @@ from ..ops.rounding import deltas_above_rounding
 from ..ops.spectral import RankTolerance, Svd, orthogonalised, svd
 from ..ops.sum import weighted_sum
 
-# share of a task vector's norm below which what is left outside the common directions is rounding
+# share of a task vector's norm up to which its part outside the common directions is only rounding error
 _NOTHING = 2.0**-20
 
 
@@ -28,16 +28,16 @@ def common_rank(size: int, n_models: int, common_space_fraction: float) -> tuple
 
 
 def own_directions(vectors: list[Tensor], weight: Tensor, common: Tensor, k: int) -> list[Svd]:
-    """Return the leading triplets of every task vector outside the common left directions.
+    """Return the leading singular triplets of every task vector outside the common left directions.
 
     Args:
         vectors: The task vectors, shape [m, n].
         weight: Factor of each task vector, shape [T].
         common: Shape [m, c], orthonormal columns.
-        k: How many of each, at most.
+        k: Largest number of triplets of each task vector.
     """
     m, n = vectors[0].shape
-    # in coordinates of the complement what is to be decomposed is small, unless the matrix is much taller than wide
+    # decompose in coordinates of the complement, where the matrix is small, unless it is much taller than wide
     complement = torch.linalg.qr(common, mode="complete").Q[:, common.shape[1] :] if m - common.shape[1] < n else None
     found = []
     for i, vector in enumerate(vectors):
@@ -83,26 +83,25 @@ def iso_cts(
     gives the nearest matrix with orthonormal columns.
 
     Use when:
-        Many full fine-tunes on different tasks are merged, and the merge should contain both what they share and what
-        only one of them has learned.
+        Many full fine-tunes on different tasks are merged, and the merge should contain both what they have in common
+        and what only one of them has learned.
 
     Args:
         weight: Factor of each task vector.
         lambda_: Factor of the merged task vector; the authors choose among 0.1, 0.2, ..., 3.0 on validation data.
-        common_space_fraction: Share of the directions that is common.
-        divisor: What the sum of the singular values is divided by: how many they are, or min(rows, columns), as
-            published. These are the same unless task vectors are of low rank, as those of adapters are.
-        rank_tolerance: Singular values of the sum up to this share of the largest count as zero; 0: what rounding of
-            the stored weights can make, in each task vector.
+        common_space_fraction: Share of the directions that are common.
+        divisor: What the sum of the singular values is divided by: their number, or min(rows, columns), as published.
+            Both are equal unless task vectors have low rank, as those of adapters do.
+        rank_tolerance: Singular values of the sum up to this share of the largest count as zero; 0: values that
+            rounding of the stored weights can cause, in each task vector.
 
     Differs from the paper:
-        Triplets in which there is nothing but rounding (of the stored weights in each task vector; to 2^-22 of the
-        largest of the sum, or 2^-20 of the norm of the task vector) are left out, and the mean is over the others.
+        Triplets that may be rounding error alone are left out (of the stored weights, in each task vector; up to 2^-22
+        of the largest value of the sum, or 2^-20 of the task vector's norm), and the mean is over the others.
         Published code gives them arbitrary vectors of full length, and takes the mean over all.
-        Where vectors of different models span the same directions (to 1e-5), the polar factor leaves out what is
-        undetermined.
-        With many models and few rows or columns rounding asks for more directions than there are, and published code
-        fails; q is at most floor(r / T) here.
+        If vectors of different models span the same directions (to 1e-5), the polar factor omits the undetermined part.
+        With many models and few rows or columns, the published rounding of q needs more directions than exist, and the
+        published code fails; here q is at most floor(r / T).
         The paper has no weights; 1 gives its formula.
         Embeddings and head are averaged unless `embeddings: matrix` says otherwise.
     """

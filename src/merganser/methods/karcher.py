@@ -6,7 +6,7 @@ from torch import Tensor
 from ..method import Count, NonNegative, Positive, default, merge_method, statistic
 from ..ops import check_directions, gram, inverse_norms, unit_gram, weighted_sum
 
-# if the sine of the angle is below this, the vectors are opposite, and no arc between them is unique
+# if the sine of the angle is below this, two vectors are opposite and no shortest arc between them is unique
 _OPPOSITE = 1e-7
 
 
@@ -83,20 +83,20 @@ def karcher(
         direction = argmin_{|u| = 1} sum_i arccos(<u, model_i> / |model_i|)^2
         merged    = mean_i |model_i| * direction
 
-    Found by u <- exp_u(mean_i log_u(model_i / |model_i|)), tensor by tensor, from the normalised mean.
+    The fixed point of u <- exp_u(mean_i log_u(model_i / |model_i|)), starting at the normalised mean, per tensor.
 
     Use when:
-        Several models of equal standing, and the norm of the weights should not shrink as it does in an average.
+        Several models are of equal value, and the norm of the weights should not shrink as it does in an average.
 
     Args:
-        max_iter: Steps, at most.
-        tol: Stop when a step is shorter than this; models nearer than this angle do not pull.
-        zero_norm: Models whose norm is not above this have no direction; they count in the mean length. With 0, a model
-            of zeros beside others is refused.
+        max_iter: Largest number of steps.
+        tol: Stop when a step is shorter than this; models at a smaller angle than this are ignored in a step.
+        zero_norm: Models whose norm is at most this have no direction, but count in the mean length. With 0, a model of
+            zeros is refused unless all models are zeros.
 
     Differs from the paper:
-        The paper defines the mean on any manifold; here a tensor of a model is one point of a sphere.
-        Opposite models have no mean direction; then the search starts from the first model.
-        mergekit leaves out models with a norm of up to 1e-5 (`zero_norm`), and gives zeros where that is all of them.
+        The paper defines the mean on any manifold; here each tensor of a model is one point on a sphere.
+        Opposite models have no mean direction; the iteration then starts at the first model.
+        mergekit ignores models with a norm of up to 1e-5 (`zero_norm`), and returns zeros if that leaves none.
     """
     return weighted_sum(models, share)

@@ -51,7 +51,7 @@ def merge_coordinates(
 
 
 def check_weights(parameters: Mapping[str, Any]) -> str | None:
-    """Complain of weights that add up to 0, where the mean divides by their sum."""
+    """Return what is wrong if the mean divides by the sum of the weights, and they add up to 0; else None."""
     return check_total({"weight": parameters["weight"]}) if parameters["rule"] == "mean" else None
 
 

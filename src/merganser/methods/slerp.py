@@ -41,8 +41,8 @@ def slerp(base: Tensor, models: list[Tensor], factors: Tensor, *, t: Fraction) -
         t: Position on the arc: 0 is the base, 1 the model.
 
     Differs from the paper:
-        The arc is that of the whole tensor as one vector, and the vectors keep their own lengths.
-        A tensor of zeros has no direction: it is refused beside another, unless t is 0 or 1.
-        Where |cos(angle)| is above 0.9995 the straight line is taken; that is most tensors of close fine-tunes.
+        Each tensor is one vector, interpolated along one arc; the vectors keep their own lengths.
+        A tensor of zeros has no direction: it is refused unless both are zero or t is 0 or 1.
+        If |cos(angle)| is above 0.9995, the models are interpolated linearly, as in most tensors of close fine-tunes.
     """
     return along(base, models[0], factors)

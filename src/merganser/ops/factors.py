@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .spectral import Svd, svd
 
-# 0.29 * 100 is 28.999999999999996, and means 29
+# added before rounding down: 0.29 * 100 is 28.999999999999996, but means 29
 _ROUNDING = 1e-9
 
 
@@ -19,9 +19,9 @@ def rank_of(shape: Sequence[int], share: Tensor) -> int:
 
 
 def leading(matrix: Tensor, rank: int, *, noise: float = 0.0) -> Svd:
-    """Return exactly so many singular triplets, the largest first; where there are fewer, the rest are zeros.
+    """Return exactly `rank` singular triplets, the largest first, padded with zeros if there are fewer.
 
-    Their signs are fixed: the entry of each left vector that is largest in magnitude is positive.
+    Signs are fixed: in each left vector, the entry that is largest in magnitude is positive.
 
     Args:
         matrix: Shape [m, n].

@@ -99,7 +99,7 @@ def _row_cuts(size: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor
     columns = size.shape[1]
     places = columns - torch.stack([first, last]).clamp(1, columns).long()
     cuts = sort_rows(size).index_select(1, places)
-    # no rank lies between first and last, or all lie beyond the end of the row
+    # there is no rank from first to last, or all are beyond the end of the row
     empty = (last < first) | (first > columns)
     return cuts[:, :1], torch.where(empty, torch.inf, cuts[:, 1:])
 

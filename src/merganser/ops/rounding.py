@@ -1,14 +1,14 @@
-"""What storing a model has done to its task vector: rounding, which spectral methods must not take for knowledge.
+"""Rounding error in task vectors, caused by storing models: spectral methods must not mistake it for a signal.
 
-A weight x that is stored with p bits is off by up to half a unit in the last place, ulp(x) = 2^(floor(log2 |x|) + 1 - p),
+A weight x stored with p bits has an error of up to half a unit in the last place, ulp(x) = 2^(floor(log2 |x|) + 1 - p),
 with variance ulp(x)^2 / 12. So the noise in a task vector scales with the weights, not with the task vector: of small
-changes that are stored as bfloat16 it is a third. It is independent from entry to entry, and such a matrix N, with
+changes stored as bfloat16 it is a third. The errors of entries are independent, and such a matrix N, with
 variances v, has
 
     |N|_2 <= sqrt(max_i sum_j v_ij) + sqrt(max_j sum_i v_ij)
 
-but for a few percent (Bandeira and van Handel, 2016). For equal variances this is sigma * (sqrt(rows) + sqrt(columns)).
-What lies above it in the spectrum of a task vector is knowledge; below it, noise cannot be told from it.
+up to a few percent (Bandeira and van Handel, 2016). For equal variances this is sigma * (sqrt(rows) + sqrt(columns)).
+Singular values of a task vector above this bound are signal; those below it cannot be distinguished from noise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GRIDS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def grid(stored: Tensor) -> torch.dtype:
-    """Return the narrowest float dtype that holds all the values: that in which they were rounded last.
+    """Return the narrowest float dtype that holds all the values: the one in which they were last rounded.
 
     Checkpoints of bfloat16 are often saved as float32, which does not undo the rounding.
     """
@@ -35,7 +35,7 @@ def grid(stored: Tensor) -> torch.dtype:
 
 
 def rounding_variance(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the variance of the rounding of every value to a dtype, ulp^2 / 12, and 0 of zeros; float64.
+    """Return the variance of the error of rounding each value to a dtype, ulp^2 / 12; 0 for zeros; float64.
 
     Args:
         stored: Values that the dtype holds, any float dtype and shape.
@@ -49,10 +49,10 @@ def rounding_variance(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rounding_norms(stored: Tensor) -> Tensor:
-    """Return the norm that the rounding of each row is expected to have, shape [k], float64.
+    """Return the expected norm of the rounding error of each row, shape [k], float64.
 
     Args:
-        stored: Shape [k, n]; each row was rounded by itself.
+        stored: Shape [k, n]; the grid of each row is found separately.
     """
     norms = stored.new_zeros(len(stored), dtype=torch.float64)
     left = torch.ones_like(norms, dtype=torch.bool)
@@ -65,12 +65,12 @@ def rounding_norms(stored: Tensor) -> Tensor:
 
 
 def largest_rounding(stored: Tensor) -> Tensor:
-    """Return what the largest singular value of the rounding in a task vector may be, 0-d, float64.
+    """Return a bound of the largest singular value of the rounding error in a task vector, 0-d, float64.
 
     Twice the variance is taken, since the base may have been rounded in the same way.
 
     Args:
-        stored: A model's matrix as it lies in the checkpoint, shape [m, n].
+        stored: A model's matrix as stored in the checkpoint, shape [m, n].
     """
     variance = rounding_variance(stored, grid(stored))
     if not variance.numel():
@@ -79,11 +79,11 @@ def largest_rounding(stored: Tensor) -> Tensor:
 
 
 def above_rounding(delta: Tensor, rounding: Tensor) -> Tensor:
-    """Return a task vector without the directions in which rounding may be all there is.
+    """Return a task vector without the directions that may be rounding error alone.
 
     Args:
         delta: Shape [m, n].
-        rounding: Singular values up to this are cut, 0-d.
+        rounding: Singular values up to this are removed, 0-d.
     """
     left, values, right = svd(delta, noise=float(rounding))
     return delta if len(values) == min(delta.shape) else (left * values.to(left.dtype)) @ right.T
@@ -92,16 +92,16 @@ def above_rounding(delta: Tensor, rounding: Tensor) -> Tensor:
 def deltas_above_rounding(
     base: Tensor, models: Sequence[Tensor], rounding: Tensor, *, unless: float = 0.0
 ) -> list[Tensor]:
-    """Return the task vectors, each without the directions in which rounding may be all there is.
+    """Return the task vectors, each without the directions that may be rounding error alone.
 
-    Where that is nothing of any of them, they are left as they are: then no direction stands out, and the base alone
-    would be left of the merge.
+    If that removes all of all task vectors, they are returned unchanged: no direction stands out, and otherwise the
+    merge would be the base alone.
 
     Args:
         base: Shape [m, n].
         models: The models.
-        rounding: Of each model, shape [T], as the engine hands it in.
-        unless: `rank_tolerance` of the recipe. Where it is above 0, it decides by itself, and nothing is cut here.
+        rounding: Bound for each model, shape [T], as the engine passes it.
+        unless: `rank_tolerance` of the recipe. If it is above 0, it alone decides, and nothing is removed here.
     """
     vectors = deltas(base, models)
     if unless > 0:
@@ -123,8 +123,8 @@ def triplets_above_rounding(
     Args:
         base: Shape [m, n].
         models: The models.
-        rounding: Of each model, shape [T], as the engine hands it in.
-        decompose: Gets a task vector and the singular value up to which one counts as zero.
+        rounding: Bound for each model, shape [T], as the engine passes it.
+        decompose: Called with a task vector and the singular value up to which values count as zero.
         unless: As in `deltas_above_rounding`.
     """
     cuts = [0.0] * len(models) if unless > 0 else rounding.tolist()
@@ -135,7 +135,7 @@ def triplets_above_rounding(
 
 
 def _narrower(dtype: torch.dtype) -> list[torch.dtype]:
-    """Return the float dtypes whose values another one can hold, the narrowest first, and that one."""
+    """Return the float dtypes whose values `dtype` can represent, from the narrowest to `dtype` itself."""
     return [one for one in _GRIDS if one.itemsize < dtype.itemsize] + [dtype]
 
 

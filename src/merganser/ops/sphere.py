@@ -11,14 +11,14 @@ from ..errors import CheckpointError
 
 
 def check_directions(norms: Tensor, names: Sequence[str] = ()) -> None:
-    """Refuse tensors of zeros beside others: they have no direction, so no arc leads from or to them.
+    """Refuse zero tensors if others are not zero: they have no direction, so no arc leads from or to them.
 
     Args:
-        norms: Of each input, shape [T]. Where all are 0, so is what comes of them.
-        names: What messages call the inputs; by default "model 0", ...
+        norms: Norm of each input, shape [T]. If all are 0, the result is 0 and nothing is refused.
+        names: Names of the inputs in messages; by default "model 0", ...
 
     Raises:
-        CheckpointError: One is 0, and another is not.
+        CheckpointError: An input is 0, and another is not.
     """
     empty = (norms == 0).nonzero().flatten().tolist()
     if 0 < len(empty) < len(norms):
@@ -35,7 +35,7 @@ def arc(cosine: Tensor, t: Tensor, straight: Tensor) -> Tensor:
     Args:
         cosine: Cosine of the angle between the tensors, float64, of any shape.
         t: Position: 0 is the first tensor, 1 the second.
-        straight: Where to take the straight line, bool, in the shape of `cosine`.
+        straight: True where to interpolate linearly, bool, in the shape of `cosine`.
 
     Returns:
         Shape [3, *cosine.shape]: factors of the first tensor, of the second, and of second minus first.

@@ -34,11 +34,11 @@ def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
 
 
 def check_total(parameters: Mapping[str, Any]) -> str | None:
-    """Complain where a method divides by the sum of its weights, and these add up to 0.
+    """Return what is wrong if a method divides by the sum of its weights, and these add up to 0; else None.
 
     Args:
-        parameters: By their names in recipes: `weight`; of `normalize` or `normalize_weights`, those that the method
-            has, say whether it divides.
+        parameters: Parameters by their names in recipes: `weight`, and `normalize` or `normalize_weights`, whichever the
+            method has, which tells whether it divides.
     """
     if not parameters.get("normalize", parameters.get("normalize_weights", True)):
         return None

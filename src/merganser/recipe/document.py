@@ -1,4 +1,4 @@
-"""Read YAML safely: line numbers are kept, nothing is constructed but texts, numbers, flags, lists and mappings."""
+"""Read YAML safely: line numbers are kept; only strings, numbers, booleans, nulls, lists and mappings are built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LOADER = cast(type[yaml.SafeLoader], getattr(yaml, "CSafeLoader", yaml.SafeLoad
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that would be read as a number."""
+    """Quotes every string that YAML would read as a number."""
 
 
 _Dumper.add_implicit_resolver(f"{_CORE}float", FLOAT, list("-+.0123456789"))
@@ -32,7 +32,7 @@ _Dumper.add_implicit_resolver(f"{_CORE}float", FLOAT, list("-+.0123456789"))
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One YAML document: its root, and its text as written."""
+    """One YAML document: its root node, and its text as written."""
 
     root: Node
     file: str
@@ -48,7 +48,7 @@ def parse_text(text: str, file: str) -> list[Document]:
 
     Raises:
         RecipeError: The text is not YAML, or uses what recipes may not: object tags, more than 100,000 values
-            (aliases counted where they are used), more than 64 levels, the same key twice.
+            (aliases count each time they are used), more than 64 levels, the same key twice.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{file}: a recipe may have {MAX_BYTES:,} characters at most")
@@ -98,10 +98,10 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str) -> RecipeEr
 
 
 def parse_mapping(value: Mapping[Any, Any], file: str) -> Document:
-    """Take over a recipe given as a mapping of Python; its text is the YAML that says the same.
+    """Build a document from a recipe that is a Python mapping; its text is the mapping written as YAML.
 
     Raises:
-        RecipeError: It holds what YAML recipes cannot.
+        RecipeError: The mapping holds values that a YAML recipe cannot hold.
     """
     builder = _Builder(file)
     root = builder.convert(value, 1)
@@ -119,7 +119,7 @@ def plain(node: Node) -> Any:
 
 @dataclass(slots=True)
 class _Open:
-    """A list or mapping whose end has not come yet."""
+    """A list or mapping that the parser has begun and not yet ended."""
 
     node: Node
     anchor: str | None
@@ -129,7 +129,7 @@ class _Open:
 
 
 class _Builder:
-    """Make nodes of parser events, on a stack of its own: depth cannot exhaust that of Python."""
+    """Build nodes from parser events on an explicit stack, so that deep nesting cannot exhaust Python's call stack."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -141,7 +141,7 @@ class _Builder:
         return RecipeError(f"{Place(self.file, line, '')}: {problem}")
 
     def take(self, event: yaml.Event) -> Node | None:
-        """Take the next event; return the root of a document when it is complete."""
+        """Process the next event; return the root of a document when it is complete."""
         line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.DocumentStartEvent):
             self.anchors.clear()
@@ -183,7 +183,7 @@ class _Builder:
         return None
 
     def convert(self, value: object, depth: int) -> Node:
-        """Make a node of a Python value."""
+        """Return the node of a Python value."""
         self._check_size(1, depth, 0)
         if isinstance(value, Mapping):
             for key in value:
@@ -196,7 +196,7 @@ class _Builder:
             return Node([self.convert(child, depth + 1) for child in value], 0)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        # numbers and texts of other packages (numpy, enum) become plain ones
+        # numbers and strings of other packages (numpy, enum) become those of Python
         if value is None or isinstance(value, bool):
             return Node(value, 0)
         if isinstance(value, str):
@@ -222,7 +222,7 @@ class _Builder:
         self.open[-1].key = (key, line)
 
     def _add(self, node: Node, size: int, counted: bool = False) -> Node | None:
-        """Put a complete node into what is open; return it where nothing is."""
+        """Add a complete node to the innermost open list or mapping; return the node if none is open."""
         if not counted:
             self._check_size(size, len(self.open) + 1, node.line)
         if not self.open:
@@ -241,7 +241,7 @@ class _Builder:
         return None
 
     def _merge(self, pairs: dict[str, Node], source: Node) -> None:
-        """Add the pairs of a `<<:` entry; keys written out win."""
+        """Add the pairs of a `<<:` entry; keys that the mapping itself has take precedence."""
         for mapping in source.value if isinstance(source.value, list) else [source]:
             if not isinstance(mapping.value, dict):
                 raise self.error(source.line, f"'<<' takes a mapping or a list of mappings, got {shown(mapping.value)}")

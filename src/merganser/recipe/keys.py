@@ -1,4 +1,4 @@
-"""The keys of recipes: which there are, where they belong, and what is done about others."""
+"""The keys of recipes: which exist, where they belong, and how unknown ones are handled."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ _FOREIGN = {
 
 
 def refuse_foreign(root: Entry) -> None:
-    """Refuse recipes of other commands than merging, which say nothing of a merge method.
+    """Refuse recipes of commands other than merging, which have no merge method.
 
     Raises:
-        UnsupportedError: The mapping has no merge method, and a key of such a recipe.
+        UnsupportedError: The mapping has no merge method, but a key of such a recipe.
     """
     pairs = root.value if isinstance(root.value, dict) else {}
     found = next((key for key in pairs if key in _FOREIGN), None)
@@ -79,11 +79,11 @@ def refuse_foreign(root: Entry) -> None:
 
 @dataclass(slots=True)
 class UnknownKeys:
-    """What is done about the keys of one recipe that have no meaning where they stand.
+    """Handle the keys of one recipe that have no meaning where they stand.
 
     Args:
         method: Name of the merge method; None where the recipe has none.
-        ignore: Whether they are ignored with a warning, as mergekit ignores them without one.
+        ignore: Whether such keys are ignored with a warning; mergekit ignores them silently.
         warnings: Takes those warnings.
     """
 
@@ -92,7 +92,7 @@ class UnknownKeys:
     warnings: list[str] = field(default_factory=list)
 
     def __call__(self, key: str, place: Place, allowed: Collection[str]) -> None:
-        """Refuse a key, or note that it is ignored; either says where it belongs.
+        """Refuse a key, or warn that it is ignored; either message says where the key belongs.
 
         Raises:
             RecipeError: Keys are not ignored.
@@ -104,7 +104,7 @@ class UnknownKeys:
         refuse_key(key, place, allowed, hint)
 
     def _hint(self, key: str, allowed: Collection[str]) -> str:
-        """Return where a key belongs, or what it may be meant to be."""
+        """Return where a key belongs, or which key was probably meant."""
         if key in _PLACES:
             return f" Write it {_PLACES[key]}."
         if "parameters" in allowed and self._is_parameter(key):

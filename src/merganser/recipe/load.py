@@ -1,4 +1,4 @@
-"""From a file, text or mapping to recipes: the structure; what the merge method makes of it comes later."""
+"""Load recipes from a file, text or mapping: their structure only; `resolver` checks them against the merge method."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ DTYPE_ALIASES = {
     **dict.fromkeys(("fp64", "f64", "double", "torch.float64"), "float64"),
 }
 MAX_STAGE_NAME = 240
-"""Bytes. File systems allow 255, and a result has a longer name while it is written."""
+"""Bytes. File systems allow 255, and the folder has a longer name while the result is written."""
 
 UNION = "union"
-"""In place of a model's tokenizer: that of all models together."""
+"""Value of `tokenizer_source` for the union of all models' tokenizers."""
 
 UNMATCHED = ("refuse", "base", "skip")
-"""What becomes of parts behind the layers that not all models hold in one shape."""
+"""What to do with tensors after the layers that some models lack or hold in another shape."""
 
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
 
@@ -47,9 +47,9 @@ def load_recipe(source: RecipeSource) -> Recipe:
         source: A path, or `-` for standard input; a text with a line break is the YAML itself.
 
     Raises:
-        RecipeError: It is not a valid recipe, or there are several.
+        RecipeError: The source is not a valid recipe, or holds several.
         NotFoundError: There is no such file.
-        UnsupportedError: It asks for what a later version brings.
+        UnsupportedError: The recipe uses a feature that this version does not have.
     """
     documents = _documents(source)
     if len(documents) > 1:
@@ -60,15 +60,15 @@ def load_recipe(source: RecipeSource) -> Recipe:
 
 
 def load_recipes(source: RecipeSource) -> list[Recipe]:
-    """Load all recipes of a source, in an order in which each may use those before it by their `name`.
+    """Load all recipes of a source, each after the recipes whose results it uses by their `name`.
 
     Args:
         source: A path, or `-` for standard input; a text with a line break is the YAML itself.
 
     Raises:
-        RecipeError: A recipe is not valid, or the names are not unique, or stages need each other in a circle.
+        RecipeError: A recipe is not valid, names are not unique, or recipes need each other's results in a circle.
         NotFoundError: There is no such file.
-        UnsupportedError: It asks for what a later version brings.
+        UnsupportedError: A recipe uses a feature that this version does not have.
     """
     documents = _documents(source)
     names = frozenset(name for document in documents if isinstance(name := _value(document, "name"), str))
@@ -98,13 +98,13 @@ def _documents(source: RecipeSource) -> list[Document]:
 
 
 def _value(document: Document, key: str) -> object:
-    """Return the value of a top-level key before anything is checked; None without one."""
+    """Return the unchecked value of a top-level key; None if the key is missing."""
     pairs = document.root.value
     return pairs[key].value if isinstance(pairs, dict) and key in pairs else None
 
 
 def _stages(recipes: list[Recipe]) -> list[Recipe]:
-    """Check the names of stages, and sort: a stage after those that it uses, otherwise as written."""
+    """Check the names of stages, and sort them: each after the stages that it uses, otherwise as written."""
     unnamed = [recipe for recipe in recipes if recipe.name is None]
     if len(unnamed) > 1:
         raise RecipeError(f"{unnamed[1].place}: only one recipe of several may go without 'name'; name this one")
@@ -121,7 +121,7 @@ def _stages(recipes: list[Recipe]) -> list[Recipe]:
 
 
 def _check_stage_name(recipe: Recipe, name: str) -> None:
-    """Refuse names that no folder can have; the result of a stage lies in one of its name."""
+    """Refuse names that no folder can have, since the result of a stage is written to a folder of its name."""
     where = f"{recipe.place} name: {shown(name)}"
     if not all(part.strip(". ") for part in re.split(r"[/\\]", name)) or CONTROL.search(name):
         raise RecipeError(f"{where} must be usable as the name of a folder")
@@ -134,7 +134,7 @@ def _check_stage_name(recipe: Recipe, name: str) -> None:
 
 
 def _sorted(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """Put a stage after those that it uses, and otherwise keep the order as written."""
+    """Sort stages topologically, each after the stages that it uses, and otherwise keep the order as written."""
     numbers = {recipe.name: number for number, recipe in enumerate(recipes) if recipe.name is not None}
     needs = [{numbers[m.path] for m in recipe.references() if m.path in numbers} for recipe in recipes]
     users: dict[int, list[int]] = {}
@@ -142,7 +142,7 @@ def _sorted(recipes: Sequence[Recipe]) -> list[Recipe]:
         for number in needed:
             users.setdefault(number, []).append(user)
     waits = [len(needed) for needed in needs]
-    # sorted, so it is a heap already
+    # in ascending order, so it is a valid heap already
     ready = [number for number, count in enumerate(waits) if count == 0]
     ordered: list[Recipe] = []
     while ready:
@@ -160,7 +160,7 @@ def _sorted(recipes: Sequence[Recipe]) -> list[Recipe]:
 
 
 def _recipe(document: Document, stages: Collection[str]) -> Recipe:
-    """Read one document; `stages` are the names of all that the file has."""
+    """Read one document; `stages` are the names of all stages in the file."""
     compat = _value(document, "compat")
     method = _value(document, "merge_method")
     unknown = UnknownKeys(method if isinstance(method, str) else None, ignore=compat == "mergekit")
@@ -200,7 +200,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
 
 
 def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
-    """Return the entries that say what is merged: the recipe's own, or those of its only module."""
+    """Return the entries that define the merge: the recipe's own, or those of its only module."""
     given = [key for key in ("models", "slices", "modules") if key in fields]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
@@ -221,13 +221,13 @@ def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _over(near: dict[str, Setting], far: dict[str, Setting]) -> dict[str, Setting]:
-    """Return the settings of two levels as one: where no filter of the near one matches, the far one holds."""
+    """Return the settings of two levels as one: where no filter of the near level matches, the far level applies."""
     both = {name: Setting(near[name].rules + far[name].rules, near[name].place) for name in near.keys() & far.keys()}
     return far | near | both
 
 
 class _Reader:
-    """Read the parts of a recipe, collecting warnings; `stages` are names of results that recipes may use as models."""
+    """Read the parts of a recipe and collect warnings; `stages` are names of results that recipes may use as models."""
 
     def __init__(self, warnings: list[str], stages: Collection[str]) -> None:
         self.warnings = warnings
@@ -319,7 +319,7 @@ def _chat_template(entry: Entry) -> str:
 
 
 def _tokenizer_source(fields: dict[str, Entry]) -> Entry | None:
-    """Return the entry that says whose tokenizer the output gets, refusing what changes tokenizers."""
+    """Return the entry that chooses the output's tokenizer; refuse options that would change a tokenizer."""
     if "tokenizer_source" in fields:
         return fields["tokenizer_source"]
     if "tokenizer" not in fields:
@@ -328,7 +328,7 @@ def _tokenizer_source(fields: dict[str, Entry]) -> Entry | None:
     for key in ("tokens", "pad_to_multiple_of"):
         if key in parts and (key, parts[key].value) != ("tokens", {}):
             raise UnsupportedError(f"{parts[key].place}: changing the vocabulary comes in a later version")
-    # without a source it is the union, as in mergekit
+    # without a source, use the union, as mergekit does
     return parts.get("source") or replace(fields["tokenizer"], node=Node(UNION, 0))
 
 

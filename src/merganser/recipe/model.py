@@ -1,4 +1,4 @@
-"""What a recipe says, as plain data."""
+"""The contents of a recipe, as plain data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Source:
 
     Args:
         model: The checkpoint.
-        layer_range: First layer and the one after the last; None for the whole model.
+        layer_range: First layer, and the one after the last; None for the whole model.
         parameters: Settings for this model alone.
-        place: Where it stands.
-        name: What the model is called in the output, where the method keeps something for each; None for its folder's
-            name.
-        statistics: Folder with statistics of this model from data; None where the recipe names none.
+        place: Where the entry stands in the recipe.
+        name: Name of the model in the output, for methods that store something per model; None for the name of its
+            folder.
+        statistics: Folder with calibration statistics of this model; None if the recipe names none.
     """
 
     model: ModelReference
@@ -35,13 +35,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A piece of the output: as many layers as each of its sources has.
+    """A piece of the output; it has as many layers as each of its sources.
 
     Args:
-        sources: The models, the base among them where it is listed.
+        sources: The models, and the base if it is listed.
         parameters: Settings for this slice.
-        base_model: The base of this slice; None for that of the recipe.
-        place: Where it stands.
+        base_model: The base of this slice; None for the recipe's base.
+        place: Where the slice stands in the recipe.
     """
 
     sources: tuple[Source, ...]
@@ -52,28 +52,28 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe as written; `Resolver` says what it means for a merge method.
+    """A recipe as written; `Resolver` interprets it for its merge method.
 
     Args:
         name: Name of a stage, or a title.
         merge_method: Name of the merge method.
-        models: The models; empty where there are slices.
-        slices: The slices; empty where there are models.
-        base_model: The base.
-        parameters: Settings for everything.
-        dtype: Type that every input is cast to when it is read; also that of the output without `out_dtype`.
+        models: The models; empty if there are slices.
+        slices: The slices; empty if there are models.
+        base_model: The base; None if the recipe names none.
+        parameters: Settings for all slices and models.
+        dtype: Type that every input is cast to when it is read; also the type of the output if there is no `out_dtype`.
         out_dtype: Type of the output.
-        tokenizer_donor: Whose tokenizer the output gets, where the recipe says so; None for the donor's.
-        tokenizer_union: Where the recipe asks for the union of all tokenizers; None where it does not.
-        chat_template: Jinja text for the output; "auto" for what most of the models have; None for the donor's.
-        compat: "mergekit" where mergekit's numbers are wanted.
-        random_seed: Seed, where the recipe has one and the command gives none.
+        tokenizer_donor: The model whose tokenizer the output gets; None for the donor.
+        tokenizer_union: Where the recipe asks for the union of all tokenizers; None if it does not.
+        chat_template: Jinja text for the output; "auto" for the one that most of the models have; None for the donor's.
+        compat: "mergekit" to compute the same numbers as mergekit.
+        random_seed: Seed, used if the command line gives none.
         place: Start of the document.
         text: The document as written.
         places: Where each top-level key stands.
-        warnings: What the recipe says to no effect.
-        unmatched: What becomes of parts behind the layers that not all models hold in one shape: "refuse" them, take
-            them from the "base", or "skip" them.
+        warnings: Warnings about entries of the recipe that have no effect.
+        unmatched: What to do with tensors after the layers that some models lack or hold in another shape: "refuse"
+            them, take them from the "base", or "skip" them.
     """
 
     name: str | None
@@ -96,7 +96,7 @@ class Recipe:
     unmatched: Literal["refuse", "base", "skip"] = "refuse"
 
     def place_of(self, key: str) -> Place:
-        """Return where a top-level key stands, the start of the recipe if it is not there."""
+        """Return where a top-level key stands; the start of the recipe if it is missing."""
         return self.places.get(key, self.place)
 
     def place_of_model(self, model: ModelReference) -> Place:
@@ -114,7 +114,7 @@ class Recipe:
         return self.references()[0]
 
     def references(self) -> tuple[ModelReference, ...]:
-        """Return every checkpoint once: the base first where one is named, then in the order of appearance."""
+        """Return every checkpoint once: the base first if there is one, then in the order of appearance."""
         found = [self.base_model]
         found += [source.model for source in self.models]
         for piece in self.slices:

@@ -1,4 +1,4 @@
-"""Values of a recipe, and where they stand: the start of every message."""
+"""Values of a recipe and the places where they stand, with which every message begins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Place:
 
     Args:
         file: File name as given, or `<recipe>` for text and mappings.
-        line: Line in the file from 1; 0 where there are no lines.
+        line: Line in the file, counted from 1; 0 if the source has no lines.
         key: Path of keys, as in `models[1].parameters`; empty for the whole recipe.
     """
 
@@ -37,7 +37,7 @@ class Node:
 
 
 def refuse_key(key: str, place: Place, allowed: Collection[str], hint: str | None = None) -> None:
-    """Refuse a key that has no meaning where it stands.
+    """Raise the error for a key that has no meaning where it stands.
 
     Raises:
         RecipeError: Always.
@@ -48,13 +48,13 @@ def refuse_key(key: str, place: Place, allowed: Collection[str], hint: str | Non
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A value of the recipe together with its place, read with the checks that every value needs.
+    """A value of the recipe together with its place; its methods check and read the value.
 
     Args:
         node: The parsed value.
-        place: Where it stands.
-        unknown: Called with every key of a mapping that has no meaning there, the place, and the keys that have one;
-            raises, or returns where the key is to be ignored.
+        place: Where the value stands.
+        unknown: Called with every key of a mapping that has no meaning there, the place, and the keys that are allowed;
+            raises, or returns to have the key ignored.
     """
 
     node: Node
@@ -67,18 +67,18 @@ class Entry:
         return self.node.value
 
     def error(self, problem: str) -> RecipeError:
-        """Make the error that says what is wrong here."""
+        """Return the error for a problem at this place."""
         return RecipeError(f"{self.place}: {problem}")
 
     def mapping(self, allowed: Collection[str] | None = None, required: Collection[str] = ()) -> dict[str, Entry]:
-        """Return the entries of a mapping, without those left empty.
+        """Return the entries of a mapping, without those whose value is empty.
 
         Args:
             allowed: The keys that may occur; None allows any.
             required: The keys that must occur.
 
         Raises:
-            RecipeError: This is no mapping, or has an unknown key, or lacks a required one.
+            RecipeError: The value is not a mapping, has an unknown key, or lacks a required one.
         """
         if not isinstance(self.value, dict):
             keys = f" with the keys {', '.join(allowed)}" if allowed else ""
@@ -96,10 +96,10 @@ class Entry:
         return entries
 
     def items(self) -> list[Entry]:
-        """Return the entries of a list that has at least one.
+        """Return the entries of a list, which must not be empty.
 
         Raises:
-            RecipeError: This is no list, or an empty one.
+            RecipeError: The value is not a list, or is empty.
         """
         if not isinstance(self.value, list):
             raise self.error(f"expected a list (lines that start with '- '), got {shown(self.value)}")
@@ -111,10 +111,10 @@ class Entry:
         ]
 
     def text(self, longest: int = 1000) -> str:
-        """Return a text that is not blank.
+        """Return a string that is not blank.
 
         Raises:
-            RecipeError: This is not a text, or a blank one, or has more than `longest` characters.
+            RecipeError: The value is not a string, is blank, or has more than `longest` characters.
         """
         if not isinstance(self.value, str):
             hint = "; put it in quotes" if isinstance(self.value, int | float) else ""
@@ -126,10 +126,10 @@ class Entry:
         return self.value
 
     def whole_number(self, lowest: int = 0) -> int:
-        """Return a whole number; quotes around it and zeros behind its point do not matter, as in mergekit.
+        """Return a whole number; quotes around it and zeros after the decimal point are accepted, as in mergekit.
 
         Raises:
-            RecipeError: This is none, or one below `lowest`.
+            RecipeError: The value is not a whole number, or is below `lowest`.
         """
         value = self.value
         if isinstance(value, str):
@@ -142,14 +142,14 @@ class Entry:
         return value
 
     def choice(self, allowed: Mapping[str, str] | Collection[str], aliases: Mapping[str, str] | None = None) -> str:
-        """Return one of the allowed texts.
+        """Return the value, which must be one of the allowed strings.
 
         Args:
-            allowed: The texts.
-            aliases: Other spellings by lower-case text, for the hint in the message.
+            allowed: The allowed strings.
+            aliases: Allowed string by the lower-case form of another spelling, for the hint in the message.
 
         Raises:
-            RecipeError: This is none of them.
+            RecipeError: The value is not allowed.
         """
         if isinstance(self.value, str) and self.value in allowed:
             return self.value

@@ -15,7 +15,7 @@ from .scalar import shown
 MAX_BYTES = 1_000_000
 
 _STDIN = "-"
-# what a shell opened before the command started, such as <(...), does not wait for somebody to open its other end
+# descriptors that the shell opened before the command started, as in <(...): reading them cannot wait for a writer
 _DESCRIPTOR = re.compile(r"/dev/(stdin|fd/[0-9]+)|/proc/self/fd/[0-9]+")
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -24,11 +24,11 @@ def read_text(path: Path) -> str:
     """Read a recipe file.
 
     Args:
-        path: A regular file; `-` or `/dev/stdin` for standard input, `/dev/fd/N` for what a shell opened.
+        path: A regular file; `-` or `/dev/stdin` for standard input; `/dev/fd/N` for a file that the shell opened.
 
     Raises:
         NotFoundError: There is no such file.
-        RecipeError: It cannot be read, is no regular file, is too large, or not UTF-8.
+        RecipeError: It cannot be read, is not a regular file, is too large, or is not UTF-8.
     """
     name = shown_path(path)
     try:
@@ -48,17 +48,17 @@ def read_text(path: Path) -> str:
 
 
 def shown_path(path: Path) -> str:
-    """Return the name of a recipe file as messages begin with it."""
+    """Return the name of a recipe file as shown in messages."""
     if str(path) in (_STDIN, "/dev/stdin"):
         return "<stdin>"
     return shown(str(path)) if "\0" in str(path) else str(path)
 
 
 def _read_bytes(path: Path) -> bytes:
-    """Return at most one byte more than a recipe may have.
+    """Return the file's bytes, at most one more than a recipe may have.
 
     Raises:
-        RecipeError: This is a folder, a device, or a pipe that might never be written to.
+        RecipeError: The path is a folder, a device, or a pipe that might never be written to.
         OSError: It cannot be read.
     """
     if str(path) == _STDIN:
@@ -78,10 +78,10 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _check_stream(path: Path, descriptor: int) -> None:
-    """Refuse what is no regular file, unless it is there to be read from now on.
+    """Refuse an open file that is neither a regular file nor a stream that the user passed to be read.
 
     Raises:
-        RecipeError: This is a folder, a device, a terminal, or a pipe that might never be written to.
+        RecipeError: The file is a folder, a device, a terminal, or a pipe that might never be written to.
     """
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind == stat.S_IFDIR:

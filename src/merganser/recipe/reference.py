@@ -1,4 +1,4 @@
-"""References to models: which checkpoint, which revision."""
+"""References to models: which checkpoint, and which revision."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _KEYS = ("model", "lora", "override_architecture")
 class ModelReference:
     """A checkpoint: a folder, or the id of a model on the Hub.
 
-    A text that is the path of something that exists is that path, even with "@" or "+" in it; in a mapping, `{path:
-    ./my+model}`, the path is never split.
+    A string that is an existing path is not split, even if it contains "@" or "+"; nor is `path` in a mapping, such as
+    `{path: ./my+model}`.
 
     Args:
         path: Folder or Hub id.
         revision: Branch, tag or commit on the Hub.
         lora: Folder or Hub id of an adapter on top.
-        lora_revision: Its revision.
-        override_architecture: Kept from mergekit recipes; nothing depends on it.
+        lora_revision: Revision of the adapter.
+        override_architecture: Read from mergekit recipes; has no effect.
     """
 
     path: str
@@ -47,10 +47,10 @@ class ModelReference:
 
         Args:
             entry: The reference.
-            stages: Names of results that a recipe may use as models; they may have "@" and "+" in them, too.
+            stages: Names of results that a recipe may use as models; they may contain "@" and "+".
 
         Raises:
-            RecipeError: It is neither `path[@revision][+lora[@revision]]` nor a mapping of the same.
+            RecipeError: The entry is neither `path[@revision][+lora[@revision]]` nor a mapping of the same parts.
         """
         if not isinstance(entry.value, dict):
             text = _path(entry)
@@ -82,15 +82,15 @@ class ModelReference:
 
     @classmethod
     def parse_supported(cls, entry: Entry, stages: Collection[str] = ()) -> ModelReference:
-        """Read a reference, and refuse what this version cannot merge.
+        """Read a reference, and refuse references that this version cannot merge.
 
         Args:
             entry: The reference.
             stages: As for `parse`.
 
         Raises:
-            RecipeError: It is not a reference.
-            UnsupportedError: It names an adapter.
+            RecipeError: The entry is not a reference.
+            UnsupportedError: The reference names an adapter.
         """
         reference = cls.parse(entry, stages)
         if reference.lora:
@@ -102,7 +102,7 @@ class ModelReference:
 
 
 def _part(entry: Entry) -> tuple[str, str | None]:
-    """Read `path`, `path@revision`, or `{path, revision}`, whose path is taken literally."""
+    """Read `path`, `path@revision`, or `{path, revision}`; the path of a mapping is not split."""
     if not isinstance(entry.value, dict):
         return _split(_path(entry), entry)
     fields = entry.mapping(("path", "revision"), required=["path"])

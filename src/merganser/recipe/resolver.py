@@ -1,4 +1,4 @@
-"""What a recipe means for its merge method: the inputs of each slice, and the parameters of each tensor."""
+"""Interpret a recipe for its merge method: the inputs of each slice, and the parameters of each tensor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_recipe(recipe: Recipe) -> Resolver:
     """Check a recipe against its merge method.
 
     Raises:
-        RecipeError: There is no such method, or it does not take these models.
+        RecipeError: There is no such method, or it does not accept these models.
         ParameterError: A parameter is unknown, missing, mistyped or out of range.
     """
     from ..method.registry import get_method
@@ -41,11 +41,11 @@ def check_recipe(recipe: Recipe) -> Resolver:
 
 
 def check_layer_ranges(recipe: Recipe, n_layers: Mapping[ModelReference, int]) -> None:
-    """Check that every range of layers exists.
+    """Check that every range of layers exists in its model.
 
     Args:
         recipe: The recipe.
-        n_layers: Number of layers of each model; models that are not in it are not checked.
+        n_layers: Number of layers of each model; models that are missing here are not checked.
 
     Raises:
         RecipeError: A range ends after the last layer of its model.
@@ -61,31 +61,31 @@ def check_layer_ranges(recipe: Recipe, n_layers: Mapping[ModelReference, int]) -
 
 
 def layer_depth(index: int, count: int) -> float:
-    """Return the depth of a slice's layer for layer schedules: 0 for the first, 1 for the last (and for a lone one)."""
+    """Return the depth of a slice's layer for layer schedules: 0 for the first or only layer, 1 for the last."""
     return index / (count - 1) if count > 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a slice merges: its base, if the method uses one, and the models beside it, in order."""
+    """The inputs of a slice: its base, if the method uses one, and the other models, in order."""
 
     base: Source | None
     models: tuple[Source, ...]
 
 
 class Resolver:
-    """A recipe in the eyes of its merge method.
+    """A recipe, interpreted for its merge method.
 
     Args:
         recipe: The recipe.
         method: Its merge method.
 
     Attributes:
-        slices: The slices; for a recipe of `models`, one over everything.
-        warnings: What has no effect, one line each.
+        slices: The slices; a recipe of `models` becomes one slice over everything.
+        warnings: One line for each part of the recipe that has no effect.
 
     Raises:
-        RecipeError: The method does not take these models.
+        RecipeError: The method does not accept these models.
         ParameterError: A parameter is unknown, missing, mistyped or out of range, at any level.
     """
 
@@ -108,24 +108,24 @@ class Resolver:
     def sources(self, slice_index: int) -> Inputs:
         """Return the base and the models of a slice, each with its range of layers.
 
-        The base is here also where the recipe does not list it among the sources.
+        The base is included even if the recipe does not list it among the sources.
         """
         return self._sources[slice_index]
 
     def parameters(self, slice_index: int, output_name: str, input_names: Sequence[str], t: float) -> Mapping[str, Any]:
-        """Return all parameters of the method for one tensor; equal parameters are the same object.
+        """Return all parameters of the method for one tensor; equal parameters are returned as the same object.
 
         Args:
             slice_index: Slice of the tensor.
-            output_name: Its name in the output, which filters of shared parameters look at.
-            input_names: Its name in each model beside the base, which filters of per-model parameters look at.
-            t: Depth of its layer in the slice, 0 to 1.
+            output_name: Name of the tensor in the output, to which filters of shared parameters apply.
+            input_names: Name of the tensor in each model but the base, to which filters of per-model parameters apply.
+            t: Depth of the tensor's layer in the slice, 0 to 1.
 
         Returns:
             The value of each parameter; a tuple with one entry per model for per-model parameters.
 
         Raises:
-            ParameterError: No filter of a required parameter matches, or the values do not go together.
+            ParameterError: No filter of a required parameter matches, or the values contradict each other.
         """
         constant = self._constant[slice_index]
         if constant is not None:
@@ -139,7 +139,7 @@ class Resolver:
         return self._intern(values, slice_index, output_name)
 
     def idle_filters(self) -> list[str]:
-        """Return a warning for each filter that decided nothing so far; call it after `parameters` for all tensors."""
+        """Return a warning for each filter that matched nothing so far; call it after `parameters` for all tensors."""
         rules = {rule.place: rule for each in self._chains for _, chains in each for chain in chains for rule in chain}
         return [
             f"{place}: no tensor takes this value: its name must contain {shown(rule.filter)}, and no earlier filter"
@@ -148,7 +148,7 @@ class Resolver:
         ]
 
     def differences(self) -> list[str]:
-        """Say where `compat: mergekit` would give other numbers; call it after `parameters` for all tensors."""
+        """Return where `compat: mergekit` would change numbers; call it after `parameters` for all tensors."""
         if self.recipe.compat == "mergekit":
             return []
         differences = []
@@ -177,11 +177,11 @@ class Resolver:
         return differences
 
     def _matters(self, parameter: str) -> bool:
-        """Say whether a parameter can change any of the tensors that were asked for."""
+        """Return whether a parameter can change any of the tensors that `parameters` was called for."""
         return any(self.method.matters(parameter, values) for values in self._interned.values())
 
     def _slices(self) -> tuple[Slice, ...]:
-        """Return the slices, and take `models` for one slice over everything."""
+        """Return the slices of the recipe; `models` become one slice over everything."""
         recipe = self.recipe
         if recipe.slices:
             return recipe.slices
@@ -192,13 +192,13 @@ class Resolver:
         return (Slice(sources, {}, None, place),)
 
     def _lone_base(self) -> bool:
-        """Whether the base is neither among the models nor used by the method, so that mergekit makes it a model."""
+        """Return whether the base is neither listed nor used by the method; mergekit then treats it as a model."""
         base = self.recipe.base_model
         listed = (source.model for source in self.recipe.models)
         return bool(self.recipe.models) and self.method.base == "unused" and base is not None and base not in listed
 
     def _split(self, piece: Slice) -> Inputs:
-        """Tell the base of a slice from the models, and count them."""
+        """Separate the base of a slice from the models, and check the number of models."""
         method = self.method
         seen: dict[ModelReference, Place] = {}
         for source in piece.sources:
@@ -230,7 +230,7 @@ class Resolver:
         return Inputs(base, models)
 
     def _base_source(self, piece: Slice, reference: ModelReference) -> Source:
-        """Return the base as listed, or with the range of layers that all models have."""
+        """Return the base as listed, or with the range of layers that all models share."""
         for source in piece.sources:
             if source.model == reference:
                 return source
@@ -243,7 +243,7 @@ class Resolver:
         return Source(reference, ranges.pop(), {}, self.recipe.place_of("base_model"))
 
     def _check_settings(self) -> None:
-        """Check every value at every level."""
+        """Check every value of every parameter at every level."""
         self._check_level(self.recipe.parameters)
         for piece in self.slices:
             self._check_level(piece.parameters)
@@ -287,7 +287,7 @@ class Resolver:
         return [self.recipe.parameters, *(piece.parameters for piece in self.slices)]
 
     def _slice_chains(self, piece: Slice, inputs: Inputs) -> list[tuple[Parameter, tuple[Chain, ...]]]:
-        """Return, for each parameter, the rules of each model (or the shared ones), most specific first."""
+        """Return the rules of each parameter, for each model or shared by all, most specific first."""
         levels = [piece.parameters, self.recipe.parameters]
         chains: list[tuple[Parameter, tuple[Chain, ...]]] = []
         for p in self.method.parameters.values():
@@ -329,7 +329,7 @@ class Resolver:
         )
 
     def _constant_parameters(self, slice_index: int) -> Mapping[str, Any] | None:
-        """Return the parameters of a slice in which they are the same for all tensors."""
+        """Return the parameters of a slice if they are the same for all its tensors, else None."""
         chains = self._chains[slice_index]
         if any(len(chain) > 1 or chain[0].filter or len(chain[0].values) > 1 for _, each in chains for chain in each):
             return None
@@ -339,7 +339,7 @@ class Resolver:
         return self._intern(values, slice_index, "")
 
     def _intern(self, values: tuple[Any, ...], slice_index: int, name: str) -> Mapping[str, Any]:
-        """Return the one mapping of these values; check values together when they are new."""
+        """Return the one mapping of these values: equal parameters are one object. Check new values together."""
         known = self._interned.get(values)
         if known is not None:
             return known
@@ -353,14 +353,14 @@ class Resolver:
 
 
 def _schedule_goes_on(chain: Chain) -> bool:
-    """Whether a layer schedule reaches tensors after the layers, with another value than at its start."""
+    """Return whether a layer schedule also applies to tensors after the layers, and ends on another value."""
     reached = [next((rule for rule in chain if rule.matches(name)), None) for name in _AFTER_LAYERS]
     return any(rule is not None and rule.values[0] != rule.values[-1] for rule in reached)
 
 
 def _check(parameter: Parameter, value: object, rule: Rule, where: Place) -> Any:
     if isinstance(value, str) and parameter.kind != "choice":
-        # mergekit reads quoted numbers, too
+        # mergekit accepts quoted numbers, so they are read as numbers here
         with contextlib.suppress(ValueError):
             value = read_scalar(value)
     return parameter.check(value, str(replace(where, line=rule.place.line)))

@@ -1,4 +1,4 @@
-"""What plain scalars of a recipe mean, and which texts are none."""
+"""How the plain scalars of a recipe are read, and which strings are refused."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MAX_INTEGER = 2**63
 MAX_DIGITS = 100
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-"""Control characters, which no name or path should have."""
+"""Control characters, which no name or path should contain."""
 
 _SHOWN = 60
 
-# mergekit users write 1e-4, which YAML 1.1 takes for a text
+# mergekit users write 1e-4, which YAML 1.1 reads as a string
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 FLOAT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -30,10 +30,10 @@ FLAGS = {
 
 
 def read_scalar(text: str) -> Scalar:
-    """Return what a text means where no quotes stand around it: as YAML 1.1 has it, but `1e-4` as the number it is.
+    """Return the value of an unquoted scalar: as YAML 1.1 reads it, but `1e-4` is a number.
 
     Raises:
-        ValueError: It is infinite, NaN, or an integer beyond 64 bits.
+        ValueError: The number is infinite, NaN, or an integer beyond 64 bits.
     """
     if text in _NULLS:
         return None
@@ -44,7 +44,7 @@ def read_scalar(text: str) -> Scalar:
     if not FLOAT.fullmatch(text):
         return text
     if len(text) > MAX_DIGITS:
-        # Python converts thousands of digits slowly, or refuses to
+        # Python converts thousands of digits slowly or not at all
         raise ValueError("a number of too many digits")
     if _INTEGER.fullmatch(text):
         return finite(int(text.replace("_", "")))
@@ -52,7 +52,7 @@ def read_scalar(text: str) -> Scalar:
 
 
 def finite(number: int | float) -> int | float:
-    """Refuse numbers that no setting can mean."""
+    """Return the number; refuse infinity, NaN and integers beyond 64 bits."""
     if isinstance(number, int) and abs(number) >= MAX_INTEGER:
         raise ValueError("a number of too many digits")
     if not math.isfinite(number):
@@ -61,7 +61,7 @@ def finite(number: int | float) -> int | float:
 
 
 def why_no_text(text: str) -> str | None:
-    """Return why a string is no text that a file or a message can hold; None where it is one."""
+    """Return why a string cannot be written to a file or a message; None if it can."""
     if "\0" in text:
         return "this text holds a NUL character (\\0), which no path or name can have"
     if _SURROGATE.search(text):
@@ -70,7 +70,7 @@ def why_no_text(text: str) -> str | None:
 
 
 def shown(value: object) -> str:
-    """Return a value as messages quote it: short, and naming the kind of lists and mappings."""
+    """Return a value as messages quote it: shortened, and only the type of lists and mappings."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):
@@ -80,7 +80,7 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
-        # Python refuses to write thousands of digits
+        # Python refuses to print thousands of digits
         return "a number of too many digits"
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[0] if isinstance(value, str) else ''}"

@@ -1,7 +1,7 @@
 """The JSON schema of recipes, for editors; generated from the registry.
 
-What many methods share (types of values, a setting with its schedules and filters, models and slices) is defined once
-below `$defs`.
+Definitions that many methods share (types of values, settings with schedules and filters, models and slices) are
+written once, under `$defs`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ _TEXT: Schema = {"type": "string", "pattern": r"\S"}
 def json_schema() -> Schema:
     """Return the JSON schema (draft 2020-12) of one recipe.
 
-    It accepts whatever loads and suits its merge method, but for the keys that `compat: mergekit` ignores: editors
-    should mark those. Not all that it accepts loads: it knows nothing of the models, nor of ranges within quotes.
+    The schema accepts every recipe that loads and suits its merge method, except for keys that `compat: mergekit`
+    ignores, which editors should mark. It also accepts some recipes that do not load: it cannot check models, nor the
+    range of a number in quotes.
     """
     from ..method.registry import methods
 
@@ -91,7 +92,7 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
 
 
 def _shared() -> Schema:
-    """Return what every method's recipes are made of."""
+    """Return the definitions that the recipes of all methods share."""
     path = _object({"path": _TEXT, "revision": _or_null(_TEXT)}, required=["path"])
     task = "What restores this model, where the method keeps sidecars."
     folder = "What merganser calibrate wrote for this model, where the method needs statistics from data."
@@ -140,7 +141,7 @@ def _shared() -> Schema:
 
 
 def _values(parameters: Iterable[Parameter]) -> Schema:
-    """Return the schemas of each type of value, and of a setting of it: scalar, schedule, or either with filters."""
+    """Return the schemas of each type of value, and of a setting: a scalar, a schedule, or either with filters."""
     schemas: Schema = {}
     for p in parameters:
         name = _type_name(p)
@@ -155,7 +156,7 @@ def _values(parameters: Iterable[Parameter]) -> Schema:
 
 
 def _type_name(p: Parameter) -> str:
-    """Return the name of a type of values, the same for equal types: `number.from.0.to.1`."""
+    """Return the name of a type of values, which equal types share: `number.from.0.to.1`."""
     if p.kind == "choice":
         return ".".join(["one", "of", *sorted(p.choices)])
     words: list[str] = [p.kind]
@@ -180,7 +181,7 @@ def _value(p: Parameter) -> Schema:
 
 
 def _levels(method: MergeMethod) -> Schema:
-    """Return the schema of a mapping that may have parameters of the method, or lists of further such mappings."""
+    """Return the schema of every level of a recipe that may have parameters of the method."""
     inner = _ref(f"levels.of.{method.name}")
     lists = {key: {"items": inner} for key in ("models", "slices", "sources")}
     modules = {"modules": {"properties": {"default": inner}}}
@@ -188,7 +189,7 @@ def _levels(method: MergeMethod) -> Schema:
 
 
 def _rules_of(method: MergeMethod) -> Schema:
-    """Return what holds when the recipe names this method: which parameters each level may have, and who is the base."""
+    """Return the rules for recipes of this method: the parameters of each level, and whether a base is required."""
     rules = [_ref(f"levels.of.{method.name}")] + [_ref("with.base")] * (method.base == "required")
     return {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": {"allOf": rules}}
 
@@ -209,7 +210,7 @@ def _ref(name: str) -> Schema:
 
 
 def _has(key: str) -> Schema:
-    """Return the schema of a mapping that has the key, and not empty: an empty one counts as missing."""
+    """Return the schema of a mapping in which the key exists and is not empty; an empty key counts as missing."""
     return {"required": [key], "properties": {key: {"not": _NULL}}}
 
 

@@ -18,9 +18,9 @@ class Rule:
     """Values for the tensors whose name contains the filter.
 
     Args:
-        filter: Case-sensitive part of the name; None holds for every tensor.
+        filter: Substring of the tensor's name, case-sensitive; None matches every tensor.
         values: One value, or a layer schedule.
-        place: Where the values stand.
+        place: Where the values stand in the recipe.
     """
 
     filter: str | None
@@ -28,23 +28,23 @@ class Rule:
     place: Place
 
     def matches(self, name: str) -> bool:
-        """Whether the rule holds for the tensor of that name."""
+        """Return whether the rule applies to the tensor of that name."""
         return self.filter is None or self.filter in name
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The value of a parameter at one level of a recipe: rules, of which the first that matches holds."""
+    """The value of a parameter at one level of a recipe: a list of rules, of which the first that matches applies."""
 
     rules: tuple[Rule, ...]
     place: Place
 
     @classmethod
     def parse(cls, entry: Entry) -> Setting:
-        """Read a scalar, a list of scalars, one `{filter, value}`, or a list of those.
+        """Read a scalar, a list of scalars, one `{filter, value}`, or a list of `{filter, value}`.
 
         Raises:
-            RecipeError: It is none of these.
+            RecipeError: The entry is none of these.
         """
         node = entry.value
         if isinstance(node, list) and any(isinstance(item.value, dict) for item in node):
@@ -62,16 +62,16 @@ class Setting:
         return any(len(rule.values) > 1 for rule in self.rules)
 
     def rule(self, name: str) -> Rule | None:
-        """Return the rule that holds for the tensor of that name, None when no filter matches."""
+        """Return the first rule that matches the tensor of that name; None if none matches."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
 
     def at(self, name: str, t: float) -> Value | None:
-        """Return the value for a tensor, None when no filter matches.
+        """Return the value for a tensor; None if no filter matches.
 
         Args:
             name: Name of the tensor.
-            t: Depth of its layer in the slice, 0 to 1. Numbers of a schedule are interpolated linearly, flags and
-                texts picked.
+            t: Depth of its layer in the slice, 0 to 1. Numbers of a schedule are interpolated linearly; of flags and
+                strings, one entry is chosen.
         """
         rule = self.rule(name)
         return None if rule is None else evaluate(rule.values, t)
@@ -81,12 +81,12 @@ def evaluate(values: tuple[Value, ...], t: float, *, pick: bool = False) -> Valu
     """Return the value of a layer schedule at depth `t`, 0 to 1.
 
     Args:
-        values: The schedule; one value holds everywhere.
+        values: The schedule; a single value applies at every depth.
         t: Depth.
-        pick: Take an entry as it stands; otherwise numbers are interpolated.
+        pick: Choose one entry instead of interpolating between two.
     """
     position = t * (len(values) - 1)
-    # i / (n - 1) * (n - 1) may fall just short of i
+    # i / (n - 1) * (n - 1) may be rounded to slightly less than i
     low = int(position + 1e-9)
     first = values[low]
     share = position - low

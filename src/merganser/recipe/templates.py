@@ -1,9 +1,9 @@
-"""The chat templates that recipes may name, in the formats that their makers published."""
+"""The chat templates that recipes can name, in the formats that their authors published."""
 
 from __future__ import annotations
 
 AUTO = "auto"
-"""In place of a template: the one that most of the recipe's models have."""
+"""Value of `chat_template` for the template that most of the recipe's models have."""
 
 _ALPACA = """\
 {% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n\\n' }}\

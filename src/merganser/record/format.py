@@ -1,4 +1,4 @@
-"""Names and marks of what is written about a merge into its folder, for all who write or read it."""
+"""Names and markers of the files that describe a merge in its folder, shared by all code that writes or reads them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ __all__ = ["PAGE_GENERATOR", "PAGE_NAME", "RECORD_FORMAT", "RECORD_NAME", "is_pa
 
 RECORD_NAME = "merge.json"
 RECORD_FORMAT = 1
-"""Raised when older readers would misunderstand a new record; a new key alone does not raise it."""
+"""Increased when an older reader would misunderstand the record; a new key alone does not increase it."""
 
 PAGE_NAME = "report.html"
-"""Name of the page that shows a merge, in its folder, unless another is asked for."""
+"""Default name of the report page in a merge's folder."""
 PAGE_GENERATOR = '<meta name="generator" content="merganser '
-"""What begins the line near the top of such a page that tells who drew it; the version follows."""
+"""Beginning of the line near the top of such a page that identifies merganser; the version follows."""
 
 
 def is_page(file: Path) -> bool:
-    """Return whether a file is a page that merganser drew.
+    """Return whether a file is a report page of merganser.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     if not file.is_file():
         return False

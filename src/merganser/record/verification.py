@@ -1,4 +1,4 @@
-"""Whether an output is still as it was written: the hashes of its run record, computed again, and what is new in its folder."""
+"""Verify an output: compare its files with the hashes in the run record, and list files that were added."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ State = Literal["intact", "changed", "missing", "link"]
 
 _SIDECARS = "sidecars"
 
-# Folders that something which loads a model looks into by name, whether the output has files there or not. transformers runs
-# custom_generate/generate.py where remote code is allowed.
+# Folders that programs look into by name when they load a model, even if the output has no files there. transformers
+# runs custom_generate/generate.py if remote code is allowed.
 _LOADED_FOLDERS = (_SIDECARS, *TEMPLATE_FOLDERS, "custom_generate")
 
-# What nothing that loads a model reads: documents, pictures, and names without an ending.
+# Files that no program reads when it loads a model: documents, pictures, and names without a suffix.
 _DOCUMENT = re.compile(
     r"[^.]*|.*\.(md|rst|txt|pdf|html?|log|csv|tsv|ya?ml|png|jpe?g|gif|svg|webp)", re.IGNORECASE | re.DOTALL
 )
@@ -42,11 +42,11 @@ class VerifiedFile:
     """A file that the run record names.
 
     Args:
-        file: Its path below the output folder.
-        bytes: Its size as recorded.
-        state: "intact", "changed" (other contents, or no file any more), "missing", or "link": a link to something,
-            whatever its contents are now.
-        problem: What is wrong with it; None where it is as it was written.
+        file: Its path relative to the output folder.
+        bytes: Its size according to the record.
+        state: "intact", "changed" (other contents, or no longer a regular file), "missing", or "link" (a symbolic link,
+            whatever its contents).
+        problem: What is wrong with it; None if it is intact.
     """
 
     file: str
@@ -57,14 +57,14 @@ class VerifiedFile:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Args:
         out: The output folder.
-        files: Every file that the run record names, in its order.
-        extra: Files that it does not name and that loading may read: weights, indexes, code, tokenizers, adapters, parts of
-            sidecars. They may take the place of the right ones. A folder ends in "/".
-        beside: Other files and folders that it does not name, such as notes.
+        files: Every file that the run record lists, in its order.
+        extra: Files that the record does not list and that loading may read: weights, indexes, code, tokenizers,
+            adapters, parts of sidecars. They may be loaded instead of the right ones. A folder ends in "/".
+        beside: Other files and folders that the record does not list, such as notes.
     """
 
     out: Path
@@ -74,23 +74,23 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether all files are as they were written, and nothing was added that loading may read."""
+        """Whether all files are unchanged, and no file was added that loading may read."""
         return not self.extra and all(file.problem is None for file in self.files)
 
 
 def verify(
     out: str | Path, *, files: Collection[str] | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Verification:
-    """Compare the files of an output with the hashes in its run record, and look for files that it does not name.
+    """Compare the files of an output with the hashes in its run record, and look for files that it does not list.
 
     Args:
         out: Folder that a merge wrote.
-        files: Their paths below the folder, where not all are wanted; then nothing is said of new files.
-        progress: Told the bytes hashed so far, and those in all.
+        files: Paths of the files to check, relative to the folder; added files are then ignored. None for all files.
+        progress: Called with the number of bytes hashed so far and in total.
 
     Raises:
         NotFoundError: There is no such folder, or no run record in it.
-        CheckpointError: The run record is damaged, or does not name a file that is wanted, or a file cannot be read.
+        CheckpointError: The run record is damaged, or does not list a file of `files`, or a file cannot be read.
     """
     out = Path(out)
     if not out.is_dir():
@@ -124,12 +124,12 @@ def verify(
 
 
 def _loaded_folders(recorded: Collection[str]) -> set[str]:
-    """Return the folders below the output, "" for itself, in which loading may find files by their names."""
+    """Return the folders, relative to the output ("" for itself), in which loading may find files by their names."""
     return {"", *_LOADED_FOLDERS, *(name.rpartition("/")[0] for name in recorded)}
 
 
 def _new(out: Path, recorded: Collection[str]) -> Iterator[str]:
-    """Yield what the record does not name: files, links, and as a whole the folders that have nothing to do with the output."""
+    """Yield files and links that the record does not list; a folder unrelated to the output is yielded as a whole."""
     loaded = _loaded_folders(recorded)
 
     def refuse(error: OSError) -> NoReturn:
@@ -141,10 +141,10 @@ def _new(out: Path, recorded: Collection[str]) -> Iterator[str]:
             path = (below / name).as_posix()
             known = any(path == folder or folder.startswith(f"{path}/") for folder in loaded)
             inner = path.startswith(f"{_SIDECARS}/") or known
-            # A link to a folder is not walked into.
+            # Links to folders are not followed.
             if not inner or (Path(place) / name).is_symlink():
                 folders.remove(name)
-                if path not in recorded:  # else it is said of the file
+                if path not in recorded:  # otherwise it is reported as a changed file
                     yield f"{path}/"
         for name in files:
             path = (below / name).as_posix()
@@ -153,7 +153,7 @@ def _new(out: Path, recorded: Collection[str]) -> Iterator[str]:
 
 
 def _may_be_loaded(name: str, loaded: Collection[str]) -> bool:
-    """Return whether something that loads a model may read a new file, or look into a new folder."""
+    """Return whether loading a model may read an added file, or look into an added folder."""
     folder, _, last = name.rstrip("/").rpartition("/")
     if name.endswith("/"):
         return name.rstrip("/") in loaded or folder.partition("/")[0] == _SIDECARS
@@ -165,7 +165,7 @@ def _may_be_loaded(name: str, loaded: Collection[str]) -> bool:
 
 
 def recorded_files(out: Path) -> list[tuple[str, int, str]]:
-    """Read name, size and sha256 of every output from the run record.
+    """Return name, size and sha256 of every output file in the run record.
 
     Raises:
         NotFoundError: There is no run record.
@@ -197,7 +197,7 @@ def _entry(record: Path, index: int, item: Any) -> tuple[str, int, str]:
 
 
 def _is_text(name: str) -> bool:
-    """Return whether a file can have this name: no NUL character, no half of a surrogate pair."""
+    """Return whether a file can have this name: it contains no NUL character and no lone surrogate."""
     try:
         return b"\0" not in name.encode()
     except UnicodeEncodeError:
@@ -205,7 +205,7 @@ def _is_text(name: str) -> bool:
 
 
 def _compare(out: Path, name: str, size: int, digest: str, tell: Callable[[int], None]) -> tuple[State, str | None]:
-    """Compare one file; sizes are compared first, since that is cheap."""
+    """Compare one file with the record; the size first, which is cheap."""
     path = out / name
     try:
         target = link_target(out, name)

@@ -101,7 +101,7 @@ def write_report(
         MergeError: As for `read_report`, and UnsupportedError if plotly is not installed.
     """
     target = Path(out) / PAGE_NAME if file is None else Path(file)
-    read_record(out)  # so that errors of the merge are raised before errors of the target
+    read_record(out)  # raise errors of the merge before errors of the target
     _check(target, overwrite)
     report = read_report(out, evaluation=evaluation, spectra=spectra, cache_dir=cache_dir, progress=progress)
     write_whole(target, render(report.title, report.lead, report.sections))

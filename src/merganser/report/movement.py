@@ -95,7 +95,7 @@ def related_section(record: Record, name: Names) -> Section:
 
 
 def _length(length: float, count: int) -> str:
-    """Say how long the merged task vector is, beside what sums and averages would be."""
+    """Return the text that compares the length of the merged task vector with that of sums and averages."""
     text = f"The merged task vector is {length:.2g} times as long as the models' (root mean square of {count})."
     if count > 1:
         text += (

@@ -1,4 +1,4 @@
-"""Statistics of what models compute on text, as files: sums over tokens, by the names of a checkpoint's tensors."""
+"""Statistics of models' activations on text, as files: sums over tokens, by the names of a checkpoint's tensors."""
 
 from .format import (
     COUNT,

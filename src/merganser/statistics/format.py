@@ -1,9 +1,9 @@
-"""The format of a folder of statistics, and reading it.
+"""The format of a folder of statistics, and how to read it.
 
-    statistics.json                             which model, data and settings, and what is known of which tensor
+        statistics.json                             model, data and settings, and the statistics of each tensor
     statistics-00001-of-00032.safetensors ...   the sums, named STATISTIC/TENSOR
 
-`x` being a token's input to a matrix, the sums over tokens are
+With `x` the input of a matrix for one token, the sums over tokens are
 
     count           number of tokens, int64; for a tensor that holds all experts of a mixture one per expert
     magnitude       Σ |x|, float64, shape [in]
@@ -33,10 +33,10 @@ __all__ = ["COUNT", "STATISTICS_FORMAT", "STATISTICS_NAME", "Statistics", "Tenso
 STATISTICS_NAME = "statistics.json"
 STATISTICS_KIND = "statistics"
 STATISTICS_FORMAT = 1
-"""Changes when what reads statistics could misunderstand them; a new key does not change it."""
+"""Increased when an older reader would misunderstand the files; a new key alone does not increase it."""
 
 COUNT = "count"
-"""The statistic that is always there."""
+"""The statistic that every folder contains."""
 
 
 def sum_name(statistic: str, tensor: str) -> str:
@@ -46,11 +46,11 @@ def sum_name(statistic: str, tensor: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorSums:
-    """Where the sums for a tensor of the checkpoint are.
+    """The place of the sums for a tensor of the checkpoint.
 
     Args:
-        axis: The axis of the tensor that meets the inputs.
-        stored: The tensor under whose name they are stored.
+        axis: The axis of the tensor that is contracted with the inputs.
+        stored: The tensor under whose name the sums are stored.
     """
 
     axis: int
@@ -63,10 +63,10 @@ class Statistics:
 
     Args:
         path: The folder.
-        about: What statistics.json says.
+        about: Contents of statistics.json.
         statistics: Names of the statistics, `count` first.
-        tensors: By name, the checkpoint's tensors that have statistics.
-        sums: By name in the files, where each sum is.
+        tensors: The checkpoint's tensors that have statistics, by name.
+        sums: The place of each sum, by its name in the files.
     """
 
     path: Path
@@ -81,10 +81,10 @@ class Statistics:
         return sum(info.nbytes for info in self.sums.values())
 
     def require(self, statistic: str) -> None:
-        """Check that there is a statistic.
+        """Check that the folder contains a statistic.
 
         Raises:
-            DataError: There is not.
+            DataError: It does not.
         """
         if statistic not in self.statistics:
             raise DataError(
@@ -93,10 +93,10 @@ class Statistics:
             )
 
     def info(self, statistic: str, tensor: str) -> TensorInfo:
-        """Return where a sum is.
+        """Return the description of a sum: its file, offset, dtype and shape.
 
         Raises:
-            DataError: The folder does not have this statistic, or nothing of this tensor.
+            DataError: The folder does not contain this statistic, or no statistics of this tensor.
         """
         self.require(statistic)
         if tensor not in self.tensors:
@@ -114,10 +114,10 @@ class Statistics:
 
 
 def open_statistics(folder: str | Path) -> Statistics:
-    """Open a folder of statistics, from its headers.
+    """Open a folder of statistics by reading its headers.
 
     Raises:
-        DataError: It is not there, damaged, or of another version.
+        DataError: The folder is missing, damaged, or has another version.
     """
     path = Path(folder).expanduser()
     file = path / STATISTICS_NAME

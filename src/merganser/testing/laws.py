@@ -223,7 +223,7 @@ def stays_finite(method: MergeMethod) -> None:
             try:
                 result = merge(method, inputs, parameters, allow_nonfinite=True)
             except CheckpointError:
-                # what has no answer is refused
+                # inputs for which the method is undefined may be refused
                 continue
             found = f"{method.name}: not finite on {kind}, shape {list(shape)}, {parameters}"
             _require(bool(torch.isfinite(result).all()), found)

@@ -1,1 +1,1 @@
-"""Tokenizers as their files say: which token each row of an embedding stands for. No tokenizer library is needed."""
+"""Read from a tokenizer's files which token each row of an embedding stands for, without a tokenizer library."""

@@ -1,4 +1,4 @@
-"""Compare which token each row of an embedding stands for in two models."""
+"""Compare the tokens that the rows of two models' embeddings stand for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .vocabulary import Vocabulary
 
 __all__ = ["Comparison", "Renamed", "compare_vocabularies", "is_placeholder"]
 
-# Rows that are kept free, and padding, which nothing is learnt for.
+# Reserved and padding tokens, whose embedding rows are not trained.
 _PLACEHOLDER = re.compile(
     r"▁?[<\[{|>]+\W*\w*(reserved|unused|placeholder|dummy|extra_id|(special|control|extra|additional)_?\d|pad(_|ding|\W))"
     r"|madeupword\d",
@@ -19,15 +19,15 @@ _PLACEHOLDER = re.compile(
 )
 
 _OTHER_VOCABULARY = 0.01
-"""Share of ordinary tokens that may be others before two vocabularies are no longer the same one with repairs."""
+"""If a larger share of ordinary tokens differs, the vocabularies are different, not one with a few corrections."""
 
 _OTHER_FILE = 0.1
-"""Share of tokens that one of two files for the same tokenizer may lack: special and reserved ones."""
+"""Share of tokens, such as special and reserved ones, that may be missing in one of two files of one tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Renamed:
-    """A row that stands for different tokens."""
+    """A row that stands for different tokens in two vocabularies."""
 
     id: int
     first: str
@@ -36,16 +36,16 @@ class Renamed:
 
 @dataclass(slots=True)
 class Comparison:
-    """How two vocabularies differ in the rows that are merged. Rows that are kept free count for nothing.
+    """How two vocabularies differ in the rows that are merged. Reserved rows are ignored.
 
     Attributes:
-        permuted: Rows whose tokens both models have, each at another place.
-        replaced: Rows of ordinary tokens that are other ordinary tokens.
-        renamed: Rows whose token is called otherwise, where one of the two is special or was kept free.
-        only_first: Tokens of rows that the second model has no token for.
-        only_second: Tokens of rows that the first model has no token for.
-        same: How many rows stand for the same token.
-        comparable: False where the two files number their tokens each in its own way, so that nothing can be said.
+        permuted: Rows whose two tokens both exist in both models, but at different rows.
+        replaced: Rows whose ordinary token is another ordinary token in the second model.
+        renamed: Rows whose tokens differ, and one of the two is special or reserved.
+        only_first: Tokens of rows that have no token in the second model.
+        only_second: Tokens of rows that have no token in the first model.
+        same: Number of rows that stand for the same token.
+        comparable: False if the two files number tokens differently, so that rows cannot be compared.
     """
 
     permuted: list[Renamed] = field(default_factory=list)
@@ -58,12 +58,12 @@ class Comparison:
 
     @property
     def mergeable(self) -> bool:
-        """Whether rows can be merged with each other: the tokens are the same but for a few."""
+        """Whether rows can be merged with each other: no token moved, and few differ."""
         return not self.permuted and len(self.replaced) <= _OTHER_VOCABULARY * (self.same + len(self.replaced))
 
 
 def is_placeholder(token: str) -> bool:
-    """Return whether a token is one that stands for nothing: reserved, unused, padding."""
+    """Return whether a token has no meaning: reserved, unused or padding."""
     return _PLACEHOLDER.match(token) is not None
 
 
@@ -71,9 +71,9 @@ def compare_vocabularies(first: Vocabulary, second: Vocabulary, rows: int) -> Co
     """Compare two vocabularies, token by token.
 
     Args:
-        first: That of one model.
-        second: That of another.
-        rows: How many rows are merged; tokens behind them are not looked at.
+        first: Vocabulary of one model.
+        second: Vocabulary of the other model.
+        rows: Number of rows that are merged; tokens with higher ids are ignored.
     """
     if first.numbered != second.numbered or first.spelling != second.spelling:
         return Comparison(comparable=_same_up_to_shift(first.tokens, second.tokens))
@@ -101,15 +101,15 @@ def compare_vocabularies(first: Vocabulary, second: Vocabulary, rows: int) -> Co
 
 
 def _rows_of(vocabulary: Vocabulary, rows: int) -> Mapping[int, str]:
-    """Return the tokens that have a row."""
+    """Return the tokens whose ids are below the number of rows."""
     tokens = vocabulary.tokens
     return tokens if max(tokens, default=0) < rows else {n: token for n, token in tokens.items() if n < rows}
 
 
 def _same_up_to_shift(first: Mapping[int, str], second: Mapping[int, str]) -> bool:
-    """Return whether two files that number tokens in their own ways hold the same tokens in the same order.
+    """Return whether two files that number tokens differently hold the same tokens in the same order.
 
-    Classes put special tokens in front of the pieces of a sentencepiece file: XLM-R's rows are one further on.
+    Tokenizer classes put special tokens before the pieces of a sentencepiece file: XLM-R's rows are shifted by one.
     """
     places = {token: number for number, token in second.items()}
     shifts = Counter(places[token] - number for number, token in first.items() if token in places)

@@ -9,18 +9,18 @@ from ..jsonfile import read_object
 
 __all__ = ["end_token", "turn_ends"]
 
-# Tokens that published chat templates write behind a turn of the assistant.
+# Tokens that published chat templates write after an assistant's turn.
 _TURN_ENDS = (
     *("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end_of_turn|>", "<|endofturn|>"),
     *("[|endofturn|]", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<|return|>", "<|end|>"),
     "<｜end▁of▁sentence｜>",
 )
-# A template that has the first does not end the whole answer with the second.
+# In a template that contains the key, the value ends only parts of an answer, not the whole answer.
 _ENDS_PARTS = {"<|return|>": "<|end|>"}
 
 
 def end_token(files: Mapping[str, Path]) -> str | None:
-    """Return the token that ends a text, as a tokenizer's own config says; None where it does not say.
+    """Return the end-of-sequence token in a tokenizer's config; None if there is none.
 
     Args:
         files: The files of the tokenizer by name.

@@ -1,4 +1,4 @@
-"""Read the pieces of a sentencepiece model, a protocol buffer, without its library."""
+"""Read the pieces of a sentencepiece model, a protocol buffer, without the sentencepiece library."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def read_pieces(data: bytes, where: str) -> list[str]:
 
     Args:
         data: The contents of the file.
-        where: What it is, for messages.
+        where: Name of the file, for messages.
 
     Raises:
-        CheckpointError: It is not a sentencepiece model.
+        CheckpointError: The data is not a sentencepiece model.
     """
     pieces = []
     try:
@@ -38,7 +38,7 @@ def read_pieces(data: bytes, where: str) -> list[str]:
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the number of each field of a message, and where its contents begin and end."""
+    """Yield the number of each field of a message, and the offsets where its contents begin and end."""
     while at < end:
         tag, at = _varint(data, at)
         kind = tag & 7
@@ -58,7 +58,7 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a number of seven bits per byte, the lowest first, and where it ends."""
+    """Return a varint (seven bits per byte, lowest first), and the offset after it."""
     value = shift = 0
     while True:
         byte = data[at]

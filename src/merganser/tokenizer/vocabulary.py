@@ -1,4 +1,4 @@
-"""Read which token has which id from the files of a tokenizer."""
+"""Read the ids of tokens from a tokenizer's files."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,12}\r?(\n|$)")
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Which token has which id.
+    """The tokens of a tokenizer and their ids.
 
     Attributes:
         tokens: The tokens by id.
-        added: The ids of those that were added to the trained vocabulary: special tokens and the like.
+        added: The ids of tokens added to the trained vocabulary, such as special tokens.
         file: The name of the file that holds the trained vocabulary.
-        spelling: How a token is written: as text, or as base64 of its bytes.
-        numbered: Whether the ids are those of the embedding's rows; classes that read sentencepiece files may shift
-            them.
+        spelling: How a token is stored: as text, or as base64 of its bytes.
+        numbered: Whether ids equal the rows of the embedding; classes that read sentencepiece files may shift them.
     """
 
     tokens: Mapping[int, str]
@@ -43,7 +42,7 @@ class Vocabulary:
     numbered: bool = True
 
     def id_of(self, token: str) -> int | None:
-        """Return the id of a token; None for what is no token."""
+        """Return the id of a token; None if it is not in the vocabulary."""
         return next((number for number, text in self.tokens.items() if text == token), None)
 
 
@@ -51,13 +50,13 @@ def read_vocabulary(files: Mapping[str, Path]) -> Vocabulary | None:
     """Read the vocabulary of a tokenizer.
 
     Args:
-        files: The files of the tokenizer by name, such as "tokenizer.json"; others may be among them.
+        files: The files of the tokenizer by name, such as "tokenizer.json"; other files are ignored.
 
     Returns:
-        None where no file holds a vocabulary.
+        None if no file holds a vocabulary.
 
     Raises:
-        CheckpointError: A file is damaged, too large, or is not what its name says.
+        CheckpointError: A file is damaged or too large, or its contents do not match its name.
     """
     name = _main_file(files)
     if name is None:
@@ -72,11 +71,11 @@ def read_vocabulary(files: Mapping[str, Path]) -> Vocabulary | None:
 
 
 def same_vocabulary(first: Mapping[str, Path], second: Mapping[str, Path]) -> bool:
-    """Return whether the files of two tokenizers hold the same vocabulary, byte for byte; nothing large is parsed.
+    """Return whether two tokenizers have the same vocabulary files, byte for byte; large files are not parsed.
 
     Args:
         first: The files of one tokenizer by name.
-        second: Those of the other.
+        second: The files of the other tokenizer by name.
 
     Raises:
         CheckpointError: A file is damaged.
@@ -94,7 +93,7 @@ def same_vocabulary(first: Mapping[str, Path], second: Mapping[str, Path]) -> bo
 
 
 def _main_file(files: Mapping[str, Path]) -> str | None:
-    """Return the name of the file that holds the vocabulary: of several, the one that transformers takes."""
+    """Return the name of the file that holds the vocabulary; of several, the one that transformers would load."""
     exact = [name for name in ("tokenizer.json", "vocab.json", "vocab.txt") if name in files]
     others = [n for suffix in (".model", ".spm", ".tiktoken") for n in sorted(files) if n.endswith(suffix)]
     return next(iter([*exact, *others]), None)
@@ -110,7 +109,7 @@ def _reader(name: str) -> Callable[[Path], Vocabulary | None]:
 
 
 def _added_beside(files: Mapping[str, Path]) -> dict[int, str]:
-    """Return the tokens that added_tokens.json and tokenizer_config.json add."""
+    """Return the tokens that added_tokens.json and tokenizer_config.json add to the vocabulary."""
     added: dict[int, str] = {}
     if (file := files.get("tokenizer_config.json")) is not None:
         entries = read_object(file).get("added_tokens_decoder")
@@ -125,7 +124,7 @@ def _added_beside(files: Mapping[str, Path]) -> dict[int, str]:
 
 
 def _by_id(table: Any, where: str) -> dict[int, str]:
-    """Turn a table from tokens to ids round."""
+    """Invert a table from tokens to ids."""
     whole = isinstance(table, dict) and all(type(number) is int and number >= 0 for number in table.values())
     if not whole:
         raise CheckpointError(f"{where}: must map tokens to ids, which are whole numbers of at least 0")
@@ -175,10 +174,10 @@ def _decoded(data: bytes, file: Path) -> str:
 
 
 def _read_tokenizers(file: Path) -> Vocabulary | None:
-    """Read a tokenizer.json; merges, most of such a file, are not parsed where they stand last, as they do.
+    """Read a tokenizer.json; its largest part, the merges, is not parsed if it comes last, as it usually does.
 
     Returns:
-        None where the file describes no model at all.
+        None if the file has no `model`.
     """
     vocabulary, added, model = None, None, False
     cursor = _Cursor(_decoded(_read(file), file))
@@ -212,7 +211,7 @@ def _read_tokenizers(file: Path) -> Vocabulary | None:
 
 def _assemble(vocabulary: Any, added: Any, file: Path) -> Vocabulary:
     if isinstance(vocabulary, list):
-        # Unigram: pairs of token and score, in the order of ids
+        # Unigram models: pairs of token and score, in the order of ids
         if not all(isinstance(pair, list) and pair and isinstance(pair[0], str) for pair in vocabulary):
             raise CheckpointError(f"{file}: model.vocab must hold pairs of a token and its score")
         tokens = {number: pair[0] for number, pair in enumerate(vocabulary)}
@@ -236,7 +235,7 @@ def _number(text: str) -> int:
 
 
 class _Cursor:
-    """A place in a JSON text, which moves on value by value; what is behind the last value wanted is never parsed."""
+    """A position in a JSON text that advances value by value; text after the last needed value is not parsed."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -244,10 +243,10 @@ class _Cursor:
         self._decoder = json.JSONDecoder(parse_int=_number)
 
     def members(self) -> Iterator[str]:
-        """Yield the keys of the object that is next; the value of each must be read before the next one.
+        """Yield the keys of the object at this position; read the value of each key before the next one is asked for.
 
         Raises:
-            ValueError: This is not an object.
+            ValueError: There is no object at this position.
         """
         self._take("{")
         if self._peek() == "}":
@@ -265,10 +264,10 @@ class _Cursor:
             self._at += 1
 
     def value(self) -> Any:
-        """Parse the value that is next.
+        """Parse and return the value at this position.
 
         Raises:
-            ValueError: It is not JSON.
+            ValueError: The text is not JSON.
         """
         self._peek()
         found, self._at = self._decoder.raw_decode(self._text, self._at)

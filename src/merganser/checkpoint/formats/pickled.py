@@ -1,8 +1,8 @@
-"""`.bin`, `.pt` and `.pth` files, read without running what is inside.
+"""`.bin`, `.pt` and `.pth` files, read without executing code from them.
 
-torch's restricted unpickler (`weights_only=True`) is the only one ever used: a file that needs more is refused. Files
-of the zip format (torch 1.6 and later) are mapped into memory, so opening one reads no weights; files of the older
-format are loaded whole.
+Only torch's restricted unpickler (`weights_only=True`) is used; a file that needs more is refused. Files in the zip
+format (torch 1.6 and later) are memory-mapped, so opening one reads no weights; files in the older format are loaded
+whole.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _REMEDY = "convert it to safetensors with the program that wrote it"
 
 
 class PickledFile:
-    """The tensors of one pickled file, mapped or in memory. Safe to use from many threads: it only reads."""
+    """The tensors of one pickled file, memory-mapped or in memory. Thread-safe, since it only reads."""
 
     def __init__(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
         self.file = file
         self.tensors = tensors
 
     def __reduce__(self) -> tuple[Callable[[Path], PickledFile], tuple[Path]]:
-        """Travel as a path: other processes open the file by themselves."""
+        """Pickle as a path: another process opens the file itself."""
         return _reopen, (self.file,)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer`, which is not empty, with the bytes of the row-major tensor `name` from byte `start` on."""
+        """Fill `buffer`, which must not be empty, with bytes of the row-major tensor `name`, from byte `start` on."""
         import torch
 
         tensor, end = self.tensors[name], start + len(buffer)
         if tensor.is_contiguous() and not tensor.is_neg():
             found = tensor.reshape(-1).view(torch.uint8)[start:end]
         else:
-            # Only the rows that hold the range are copied. A dimension of length 1 in front would make the whole
-            # tensor a single row.
+            # Copy only the rows that contain the range. Squeeze first, since a leading dimension of length 1 would make
+            # the whole tensor a single row.
             tensor = tensor.squeeze()
             tensor = tensor.reshape(1) if tensor.dim() == 0 else tensor
             row = tensor[0].numel() * tensor.element_size()
@@ -67,8 +67,8 @@ def read_pickled(file: Path) -> list[TensorInfo]:
     """Read the names, types and shapes of the tensors in a pickled checkpoint.
 
     The file must hold a mapping from names to tensors. A mapping that holds no tensor itself, but exactly one such
-    mapping under `state_dict`, `model` or `module`, is unwrapped; whatever lies beside it (an epoch, the state of an
-    optimizer) is left out.
+    mapping under `state_dict`, `model` or `module`, is unwrapped; its other entries (an epoch, the state of an
+    optimizer) are ignored.
 
     Returns:
         The tensors in the file's order. Each has the offset -1 and the file's `PickledFile` as source.
@@ -107,7 +107,7 @@ def _load(file: Path) -> Any:
             # torch warns of its own deprecated storage classes when it reads old files.
             warnings.simplefilter("ignore")
             return torch.load(str(file), map_location="cpu", weights_only=True, mmap=magic == _ZIP_MAGIC)
-    # What torch raises for a damaged or hostile pickle is anything at all.
+    # torch may raise any exception type for a damaged or hostile pickle.
     except Exception as error:
         raise CheckpointError(
             f"{file}: cannot be read without running code from it, or is damaged ({_first_line(error)}); {_REMEDY}"

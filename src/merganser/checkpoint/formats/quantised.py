@@ -1,4 +1,4 @@
-"""Whether a checkpoint's numbers are the weights, or need scales that are stored elsewhere to become weights."""
+"""Detect quantised checkpoints, whose numbers become weights only with scales that are stored separately."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..tensor import TensorInfo
 __all__ = ["why_quantised"]
 
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-# Last parts of names that only quantised checkpoints use.
+# Last components of tensor names that only quantised checkpoints use.
 _MARKS = frozenset(
     ("qweight", "qzeros", "weight_packed", "weight_scale_inv", "SCB", "absmax", "nested_absmax", "quant_map")
 )
 
 
 def why_quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Return what says that a checkpoint is quantised, or None when its tensors are plain weights."""
+    """Return the evidence that a checkpoint is quantised, or None if its tensors are plain weights."""
     return _by_config(config) or _by_dtype(tensors) or _by_name(tensors)
 
 
@@ -50,7 +50,7 @@ def _by_name(tensors: Mapping[str, TensorInfo]) -> str | None:
         stem, _, last = name.rpartition(".")
         if last in _MARKS or ".quant_state." in name:
             return f"tensor {name!r} belongs to quantised weights"
-        # Blocks of 4-bit numbers with a scale each, and 8-bit weights with a scale for each channel.
+        # Blocks of 4-bit numbers with a scale per block, and 8-bit weights with a scale per channel.
         partner = f"{stem}.weight" if last in ("weight_scale", "scales") else name.removesuffix("_scales") + "_blocks"
         if partner in tensors and tensors[partner].dtype.kind == "int":
             return f"{tensors[partner].dtype.name} with scales (tensors {partner!r} and {name!r})"

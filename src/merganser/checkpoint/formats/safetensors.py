@@ -1,4 +1,4 @@
-"""The safetensors header, parsed as what it is: bytes from a stranger.
+"""Parse the safetensors header, treating it as untrusted input.
 
 8 bytes   length N of the header, little-endian
 N bytes   JSON object: name -> {dtype, shape, data_offsets: [begin, end]}, and "__metadata__"
@@ -25,14 +25,14 @@ _MAX_NUMEL = 2**63
 
 
 def read_header(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
-    """Read the header of a safetensors file, and nothing else of it.
+    """Read only the header of a safetensors file.
 
     Returns:
         The tensors in the order of their bytes, and the file's metadata.
 
     Raises:
         NotFoundError: there is no such file.
-        CheckpointError: the file is not well-formed; the message names the file and, where one is at fault, the tensor.
+        CheckpointError: the file is malformed; the message names the file and, for a faulty entry, the tensor.
     """
     raw, size = _read_raw(file)
     header = parse_object(raw, f"{file}: the safetensors header")
@@ -97,7 +97,7 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 
 class _FlawError(Exception):
-    """What is wrong with the entry of a tensor; who catches it says where."""
+    """A fault in a tensor's entry; the caller that catches it adds the file and the tensor to the message."""
 
 
 def _parse_tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
@@ -136,7 +136,7 @@ def _dtype(tag: Any) -> DType:
 def _integers(key: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, list):
         for number in value:
-            # the exact type, since True is an int to isinstance
+            # compare exact types, since isinstance(True, int) holds
             if type(number) is not int or not 0 <= number < _MAX_NUMEL:
                 break
         else:
@@ -147,7 +147,7 @@ def _integers(key: str, value: Any) -> tuple[int, ...]:
 def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
     numel = 1
     for length in shape:
-        # Checked at each step: the product of a million large numbers would take minutes.
+        # Check the bound at each step: multiplying a million large numbers would take minutes.
         numel *= length
         if numel >= _MAX_NUMEL:
             raise _FlawError(f"shape {brief(list(shape))} has more than 2^63 elements")
@@ -157,7 +157,7 @@ def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
 
 
 def _check_layout(file: Path, tensors: list[TensorInfo], start: int, size: int) -> None:
-    """Check that the tensors, sorted by offset, lie back to back and fill the file."""
+    """Check that the tensors, sorted by offset, are contiguous and fill the file."""
     position, previous = start, ""
     for tensor in tensors:
         if tensor.offset < position:
