@@ -8,6 +8,7 @@ import torch
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.regmean import regmean
 from merganser.methods.task_arithmetic import task_arithmetic
+from tests.methods.inputs import loss, make_grams
 from tests.methods.spectra import KINDS, SHAPES, make_matrices
 from tests.reference.regmean import regmean as reference
 
@@ -19,17 +20,6 @@ SETTINGS = [
 ]
 
 
-def grams(columns, n, *, tokens=400, seed=0):
-    """Gram matrices of correlated inputs of unequal size."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(n):
-        mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
-        rows = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
-        found.append(rows.T @ rows / tokens)
-    return found
-
-
 def merged(base, models, data, **parameters):
     return merge_tensor(regmean, base, models, parameters, data={"gram": data})
 
@@ -39,7 +29,7 @@ def merged(base, models, data, **parameters):
 def test_agrees_with_the_reference(parameters, kind):
     for shape in SHAPES:
         base, models = make_matrices(shape, 3, kind)
-        data = grams(shape[1], 3)
+        data = make_grams(shape[1], 3)
         expected = reference(base, models, data, **parameters)
         step = (expected - base).norm()
         found = merged(base, models, data, **parameters)
@@ -62,11 +52,11 @@ def test_by_hand():
 
 def test_equal_grams_give_the_average_and_one_model_itself():
     base, models = make_matrices((24, 40), 3, "random")
-    same = grams(40, 1) * 3
+    same = make_grams(40, 1) * 3
     average = merge_tensor(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
     torch.testing.assert_close(merged(base, models, same), average, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(merged(base, models[:1], same[:1]), models[0], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(merged(base, [models[0]] * 3, grams(40, 3)), models[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(merged(base, [models[0]] * 3, make_grams(40, 3)), models[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(
         merged(base, models[:1], same[:1], reference="base", ridge=1e-12), models[0], rtol=1e-8, atol=1e-12
     )
@@ -74,33 +64,27 @@ def test_equal_grams_give_the_average_and_one_model_itself():
 
 def test_alpha_0_averages_columns_by_themselves():
     base, models = make_matrices((24, 40), 3, "random")
-    data = grams(40, 3)
+    data = make_grams(40, 3)
     shares = torch.stack([gram.diagonal() for gram in data])
     expected = sum(model * share / shares.sum(0) for model, share in zip(models, shares, strict=True))
     torch.testing.assert_close(merged(base, models, data, alpha=0.0, ridge=1e-12), expected, rtol=1e-8, atol=1e-11)
 
 
-def _loss(matrix, models, data):
-    return sum(
-        float(((matrix - model) @ gram @ (matrix - model).T).trace()) for model, gram in zip(models, data, strict=True)
-    )
-
-
 def test_nothing_fits_better():
     base, models = make_matrices((24, 40), 3, "random")
-    data = grams(40, 3)
+    data = make_grams(40, 3)
     best = merged(base, models, data, alpha=1.0, ridge=1e-12)
-    least = _loss(best, models, data)
+    least = loss(best, models, data)
     generator = torch.Generator().manual_seed(0)
     noise = [1e-4 * torch.randn(24, 40, generator=generator, dtype=torch.float64) for _ in range(5)]
     average = merge_tensor(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
     for other in (average, base, *models, *(best + own for own in noise)):
-        assert least < _loss(other, models, data)
+        assert least < loss(other, models, data)
 
 
 def test_sizes_of_grams_count_only_against_each_other():
     base, models = make_matrices((24, 40), 3, "random")
-    data = grams(40, 3)
+    data = make_grams(40, 3)
     assert torch.equal(merged(base, models, [gram * 2.0**-40 for gram in data]), merged(base, models, data))
     twice = [data[0] * 2, *data[1:]]
     weighted = merged(base, models, data, weight=[2.0, 1.0, 1.0], reference="base")
@@ -110,7 +94,7 @@ def test_sizes_of_grams_count_only_against_each_other():
 
 def test_another_basis_of_inputs_gives_the_same_map():
     base, models = make_matrices((24, 40), 3, "random")
-    data = grams(40, 3)
+    data = make_grams(40, 3)
     turn = torch.randn(40, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     back = torch.linalg.inv(turn)
     # inputs x become turn x
@@ -124,7 +108,7 @@ def test_another_basis_of_inputs_gives_the_same_map():
 @pytest.mark.parametrize("reference", ["average", "base"])
 def test_directions_without_input_keep_the_reference(reference):
     base, models = make_matrices((24, 40), 3, "random")
-    data = grams(40, 3)
+    data = make_grams(40, 3)
     for gram in data:
         gram[30:] = 0
         gram[:, 30:] = 0
@@ -140,7 +124,7 @@ def test_directions_without_input_keep_the_reference(reference):
 
 def test_who_received_no_token_has_no_say():
     base, models = make_matrices((24, 40), 3, "random")
-    first, second, _ = grams(40, 3)
+    first, second, _ = make_grams(40, 3)
     zero = torch.zeros_like(first)
     found = merged(base, models, [first, second, zero], reference="base")
     torch.testing.assert_close(
@@ -154,7 +138,7 @@ def test_who_received_no_token_has_no_say():
 def test_fewer_tokens_than_inputs_are_borne():
     """The sum is singular, and in float32 not even positive semidefinite."""
     base, models = make_matrices((24, 96), 3, "random")
-    data = [gram.float() for gram in grams(96, 3, tokens=4)]
+    data = [gram.float() for gram in make_grams(96, 3, tokens=4)]
     found = merged(base, models, data, alpha=1.0, ridge=1e-12)
     assert torch.isfinite(found).all()
     # as the steps of the models are, and no multiple

@@ -7,38 +7,7 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, FromData, NonNegative, Others, PerModel, Positive, default, merge_method
-from ..ops import deltas
-
-
-def shrunk(gram: Tensor, alpha: Tensor) -> Tensor:
-    """Return a Gram matrix with its off-diagonal entries times alpha, float64."""
-    found = gram.to(torch.float64, copy=True).mul_(alpha)
-    found.diagonal().copy_(gram.diagonal())
-    return found
-
-
-def solve_right(pull: Tensor, total: Tensor, ridge: Tensor) -> Tensor:
-    """Return pull (total + e I)^-1, where e is `ridge` times the mean of the diagonal of `total`.
-
-    A sum of Gram matrices of fewer tokens than inputs is singular, and rounding can make it indefinite. The ridge is then
-    raised tenfold until the sum is positive definite.
-
-    Args:
-        pull: Shape [m, n], float64.
-        total: Shape [n, n], float64, symmetric; it is changed.
-        ridge: 0-d.
-    """
-    step = float(ridge * total.diagonal().mean())
-    if not step > 0:
-        return torch.zeros_like(pull)
-    added = 0.0
-    while True:
-        total.diagonal().add_(step - added)
-        added = step
-        factor, failed = torch.linalg.cholesky_ex(total)
-        if not failed:
-            return torch.cholesky_solve(pull.T, factor).T
-        step *= 10
+from ..ops import deltas, shrunk, solve_right
 
 
 @merge_method(
@@ -86,7 +55,11 @@ def regmean(
         Every Gram matrix is a mean over tokens, so that a model counts the same however many tokens it was measured on;
         padding is not among them.
         A model whose matrix received no token (an expert of a mixture that was never chosen) has no say in it; where
-        none received any, R remains. Matrices without statistics (routers, embeddings, the head) become R.
+        none received any, R remains. Matrices without statistics (routers, embeddings, the head) are averaged.
+        LOT merging (Sun et al., arXiv 2505.23859) is `alpha: 1` with `reference: base`, but for three things: it inverts
+        the sum by a pseudoinverse where there is a small ridge here; it adds up the inputs of all tokens (give every
+        model's number of tokens as its weight); and it averages the weights of norms by the energy of their inputs,
+        while norms are averaged like other tensors here.
     """
     total_weight = weight.sum().clamp(min=1e-30)
     vectors = [delta.double() for delta in deltas(base, models)]
