@@ -252,7 +252,9 @@ def test_targets_that_cannot_be_written(zoo: Path, tasks: list[Path], tmp_path: 
     (tmp_path / "mine.json").write_text('{"a": 1}')
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling.json").symlink_to("nowhere")
     for name, message in (
+        ("dangling.json", "exists and is no evaluation of merganser"),
         ("mine.json", "exists and is no evaluation of merganser"),
         ("list.json", "exists and is no evaluation of merganser"),
         ("folder", "is a folder; give the name of a file"),

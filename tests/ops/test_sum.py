@@ -23,7 +23,7 @@ def test_a_weighted_sum_is_added_in_order():
     assert weighted_sum([b, c, a], one).item() == 1 + 2.0**-23
 
 
-@pytest.mark.parametrize("weights", [(0.0,), (1.0, -1.0), (0.1, 0.2, -0.3)])
+@pytest.mark.parametrize("weights", [(0.0,), (1.0, -1.0), (0.1, 0.2, -0.3), (5e-324, 1e-40)])
 def test_weights_that_add_up_to_0_are_complained_of_where_their_sum_divides(weights):
     for divides in ({}, {"normalize": True}, {"normalize_weights": True}):
         assert "add up to 0" in check_total({"weight": weights, **divides})

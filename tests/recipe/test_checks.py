@@ -34,6 +34,10 @@ class TestChecks:
                 "parameters: {weight: [1, heavy]}\n",
                 "<recipe>:5 parameters: weight must be any finite number, got 'heavy'",
             ),
+            (
+                "parameters: {weight: -1.0e+308}\n",
+                "<recipe>:5 parameters: weight must be at most 3.4e+38 in size, got -1e+308",
+            ),
             ("parameters: {weight: yes}\n", "<recipe>:5 parameters: weight must be any finite number, got True"),
             (
                 "parameters: {weight: 1, normalize: maybe}\n",

@@ -84,6 +84,10 @@ def test_the_page_exists(out: Path) -> None:
     assert run("report", "out", "--out", "elsewhere.html").code == 0
     assert refused("out", "--out", "base").startswith("base: is a folder; name a file, such as base/report.html")
     assert refused("out", "--out", "no/where.html") == "no/where.html: cannot be written: no such file or directory"
+    Path("dangling.html").symlink_to("nowhere")
+    assert refused("out", "--out", "dangling.html").startswith("dangling.html: exists; ")
+    assert refused("out", "--out", "dangling.html", "--overwrite").startswith("dangling.html: exists and is no page ")
+    assert Path("dangling.html").is_symlink()
 
 
 def test_a_full_disk_leaves_nothing(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
+from ..anatomy.sizes import size_warnings
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import CheckpointError, MergeError, ParameterError, RecipeError, UnsupportedError
@@ -341,6 +342,11 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
         config = sliced.config
         warnings += sliced.warnings
         check_layers_load(config, donor, alignment.layers)
+    else:
+        wrong = size_warnings(config, donor.anatomy)
+        warnings += [
+            f"{donor.reference}: {each}; the output gets both, and loads wrongly or not at all" for each in wrong
+        ]
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
     # the config states the dtype of most elements

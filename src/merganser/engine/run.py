@@ -20,7 +20,7 @@ from .finish import side_file_bytes, write_rest
 from .kernels.compiled import end_compiler, prepare_compiler_cache
 from .kernels.devices import resolve_devices
 from .output.publish import replaced_folder, working_names, working_parent
-from .output.staging import Staging, resolve_target
+from .output.staging import Staging, lies_in, resolve_target
 from .plan.plan import Plan
 from .record import fingerprint, input_files
 from .sidecars.make import Errors, make_sidecars
@@ -155,7 +155,7 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
     places = [target, working_parent(target) / working_names(target)[0], replaced_folder(target)]
     for reference, checkpoint in plan.checkpoints.items():
         for path in [checkpoint.path, *checkpoint.weight_files]:
-            place = next((each for each in places if path.resolve().is_relative_to(each)), None)
+            place = next((each for each in places if lies_in(path, each)), None)
             if place is not None:
                 shown = out if place == target else place
                 raise OutputError(f"{shown}: {reference}, an input of this merge, lies there; choose another target")

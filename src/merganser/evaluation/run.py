@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -262,7 +263,8 @@ def _check_out(out: Path) -> None:
             raise OutputError(f"{out}: is a folder; give the name of a file")
         if not out.parent.is_dir():
             raise OutputError(f"{out}: there is no folder {out.parent}; make it first")
-        if not out.exists():
+        # a link that leads nowhere is somebody's, too
+        if not os.path.lexists(out):
             return
     except OSError as error:
         if isinstance(error, OutputError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..anatomy import Anatomy, infer_anatomy, is_tied
-from ..anatomy.config import as_int, layer_counts, text_scopes
+from ..anatomy.sizes import size_warnings
 from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.folder import open_reference
 from ..wording import some
@@ -157,11 +157,7 @@ def _warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
         warnings.append(f"{some(checkpoint.unread)} may hold weights, too, and is not read")
     if not checkpoint.config:
         warnings.append("there is no config.json; layers and ties are told from names alone, and an output has none")
-    counts = layer_counts(checkpoint.config)
-    if counts and anatomy.stacks and not counts & set(anatomy.stacks.values()):
-        said = ", ".join(str(count) for count in sorted(counts))
-        warnings.append(f"config.json says {said} layers, the tensors have {anatomy.n_layers}")
-    warnings += _vocabulary_warnings(checkpoint, anatomy)
+    warnings += size_warnings(checkpoint.config, anatomy)
     if is_tied(checkpoint.config) and anatomy.head is not None:
         warnings.append(f"config.json says that the head is tied, and the files hold {anatomy.head}")
     pickled = [path.name for path in checkpoint.weight_files if path.suffix != ".safetensors"]
@@ -171,11 +167,3 @@ def _warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     if code:
         warnings.append(f"{', '.join(code)}: code that comes with the model; merganser never runs it")
     return warnings
-
-
-def _vocabulary_warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
-    sizes = {as_int(scope.get("vocab_size")) for scope in text_scopes(checkpoint.config)} - {None}
-    if anatomy.vocab_size is None or not sizes or anatomy.vocab_size in sizes:
-        return []
-    said = ", ".join(str(size) for size in sorted(sizes, key=str))
-    return [f"config.json says a vocabulary of {said}, the embedding has {anatomy.vocab_size} rows"]

@@ -8,12 +8,15 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import ParameterError, did_you_mean
 from .docstring import Docstring
 
 T = TypeVar("T")
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,9 @@ class Parameter:
             raise wrong
         if self.kind == "integer" and value != int(value):
             raise wrong
+        if self.kind == "number" and abs(value) > _LARGEST:
+            # methods compute with it in float32, where it would be infinity
+            raise ParameterError(f"{where}: {self.name} must be at most {_LARGEST:.1e} in size, got {value!r}")
         if self.range is not None and value not in self.range:
             raise wrong
         return int(value) if self.kind == "integer" else float(value)

@@ -12,6 +12,9 @@ from torch import Tensor
 _NO_WEIGHT = 1e-8
 """Share of their magnitudes up to which the sum of weights is rounding."""
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+"""Below it float32 loses digits, and then is 0."""
+
 _NO_MASS = 1e-7
 
 
@@ -43,7 +46,7 @@ def check_total(parameters: Mapping[str, Any]) -> str | None:
     if not parameters.get("normalize", parameters.get("normalize_weights", True)):
         return None
     weight = parameters["weight"]
-    if abs(math.fsum(weight)) > _NO_WEIGHT * math.fsum(map(abs, weight)):
+    if abs(math.fsum(weight)) > max(_SMALLEST, _NO_WEIGHT * math.fsum(map(abs, weight))):
         return None
     switch = next((f"; or set {name}: false" for name in parameters if name.startswith("normalize")), "")
     return (

@@ -5,6 +5,7 @@ The report computes nothing: its numbers come from the run record, an evaluation
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def _spectra(record: Record, cache_dir: Path | None, progress: Progress | None) 
 def _check(target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise OutputError(f"{target}: is a folder; name a file, such as {target / PAGE_NAME}")
-    if not target.exists():
+    # a link that leads nowhere is somebody's, too
+    if not os.path.lexists(target):
         return
     if not overwrite:
         raise OutputError(f"{target}: exists; choose another file with --out, or replace it with --overwrite")

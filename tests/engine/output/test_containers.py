@@ -144,6 +144,16 @@ def bound(tmp_path):
     subprocess.run(["umount", tmp_path / "out"], check=True)
 
 
+def test_an_input_that_is_mounted_under_another_name_is_not_replaced(tmp_path, recipe, bound):
+    merge(recipe, bound)
+    before = read_files(bound)
+    host = tmp_path / "host" / "a b"
+    again = make_recipe("linear", [host, tmp_path / "models" / "m1"], parameters={"weight": 0.5})
+    with pytest.raises(OutputError, match=r"an input of this merge, lies there"):
+        merge(again, bound, overwrite=True)
+    assert read_files(bound) == before
+
+
 @pytest.mark.parametrize("place", ["volume", "bound"])
 def test_a_volume(request, tmp_path, recipe, expected, place):
     out = request.getfixturevalue(place)

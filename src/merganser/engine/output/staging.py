@@ -14,6 +14,7 @@ from typing import Any
 from ...checkpoint import Shard
 from ...checkpoint.descriptors import Descriptors
 from ...errors import OutputError
+from ...wording import size_text
 from .journal import JOURNAL, Finished, Journal, read_journal
 from .lock import acquire_lock
 from .ownership import MARKER, Owned, claim, survey, unfinished
@@ -233,8 +234,8 @@ class Staging:
         free = shutil.disk_usage(self.folder).free
         if needed - present > free:
             raise OutputError(
-                f"{self.out}: the disk is too full: {_megabytes(needed - present)} are to be written, "
-                f"{_megabytes(free)} are free; make room, or choose a target on another disk"
+                f"{self.out}: the disk is too full: {size_text(needed - present)} are to be written, "
+                f"{size_text(free)} are free; make room, or choose a target on another disk"
             )
 
 
@@ -255,7 +256,7 @@ def check_target(out: Path, *, overwrite: bool) -> Owned:
         if not out.is_dir():
             raise OutputError(f"{out}: is not a folder; choose another target")
         target = resolve_target(out)
-        if _current_folder().is_relative_to(target):
+        if lies_in(_current_folder(), target):
             raise OutputError(f"{out}: the current folder is in it, and would be replaced; choose another target")
         # a target with a marker was being replaced by a run that was killed, so the user has already agreed
         if not overwrite and not _is_empty(target) and not unfinished(target):
@@ -283,6 +284,22 @@ def resolve_target(out: Path) -> Path:
     return target
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Return whether a path is a folder or lies in it, be it through links or under another name.
+
+    A folder that is mounted at two places, as volumes of containers are, or named in capitals where the file system does
+    not tell those apart, has paths that differ.
+    """
+    place = path.resolve()
+    if place.is_relative_to(folder):
+        return True
+    try:
+        return any(each.samefile(folder) for each in (place, *place.parents))
+    except OSError:
+        # one of them does not exist
+        return False
+
+
 def _is_empty(target: Path) -> bool:
     return all(path.name in working_names(target) for path in target.iterdir())
 
@@ -306,7 +323,3 @@ def write_all(descriptor: int, offset: int, data: memoryview) -> None:
         count = os.pwrite(descriptor, view, offset)
         offset += count
         view = view[count:]
-
-
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import MemoryLimitError
+from ...wording import size_text
 from ...process import memory_here
 from ..kernels.blocks import BLOCK, block_shape
 from ..kernels.compiled import compiled_ahead
@@ -65,8 +66,8 @@ def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, l
     if needed > limit:
         largest = max(tensors, key=lambda tensor: (_held(tensor, compiled), tensor.size))
         raise MemoryLimitError(
-            f"--max-memory: {largest.method.name} needs {needed / 1e6:.0f} MB for this merge, {limit / 1e6:.0f} MB are "
-            f"allowed; its largest tensor is {largest.name} {list(largest.shape)}"
+            f"--max-memory: {largest.method.name} needs {size_text(needed)} for this merge, "
+            f"{size_text(limit)} are allowed; its largest tensor is {largest.name} {list(largest.shape)}"
         )
     return min(1 + (limit - needed) // max(each, 1), wanted)
 

@@ -277,9 +277,9 @@ def _beside(out: Path, task: str) -> Path:
 
 
 def _refuse_source(target: Path, source: Path) -> None:
-    from ..output.staging import resolve_target
+    from ..output.staging import lies_in, resolve_target
 
-    if source.resolve().is_relative_to(resolve_target(target)):
+    if lies_in(source, resolve_target(target)):
         raise OutputError(f"{target}: {source}, which is read, lies there; choose another target")
 
 
