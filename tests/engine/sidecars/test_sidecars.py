@@ -364,7 +364,9 @@ def write_holes(folder, side):
 def test_memory_is_kept_for_the_sidecars(tmp_path):
     paths = [write_holes(tmp_path / name, 3000) for name in ("base", "one", "two")]
     recipe = make_recipe("rmm", paths[1:], paths[0], {"rank": 4})
-    with pytest.raises(MemoryLimitError, match=r"--max-memory: rmm needs [\d.]+ [MG]B for this merge, 800 MB are allowed; "):
+    with pytest.raises(
+        MemoryLimitError, match=r"--max-memory: rmm needs [\d.]+ [MG]B for this merge, 800 MB are allowed; "
+    ):
         plan(recipe, max_memory=800_000_000)
     one, many = (plan(recipe, max_memory=limit, threads=4) for limit in (1_300_000_000, 1 << 40))
     assert (one.sidecars.workers, many.sidecars.workers) == (1, 4)

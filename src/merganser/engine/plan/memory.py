@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...errors import MemoryLimitError
-from ...wording import size_text
 from ...process import memory_here
+from ...wording import size_text
 from ..kernels.blocks import BLOCK, block_shape
 from ..kernels.compiled import compiled_ahead
 from ..kernels.peak_memory import peak_per_element
