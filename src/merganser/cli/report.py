@@ -35,7 +35,7 @@ def report(
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
-    """Draw a merge: what was merged, how far it moved, what it can do.
+    """Draw a merge: what went in, how far it moved, what it can do.
 
     The page is one HTML file that opens without a network.
     """

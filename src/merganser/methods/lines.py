@@ -13,7 +13,13 @@ def factor(location: Location, alpha: float, beta: float) -> float:
     return alpha + beta * location.layer / max(location.n_layers - 1, 1)
 
 
-@merge_method(family="layers", cite="wang2025lines", validate=check_total, located={"factor": factor})
+@merge_method(
+    family="layers",
+    cite="wang2025lines",
+    validate=check_total,
+    located={"factor": factor},
+    breaks={"identical": "deeper layers get more than the average"},
+)
 def lines(
     base: Tensor,
     models: list[Tensor],

@@ -338,8 +338,10 @@ def returns_identical_models(method: MergeMethod) -> None:
     """Identical models give that model, up to rounding; weights without default are 1 / number of models."""
     for with_base, parameters in defaults(method, shares=True):
         base, (model, *_) = make_inputs(method, with_base)
-        merged = merge(method, (base, [model.clone() for _ in range(count_models(method))]), parameters)
-        _close(method, merged, model)
+        # numbers that follow from the layer differ from place to place
+        for where in LOCATIONS if method.located else LOCATIONS[:1]:
+            models = [model.clone() for _ in range(count_models(method))]
+            _close(method, merge(method, (base, models), parameters, location=where), model)
 
 
 def returns_base(method: MergeMethod) -> None:
