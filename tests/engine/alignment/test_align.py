@@ -207,6 +207,15 @@ def test_missing_and_extra_tensors_are_counted_and_named(tmp_path):
         plan(make_recipe("linear", paths, parameters={"weight": 1}))
 
 
+@pytest.mark.parametrize("holder", [1, 2])
+def test_a_head_that_the_donor_lacks_is_missing_there(tmp_path, holder):
+    config = llama_config()
+    paths = [write_model(tmp_path / f"m{i}", llama(i, head=i == holder), config) for i in range(3)]
+    expected = f"{paths[0]} and {paths[holder]} do not hold the same tensors; 1 missing in {paths[0]}: lm_head.weight; "
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        plan(make_recipe("linear", paths, parameters={"weight": 1}))
+
+
 def test_a_long_list_of_missing_tensors_is_cut(tmp_path):
     paths = [write_model(tmp_path / f"m{n}", llama(n, n), llama_config(n)) for n in (2, 4)]
     with pytest.raises(CheckpointError, match=r"18 only in .*: (\S+, ){3}\S+ and 14 more; only models"):

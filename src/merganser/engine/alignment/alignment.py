@@ -233,7 +233,7 @@ def _check_names(
     """Raise CheckpointError if a model lacks tensors of the output, or has others.
 
     Args:
-        donor: Model that defines the names.
+        donor: Model that defines the names; for the donor itself, another model that has them.
         member: The model.
         names: Names of the output's tensors.
         own: Names of the model's tensors.
@@ -257,8 +257,11 @@ def _check_names(
             lines.append(
                 f"both are {kind}, so one was saved by other code: save it again with the code that wrote the other"
             )
-        holders = [(name, next(m for m in (donor, member) if name in m.anatomy.parts)) for name in (*missing, *extra)]
-        if all(may_be_unmatched(name, holder) for name, holder in holders):
+        # a third model may be the only one that has a name
+        holders = [
+            (name, next((m for m in (donor, member) if name in m.anatomy.parts), None)) for name in missing + extra
+        ]
+        if all(holder is not None and may_be_unmatched(name, holder) for name, holder in holders):
             lines.append(
                 "these come behind the layers: 'unmatched: skip' or 'unmatched: base' in the recipe merges the rest"
             )

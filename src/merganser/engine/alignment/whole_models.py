@@ -40,7 +40,9 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
     matched = [name for name in names if name not in unmatched.kept]
     for member in members:
         own = set(member.checkpoint.tensors) - drop - unmatched.kept - unmatched.dropped
-        _check_names(donor, member, matched, own)
+        # names of the output that the donor lacks come from another model
+        lacking = (other for name in matched if donor.tensor(name) is None for other in members if other.tensor(name))
+        _check_names(next(lacking, donor) if member is donor else donor, member, matched, own)
     end = after_layers(recipe)
     slots = []
     for name in names:
