@@ -24,7 +24,7 @@ def first(text: str, name: str = "weight", tensor: str = "x") -> object:
 
 @pytest.mark.parametrize(
     ("written", "read"),
-    [('"0.5"', 0.5), ("'1e-4'", 1e-4), ('"3"', 3.0), ('["0", 1]', 0.0), ('{value: "0.25"}', 0.25)],
+    [('"0.5"', 0.5), ("'1e-4'", 1e-4), ('"3"', 3.0), ('["0.1", 1]', 0.1), ('{value: "0.25"}', 0.25)],
 )
 def test_quoted_numbers_are_numbers(written: str, read: float) -> None:
     assert first(f"merge_method: linear\nmodels: [{{model: a, parameters: {{weight: {written}}}}}]\n") == read

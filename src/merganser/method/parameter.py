@@ -137,8 +137,9 @@ class Parameter:
             raise wrong
         if self.kind == "integer" and value != int(value):
             raise wrong
-        if self.kind == "number" and abs(value) > _LARGEST:
-            # methods compute with it in float32, where it would be infinity
+        signed = self.kind == "number" and (self.range is None or math.isinf(self.range.low))
+        if signed and abs(value) > _LARGEST:
+            # such a number is a factor of tensors, which are float32, where it would be infinity
             raise ParameterError(f"{where}: {self.name} must be at most {_LARGEST:.1e} in size, got {value!r}")
         if self.range is not None and value not in self.range:
             raise wrong
