@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..checkpoint import Reader, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
+from ..inference.libraries import quiet
 
 __all__ = [
     "ExpertInputs",
@@ -35,7 +36,6 @@ __all__ = [
     "load_tensors",
     "observed_experts",
     "parameters_of",
-    "quiet",
     "tie",
 ]
 
@@ -217,23 +217,6 @@ def empty_tensors(module: nn.Module) -> None:
 def tie(model: Any) -> None:
     """Tie parameters again that share one tensor, such as an output matrix and the embedding."""
     model.tie_weights()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hide the progress bars and the loading report of transformers."""
-    from transformers.utils import logging as library
-
-    logging: Any = library
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def linear_classes() -> dict[type[nn.Module], int]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint
 from ..errors import CheckpointError, UnsupportedError
+from ..inference.libraries import quiet
 from ..process import release_freed_memory
 from . import internals
 
@@ -140,7 +141,7 @@ def _config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.reference}: its weights are quantised ({checkpoint.quantised}); give the unquantised model"
         )
     try:
-        with internals.quiet():
+        with quiet():
             return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(

@@ -14,7 +14,7 @@ import xxhash
 
 from ..checkpoint.sidefiles import copy_file, is_tokenizer_file
 from ..errors import CheckpointError, UnsupportedError
-from .libraries import explained
+from .libraries import explained, quiet
 from .sources import Source, hash_file
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class LanguageModel:
         from transformers import AutoModelForCausalLM
 
         kind: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
-        with explained(CheckpointError, f"{self.source.reference}: transformers cannot load the model"), _quiet():
+        with explained(CheckpointError, f"{self.source.reference}: transformers cannot load the model"), quiet():
             model, info = kind.from_pretrained(
                 None, config=self.config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
@@ -117,7 +117,7 @@ def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -
         ) from None
     _check_kind(source)
     with _folder(source) as folder:
-        with explained(CheckpointError, f"{source.reference}: transformers cannot load config.json"), _quiet():
+        with explained(CheckpointError, f"{source.reference}: transformers cannot load config.json"), quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_architecture(source, config)
         tokenizer = _load_tokenizer(source, folder, config.model_type, {} if tokenizers is None else tokenizers)
@@ -151,7 +151,7 @@ def _load_tokenizer(source: Source, folder: Path, model_type: str, known: dict[s
     # the config is part of the hash, since it may name the class that reads the files
     digest = xxhash.xxh3_128_hexdigest("\0".join([model_type, *names, *files]).encode())
     if digest not in known:
-        with explained(CheckpointError, f"{source.reference}: transformers cannot load the tokenizer"), _quiet():
+        with explained(CheckpointError, f"{source.reference}: transformers cannot load the tokenizer"), quiet():
             encoder = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         known[digest] = _tokenizer(source, encoder, digest)
     return known[digest]
@@ -222,20 +222,3 @@ def _folder(source: Source) -> Iterator[Path]:
             (folder / relative).write_text(text, encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(source.config), encoding="utf-8")
         yield folder
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the progress bars and the loading report of transformers."""
-    from transformers.utils import logging as library
-
-    logging: Any = library
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
