@@ -212,8 +212,8 @@ def test_the_length_of_the_merged_task_vector_is_told(models: Path) -> None:
     found = run("merge", recipe(models / "r.yaml", document), "out")
     total = json.loads((models / "out" / "merge.json").read_text())["movement"]["total"]
     told = (
-        f"length of the task vector: {total['length']:.2g} of the models' (average of unrelated ones: 0.71, sum: 1.4); "
-        f"rounding is {min(total['rounding']):.1%}"
+        f"moved {total['length']:.2g} times as far from the base as the models (unrelated models: 0.71 averaged, 1.4 added); "
+        f"{min(total['rounding']):.1%}"
     )
     assert found.out.splitlines()[1].startswith(told)
     assert found.err == ""

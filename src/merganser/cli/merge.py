@@ -136,8 +136,11 @@ def _lengths(total: Mapping[str, Any]) -> None:
     if length is None or not rounding:
         return
     shares = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (min(rounding), max(rounding))))
-    unrelated = f" (average of unrelated ones: {count**-0.5:.2g}, sum: {count**0.5:.2g})" if count > 1 else ""
-    say(f"length of the task vector: {length:.2g} of the models'{unrelated}; rounding is {shares} of theirs")
+    unrelated = f" (unrelated models: {count**-0.5:.2g} averaged, {count**0.5:.2g} added)" if count > 1 else ""
+    say(
+        f"moved {length:.2g} times as far from the base as the models{unrelated}; "
+        f"{shares} of the models' task vectors is rounding"
+    )
 
 
 def _tasks(sidecars: Mapping[str, Any]) -> None:
