@@ -36,7 +36,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  verify     Check an output against the hashes in its merge.json.\n"
         "  restore    Write a task's own checkpoint back from a merge with sidecars.\n"
         "  eval       Measure models on tasks, and what merges kept of their experts.\n"
-        "  report     Draw a merge: what was merged, how far it moved, what it can do.\n"
+        "  report     Draw a merge: what went in, how far it moved, what it can do.\n"
     )
 
 
