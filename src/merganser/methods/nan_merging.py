@@ -2,16 +2,10 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..method import Scale, default, merge_method, statistic
-from ..ops import deltas, inverse_norms, shares, weighted_sum
-
-
-def squared_norms(base: Tensor, models: list[Tensor]) -> Tensor:
-    """Measure the squared norms of the task vectors, shape [T]."""
-    return torch.stack([vector.double().square().sum() for vector in deltas(base, models)])
+from ..ops import deltas, inverse_norms, shares, squared_norms, weighted_sum
 
 
 def inverse_shares(squares: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .random import Random
 from .rows import by_rank, sort_rows
 from .shares import best, shares
 from .sphere import along, arc, check_directions
-from .sum import check_total, deltas, l1_gain, l1_norms, not_negative, round_down, scaled, weighted_sum
+from .sum import check_total, deltas, l1_gain, l1_norms, not_negative, round_down, scaled, squared_norms, weighted_sum
 from .trim import delta_magnitudes, trim
 from .votes import agreeing_largest, agreeing_sum, disjoint_mean, elect_sign, vote
 
@@ -69,6 +69,7 @@ __all__ = [
     "shrunk",
     "solve_right",
     "sort_rows",
+    "squared_norms",
     "tall_mask",
     "trim",
     "unit_gram",

@@ -23,6 +23,11 @@ def deltas(base: Tensor, models: Sequence[Tensor]) -> list[Tensor]:
     return [model - base for model in models]
 
 
+def squared_norms(base: Tensor, models: Sequence[Tensor]) -> Tensor:
+    """Measure the squared norms of the task vectors, shape [T], float64."""
+    return torch.stack([vector.double().square().sum() for vector in deltas(base, models)])
+
+
 def weighted_sum(tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
     """Return `sum_i weight[i] * tensors[i]`, added in order.
 
