@@ -162,8 +162,9 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
         checkpoint = _open(recipe, reference, cache_dir)
         if checkpoint.quantised:
             raise CheckpointError(
-                f"{recipe.place_of_model(reference)}: {reference}: its weights are quantised ({checkpoint.quantised}); merging them as they are would give "
-                "garbage. Use the unquantised model; reading quantised ones comes with a later version"
+                f"{recipe.place_of_model(reference)}: {reference}: its weights are quantised ({checkpoint.quantised}); "
+                "merging them as they are would give garbage. Use the unquantised model; reading quantised ones comes "
+                "with a later version"
             )
         if checkpoint.wrappers:
             stripped = ", ".join(checkpoint.wrappers)
