@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from . import errors, methods
     from .calibration import add_statistics, calibrate
     from .checkpoint import open_checkpoint
-    from .engine.in_memory import merge_state_dicts
     from .engine.merge import merge, plan
+    from .engine.running import EMA, LAWA, Average
     from .engine.sidecars.restoration import restore
+    from .engine.state_dicts import merge_state_dicts
     from .errors import MergeError
     from .evaluation import evaluate
     from .inspection import diff, inspect, kinship
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from .report import write_report
 
 __all__ = [
+    "EMA",
+    "LAWA",
+    "Average",
     "MergeError",
     "add_statistics",
     "calibrate",
@@ -54,6 +58,9 @@ __all__ = [
 
 _MODULES = ("errors", "methods")
 _HOMES = {
+    "EMA": "engine.running",
+    "LAWA": "engine.running",
+    "Average": "engine.running",
     "MergeError": "errors",
     "add_statistics": "calibration",
     "calibrate": "calibration",
@@ -64,7 +71,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "load_recipes": "recipe",
     "merge": "engine.merge",
-    "merge_state_dicts": "engine.in_memory",
+    "merge_state_dicts": "engine.state_dicts",
     "open_checkpoint": "checkpoint",
     "plan": "engine.merge",
     "restore": "engine.sidecars.restoration",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from merganser.engine.in_memory import merge_state_dicts
 from merganser.engine.kernels.merge_tensor import merge_tensor
+from merganser.engine.state_dicts import merge_state_dicts
 from merganser.errors import CheckpointError, NonFiniteError, ParameterError, RecipeError, UnsupportedError
 from merganser.method.registry import get_method
 from tests.making import assert_equal
@@ -84,9 +87,6 @@ def test_errors():
         merge_state_dicts("linear", [state, changed(state, extra=torch.ones(1), more=torch.ones(1))], weight=1)
     with pytest.raises(CheckpointError, match=r"1\.weight: shapes differ: \[8, 8\], \[8, 9\]"):
         merge_state_dicts("linear", [state, {**state, "1.weight": torch.ones(8, 9)}], weight=1)
-    other = {**state, "2.num_batches_tracked": torch.tensor(8)}
-    with pytest.raises(CheckpointError, match=r"2\.num_batches_tracked: .* differs between the models"):
-        merge_state_dicts("linear", [state, other], weight=1)
     mixed = [state, {**state, "1.bias": torch.ones(8, dtype=torch.int64)}]
     for order in (mixed, mixed[::-1]):
         with pytest.raises(CheckpointError, match=r"1\.bias: .*float32.*int64|1\.bias: .*int64.*float32"):
@@ -107,3 +107,58 @@ def test_errors():
         merge_state_dicts("linear", [state, state], base=state, weight=1)
     with pytest.raises(ValueError, match="models"):
         merge_state_dicts("linear", [], weight=1)
+    with pytest.raises(ParameterError, match="integers must be 'equal', 'largest' or 'first', got 'mean'"):
+        merge_state_dicts("linear", [state, state], weight=1, integers="mean")
+
+
+def test_integers():
+    state = make(0).state_dict()
+    counted = changed(state, **{"2__num_batches_tracked": torch.tensor(9)})
+    for order in ([state, counted], [counted, state]):
+        assert merge_state_dicts("linear", order, weight=1)["2.num_batches_tracked"] == 9
+        first = merge_state_dicts("linear", order, weight=1, integers="first")["2.num_batches_tracked"]
+        assert first == order[0]["2.num_batches_tracked"]
+    state["ids"], counted["ids"] = torch.tensor([1, 5]), torch.tensor([2, 3])
+    with pytest.raises(
+        CheckpointError, match=r"ids: this buffer of torch.int64 differs .*'largest' or 'first' chooses"
+    ):
+        merge_state_dicts("linear", [state, counted], weight=1)
+    assert merge_state_dicts("linear", [state, counted], weight=1, integers="largest")["ids"].tolist() == [2, 5]
+
+
+def test_modules_and_generators():
+    models = [make(seed) for seed in range(2)]
+    expected = merge_state_dicts("linear", [model.state_dict() for model in models], weight=1.0)
+    assert_equal(merge_state_dicts("linear", (model for model in models), weight=1.0), expected)
+
+
+def test_prefixes_of_frameworks():
+    first, second, base = (make(seed).state_dict() for seed in range(3))
+    expected = merge_state_dicts("task_arithmetic", [first, second], base=base, weight=1.0)
+    wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in first.items()}
+    merged = merge_state_dicts("task_arithmetic", [wrapped, second], base=base, weight=1.0)
+    assert_equal(merged, {f"_orig_mod.module.{name}": tensor for name, tensor in expected.items()})
+    merged = merge_state_dicts("task_arithmetic", [second, wrapped], base=base, weight=1.0)
+    assert list(merged) == list(second)
+
+
+def test_what_is_not_a_state_dict():
+    state = make(0).state_dict()
+    with pytest.raises(TypeError, match="models: expected a list of state dicts, got one; put it into a list"):
+        merge_state_dicts("linear", state, weight=1)
+    with pytest.raises(TypeError, match="models: expected a list of state dicts, got one; put it into a list"):
+        merge_state_dicts("linear", make(0), weight=1)
+    with pytest.raises(TypeError, match="models: expected a list of state dicts, got int"):
+        merge_state_dicts("linear", 3, weight=1)
+    with pytest.raises(TypeError, match=r"model 2: expected a state dict .* or a module, got str"):
+        merge_state_dicts("linear", [state, "model.pt"], weight=1)
+    with pytest.raises(TypeError, match=r"base: .* got float for 'lr'"):
+        merge_state_dicts("ties", [state], base={"lr": 0.1}, weight=1, density=0.5)
+    nested = {"model_state_dict": state, "epoch": 3}
+    with pytest.raises(TypeError, match=r"model 1: .* pass what is under 'model_state_dict'"):
+        merge_state_dicts("linear", [nested, state], weight=1)
+
+
+def test_dtensors(tmp_path):
+    """Two ranks, as FSDP2 shards a model: uneven shards, one method per way of merging, bits as unsharded."""
+    subprocess.run([sys.executable, "-m", "tests.engine.sharded", str(tmp_path)], check=True, timeout=120)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ..errors import CheckpointError
 from .tensor import TensorInfo, renamed
 
-__all__ = ["unwrap"]
+__all__ = ["unwrap", "unwrapped_names"]
 
 # Wrappers of single modules add a name at any depth: torch.compile, FSDP, activation checkpointing, DeepSpeed.
 _ANYWHERE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -29,20 +29,33 @@ def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Ten
     Raises:
         CheckpointError: Two tensors would have the same name.
     """
-    names = {name: _ANYWHERE.sub("", name) for name in tensors}
-    stripped = {found for name in tensors for found in _ANYWHERE.findall(name)}
-    while around := next((prefix for prefix in _AROUND if all(new.startswith(prefix) for new in names.values())), None):
-        names = {name: new.removeprefix(around) for name, new in names.items()}
-        stripped.add(around)
-    inside = {match[0] for new in names.values() if (match := _AROUND_DECODER.match(new))}
-    if len(inside) == 1 and all(_AROUND_DECODER.match(new) for new in names.values()):
-        names = {name: _AROUND_DECODER.sub("", new, count=1) for name, new in names.items()}
-        stripped |= inside
+    names, stripped = unwrapped_names(where, tensors)
     if not stripped:
         return dict(tensors), []
-    unwrapped: dict[str, TensorInfo] = {}
+    return {new: renamed(tensors[name], new) for name, new in names.items()}, stripped
+
+
+def unwrapped_names(where: str, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return for each name the one that the model itself uses, and the prefixes that were stripped.
+
+    Args:
+        where: What has the names, for messages.
+        names: Names of tensors.
+
+    Raises:
+        CheckpointError: Two tensors would have the same name.
+    """
+    unwrapped = {name: _ANYWHERE.sub("", name) for name in names}
+    stripped = {prefix for name in unwrapped for prefix in _ANYWHERE.findall(name)}
+    while around := next((p for p in _AROUND if unwrapped and all(n.startswith(p) for n in unwrapped.values())), None):
+        unwrapped = {name: new.removeprefix(around) for name, new in unwrapped.items()}
+        stripped.add(around)
+    inside = {match[0] for new in unwrapped.values() if (match := _AROUND_DECODER.match(new))}
+    if len(inside) == 1 and all(_AROUND_DECODER.match(new) for new in unwrapped.values()):
+        unwrapped = {name: _AROUND_DECODER.sub("", new, count=1) for name, new in unwrapped.items()}
+        stripped |= inside
     holders: dict[str, str] = {}
-    for name, new in names.items():
+    for name, new in unwrapped.items() if stripped else ():
         if not new:
             raise CheckpointError(f"{where}: tensor {name!r} has no name but that of a training framework")
         if new in holders:
@@ -51,5 +64,4 @@ def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Ten
                 "of their training framework; keep one of them"
             )
         holders[new] = name
-        unwrapped[new] = renamed(tensors[name], new)
     return unwrapped, sorted(stripped)
