@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..checkpoint.formats.quantised.evidence import SETTINGS_KEYS
+
 __all__ = [
     "COUNT_KEYS",
     "KNOWN_TYPES",
@@ -18,6 +20,7 @@ __all__ = [
     "set_config_dtype",
     "set_tied",
     "text_scopes",
+    "unquantised",
     "words",
 ]
 
@@ -156,3 +159,14 @@ def _replace_dtype(scope: dict[str, Any], dtype_name: str) -> None:
     for key, value in scope.items():
         if isinstance(value, dict) and key.endswith("_config") and "quant" not in key:
             _replace_dtype(value, dtype_name)
+
+
+def unquantised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy without the settings of a quantisation, at the top or in the config of a part."""
+    return {
+        key: {name: each for name, each in value.items() if name not in SETTINGS_KEYS}
+        if key.endswith("_config") and isinstance(value, dict)
+        else value
+        for key, value in config.items()
+        if key not in SETTINGS_KEYS
+    }

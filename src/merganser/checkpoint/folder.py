@@ -12,7 +12,7 @@ from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import exists, os_reason, read_object
 from ..wording import brief, some
 from .formats.pickled import read_pickled
-from .formats.quantised import why_quantised
+from .formats.quantised.read import Quantisation, dequantise
 from .formats.safetensors import read_header
 from .hub import is_hub_id, snapshot
 from .links import inside
@@ -39,11 +39,13 @@ class Checkpoint:
         reference: the path or Hub id as the user wrote it.
         path: the local folder.
         config: the contents of `config.json`; empty if there is none.
-        tensors: by name, in the order of the files and of the bytes within each.
+        tensors: by name, in the order of the files and of the bytes within each; quantised weights by the names of the
+            unquantised model, and dequantised when they are read.
         weight_files: the files that hold the tensors.
         metadata: the `__metadata__` of the safetensors headers.
         wrappers: prefixes of training frameworks, such as `_orig_mod.`, that were stripped from the names of tensors.
         unread: names of files in the folder that may also hold weights and are not read.
+        quantisation: how the weights are quantised; None if they are not.
         loose: whether it is a single file in a folder without config.json; other files there are not the model's.
     """
 
@@ -56,6 +58,7 @@ class Checkpoint:
     wrappers: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     loose: bool = False
+    quantisation: Quantisation | None = None
 
     @cached_property
     def side_files(self) -> list[Path]:
@@ -78,10 +81,10 @@ class Checkpoint:
         there = not self.loose and (file.is_symlink() or file.exists())
         return inside(self.path, name, str(self.path)) if there else None
 
-    @cached_property
+    @property
     def quantised(self) -> str | None:
         """Why the weights count as quantised, as in `fp8 (config.json quantization_config.quant_method)`, or None."""
-        return why_quantised(self.config, self.tensors)
+        return None if self.quantisation is None else self.quantisation.evidence
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +124,8 @@ def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: P
             raise
         raise CheckpointError(f"{error.filename or path}: cannot be read: {os_reason(error)}") from None
     tensors, wrappers = unwrap(reference, found.tensors)
-    return replace(found, tensors=tensors, wrappers=tuple(wrappers)) if wrappers else found
+    tensors, quantisation = dequantise(reference, found.config, tensors)
+    return replace(found, tensors=tensors, wrappers=tuple(wrappers), quantisation=quantisation)
 
 
 def _existing(reference: str) -> Path | None:

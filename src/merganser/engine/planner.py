@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..anatomy import set_config_dtype, set_tied, slice_config
+from ..anatomy.config import unquantised
 from ..anatomy.sizes import size_warnings
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
-from ..errors import CheckpointError, MergeError, ParameterError, RecipeError, UnsupportedError
+from ..errors import MergeError, ParameterError, RecipeError, UnsupportedError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .agreement.configs import compare_configs
 from .agreement.ending import agree_on_ending
+from .agreement.quantisation import check_quantised, refuse_unreadable
 from .agreement.side_files import chat_template, side_file_warnings, side_files, unread_warnings
 from .agreement.union import check_union
 from .agreement.vocabularies import compare_tokens
@@ -83,6 +85,7 @@ def build_plan(
     resolver = check_recipe(recipe)
     members, input_warnings = _open_all(recipe, cache_dir)
     check_union(recipe, members)
+    input_warnings += check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
     alignment, drafts = _drafts(recipe, resolver, members)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += compare_tokens(recipe, members, alignment)
@@ -160,12 +163,7 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
     warnings: list[str] = []
     for reference in recipe.references():
         checkpoint = _open(recipe, reference, cache_dir)
-        if checkpoint.quantised:
-            raise CheckpointError(
-                f"{recipe.place_of_model(reference)}: {reference}: its weights are quantised ({checkpoint.quantised}); "
-                "merging them as they are would give garbage. Use the unquantised model; reading quantised ones comes "
-                "with a later version"
-            )
+        refuse_unreadable(recipe, reference, checkpoint)
         if checkpoint.wrappers:
             stripped = ", ".join(checkpoint.wrappers)
             warnings.append(f"{reference}: {stripped}: names of a training framework, stripped from those of tensors")
@@ -335,6 +333,8 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
     # drop the key for the weight file's name, as the output's files have standard names
     config = {key: value for key, value in donor.checkpoint.config.items() if key != WEIGHTS_KEY}
     warnings: list[str] = []
+    if donor.checkpoint.quantisation is not None:
+        config = unquantised(config)
     if not config:
         others = ", and none of the other files that lie beside it" if donor.checkpoint.loose else ""
         return {}, [f"the donor has no config.json, so the output has none{others}", *side_file_warnings(donor)]

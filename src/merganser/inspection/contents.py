@@ -151,8 +151,11 @@ def _shares(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> dict[str, Share
 
 def _warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     warnings = []
-    if checkpoint.quantised:
-        warnings.append(f"its weights are quantised ({checkpoint.quantised}); they cannot be merged as they are")
+    found = checkpoint.quantisation
+    if found is not None:
+        how = f"are dequantised when they are read: {some(found.schemes, 4)}"
+        how = how if found.unreadable is None else f"cannot be merged: {found.unreadable}"
+        warnings.append(f"its weights are quantised ({found.evidence}), and {how}")
     if checkpoint.unread:
         warnings.append(f"{some(checkpoint.unread)} may hold weights, too, and is not read")
     if not checkpoint.config:

@@ -24,6 +24,7 @@ KEYS = (
     "chat_template",
     "compat",
     "unmatched",
+    "quantised",
     "random_seed",
 )
 MODULE_KEYS = ("models", "slices", "parameters")

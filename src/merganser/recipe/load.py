@@ -35,6 +35,7 @@ UNION = "union"
 """Value of `tokenizer_source` for the union of all models' tokenizers."""
 
 UNMATCHED = ("refuse", "base", "skip")
+QUANTISED = ("refuse", "allow")
 """What to do with tensors after the layers that some models lack or hold in another shape."""
 
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
@@ -192,6 +193,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         text=document.text,
         places={key: value.place for key, value in (body | fields).items()},
         unmatched=_unmatched(fields, body),
+        quantised=_quantised(fields),
     )
     source = _tokenizer_source(fields)
     donor = _tokenizer_donor(source, recipe, reader) if source else None
@@ -303,6 +305,12 @@ def _unmatched(fields: dict[str, Entry], body: dict[str, Entry]) -> Literal["ref
     if choice == "base" and "base_model" not in fields:
         raise entry.error("'base' takes parts from the base, and the recipe has no base_model")
     return choice
+
+
+def _quantised(fields: dict[str, Entry]) -> Literal["refuse", "allow"]:
+    if "quantised" not in fields:
+        return "refuse"
+    return cast('Literal["refuse", "allow"]', fields["quantised"].choice(QUANTISED))
 
 
 def _chat_template(entry: Entry) -> str:

@@ -74,6 +74,7 @@ class Recipe:
         warnings: Warnings about entries of the recipe that have no effect.
         unmatched: What to do with tensors after the layers that some models lack or hold in another shape: "refuse"
             them, take them from the "base", or "skip" them.
+        quantised: What to do with models that are quantised in another way than the base: "refuse" or "allow" them.
     """
 
     name: str | None
@@ -94,6 +95,7 @@ class Recipe:
     warnings: tuple[str, ...] = ()
     tokenizer_union: Place | None = None
     unmatched: Literal["refuse", "base", "skip"] = "refuse"
+    quantised: Literal["refuse", "allow"] = "refuse"
 
     def place_of(self, key: str) -> Place:
         """Return where a top-level key stands; the start of the recipe if it is missing."""

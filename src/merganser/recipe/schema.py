@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .load import DTYPES, UNMATCHED
+from .load import DTYPES, QUANTISED, UNMATCHED
 from .scalar import FLAGS, FLOAT, MAX_DIGITS
 from .templates import AUTO, CHAT_TEMPLATES
 
@@ -87,6 +87,7 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         "unmatched": _described(
             {"enum": [*UNMATCHED, None]}, "Parts behind the layers that not all models hold in one shape."
         ),
+        "quantised": _described({"enum": [*QUANTISED, None]}, "Models quantised in another way than the base."),
         "random_seed": _or_null(_ref("count")),
     }
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..tensor import TensorInfo
+from ...tensor import TensorInfo
 
-__all__ = ["why_quantised"]
+__all__ = ["SETTINGS_KEYS", "why_quantised"]
 
-_CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+SETTINGS_KEYS = ("quantization_config", "compression_config", "quantization")
 # Last components of tensor names that only quantised checkpoints use.
 _MARKS = frozenset(
     ("qweight", "qzeros", "weight_packed", "weight_scale_inv", "SCB", "absmax", "nested_absmax", "quant_map")
@@ -27,7 +27,7 @@ def _by_config(config: Mapping[str, Any]) -> str | None:
         (f"{key}.", value) for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)
     ]
     for prefix, part in parts:
-        for key in _CONFIG_KEYS:
+        for key in SETTINGS_KEYS:
             settings = part.get(key)
             if not isinstance(settings, dict) or not settings:
                 continue
