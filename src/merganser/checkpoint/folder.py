@@ -45,6 +45,8 @@ class Checkpoint:
         wrappers: prefixes of training frameworks, such as `_orig_mod.`, that were stripped from the names of tensors.
         unread: names of files in the folder that may also hold weights and are not read.
         loose: whether it is a single file in a folder without config.json; other files there are not the model's.
+        adapter: the files of an adapter that its tensors are read with: config and weights; empty without one.
+        notes: what a user should know of an adapter and this model.
     """
 
     reference: str
@@ -56,6 +58,8 @@ class Checkpoint:
     wrappers: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     loose: bool = False
+    adapter: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def side_files(self) -> list[Path]:
