@@ -243,7 +243,7 @@ BAD: list[tuple[str, dict[str, object], type[MergeError], str]] = [
         "adapter",
         {"adapter_config.json": b"{}", "adapter_model.safetensors": A},
         UnsupportedError,
-        "LoRA references come",
+        r"which is no model by itself; write MODEL\+ADAPTER",
     ),
     ("adapter beside", {"adapter_config.json": b"{}", "model.safetensors": A}, UnsupportedError, "LoRA adapter"),
     (
@@ -416,7 +416,7 @@ def test_no_such_path(reference: str, message: str) -> None:
     ("name", "kind", "message"),
     [
         ("x.gguf", UnsupportedError, r"x\.gguf: GGUF inputs come with a later version"),
-        ("adapter_model.safetensors", UnsupportedError, "LoRA references come with a later version"),
+        ("adapter_model.safetensors", UnsupportedError, "which is no model by itself"),
         ("config.json", CheckpointError, "not a checkpoint: give a folder, or a file that ends in .safetensors"),
     ],
 )

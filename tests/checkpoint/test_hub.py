@@ -220,7 +220,7 @@ def test_bad_repositories_are_refused_before_anything_is_fetched(hub: Hub, tmp_p
     fill(hub.folder / "org" / "lora", {"adapter_model.safetensors": A}, **{"adapter_config.json": "{}"})
     fill(hub.folder / "org" / "gguf", {}, **{"x.gguf": ""})
     fill(hub.folder / "org" / "none", {})
-    for model, message in ("lora", "LoRA references"), ("gguf", "GGUF inputs"):
+    for model, message in ("lora", "a LoRA adapter"), ("gguf", "GGUF inputs"):
         with pytest.raises(UnsupportedError, match=f"org/{model} on the Hub: .*{message}"):
             fetch(tmp_path, f"org/{model}")
     with pytest.raises(CheckpointError, match="org/none on the Hub: no weights"):

@@ -172,7 +172,7 @@ RECIPES: list[Case] = [
     ("reversed range", sliced(2, 1), "[2, 1] runs backwards. Did you mean [1, 2]?"),
     ("empty range", sliced(1, 1), "[1, 1] holds no layer"),
     ("too long range", sliced(0, 3), "is too long: a has 2 layers"),
-    ("adapter", document(models=linear("a+lora")["models"]), "LoRA adapters in references come in a later version"),
+    ("no such adapter", document(models=linear("a+./lora")["models"]), "adapter './lora' not found: no such folder"),
     ("no vocabulary", document(tokenizer_source="union"), "the vocabulary of a is not known"),
     ("modules", text("merge_method: linear\nmodules: {text: {models: []}}\n"), "in a later version"),
 ]

@@ -17,7 +17,7 @@ from merganser.engine.sidecars.restoration import restore
 from merganser.errors import CheckpointError, MergeError, NotFoundError, TaskError, UnsupportedError
 from merganser.evaluation import Evaluation, evaluate
 from merganser.wording import default_names
-from tests.adapters.test_lora import pair, write_adapter
+from tests.adapters.test_apply import pair, write_adapter
 from tests.evaluation.tiny import make_model, text
 
 Q = "model.layers.0.self_attn.q_proj"

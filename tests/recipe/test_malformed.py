@@ -59,11 +59,11 @@ def _source(layer_range: str) -> str:
         ),
         (
             "merge_method: linear\nmodels:\n  - a\n",
-            "<recipe>:3 models[0]: expected a mapping with the keys model, parameters, name, statistics, got 'a'",
+            "<recipe>:3 models[0]: expected a mapping with the keys model, adapter, parameters, name, statistics, got 'a'",
         ),
         (
             "merge_method: linear\nmodels:\n  - model: a\n    parametres: {}\n",
-            "<recipe>:4 models[0]: unknown key 'parametres'. Did you mean 'parameters'? Allowed: model, parameters, name, statistics",
+            "<recipe>:4 models[0]: unknown key 'parametres'. Did you mean 'parameters'? Allowed: model, adapter, parameters, name, statistics",
         ),
         ("merge_method: linear\nmodels: [{parameters: {}}]\n", "<recipe>:2 models[0]: 'model' is missing"),
         (
@@ -78,6 +78,15 @@ def _source(layer_range: str) -> str:
         (
             "merge_method: linear\nmodels: [{model: {model: a+b, lora: c}}]\n",
             "<recipe>:2 models[0].model: two adapters on one model, b and c; name one",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a+b, adapter: c}]\n",
+            "<recipe>:2 models[0].adapter: two adapters on one model, b and c; name one",
+        ),
+        (
+            "merge_method: linear\nmodels: [{model: a, adapter: b+c}]\n",
+            "<recipe>:2 models[0].adapter: a model is written path[@revision][+lora[@revision]], got 'b+c'; where a path "
+            "itself has '@' or '+', write {path: ..., revision: ...}",
         ),
         (
             LINEAR + "dtype: BF16\n",
@@ -180,14 +189,6 @@ def test_malformed(text: str, message: str) -> None:
         ),
         *(
             (
-                f"merge_method: linear\nmodels: [{{model: {written}}}]\n",
-                "<recipe>:2 models[0].model: LoRA adapters in references come in a later version, found 'b'; merge the "
-                "adapter into its model first, and name the result",
-            )
-            for written in ("a+b", "a@r+b@s", "{model: a, lora: b}", "{model: {path: a}, lora: {path: b}}")
-        ),
-        *(
-            (
                 f"{LINEAR}tokenizer: {{source: a, {key}}}\n",
                 f"<recipe>:3 tokenizer.{place}: changing the vocabulary {LATER}",
             )
@@ -217,7 +218,7 @@ def test_later_features(text: str, message: str) -> None:
         ("a\0b", RecipeError, r"'a\x00b': the recipe cannot be read: embedded null byte"),
         ("a: \ud800\n", RecipeError, "<recipe>:1: not valid YAML: half a surrogate pair"),
         ({"merge_method": "linear", "models": [{"modl": "a"}]}, RecipeError, "<recipe> models[0]: unknown key 'modl'. "
-         "Did you mean 'model'? Allowed: model, parameters, name, statistics"),
+         "Did you mean 'model'? Allowed: model, adapter, parameters, name, statistics"),
     ],
 )  # fmt: skip
 def test_bad_sources(source: str, kind: type[MergeError], message: str) -> None:

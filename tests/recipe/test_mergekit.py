@@ -171,9 +171,30 @@ def test_what_does_not_exist_is_split(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (source,) = load_recipe("merge_method: linear\nmodels: [{model: a@b}]\n").models
     assert source.model == ModelReference("a", "b")
-    with pytest.raises(UnsupportedError, match="LoRA adapters in references"):
-        load_recipe("merge_method: linear\nmodels: [{model: a+b}]\n")
     assert load_recipe(f"merge_method: linear\nmodels: [{{model: {'x' * 500}@b}}]\n").models[0].model.revision == "b"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("model: a+b", ModelReference("a", None, "b")),
+        ("model: a@r+b@s", ModelReference("a", "r", "b", "s")),
+        ("model: {model: a, lora: b}", ModelReference("a", None, "b")),
+        ("model: {model: {path: a}, lora: {path: b, revision: s}}", ModelReference("a", None, "b", "s")),
+        ("model: a@r, adapter: b@s", ModelReference("a", "r", "b", "s")),
+        ("model: a, adapter: {path: b+c}", ModelReference("a", None, "b+c")),
+    ],
+)
+def test_adapters(written: str, expected: ModelReference) -> None:
+    (source,) = load_recipe(f"merge_method: linear\nmodels: [{{{written}}}]\n").models
+    assert source.model == expected
+    piece = f"merge_method: linear\nslices: [{{sources: [{{{written}, layer_range: [0, 1]}}]}}]\n"
+    assert load_recipe(piece).slices[0].sources[0].model == expected
+
+
+def test_a_stage_may_be_an_adapter() -> None:
+    text = f"name: last\nmerge_method: linear\nmodels: [{{model: a+first}}]\n---\nname: first\n{LINEAR}"
+    assert [recipe.name for recipe in load_recipes(text)] == ["first", "last"]
 
 
 def test_the_name_of_a_stage_is_not_split() -> None:

@@ -1,11 +1,21 @@
-"""LoRA adapters in the format of peft: read them and apply them to the weights of a checkpoint.
+"""Adapters in the format of peft: open them, and read the weights of a checkpoint with one applied.
 
-adapter = open_adapter("path/to/adapter")
-adapter.check_fits(checkpoint.tensors)
-with Reader() as reader:
-    changed = adapter.apply("model.layers.0.self_attn.q_proj.weight", weight, reader)
+checkpoint = open_model("path/to/model", "path/to/adapter")
+with checkpoint.reader() as reader:
+    weight = reader.tensor(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"])
 """
 
-from .lora import Adapter, LowRank, open_adapter
+from .adapter import Adapter, LowRank, is_adapter, open_adapter
+from .apply import with_adapter
+from .open import open_model, open_reference, split_reference
 
-__all__ = ["Adapter", "LowRank", "open_adapter"]
+__all__ = [
+    "Adapter",
+    "LowRank",
+    "is_adapter",
+    "open_adapter",
+    "open_model",
+    "open_reference",
+    "split_reference",
+    "with_adapter",
+]

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from ..checkpoint.folder import open_reference
+from ..adapters import open_reference
 from ..errors import DataError, UnsupportedError, did_you_mean
 from ..inference.language_model import open_tokenizer, positions_of
 from ..inference.sources import Source, open_source

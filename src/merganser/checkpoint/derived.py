@@ -1,7 +1,7 @@
 """Tensors that are computed while they are read: dequantised values, a base with an adapter added.
 
 A format gives a `Rows`: how to compute some rows of the tensor from stored tensors. `derive` makes a `TensorInfo` of it,
-which the engine reads like any other; values come as float32, a few hundred thousand at a time.
+which the engine reads like any other; values come in a wide dtype, a few hundred thousand at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rows(Protocol):
     """Computes rows of a tensor. It must be safe to use from many threads, and picklable for a cluster."""
 
     def __call__(self, reader: ByteReader, first: int, end: int) -> Tensor:
-        """Return rows as float32, shape [end - first, width].
+        """Return rows in the tensor's dtype, shape [end - first, width].
 
         Args:
             reader: Reads the stored tensors.
@@ -52,11 +52,12 @@ class _Computed:
 
     rows: Rows
     width: int
+    size: int
 
     def read_into(self, reader: ByteReader, name: str, start: int, buffer: memoryview) -> None:
         import torch
 
-        size, width = 4, self.width
+        size, width = self.size, self.width
         found = torch.frombuffer(buffer, dtype=torch.uint8)
         at, end = start, start + len(buffer)
         step = max(1, _SLAB // width)
@@ -78,8 +79,9 @@ def derive(
     *,
     natural: DType,
     noise: Noise | None = None,
+    dtype: DType = _F32,
 ) -> TensorInfo:
-    """Return a float32 tensor whose values `rows` computes when they are read.
+    """Return a tensor whose values `rows` computes when they are read.
 
     Args:
         name: Its name in the checkpoint.
@@ -89,15 +91,16 @@ def derive(
         rows: Computes its rows; a tensor of one dimension is a single row.
         natural: The dtype in which an output stores it by default.
         noise: For dequantised values, how far rounding to the grid may have moved them.
+        dtype: The dtype of the computed values.
     """
     return TensorInfo(
         name,
-        _F32,
+        dtype,
         shape,
         stored[0].file,
         -1,
-        4 * math.prod(shape),
-        source=_Computed(rows, max(1, shape[-1] if shape else 1)),
+        dtype.nbytes(math.prod(shape)),
+        source=_Computed(rows, max(1, shape[-1] if shape else 1), dtype.itemsize),
         stored=tuple(stored),
         natural=natural,
         noise=noise,

@@ -47,6 +47,8 @@ class Checkpoint:
         unread: names of files in the folder that may also hold weights and are not read.
         quantisation: how the weights are quantised; None if they are not.
         loose: whether it is a single file in a folder without config.json; other files there are not the model's.
+        adapter: the files of an adapter that its tensors are read with: config and weights; empty without one.
+        notes: what a user should know of an adapter and this model.
     """
 
     reference: str
@@ -59,6 +61,8 @@ class Checkpoint:
     unread: tuple[str, ...] = ()
     loose: bool = False
     quantisation: Quantisation | None = None
+    adapter: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def side_files(self) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +14,7 @@ from ..jsonfile import os_reason, read_object
 from .sidefiles import is_module_file, is_side_file, module_folders
 from .weights import PICKLED_SUFFIXES, choose_weights, is_weight_file
 
-__all__ = ["is_hub_id", "snapshot"]
+__all__ = ["adapter_snapshot", "is_hub_id", "snapshot"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _TIMEOUT_SECONDS = 10.0
@@ -52,6 +53,26 @@ def snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Pat
     return folder
 
 
+def adapter_snapshot(adapter: str, wanted: Sequence[str], *, revision: str | None, cache_dir: Path | None) -> Path:
+    """Fetch the files of an adapter on the Hub, and return the folder that holds them.
+
+    Args:
+        adapter: Its id.
+        wanted: Names of the files; those that it does not have are left out, and of weights the first.
+        revision: The branch, tag or commit.
+        cache_dir: Folder for files from the Hub.
+
+    Raises:
+        NotFoundError: As for `snapshot`.
+        CheckpointError: As for `snapshot`.
+    """
+    names = None if _offline() else _list_files(adapter, revision)
+    config, *weights = wanted
+    if names is None:
+        return _cached(adapter, revision, cache_dir, config)
+    return _fetch(adapter, revision, cache_dir, [config, *[name for name in weights if name in names][:1]])
+
+
 def _offline() -> bool:
     from huggingface_hub import constants
 
@@ -77,14 +98,14 @@ def _list_files(model: str, revision: str | None) -> list[str] | None:
         _refuse(model, revision, error)
 
 
-def _cached(model: str, revision: str | None, cache_dir: Path | None) -> Path:
+def _cached(model: str, revision: str | None, cache_dir: Path | None, config: str = "config.json") -> Path:
     from huggingface_hub import snapshot_download
 
     unreachable = "the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set)"
     try:
         # Name one small file: huggingface_hub otherwise requires every file of the repository to be in the cache.
         found = snapshot_download(
-            model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=["config.json"]
+            model, revision=revision, cache_dir=cache_dir, local_files_only=True, allow_patterns=[config]
         )
     except FileNotFoundError:
         at = f" at revision {revision!r}" if revision else ""

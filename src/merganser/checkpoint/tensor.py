@@ -77,6 +77,11 @@ class TensorInfo:
         return math.prod(self.shape)
 
     @property
+    def place(self) -> tuple[tuple[Path, ...], str]:
+        """What tells it from other tensors: the files that its value comes from, and its name."""
+        return tuple(dict.fromkeys([self.file, *(file for part in self.stored for file in part.place[0])])), self.name
+
+    @property
     def nbytes_stored(self) -> int:
         """The bytes that the files hold for it."""
         return sum(part.nbytes for part in self.stored) if self.stored else self.nbytes

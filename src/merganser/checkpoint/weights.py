@@ -222,4 +222,4 @@ def _listing(names: Sequence[str]) -> str:
 
 
 def _lora(found: str) -> str:
-    return f"{found}; LoRA references come with a later version: merge the adapter into its base model first"
+    return f"{found}, which is no model by itself; write MODEL+ADAPTER for its base model with it"

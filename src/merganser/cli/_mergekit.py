@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _STREAMS = "not needed: tensors are streamed, in little memory"
-_ADAPTER = "not there yet: merge the adapter into its model first, and name the result"
+_ADAPTER = "not needed: an adapter is applied while its model is read, in float32"
 _VERBOSE = "not needed: progress is shown where somebody watches"
 _STAGES = "use --keep-stages, which keeps the results of a recipe's other documents in .OUT.stages"
 OPTIONS = {

@@ -17,7 +17,7 @@ from ._text import complain, head, say, say_json, table
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..inspection.contents import Inspection, Share
+    from ..inspection.contents import InspectedAdapter, Inspection, Share
 
 
 def inspect(
@@ -25,7 +25,8 @@ def inspect(
         list[str],
         typer.Argument(
             metavar="CKPT...",
-            help="A folder, a file of weights, or a Hub id (org/name@revision); with --base several.",
+            help="A folder, a file of weights, a Hub id (org/name@revision), MODEL+ADAPTER or an adapter; with --base "
+            "several.",
             show_default=False,
         ),
     ],
@@ -67,8 +68,20 @@ def _compare(models: list[str], base: str, cache_dir: Path | None, *, tensors: b
 
 
 def _describe(checkpoint: str, cache_dir: Path | None, *, tensors: bool, json: bool) -> None:
+    from ..adapters import is_adapter
     from ..inspection.contents import inspect as look
+    from ..inspection.contents import inspect_adapter
 
+    if is_adapter(checkpoint):
+        adapter = inspect_adapter(checkpoint, cache_dir=cache_dir)
+        if json:
+            say_json(asdict(adapter))
+            return
+        size = f"{plural(adapter.parameters, 'parameter')}, {size_text(adapter.bytes)}"
+        head(f"{adapter.kind} adapter · {size}")
+        for line in table(_adapter(adapter)):
+            say(line)
+        return
     found = look(checkpoint, cache_dir=cache_dir)
     if json:
         described = asdict(found)
@@ -85,6 +98,20 @@ def _describe(checkpoint: str, cache_dir: Path | None, *, tensors: bool, json: b
         say("warnings")
     for warning in found.warnings:
         say(f"  {warning}")
+
+
+def _adapter(found: InspectedAdapter) -> list[list[str]]:
+    """Return rows that describe an adapter."""
+    rows = [["folder", str(found.path)], ["base", found.base or "not named"]]
+    if found.low_rank:
+        rows.append(["ranks", some([str(rank) for rank in found.ranks], 6)])
+    changed = ", ".join(f"{name} {count}" for name, count in found.modules.items())
+    if changed:
+        rows.append(["changes", f"{plural(found.low_rank + found.scaled, 'weight')}: {changed}"])
+    if found.replaced:
+        rows.append(["replaces", some(found.replaced)])
+    rows.append(["dtypes", ", ".join(found.dtypes)])
+    return rows
 
 
 def _print(found: Inspection) -> None:
@@ -106,6 +133,10 @@ def _print(found: Inspection) -> None:
         rows.append(["other files", some(found.side_files, 6)])
     for line in table(rows):
         say(line)
+    if found.adapter:
+        say("adapter")
+        for line in table([["kind", found.adapter.kind], *_adapter(found.adapter)]):
+            say(line)
     for title, shares in (("dtypes", found.dtypes), ("roles", found.roles)):
         say(title)
         for line in table(_shares(shares), right=(1, 2)):

@@ -152,9 +152,9 @@ def _hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
     return [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names]
 
 
-def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[Path, str], bytes]:
+def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[tuple[Path, ...], str], bytes]:
     """Combine the digests of blocks into one digest per input tensor."""
-    found: dict[tuple[Path, str], bytes] = {}
+    found: dict[tuple[tuple[Path, ...], str], bytes] = {}
     for group in groups:
         if group.bundle:
             columns = entries[group.index, 0]["in"]
@@ -163,7 +163,7 @@ def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[Pat
             columns = [["".join(column) for column in zip(*parts, strict=True)]]
         for tensor, column in zip(group.tensors, columns, strict=True):
             for source, text in zip(tensor.inputs, column, strict=True):
-                found[source.file, source.name] = digest(bytes.fromhex(text))
+                found[source.place] = digest(bytes.fromhex(text))
     return found
 
 

@@ -158,7 +158,7 @@ def _needed(recipes: Sequence[Recipe], keep_stages: bool) -> list[Recipe]:
         return [*others, target]
     needed = [target]
     for recipe in reversed(others):
-        if any(model.path == recipe.name for later in needed for model in later.references()):
+        if any(recipe.name in model.paths for later in needed for model in later.references()):
             needed.insert(0, recipe)
     warnings = [
         f"{recipe.place}: no recipe behind it uses the result of {recipe.name!r}, so it is not made; "
@@ -173,13 +173,13 @@ def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
     """Return the recipe with the names of earlier stages replaced by their folders."""
 
     def reference(model: ModelReference) -> ModelReference:
-        if model.path not in folders:
-            return model
-        if model.revision is not None:
-            raise RecipeError(
-                f"{recipe.place}: {model} names a revision, but {model.path!r} is the result of an earlier recipe"
-            )
-        return replace(model, path=str(folders[model.path]))
+        for path, revision in ((model.path, model.revision), (model.lora, model.lora_revision)):
+            if path in folders and revision is not None:
+                raise RecipeError(
+                    f"{recipe.place}: {model} names a revision, but {path!r} is the result of an earlier recipe"
+                )
+        path = str(folders.get(model.path, model.path))
+        return replace(model, path=path, lora=model.lora and str(folders.get(model.lora, model.lora)))
 
     def optional(model: ModelReference | None) -> ModelReference | None:
         return None if model is None else reference(model)

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.config import unquantised
 from ..anatomy.sizes import size_warnings
-from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, open_checkpoint, plan_shards
+from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import MergeError, ParameterError, RecipeError, UnsupportedError
 from ..method import MergeMethod
@@ -150,9 +151,15 @@ def _check_options(out_shard_size: int, threads: int | None, max_memory: int | N
 
 
 def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None) -> Checkpoint:
-    """Open a checkpoint; errors get the place in the recipe that names it."""
+    """Open a checkpoint, with its adapter if it has one; errors get the place in the recipe that names it."""
     try:
-        return open_checkpoint(reference.path, revision=reference.revision, cache_dir=cache_dir)
+        return open_model(
+            reference.path,
+            reference.lora,
+            revision=reference.revision,
+            adapter_revision=reference.lora_revision,
+            cache_dir=cache_dir,
+        )
     except MergeError as error:
         raise type(error)(f"{recipe.place_of_model(reference)}: {error}") from None
 
@@ -163,6 +170,7 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
     warnings: list[str] = []
     for reference in recipe.references():
         checkpoint = _open(recipe, reference, cache_dir)
+        warnings += checkpoint.notes
         refuse_unreadable(recipe, reference, checkpoint)
         if checkpoint.wrappers:
             stripped = ", ".join(checkpoint.wrappers)

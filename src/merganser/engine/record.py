@@ -37,6 +37,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "settings": dict(settings),
         "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.files],
         "inputs": [[file["path"], file["bytes"], file["mtime_ns"]] for file in input_files(plan)],
+        "adapters": [_state(file) for checkpoint in plan.checkpoints.values() for file in checkpoint.adapter],
         "statistics": [_state(file) for file in data_files(plan)],
         "tensors": _treatment(plan),
         "config": plan.config,
@@ -64,7 +65,9 @@ def _treatment(plan: Plan) -> str:
         if id(t.parameters) not in parameters:
             parameters[id(t.parameters)] = repr(sorted(t.parameters.items()))
         made = (t.name, t.dtype.name, t.shape, t.copy, t.compute_dtype.name, t.layer, t.role, t.shard, t.offset)
-        inputs = [None if source is None else (str(source.file), source.name) for source in (t.base, *t.models)]
+        inputs = [
+            None if source is None else (*map(str, source.place[0]), source.name) for source in (t.base, *t.models)
+        ]
         found.update(
             repr((made, inputs, t.method.name, parameters[id(t.parameters)], sorted(t.located.items()))).encode()
         )
@@ -108,11 +111,12 @@ def input_files(plan: Plan) -> list[dict[str, Any]]:
     Raises:
         NotFoundError: A file no longer exists.
     """
-    found = {}
+    found: dict[Path, dict[str, Any]] = {}
     for reference, checkpoint in plan.checkpoints.items():
         for file in checkpoint.weight_files:
             path, size, time_of_change = _state(file)
-            found[file] = {"model": str(reference), "path": path, "bytes": size, "mtime_ns": time_of_change}
+            # models of one base with adapters share its files
+            found.setdefault(file, {"model": str(reference), "path": path, "bytes": size, "mtime_ns": time_of_change})
     return list(found.values())
 
 
@@ -122,23 +126,38 @@ def data_files(plan: Plan) -> list[Path]:
     return list(dict.fromkeys(info.file for info in sums))
 
 
-def input_hashes(plan: Plan, digests: Mapping[tuple[Path, str], bytes]) -> list[dict[str, Any]]:
+def adapters(plan: Plan) -> list[dict[str, Any]]:
+    """Return the adapters of the inputs, with the hashes of their files."""
+    return [
+        {"model": str(reference), "files": [{**_sized(file), "sha256": file_hash(file)} for file in checkpoint.adapter]}
+        for reference, checkpoint in plan.checkpoints.items()
+        if checkpoint.adapter
+    ]
+
+
+def _sized(file: Path) -> dict[str, Any]:
+    return dict(zip(("path", "bytes"), _state(file)[:2], strict=True))
+
+
+def input_hashes(plan: Plan, digests: Mapping[tuple[tuple[Path, ...], str], bytes]) -> list[dict[str, Any]]:
     """Return the weight files of the inputs with a hash of the tensors that were read.
 
     The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks. A block is as many whole rows as fit
     into 524,288 elements; a longer row is cut at multiples of that number, counted in elements of the tensor, and at
     its ends. A tensor of three dimensions may also be merged as a stack of matrices, so it is cut as well where blocks
-    of these begin. The hash of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. If
+    of these begin. A tensor with an adapter is hashed as it was merged, in float32, and counts as one of the adapter's
+    file. The hash of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. If
     not every tensor of a file was read, the entry says how many were.
     """
-    tensors: dict[Path, list[TensorInfo]] = defaultdict(list)
+    tensors: dict[Path, dict[Any, TensorInfo]] = defaultdict(dict)
     for checkpoint in plan.checkpoints.values():
         for tensor in checkpoint.tensors.values():
-            tensors[tensor.file].append(tensor)
+            # models of one base with adapters share tensors
+            tensors[tensor.file].setdefault(tensor.place, tensor)
     files = input_files(plan)
     for entry in files:
-        held = tensors[Path(entry["path"])]
-        read = [digests[t.file, t.name] for t in held if (t.file, t.name) in digests]
+        held = [*tensors[Path(entry["path"])].values()]
+        read = [digests[t.place] for t in held if t.place in digests]
         del entry["mtime_ns"]
         entry["tensors"] = len(held)
         entry["tensors_read"] = len(read)
@@ -180,9 +199,8 @@ def make_record(
         "warnings": list(warnings),
         "differences_from_mergekit": list(plan.differences),
         "inputs": inputs,
-        "statistics_from_data": [
-            dict(zip(("path", "bytes"), _state(file)[:2], strict=True)) for file in data_files(plan)
-        ],
+        "adapters": adapters(plan),
+        "statistics_from_data": [_sized(file) for file in data_files(plan)],
         "outputs": list(outputs),
         "statistics": dict(statistics),
         "layers": list(layers),
@@ -249,4 +267,7 @@ def _is_hub(reference: ModelReference, checkpoint: Checkpoint) -> bool:
 
 def _shown(reference: ModelReference, hub: Sequence[str]) -> str:
     """Return a model's name for the card: Hub ids unchanged, only the last part of a folder's path."""
-    return str(reference) if reference.path in hub else f"`{Path(reference.path).name}`"
+    model = reference.path if reference.path in hub else f"`{Path(reference.path).name}`"
+    if reference.revision:
+        model += f" at {reference.revision}"
+    return model if reference.lora is None else f"{model} with the adapter `{Path(reference.lora).name}`"

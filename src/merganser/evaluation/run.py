@@ -313,7 +313,7 @@ def _shown(settings: Settings, tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def _warnings(opened: Mapping[str, LanguageModel], tasks: Sequence[Task]) -> list[str]:
-    warnings = []
+    warnings = [note for model in opened.values() for note in model.source.notes]
     if len({model.tokenizer.hash for model in opened.values()}) > 1 and any(isinstance(t, TextTask) for t in tasks):
         warnings.append(
             "the models have different tokenizers: windows of a text differ, so that differences and shares on it are "

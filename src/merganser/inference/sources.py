@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
-from ..adapters import open_adapter
+from ..adapters import open_reference
 from ..checkpoint import Checkpoint, Reader, open_checkpoint
-from ..checkpoint.folder import open_reference
 from ..checkpoint.links import inside
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import exists, open_regular, os_reason, read_object
@@ -48,6 +47,7 @@ class Source:
         texts: Contents of side files that do not exist on disk, by name.
         hash: Hash of the contents of weights, config and tokenizer; it does not depend on the path.
         read: Reads or merges the weights; returns the state dict, on the CPU.
+        notes: What a user should know of the model.
     """
 
     reference: str
@@ -57,6 +57,7 @@ class Source:
     texts: Mapping[str, str]
     hash: str
     read: Callable[[], dict[str, Tensor]]
+    notes: tuple[str, ...] = ()
 
 
 def split_name(text: str) -> tuple[str | None, str]:
@@ -88,11 +89,9 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
         out, sign, task = text.rpartition("#")
         if sign and out and task:
             return _open_sidecar(Path(out).expanduser(), task, text, cache_dir)
-        base, plus, adapter = text.rpartition("+")
-        if plus and base and adapter:
-            return _open_adapter(base, adapter, text, cache_dir)
     checkpoint = _open_checkpoint(text, cache_dir)
-    return _source(text, "checkpoint", checkpoint, _hash_checkpoint(checkpoint), lambda: _read(checkpoint))
+    kind: Kind = "adapter" if checkpoint.adapter else "checkpoint"
+    return _source(text, kind, checkpoint, _hash_checkpoint(checkpoint), lambda: _read(checkpoint))
 
 
 def _open_checkpoint(text: str, cache_dir: Path | None) -> Checkpoint:
@@ -108,21 +107,7 @@ def _open_checkpoint(text: str, cache_dir: Path | None) -> Checkpoint:
 def _source(
     text: str, kind: Kind, checkpoint: Checkpoint, digest: str, read: Callable[[], dict[str, Tensor]]
 ) -> Source:
-    return Source(text, kind, checkpoint.config, _files(checkpoint), {}, digest, read)
-
-
-def _open_adapter(base: str, adapter: str, text: str, cache_dir: Path | None) -> Source:
-    checkpoint = _open_checkpoint(base, cache_dir)
-    opened = open_adapter(adapter)
-    opened.check_fits(checkpoint.tensors, base)
-
-    def read() -> dict[str, Tensor]:
-        with Reader() as reader:
-            tensors = checkpoint.tensors.items()
-            return {name: opened.apply(name, reader.tensor(tensor), reader) for name, tensor in tensors}
-
-    digest = _hash(_hash_checkpoint(checkpoint), hash_file(opened.config.file), hash_file(opened.file))
-    return _source(text, "adapter", checkpoint, digest, read)
+    return Source(text, kind, checkpoint.config, _files(checkpoint), {}, digest, read, checkpoint.notes)
 
 
 def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> Source:
@@ -182,7 +167,8 @@ def _hash_checkpoint(checkpoint: Checkpoint) -> str:
     config = json.dumps(checkpoint.config, sort_keys=True)
     files = sorted(_files(checkpoint).items())
     beside = [part for name, path in files for part in (name, hash_file(path))]
-    return _hash(config, *(hash_file(path) for path in checkpoint.weight_files), *beside)
+    weights = dict.fromkeys([*checkpoint.weight_files, *checkpoint.adapter])
+    return _hash(config, *(hash_file(path) for path in weights), *beside)
 
 
 def _hash(*parts: str) -> str:

@@ -7,13 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapters import open_adapter, open_reference
 from ..anatomy import Anatomy, infer_anatomy, is_tied
 from ..anatomy.sizes import size_warnings
 from ..checkpoint import Checkpoint, TensorInfo
-from ..checkpoint.folder import open_reference
 from ..wording import some
 
-__all__ = ["InspectedFile", "InspectedTensor", "Inspection", "Share", "inspect", "open_reference"]
+__all__ = [
+    "InspectedAdapter",
+    "InspectedFile",
+    "InspectedTensor",
+    "Inspection",
+    "Share",
+    "inspect",
+    "inspect_adapter",
+    "open_reference",
+]
 
 _WEIGHTS = ("float", "quantised")
 
@@ -48,6 +57,37 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class InspectedAdapter:
+    """Description of an adapter.
+
+    Args:
+        path: Its folder.
+        kind: LoRA, rsLoRA, DoRA or IA3.
+        base: The base that its config names; None if it names none.
+        ranks: The ranks that occur, the smallest first; empty for IA3.
+        low_rank: Number of weights with a low-rank change.
+        scaled: Number of weights whose rows or columns are multiplied (IA3).
+        replaced: Names of tensors that replace those of the base.
+        modules: Number of changed weights by the last part of the module's name.
+        bytes: Bytes of its tensors.
+        parameters: Number of elements of its tensors.
+        dtypes: Dtypes of its tensors.
+    """
+
+    path: Path
+    kind: str
+    base: str | None
+    ranks: Sequence[int]
+    low_rank: int
+    scaled: int
+    replaced: Sequence[str]
+    modules: Mapping[str, int]
+    bytes: int
+    parameters: int
+    dtypes: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """Description of a checkpoint.
 
@@ -68,6 +108,7 @@ class Inspection:
         quantised: Evidence that the weights are quantised; None if they are not.
         warnings: What a user of this checkpoint should know.
         tensors: Every tensor, in the order of the files.
+        adapter: The adapter on top; None without one.
     """
 
     reference: str
@@ -86,13 +127,47 @@ class Inspection:
     quantised: str | None
     warnings: Sequence[str]
     tensors: Sequence[InspectedTensor]
+    adapter: InspectedAdapter | None
+
+
+def inspect_adapter(
+    adapter: str | Path, *, revision: str | None = None, cache_dir: Path | None = None
+) -> InspectedAdapter:
+    """Describe an adapter from its config and headers; no weights are read.
+
+    Args:
+        adapter: Its folder, or its id on the Hub.
+        revision: Its revision on the Hub.
+        cache_dir: Folder for files from the Hub.
+
+    Raises:
+        NotFoundError: There is no such adapter.
+        CheckpointError: It is damaged.
+        UnsupportedError: It is of a kind that cannot be read here.
+    """
+    opened = open_adapter(str(adapter), revision=revision, cache_dir=cache_dir)
+    changed = [name.removesuffix(".base_layer") for name in (*opened.changes, *opened.scaled)]
+    return InspectedAdapter(
+        path=opened.path,
+        kind=opened.config.text,
+        base=opened.config.base,
+        ranks=opened.ranks,
+        low_rank=len(opened.changes),
+        scaled=len(opened.scaled),
+        replaced=list(opened.replaced),
+        modules=dict(Counter(name.rpartition(".")[2] for name in changed).most_common()),
+        bytes=sum(tensor.nbytes for tensor in opened.tensors),
+        parameters=sum(tensor.numel for tensor in opened.tensors),
+        dtypes=list(dict.fromkeys(tensor.dtype.name for tensor in opened.tensors)),
+    )
 
 
 def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspection:
     """Describe a checkpoint from its headers; no weights are read.
 
     Args:
-        checkpoint: A folder, a weight file, or the id of a model on the Hub (`org/name@revision`).
+        checkpoint: A folder, a weight file, or the id of a model on the Hub (`org/name@revision`); with `+ADAPTER`
+            behind it, the model with this adapter.
         cache_dir: Folder for models from the Hub.
 
     Raises:
@@ -111,19 +186,24 @@ def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspect
         side_files=[path.relative_to(opened.path).as_posix() for path in opened.side_files],
         bytes=opened.nbytes,
         parameters=sum(tensor.numel for tensor in opened.tensors.values() if tensor.dtype.kind in _WEIGHTS),
-        dtypes=_shares(opened, {name: tensor.dtype.name for name, tensor in opened.tensors.items()}),
+        dtypes=_shares(
+            opened, {name: (tensor.natural or tensor.dtype).name for name, tensor in opened.tensors.items()}
+        ),
         roles=_shares(opened, {name: part.role for name, part in anatomy.parts.items()}),
         layers=anatomy.n_layers,
         stacks=dict(anatomy.stacks),
         tied=list(anatomy.tied),
         vocabulary=anatomy.vocab_size,
         quantised=opened.quantised,
-        warnings=_warnings(opened, anatomy),
+        warnings=[*opened.notes, *_warnings(opened, anatomy)],
         tensors=tensors,
+        adapter=inspect_adapter(opened.adapter[0].parent) if opened.adapter else None,
     )
 
 
 def _name(checkpoint: Checkpoint, file: Path) -> str:
+    if file in checkpoint.adapter:
+        return f"{file.parent.name}/{file.name}"
     return file.relative_to(checkpoint.path).as_posix()
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..adapters import open_reference
 from ..checkpoint import Reader, TensorInfo
-from ..checkpoint.folder import open_reference
 from ..errors import CheckpointError
 from ..process import one_thread
 from .side_by_side import Blocks, anatomy_of, widen, with_ties

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..adapters import open_reference
 from ..anatomy import Part
 from ..checkpoint import Checkpoint, Reader, TensorInfo, open_checkpoint
-from ..checkpoint.folder import open_reference
 from ..errors import CheckpointError
 from .side_by_side import anatomy_of, with_ties
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..adapters import open_reference
 from ..anatomy import Part
 from ..checkpoint import Checkpoint, Reader, TensorInfo
-from ..checkpoint.folder import open_reference
 from ..errors import CheckpointError
 from ..process import one_thread
 from .side_by_side import Blocks, anatomy_of, widen, with_ties

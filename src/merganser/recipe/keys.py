@@ -28,8 +28,8 @@ KEYS = (
     "random_seed",
 )
 MODULE_KEYS = ("models", "slices", "parameters")
-MODEL_KEYS = ("model", "parameters", "name", "statistics")
-SOURCE_KEYS = ("model", "layer_range", "parameters")
+MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics")
+SOURCE_KEYS = ("model", "adapter", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 
@@ -41,6 +41,7 @@ _PLACES = {
     "revision": "in the model: {path: ..., revision: ...}, or path@revision",
     "path": "in the model: {path: ..., revision: ...}",
     "lora": "in the model: {model: ..., lora: ...}",
+    "adapter": "beside 'model', in an entry of 'models' or of the 'sources' of a slice; for the base, model+adapter",
     "override_architecture": "in the model: {model: ..., override_architecture: ...}",
     "filter": "in the value of a parameter: {filter: ..., value: ...}",
     "value": "in the value of a parameter: {filter: ..., value: ...}",

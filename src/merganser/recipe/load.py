@@ -137,7 +137,7 @@ def _check_stage_name(recipe: Recipe, name: str) -> None:
 def _sorted(recipes: Sequence[Recipe]) -> list[Recipe]:
     """Sort stages topologically, each after the stages that it uses, and otherwise keep the order as written."""
     numbers = {recipe.name: number for number, recipe in enumerate(recipes) if recipe.name is not None}
-    needs = [{numbers[m.path] for m in recipe.references() if m.path in numbers} for recipe in recipes]
+    needs = [{numbers[path] for m in recipe.references() for path in m.paths if path in numbers} for recipe in recipes]
     users: dict[int, list[int]] = {}
     for user, needed in enumerate(needs):
         for number in needed:
@@ -239,7 +239,7 @@ class _Reader:
         fields = entry.mapping(MODEL_KEYS, required=["model"])
         name = fields["name"].text(longest=100) if "name" in fields else None
         statistics = fields["statistics"].text() if "statistics" in fields else None
-        return Source(self.reference(fields["model"]), None, self.parameters(fields), entry.place, name, statistics)
+        return Source(self.own(fields), None, self.parameters(fields), entry.place, name, statistics)
 
     def slice(self, entry: Entry) -> Slice:
         fields = entry.mapping(SLICE_KEYS, required=["sources"])
@@ -255,12 +255,14 @@ class _Reader:
 
     def source(self, entry: Entry) -> Source:
         fields = entry.mapping(SOURCE_KEYS, required=["model", "layer_range"])
-        return Source(
-            self.reference(fields["model"]), _layer_range(fields["layer_range"]), self.parameters(fields), entry.place
-        )
+        return Source(self.own(fields), _layer_range(fields["layer_range"]), self.parameters(fields), entry.place)
+
+    def own(self, fields: dict[str, Entry]) -> ModelReference:
+        reference = self.reference(fields["model"])
+        return reference.with_adapter(fields["adapter"], self.stages) if "adapter" in fields else reference
 
     def reference(self, entry: Entry) -> ModelReference:
-        reference = ModelReference.parse_supported(entry, self.stages)
+        reference = ModelReference.parse(entry, self.stages)
         if reference.override_architecture:
             self.warnings.append(f"{entry.place}: override_architecture has no effect: tensors are matched by name")
         return replace(reference, override_architecture=None)

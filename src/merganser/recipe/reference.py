@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..errors import UnsupportedError
 from ..jsonfile import exists
 from .place import Entry
 from .scalar import CONTROL, shown
@@ -40,6 +39,11 @@ class ModelReference:
         if self.lora:
             text += f"+{self.lora}@{self.lora_revision}" if self.lora_revision else f"+{self.lora}"
         return text
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The folders, Hub ids or names of stages that it stands for: the model, and an adapter if there is one."""
+        return (self.path,) if self.lora is None else (self.path, self.lora)
 
     @classmethod
     def parse(cls, entry: Entry, stages: Collection[str] = ()) -> ModelReference:
@@ -80,25 +84,25 @@ class ModelReference:
             architecture,
         )
 
-    @classmethod
-    def parse_supported(cls, entry: Entry, stages: Collection[str] = ()) -> ModelReference:
-        """Read a reference, and refuse references that this version cannot merge.
+    def with_adapter(self, entry: Entry, stages: Collection[str] = ()) -> ModelReference:
+        """Return the reference with an adapter on top.
 
         Args:
-            entry: The reference.
+            entry: The adapter: `path[@revision]` or `{path, revision}`.
             stages: As for `parse`.
 
         Raises:
-            RecipeError: The entry is not a reference.
-            UnsupportedError: The reference names an adapter.
+            RecipeError: The entry is neither, or the model has an adapter already.
         """
-        reference = cls.parse(entry, stages)
-        if reference.lora:
-            raise UnsupportedError(
-                f"{entry.place}: LoRA adapters in references come in a later version, found {shown(reference.lora)}; "
-                "merge the adapter into its model first, and name the result"
-            )
-        return reference
+        if isinstance(entry.value, dict):
+            path, revision = _part(entry)
+        else:
+            text = _path(entry)
+            whole = any(sign in text for sign in "@+") and (text in stages or exists(text))
+            path, revision = (text, None) if whole else _split(text, entry)
+        if self.lora:
+            raise entry.error(f"two adapters on one model, {self.lora} and {path}; name one")
+        return replace(self, lora=path, lora_revision=revision)
 
 
 def _part(entry: Entry) -> tuple[str, str | None]:

@@ -99,6 +99,7 @@ def _shared() -> Schema:
     folder = "What merganser calibrate wrote for this model, where the method needs statistics from data."
     model = {
         "model": _ref("reference"),
+        "adapter": _ref("adapter"),
         "name": _described(_or_null({**_TEXT, "maxLength": 100}), task),
         "statistics": _described(_or_null(_TEXT), folder),
         "parameters": _ref("parameters"),
@@ -106,6 +107,7 @@ def _shared() -> Schema:
     layers: Schema = {"type": "array", "items": _ref("count"), "minItems": 2, "maxItems": 2}
     source = {
         "model": _ref("reference"),
+        "adapter": _ref("adapter"),
         "layer_range": _described(layers, "First layer, and the one after the last."),
         "parameters": _ref("parameters"),
     }
@@ -119,12 +121,16 @@ def _shared() -> Schema:
     module_based = {"required": ["modules"], "properties": {"modules": {"properties": {"default": based}}}}
     module = {key: _or_null(_ref(key)) for key in ("models", "slices")} | {"parameters": _ref("parameters")}
     return {
-        "reference": {"description": "path[@revision]", "anyOf": [_TEXT, _ref("path"), _ref("model")]},
+        "adapter": _described(_or_null({"anyOf": [_TEXT, _ref("path")]}), "An adapter on top of the model."),
+        "reference": {
+            "description": "path[@revision][+adapter[@revision]]",
+            "anyOf": [_TEXT, _ref("path"), _ref("model")],
+        },
         "path": path,
         "model": _object(
             {
                 "model": {"anyOf": [_TEXT, _ref("path")]},
-                "lora": _NULL,
+                "lora": _ref("adapter"),
                 "override_architecture": _or_null(_TEXT),
             },
             required=["model"],

@@ -253,9 +253,10 @@ def _sidecars(plan: Plan) -> SidecarSummary | None:
 
 def _input(plan: Plan, reference: ModelReference) -> InputSummary:
     checkpoint = plan.checkpoints[reference]
-    files = set(checkpoint.weight_files)
-    bases = {t.base.name for t in plan.tensors if t.base is not None and t.base.file in files}
-    read = bases | {source.name for t in plan.tensors for source in t.models if source.file in files}
+    # by identity, as models of one base with adapters share files
+    own = {id(tensor) for tensor in checkpoint.tensors.values()}
+    bases = {t.base.name for t in plan.tensors if t.base is not None and id(t.base) in own}
+    read = bases | {source.name for t in plan.tensors for source in t.models if id(source) in own}
     return InputSummary(
         used_as="base" if bases else "model" if read else "files only",
         reference=str(reference),
@@ -264,7 +265,7 @@ def _input(plan: Plan, reference: ModelReference) -> InputSummary:
         bytes=checkpoint.nbytes,
         tensors=len(checkpoint.tensors),
         tensors_read=len(read),
-        dtypes=_most_common(tensor.dtype.name for tensor in checkpoint.tensors.values()),
+        dtypes=_most_common((tensor.natural or tensor.dtype).name for tensor in checkpoint.tensors.values()),
     )
 
 

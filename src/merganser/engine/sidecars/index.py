@@ -19,7 +19,7 @@ from .plan import needs_base
 
 INDEX_FORMAT = 1
 
-Digests = Mapping[tuple[Path, str], bytes]
+Digests = Mapping[tuple[tuple[Path, ...], str], bytes]
 """Hash of each input tensor, by file and name, as in the run record."""
 
 
@@ -130,7 +130,7 @@ def _tensors(plan: Plan, sidecars: SidecarPlan, digests: Digests) -> dict[str, A
 
 def _base_tensor(tensor: PlannedTensor, digests: Digests) -> dict[str, Any]:
     assert tensor.base is not None
-    return {"base": tensor.base.name, "xxh3_128": digests[tensor.base.file, tensor.base.name].hex()}
+    return {"base": tensor.base.name, "xxh3_128": digests[tensor.base.place].hex()}
 
 
 def _base(plan: Plan) -> dict[str, str | None]:

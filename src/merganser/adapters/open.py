@@ -1,0 +1,67 @@
+"""Open a model that may have an adapter on top: `path[@revision][+adapter[@revision]]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import folder as checkpoints
+from ..checkpoint.hub import is_hub_id
+from ..jsonfile import exists
+from .adapter import open_adapter
+from .apply import with_adapter
+
+__all__ = ["open_model", "open_reference", "split_reference"]
+
+
+def open_model(
+    model: str,
+    adapter: str | None = None,
+    *,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    cache_dir: Path | None = None,
+) -> Checkpoint:
+    """Open a model from its headers, with an adapter if one is given.
+
+    Args:
+        model: A folder, a weight file, or a Hub id.
+        adapter: A folder or a Hub id.
+        revision: Revision of the model on the Hub.
+        adapter_revision: Revision of the adapter on the Hub.
+        cache_dir: Folder for files from the Hub.
+
+    Raises:
+        NotFoundError: One of them does not exist.
+        CheckpointError: One of them is damaged, or they do not fit each other.
+        UnsupportedError: The adapter is of a kind that cannot be read here.
+    """
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir)
+    if adapter is None:
+        return checkpoint
+    opened = open_adapter(adapter, revision=adapter_revision, cache_dir=cache_dir)
+    return with_adapter(checkpoint, opened, f"{model}@{revision}" if revision else model)
+
+
+def split_reference(text: str) -> tuple[str, str | None]:
+    """Split `MODEL+ADAPTER`; the adapter is None if there is none, or if the whole text is an existing path."""
+    if exists(text):
+        return text, None
+    model, plus, adapter = text.rpartition("+")
+    return (model, adapter) if plus and model and adapter else (text, None)
+
+
+def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:
+    """Open a model by what a user writes: `path[@revision][+adapter[@revision]]`.
+
+    Raises:
+        MergeError: As for `open_model`.
+    """
+    model, adapter = split_reference(text)
+    checkpoint = checkpoints.open_reference(model, cache_dir=cache_dir)
+    if adapter is None:
+        return checkpoint
+    path, at, revision = adapter.rpartition("@")
+    named = bool(at and revision) and is_hub_id(path) and not exists(adapter)
+    opened = open_adapter(path if named else adapter, revision=revision if named else None, cache_dir=cache_dir)
+    return with_adapter(checkpoint, opened, model)
