@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merganser.checkpoint import open_checkpoint
+from merganser.checkpoint import Reader, open_checkpoint
 from merganser.checkpoint.formats.pickled import read_pickled
 from merganser.errors import CheckpointError, MergeError, NotFoundError
 from tests.checkpoint.making import check_equal, read_all, some_tensors, tensor_bytes
@@ -81,7 +81,8 @@ def test_zip_files_are_mapped_not_loaded(tmp_path: Path) -> None:
         handle.write(content)
     buffer = bytearray(4)
     assert tensor.source is not None
-    tensor.source.read_into("a", 0, memoryview(buffer))
+    with Reader() as reader:
+        tensor.source.read_into(reader, "a", 0, memoryview(buffer))
     assert buffer == b"\x00\x00\x80\x3f", "what is on disk now is what is read"
 
 

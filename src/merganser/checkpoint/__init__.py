@@ -6,6 +6,7 @@ with checkpoint.reader() as reader:
     reader.read_into(tensor, 0, memoryview(bytearray(tensor.nbytes)))
 """
 
+from .derived import Rows, derive
 from .dtypes import DTYPE_BY_NAME, DTYPES, DType
 from .folder import Checkpoint, open_checkpoint
 from .layout import INDEX_NAME, Shard, index_json, plan_shards
@@ -19,8 +20,10 @@ __all__ = [
     "Checkpoint",
     "DType",
     "Reader",
+    "Rows",
     "Shard",
     "TensorInfo",
+    "derive",
     "index_json",
     "open_checkpoint",
     "plan_shards",

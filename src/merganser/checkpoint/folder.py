@@ -85,8 +85,8 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """The bytes of all tensors in their files."""
+        return sum(tensor.nbytes_stored for tensor in self.tensors.values())
 
     def reader(self) -> Reader:
         """Return a new reader, which can read the tensors of any checkpoint."""

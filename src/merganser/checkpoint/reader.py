@@ -60,7 +60,7 @@ class Reader:
         if start < 0 or start + len(target) > tensor.nbytes:
             raise ValueError(f"{tensor.name!r}: bytes {start}..{start + len(target)} of a tensor of {tensor.nbytes}")
         if tensor.source is not None:
-            tensor.source.read_into(tensor.name, start, target)
+            tensor.source.read_into(self, tensor.name, start, target)
             return
         offset = tensor.offset + start
         with self._files.lend(tensor.file, lambda: _descriptor(tensor)) as file:
@@ -93,7 +93,15 @@ class Reader:
 
     def will_need(self, tensor: TensorInfo, start: int, nbytes: int) -> None:
         """Advise the system that these bytes of the tensor will be read soon, if the system has a call for it."""
-        if tensor.source is not None or nbytes <= 0 or not hasattr(os, "posix_fadvise"):
+        if nbytes <= 0 or not hasattr(os, "posix_fadvise"):
+            return
+        if tensor.stored:
+            # a range of the values comes from about the same share of what is stored
+            for part in tensor.stored:
+                at = start * part.nbytes // tensor.nbytes
+                self.will_need(part, at, -(-nbytes * part.nbytes // tensor.nbytes))
+            return
+        if tensor.source is not None:
             return
         # This is only advice: if the file cannot be read, the read itself raises the error.
         with (

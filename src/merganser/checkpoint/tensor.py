@@ -5,18 +5,42 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .dtypes import DType
 
-__all__ = ["Source", "TensorInfo", "renamed"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ByteReader", "Noise", "Source", "TensorInfo", "renamed"]
+
+
+class ByteReader(Protocol):
+    """What reads the bytes of stored tensors; `Reader` is one."""
+
+    def read_into(self, tensor: TensorInfo, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with bytes of the tensor, beginning at byte `start`."""
 
 
 class Source(Protocol):
     """A reader of tensors whose bytes are not stored in one contiguous range of a file."""
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with bytes of the row-major tensor `name`, beginning at byte `start` of the tensor."""
+    def read_into(self, reader: ByteReader, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with bytes of the row-major tensor `name`, beginning at byte `start` of the tensor.
+
+        A source that computes its values reads what it needs through `reader`.
+        """
+
+
+class Noise(Protocol):
+    """The rounding error of values that were stored on a coarse grid."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return the expected square of each value's error.
+
+        Args:
+            values: The first elements of the tensor as they are read, flat, float32.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +54,10 @@ class TensorInfo:
         file: the file that holds it.
         offset: the first byte in `file`, or -1 if the bytes must be read through `source`.
         nbytes: the size in bytes.
-        source: reads the bytes if they are not at a plain offset (`.bin` files).
+        source: reads the bytes if they are not at a plain offset (`.bin` files, computed tensors).
+        stored: the tensors of the files that it is computed from; empty if it is stored as it is.
+        natural: the dtype in which the model's weights are usually stored, if `dtype` is that of a computation.
+        noise: for dequantised values, how far rounding to the grid may have moved them.
     """
 
     name: str
@@ -40,11 +67,19 @@ class TensorInfo:
     offset: int
     nbytes: int
     source: Source | None = field(default=None, repr=False, compare=False)
+    stored: tuple[TensorInfo, ...] = field(default=(), repr=False, compare=False)
+    natural: DType | None = field(default=None, repr=False, compare=False)
+    noise: Noise | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes_stored(self) -> int:
+        """The bytes that the files hold for it."""
+        return sum(part.nbytes for part in self.stored) if self.stored else self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +89,8 @@ class _Renamed:
     source: Source
     name: str
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        self.source.read_into(self.name, start, buffer)
+    def read_into(self, reader: ByteReader, name: str, start: int, buffer: memoryview) -> None:
+        self.source.read_into(reader, self.name, start, buffer)
 
 
 def renamed(tensor: TensorInfo, name: str) -> TensorInfo:

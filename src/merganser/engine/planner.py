@@ -256,7 +256,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
     treatment = untouched() if slot.kept else Treatment(resolver.method, {})
     if not copy:
         declared = recipe.out_dtype or recipe.dtype
-        dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.dtype for tensor in inputs])
+        dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.natural or tensor.dtype for tensor in inputs])
     if not copy and not slot.kept:
         # a slice's layers have other names in the models, and filters match those; else filters match `rule`
         sliced = bool(recipe.slices) and slot.part.layer is not None

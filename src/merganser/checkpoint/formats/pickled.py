@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import CheckpointError, NotFoundError
 from ...jsonfile import LFS_MAGIC, LFS_POINTER, open_regular, os_reason
 from ..dtypes import DTYPE_BY_NAME
-from ..tensor import TensorInfo
+from ..tensor import ByteReader, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class PickledFile:
         """Pickle as a path: another process opens the file itself."""
         return _reopen, (self.file,)
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+    def read_into(self, reader: ByteReader, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer`, which must not be empty, with bytes of the row-major tensor `name`, from byte `start` on."""
         import torch
 

@@ -36,6 +36,9 @@ _COMPILER = 190_000_000
 _GIVEN_BACK = 32 << 20
 _KEPT = 1.4
 
+# bytes of temporaries while values are dequantised or otherwise computed, a block at a time
+_COMPUTED = 24 * BLOCK
+
 # bytes of inputs that a worker may cache; enough for most layers of most models
 _KEEP_INPUTS = 64 << 20
 
@@ -110,6 +113,7 @@ def _kinds(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
     found: dict[tuple[Any, ...], PlannedTensor] = {}
     for tensor in tensors:
         key: tuple[Any, ...] = (tensor.method.name, tensor.copy, tensor.shape, tensor.role, tensor.dtype.name)
+        key += (any(source.stored for source in tensor.inputs),)
         whole = tensor.method.scope in ("tensor", "matrix")
         key += (tensor.name,) if whole else tuple(source.dtype.name for source in tensor.inputs)
         found.setdefault(key, tensor)
@@ -132,11 +136,12 @@ def _held(tensor: PlannedTensor, compiled: bool) -> int:
     """Return a worker's memory while it merges a tensor, bytes: one block of inputs and output, and temporaries."""
     block = _block(tensor)
     raw = _raw(tensor)
+    computed = _COMPUTED if any(source.stored for source in tensor.inputs) else 0
     if tensor.method.scope in ("tensor", "matrix") and not tensor.copy and block:
         # temporaries are matrices in float64
         kept = 1.0 if 8 * block >= _GIVEN_BACK else _KEPT
-        return math.ceil(block * (raw + kept * _probed(tensor)))
-    return block * (raw + (_fused(tensor) if compiled and block >= BLOCK // 2 else _eager(tensor)))
+        return math.ceil(block * (raw + kept * _probed(tensor))) + computed
+    return block * (raw + (_fused(tensor) if compiled and block >= BLOCK // 2 else _eager(tensor))) + computed
 
 
 def _block(tensor: PlannedTensor) -> int:

@@ -90,9 +90,9 @@ class PlannedTensor:
 
     @property
     def nbytes_read(self) -> int:
-        """Size of the inputs, bytes."""
+        """Size of the inputs in their files, bytes."""
         from_data = (own.sum.nbytes for each in self.data.values() for own in each)
-        return sum(tensor.nbytes for tensor in self.inputs) + sum(from_data)
+        return sum(tensor.nbytes_stored for tensor in self.inputs) + sum(from_data)
 
     @property
     def passes(self) -> int:
