@@ -10,6 +10,14 @@ from ._text import table
 
 __all__ = ["vocabulary_lines"]
 
+_HOW = {
+    "copy": "copied from another model",
+    "mean": "averaged over the models that have the token",
+    "mean of all rows": "set to the mean of all rows",
+    "zero": "set to zero",
+    "combined": "combined from shared tokens",
+}
+
 
 def vocabulary_lines(found: Mapping[str, Any]) -> list[str]:
     """Describe a changed vocabulary: the output's tokens and rows, and what happens to the rows of each model.
@@ -30,7 +38,7 @@ def _rows(model: Mapping[str, Any]) -> str:
     parts = [f"{model['kept']:,} kept"]
     if model["moved"]:
         parts.append(f"{model['moved']:,} moved")
-    parts += [f"{count:,} made ({how})" for how, count in model["made"].items()]
+    parts += [f"{count:,} {_HOW[how]}" for how, count in model["made"].items()]
     if model["lost"]:
         parts.append(f"{plural(model['lost'], 'token')} left out")
     return ", ".join(parts)

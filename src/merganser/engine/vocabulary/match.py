@@ -122,7 +122,9 @@ def _tokens(
     """Return the tokens of the owner and of each model, or None if no vocabulary is known; and warnings."""
     own = read_tokens(owner)
     found = [read_tokens(member) for member in models]
-    changes = recipe.tokenizer_union or ((recipe.token_rules or recipe.row_multiple > 1) and recipe.place_of("tokenizer"))
+    changes = recipe.tokenizer_union or (
+        (recipe.token_rules or recipe.row_multiple > 1) and recipe.place_of("tokenizer")
+    )
     if own is None:
         if changes:
             raise UnsupportedError(f"{changes}: {_unknown(owner.reference)}")
