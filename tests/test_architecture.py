@@ -34,6 +34,7 @@ ROOMS = [
     "engine/kernels",
     "engine/plan",
     "engine/alignment",
+    "engine/vocabulary",
     "engine/agreement",
     "engine/output",
     "engine/stream",

@@ -54,8 +54,8 @@ def test_what_the_files_beside_the_weights_say(models: Path) -> None:
     said = [
         "c: config.json differs from that of a, whose settings the output gets: rope_theta is 500000.0, not 10000.0",
         "c: 1 row of the embedding stands for another token than in a: 1 is '<tool>', not "
-        "'<|reserved_special_token_0|>'; merged all the same, as merging rows by their tokens (tokenizer: union) comes "
-        "with a later version",
+        "'<|reserved_special_token_0|>'; merged all the same; 'tokenizer_source: base' or 'tokenizer_source: union' in "
+        "the recipe matches rows by token",
     ]
     found = run("plan", file)
     assert found.code == 0

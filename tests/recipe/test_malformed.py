@@ -13,7 +13,6 @@ KEYS = (
     "name, merge_method, models, slices, modules, base_model, parameters, dtype, out_dtype, tokenizer_source, "
     "tokenizer, chat_template, compat, unmatched, quantised, random_seed"
 )
-LATER = "comes in a later version"
 
 
 def _source(layer_range: str) -> str:
@@ -187,23 +186,47 @@ def test_malformed(text: str, message: str) -> None:
             "<recipe>:2 modules: recipes for models of several parts come in a later version; write 'models' or 'slices', "
             "or name the only module 'default'",
         ),
-        *(
-            (
-                f"{LINEAR}tokenizer: {{source: a, {key}}}\n",
-                f"<recipe>:3 tokenizer.{place}: changing the vocabulary {LATER}",
-            )
-            for key, place in [("tokens: {x: {source: a}}", "tokens"), ("pad_to_multiple_of: 8", "pad_to_multiple_of")]
-        ),
-        (
-            LINEAR + "tokenizer_source: c\n",
-            f"<recipe>:3 tokenizer_source: a tokenizer from outside the recipe {LATER}, got 'c'; the recipe has a, b",
-        ),
     ],
 )
 def test_later_features(text: str, message: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         load_recipe(text)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("{x: {source: aa}}", "tokenizer.tokens.x.source: 'aa' is not a model of this recipe. Did you mean 'a'? It has a, b"),
+        ("{x: }", "tokenizer.tokens: 'x' has no rule, such as 'source: MODEL'"),
+        ("{x: {force: true}}", "tokenizer.tokens.x: 'source' is missing"),
+        ("{x: {sorce: a}}", "tokenizer.tokens.x: unknown key 'sorce'. Did you mean 'source'? Allowed: source, force"),
+        (
+            "{x: {source: {kind: zeros}}}",
+            "tokenizer.tokens.x.source.kind: 'zeros' is not known. Did you mean 'zero'? Allowed: zero, mean, model_token",
+        ),
+        ("{x: {source: {kind: zero, token: y}}}", "tokenizer.tokens.x.source.token: kind 'zero' takes no 'token'; 'model_token' does"),
+        ("{x: {source: {kind: model_token, token: y}}}", "tokenizer.tokens.x.source: 'model' is missing: whose token is it?"),
+        (
+            "{x: {source: {kind: model_token, model: a}}}",
+            "tokenizer.tokens.x.source: kind 'model_token' takes exactly one of 'token' and 'token_id'",
+        ),
+        ("{x: {source: {kind: model_token, model: a, token_id: -1}}}",
+         "tokenizer.tokens.x.source.token_id: expected a whole number of at least 0, got -1"),
+        ("{x: {source: a, force: 3}}", "tokenizer.tokens.x.force: expected true or false, got 3"),
+        ("[x]", "tokenizer.tokens: expected a mapping, got a list"),
+    ],
+)  # fmt: skip
+def test_rules_for_tokens(rules: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(f"{LINEAR}tokenizer: {{source: a, tokens: {rules}}}\n")
+    assert str(caught.value) == f"<recipe>:3 {message}"
+
+
+@pytest.mark.parametrize("multiple", ["0", "1.5", "many", "65537"])
+def test_multiples_of_rows(multiple: str) -> None:
+    with pytest.raises(RecipeError, match=r"^<recipe>:3 tokenizer.pad_to_multiple_of: "):
+        load_recipe(f"{LINEAR}tokenizer: {{source: a, pad_to_multiple_of: {multiple}}}\n")
 
 
 @pytest.mark.parametrize(

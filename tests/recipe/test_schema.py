@@ -158,7 +158,13 @@ def good_recipes(draw: st.DrawFn) -> dict[str, Any]:
     head = optional(
         name=st.just("stage"),
         dtype=st.just("bfloat16"),
-        tokenizer=st.sampled_from([{"source": "base"}, {"source": "base", "tokens": {}, "pad_to_multiple_of": None}]),
+        tokenizer=st.sampled_from(
+            [
+                {"source": "base"},
+                {"source": "base", "tokens": {}, "pad_to_multiple_of": None},
+                {"tokens": {"x": {"source": {"kind": "zero"}, "force": True}}, "pad_to_multiple_of": 8},
+            ]
+        ),
         chat_template=st.sampled_from(["auto", "{{ messages }} and some more"]),
         random_seed=st.sampled_from([0, "7", 3.0]),
     )

@@ -22,7 +22,7 @@ from .tensor import TensorInfo
 from .weights import PICKLED_SUFFIXES, Weights, choose_weights, may_be_weights, refuse_name
 from .wrappers import unwrap
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "open_tokenizer"]
 
 WEIGHTS_KEY = "transformers_weights"
 """Key of config.json with the name of the weights file, or of its index, if it is not the usual name."""
@@ -130,6 +130,26 @@ def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: P
     tensors, wrappers = unwrap(reference, found.tensors)
     tensors, quantisation = dequantise(reference, found.config, tensors)
     return replace(found, tensors=tensors, wrappers=tuple(wrappers), quantisation=quantisation)
+
+
+def open_tokenizer(reference: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+    """Open a checkpoint, or a folder that holds a tokenizer but no weights; then the checkpoint has no tensors.
+
+    Args:
+        reference: As for `open_checkpoint`.
+        revision: The branch, tag or commit on the Hub.
+        cache_dir: The folder for models from the Hub.
+
+    Raises:
+        NotFoundError: There is no such model or folder.
+        CheckpointError: A file is damaged.
+    """
+    path = _existing(reference)
+    if path is not None and path.is_dir() and revision is None:
+        names = [each.name for each in path.iterdir()]
+        if not any(name.endswith((".safetensors", *PICKLED_SUFFIXES, ".index.json", ".gguf")) for name in names):
+            return Checkpoint(reference, path, _read_config(path), {}, [], {})
+    return open_checkpoint(reference, revision=revision, cache_dir=cache_dir)
 
 
 def _existing(reference: str) -> Path | None:

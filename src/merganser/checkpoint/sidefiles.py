@@ -29,7 +29,7 @@ _LICENCE = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)", re.IGNORECASE)
 
 # Files that describe this one checkpoint, its training or its packaging, and would be wrong with other weights.
 _OWN = re.compile(
-    r"(config\.json|params\.json|.*\.index(\..+)?\.json|README.*|adapter_.*|merge\.json|mergekit_.*|"
+    r"(config\.json|params\.json|.*\.index(\..+)?\.json|README.*|adapter_.*|merge\.(vocabulary\.)?json|mergekit_.*|"
     r"(trainer|scheduler|optimizer|training).*|(all|train|eval|test|predict)_results.*|.*quanti[sz]e?_config\.json|"
     r"quantization_config\.json|zero_to_fp32\.py|.*requirements\.txt|model_index\.json|quant_log.*|.*\.log)",
     re.IGNORECASE,

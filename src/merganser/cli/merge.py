@@ -13,6 +13,7 @@ from . import _options as options
 from ._errors import STOPPED
 from ._progress import MergeProgress
 from ._text import complain, head, say, say_json, share_text, table
+from ._vocabulary import vocabulary_lines
 
 if TYPE_CHECKING:
     from ..engine.plan.plan import Plan
@@ -106,6 +107,10 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
         complain("warning", warning)
     written = f"{plural(len(plan.shards), 'file')}, {size_text(plan.bytes_written)}"
     say(f"wrote {out} ({written}) and {out / 'merge.json'}")
+    if record["vocabulary"] is not None:
+        say(f"matched tokens (every change: {out / record['vocabulary']['list']})")
+        for line in vocabulary_lines(record["vocabulary"]):
+            say(plan.shown(line))
     if "sidecars" in record:
         _tasks(record["sidecars"])
     if stages:

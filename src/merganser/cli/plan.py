@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..wording import count_text, plural, size_text, some, time_text
 from . import _options as options
 from ._text import head, passes_text, say, say_json, share_text, table
+from ._vocabulary import vocabulary_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -78,6 +79,10 @@ def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> Non
         say(line)
     files = f"gives {some(found.donor_files, 6)}" if found.donor_files else "the donor, has no files to give"
     say(f"  {stage.shown(found.donor)} {files}")
+    if found.vocabulary is not None:
+        say("matches tokens")
+        for line in vocabulary_lines(found.vocabulary):
+            say(stage.shown(line))
     say("makes")
     for line in table(_groups(found.groups), right=(1,)):
         say(line)

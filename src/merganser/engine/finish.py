@@ -18,6 +18,7 @@ from .movement import layer_summary, length_warning, movement
 from .output.digests import digest, file_hash
 from .plan.plan import Plan
 from .plan.sidecars import FOLDER
+from .plan.vocabulary import REPORT_NAME
 from .record import input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors
@@ -121,6 +122,8 @@ def _write_side_files(
 def _planned_texts(plan: Plan) -> dict[str, bytes]:
     """Return the contents of generated files besides the weights (config, index, template), by name."""
     texts: dict[str, bytes] = {}
+    if plan.vocabulary is not None:
+        texts |= {**plan.vocabulary.texts, REPORT_NAME: plan.vocabulary.report}
     if plan.chat_template is not None:
         texts["chat_template.jinja"] = plan.chat_template.encode()
     for name, content in (("config.json", plan.config), ("generation_config.json", plan.generation_config)):

@@ -196,6 +196,7 @@ def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
         slices=tuple(piece(each) for each in recipe.slices),
         base_model=optional(recipe.base_model),
         tokenizer_donor=optional(recipe.tokenizer_donor),
+        token_rules=tuple(replace(rule, model=optional(rule.model)) for rule in recipe.token_rules),
     )
 
 

@@ -22,7 +22,6 @@ from .agreement.configs import compare_configs
 from .agreement.ending import agree_on_ending
 from .agreement.quantisation import check_quantised, refuse_unreadable
 from .agreement.side_files import chat_template, side_file_warnings, side_files, unread_warnings
-from .agreement.union import check_union
 from .agreement.vocabularies import compare_tokens
 from .alignment.alignment import Alignment, Member, Slot
 from .alignment.leftovers import without_leftovers
@@ -37,6 +36,7 @@ from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memo
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
 from .sidecars.plan import plan_sidecars, sidecar_memory
+from .vocabulary.match import match_vocabularies
 
 if TYPE_CHECKING:
     import torch
@@ -85,15 +85,16 @@ def build_plan(
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
     members, input_warnings = _open_all(recipe, cache_dir)
-    check_union(recipe, members)
     input_warnings += check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
+    matched = match_vocabularies(recipe, members, cache_dir)
+    members = matched.members
     alignment, drafts = _drafts(recipe, resolver, members)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
-    agreement += compare_tokens(recipe, members, alignment)
+    agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
-    template = chat_template(recipe, members)
-    ending = agree_on_ending(recipe, members, config, template[0])
+    template = chat_template(recipe, members, matched.owner)
+    ending = agree_on_ending(members[recipe.donor], matched.owner, config, template[0], matched.vocabulary)
     compiled, compiler_warnings = _fuses(drafts, devices, compiled)
     tensors = _place(drafts, shards)
     limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
@@ -107,7 +108,7 @@ def build_plan(
         tensors=tensors,
         shards=shards,
         config=ending.config,
-        side_files=side_files(recipe, members),
+        side_files=side_files(members[recipe.donor], matched.owner, matched.change),
         chat_template=template[0],
         generation_config=ending.generation_config,
         compiled=compiled,
@@ -129,6 +130,7 @@ def build_plan(
             *compiler_warnings,
         ],
         differences=resolver.differences(),
+        vocabulary=matched.change,
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
     )
 

@@ -22,6 +22,7 @@ from ..record.format import RECORD_FORMAT, RECORD_NAME
 from ..version import __version__
 from .output.digests import digest, file_hash
 from .plan.plan import Plan
+from .plan.vocabulary import REPORT_NAME
 
 
 def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
@@ -40,6 +41,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "adapters": [_state(file) for checkpoint in plan.checkpoints.values() for file in checkpoint.adapter],
         "statistics": [_state(file) for file in data_files(plan)],
         "tensors": _treatment(plan),
+        "vocabulary": None if plan.vocabulary is None else plan.vocabulary.digest,
         "config": plan.config,
         "generation_config": plan.generation_config,
         "chat_template": plan.chat_template,
@@ -200,6 +202,7 @@ def make_record(
         "differences_from_mergekit": list(plan.differences),
         "inputs": inputs,
         "adapters": adapters(plan),
+        "vocabulary": None if plan.vocabulary is None else plan.vocabulary.as_json(),
         "statistics_from_data": [_sized(file) for file in data_files(plan)],
         "outputs": list(outputs),
         "statistics": dict(statistics),
@@ -231,7 +234,7 @@ Merged with [Merganser](https://pypi.org/project/merganser/) {__version__}, meth
 
 {listed}
 
-Config, tokenizer and other files are those of {_shown(plan.donor, hub)}.
+{_given(plan, hub)}
 
 ## Recipe
 
@@ -241,6 +244,18 @@ Config, tokenizer and other files are those of {_shown(plan.donor, hub)}.
 {_restoring(plan)}
 `{RECORD_NAME}` says what was read and written, with hashes; `merganser verify .` checks them.
 """
+    )
+
+
+def _given(plan: Plan, hub: Sequence[str]) -> str:
+    """Return the card's sentence on where the files besides the weights come from."""
+    found = plan.vocabulary
+    if found is None:
+        return f"Config, tokenizer and other files are those of {_shown(plan.donor, hub)}."
+    more = f", with {found.added:,} more tokens" if found.added else ""
+    return (
+        f"Config and other files are those of {_shown(plan.donor, hub)}. The tokenizer is that of "
+        f"`{Path(found.owner).name}`{more}; rows of the embedding were matched by token, as `{REPORT_NAME}` lists."
     )
 
 

@@ -20,6 +20,7 @@ from .reference import ModelReference
 from .scalar import CONTROL, MAX_INTEGER, shown
 from .setting import Setting
 from .templates import AUTO, CHAT_TEMPLATES
+from .tokens import read_token_rules
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DTYPE_ALIASES = {
@@ -33,6 +34,9 @@ MAX_STAGE_NAME = 240
 
 UNION = "union"
 """Value of `tokenizer_source` for the union of all models' tokenizers."""
+
+MAX_MULTIPLE = 1 << 16
+"""Largest `pad_to_multiple_of`."""
 
 UNMATCHED = ("refuse", "base", "skip")
 QUANTISED = ("refuse", "allow")
@@ -195,10 +199,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         unmatched=_unmatched(fields, body),
         quantised=_quantised(fields),
     )
-    source = _tokenizer_source(fields)
-    donor = _tokenizer_donor(source, recipe, reader) if source else None
-    union = source.place if source and source.value == UNION else None
-    return replace(recipe, tokenizer_donor=donor, tokenizer_union=union, warnings=tuple(unknown.warnings))
+    return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
 
 
 def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
@@ -328,28 +329,25 @@ def _chat_template(entry: Entry) -> str:
     return text
 
 
-def _tokenizer_source(fields: dict[str, Entry]) -> Entry | None:
-    """Return the entry that chooses the output's tokenizer; refuse options that would change a tokenizer."""
+def _with_tokenizer(recipe: Recipe, fields: dict[str, Entry], reader: _Reader) -> Recipe:
+    """Return the recipe with what it says of the output's tokenizer."""
     if "tokenizer_source" in fields:
-        return fields["tokenizer_source"]
-    if "tokenizer" not in fields:
-        return None
-    parts = fields["tokenizer"].mapping(TOKENIZER_KEYS)
-    for key in ("tokens", "pad_to_multiple_of"):
-        if key in parts and (key, parts[key].value) != ("tokens", {}):
-            raise UnsupportedError(f"{parts[key].place}: changing the vocabulary comes in a later version")
-    # without a source, use the union, as mergekit does
-    return parts.get("source") or replace(fields["tokenizer"], node=Node(UNION, 0))
-
-
-def _tokenizer_donor(entry: Entry, recipe: Recipe, reader: _Reader) -> ModelReference:
-    if entry.value in (UNION, "base"):
-        return recipe.donor
-    reference = reader.reference(entry)
-    if reference not in recipe.references():
-        known = ", ".join(str(model) for model in recipe.references())
-        raise UnsupportedError(
-            f"{entry.place}: a tokenizer from outside the recipe comes in a later version, "
-            f"got {shown(str(reference))}; the recipe has {known}"
-        )
-    return reference
+        source, parts = fields["tokenizer_source"], {}
+    elif "tokenizer" in fields:
+        parts = fields["tokenizer"].mapping(TOKENIZER_KEYS)
+        # without a source, use the union, as mergekit does
+        source = parts.get("source") or replace(fields["tokenizer"], node=Node(UNION, 0))
+    else:
+        return recipe
+    named = source.value not in (UNION, "base")
+    rules = read_token_rules(parts["tokens"], recipe.references(), reader.reference) if "tokens" in parts else ()
+    multiple = parts["pad_to_multiple_of"].whole_number(lowest=1) if "pad_to_multiple_of" in parts else 1
+    if multiple > MAX_MULTIPLE:
+        raise parts["pad_to_multiple_of"].error(f"at most {MAX_MULTIPLE:,} is allowed, got {multiple:,}")
+    return replace(
+        recipe,
+        tokenizer_donor=reader.reference(source) if named else recipe.donor,
+        tokenizer_union=source.place if source.value == UNION else None,
+        token_rules=rules,
+        row_multiple=multiple,
+    )

@@ -9,6 +9,7 @@ from typing import Literal
 from .place import Place
 from .reference import ModelReference
 from .setting import Setting
+from .tokens import TokenRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,10 @@ class Recipe:
         parameters: Settings for all slices and models.
         dtype: Type that every input is cast to when it is read; also the type of the output if there is no `out_dtype`.
         out_dtype: Type of the output.
-        tokenizer_donor: The model whose tokenizer the output gets; None for the donor.
+        tokenizer_donor: The model whose tokenizer the output gets; None for the donor. It need not be one that is merged.
         tokenizer_union: Where the recipe asks for the union of all tokenizers; None if it does not.
+        token_rules: Where the rows of single tokens come from; these tokens are added where the tokenizer lacks them.
+        row_multiple: Number of which the rows of the output's embedding are a multiple.
         chat_template: Jinja text for the output; "auto" for the one that most of the models have; None for the donor's.
         compat: "mergekit" to compute the same numbers as mergekit.
         random_seed: Seed, used if the command line gives none.
@@ -94,6 +97,8 @@ class Recipe:
     places: Mapping[str, Place] = field(repr=False)
     warnings: tuple[str, ...] = ()
     tokenizer_union: Place | None = None
+    token_rules: tuple[TokenRule, ...] = ()
+    row_multiple: int = 1
     unmatched: Literal["refuse", "base", "skip"] = "refuse"
     quantised: Literal["refuse", "allow"] = "refuse"
 
@@ -109,6 +114,11 @@ class Recipe:
         based = [(piece.base_model, piece.place) for piece in self.slices]
         places = [(source.model, source.place) for source in sources] + based
         return next((place for named, place in places if named == model), self.place)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether rows of embeddings and heads are matched by their tokens: where the recipe chooses a tokenizer."""
+        return self.tokenizer_donor is not None or bool(self.token_rules) or self.row_multiple > 1
 
     @property
     def donor(self) -> ModelReference:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from ..errors import RecipeError, did_you_mean
-from .scalar import MAX_INTEGER, Scalar, read_scalar, shown
+from .scalar import FLAGS, MAX_INTEGER, Scalar, read_scalar, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,17 @@ class Entry:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise self.error(f"expected a whole number of at least {lowest}, got {shown(self.value)}")
+        return value
+
+    def flag(self) -> bool:
+        """Return a truth value; quotes around it are accepted, as in mergekit.
+
+        Raises:
+            RecipeError: The value is not a truth value.
+        """
+        value = FLAGS.get(self.value) if isinstance(self.value, str) else self.value
+        if not isinstance(value, bool):
+            raise self.error(f"expected true or false, got {shown(self.value)}")
         return value
 
     def choice(self, allowed: Mapping[str, str] | Collection[str], aliases: Mapping[str, str] | None = None) -> str:

@@ -70,14 +70,14 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         "out_dtype": _described(dtype, "Type of the output."),
         "tokenizer_source": _described(
             _or_null(_ref("reference")),
-            "'base', the model whose tokenizer the output gets, or 'union' where all are equal.",
+            "'base', 'union', or a model whose tokenizer the output gets; rows are then matched by token.",
         ),
         "tokenizer": _or_null(
             _object(
                 {
                     "source": _or_null(_ref("reference")),
-                    "tokens": {"type": ["object", "null"], "maxProperties": 0},
-                    "pad_to_multiple_of": _NULL,
+                    "tokens": _or_null(_ref("tokens")),
+                    "pad_to_multiple_of": _or_null(_ref("count")),
                 },
                 required=[],
             )
@@ -138,6 +138,7 @@ def _shared() -> Schema:
         "models": _list_of(_object(model, required=["model"])),
         "slices": _list_of(_object(piece, required=["sources"])),
         "module": _object(module, required=[]) | {"oneOf": [_has("models"), _has("slices")]},
+        "tokens": {"type": "object", "additionalProperties": _token()},
         "with.base": {"anyOf": [_has("base_model"), based, module_based]},
         "parameters": {"type": ["object", "null"]},
         "filter": _described(_or_null(_TEXT), "Part of the names of the tensors that the value is for."),
@@ -145,6 +146,20 @@ def _shared() -> Schema:
         "number": {"type": "string", "pattern": f"^({FLOAT.pattern})$", "maxLength": MAX_DIGITS},
         "count": {"anyOf": [{"type": "integer", "minimum": 0}, _ref("number")]},
     }
+
+
+def _token() -> Schema:
+    """Return the schema of what is said of one token."""
+    kinds = [{"kind": {"const": kind}} for kind in ("zero", "mean")]
+    other = {
+        "kind": {"const": "model_token"},
+        "model": _ref("reference"),
+        "token": _or_null(_TEXT),
+        "token_id": _or_null(_ref("count")),
+    }
+    source = [_ref("reference"), *(_object(each, required=["kind"]) for each in kinds)]
+    source.append(_object(other, required=["kind", "model"]) | {"oneOf": [_has("token"), _has("token_id")]})
+    return _object({"source": {"anyOf": source}, "force": {"enum": [*FLAGS, True, False, None]}}, required=["source"])
 
 
 def _values(parameters: Iterable[Parameter]) -> Schema:

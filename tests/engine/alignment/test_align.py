@@ -271,10 +271,10 @@ def test_a_base_that_only_lends_its_files(tmp_path):
 
 def test_the_tokenizer_of_another_model(tmp_path):
     paths = write(tmp_path, untied(0), untied(1))
-    (paths[0] / "tokenizer.json").write_text("first")
+    (paths[0] / "tokenizer.json").write_text('{"version": "first"}')
     (paths[0] / "vocab.json").write_text("first")
     (paths[0] / "generation_config.json").write_text("{}")
-    (paths[1] / "tokenizer.json").write_text("second")
+    (paths[1] / "tokenizer.json").write_text('{"version": "second"}')
     recipe = make_recipe(
         "linear",
         paths,
@@ -283,7 +283,7 @@ def test_the_tokenizer_of_another_model(tmp_path):
         chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
     )
     out = merge(recipe, tmp_path / "out").out
-    assert (out / "tokenizer.json").read_text() == "second"
+    assert (out / "tokenizer.json").read_text() == '{"version": "second"}'
     assert not (out / "vocab.json").exists()
     assert (out / "generation_config.json").read_text() == "{}"
     assert (out / "chat_template.jinja").read_text() == "{% for m in messages %}{{ m.content }}{% endfor %}"

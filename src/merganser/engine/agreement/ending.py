@@ -10,13 +10,12 @@ from typing import Any
 from ...anatomy.config import as_int
 from ...errors import CheckpointError
 from ...jsonfile import read_object
-from ...recipe import ModelReference, Recipe
 from ...tokenizer.ending import end_token, turn_ends
 from ...tokenizer.vocabulary import Vocabulary, read_vocabulary
 from ...wording import some
 from ..alignment.alignment import Member
+from ..vocabulary.tokens import tokenizer_files
 from .side_files import read_chat_template
-from .vocabularies import tokenizer_files, tokenizer_owner
 
 __all__ = ["Ending", "agree_on_ending"]
 
@@ -42,7 +41,7 @@ class Ending:
 
 
 def agree_on_ending(
-    recipe: Recipe, members: Mapping[ModelReference, Member], config: dict[str, Any], template: str | None
+    donor: Member, owner: Member, config: dict[str, Any], template: str | None, vocabulary: Vocabulary | None = None
 ) -> Ending:
     """Add the end tokens of the output's tokenizer and chat template to its configs.
 
@@ -51,27 +50,27 @@ def agree_on_ending(
     all other recipes.
 
     Args:
-        recipe: The recipe.
-        members: All inputs by reference.
+        donor: The model that gives the configs.
+        owner: The model that gives the tokenizer.
         config: config.json of the output.
-        template: The chat template that the recipe sets; None for that of the tokenizer.
+        template: The chat template that is set; None for that of the tokenizer.
+        vocabulary: The output's vocabulary; None for that of the owner.
     """
-    owner = members[tokenizer_owner(recipe)]
-    donor = members[recipe.donor]
-    if not config or (owner is donor and template is None):
+    other = owner.reference != donor.reference
+    if not config or not (other or template is not None):
         return Ending(config, None, [])
     try:
         own = _generation_config(donor)
-        generation = {**own, **_special_ids(_generation_config(owner))} if owner is not donor else dict(own)
+        generation = {**own, **_special_ids(_generation_config(owner))} if other else dict(own)
         files = tokenizer_files(owner.checkpoint)
-        vocabulary = read_vocabulary(files)
+        vocabulary = vocabulary or read_vocabulary(files)
         last = end_token(files)
         text = template if template is not None else read_chat_template(owner.checkpoint)
     except CheckpointError as error:
         return Ending(config, None, [f"{error}; so whether the output stops where its tokenizer ends was not checked"])
     if vocabulary is None:
         return Ending(config, None, [])
-    result = {**config, **_special_ids(owner.checkpoint.config)} if owner is not donor else dict(config)
+    result = {**config, **_special_ids(owner.checkpoint.config)} if other else dict(config)
     wanted, lacking = _ends(vocabulary, last, text)
     stops = _listed(generation.get(_END)) or _listed(result.get(_END))
     added = [number for number in wanted if number not in stops]

@@ -15,23 +15,28 @@ from ...recipe import ModelReference, Recipe
 from ...recipe.templates import AUTO
 from ...wording import some
 from ..alignment.alignment import Member
+from ..plan.vocabulary import VocabularyChange
 
 _MAX_TEMPLATE_BYTES = 10_000_000
 
 
-def side_files(recipe: Recipe, members: Mapping[ModelReference, Member]) -> dict[str, Path]:
-    """Return the files to copy: the donor's, with the tokenizer files of the model that the recipe names."""
-    donor = members[recipe.donor].checkpoint
-    files = {path.relative_to(donor.path).as_posix(): path for path in donor.side_files}
-    other = recipe.tokenizer_donor
-    if other is not None and other != recipe.donor:
+def side_files(donor: Member, owner: Member, change: VocabularyChange | None) -> dict[str, Path]:
+    """Return the files to copy: the donor's, with the tokenizer files of another model where that gives the tokenizer.
+
+    Args:
+        donor: The model that gives config and other files.
+        owner: The model that gives the tokenizer.
+        change: Its files that do not hold all tokens of a changed vocabulary are left out.
+    """
+    files = _relative(donor.checkpoint)
+    if owner is not donor and owner.reference != donor.reference:
         files = {name: path for name, path in files.items() if not is_tokenizer_file(name)}
-        checkpoint = members[other].checkpoint
-        for path in checkpoint.side_files:
-            name = path.relative_to(checkpoint.path).as_posix()
-            if is_tokenizer_file(name):
-                files[name] = path
-    return files
+        files |= {name: path for name, path in _relative(owner.checkpoint).items() if is_tokenizer_file(name)}
+    return {name: path for name, path in files.items() if change is None or name not in change.stale}
+
+
+def _relative(checkpoint: Checkpoint) -> dict[str, Path]:
+    return {path.relative_to(checkpoint.path).as_posix(): path for path in checkpoint.side_files}
 
 
 def side_file_warnings(donor: Member) -> list[str]:
@@ -57,12 +62,19 @@ def unread_warnings(members: Mapping[ModelReference, Member]) -> list[str]:
     ]
 
 
-def chat_template(recipe: Recipe, members: Mapping[ModelReference, Member]) -> tuple[str | None, list[str]]:
+def chat_template(
+    recipe: Recipe, members: Mapping[ModelReference, Member], owner: Member
+) -> tuple[str | None, list[str]]:
     """Return the chat template to write, and warnings about the choice.
 
-    `auto` is the template that most models have; of equally frequent ones, the first in the recipe's order.
+    `auto` is the template that most models have; of equally frequent ones, the first in the recipe's order. A union of
+    tokenizers gets it, too, if the model whose tokenizer it extends has no template.
     """
-    if recipe.chat_template != AUTO:
+    union = recipe.chat_template is None and recipe.tokenizer_union is not None
+    if union and read_chat_template(owner.checkpoint) is None:
+        if all(read_chat_template(member.checkpoint) is None for member in members.values()):
+            return None, []
+    elif recipe.chat_template != AUTO:
         return recipe.chat_template, []
     found = {reference: read_chat_template(member.checkpoint) for reference, member in members.items()}
     counts = Counter(text for text in found.values() if text is not None)

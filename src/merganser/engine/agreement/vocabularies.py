@@ -5,37 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...checkpoint import Checkpoint
-from ...checkpoint.sidefiles import is_tokenizer_file
 from ...errors import CheckpointError
 from ...recipe import ModelReference, Recipe
-from ...tokenizer.comparison import Comparison, Renamed, compare_vocabularies, is_placeholder
+from ...tokenizer.comparison import Comparison, Renamed, compare_vocabularies
 from ...tokenizer.vocabulary import Vocabulary, read_vocabulary, same_vocabulary
 from ...wording import plural, some
 from ..alignment.alignment import Alignment, Member
+from ..vocabulary.tokens import shown_token, shown_tokens, tokenizer_files, tokens_without_rows
 
-__all__ = ["compare_tokens", "tokenizer_files", "tokenizer_owner"]
+__all__ = ["compare_tokens"]
 
-_BY_TOKEN = "merging rows by their tokens (tokenizer: union) comes with a later version"
-_LONGEST = 40
-
-
-def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Return the files of a checkpoint's tokenizer, by name.
-
-    Raises:
-        CheckpointError: One is a link that leaves the checkpoint's folder.
-    """
-    beside = (path for path in checkpoint.side_files if path.parent == checkpoint.path)
-    return {path.name: path for path in beside if is_tokenizer_file(path.name)}
+_BY_TOKEN = "'tokenizer_source: base' or 'tokenizer_source: union' in the recipe matches rows by token"
 
 
-def tokenizer_owner(recipe: Recipe) -> ModelReference:
-    """Return the model whose tokenizer the output gets."""
-    return recipe.tokenizer_donor or recipe.donor
-
-
-def compare_tokens(recipe: Recipe, members: Mapping[ModelReference, Member], alignment: Alignment) -> list[str]:
+def compare_tokens(
+    recipe: Recipe, members: Mapping[ModelReference, Member], giver: Member, alignment: Alignment
+) -> list[str]:
     """Compare the tokens of the models whose embedding rows are merged, and of the one whose tokenizer is used.
 
     Files with identical bytes are not parsed. A model without a tokenizer is not compared.
@@ -43,6 +28,7 @@ def compare_tokens(recipe: Recipe, members: Mapping[ModelReference, Member], ali
     Args:
         recipe: The recipe.
         members: All inputs by reference.
+        giver: The model whose tokenizer the output gets.
         alignment: Which models each output tensor is merged from.
 
     Returns:
@@ -52,12 +38,12 @@ def compare_tokens(recipe: Recipe, members: Mapping[ModelReference, Member], ali
         CheckpointError: A row belongs to different tokens in two models, or the tokenizer that the recipe asks for is
             missing or has more tokens than rows.
     """
-    owner = tokenizer_owner(recipe)
-    _check_source(recipe, members)
+    owner = giver.reference
+    _check_source(giver, members[recipe.donor])
     rows, givers = _rows(alignment, members[recipe.donor])
     if rows is None:
         return []
-    distinct, warnings = _distinct({reference: members[reference] for reference in [owner, *givers]})
+    distinct, warnings = _distinct({owner: giver, **{reference: members[reference] for reference in givers}})
     vocabularies: dict[ModelReference, Vocabulary] = {}
     if len(distinct) > 1 or recipe.tokenizer_donor is not None:
         for reference, files in distinct.items():
@@ -95,9 +81,8 @@ def _not_compared(reference: ModelReference, error: CheckpointError) -> str:
     return f"{error}; so the tokens of {reference} were not compared with those of the other models"
 
 
-def _check_source(recipe: Recipe, members: Mapping[ModelReference, Member]) -> None:
+def _check_source(owner: Member, donor: Member) -> None:
     """Refuse to replace the donor's tokenizer by that of a model without one."""
-    owner, donor = members[tokenizer_owner(recipe)], members[recipe.donor]
     if owner is not donor and not tokenizer_files(owner.checkpoint) and tokenizer_files(donor.checkpoint):
         raise CheckpointError(
             f"{owner.reference}: has no files of a tokenizer, and tokenizer_source asks for its own; name a model that has "
@@ -136,29 +121,25 @@ def _check(
     warnings = []
     if other := [*found.replaced, *found.renamed]:
         warnings.append(
-            f"{second}: {_stand_for(other)} in {first}: {_renamed(other)}; merged all the same, as {_BY_TOKEN}"
+            f"{second}: {_stand_for(other)} in {first}: {_renamed(other)}; merged all the same; {_BY_TOKEN}"
         )
     for one, two, tokens in ((first, second, found.only_first), (second, first, found.only_second)):
         if tokens:
             warnings.append(
                 f"{one}: {plural(len(tokens), 'token')} that the tokenizer of {two} does not have, whose rows stand "
-                f"for nothing there: {_named(tokens)}; they are merged all the same"
+                f"for nothing there: {shown_tokens(tokens)}; they are merged all the same"
             )
     return warnings
 
 
 def _too_many(recipe: Recipe, owner: ModelReference, vocabulary: Vocabulary, rows: int) -> list[str]:
     """Refuse a requested tokenizer with tokens that have no row; only warn if it is the donor's."""
-    behind = {n: token for n, token in sorted(vocabulary.tokens.items()) if n >= rows and not is_placeholder(token)}
-    if not behind or not vocabulary.numbered:
+    problem = tokens_without_rows(owner, vocabulary, rows)
+    if problem is None:
         return []
-    problem = (
-        f"{owner}: its tokenizer has {plural(len(behind), 'token')} behind the last of the {rows:,} rows of the "
-        f"output's embedding: {_named(behind)}; a text with one of them cannot be read"
-    )
     if recipe.tokenizer_donor is None or owner == recipe.donor:
         return [problem]
-    raise CheckpointError(f"{problem}. Name a model whose tokenizer fits under tokenizer_source; {_BY_TOKEN}")
+    raise CheckpointError(f"{problem}. Name a model whose tokenizer fits under tokenizer_source")
 
 
 def _stand_for(rows: Sequence[Renamed]) -> str:
@@ -168,14 +149,4 @@ def _stand_for(rows: Sequence[Renamed]) -> str:
 
 
 def _renamed(rows: Sequence[Renamed]) -> str:
-    return some([f"{row.id} is {_shown(row.second)}, not {_shown(row.first)}" for row in rows])
-
-
-def _named(tokens: Mapping[int, str]) -> str:
-    return some([f"{_shown(token)} ({number})" for number, token in tokens.items()])
-
-
-def _shown(token: str) -> str:
-    """Return a token's `repr`, so that control characters and lone surrogates are escaped; shortened if long."""
-    text = repr(token)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return some([f"{row.id} is {shown_token(row.second)}, not {shown_token(row.first)}" for row in rows])

@@ -160,7 +160,7 @@ def _shape_message(
     if part is not None and part.role in ("embedding", "head") and tensor.shape[1:] == expected.shape[1:]:
         return (
             f"{name}: vocabularies differ: {shapes}. Models are merged row by row, so both must have the same "
-            "tokenizer; building a common vocabulary (tokenizer: union) comes with a later version"
+            "tokenizer; 'tokenizer_source: base' or 'tokenizer_source: union' in the recipe matches rows by token"
         )
     return f"{name}: shapes differ: {shapes}. Only models of one architecture and size can be merged"
 

@@ -15,6 +15,7 @@ from ...recipe import ModelReference, Recipe
 from .memory import estimate_memory
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
+from .vocabulary import VocabularyChange
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ class Plan:
         warnings: Messages for the user before the run.
         differences: Messages about where mergekit would compute other values for this recipe.
         sidecars: What is stored to restore each model from the merged one; None if the method has no sidecar.
+        vocabulary: What changes where rows are matched by token; None if no model changes.
         stages: Plans of the recipe's other documents, in the order in which they run; their outputs do not exist yet.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
@@ -64,6 +66,7 @@ class Plan:
     warnings: Sequence[str] = field(default_factory=list)
     differences: Sequence[str] = field(default_factory=list)
     sidecars: SidecarPlan | None = None
+    vocabulary: VocabularyChange | None = None
     stages: Sequence[Plan] = ()
     made: Mapping[str, str] = field(default_factory=dict)
 

@@ -155,6 +155,8 @@ class PlanSummary:
         warnings: Messages for the user before the run.
         differences: Messages about where mergekit computes other values.
         sidecars: What is stored to restore each model; None if the method has no sidecar.
+        vocabulary: Counts of rows that are kept, moved and made for each model, as in the run record; None if rows of
+            embeddings stay where they are.
     """
 
     name: str | None
@@ -181,6 +183,7 @@ class PlanSummary:
     warnings: Sequence[str]
     differences: Sequence[str]
     sidecars: SidecarSummary | None = None
+    vocabulary: Mapping[str, Any] | None = None
 
 
 def summarise(plan: Plan) -> PlanSummary:
@@ -210,6 +213,7 @@ def summarise(plan: Plan) -> PlanSummary:
         warnings=list(plan.warnings),
         differences=list(plan.differences),
         sidecars=_sidecars(plan),
+        vocabulary=None if plan.vocabulary is None else plan.vocabulary.as_json(),
     )
 
 
