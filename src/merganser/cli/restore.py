@@ -11,7 +11,7 @@ import typer
 from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
 from ._progress import byte_progress
-from ._text import head, say, say_json
+from ._text import complain, head, say, say_json
 
 
 def restore(
@@ -55,6 +55,8 @@ def restore(
             progress=progress,
         )
     record = found.record
+    for warning in found.warnings:
+        complain("warning", warning)
     if json:
         say_json({"out": str(found.out), "record": record})
         return

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.hub import is_hub_id
 from ..errors import MergeError, OutputError, RecipeError
-from ..jsonfile import read_object
+from ..jsonfile import exists, read_object
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 
 if TYPE_CHECKING:
@@ -166,7 +167,25 @@ def _needed(recipes: Sequence[Recipe], keep_stages: bool) -> list[Recipe]:
         for recipe in others
         if recipe not in needed
     ]
+    warnings += _shadowed(needed)
     return [*needed[:-1], replace(target, warnings=(*target.warnings, *warnings))]
+
+
+def _shadowed(recipes: Sequence[Recipe]) -> list[str]:
+    """Return a warning for each earlier result that is used where a folder or a model on the Hub has the same name."""
+    warnings: list[str] = []
+    earlier: dict[str, Recipe] = {}
+    for recipe in recipes:
+        for path in dict.fromkeys(model.path for model in recipe.references() if model.path in earlier):
+            other = "the path" if exists(path) else "the model on the Hub" if is_hub_id(path) and "/" in path else None
+            if other is not None:
+                warnings.append(
+                    f"{recipe.place}: {path!r} is the result of the recipe at {earlier[path].place}, not {other} of this "
+                    "name; rename one of them if the other is meant"
+                )
+        if recipe.name is not None:
+            earlier[recipe.name] = recipe
+    return warnings
 
 
 def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.config import unquantised
-from ..anatomy.sizes import size_warnings
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import MergeError, ParameterError, RecipeError, UnsupportedError
@@ -25,6 +24,7 @@ from .agreement.side_files import chat_template, side_file_warnings, side_files,
 from .agreement.union import check_union
 from .agreement.vocabularies import compare_tokens
 from .alignment.alignment import Alignment, Member, Slot
+from .alignment.complete import check_complete
 from .alignment.leftovers import without_leftovers
 from .alignment.loadable import check_layers_load
 from .alignment.renaming import named_alike
@@ -340,24 +340,22 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
     """Return the output's config.json: the donor's with updated layers, tie and dtype; and warnings."""
     # drop the key for the weight file's name, as the output's files have standard names
     config = {key: value for key, value in donor.checkpoint.config.items() if key != WEIGHTS_KEY}
+    shapes = {draft.name: draft.shape for draft in drafts}
     warnings: list[str] = []
     if donor.checkpoint.quantisation is not None:
         config = unquantised(config)
     if not config:
         others = ", and none of the other files that lie beside it" if donor.checkpoint.loose else ""
-        return {}, [f"the donor has no config.json, so the output has none{others}", *side_file_warnings(donor)]
+        warnings = [f"the donor has no config.json, so the output has none{others}", *side_file_warnings(donor)]
+        return {}, [*warnings, *check_complete(str(donor.reference), {}, shapes)]
     if alignment.layers is not None:
         sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
         config = sliced.config
         warnings += sliced.warnings
         check_layers_load(config, donor, alignment.layers)
-    else:
-        wrong = size_warnings(config, donor.anatomy)
-        warnings += [
-            f"{donor.reference}: {each}; the output gets both, and loads wrongly or not at all" for each in wrong
-        ]
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
+    warnings += check_complete(str(donor.reference), config, shapes, alignment.left_out)
     # the config states the dtype of most elements
     sizes: dict[str, int] = {}
     for draft in drafts:

@@ -125,7 +125,8 @@ def run_plan(
             },
             continued=staging.continued,
         )
-        staging.publish()
+        # the record on disk is written before
+        record["warnings"] += staging.publish()
     return Result(out, record)
 
 

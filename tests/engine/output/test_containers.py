@@ -254,7 +254,7 @@ def stop_publishing(patch, after):
     def watched(*arguments):
         for name in ("rename", "unlink", "rmdir"):
             patch.setattr(Path, name, counting(name, getattr(Path, name)))
-        publishing(*arguments)
+        return publishing(*arguments)
 
     patch.setattr(staging, "publish", watched)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -202,6 +204,28 @@ def test_what_was_changed_since_it_was_looked_at_is_not_removed(tmp_path, out):
     (out / "notes.txt").write_text("mine")
     found.remove()
     assert {path.name for path in out.iterdir()} == {"config.json", "notes.txt"}
+
+
+def test_an_old_output_that_cannot_be_removed_is_said(tmp_path, recipe, out, monkeypatch):
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path.parent.name == ".out.replaced" and path.name == "config.json":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        (warning,) = merge(recipe, out, overwrite=True).record["warnings"]
+    left = tmp_path / ".out.replaced"
+    assert warning == (
+        f"{left}: the replaced output could not be removed ({left / 'config.json'}: Operation not permitted); "
+        "the new output is complete"
+    )
+    assert left.exists()
+    # the next run removes it
+    assert merge(recipe, out, overwrite=True).record["warnings"] == []
+    assert not left.exists()
 
 
 PLACES = [".out.merging", ".out.replaced"]

@@ -378,7 +378,7 @@ def test_what_is_not_the_same_merge_is_not_continued(tmp_path, paths, monkeypatc
         (tmp_path / "others" / "m1").rename(paths[2])
     elif change == "config":
         config = json.loads((paths[0] / "config.json").read_text())
-        (paths[0] / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+        (paths[0] / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 7}))
     elif change == "side file":
         (paths[0] / "tokenizer.json").write_text("{}")
     elif change == "method":

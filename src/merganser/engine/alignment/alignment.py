@@ -97,12 +97,14 @@ class Alignment:
         tied: Whether the output's head shares its embedding.
         layers: For slices, the donor's layer whose config settings each output layer gets; else None.
         warnings: Messages about tensors that were dropped and choices that were made.
+        left_out: Names of tensors that the recipe's `unmatched` leaves out.
     """
 
     slots: list[Slot]
     tied: bool
     layers: list[int] | None
     warnings: list[str]
+    left_out: frozenset[str] = frozenset()
 
 
 def after_layers(recipe: Recipe) -> float:

@@ -57,4 +57,4 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         kept = name in unmatched.kept
         sources = {member.reference: (member, name) for member in ([donor] if kept else members)}
         slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, sources), kept))
-    return Alignment(slots, tied, None, warnings)
+    return Alignment(slots, tied, None, warnings, unmatched.dropped)

@@ -128,8 +128,11 @@ class Staging:
         except OSError as error:
             raise self.write_error(error) from None
 
-    def publish(self) -> None:
+    def publish(self) -> list[str]:
         """Move the complete output to its target, flushed to disk.
+
+        Returns:
+            Warnings about what could not be removed.
 
         Raises:
             OutputError: The target appeared or was changed during the run, or the disk failed.
@@ -144,10 +147,11 @@ class Staging:
             self._close_files()
             for path in self.folder.rglob("*"):
                 sync(path)
-            publish(self.folder, self.target, self._old, self._left)
+            warnings = publish(self.folder, self.target, self._old, self._left)
         except OSError as error:
             raise self.write_error(error) from None
         self._release()
+        return warnings
 
     def keep(self) -> None:
         """Close the folder and leave it for the next run to continue."""

@@ -33,10 +33,12 @@ class Restored:
     Args:
         out: The folder that was written.
         record: Its record, as in its `merge.json`.
+        warnings: What could not be removed.
     """
 
     out: Path
     record: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def restore(
@@ -156,14 +158,14 @@ def _write(
                 copy_file(out / path, staging.folder / name)
             names = [*(shard.name for shard in shards), *([INDEX_NAME] if len(shards) > 1 else []), *stored.files]
             written = _write_record(out, task, stored, record, staging.folder, names, restorer)
-            staging.publish()
+            warnings = staging.publish()
         except OSError as error:
             staging.remove()
             raise error if isinstance(error, CheckpointError) else staging.write_error(error) from None
         except BaseException:
             staging.remove()
             raise
-    return Restored(target, written)
+    return Restored(target, written, tuple(warnings))
 
 
 def _write_tensors(
