@@ -262,24 +262,17 @@ class _Stages:
 @contextlib.contextmanager
 def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
     """Lock the folder of the stages; remove it at the end, unless the run can be continued."""
-    from .output.lock import acquire_lock
+    from .output.failure import failures_of
+    from .output.lock import lock_target
     from .output.ownership import survey_each
 
     home = stages_folder(out)
     # next to the folder, not in it, as the folder is created and removed under the lock
     lock = home.with_name(f"{home.name}.lock")
+    guard = lock_target(out, lock)
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        guard = acquire_lock(lock)
-        if guard is not None:
+        with failures_of(home):
             home.mkdir(exist_ok=True)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{home}: cannot be written: {error.strerror}") from None
-    if guard is None:
-        raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
-    try:
         # refuse foreign files now, not after hours of work; files not hashed here are hashed before they are removed
         found = survey_each(home, hashing=fresh)
         if fresh:

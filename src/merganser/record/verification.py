@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import string
@@ -14,7 +13,8 @@ from typing import Any, Literal, NoReturn
 from ..checkpoint.links import inside, link_target
 from ..checkpoint.sidefiles import TEMPLATE_FOLDERS, is_tokenizer_file
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import open_regular, os_reason, read_object
+from ..files import sha256_of_file
+from ..jsonfile import os_reason, read_object
 from ..wording import brief
 from .format import RECORD_NAME
 
@@ -33,8 +33,6 @@ _DOCUMENT = re.compile(
     r"[^.]*|.*\.(md|rst|txt|pdf|html?|log|csv|tsv|ya?ml|png|jpe?g|gif|svg|webp)", re.IGNORECASE | re.DOTALL
 )
 _VOCABULARY = re.compile(r".*(vocab|merges|dict|bpe|token).*\.txt", re.IGNORECASE | re.DOTALL)
-
-_PIECE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,19 +214,7 @@ def _compare(out: Path, name: str, size: int, digest: str, tell: Callable[[int],
         found = path.stat().st_size
         if found != size:
             return "changed", f"has {found:,} bytes, was written with {size:,}"
-        actual = _sha256(path, tell)
+        actual = sha256_of_file(path, tell)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {os_reason(error)}") from None
     return ("intact", None) if actual == digest else ("changed", f"has sha256 {actual}, was written with {digest}")
-
-
-def _sha256(path: Path, tell: Callable[[int], None]) -> str:
-    found = hashlib.sha256()
-    buffer = memoryview(bytearray(_PIECE))
-    done = 0
-    with open_regular(path) as file:
-        while count := file.readinto(buffer):
-            found.update(buffer[:count])
-            done += count
-            tell(done)
-    return found.hexdigest()

@@ -136,7 +136,7 @@ def test_a_model_that_was_trained_further_and_saved_over_the_merged_one(tmp_path
 
 def test_a_file_of_another_size_is_noticed_without_hashing(tmp_path, recipe, out, monkeypatch):
     (out / "README.md").write_text("my own words")
-    monkeypatch.setattr("merganser.engine.output.ownership.file_hash", lambda path: pytest.fail("was hashed"))
+    monkeypatch.setattr("merganser.engine.output.ownership.sha256_of_file", lambda path: pytest.fail("was hashed"))
     assert "has 12 bytes, and was written with" in refused(tmp_path, recipe, "'README.md'")
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ...errors import OutputError
+from .failure import failures_of
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -30,6 +31,24 @@ class Lock:
     """
 
     release: Callable[[], None]
+
+
+def lock_target(out: Path, path: Path) -> Lock:
+    """Lock a target.
+
+    Args:
+        out: The target as the user named it.
+        path: The lock file, in a folder that is created if it does not exist.
+
+    Raises:
+        OutputError: Another run holds the lock, the folder cannot be written, or the file is no lock.
+    """
+    with failures_of(out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(path)
+    if lock is None:
+        raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+    return lock
 
 
 def acquire_lock(path: Path) -> Lock | None:

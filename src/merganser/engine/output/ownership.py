@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ...errors import CheckpointError, OutputError
+from ...files import sha256_of_file
 from ...record.format import PAGE_NAME, RECORD_NAME, is_page
 from ...record.verification import recorded_files
-from .digests import file_hash
 
 MARKER = ".merganser"
 """Marker of a folder that is being written; one line of JSON per file, or per folder with all its contents."""
@@ -267,7 +267,7 @@ def _refuse_unlisted(folder: Path, name: str, files: Mapping[str, _State], liste
 
 
 def _refuse_changed(folder: Path, name: str, known: tuple[int, str] | None) -> None:
-    if known is not None and file_hash(folder / name) != known[1]:
+    if known is not None and sha256_of_file(folder / name) != known[1]:
         raise _foreign(folder, name, "was changed since merganser wrote it (its sha256 is another)")
     if name == PAGE_NAME and known is None and not is_page(folder / name):
         raise _foreign(folder, name, "merganser did not write")

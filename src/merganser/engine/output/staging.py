@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from ...checkpoint import Shard
 from ...checkpoint.descriptors import Descriptors
 from ...errors import OutputError
 from ...wording import size_text
+from .failure import failures_of, write_error
 from .journal import JOURNAL, Finished, Journal, read_journal
-from .lock import acquire_lock
+from .lock import Lock, lock_target
 from .ownership import MARKER, Owned, claim, survey, unfinished
 from .publish import publish, replaced_folder, sync, take_back, working_names, working_parent
 
@@ -57,13 +57,7 @@ class Staging:
         self._journal: Journal | None = None
         self.continued = False
         self.warnings: list[str] = []
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = acquire_lock(lock)
-        except OSError as error:
-            raise self.write_error(error) from None
-        if self._lock is None:
-            raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+        self._lock: Lock | None = lock_target(out, lock)
         made = not os.path.lexists(self.folder)
         try:
             self._begin(fingerprint, beside, fresh)
@@ -80,11 +74,8 @@ class Staging:
         Raises:
             OutputError: The disk is full or failed.
         """
-        try:
-            with self._file(shard) as descriptor:
-                write_all(descriptor, offset, data)
-        except OSError as error:
-            raise self.write_error(error) from None
+        with failures_of(self.out), self._file(shard) as descriptor:
+            write_all(descriptor, offset, data)
 
     def read(self, shard: int, offset: int, buffer: memoryview) -> None:
         """Read back bytes of a shard.
@@ -93,17 +84,14 @@ class Staging:
             OutputError: The disk failed, or the file was truncated.
         """
         view = buffer.cast("B")
-        try:
-            with self._file(shard) as descriptor:
-                while view:
-                    count = os.preadv(descriptor, [view], offset)
-                    if not count:
-                        name = self._shards[shard].name
-                        raise OutputError(f"{self.folder}: {name} became shorter while it was written")
-                    offset += count
-                    view = view[count:]
-        except OSError as error:
-            raise self.write_error(error) from None
+        with failures_of(self.out), self._file(shard) as descriptor:
+            while view:
+                count = os.preadv(descriptor, [view], offset)
+                if not count:
+                    name = self._shards[shard].name
+                    raise OutputError(f"{self.folder}: {name} became shorter while it was written")
+                offset += count
+                view = view[count:]
 
     def claim(self, names: Iterable[str]) -> None:
         """Register other files than the shards before they are created; "name/" is a folder with all contents.
@@ -111,10 +99,8 @@ class Staging:
         Raises:
             OutputError: The disk is full or failed.
         """
-        try:
+        with failures_of(self.out):
             claim(self.folder, names)
-        except OSError as error:
-            raise self.write_error(error) from None
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Add a finished task to the journal.
@@ -123,10 +109,8 @@ class Staging:
             OutputError: The disk is full or failed.
         """
         assert self._journal is not None
-        try:
+        with failures_of(self.out):
             self._journal.note(entry)
-        except OSError as error:
-            raise self.write_error(error) from None
 
     def publish(self) -> list[str]:
         """Move the complete output to its target, flushed to disk.
@@ -167,13 +151,7 @@ class Staging:
 
     def write_error(self, error: OSError) -> OutputError:
         """Turn an OSError into an error with a remedy."""
-        if isinstance(error, OutputError):
-            return error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutputError(
-                f"{self.out}: the disk is full; free some room and run the same command again, it continues"
-            )
-        return OutputError(f"{self.out}: cannot be written: {error.strerror or error}")
+        return write_error(self.out, error)
 
     @contextlib.contextmanager
     def _file(self, shard: int) -> Iterator[int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.sidefiles import copy_file
 from ...errors import CheckpointError, NotFoundError, OutputError
+from ...files import sha256_of_file
 from ...jsonfile import Entry, read_object
 from ...process import one_thread
 from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
@@ -197,7 +198,6 @@ def _write_record(
     import time
 
     from ...version import __version__
-    from ..output.digests import file_hash
 
     described: dict[str, Any] = next((each for each in record["sidecars"]["tasks"] if each["name"] == task), {})
     written = {
@@ -208,7 +208,9 @@ def _write_record(
         "parameters": sum(math.prod(restorer.shape(t)) for t in stored.tensors if t.dtype.kind == "float"),
         "tensors": len(stored.tensors),
         "dtypes": sorted({tensor.dtype.name for tensor in stored.tensors}),
-        "outputs": [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names],
+        "outputs": [
+            {"file": n, "bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names
+        ],
     }
     (folder / RECORD_NAME).write_text(record_text(written), encoding="utf-8")
     return written
