@@ -130,7 +130,10 @@ def data_files(plan: Plan) -> list[Path]:
 def adapters(plan: Plan) -> list[dict[str, Any]]:
     """Return the adapters of the inputs, with the hashes of their files."""
     return [
-        {"model": str(reference), "files": [{**_sized(file), "sha256": file_hash(file)} for file in checkpoint.adapter]}
+        {
+            "model": str(reference),
+            "files": [{**_sized(file), "sha256": sha256_of_file(file)} for file in checkpoint.adapter],
+        }
         for reference, checkpoint in plan.checkpoints.items()
         if checkpoint.adapter
     ]

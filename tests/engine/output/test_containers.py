@@ -180,9 +180,9 @@ def test_a_folder_whose_parent_is_read_only(tmp_path, recipe, expected):
     mount("--bind", tmp_path / "parent", tmp_path / "parent")
     try:
         mount("-o", "remount,bind,ro", tmp_path / "parent")
-        with pytest.raises(OutputError, match="cannot be written: Read-only file system"):
+        with pytest.raises(OutputError, match="cannot be written: read-only file system"):
             merge(recipe, tmp_path / "parent" / "new")
-        with pytest.raises(OutputError, match="cannot be written: Read-only file system"):
+        with pytest.raises(OutputError, match="cannot be written: read-only file system"):
             merge(recipe, tmp_path / "parent" / "out")
         mount("-t", "tmpfs", "tmpfs", tmp_path / "parent" / "out")
         try:
@@ -305,7 +305,7 @@ def test_a_file_that_cannot_be_moved_leaves_the_old_output(tmp_path, recipe, mon
         raise refused
 
     monkeypatch.setattr(publish.Path, "rename", refusing)
-    with pytest.raises(OutputError, match="cannot be written: Invalid cross-device link"):
+    with pytest.raises(OutputError, match="cannot be written: invalid cross-device link"):
         merge(recipe, out, overwrite=True)
     assert read_files(out) == before
     monkeypatch.undo()

@@ -535,7 +535,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, recipe):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(OutputError, match="out: cannot be written: File too large"):
+        with pytest.raises(OutputError, match="out: cannot be written: file too large"):
             merge(recipe, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

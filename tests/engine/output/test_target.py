@@ -80,7 +80,7 @@ def test_a_parent_that_is_a_file(tmp_path, recipe):
 def test_a_parent_that_cannot_be_written(tmp_path, recipe):
     parent = tmp_path / "parent"
     parent.mkdir(mode=0o555)
-    with pytest.raises(OutputError, match="Permission denied"):
+    with pytest.raises(OutputError, match="permission denied"):
         merge(recipe, parent / "out")
 
 
