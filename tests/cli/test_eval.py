@@ -58,7 +58,7 @@ def test_tables(tmp_path: Path) -> None:
     assert lines[7].split() == ["items", "8", "windows", "8", "windows", "8", "questions"]
     assert lines[8] == "other metrics"
     assert lines[10].split() == ["token_accuracy", "↑", "token_accuracy", "↑", "accuracy_norm", "↑"]
-    assert lines[-1] == f"wrote {out}, and out.json.items.jsonl beside it with what was measured on every item"
+    assert lines[-1] == f"wrote {out}, and out.json.items.jsonl with the measurements of every item"
 
 
 def test_retention(made: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_model_that_fails(made: Path, tmp_path: Path) -> None:
         (["merged", "--tasks", "frensh.test.txt"], "there is no such file. Did you mean 'french.test.txt'?"),
         (["merged", "--tasks", "quiz.jsonl", "--experts", "quiz=fr"], "experts: need a base (--base)"),
         (["merged", "--tasks", "quiz.jsonl", "--base", "base", "--experts", "qiz=fr"], "Did you mean 'quiz'?"),
-        (["merged", "--tasks", "quiz.jsonl", "--json", "quiz.jsonl"], "exists and is no evaluation of merganser"),
+        (["merged", "--tasks", "quiz.jsonl", "--json", "quiz.jsonl"], "exists and is not an evaluation by merganser"),
         (["nowhere", "--tasks", "quiz.jsonl"], "nowhere"),
         (["merged"], "Missing option '--tasks'"),
         (["--tasks", "quiz.jsonl", "merged"], "Missing argument 'CKPT'"),

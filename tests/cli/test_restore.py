@@ -129,7 +129,7 @@ def test_the_target_exists(out: Path) -> None:
         "error: out-b: exists; choose another target, or allow it to be replaced with --overwrite"
     )
     assert error("out", "--task", "b", "--out", "out", "--overwrite") == (
-        "error: out: out, which is read, lies there; choose another target"
+        "error: out: out, which is read, is in this folder; choose another target"
     )
     assert error("out", "--task", "b", "--out", "a", "--overwrite") == (
         "error: a: was not written by merganser (it has no merge.json) and holds 'config.json'; move it away, or choose "

@@ -135,8 +135,8 @@ def test_what_nobody_needs_is_not_made(models: Path) -> None:
     found = run("merge", file, "out")
     assert found.code == 0
     assert found.err == (
-        f"warning: last: {file}:1: no recipe behind it uses the result of 'spare', so it is not made; "
-        "--keep-stages makes and keeps it\n"
+        f"warning: last: {file}:1: no later recipe uses the result of 'spare', so it is not run; "
+        "--keep-stages runs it and keeps the result\n"
     )
     assert "after the stages" not in found.out
     assert "not made" in run("plan", file).out

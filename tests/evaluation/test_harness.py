@@ -98,7 +98,7 @@ def test_names_that_lm_eval_does_not_know(zoo: Path, tmp_path: Path) -> None:
     ):
         evaluate([zoo / "a"], ["arc_esy"])
     (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\noutput_type: nonsense\n")
-    with pytest.raises(TaskError, match=r"bad\.yaml: lm-eval cannot carry it out: "):
+    with pytest.raises(TaskError, match=r"bad\.yaml: lm-eval cannot run it: "):
         evaluate([zoo / "a"], [tmp_path / "bad.yaml"])
 
 

@@ -25,7 +25,9 @@ def restore(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="CKPT", help="The base of the merge.  [default: where it was then]", show_default=False),
+        typer.Option(
+            metavar="CKPT", help="The base of the merge.  [default: its path in the merge]", show_default=False
+        ),
     ] = None,
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     overwrite: Annotated[

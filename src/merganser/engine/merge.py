@@ -162,8 +162,8 @@ def _needed(recipes: Sequence[Recipe], keep_stages: bool) -> list[Recipe]:
         if any(recipe.name in model.paths for later in needed for model in later.references()):
             needed.insert(0, recipe)
     warnings = [
-        f"{recipe.place}: no recipe behind it uses the result of {recipe.name!r}, so it is not made; "
-        "--keep-stages makes and keeps it"
+        f"{recipe.place}: no later recipe uses the result of {recipe.name!r}, so it is not run; "
+        "--keep-stages runs it and keeps the result"
         for recipe in others
         if recipe not in needed
     ]

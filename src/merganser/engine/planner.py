@@ -174,7 +174,9 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
         refuse_unreadable(recipe, reference, checkpoint)
         if checkpoint.wrappers:
             stripped = ", ".join(checkpoint.wrappers)
-            warnings.append(f"{reference}: {stripped}: names of a training framework, stripped from those of tensors")
+            warnings.append(
+                f"{reference}: {stripped}: prefixes of a training framework, removed from the names of tensors"
+            )
         checkpoint, left_out = without_leftovers(recipe, reference, checkpoint)
         warnings += left_out
         if members and recipe.models:
@@ -235,8 +237,8 @@ def _drafts(
     """Match the inputs' tensors, and decide how each tensor of the output is merged."""
     if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
         raise RecipeError(
-            f"{recipe.place_of('unmatched')}: {resolver.method.name} stores what gives each model back, so all models "
-            f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' goes with it"
+            f"{recipe.place_of('unmatched')}: {resolver.method.name} stores what restores each model, so all models "
+            f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' is possible"
         )
     alignment = _align(recipe, resolver, members)
     data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
@@ -244,8 +246,8 @@ def _drafts(
     _check_whole_model(recipe, resolver.method, drafts)
     if resolver.method.from_data and not any(draft.data for draft in drafts):
         raise RecipeError(
-            f"{recipe.place}: the statistics from data are of none of the tensors that {resolver.method.name} merges; are "
-            "they of these models?"
+            f"{recipe.place}: the statistics from data cover none of the tensors that {resolver.method.name} merges; were "
+            "they computed for these models?"
         )
     return alignment, drafts
 
@@ -345,7 +347,7 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
     if donor.checkpoint.quantisation is not None:
         config = unquantised(config)
     if not config:
-        others = ", and none of the other files that lie beside it" if donor.checkpoint.loose else ""
+        others = ", and none of the other files in its folder" if donor.checkpoint.loose else ""
         warnings = [f"the donor has no config.json, so the output has none{others}", *side_file_warnings(donor)]
         return {}, [*warnings, *check_complete(str(donor.reference), {}, shapes)]
     if alignment.layers is not None:

@@ -77,9 +77,7 @@ def _encode(question: Question, tokenizer: Tokenizer, positions: int | None) -> 
     prefix = tokenizer.prefix
     if not before and not prefix:
         if tokenizer.start is None:
-            raise TaskError(
-                f"{question.where}: the context is empty, and the tokenizer has no token that stands for it"
-            )
+            raise TaskError(f"{question.where}: the context is empty, and the tokenizer has no token for it")
         prefix = (tokenizer.start,)
     if positions is not None:
         # the last token of a choice is predicted, but not an input

@@ -69,7 +69,7 @@ def make_roster(
         given.append((*_pair(base), "base"))
     by_domain = _domains(experts, tasks)
     if by_domain and base is None:
-        raise TaskError("experts: need a base (--base): what an expert gained is counted from there")
+        raise TaskError("experts: need a base (--base): gains of experts are measured from it")
     given += [(*_pair(reference), "expert") for reference in by_domain.values()]
     given += [(name, reference, "model") for name, reference in _pairs(models)]
     if not given:

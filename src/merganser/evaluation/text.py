@@ -198,6 +198,6 @@ def prepare_text(
     """
     found, items = windows(task, tokenizer, context=context, stride=stride, limit=limit)
     if not found:
-        raise TaskError(f"{task.source}: is too short: nothing in it can be predicted from what stands before it")
+        raise TaskError(f"{task.source}: is too short: it has no token to predict from earlier ones")
     rows = batches([len(w.fed) for w in found], [len(w.targets) for w in found], vocabulary, budget)
     return PreparedText(task, found, items, rows)

@@ -145,7 +145,7 @@ def _load_tokenizer(source: Source, folder: Path, model_type: str, known: dict[s
     names = sorted(name for name in {*source.files, *source.texts} if is_tokenizer_file(name))
     if not any("chat_template" not in name for name in names):
         raise CheckpointError(
-            f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
+            f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) next to its weights"
         )
     files = [xxh3_of_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
     # the config is part of the hash, since it may name the class that reads the files

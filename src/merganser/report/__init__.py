@@ -129,4 +129,4 @@ def _check(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{target}: exists; choose another file with --out, or replace it with --overwrite")
     if not is_page(target):
-        raise OutputError(f"{target}: exists and is no page of merganser; choose another file with --out")
+        raise OutputError(f"{target}: exists and is not a page by merganser; choose another file with --out")

@@ -41,7 +41,9 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, settings: dict, said: s
     with pytest.raises(CheckpointError) as caught:
         merge(recipe, tmp_path / "out")
     message = str(caught.value)
-    assert message.startswith(f"{paths[1]}: config.json reads the same tensors in another way than that of {paths[0]}:")
+    assert message.startswith(
+        f"{paths[1]}: config.json interprets the same tensors differently from that of {paths[0]}:"
+    )
     assert said in message
     assert "correct it" in message
     assert not (tmp_path / "out").exists()

@@ -149,7 +149,7 @@ def test_an_input_that_is_mounted_under_another_name_is_not_replaced(tmp_path, r
     before = read_files(bound)
     host = tmp_path / "host" / "a b"
     again = make_recipe("linear", [host, tmp_path / "models" / "m1"], parameters={"weight": 0.5})
-    with pytest.raises(OutputError, match=r"an input of this merge, lies there"):
+    with pytest.raises(OutputError, match=r"an input of this merge, is in this folder"):
         merge(again, bound, overwrite=True)
     assert read_files(bound) == before
 

@@ -131,7 +131,7 @@ def test_a_model_that_was_trained_further_and_saved_over_the_merged_one(tmp_path
         data = bytearray(file.read_bytes().ljust(size, b"\0")[:size])
         file.write_bytes(data)
     message = refused(tmp_path, recipe, repr(file.name))
-    assert "sha256 is another" in message
+    assert "sha256 differs" in message
 
 
 def test_a_file_of_another_size_is_noticed_without_hashing(tmp_path, recipe, out, monkeypatch):
@@ -148,7 +148,7 @@ def test_weights_of_an_input_that_are_links_into_the_target(tmp_path, out):
     (linked / "model.safetensors").symlink_to(out / "b.safetensors")
     (linked / "config.json").write_bytes((tmp_path / "models" / "m0" / "config.json").read_bytes())
     recipe = make_recipe("linear", [tmp_path / "models" / "m0", linked], parameters={"weight": 0.5})
-    refused(tmp_path, recipe, "an input of this merge, lies there")
+    refused(tmp_path, recipe, "an input of this merge, is in this folder")
 
 
 def test_an_output_that_lost_a_file_is_replaced(tmp_path, recipe, out):
@@ -172,7 +172,7 @@ def test_a_file_that_is_changed_while_a_merge_runs(tmp_path, recipe, out):
         def advance(self, read, written, tensors):
             pass
 
-    with pytest.raises(OutputError, match=r"out: holds 'config\.json', which was changed meanwhile"):
+    with pytest.raises(OutputError, match=r"out: holds 'config\.json', which was changed during the run"):
         merge(recipe, out, overwrite=True, progress=Meddler())
     assert (out / "config.json").read_text().strip() == "{}"
     assert (out / "merge.json").exists()
@@ -197,7 +197,7 @@ def test_what_was_changed_since_it_was_looked_at_is_not_removed(tmp_path, out):
     found = survey(out)
     (out / "config.json").write_text("mine")
     before = everything(tmp_path)
-    with pytest.raises(OutputError, match=r"'config\.json', which was changed meanwhile"):
+    with pytest.raises(OutputError, match=r"'config\.json', which was changed during the run"):
         found.remove()
     assert everything(tmp_path) == before
     found = survey(out, hashing=False, skip={"config.json"})

@@ -315,7 +315,7 @@ def test_a_journal_that_does_not_read_as_ours_is_said(tmp_path, recipe, expected
     assert listener.continued is continued
     (warning,) = warned
     assert warning == (
-        f"{journal}: line {line + 1} is not as it was written; what it and the lines behind it tell is done again"
+        f"{journal}: line {line + 1} is damaged; the work of this line and of those after it is repeated"
     )
     assert warning in result.record["warnings"]
     assert read_files(result.out) == expected[0]
@@ -526,7 +526,7 @@ def test_a_disk_that_is_full_from_the_beginning(small_disk, recipe, expected):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(small_disk, tmp_path):
     recipe = make_recipe("linear", write_llamas(tmp_path / "large", 2, layers=30), parameters={"weight": 1})
-    with pytest.raises(OutputError, match=r"disk is too full: \d+ KB are to be written, \d+ KB are free"):
+    with pytest.raises(OutputError, match=r"too little disk space: \d+ KB are to be written, \d+ KB are free"):
         merge(recipe, small_disk / "out")
     assert beside(small_disk) == []
 

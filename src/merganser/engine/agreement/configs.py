@@ -38,7 +38,7 @@ def compare_configs(donor: Member, members: Collection[Member], alignment: Align
         wrong = [each for each in found if each.kind == "meaning"]
         if wrong:
             raise CheckpointError(
-                f"{member.reference}: config.json reads the same tensors in another way than that of "
+                f"{member.reference}: config.json interprets the same tensors differently from that of "
                 f"{donor.reference}: {_listed(wrong)}. Only models that agree in this can be merged; where a "
                 "config.json is wrong, correct it"
             )

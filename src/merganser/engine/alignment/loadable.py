@@ -80,8 +80,8 @@ def _compare(what: str, written: Shapes, built: Shapes) -> None:
         found = "is not written" if own is None else f"is written with {list(own)}"
         wanted = "would not be loaded" if other is None else f"would be loaded as {list(other)}"
         raise CheckpointError(
-            f"{what}: {name} {found} and {wanted}, so transformers would not load the result; choose layers for which the "
-            "config can say of what kind they are"
+            f"{what}: {name} {found} and {wanted}, so transformers would not load the result; choose layers whose "
+            "kinds the config can describe"
         )
 
 

@@ -44,7 +44,7 @@ def named_alike(where: str, checkpoint: Checkpoint, donor: Checkpoint) -> tuple[
         tensors[new] = renamed(tensor, new)
     old, new = next(iter(pairs.items()))
     message = (
-        f"{where}: {len(pairs)} tensors are named as by another version of {kind}, and matched as transformers loads them: "
+        f"{where}: {len(pairs)} tensors have the names of another version of {kind}; matched as transformers loads them: "
         f"{old} is {new}{', ...' if len(pairs) > 1 else ''}"
     )
     return replace(checkpoint, tensors=tensors), [message]

@@ -154,7 +154,7 @@ def _remove_stale(file: Path) -> bool:
     if owner.host != platform.node():
         raise OutputError(
             f"{file}: a run on {owner.host!r} (process {owner.pid}) writes this target, or was killed; this file system "
-            "has no locks that would tell; if it has ended, delete this file"
+            "has no locks, so it is not known; if it has ended, delete this file"
         )
     if owner == _Owner.of(owner.pid) and _runs(owner.pid):
         return False
@@ -211,4 +211,4 @@ def _first(file: str) -> str:
 
 
 def _not_ours(path: Path) -> OutputError:
-    return OutputError(f"{path}: is in the place of a lock, and merganser did not make it; move it away")
+    return OutputError(f"{path}: has the name of our lock file, but merganser did not create it; move it away")

@@ -64,7 +64,7 @@ class Owned:
         for name, state in self.files.items():
             with contextlib.suppress(FileNotFoundError):
                 if _state((self.folder / name).lstat()) != state:
-                    raise _foreign(self.folder, name, "was changed meanwhile")
+                    raise _foreign(self.folder, name, "was changed during the run")
 
     def remove(self) -> None:
         """Remove the files, and the folders that are then empty.
@@ -268,7 +268,7 @@ def _refuse_unlisted(folder: Path, name: str, files: Mapping[str, _State], liste
 
 def _refuse_changed(folder: Path, name: str, known: tuple[int, str] | None) -> None:
     if known is not None and sha256_of_file(folder / name) != known[1]:
-        raise _foreign(folder, name, "was changed since merganser wrote it (its sha256 is another)")
+        raise _foreign(folder, name, "was changed since merganser wrote it (its sha256 differs)")
     if name == PAGE_NAME and known is None and not is_page(folder / name):
         raise _foreign(folder, name, "merganser did not write")
 

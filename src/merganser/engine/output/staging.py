@@ -190,8 +190,8 @@ class Staging:
             finished = read_journal(self.folder / JOURNAL, fingerprint)
         if finished.damaged is not None:
             self.warnings.append(
-                f"{self.folder / JOURNAL}: line {finished.damaged} is not as it was written; "
-                "what it and the lines behind it tell is done again"
+                f"{self.folder / JOURNAL}: line {finished.damaged} is damaged; "
+                "the work of this line and of those after it is repeated"
             )
         self.finished = finished.entries
         self.continued = bool(self.finished)
@@ -216,7 +216,7 @@ class Staging:
         free = shutil.disk_usage(self.folder).free
         if needed - present > free:
             raise OutputError(
-                f"{self.out}: the disk is too full: {size_text(needed - present)} are to be written, "
+                f"{self.out}: too little disk space: {size_text(needed - present)} are to be written, "
                 f"{size_text(free)} are free; make room, or choose a target on another disk"
             )
 

@@ -48,7 +48,7 @@ class DataOfModels:
             return {}, False
         for axis, source, tensor in zip(axes, self.sources, models, strict=True):
             if axis is None or axis != axes[0]:
-                problem = "have nothing of" if axis is None else "count inputs along another axis of"
+                problem = "have no entry for" if axis is None else "count inputs along another axis of"
                 raise RecipeError(
                     f"{source.place}: its statistics {problem} {tensor.name}, other models' do; calibrate all models "
                     "with the same version of merganser"

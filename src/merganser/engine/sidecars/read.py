@@ -165,7 +165,7 @@ def _file_name(name: Any) -> str:
     # Check as a Windows path, which may have either slash, drives and shares: an index must be safe on every system.
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts or "\\" in name:
-        raise ValueError(f"file {name!r} would lie outside of the checkpoint")
+        raise ValueError(f"file {name!r} would be outside the checkpoint")
     return name
 
 

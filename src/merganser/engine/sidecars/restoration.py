@@ -284,7 +284,7 @@ def _refuse_source(target: Path, source: Path) -> None:
     from ..output.staging import lies_in, resolve_target
 
     if lies_in(source, resolve_target(target)):
-        raise OutputError(f"{target}: {source}, which is read, lies there; choose another target")
+        raise OutputError(f"{target}: {source}, which is read, is in this folder; choose another target")
 
 
 def _is_weights(name: str) -> bool:
