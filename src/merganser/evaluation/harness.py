@@ -132,10 +132,10 @@ class Harness:
             # a copy, because lm-eval adds a padding token to the tokenizer
             wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer.encoder), batch_size=rows)
             specs = [self._opened[task.name].spec for task in tasks]
-            found = simple_evaluate(
+            results = simple_evaluate(
                 wrapped, tasks=specs, limit=limit, task_manager=self._manager, log_samples=True, batch_size=rows
             )
-        return {task.name: _content(task, self._opened[task.name], found) for task in tasks}
+        return {task.name: _content(task, self._opened[task.name], results) for task in tasks}
 
 
 def _content(task: HarnessTask, opened: Opened, found: Mapping[str, Any]) -> dict[str, Any]:

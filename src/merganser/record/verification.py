@@ -103,7 +103,7 @@ def verify(
             )
         entries = [entry for entry in entries if entry[0] in files]
     total = sum(size for _, size, _ in entries)
-    found = []
+    checked = []
     done = 0
     for name, size, digest in entries:
         before = done
@@ -112,13 +112,13 @@ def verify(
             if progress is not None:
                 progress(before + count, total)
 
-        found.append(VerifiedFile(name, size, *_compare(out, name, size, digest, tell)))
+        checked.append(VerifiedFile(name, size, *_compare(out, name, size, digest, tell)))
         done += size
         tell(size)
     new = sorted(_new(out, recorded)) if files is None else []
     loaded = _loaded_folders(recorded)
     extra = [name for name in new if _may_be_loaded(name, loaded)]
-    return Verification(out, found, extra, [name for name in new if name not in extra])
+    return Verification(out, checked, extra, [name for name in new if name not in extra])
 
 
 def _loaded_folders(recorded: Collection[str]) -> set[str]:
@@ -211,9 +211,9 @@ def _compare(out: Path, name: str, size: int, digest: str, tell: Callable[[int],
             return "link", f"is a link to {target}, and was written as a file"
         if not path.is_file():
             return ("changed", "is not a file") if path.exists() else ("missing", "is missing")
-        found = path.stat().st_size
-        if found != size:
-            return "changed", f"has {found:,} bytes, was written with {size:,}"
+        present_size = path.stat().st_size
+        if present_size != size:
+            return "changed", f"has {present_size:,} bytes, was written with {size:,}"
         actual = sha256_of_file(path, tell)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {os_reason(error)}") from None

@@ -60,18 +60,18 @@ def check_complete(where: str, config: Mapping[str, Any], shapes: Shapes, left_o
         CheckpointError: Tensors are missing or have other shapes than the config describes, or no model can be built.
     """
     anatomy = infer_anatomy(shapes, config)
-    found = doubts(shapes, anatomy, config)
-    if not found:
+    doubted = doubts(shapes, anatomy, config)
+    if not doubted:
         return []
     model = build_model(config) if config else None
     if model is None:
-        return [f"{where}: {each}{_UNCHECKED}" for each in found]
-    because = f"{where}: {some(found, 2)}"
+        return [f"{where}: {each}{_UNCHECKED}" for each in doubted]
+    because = f"{where}: {some(doubted, 2)}"
     if isinstance(model, str):
         raise CheckpointError(f"{because}; transformers cannot build the model of this config.json: {model}")
     loaded = load_names(model, shapes)
     if loaded is None:
-        return [f"{where}: {each}{_UNCHECKED}" for each in found]
+        return [f"{where}: {each}{_UNCHECKED}" for each in doubted]
     verdict = _judge(model, loaded, shapes, left_out)
     name = type(model).__name__
     if verdict.missing:

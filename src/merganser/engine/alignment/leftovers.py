@@ -51,17 +51,17 @@ def without_leftovers(
     patterns = dict(_LEFTOVERS)
     if architecture := _language_model(checkpoint.config):
         patterns[f"a head that {architecture} does not have"] = _OTHER_HEADS
-    found = {what: list(_matching(pattern, checkpoint.tensors)) for what, pattern in patterns.items()}
-    found = {what: names for what, names in found.items() if names}
-    if not found or not checkpoint.config:
+    leftovers = {what: list(_matching(pattern, checkpoint.tensors)) for what, pattern in patterns.items()}
+    leftovers = {what: names for what, names in leftovers.items() if names}
+    if not leftovers or not checkpoint.config:
         return checkpoint, []
-    parts = "; ".join(f"{what}: {some(names)}" for what, names in found.items())
+    parts = "; ".join(f"{what}: {some(names)}" for what, names in leftovers.items())
     if recipe.unmatched == "refuse":
         raise CheckpointError(
             f"{recipe.place_of_model(reference)}: {reference}: holds tensors that no model class loads: {parts}. Merge adapters into the weights (merge_and_unload), or "
             "write 'unmatched: skip' into the recipe to leave these out"
         )
-    left = {name for names in found.values() for name in names}
+    left = {name for names in leftovers.values() for name in names}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
     if not tensors:
         raise CheckpointError(

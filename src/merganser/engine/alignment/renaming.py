@@ -31,8 +31,8 @@ def named_alike(where: str, checkpoint: Checkpoint, donor: Checkpoint) -> tuple[
     if not odd or not donor.tensors.keys() - checkpoint.tensors.keys() or kind != donor.config.get("model_type"):
         return checkpoint, []
     loaded = _names_in_memory(donor.config, [*donor.tensors, *odd])
-    own = {loaded[name]: name for name in donor.tensors if name in loaded}
-    pairs = {name: own[loaded[name]] for name in sorted(odd) if loaded.get(name) in own}
+    donor_names = {loaded[name]: name for name in donor.tensors if name in loaded}
+    pairs = {name: donor_names[loaded[name]] for name in sorted(odd) if loaded.get(name) in donor_names}
     # skip parameters that are split into several tensors, and tensors stored under both names: neither is a renaming
     targets = list(pairs.values())
     pairs = {n: new for n, new in pairs.items() if targets.count(new) == 1 and new not in checkpoint.tensors}

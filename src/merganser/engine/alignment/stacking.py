@@ -91,13 +91,13 @@ def check_outside(name: str, inputs: Mapping[ModelReference, TensorInfo], donor:
         CheckpointError: The shapes differ.
     """
     expected = donor.tensor(own)
-    reference, found = next(iter(inputs.items()))
-    if expected is None or expected.shape == found.shape:
+    reference, tensor = next(iter(inputs.items()))
+    if expected is None or expected.shape == tensor.shape:
         return
     part = donor.anatomy.parts.get(own)
-    table = part is not None and part.role in ("embedding", "head") and expected.shape[1:] == found.shape[1:]
+    table = part is not None and part.role in ("embedding", "head") and expected.shape[1:] == tensor.shape[1:]
     why = "vocabularies differ" if table else "shapes differ"
     raise CheckpointError(
-        f"{name}: {why}: {list(found.shape)} in {reference}, {list(expected.shape)} in {donor.reference}, whose config "
+        f"{name}: {why}: {list(tensor.shape)} in {reference}, {list(expected.shape)} in {donor.reference}, whose config "
         "the output gets; only models of one architecture and size can be stacked"
     )

@@ -100,7 +100,7 @@ def _release(path: Path, descriptor: int) -> None:
 def _acquire_owner_file(path: Path) -> Lock | None:
     """Lock by a file that names the owner, for file systems without flock; return None if the owner still runs."""
     file = path.with_name(f"{path.name}.owner")
-    own = _Owner.of(os.getpid())
+    this_run = _Owner.of(os.getpid())
     while True:
         try:
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -109,7 +109,7 @@ def _acquire_owner_file(path: Path) -> Lock | None:
                 return None
             continue
         with os.fdopen(descriptor, "w", encoding="utf-8") as written:
-            written.write(own.text())
+            written.write(this_run.text())
 
         def release() -> None:
             for each in (file, path):

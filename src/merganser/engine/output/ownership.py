@@ -143,9 +143,9 @@ def survey_each(home: Path, *, known: Mapping[str, Owned] | None = None, hashing
     for path in sorted(home.iterdir()):
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode):
-            own = (known or {}).get(path.name) or survey(path, hashing=hashing)
-            files |= own.within(home).files
-            folders += own.within(home).folders
+            output = (known or {}).get(path.name) or survey(path, hashing=hashing)
+            files |= output.within(home).files
+            folders += output.within(home).folders
         elif stat.S_ISREG(status.st_mode) and path.name.endswith(".merging.lock") and not status.st_size:
             files[path.name] = _state(status)
         else:
@@ -186,14 +186,14 @@ def claimed(folder: Path, *, marker: str = MARKER) -> set[str]:
     if not data.startswith(_FIRST_LINE):
         # a first line that was cut off by a kill, or a file that is not a marker
         return {MARKER} if _FIRST_LINE.startswith(data) else set()
-    found = {MARKER}
+    names = {MARKER}
     for line in data.removeprefix(_FIRST_LINE).split(b"\n")[:-1]:
         # skip a line that was cut off by a kill: the run had not created that file yet
         with contextlib.suppress(ValueError, RecursionError):
             name = json.loads(line)
             if isinstance(name, str):
-                found.add(name)
-    return found
+                names.add(name)
+    return names
 
 
 def unfinished(folder: Path) -> bool:

@@ -184,7 +184,7 @@ class Staging:
         """Read an earlier run's journal, and prepare the folder: shards with headers and full sizes, and a journal."""
         take_back(self.folder, self.target, self._hidden)
         self._left = survey(replaced_folder(self.target))
-        found = survey(self.folder)
+        present_files = survey(self.folder)
         finished = Finished({}, 0)
         if unfinished(self.folder) and not fresh:
             finished = read_journal(self.folder / JOURNAL, fingerprint)
@@ -197,7 +197,9 @@ class Staging:
         self.continued = bool(self.finished)
         names = [shard.name for shard in self._shards]
         kept = [JOURNAL, MARKER, *names] if self.continued else []
-        replace(found, files={name: state for name, state in found.files.items() if name not in kept}).remove()
+        replace(
+            present_files, files={name: state for name, state in present_files.files.items() if name not in kept}
+        ).remove()
         self.folder.mkdir(exist_ok=True)
         self._check_room(beside)
         self.claim([JOURNAL, *names])
@@ -243,8 +245,8 @@ def check_target(out: Path, *, overwrite: bool) -> Owned:
         # a target with a marker was being replaced by a run that was killed, so the user has already agreed
         if not overwrite and not _is_empty(target) and not unfinished(target):
             raise OutputError(f"{out}: exists; choose another target, or allow it to be replaced with --overwrite")
-        found = survey(out, skip=working_names(target))
-        return Owned(target, {}, []) if unfinished(target) else replace(found, folder=target)
+        contents = survey(out, skip=working_names(target))
+        return Owned(target, {}, []) if unfinished(target) else replace(contents, folder=target)
     except OSError as error:
         if isinstance(error, OutputError):
             raise

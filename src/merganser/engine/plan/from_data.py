@@ -53,10 +53,10 @@ class DataOfModels:
                     f"{source.place}: its statistics {problem} {tensor.name}, other models' do; calibrate all models "
                     "with the same version of merganser"
                 )
-        found = {
+        statistics = {
             name: tuple(self._sum(own, k, models[k]) for k in range(len(models))) for name, own in self.wanted.items()
         }
-        return found, axes[0] == len(models[0].shape) - 2
+        return statistics, axes[0] == len(models[0].shape) - 2
 
     def _pairs(self, models: Sequence[TensorInfo]) -> list[tuple[Statistics, TensorInfo]]:
         return list(zip(self.folders, models, strict=True))
