@@ -95,7 +95,7 @@ def test_a_domain_that_does_not_count() -> None:
     found = evaluated("merged", "--tasks", "french.test.txt", "--base", "fr", "--experts", "french=fr")
     assert found.code == 0
     assert "note: french does not count: fr does not beat the base by two standard errors: 0 ± 0" in found.err
-    assert "note: every task has an expert, so nothing tells what was forgotten" in found.err
+    assert "note: every task has an expert, so forgetting cannot be measured" in found.err
 
 
 def test_json_to_stdout() -> None:

@@ -225,7 +225,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
     ),
     (lambda index: index["parameters"].clear(), CheckpointError, r"is damaged, or no index of sidecars"),
     (lambda index: index["tasks"][0]["parts"].clear(), CheckpointError, r"part '.*\.mask' is missing, must be uint8"),
-    (lambda index: index["tasks"][0]["parts"].append("../a/x"), CheckpointError, r"file '\.\./a/x' would lie outside"),
+    (lambda index: index["tasks"][0]["parts"].append("../a/x"), CheckpointError, r"file '\.\./a/x' would be outside"),
     (
         lambda index: index["tasks"][0]["files"].update(x="/etc/passwd"),
         CheckpointError,
@@ -237,7 +237,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
         CheckpointError,
         r"the name of a file must be a text, found 3",
     ),
-    (lambda index: index["tasks"][0]["files"].update({"C:\\x": "README"}), CheckpointError, r"would lie outside of"),
+    (lambda index: index["tasks"][0]["files"].update({"C:\\x": "README"}), CheckpointError, r"would be outside"),
     (
         lambda index: index["tensors"].update({"more.weight": {"dtypes": "float32", "kept": "merged"}}),
         CheckpointError,
@@ -317,7 +317,7 @@ def test_a_task_that_is_not_there_makes_no_folder(task: str, out: Path) -> None:
 def test_a_model_and_its_files_are_not_read_from_elsewhere(out: Path) -> None:
     (out.parent / "secret.json").write_text("{}")
     rewrite(out, lambda index: index["tasks"][0]["files"].update({"tokenizer.json": "../secret.json"}))
-    with ExitStack() as stack, pytest.raises(CheckpointError, match=r"file '\.\./secret\.json' would lie outside"):
+    with ExitStack() as stack, pytest.raises(CheckpointError, match=r"file '\.\./secret\.json' would be outside"):
         open_source(f"{out}#b", stack)
     rewrite(out, lambda index: index["tasks"][0]["files"].update({"tokenizer.json": "sidecars/b/x.json"}))
     (out / "sidecars/b/x.json").symlink_to("../../../secret.json")

@@ -87,7 +87,7 @@ def test_prediction_layers_that_a_fine_tune_lost(tmp_path):
 )
 def test_layers_and_embeddings_are_never_left_out(tmp_path, settings, name, choice):
     base, other = save(tmp_path / "base", "llama"), save(tmp_path / "other", "llama", **settings)
-    with pytest.raises(CheckpointError, match=rf"{name}: .*'unmatched: {choice}' is for what comes behind the layers"):
+    with pytest.raises(CheckpointError, match=rf"{name}: .*'unmatched: {choice}' is only for tensors after the layers"):
         plan(arithmetic(base, other, unmatched=choice))
 
 
