@@ -112,9 +112,9 @@ def write_model(
 
 def write_llamas(root: Path, n: int = 3, layers: int = 2, **options: Any) -> list[Path]:
     """Write models with the seeds 0, 1, ..."""
+    config = llama_config(layers, **{key: options[key] for key in ("vocab", "hidden") if key in options})
     return [
-        write_model(root / f"m{seed}", llama(seed, layers, **options), llama_config(layers), shards=1 + seed % 2)
-        for seed in range(n)
+        write_model(root / f"m{seed}", llama(seed, layers, **options), config, shards=1 + seed % 2) for seed in range(n)
     ]
 
 

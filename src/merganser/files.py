@@ -1,30 +1,61 @@
-"""Write files atomically."""
+"""Write files atomically, and hash them."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import OutputError
-from .jsonfile import os_reason
+from .jsonfile import open_regular, os_reason
 
-__all__ = ["write_whole"]
+__all__ = ["sha256_of_file", "write_whole"]
+
+_PIECE = 1 << 20
 
 
-def write_whole(path: Path, text: str) -> None:
+def sha256_of_file(path: Path, tell: Callable[[int], None] | None = None) -> str:
+    """Return the sha256 of a file, hexadecimal.
+
+    Args:
+        path: The file.
+        tell: Gets the number of bytes read so far.
+
+    Raises:
+        OSError: It cannot be read, or is not a regular file.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_PIECE))
+    done = 0
+    with open_regular(path) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            done += count
+            if tell is not None:
+                tell(done)
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, text: str, *, temporary: Path | None = None) -> None:
     """Write a text file atomically: until it is complete, the old file of that name stays.
 
     Args:
         path: The file; its folder exists.
         text: The contents, written as UTF-8; lone surrogates, as in undecodable file names, are escaped.
+        temporary: The file to write first, in a folder that is ours; by default one with a random name.
 
     Raises:
         OutputError: The file cannot be written.
     """
     try:
-        # a unique name: a fixed one might be a file of the user, or a link
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".merganser-")
+        if temporary is None:
+            # a unique name: a fixed one might be a file of the user, or a link
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=".merganser-")
+        else:
+            name = str(temporary)
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)

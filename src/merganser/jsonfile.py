@@ -133,11 +133,11 @@ def _integer(text: str) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"key {twice!r} appears twice")
-    return found
+    return mapping
 
 
 def _parse(text: str, duplicates: bool) -> Any:
@@ -190,8 +190,8 @@ def _parse_json(data: bytes, where: str, duplicates: bool) -> Any:
 
 def _object(parsed: Any, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
-        found = _JSON_NAMES.get(type(parsed), type(parsed).__name__)
-        raise CheckpointError(f"{where}: must be a JSON object, found {found}")
+        kind = _JSON_NAMES.get(type(parsed), type(parsed).__name__)
+        raise CheckpointError(f"{where}: must be a JSON object, found {kind}")
     return parsed
 
 
@@ -276,10 +276,10 @@ class Entry:
         return f"{self._file}: {self.place}" if self.place else self._file
 
     def __getitem__(self, key: str) -> Entry:
-        found = self.get(key)
-        if found is None:
+        entry = self.get(key)
+        if entry is None:
             raise CheckpointError(f"{self.where}: has no {key!r}, which every such file has; is it complete?")
-        return found
+        return entry
 
     def get(self, key: str) -> Entry | None:
         """Return the entry under a key of an object; None if the key is missing or its value is null."""
@@ -297,9 +297,9 @@ class Entry:
     def items(self) -> Iterator[tuple[str, Entry]]:
         """Yield the keys and entries of an object, except those whose value is null."""
         for key in self.names():
-            found = self.get(key)
-            if found is not None:
-                yield key, found
+            entry = self.get(key)
+            if entry is not None:
+                yield key, entry
 
     def is_list(self) -> bool:
         """Return whether the value is a list."""
@@ -321,19 +321,19 @@ class Entry:
 
     def whole(self) -> int:
         """Return a whole number of at least 0."""
-        found = self._value
+        number = self._value
         return (
-            found
-            if isinstance(found, int) and not isinstance(found, bool) and found >= 0
+            number
+            if isinstance(number, int) and not isinstance(number, bool) and number >= 0
             else self.refuse("a whole number")
         )
 
     def number(self) -> float:
         """Return a finite number."""
-        found = self._value
-        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        number = self._value
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             self.refuse("a finite number")
-        return float(found)
+        return float(number)
 
     def maybe(self) -> float | None:
         """Return a finite number, or None for null."""

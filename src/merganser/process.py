@@ -47,9 +47,9 @@ def memory_here(root: Path = Path("/")) -> int | None:
         The smallest limit that could be read; None if there is none.
     """
     try:
-        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError, AttributeError):
-        found = []
+        limits = []
     groups = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -66,9 +66,9 @@ def memory_here(root: Path = Path("/")) -> int | None:
             continue
         place = Path(path.lstrip("/"))
         # inside a container the path may be that of the host; the limit of the container is then in `top`
-        found += [limit for own in (place, *place.parents) if (limit := _limit(top / own / name)) is not None]
-    found += [limit for limit in map(_own_limit, ("RLIMIT_DATA", "RLIMIT_AS")) if limit is not None]
-    return min(found, default=None)
+        limits += [limit for own in (place, *place.parents) if (limit := _limit(top / own / name)) is not None]
+    limits += [limit for limit in map(_own_limit, ("RLIMIT_DATA", "RLIMIT_AS")) if limit is not None]
+    return min(limits, default=None)
 
 
 def data_limit() -> int | None:
@@ -80,10 +80,10 @@ def _own_limit(kind: str) -> int | None:
     try:
         import resource
 
-        found = resource.getrlimit(getattr(resource, kind))[0]
+        limit = resource.getrlimit(getattr(resource, kind))[0]
     except (ImportError, AttributeError, ValueError, OSError):
         return None
-    return None if found == resource.RLIM_INFINITY else found
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _limit(file: Path) -> int | None:

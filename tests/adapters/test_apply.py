@@ -277,8 +277,8 @@ def test_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
         (pair(), {"fan_in_fan_out": 1}, "fan_in_fan_out must be true or false, found 1"),
         (pair(), {"rank_pattern": 3}, "rank_pattern must be a mapping from names of modules to numbers, found 3"),
         (pair(), {"rank_pattern": {"q_proj": "2"}}, r"rank_pattern\.q_proj must be a finite number above 0, found '2'"),
-        (pair(), {"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is no regular expression"),
-        (pair(), {"alpha_pattern": {"(" * 9_999: 2}}, "alpha_pattern: .* is no regular expression"),
+        (pair(), {"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is not a regular expression"),
+        (pair(), {"alpha_pattern": {"(" * 9_999: 2}}, "alpha_pattern: .* is not a regular expression"),
         (pair(), {"alpha_pattern": {"a{99999999999}": 2}}, r"alpha_pattern: 'a\{99999999999\}' is no regular"),
         ({f"{Q}.lora_A.weight": torch.zeros(2, 4)}, {}, f"{Q} has A of LoRA alone; A and B are needed"),
         (

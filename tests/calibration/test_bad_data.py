@@ -180,7 +180,9 @@ def test_a_template_that_rewrites_what_was_said_tells_no_completions(model: Path
     _add_template(folder, "{{ messages | length }} said: " + CHAT)
     talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
     files = _lines({"messages": talk})(tmp_path)
-    with pytest.raises(DataError, match=r"message 2: the model's chat template writes earlier messages anew"):
+    with pytest.raises(
+        DataError, match=r"message 2: the model's chat template changes earlier messages when one is added"
+    ):
         merganser.calibrate(folder, files, tmp_path / "out", tokens="completions")
     assert merganser.calibrate(folder, files, tmp_path / "out").tensors
 

@@ -438,7 +438,7 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
         DataError, match=r"has no 'magnitude'; it has count, gram. Calibrate again with --statistics magnitude"
     ):
         good.info("magnitude", "model.layers.0.mlp.up_proj.weight")
-    with pytest.raises(DataError, match=r"has nothing of tensor 'model.norm.weight'"):
+    with pytest.raises(DataError, match=r"has no entry for tensor 'model.norm.weight'"):
         good.info("gram", "model.norm.weight")
 
 

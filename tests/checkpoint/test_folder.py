@@ -122,7 +122,7 @@ def test_weights_that_are_not_read_are_told(
     write_shards(tmp_path, shards, index)
     assert open_checkpoint(str(tmp_path)).unread == unread
     planned = plan({"merge_method": "linear", "models": [{"model": str(tmp_path)}], "parameters": {"weight": 1}})
-    told = [text for text in planned.warnings if "may hold weights, too; read is " in text]
+    told = [text for text in planned.warnings if "may also hold weights; only " in text]
     assert len(told) == (1 if unread else 0)
     assert all(text.startswith(f"{tmp_path}: {', '.join(unread)} may") for text in told)
 

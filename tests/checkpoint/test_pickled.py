@@ -180,3 +180,26 @@ def test_damaged_file_is_refused_or_read(data: st.DataObject, saved: tuple[Path,
     except MergeError:
         return
     assert all(len(found) == checkpoint.tensors[name].nbytes for name, found in read_all(checkpoint).items())
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("container", ["key", "set"])
+def test_a_pickle_that_takes_forever_is_refused(zipped: bool, container: str, tmp_path: Path) -> None:
+    value: object = "a"
+    for _ in range(24):
+        value = (value, value)
+    content = {"w": torch.zeros(2), "x": {value: 1} if container == "key" else {value}}
+    file = tmp_path / "x.bin"
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="nested so that reading them would take practically forever; convert it"):
+        read_pickled(file)
+
+
+def test_a_long_string_that_is_encoded_is_refused(tmp_path: Path) -> None:
+    class Encoded:
+        def __reduce__(self) -> tuple[object, tuple[str, str]]:
+            return __import__("_codecs").encode, ("a" * 200_000, "punycode")
+
+    torch.save({"w": torch.zeros(2), "x": Encoded()}, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match="it encodes a long string"):
+        read_pickled(tmp_path / "x.bin")

@@ -294,7 +294,7 @@ def test_no_room_on_the_disk(models: Path, monkeypatch: pytest.MonkeyPatch) -> N
     before = names(models)
     found = run("merge", "r.yaml", "out")
     assert found.code == 2
-    assert "disk is" in found.err
+    assert "too little disk space" in found.err
     assert "room" in found.err
     assert names(models) == before
 

@@ -58,7 +58,7 @@ def test_tables(tmp_path: Path) -> None:
     assert lines[7].split() == ["items", "8", "windows", "8", "windows", "8", "questions"]
     assert lines[8] == "other metrics"
     assert lines[10].split() == ["token_accuracy", "↑", "token_accuracy", "↑", "accuracy_norm", "↑"]
-    assert lines[-1] == f"wrote {out}, and out.json.items.jsonl beside it with what was measured on every item"
+    assert lines[-1] == f"wrote {out}, and out.json.items.jsonl with the measurements of every item"
 
 
 def test_retention(made: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_domain_that_does_not_count() -> None:
     found = evaluated("merged", "--tasks", "french.test.txt", "--base", "fr", "--experts", "french=fr")
     assert found.code == 0
     assert "note: french does not count: fr does not beat the base by two standard errors: 0 ± 0" in found.err
-    assert "note: every task has an expert, so nothing tells what was forgotten" in found.err
+    assert "note: every task has an expert, so forgetting cannot be measured" in found.err
 
 
 def test_json_to_stdout() -> None:
@@ -128,7 +128,7 @@ def test_a_model_that_fails(made: Path, tmp_path: Path) -> None:
         (["merged", "--tasks", "frensh.test.txt"], "there is no such file. Did you mean 'french.test.txt'?"),
         (["merged", "--tasks", "quiz.jsonl", "--experts", "quiz=fr"], "experts: need a base (--base)"),
         (["merged", "--tasks", "quiz.jsonl", "--base", "base", "--experts", "qiz=fr"], "Did you mean 'quiz'?"),
-        (["merged", "--tasks", "quiz.jsonl", "--json", "quiz.jsonl"], "exists and is no evaluation of merganser"),
+        (["merged", "--tasks", "quiz.jsonl", "--json", "quiz.jsonl"], "exists and is not an evaluation by merganser"),
         (["nowhere", "--tasks", "quiz.jsonl"], "nowhere"),
         (["merged"], "Missing option '--tasks'"),
         (["--tasks", "quiz.jsonl", "merged"], "Missing argument 'CKPT'"),

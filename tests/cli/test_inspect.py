@@ -20,7 +20,7 @@ def test_inspect(models: Path) -> None:
     size = (models / "a" / "model.safetensors").stat().st_size
     assert (found.code, found.err) == (0, "")
     assert found.out == (
-        "LlamaForCausalLM · 19 tensors, 1,576 parameters, 3.15 KB\n"
+        "ArceeForCausalLM · 19 tensors, 1,576 parameters, 3.15 KB\n"
         "  folder       a\n"
         "  layers       2 (model.layers)\n"
         "  vocabulary   32\n"

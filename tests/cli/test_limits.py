@@ -68,7 +68,7 @@ def test_a_page_replaces_only_a_page(models: Path) -> None:
         found = run("report", "out", "--out", target, "--overwrite")
         assert (found.code, found.err) == (
             2,
-            f"error: {target}: exists and is no page of merganser; choose another file with --out\n",
+            f"error: {target}: exists and is not a page by merganser; choose another file with --out\n",
         )
     assert (models / "thesis.html").read_text() == "mine"
     assert Path("/dev/null").is_char_device()

@@ -56,9 +56,9 @@ def test_the_base_is_counted_apart(models: Path) -> None:
 
 def test_other_architectures_are_loaded_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "a", state(0), architectures=["BertModel"], model_type="bert")
+    write(tmp_path / "a", state(0), architectures=["NewModel"], model_type="new")
     file = recipe(tmp_path / "r.yaml", linear("a"))
-    assert run("merge", file, "out").out.endswith('transformers.BertModel.from_pretrained("out")\n')
+    assert run("merge", file, "out").out.endswith('transformers.NewModel.from_pretrained("out")\n')
     (tmp_path / "a" / "config.json").unlink()
     found = run("merge", file, "bare")
     assert found.out.endswith("merganser verify bare\n")

@@ -55,7 +55,7 @@ def test_a_reader_that_has_enough(models: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         assert running.stderr is not None
-        assert running.stdout.readline().startswith("LlamaForCausalLM")
+        assert running.stdout.readline().startswith("ArceeForCausalLM")
         running.stdout.close()
         assert running.stderr.read() == ""
         assert running.wait(60) == 141
@@ -64,7 +64,7 @@ def test_a_reader_that_has_enough(models: Path) -> None:
 def test_a_terminal_without_our_letters(models: Path) -> None:
     done = process("inspect", "a", PYTHONIOENCODING="iso8859-5")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("LlamaForCausalLM ? 19 tensors")
+    assert done.stdout.startswith("ArceeForCausalLM ? 19 tensors")
 
 
 def test_progress_is_shown_on_a_terminal_only(models: Path) -> None:
@@ -99,8 +99,9 @@ def test_ctrl_c_and_on(models: Path) -> None:
     for seed, name in enumerate("xyz"):
         generator = torch.Generator().manual_seed(seed)
         shape = (1024, 1024)
-        big = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(shape, generator=generator) for i in range(8)}
-        write(models / name, {key: tensor.bfloat16() for key, tensor in big.items()}, num_hidden_layers=8)
+        big = {f"model.layers.{i}.dense.weight": torch.randn(shape, generator=generator) for i in range(8)}
+        write(models / name, {key: tensor.bfloat16() for key, tensor in big.items()})
+        (models / name / "config.json").write_text('{"model_type": "new", "num_hidden_layers": 8}')
     file = recipe(
         models / "r.yaml",
         {

@@ -129,7 +129,7 @@ def test_the_target_exists(out: Path) -> None:
         "error: out-b: exists; choose another target, or allow it to be replaced with --overwrite"
     )
     assert error("out", "--task", "b", "--out", "out", "--overwrite") == (
-        "error: out: out, which is read, lies there; choose another target"
+        "error: out: out, which is read, is in this folder; choose another target"
     )
     assert error("out", "--task", "b", "--out", "a", "--overwrite") == (
         "error: a: was not written by merganser (it has no merge.json) and holds 'config.json'; move it away, or choose "
@@ -225,7 +225,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
     ),
     (lambda index: index["parameters"].clear(), CheckpointError, r"is damaged, or no index of sidecars"),
     (lambda index: index["tasks"][0]["parts"].clear(), CheckpointError, r"part '.*\.mask' is missing, must be uint8"),
-    (lambda index: index["tasks"][0]["parts"].append("../a/x"), CheckpointError, r"file '\.\./a/x' would lie outside"),
+    (lambda index: index["tasks"][0]["parts"].append("../a/x"), CheckpointError, r"file '\.\./a/x' would be outside"),
     (
         lambda index: index["tasks"][0]["files"].update(x="/etc/passwd"),
         CheckpointError,
@@ -237,7 +237,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
         CheckpointError,
         r"the name of a file must be a text, found 3",
     ),
-    (lambda index: index["tasks"][0]["files"].update({"C:\\x": "README"}), CheckpointError, r"would lie outside of"),
+    (lambda index: index["tasks"][0]["files"].update({"C:\\x": "README"}), CheckpointError, r"would be outside"),
     (
         lambda index: index["tensors"].update({"more.weight": {"dtypes": "float32", "kept": "merged"}}),
         CheckpointError,
@@ -317,7 +317,7 @@ def test_a_task_that_is_not_there_makes_no_folder(task: str, out: Path) -> None:
 def test_a_model_and_its_files_are_not_read_from_elsewhere(out: Path) -> None:
     (out.parent / "secret.json").write_text("{}")
     rewrite(out, lambda index: index["tasks"][0]["files"].update({"tokenizer.json": "../secret.json"}))
-    with ExitStack() as stack, pytest.raises(CheckpointError, match=r"file '\.\./secret\.json' would lie outside"):
+    with ExitStack() as stack, pytest.raises(CheckpointError, match=r"file '\.\./secret\.json' would be outside"):
         open_source(f"{out}#b", stack)
     rewrite(out, lambda index: index["tasks"][0]["files"].update({"tokenizer.json": "sidecars/b/x.json"}))
     (out / "sidecars/b/x.json").symlink_to("../../../secret.json")

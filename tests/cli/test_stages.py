@@ -27,6 +27,22 @@ def chain(folder: Path, **more: Any) -> Path:
     return recipe(folder / "r.yaml", linear("a", "b", name="first"), linear("first", "c", **more))
 
 
+def test_a_folder_of_the_name_of_a_stage_is_said(models: Path) -> None:
+    recipe(models / "r.yaml", linear("a", "b", name="c"), linear("c", "a"))
+    found = run("plan", "r.yaml")
+    assert found.code == 0
+    assert (
+        "r.yaml:11: 'c' is the result of the recipe at r.yaml:1, not the path of this name; rename one of them"
+    ) in " ".join(found.out.split()) + " ".join(found.err.split())
+
+
+def test_a_stage_that_is_named_like_a_model_on_the_hub_is_said(models: Path) -> None:
+    recipe(models / "r.yaml", linear("a", "b", name="org/model"), linear("org/model", "c"))
+    (warning,) = plan(models / "r.yaml").warnings
+    assert "'org/model' is the result of the recipe at" in warning
+    assert "not the model on the Hub of this name" in warning
+
+
 class Counting:
     """A progress that counts runs, and may stop one."""
 
@@ -119,11 +135,11 @@ def test_what_nobody_needs_is_not_made(models: Path) -> None:
     found = run("merge", file, "out")
     assert found.code == 0
     assert found.err == (
-        f"warning: last: {file}:1: no recipe behind it uses the result of 'spare', so it is not made; "
-        "--keep-stages makes and keeps it\n"
+        f"warning: last: {file}:1: no later recipe uses the result of 'spare', so it is not run; "
+        "--keep-stages runs it and keeps the result\n"
     )
     assert "after the stages" not in found.out
-    assert "not made" in run("plan", file).out
+    assert "not run" in run("plan", file).out
     found = run("merge", file, "out", "--overwrite", "--keep-stages")
     assert (found.code, found.err) == (0, "")
     assert run("verify", stages_folder("out") / "spare").code == 0

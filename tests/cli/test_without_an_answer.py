@@ -72,4 +72,4 @@ def test_a_tensor_of_zeros_has_no_place_on_an_arc(models: Path) -> None:
     write(models / "c", empty)
     document = {"merge_method": "slerp", "base_model": "a", "models": [{"model": "c"}], "parameters": {"t": 0.5}}
     message = refused(models, document)
-    assert f"{name}: slerp: the model holds nothing but zeros" in message
+    assert f"{name}: slerp: the model is all zeros" in message

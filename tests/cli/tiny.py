@@ -1,4 +1,4 @@
-"""Llama-shaped models of two layers, recipes over them, and the command in this process."""
+"""Models of two layers, without a gate in the MLP, recipes over them, and the command in this process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from merganser.cli import app
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "architectures": ["ArceeForCausalLM"],
+    "model_type": "arcee",
     "hidden_size": 8,
     "intermediate_size": 16,
     "num_hidden_layers": 2,

@@ -145,12 +145,16 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (with_first(statistics=str(tmp_path / "magnitudes")), DataError, "Calibrate again with --statistics gram"),
         (with_first(statistic="x"), RecipeError, "unknown key 'statistic'. Did you mean 'statistics'?"),
         (with_first(statistics=["x"]), RecipeError, "statistics"),
-        (with_first(statistics=str(tmp_path / "of-gpt2")), RecipeError, r"models\[0\]: its statistics have nothing of"),
+        (
+            with_first(statistics=str(tmp_path / "of-gpt2")),
+            RecipeError,
+            r"models\[0\]: its statistics have no entry for",
+        ),
     ]
     both = _recipe(tmp_path)
     for model in both["models"]:
         model["statistics"] = str(tmp_path / "of-gpt2")
-    cases.append((both, RecipeError, "are of none of the tensors that regmean merges"))
+    cases.append((both, RecipeError, "cover none of the tensors that regmean merges"))
     based = _recipe(tmp_path)
     based["models"].append({"model": str(tmp_path / "base"), "statistics": str(tmp_path / "statistics1")})
     cases.append((based, RecipeError, r"models\[2\] statistics: regmean uses no statistics of the base"))

@@ -98,7 +98,7 @@ def test_names_that_lm_eval_does_not_know(zoo: Path, tmp_path: Path) -> None:
     ):
         evaluate([zoo / "a"], ["arc_esy"])
     (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\noutput_type: nonsense\n")
-    with pytest.raises(TaskError, match=r"bad\.yaml: lm-eval cannot carry it out: "):
+    with pytest.raises(TaskError, match=r"bad\.yaml: lm-eval cannot run it: "):
         evaluate([zoo / "a"], [tmp_path / "bad.yaml"])
 
 
@@ -107,7 +107,9 @@ def test_without_lm_eval(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quiz.yaml").write_text("task: quiz\n")
-    with pytest.raises(TaskError, match=r"quiz\.yaml: lm-eval carries out .* pip install 'merganser\[eval\]'"):
+    with pytest.raises(
+        TaskError, match=r"quiz\.yaml: tasks in this format are run by lm-eval.* pip install 'merganser\[eval\]'"
+    ):
         evaluate([zoo / "a"], ["quiz.yaml"])
     with pytest.raises(
         TaskError, match=r"quiz\.yam: no such file\. Did you mean 'quiz\.yaml'\? If lm-eval has .* pip install"

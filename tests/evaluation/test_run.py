@@ -254,9 +254,9 @@ def test_targets_that_cannot_be_written(zoo: Path, tasks: list[Path], tmp_path: 
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling.json").symlink_to("nowhere")
     for name, message in (
-        ("dangling.json", "exists and is no evaluation of merganser"),
-        ("mine.json", "exists and is no evaluation of merganser"),
-        ("list.json", "exists and is no evaluation of merganser"),
+        ("dangling.json", "exists and is not an evaluation by merganser"),
+        ("mine.json", "exists and is not an evaluation by merganser"),
+        ("list.json", "exists and is not an evaluation by merganser"),
         ("folder", "is a folder; give the name of a file"),
         ("no/out.json", "there is no folder"),
     ):

@@ -65,7 +65,7 @@ def test_one_model_is_itself():
 
 def test_a_model_of_zeros_is_refused_beside_others():
     _, (model,) = make_models((80, 125), 1)
-    with pytest.raises(CheckpointError, match=r"^lm\.bias: karcher: model 1 holds nothing but zeros"):
+    with pytest.raises(CheckpointError, match=r"^lm\.bias: karcher: model 1 is all zeros"):
         merge_tensor(karcher, None, [model, torch.zeros_like(model)], name="lm.bias")
     zeros = [torch.zeros(5), torch.zeros(5)]
     assert torch.equal(merge_tensor(karcher, None, zeros), zeros[0])

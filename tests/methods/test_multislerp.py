@@ -61,6 +61,13 @@ def test_directions_that_cancel_are_averaged_as_they_are(n):
     torch.testing.assert_close(merged, torch.tensor([2.0 / n, 0.0]), rtol=1e-6, atol=1e-6)
 
 
+def test_a_task_vector_of_zeros_has_no_direction_but_counts_in_the_length():
+    base, (model,) = make_models((80, 125), 1, change=0.5)
+    merged = merge_tensor(multislerp, base, [base, model], {"weight": [1, 1]})
+    torch.testing.assert_close(merged - base, (model - base) / 2, rtol=1e-4, atol=1e-6)
+    assert torch.equal(merge_tensor(multislerp, base, [base, base], {"weight": [1, 1]}), base)
+
+
 def test_a_model_of_zeros_has_no_direction_but_counts_in_the_length():
     _, models = make_models((80, 125), 1)
     merged = merge_tensor(multislerp, None, [models[0], torch.zeros_like(models[0])], {"weight": [1, 1]})

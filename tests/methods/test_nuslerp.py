@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -87,3 +89,16 @@ def test_opposite_task_vectors_take_the_straight_line(axis):
         nuslerp, torch.zeros_like(base), [model - base, base - model], {"weight": [0.75, 0.25], **axis}
     )
     torch.testing.assert_close(merged, (model - base) / 2, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("axis", [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_vector_of_zeros_counts_as_at_a_right_angle(axis, with_base):
+    """It is the task vector of a tensor that one model left unchanged."""
+    origin, (model,) = make_models((60, 50), 1, change=0.5)
+    base = origin if with_base else None
+    start = origin if with_base else torch.zeros_like(origin)
+    for weight, share in (([0.5, 0.5], 0.5**0.5), ([0.75, 0.25], math.sin(math.pi / 8)), ([1, 0], 0.0)):
+        merged = merge_tensor(nuslerp, base, [start, model], {"weight": weight, **axis})
+        torch.testing.assert_close(merged - start, share * (model - start), rtol=1e-4, atol=1e-6)
+    assert torch.equal(merge_tensor(nuslerp, base, [start, start], {"weight": [0.5, 0.5], **axis}), start)

@@ -62,7 +62,7 @@ def test_opposite_vectors_take_the_straight_line():
 def test_a_tensor_of_zeros_is_refused_unless_an_end_is_taken(which):
     _, (tensor,) = make_models((80, 125), 1)
     base, model = (torch.zeros_like(tensor), tensor) if which == "the base" else (tensor, torch.zeros_like(tensor))
-    with pytest.raises(CheckpointError, match=f"^lm.bias: slerp: {which} holds nothing but zeros"):
+    with pytest.raises(CheckpointError, match=f"^lm.bias: slerp: {which} is all zeros"):
         merge_tensor(slerp, base, [model], {"t": 0.5}, name="lm.bias")
     for t, end in ((0, base), (1, model)):
         assert torch.equal(merge_tensor(slerp, base, [model], {"t": t}), end)

@@ -108,7 +108,7 @@ def test_documents_keep_their_text() -> None:
         ("a: !mine [1]\n", "recipe.yaml:1: the tag '!mine' is not allowed; recipes hold plain values only"),
         ("a: !!int x\n", "recipe.yaml:1: the tag !!int does not fit 'x'"),
         ("a: *b\n", "recipe.yaml:1: alias *b has no anchor before it"),
-        ("a: &a\n  - *a\n", "recipe.yaml:2: alias *a stands inside what it names"),
+        ("a: &a\n  - *a\n", "recipe.yaml:2: alias *a is inside the value that it refers to"),
         ("a: &a 1\n---\nb: *a\n", "recipe.yaml:3: alias *a has no anchor before it"),
         ("? [a]\n: 1\n", "recipe.yaml:1: a key must be a plain text"),
         ("a: &a x\n*a : 1\n", "recipe.yaml:2: a key must be a plain text"),

@@ -136,7 +136,7 @@ def _source(layer_range: str) -> str:
         ),
         (
             _source("[0, 2]") + "    layer_range: [0, 2]\n",
-            "<recipe>:6 slices[0]: unknown key 'layer_range'. Write it beside 'model' in the 'sources' of a slice. Allowed: sources, parameters, base_model, residual_weight",
+            "<recipe>:6 slices[0]: unknown key 'layer_range'. Write it next to 'model' in the 'sources' of a slice. Allowed: sources, parameters, base_model, residual_weight",
         ),
         (LINEAR + "parameters: 3\n", "<recipe>:3 parameters: expected a mapping, got 3"),
         (LINEAR + "parameters:\n  weight:\n", "<recipe>:4 parameters: 'weight' has no value"),

@@ -100,7 +100,7 @@ MISPLACED = [
     (LINEAR + "base_model: {model: a, revision: b}\n", "revision", "in the model: {path: ..., revision: ...}"),
     (LINEAR.replace("{weight: 1}", "{weight: 1}\n    weight: 1"), "weight", "a parameter of linear: write it below"),
     (LINEAR.replace("{weight: 1}", "{weight: 1}\n    dtype: float16"), "dtype", "at the top of the recipe"),
-    (LINEAR.replace("{weight: 1}", "{weight: 1}\n    layer_range: [0, 1]"), "layer_range", "beside 'model' in the 'sources'"),
+    (LINEAR.replace("{weight: 1}", "{weight: 1}\n    layer_range: [0, 1]"), "layer_range", "next to 'model' in the 'sources'"),
     (LINEAR + "normalize: true\n", "normalize", "It is a parameter of linear: write it below 'parameters'"),
     (TIES + "rescale: true\n", "rescale", "It is a parameter of ties: write it below 'parameters'"),
     (LINEAR + "filter: mlp\n", "filter", "in the value of a parameter"),

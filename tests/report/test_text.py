@@ -131,7 +131,7 @@ def test_an_evaluation_without_experts(out: Path) -> None:
     found = evaluation(out) | {"retention": None}
     write_evaluation(out.parent / "eval.json", found)
     text = run("report", "out", "--text", "--eval", "eval.json").out
-    assert "What was kept and lost is told where eval gets both --base and --experts.\n" in text
+    assert "What was kept and lost is shown if eval gets both --base and --experts.\n" in text
     assert "kept and lost\n" not in text
 
 

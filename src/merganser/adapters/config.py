@@ -20,7 +20,7 @@ _REFUSED = {
     "lora_bias": "its B matrices have biases",
     "trainable_token_indices": "it replaces single rows of the embeddings",
     "layer_replication": "it repeats layers of the base",
-    "alora_invocation_tokens": "it acts behind certain tokens only",
+    "alora_invocation_tokens": "it acts only after certain tokens",
     "use_qalora": "it is a QALoRA adapter, tied to a quantised base",
     "use_bdlora": "it is a block-diagonal LoRA adapter",
     "arrow_config": "it chooses between adapters for each token",

@@ -75,6 +75,6 @@ def _elsewhere(keys: Sequence[str], modules: Sequence[str]) -> list[int | None]:
         raise PatternError("the keys cannot be matched; write the names of modules") from None
     found = json.loads(done.stdout)
     if "error" in found:
-        raise PatternError(f"{found['key']!r} is no regular expression: {found['error']}")
+        raise PatternError(f"{found['key']!r} is not a regular expression: {found['error']}")
     first: list[int | None] = found["first"]
     return first

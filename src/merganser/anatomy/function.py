@@ -73,11 +73,11 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
     if first == second or not first or not second:
         return []
     ours, theirs = settings(first), settings(second)
-    found = []
+    differing = []
     lonely = {key.rpartition(".")[0] for key in ours} ^ {key.rpartition(".")[0] for key in theirs}
     for tower in sorted(lonely):
         said = "given" if any(key.startswith(f"{tower}.") for key in ours) else None
-        found.append(Difference(tower, "unknown", said, None if said else "given"))
+        differing.append(Difference(tower, "unknown", said, None if said else "given"))
     for key in dict.fromkeys([*ours, *theirs]):
         if key.rpartition(".")[0] in lonely:
             continue
@@ -86,8 +86,8 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
         if kind is not None and not _same(key, a, b):
             # the class's default for the absent setting is unknown
             unsaid = kind == "meaning" and (a is None or b is None)
-            found.append(Difference(key, "unknown" if unsaid else kind, a, b))
-    return found
+            differing.append(Difference(key, "unknown" if unsaid else kind, a, b))
+    return differing
 
 
 def _same(key: str, first: Any, second: Any) -> bool:
@@ -130,11 +130,11 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     split them differently; sub-configs of towers keep their name as a prefix. RoPE settings are written in one form,
     and known class defaults are filled in.
     """
-    found: dict[str, Any] = {}
+    collected: dict[str, Any] = {}
     for prefix, scope in _scopes(config, "", _MOST_DEPTH):
         for key, value in _canonical(scope).items():
-            found[prefix + key] = value
-    return found
+            collected[prefix + key] = value
+    return collected
 
 
 def _scopes(config: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -172,14 +172,14 @@ def _canonical(scope: Mapping[str, Any]) -> dict[str, Any]:
         raw["hidden_act"] = raw["hidden_activation"]
     raw |= _rope(raw)
     raw |= _derived(raw, scope)
-    found: dict[str, Any] = {}
+    canonical: dict[str, Any] = {}
     for key, value in raw.items():
         if key == "model_type":
             if isinstance(value, str):
-                found[key] = value
+                canonical[key] = value
         elif key not in _ALIASES and key != "hidden_activation" and kind_of(key) is not None:
-            found[key] = _value(key, value)
-    return found
+            canonical[key] = _value(key, value)
+    return canonical
 
 
 def _value(key: str, value: Any) -> Any:
@@ -208,45 +208,45 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     parameters |= full if isinstance(full, dict) else {}
     older = raw.get("rope_scaling")
     scaling = dict(older) if isinstance(older, dict) and not parameters else parameters
-    found: dict[str, Any] = {"rope_parameters": None}
+    rope: dict[str, Any] = {"rope_parameters": None}
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in scaling:
-            found[key] = scaling.pop(key)
+            rope[key] = scaling.pop(key)
     if isinstance(sliding, dict) and "rope_theta" in sliding:
-        found["rope_local_base_freq"] = sliding["rope_theta"]
+        rope["rope_local_base_freq"] = sliding["rope_theta"]
     kind = scaling.pop("rope_type", scaling.pop("type", None))
     scaling.pop("type", None)
     if kind not in (None, "default", "mrope"):
         scaling["rope_type"] = kind
     if newer or older is not None:
-        found["rope_scaling"] = scaling or None
-    both = {**raw, **found}
+        rope["rope_scaling"] = scaling or None
+    both = {**raw, **rope}
     if both.get("rope_local_base_freq") == both.get("rope_theta"):
-        found["rope_local_base_freq"] = None
-    return found
+        rope["rope_local_base_freq"] = None
+    return rope
 
 
 def _derived(raw: Mapping[str, Any], scope: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings that are absent and follow from others."""
-    found: dict[str, Any] = {}
+    derived: dict[str, Any] = {}
     heads, hidden = as_int(raw.get("num_attention_heads")), as_int(raw.get("hidden_size"))
     if heads:
         if raw.get("num_key_value_heads") is None:
-            found["num_key_value_heads"] = heads
+            derived["num_key_value_heads"] = heads
         if raw.get("qk_rope_head_dim") is not None:
             # multi-head latent attention has several head widths, under other keys
-            found["head_dim"] = None
+            derived["head_dim"] = None
         elif hidden and raw.get("head_dim") is None:
-            found["head_dim"] = hidden // heads
+            derived["head_dim"] = hidden // heads
     if not raw.get("use_sliding_window", True):
         # Qwen's configs keep the window size even if the window is off
-        found |= {"sliding_window": None, "max_window_layers": None}
+        derived |= {"sliding_window": None, "max_window_layers": None}
     counts = [as_int(scope.get(key)) for key in COUNT_KEYS]
     count = next((count for count in counts if count is not None and 0 < count <= 10_000), None)
     if count is not None:
-        implied = implied_lists({**raw, **found}, count)
-        found |= {key: value for key, value in implied.items() if raw.get(key) is None}
-        types = found.get("layer_types", raw.get("layer_types"))
+        implied = implied_lists({**raw, **derived}, count)
+        derived |= {key: value for key, value in implied.items() if raw.get(key) is None}
+        types = derived.get("layer_types", raw.get("layer_types"))
         if isinstance(types, list) and set(map(str, types)) == {"full_attention"}:
-            found["layer_types"] = None
-    return found
+            derived["layer_types"] = None
+    return derived

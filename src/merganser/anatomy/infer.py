@@ -150,8 +150,10 @@ def _side_prefixes(stacks: Mapping[str, int], main: str | None) -> tuple[str, ..
         return ()
     roots = []
     for prefix in stacks:
-        words, own = prefix.split("."), main.split(".")
-        shared = next((i for i, pair in enumerate(zip(words, own, strict=False)) if pair[0] != pair[1]), len(own))
+        words, main_words = prefix.split("."), main.split(".")
+        shared = next(
+            (i for i, pair in enumerate(zip(words, main_words, strict=False)) if pair[0] != pair[1]), len(main_words)
+        )
         if prefix != main and shared < len(words):
             roots.append(".".join(words[: shared + 1]) + ".")
     return tuple(roots)

@@ -15,7 +15,7 @@ __all__ = ["RULE_KEYS", "refit_rules"]
 # Settings by which the model's code computes with a layer's index. 0 or False switches such a setting off.
 _BY_NUMBER = {
     "encoder_sparse_step": "layers with experts are counted by number",
-    "num_mem_blocks": "shared blocks take turns by number",
+    "num_mem_blocks": "shared blocks alternate by layer number",
     "ple_layer_ids": "the rows of a table are given to layers by their number",
     "scale_attn_by_inverse_layer_idx": "attention is divided by the layer's number",
 }
@@ -25,9 +25,9 @@ _BY_COUNT = {
     "cross_layer_interval": "cross-attention layers are spread over the layers in a stack of their own",
     "block_sizes": "layers are blocks of different lengths",
     "depths": "layers are stages of different widths",
-    "hidden_size_per_layer_input": "a table beside the layers has columns for each of them",
+    "hidden_size_per_layer_input": "a table outside the layers has columns for each layer",
     "num_block_repeats": "layers are stages of different widths",
-    "use_weighted_layer_sum": "a tensor beside the layers has a weight for each of them",
+    "use_weighted_layer_sum": "a tensor outside the layers has a weight for each layer",
 }
 # Settings for which 1 means off.
 _HARMLESS_ONE = frozenset(("encoder_sparse_step", "num_mem_blocks"))

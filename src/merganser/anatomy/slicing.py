@@ -66,14 +66,14 @@ def slice_config(config: Mapping[str, Any], layers: Sequence[int], *, anatomy: A
     if not named:
         # some classes take the number of layers from the length of this list
         kinds = ((scope, scope.get("layers_block_type")) for scope in text_scopes(result))
-        scopes = [scope for scope, found in kinds if isinstance(found, list) and len(found) == count]
+        scopes = [scope for scope, counts in kinds if isinstance(counts, list) and len(counts) == count]
     if not named and not scopes:
         result["num_hidden_layers"] = count
         scopes = [result]
         warnings.append("config.json names no number of layers; num_hidden_layers is added")
     elif not scopes:
-        found = ", ".join(f"{key}={scope[key]}" for scope, key in named)
-        raise CheckpointError(f"config.json: the file has {count} layers, the config says {found}")
+        counts = ", ".join(f"{key}={scope[key]}" for scope, key in named)
+        raise CheckpointError(f"config.json: the file has {count} layers, the config says {counts}")
     for scope in {id(scope): scope for scope in scopes}.values():
         warnings += _slice_scope(scope, layers, count)
     _check_first_layer(layers, anatomy)
@@ -82,8 +82,8 @@ def slice_config(config: Mapping[str, Any], layers: Sequence[int], *, anatomy: A
 
 def _check(layers: Sequence[int], anatomy: Anatomy) -> None:
     if anatomy.main is None:
-        found = ", ".join(anatomy.stacks) or "none"
-        raise UnsupportedError(f"choosing layers needs a checkpoint with one main stack of layers; found {found}")
+        stacks = ", ".join(anatomy.stacks) or "none"
+        raise UnsupportedError(f"choosing layers needs a checkpoint with one main stack of layers; found {stacks}")
     if not layers:
         raise ValueError("layers: none chosen; at least one is needed")
     if wrong := [index for index in layers if not 0 <= index < anatomy.n_layers]:

@@ -33,11 +33,11 @@ def find_stacks(names: Iterable[str], counts: Collection[int]) -> dict[str, int]
         counts: The numbers of layers in the config.
     """
     names = list(names)
-    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    suffixes: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         for prefix, index, suffix in walk(name):
-            found[prefix][index].add(suffix)
-    sizes = {prefix: size for prefix, layers in found.items() if (size := _stack_size(prefix, layers, counts))}
+            suffixes[prefix][index].add(suffix)
+    sizes = {prefix: size for prefix, layers in suffixes.items() if (size := _stack_size(prefix, layers, counts))}
     outermost = {hit[0] for name in names if (hit := split_at(name, sizes))}
     return {prefix: size for prefix, size in sizes.items() if prefix in outermost}
 

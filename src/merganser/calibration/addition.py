@@ -45,7 +45,7 @@ def add_statistics(folders: Sequence[str | Path], out: str | Path) -> Statistics
     pieces = [(piece, part) for part in parts for piece in part.about["parts"]]
     for number, (piece, part) in enumerate(pieces):
         if any(piece == earlier for earlier, _ in pieces[:number]):
-            raise DataError(f"{part.path}: is of data that another folder is of, too; they would count twice")
+            raise DataError(f"{part.path}: is computed from data that another folder covers, too; it would count twice")
     with Target(Path(out), "addition") as target, Reader() as reader:
         target.claim(first.about["files"])
         for file in first.about["files"]:

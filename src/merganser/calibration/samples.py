@@ -142,8 +142,8 @@ class _Cutter:
             before, through = self._render(record, number, prompt=True), self._render(record, number + 1)
             if not through.startswith(before) or not text.startswith(through):
                 raise DataError(
-                    f"{record.where}: message {number + 1}: the model's chat template writes earlier messages anew "
-                    "with every further one, so it cannot be told which tokens are the completion; let all tokens count"
+                    f"{record.where}: message {number + 1}: the model's chat template changes earlier messages "
+                    "when one is added, so it is not known which tokens are the completion; let all tokens count"
                 )
             spans.append((len(before), len(through)))
         return text, spans

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..engine.output.lock import acquire_lock
+from ..engine.output.failure import failures_of, write_error
+from ..engine.output.lock import lock_target
 from ..engine.output.ownership import MARKER, claim, survey
 from ..errors import CheckpointError, MergeError, OutputError
-from ..jsonfile import os_reason, read_object
+from ..jsonfile import read_object
 from ..statistics import STATISTICS_NAME
 from .writer import write_json
 
@@ -46,13 +47,7 @@ class Target:
         self._target = target
         self.folder = target.with_name(f".{target.name}.calibrating")
         self._lock_file = target.with_name(f".{target.name}.calibrating.lock")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = acquire_lock(self._lock_file)
-        except OSError as error:
-            raise self._failed(error) from None
-        if self._lock is None:
-            raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+        self._lock = lock_target(out, self._lock_file)
         try:
             left = survey(self.folder)
             self.state = self._read_state()
@@ -62,9 +57,7 @@ class Target:
                 claim(self.folder, [_STATE, f".{_STATE}.new", STATISTICS_NAME, f".{STATISTICS_NAME}.new"])
         except OSError as error:
             self._lock.release()
-            if isinstance(error, OutputError):
-                raise
-            raise self._failed(error) from None
+            raise write_error(out, error) from None
 
     def __enter__(self) -> Target:
         return self
@@ -76,7 +69,6 @@ class Target:
             # files of others stay, and an error here must not replace the error being raised
             with contextlib.suppress(OSError):
                 survey(self.folder).remove()
-        assert self._lock is not None
         self._lock.release()
 
     def claim(self, names: Iterable[str]) -> None:
@@ -85,10 +77,8 @@ class Target:
         Raises:
             OutputError: The disk is full or failed.
         """
-        try:
+        with failures_of(self.out):
             claim(self.folder, names)
-        except OSError as error:
-            raise self._failed(error) from None
 
     def note(self, state: Mapping[str, Any]) -> None:
         """Store the state that a continued run needs.
@@ -105,14 +95,12 @@ class Target:
             OutputError: The target appeared meanwhile, or the disk failed.
         """
         check_absent(self.out)
-        try:
+        with failures_of(self.out):
             for name in (_STATE, MARKER):
                 (self.folder / name).unlink(missing_ok=True)
             if self._target.exists():
                 self._target.rmdir()
             self.folder.rename(self._target)
-        except OSError as error:
-            raise self._failed(error) from None
 
     def _read_state(self) -> dict[str, Any]:
         file = self.folder / _STATE
@@ -124,9 +112,6 @@ class Target:
             return {}
         state = found.get("state")
         return state if found.get("fingerprint") == self._fingerprint and isinstance(state, dict) else {}
-
-    def _failed(self, error: OSError) -> OutputError:
-        return OutputError(f"{self.out}: cannot be written: {os_reason(error)}")
 
 
 def check_absent(out: Path) -> None:
@@ -140,8 +125,6 @@ def check_absent(out: Path) -> None:
         if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
             raise OutputError(f"{out}: exists; choose another folder, or remove it")
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{out}: cannot be written: {os_reason(error)}") from None
+        raise write_error(out, error) from None
     except (ValueError, RuntimeError) as error:
         raise OutputError(f"{str(out)!r}: is not the name of a folder: {error}") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import DTYPE_BY_NAME, plan_shards
 from ..errors import OutputError
+from ..files import write_whole
 from ..jsonfile import os_reason
 from ..statistics import STATISTICS_NAME
 
@@ -75,14 +76,10 @@ def write_about(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically.
+    """Write a JSON file atomically, in a folder whose marker lists the temporary file `.NAME.new`.
 
     Raises:
         OutputError: The disk is full or failed.
     """
-    temporary = file.with_name(f".{file.name}.new")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written: {os_reason(error)}; make room, or choose another disk") from None
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(file, text, temporary=file.with_name(f".{file.name}.new"))

@@ -196,9 +196,7 @@ def _foreign(names: Sequence[str]) -> str | None:
     for pattern, what, command in _FOREIGN:
         name = next((name for name in names if re.fullmatch(pattern, name)), None)
         if name is not None:
-            return (
-                f"{name} is {what}; make a checkpoint of it and put config.json beside it: {command.format(name=name)}"
-            )
+            return f"{name} is {what}; convert it to a checkpoint and put config.json in its folder: {command.format(name=name)}"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _STREAMS = "not needed: tensors are streamed, in little memory"
 _ADAPTER = "not needed: an adapter is applied while its model is read, in float32"
-_VERBOSE = "not needed: progress is shown where somebody watches"
+_VERBOSE = "not needed: progress is shown on a terminal"
 _STAGES = "use --keep-stages, which keeps the results of a recipe's other documents in .OUT.stages"
 OPTIONS = {
     "--cuda": "use --device cuda",
@@ -26,14 +26,14 @@ OPTIONS = {
     "--write-threads": _STREAMS,
     "--clone-tensors": _STREAMS,
     "--copy-tokenizer": "not needed: the tokenizer and other files of the donor are always copied",
-    "--no-copy-tokenizer": "not there: the tokenizer and other files of the donor are always copied",
+    "--no-copy-tokenizer": "not available: the tokenizer and other files of the donor are always copied",
     "--trust-remote-code": "not needed: no code of a model is run",
     "--safe-serialization": "not needed: the output is safetensors",
-    "--no-safe-serialization": "not there: the output is safetensors",
-    "--write-model-card": "not there: merge.json tells what was merged, and merganser report draws it",
+    "--no-safe-serialization": "not available: the output is safetensors",
+    "--write-model-card": "not available: merge.json records the merge, and merganser report shows it",
     "--no-write-model-card": "not needed: no model card is written",
-    "--allow-crimes": "not there: tensors are matched by name and shape, and what differs is refused with a list",
-    "--unsafe-truncate-embeddings": "not there: models whose vocabularies differ are refused",
+    "--allow-crimes": "not available: tensors are matched by name and shape, and what differs is refused with a list",
+    "--unsafe-truncate-embeddings": "not available: models whose vocabularies differ are refused",
     "--lora-merge-cache": _ADAPTER,
     "--lora-merge-dtype": _ADAPTER,
     "--verbose": _VERBOSE,

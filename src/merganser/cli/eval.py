@@ -72,7 +72,7 @@ JsonFile = Annotated[
     str | None,
     typer.Option(
         metavar="OUT",
-        help="Write the result, and beside it what an interrupted evaluation continues from; - prints it.",
+        help="Write the result, and measurements from which an interrupted evaluation continues; - prints it.",
         show_default=False,
     ),
 ]
@@ -141,7 +141,7 @@ def _print(found: Evaluation, out: str | None) -> None:
     if found.retention is not None:
         _retention(found, found.retention)
     if out is not None:
-        say(f"wrote {out}, and {found.items_file} beside it with what was measured on every item")
+        say(f"wrote {out}, and {found.items_file} with the measurements of every item")
 
 
 def _figures(found: Evaluation, rank: int) -> bool:
@@ -208,7 +208,7 @@ def _retention(found: Evaluation, kept: Retention) -> None:
         if known.reason is not None:
             complain("note", f"{domain} does not count: {known.reason}")
     if not kept.retained:
-        complain("note", "every task has an expert, so nothing tells what was forgotten; add a task without one")
+        complain("note", "every task has an expert, so forgetting cannot be measured; add a task without one")
 
 
 def _share(value: dict[str, Any] | None, sign: str = "") -> str:

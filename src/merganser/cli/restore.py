@@ -11,7 +11,7 @@ import typer
 from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
 from ._progress import byte_progress
-from ._text import head, say, say_json
+from ._text import complain, head, say, say_json
 
 
 def restore(
@@ -25,7 +25,9 @@ def restore(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="CKPT", help="The base of the merge.  [default: where it was then]", show_default=False),
+        typer.Option(
+            metavar="CKPT", help="The base of the merge.  [default: its path in the merge]", show_default=False
+        ),
     ] = None,
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     overwrite: Annotated[
@@ -55,6 +57,8 @@ def restore(
             progress=progress,
         )
     record = found.record
+    for warning in found.warnings:
+        complain("warning", warning)
     if json:
         say_json({"out": str(found.out), "record": record})
         return

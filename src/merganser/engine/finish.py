@@ -13,9 +13,10 @@ from torch import Tensor
 from ..checkpoint import INDEX_NAME, index_json
 from ..checkpoint.sidefiles import copy_file
 from ..errors import CheckpointError
+from ..files import sha256_of_file
 from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
-from .output.digests import digest, file_hash
+from .output.digests import digest
 from .plan.plan import Plan
 from .plan.sidecars import FOLDER
 from .plan.vocabulary import REPORT_NAME
@@ -152,7 +153,7 @@ def write_planned_files(plan: Plan, folder: Path) -> list[str]:
 
 def _hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
     """Return names, sizes and hashes of files, as entries of the run record."""
-    return [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names]
+    return [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names]
 
 
 def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[tuple[Path, ...], str], bytes]:

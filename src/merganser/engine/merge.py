@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.hub import is_hub_id
 from ..errors import MergeError, OutputError, RecipeError
-from ..jsonfile import read_object
+from ..jsonfile import exists, read_object
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 
 if TYPE_CHECKING:
@@ -161,12 +162,30 @@ def _needed(recipes: Sequence[Recipe], keep_stages: bool) -> list[Recipe]:
         if any(recipe.name in model.paths for later in needed for model in later.references()):
             needed.insert(0, recipe)
     warnings = [
-        f"{recipe.place}: no recipe behind it uses the result of {recipe.name!r}, so it is not made; "
-        "--keep-stages makes and keeps it"
+        f"{recipe.place}: no later recipe uses the result of {recipe.name!r}, so it is not run; "
+        "--keep-stages runs it and keeps the result"
         for recipe in others
         if recipe not in needed
     ]
+    warnings += _shadowed(needed)
     return [*needed[:-1], replace(target, warnings=(*target.warnings, *warnings))]
+
+
+def _shadowed(recipes: Sequence[Recipe]) -> list[str]:
+    """Return a warning for each earlier result that is used where a folder or a model on the Hub has the same name."""
+    warnings: list[str] = []
+    earlier: dict[str, Recipe] = {}
+    for recipe in recipes:
+        for path in dict.fromkeys(model.path for model in recipe.references() if model.path in earlier):
+            other = "the path" if exists(path) else "the model on the Hub" if is_hub_id(path) and "/" in path else None
+            if other is not None:
+                warnings.append(
+                    f"{recipe.place}: {path!r} is the result of the recipe at {earlier[path].place}, not {other} of this "
+                    "name; rename one of them if the other is meant"
+                )
+        if recipe.name is not None:
+            earlier[recipe.name] = recipe
+    return warnings
 
 
 def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
@@ -244,24 +263,17 @@ class _Stages:
 @contextlib.contextmanager
 def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
     """Lock the folder of the stages; remove it at the end, unless the run can be continued."""
-    from .output.lock import acquire_lock
+    from .output.failure import failures_of
+    from .output.lock import lock_target
     from .output.ownership import survey_each
 
     home = stages_folder(out)
     # next to the folder, not in it, as the folder is created and removed under the lock
     lock = home.with_name(f"{home.name}.lock")
+    guard = lock_target(out, lock)
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        guard = acquire_lock(lock)
-        if guard is not None:
+        with failures_of(home):
             home.mkdir(exist_ok=True)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{home}: cannot be written: {error.strerror}") from None
-    if guard is None:
-        raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
-    try:
         # refuse foreign files now, not after hours of work; files not hashed here are hashed before they are removed
         found = survey_each(home, hashing=fresh)
         if fresh:

@@ -118,15 +118,15 @@ def _moved(samples: Sequence[tuple[int, Mapping[str, Any]]], *, each_pair: bool)
     # JSON cannot express NaN and infinity
     if not all(map(math.isfinite, [norm, merged, *models])):
         return {}
-    found: dict[str, Any] = {"models": models, "merged": merged}
+    lengths: dict[str, Any] = {"models": models, "merged": merged}
     if all("rounding" in sample for _, sample in samples):
         noise = [math.sqrt(_sum(samples, "rounding", k)) / norm for k in range(len(models))]
-        found["rounding"] = [min(a / b, 1.0) if b > 0 else None for a, b in zip(noise, models, strict=True)]
+        lengths["rounding"] = [min(a / b, 1.0) if b > 0 else None for a, b in zip(noise, models, strict=True)]
         typical = math.sqrt(sum(value**2 for value in models) / len(models))
-        found["length"] = merged / typical if typical > 0 else None
+        lengths["length"] = merged / typical if typical > 0 else None
     if all("pairs" in sample for _, sample in samples):
-        found |= _related([(size, sample["pairs"]) for size, sample in samples], len(models), each_pair=each_pair)
-    return found
+        lengths |= _related([(size, sample["pairs"]) for size, sample in samples], len(models), each_pair=each_pair)
+    return lengths
 
 
 def _sum(samples: Iterable[tuple[int, Mapping[str, Any]]], key: str, index: int | None = None) -> float:
@@ -143,17 +143,17 @@ def _related(samples: Sequence[tuple[int, Mapping[str, Any]]], count: int, *, ea
         for key in ("dots", "both", "opposite")
     )
     # indices of the pairs (i, i) in the order of combinations_with_replacement
-    own = [i * count - i * (i - 1) // 2 for i in range(count)]
+    diagonal = [i * count - i * (i - 1) // 2 for i in range(count)]
     cosines = []
     for i, j in combinations(range(count), 2):
-        norms = math.sqrt(dots[own[i]]) * math.sqrt(dots[own[j]])
-        cosines.append(max(-1.0, min(1.0, dots[own[i] + j - i] / norms)) if norms > 0 else None)
+        norms = math.sqrt(dots[diagonal[i]]) * math.sqrt(dots[diagonal[j]])
+        cosines.append(max(-1.0, min(1.0, dots[diagonal[i] + j - i] / norms)) if norms > 0 else None)
     known = [cosine for cosine in cosines if cosine is not None]
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "cosine": sum(known) / len(known) if known else None,
         "sign_conflict": sum(opposite) / sum(both) if sum(both) else None,
     }
     if each_pair:
-        found["cosines"] = cosines
-        found["sign_conflicts"] = [a / b if b else None for a, b in zip(opposite, both, strict=True)]
-    return found
+        summary["cosines"] = cosines
+        summary["sign_conflicts"] = [a / b if b else None for a, b in zip(opposite, both, strict=True)]
+    return summary

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.config import unquantised
-from ..anatomy.sizes import size_warnings
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import MergeError, ParameterError, RecipeError, UnsupportedError
@@ -24,6 +23,7 @@ from .agreement.quantisation import check_quantised, refuse_unreadable
 from .agreement.side_files import chat_template, side_file_warnings, side_files, unread_warnings
 from .agreement.vocabularies import compare_tokens
 from .alignment.alignment import Alignment, Member, Slot
+from .alignment.complete import check_complete
 from .alignment.leftovers import without_leftovers
 from .alignment.loadable import check_layers_load
 from .alignment.renaming import named_alike
@@ -176,7 +176,9 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
         refuse_unreadable(recipe, reference, checkpoint)
         if checkpoint.wrappers:
             stripped = ", ".join(checkpoint.wrappers)
-            warnings.append(f"{reference}: {stripped}: names of a training framework, stripped from those of tensors")
+            warnings.append(
+                f"{reference}: {stripped}: prefixes of a training framework, removed from the names of tensors"
+            )
         checkpoint, left_out = without_leftovers(recipe, reference, checkpoint)
         warnings += left_out
         if members and recipe.models:
@@ -237,8 +239,8 @@ def _drafts(
     """Match the inputs' tensors, and decide how each tensor of the output is merged."""
     if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
         raise RecipeError(
-            f"{recipe.place_of('unmatched')}: {resolver.method.name} stores what gives each model back, so all models "
-            f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' goes with it"
+            f"{recipe.place_of('unmatched')}: {resolver.method.name} stores what restores each model, so all models "
+            f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' is possible"
         )
     alignment = _align(recipe, resolver, members)
     data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
@@ -246,8 +248,8 @@ def _drafts(
     _check_whole_model(recipe, resolver.method, drafts)
     if resolver.method.from_data and not any(draft.data for draft in drafts):
         raise RecipeError(
-            f"{recipe.place}: the statistics from data are of none of the tensors that {resolver.method.name} merges; are "
-            "they of these models?"
+            f"{recipe.place}: the statistics from data cover none of the tensors that {resolver.method.name} merges; were "
+            "they computed for these models?"
         )
     return alignment, drafts
 
@@ -342,24 +344,22 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
     """Return the output's config.json: the donor's with updated layers, tie and dtype; and warnings."""
     # drop the key for the weight file's name, as the output's files have standard names
     config = {key: value for key, value in donor.checkpoint.config.items() if key != WEIGHTS_KEY}
+    shapes = {draft.name: draft.shape for draft in drafts}
     warnings: list[str] = []
     if donor.checkpoint.quantisation is not None:
         config = unquantised(config)
     if not config:
-        others = ", and none of the other files that lie beside it" if donor.checkpoint.loose else ""
-        return {}, [f"the donor has no config.json, so the output has none{others}", *side_file_warnings(donor)]
+        others = ", and none of the other files in its folder" if donor.checkpoint.loose else ""
+        warnings = [f"the donor has no config.json, so the output has none{others}", *side_file_warnings(donor)]
+        return {}, [*warnings, *check_complete(str(donor.reference), {}, shapes)]
     if alignment.layers is not None:
         sliced = slice_config(config, alignment.layers, anatomy=donor.anatomy)
         config = sliced.config
         warnings += sliced.warnings
         check_layers_load(config, donor, alignment.layers)
-    else:
-        wrong = size_warnings(config, donor.anatomy)
-        warnings += [
-            f"{donor.reference}: {each}; the output gets both, and loads wrongly or not at all" for each in wrong
-        ]
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
+    warnings += check_complete(str(donor.reference), config, shapes, alignment.left_out)
     # the config states the dtype of most elements
     sizes: dict[str, int] = {}
     for draft in drafts:

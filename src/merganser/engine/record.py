@@ -16,11 +16,12 @@ import torch
 
 from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import NotFoundError
+from ..files import sha256_of_file
 from ..method import MergeMethod
 from ..recipe import ModelReference
 from ..record.format import RECORD_FORMAT, RECORD_NAME
 from ..version import __version__
-from .output.digests import digest, file_hash
+from .output.digests import digest
 from .plan.plan import Plan
 from .plan.vocabulary import REPORT_NAME
 
@@ -79,7 +80,7 @@ def _treatment(plan: Plan) -> str:
 def _source(method: MergeMethod) -> str:
     """Hash the file that defines a method, as its author may change it without a new version."""
     try:
-        return file_hash(Path(inspect.getfile(method.combine)))
+        return sha256_of_file(Path(inspect.getfile(method.combine)))
     except (OSError, TypeError):
         return ""
 
@@ -131,7 +132,10 @@ def data_files(plan: Plan) -> list[Path]:
 def adapters(plan: Plan) -> list[dict[str, Any]]:
     """Return the adapters of the inputs, with the hashes of their files."""
     return [
-        {"model": str(reference), "files": [{**_sized(file), "sha256": file_hash(file)} for file in checkpoint.adapter]}
+        {
+            "model": str(reference),
+            "files": [{**_sized(file), "sha256": sha256_of_file(file)} for file in checkpoint.adapter],
+        }
         for reference, checkpoint in plan.checkpoints.items()
         if checkpoint.adapter
     ]

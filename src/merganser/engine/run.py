@@ -125,7 +125,8 @@ def run_plan(
             },
             continued=staging.continued,
         )
-        staging.publish()
+        # the record on disk is written before
+        record["warnings"] += staging.publish()
     return Result(out, record)
 
 
@@ -158,7 +159,9 @@ def _refuse_inputs(plan: Plan, out: Path) -> None:
             place = next((each for each in places if lies_in(path, each)), None)
             if place is not None:
                 shown = out if place == target else place
-                raise OutputError(f"{shown}: {reference}, an input of this merge, lies there; choose another target")
+                raise OutputError(
+                    f"{shown}: {reference}, an input of this merge, is in this folder; choose another target"
+                )
 
 
 class _Run:

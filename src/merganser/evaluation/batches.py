@@ -63,16 +63,16 @@ def batches(fed: Sequence[int], kept: Sequence[int], vocabulary: int, budget: in
     Returns:
         Indices of rows.
     """
-    found: list[list[int]] = []
+    grouped: list[list[int]] = []
     width = most = 0
     for index in sorted(range(len(fed)), key=lambda i: (-fed[i], -kept[i], i)):
-        rows = len(found[-1]) + 1 if found else 1
+        rows = len(grouped[-1]) + 1 if grouped else 1
         most = max(most, kept[index])
-        if not found or rows * width > budget or rows * most * vocabulary > LOGITS:
-            found.append([])
+        if not grouped or rows * width > budget or rows * most * vocabulary > LOGITS:
+            grouped.append([])
             width, most = fed[index], kept[index]
-        found[-1].append(index)
-    return found
+        grouped[-1].append(index)
+    return grouped
 
 
 def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -77,9 +77,7 @@ def _encode(question: Question, tokenizer: Tokenizer, positions: int | None) -> 
     prefix = tokenizer.prefix
     if not before and not prefix:
         if tokenizer.start is None:
-            raise TaskError(
-                f"{question.where}: the context is empty, and the tokenizer has no token that stands for it"
-            )
+            raise TaskError(f"{question.where}: the context is empty, and the tokenizer has no token for it")
         prefix = (tokenizer.start,)
     if positions is not None:
         # the last token of a choice is predicted, but not an input
@@ -114,13 +112,13 @@ def score(model: Any, questions: Sequence[Encoded]) -> dict[str, list[Any]]:
     Raises:
         Refused: A log-likelihood is not finite.
     """
-    found = _with_cache(model, questions) if keeps_keys(model) else _without_cache(model, questions)
-    for question, values in zip(questions, found, strict=True):
+    scores = _with_cache(model, questions) if keeps_keys(model) else _without_cache(model, questions)
+    for question, values in zip(questions, scores, strict=True):
         if not all(map(math.isfinite, values)):
             raise Refused(f"NaN or infinity in the logits, at {question.where}")
     return {
         "gold": [q.gold for q in questions],
-        "loglikelihood": found,
+        "loglikelihood": scores,
         "bytes": [list(q.nbytes) for q in questions],
     }
 
@@ -180,8 +178,10 @@ def _sums(logits: Tensor, targets: Sequence[tuple[int, ...]], starts: Sequence[i
     sums = []
     for row, wanted in enumerate(targets):
         start = starts[row] if starts else 0
-        own = logits[row, start : start + len(wanted)].float().log_softmax(-1)
-        picked = own.gather(1, torch.tensor(wanted, dtype=torch.int64, device=own.device)[:, None])
+        log_probabilities = logits[row, start : start + len(wanted)].float().log_softmax(-1)
+        picked = log_probabilities.gather(
+            1, torch.tensor(wanted, dtype=torch.int64, device=log_probabilities.device)[:, None]
+        )
         sums.append(picked.double().sum())
     return torch.stack(sums)
 
@@ -249,7 +249,7 @@ def prepare_choices(
     Raises:
         TaskError: As for `encode`.
     """
-    found = encode(task, tokenizer, positions, limit)
-    fed = [len(q.context) + q.longest * len(q.choices) for q in found]
-    kept = [q.longest * len(q.choices) for q in found]
-    return PreparedChoices(task, found, batches(fed, kept, vocabulary, budget))
+    encoded = encode(task, tokenizer, positions, limit)
+    fed = [len(q.context) + q.longest * len(q.choices) for q in encoded]
+    kept = [q.longest * len(q.choices) for q in encoded]
+    return PreparedChoices(task, encoded, batches(fed, kept, vocabulary, budget))

@@ -26,7 +26,7 @@ from .outcome import Outcome
 from .tasks import HarnessTask
 
 _INSTALL = "pip install 'merganser[eval]'"
-_REFUSED = "lm-eval cannot carry it out"
+_REFUSED = "lm-eval cannot run it"
 _LOGGERS = ("lm_eval", "lm-eval", "datasets")
 
 
@@ -92,7 +92,7 @@ class Harness:
             if not groups and len(loaded["tasks"]) != 1:
                 names = sorted(loaded["tasks"])
                 raise TaskError(
-                    f"{task.source}: stands for {len(names)} tasks without a common figure; name them: "
+                    f"{task.source}: stands for {len(names)} tasks without a common metric; name them: "
                     f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
                 )
             digest = xxhash.xxh3_128(_version().encode())
@@ -132,10 +132,10 @@ class Harness:
             # a copy, because lm-eval adds a padding token to the tokenizer
             wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer.encoder), batch_size=rows)
             specs = [self._opened[task.name].spec for task in tasks]
-            found = simple_evaluate(
+            results = simple_evaluate(
                 wrapped, tasks=specs, limit=limit, task_manager=self._manager, log_samples=True, batch_size=rows
             )
-        return {task.name: _content(task, self._opened[task.name], found) for task in tasks}
+        return {task.name: _content(task, self._opened[task.name], results) for task in tasks}
 
 
 def _content(task: HarnessTask, opened: Opened, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _content(task: HarnessTask, opened: Opened, found: Mapping[str, Any]) -> dic
     higher = found["higher_is_better"].get(opened.key, {})
     metrics = [*_metrics(scored, higher, samples.get(opened.key, []))]
     if not metrics:
-        raise TaskError(f"{task.source}: lm-eval gives no figure for {opened.key}; name its tasks one by one")
+        raise TaskError(f"{task.source}: lm-eval reports no metric for {opened.key}; name its tasks one by one")
     metrics.sort(key=lambda metric: _rank(metric["name"], opened.metrics))
     items = sum(found["n-samples"][part]["effective"] for part in opened.parts)
     return {"metrics": metrics, "items": items}
@@ -216,7 +216,7 @@ def _missing(tasks: Sequence[HarnessTask]) -> str:
     """Return the message that lm-eval is not installed; a missing name may also be a misspelt file name."""
     names = [task.source for task in tasks if not exists(task.source)]
     if not names:
-        return f"{tasks[0].source}: lm-eval carries out tasks in its format, and it is not installed: {_INSTALL}"
+        return f"{tasks[0].source}: tasks in this format are run by lm-eval, and it is not installed: {_INSTALL}"
     near = did_you_mean(names[0], [path.name for path in Path().iterdir()])
     return f"{names[0]}: no such file.{near} If lm-eval has a task of that name: it is not installed, {_INSTALL}"
 

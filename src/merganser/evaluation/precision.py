@@ -92,8 +92,8 @@ def _for_texts(config: Any, device: torch.device) -> tuple[str, str]:
 
 def _own(config: Any) -> str:
     """Return the dtype that the config of a checkpoint declares; float32 if it declares none."""
-    found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
-    name = str(found).removeprefix("torch.")
+    declared = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    name = str(declared).removeprefix("torch.")
     return name if name in DTYPES else "float32"
 
 

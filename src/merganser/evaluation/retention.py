@@ -74,8 +74,8 @@ class Retention:
 
     def against_best_single(self, model: str) -> Estimate | None:
         """Return the mean recovered of a model minus that of the best single model; None if either is undefined."""
-        found = self.models[model].mean
-        return None if found is None or self.best_single is None else found - self.best_single[1]
+        average = self.models[model].mean
+        return None if average is None or self.best_single is None else average - self.best_single[1]
 
     def to_json(self) -> dict[str, Any]:
         """Return the retention as written to the JSON of an evaluation."""

@@ -69,7 +69,7 @@ def make_roster(
         given.append((*_pair(base), "base"))
     by_domain = _domains(experts, tasks)
     if by_domain and base is None:
-        raise TaskError("experts: need a base (--base): what an expert gained is counted from there")
+        raise TaskError("experts: need a base (--base): gains of experts are measured from it")
     given += [(*_pair(reference), "expert") for reference in by_domain.values()]
     given += [(name, reference, "model") for name, reference in _pairs(models)]
     if not given:
@@ -92,16 +92,16 @@ def make_roster(
 def _names(entries: Mapping[str, tuple[str | None, Reference, Role]]) -> dict[str, str]:
     unnamed = [key for key, (name, _, _) in entries.items() if name is None]
     texts = [_text(entries[key][1]) for key in unnamed]
-    found = dict(zip(unnamed, default_names(texts), strict=True))
-    found |= {key: name for key, (name, _, _) in entries.items() if name is not None}
-    twice = next((name for name in found.values() if list(found.values()).count(name) > 1), None)
+    names = dict(zip(unnamed, default_names(texts), strict=True))
+    names |= {key: name for key, (name, _, _) in entries.items() if name is not None}
+    twice = next((name for name in names.values() if list(names.values()).count(name) > 1), None)
     if twice is not None:
         raise TaskError(f"models: two are named {twice!r}; give names of your own: NAME=MODEL")
-    return found
+    return names
 
 
 def _domains(experts: Mapping[str, Reference] | Sequence[str], tasks: Sequence[str]) -> dict[str, Reference]:
-    found: dict[str, Reference] = {}
+    experts_by_domain: dict[str, Reference] = {}
     for domain, reference in experts.items() if isinstance(experts, Mapping) else map(split_name, experts):
         if domain is None:
             raise TaskError(f"experts: expected DOMAIN=MODEL, got {str(reference)!r}; a domain is the name of a task")
@@ -109,10 +109,10 @@ def _domains(experts: Mapping[str, Reference] | Sequence[str], tasks: Sequence[s
             raise TaskError(
                 f"experts: {domain!r} is no task.{did_you_mean(domain, tasks)} Tasks here: {', '.join(tasks)}"
             )
-        if domain in found:
-            raise TaskError(f"experts: {domain!r} has two, {found[domain]} and {reference}; give one")
-        found[domain] = reference
-    return found
+        if domain in experts_by_domain:
+            raise TaskError(f"experts: {domain!r} has two, {experts_by_domain[domain]} and {reference}; give one")
+        experts_by_domain[domain] = reference
+    return experts_by_domain
 
 
 def _pairs(models: Models) -> list[tuple[str | None, Reference]]:

@@ -275,7 +275,7 @@ def _check_out(out: Path) -> None:
     except CheckpointError:
         ours = False
     if not ours:
-        raise OutputError(f"{out}: exists and is no evaluation of merganser; choose another name")
+        raise OutputError(f"{out}: exists and is not an evaluation by merganser; choose another name")
 
 
 def _task_info(
@@ -322,8 +322,8 @@ def _warnings(opened: Mapping[str, LanguageModel], tasks: Sequence[Task]) -> lis
     for task in tasks:
         if isinstance(task, ChoiceTask) and glued(task):
             warnings.append(
-                f"{task.source}: no choice begins with a space, and no context ends in one: choices are appended as they "
-                "stand; write the space at the beginning of the choices if there should be one"
+                f"{task.source}: no choice begins with a space, and no context ends in one: choices are appended "
+                "unchanged; write the space at the beginning of the choices if there should be one"
             )
     return warnings
 

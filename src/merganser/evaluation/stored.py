@@ -145,10 +145,10 @@ def read_evaluation(file: str | Path) -> Evaluation:
     kind = root.get("kind")
     if kind is None or kind.text() != "evaluation":
         raise CheckpointError(f"{file}: is not an evaluation; give the file that merganser eval --json wrote")
-    found = root["format"].whole()
-    if found > FORMAT:
+    version = root["format"].whole()
+    if version > FORMAT:
         raise UnsupportedError(
-            f"{file}: is of format {found}, and this version of merganser reads up to {FORMAT}; install a later one"
+            f"{file}: is of format {version}, and this version of merganser reads up to {FORMAT}; install a later one"
         )
     tasks = [_task(name, entry) for name, entry in root["tasks"].items()]
     metrics = {task.name: task.metric for task in tasks}
@@ -203,8 +203,8 @@ def _task(name: str, entry: Entry) -> Task:
 
 
 def _score(entry: Entry, metric: str) -> Score:
-    found = entry["metrics"].get(metric)
-    return Score(_text(entry, "failed"), entry["items"].whole(), None if found is None else _estimate(found))
+    value = entry["metrics"].get(metric)
+    return Score(_text(entry, "failed"), entry["items"].whole(), None if value is None else _estimate(value))
 
 
 def _kept(entry: Entry) -> Retention:
@@ -220,8 +220,8 @@ def _kept(entry: Entry) -> Retention:
 
 
 def _maybe(entry: Entry, key: str) -> Estimate | None:
-    found = entry.get(key)
-    return None if found is None else _estimate(found)
+    value = entry.get(key)
+    return None if value is None else _estimate(value)
 
 
 def _estimate(entry: Entry) -> Estimate:
@@ -235,5 +235,5 @@ def _estimate(entry: Entry) -> Estimate:
 
 
 def _text(entry: Entry, key: str) -> str | None:
-    found = entry.get(key)
-    return None if found is None else found.text()
+    value = entry.get(key)
+    return None if value is None else value.text()

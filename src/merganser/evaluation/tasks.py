@@ -191,9 +191,9 @@ def _load_lines(name: str, source: str, digest: str, text: str) -> Task:
 
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        parsed = json.loads(line)
         # A lone surrogate such as \\ud800 is not a character, and no tokenizer accepts it.
-        json.dumps(found, ensure_ascii=False).encode()
+        json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise TaskError(f"{where}: holds half of a surrogate pair, which is no text") from None
     except RecursionError:
@@ -201,9 +201,9 @@ def _object(where: str, line: str) -> dict[str, Any]:
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise TaskError(f"{where}: is not JSON: {reason}; each line must hold one object") from None
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise TaskError(f"{where}: expected an object with {', '.join(_QUESTION_KEYS)}, or with text, got {line[:60]}")
-    return found
+    return parsed
 
 
 def _document(where: str, line: Mapping[str, Any]) -> str:

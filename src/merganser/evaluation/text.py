@@ -80,7 +80,7 @@ def windows(
         The windows, and an identifier of each item: the number of its document, or the byte at which its window begins.
         Two models with equal identifiers were scored on the same items.
     """
-    found: list[Window] = []
+    made: list[Window] = []
     items: list[Any] = []
     whole = task.unit == "document"
     prefix = len(tokenizer.prefix)
@@ -95,8 +95,8 @@ def windows(
                     break
                 items.append(int(bounds[first]))
             fed = (*tokenizer.prefix, *ids[begin : end - 1])
-            found.append(Window(len(items) - 1, fed, tuple(ids[first:end]), int(bounds[end] - bounds[first])))
-    return found, items
+            made.append(Window(len(items) - 1, fed, tuple(ids[first:end]), int(bounds[end] - bounds[first])))
+    return made, items
 
 
 def _tokens(text: str, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.int64]]:
@@ -133,12 +133,12 @@ def score(model: Any, found: Sequence[Window]) -> dict[str, list[float]]:
     columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for row, (window, (begin, end)) in enumerate(zip(found, spans, strict=True)):
         targets = torch.tensor(window.targets, device=model.device)
-        own = logits[row, torch.searchsorted(kept, torch.arange(begin, end, device=model.device))].float()
-        nats = torch.nn.functional.cross_entropy(own, targets, reduction="sum").item()
+        scored = logits[row, torch.searchsorted(kept, torch.arange(begin, end, device=model.device))].float()
+        nats = torch.nn.functional.cross_entropy(scored, targets, reduction="sum").item()
         if not math.isfinite(nats):
             raise Refused(f"NaN or infinity in the logits, at item {window.item + 1} of the text")
         columns["bits"].append(nats / math.log(2))
-        columns["correct"].append(int((own.argmax(-1) == targets).sum()))
+        columns["correct"].append(int((scored.argmax(-1) == targets).sum()))
         columns["tokens"].append(len(window.targets))
         columns["bytes"].append(window.nbytes)
     return columns
@@ -198,6 +198,6 @@ def prepare_text(
     """
     found, items = windows(task, tokenizer, context=context, stride=stride, limit=limit)
     if not found:
-        raise TaskError(f"{task.source}: is too short: nothing in it can be predicted from what stands before it")
+        raise TaskError(f"{task.source}: is too short: it has no token to predict from earlier ones")
     rows = batches([len(w.fed) for w in found], [len(w.targets) for w in found], vocabulary, budget)
     return PreparedText(task, found, items, rows)

@@ -15,7 +15,7 @@ import xxhash
 from ..checkpoint.sidefiles import copy_file, is_tokenizer_file
 from ..errors import CheckpointError, UnsupportedError
 from .libraries import explained, quiet
-from .sources import Source, hash_file
+from .sources import Source, xxh3_of_file
 
 if TYPE_CHECKING:
     import torch
@@ -145,9 +145,9 @@ def _load_tokenizer(source: Source, folder: Path, model_type: str, known: dict[s
     names = sorted(name for name in {*source.files, *source.texts} if is_tokenizer_file(name))
     if not any("chat_template" not in name for name in names):
         raise CheckpointError(
-            f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) beside its weights"
+            f"{source.reference}: has no tokenizer; put the tokenizer's files (tokenizer.json, ...) next to its weights"
         )
-    files = [hash_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
+    files = [xxh3_of_file(source.files[name]) if name in source.files else source.texts[name] for name in names]
     # the config is part of the hash, since it may name the class that reads the files
     digest = xxhash.xxh3_128_hexdigest("\0".join([model_type, *names, *files]).encode())
     if digest not in known:

@@ -129,7 +129,7 @@ def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> So
             found = restore(out, task, Path(folder, "restored"), cache_dir=cache_dir).out
             return _read(open_checkpoint(str(found)))
 
-    parts = [hash_file(path) for path in (index, *(out / name for name in stored.parts), *files.values())]
+    parts = [xxh3_of_file(path) for path in (index, *(out / name for name in stored.parts), *files.values())]
     return Source(text, "sidecar", config, files, {}, _hash(_hash_checkpoint(merged), task, *parts), read)
 
 
@@ -141,7 +141,7 @@ def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_d
 
     plan = stack.enter_context(plan_with_stages_made(recipes, **({"cache_dir": cache_dir} if cache_dir else {})))
     inputs = [_hash_checkpoint(checkpoint) for checkpoint in plan.checkpoints.values()]
-    inputs += [hash_file(file) for file in data_files(plan)]
+    inputs += [xxh3_of_file(file) for file in data_files(plan)]
     settings = [__version__, *(recipe.text for recipe in recipes), str(plan.seed), str(plan.method.version)]
     return Source(
         text,
@@ -166,16 +166,16 @@ def _files(checkpoint: Checkpoint) -> dict[str, Path]:
 def _hash_checkpoint(checkpoint: Checkpoint) -> str:
     config = json.dumps(checkpoint.config, sort_keys=True)
     files = sorted(_files(checkpoint).items())
-    beside = [part for name, path in files for part in (name, hash_file(path))]
+    beside = [part for name, path in files for part in (name, xxh3_of_file(path))]
     weights = dict.fromkeys([*checkpoint.weight_files, *checkpoint.adapter])
-    return _hash(config, *(hash_file(path) for path in weights), *beside)
+    return _hash(config, *(xxh3_of_file(path) for path in weights), *beside)
 
 
 def _hash(*parts: str) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
-def hash_file(path: Path) -> str:
+def xxh3_of_file(path: Path) -> str:
     """Return the xxh3-128 digest of a file's contents; an unchanged file (size and time) is read only once.
 
     Raises:

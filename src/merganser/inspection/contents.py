@@ -237,10 +237,13 @@ def _warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
         how = how if found.unreadable is None else f"cannot be merged: {found.unreadable}"
         warnings.append(f"its weights are quantised ({found.evidence}), and {how}")
     if checkpoint.unread:
-        warnings.append(f"{some(checkpoint.unread)} may hold weights, too, and is not read")
+        warnings.append(f"{some(checkpoint.unread)} may also hold weights and is not read")
     if not checkpoint.config:
-        warnings.append("there is no config.json; layers and ties are told from names alone, and an output has none")
-    warnings += size_warnings(checkpoint.config, anatomy)
+        warnings.append(
+            "there is no config.json; layers and ties are inferred from names alone, and an output has none"
+        )
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    warnings += size_warnings(checkpoint.config, anatomy, shapes)
     if is_tied(checkpoint.config) and anatomy.head is not None:
         warnings.append(f"config.json says that the head is tied, and the files hold {anatomy.head}")
     pickled = [path.name for path in checkpoint.weight_files if path.suffix != ".safetensors"]

@@ -68,7 +68,7 @@ PerModel = Annotated[T, PER_MODEL]
 Others = Annotated[
     Literal["average", "sum", "base"],
     Meaning(
-        "What becomes of tensors that are not matrices (norms, biases, convolutions): the base and the average of the "
+        "How tensors that are not matrices (norms, biases, convolutions) are merged: the base and the average of the "
         "task vectors, or their sum, with weight and lambda where the method has them; or the base alone."
     ),
 ]

@@ -106,10 +106,10 @@ def refinement(sums: _Sums, step: Tensor, fraction: float, dtype: torch.dtype) -
     mean = sums.vectors @ sums.covariance + sums.ridge * sums.vectors
     missed = sums.residual - mean / sums.tasks + step
     count = int(min(missed.shape) * fraction)
-    found = svd(missed.to(dtype), k=count)
-    if not len(found.values):
+    decomposition = svd(missed.to(dtype), k=count)
+    if not len(decomposition.values):
         return torch.zeros_like(step)
-    return found.values.mean() * (found.left.double() @ found.right.double().T)
+    return decomposition.values.mean() * (decomposition.left.double() @ decomposition.right.double().T)
 
 
 @merge_method(

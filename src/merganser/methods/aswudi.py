@@ -53,9 +53,9 @@ def aswudi(
         changed. The authors' code has other rules for K, too.
     """
     vectors = deltas_above_rounding(base, models, rounding)
-    found = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
+    interference = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
 
     def gain(values: Tensor) -> Tensor:
         return torch.where(strongest(values, participation(values)), inverse(values), 0.0)
 
-    return base + lambda_ * found.filtered(gain).to(base.dtype)
+    return base + lambda_ * interference.filtered(gain).to(base.dtype)

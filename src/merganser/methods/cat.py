@@ -31,7 +31,7 @@ def conflict_bases(
         on_inputs = [vector @ wide @ vector.T for vector in vectors]
         own.append(on_inputs.pop(i))
         disturbed.append(sum(on_inputs, torch.zeros_like(own[i])))
-    found = []
+    removed = []
     for i, conflict in enumerate(disturbed):
         lost = sum((one for j, one in enumerate(own) if j != i), torch.zeros_like(conflict))
         conflict = conflict - trade_off * lost
@@ -41,8 +41,8 @@ def conflict_bases(
             directions = directions.flip(1)[:, : min(rank, positive)]
         else:
             directions = directions[:, : rank if positive else 0]
-        found.append(directions)
-    return found
+        removed.append(directions)
+    return removed
 
 
 def without(vector: Tensor, directions: Tensor, rescale: bool) -> Tensor:

@@ -55,8 +55,8 @@ class RowLoss:
         known = values > 1e-10 * values[:, -1:]
         inverse = torch.where(known, 1 / torch.where(known, values, 1.0), 0.0)
         shares = (turn * inverse.unsqueeze(1)) @ (turn.mT @ (self._missing.double() / self._factor).unsqueeze(2))
-        found: Tensor = (shares.mT @ rows).squeeze(1).to(self._rows.dtype)
-        return found
+        direction: Tensor = (shares.mT @ rows).squeeze(1).to(self._rows.dtype)
+        return direction
 
 
 @merge_method(

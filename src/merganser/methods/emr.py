@@ -22,8 +22,8 @@ def magnitudes(base: Tensor, models: list[Tensor], merged: Tensor, size: int, re
     for delta in deltas(base, models):
         own.append(delta.double().abs().sum())
         kept.append(torch.where(agrees(delta, unified), unified, 0.0).double().abs().sum())
-    found = torch.stack(own + kept).view(2, -1)
-    return found / size if rescale_by == "mean" else found
+    sums = torch.stack(own + kept).view(2, -1)
+    return sums / size if rescale_by == "mean" else sums
 
 
 def factors(measured: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ def encode(
 
 def decode(base: Tensor, merged: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
     """Return the base plus the unified task vector under the task's mask, times its factor."""
-    own = unpack_flags(mask, merged.numel())
-    return base + factor * torch.where(own, merged - base, 0.0)
+    flags = unpack_flags(mask, merged.numel())
+    return base + factor * torch.where(flags, merged - base, 0.0)
 
 
 @merge_method(

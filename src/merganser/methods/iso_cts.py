@@ -23,8 +23,8 @@ def common_rank(size: int, n_models: int, common_space_fraction: float) -> tuple
         common_space_fraction: Share of common directions; the others are divided evenly among the models.
     """
     left = size - int(size * common_space_fraction)
-    own = min(round(left / n_models), size // n_models)
-    return size - own * n_models, own
+    per_model = min(round(left / n_models), size // n_models)
+    return size - per_model * n_models, per_model
 
 
 def own_directions(vectors: list[Tensor], weight: Tensor, common: Tensor, k: int) -> list[Svd]:
@@ -39,7 +39,7 @@ def own_directions(vectors: list[Tensor], weight: Tensor, common: Tensor, k: int
     m, n = vectors[0].shape
     # decompose in coordinates of the complement, where the matrix is small, unless it is much taller than wide
     complement = torch.linalg.qr(common, mode="complete").Q[:, common.shape[1] :] if m - common.shape[1] < n else None
-    found = []
+    directions = []
     for i, vector in enumerate(vectors):
         delta = vector * weight[i]
         noise = _NOTHING * torch.linalg.vector_norm(delta.double())
@@ -49,8 +49,8 @@ def own_directions(vectors: list[Tensor], weight: Tensor, common: Tensor, k: int
             part = svd(complement.T @ delta, k)
             part = part._replace(left=complement @ part.left)
         rank = int((part.values > noise).sum())
-        found.append(Svd(part.left[:, :rank], part.values[:rank], part.right[:, :rank]))
-    return found
+        directions.append(Svd(part.left[:, :rank], part.values[:rank], part.right[:, :rank]))
+    return directions
 
 
 @merge_method(

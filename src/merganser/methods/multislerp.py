@@ -64,7 +64,8 @@ def multislerp(
         There is no paper; the method is from mergekit.
         mergekit computes it as a step from the mean direction along the mean of the tangents; that mean is always 0.
         mergekit refuses more than two models whose directions cancel.
-        What is all zeros (an unchanged tensor, where a base is given) has no direction, but counts in the length.
+        A tensor of zeros (the task vector of an unchanged tensor) is not refused, as it is by slerp: it has no direction,
+        but counts in the length, as in mergekit. With two models and equal weights, the other keeps half its length.
         A single model is returned as it is, whatever its weight.
     """
     if share is None:

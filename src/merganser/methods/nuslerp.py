@@ -97,7 +97,8 @@ def nuslerp(
         The paper has unit quaternions; here the vectors keep their own lengths.
         Weights that add up to less than 1e-6 count as equal. Parallel and opposite vectors take the straight line.
         A row of a convolution's weight is all weights of one output unit; mergekit takes the last axis alone.
-        What is all zeros (an unchanged tensor, where a base is given) counts as being at a right angle, as in mergekit.
+        A vector of zeros (a task vector of an unchanged tensor) is not refused, as it is by slerp, but counts as being
+        at a right angle to the other, as in mergekit: with equal weights, the other keeps 0.71 of its length.
         A tensor of a single row is one vector either way.
     """
     first, second = ends(base, models)

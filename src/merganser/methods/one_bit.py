@@ -37,8 +37,8 @@ def mean_magnitude(measured: Tensor, size: Tensor) -> Tensor:
 
 def parts(shape: tuple[int, ...], scale_per: str) -> dict[str, Part]:
     """Declare what is stored for a task: one bit per element, and scales of the rows if there are any."""
-    found = {"sign": packed(shape[0] * shape[1])}
-    return found if scales_tensor(scale_per) else {**found, "scale": Part(shape[:1], "float32")}
+    declared = {"sign": packed(shape[0] * shape[1])}
+    return declared if scales_tensor(scale_per) else {**declared, "scale": Part(shape[:1], "float32")}
 
 
 def encode(

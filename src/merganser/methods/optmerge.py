@@ -72,6 +72,6 @@ def optmerge(
         sources.append((right * values.to(right.dtype)).T)
         left, values, right = svd(vector - mean, k) if target == "centred" else own
         targets.append(mean + (left * values.to(left.dtype)) @ right.T)
-    found = Interference(targets, sources, inverse_squares(vectors), starting_point(vectors, start))
-    merged = found.solved(solver, time, steps, learning_rate)
+    interference = Interference(targets, sources, inverse_squares(vectors), starting_point(vectors, start))
+    merged = interference.solved(solver, time, steps, learning_rate)
     return base + lambda_ * merged.to(base.dtype)

@@ -42,8 +42,8 @@ def generator(turn: Tensor) -> Tensor:
     """
     shifted = turn + turn.T
     shifted.diagonal().add_(2 + _STRAIGHT)
-    found: Tensor = torch.linalg.solve(shifted, turn - turn.T)
-    return (found - found.T) / 2
+    turned: Tensor = torch.linalg.solve(shifted, turn - turn.T)
+    return (turned - turned.T) / 2
 
 
 def moved(source: Tensor, skew: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ def products(vectors: list[Tensor]) -> dict[tuple[int, int], Tensor]:
 
 def ends(base: Tensor, models: list[Tensor]) -> Tensor:
     """Measure the maximum of each product and of its negative, shape [T (T + 1) / 2, 2]."""
-    found = products(changes(base, models)).values()
-    return torch.stack([torch.stack([value.max(), (-value).max()]) for value in found])
+    products_of_changes = products(changes(base, models)).values()
+    return torch.stack([torch.stack([value.max(), (-value).max()]) for value in products_of_changes])
 
 
 def as_bits(measured: Tensor) -> Tensor:
@@ -61,10 +61,10 @@ def as_bits(measured: Tensor) -> Tensor:
 
 def affinities(vectors: list[Tensor], extent: Tensor) -> dict[tuple[int, int], Tensor]:
     """Return exp(Norm(delta_i * delta_j)) for all i <= j."""
-    found = products(vectors)
+    products_of_vectors = products(vectors)
     return {
         pair: torch.exp(normalized(value, -bounds[1], bounds[0]))
-        for (pair, value), bounds in zip(found.items(), extent.view(torch.float64), strict=True)
+        for (pair, value), bounds in zip(products_of_vectors.items(), extent.view(torch.float64), strict=True)
     }
 
 

@@ -65,12 +65,12 @@ def sizes(shape: tuple[int, ...], n_models: int, rank: int, basis: int) -> tuple
 def parts(shape: tuple[int, ...], n_models: int, rank: int, basis: int) -> dict[str, Part]:
     """Declare what is stored for a matrix: means and bases shared by all tasks, and codes of each task."""
     r, p = sizes(shape, n_models, rank, basis)
-    found = {}
+    declared = {}
     for side, size in zip(("left", "right"), shape, strict=True):
-        found[f"{side}_mean"] = Part((size, r), shared=True)
-        found[f"{side}_basis"] = Part((size, p, r), shared=True)
-        found[f"{side}_codes"] = Part((size, p))
-    return found
+        declared[f"{side}_mean"] = Part((size, r), shared=True)
+        declared[f"{side}_basis"] = Part((size, p, r), shared=True)
+        declared[f"{side}_codes"] = Part((size, p))
+    return declared
 
 
 def encode(
@@ -85,11 +85,11 @@ def encode(
     """Return means, bases and codes of the factors of the task vectors."""
     r, p = sizes(tuple(base.shape), len(models), rank, basis)
     pairs = [factor(model - base, r) for model in models]
-    found: dict[str, Tensor | list[Tensor]] = {}
+    encoded: dict[str, Tensor | list[Tensor]] = {}
     for side, factors in zip(("left", "right"), zip(*pairs, strict=True), strict=True):
         space = components(torch.stack(factors), p)
-        found |= {f"{side}_mean": space.mean, f"{side}_basis": space.basis, f"{side}_codes": list(space.codes)}
-    return found
+        encoded |= {f"{side}_mean": space.mean, f"{side}_basis": space.basis, f"{side}_codes": list(space.codes)}
+    return encoded
 
 
 def decode(

@@ -26,9 +26,9 @@ def scales(factor: Tensor, kept: Tensor, quantile: Tensor) -> Tensor:
         quantile: The ratios are raised to at least this quantile of all.
     """
     before, after = (part.double().abs().sum(0) for part in (factor, kept))
-    found = torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 0.0)
-    place = min(int(len(found) * float(quantile)), len(found) - 1)
-    return found.clamp(min=found.sort().values[place])
+    ratios = torch.where(after > 0, before / torch.where(after > 0, after, 1.0), 0.0)
+    place = min(int(len(ratios) * float(quantile)), len(ratios) - 1)
+    return ratios.clamp(min=ratios.sort().values[place])
 
 
 @merge_method(

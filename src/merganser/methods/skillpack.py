@@ -90,12 +90,12 @@ def parts(
 ) -> dict[str, Part]:
     """Declare what is stored for a task and a matrix: singular values, and codes and steps of singular vectors."""
     k = rank_of(shape, rank)
-    found = {"values": Part((k,), "float32")}
+    declared = {"values": Part((k,), "float32")}
     for side, size in zip(("left", "right"), shape, strict=True):
         bits = list(widths(k, ranks_16bit, ranks_8bit, ranks_4bit))
-        found[side] = Part((sum(packed_size((end - start) * size, b) for b, start, end in bits),), "uint8")
-        found[f"{side}_steps"] = Part((k, -(-size // group)), "bfloat16")
-    return found
+        declared[side] = Part((sum(packed_size((end - start) * size, b) for b, start, end in bits),), "uint8")
+        declared[f"{side}_steps"] = Part((k, -(-size // group)), "bfloat16")
+    return declared
 
 
 def encode(
@@ -113,12 +113,12 @@ def encode(
     embeddings: Embeddings = "others",
 ) -> Encoded:
     """Return the quantised singular triplets of the difference between each model and the origin."""
-    found: dict[str, list[Tensor]] = {name: [] for name in ("values", "left", "left_steps", "right", "right_steps")}
+    encoded: dict[str, list[Tensor]] = {name: [] for name in ("values", "left", "left_steps", "right", "right_steps")}
     start = base if from_base(origin) else merged
     k = rank_of(base.shape, rank)
     for model in models:
         left, values, right = leading(model - start, k)
-        found["values"].append(values)
+        encoded["values"].append(values)
         for side, vectors in (("left", left.T), ("right", right.T)):
             codes, steps = (
                 [vectors.new_zeros(0, dtype=torch.uint8)],
@@ -128,9 +128,9 @@ def encode(
                 code, step = quantise(vectors[first:end], bits, group)
                 codes.append(pack_codes(code, bits))
                 steps.append(step)
-            found[side].append(torch.cat(codes))
-            found[f"{side}_steps"].append(torch.cat(steps))
-    return dict(found)
+            encoded[side].append(torch.cat(codes))
+            encoded[f"{side}_steps"].append(torch.cat(steps))
+    return dict(encoded)
 
 
 def decode(

@@ -47,10 +47,10 @@ def swudi(
         Directions in which c is below 1e-8 are not changed; the authors raise c to that.
     """
     vectors = deltas_above_rounding(base, models, rounding)
-    found = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
+    interference = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
     kept = math.ceil(float(rank) * base.shape[1] - 1e-9)
 
     def gain(values: Tensor) -> Tensor:
         return torch.where(strongest(values, kept), exponential(values, time), 0.0)
 
-    return base + lambda_ * found.filtered(gain).to(base.dtype)
+    return base + lambda_ * interference.filtered(gain).to(base.dtype)

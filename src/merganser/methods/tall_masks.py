@@ -29,14 +29,14 @@ def encode(
 ) -> Encoded:
     """Return the mask of each task."""
     added = total(base, merged, lambda_)
-    own = [tall_mask(delta, added, mask_lambda[i]) for i, delta in enumerate(deltas(base, models))]
-    return {"mask": [pack_flags(mask) for mask in own]}
+    masks = [tall_mask(delta, added, mask_lambda[i]) for i, delta in enumerate(deltas(base, models))]
+    return {"mask": [pack_flags(mask) for mask in masks]}
 
 
 def decode(base: Tensor, merged: Tensor, mask: Tensor, lambda_: Tensor) -> Tensor:
     """Return the base plus the sum of the task vectors where the task's mask is set."""
-    own = unpack_flags(mask, merged.numel())
-    return torch.where(own, base + total(base, merged, lambda_), base)
+    flags = unpack_flags(mask, merged.numel())
+    return torch.where(flags, base + total(base, merged, lambda_), base)
 
 
 @merge_method(

@@ -87,8 +87,8 @@ def tatr(
         The paper also combines the trust region with other methods than task arithmetic.
     """
     vectors = changes(base, models)
-    found = sensitivity(vectors)
+    of_vectors = sensitivity(vectors)
     total = weighted_sum(vectors, weight)
     zero = torch.zeros_like(total)
-    kept = torch.where(found > 0, torch.where(found >= cut[0, 0], zero, total), total)
+    kept = torch.where(of_vectors > 0, torch.where(of_vectors >= cut[0, 0], zero, total), total)
     return base + lambda_ * kept.to(base.dtype)

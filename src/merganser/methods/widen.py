@@ -29,8 +29,8 @@ def products(first: Tensor, second: Tensor, rows: bool) -> Tensor:
     """Return the inner products of corresponding rows or columns of two matrices, float64, shape [units]."""
     step = max(_CHUNK // max(first.shape[1], 1), 1)
     parts = zip(torch.split(first, step), torch.split(second, step), strict=True)
-    found = [(a.double() * b.double()).sum(dim=1 if rows else 0) for a, b in parts]
-    return torch.cat(found) if rows else torch.stack(found).sum(dim=0)
+    sums = [(a.double() * b.double()).sum(dim=1 if rows else 0) for a, b in parts]
+    return torch.cat(sums) if rows else torch.stack(sums).sum(dim=0)
 
 
 def divergences(base: Tensor, model: Tensor, rows: bool) -> tuple[Tensor, Tensor]:

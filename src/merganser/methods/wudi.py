@@ -64,6 +64,6 @@ def wudi(
         A model equal to the base is left out instead of giving NaN.
     """
     vectors = deltas_above_rounding(base, models, rounding)
-    found = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
-    merged = found.solved(solver, time, steps, learning_rate)
+    interference = Interference(vectors, vectors, inverse_squares(vectors), starting_point(vectors, start))
+    merged = interference.solved(solver, time, steps, learning_rate)
     return base + lambda_ * merged.to(base.dtype)

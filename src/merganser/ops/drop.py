@@ -93,7 +93,7 @@ def check_spread(parameters: Mapping[str, Any]) -> str | None:
     for i, (density, epsilon) in enumerate(zip(parameters["density"], parameters["epsilon"], strict=True)):
         if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
             return (
-                f"density - epsilon and density + epsilon of model {i} must lie between 0 and 1, both excluded, got "
+                f"density - epsilon and density + epsilon of model {i} must be between 0 and 1, both excluded, got "
                 f"density {density:g} and epsilon {epsilon:g}; an epsilon below {min(density, 1 - density):g} will do"
             )
     return None

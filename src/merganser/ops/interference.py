@@ -96,8 +96,8 @@ class Interference:
         values, vectors = torch.linalg.eigh(self._gram)
         step = self._pull @ vectors
         step = (step * torch.where(values > _FLOOR, gain(values.clamp(min=0)), 0.0)) @ vectors.T
-        found: Tensor = self._start + (step if self._rows is None else step @ self._rows)
-        return found
+        point: Tensor = self._start + (step if self._rows is None else step @ self._rows)
+        return point
 
     def descended(self, steps: int, learning_rate: float) -> Tensor:
         """Return the point after some steps of Adam, taken in the dtype of the targets, as float64."""

@@ -8,9 +8,9 @@ from torch import Tensor
 
 def shrunk(gram: Tensor, alpha: Tensor) -> Tensor:
     """Return a Gram matrix with its off-diagonal entries times alpha, float64."""
-    found = gram.to(torch.float64, copy=True).mul_(alpha)
-    found.diagonal().copy_(gram.diagonal())
-    return found
+    regularised = gram.to(torch.float64, copy=True).mul_(alpha)
+    regularised.diagonal().copy_(gram.diagonal())
+    return regularised
 
 
 def solve_right(pull: Tensor, total: Tensor, ridge: Tensor) -> Tensor:

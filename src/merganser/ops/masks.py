@@ -22,8 +22,8 @@ def tall_mask(vector: Tensor, total: Tensor, threshold: Tensor) -> Tensor:
         total: The merged task vector; if it was summed in float64, pass it without rounding.
         threshold: lambda of the TALL masks, 0-d.
     """
-    own = vector.double()
-    return ~not_negative(threshold * (total - own).abs() - own.abs())
+    wide = vector.double()
+    return ~not_negative(threshold * (total - wide).abs() - wide.abs())
 
 
 def elect_largest(vectors: Sequence[Tensor]) -> Tensor:

@@ -41,11 +41,11 @@ def rounding_variance(stored: Tensor, dtype: torch.dtype) -> Tensor:
         stored: Values that the dtype holds, any float dtype and shape.
         dtype: From `grid`.
     """
-    found = torch.finfo(dtype)
+    limits = torch.finfo(dtype)
     wide = stored.double()
     # frexp gives 2^e with 2^(e - 1) <= |x| < 2^e
-    ulp = torch.ldexp(torch.full_like(wide, found.eps / 2), torch.frexp(wide).exponent)
-    return torch.where(wide != 0, ulp.clamp_(min=found.tiny * found.eps).square_() / 12, 0.0)
+    ulp = torch.ldexp(torch.full_like(wide, limits.eps / 2), torch.frexp(wide).exponent)
+    return torch.where(wide != 0, ulp.clamp_(min=limits.tiny * limits.eps).square_() / 12, 0.0)
 
 
 def rounding_norms(stored: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ def rounding_norms(stored: Tensor) -> Tensor:
     norms = stored.new_zeros(len(stored), dtype=torch.float64)
     left = torch.ones_like(norms, dtype=torch.bool)
     for dtype in _narrower(stored.dtype):
-        own = left & (_rounded(stored, dtype) == stored).all(1)
-        if own.any():
-            norms[own] = rounding_variance(stored[own], dtype).sum(1).sqrt()
-            left &= ~own
+        exact = left & (_rounded(stored, dtype) == stored).all(1)
+        if exact.any():
+            norms[exact] = rounding_variance(stored[exact], dtype).sum(1).sqrt()
+            left &= ~exact
     return norms
 
 
@@ -128,10 +128,10 @@ def triplets_above_rounding(
         unless: As in `deltas_above_rounding`.
     """
     cuts = [0.0] * len(models) if unless > 0 else rounding.tolist()
-    found = [decompose(model - base, cut) for model, cut in zip(models, cuts, strict=True)]
-    if any(cuts) and not any(part.values.any() for part in found):
+    decompositions = [decompose(model - base, cut) for model, cut in zip(models, cuts, strict=True)]
+    if any(cuts) and not any(part.values.any() for part in decompositions):
         return [decompose(model - base, 0.0) for model in models]
-    return found
+    return decompositions
 
 
 def _narrower(dtype: torch.dtype) -> list[torch.dtype]:

@@ -35,8 +35,8 @@ def _by_rank(magnitudes: Tensor, table: Tensor) -> Tensor:
     if magnitudes.device.type == "cpu" and magnitudes.dtype == torch.float32:
         return _by_packed_sort(magnitudes, table)
     columns = magnitudes.sort(dim=1, stable=True).indices
-    found = torch.empty_like(magnitudes, dtype=table.dtype)
-    return found.scatter_(1, columns, table.expand(columns.shape))
+    values = torch.empty_like(magnitudes, dtype=table.dtype)
+    return values.scatter_(1, columns, table.expand(columns.shape))
 
 
 def _sort_rows(values: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _sort_rows(values: Tensor) -> Tensor:
 
 def _by_packed_sort(magnitudes: Tensor, table: Tensor) -> Tensor:
     rows, columns = magnitudes.shape
-    found = torch.empty((rows, columns), dtype=table.dtype)
+    values = torch.empty((rows, columns), dtype=table.dtype)
     step = max(_CHUNK // max(columns, 1), 1)
     # little-endian: the lower half of an int64 comes first in memory
     halves = torch.empty((min(step, rows), columns, 2), dtype=torch.int32)
@@ -62,8 +62,8 @@ def _by_packed_sort(magnitudes: Tensor, table: Tensor) -> Tensor:
         halves[:n, :, 0] = column
         halves[:n, :, 1] = part
         packed[:n].numpy().sort(axis=-1)
-        found[start : start + n].scatter_(1, packed[:n].bitwise_and_(0xFFFFFFFF), table.expand(n, columns))
-    return found
+        values[start : start + n].scatter_(1, packed[:n].bitwise_and_(0xFFFFFFFF), table.expand(n, columns))
+    return values
 
 
 # custom operators, which torch.compile does not trace; eager code calls the functions directly, because calling a

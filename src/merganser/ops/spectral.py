@@ -159,18 +159,18 @@ def polar(matrix: Tensor, *, tolerance: float = 0.0) -> Polar:
     if _is_dense(matrix):
         left, values, right = _dense(matrix, tolerance)
         return Polar((left @ right.T).to(matrix.dtype), len(values))
-    found = _first_pass(matrix, tolerance)
-    if found.tilted:
-        large, small = _corrected(matrix, found, None)
+    factors = _first_pass(matrix, tolerance)
+    if factors.tilted:
+        large, small = _corrected(matrix, factors, None)
         factor = large.left @ large.right.T
         return Polar(factor.addmm_(small.left, small.right.T), len(large.values) + len(small.values))
     # rooted^T rooted is the inverse square root of the Gram matrix
-    rooted = (found.right[:, found.n_small :] / found.squares[found.n_small :] ** 0.25).T
+    rooted = (factors.right[:, factors.n_small :] / factors.squares[factors.n_small :] ** 0.25).T
     factor = matrix @ self_product(rooted)
-    if found.n_small == 0 or found.settled:
-        return Polar(factor, n - found.n_small)
-    small, rank, _ = _second_pass(matrix, factor, found)
-    return Polar(factor.addmm_(small.left, small.right.T), n - found.n_small + rank)
+    if factors.n_small == 0 or factors.settled:
+        return Polar(factor, n - factors.n_small)
+    small, rank, _ = _second_pass(matrix, factor, factors)
+    return Polar(factor.addmm_(small.left, small.right.T), n - factors.n_small + rank)
 
 
 def left_basis(matrices: Sequence[Tensor], floor: float) -> Tensor:
@@ -189,8 +189,8 @@ def left_basis(matrices: Sequence[Tensor], floor: float) -> Tensor:
     values = squares.clamp(min=0).sqrt()
     largest = values[-1] if len(values) else values.sum()
     kept = (values > floor) & (values > rank_tolerance(matrices[0]) * largest)
-    found: Tensor = basis[:, kept].flip(1)
-    return found.to(matrices[0].dtype)
+    vectors: Tensor = basis[:, kept].flip(1)
+    return vectors.to(matrices[0].dtype)
 
 
 def nuclear_norm(factor: Tensor, matrix: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def check_directions(norms: Tensor, names: Sequence[str] = ()) -> None:
     if 0 < len(empty) < len(norms):
         name = names[empty[0]] if names else f"model {empty[0]}"
         raise CheckpointError(
-            f"{name} holds nothing but zeros here, which have no direction on the sphere, and other inputs do not; merge "
+            f"{name} is all zeros here, which have no direction on the sphere, and other inputs are not; merge "
             "this model by another method, such as linear"
         )
 

@@ -55,7 +55,7 @@ def check_total(parameters: Mapping[str, Any]) -> str | None:
         return None
     switch = next((f"; or set {name}: false" for name in parameters if name.startswith("normalize")), "")
     return (
-        f"the weights add up to 0, by which nothing can be divided, got {', '.join(f'{w:g}' for w in weight)}; "
+        f"the weights add up to 0, so they cannot be normalised, got {', '.join(f'{w:g}' for w in weight)}; "
         f"give weights with another sum (in each layer, where they follow a schedule){switch}"
     )
 

@@ -151,7 +151,7 @@ class _Builder:
                 raise self.error(line, f"alias *{event.anchor} has no anchor before it")
             target = self.anchors[event.anchor]
             if target is None:
-                raise self.error(line, f"alias *{event.anchor} stands inside what it names")
+                raise self.error(line, f"alias *{event.anchor} is inside the value that it refers to")
             if self._expects_key():
                 raise self.error(line, "a key must be a plain text")
             return self._add(Node(target[0].value, line), target[1])

@@ -34,14 +34,14 @@ SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 
 _PLACES = {
-    "layer_range": "beside 'model' in the 'sources' of a slice",
+    "layer_range": "next to 'model' in the 'sources' of a slice",
     "sources": "in an entry of 'slices'",
     "residual_weight": "in an entry of 'slices'",
     "model": "in an entry of 'models', or of the 'sources' of a slice",
     "revision": "in the model: {path: ..., revision: ...}, or path@revision",
     "path": "in the model: {path: ..., revision: ...}",
     "lora": "in the model: {model: ..., lora: ...}",
-    "adapter": "beside 'model', in an entry of 'models' or of the 'sources' of a slice; for the base, model+adapter",
+    "adapter": "next to 'model', in an entry of 'models' or of the 'sources' of a slice; for the base, model+adapter",
     "override_architecture": "in the model: {model: ..., override_architecture: ...}",
     "filter": "in the value of a parameter: {filter: ..., value: ...}",
     "value": "in the value of a parameter: {filter: ..., value: ...}",

@@ -85,7 +85,7 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         "chat_template": _described(template, f"{', '.join(names)}, or a Jinja template."),
         "compat": _described({"enum": ["mergekit", None]}, "Reproduce mergekit where it differs from the papers."),
         "unmatched": _described(
-            {"enum": [*UNMATCHED, None]}, "Parts behind the layers that not all models hold in one shape."
+            {"enum": [*UNMATCHED, None]}, "Tensors after the layers that some models lack or have in another shape."
         ),
         "quantised": _described({"enum": [*QUANTISED, None]}, "Models quantised in another way than the base."),
         "random_seed": _or_null(_ref("count")),

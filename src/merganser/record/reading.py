@@ -161,10 +161,10 @@ def read_record(out: str | Path) -> Record:
     if not file.exists():
         raise NotFoundError(f"{out}: has no {RECORD_NAME}; a report is drawn of what merganser merged")
     root = Entry(read_object(file), str(file))
-    found = root["format"].whole()
-    if found > RECORD_FORMAT:
+    version = root["format"].whole()
+    if version > RECORD_FORMAT:
         raise UnsupportedError(
-            f"{file}: is of format {found}, and this version of merganser reads up to {RECORD_FORMAT}; install a later one"
+            f"{file}: is of format {version}, and this version of merganser reads up to {RECORD_FORMAT}; install a later one"
         )
     return _record(out, root)
 
@@ -268,13 +268,13 @@ def _moved(entry: Entry) -> Moved:
 
 
 def _number(entry: Entry, key: str) -> float | None:
-    found = entry.get(key)
-    return None if found is None else found.number()
+    value = entry.get(key)
+    return None if value is None else value.number()
 
 
 def _of_each(entry: Entry, key: str, count: int, of: str) -> list[float | None]:
-    found = entry.get(key)
-    values = [] if found is None else found.each(Entry.maybe)
-    if found is not None and len(values) != count:
-        found.refuse(f"a list of {count} values, one for each {of}")
+    value = entry.get(key)
+    values = [] if value is None else value.each(Entry.maybe)
+    if value is not None and len(values) != count:
+        value.refuse(f"a list of {count} values, one for each {of}")
     return values

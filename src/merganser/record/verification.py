@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import string
@@ -14,7 +13,8 @@ from typing import Any, Literal, NoReturn
 from ..checkpoint.links import inside, link_target
 from ..checkpoint.sidefiles import TEMPLATE_FOLDERS, is_tokenizer_file
 from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import open_regular, os_reason, read_object
+from ..files import sha256_of_file
+from ..jsonfile import os_reason, read_object
 from ..wording import brief
 from .format import RECORD_NAME
 
@@ -33,8 +33,6 @@ _DOCUMENT = re.compile(
     r"[^.]*|.*\.(md|rst|txt|pdf|html?|log|csv|tsv|ya?ml|png|jpe?g|gif|svg|webp)", re.IGNORECASE | re.DOTALL
 )
 _VOCABULARY = re.compile(r".*(vocab|merges|dict|bpe|token).*\.txt", re.IGNORECASE | re.DOTALL)
-
-_PIECE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,7 @@ def verify(
             )
         entries = [entry for entry in entries if entry[0] in files]
     total = sum(size for _, size, _ in entries)
-    found = []
+    checked = []
     done = 0
     for name, size, digest in entries:
         before = done
@@ -114,13 +112,13 @@ def verify(
             if progress is not None:
                 progress(before + count, total)
 
-        found.append(VerifiedFile(name, size, *_compare(out, name, size, digest, tell)))
+        checked.append(VerifiedFile(name, size, *_compare(out, name, size, digest, tell)))
         done += size
         tell(size)
     new = sorted(_new(out, recorded)) if files is None else []
     loaded = _loaded_folders(recorded)
     extra = [name for name in new if _may_be_loaded(name, loaded)]
-    return Verification(out, found, extra, [name for name in new if name not in extra])
+    return Verification(out, checked, extra, [name for name in new if name not in extra])
 
 
 def _loaded_folders(recorded: Collection[str]) -> set[str]:
@@ -213,22 +211,10 @@ def _compare(out: Path, name: str, size: int, digest: str, tell: Callable[[int],
             return "link", f"is a link to {target}, and was written as a file"
         if not path.is_file():
             return ("changed", "is not a file") if path.exists() else ("missing", "is missing")
-        found = path.stat().st_size
-        if found != size:
-            return "changed", f"has {found:,} bytes, was written with {size:,}"
-        actual = _sha256(path, tell)
+        present_size = path.stat().st_size
+        if present_size != size:
+            return "changed", f"has {present_size:,} bytes, was written with {size:,}"
+        actual = sha256_of_file(path, tell)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {os_reason(error)}") from None
     return ("intact", None) if actual == digest else ("changed", f"has sha256 {actual}, was written with {digest}")
-
-
-def _sha256(path: Path, tell: Callable[[int], None]) -> str:
-    found = hashlib.sha256()
-    buffer = memoryview(bytearray(_PIECE))
-    done = 0
-    with open_regular(path) as file:
-        while count := file.readinto(buffer):
-            found.update(buffer[:count])
-            done += count
-            tell(done)
-    return found.hexdigest()

@@ -65,12 +65,12 @@ def read_report(
         UnsupportedError: The record or the evaluation has a later format, or there are no task vectors to measure.
     """
     record = read_record(out)
-    found = None
+    evaluated = None
     if evaluation is not None:
         with ExitStack() as stack:
-            found = read_evaluation(evaluation), open_source(str(record.out), stack).hash
+            evaluated = read_evaluation(evaluation), open_source(str(record.out), stack).hash
     measured = _spectra(record, cache_dir, progress) if spectra else None
-    return Report(Path(out).resolve().name, summary(record), sections(record, found, measured))
+    return Report(Path(out).resolve().name, summary(record), sections(record, evaluated, measured))
 
 
 def write_report(
@@ -129,4 +129,4 @@ def _check(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{target}: exists; choose another file with --out, or replace it with --overwrite")
     if not is_page(target):
-        raise OutputError(f"{target}: exists and is no page of merganser; choose another file with --out")
+        raise OutputError(f"{target}: exists and is not a page by merganser; choose another file with --out")

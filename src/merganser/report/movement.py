@@ -242,10 +242,10 @@ def _largest(cells: Any) -> float:
 
 
 def _tensors_of(record: Record) -> Mapping[tuple[int | None, str], Sequence[Moved]]:
-    found: dict[tuple[int | None, str], list[Moved]] = defaultdict(list)
+    cells: dict[tuple[int | None, str], list[Moved]] = defaultdict(list)
     for moved in record.movement.tensors if record.movement is not None else ():
-        found[moved.layer, moved.role].append(moved)
-    return found
+        cells[moved.layer, moved.role].append(moved)
+    return cells
 
 
 def _hover(cell: Moved | None, tensors: Sequence[Moved], column: int, columns: int) -> str:

@@ -37,8 +37,8 @@ def render(title: str, lead: str, sections: Sequence[Section]) -> str:
         parts.append(f'<section id="s{i}"><h2>{escape(section.title)}</h2>')
         parts += [_block(block, figures) for block in section.blocks]
         parts.append("</section>")
-    own = files(__package__)
-    style, script = ((own / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    package_files = files(__package__)
+    style, script = ((package_files / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

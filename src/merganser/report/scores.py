@@ -43,7 +43,7 @@ def scores_section(record: Record, found: Evaluation, own_hash: str) -> Section:
         )
         blocks += _kept_and_lost(found, own)
     else:
-        blocks.append(Paragraph("What was kept and lost is told where eval gets both --base and --experts."))
+        blocks.append(Paragraph("What was kept and lost is shown if eval gets both --base and --experts."))
     blocks += _recovered(found)
     failed = [f"{model.name}: {model.failed}" for model in found.models if model.failed]
     failed += [f"{m} on {task}: {score.failed}" for (m, task), score in found.scores.items() if score.failed]

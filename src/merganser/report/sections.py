@@ -46,14 +46,14 @@ def sections(record: Record, evaluation: tuple[Evaluation, str] | None, spectra:
     def name(model: str) -> str:
         return short.get(model, model)
 
-    found = [_merged(record, name), moved_section(record, name), related_section(record, name)]
+    drawn = [_merged(record, name), moved_section(record, name), related_section(record, name)]
     if spectra is not None:
-        found.append(spectra_section(spectra, name))
+        drawn.append(spectra_section(spectra, name))
     if evaluation is not None:
-        found.append(scores_section(record, *evaluation))
+        drawn.append(scores_section(record, *evaluation))
     if record.restored:
-        found.append(_restored(record))
-    return [*found, Section("Recipe", [Code(record.recipe)]), _files(record), _run(record)]
+        drawn.append(_restored(record))
+    return [*drawn, Section("Recipe", [Code(record.recipe)]), _files(record), _run(record)]
 
 
 def _merged(record: Record, name: Names) -> Section:

@@ -100,7 +100,7 @@ class Statistics:
         """
         self.require(statistic)
         if tensor not in self.tensors:
-            raise DataError(f"{self.path}: has nothing of tensor {tensor!r}")
+            raise DataError(f"{self.path}: has no entry for tensor {tensor!r}")
         return self.sums[sum_name(statistic, self.tensors[tensor].stored)]
 
     def read(self, reader: Reader, statistic: str, tensor: str) -> Tensor:

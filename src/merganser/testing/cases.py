@@ -108,8 +108,8 @@ def others(parameter: Parameter, n: int) -> list[Any]:
     """Return values of a parameter other than its default: all other choices, or one suggested value."""
     if parameter.kind != "choice":
         return [each(parameter, n)]
-    found = [choice for choice in parameter.choices if choice != parameter.default]
-    return [[choice] * n if parameter.per_model else choice for choice in found]
+    alternatives = [choice for choice in parameter.choices if choice != parameter.default]
+    return [[choice] * n if parameter.per_model else choice for choice in alternatives]
 
 
 def defaults(method: MergeMethod, *, shares: bool = False) -> Iterator[Case]:
@@ -168,7 +168,7 @@ def bad_values(parameter: Parameter) -> Iterator[Any]:
 def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str, list[Tensor]]:
     """Return statistics from data of made-up inputs, which differ from model to model, float32."""
     columns = shape[-1] if shape else 1
-    found: dict[str, list[Tensor]] = {name: [] for name in method.from_data}
+    statistics: dict[str, list[Tensor]] = {name: [] for name in method.from_data}
     for model in range(count):
         generator = torch.Generator().manual_seed(100 + model)
         scale = torch.rand(columns, generator=generator) + 0.1
@@ -181,8 +181,8 @@ def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str
         for name, own in method.from_data.items():
             tensor = made[own.statistic]
             # packed experts have one each; here all have the same
-            found[name].append(tensor.expand(shape[0], *tensor.shape) if len(shape) == 3 else tensor)
-    return found
+            statistics[name].append(tensor.expand(shape[0], *tensor.shape) if len(shape) == 3 else tensor)
+    return statistics
 
 
 def merge(method: MergeMethod, inputs: Inputs, parameters: Mapping[str, Any], **options: Any) -> Tensor:

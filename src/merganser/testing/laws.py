@@ -225,8 +225,8 @@ def stays_finite(method: MergeMethod) -> None:
             except CheckpointError:
                 # inputs for which the method is undefined may be refused
                 continue
-            found = f"{method.name}: not finite on {kind}, shape {list(shape)}, {parameters}"
-            _require(bool(torch.isfinite(result).all()), found)
+            complaint = f"{method.name}: not finite on {kind}, shape {list(shape)}, {parameters}"
+            _require(bool(torch.isfinite(result).all()), complaint)
 
 
 def leaves_inputs_alone(method: MergeMethod) -> None:

@@ -24,10 +24,10 @@ def stores_what_it_declares(method: MergeMethod) -> None:
             for name, part in made.declared.items():
                 for stored in [made.shared[name]] if part.shared else [own[name] for own in made.tasks]:
                     dtype = base.dtype if part.dtype is None else getattr(torch, part.dtype)
-                    found = f"{stored.dtype} of {stored.numel()}"
+                    actual = f"{stored.dtype} of {stored.numel()}"
                     expected = f"{dtype} of {torch.Size(part.shape).numel()}"
-                    said = f"{method.name}: part {name} of shape {list(shape)} is {found}, declared was {expected}"
-                    _require(found == expected, said)
+                    said = f"{method.name}: part {name} of shape {list(shape)} is {actual}, declared was {expected}"
+                    _require(actual == expected, said)
             _require({*made.shared, *made.tasks[0]} == {*made.declared}, f"{method.name}: parts other than declared")
 
 

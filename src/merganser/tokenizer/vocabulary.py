@@ -205,7 +205,7 @@ def _read_tokenizers(file: Path) -> Vocabulary | None:
     if not model:
         return None
     if vocabulary is None:
-        raise CheckpointError(f"{file}: has no model.vocab, where the tokens of a tokenizer stand")
+        raise CheckpointError(f"{file}: has no model.vocab with its tokens")
     return _assemble(vocabulary, added, file)
 
 

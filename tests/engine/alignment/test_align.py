@@ -172,7 +172,7 @@ def test_buffers_that_model_code_computes_are_left_out_where_one_model_lacks_the
     paths = write(tmp_path, *models)
     found = plan(make_recipe("linear", paths, parameters={"weight": 1}))
     assert name not in {tensor.name for tensor in found.tensors}
-    assert any(warning.startswith(f"{name}: not alike in every model") for warning in found.warnings)
+    assert any(warning.startswith(f"{name}: not the same in every model") for warning in found.warnings)
 
 
 @pytest.mark.parametrize("other", [torch.ones(4, 4, dtype=torch.uint8), torch.ones(8, 8, dtype=torch.bool)])

@@ -57,7 +57,7 @@ def test_old_names_of_bert_are_matched(tmp_path, how, suffix):
     rename(models[1], *OLD_NAMES[how], suffix=suffix)
     found = plan(linear(*models))
     assert any(
-        "are named as by another version of bert, and matched as transformers loads th" in w for w in found.warnings
+        "have the names of another version of bert; matched as transformers loads th" in w for w in found.warnings
     )
     out = merge(linear(*models), tmp_path / "out").out
     assert_equal(read_model(out), plain)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -11,6 +13,7 @@ from merganser import merge, plan
 from merganser.checkpoint import open_checkpoint
 from merganser.engine.alignment.alignment import Member
 from merganser.engine.alignment.loadable import check_layers_load
+from merganser.engine.alignment.meta_model import build_model
 from merganser.errors import CheckpointError, RecipeError, UnsupportedError
 from merganser.recipe import ModelReference
 from tests.engine.alignment.small_models import change, loads_fully, save
@@ -154,6 +157,24 @@ def test_a_config_that_asks_for_other_kinds_of_layers_is_refused(tmp_path):
         check_layers_load({**config, "hidden_size": "wide"}, donor, [1, 2, 3])
     # a class of the checkpoint's own code, or of nobody
     check_layers_load({**wrong, "architectures": ["Unheard"]}, donor, [1, 2, 3])
+
+
+@pytest.mark.parametrize(("settings", "built"), [({}, 100), ({"layer_types": ["full_attention"] * 4}, 120)])
+def test_of_thousands_of_equal_layers_some_are_built(tmp_path, monkeypatch, settings, built):
+    """Unless the config says something of every layer."""
+    model = save(tmp_path / "model", "qwen3")
+    config = {key: value for key, value in read_json(model, "config.json").items() if key != "layer_types"}
+    (model / "config.json").write_text(json.dumps(config | settings))
+    counts = []
+
+    def build(config):
+        counts.append(config["num_hidden_layers"])
+        return build_model(config)
+
+    monkeypatch.setattr("merganser.engine.alignment.loadable.build_model", build)
+    planned = plan(stack(*[(model, i % 4, i % 4 + 1) for i in range(120)]))
+    assert planned.config["num_hidden_layers"] == 120
+    assert counts == [4, built]
 
 
 def test_without_transformers_structure_alone_decides(tmp_path, monkeypatch):

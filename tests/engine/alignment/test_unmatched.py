@@ -60,7 +60,7 @@ def test_what_is_common_is_merged_and_the_rest_is_left_out(tmp_path, classifiers
 def test_parts_that_one_model_lacks(tmp_path):
     """A model for masked words has no pooler, one for classes no head over the vocabulary."""
     masked, classes = classifier(tmp_path / "masked", 2, 0, "MaskedLM"), classifier(tmp_path / "classes", 2, 1)
-    with pytest.raises(CheckpointError, match=r"missing in .*these come behind the layers: 'unmatched: skip' or"):
+    with pytest.raises(CheckpointError, match=r"missing in .*these follow the layers: 'unmatched: skip' or"):
         plan(linear(masked, classes))
     common = {name for name in read_model(masked) if name in read_model(classes)}
     assert {tensor.name for tensor in plan(linear(masked, classes, unmatched="skip")).tensors} == common
@@ -87,7 +87,7 @@ def test_prediction_layers_that_a_fine_tune_lost(tmp_path):
 )
 def test_layers_and_embeddings_are_never_left_out(tmp_path, settings, name, choice):
     base, other = save(tmp_path / "base", "llama"), save(tmp_path / "other", "llama", **settings)
-    with pytest.raises(CheckpointError, match=rf"{name}: .*'unmatched: {choice}' is for what comes behind the layers"):
+    with pytest.raises(CheckpointError, match=rf"{name}: .*'unmatched: {choice}' is only for tensors after the layers"):
         plan(arithmetic(base, other, unmatched=choice))
 
 
@@ -132,7 +132,7 @@ def test_what_the_recipe_may_say(recipe, message):
 def test_methods_that_give_models_back_need_all_of_them(classifiers):
     base, other = classifiers
     with pytest.raises(
-        RecipeError, match="emr stores what gives each model back, so all models must hold the same tensors"
+        RecipeError, match="emr stores what restores each model, so all models must hold the same tensors"
     ):
         plan(make_recipe("emr", [other], base, unmatched="skip"))
 
@@ -157,11 +157,11 @@ def test_leftovers_that_every_input_has_are_refused_by_name(tmp_path, what):
     for model in models:
         change(model, load_file(model / "model.safetensors") | LEFTOVERS[what])
     name = next(iter(LEFTOVERS[what]))
-    with pytest.raises(CheckpointError, match=rf"holds what no model class loads: {what}.*: .*{name}"):
+    with pytest.raises(CheckpointError, match=rf"holds tensors that no model class loads: {what}.*: .*{name}"):
         plan(linear(*models))
     found = plan(linear(*models, unmatched="skip"))
     assert [tensor.name for tensor in found.tensors if tensor.name in LEFTOVERS[what]] == []
-    assert sum("left out, as no model class loads it" in warning for warning in found.warnings) == 2
+    assert sum("left out, since no model class loads them" in warning for warning in found.warnings) == 2
     loads_fully(merge(linear(*models, unmatched="skip"), tmp_path / "out").out)
 
 
@@ -172,7 +172,7 @@ def test_wrappers_of_training_frameworks_are_stripped_and_said(tmp_path):
     change(models[1], {f"module._orig_mod.{name}": tensor for name, tensor in own.items()})
     found = plan(linear(*models))
     assert (
-        f"{models[1]}: _orig_mod., module.: names of a training framework, stripped from those of tensors"
+        f"{models[1]}: _orig_mod., module.: prefixes of a training framework, removed from the names of tensors"
         in found.warnings
     )
     out = merge(linear(*models), tmp_path / "out").out

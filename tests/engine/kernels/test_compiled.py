@@ -169,7 +169,7 @@ def test_a_broken_compiler_is_told_and_works_when_it_is_mended(cache, tmp_path, 
     found = subprocess.run(command, env=broken, capture_output=True, text=True, check=False)
     assert found.stderr.splitlines()[-1] == (
         "merganser.errors.UnsupportedError: linear: a kernel cannot be compiled here (x.cpp:1: fatal error: omp.h: No such "
-        "file or directory). Either the C++ compiler needs mending, or memory, or room on the disk; or merge with --no-compile"
+        "file or directory). Check the C++ compiler, memory and disk space; or merge with --no-compile"
     )
     assert not list(cache.glob("*"))
     subprocess.run(command, check=True)

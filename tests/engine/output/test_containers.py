@@ -149,7 +149,7 @@ def test_an_input_that_is_mounted_under_another_name_is_not_replaced(tmp_path, r
     before = read_files(bound)
     host = tmp_path / "host" / "a b"
     again = make_recipe("linear", [host, tmp_path / "models" / "m1"], parameters={"weight": 0.5})
-    with pytest.raises(OutputError, match=r"an input of this merge, lies there"):
+    with pytest.raises(OutputError, match=r"an input of this merge, is in this folder"):
         merge(again, bound, overwrite=True)
     assert read_files(bound) == before
 
@@ -180,9 +180,9 @@ def test_a_folder_whose_parent_is_read_only(tmp_path, recipe, expected):
     mount("--bind", tmp_path / "parent", tmp_path / "parent")
     try:
         mount("-o", "remount,bind,ro", tmp_path / "parent")
-        with pytest.raises(OutputError, match="cannot be written: Read-only file system"):
+        with pytest.raises(OutputError, match="cannot be written: read-only file system"):
             merge(recipe, tmp_path / "parent" / "new")
-        with pytest.raises(OutputError, match="cannot be written: Read-only file system"):
+        with pytest.raises(OutputError, match="cannot be written: read-only file system"):
             merge(recipe, tmp_path / "parent" / "out")
         mount("-t", "tmpfs", "tmpfs", tmp_path / "parent" / "out")
         try:
@@ -254,7 +254,7 @@ def stop_publishing(patch, after):
     def watched(*arguments):
         for name in ("rename", "unlink", "rmdir"):
             patch.setattr(Path, name, counting(name, getattr(Path, name)))
-        publishing(*arguments)
+        return publishing(*arguments)
 
     patch.setattr(staging, "publish", watched)
 
@@ -305,7 +305,7 @@ def test_a_file_that_cannot_be_moved_leaves_the_old_output(tmp_path, recipe, mon
         raise refused
 
     monkeypatch.setattr(publish.Path, "rename", refusing)
-    with pytest.raises(OutputError, match="cannot be written: Invalid cross-device link"):
+    with pytest.raises(OutputError, match="cannot be written: invalid cross-device link"):
         merge(recipe, out, overwrite=True)
     assert read_files(out) == before
     monkeypatch.undo()

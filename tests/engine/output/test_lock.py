@@ -86,7 +86,7 @@ def test_the_lock_of_another_host_is_left_to_the_user(tmp_path, no_locks):
 def test_what_is_not_ours_is_not_removed(tmp_path, no_locks, text):
     path = tmp_path / "lock"
     owner(path).write_text(text)
-    with pytest.raises(OutputError, match="in the place of a lock"):
+    with pytest.raises(OutputError, match="has the name of our lock file"):
         acquire_lock(path)
     assert owner(path).read_text() == text
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -129,12 +131,12 @@ def test_a_model_that_was_trained_further_and_saved_over_the_merged_one(tmp_path
         data = bytearray(file.read_bytes().ljust(size, b"\0")[:size])
         file.write_bytes(data)
     message = refused(tmp_path, recipe, repr(file.name))
-    assert "sha256 is another" in message
+    assert "sha256 differs" in message
 
 
 def test_a_file_of_another_size_is_noticed_without_hashing(tmp_path, recipe, out, monkeypatch):
     (out / "README.md").write_text("my own words")
-    monkeypatch.setattr("merganser.engine.output.ownership.file_hash", lambda path: pytest.fail("was hashed"))
+    monkeypatch.setattr("merganser.engine.output.ownership.sha256_of_file", lambda path: pytest.fail("was hashed"))
     assert "has 12 bytes, and was written with" in refused(tmp_path, recipe, "'README.md'")
 
 
@@ -146,7 +148,7 @@ def test_weights_of_an_input_that_are_links_into_the_target(tmp_path, out):
     (linked / "model.safetensors").symlink_to(out / "b.safetensors")
     (linked / "config.json").write_bytes((tmp_path / "models" / "m0" / "config.json").read_bytes())
     recipe = make_recipe("linear", [tmp_path / "models" / "m0", linked], parameters={"weight": 0.5})
-    refused(tmp_path, recipe, "an input of this merge, lies there")
+    refused(tmp_path, recipe, "an input of this merge, is in this folder")
 
 
 def test_an_output_that_lost_a_file_is_replaced(tmp_path, recipe, out):
@@ -170,7 +172,7 @@ def test_a_file_that_is_changed_while_a_merge_runs(tmp_path, recipe, out):
         def advance(self, read, written, tensors):
             pass
 
-    with pytest.raises(OutputError, match=r"out: holds 'config\.json', which was changed meanwhile"):
+    with pytest.raises(OutputError, match=r"out: holds 'config\.json', which was changed during the run"):
         merge(recipe, out, overwrite=True, progress=Meddler())
     assert (out / "config.json").read_text().strip() == "{}"
     assert (out / "merge.json").exists()
@@ -195,13 +197,35 @@ def test_what_was_changed_since_it_was_looked_at_is_not_removed(tmp_path, out):
     found = survey(out)
     (out / "config.json").write_text("mine")
     before = everything(tmp_path)
-    with pytest.raises(OutputError, match=r"'config\.json', which was changed meanwhile"):
+    with pytest.raises(OutputError, match=r"'config\.json', which was changed during the run"):
         found.remove()
     assert everything(tmp_path) == before
     found = survey(out, hashing=False, skip={"config.json"})
     (out / "notes.txt").write_text("mine")
     found.remove()
     assert {path.name for path in out.iterdir()} == {"config.json", "notes.txt"}
+
+
+def test_an_old_output_that_cannot_be_removed_is_said(tmp_path, recipe, out, monkeypatch):
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path.parent.name == ".out.replaced" and path.name == "config.json":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        (warning,) = merge(recipe, out, overwrite=True).record["warnings"]
+    left = tmp_path / ".out.replaced"
+    assert warning == (
+        f"{left}: the replaced output could not be removed ({left / 'config.json'}: Operation not permitted); "
+        "the new output is complete"
+    )
+    assert left.exists()
+    # the next run removes it
+    assert merge(recipe, out, overwrite=True).record["warnings"] == []
+    assert not left.exists()
 
 
 PLACES = [".out.merging", ".out.replaced"]

@@ -315,7 +315,7 @@ def test_a_journal_that_does_not_read_as_ours_is_said(tmp_path, recipe, expected
     assert listener.continued is continued
     (warning,) = warned
     assert warning == (
-        f"{journal}: line {line + 1} is not as it was written; what it and the lines behind it tell is done again"
+        f"{journal}: line {line + 1} is damaged; the work of this line and of those after it is repeated"
     )
     assert warning in result.record["warnings"]
     assert read_files(result.out) == expected[0]
@@ -378,7 +378,7 @@ def test_what_is_not_the_same_merge_is_not_continued(tmp_path, paths, monkeypatc
         (tmp_path / "others" / "m1").rename(paths[2])
     elif change == "config":
         config = json.loads((paths[0] / "config.json").read_text())
-        (paths[0] / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+        (paths[0] / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 7}))
     elif change == "side file":
         (paths[0] / "tokenizer.json").write_text("{}")
     elif change == "method":
@@ -526,7 +526,7 @@ def test_a_disk_that_is_full_from_the_beginning(small_disk, recipe, expected):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(small_disk, tmp_path):
     recipe = make_recipe("linear", write_llamas(tmp_path / "large", 2, layers=30), parameters={"weight": 1})
-    with pytest.raises(OutputError, match=r"disk is too full: \d+ KB are to be written, \d+ KB are free"):
+    with pytest.raises(OutputError, match=r"too little disk space: \d+ KB are to be written, \d+ KB are free"):
         merge(recipe, small_disk / "out")
     assert beside(small_disk) == []
 
@@ -535,7 +535,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, recipe):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(OutputError, match="out: cannot be written: File too large"):
+        with pytest.raises(OutputError, match="out: cannot be written: file too large"):
             merge(recipe, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -314,7 +314,7 @@ def test_names_without_sidecars_have_no_effect(paths):
 def test_slices_cannot_be_restored(paths):
     sources = [{"model": str(path), "layer_range": [0, 2]} for path in paths]
     recipe = {"merge_method": "emr", "base_model": str(paths[0]), "slices": [{"sources": sources}]}
-    with pytest.raises(RecipeError, match="slices: emr stores what gives each model back, so it takes whole models"):
+    with pytest.raises(RecipeError, match="slices: emr stores what restores each model, so it takes whole models"):
         plan(recipe)
 
 

@@ -16,6 +16,7 @@ from ...errors import CheckpointError, NotFoundError
 from ...jsonfile import LFS_MAGIC, LFS_POINTER, open_regular, os_reason
 from ..dtypes import DTYPE_BY_NAME
 from ..tensor import ByteReader, TensorInfo
+from .pickle_cost import why_costly
 
 if TYPE_CHECKING:
     import torch
@@ -102,6 +103,8 @@ def _load(file: Path) -> Any:
         raise CheckpointError(f"{file}: the file is empty; fetch it again")
     if magic == LFS_MAGIC[: len(magic)]:
         raise CheckpointError(f"{file}: {LFS_POINTER}")
+    if why := why_costly(file, zipped=magic == _ZIP_MAGIC):
+        raise CheckpointError(f"{file}: cannot be read: {why}; {_REMEDY}")
     try:
         with warnings.catch_warnings():
             # torch warns of its own deprecated storage classes when it reads old files.

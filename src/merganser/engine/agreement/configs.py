@@ -34,20 +34,22 @@ def compare_configs(donor: Member, members: Collection[Member], alignment: Align
     """
     warnings = []
     for member in members:
-        found = [_as_merged(each, alignment) for each in differences(donor.checkpoint.config, member.checkpoint.config)]
-        wrong = [each for each in found if each.kind == "meaning"]
+        differing = [
+            _as_merged(each, alignment) for each in differences(donor.checkpoint.config, member.checkpoint.config)
+        ]
+        wrong = [each for each in differing if each.kind == "meaning"]
         if wrong:
             raise CheckpointError(
-                f"{member.reference}: config.json reads the same tensors in another way than that of "
+                f"{member.reference}: config.json interprets the same tensors differently from that of "
                 f"{donor.reference}: {_listed(wrong)}. Only models that agree in this can be merged; where a "
                 "config.json is wrong, correct it"
             )
-        if acts := [each for each in found if each.kind == "behaviour"]:
+        if acts := [each for each in differing if each.kind == "behaviour"]:
             warnings.append(
                 f"{member.reference}: config.json differs from that of {donor.reference}, whose settings the output "
                 f"gets: {_listed(acts)}"
             )
-        if unknown := [each for each in found if each.kind == "unknown"]:
+        if unknown := [each for each in differing if each.kind == "unknown"]:
             warnings.append(
                 f"{member.reference}: config.json differs from that of {donor.reference} in settings whose effect is "
                 f"not known here, so whether the models can be merged was not checked: {_listed(unknown)}"

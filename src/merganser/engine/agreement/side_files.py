@@ -47,7 +47,7 @@ def side_file_warnings(donor: Member) -> list[str]:
         warnings.append(f"{', '.join(code)}: code that comes with {donor.reference}; it is copied, and was not run")
     if weights := [name for name in names if is_weight_file(name)]:
         warnings.append(
-            f"{', '.join(weights)}: weights of modules behind the model; they are copied from {donor.reference}, not merged"
+            f"{', '.join(weights)}: weights of modules that follow the model; they are copied from {donor.reference}, not merged"
         )
     return warnings
 
@@ -55,8 +55,8 @@ def side_file_warnings(donor: Member) -> list[str]:
 def unread_warnings(members: Mapping[ModelReference, Member]) -> list[str]:
     """Return warnings about weight files in the models' folders that are not read."""
     return [
-        f"{reference}: {some(member.checkpoint.unread)} may hold weights, too; read is "
-        f"{some([file.name for file in member.checkpoint.weight_files])}"
+        f"{reference}: {some(member.checkpoint.unread)} may also hold weights; only "
+        f"{some([file.name for file in member.checkpoint.weight_files])} is read"
         for reference, member in members.items()
         if member.checkpoint.unread
     ]

@@ -97,12 +97,14 @@ class Alignment:
         tied: Whether the output's head shares its embedding.
         layers: For slices, the donor's layer whose config settings each output layer gets; else None.
         warnings: Messages about tensors that were dropped and choices that were made.
+        left_out: Names of tensors that the recipe's `unmatched` leaves out.
     """
 
     slots: list[Slot]
     tied: bool
     layers: list[int] | None
     warnings: list[str]
+    left_out: frozenset[str] = frozenset()
 
 
 def after_layers(recipe: Recipe) -> float:
@@ -188,9 +190,7 @@ def _names(
     if head and head not in donor.checkpoint.tensors and not tied:
         names.append(head)
         untied = [str(m.reference) for m in members if not m.tied]
-        warnings.append(
-            f"{head}: {', '.join(untied)} has a head of its own, so the output has one, too, and is not tied"
-        )
+        warnings.append(f"{head}: {', '.join(untied)} has its own head, so the output also has one and is not tied")
     drop = _droppable(head, tied, everyone, warnings)
     drop |= _copies(donor, members, head, warnings)
     return [name for name in names if name not in drop], head, tied, drop
@@ -201,7 +201,7 @@ def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings
     names = dict.fromkeys(name for m in members for name in m.checkpoint.tensors)
     drop = {name for name in names if RECOMPUTED.search(name) and not _alike(name, members)}
     if drop:
-        warnings.append(f"{_some(sorted(drop))}: not alike in every model; left out, as model code computes it")
+        warnings.append(f"{_some(sorted(drop))}: not the same in every model; left out, since model code computes them")
     if tied and head and any(head not in m.checkpoint.tensors for m in members):
         drop.add(head)
         warnings.append(f"{head}: every model is tied, so the copy that some of them hold is left out")
@@ -263,7 +263,7 @@ def _check_names(
         ]
         if all(holder is not None and may_be_unmatched(name, holder) for name, holder in holders):
             lines.append(
-                "these come behind the layers: 'unmatched: skip' or 'unmatched: base' in the recipe merges the rest"
+                "these follow the layers: 'unmatched: skip' or 'unmatched: base' in the recipe merges the rest"
             )
         raise CheckpointError("; ".join(lines))
 

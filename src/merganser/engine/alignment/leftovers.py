@@ -22,8 +22,8 @@ _LEFTOVERS: Mapping[str, re.Pattern[str]] = {
     "factors of an adapter that were not merged into the weights": re.compile(
         r"\.(ia3_l|hada_[wt]\d(_[ab])?|lokr_[wt]\d(_[ab])?|b?oft_[rRsS]|vera_lambda_[bd])(\.|$)"
     ),
-    "weights that an adapter is put around": re.compile(r"\.base_layer\.(weight|bias)$"),
-    "copies that an adapter trains": re.compile(r"\.(modules_to_save|original_module)\."),
+    "base weights wrapped by an adapter": re.compile(r"\.base_layer\.(weight|bias)$"),
+    "copies trained by an adapter": re.compile(r"\.(modules_to_save|original_module)\."),
     "a value head": re.compile(r"^(pretrained_model\.|model\.)?(v_head|value_head|critic_head)\."),
     "moving averages": re.compile(r"^(model_ema|ema_model|ema)\."),
     "weights and masks of pruning": re.compile(r"\.(weight|bias)_(orig|mask)$"),
@@ -51,23 +51,23 @@ def without_leftovers(
     patterns = dict(_LEFTOVERS)
     if architecture := _language_model(checkpoint.config):
         patterns[f"a head that {architecture} does not have"] = _OTHER_HEADS
-    found = {what: list(_matching(pattern, checkpoint.tensors)) for what, pattern in patterns.items()}
-    found = {what: names for what, names in found.items() if names}
-    if not found or not checkpoint.config:
+    leftovers = {what: list(_matching(pattern, checkpoint.tensors)) for what, pattern in patterns.items()}
+    leftovers = {what: names for what, names in leftovers.items() if names}
+    if not leftovers or not checkpoint.config:
         return checkpoint, []
-    parts = "; ".join(f"{what}: {some(names)}" for what, names in found.items())
+    parts = "; ".join(f"{what}: {some(names)}" for what, names in leftovers.items())
     if recipe.unmatched == "refuse":
         raise CheckpointError(
-            f"{recipe.place_of_model(reference)}: {reference}: holds what no model class loads: {parts}. Merge adapters into the weights (merge_and_unload), or "
+            f"{recipe.place_of_model(reference)}: {reference}: holds tensors that no model class loads: {parts}. Merge adapters into the weights (merge_and_unload), or "
             "write 'unmatched: skip' into the recipe to leave these out"
         )
-    left = {name for names in found.values() for name in names}
+    left = {name for names in leftovers.values() for name in names}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in left}
     if not tensors:
         raise CheckpointError(
-            f"{recipe.place_of_model(reference)}: {reference}: holds nothing but what no model class loads: {parts}"
+            f"{recipe.place_of_model(reference)}: {reference}: holds only tensors that no model class loads: {parts}"
         )
-    return replace(checkpoint, tensors=tensors), [f"{reference}: left out, as no model class loads it: {parts}"]
+    return replace(checkpoint, tensors=tensors), [f"{reference}: left out, since no model class loads them: {parts}"]
 
 
 def _language_model(config: Mapping[str, Any]) -> str | None:

@@ -65,8 +65,8 @@ def align_slices(
             made = list(_layer(members, starts, step, len(layers), total, index))
             slots += made
             # per-layer settings in the output's config come from the donor
-            own = starts.get(donor.reference) or next(iter(starts.values()))
-            layers.append(donor_layer(donor, own[step], made))
+            layer_numbers = starts.get(donor.reference) or next(iter(starts.values()))
+            layers.append(donor_layer(donor, layer_numbers[step], made))
     slots += frame.slots("after", last, len(slices) - 1, after_layers(recipe))
     return Alignment(slots, tied, layers, warnings)
 
@@ -93,19 +93,19 @@ class _Frame:
 
     def slots(self, position: str, sources: Mapping[ModelReference, Member], slice_index: int, t: float) -> list[Slot]:
         """Return the slots of the tensors "before" or "after" the layers, made from the models of one slice."""
-        own = {member.reference: self._held(member, position) for member in [self.donor, *self.used]}
-        found = {}
+        names_by_model = {member.reference: self._held(member, position) for member in [self.donor, *self.used]}
+        holders = {}
         for name in self.names:
             holder = next(member for member in [self.donor, *self.used] if name in member.anatomy.parts)
             if holder.anatomy.parts[name].position == position:
-                found[holder.anatomy.rename_behind(name, self.n_layers)] = (holder, name)
+                holders[holder.anatomy.rename_behind(name, self.n_layers)] = (holder, name)
         for reference, member in sources.items():
-            held = {new for new, old in own[reference].items() if old not in self.drop}
-            _check_names(self.donor, member, list(found), held, own[reference])
+            held = {new for new, old in names_by_model[reference].items() if old not in self.drop}
+            _check_names(self.donor, member, list(holders), held, names_by_model[reference])
         slots = []
-        for new, (holder, name) in found.items():
-            inputs = _inputs(new, {r: (member, own[r].get(new, name)) for r, member in sources.items()})
-            check_outside(new, inputs, self.donor, own[self.donor.reference].get(new, name))
+        for new, (holder, name) in holders.items():
+            inputs = _inputs(new, {r: (member, names_by_model[r].get(new, name)) for r, member in sources.items()})
+            check_outside(new, inputs, self.donor, names_by_model[self.donor.reference].get(new, name))
             part = replace(holder.anatomy.parts[name], name=new)
             slots.append(Slot(new, new, part, slice_index, t, location_of(name, holder.anatomy), inputs))
         return slots

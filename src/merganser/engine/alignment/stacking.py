@@ -56,7 +56,7 @@ def donor_layer(donor: Member, index: int, made: Sequence[Slot]) -> int:
     sources = " and ".join(str(reference) for reference in made[0].inputs)
     raise CheckpointError(
         f"layer {made[0].part.layer} of the output, from {sources}: {_differences(shapes, nearest)} in layer {order[0]} of "
-        f"{donor.reference}, whose config the output gets, and no other layer of it is like that; only layers of one "
+        f"{donor.reference}, whose config the output gets, and none of its other layers is the same; only layers of one "
         "architecture and size can be stacked"
     )
 
@@ -75,7 +75,7 @@ def _differences(shapes: Mapping[str, Shape], others: Mapping[str, Shape]) -> st
         if own != other:
             texts = ["is missing" if shape is None else f"is {list(shape)}" for shape in (own, other)]
             return f"{suffix} {texts[0]}, but {texts[1]}"
-    return "its tensors are others than"
+    return "its tensors differ from those"
 
 
 def check_outside(name: str, inputs: Mapping[ModelReference, TensorInfo], donor: Member, own: str) -> None:
@@ -91,13 +91,13 @@ def check_outside(name: str, inputs: Mapping[ModelReference, TensorInfo], donor:
         CheckpointError: The shapes differ.
     """
     expected = donor.tensor(own)
-    reference, found = next(iter(inputs.items()))
-    if expected is None or expected.shape == found.shape:
+    reference, tensor = next(iter(inputs.items()))
+    if expected is None or expected.shape == tensor.shape:
         return
     part = donor.anatomy.parts.get(own)
-    table = part is not None and part.role in ("embedding", "head") and expected.shape[1:] == found.shape[1:]
+    table = part is not None and part.role in ("embedding", "head") and expected.shape[1:] == tensor.shape[1:]
     why = "vocabularies differ" if table else "shapes differ"
     raise CheckpointError(
-        f"{name}: {why}: {list(found.shape)} in {reference}, {list(expected.shape)} in {donor.reference}, whose config "
+        f"{name}: {why}: {list(tensor.shape)} in {reference}, {list(expected.shape)} in {donor.reference}, whose config "
         "the output gets; only models of one architecture and size can be stacked"
     )

@@ -42,23 +42,23 @@ def find_unmatched(recipe: Recipe, donor: Member, members: Sequence[Member], nam
     """
     if recipe.unmatched == "refuse":
         return Unmatched()
-    found = [name for name in names if not _is_alike(name, members)]
-    for name in found:
+    differing = [name for name in names if not _is_alike(name, members)]
+    for name in differing:
         holder = next(member for member in [donor, *members] if name in member.anatomy.parts)
         if not may_be_unmatched(name, holder):
             shapes = ", ".join(f"{_shape(name, member)} in {member.reference}" for member in members)
             raise CheckpointError(
-                f"{name}: {shapes}; 'unmatched: {recipe.unmatched}' is for what comes behind the layers, and models that "
+                f"{name}: {shapes}; 'unmatched: {recipe.unmatched}' is only for tensors after the layers; models that "
                 "differ in layers or embeddings are of different architectures"
             )
-    held = {name for name in found if name in donor.checkpoint.tensors}
+    held = {name for name in differing if name in donor.checkpoint.tensors}
     kept = held if recipe.unmatched == "base" else set()
     warnings = []
     if kept:
-        warnings.append(f"not in all models in one shape, and taken from {donor.reference}: {some(sorted(kept))}")
-    if dropped := set(found) - kept:
-        needed = "; loading the output as a class that needs them starts them anew" if held and not kept else ""
-        warnings.append(f"not in all models in one shape, and left out: {some(sorted(dropped))}{needed}")
+        warnings.append(f"not in all models with the same shape, taken from {donor.reference}: {some(sorted(kept))}")
+    if dropped := set(differing) - kept:
+        needed = "; a class that needs them initialises them randomly" if held and not kept else ""
+        warnings.append(f"not in all models with the same shape, left out: {some(sorted(dropped))}{needed}")
     return Unmatched(frozenset(kept), frozenset(dropped), tuple(warnings))
 
 

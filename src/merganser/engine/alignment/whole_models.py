@@ -39,10 +39,10 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
     names = [name for name in names if name not in unmatched.dropped]
     matched = [name for name in names if name not in unmatched.kept]
     for member in members:
-        own = set(member.checkpoint.tensors) - drop - unmatched.kept - unmatched.dropped
+        names_of_member = set(member.checkpoint.tensors) - drop - unmatched.kept - unmatched.dropped
         # names of the output that the donor lacks come from another model
         lacking = (other for name in matched if donor.tensor(name) is None for other in members if other.tensor(name))
-        _check_names(next(lacking, donor) if member is donor else donor, member, matched, own)
+        _check_names(next(lacking, donor) if member is donor else donor, member, matched, names_of_member)
     end = after_layers(recipe)
     slots = []
     for name in names:
@@ -57,4 +57,4 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         kept = name in unmatched.kept
         sources = {member.reference: (member, name) for member in ([donor] if kept else members)}
         slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, sources), kept))
-    return Alignment(slots, tied, None, warnings)
+    return Alignment(slots, tied, None, warnings, unmatched.dropped)

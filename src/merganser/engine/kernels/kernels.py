@@ -240,8 +240,8 @@ class Kernels:
             lines = str(error).splitlines()
             reason = next((line.strip() for line in lines if " error: " in line), lines[0])
             raise UnsupportedError(
-                f"{self.method.name}: a kernel cannot be compiled here ({reason}). Either the C++ compiler needs mending, "
-                "or memory, or room on the disk; or merge with --no-compile"
+                f"{self.method.name}: a kernel cannot be compiled here ({reason}). Check the C++ compiler, "
+                "memory and disk space; or merge with --no-compile"
             ) from error
 
     def _fuse(self, phase: Phase, block: Block) -> _Kernel:

@@ -1,30 +1,13 @@
-"""Hashes of blocks and of files."""
+"""Hashes of blocks."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import xxhash
 
-from ...jsonfile import open_regular
 from ..kernels.blocks import block_step
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file, hexadecimal."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
-    found = hashlib.sha256()
-    while data := file.read(1 << 20):
-        found.update(data)
-    return found.hexdigest()
 
 
 def digest(data: memoryview | bytes) -> bytes:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ...errors import OutputError
+from .failure import failures_of
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -30,6 +31,24 @@ class Lock:
     """
 
     release: Callable[[], None]
+
+
+def lock_target(out: Path, path: Path) -> Lock:
+    """Lock a target.
+
+    Args:
+        out: The target as the user named it.
+        path: The lock file, in a folder that is created if it does not exist.
+
+    Raises:
+        OutputError: Another run holds the lock, the folder cannot be written, or the file is no lock.
+    """
+    with failures_of(out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(path)
+    if lock is None:
+        raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+    return lock
 
 
 def acquire_lock(path: Path) -> Lock | None:
@@ -81,7 +100,7 @@ def _release(path: Path, descriptor: int) -> None:
 def _acquire_owner_file(path: Path) -> Lock | None:
     """Lock by a file that names the owner, for file systems without flock; return None if the owner still runs."""
     file = path.with_name(f"{path.name}.owner")
-    own = _Owner.of(os.getpid())
+    this_run = _Owner.of(os.getpid())
     while True:
         try:
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -90,7 +109,7 @@ def _acquire_owner_file(path: Path) -> Lock | None:
                 return None
             continue
         with os.fdopen(descriptor, "w", encoding="utf-8") as written:
-            written.write(own.text())
+            written.write(this_run.text())
 
         def release() -> None:
             for each in (file, path):
@@ -135,7 +154,7 @@ def _remove_stale(file: Path) -> bool:
     if owner.host != platform.node():
         raise OutputError(
             f"{file}: a run on {owner.host!r} (process {owner.pid}) writes this target, or was killed; this file system "
-            "has no locks that would tell; if it has ended, delete this file"
+            "has no locks, so it is not known; if it has ended, delete this file"
         )
     if owner == _Owner.of(owner.pid) and _runs(owner.pid):
         return False
@@ -192,4 +211,4 @@ def _first(file: str) -> str:
 
 
 def _not_ours(path: Path) -> OutputError:
-    return OutputError(f"{path}: is in the place of a lock, and merganser did not make it; move it away")
+    return OutputError(f"{path}: has the name of our lock file, but merganser did not create it; move it away")

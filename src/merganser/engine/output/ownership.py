@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ...errors import CheckpointError, OutputError
+from ...files import sha256_of_file
 from ...record.format import PAGE_NAME, RECORD_NAME, is_page
 from ...record.verification import recorded_files
-from .digests import file_hash
 
 MARKER = ".merganser"
 """Marker of a folder that is being written; one line of JSON per file, or per folder with all its contents."""
@@ -64,7 +64,7 @@ class Owned:
         for name, state in self.files.items():
             with contextlib.suppress(FileNotFoundError):
                 if _state((self.folder / name).lstat()) != state:
-                    raise _foreign(self.folder, name, "was changed meanwhile")
+                    raise _foreign(self.folder, name, "was changed during the run")
 
     def remove(self) -> None:
         """Remove the files, and the folders that are then empty.
@@ -143,9 +143,9 @@ def survey_each(home: Path, *, known: Mapping[str, Owned] | None = None, hashing
     for path in sorted(home.iterdir()):
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode):
-            own = (known or {}).get(path.name) or survey(path, hashing=hashing)
-            files |= own.within(home).files
-            folders += own.within(home).folders
+            output = (known or {}).get(path.name) or survey(path, hashing=hashing)
+            files |= output.within(home).files
+            folders += output.within(home).folders
         elif stat.S_ISREG(status.st_mode) and path.name.endswith(".merging.lock") and not status.st_size:
             files[path.name] = _state(status)
         else:
@@ -186,14 +186,14 @@ def claimed(folder: Path, *, marker: str = MARKER) -> set[str]:
     if not data.startswith(_FIRST_LINE):
         # a first line that was cut off by a kill, or a file that is not a marker
         return {MARKER} if _FIRST_LINE.startswith(data) else set()
-    found = {MARKER}
+    names = {MARKER}
     for line in data.removeprefix(_FIRST_LINE).split(b"\n")[:-1]:
         # skip a line that was cut off by a kill: the run had not created that file yet
         with contextlib.suppress(ValueError, RecursionError):
             name = json.loads(line)
             if isinstance(name, str):
-                found.add(name)
-    return found
+                names.add(name)
+    return names
 
 
 def unfinished(folder: Path) -> bool:
@@ -267,8 +267,8 @@ def _refuse_unlisted(folder: Path, name: str, files: Mapping[str, _State], liste
 
 
 def _refuse_changed(folder: Path, name: str, known: tuple[int, str] | None) -> None:
-    if known is not None and file_hash(folder / name) != known[1]:
-        raise _foreign(folder, name, "was changed since merganser wrote it (its sha256 is another)")
+    if known is not None and sha256_of_file(folder / name) != known[1]:
+        raise _foreign(folder, name, "was changed since merganser wrote it (its sha256 differs)")
     if name == PAGE_NAME and known is None and not is_page(folder / name):
         raise _foreign(folder, name, "merganser did not write")
 

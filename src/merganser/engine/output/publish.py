@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ...errors import OutputError
 from .journal import JOURNAL
 from .ownership import MARKER, Owned, claim, claimed, covers, survey, unfinished
 
@@ -39,7 +39,7 @@ def working_parent(target: Path) -> Path:
     return target.parent
 
 
-def publish(folder: Path, target: Path, old: Owned, left: Owned) -> None:
+def publish(folder: Path, target: Path, old: Owned, left: Owned) -> list[str]:
     """Move a finished output to its target.
 
     Args:
@@ -48,17 +48,36 @@ def publish(folder: Path, target: Path, old: Owned, left: Owned) -> None:
         old: The present contents of the target.
         left: An older output that a killed run moved aside and did not delete.
 
+    Returns:
+        Warnings about what could not be removed.
+
     Raises:
         OutputError: The contents of the target were changed.
         OSError: A file system operation failed; the new or the old output is still complete.
     """
     old.check()
-    if target.exists():
+    existed = target.exists()
+    if existed:
         left.remove()
     if folder.parent == target or not _rename(folder, target, old):
         _move_files(folder, target, old)
-    with contextlib.suppress(OSError):
-        left.remove()
+    aside = replaced_folder(target)
+    why = _remove(replace(old, folder=aside) if existed else left)
+    if not aside.exists():
+        return []
+    why = why or "it holds files that were added during the run"
+    return [f"{aside}: the replaced output could not be removed ({why}); the new output is complete"]
+
+
+def _remove(owned: Owned) -> str | None:
+    """Remove files of ours; return why if that fails."""
+    try:
+        owned.remove()
+    except OutputError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    return None
 
 
 def take_back(folder: Path, target: Path, skip: tuple[str, str]) -> None:
@@ -110,8 +129,6 @@ def _rename(folder: Path, target: Path, old: Owned) -> bool:
             return False
         raise
     sync(target.parent)
-    with contextlib.suppress(OSError):
-        replace(old, folder=aside).remove()
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from ...checkpoint import Shard
 from ...checkpoint.descriptors import Descriptors
 from ...errors import OutputError
 from ...wording import size_text
+from .failure import failures_of, write_error
 from .journal import JOURNAL, Finished, Journal, read_journal
-from .lock import acquire_lock
+from .lock import Lock, lock_target
 from .ownership import MARKER, Owned, claim, survey, unfinished
 from .publish import publish, replaced_folder, sync, take_back, working_names, working_parent
 
@@ -57,13 +57,7 @@ class Staging:
         self._journal: Journal | None = None
         self.continued = False
         self.warnings: list[str] = []
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = acquire_lock(lock)
-        except OSError as error:
-            raise self.write_error(error) from None
-        if self._lock is None:
-            raise OutputError(f"{out}: another run is writing it; wait for it, or stop it")
+        self._lock: Lock | None = lock_target(out, lock)
         made = not os.path.lexists(self.folder)
         try:
             self._begin(fingerprint, beside, fresh)
@@ -80,11 +74,8 @@ class Staging:
         Raises:
             OutputError: The disk is full or failed.
         """
-        try:
-            with self._file(shard) as descriptor:
-                write_all(descriptor, offset, data)
-        except OSError as error:
-            raise self.write_error(error) from None
+        with failures_of(self.out), self._file(shard) as descriptor:
+            write_all(descriptor, offset, data)
 
     def read(self, shard: int, offset: int, buffer: memoryview) -> None:
         """Read back bytes of a shard.
@@ -93,17 +84,14 @@ class Staging:
             OutputError: The disk failed, or the file was truncated.
         """
         view = buffer.cast("B")
-        try:
-            with self._file(shard) as descriptor:
-                while view:
-                    count = os.preadv(descriptor, [view], offset)
-                    if not count:
-                        name = self._shards[shard].name
-                        raise OutputError(f"{self.folder}: {name} became shorter while it was written")
-                    offset += count
-                    view = view[count:]
-        except OSError as error:
-            raise self.write_error(error) from None
+        with failures_of(self.out), self._file(shard) as descriptor:
+            while view:
+                count = os.preadv(descriptor, [view], offset)
+                if not count:
+                    name = self._shards[shard].name
+                    raise OutputError(f"{self.folder}: {name} became shorter while it was written")
+                offset += count
+                view = view[count:]
 
     def claim(self, names: Iterable[str]) -> None:
         """Register other files than the shards before they are created; "name/" is a folder with all contents.
@@ -111,10 +99,8 @@ class Staging:
         Raises:
             OutputError: The disk is full or failed.
         """
-        try:
+        with failures_of(self.out):
             claim(self.folder, names)
-        except OSError as error:
-            raise self.write_error(error) from None
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Add a finished task to the journal.
@@ -123,13 +109,14 @@ class Staging:
             OutputError: The disk is full or failed.
         """
         assert self._journal is not None
-        try:
+        with failures_of(self.out):
             self._journal.note(entry)
-        except OSError as error:
-            raise self.write_error(error) from None
 
-    def publish(self) -> None:
+    def publish(self) -> list[str]:
         """Move the complete output to its target, flushed to disk.
+
+        Returns:
+            Warnings about what could not be removed.
 
         Raises:
             OutputError: The target appeared or was changed during the run, or the disk failed.
@@ -144,10 +131,11 @@ class Staging:
             self._close_files()
             for path in self.folder.rglob("*"):
                 sync(path)
-            publish(self.folder, self.target, self._old, self._left)
+            warnings = publish(self.folder, self.target, self._old, self._left)
         except OSError as error:
             raise self.write_error(error) from None
         self._release()
+        return warnings
 
     def keep(self) -> None:
         """Close the folder and leave it for the next run to continue."""
@@ -163,13 +151,7 @@ class Staging:
 
     def write_error(self, error: OSError) -> OutputError:
         """Turn an OSError into an error with a remedy."""
-        if isinstance(error, OutputError):
-            return error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutputError(
-                f"{self.out}: the disk is full; free some room and run the same command again, it continues"
-            )
-        return OutputError(f"{self.out}: cannot be written: {error.strerror or error}")
+        return write_error(self.out, error)
 
     @contextlib.contextmanager
     def _file(self, shard: int) -> Iterator[int]:
@@ -202,20 +184,22 @@ class Staging:
         """Read an earlier run's journal, and prepare the folder: shards with headers and full sizes, and a journal."""
         take_back(self.folder, self.target, self._hidden)
         self._left = survey(replaced_folder(self.target))
-        found = survey(self.folder)
+        present_files = survey(self.folder)
         finished = Finished({}, 0)
         if unfinished(self.folder) and not fresh:
             finished = read_journal(self.folder / JOURNAL, fingerprint)
         if finished.damaged is not None:
             self.warnings.append(
-                f"{self.folder / JOURNAL}: line {finished.damaged} is not as it was written; "
-                "what it and the lines behind it tell is done again"
+                f"{self.folder / JOURNAL}: line {finished.damaged} is damaged; "
+                "the work of this line and of those after it is repeated"
             )
         self.finished = finished.entries
         self.continued = bool(self.finished)
         names = [shard.name for shard in self._shards]
         kept = [JOURNAL, MARKER, *names] if self.continued else []
-        replace(found, files={name: state for name, state in found.files.items() if name not in kept}).remove()
+        replace(
+            present_files, files={name: state for name, state in present_files.files.items() if name not in kept}
+        ).remove()
         self.folder.mkdir(exist_ok=True)
         self._check_room(beside)
         self.claim([JOURNAL, *names])
@@ -234,7 +218,7 @@ class Staging:
         free = shutil.disk_usage(self.folder).free
         if needed - present > free:
             raise OutputError(
-                f"{self.out}: the disk is too full: {size_text(needed - present)} are to be written, "
+                f"{self.out}: too little disk space: {size_text(needed - present)} are to be written, "
                 f"{size_text(free)} are free; make room, or choose a target on another disk"
             )
 
@@ -261,8 +245,8 @@ def check_target(out: Path, *, overwrite: bool) -> Owned:
         # a target with a marker was being replaced by a run that was killed, so the user has already agreed
         if not overwrite and not _is_empty(target) and not unfinished(target):
             raise OutputError(f"{out}: exists; choose another target, or allow it to be replaced with --overwrite")
-        found = survey(out, skip=working_names(target))
-        return Owned(target, {}, []) if unfinished(target) else replace(found, folder=target)
+        contents = survey(out, skip=working_names(target))
+        return Owned(target, {}, []) if unfinished(target) else replace(contents, folder=target)
     except OSError as error:
         if isinstance(error, OutputError):
             raise

@@ -48,15 +48,15 @@ class DataOfModels:
             return {}, False
         for axis, source, tensor in zip(axes, self.sources, models, strict=True):
             if axis is None or axis != axes[0]:
-                problem = "have nothing of" if axis is None else "count inputs along another axis of"
+                problem = "have no entry for" if axis is None else "count inputs along another axis of"
                 raise RecipeError(
                     f"{source.place}: its statistics {problem} {tensor.name}, other models' do; calibrate all models "
                     "with the same version of merganser"
                 )
-        found = {
+        statistics = {
             name: tuple(self._sum(own, k, models[k]) for k in range(len(models))) for name, own in self.wanted.items()
         }
-        return found, axes[0] == len(models[0].shape) - 2
+        return statistics, axes[0] == len(models[0].shape) - 2
 
     def _pairs(self, models: Sequence[TensorInfo]) -> list[tuple[Statistics, TensorInfo]]:
         return list(zip(self.folders, models, strict=True))

@@ -96,11 +96,11 @@ class SidecarPlan:
 
     @cached_property
     def _places(self) -> dict[str, dict[tuple[int, str], Place]]:
-        found: dict[str, dict[tuple[int, str], Place]] = defaultdict(dict)
+        places: dict[str, dict[tuple[int, str], Place]] = defaultdict(dict)
         for index, (shard, owner) in enumerate(zip(self.shards, self.owners, strict=True)):
             for name, (offset, nbytes) in shard.entries.items():
-                found[name.rpartition(".")[0]][owner, name] = Place(index, offset, nbytes)
-        return found
+                places[name.rpartition(".")[0]][owner, name] = Place(index, offset, nbytes)
+        return places
 
     def places_of(self, tensor: str) -> dict[tuple[int, str], Place]:
         """Return the location of each part of a tensor, by owner and the part's name."""

@@ -151,10 +151,10 @@ class Codec:
         if self.sidecar.scope == "matrix":
             *packed, rows, columns = self._shape
             each = self.parts((rows, columns))
-            found = {name: replace(part, shape=(*packed, *part.shape)) for name, part in each.items()}
+            parts = {name: replace(part, shape=(*packed, *part.shape)) for name, part in each.items()}
         else:
-            found = dict(self.parts(_whole(self._shape, self.sidecar.scope)))
-        return found | {name: Part((), "float64") for name, _, _ in self.statistics}
+            parts = dict(self.parts(_whole(self._shape, self.sidecar.scope)))
+        return parts | {name: Part((), "float64") for name, _, _ in self.statistics}
 
     def measure(
         self, name: str, index: int, base: Tensor, models: Sequence[Tensor], merged: Tensor, known: Mapping[str, Tensor]
@@ -218,11 +218,11 @@ class Codec:
         encoded = _call(self.sidecar.encode, given)
         stored: dict[str, Tensor | list[Tensor]] = {}
         for name, part in self.parts(block.shape).items():
-            found = encoded[name]
-            if isinstance(found, Tensor):
-                stored[name] = _stored(name, part, found, dtypes[0])
+            encoded_part = encoded[name]
+            if isinstance(encoded_part, Tensor):
+                stored[name] = _stored(name, part, encoded_part, dtypes[0])
             else:
-                each = zip(found, dtypes[1:], strict=True)
+                each = zip(encoded_part, dtypes[1:], strict=True)
                 stored[name] = [_stored(name, part, tensor, dtype) for tensor, dtype in each]
         return stored
 
@@ -323,7 +323,7 @@ class Codecs:
     def of(self, parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Codec:
         """Return the codec for a shape and parameters; callers keep the parameters alive, as their `id` is the key."""
         key = id(parameters), shape
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = Codec(self._method, parameters, shape, self._n_models, device=self._device)
-        return found
+        codec = self._known.get(key)
+        if codec is None:
+            codec = self._known[key] = Codec(self._method, parameters, shape, self._n_models, device=self._device)
+        return codec

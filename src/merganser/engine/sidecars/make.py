@@ -222,9 +222,9 @@ class _Maker:
             stored = dict(codec.encode(span, base, models, merged, known, dtypes))
             writer.append(stored)
             for task in self._holding(tensor):
-                own = {name: part if isinstance(part, Tensor) else part[task] for name, part in stored.items()}
-                own |= {name: known[name][task] for name, _, _ in codec.statistics}
-                restored = codec.decode(span, task, base, merged, own).reshape(-1)
+                parts = {name: part if isinstance(part, Tensor) else part[task] for name, part in stored.items()}
+                parts |= {name: known[name][task] for name, _, _ in codec.statistics}
+                restored = codec.decode(span, task, base, merged, parts).reshape(-1)
                 self._compare(errors, task, tensor, base, models[task], restored)
         writer.append({name: list(known[name]) for name, _, _ in codec.statistics})
 
@@ -342,8 +342,8 @@ class _Writer:
             AssertionError: A part does not have its declared size.
         """
         for key, place in self._places.items():
-            found = f"{key[1]}: {self._written[key]} bytes instead of the declared {place.nbytes}"
-            assert self._written[key] == place.nbytes, found
+            problem = f"{key[1]}: {self._written[key]} bytes instead of the declared {place.nbytes}"
+            assert self._written[key] == place.nbytes, problem
         return self._joined()
 
     def digest_of_disk(self) -> str:

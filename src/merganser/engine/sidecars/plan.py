@@ -51,7 +51,7 @@ def plan_sidecars(
         return None
     if recipe.slices:
         raise RecipeError(
-            f"{recipe.place_of('slices')}: {method.name} stores what gives each model back, so it takes whole models; "
+            f"{recipe.place_of('slices')}: {method.name} stores what restores each model, so it takes whole models; "
             "write 'models'"
         )
     sources = resolver.sources(0).models

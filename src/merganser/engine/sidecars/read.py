@@ -165,21 +165,21 @@ def _file_name(name: Any) -> str:
     # Check as a Windows path, which may have either slash, drives and shares: an index must be safe on every system.
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts or "\\" in name:
-        raise ValueError(f"file {name!r} would lie outside of the checkpoint")
+        raise ValueError(f"file {name!r} would be outside the checkpoint")
     return name
 
 
 def _checked(method: MergeMethod, given: Mapping[str, Any], n_tasks: int) -> dict[str, Any]:
     """Check parameters like those of a recipe."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
         if not parameter.per_model:
-            found[name] = parameter.check(given[name], method.name)
+            values[name] = parameter.check(given[name], method.name)
         elif len(given[name]) != n_tasks:
             raise ValueError(f"{name} has {len(given[name])} values for {n_tasks} tasks")
         else:
-            found[name] = tuple(parameter.check(value, method.name) for value in given[name])
-    return found
+            values[name] = tuple(parameter.check(value, method.name) for value in given[name])
+    return values
 
 
 class Restorer:
@@ -286,10 +286,12 @@ class Restorer:
             expected = self._codec(tensor).all_parts
         for name, part in expected.items():
             own = stored_name(tensor.name, name)
-            found = self._parts.get(own)
+            stored_part = self._parts.get(own)
             dtype = part.dtype or (merged.dtype if part.shared else tensor.dtype).name
-            if found is None or found.shape != part.shape or found.dtype.name != dtype:
-                is_there = "is missing" if found is None else f"is {found.dtype.name} {list(found.shape)}"
+            if stored_part is None or stored_part.shape != part.shape or stored_part.dtype.name != dtype:
+                is_there = (
+                    "is missing" if stored_part is None else f"is {stored_part.dtype.name} {list(stored_part.shape)}"
+                )
                 raise CheckpointError(
                     f"{self._out}: part {own!r} {is_there}, must be {dtype} {list(part.shape)}; merge again"
                 )
@@ -299,13 +301,13 @@ class Restorer:
     def _base_tensor(self, tensor: StoredTensor) -> TensorInfo:
         assert self._base is not None
         assert tensor.base is not None
-        found = self._base.tensors.get(tensor.base)
-        if found is None or found.shape != self.shape(tensor):
-            why = "is missing" if found is None else f"has shape {list(found.shape)}"
+        tensor_of_base = self._base.tensors.get(tensor.base)
+        if tensor_of_base is None or tensor_of_base.shape != self.shape(tensor):
+            why = "is missing" if tensor_of_base is None else f"has shape {list(tensor_of_base.shape)}"
             raise CheckpointError(
                 f"{self._base.path}: is not the base of this merge: tensor {tensor.base!r} {why}; name it with --base"
             )
-        return found
+        return tensor_of_base
 
     def _check_base(self, tensor: StoredTensor) -> None:
         """Compare the base's tensor with the hash of the one that was merged."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.sidefiles import copy_file
 from ...errors import CheckpointError, NotFoundError, OutputError
+from ...files import sha256_of_file
 from ...jsonfile import Entry, read_object
 from ...process import one_thread
 from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
@@ -33,10 +34,12 @@ class Restored:
     Args:
         out: The folder that was written.
         record: Its record, as in its `merge.json`.
+        warnings: What could not be removed.
     """
 
     out: Path
     record: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def restore(
@@ -156,14 +159,14 @@ def _write(
                 copy_file(out / path, staging.folder / name)
             names = [*(shard.name for shard in shards), *([INDEX_NAME] if len(shards) > 1 else []), *stored.files]
             written = _write_record(out, task, stored, record, staging.folder, names, restorer)
-            staging.publish()
+            warnings = staging.publish()
         except OSError as error:
             staging.remove()
             raise error if isinstance(error, CheckpointError) else staging.write_error(error) from None
         except BaseException:
             staging.remove()
             raise
-    return Restored(target, written)
+    return Restored(target, written, tuple(warnings))
 
 
 def _write_tensors(
@@ -195,7 +198,6 @@ def _write_record(
     import time
 
     from ...version import __version__
-    from ..output.digests import file_hash
 
     described: dict[str, Any] = next((each for each in record["sidecars"]["tasks"] if each["name"] == task), {})
     written = {
@@ -206,7 +208,9 @@ def _write_record(
         "parameters": sum(math.prod(restorer.shape(t)) for t in stored.tensors if t.dtype.kind == "float"),
         "tensors": len(stored.tensors),
         "dtypes": sorted({tensor.dtype.name for tensor in stored.tensors}),
-        "outputs": [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": file_hash(folder / n)} for n in names],
+        "outputs": [
+            {"file": n, "bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names
+        ],
     }
     (folder / RECORD_NAME).write_text(record_text(written), encoding="utf-8")
     return written
@@ -280,7 +284,7 @@ def _refuse_source(target: Path, source: Path) -> None:
     from ..output.staging import lies_in, resolve_target
 
     if lies_in(source, resolve_target(target)):
-        raise OutputError(f"{target}: {source}, which is read, lies there; choose another target")
+        raise OutputError(f"{target}: {source}, which is read, is in this folder; choose another target")
 
 
 def _is_weights(name: str) -> bool:

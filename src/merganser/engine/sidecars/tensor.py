@@ -110,10 +110,10 @@ def restore_tensor(
         dtype: Dtype of the task's model; by default that of the merged tensor.
         block: As for `make_sidecar`.
     """
-    merged, own = sidecar.merged, sidecar.tasks[task]
+    merged, task_sidecar = sidecar.merged, sidecar.tasks[task]
     dtype = dtype or merged.dtype
-    if OWN in own or not sidecar.declared:
-        return own.get(OWN, merged).to(dtype).reshape(merged.shape)
+    if OWN in task_sidecar or not sidecar.declared:
+        return task_sidecar.get(OWN, merged).to(dtype).reshape(merged.shape)
     codec = Codec(
         method, fill(method, parameters or {}, len(sidecar.tasks)), tuple(merged.shape), len(sidecar.tasks), block=block
     )
@@ -121,11 +121,11 @@ def restore_tensor(
     restored = torch.empty(merged.numel(), dtype=dtype)
     positions = dict.fromkeys(sidecar.declared, 0)
     for span in codec.blocks:
-        stored = {name: own[name] for name, _, _ in codec.statistics}
+        stored = {name: task_sidecar[name] for name, _, _ in codec.statistics}
         for name, part in codec.parts(span.shape).items():
             start = positions[name]
             positions[name] += torch.Size(part.shape).numel()
-            stored[name] = (sidecar.shared if part.shared else own)[name][start : positions[name]]
+            stored[name] = (sidecar.shared if part.shared else task_sidecar)[name][start : positions[name]]
         before, shared = (t.reshape(-1)[span.start : span.end].to(compute).reshape(span.shape) for t in (base, merged))
         restored[span.start : span.end] = codec.decode(span, task, before, shared, stored).reshape(-1).to(dtype)
     return restored.reshape(merged.shape)

@@ -50,7 +50,7 @@ class SharedOutput:
             return os.open(self._folder / self._shards[shard].name, os.O_RDWR)
         except OSError as error:
             raise OutputError(
-                f"{self._folder}: not seen by this node of the cluster ({error.strerror}); inputs and output must lie on "
+                f"{self._folder}: not found on this node of the cluster ({error.strerror}); inputs and output must be on "
                 "storage that all nodes share, at the same path"
             ) from None
 
