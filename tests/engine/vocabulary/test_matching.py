@@ -18,8 +18,8 @@ from tests.making import Tensors, llama, llama_config, make_recipe, read_model, 
 WORDS = [f"w{i}" for i in range(28)]
 A = bpe(WORDS, ["<s>", "</s>"])
 PERMUTED = bpe(WORDS[::-1], ["</s>", "<s>"])
-B = bpe(WORDS[:20] + ["new", "newer"], ["<s>", "</s>", "<tool>"])
-C = bpe(WORDS[:24] + ["newer"], ["</s>", "<think>"])
+B = bpe([*WORDS[:20], "new", "newer"], ["<s>", "</s>", "<tool>"])
+C = bpe([*WORDS[:24], "newer"], ["</s>", "<think>"])
 
 
 def write(root: Path, *documents: dict[str, Any] | None, **options: Any) -> list[Path]:
@@ -114,7 +114,7 @@ def test_models_of_other_sizes(tmp_path: Path) -> None:
 
 def test_made_rows_are_rounded_once(tmp_path: Path) -> None:
     """A mean of bfloat16 rows is not rounded before the merge."""
-    documents = [A, B, bpe(WORDS[:20] + ["newer", "new"], ["<s>"])]
+    documents = [A, B, bpe([*WORDS[:20], "newer", "new"], ["<s>"])]
     paths = write(tmp_path, *documents, dtype=torch.bfloat16)
     found = merge(recipe(paths, tokenizer_source="union"), tmp_path / "out")
     assert found.record["dtypes"] == ["bfloat16"]

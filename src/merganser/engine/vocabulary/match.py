@@ -18,7 +18,7 @@ from .output import OutputVocabulary, output_vocabulary
 from .report import describe
 from .tokens import Tokens, read_tokens, tokenizer_files, tokens_without_rows
 
-__all__ = ["Matched", "match_vocabularies"]
+__all__ = ["Matched", "match_vocabularies", "tokenizer_owner"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def match_vocabularies(
         UnsupportedError: The vocabularies cannot be united, or a model's rows cannot be told.
         RecipeError: A rule for a token does not fit the models.
     """
-    owner = _owner(recipe, members, cache_dir)
+    owner = tokenizer_owner(recipe, members, cache_dir)
     plain = Matched(dict(members), owner)
     if not recipe.by_token:
         return plain
@@ -84,8 +84,12 @@ def match_vocabularies(
     )
 
 
-def _owner(recipe: Recipe, members: Mapping[ModelReference, Member], cache_dir: Path | None) -> Member:
-    """Return the model whose tokenizer the output gets; open it if it is not one of those that are merged."""
+def tokenizer_owner(recipe: Recipe, members: Mapping[ModelReference, Member], cache_dir: Path | None) -> Member:
+    """Return the model whose tokenizer the output gets; open it if it is not one of those that are merged.
+
+    Raises:
+        CheckpointError: It cannot be opened, or has no tokenizer.
+    """
     wanted = recipe.tokenizer_donor or recipe.donor
     if wanted in members:
         return members[wanted]
