@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -89,7 +91,7 @@ def test_omp_residual_falls_with_k() -> None:
         indices, weights = matching_pursuit(targets, rows, k)
         made = (rows[indices].double() * weights[:, :, None]).sum(1)
         errors.append((made - targets.double()).norm(dim=1))
-    assert all(bool((after <= before + 1e-9).all()) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(bool((after <= before + 1e-9).all()) for before, after in itertools.pairwise(errors))
 
 
 @pytest.mark.parametrize("k", [5, 100])

@@ -18,7 +18,7 @@ from ..checkpoint.gathered import MadeRows, RowMap, gathered
 from ..engine.alignment.alignment import Member
 from ..engine.vocabulary.apply import indexed_tensors, with_vocab_size
 from ..engine.vocabulary.mapping import Made, ModelRows
-from ..engine.vocabulary.match import Matched, tokenizer_owner
+from ..engine.vocabulary.match import Matched, open_owner
 from ..engine.vocabulary.output import OutputVocabulary
 from ..engine.vocabulary.report import describe
 from ..engine.vocabulary.tokens import Tokens, read_tokens
@@ -61,8 +61,10 @@ def match_tokenizer(
         CheckpointError: The donor lacks weights or a tokenizer, or the two share too few tokens.
         UnsupportedError: One of the two has no tokenizer.json.
     """
-    owner = tokenizer_owner(recipe, members, cache_dir)
     [member] = members.values()
+    assert recipe.tokenizer_donor is not None
+    own_tokenizer = recipe.tokenizer_donor == member.reference
+    owner = member if own_tokenizer else open_owner(recipe.tokenizer_donor, "--tokenizer", cache_dir)
     donor, model = _tokens(owner), _tokens(member)
     shared = shared_rows(donor, model)
     rows = max(donor.rows, donor.last + 1)
@@ -78,6 +80,10 @@ def match_tokenizer(
     solver = _Solver(owner, donor, member, model, shared, new, settings, threads, advance)
     own = np.full(rows, -1, np.int64)
     own[list(shared)] = list(shared.values())
+    # rows without a token, such as padding, are matched by their number
+    named = {*donor.vocabulary.tokens, *model.vocabulary.tokens}
+    nameless = [row for row in range(min(rows, model.rows)) if row not in named]
+    own[nameless] = nameless
     mean = sorted(number for number in model.vocabulary.tokens if number < model.rows)
     tensors = dict(member.checkpoint.tensors)
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())

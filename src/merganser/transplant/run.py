@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.planner import build_plan
 from ..engine.run import Progress, Result, run_plan
-from ..errors import ParameterError
+from ..errors import MergeError, ParameterError
 from ..recipe import load_recipe
 from .approximate import method_named
 from .match import match_tokenizer
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ..engine.plan.plan import Plan
 
 __all__ = ["plan_transplant", "transplant"]
+
+_PLACE = re.compile(r"^<recipe>[^ ]*( [\w.\[\]]+)?: ")
 
 
 def plan_transplant(
@@ -60,7 +63,11 @@ def plan_transplant(
         ]
     )
     match = partial(match_tokenizer, settings=settings, threads=threads, advance=advance)
-    return build_plan(load_recipe(text), threads=threads, match=match, **options)
+    try:
+        return build_plan(load_recipe(text), threads=threads, match=match, **options)
+    except MergeError as error:
+        # the recipe is ours, so its lines say nothing to the user
+        raise type(error)(_PLACE.sub("", str(error))) from None
 
 
 def transplant(
