@@ -40,6 +40,7 @@ ROOMS = [
     "engine/stream",
     "engine/sidecars",
     "engine",
+    "transplant",
     "inference",
     "calibration",
     "evaluation",

@@ -44,7 +44,8 @@ LFS_MAGIC = b"version "
 
 LFS_POINTER = "is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or fetch the file again"
 
-_MAX_DIGITS = 20
+# transformers writes an unlimited length as int(1e30), which has 31 digits
+_MAX_DIGITS = 40
 _LONG_NUMBER = re.compile(rf"[0-9]{{{_MAX_DIGITS + 1}}}")
 
 MAX_DEPTH = 64
@@ -126,7 +127,7 @@ def read_file(file: Path, limit: int) -> bytes:
 
 
 def _integer(text: str) -> int:
-    # No size or count needs more than 64 bits; converting a million digits would take seconds.
+    # converting a million digits would take seconds
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)

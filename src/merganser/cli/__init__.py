@@ -28,6 +28,7 @@ from .methods import methods
 from .plan import plan
 from .report import report
 from .restore import restore
+from .transplant import transplant
 from .verify import verify
 
 __all__ = ["app", "main"]
@@ -47,6 +48,7 @@ for verb in (merge, plan, methods, inspect, diff):
 app.command(cls=many_values("--data"))(calibrate)
 app.command(cls=Verb)(verify)
 app.command(cls=Verb)(restore)
+app.command(cls=Verb)(transplant)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=Verb)(report)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memo
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
 from .sidecars.plan import plan_sidecars, sidecar_memory
-from .vocabulary.match import match_vocabularies
+from .vocabulary.match import Matched, match_vocabularies
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,8 @@ pass over so many elements takes one or two seconds longer than a fused one."""
 
 _TENSOR_WORK = 1 << 15
 """Fixed cost of merging one tensor by itself, in input elements that eager kernels process in the same time."""
+
+Match = Callable[[Recipe, Mapping[ModelReference, Member], "Path | None"], Matched]
 
 SHARD_BYTES = 5_000_000_000
 
@@ -61,6 +63,7 @@ def build_plan(
     device: str = "cpu",
     cache_dir: Path | None = None,
     compiled: bool | None = None,
+    match: Match = match_vocabularies,
 ) -> Plan:
     """Plan a merge from the headers of its inputs.
 
@@ -73,6 +76,8 @@ def build_plan(
         device: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
         cache_dir: Folder for models from the Hub.
         compiled: Fuse kernels; by default if the work is large and a C++ compiler is installed.
+        match: Gives the models of the recipe one vocabulary; another one than the default makes rows of new tokens in
+            another way.
 
     Raises:
         RecipeError: The recipe does not fit the method or the models.
@@ -86,7 +91,7 @@ def build_plan(
     resolver = check_recipe(recipe)
     members, input_warnings = _open_all(recipe, cache_dir)
     input_warnings += check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
-    matched = match_vocabularies(recipe, members, cache_dir)
+    matched = match(recipe, members, cache_dir)
     members = matched.members
     alignment, drafts = _drafts(recipe, resolver, members)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..jsonfile import read_object
+from ..jsonfile import MAX_JSON_BYTES, os_reason, parse_object, read_file
 from ..wording import brief, printable
 
 __all__ = ["TokenizerJson", "read_tokenizer_json"]
@@ -125,7 +125,12 @@ def read_tokenizer_json(file: Path) -> TokenizerJson:
     Raises:
         CheckpointError: It is damaged, has no vocabulary, gives two tokens one id or one token two ids.
     """
-    content = read_object(file)
+    try:
+        data = read_file(file, MAX_JSON_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
+    # a token that is written twice must not vanish
+    content = parse_object(data, str(file))
     model = content.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
         raise CheckpointError(f"{file}: has no model.vocab, where the tokens of a tokenizer stand")

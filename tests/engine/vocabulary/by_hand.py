@@ -10,12 +10,13 @@ import torch
 
 from tests.making import Tensors, llama, llama_config, write_model
 
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def bpe(tokens: list[str], added: list[str] = [], merges: list[str] = [], **more: Any) -> dict[str, Any]:  # noqa: B006
     """A tokenizer.json; added tokens follow the trained ones."""
-    entries = [{"id": len(tokens) + i, "content": token, "special": True} for i, token in enumerate(added)]
+    entries = [{"id": len(tokens) + i, "content": token, "special": True, **FLAGS} for i, token in enumerate(added)]
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
     return {"version": "1.0", "added_tokens": entries, "model": model, **more}
 

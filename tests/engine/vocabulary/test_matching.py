@@ -235,6 +235,12 @@ def test_the_list_of_changes(tmp_path: Path) -> None:
     assert not (again / "merge.vocabulary.json").exists()
 
 
+def test_lengths_as_transformers_writes_them(tmp_path: Path) -> None:
+    paths = write(tmp_path, A, PERMUTED)
+    (paths[1] / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    assert plan(recipe(paths, tokenizer_source="base")).vocabulary is not None
+
+
 def test_equal_vocabularies_change_nothing(tmp_path: Path) -> None:
     paths = write(tmp_path, A, json.loads(json.dumps(A)) | {"truncation": None})
     found = plan(recipe(paths, tokenizer_source="union"))
@@ -275,6 +281,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[MergeError], str]] = [
     ),
     (None, {}, UnsupportedError, "is not known (no file of its tokenizer holds one)"),
     ('{"model": {"vocab"', {}, CheckpointError, "is not valid JSON"),
+    ('{"model": {"vocab": {"x": 0, "x": 1}}}', {}, CheckpointError, "'x' appears twice"),
     ({"model": {"type": "BPE"}}, {}, CheckpointError, "has no model.vocab"),
     ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}}}, {}, CheckpointError, "id 0 has two tokens, 'a' and 'b'"),
     (

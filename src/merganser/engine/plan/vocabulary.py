@@ -48,6 +48,7 @@ class VocabularyChange:
         report: Contents of the file that lists every change.
         texts: Contents of files that are written in place of the tokenizer's own, by name.
         stale: Names of files of the tokenizer that are left out, as they do not hold the new tokens.
+        settings: How the rows of new tokens are made, if a method of `merganser transplant` makes them.
         digest: Hash of everything that decides where rows come from.
     """
 
@@ -60,6 +61,7 @@ class VocabularyChange:
     digest: str
     texts: Mapping[str, bytes] = field(default_factory=dict)
     stale: tuple[str, ...] = ()
+    settings: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return its counts, for the run record."""
@@ -79,5 +81,6 @@ class VocabularyChange:
                 }
                 for each in self.models
             ],
+            "made_by": None if self.settings is None else dict(self.settings),
             "list": REPORT_NAME,
         }

@@ -18,7 +18,7 @@ from .output import OutputVocabulary, output_vocabulary
 from .report import describe
 from .tokens import Tokens, read_tokens, tokenizer_files, tokens_without_rows
 
-__all__ = ["Matched", "match_vocabularies"]
+__all__ = ["Matched", "match_vocabularies", "open_owner"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,20 +84,33 @@ def match_vocabularies(
     )
 
 
+def open_owner(reference: ModelReference, where: str, cache_dir: Path | None) -> Member:
+    """Open the donor of a tokenizer, which is not one of the models that are merged.
+
+    Args:
+        reference: The donor.
+        where: What names it, for messages.
+        cache_dir: Folder for models from the Hub.
+
+    Raises:
+        CheckpointError: It cannot be opened, or has no tokenizer.
+    """
+    try:
+        checkpoint = open_tokenizer(reference.path, revision=reference.revision, cache_dir=cache_dir)
+    except MergeError as error:
+        raise type(error)(f"{where}: {error}") from None
+    if not tokenizer_files(checkpoint):
+        raise CheckpointError(f"{where}: {reference}: has no files of a tokenizer")
+    return Member.of(reference, checkpoint)
+
+
 def _owner(recipe: Recipe, members: Mapping[ModelReference, Member], cache_dir: Path | None) -> Member:
-    """Return the model whose tokenizer the output gets; open it if it is not one of those that are merged."""
+    """Return the model whose tokenizer the output gets."""
     wanted = recipe.tokenizer_donor or recipe.donor
     if wanted in members:
         return members[wanted]
     place = recipe.places.get("tokenizer_source") or recipe.place_of("tokenizer")
-    try:
-        checkpoint = open_tokenizer(wanted.path, revision=wanted.revision, cache_dir=cache_dir)
-    except MergeError as error:
-        raise type(error)(f"{place}: {error}") from None
-    member = Member.of(wanted, checkpoint)
-    if not tokenizer_files(checkpoint):
-        raise CheckpointError(f"{place}: {wanted}: has no files of a tokenizer")
-    return member
+    return open_owner(wanted, str(place), cache_dir)
 
 
 def _givers(recipe: Recipe, members: Mapping[ModelReference, Member]) -> list[Member]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,19 @@ __all__ = ["describe"]
 
 
 def describe(
-    out: OutputVocabulary, models: Sequence[Tokens], rows: Sequence[ModelRows]
+    out: OutputVocabulary,
+    models: Sequence[Tokens],
+    rows: Sequence[ModelRows],
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[VocabularyChange, list[str]]:
-    """Return a change of vocabulary as data, and warnings about tokens that models lack or lose."""
+    """Return a change of vocabulary as data, and warnings about tokens that models lack or lose.
+
+    Args:
+        out: The output's vocabulary.
+        models: The tokens of the models.
+        rows: Where their rows come from.
+        settings: How the rows of new tokens are made, if a method makes them.
+    """
     found = []
     warnings = []
     for tokens, each in zip(models, rows, strict=True):
@@ -54,6 +64,7 @@ def describe(
         digest=hashlib.sha256(b"\0".join([report, *out.texts.values()])).hexdigest(),
         texts=out.texts,
         stale=out.stale,
+        settings=settings,
     )
     return change, warnings
 

@@ -1,0 +1,97 @@
+"""`merganser transplant`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..wording import count_text, plural, size_text, time_text
+from . import _options as options
+from ._errors import STOPPED
+from ._progress import MergeProgress, step_progress
+from ._text import complain, head, say, say_json
+from ._vocabulary import vocabulary_lines
+
+
+def transplant(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The model: a folder, a file of weights, or a Hub id.", show_default=False
+        ),
+    ],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="DONOR", help="The model whose tokenizer the output gets, with its weights.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.", show_default=False)],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How rows of new tokens are made: omp, interpolate, barycentric, focus, wechsel, subword, mean, zero.",
+        ),
+    ] = "omp",
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "--k",
+            metavar="N",
+            help="Shared tokens that make a new one.  [default: omp, interpolate, barycentric 64; focus 1024; wechsel 10]",
+            show_default=False,
+        ),
+    ] = None,
+    threads: options.Threads = None,
+    out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an output of merganser, unless something in it was added or changed."
+        ),
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again; do not continue an interrupted run.")] = False,
+    max_memory: options.MaxMemory = None,
+    cache_dir: options.CacheDir = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Give a model the tokenizer of another one."""
+    options.quieten_hub(quiet)
+    from ..engine.output.staging import check_target
+    from ..engine.run import Interrupted, run_plan
+    from ..transplant import plan_transplant
+
+    started = time.monotonic()
+    given = options.chosen(threads=threads, out_shard_size=out_shard_size, max_memory=max_memory, cache_dir=cache_dir)
+    check_target(out, overwrite=overwrite)
+    with step_progress("new tokens", quiet) as advance:
+        plan = plan_transplant(model, tokenizer, method=method, k=k, advance=advance, **given)
+    with MergeProgress(quiet) as progress:
+        try:
+            result = run_plan(plan, out, overwrite=overwrite, fresh=fresh, progress=progress)
+        except Interrupted as error:
+            complain("error", str(error))
+            raise typer.Exit(STOPPED) from None
+    if json:
+        say_json({"out": str(result.out), "record": result.record})
+    elif not quiet:
+        _summary(result.out, result.record, method, time.monotonic() - started)
+
+
+def _summary(out: Path, record: Mapping[str, Any], method: str, seconds: float) -> None:
+    from ..process import peak_memory
+
+    head(
+        f"{method} · {plural(record['tensors'], 'tensor')} · {count_text(record['parameters'])} parameters · "
+        f"{time_text(seconds)} · peak {size_text(peak_memory())}"
+    )
+    for line in vocabulary_lines(record["vocabulary"]):
+        say(line)
+    say(f"wrote {out} and {out / 'merge.json'}; {out / record['vocabulary']['list']} lists every token")
+    say(f"measure it: merganser eval {out}")

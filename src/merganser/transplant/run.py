@@ -1,0 +1,111 @@
+"""Transplant a tokenizer: plan a model with the rows of another tokenizer's tokens, and write it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..engine.planner import build_plan
+from ..engine.run import Progress, Result, run_plan
+from ..errors import MergeError, ParameterError
+from ..recipe import load_recipe
+from .approximate import method_named
+from .match import match_tokenizer
+
+if TYPE_CHECKING:
+    from ..engine.plan.plan import Plan
+
+__all__ = ["plan_transplant", "transplant"]
+
+_PLACE = re.compile(r"^<recipe>[^ ]*( [\w.\[\]]+)?: ")
+
+
+def plan_transplant(
+    model: str,
+    tokenizer: str,
+    *,
+    method: str = "omp",
+    k: int | None = None,
+    threads: int | None = None,
+    advance: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """Compute how the rows of new tokens are made, and plan the model that has them; nothing is written.
+
+    Args:
+        model: Folder or Hub id of the model.
+        tokenizer: Folder or Hub id of the donor: the model whose tokenizer the output gets. Methods that look at its
+            embedding need its weights; `subword`, `mean` and `zero` do not.
+        method: Name of the method, one of `METHODS`.
+        k: Number of rows that are combined, for methods that choose some; by default the method's own.
+        threads: Threads that compute; by default one per core, at most 8.
+        advance: Called with the number of tokens done, and of all.
+        **options: As for `merganser.engine.planner.build_plan`.
+
+    Raises:
+        ParameterError: The method is not known, or takes no `k`.
+        MergeError: The model or the donor cannot be read, or they do not fit.
+    """
+    chosen = method_named(method)
+    if k is not None and (k < 1 or not chosen.k):
+        raise ParameterError(f"--k {k}: {'at least 1 is needed' if chosen.k else f'{method} combines no chosen rows'}")
+    settings = {"method": method, **({"k": k or chosen.k} if chosen.k else {})}
+    text = "".join(
+        [
+            f"# merganser transplant: {', '.join(f'{name} {value}' for name, value in settings.items())}\n",
+            "merge_method: passthrough\n",
+            f"models: [{{model: {{path: {json.dumps(model)}}}}}]\n",
+            f"tokenizer_source: {{path: {json.dumps(tokenizer)}}}\n",
+        ]
+    )
+    match = partial(match_tokenizer, settings=settings, threads=threads, advance=advance)
+    try:
+        return build_plan(load_recipe(text), threads=threads, match=match, **options)
+    except MergeError as error:
+        # the recipe is ours, so its lines say nothing to the user
+        raise type(error)(_PLACE.sub("", str(error))) from None
+
+
+def transplant(
+    model: str,
+    tokenizer: str,
+    out: str | Path,
+    *,
+    method: str = "omp",
+    k: int | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    advance: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Result:
+    """Write a model with the tokenizer of another one.
+
+    Rows of tokens that both have are copied. Those of new tokens are made by the method from rows of the model, in
+    float64, and rounded once to the dtype of its embedding. All other tensors are copied.
+
+    Args:
+        model: As for `plan_transplant`.
+        tokenizer: As for `plan_transplant`.
+        out: Target folder; it appears when it is complete.
+        method: As for `plan_transplant`.
+        k: As for `plan_transplant`.
+        overwrite: Replace a target that merganser wrote before, unless something in it was added or changed.
+        fresh: Start again even if an interrupted run could be continued.
+        progress: Receives reports of the writing.
+        advance: As for `plan_transplant`.
+        **options: As for `merganser.engine.planner.build_plan`.
+
+    Raises:
+        MergeError: As for `plan_transplant`, or the target cannot be written.
+        Interrupted: Ctrl-C was pressed; the same call continues the run.
+    """
+    from ..engine.output.staging import check_target
+
+    check_target(Path(out), overwrite=overwrite)
+    plan = plan_transplant(model, tokenizer, method=method, k=k, advance=advance, **options)
+    return run_plan(plan, Path(out), overwrite=overwrite, fresh=fresh, progress=progress)
