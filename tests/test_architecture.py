@@ -43,6 +43,9 @@ ROOMS = [
     "transplant",
     "inference",
     "calibration",
+    # the entry: it calibrates what a recipe lacks, and so stands above
+    "engine/merge",
+    "inference/sources",
     "evaluation",
     "report",
     "testing",

@@ -19,7 +19,7 @@ from ..errors import MergeError, NonFiniteError, UnsupportedError
 from .batches import Batch, Padded
 from .skeleton import Block, Skeleton
 
-__all__ = ["Output", "check_streamable", "logits", "run_block"]
+__all__ = ["Output", "check_streamable", "logits", "run_alone", "run_block"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
             with skeleton.filled(block):
                 found = type(block.module).forward(block.module, *args, **kwargs)
                 whole = _output(skeleton, block, batch.stacks[block.stack], found)
-                alone = _run_alone(skeleton, index, batch, before)
+                alone = run_alone(skeleton, index, batch, before)
             if not bool(whole.hidden.isfinite().all()):
                 raise NonFiniteError(
                     f"{skeleton.checkpoint.reference}: {block.name} gives NaN or infinity for the first tokens of the "
@@ -169,7 +169,12 @@ def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
         raise _refusal(skeleton, f"its forward does not run {skeleton.blocks[-1].name}")
 
 
-def _run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
+def run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
+    """Run one block as `run_block` does, for the first time; what it raises for lack of a value is a refusal.
+
+    Raises:
+        UnsupportedError: The block cannot run by itself.
+    """
     try:
         return run_block(skeleton, index, batch, before)
     except MergeError:

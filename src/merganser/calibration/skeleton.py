@@ -89,11 +89,14 @@ class Skeleton:
         Raises:
             CheckpointError: A tensor cannot be read, or has the wrong shape.
         """
+        self._load(self.outside(head=head))
+        internals.tie(self.model)
+
+    def outside(self, *, head: bool = False) -> list[str]:
+        """Return the names of the checkpoint's tensors that `fill_outside` loads."""
         inside = {source for block in self.blocks for source in block.sources}
         skipped = frozenset() if head else _own_head(self.model)
-        used = [name for name, target in self.targets.items() if name not in inside and target.parameter not in skipped]
-        self._load(used)
-        internals.tie(self.model)
+        return [name for name, target in self.targets.items() if name not in inside and target.parameter not in skipped]
 
     def _load(self, names: Sequence[str]) -> None:
         tensors = {name: internals.LazyTensor(self.checkpoint.tensors[name], self._reader) for name in names}
@@ -119,6 +122,15 @@ class Skeleton:
             internals.empty_tensors(block.module)
             # otherwise the C library would keep freed pieces between used ones, more with every block
             release_freed_memory()
+
+    @contextmanager
+    def zeroed(self) -> Iterator[None]:
+        """Let all weights be zero within the context, in the memory of the largest; it must not be filled."""
+        try:
+            internals.zero_tensors(self.model)
+            yield
+        finally:
+            internals.empty_tensors(self.model)
 
     def will_need(self, block: Block) -> None:
         """Advise the system that a block's tensors will be read soon."""

@@ -105,6 +105,7 @@ class MergeProgress:
         self._bytes = 0
         self._tensors = 0
         self._total = 0
+        self._steps: Progress | None = None
         self.plans: list[Plan] = []
 
     def __enter__(self) -> MergeProgress:
@@ -114,6 +115,18 @@ class MergeProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._close()
+
+    def calibrating(self, model: str, done: int, blocks: int) -> None:
+        """Show how many blocks of a model are done."""
+        if self._quiet or not on_terminal():
+            return
+        if self._steps is None or done == 0:
+            self._close()
+            self._steps = _step_bar()
+            self._task = self._steps.add_task("", total=blocks)
+            self._steps.start()
+        if self._task is not None:
+            self._steps.update(self._task, description=f"calibrating {printable(model)}", completed=done)
 
     def start(self, plan: Plan, continued: bool) -> None:
         """Print the plan's warnings and open a bar for a run that begins or continues."""
@@ -153,6 +166,9 @@ class MergeProgress:
         return f"{count_text(self._tensors)}/{count_text(self._total)} tensors"
 
     def _close(self) -> None:
+        if self._steps is not None:
+            self._steps.stop()
+            self._steps, self._task = None, None
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._task = None, None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..wording import count_text, plural, size_text, some, time_text
 from . import _options as options
+from ._calibrations import calibration_rows
 from ._text import head, passes_text, say, say_json, share_text, table
 from ._vocabulary import vocabulary_lines
 
@@ -96,6 +97,10 @@ def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> Non
     if found.sidecars:
         say("keeps")
         for line in table(_tasks(stage, found.sidecars), right=(2,)):
+            say(line)
+    if found.calibrations:
+        say("calibrates first")
+        for line in table(calibration_rows(found.calibrations)):
             say(line)
     say("expects")
     for line in table(_costs(found)):

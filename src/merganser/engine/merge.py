@@ -3,6 +3,9 @@
 A recipe may have several documents (stages), and each may name the output of another one as a model. The last one to
 run is the target. The others are written to the folder `.OUT.stages` next to it, each under its name; a finished stage
 is reused as long as nothing that it was merged from has changed.
+
+A recipe may name data in place of statistics from data. Then the models are calibrated on them first, into the folder
+`.OUT.statistics` or into the one that the recipe names.
 """
 
 from __future__ import annotations
@@ -22,11 +25,15 @@ from ..jsonfile import exists, read_object
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 
 if TYPE_CHECKING:
+    from ..calibration.home import StatisticsHome
     from .output.ownership import Owned
     from .plan.plan import Plan
     from .run import Progress, Result
 
 __all__ = ["RecipeLike", "merge", "plan", "plan_with_stages_made", "stages_folder"]
+
+_STATISTICS = ".statistics"
+"""Folder of statistics among those of stages, which cannot have this name."""
 
 RecipeLike = Recipe | Sequence[Recipe] | str | Path | Mapping[str, Any]
 """Recipes from `load_recipe` or `load_recipes`, or what these read: a path, a YAML text, a mapping."""
@@ -48,17 +55,21 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
         MergeError: The recipe or its inputs cannot be merged; the message says why.
     """
     needed = _needed(_load(recipe), keep_stages)
-    if len(needed) == 1:
+    if len(needed) == 1 and not needed[0].names_data:
         return _plan_one(needed[0], **options)
     planned: list[Plan] = []
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
+        home = _home(needed, Path(root), options)
         for stage in needed:
             try:
-                found = _plan_one(_with_folders(stage, folders), **options)
+                with_stages = _with_folders(stage, folders)
+                with_statistics, calibrations = home.plan(with_stages) if home else (with_stages, [])
+                found = _plan_one(with_statistics, **options)
             except MergeError as error:
                 raise type(error)(str(error).replace(f"{root}{os.sep}", "stage ")) from None
-            planned.append(replace(found, made={str(path): name for name, path in folders.items()}))
+            made = {str(path): name for name, path in folders.items()}
+            planned.append(replace(found, recipe=with_stages, made=made, calibrations=calibrations))
             if stage.name is not None and stage is not needed[-1]:
                 folders[stage.name] = Path(root, _folder_name(stage.name))
                 _lay_out(found, folders[stage.name])
@@ -103,27 +114,32 @@ def merge(
 
     out, recipes = Path(out), _load(recipe)
     given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
-    if len(recipes) == 1:
+    if len(recipes) == 1 and not recipes[0].names_data:
         return run_plan(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
     check_target(out, overwrite=overwrite)
-    # plan every stage first, so that an error in any of them shows before the first one runs
-    plan(recipes, keep_stages=keep_stages, **options)
+    # plan everything first, so that an error in any stage or in the data shows before the first one runs
+    planned = plan(recipes, keep_stages=keep_stages, **options)
     *stages, target = _needed(recipes, keep_stages)
-    with _stages(out, keep=keep_stages, fresh=fresh) as made:
+    with contextlib.ExitStack() as stack:
+        home = stack.enter_context(_statistics(out, planned, fresh, options))
+        made = stack.enter_context(_stages(out, keep=keep_stages, fresh=fresh)) if len(recipes) > 1 else None
         folders: dict[str, Path] = {}
         for stage in stages:
             assert stage.name is not None
-            planned = _plan_one(_with_folders(stage, folders), **options)
+            assert made is not None
+            one = _plan_one(_calibrated(_with_folders(stage, folders), home, progress), **options)
             folder = folders[stage.name] = made.home / _folder_name(stage.name)
-            made.made[folder.name] = _run_stage(planned, folder, out, **given)
+            made.made[folder.name] = _run_stage(one, folder, out, **given)
         whole = "".join(_ended(r.text) for r in sorted(recipes, key=lambda r: r.place.line))
-        last = replace(_with_folders(target, folders), text=whole)
+        last = replace(_calibrated(_with_folders(target, folders), home, progress), text=whole)
         return run_plan(_plan_one(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
 
 
 @contextlib.contextmanager
 def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
     """Merge the stages of a recipe into a folder that exists during the context, and yield the plan of its target.
+
+    Statistics from data that it lacks are made there, too.
 
     Args:
         recipe: As for `plan`.
@@ -139,12 +155,40 @@ def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
     *stages, target = _needed(recipes, keep_stages=False)
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
+        home = _home(recipes, Path(root), options)
         for stage in stages:
             assert stage.name is not None
             folder = Path(root, _folder_name(stage.name))
-            run_plan(_plan_one(_with_folders(stage, folders), **options), folder)
+            run_plan(_plan_one(_calibrated(_with_folders(stage, folders), home), **options), folder)
             folders[stage.name] = folder
-        yield _plan_one(_with_folders(target, folders), **options)
+        yield _plan_one(_calibrated(_with_folders(target, folders), home), **options)
+
+
+def _home(recipes: Sequence[Recipe], root: Path, options: Mapping[str, Any]) -> StatisticsHome | None:
+    """Return where statistics are planned or made in a temporary folder; None where no recipe names data."""
+    if not any(recipe.names_data for recipe in recipes):
+        return None
+    from ..calibration.home import StatisticsHome
+
+    return StatisticsHome(root / _STATISTICS, options.get("cache_dir"))
+
+
+@contextlib.contextmanager
+def _statistics(out: Path, planned: Plan, fresh: bool, options: Mapping[str, Any]) -> Iterator[StatisticsHome | None]:
+    """Yield where a merge makes the statistics that it lacks; None where it lacks none."""
+    calibrations = [each for one in (*planned.stages, planned) for each in one.calibrations]
+    if not calibrations:
+        yield None
+        return
+    from ..calibration.home import statistics_home
+
+    with statistics_home(out, calibrations, fresh=fresh, cache_dir=options.get("cache_dir")) as home:
+        yield home
+
+
+def _calibrated(recipe: Recipe, home: StatisticsHome | None, progress: Progress | None = None) -> Recipe:
+    """Make the statistics that a recipe lacks, and return the recipe with them."""
+    return recipe if home is None else home.make(recipe, progress)
 
 
 def stages_folder(out: str | Path) -> Path:

@@ -93,7 +93,8 @@ def build_plan(
     input_warnings += check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
     matched = match(recipe, members, cache_dir)
     members = matched.members
-    alignment, drafts = _drafts(recipe, resolver, members)
+    data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
+    alignment, drafts = _drafts(recipe, resolver, members, data)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
@@ -136,6 +137,7 @@ def build_plan(
         ],
         differences=resolver.differences(),
         vocabulary=matched.change,
+        statistics=list({own.path: own for each in data if each is not None for own in each.folders}.values()),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
     )
 
@@ -239,7 +241,10 @@ def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
 
 
 def _drafts(
-    recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]
+    recipe: Recipe,
+    resolver: Resolver,
+    members: Mapping[ModelReference, Member],
+    data: Sequence[DataOfModels | None],
 ) -> tuple[Alignment, list[PlannedTensor]]:
     """Match the inputs' tensors, and decide how each tensor of the output is merged."""
     if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
@@ -248,7 +253,6 @@ def _drafts(
             f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' is possible"
         )
     alignment = _align(recipe, resolver, members)
-    data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
     drafts = [_draft(slot, recipe, resolver, data[slot.slice_index]) for slot in alignment.slots]
     _check_whole_model(recipe, resolver.method, drafts)
     if resolver.method.from_data and not any(draft.data for draft in drafts):

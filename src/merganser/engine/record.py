@@ -20,6 +20,7 @@ from ..files import sha256_of_file
 from ..method import MergeMethod
 from ..recipe import ModelReference
 from ..record.format import RECORD_FORMAT, RECORD_NAME
+from ..statistics import Statistics
 from ..version import __version__
 from .output.digests import digest
 from .plan.plan import Plan
@@ -208,11 +209,23 @@ def make_record(
         "adapters": adapters(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.as_json(),
         "statistics_from_data": [_sized(file) for file in data_files(plan)],
+        "calibrations": [_calibration(own) for own in plan.statistics],
         "outputs": list(outputs),
         "statistics": dict(statistics),
         "layers": list(layers),
         "movement": dict(movement),
         "timings": dict(timings),
+    }
+
+
+def _calibration(own: Statistics) -> dict[str, Any]:
+    """Return what statistics from data were measured on: the model with its hash, and the data with theirs."""
+    return {
+        "folder": str(own.path),
+        "model": own.about["model"],
+        "tokenizer": own.about["tokenizer"],
+        "statistics": list(own.statistics),
+        "parts": own.about["parts"],
     }
 
 

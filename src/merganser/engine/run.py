@@ -42,6 +42,9 @@ class Progress(Protocol):
     Work that an earlier run finished is reported before `start`.
     """
 
+    def calibrating(self, model: str, done: int, blocks: int) -> None:
+        """Report how many of a model's blocks are done, before a merge that lacks statistics from data."""
+
     def start(self, plan: Plan, continued: bool) -> None:
         """Report that the run starts; `continued`: from an earlier run's journal."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from ..files import write_whole
-from ..inference.sources import Kind
+from ..inference.stored import Kind
 from .estimate import Estimate
 from .outcome import Outcome
 from .retention import Retention, measure_retention

@@ -15,7 +15,7 @@ import xxhash
 from ..checkpoint.sidefiles import copy_file, is_tokenizer_file
 from ..errors import CheckpointError, UnsupportedError
 from .libraries import explained, quiet
-from .sources import Source, xxh3_of_file
+from .stored import Source, xxh3_of_file
 
 if TYPE_CHECKING:
     import torch

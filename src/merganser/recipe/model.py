@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .data import Data
 from .place import Place
 from .reference import ModelReference
 from .setting import Setting
@@ -24,6 +25,7 @@ class Source:
         name: Name of the model in the output, for methods that store something per model; None for the name of its
             folder.
         statistics: Folder with calibration statistics of this model; None if the recipe names none.
+        data: Data to make such statistics from; None if the recipe names none, or names statistics.
     """
 
     model: ModelReference
@@ -32,6 +34,7 @@ class Source:
     place: Place
     name: str | None = None
     statistics: str | None = None
+    data: Data | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class Recipe:
         unmatched: What to do with tensors after the layers that some models lack or hold in another shape: "refuse"
             them, take them from the "base", or "skip" them.
         quantised: What to do with models that are quantised in another way than the base: "refuse" or "allow" them.
+        keep_statistics: Folder in which statistics that are made for this merge are kept; None to remove them.
     """
 
     name: str | None
@@ -101,6 +105,13 @@ class Recipe:
     row_multiple: int = 1
     unmatched: Literal["refuse", "base", "skip"] = "refuse"
     quantised: Literal["refuse", "allow"] = "refuse"
+    keep_statistics: str | None = None
+
+    @property
+    def names_data(self) -> bool:
+        """Whether the recipe names data, at its top or for a model, or a folder to keep statistics in."""
+        sources = [*self.models, *(source for piece in self.slices for source in piece.sources)]
+        return bool({"data", "keep_statistics"} & self.places.keys()) or any(s.data is not None for s in sources)
 
     def place_of(self, key: str) -> Place:
         """Return where a top-level key stands; the start of the recipe if it is missing."""

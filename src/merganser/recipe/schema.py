@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES
+from .data import DATA_KEYS
 from .load import DTYPES, QUANTISED, UNMATCHED
 from .scalar import FLAGS, FLOAT, MAX_DIGITS
 from .templates import AUTO, CHAT_TEMPLATES
@@ -89,6 +91,12 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         ),
         "quantised": _described({"enum": [*QUANTISED, None]}, "Models quantised in another way than the base."),
         "random_seed": _or_null(_ref("count")),
+        "data": _described(
+            _or_null(_ref("data")), "Data that models are calibrated on, where the method needs statistics from data."
+        ),
+        "keep_statistics": _described(
+            _or_null(_TEXT), "Folder in which statistics that are made for this merge are kept."
+        ),
     }
 
 
@@ -102,6 +110,7 @@ def _shared() -> Schema:
         "adapter": _ref("adapter"),
         "name": _described(_or_null({**_TEXT, "maxLength": 100}), task),
         "statistics": _described(_or_null(_TEXT), folder),
+        "data": _described(_or_null(_ref("data")), "Data that this model is calibrated on."),
         "parameters": _ref("parameters"),
     }
     layers: Schema = {"type": "array", "items": _ref("count"), "minItems": 2, "maxItems": 2}
@@ -109,6 +118,8 @@ def _shared() -> Schema:
         "model": _ref("reference"),
         "adapter": _ref("adapter"),
         "layer_range": _described(layers, "First layer, and the one after the last."),
+        "statistics": model["statistics"],
+        "data": model["data"],
         "parameters": _ref("parameters"),
     }
     piece = {
@@ -127,6 +138,7 @@ def _shared() -> Schema:
             "anyOf": [_TEXT, _ref("path"), _ref("model")],
         },
         "path": path,
+        "data": {"anyOf": [_TEXT, _list_of(_TEXT), _data()]},
         "model": _object(
             {
                 "model": {"anyOf": [_TEXT, _ref("path")]},
@@ -160,6 +172,28 @@ def _token() -> Schema:
     source = [_ref("reference"), *(_object(each, required=["kind"]) for each in kinds)]
     source.append(_object(other, required=["kind", "model"]) | {"oneOf": [_has("token"), _has("token_id")]})
     return _object({"source": {"anyOf": source}, "force": {"enum": [*FLAGS, True, False, None]}}, required=["source"])
+
+
+def _data() -> Schema:
+    """Return the schema of the key `data` as a mapping."""
+    told = {
+        "files": "Texts (.txt), or text, prompt and completion, or messages (.jsonl, .parquet).",
+        "dataset": "Name on the Hub, or folder, of a data set that the library datasets opens.",
+        "subset": "Name of its configuration.",
+        "split": "Name of its split; train by default.",
+        "sequences": f"Sequences drawn from the data; {DEFAULT_SEQUENCES} by default, or all there are.",
+        "length": f"Most tokens of a sequence; {DEFAULT_LENGTH} by default, or what the model can see.",
+        "seed": "Seed of the draw.",
+        "tokens": "Which tokens count.",
+        "batch_tokens": "Tokens that are fed at once.",
+    }
+    values: Schema = {
+        **dict.fromkeys(DATA_KEYS, _ref("count")),
+        **dict.fromkeys(("dataset", "subset", "split"), _TEXT),
+        "files": {"anyOf": [_TEXT, _list_of(_TEXT)]},
+        "tokens": {"enum": [*COUNTED, None]},
+    }
+    return _object({key: _described(_or_null(values[key]), told[key]) for key in DATA_KEYS}, required=[])
 
 
 def _values(parameters: Iterable[Parameter]) -> Schema:

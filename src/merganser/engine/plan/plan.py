@@ -12,6 +12,7 @@ from typing import Any
 from ...checkpoint import Checkpoint, Shard
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
+from ...statistics import CalibrationPlan, Statistics
 from .memory import estimate_memory
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
@@ -44,6 +45,8 @@ class Plan:
         sidecars: What is stored to restore each model from the merged one; None if the method has no sidecar.
         vocabulary: What changes where rows are matched by token; None if no model changes.
         stages: Plans of the recipe's other documents, in the order in which they run; their outputs do not exist yet.
+        calibrations: What must be measured on data before the merge; those that need nothing are included.
+        statistics: The statistics from data that the merge takes, each folder once.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
 
@@ -68,6 +71,8 @@ class Plan:
     sidecars: SidecarPlan | None = None
     vocabulary: VocabularyChange | None = None
     stages: Sequence[Plan] = ()
+    calibrations: Sequence[CalibrationPlan] = ()
+    statistics: Sequence[Statistics] = ()
     made: Mapping[str, str] = field(default_factory=dict)
 
     def shown(self, text: object) -> str:

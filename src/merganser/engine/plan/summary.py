@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ...recipe import ModelReference
+    from ...statistics import CalibrationPlan
     from .plan import Plan
     from .tensor import PlannedTensor
 
@@ -157,6 +158,7 @@ class PlanSummary:
         sidecars: What is stored to restore each model; None if the method has no sidecar.
         vocabulary: Counts of rows that are kept, moved and made for each model, as in the run record; None if rows of
             embeddings stay where they are.
+        calibrations: What is measured on data before the merge; its costs are not part of the figures above.
     """
 
     name: str | None
@@ -184,6 +186,7 @@ class PlanSummary:
     differences: Sequence[str]
     sidecars: SidecarSummary | None = None
     vocabulary: Mapping[str, Any] | None = None
+    calibrations: Sequence[CalibrationPlan] = ()
 
 
 def summarise(plan: Plan) -> PlanSummary:
@@ -214,6 +217,7 @@ def summarise(plan: Plan) -> PlanSummary:
         differences=list(plan.differences),
         sidecars=_sidecars(plan),
         vocabulary=None if plan.vocabulary is None else plan.vocabulary.as_json(),
+        calibrations=list(plan.calibrations),
     )
 
 
