@@ -13,16 +13,21 @@ def shrunk(gram: Tensor, alpha: Tensor) -> Tensor:
     return regularised
 
 
-def solve_right(pull: Tensor, total: Tensor, ridge: Tensor) -> Tensor:
+def solve_right(
+    pull: Tensor, total: Tensor, ridge: Tensor, *, start: Tensor | None = None, longest: Tensor | None = None
+) -> Tensor:
     """Return pull (total + e I)^-1, where e is `ridge` times the mean of the diagonal of `total`.
 
     A sum of Gram matrices of fewer tokens than inputs is singular, and rounding can make it indefinite. The ridge is then
-    raised tenfold until the sum is positive definite.
+    raised tenfold until the sum is positive definite. It is raised likewise until `start` and the result together are no
+    longer than `longest`: where a few tokens of huge inputs rule the sum, the exact fit goes far to reproduce these.
 
     Args:
         pull: Shape [m, n], float64.
         total: Shape [n, n], float64, symmetric; it is changed.
         ridge: 0-d.
+        start: To what the result is added, shape [m, n], no longer than `longest`; zero if it is not given.
+        longest: Largest length of the sum, 0-d; any if it is not given.
     """
     step = float(ridge * total.diagonal().mean())
     if not step > 0:
@@ -33,5 +38,7 @@ def solve_right(pull: Tensor, total: Tensor, ridge: Tensor) -> Tensor:
         added = step
         factor, failed = torch.linalg.cholesky_ex(total)
         if not failed:
-            return torch.cholesky_solve(pull.T, factor).T
+            found = torch.cholesky_solve(pull.T, factor).T
+            if longest is None or not (found if start is None else start + found).norm() > longest:
+                return found
         step *= 10
