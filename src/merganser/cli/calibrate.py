@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import DataError
 from . import _options as options
 from ._calibrations import calibration_rows
 from ._progress import step_progress
@@ -95,7 +96,7 @@ def calibrate(
         _show(plan_calibration(model, chosen, **given), json=json)
         return
     if out is None:
-        raise typer.BadParameter("--out is missing: the folder to write")
+        raise DataError("--out is missing: give the folder to write, or --dry-run")
     started = time.monotonic()
     with step_progress("calibrate", quiet) as progress:
         found = run(model, chosen, out, progress=progress, **given)
@@ -122,10 +123,10 @@ def _data(files: list[str] | None, dataset: str | None, subset: str | None, spli
 
     if dataset is None:
         if subset is not None or split is not None:
-            raise typer.BadParameter("--subset and --split are for --dataset, which is missing")
+            raise DataError("--subset and --split are for --dataset, which is missing")
         return files or []
     if files:
-        raise typer.BadParameter("give --data or --dataset, not both")
+        raise DataError("give --data or --dataset, not both")
     return Dataset(dataset, subset, split or "train")
 
 
