@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import MergeError, NonFiniteError, UnsupportedError
 from .batches import Batch, Padded
+from .internals import TensorReader
 from .skeleton import Block, Skeleton
 
 __all__ = ["Output", "check_streamable", "logits", "run_alone", "run_block"]
@@ -123,7 +124,7 @@ def _output(skeleton: Skeleton, block: Block, padded: Padded, found: Any) -> Out
     return Output(hidden, rest)
 
 
-def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
+def check_streamable(skeleton: Skeleton, batch: Batch, source: TensorReader | None = None) -> None:
     """Check that blocks run one at a time return bit for bit the same as within the model's own forward.
 
     The model's own forward runs once, with each block loaded in turn; next to it, each block is run alone. The results
@@ -132,6 +133,7 @@ def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
     Args:
         skeleton: The model, with the weights outside its blocks loaded.
         batch: A few tokens, without padding.
+        source: Where the weights of blocks come from, if not from the checkpoint.
 
     Raises:
         UnsupportedError: The results differ, or the blocks are not each called once and in order.
@@ -144,7 +146,7 @@ def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if next(turns, None) != index:
                 raise _refusal(skeleton, f"{block.name} does not run once and in its turn")
-            with skeleton.filled(block):
+            with skeleton.filled(block, source):
                 found = type(block.module).forward(block.module, *args, **kwargs)
                 whole = _output(skeleton, block, batch.stacks[block.stack], found)
                 alone = run_alone(skeleton, index, batch, before)

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..checkpoint import Reader, TensorInfo
+from ..checkpoint import TensorInfo
 from ..errors import CheckpointError, UnsupportedError
 from ..inference.libraries import quiet
 
@@ -29,6 +29,7 @@ __all__ = [
     "ExpertInputs",
     "LazyTensor",
     "Target",
+    "TensorReader",
     "build_skeleton",
     "empty_tensors",
     "expert_matrices",
@@ -55,10 +56,17 @@ class Target:
     index: int | None
 
 
+class TensorReader(Protocol):
+    """Anything that reads tensors."""
+
+    def tensor(self, info: TensorInfo, /) -> Tensor:
+        """Return a tensor."""
+
+
 class LazyTensor:
     """A checkpoint tensor that is read when it is indexed, like the lazy slices of transformers."""
 
-    def __init__(self, tensor: TensorInfo, reader: Reader) -> None:
+    def __init__(self, tensor: TensorInfo, reader: TensorReader) -> None:
         self._tensor = tensor
         self._reader = reader
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["REDUCERS", "Reducer", "products_of"]
+__all__ = ["REDUCERS", "CrossGram", "Reducer", "products_of"]
 
 
 @contextmanager
@@ -166,3 +166,22 @@ def _step(width: int) -> int:
 
 REDUCERS: dict[str, type[Reducer]] = {"magnitude": Magnitude, "second_moment": SecondMoment, "gram": Gram}
 """Classes of sums by the name of the statistic."""
+
+
+class CrossGram:
+    """Cross moment, `Σ x yᵀ`, of two inputs that belong to the same tokens, shape [width, width]."""
+
+    stored_as: ClassVar[str] = "float32"
+
+    def __init__(self, width: int) -> None:
+        self.shape: tuple[int, ...] = (width, width)
+        self._sum = torch.zeros(self.shape, dtype=torch.float64)
+
+    def add(self, rows: Tensor, others: Tensor) -> None:
+        """Add `x yᵀ` of every row x and the row y beside it, float32, shape [tokens, width]."""
+        for start in range(0, len(self._sum), _WIDEST):
+            self._sum[start : start + _WIDEST] += rows[:, start : start + _WIDEST].T @ others
+
+    def result(self) -> Tensor:
+        """Return the sum."""
+        return self._sum

@@ -25,6 +25,8 @@ __all__ = ["Tapped", "Taps"]
 
 _Key = tuple[str, int | None]
 
+Observer = Callable[[str, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Tapped:
@@ -70,11 +72,22 @@ class Taps:
         skeleton: The model.
         block: One of its blocks.
         statistics: Names of statistics; the number of tokens is always counted.
+        observe: Called with the name of a parameter and its inputs that count, shape [tokens, in], before they are
+            added; once for parameters that receive the same inputs, and not for experts.
         summed: Whether to sum; otherwise the results only say which sums there would be, of which shapes.
     """
 
-    def __init__(self, skeleton: Skeleton, block: Block, statistics: Sequence[str], *, summed: bool = True) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        block: Block,
+        statistics: Sequence[str],
+        observe: Observer | None = None,
+        *,
+        summed: bool = True,
+    ) -> None:
         self._block = block
+        self._observe = observe
         self._summed = summed
         self._statistics = [name for name in statistics if name != COUNT]
         self._sources: dict[_Key, list[str]] = {}
@@ -129,7 +142,10 @@ class Taps:
         if (parameter, None) not in self._inputs:
             self._inputs[parameter, None] = _Inputs(self._statistics, received.shape[-1], summed=self._summed)
         rows = received.flatten(0, -2)
-        self._inputs[parameter, None].add(rows if bool(counted.all()) else rows[counted])
+        rows = rows if bool(counted.all()) else rows[counted]
+        if self._observe is not None:
+            self._observe(parameter, rows)
+        self._inputs[parameter, None].add(rows)
 
     def _prepare_experts(self, name: str, module: Any) -> None:
         """Create the sums of all experts, including those that will receive no token."""
@@ -137,7 +153,9 @@ class Taps:
             parameter = f"{name}.{own}"
             experts, width = getattr(module, own).shape[0], getattr(module, own).shape[axis]
             for expert in range(experts):
-                self._inputs[parameter, expert] = _Inputs(self._statistics, width, summed=self._summed)
+                # not anew where watching continues
+                if (parameter, expert) not in self._inputs:
+                    self._inputs[parameter, expert] = _Inputs(self._statistics, width, summed=self._summed)
             # a checkpoint with one tensor per expert stores matrices of shape [out, in]
             self._axes[parameter] = axis if (parameter, None) in self._sources else 1
 

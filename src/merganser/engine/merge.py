@@ -57,6 +57,8 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
     needed = _needed(_load(recipe), keep_stages)
     if len(needed) == 1 and not needed[0].names_data:
         return _plan_one(needed[0], **options)
+    from .finish import lay_out
+
     planned: list[Plan] = []
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
@@ -72,7 +74,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
             planned.append(replace(found, recipe=with_stages, made=made, calibrations=calibrations))
             if stage.name is not None and stage is not needed[-1]:
                 folders[stage.name] = Path(root, _folder_name(stage.name))
-                _lay_out(found, folders[stage.name])
+                lay_out(found, folders[stage.name])
     return replace(planned[-1], stages=tuple(planned[:-1]))
 
 
@@ -261,22 +263,6 @@ def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
         tokenizer_donor=optional(recipe.tokenizer_donor),
         token_rules=tuple(replace(rule, model=optional(rule.model)) for rule in recipe.token_rules),
     )
-
-
-def _lay_out(plan: Plan, folder: Path) -> None:
-    """Write a plan's output without weights: headers, sparse files of full size, and the files besides weights."""
-    from .finish import write_planned_files
-
-    try:
-        folder.mkdir()
-        for shard in plan.shards:
-            with (folder / shard.name).open("wb") as file:
-                file.write(shard.header)
-                file.truncate(shard.size)
-        # planning later stages reads config and tokenizer
-        write_planned_files(plan, folder)
-    except OSError as error:
-        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
 
 
 def _folder_name(name: str) -> str:

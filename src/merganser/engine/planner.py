@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.config import unquantised
-from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, plan_shards
+from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, TensorInfo, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import MergeError, ParameterError, RecipeError, UnsupportedError
 from ..method import MergeMethod
@@ -31,8 +30,9 @@ from .alignment.slices import align_slices
 from .alignment.whole_models import align_models
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import has_compiler, resolve_devices
-from .plan.from_data import DataOfModels, open_data
+from .plan.from_data import open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
+from .plan.part import place, treatment_hash
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
 from .sidecars.plan import plan_sidecars, sidecar_memory
@@ -64,6 +64,7 @@ def build_plan(
     cache_dir: Path | None = None,
     compiled: bool | None = None,
     match: Match = match_vocabularies,
+    measured: bool = True,
 ) -> Plan:
     """Plan a merge from the headers of its inputs.
 
@@ -78,6 +79,8 @@ def build_plan(
         compiled: Fuse kernels; by default if the work is large and a C++ compiler is installed.
         match: Gives the models of the recipe one vocabulary; another one than the default makes rows of new tokens in
             another way.
+        measured: Whether the statistics from data that the method takes are there. If not, the plan is of the merge
+            without them; `with_data` adds them.
 
     Raises:
         RecipeError: The recipe does not fit the method or the models.
@@ -93,8 +96,7 @@ def build_plan(
     input_warnings += check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
     matched = match(recipe, members, cache_dir)
     members = matched.members
-    data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
-    alignment, drafts = _drafts(recipe, resolver, members, data)
+    alignment, drafts, data = _drafts(recipe, resolver, members, measured)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
@@ -102,7 +104,7 @@ def build_plan(
     template = chat_template(recipe, members, matched.owner)
     ending = agree_on_ending(members[recipe.donor], matched.owner, config, template[0], matched.vocabulary)
     compiled, compiler_warnings = _fuses(drafts, devices, compiled)
-    tensors = _place(drafts, shards)
+    tensors = place(drafts, shards)
     limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
     keeps = all(found.type == "cpu" for found in devices)
     workers, kept, room = _share_memory(resolver.method, drafts, wanted, compiled, limit, keeps=keeps)
@@ -241,10 +243,7 @@ def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
 
 
 def _drafts(
-    recipe: Recipe,
-    resolver: Resolver,
-    members: Mapping[ModelReference, Member],
-    data: Sequence[DataOfModels | None],
+    recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member], measured: bool
 ) -> tuple[Alignment, list[PlannedTensor]]:
     """Match the inputs' tensors, and decide how each tensor of the output is merged."""
     if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
@@ -253,8 +252,20 @@ def _drafts(
             f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' is possible"
         )
     alignment = _align(recipe, resolver, members)
-    drafts = [_draft(slot, recipe, resolver, data[slot.slice_index]) for slot in alignment.slots]
+    if resolver.method.data_inputs != "own" and recipe.slices:
+        raise RecipeError(
+            f"{recipe.place_of('slices')}: {resolver.method.name} measures and merges whole models block by block; give "
+            "models in place of slices"
+        )
+    drafts = [_draft(slot, recipe, resolver) for slot in alignment.slots]
     _check_whole_model(recipe, resolver.method, drafts)
+    if not measured:
+        return alignment, drafts
+    data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
+    if data[0] is not None:
+        data[0].check_merge(treatment_hash(drafts))
+    slices = (slot.slice_index for slot in alignment.slots)
+    drafts = [with_data(draft, data[index]) for draft, index in zip(drafts, slices, strict=True)]
     if resolver.method.from_data and not any(draft.data for draft in drafts):
         raise RecipeError(
             f"{recipe.place}: the statistics from data cover none of the tensors that {resolver.method.name} merges; were "
@@ -263,8 +274,8 @@ def _drafts(
     return alignment, drafts
 
 
-def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | None) -> PlannedTensor:
-    """Decide dtype, inputs, method and parameters of one tensor; shard and offset are set later."""
+def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
+    """Decide dtype, inputs, method and parameters of one tensor; data, shard and offset are set later."""
     given = resolver.sources(slot.slice_index)
     base = slot.inputs[given.base.model] if given.base is not None and not slot.kept else None
     sources = slot.inputs if slot.kept else [source.model for source in given.models]
@@ -294,7 +305,6 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
         base, models = treatment.inputs(base, models)
-    handed, turned = data.of(models) if data is not None and treatment.method.from_data and not copy else ({}, False)
     wide = "float64" in (recipe.dtype, dtype.name, *(tensor.dtype.name for tensor in inputs))
     return PlannedTensor(
         name=slot.name,
@@ -312,19 +322,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
         shard=0,
         offset=0,
         nbytes=dtype.nbytes(math.prod(shape)),
-        data=handed,
-        turned=turned,
     )
-
-
-def _place(drafts: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[PlannedTensor]:
-    """Set shard and offset of every tensor, in the order of the shards' bytes."""
-    by_name = {draft.name: draft for draft in drafts}
-    return [
-        replace(by_name[name], shard=index, offset=offset, nbytes=nbytes)
-        for index, shard in enumerate(shards)
-        for name, (offset, nbytes) in shard.entries.items()
-    ]
 
 
 def promote(dtypes: Sequence[DType]) -> DType:

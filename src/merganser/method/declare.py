@@ -12,7 +12,7 @@ from torch import Tensor
 from .docstring import Docstring, parse_docstring
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
-from .statistic import FromData, Statistic, When
+from .statistic import FromData, Statistic, When, from_data_complaint
 
 if TYPE_CHECKING:
     from .sidecar import Sidecar
@@ -85,6 +85,7 @@ def merge_method(
         complaint = _matrix_complaint(scope, hints, base, measured) or _row_complaint(scope, measured)
         if from_data and scope != "matrix":
             complaint = f"{next(iter(from_data))} is from data, which only methods of scope 'matrix' are handed"
+        complaint = complaint or from_data_complaint(from_data)
         if scope != "matrix" and "rounding" in signature:
             complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
         if sidecar is not None:

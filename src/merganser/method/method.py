@@ -74,6 +74,11 @@ class MergeMethod:
         return self.scope in ("element", "row")
 
     @cached_property
+    def data_inputs(self) -> Literal["own", "prefix", "merged"]:
+        """What computes the inputs that its statistics from data are of, as in `FromData`."""
+        return next((own.inputs for own in self.from_data.values()), "own")
+
+    @cached_property
     def random(self) -> bool:
         """Whether the result depends on the seed."""
         return "rng" in inspect.signature(self.combine).parameters

@@ -96,6 +96,7 @@ class FromData:
     (embeddings, the head, routers). With x the tokens that a matrix [rows, columns] receives, the tensors are
 
         gram             mean of x x^T, shape [columns, columns]
+        cross_gram       mean of x y^T, with y what the same matrix of the model itself receives for the same token
         second_moment    mean of x^2, shape [columns]
         magnitude        mean of |x|, shape [columns]
 
@@ -103,13 +104,28 @@ class FromData:
 
     Args:
         statistic: Which of them.
+        inputs: What computes x on the model's data: "own", the model itself; "prefix", the model's block behind the
+            merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
+            blocks before it. All statistics of a method have the same; for the last two, models are calibrated and
+            merged block by block. `cross_gram` needs "merged".
     """
 
-    statistic: Literal["gram", "second_moment", "magnitude"]
+    statistic: Literal["gram", "cross_gram", "second_moment", "magnitude"]
+    inputs: Literal["own", "prefix", "merged"] = "own"
 
     def shape(self, columns: int) -> tuple[int, ...]:
         """Return the shape of one model's tensor."""
-        return (columns, columns) if self.statistic == "gram" else (columns,)
+        return (columns, columns) if self.statistic in ("gram", "cross_gram") else (columns,)
+
+
+def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
+    """Return what is wrong with the statistics from data that a method declares together, or None."""
+    if len({own.inputs for own in wanted.values()}) > 1:
+        return "its statistics from data are of different inputs, and must be of the same"
+    odd = next((name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs != "merged"), None)
+    return (
+        None if odd is None else f"{odd} compares inputs of the merged model with others, which needs inputs='merged'"
+    )
 
 
 def statistic(

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, FromData, NonNegative, Others, PerModel, Positive, default, merge_method
-from ..ops import deltas, shrunk, solve_right
+from ..ops import deltas, fit_outputs
 
 
 @merge_method(
@@ -66,20 +65,5 @@ def regmean(
         model's number of tokens as its weight); and it averages the weights of norms by the energy of their inputs,
         while norms are averaged like other tensors here.
     """
-    total_weight = weight.sum().clamp(min=1e-30)
-    vectors = [delta.double() for delta in deltas(base, models)]
-    mean = (
-        sum((w * delta for w, delta in zip(weight, vectors, strict=True)), torch.zeros_like(vectors[0])) / total_weight
-    )
-    start = mean if reference == "average" else torch.zeros_like(mean)
-    if gram is None:
-        return base + mean.to(base.dtype)
-    pull = torch.zeros_like(mean)
-    total = mean.new_zeros(base.shape[1], base.shape[1])
-    for w, delta, own in zip(weight, vectors, gram, strict=True):
-        inputs = shrunk(own, alpha).mul_(w)
-        pull.addmm_(delta - start, inputs)
-        total += inputs
-    # R itself may be longer, where the limit is below 1
-    longest = torch.maximum(limit * torch.stack([delta.norm() for delta in vectors]).max(), start.norm() * (1 + 1e-9))
-    return base + (start + solve_right(pull, total, ridge, start=start, longest=longest)).to(base.dtype)
+    vectors = deltas(base, models)
+    return base + fit_outputs(vectors, gram, weight, alpha, ridge, limit, start=reference).to(base.dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -42,3 +45,46 @@ def solve_right(
             if longest is None or not (found if start is None else start + found).norm() > longest:
                 return found
         step *= 10
+
+
+def fit_outputs(
+    vectors: Sequence[Tensor],
+    gram: Sequence[Tensor] | None,
+    weight: Tensor,
+    alpha: Tensor,
+    ridge: Tensor,
+    limit: Tensor,
+    *,
+    start: Literal["average", "base"],
+) -> Tensor:
+    """Return the matrix, minus the base, whose outputs are closest to those of all models on the inputs of each.
+
+        R + (sum_i weight_i (delta_i - R) G_i) (sum_i weight_i G_i + e I)^-1,  G_i = gram_i, off-diagonals times alpha
+
+    Args:
+        vectors: Task vectors delta_i, shape [m, n].
+        gram: Mean of x x^T over the inputs of each model, shape [n, n]; None to return the weighted average.
+        weight: How much a model's inputs count, shape [T].
+        alpha: Factor of the off-diagonal entries, 0-d.
+        ridge: e, over the mean of the diagonal of the sum, 0-d.
+        limit: Largest length of the result, over the largest length of a task vector, 0-d; the ridge is raised to keep it.
+        start: R: the weighted average of the task vectors, or zero.
+
+    Returns:
+        Float64, shape [m, n].
+    """
+    wide = [vector.double() for vector in vectors]
+    total_weight = weight.sum().clamp(min=1e-30)
+    mean = sum((w * vector for w, vector in zip(weight, wide, strict=True)), torch.zeros_like(wide[0])) / total_weight
+    if gram is None:
+        return mean
+    reference = mean if start == "average" else torch.zeros_like(mean)
+    pull = torch.zeros_like(mean)
+    total = mean.new_zeros(mean.shape[1], mean.shape[1])
+    for w, vector, own in zip(weight, wide, gram, strict=True):
+        inputs = shrunk(own, alpha).mul_(w)
+        pull.addmm_(vector - reference, inputs)
+        total += inputs
+    # R itself may be longer, where the limit is below 1
+    longest = torch.maximum(limit * torch.stack([own.norm() for own in wide]).max(), reference.norm() * (1 + 1e-9))
+    return reference + solve_right(pull, total, ridge, start=reference, longest=longest)

@@ -9,8 +9,11 @@ With `x` the input of a matrix for one token, the sums over tokens are
     magnitude       Σ |x|, float64, shape [in]
     second_moment   Σ x², float64, shape [in]
     gram            Σ x xᵀ, float32, shape [in, in]
+    cross_gram      Σ x yᵀ, float32, shape [in, in], with y what the matrix of the model itself receives for this token
 
-Matrices that receive the same inputs share their sums.
+Matrices that receive the same inputs share their sums. `x` is computed by the model itself, or within a merge: by its
+block behind merged blocks, or by merged blocks alone (`inputs` in statistics.json: "own", "prefix", "merged"). The last
+two belong to one merge, whose hash is stored as `merge`.
 """
 
 from __future__ import annotations
@@ -79,6 +82,16 @@ class Statistics:
     def nbytes(self) -> int:
         """The bytes of all sums."""
         return sum(info.nbytes for info in self.sums.values())
+
+    @property
+    def inputs(self) -> str:
+        """What computed the inputs: "own", "prefix" or "merged"."""
+        return str(self.about.get("inputs", "own"))
+
+    @property
+    def merge(self) -> str | None:
+        """Hash of the merge that they belong to; None if they are of the model alone."""
+        return self.about.get("merge")
 
     def require(self, statistic: str) -> None:
         """Check that the folder contains a statistic.

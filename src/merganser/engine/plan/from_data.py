@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...checkpoint import TensorInfo
 from ...errors import RecipeError
 from ...method import FromData, MergeMethod
 from ...recipe import Inputs, Source
 from ...statistics import COUNT, Statistics, open_statistics
-from .tensor import SumFromData
+from .tensor import PlannedTensor, SumFromData
 
-__all__ = ["DataOfModels", "open_data"]
+__all__ = ["DataOfModels", "open_data", "with_data"]
+
+_INPUTS = {
+    "own": "what the model itself computes",
+    "prefix": "what the model's blocks compute behind the merged blocks of a merge",
+    "merged": "what the merged blocks of a merge compute",
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,22 @@ class DataOfModels:
             name: tuple(self._sum(own, k, models[k]) for k in range(len(models))) for name, own in self.wanted.items()
         }
         return statistics, axes[0] == len(models[0].shape) - 2
+
+    def check_merge(self, treatment: str) -> None:
+        """Check that statistics that were measured within a merge belong to this one.
+
+        Args:
+            treatment: From `treatment_hash`, of all its tensors.
+
+        Raises:
+            RecipeError: They belong to another merge.
+        """
+        for own, source in zip(self.folders, self.sources, strict=True):
+            if own.merge not in (None, treatment):
+                raise RecipeError(
+                    f"{source.place}: its statistics were measured within another merge: its parameters, models or dtypes "
+                    "were others; measure again"
+                )
 
     def _pairs(self, models: Sequence[TensorInfo]) -> list[tuple[Statistics, TensorInfo]]:
         return list(zip(self.folders, models, strict=True))
@@ -106,7 +128,24 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
                 "as 'statistics'"
             )
         folder = open_statistics(source.statistics)
+        if folder.inputs != method.data_inputs:
+            raise RecipeError(
+                f"{source.place}: its statistics are of {_INPUTS.get(folder.inputs, folder.inputs)}; {method.name} needs "
+                f"those of {_INPUTS[method.data_inputs]}"
+            )
         for own in method.from_data.values():
             folder.require(own.statistic)
         folders.append(folder)
     return DataOfModels(method.from_data, sources, folders)
+
+
+def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor:
+    """Return a planned tensor with the statistics from data that its method takes of it.
+
+    Raises:
+        RecipeError: As `DataOfModels.of`.
+    """
+    if data is None or tensor.copy or not tensor.method.from_data:
+        return tensor
+    sums, turned = data.of(tensor.models)
+    return replace(tensor, data=sums, turned=turned)
