@@ -20,6 +20,7 @@ from merganser.recipe import load_recipe
 from tests.calibration.families import FAMILIES
 from tests.calibration.merging import BLOCKS, LENGTH, Family, make_family
 from tests.evaluation.tiny import add_tokenizer
+from tests.reference.featcal import featcal_walk
 from tests.reference.regmean_plus import regmean_plus as literal
 
 
@@ -57,6 +58,24 @@ def test_agrees_with_whole_models_in_memory(name: str, tmp_path: Path) -> None:
         BLOCKS[name],
         alpha=0.8,
         ridge=0.01,
+    ).state_dict()
+    base = load_file(family.base / "model.safetensors")
+    for key, tensor in found.items():
+        step = (expected[key] - base[key]).norm()
+        assert (tensor - expected[key]).norm() <= 1e-4 * step, key
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_inputs_of_the_merged_model_are_compared_with_those_of_models(name: str, tmp_path: Path) -> None:
+    family = make_family(tmp_path, name)
+    found = family.merged("featcal", tmp_path / "run", alpha=0.5, rho=1.3)
+    expected = featcal_walk(
+        family.open(family.base),
+        [family.open(model) for model in family.models],
+        [family.sequences(k) for k in range(2)],
+        BLOCKS[name],
+        alpha=0.5,
+        rho=1.3,
     ).state_dict()
     base = load_file(family.base / "model.safetensors")
     for key, tensor in found.items():
@@ -130,7 +149,7 @@ def test_the_size_of_batches_changes_only_rounding(llama: Family, tmp_path: Path
                 torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max()))
 
 
-@pytest.mark.parametrize("method", ["regmean_plus"])
+@pytest.mark.parametrize("method", ["regmean_plus", "featcal"])
 @pytest.mark.parametrize("calls", [1, 5])
 def test_a_killed_calibration_continues_with_the_same_bytes(
     method: str, calls: int, llama: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -158,6 +177,25 @@ def test_a_killed_calibration_continues_with_the_same_bytes(
         for file in one.path.iterdir():
             assert file.read_bytes() == (two.path / file.name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["model-1", "model-2"]
+
+
+def test_equal_models_compute_what_the_merge_of_them_does(llama: Family, tmp_path: Path) -> None:
+    shutil.copytree(llama.models[0], tmp_path / "copy")
+    twins = Family("llama", llama.base, [llama.models[0], tmp_path / "copy"], llama.data)
+    merged = twins.merged("featcal", tmp_path / "run", rho=1.0)
+    for name, tensor in load_file(llama.models[0] / "model.safetensors").items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=2e-6)
+
+
+def test_experts_of_a_mixture_have_no_pairs(tmp_path: Path) -> None:
+    family = make_family(tmp_path, "mixtral")
+    found = family.calibrate("featcal", tmp_path / "pairs")
+    assert not any(".experts." in name for name in found[0].tensors)
+    assert any(".experts." in name for name in found[0].about["without"])
+    assert found[0].statistics == ("count", "gram", "cross_gram")
+    plain = family.calibrate("regmean_plus", tmp_path / "plain")
+    assert any(".experts." in name for name in plain[0].tensors)
+    merge(family.recipe("featcal", found), tmp_path / "out")
 
 
 def test_statistics_of_another_kind_are_refused(llama: Family, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ class _Walk:
             if progress is not None:
                 progress(index, self._count)
             block = self._skeleton.blocks[index]
-            for model, collected in measure(index, block):
+            for model, collected in measure(block):
                 model.latest = write_block(model.folder / file_name(index + 1, self._count), self._skeleton, collected)
                 model.tensors |= model.latest
             # nothing reads what the last block computes
@@ -206,7 +206,7 @@ class _Walk:
             self._target.note({"done": index + 1, "models": [model.to_json() for model in self._models]})
             release_freed_memory()
 
-    def _measure_prefix(self, index: int, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
+    def _measure_prefix(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
         """Run the block of every model on what the merged blocks compute."""
         for model in self._models:
             taps = Taps(self._skeleton, block, self._statistics)
@@ -216,21 +216,19 @@ class _Walk:
                     model.merged.output(number)
             yield model, taps.results()
 
-    def _measure_merged(self, index: int, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
+    def _measure_merged(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
         """Run the block as it is merged without statistics, and the models' own, and compare what their matrices get."""
         outside = self._skeleton.loaded()
         self._merged.make(block.sources)
         with self._skeleton.filled(block, self._merged):
             merged = self._skeleton.loaded()
-        # only the first block of a stack reads what the weights outside make of the tokens
-        first = not any(earlier.stack == block.stack for earlier in self._skeleton.blocks[:index])
         for model in self._models:
             pairs = Pairs()
             simple = [name for name in self._statistics if name != CROSS_GRAM]
             taps = Taps(self._skeleton, block, simple, pairs.observe_merged)
             with self._skeleton.filled(block, model.source):
-                if first:
-                    self._skeleton.fill_outside(source=model.source)
+                # blocks read what these make of the tokens, or of the encoder's output
+                self._skeleton.fill_outside(source=model.source)
                 own = self._skeleton.loaded()
                 for number, batch in enumerate(model.batches):
                     self._skeleton.use(merged)

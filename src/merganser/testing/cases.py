@@ -175,6 +175,8 @@ def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str
         rows = torch.randn(3 * columns + 5, columns, generator=generator) * scale
         made = {
             "gram": rows.T @ rows / len(rows),
+            # as of models that receive the same as the merged model
+            "cross_gram": rows.T @ rows / len(rows),
             "second_moment": rows.square().mean(0),
             "magnitude": rows.abs().mean(0),
         }
