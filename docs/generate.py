@@ -94,7 +94,9 @@ def method_page(method, works: dict[str, dict[str, str]]) -> str:
     lines += ["", f"Takes {method.models_text()}."]
     if method.from_data:
         needed = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
-        lines += ["", f"Needs of every model the [statistics from data](../calibrate.md) `{needed}`."]
+        of = "the base" if method.data_of == "base" else "every model"
+        when = "" if method.data_inputs == "own" else ", measured [within the merge](../calibrate.md#within-a-merge)"
+        lines += ["", f"Needs of {of} the [statistics from data](../calibrate.md) `{needed}`{when}."]
     if method.sidecar is not None:
         lines += ["", "Keeps what gives each model back: see [sidecars](../sidecars.md)."]
     if method.ignored:
@@ -160,9 +162,11 @@ def example(method) -> str:
     needs_base = method.base == "required"
     lines = [f"merge_method: {method.name}"] + ["base_model: path/to/base"] * needs_base + ["models:"]
     count = max(method.min_models, min(2, method.max_models or 2))
+    if method.from_data and method.data_of == "base":
+        lines += ["  - model: path/to/base", "    statistics: path/to/statistics"]
     for i in range(count):
         lines.append(f"  - model: path/to/expert-{'abcdefgh'[i]}")
-        if method.from_data:
+        if method.from_data and method.data_of == "models":
             lines.append(f"    statistics: path/to/statistics-{'abcdefgh'[i]}")
         each = [p for p in method.parameters.values() if p.per_model and p.required]
         if each:

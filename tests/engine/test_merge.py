@@ -71,15 +71,19 @@ def _data(method, name, tensor, count):
 
 
 def _hand_in(recipe, method, folder, tensors):
-    """Name, for every model of a recipe, a folder with the statistics that `_data` makes."""
-    for i, entry in enumerate(recipe["models"] if method.from_data else []):
-        found = {name: _data(method, name, tensor, len(recipe["models"])) for name, tensor in tensors.items()}
+    """Name, for every model of a recipe or the base, a folder with the statistics that `_data` makes."""
+    count = len(recipe["models"])
+    if method.data_of == "base":
+        recipe["models"].insert(0, {"model": recipe["base_model"]})
+    handed = recipe["models"] if method.data_of == "models" else recipe["models"][:1]
+    for i, entry in enumerate(handed if method.from_data else []):
+        found = {name: _data(method, name, tensor, count) for name, tensor in tensors.items()}
         means = {
             name: {own.statistic: data[key][i] for key, own in method.from_data.items()}
             for name, data in found.items()
             if data
         }
-        entry["statistics"] = str(write_statistics(folder / f"statistics{i}", means))
+        entry["statistics"] = str(write_statistics(folder / f"statistics{i}", means, method.data_inputs))
     return recipe
 
 

@@ -52,7 +52,9 @@ class MethodDescription:
         models: How many models it takes, in words.
         scope: What one call works on: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
-        from_data: The statistics from data that it needs of every model.
+        from_data: The statistics from data that it needs.
+        data_of: Of what it needs them: "models" (every one) or "base".
+        data_inputs: What computes the inputs that they are of, as in `FromData`: "own", "prefix" or "merged".
         sidecar: Whether it stores data for each model from which the model can be restored.
         parameters: Its parameters, in order.
         differs: Where it differs from the paper; empty if it does not.
@@ -72,6 +74,8 @@ class MethodDescription:
     scope: str
     random: bool
     from_data: Sequence[str]
+    data_of: str
+    data_inputs: str
     sidecar: bool
     parameters: Sequence[ParameterDescription]
     differs: str
@@ -94,6 +98,8 @@ def describe(method: MergeMethod) -> MethodDescription:
         scope=method.scope,
         random=method.random,
         from_data=list(dict.fromkeys(own.statistic for own in method.from_data.values())),
+        data_of=method.data_of,
+        data_inputs=method.data_inputs,
         sidecar=method.sidecar is not None,
         parameters=[_parameter(parameter) for parameter in method.parameters.values()],
         differs=method.doc.sections.get("Differs from the paper", ""),

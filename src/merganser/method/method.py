@@ -79,6 +79,11 @@ class MergeMethod:
         return next((own.inputs for own in self.from_data.values()), "own")
 
     @cached_property
+    def data_of(self) -> Literal["models", "base"]:
+        """Whose statistics from data it takes, as in `FromData`."""
+        return next((own.of for own in self.from_data.values()), "models")
+
+    @cached_property
     def random(self) -> bool:
         """Whether the result depends on the seed."""
         return "rng" in inspect.signature(self.combine).parameters

@@ -169,7 +169,7 @@ def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str
     """Return statistics from data of made-up inputs, which differ from model to model, float32."""
     columns = shape[-1] if shape else 1
     statistics: dict[str, list[Tensor]] = {name: [] for name in method.from_data}
-    for model in range(count):
+    for model in range(count if method.data_of == "models" else 1):
         generator = torch.Generator().manual_seed(100 + model)
         scale = torch.rand(columns, generator=generator) + 0.1
         rows = torch.randn(3 * columns + 5, columns, generator=generator) * scale

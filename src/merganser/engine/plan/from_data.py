@@ -23,12 +23,12 @@ _INPUTS = {
 
 @dataclass(frozen=True)
 class DataOfModels:
-    """The statistics from data of the models that a recipe merges.
+    """The statistics from data of the models that a recipe merges, or of the base.
 
     Args:
         wanted: The statistics that the method takes, by argument name.
-        sources: The models, as the recipe lists them.
-        folders: The statistics of each model, in that order.
+        sources: The models, as the recipe lists them; or the base.
+        folders: The statistics of each of them, in that order.
     """
 
     wanted: Mapping[str, FromData]
@@ -39,7 +39,7 @@ class DataOfModels:
         """Return the statistics of one merged tensor, and whether its matrices are stored [inputs, outputs].
 
         Args:
-            models: The tensor in each model.
+            models: The tensor in each of the models, or in the base.
 
         Returns:
             One sum per model, by argument name. Empty if no model has statistics of this tensor.
@@ -110,23 +110,20 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         RecipeError: The recipe names statistics that the method does not take, or lacks statistics that it needs.
         DataError: A folder is missing, damaged, or lacks a statistic.
     """
-    sources = inputs.models
-    idle = [inputs.base] if method.from_data else [inputs.base, *sources]
-    for source in idle:
-        if source is not None and source.statistics is not None:
-            of = "of the base" if method.from_data else "from data"
+    bases = () if inputs.base is None else (inputs.base,)
+    used = (bases if method.data_of == "base" else inputs.models) if method.from_data else ()
+    for source in (*bases, *inputs.models):
+        if source.statistics is not None and source not in used:
+            of = ("of models" if method.data_of == "base" else "of the base") if method.from_data else "from data"
             raise RecipeError(f"{source.place} statistics: {method.name} uses no statistics {of}; leave the key out")
     if not method.from_data:
         return None
+    sources = used
     wanted = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
     folders: list[Statistics] = []
     for source in sources:
         if source.statistics is None:
-            raise RecipeError(
-                f"{source.place}: {method.name} needs statistics of this model from data ({wanted}); write them with "
-                f"merganser calibrate {source.model} --data FILE --statistics {wanted} --out FOLDER, and give the folder "
-                "as 'statistics'"
-            )
+            raise RecipeError(_missing(method, source, wanted))
         folder = open_statistics(source.statistics)
         if folder.inputs != method.data_inputs:
             raise RecipeError(
@@ -139,6 +136,19 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
     return DataOfModels(method.from_data, sources, folders)
 
 
+def _missing(method: MergeMethod, source: Source, wanted: str) -> str:
+    """Return what is to be done where a recipe names no statistics of a model."""
+    of = "this model" if method.data_of == "models" else "the base"
+    needed = f"{source.place}: {method.name} needs statistics of {of} from data ({wanted})"
+    if method.data_inputs != "own":
+        return f"{needed}, measured within the merge"
+    listed = ", with the base listed among the models" if method.data_of == "base" else ""
+    return (
+        f"{needed}; write them with merganser calibrate {source.model} --data FILE --statistics {wanted} --out FOLDER, "
+        f"and give the folder as 'statistics'{listed}"
+    )
+
+
 def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor:
     """Return a planned tensor with the statistics from data that its method takes of it.
 
@@ -147,5 +157,5 @@ def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor
     """
     if data is None or tensor.copy or not tensor.method.from_data:
         return tensor
-    sums, turned = data.of(tensor.models)
+    sums, turned = data.of(tensor.models if tensor.method.data_of == "models" else tensor.inputs[:1])
     return replace(tensor, data=sums, turned=turned)
