@@ -94,7 +94,7 @@ def method_page(method, works: dict[str, dict[str, str]]) -> str:
     lines += ["", f"Takes {method.models_text()}."]
     if method.from_data:
         needed = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
-        of = "the base" if method.data_of == "base" else "every model"
+        of = {"models": "every model", "base": "the base", "first": "the first model"}[method.data_of]
         when = "" if method.data_inputs == "own" else ", measured [within the merge](../calibrate.md#within-a-merge)"
         lines += ["", f"Needs of {of} the [statistics from data](../calibrate.md) `{needed}`{when}."]
     if method.sidecar is not None:
@@ -166,7 +166,7 @@ def example(method) -> str:
         lines += ["  - model: path/to/base", "    statistics: path/to/statistics"]
     for i in range(count):
         lines.append(f"  - model: path/to/expert-{'abcdefgh'[i]}")
-        if method.from_data and method.data_of == "models":
+        if method.from_data and (method.data_of == "models" or (method.data_of == "first" and i == 0)):
             lines.append(f"    statistics: path/to/statistics-{'abcdefgh'[i]}")
         each = [p for p in method.parameters.values() if p.per_model and p.required]
         if each:

@@ -75,6 +75,7 @@ def _hand_in(recipe, method, folder, tensors):
     count = len(recipe["models"])
     if method.data_of == "base":
         recipe["models"].insert(0, {"model": recipe["base_model"]})
+    # the base or the first model alone
     handed = recipe["models"] if method.data_of == "models" else recipe["models"][:1]
     for i, entry in enumerate(handed if method.from_data else []):
         found = {name: _data(method, name, tensor, count) for name, tensor in tensors.items()}

@@ -91,5 +91,5 @@ def test_statistics_are_those_of_the_base(tmp_path):
     ):
         plan(recipe)
     recipe["models"][0]["statistics"] = "somewhere"
-    with pytest.raises(RecipeError, match="aim uses no statistics of models; leave the key out"):
+    with pytest.raises(RecipeError, match="aim uses no statistics of this model; leave the key out"):
         plan(recipe)

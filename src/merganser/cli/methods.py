@@ -75,7 +75,7 @@ def _page(method: MethodDescription) -> None:
     _block("", method.formula)
     _block("Use when", method.use_when)
     random = "; the result depends on the seed" if method.random else ""
-    of = "the base" if method.data_of == "base" else "every model"
+    of = {"models": "every model", "base": "the base", "first": "the first model"}[method.data_of]
     how = "`merganser calibrate`" if method.data_inputs == "own" else "measured within the merge"
     needed = f"; needs {' and '.join(method.from_data)} of {of} ({how})" if method.from_data else ""
     kept = "; keeps what restores each model (`merganser restore`)" if method.sidecar else ""

@@ -53,7 +53,7 @@ class MethodDescription:
         scope: What one call works on: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
         from_data: The statistics from data that it needs.
-        data_of: Of what it needs them: "models" (every one) or "base".
+        data_of: Of what it needs them: "models" (every one), "base" or "first" (the first model).
         data_inputs: What computes the inputs that they are of, as in `FromData`: "own", "prefix" or "merged".
         sidecar: Whether it stores data for each model from which the model can be restored.
         parameters: Its parameters, in order.

@@ -79,7 +79,7 @@ class MergeMethod:
         return next((own.inputs for own in self.from_data.values()), "own")
 
     @cached_property
-    def data_of(self) -> Literal["models", "base"]:
+    def data_of(self) -> Literal["models", "base", "first"]:
         """Whose statistics from data it takes, as in `FromData`."""
         return next((own.of for own in self.from_data.values()), "models")
 

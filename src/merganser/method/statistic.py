@@ -92,7 +92,7 @@ class FromData:
     """A statistic of what each model computes on text, which `merganser calibrate` measured before the merge.
 
     A method of scope "matrix" takes it under the name by which it is declared: a sequence with one tensor per model (or
-    one tensor, that of the base), which are read when they are asked for, so that a loop holds one at a time; or None
+    with one tensor alone, see `of`), which are read when they are asked for, so that a loop holds one at a time; or None
     where a matrix has no such statistic (embeddings, the head, routers). With x the tokens that a matrix [rows, columns] receives, the tensors are
 
         gram             mean of x x^T, shape [columns, columns]
@@ -108,13 +108,13 @@ class FromData:
             merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
             blocks before it. All statistics of a method have the same; for the last two, models are calibrated and
             merged block by block. `cross_gram` needs "merged".
-        of: Whose statistics they are: a tensor for each of the "models", or one for the "base". All statistics of a
-            method have the same; those of the base are of its own inputs.
+        of: Whose statistics they are: a tensor for each of the "models", or one, for the "base" or the "first" model.
+            All statistics of a method have the same; those of one are of its own inputs.
     """
 
     statistic: Literal["gram", "cross_gram", "second_moment", "magnitude"]
     inputs: Literal["own", "prefix", "merged"] = "own"
-    of: Literal["models", "base"] = "models"
+    of: Literal["models", "base", "first"] = "models"
 
     def shape(self, columns: int) -> tuple[int, ...]:
         """Return the shape of one model's tensor."""
@@ -125,8 +125,8 @@ def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
     """Return what is wrong with the statistics from data that a method declares together, or None."""
     if len({(own.inputs, own.of) for own in wanted.values()}) > 1:
         return "its statistics from data are of different inputs or models, and must be of the same"
-    if any(own.of == "base" and own.inputs != "own" for own in wanted.values()):
-        return "statistics of the base are of its own inputs"
+    if any(own.of != "models" and own.inputs != "own" for own in wanted.values()):
+        return "statistics of the base or of the first model alone are of its own inputs"
     odd = next((name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs != "merged"), None)
     return (
         None if odd is None else f"{odd} compares inputs of the merged model with others, which needs inputs='merged'"

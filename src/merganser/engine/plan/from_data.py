@@ -111,10 +111,11 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         DataError: A folder is missing, damaged, or lacks a statistic.
     """
     bases = () if inputs.base is None else (inputs.base,)
-    used = (bases if method.data_of == "base" else inputs.models) if method.from_data else ()
+    used = {"models": inputs.models, "base": bases, "first": inputs.models[:1]}[method.data_of]
+    used = used if method.from_data else ()
     for source in (*bases, *inputs.models):
         if source.statistics is not None and source not in used:
-            of = ("of models" if method.data_of == "base" else "of the base") if method.from_data else "from data"
+            of = ("of the base" if source in bases else "of this model") if method.from_data else "from data"
             raise RecipeError(f"{source.place} statistics: {method.name} uses no statistics {of}; leave the key out")
     if not method.from_data:
         return None
@@ -138,7 +139,7 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
 
 def _missing(method: MergeMethod, source: Source, wanted: str) -> str:
     """Return what is to be done where a recipe names no statistics of a model."""
-    of = "this model" if method.data_of == "models" else "the base"
+    of = "the base" if method.data_of == "base" else "this model"
     needed = f"{source.place}: {method.name} needs statistics of {of} from data ({wanted})"
     if method.data_inputs != "own":
         return f"{needed}, measured within the merge"
@@ -157,5 +158,6 @@ def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor
     """
     if data is None or tensor.copy or not tensor.method.from_data:
         return tensor
-    sums, turned = data.of(tensor.models if tensor.method.data_of == "models" else tensor.inputs[:1])
+    taken = {"models": tensor.models, "base": tensor.inputs[:1], "first": tensor.models[:1]}
+    sums, turned = data.of(taken[tensor.method.data_of])
     return replace(tensor, data=sums, turned=turned)
