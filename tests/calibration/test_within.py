@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merganser
-from merganser.calibration import within
 from merganser.calibration.stream import Stream
+from merganser.calibration.within import calibrate_within, walk
 from merganser.engine.merge import merge
 from merganser.engine.planner import build_plan
 from merganser.errors import RecipeError
@@ -87,13 +87,13 @@ def test_the_merge_writes_the_blocks_that_the_data_passed_through(
     llama: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passed: dict[str, torch.Tensor] = {}
-    make = within.MergedTensors.make
+    make = walk.MergedTensors.make
 
     def recorded(self: Any, names: Any, data: Any = None) -> None:
         make(self, names, data)
         passed.update(self._made)
 
-    monkeypatch.setattr(within.MergedTensors, "make", recorded)
+    monkeypatch.setattr(walk.MergedTensors, "make", recorded)
     written = llama.merged("regmean_plus", tmp_path)
     assert {name for name in written if ".layers.3." not in name and "lm_head" not in name} == passed.keys()
     for name, tensor in passed.items():
@@ -223,7 +223,7 @@ def test_what_cannot_be_merged_block_by_block_is_refused(llama: Family, tmp_path
     few = Family("llama", llama.base, llama.models, llama.data)
     plan = build_plan(load_recipe(few.recipe("regmean_plus")), measured=False)
     with pytest.raises(RecipeError, match="2 models are merged, 0 have data"):
-        within.calibrate_within(plan, [], tmp_path / "out")
+        calibrate_within(plan, [], tmp_path / "out")
     sources = [{"model": str(model), "layer_range": [0, 4]} for model in llama.models]
     sliced = {"merge_method": "regmean_plus", "base_model": str(llama.base), "slices": [{"sources": sources}]}
     with pytest.raises(RecipeError, match="measures and merges whole models block by block"):

@@ -16,27 +16,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Reader, TensorInfo, open_checkpoint
-from ..checkpoint.formats.safetensors import read_header
-from ..engine.finish import lay_out
-from ..engine.plan.from_data import DataOfModels
-from ..engine.plan.part import treatment_hash
-from ..engine.plan.plan import Plan
-from ..engine.record import fingerprint
-from ..errors import RecipeError
-from ..process import release_freed_memory
-from ..statistics import COUNT, Statistics, TensorSums, open_statistics
-from .batches import Batch, probe
-from .collected import without_sums, write_block
-from .forward import check_streamable
-from .merging import MergedTensors, ModelTensors
+from ...checkpoint import Reader, TensorInfo, open_checkpoint
+from ...checkpoint.formats.safetensors import read_header
+from ...engine.finish import lay_out
+from ...engine.plan.from_data import DataOfModels
+from ...engine.plan.part import treatment_hash
+from ...engine.plan.plan import Plan
+from ...engine.record import fingerprint
+from ...errors import RecipeError
+from ...process import release_freed_memory
+from ...statistics import COUNT, Statistics, TensorSums, open_statistics
+from ..batches import Batch, probe
+from ..collected import without_sums, write_block
+from ..forward import check_streamable
+from ..preparation import Prepared
+from ..skeleton import Block, Skeleton
+from ..stream import Stream, StreamState
+from ..taps import Tapped, Taps
+from ..target import Target
+from ..writer import file_name, write_about
 from .pairs import CROSS_GRAM, Pairs
-from .preparation import Prepared
-from .skeleton import Block, Skeleton
-from .stream import Stream, StreamState
-from .taps import Tapped, Taps
-from .target import Target
-from .writer import file_name, write_about
+from .weights import MergedTensors, ModelTensors
 
 __all__ = ["calibrate_within"]
 

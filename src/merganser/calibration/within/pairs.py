@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .reducers import CrossGram, products_of
-from .skeleton import Skeleton
-from .taps import Tapped
-from .writer import Sum
+from ..reducers import CrossGram, products_of
+from ..skeleton import Skeleton
+from ..taps import Tapped
+from ..writer import Sum
 
 __all__ = ["CROSS_GRAM", "Pairs"]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, Reader, TensorInfo
-from ..engine.in_memory import merge_to_state_dict
-from ..engine.plan.from_data import DataOfModels, with_data
-from ..engine.plan.part import part_of
-from ..engine.plan.plan import Plan
+from ...checkpoint import Checkpoint, Reader, TensorInfo
+from ...engine.in_memory import merge_to_state_dict
+from ...engine.plan.from_data import DataOfModels, with_data
+from ...engine.plan.part import part_of
+from ...engine.plan.plan import Plan
 
 __all__ = ["MergedTensors", "ModelTensors"]
 
