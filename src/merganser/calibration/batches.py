@@ -9,10 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Sample", "Tokens", "make_batches", "pad", "probe"]
-
-# a small batch is enough to check that a model can be streamed
-_PROBE_SAMPLES, _PROBE_TOKENS = 2, 8
+__all__ = ["Batch", "Sample", "Tokens", "make_batches", "pad"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,21 +128,6 @@ def _padded(group: Sequence[Tokens], first: int, taken: set[int], pad_id: int) -
         torch.tensor([[*tokens.counted, *[False] * rest] for tokens, rest in rows]),
         first,
     )
-
-
-def probe(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Return a batch of a few tokens of the samples, of equal length."""
-    chosen = samples[:_PROBE_SAMPLES]
-    lengths = [
-        min(_PROBE_TOKENS, *(len(own.ids) for own in stack)) for stack in zip(*(s.stacks for s in chosen), strict=True)
-    ]
-    short = [
-        Sample(
-            tuple(Tokens(t.ids[:n], t.counted[:n]) for t, n in zip(sample.stacks, lengths, strict=True)), sample.where
-        )
-        for sample in chosen
-    ]
-    return make_batches(short, len(short) * max(lengths), pad_id)[0]
 
 
 def pad(rows: Tensor, valid: Tensor) -> Tensor:

@@ -9,15 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import MergeError, OutputError, RecipeError
-from ..recipe import Recipe, Source, check_recipe
+from ..method import MergeMethod
+from ..recipe import Inputs, Recipe, Source, check_recipe
 from ..recipe.data import Data
 from ..recipe.place import Place
 from ..statistics import STATISTICS_NAME, CalibrationPlan, Statistics, open_statistics
 from .plan import lay_out, plan_prepared
 from .preparation import Prepared, prepare
 from .run import Progress, run_prepared
+from .within.pairs import CROSS_GRAM
 
-__all__ = ["Wanted", "make_statistics", "plan_statistics", "wanted_by", "with_statistics"]
+__all__ = [
+    "Wanted",
+    "check_same",
+    "make_statistics",
+    "plan_statistics",
+    "prepared_for",
+    "wanted_by",
+    "with_statistics",
+]
 
 _UNUSUAL = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -32,6 +42,8 @@ class Wanted:
         data: On what it is calibrated.
         statistics: What is summed.
         place: Where the recipe names the model.
+        inputs: What computes the inputs, as in `FromData`. If not the model itself, all models of the recipe are
+            measured together, and the name of the folder has two parts, the first of which they share.
     """
 
     name: str
@@ -39,6 +51,7 @@ class Wanted:
     data: Data
     statistics: tuple[str, ...]
     place: Place
+    inputs: str = "own"
 
 
 def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
@@ -55,7 +68,7 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
         return []
     resolver = check_recipe(recipe)
     method = resolver.method
-    merged = [source for i in range(len(resolver.slices)) for source in resolver.sources(i).models]
+    merged = [source for i in range(len(resolver.slices)) for source in _measured(method, resolver.sources(i))]
     places = {source.place for source in merged}
     for source in _sources(recipe):
         if source.data is not None and source.data.own and (not method.from_data or source.place not in places):
@@ -63,14 +76,15 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
             raise RecipeError(f"{source.data.place}: {method.name} uses no statistics {of}; leave the key out")
     statistics = tuple(dict.fromkeys(own.statistic for own in method.from_data.values()))
     found: dict[tuple[str, Data], Wanted] = {}
+    group = "" if method.data_inputs == "own" else _group(taken)
     for source in merged if method.from_data else ():
         if source.data is None:
             continue
         # the same model and data give the same statistics, wherever the recipe writes them
         key = str(source.model), _anywhere(source.data)
         if key not in found:
-            name = _name(source, [*taken, *(each.name for each in found.values())])
-            found[key] = Wanted(name, key[0], source.data, statistics, source.place)
+            name = _name(source, [*taken, *(each.name.removeprefix(group) for each in found.values())])
+            found[key] = Wanted(group + name, key[0], source.data, statistics, source.place, method.data_inputs)
     for unused in ("data", "keep_statistics"):
         if unused in recipe.places and not found:
             reason = (
@@ -80,6 +94,21 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
             )
             raise RecipeError(f"{recipe.place_of(unused)}: {reason}; leave the key out")
     return list(found.values())
+
+
+def _measured(method: MergeMethod, inputs: Inputs) -> Sequence[Source]:
+    """Return what a method takes statistics of."""
+    if method.data_of == "base":
+        return [] if inputs.base is None else [inputs.base]
+    return inputs.models if method.data_of == "models" else inputs.models[:1]
+
+
+def _group(taken: Collection[str]) -> str:
+    """Return the first part, with a slash, of the names of folders of models that are measured within one merge."""
+    number = 1
+    while any(name.startswith(f"within-{number}/") for name in taken):
+        number += 1
+    return f"within-{number}/"
 
 
 def with_statistics(recipe: Recipe, folders: Mapping[Wanted, Path]) -> Recipe:
@@ -114,12 +143,12 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
     Raises:
         MergeError: The data or the model cannot be used; the message begins with the place in the recipe.
     """
-    with _prepared(wanted, cache_dir) as prepared:
-        plan, blocks = plan_prepared(prepared, wanted.model, wanted.name)
-        lay_out(prepared, blocks, folder)
+    with prepared_for(wanted, cache_dir) as prepared:
+        plan, blocks = plan_prepared(prepared, wanted.model, wanted.name, wanted.inputs)
+        lay_out(prepared, blocks, folder, wanted.inputs)
         present = kept is not None and (kept / STATISTICS_NAME).exists()
         if present and kept is not None:
-            _check_same(open_statistics(kept), prepared, kept, hashing=False)
+            check_same(open_statistics(kept), prepared, kept, hashing=False)
         return replace(plan, present=present)
 
 
@@ -138,11 +167,11 @@ def make_statistics(
     Raises:
         MergeError: They cannot be made; the message begins with the place in the recipe.
     """
-    with _prepared(wanted, cache_dir) as prepared:
+    with prepared_for(wanted, cache_dir) as prepared:
         if (folder / STATISTICS_NAME).exists():
             present = open_statistics(folder)
             try:
-                _check_same(present, prepared, folder, hashing=True)
+                check_same(present, prepared, folder, hashing=True)
                 return present
             except OutputError:
                 if kept:
@@ -153,13 +182,14 @@ def make_statistics(
 
 
 @contextmanager
-def _prepared(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
+def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
+    """Prepare a calibration; errors begin with the place in the recipe."""
     data = wanted.data
     try:
         with prepare(
             wanted.model,
             data.source,
-            statistics=wanted.statistics,
+            statistics=[name for name in wanted.statistics if name != CROSS_GRAM],
             choice=data.choice,
             batch_tokens=data.batch_tokens,
             cache_dir=cache_dir,
@@ -169,7 +199,7 @@ def _prepared(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
         raise type(error)(f"{wanted.place}: data: {error}") from None
 
 
-def _check_same(present: Statistics, prepared: Prepared, folder: Path, *, hashing: bool) -> None:
+def check_same(present: Statistics, prepared: Prepared, folder: Path, *, hashing: bool) -> None:
     """Check that statistics are those that would be made.
 
     Raises:

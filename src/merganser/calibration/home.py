@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ..engine.output.failure import failures_of
 from ..engine.output.lock import lock_target
 from ..engine.output.ownership import MARKER, claim, survey
+from ..engine.plan.plan import Plan
 from ..engine.run import Interrupted
 from ..errors import MergeError, OutputError
 from ..recipe import Recipe
 from ..statistics import CalibrationPlan
 from .for_recipe import Wanted, make_statistics, plan_statistics, wanted_by, with_statistics
 from .target import working_names
+from .within.for_recipe import make_within
 
 __all__ = ["Progress", "StatisticsHome", "statistics_folder", "statistics_home"]
+
+
+PlanMerge = Callable[[Recipe], Plan]
 
 
 class Progress(Protocol):
@@ -33,10 +38,12 @@ class StatisticsHome:
     Args:
         folder: The folder.
         cache_dir: Folder for models from the Hub.
+        plan_merge: Plans the merge of a recipe without its statistics from data.
     """
 
-    def __init__(self, folder: Path, cache_dir: Path | None) -> None:
+    def __init__(self, folder: Path, cache_dir: Path | None, plan_merge: PlanMerge) -> None:
         self.folder = folder
+        self._plan_merge = plan_merge
         self._cache_dir = cache_dir
         self._taken: list[str] = []
 
@@ -60,7 +67,10 @@ class StatisticsHome:
             Interrupted: Ctrl-C was pressed; the same call continues.
         """
         folders: dict[Wanted, Path] = {}
-        for each in self._wanted(recipe):
+        wanted = self._wanted(recipe)
+        if wanted and wanted[0].inputs != "own":
+            return self._make_within(recipe, wanted, progress)
+        for each in wanted:
             kept = self._kept(recipe, each)
             folders[each] = folder = kept or self.folder / each.name
 
@@ -68,13 +78,28 @@ class StatisticsHome:
                 if progress is not None:
                     progress.calibrating(name, done, blocks)
 
-            try:
+            with _stoppable(each, f"{each.name} was"):
                 make_statistics(each, folder, kept=kept is not None, cache_dir=self._cache_dir, progress=tell)
-            except KeyboardInterrupt:
-                raise Interrupted(
-                    f"{each.place}: stopped while {each.name} was calibrated; run the same command again to continue"
-                ) from None
         return with_statistics(recipe, folders)
+
+    def _make_within(self, recipe: Recipe, wanted: Sequence[Wanted], progress: Progress | None) -> Recipe:
+        group = PurePosixPath(wanted[0].name).parts[0]
+        kept = None if recipe.keep_statistics is None else Path(recipe.keep_statistics).expanduser()
+
+        def tell(done: int, blocks: int) -> None:
+            if progress is not None:
+                progress.calibrating("all models", done, blocks)
+
+        with _stoppable(wanted[0], "all models were"):
+            found = make_within(
+                self._plan_merge(recipe),
+                wanted,
+                (kept or self.folder) / group,
+                kept=kept is not None,
+                cache_dir=self._cache_dir,
+                progress=tell,
+            )
+        return with_statistics(recipe, dict(zip(wanted, found, strict=True)))
 
     def _wanted(self, recipe: Recipe) -> list[Wanted]:
         found = wanted_by(recipe, taken=self._taken)
@@ -87,6 +112,16 @@ class StatisticsHome:
         return Path(recipe.keep_statistics).expanduser() / wanted.name
 
 
+@contextlib.contextmanager
+def _stoppable(wanted: Wanted, what: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"{wanted.place}: stopped while {what} calibrated; run the same command again to continue"
+        ) from None
+
+
 def statistics_folder(out: Path) -> Path:
     """Return the folder next to a target in which statistics are made."""
     return out.with_name(f".{out.name}.statistics")
@@ -94,7 +129,7 @@ def statistics_folder(out: Path) -> Path:
 
 @contextlib.contextmanager
 def statistics_home(
-    out: Path, plans: Sequence[CalibrationPlan], *, fresh: bool, cache_dir: Path | None
+    out: Path, plans: Sequence[CalibrationPlan], *, fresh: bool, cache_dir: Path | None, plan_merge: PlanMerge
 ) -> Iterator[StatisticsHome]:
     """Lock the folder for statistics beside a target; remove it at the end, unless the run can be continued.
 
@@ -103,6 +138,7 @@ def statistics_home(
         plans: All calibrations of the run.
         fresh: Whether to remove what an interrupted run left.
         cache_dir: Folder for models from the Hub.
+        plan_merge: Plans the merge of a recipe without its statistics from data.
 
     Raises:
         OutputError: The folder holds what merganser did not write, cannot be written, or another run uses it.
@@ -118,7 +154,7 @@ def statistics_home(
             home.mkdir(exist_ok=True)
             claim(home, [name for plan in plans for name in _names(plan)])
         try:
-            yield StatisticsHome(home, cache_dir)
+            yield StatisticsHome(home, cache_dir, plan_merge)
         except MergeError as error:
             if not isinstance(error, OutputError):
                 _remove(home)
@@ -130,8 +166,10 @@ def statistics_home(
 
 def _names(plan: CalibrationPlan) -> list[str]:
     """Return the names of everything that a calibration writes into the folder around its own."""
-    folder, lock = working_names(plan.name)
-    return [f"{folder}/", lock, *(f"{plan.name}/{file}" for file in plan.files), f"{plan.name}/{MARKER}"]
+    # models that are measured within a merge share the first part
+    first = PurePosixPath(plan.name).parts[0]
+    folder, lock = working_names(first)
+    return [f"{folder}/", lock, *(f"{plan.name}/{file}" for file in plan.files), f"{first}/{MARKER}"]
 
 
 def _remove(home: Path) -> None:

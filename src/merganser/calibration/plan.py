@@ -18,10 +18,11 @@ from ..statistics import COUNT, STATISTICS_NAME, CalibrationPlan, Choice, sum_na
 from ..statistics.choice import BATCH_TOKENS
 from .forward import Output, run_alone
 from .preparation import Data, Prepared, prepare
-from .reducers import REDUCERS, products_of
+from .reducers import REDUCERS, CrossGram, Reducer, products_of
 from .run import described, fits, without
 from .skeleton import Skeleton
 from .taps import Tapped, Taps
+from .within.pairs import CROSS_GRAM, planned_pairs
 from .writer import file_name, write_about
 
 __all__ = ["lay_out", "plan_calibration", "plan_prepared"]
@@ -31,6 +32,8 @@ _RUNTIME = 500_000_000
 # norms, activation functions and attention take about as long as a third of the products
 _BESIDE_PRODUCTS = 1.3
 _READ_RATE = 1e9
+# within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
+_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0}
 _STARTING = 4.0
 
 
@@ -58,7 +61,9 @@ def plan_calibration(
         return plan_prepared(prepared, str(model), Path(model).name)[0]
 
 
-def plan_prepared(prepared: Prepared, model: str, name: str) -> tuple[CalibrationPlan, list[list[Tapped]]]:
+def plan_prepared(
+    prepared: Prepared, model: str, name: str, inputs: str = "own"
+) -> tuple[CalibrationPlan, list[list[Tapped]]]:
     """Plan a prepared calibration.
 
     Every kind of block runs once on a few tokens with weights that are zero, to see which matrices share their inputs.
@@ -67,6 +72,7 @@ def plan_prepared(prepared: Prepared, model: str, name: str) -> tuple[Calibratio
         prepared: From `prepare`.
         model: The model's name for the user.
         name: Name of the folder of its statistics.
+        inputs: What computes the inputs, as in `FromData`.
 
     Returns:
         The plan, and for every block the tensors that will have statistics; their sums have shapes, but no values.
@@ -76,9 +82,11 @@ def plan_prepared(prepared: Prepared, model: str, name: str) -> tuple[Calibratio
     """
     skeleton = prepared.skeleton
     found = _block_sums(prepared)
+    if inputs == "merged":
+        found = [planned_pairs(skeleton, block) for block in found]
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
     outside = _nbytes(skeleton, skeleton.outside())
-    forward = _forward_operations(prepared)
+    forward = _FORWARDS[inputs] * _forward_operations(prepared)
     sums = sum(_sum_operations(prepared, tapped) for block in found for tapped in block)
     read = skeleton.checkpoint.nbytes + 2 * inside + outside
     seconds = _STARTING + read / _READ_RATE
@@ -89,7 +97,7 @@ def plan_prepared(prepared: Prepared, model: str, name: str) -> tuple[Calibratio
             model=model,
             name=name,
             data=tuple(Path(file.path).name if Path(file.path).exists() else file.path for file in prepared.files),
-            statistics=prepared.statistics,
+            statistics=statistics_of(prepared, inputs),
             sequences=len(prepared.samples),
             tokens=prepared.tokens,
             counted=prepared.counted,
@@ -106,13 +114,19 @@ def plan_prepared(prepared: Prepared, model: str, name: str) -> tuple[Calibratio
     )
 
 
-def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path) -> None:
+def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
+    """Return the names of all statistics that are measured."""
+    return (*prepared.statistics, CROSS_GRAM) if inputs == "merged" else prepared.statistics
+
+
+def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path, inputs: str = "own") -> None:
     """Write statistics without values, for planning a merge that will take them: headers, and files of full size.
 
     Args:
         prepared: From `prepare`.
         blocks: From `plan_prepared`.
         folder: The folder to write; it must not exist.
+        inputs: What computes the inputs, as in `FromData`.
 
     Raises:
         OutputError: It cannot be written.
@@ -131,7 +145,7 @@ def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path
             tensors |= described(block)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {os_reason(error)}") from None
-    about = prepared.about(hashing=False)
+    about = {**prepared.about(hashing=False), "statistics": list(statistics_of(prepared, inputs)), "inputs": inputs}
     write_about(folder, {**about, "without": without(prepared.skeleton, tensors), "files": names, "tensors": tensors})
 
 
@@ -177,8 +191,7 @@ def _sum_operations(prepared: Prepared, tapped: Tapped) -> float:
     name = prepared.skeleton.targets[tapped.names[0]].parameter
     rows = prepared.counted * _share(prepared.skeleton, name)
     # a Gram matrix is summed in panels, slightly more than its half
-    memory = sum(REDUCERS[kind].memory_of(tapped.width) / 8 for kind in prepared.statistics if kind != COUNT)
-    return 2.0 * rows * memory
+    return 2.0 * rows * _memory_of(tapped) / 8
 
 
 def _spool_bytes(prepared: Prepared) -> int:
@@ -190,16 +203,22 @@ def _spool_bytes(prepared: Prepared) -> int:
 def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]]) -> int:
     skeleton = prepared.skeleton
     largest = max(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
-    sums = max(sum(_memory(prepared, tapped) for tapped in block) for block in blocks)
+    sums = max(sum(_memory(tapped) for tapped in block) for block in blocks)
     widest = max((tapped.width for block in blocks for tapped in block), default=0)
     # float32 rows of the widest input, its products in several steps, and one sum as it is stored
     fed = 4 * min(prepared.batch_tokens, prepared.tokens) * widest * 6
     return _RUNTIME + outside + largest + sums + fed + 4 * widest**2 * ("gram" in prepared.statistics)
 
 
-def _memory(prepared: Prepared, tapped: Tapped) -> int:
+def _memory(tapped: Tapped) -> int:
     count = tapped.sums[COUNT].shape[0] if tapped.sums[COUNT].shape else 1
-    return count * sum(REDUCERS[kind].memory_of(tapped.width) for kind in prepared.statistics if kind != COUNT)
+    return count * _memory_of(tapped)
+
+
+def _memory_of(tapped: Tapped) -> int:
+    """Return the bytes of the sums of one matrix, or of one expert, while they are computed."""
+    kinds: dict[str, type[Reducer] | type[CrossGram]] = {**REDUCERS, CROSS_GRAM: CrossGram}
+    return sum(kinds[kind].memory_of(tapped.width) for kind in tapped.sums if kind != COUNT)
 
 
 def _stored_bytes(tapped: Tapped) -> int:

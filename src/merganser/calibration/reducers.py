@@ -173,9 +173,18 @@ class CrossGram:
 
     stored_as: ClassVar[str] = "float32"
 
+    @staticmethod
+    def shape_of(width: int) -> tuple[int, ...]:
+        """Return the shape of the sum."""
+        return (width, width)
+
+    @staticmethod
+    def memory_of(width: int) -> int:
+        """Return the bytes of the sum."""
+        return 8 * width**2
+
     def __init__(self, width: int) -> None:
-        self.shape: tuple[int, ...] = (width, width)
-        self._sum = torch.zeros(self.shape, dtype=torch.float64)
+        self._sum = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, rows: Tensor, others: Tensor) -> None:
         """Add `x yᵀ` of every row x and the row y beside it, float32, shape [tokens, width]."""

@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,7 @@ def _home(recipes: Sequence[Recipe], root: Path, options: Mapping[str, Any]) -> 
         return None
     from ..calibration.home import StatisticsHome
 
-    return StatisticsHome(root / _STATISTICS, options.get("cache_dir"))
+    return StatisticsHome(root / _STATISTICS, options.get("cache_dir"), partial(_plan_one, measured=False, **options))
 
 
 @contextlib.contextmanager
@@ -184,7 +185,8 @@ def _statistics(out: Path, planned: Plan, fresh: bool, options: Mapping[str, Any
         return
     from ..calibration.home import statistics_home
 
-    with statistics_home(out, calibrations, fresh=fresh, cache_dir=options.get("cache_dir")) as home:
+    cache_dir, plan_merge = options.get("cache_dir"), partial(_plan_one, measured=False, **options)
+    with statistics_home(out, calibrations, fresh=fresh, cache_dir=cache_dir, plan_merge=plan_merge) as home:
         yield home
 
 

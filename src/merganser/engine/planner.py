@@ -30,7 +30,7 @@ from .alignment.slices import align_slices
 from .alignment.whole_models import align_models
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import has_compiler, resolve_devices
-from .plan.from_data import open_data, with_data
+from .plan.from_data import DataOfModels, open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.part import place, treatment_hash
 from .plan.plan import Plan
@@ -139,7 +139,7 @@ def build_plan(
         ],
         differences=resolver.differences(),
         vocabulary=matched.change,
-        statistics=list({own.path: own for each in data if each is not None for own in each.folders}.values()),
+        statistics=list({own.path: own for each in data for own in each.folders}.values()),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
     )
 
@@ -244,8 +244,8 @@ def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
 
 def _drafts(
     recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member], measured: bool
-) -> tuple[Alignment, list[PlannedTensor]]:
-    """Match the inputs' tensors, and decide how each tensor of the output is merged."""
+) -> tuple[Alignment, list[PlannedTensor], list[DataOfModels]]:
+    """Match the inputs' tensors, and decide how each tensor of the output is merged, with which statistics from data."""
     if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
         raise RecipeError(
             f"{recipe.place_of('unmatched')}: {resolver.method.name} stores what restores each model, so all models "
@@ -260,7 +260,7 @@ def _drafts(
     drafts = [_draft(slot, recipe, resolver) for slot in alignment.slots]
     _check_whole_model(recipe, resolver.method, drafts)
     if not measured:
-        return alignment, drafts
+        return alignment, drafts, []
     data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
     if data[0] is not None:
         data[0].check_merge(treatment_hash(drafts))
@@ -271,7 +271,7 @@ def _drafts(
             f"{recipe.place}: the statistics from data cover none of the tensors that {resolver.method.name} merges; were "
             "they computed for these models?"
         )
-    return alignment, drafts
+    return alignment, drafts, [each for each in data if each is not None]
 
 
 def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
+from ...statistics import COUNT
 from ..reducers import CrossGram, products_of
 from ..skeleton import Skeleton
 from ..taps import Tapped
 from ..writer import Sum
 
-__all__ = ["CROSS_GRAM", "Pairs"]
+__all__ = ["CROSS_GRAM", "Pairs", "planned_pairs"]
 
 CROSS_GRAM = "cross_gram"
 
@@ -46,6 +48,20 @@ class Pairs:
             parameter = skeleton.targets[own.names[0]].parameter
             if parameter in self._sums:
                 reducer = self._sums.pop(parameter)
-                cross = Sum(reducer.shape, reducer.stored_as, reducer.result)
-                found.append(Tapped(own.names, own.axis, own.width, {**own.sums, CROSS_GRAM: cross}))
+                found.append(_with_cross(own, reducer.result))
         return found
+
+
+def planned_pairs(skeleton: Skeleton, collected: Iterable[Tapped]) -> list[Tapped]:
+    """Return those sums of a block, without values, that will have pairs, with the cross moments."""
+    experts = {name for name, target in skeleton.targets.items() if target.index is not None}
+    return [
+        _with_cross(own, lambda: torch.empty(0))
+        for own in collected
+        if not own.sums[COUNT].shape and not experts.intersection(own.names)
+    ]
+
+
+def _with_cross(own: Tapped, take: Callable[[], Tensor]) -> Tapped:
+    cross = Sum(CrossGram.shape_of(own.width), CrossGram.stored_as, take)
+    return Tapped(own.names, own.axis, own.width, {**own.sums, CROSS_GRAM: cross})

@@ -25,29 +25,36 @@ from ...engine.plan.plan import Plan
 from ...engine.record import fingerprint
 from ...errors import RecipeError
 from ...process import release_freed_memory
-from ...statistics import COUNT, Statistics, TensorSums, open_statistics
-from ..batches import Batch, probe
-from ..collected import without_sums, write_block
+from ...recipe import Source
+from ...statistics import COUNT, Statistics, TensorSums, open_statistics, sum_name
+from ..batches import Batch
 from ..forward import check_streamable
 from ..preparation import Prepared
+from ..run import described, fits, without
 from ..skeleton import Block, Skeleton
 from ..stream import Stream, StreamState
 from ..taps import Tapped, Taps
 from ..target import Target
-from ..writer import file_name, write_about
+from ..writer import file_name, write_about, write_sums
 from .pairs import CROSS_GRAM, Pairs
 from .weights import MergedTensors, ModelTensors
 
-__all__ = ["calibrate_within"]
+__all__ = ["Progress", "calibrate_within", "merged_sources"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished blocks and the number of all blocks."""
 
-_HIDDEN, _OWN = "hidden", "own"
+# folders of hidden states; no folder of a model begins with a dot
+_HIDDEN, _OWN = ".hidden", ".own"
 
 
 def calibrate_within(
-    plan: Plan, models: Sequence[Prepared], out: str | Path, progress: Progress | None = None
+    plan: Plan,
+    models: Sequence[Prepared],
+    out: str | Path,
+    progress: Progress | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> list[Statistics]:
     """Measure the statistics that a method takes of inputs of merged blocks; the merge with them is the same as in here.
 
@@ -56,9 +63,9 @@ def calibrate_within(
     Args:
         plan: The merge, planned without its statistics from data: `build_plan(recipe, measured=False)`.
         models: The models in the order of the recipe, each with its data, from `prepare`.
-        out: The folder to write, with a folder of statistics for every model: `model-1`, `model-2`, and so on. It must
-            not exist.
+        out: The folder to write, with a folder of statistics for every model. It must not exist.
         progress: Called with the number of finished blocks and of all blocks.
+        names: Names of the models' folders; None for `model-1`, `model-2`, and so on.
 
     Returns:
         The statistics of each model.
@@ -71,27 +78,28 @@ def calibrate_within(
         OutputError: `out` exists or cannot be written.
     """
     _check(plan, models)
+    folders = names or [f"model-{k + 1}" for k in range(len(models))]
     with tempfile.TemporaryDirectory(prefix="merganser-") as root, Reader() as reader:
-        checkpoints = [plan.checkpoints[source.model] for source in plan.recipe.models]
+        checkpoints = [plan.checkpoints[source.model] for source in merged_sources(plan)]
         sources = [ModelTensors(checkpoint, reader) for checkpoint in checkpoints]
         with _merged_skeleton(plan, Path(root, "merged")) as skeleton:
             merged = MergedTensors(plan)
             merged.make(skeleton.outside())
             skeleton.fill_outside(source=merged)
-            check_streamable(skeleton, probe(models[0].samples, models[0].pad_id), sources[0])
-            names = _statistics(plan)
+            check_streamable(skeleton, models[0].probe(), sources[0])
+            statistics = _statistics(plan)
             about = [
-                {**model.about(), "statistics": names, "inputs": plan.method.data_inputs, "merge": _identity(plan)}
+                {**model.about(), "statistics": statistics, "inputs": plan.method.data_inputs, "merge": _identity(plan)}
                 for model in models
             ]
             settings = {"models": about, "batch_tokens": [model.batch_tokens for model in models]}
             with Target(Path(out), fingerprint(plan, settings)) as target:
-                walk = _Walk(plan, skeleton, merged, target, names)
-                walk.open(models, sources)
+                walk = _Walk(plan, skeleton, merged, target, statistics)
+                walk.open(models, sources, folders)
                 walk.run(progress)
                 walk.describe(about)
                 target.publish()
-    return [open_statistics(Path(out, _folder(k))) for k in range(len(models))]
+    return [open_statistics(Path(out, name)) for name in folders]
 
 
 def _check(plan: Plan, models: Sequence[Prepared]) -> None:
@@ -102,8 +110,9 @@ def _check(plan: Plan, models: Sequence[Prepared]) -> None:
         )
     if plan.whole_model:
         raise RecipeError(f"{place}: {method.name} measures the whole model first, so it cannot merge block by block")
-    if len(models) != len(plan.recipe.models):
-        raise RecipeError(f"{place}: {len(plan.recipe.models)} models are merged, {len(models)} have data")
+    count = len(merged_sources(plan))
+    if len(models) != count:
+        raise RecipeError(f"{place}: {count} models are merged, {len(models)} have data")
 
 
 def _statistics(plan: Plan) -> list[str]:
@@ -114,8 +123,9 @@ def _identity(plan: Plan) -> str:
     return treatment_hash(plan.tensors)
 
 
-def _folder(model: int) -> str:
-    return f"model-{model + 1}"
+def merged_sources(plan: Plan) -> list[Source]:
+    """Return the models that are merged, without the base, in the order of the recipe."""
+    return [source for source in plan.recipe.models if source.model != plan.recipe.base_model]
 
 
 @contextmanager
@@ -172,17 +182,17 @@ class _Walk:
         self._count = len(skeleton.blocks)
         self._models: list[_Model] = []
 
-    def open(self, models: Sequence[Prepared], sources: Sequence[ModelTensors]) -> None:
+    def open(self, models: Sequence[Prepared], sources: Sequence[ModelTensors], names: Sequence[str]) -> None:
         """Create the streams, or continue those of an interrupted run."""
-        self._target.claim([f"{_HIDDEN}/", f"{_OWN}/", *(f"{_folder(k)}/" for k in range(len(models)))])
+        self._target.claim([f"{_HIDDEN}/", f"{_OWN}/", *(f"{name}/" for name in names)])
         states = self._target.state.get("models", [None] * len(models))
-        for k, (model, source, state) in enumerate(zip(models, sources, states, strict=True)):
+        for name, model, source, state in zip(names, models, sources, states, strict=True):
             batches = model.batches()
-            folder = self._target.folder / _folder(k)
+            folder = self._target.folder / name
             folder.mkdir(exist_ok=True)
 
-            def stream(kind: str, k: int = k, batches: Sequence[Batch] = batches, state: Any = state) -> Stream:
-                spool = self._target.folder / kind / _folder(k)
+            def stream(kind: str, name: str = name, batches: Sequence[Batch] = batches, state: Any = state) -> Stream:
+                spool = self._target.folder / kind / name
                 spool.mkdir(parents=True, exist_ok=True)
                 key = "merged" if kind == _HIDDEN else "own"
                 return Stream(self._skeleton, batches, spool, StreamState.from_json(state[key]) if state else None)
@@ -198,7 +208,7 @@ class _Walk:
                 progress(index, self._count)
             block = self._skeleton.blocks[index]
             for model, collected in measure(block):
-                model.latest = write_block(model.folder / file_name(index + 1, self._count), self._skeleton, collected)
+                model.latest = self._write(model.folder / file_name(index + 1, self._count), collected)
                 model.tensors |= model.latest
             # nothing reads what the last block computes
             if index + 1 < self._count:
@@ -253,10 +263,16 @@ class _Walk:
     def _merge(self, index: int, block: Block) -> None:
         """Merge the block with the statistics of all models, and run it on all data."""
         found = [self._latest(index, model) for model in self._models]
-        self._merged.make(block.sources, DataOfModels(self._plan.method.from_data, self._plan.recipe.models, found))
+        self._merged.make(block.sources, DataOfModels(self._plan.method.from_data, merged_sources(self._plan), found))
         with self._skeleton.filled(block, self._merged):
             for model in self._models:
                 model.merged.advance(lambda batch: None)
+
+    def _write(self, file: Path, collected: Sequence[Tapped]) -> dict[str, Any]:
+        """Write the sums of a block, and return the description of its tensors."""
+        found = [tapped for tapped in collected if fits(self._skeleton, tapped)]
+        write_sums(file, {sum_name(name, own.names[0]): each for own in found for name, each in own.sums.items()})
+        return described(found)
 
     def _latest(self, index: int, model: _Model) -> Statistics:
         """Return the statistics of the block that was measured last, as they lie on disk."""
@@ -273,7 +289,7 @@ class _Walk:
         """Write what the folders of all models hold, and remove the hidden states."""
         files = [file_name(number, self._count) for number in range(1, self._count + 1)]
         for model, own in zip(self._models, about, strict=True):
-            without = without_sums(self._skeleton, model.tensors)
-            write_about(model.folder, {**own, "without": without, "files": files, "tensors": model.tensors})
+            missing = without(self._skeleton, model.tensors)
+            write_about(model.folder, {**own, "without": missing, "files": files, "tensors": model.tensors})
         for kind in (_HIDDEN, _OWN):
             shutil.rmtree(self._target.folder / kind, ignore_errors=True)
