@@ -72,7 +72,8 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
     places = {source.place for source in merged}
     for source in _sources(recipe):
         if source.data is not None and source.data.own and (not method.from_data or source.place not in places):
-            of = "of the base" if method.from_data else "from data"
+            of = "of the base" if source.model == recipe.base_model else "of this model"
+            of = of if method.from_data else "from data"
             raise RecipeError(f"{source.data.place}: {method.name} uses no statistics {of}; leave the key out")
     statistics = tuple(dict.fromkeys(own.statistic for own in method.from_data.values()))
     found: dict[tuple[str, Data], Wanted] = {}
