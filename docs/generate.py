@@ -167,7 +167,8 @@ def example(method) -> str:
     for i in range(count):
         lines.append(f"  - model: path/to/expert-{'abcdefgh'[i]}")
         if method.from_data and (method.data_of == "models" or (method.data_of == "first" and i == 0)):
-            lines.append(f"    statistics: path/to/statistics-{'abcdefgh'[i]}")
+            key, name = ("statistics", "statistics-{}") if method.data_inputs == "own" else ("data", "text-{}.txt")
+            lines.append(f"    {key}: path/to/{name.format('abcdefgh'[i])}")
         each = [p for p in method.parameters.values() if p.per_model and p.required]
         if each:
             lines.append("    parameters:")

@@ -105,7 +105,7 @@ def plan_prepared(
             forward_operations=forward,
             sum_operations=sums,
             seconds=seconds,
-            peak_memory=_peak_memory(prepared, outside, found),
+            peak_memory=_peak_memory(prepared, outside, found, inputs),
             spool_bytes=_spool_bytes(prepared),
             statistics_bytes=sum(_stored_bytes(tapped) for block in found for tapped in block),
             files=(STATISTICS_NAME, *(file_name(number, len(found)) for number in range(1, len(found) + 1))),
@@ -200,14 +200,18 @@ def _spool_bytes(prepared: Prepared) -> int:
     return 2 * prepared.tokens * width * prepared.skeleton.dtype.itemsize
 
 
-def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]]) -> int:
+def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]], inputs: str) -> int:
+    # of weights, within a merge: a block and as it is merged; or the blocks of both, each with what is outside
+    held = {"own": (1, 1), "prefix": (1, 2), "merged": (2, 3)}[inputs]
     skeleton = prepared.skeleton
     largest = max(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
     sums = max(sum(_memory(tapped) for tapped in block) for block in blocks)
     widest = max((tapped.width for block in blocks for tapped in block), default=0)
     # float32 rows of the widest input, its products in several steps, and one sum as it is stored
     fed = 4 * min(prepared.batch_tokens, prepared.tokens) * widest * 6
-    return _RUNTIME + outside + largest + sums + fed + 4 * widest**2 * ("gram" in prepared.statistics)
+    return (
+        _RUNTIME + held[0] * outside + held[1] * largest + sums + fed + 4 * widest**2 * ("gram" in prepared.statistics)
+    )
 
 
 def _memory(tapped: Tapped) -> int:
