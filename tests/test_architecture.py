@@ -43,6 +43,7 @@ ROOMS = [
     "transplant",
     "inference",
     "calibration",
+    "evaluation/scoring",
     "evaluation",
     "report",
     "testing",
