@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..errors import TaskError, did_you_mean
-from ..inference.language_model import Tokenizer
-from ..inference.libraries import explained
-from ..jsonfile import exists
+from ...errors import TaskError, did_you_mean
+from ...inference.language_model import Tokenizer
+from ...inference.libraries import explained
+from ...jsonfile import exists
 from .estimate import Estimate
 from .outcome import Outcome
 from .tasks import HarnessTask
@@ -92,7 +92,7 @@ class Harness:
             if not groups and len(loaded["tasks"]) != 1:
                 names = sorted(loaded["tasks"])
                 raise TaskError(
-                    f"{task.source}: stands for {len(names)} tasks without a common metric; name them: "
+                    f"{task.source}: is a group of {len(names)} tasks without a common metric; name them: "
                     f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
                 )
             digest = xxhash.xxh3_128(_version().encode())
