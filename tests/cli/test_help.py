@@ -11,7 +11,19 @@ from merganser import __version__
 from merganser.cli._mergekit import OPTIONS
 from tests.cli.tiny import run
 
-VERBS = ["merge", "plan", "methods", "inspect", "diff", "calibrate", "verify", "restore", "transplant", "eval", "report"]
+VERBS = [
+    "merge",
+    "plan",
+    "methods",
+    "inspect",
+    "diff",
+    "calibrate",
+    "verify",
+    "restore",
+    "transplant",
+    "eval",
+    "report",
+]
 
 
 def test_help_lists_every_verb_in_the_order_of_work() -> None:
