@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -49,6 +49,7 @@ class Checkpoint:
         wrappers: prefixes of training frameworks, such as `_orig_mod.`, that were stripped from the names of tensors.
         unread: names of files in the folder that may also hold weights and are not read.
         quantisation: how the weights are quantised; None if they are not.
+        left_out: tensors of the files that are not among `tensors`, and why, by name.
         loose: whether it is a single file in a folder without config.json; other files there are not the model's.
         adapter: the files of an adapter that its tensors are read with: config and weights; empty without one.
         notes: what a user should know of an adapter and this model.
@@ -66,6 +67,7 @@ class Checkpoint:
     quantisation: Quantisation | None = None
     adapter: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def side_files(self) -> list[Path]:
@@ -134,7 +136,8 @@ def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: P
     quantisation = found.quantisation
     if quantisation is None:
         tensors, quantisation = dequantise(reference, found.config, tensors)
-    return replace(found, tensors=tensors, wrappers=tuple(wrappers), quantisation=quantisation)
+    left_out = {**found.left_out, **(quantisation.left_out if quantisation is not None else {})}
+    return replace(found, tensors=tensors, wrappers=tuple(wrappers), quantisation=quantisation, left_out=left_out)
 
 
 def open_tokenizer(reference: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
@@ -208,8 +211,8 @@ def _open_gguf(reference: str, folder: Path, *names: str) -> Checkpoint:
         config = _read_config(folder)
     tensors = {tensor.name: tensor for tensor in found.tensors}
     types = f"{', '.join(found.schemes)} ({files[0].name})" if found.schemes else None
-    quantisation = None if types is None else Quantisation(types, found.schemes, None, found.left_out)
-    return Checkpoint(reference, folder, config, tensors, files, {}, quantisation=quantisation)
+    quantisation = None if types is None else Quantisation(types, found.schemes)
+    return Checkpoint(reference, folder, config, tensors, files, {}, quantisation=quantisation, left_out=found.left_out)
 
 
 def _named_weights(folder: Path) -> Weights | None:

@@ -29,6 +29,7 @@ from .alignment.loadable import check_layers_load
 from .alignment.renaming import named_alike
 from .alignment.slices import align_slices
 from .alignment.whole_models import align_models
+from .census import take_census
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import has_compiler, resolve_devices
 from .plan.from_data import DataOfModels, open_data
@@ -137,6 +138,7 @@ def build_plan(
         differences=resolver.differences(),
         vocabulary=matched.change,
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
+        census=take_census(members, alignment, tensors),
     )
 
 

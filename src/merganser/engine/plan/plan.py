@@ -12,6 +12,7 @@ from typing import Any
 from ...checkpoint import Checkpoint, Shard
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
+from .census import InputCensus
 from .memory import estimate_memory
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
@@ -44,6 +45,7 @@ class Plan:
         sidecars: What is stored to restore each model from the merged one; None if the method has no sidecar.
         vocabulary: What changes where rows are matched by token; None if no model changes.
         stages: Plans of the recipe's other documents, in the order in which they run; their outputs do not exist yet.
+        census: What becomes of the tensors of each input.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
 
@@ -69,6 +71,7 @@ class Plan:
     vocabulary: VocabularyChange | None = None
     stages: Sequence[Plan] = ()
     made: Mapping[str, str] = field(default_factory=dict)
+    census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
 
     def shown(self, text: object) -> str:
         """Return a text with the paths of stages replaced by their names."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .census import census_entry
+
 if TYPE_CHECKING:
     from ...recipe import ModelReference
     from .plan import Plan
@@ -157,6 +159,7 @@ class PlanSummary:
         sidecars: What is stored to restore each model; None if the method has no sidecar.
         vocabulary: Counts of rows that are kept, moved and made for each model, as in the run record; None if rows of
             embeddings stay where they are.
+        census: What becomes of the tensors of each input, as in the run record.
     """
 
     name: str | None
@@ -184,6 +187,7 @@ class PlanSummary:
     differences: Sequence[str]
     sidecars: SidecarSummary | None = None
     vocabulary: Mapping[str, Any] | None = None
+    census: Sequence[Mapping[str, Any]] = ()
 
 
 def summarise(plan: Plan) -> PlanSummary:
@@ -214,6 +218,7 @@ def summarise(plan: Plan) -> PlanSummary:
         differences=list(plan.differences),
         sidecars=_sidecars(plan),
         vocabulary=None if plan.vocabulary is None else plan.vocabulary.as_json(),
+        census=[census_entry(str(reference), found) for reference, found in plan.census.items()],
     )
 
 
