@@ -32,6 +32,7 @@ from .alignment.whole_models import align_models
 from .census import take_census
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import has_compiler, resolve_devices
+from .noise import noise_warnings
 from .plan.from_data import DataOfModels, open_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.plan import Plan
@@ -91,9 +92,14 @@ def build_plan(
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
     members, input_warnings = _open_all(recipe, cache_dir)
+<<<<<<< HEAD
     input_warnings += check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
     matched = match(recipe, members, cache_dir)
     members = matched.members
+=======
+    check_union(recipe, members)
+    check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
+>>>>>>> 94b7595 (Say how far rounding moved quantised inputs, beside their distance from the base)
     alignment, drafts = _drafts(recipe, resolver, members)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
@@ -127,6 +133,7 @@ def build_plan(
             *resolver.warnings,
             *resolver.idle_filters(),
             *input_warnings,
+            *noise_warnings({reference: member.checkpoint for reference, member in members.items()}, tensors),
             *unread_warnings(members),
             *alignment.warnings,
             *agreement,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .census import census_entry
 
 if TYPE_CHECKING:
+    from ...checkpoint import Checkpoint
     from ...recipe import ModelReference
     from .plan import Plan
     from .tensor import PlannedTensor
@@ -274,8 +275,19 @@ def _input(plan: Plan, reference: ModelReference) -> InputSummary:
         bytes=checkpoint.nbytes,
         tensors=len(checkpoint.tensors),
         tensors_read=len(read),
+<<<<<<< HEAD
         dtypes=_most_common((tensor.natural or tensor.dtype).name for tensor in checkpoint.tensors.values()),
+=======
+        dtypes=_stored_as(checkpoint),
+>>>>>>> 94b7595 (Say how far rounding moved quantised inputs, beside their distance from the base)
     )
+
+
+def _stored_as(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return how values are stored: ways of quantising, then dtypes, the most common first."""
+    schemes = checkpoint.quantisation.schemes if checkpoint.quantisation is not None else ()
+    plain = (tensor.dtype.name for tensor in checkpoint.tensors.values() if not tensor.stored)
+    return (*schemes, *_most_common(plain))
 
 
 def _groups(plan: Plan) -> list[TensorGroup]:
