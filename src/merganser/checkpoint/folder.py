@@ -210,6 +210,8 @@ def _open_gguf(reference: str, folder: Path, *names: str) -> Checkpoint:
         folder = folder_beside(files[0])
         config = _read_config(folder)
     tensors = {tensor.name: tensor for tensor in found.tensors}
+    if not tensors:
+        raise CheckpointError(f"{files[0]}: holds no tensors")
     types = f"{', '.join(found.schemes)} ({files[0].name})" if found.schemes else None
     quantisation = None if types is None else Quantisation(types, found.schemes)
     return Checkpoint(reference, folder, config, tensors, files, {}, quantisation=quantisation, left_out=found.left_out)
