@@ -23,6 +23,7 @@ def test_merge(models: Path) -> None:
     assert re.fullmatch(figures, first)
     size = (models / "out" / "model.safetensors").stat().st_size / 1000
     assert rest == [
+        "38 tensors of the inputs: 38 merged",
         f"wrote out (1 file, {size:.2f} KB) and out/merge.json",
         "check it:  merganser verify out",
         'load it:   transformers.AutoModelForCausalLM.from_pretrained("out")',
@@ -215,7 +216,7 @@ def test_the_length_of_the_merged_task_vector_is_told(models: Path) -> None:
         f"moved {total['length']:.2g} times as far from the base as the models (unrelated models: 0.71 averaged, 1.4 added); "
         f"{min(total['rounding']):.1%}"
     )
-    assert found.out.splitlines()[1].startswith(told)
+    assert found.out.splitlines()[2].startswith(told)
     assert found.err == ""
     longer = run("merge", recipe(models / "r.yaml", {**document, "parameters": {"lambda": 9.0}}), "longer")
     assert longer.err.startswith("warning: the merged task vector is ")

@@ -89,6 +89,7 @@ def merge(
 
 
 def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str | None]) -> None:
+    from ..engine.plan.census import census_text
     from ..engine.plan.summary import count_inputs
     from ..process import peak_memory
 
@@ -102,6 +103,7 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
     compiling = record["timings"]["compile_seconds"]
     if compiling >= 1:
         say(f"compiling took {time_text(compiling)} of it; the kernels are kept for merges of this kind")
+    say(census_text(plan.census.values()))
     _lengths(record["movement"]["total"])
     for warning in record["warnings"][len(plan.warnings) :]:
         complain("warning", warning)

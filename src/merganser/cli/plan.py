@@ -60,6 +60,8 @@ def _as_json(stage: Plan, *, tensors: bool) -> dict[str, Any]:
 
     found = asdict(summarise(stage))
     found["donor"] = stage.shown(found["donor"])
+    for entry in found["census"]:
+        entry["model"] = stage.shown(entry["model"])
     for entry in found["inputs"]:
         made = entry["path"] in stage.made
         entry["reference"] = stage.shown(entry["reference"])
@@ -74,6 +76,8 @@ def _as_json(stage: Plan, *, tensors: bool) -> dict[str, Any]:
 
 
 def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> None:
+    from ..engine.plan.census import census_text
+
     head(f"{_methods(found)} → {plural(found.tensors, 'tensor')}, {count_text(found.parameters)} parameters")
     say("reads")
     for line in table([_input(stage, entry) for entry in found.inputs], right=(2, 3, 4)):
@@ -84,6 +88,8 @@ def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> Non
         say("matches tokens")
         for line in vocabulary_lines(found.vocabulary):
             say(stage.shown(line))
+    if any(entry["copied"] or entry["left_out"] for entry in found.census):
+        say(f"  {stage.shown(census_text(stage.census.values()))}")
     say("makes")
     for line in table(_groups(found.groups), right=(1,)):
         say(line)

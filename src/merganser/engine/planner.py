@@ -28,8 +28,10 @@ from .alignment.loadable import check_layers_load
 from .alignment.renaming import named_alike
 from .alignment.slices import align_slices
 from .alignment.whole_models import align_models
+from .census import take_census
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import has_compiler, resolve_devices
+from .noise import noise_warnings
 from .plan.from_data import DataOfModels, open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.part import place, treatment_hash
@@ -93,7 +95,7 @@ def build_plan(
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
     members, input_warnings = _open_all(recipe, cache_dir)
-    input_warnings += check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
+    check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
     matched = match(recipe, members, cache_dir)
     members = matched.members
     alignment, drafts, data = _drafts(recipe, resolver, members, measured)
@@ -129,6 +131,7 @@ def build_plan(
             *resolver.warnings,
             *resolver.idle_filters(),
             *input_warnings,
+            *noise_warnings({reference: member.checkpoint for reference, member in members.items()}, tensors),
             *unread_warnings(members),
             *alignment.warnings,
             *agreement,
@@ -141,6 +144,7 @@ def build_plan(
         vocabulary=matched.change,
         statistics=list({own.path: own for each in data for own in each.folders}.values()),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
+        census=take_census(members, alignment, tensors),
     )
 
 

@@ -23,6 +23,7 @@ from ..record.format import RECORD_FORMAT, RECORD_NAME
 from ..statistics import Statistics
 from ..version import __version__
 from .output.digests import digest
+from .plan.census import census_entry
 from .plan.plan import Plan
 from .plan.vocabulary import REPORT_NAME
 
@@ -210,6 +211,7 @@ def make_record(
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.as_json(),
         "statistics_from_data": [_sized(file) for file in data_files(plan)],
         "calibrations": [_calibration(own) for own in plan.statistics],
+        "census": [census_entry(str(reference), found) for reference, found in plan.census.items()],
         "outputs": list(outputs),
         "statistics": dict(statistics),
         "layers": list(layers),

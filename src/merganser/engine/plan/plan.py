@@ -13,6 +13,7 @@ from ...checkpoint import Checkpoint, Shard
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
 from ...statistics import CalibrationPlan, Statistics
+from .census import InputCensus
 from .memory import estimate_memory
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
@@ -47,6 +48,7 @@ class Plan:
         stages: Plans of the recipe's other documents, in the order in which they run; their outputs do not exist yet.
         calibrations: What must be measured on data before the merge; those that need nothing are included.
         statistics: The statistics from data that the merge takes, each folder once.
+        census: What becomes of the tensors of each input.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
 
@@ -74,6 +76,7 @@ class Plan:
     calibrations: Sequence[CalibrationPlan] = ()
     statistics: Sequence[Statistics] = ()
     made: Mapping[str, str] = field(default_factory=dict)
+    census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
 
     def shown(self, text: object) -> str:
         """Return a text with the paths of stages replaced by their names."""
