@@ -46,6 +46,7 @@ ROOMS = [
     # the entry: it calibrates what a recipe lacks, and so stands above
     "engine/merge",
     "inference/sources",
+    "evaluation/scoring",
     "evaluation",
     "report",
     "testing",

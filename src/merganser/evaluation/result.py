@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from ..files import write_whole
 from ..inference.stored import Kind
-from .estimate import Estimate
-from .outcome import Outcome
 from .retention import Retention, measure_retention
 from .roster import Role
+from .scoring.estimate import Estimate
+from .scoring.outcome import Outcome
 
 FORMAT = 1
 

@@ -21,14 +21,14 @@ from ..inference.sources import Reference, open_source
 from ..jsonfile import os_reason, read_object
 from ..process import peak_memory
 from ..version import __version__
-from .harness import Harness
-from .journal import Journal, journal_path
-from .outcome import Outcome
-from .precision import DTYPES, choose_formats, given_format
 from .result import Evaluation, ModelInfo, TaskInfo
 from .roster import Models, Roster, make_roster
-from .scoring import Job, Scorer, Settings
-from .tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
+from .scoring.harness import Harness
+from .scoring.journal import Journal, journal_path
+from .scoring.outcome import Outcome
+from .scoring.precision import DTYPES, choose_formats, given_format
+from .scoring.scorer import Job, Scorer, Settings
+from .scoring.tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
 
 CONTEXT = 512
 BATCH_TOKENS = 4096

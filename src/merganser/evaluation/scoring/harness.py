@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..errors import TaskError, did_you_mean
-from ..inference.language_model import Tokenizer
-from ..inference.libraries import explained
-from ..jsonfile import exists
+from ...errors import TaskError, did_you_mean
+from ...inference.language_model import Tokenizer
+from ...inference.libraries import explained
+from ...jsonfile import exists
 from .estimate import Estimate
 from .outcome import Outcome
 from .tasks import HarnessTask

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from merganser.errors import TaskError
-from merganser.evaluation.tasks import ChoiceTask, HarnessTask, TextTask, glued, load_tasks
+from merganser.evaluation.scoring.tasks import ChoiceTask, HarnessTask, TextTask, glued, load_tasks
 
 GOOD = {"context": "a", "choices": [" b", " c"], "gold": 1}
 

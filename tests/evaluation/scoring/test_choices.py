@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from merganser.errors import TaskError
-from merganser.evaluation import choices, evaluate
-from merganser.evaluation.choices import encode, keeps_keys, right, score
-from merganser.evaluation.tasks import ChoiceTask, Question
+from merganser.evaluation import evaluate
+from merganser.evaluation.scoring import choices
+from merganser.evaluation.scoring.choices import encode, keeps_keys, right, score
+from merganser.evaluation.scoring.tasks import ChoiceTask, Question
 from merganser.inference.language_model import Tokenizer, open_model
 from merganser.inference.sources import open_source
 from tests.evaluation.tiny import VOCABULARY, add_tokenizer, literal_choice, text

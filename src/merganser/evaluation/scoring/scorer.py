@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import xxhash
 
-from ..inference.language_model import LanguageModel
+from ...inference.language_model import LanguageModel
 from .batches import Prepared, Refused
 from .choices import prepare_choices
 from .harness import Harness, outcome

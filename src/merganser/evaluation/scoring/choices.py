@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import TaskError
-from ..inference.language_model import Tokenizer
+from ...errors import TaskError
+from ...inference.language_model import Tokenizer
 from .batches import Refused, batches, in_order, logits_at, right_padded, takes
 from .estimate import Estimate
 from .outcome import Outcome

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..errors import TaskError, did_you_mean
-from ..jsonfile import exists, os_reason, read_file
-from ..wording import brief
+from ...errors import TaskError, did_you_mean
+from ...jsonfile import exists, os_reason, read_file
+from ...wording import brief
 
 SUFFIXES = {".txt": "a text", ".jsonl": "questions or documents", ".yaml": "a task of lm-eval", ".yml": "the same"}
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)

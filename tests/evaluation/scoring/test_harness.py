@@ -13,8 +13,8 @@ import pytest
 
 from merganser.errors import TaskError
 from merganser.evaluation import evaluate
-from merganser.evaluation.harness import Harness, _content, _metrics, outcome
-from merganser.evaluation.tasks import HarnessTask, load_tasks
+from merganser.evaluation.scoring.harness import Harness, _content, _metrics, outcome
+from merganser.evaluation.scoring.tasks import HarnessTask, load_tasks
 from tests.evaluation.tiny import text
 
 CHOICES = """

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from merganser.evaluation import precision
-from merganser.evaluation.precision import choose_formats, given_format
+from merganser.evaluation.scoring import precision
+from merganser.evaluation.scoring.precision import choose_formats, given_format
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from merganser.errors import TaskError
 from merganser.evaluation import evaluate
-from merganser.evaluation.tasks import TextTask
-from merganser.evaluation.text import cut, windows
+from merganser.evaluation.scoring.tasks import TextTask
+from merganser.evaluation.scoring.text import cut, windows
 from merganser.inference.language_model import open_model
 from merganser.inference.sources import open_source
 from tests.evaluation.tiny import literal_bits_per_byte, text

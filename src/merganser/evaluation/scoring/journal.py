@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import OutputError
-from ..jsonfile import os_reason, sealed_line, unseal_line
+from ...errors import OutputError
+from ...jsonfile import os_reason, sealed_line, unseal_line
 
 FORMAT = 2
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)

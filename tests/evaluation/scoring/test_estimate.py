@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from merganser.evaluation.estimate import Estimate, mean, smallest
+from merganser.evaluation.scoring.estimate import Estimate, mean, smallest
 
 
 def test_the_standard_error_of_a_mean() -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import TaskError
-from ..inference.language_model import Tokenizer
+from ...errors import TaskError
+from ...inference.language_model import Tokenizer
 from .batches import Refused, batches, in_order, logits_at, right_padded
 from .estimate import Estimate
 from .outcome import Outcome
