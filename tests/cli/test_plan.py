@@ -53,7 +53,7 @@ def test_what_the_files_beside_the_weights_say(models: Path) -> None:
     file = recipe(models / "r.yaml", linear("a", "c"))
     said = [
         "c: config.json differs from that of a, whose settings the output gets: rope_theta is 500000.0, where it is not set",
-        "c: 1 row of the embedding stands for another token than in a: 1 is '<tool>', not "
+        "c: 1 row of the embedding belongs to another token than in a: 1 is '<tool>', not "
         "'<|reserved_special_token_0|>'; merged all the same; 'tokenizer_source: base' or 'tokenizer_source: union' in "
         "the recipe matches rows by token",
     ]

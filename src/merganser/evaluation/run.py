@@ -147,7 +147,7 @@ class _Wanted:
                 raise TaskError(f"context: {context} tokens, and {name} can see {most} at once; give at most {most}")
         longest = max(len(model.tokenizer.prefix) for model in opened.values())
         if context <= longest:
-            raise TaskError(f"context: {context} tokens leave no room behind the {longest} that begin every text")
+            raise TaskError(f"context: {context} tokens leave no room after the {longest} that begin every text")
         stride = max(1, context // 2) if self.stride is None else self.stride
         if stride > context:
             raise TaskError(f"stride: {stride} tokens, more than the context of {context}; give at most {context}")

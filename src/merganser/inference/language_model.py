@@ -190,7 +190,7 @@ def _check_vocabulary(model: LanguageModel, rows: int) -> None:
 def _tokenizer(source: Source, tokenizer: Any, digest: str) -> Tokenizer:
     if not tokenizer.is_fast:
         raise UnsupportedError(
-            f"{source.reference}: {type(tokenizer).__name__} cannot say which characters a token stands for; "
+            f"{source.reference}: {type(tokenizer).__name__} does not map tokens to characters; "
             "a tokenizer.json is needed"
         )
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -288,7 +288,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[MergeError], str]] = [
         {"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": [{"id": 3, "content": "a"}]},
         {},
         CheckpointError,
-        "token 'a' stands at two ids, 0 and 3",
+        "token 'a' has two ids, 0 and 3",
     ),
     (
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b c"]}},
@@ -307,7 +307,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[MergeError], str]] = [
         B,
         {"tokens": {"new": {"source": {"kind": "model_token", "model": "m1", "token_id": 32}}}},
         RecipeError,
-        "row 32 is behind the 32 rows of m1",
+        "row 32 is after the last of the 32 rows of m1",
     ),
     (
         B,
@@ -346,7 +346,7 @@ def test_tokens_behind_the_rows_of_the_model(tmp_path: Path) -> None:
     found = merge(recipe(paths, tokenizer_source="union"), tmp_path / "out")
     assert "<b>" in tokens_of(json.loads((found.out / "tokenizer.json").read_text()))
     assert "<c>" not in tokens_of(json.loads((found.out / "tokenizer.json").read_text()))
-    with pytest.raises(CheckpointError, match="1 token behind the last of the 32 rows"):
+    with pytest.raises(CheckpointError, match="1 token after the last of the 32 rows"):
         plan(recipe(paths, tokenizer_source=str(paths[1])))
 
 

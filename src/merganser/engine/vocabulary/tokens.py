@@ -49,7 +49,7 @@ class Tokens:
         for number, token in sorted(self.vocabulary.tokens.items()):
             if token in found:
                 raise CheckpointError(
-                    f"{self.reference}: {self.vocabulary.file}: token {shown_token(token)} stands at two ids, "
+                    f"{self.reference}: {self.vocabulary.file}: token {shown_token(token)} has two ids, "
                     f"{found[token]} and {number}"
                 )
             found[token] = number
@@ -117,6 +117,6 @@ def tokens_without_rows(owner: ModelReference, vocabulary: Vocabulary, rows: int
     if not behind or not vocabulary.numbered:
         return None
     return (
-        f"{owner}: its tokenizer has {plural(len(behind), 'token')} behind the last of the {rows:,} rows of the "
+        f"{owner}: its tokenizer has {plural(len(behind), 'token')} after the last of the {rows:,} rows of the "
         f"output's embedding: {shown_tokens(behind)}; a text with one of them cannot be read"
     )

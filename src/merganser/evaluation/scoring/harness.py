@@ -92,7 +92,7 @@ class Harness:
             if not groups and len(loaded["tasks"]) != 1:
                 names = sorted(loaded["tasks"])
                 raise TaskError(
-                    f"{task.source}: stands for {len(names)} tasks without a common metric; name them: "
+                    f"{task.source}: is a group of {len(names)} tasks without a common metric; name them: "
                     f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
                 )
             digest = xxhash.xxh3_128(_version().encode())
