@@ -52,7 +52,7 @@ def _step_bar() -> Progress:
 
 
 def _compiling() -> ProgressColumn:
-    """Return a column that tells when a kernel is being compiled, since the bar then stands still."""
+    """Return a column that shows when a kernel is being compiled, since the bar does not move then."""
     from rich.progress import ProgressColumn
     from rich.text import Text
 

@@ -167,7 +167,7 @@ def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspect
 
     Args:
         checkpoint: A folder, a weight file, or the id of a model on the Hub (`org/name@revision`); with `+ADAPTER`
-            behind it, the model with this adapter.
+            after it, the model with this adapter.
         cache_dir: Folder for models from the Hub.
 
     Raises:

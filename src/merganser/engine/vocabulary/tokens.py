@@ -1,4 +1,4 @@
-"""Which token each row of a model's embedding stands for."""
+"""Which token each row of a model's embedding belongs to."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def shown_tokens(tokens: Mapping[int, str]) -> str:
 
 
 def tokens_without_rows(owner: ModelReference, vocabulary: Vocabulary, rows: int) -> str | None:
-    """Return a message if a tokenizer has tokens, other than reserved ones, behind the last row; else None."""
+    """Return a message if a tokenizer has tokens, other than reserved ones, after the last row; else None."""
     behind = {n: token for n, token in sorted(vocabulary.tokens.items()) if n >= rows and not is_placeholder(token)}
     if not behind or not vocabulary.numbered:
         return None
