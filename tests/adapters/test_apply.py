@@ -279,7 +279,7 @@ def test_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
         (pair(), {"rank_pattern": {"q_proj": "2"}}, r"rank_pattern\.q_proj must be a finite number above 0, found '2'"),
         (pair(), {"rank_pattern": {"(": 2}}, r"rank_pattern: '\(' is not a regular expression"),
         (pair(), {"alpha_pattern": {"(" * 9_999: 2}}, "alpha_pattern: .* is not a regular expression"),
-        (pair(), {"alpha_pattern": {"a{99999999999}": 2}}, r"alpha_pattern: 'a\{99999999999\}' is no regular"),
+        (pair(), {"alpha_pattern": {"a{99999999999}": 2}}, r"alpha_pattern: 'a\{99999999999\}' is not a regular"),
         ({f"{Q}.lora_A.weight": torch.zeros(2, 4)}, {}, f"{Q} has A of LoRA alone; A and B are needed"),
         (
             {f"{Q}.lora_A.weight": torch.zeros(2, 4), f"{Q}.lora_B.weight": torch.zeros(4, 3)},

@@ -177,7 +177,7 @@ def test_what_training_programs_write_is_named(name: str, what: str, command: st
     put(tmp_path, {name: b"x", "config.json": b"{}"})
     for reference in (tmp_path, tmp_path / name):
         with pytest.raises(
-            CheckpointError, match=rf"{re.escape(name)} is an? .*{what}.*; make a checkpoint .*{command}"
+            CheckpointError, match=rf"{re.escape(name)} is an? .*{what}.*; convert it to a checkpoint .*{command}"
         ):
             open_checkpoint(str(reference))
 
