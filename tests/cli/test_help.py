@@ -21,6 +21,7 @@ VERBS = [
     "verify",
     "restore",
     "transplant",
+    "extract",
     "eval",
     "report",
 ]
@@ -48,6 +49,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  verify      Check an output against the hashes in its merge.json.\n"
         "  restore     Write a task's own checkpoint back from a merge with sidecars.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
+        "  extract     Write what a fine-tune changed as an adapter.\n"
         "  eval        Measure models on tasks, and what merges kept of their experts.\n"
         "  report      Draw a merge: what went in, how far it moved, what it can do.\n"
     )

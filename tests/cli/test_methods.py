@@ -11,7 +11,7 @@ from torch import Tensor
 from merganser.cli.methods import _page
 from merganser.method import Fraction, Ignored, PerModel, Scale, Weight, default, merge_method
 from merganser.method.description import citation, describe
-from merganser.method.registry import method_names, methods
+from merganser.method.registry import every_method
 from tests.cli.tiny import run
 
 
@@ -101,15 +101,15 @@ def test_index_has_every_method_under_its_family() -> None:
             family = line
         elif line.strip() and line[2] != " ":
             seen[line.split()[0]] = family
-    assert seen == {name: method.family for name, method in methods().items()}
-    for method in methods().values():
+    assert seen == {name: method.family for name, method in every_method().items()}
+    for method in every_method().values():
         assert method.doc.summary in found.out
     assert found.out.endswith("merganser methods NAME explains one.\n")
 
 
 def test_every_page_and_json() -> None:
     every = run("methods", "--json").json
-    assert sorted(method["name"] for method in every) == method_names()
+    assert sorted(method["name"] for method in every) == list(every_method())
     for method in every:
         page = run("methods", method["name"])
         assert page.code == 0

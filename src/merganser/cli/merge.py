@@ -10,6 +10,7 @@ import typer
 
 from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
+from ._adapters import print_merged_adapter
 from ._errors import STOPPED
 from ._progress import MergeProgress
 from ._text import complain, head, say, say_json, share_text, table
@@ -84,6 +85,8 @@ def merge(
             raise typer.Exit(STOPPED) from None
     if json:
         say_json({"out": str(result.out), "record": result.record})
+    elif "merged_adapters" in result.record and not quiet:
+        print_merged_adapter(result.out, result.record, [recipe.name for recipe in recipes if recipe.name])
     elif not quiet:
         _summary(progress.plans[-1], result.out, result.record, [plan.recipe.name for plan in progress.plans[:-1]])
 

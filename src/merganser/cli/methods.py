@@ -22,7 +22,13 @@ _LAWS = {
     "order": "the order of the models matters",
     "differs": "the result may equal an input",
 }
-_SCOPES = {"element": "element by element", "row": "whole rows", "tensor": "whole tensors", "matrix": "whole matrices"}
+_SCOPES = {
+    "element": "element by element",
+    "row": "whole rows",
+    "tensor": "whole tensors",
+    "matrix": "whole matrices",
+    "factors": "factors of adapters",
+}
 
 
 def methods(
@@ -33,17 +39,16 @@ def methods(
 ) -> None:
     """List the merge methods, or explain one."""
     from ..method.description import describe
-    from ..method.registry import get_method
-    from ..method.registry import methods as all_methods
+    from ..method.registry import every_method, get_method
 
     if name is not None:
-        found = describe(get_method(name))
+        found = describe(every_method().get(name) or get_method(name))
         if json:
             say_json(asdict(found))
         else:
             _page(found)
         return
-    every = sorted((describe(method) for method in all_methods().values()), key=lambda m: (m.family, m.name))
+    every = sorted((describe(method) for method in every_method().values()), key=lambda m: (m.family, m.name))
     if json:
         say_json([asdict(method) for method in every])
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..wording import count_text, plural, size_text, some, time_text
 from . import _options as options
+from ._adapters import adapter_plan_json, print_adapter_plan
 from ._calibrations import calibration_rows
 from ._text import head, passes_text, say, say_json, share_text, table
 from ._vocabulary import vocabulary_lines
@@ -14,6 +15,7 @@ from ._vocabulary import vocabulary_lines
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from ..engine.adapters.plan import AdapterPlan
     from ..engine.plan.plan import Plan
     from ..engine.plan.summary import InputSummary, PlanSummary, SidecarSummary, TensorGroup, TensorSummary
 
@@ -35,6 +37,7 @@ def plan(
 ) -> None:
     """Show what a merge will read, do and write; nothing is written."""
     options.quieten_hub()
+    from ..engine.adapters.plan import AdapterPlan
     from ..engine.merge import plan as plan_recipes
     from ..engine.plan.summary import summarise, tensor_summaries
     from ..recipe import load_recipes
@@ -52,12 +55,18 @@ def plan(
         if len(stages) > 1:
             name = f": {stage.recipe.name}" if stage.recipe.name else ""
             head(f"Stage {number + 1} of {len(stages)}{name}")
-        _print(stage, summarise(stage), tensor_summaries(stage) if tensors else [])
+        if isinstance(stage, AdapterPlan):
+            print_adapter_plan(stage)
+        else:
+            _print(stage, summarise(stage), tensor_summaries(stage) if tensors else [])
 
 
-def _as_json(stage: Plan, *, tensors: bool) -> dict[str, Any]:
+def _as_json(stage: Plan | AdapterPlan, *, tensors: bool) -> dict[str, Any]:
+    from ..engine.adapters.plan import AdapterPlan
     from ..engine.plan.summary import summarise, tensor_summaries
 
+    if isinstance(stage, AdapterPlan):
+        return adapter_plan_json(stage)
     found = asdict(summarise(stage))
     found["donor"] = stage.shown(found["donor"])
     for entry in found["census"]:

@@ -24,9 +24,11 @@ from ..checkpoint.hub import is_hub_id
 from ..errors import MergeError, OutputError, RecipeError
 from ..jsonfile import exists, read_object
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
+from .either import lay_out_either, run_either, the_model
 
 if TYPE_CHECKING:
     from ..calibration.home import StatisticsHome
+    from .adapters.plan import AdapterPlan
     from .output.ownership import Owned
     from .plan.plan import Plan
     from .run import Progress, Result
@@ -40,7 +42,7 @@ RecipeLike = Recipe | Sequence[Recipe] | str | Path | Mapping[str, Any]
 """Recipes from `load_recipe` or `load_recipes`, or what these read: a path, a YAML text, a mapping."""
 
 
-def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Plan:
+def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Plan | AdapterPlan:
     """Plan a merge from the headers of its inputs; nothing is written.
 
     Args:
@@ -50,7 +52,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
             `max_memory`, `cache_dir`, `compiled`.
 
     Returns:
-        The plan of the target; its `stages` are the plans of the other documents, whose outputs it reads.
+        The plan of the target, a model or an adapter; its `stages` are the plans of the other documents, whose outputs it reads.
 
     Raises:
         MergeError: The recipe or its inputs cannot be merged; the message says why.
@@ -58,9 +60,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
     needed = _needed(_load(recipe), keep_stages)
     if len(needed) == 1 and not needed[0].names_data:
         return _plan_one(needed[0], **options)
-    from .finish import lay_out
-
-    planned: list[Plan] = []
+    planned: list[Plan | AdapterPlan] = []
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
         home = _home(needed, Path(root), options)
@@ -75,7 +75,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
             planned.append(replace(found, recipe=with_stages, made=made, calibrations=calibrations))
             if stage.name is not None and stage is not needed[-1]:
                 folders[stage.name] = Path(root, _folder_name(stage.name))
-                lay_out(found, folders[stage.name])
+                lay_out_either(found, folders[stage.name])
     return replace(planned[-1], stages=tuple(planned[:-1]))
 
 
@@ -113,12 +113,11 @@ def merge(
         Interrupted: Ctrl-C was pressed; the same call continues the run.
     """
     from .output.staging import check_target
-    from .run import run_plan
 
     out, recipes = Path(out), _load(recipe)
     given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
     if len(recipes) == 1 and not recipes[0].names_data:
-        return run_plan(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
+        return run_either(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
     check_target(out, overwrite=overwrite)
     # plan everything first, so that an error in any stage or in the data shows before the first one runs
     planned = plan(recipes, keep_stages=keep_stages, **options)
@@ -135,7 +134,7 @@ def merge(
             made.made[folder.name] = _run_stage(one, folder, out, **given)
         whole = "".join(_ended(r.text) for r in sorted(recipes, key=lambda r: r.place.line))
         last = replace(_calibrated(_with_folders(target, folders), home, progress), text=whole)
-        return run_plan(_plan_one(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
+        return run_either(_plan_one(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
 
 
 @contextlib.contextmanager
@@ -151,10 +150,8 @@ def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
     Raises:
         MergeError: A recipe or an input cannot be merged; the message says why.
     """
-    from .run import run_plan
-
     recipes = _load(recipe)
-    plan(recipes, **options)
+    the_model(plan(recipes, **options))
     *stages, target = _needed(recipes, keep_stages=False)
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
@@ -162,9 +159,9 @@ def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
         for stage in stages:
             assert stage.name is not None
             folder = Path(root, _folder_name(stage.name))
-            run_plan(_plan_one(_calibrated(_with_folders(stage, folders), home), **options), folder)
+            run_either(_plan_one(_calibrated(_with_folders(stage, folders), home), **options), folder)
             folders[stage.name] = folder
-        yield _plan_one(_calibrated(_with_folders(target, folders), home), **options)
+        yield the_model(_plan_one(_calibrated(_with_folders(target, folders), home), **options))
 
 
 def _home(recipes: Sequence[Recipe], root: Path, options: Mapping[str, Any]) -> StatisticsHome | None:
@@ -173,11 +170,13 @@ def _home(recipes: Sequence[Recipe], root: Path, options: Mapping[str, Any]) -> 
         return None
     from ..calibration.home import StatisticsHome
 
-    return StatisticsHome(root / _STATISTICS, options.get("cache_dir"), partial(_plan_one, measured=False, **options))
+    return StatisticsHome(root / _STATISTICS, options.get("cache_dir"), partial(_plan_model, measured=False, **options))
 
 
 @contextlib.contextmanager
-def _statistics(out: Path, planned: Plan, fresh: bool, options: Mapping[str, Any]) -> Iterator[StatisticsHome | None]:
+def _statistics(
+    out: Path, planned: Plan | AdapterPlan, fresh: bool, options: Mapping[str, Any]
+) -> Iterator[StatisticsHome | None]:
     """Yield where a merge makes the statistics that it lacks; None where it lacks none."""
     calibrations = [each for one in (*planned.stages, planned) for each in one.calibrations]
     if not calibrations:
@@ -185,7 +184,7 @@ def _statistics(out: Path, planned: Plan, fresh: bool, options: Mapping[str, Any
         return
     from ..calibration.home import statistics_home
 
-    cache_dir, plan_merge = options.get("cache_dir"), partial(_plan_one, measured=False, **options)
+    cache_dir, plan_merge = options.get("cache_dir"), partial(_plan_model, measured=False, **options)
     with statistics_home(out, calibrations, fresh=fresh, cache_dir=cache_dir, plan_merge=plan_merge) as home:
         yield home
 
@@ -324,20 +323,25 @@ def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
         guard.release()
 
 
-def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> Owned:
+def _run_stage(plan: Plan | AdapterPlan, folder: Path, out: Path, **given: Any) -> Owned:
     """Run one stage, unless its output exists, is unchanged, and was made from the same inputs."""
+    from .adapters.plan import AdapterPlan
     from .output.ownership import STAGE_NOTE, survey
     from .record import fingerprint
-    from .run import Interrupted, run_plan
+    from .run import Interrupted
 
-    mark = fingerprint(plan, {"allow_nonfinite": given["allow_nonfinite"]})
+    mark = (
+        plan.fingerprint()
+        if isinstance(plan, AdapterPlan)
+        else fingerprint(plan, {"allow_nonfinite": given["allow_nonfinite"]})
+    )
     note = folder / STAGE_NOTE
     with contextlib.suppress(OSError, ValueError):
         if read_object(note) == {"fingerprint": mark, "files": _files(folder)}:
             return survey(folder, hashing=False)
     survey(folder).remove()
     try:
-        run_plan(plan, folder, **given)
+        run_either(plan, folder, **given)
     except Interrupted:
         raise Interrupted(
             f"{out}: stopped while {plan.recipe.name!r} was made; run the same command again to continue"
@@ -368,9 +372,16 @@ def _load(recipe: RecipeLike) -> Sequence[Recipe]:
     return recipe
 
 
-def _plan_one(recipe: Recipe, **options: Any) -> Plan:
+def _plan_model(recipe: Recipe, **options: Any) -> Plan:
+    return the_model(_plan_one(recipe, **options))
+
+
+def _plan_one(recipe: Recipe, **options: Any) -> Plan | AdapterPlan:
+    from .adapters.plan import merges_adapters, plan_adapters
     from .planner import build_plan
 
     if recipe.random_seed is not None:
         options.setdefault("seed", recipe.random_seed)
+    if merges_adapters(recipe):
+        return plan_adapters(recipe, **{key: value for key, value in options.items() if key in ("seed", "cache_dir")})
     return build_plan(recipe, **options)

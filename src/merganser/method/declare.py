@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .docstring import Docstring, parse_docstring
+from .factors import Factors
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
 from .statistic import FromData, Statistic, When, from_data_complaint
@@ -39,8 +40,8 @@ def merge_method(
         family: Group in the index of methods.
         cite: Key in `references.bib`, or "-" if no publication exists.
         scope: What one call must see: single elements (flat blocks of any length), whole rows (blocks of shape
-            [rows, columns], a row being all weights of one output unit), the whole tensor in its shape, or one
-            whole weight matrix (see below).
+            [rows, columns], a row being all weights of one output unit), the whole tensor in its shape, one
+            whole weight matrix, or the factors of one matrix of adapters (see below).
         models: Smallest and largest number of models, not counting the base (None: no limit).
         statistics: Statistics that are measured before the function runs, by the name of the argument that takes them.
             They are measured in this order, and each may use those before it. Those of kind `FromData` were measured on
@@ -63,6 +64,9 @@ def merge_method(
     and `embeddings: Embeddings` decide what happens to all other tensors; it must declare them, but does not read them.
     It requires a base. Its statistics must be over the model (it can compute those of one matrix itself), and count
     matrices only.
+
+    A method of scope "factors" is declared with `factor_method` and lies in `factor_methods/`. It gets the adapters'
+    `models: list[Factors]` of one matrix, may take `rng` and `rank: int | None` (the recipe's rank), and returns Factors.
 
     Functions over elements and rows may be fused by `torch.compile`, so they must not branch on tensor values; those
     over a whole tensor or matrix are never fused.
@@ -114,6 +118,24 @@ def merge_method(
             sidecar=sidecar,
             doc=doc,
         )
+
+    return decorate
+
+
+def factor_method(*, cite: str, version: int = 1) -> Callable[[Callable[..., Factors]], MergeMethod]:
+    """Turn a function over the factors of adapters into a merge method, of family "adapters" and scope "factors".
+
+    Args:
+        cite: As for `merge_method`.
+        version: As for `merge_method`.
+
+    Raises:
+        TypeError: As for `merge_method`.
+    """
+
+    def decorate(function: Callable[..., Factors]) -> MergeMethod:
+        declare = merge_method(family="adapters", cite=cite, scope="factors", version=version)
+        return declare(typing.cast("Callable[..., Tensor]", function))
 
     return decorate
 

@@ -24,7 +24,7 @@ __all__ = ["Ignored", "Law", "MergeMethod", "Scope", "fill"]
 Law = Literal["identical", "zero_delta", "order", "differs"]
 
 
-Scope = Literal["element", "row", "tensor", "matrix"]
+Scope = Literal["element", "row", "tensor", "matrix", "factors"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ KEYS = (
     "compat",
     "unmatched",
     "quantised",
+    "rank",
+    "space",
     "random_seed",
     "data",
     "keep_statistics",

@@ -43,6 +43,9 @@ UNMATCHED = ("refuse", "base", "skip")
 QUANTISED = ("refuse", "allow")
 """What to do with tensors after the layers that some models lack or hold in another shape."""
 
+SPACES = ("core", "full")
+"""Where methods for weights merge adapters."""
+
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
 
 
@@ -200,6 +203,8 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         unmatched=_unmatched(fields, body),
         quantised=_quantised(fields),
         keep_statistics=fields["keep_statistics"].text() if "keep_statistics" in fields else None,
+        rank=fields["rank"].whole_number(lowest=1) if "rank" in fields else None,
+        space=cast('Literal["core", "full"] | None', fields["space"].choice(SPACES) if "space" in fields else None),
     )
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
 

@@ -82,6 +82,8 @@ class Recipe:
             them, take them from the "base", or "skip" them.
         quantised: What to do with models that are quantised in another way than the base: "refuse" or "allow" them.
         keep_statistics: Folder in which statistics that are made for this merge are kept; None to remove them.
+        rank: For adapters, the rank of the output; None for as much as loses nothing.
+        space: For adapters, where a method for weights works: on the small matrices of the "core", or on "full" ones.
     """
 
     name: str | None
@@ -106,6 +108,8 @@ class Recipe:
     unmatched: Literal["refuse", "base", "skip"] = "refuse"
     quantised: Literal["refuse", "allow"] = "refuse"
     keep_statistics: str | None = None
+    rank: int | None = None
+    space: Literal["core", "full"] | None = None
 
     @property
     def names_data(self) -> bool:

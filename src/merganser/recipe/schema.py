@@ -32,9 +32,9 @@ def json_schema() -> Schema:
     ignores, which editors should mark. It also accepts some recipes that do not load: it cannot check models, nor the
     range of a number in quotes.
     """
-    from ..method.registry import methods
+    from ..method.registry import every_method
 
-    known = methods()
+    known = every_method()
     parameters = [p for method in known.values() for p in method.parameters.values()]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -90,6 +90,8 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
             {"enum": [*UNMATCHED, None]}, "Tensors after the layers that some models lack or have in another shape."
         ),
         "quantised": _described({"enum": [*QUANTISED, None]}, "Models quantised in another way than the base."),
+        "rank": _described(_or_null(_ref("count")), "Rank of an adapter that is merged from adapters."),
+        "space": _described({"enum": ["core", "full", None]}, "Where adapters are merged by methods for weights."),
         "random_seed": _or_null(_ref("count")),
         "data": _described(
             _or_null(_ref("data")), "Data that models are calibrated on, where the method needs statistics from data."
