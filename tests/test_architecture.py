@@ -31,6 +31,7 @@ ROOMS = [
     "recipe",
     "adapters",
     "inspection",
+    "engine/fusion",
     "engine/kernels",
     "engine/plan",
     "engine/alignment",

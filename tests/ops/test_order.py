@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merganser.engine.fusion.run import Program
+from merganser.engine.fusion.trace import Form
 from merganser.method import takes
 from merganser.ops.order import _not_negative, at_least, comparable, magnitude_cut, order_statistic
 
@@ -205,8 +207,14 @@ def test_fused_histograms_count_the_same(wide):
         intervals = [[*bounds[i : i + 2].tolist(), 7, 0, int(bounds[i]), 5] for i in (0, 2)]
         known = {"models": tensors, "previous": torch.tensor([intervals, intervals[::-1]])}
         arguments = {name: known[name] for name in names}
-        fused = torch.compile(lambda given, call=round_.measure: call(**given), fullgraph=True, dynamic=True)
-        assert torch.equal(fused(arguments), round_.measure(**arguments))
+
+        def measure(first, second, previous, call=round_.measure, names=names):
+            given = {"models": [first, second], "previous": previous}
+            return [call(**{name: given[name] for name in names})]
+
+        forms = [Form("block", tensors[0].dtype)] * 2 + [Form("fixed", torch.int64, (2, 2, 6))]
+        (fused,) = Program(measure, forms).bind([known["previous"]])(tensors)
+        assert torch.equal(fused, round_.measure(**arguments))
     assert previous.shape == (2, 2)
 
 

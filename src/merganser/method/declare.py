@@ -64,8 +64,8 @@ def merge_method(
     It requires a base. Its statistics must be over the model (it can compute those of one matrix itself), and count
     matrices only.
 
-    Functions over elements and rows may be fused by `torch.compile`, so they must not branch on tensor values; those
-    over a whole tensor or matrix are never fused.
+    The operations of functions over elements and rows are fused, so these must not branch on tensor values; those over a
+    whole tensor or matrix are never fused.
 
     Raises:
         TypeError: The declaration contradicts itself, or the docstring does not describe a parameter.

@@ -24,8 +24,8 @@ class Round:
         solve: Gets the sum (or maximum) as its first argument and any others that it names, on the CPU in float64.
         tally: If given, it replaces the addition. It gets the result of `measure` (which may then have the size of the
             block), the total of the blocks before (None for the first) and earlier statistics that it names. It returns
-            the new total, on the CPU, and may update it in place. It always runs eagerly: for operations that
-            `torch.compile` does badly, such as counting.
+            the new total, on the CPU, and may update it in place. It always runs in torch, operation by
+            operation.
         largest: Take the elementwise maximum over the blocks instead of the sum.
     """
 
