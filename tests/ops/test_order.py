@@ -1,5 +1,4 @@
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +9,8 @@ from hypothesis import strategies as st
 from merganser.engine.fusion.run import Program
 from merganser.engine.fusion.trace import Form
 from merganser.method import takes
-from merganser.ops.order import _not_negative, at_least, comparable, magnitude_cut, order_statistic
+from merganser.ops.histogram import not_negative_entries
+from merganser.ops.order import at_least, comparable, magnitude_cut, order_statistic
 
 
 def run(statistic, blocks, **parameters):
@@ -24,7 +24,8 @@ def run(statistic, blocks, **parameters):
     for round_ in statistic.rounds:
         total = None
         for block in blocks:
-            total = call(partial(round_.tally, call(round_.measure, models=block), total))
+            measured = call(round_.measure, models=block)
+            total = measured if total is None else total + measured
         given["previous"] = call(round_.solve, measured=total)
     return given["previous"]
 
@@ -142,7 +143,7 @@ def test_the_few_are_found_however_few(share, size):
     values = np.full(size, -1.0, dtype=np.float32)
     places = np.random.default_rng(0).permutation(size)[: round(share * size)]
     values[places] = places
-    assert _not_negative(values).tolist() == sorted(places.tolist())
+    assert not_negative_entries(values).tolist() == sorted(places.tolist())
 
 
 def test_a_wide_statistic_tells_apart_what_float32_does_not():

@@ -149,7 +149,7 @@ def _matrix_complaint(
 def _row_complaint(scope: Scope, statistics: Mapping[str, Statistic]) -> str | None:
     """Return a message for the first statistic over rows that cannot be over rows; None if there is none."""
     for name, statistic in statistics.items():
-        plain = all(round_.tally is None and not round_.largest for round_ in statistic.rounds)
+        plain = not any(round_.largest for round_ in statistic.rounds)
         if statistic.over == "row" and (scope != "row" or len(statistic.rounds) != 1 or not plain):
-            return f"{name} is over rows: this needs the scope 'row', and one round that is neither tallied nor the largest"
+            return f"{name} is over rows: this needs the scope 'row', and one round that adds its measurements"
     return None

@@ -6,10 +6,10 @@ argsort uses vector instructions, then gives the columns in order, too.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from .operators import define
 
 # number of elements that are sorted together, so few that the packed integers fit into the CPU's cache
 _CHUNK = 1 << 16
@@ -25,14 +25,12 @@ def by_rank(magnitudes: Tensor, table: Tensor) -> Tensor:
     Returns:
         Shape [rows, columns], in the dtype of the table.
     """
-    found: Tensor = torch.ops.merganser.by_rank(magnitudes, table)
-    return found
+    return _by_rank_op(magnitudes, table)
 
 
 def sort_rows(values: Tensor) -> Tensor:
     """Sort every row of a matrix of non-negative values in ascending order; shape [rows, columns]."""
-    found: Tensor = torch.ops.merganser.sort_rows(values)
-    return found
+    return _sort_rows_op(values)
 
 
 def _by_rank(magnitudes: Tensor, table: Tensor) -> Tensor:
@@ -70,13 +68,13 @@ def _by_packed_sort(magnitudes: Tensor, table: Tensor) -> Tensor:
     return values
 
 
-# Operators of their own, since whoever records the operations of a function does not see what numpy does. They are defined
-# by the older of torch's two ways: calling an operator of the newer one imports the compiler, 1.5 to 5 s.
-_library: Any = torch.library.Library("merganser", "DEF")  # type: ignore[no-untyped-call]
-_library.define("by_rank(Tensor magnitudes, Tensor table) -> Tensor")
-_library.define("sort_rows(Tensor values) -> Tensor")
-for _device in ("CPU", "CUDA"):
-    _library.impl("by_rank", _by_rank, _device)
-    _library.impl("sort_rows", _sort_rows, _device)
-_library.impl("by_rank", lambda magnitudes, table: torch.empty_like(magnitudes, dtype=table.dtype), "Meta")
-_library.impl("sort_rows", lambda values: torch.empty_like(values, memory_format=torch.contiguous_format), "Meta")
+_by_rank_op = define(
+    "by_rank(Tensor magnitudes, Tensor table) -> Tensor",
+    _by_rank,
+    lambda magnitudes, table: torch.empty_like(magnitudes, dtype=table.dtype),
+)
+_sort_rows_op = define(
+    "sort_rows(Tensor values) -> Tensor",
+    _sort_rows,
+    lambda values: torch.empty_like(values, memory_format=torch.contiguous_format),
+)

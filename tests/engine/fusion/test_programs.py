@@ -20,6 +20,7 @@ from merganser.engine.fusion.lower import lower
 from merganser.engine.fusion.trace import Form, trace
 from merganser.engine.merge import merge
 from merganser.ops import by_rank
+from merganser.ops.histogram import count
 from tests.engine.fusion.programs import fuse, run, same_bits
 from tests.making import assert_equal, make_recipe, read_model, write_llamas
 
@@ -202,3 +203,22 @@ def test_code_stays_as_long_as_its_function() -> None:
     for _ in range(20):
         bound = fuse(lambda a: [a * 2], [a]).bind([])
         assert same_bits(bound([a])[0], a * 2)
+
+
+@pytest.mark.parametrize("size", [16, 17, 1000, 1003])
+@pytest.mark.parametrize("few", [False, True])
+def test_histograms(size: int, few: bool) -> None:
+    tensors = [
+        torch.randint(-40 if few else 0, 7, (size,), generator=torch.Generator().manual_seed(i)) for i in range(3)
+    ]
+
+    def function(*tensors: Tensor) -> list[Tensor]:
+        return [count([tensors[0] + 1 - 1, tensors[1].to(torch.int16), tensors[2].to(torch.int32)], 9, few=few)]
+
+    bound = fuse(function, tensors).bind([])
+    (found,), (expected,) = bound(tensors), function(*tensors)
+    assert torch.equal(found, expected)
+    assert found.sum() == sum(int((tensor >= 0).sum()) for tensor in tensors)
+    (again,) = bound(tensors, found)
+    assert again is found
+    assert torch.equal(found, 2 * expected)

@@ -23,10 +23,10 @@ import llvmlite.ir as ir
 import torch
 
 from .arithmetic import Arg, Typed, emit, larger
-from .lower import Store, Value
-from .vectors import LANES, constant, lane, stored, vector
+from .parts import Store, Value
+from .vectors import LANES, constant, convert, lane, splat, stored, vector
 
-_I64 = ir.IntType(64)
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
 _ENTRY, _ROW, _COLUMN = 0, 1, 2
 _WHERE = {"fixed": _ENTRY, "scalar": _ENTRY, "row": _ROW, "column": _COLUMN, "element": _COLUMN}
 NAME = "loop"
@@ -112,6 +112,8 @@ class _Writer:
         addresses = [word(block, first + i, ir.PointerType()) for i in range(len(self._arrays) + len(self._stores))]
         self._read = {id(value): address for value, address in zip(self._arrays, addresses, strict=False)}
         self._written = addresses[len(self._arrays) :]
+        # room for the numbers that are counted one by one
+        self._room = {i: b.alloca(vector(_I32)) for i, _ in self._counted()}
         for i, value in enumerate(self._fixed):
             number = word(fixed, i, ir.DoubleType() if value.dtype.is_floating_point else _I64)
             self._emitted[id(value)] = _spread(b, _narrow(b, number, value.dtype))
@@ -130,7 +132,7 @@ class _Writer:
         self._c.add_incoming(ir.Constant(_I64, 0), self._blocks["row"])
         carried: dict[int, Any] = {}
         for i, store in enumerate(self._stores):
-            if store.reduce:
+            if store.reduce in ("sum", "max"):
                 carried[i] = b.phi(vector(lane(_dtype(store))))
                 start = self._totals[i] if store.over == "block" else _neutral(store)
                 carried[i].add_incoming(start, self._blocks["row"])
@@ -140,15 +142,16 @@ class _Writer:
         self._emit_all(b, _COLUMN)
         # elements that an earlier step has done
         done = b.sub(self._c, self._at)
-        fresh = b.icmp_signed(">=", _lanes(ir.IntType(32)), _spread(b, b.trunc(done, ir.IntType(32))))
+        fresh = b.icmp_signed(">=", _lanes(_I32), _spread(b, b.trunc(done, _I32)))
         self._sums = {i: self._accumulate(b, self._stores[i], total, fresh) for i, total in carried.items()}
         for i, store in enumerate(self._stores):
             if not store.reduce and store.place == "element":
                 self._put(b, self._emitted[id(store.value)], _dtype(store), self._written[i], self._index)
+        self._count(b, done, fresh)
         following = b.add(self._c, ir.Constant(_I64, LANES))
-        self._c.add_incoming(following, self._blocks["column"])
+        self._c.add_incoming(following, b.block)
         for i, total in carried.items():
-            total.add_incoming(self._sums[i], self._blocks["column"])
+            total.add_incoming(self._sums[i], b.block)
         more = b.icmp_signed("<", following, self._n_columns)
         b.cbranch(more, self._blocks["column"], self._blocks["row_end"])
 
@@ -157,7 +160,7 @@ class _Writer:
             if store.reduce and store.over == "row":
                 self._put_one(b, _total(b, store, self._sums[i]), _dtype(store), self._written[i], self._r)
             elif not store.reduce and store.place == "row":
-                one = b.extract_element(self._emitted[id(store.value)], ir.Constant(ir.IntType(32), 0))
+                one = b.extract_element(self._emitted[id(store.value)], ir.Constant(_I32, 0))
                 self._put_one(b, one, _dtype(store), self._written[i], self._r)
         following = b.add(self._r, ir.Constant(_I64, 1))
         self._r.add_incoming(following, self._blocks["row_end"])
@@ -172,7 +175,59 @@ class _Writer:
         b.ret_void()
 
     def _reductions(self, over: str) -> list[tuple[int, Store]]:
-        return [(i, store) for i, store in enumerate(self._stores) if store.reduce and store.over == over]
+        joined = ("sum", "max")
+        return [(i, store) for i, store in enumerate(self._stores) if store.reduce in joined and store.over == over]
+
+    def _counted(self) -> list[tuple[int, Store]]:
+        return [(i, store) for i, store in enumerate(self._stores) if store.reduce in ("count", "count few")]
+
+    def _count(self, b: Any, done: Any, fresh: Any) -> None:
+        """Add the numbers of this step to histograms; the builder then stands behind that."""
+        few, many = [], []
+        for i, store in self._counted():
+            codes = convert(b, self._emitted[id(store.value)], _dtype(store), torch.int32)
+            b.store(codes, self._room[i], align=4)
+            if store.reduce == "count":
+                many.append(i)
+            else:
+                few.append((i, b.and_(fresh, b.icmp_signed(">=", codes, splat(_I32, 0)))))
+        if many:
+            self._count_all(b, many, done)
+        for i, mask in few:
+            self._count_few(b, i, b.bitcast(mask, ir.IntType(LANES)))
+
+    def _count_all(self, b: Any, histograms: Sequence[int], done: Any) -> None:
+        """Count every number: a loop over the 16, which leaves out those that were done before."""
+        before, loop, after = b.block, b.append_basic_block("count"), b.append_basic_block("counted")
+        b.branch(loop)
+        b.position_at_end(loop)
+        at = b.phi(_I64)
+        at.add_incoming(done, before)
+        for i in histograms:
+            self._increment(b, i, at)
+        following = b.add(at, ir.Constant(_I64, 1))
+        at.add_incoming(following, loop)
+        b.cbranch(b.icmp_signed("<", following, ir.Constant(_I64, LANES)), loop, after)
+        b.position_at_end(after)
+
+    def _count_few(self, b: Any, i: int, mask: Any) -> None:
+        """Count the numbers whose bits are set in a mask: a loop over these, mostly skipped."""
+        before, loop, after = b.block, b.append_basic_block("few"), b.append_basic_block("counted")
+        none = ir.Constant(mask.type, 0)
+        b.cbranch(b.icmp_unsigned("!=", mask, none), loop, after)
+        b.position_at_end(loop)
+        left = b.phi(mask.type)
+        left.add_incoming(mask, before)
+        self._increment(b, i, b.zext(b.cttz(left, ir.Constant(ir.IntType(1), 1)), _I64))
+        rest = b.and_(left, b.sub(left, ir.Constant(mask.type, 1)))
+        left.add_incoming(rest, loop)
+        b.cbranch(b.icmp_unsigned("!=", rest, none), loop, after)
+        b.position_at_end(after)
+
+    def _increment(self, b: Any, i: int, at: Any) -> None:
+        code = b.load(b.gep(self._room[i], [at], source_etype=_I32), align=4, typ=_I32)
+        place = b.gep(self._written[i], [b.zext(code, _I64)], source_etype=_I64)
+        b.store(b.add(b.load(place, align=8, typ=_I64), ir.Constant(_I64, 1)), place, align=8)
 
     def _carried(self, b: Any, store: Store, source: str) -> Any:
         total = b.phi(vector(lane(_dtype(store))))
@@ -265,16 +320,16 @@ def _total(b: Any, store: Store, parts: Any) -> Any:
     while count > 1:
         count //= 2
         order = [(i + count) % LANES if i < count else i for i in range(LANES)]
-        places = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [ir.Constant(ir.IntType(32), i) for i in order])
+        places = ir.Constant(ir.VectorType(_I32, LANES), [ir.Constant(_I32, i) for i in order])
         parts = _join(b, store, parts, b.shuffle_vector(parts, ir.Constant(parts.type, ir.Undefined), places))
-    return b.extract_element(parts, ir.Constant(ir.IntType(32), 0))
+    return b.extract_element(parts, ir.Constant(_I32, 0))
 
 
 def _spread(b: Any, number: Any) -> Any:
     """Return a vector of 16 times the same number."""
     none = ir.Constant(vector(number.type), ir.Undefined)
-    one = b.insert_element(none, number, ir.Constant(ir.IntType(32), 0))
-    first = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [ir.Constant(ir.IntType(32), 0)] * LANES)
+    one = b.insert_element(none, number, ir.Constant(_I32, 0))
+    first = ir.Constant(ir.VectorType(_I32, LANES), [ir.Constant(_I32, 0)] * LANES)
     return b.shuffle_vector(one, none, first)
 
 

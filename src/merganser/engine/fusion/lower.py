@@ -16,13 +16,13 @@ Values are not kept from loop to loop, but computed again from what was stored, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .arithmetic import ELEMENTWISE, computes
 from .graph import ROWS, SIZE, Graph, Node, Ref, Symbol, Unfusable
+from .parts import Lowered, Stage, Store, Value
 from .trace import Form
 
 _STORED = (
@@ -66,82 +66,6 @@ _TOTALS = {"aten.sum.default": "sum", "aten.max.default": "max", "aten.amax.defa
 _OF_ROWS = {"aten.sum.dim_IntList": "sum", "aten.amax.default": "max"}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Value:
-    """A value inside a loop.
-
-    Args:
-        name: What computes it: the name of an operation; "load", "constant" or "index".
-        args: Values, or Python numbers.
-        dtype: Its dtype.
-        place: "fixed", "scalar", "row", "column" or "element".
-        operands: As in `Node`.
-        source: For "load": the node whose result is read.
-        stage: The first stage whose loop can compute it.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    dtype: torch.dtype
-    place: str
-    operands: torch.dtype | None = None
-    source: int | None = None
-    stage: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """What a loop writes.
-
-    Args:
-        value: The value.
-        place: "element" or "row": what the target has an entry for, or what is reduced.
-        target: Node whose tensor receives it.
-        part: Index of the part of the target, where that is a stack.
-        reduce: "sum" or "max" of the elements; None: the elements themselves.
-        over: What is reduced: "block" or "row".
-    """
-
-    value: Value
-    place: str
-    target: int
-    part: int = 0
-    reduce: str | None = None
-    over: str = "block"
-
-
-@dataclass(slots=True)
-class Stage:
-    """A loop, and what torch runs after it.
-
-    Args:
-        stores: What the loop writes; no loop where empty.
-        eager: Nodes that torch runs then.
-    """
-
-    stores: list[Store] = field(default_factory=list)
-    eager: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Lowered:
-    """A divided graph.
-
-    Args:
-        graph: The graph.
-        forms: Forms of its inputs.
-        prologue: Nodes that torch computes once per tensor.
-        stages: What runs for each block, in order.
-        between: Names of the operations on elements that torch runs, as they are no part of a loop.
-    """
-
-    graph: Graph
-    forms: tuple[Form, ...]
-    prologue: tuple[int, ...]
-    stages: tuple[Stage, ...]
-    between: tuple[str, ...]
-
-
 def lower(graph: Graph, forms: Sequence[Form]) -> Lowered:
     """Divide a graph.
 
@@ -173,7 +97,7 @@ class _Lowering:
         self._stacks: dict[int, tuple[Value, ...]] = {}
         self._tensors: dict[int, int | None] = {}
         self._same: dict[Any, Value] = {}
-        self._reductions: dict[int, Store] = {}
+        self._reductions: dict[int, tuple[Store, ...]] = {}
         self._done: set[int] = set()
         self.prologue: set[int] = set()
         self.stages: dict[int, Stage] = {}
@@ -205,7 +129,8 @@ class _Lowering:
             return
         self._done.add(index)
         if index in self._reductions:
-            self._store(self._reductions[index])
+            for store in self._reductions[index]:
+                self._store(store)
         elif index in self._stacks:
             assert node.shape is not None
             for part, value in enumerate(self._stacks[index]):
@@ -252,7 +177,7 @@ class _Lowering:
     def _ready(self, index: int) -> int:
         """Return the stage at whose end a node's tensor is there."""
         if index in self._reductions:
-            return self._reductions[index].value.stage
+            return max(store.value.stage for store in self._reductions[index])
         if index in self._stacks:
             return max(value.stage for value in self._stacks[index])
         if index in self._values:
@@ -278,6 +203,9 @@ class _Lowering:
             return None
         if name == "aten.stack.default":
             self._stack(index, node)
+            return None
+        if name == "merganser.count.default":
+            self._counts(index, node)
             return None
         folded = self._folded(node, place)
         if folded is not None or not place:
@@ -366,8 +294,18 @@ class _Lowering:
         if how is None or node.dtype not in exact:
             return False
         value = self._made("aten._to_copy.default", (value,), node.dtype, "element") if how == "sum" else value
-        self._reductions[index] = Store(value, "element", index, reduce=how, over=over or "block")
+        self._reductions[index] = (Store(value, "element", index, reduce=how, over=over or "block"),)
         return True
+
+    def _counts(self, index: int, node: Node) -> None:
+        """Enter histograms of elements."""
+        parts, _, few = node.args
+        shapes = [self._graph.nodes[part.index].shape for part in parts]
+        if all(part.index in self._values for part in parts) and all(self._placed(own) == "element" for own in shapes):
+            how = "count few" if few else "count"
+            self._reductions[index] = tuple(
+                Store(self._values[part.index], "element", index, i, how) for i, part in enumerate(parts)
+            )
 
     def _stack(self, index: int, node: Node) -> None:
         """Enter a stack of elements or rows along a new first dimension, where that is one."""

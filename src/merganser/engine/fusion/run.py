@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .emit import NAME, Source, write
 from .graph import Graph, Node, Ref, Symbol
-from .lower import Lowered, Stage, Store, lower
+from .lower import lower
 from .machine import Function
+from .parts import Lowered, Stage, Store
 from .trace import Form, trace
 from .vectors import LANES
 
@@ -69,19 +70,25 @@ class Bound:
         self._loops = [(loop, loop.fixed(known)) for loop in loops]
         taken = {ref.index for stage in lowered.stages for i in stage.eager for ref in lowered.graph.nodes[i].refs()}
         self._wrapped = [i for i, form in enumerate(lowered.forms) if form.kind == "scalar" and i in taken]
+        first = lowered.graph.outputs[0].index
+        stores = [store for stage in lowered.stages for store in stage.stores if store.target == first]
+        self._counts = first if any(store.reduce in ("count", "count few") for store in stores) else None
         self._first = next(i for i, form in enumerate(lowered.forms) if form.kind == "block")
 
-    def __call__(self, inputs: Sequence[Tensor | int]) -> list[Tensor]:
+    def __call__(self, inputs: Sequence[Tensor | int], counts: Tensor | None = None) -> list[Tensor]:
         """Run on one block.
 
         Args:
-            inputs: The inputs whose form is not "fixed", in order, contiguous; numbers where the form is "scalar".
+            inputs: The inputs whose form is not "fixed", in order; numbers where the form is "scalar".
+            counts: If the first result is a histogram, it is added to this one, from an earlier block, and is this.
         """
         graph = self._lowered.graph
         known = {**self._known, **dict(zip(self._inputs, inputs, strict=True))}
         sizes = {"size": known[self._first].numel(), "rows": known[self._first].shape[0]}
         for index in self._wrapped:
             known[index] = torch.tensor(known[index], dtype=graph.nodes[index].dtype)
+        if counts is not None and self._counts is not None:
+            known[self._counts] = counts
         for (loop, fixed), stage in zip(self._loops, self._lowered.stages, strict=True):
             loop.run(known, sizes, fixed)
             for index in stage.eager:
@@ -97,7 +104,9 @@ class _Loop:
         self._source: Source | None = write(stage.stores) if stage.stores else None
         self.flat = self._source is None or self._source.flat
         self._function = Function(self._source.text, NAME) if self._source else None
-        self._targets = [(target, graph.nodes[target]) for target in dict.fromkeys(s.target for s in stage.stores)]
+        counted = {store.target for store in stage.stores if store.reduce in ("count", "count few")}
+        targets = dict.fromkeys(store.target for store in stage.stores)
+        self._targets = [(target, graph.nodes[target], target in counted) for target in targets]
 
     def fixed(self, known: Mapping[int, Any]) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the fixed numbers, eight bytes each, and the fixed tensors that are read by column."""
@@ -119,8 +128,11 @@ class _Loop:
         if source is None or self._function is None:
             return
         numbers, columns = fixed
-        for target, node in self._targets:
-            known[target] = torch.empty(_sized(node.shape, sizes), dtype=node.dtype)
+        for target, node, starts_at_0 in self._targets:
+            if target not in known:
+                known[target] = (torch.zeros if starts_at_0 else torch.empty)(
+                    _sized(node.shape, sizes), dtype=node.dtype
+                )
         arrays = [columns.get(index, known[index]) for index in source.arrays]
         arrays = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in arrays]
         rows = 1 if source.flat else sizes["rows"]

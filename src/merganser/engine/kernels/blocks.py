@@ -158,10 +158,11 @@ class TensorRun:
     ) -> tuple[Tensor, bool]:
         """Add a block's measurement to the total of the blocks before it; also return whether the block is finite."""
         block, kernel = self._block(("measure", name, index), known, range_, base, models)
-        found, finite = kernel(block)
-        if name not in self.kernels.rows:
-            return self.kernels.measured(name, index, block, found, total), bool(finite)
-        found = self.kernels.measured(name, index, block, found, None)
+        over_rows = name in self.kernels.rows
+        found, finite = kernel(block, None if over_rows else total)
+        if not over_rows:
+            return self.kernels.measured(name, index, found, total), bool(finite)
+        found = self.kernels.measured(name, index, found, None)
         # the first block allocates the total of all rows; each block fills in its own
         total = found.new_zeros(matrix_shape(self.shape)[0], *found.shape[1:]) if total is None else total
         total[self._rows(range_)] = found
@@ -262,7 +263,7 @@ class TensorRun:
             data: The statistics from data of the block's matrix, a tensor per model.
         """
         block, kernel = self._block(("combine", "", 0), known, range_, base, models, data)
-        merged, finite = kernel(block)
+        merged, finite = kernel(block, None)
         return (merged.T if self.turned else merged).reshape(-1), bool(finite)
 
     def matrix(self, start: int) -> int:

@@ -28,7 +28,9 @@ from .sums import join
 from .values import Values
 
 Phase = tuple[str, str, int]
-Kernel = Callable[["Block"], tuple[Tensor, Tensor]]
+Kernel = Callable[["Block", "Tensor | None"], tuple[Tensor, Tensor]]
+"""Gets a block, and the total of what it measured before; returns what it measures or merges, or that total if it was added to,
+and whether all is finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,24 +125,20 @@ class Kernels:
         """Return numeric parameters on the device."""
         return {name: value.to(self.device) for name, value in values.numbers.items()}
 
-    def measured(self, name: str, index: int, block: Block, found: Tensor, total: Tensor | None) -> Tensor:
+    def measured(self, name: str, index: int, found: Tensor, total: Tensor | None) -> Tensor:
         """Add the measurement of a block to the total of the blocks before it.
 
         Args:
             name: Name of the statistic.
             index: Index of the round.
-            block: The block.
-            found: What the kernel measured.
-            total: Total of the blocks before, on the CPU; it may be changed in place. None for the first block.
+            found: What the kernel measured; or the total, if the kernel has added to it.
+            total: Total of the blocks before, on the CPU. None for the first block.
         """
-        round_ = self.round(name, index)
-        tally = round_.tally
-        if tally is not None:
-            known = {**block.rows, **block.known}
-            return tally(found, total, **{name: known[name] for name in takes(tally)[2:]})
         found = found.cpu()
         found = found if found.is_floating_point() else found.to(torch.int64)
-        return found if total is None else join(total, found, largest=round_.largest)
+        if total is None or found is total:
+            return found
+        return join(total, found, largest=self.round(name, index).largest)
 
     def measure_at_once(
         self, name: str, block: Block, values: Values, known: Mapping[str, Tensor], *, several: bool = False
@@ -210,7 +208,7 @@ class Kernels:
         """
         function = self._function(phase)
 
-        def eager(block: Block) -> tuple[Tensor, Tensor]:
+        def eager(block: Block, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
             return function(*_arguments(block))  # type: ignore[no-any-return]
 
         if not self.fused or block.data:
@@ -223,10 +221,10 @@ class Kernels:
             return eager
         bound = program.bind(block.fixed())
 
-        def fused(block: Block) -> tuple[Tensor, Tensor]:
+        def fused(block: Block, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
             if not program.takes(block.models[0].shape):
                 return eager(block)
-            result, finite = bound([*block.inputs(), *block.rows.values(), block.offset])
+            result, finite = bound([*block.inputs(), *block.rows.values(), block.offset], total)
             return result, finite
 
         return fused
@@ -262,10 +260,10 @@ class Kernels:
             self._functions[name] = torch.compile(self._function(phase), dynamic=True, fullgraph=True)
         compiled = self._functions[name]
 
-        def run(block: Block) -> tuple[Tensor, Tensor]:
+        def run(block: Block, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
             # torch.compile specialises on size 1
             if min(block.models[0].shape, default=0) < 2:
-                return eager(block)
+                return eager(block, total)
             return compiled(*_arguments(block))  # type: ignore[no-any-return]
 
         return run

@@ -158,10 +158,8 @@ def _raw(tensor: PlannedTensor) -> int:
 
 
 def _fused(tensor: PlannedTensor) -> int:
-    """Return the measured bytes per element of fused kernels' temporaries: 0 unless they count or rank."""
-    method = tensor.method
-    counts = any(round_.tally for statistic in method.statistics.values() for round_ in statistic.rounds)
-    return 8 * len(tensor.inputs) + 24 if counts or (method.scope == "row" and method.random) else 0
+    """Return the measured bytes per element of fused kernels' temporaries: 0 unless they rank."""
+    return 8 * len(tensor.inputs) + 24 if tensor.method.scope == "row" and tensor.method.random else 0
 
 
 def _eager(tensor: PlannedTensor) -> int:
