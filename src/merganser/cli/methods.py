@@ -14,7 +14,10 @@ from ._options import Json
 from ._text import head, say, say_json, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..method.description import MethodDescription, ParameterDescription
+    from ..testing.passes import Pass
 
 _LAWS = {
     "identical": "identical models are not returned as they are",
@@ -37,11 +40,14 @@ def methods(
     from ..method.registry import methods as all_methods
 
     if name is not None:
-        found = describe(get_method(name))
+        from ..testing.passes import passes
+
+        chosen = get_method(name)
+        found, how = describe(chosen), passes(chosen)
         if json:
-            say_json(asdict(found))
+            say_json({**asdict(found), "passes": [asdict(one) for one in how]})
         else:
-            _page(found)
+            _page(found, how)
         return
     every = sorted((describe(method) for method in all_methods().values()), key=lambda m: (m.family, m.name))
     if json:
@@ -69,7 +75,7 @@ def _traits(method: MethodDescription) -> list[str]:
     return [words for words, true in traits.items() if true]
 
 
-def _page(method: MethodDescription) -> None:
+def _page(method: MethodDescription, how: Sequence[Pass]) -> None:
     head(f"{method.name} · {method.family}")
     say(method.summary)
     _block("", method.formula)
@@ -93,8 +99,18 @@ def _page(method: MethodDescription) -> None:
         head("Unlike other methods")
         for law, reason in method.breaks.items():
             _wrapped(f"{_LAWS.get(law, law)}: {reason}", "  ")
+    say()
+    head("Passes over the inputs")
+    for one in how:
+        _wrapped(f"{one.what}: {_how(one)}", "  ")
     cited = "no publication" if method.cite == "-" else method.cite
     _block("Reference", f"{method.citation} [{cited}]" if method.citation else cited)
+
+
+def _how(found: Pass) -> str:
+    if not found.fused:
+        return f"operation by operation ({found.reason})"
+    return "fused" + (f", with {', '.join(found.between)} in between" if found.between else "")
 
 
 def _parameter(parameter: ParameterDescription) -> None:

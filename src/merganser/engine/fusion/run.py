@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,31 +102,44 @@ class _Loop:
 
     def __init__(self, graph: Graph, stage: Stage) -> None:
         self._graph = graph
-        self._source: Source | None = write(stage.stores) if stage.stores else None
-        self.flat = self._source is None or self._source.flat
-        self._function = Function(self._source.text, NAME) if self._source else None
+        self._stores = stage.stores
         counted = {store.target for store in stage.stores if store.reduce in ("count", "count few")}
         targets = dict.fromkeys(store.target for store in stage.stores)
         self._targets = [(target, graph.nodes[target], target in counted) for target in targets]
 
+    @property
+    def flat(self) -> bool:
+        """Whether the rows of blocks do not matter."""
+        source = self._built[0]
+        return source is None or source.flat
+
+    @cached_property
+    def _built(self) -> tuple[Source | None, Function | None]:
+        """The instructions and the machine code, made when they are needed for the first time."""
+        if not self._stores:
+            return None, None
+        source = write(self._stores)
+        return source, Function(source.text, NAME)
+
     def fixed(self, known: Mapping[int, Any]) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the fixed numbers, eight bytes each, and the fixed tensors that are read by column."""
-        if self._source is None:
+        source = self._built[0]
+        if source is None:
             return torch.zeros(1), {}
-        numbers = torch.zeros(max(len(self._source.fixed), 1), dtype=torch.int64)
-        for i, index in enumerate(self._source.fixed):
+        numbers = torch.zeros(max(len(source.fixed), 1), dtype=torch.int64)
+        for i, index in enumerate(source.fixed):
             tensor = known[index].reshape(())
             if tensor.is_floating_point():
                 numbers.view(torch.float64)[i] = tensor
             else:
                 numbers[i] = tensor
-        columns = {index: known[index].contiguous() for index in self._source.arrays if index in known}
+        columns = {index: known[index].contiguous() for index in source.arrays if index in known}
         return numbers, columns
 
     def run(self, known: dict[int, Any], sizes: Mapping[str, int], fixed: tuple[Tensor, dict[int, Tensor]]) -> None:
         """Run the loop on a block, and enter what it has made."""
-        source = self._source
-        if source is None or self._function is None:
+        source, function = self._built
+        if source is None or function is None:
             return
         numbers, columns = fixed
         for target, node, starts_at_0 in self._targets:
@@ -140,7 +154,7 @@ class _Loop:
         words.extend(int(known[index]) for index in source.scalars)
         words.extend(tensor.data_ptr() for tensor in arrays)
         words.extend(self._address(store, known[store.target], sizes) for store in source.stores)
-        self._function(words.buffer_info()[0], numbers.data_ptr())
+        function(words.buffer_info()[0], numbers.data_ptr())
 
     def _address(self, store: Store, tensor: Tensor, sizes: Mapping[str, int]) -> int:
         if not store.part:

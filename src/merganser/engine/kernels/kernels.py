@@ -7,6 +7,7 @@ the output dtype and returns whether all numbers were finite. On a CPU its opera
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from ..fusion.trace import Form
 from .data import Data
 from .sums import join
 from .values import Values
+
+_logger = logging.getLogger(__name__)
 
 Phase = tuple[str, str, int]
 Kernel = Callable[["Block", "Tensor | None"], tuple[Tensor, Tensor]]
@@ -215,9 +218,8 @@ class Kernels:
             return eager
         if self.device.type != "cpu":
             return self._compiled(phase, eager)
-        columns = block.models[0].shape[1] if self.method.scope == "row" else None
-        program = self.program(phase, block.forms(), columns, block)
-        if program is None or not program.takes(block.models[0].shape):
+        program = self.program(phase, block)
+        if isinstance(program, str) or not program.takes(block.models[0].shape):
             return eager
         bound = program.bind(block.fixed())
 
@@ -229,15 +231,14 @@ class Kernels:
 
         return fused
 
-    def program(self, phase: Phase, forms: tuple[Form, ...], columns: int | None, like: Block) -> Program | None:
-        """Return a kernel as loops in machine code; None if it cannot be fused.
+    def program(self, phase: Phase, like: Block) -> Program | str:
+        """Return a kernel as loops in machine code; or why it cannot be fused.
 
         Args:
             phase: As in `kernel`.
-            forms: Forms of its inputs.
-            columns: Length of the rows of blocks, for methods over rows.
             like: A block with the inputs, numbers and statistics that the kernel takes.
         """
+        forms, columns = like.forms(), like.models[0].shape[1] if self.method.scope == "row" else None
         settings = (self.method, tuple(self.static.items()), self.compute, self.output, self.check_finite)
         key = (*settings, phase, forms, columns, *map(tuple, (like.rows, like.numbers, like.known)), like.base is None)
         function = self._function(phase)
@@ -249,8 +250,9 @@ class Kernels:
             if key not in _programs:
                 try:
                     _programs[key] = Program(flat, forms, columns)
-                except Unfusable:
-                    _programs[key] = None
+                except Unfusable as reason:
+                    _programs[key] = str(reason)
+                    _logger.info("%s: %s runs operation by operation: %s", self.method.name, phase[0], reason)
             return _programs[key]
 
     def _compiled(self, phase: Phase, eager: Kernel) -> Kernel:
@@ -334,7 +336,7 @@ def _overflow(dtype: torch.dtype) -> float:
 
 
 # programs of this process, for all runs; the lock also keeps two threads from making the same one
-_programs: dict[Any, Program | None] = {}
+_programs: dict[Any, Program | str] = {}
 _lock = threading.Lock()
 
 
