@@ -32,6 +32,7 @@ ROOMS = [
     "recipe",
     "adapters",
     "inspection",
+    "engine/fusion",
     "engine/kernels",
     "engine/plan",
     "engine/alignment",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from merganser.wording import time_text
 from tests.cli.tiny import linear, names, recipe, run, state, write
 
 
@@ -34,20 +32,6 @@ def test_merge(models: Path) -> None:
         expected = ((a[name].double() + b[name].double()) / 2).to(torch.bfloat16)
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
     assert names(models) == ["a", "b", "c", "out", "r.yaml"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_what_compiling_took_is_told(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(models.parent / "cache"))
-    file = recipe(models / "r.yaml", linear("a", "b"))
-    first, second = (run("merge", file, out, "--compile") for out in ("one", "two"))
-    seconds = json.loads((models / "one" / "merge.json").read_text())["timings"]["compile_seconds"]
-    assert seconds > 1
-    told = f"compiling took {time_text(seconds)} of it; the kernels are kept for merges of this kind"
-    assert first.out.splitlines()[1] == told
-    assert "compiling" not in second.out
-    assert json.loads((models / "two" / "merge.json").read_text())["timings"]["compile_seconds"] == 0
 
 
 def test_the_base_is_counted_apart(models: Path) -> None:

@@ -12,6 +12,7 @@ from merganser.cli.methods import _page
 from merganser.method import Fraction, Ignored, PerModel, Scale, Weight, default, merge_method
 from merganser.method.description import citation, describe
 from merganser.method.registry import every_method
+from merganser.testing.passes import Pass
 from tests.cli.tiny import run
 
 
@@ -53,7 +54,10 @@ def toy(
 
 def test_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "72")
-    _page(describe(toy))
+    between = Pass("measures cut, 2 of 2", True, ("exp", "merganser.by_rank"))
+    _page(
+        describe(toy), [Pass("measures cut, 1 of 2", True), between, Pass("merges", False, reason="it looks at values")]
+    )
     assert capsys.readouterr().out == (
         "toy · toys\n"
         "Do what toys do.\n"
@@ -86,6 +90,11 @@ def test_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         "Unlike other methods\n"
         "  the order of the models matters: the first model leads\n"
         "\n"
+        "Passes over the inputs\n"
+        "  measures cut, 1 of 2: fused\n"
+        "  measures cut, 2 of 2: fused, with exp, merganser.by_rank in between\n"
+        "  merges: operation by operation (it looks at values)\n"
+        "\n"
         "Reference\n"
         "  no publication\n"
     )
@@ -116,7 +125,9 @@ def test_every_page_and_json() -> None:
         assert method["formula"] in page.out
         for parameter in method["parameters"]:
             assert f"  {parameter['name']}  {parameter['allowed']}" in page.out
-        assert run("methods", method["name"], "--json").json == method
+        own = run("methods", method["name"], "--json").json
+        assert [one["what"] for one in own.pop("passes")][-1] == "merges"
+        assert own == method
 
 
 def test_unknown() -> None:

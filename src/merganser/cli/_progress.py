@@ -11,7 +11,7 @@ from ..wording import count_text, plural, printable, size_text
 from ._text import complain, on_terminal
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn, Task, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
     from ..engine.plan.plan import Plan
 
@@ -49,20 +49,6 @@ def _step_bar() -> Progress:
         transient=True,
         expand=True,
     )
-
-
-def _compiling() -> ProgressColumn:
-    """Return a column that shows when a kernel is being compiled, since the bar does not move then."""
-    from rich.progress import ProgressColumn
-    from rich.text import Text
-
-    from ..engine.kernels.compiled import is_compiling
-
-    class Compiling(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text("compiling, once" if is_compiling() else "")
-
-    return Compiling()
 
 
 @contextmanager
@@ -146,7 +132,7 @@ class MergeProgress:
             complain("note", f"{stage}continuing an interrupted run: {tensors}, {size_text(before)} are there already")
         if on_terminal():
             beside = plan.sidecars.bytes_read + plan.sidecars.bytes_written if plan.sidecars else 0
-            self._bar = _bar("{task.fields[tensors]}", *([_compiling()] if plan.compiled else []))
+            self._bar = _bar("{task.fields[tensors]}")
             self._task = self._bar.add_task(
                 printable(plan.recipe.name or plan.method.name),
                 total=plan.bytes_read + plan.bytes_written + beside,

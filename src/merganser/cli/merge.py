@@ -40,7 +40,6 @@ def merge(
         bool, typer.Option("--allow-nonfinite", help="Merge NaN and infinity instead of refusing them.")
     ] = False,
     max_memory: options.MaxMemory = None,
-    compile: options.Compile = None,
     cache_dir: options.CacheDir = None,
     keep_stages: options.KeepStages = False,
     cluster: Annotated[
@@ -66,7 +65,7 @@ def merge(
     from ..engine.run import Interrupted
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
-    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
     with MergeProgress(quiet) as progress:
         try:
             result = merge_recipes(
@@ -103,9 +102,6 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
         f"{count_text(record['parameters'])} parameters · {time_text(record['timings']['seconds'])} · "
         f"peak {size_text(peak_memory())}"
     )
-    compiling = record["timings"]["compile_seconds"]
-    if compiling >= 1:
-        say(f"compiling took {time_text(compiling)} of it; the kernels are kept for merges of this kind")
     say(census_text(plan.census.values()))
     _lengths(record["movement"]["total"])
     for warning in record["warnings"][len(plan.warnings) :]:

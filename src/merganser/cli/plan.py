@@ -29,7 +29,6 @@ def plan(
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     seed: options.Seed = None,
     max_memory: options.MaxMemory = None,
-    compile: options.Compile = None,
     cache_dir: options.CacheDir = None,
     keep_stages: options.KeepStages = False,
     tensors: options.AllTensors = False,
@@ -43,7 +42,7 @@ def plan(
     from ..recipe import load_recipes
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
-    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
     target = plan_recipes(load_recipes(recipe), keep_stages=keep_stages, **given)
     stages = [*target.stages, target]
     if json:
@@ -235,8 +234,7 @@ def _tasks(stage: Plan, found: SidecarSummary) -> list[list[str]]:
 
 
 def _costs(found: PlanSummary) -> list[list[str]]:
-    fused = "fused kernels" if found.compiled else "eager"
-    work = f"{found.device}, {plural(found.threads, 'thread')}, {fused}"
+    work = f"{found.device}, {plural(found.threads, 'thread')}"
     rows = [
         ["read", f"{size_text(found.bytes_read)} in {passes_text(found.passes)}"],
         ["written", size_text(found.bytes_written)],

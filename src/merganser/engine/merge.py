@@ -49,7 +49,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
         recipe: A recipe of one document or several: its path, its YAML text, a mapping, or loaded recipes.
         keep_stages: Also plan stages that no later one uses.
         **options: As for `merganser.engine.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
-            `max_memory`, `cache_dir`, `compiled`.
+            `max_memory`, `cache_dir`.
 
     Returns:
         The plan of the target, a model or an adapter; its `stages` are the plans of the other documents, whose outputs it reads.

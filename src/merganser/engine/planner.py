@@ -13,7 +13,7 @@ from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.config import unquantised
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, TensorInfo, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
-from ..errors import MergeError, ParameterError, RecipeError, UnsupportedError
+from ..errors import MergeError, ParameterError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .agreement.configs import compare_configs
@@ -29,8 +29,9 @@ from .alignment.renaming import named_alike
 from .alignment.slices import align_slices
 from .alignment.whole_models import align_models
 from .census import take_census
+from .fusion.machine import why_not
 from .kernels.assignment import Treatment, treat, untouched
-from .kernels.devices import has_compiler, resolve_devices
+from .kernels.devices import resolve_devices
 from .noise import noise_warnings
 from .plan.from_data import DataOfModels, open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
@@ -42,13 +43,6 @@ from .vocabulary.match import Matched, match_vocabularies
 
 if TYPE_CHECKING:
     import torch
-
-COMPILE_FROM = 450_000_000
-"""Number of input elements from which kernels are fused. Compiling takes about ten seconds per kernel, once; an eager
-pass over so many elements takes one or two seconds longer than a fused one."""
-
-_TENSOR_WORK = 1 << 15
-"""Fixed cost of merging one tensor by itself, in input elements that eager kernels process in the same time."""
 
 Match = Callable[[Recipe, Mapping[ModelReference, Member], "Path | None"], Matched]
 
@@ -64,7 +58,6 @@ def build_plan(
     max_memory: int | None = None,
     device: str = "cpu",
     cache_dir: Path | None = None,
-    compiled: bool | None = None,
     match: Match = match_vocabularies,
     measured: bool = True,
 ) -> Plan:
@@ -78,7 +71,6 @@ def build_plan(
         max_memory: Largest resident memory, bytes; by default a quarter of the machine's or container's, at most 4 GB.
         device: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
         cache_dir: Folder for models from the Hub.
-        compiled: Fuse kernels; by default if the work is large and a C++ compiler is installed.
         match: Gives the models of the recipe one vocabulary; another one than the default makes rows of new tokens in
             another way.
         measured: Whether the statistics from data that the method takes are there. If not, the plan is of the merge
@@ -88,7 +80,7 @@ def build_plan(
         RecipeError: The recipe does not fit the method or the models.
         CheckpointError: An input is missing, damaged, quantised, or does not fit the others.
         MemoryLimitError: The method cannot work within `max_memory`; the message says what it needs.
-        UnsupportedError: There is no such device, or `compiled` is true and there is no compiler.
+        UnsupportedError: There is no such device.
         ValueError: A number is below 1.
     """
     _check_options(out_shard_size, threads, max_memory)
@@ -105,11 +97,11 @@ def build_plan(
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     template = chat_template(recipe, members, matched.owner)
     ending = agree_on_ending(members[recipe.donor], matched.owner, config, template[0], matched.vocabulary)
-    compiled, compiler_warnings = _fuses(drafts, devices, compiled)
+    fused, fusion_warnings = _fuses(drafts, devices)
     tensors = place(drafts, shards)
     limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
     keeps = all(found.type == "cpu" for found in devices)
-    workers, kept, room = _share_memory(resolver.method, drafts, wanted, compiled, limit, keeps=keeps)
+    workers, kept, room = _share_memory(resolver.method, drafts, wanted, fused, limit, keeps=keeps)
     return Plan(
         recipe=recipe,
         method=resolver.method,
@@ -121,7 +113,7 @@ def build_plan(
         side_files=side_files(members[recipe.donor], matched.owner, matched.change),
         chat_template=template[0],
         generation_config=ending.generation_config,
-        compiled=compiled,
+        fused=fused,
         seed=seed,
         workers=workers,
         kept=kept,
@@ -138,7 +130,7 @@ def build_plan(
             *config_warnings,
             *template[1],
             *ending.warnings,
-            *compiler_warnings,
+            *fusion_warnings,
         ],
         differences=resolver.differences(),
         vocabulary=matched.change,
@@ -149,12 +141,12 @@ def build_plan(
 
 
 def _share_memory(
-    method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int, *, keeps: bool
+    method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, fused: bool, limit: int, *, keeps: bool
 ) -> tuple[int, int, int]:
     """Return the number of workers, the bytes of inputs that each may cache, and the bytes left for making sidecars."""
     beside = sidecar_memory(method, drafts)
-    workers = fit_workers(drafts, wanted, compiled, limit, beside=beside)
-    room = limit - estimate_memory(drafts, workers, compiled)
+    workers = fit_workers(drafts, wanted, fused, limit, beside=beside)
+    room = limit - estimate_memory(drafts, workers, fused)
     kept = kept_memory(drafts, workers, room - beside) if keeps else 0
     return workers, kept, room - workers * kept
 
@@ -201,31 +193,12 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
     return members, warnings
 
 
-def _fuses(
-    drafts: Sequence[PlannedTensor], devices: Sequence[torch.device], wanted: bool | None
-) -> tuple[bool, list[str]]:
-    """Return whether kernels are fused, and a warning if only a missing compiler prevents it."""
-    worth = _work(drafts) >= COMPILE_FROM if wanted is None else wanted
-    if not worth or has_compiler(devices[0]):
-        return worth, []
-    missing = "no C++ compiler is found (g++ or clang++)"
-    if wanted:
-        raise UnsupportedError(f"kernels cannot be compiled: {missing}")
-    return False, [f"{missing}: kernels run one operation at a time, several times slower"]
-
-
-def _work(drafts: Sequence[PlannedTensor]) -> int:
-    """Return the work of one pass in input elements, including the fixed cost per tensor."""
-    fused = [draft for draft in drafts if draft.method.fuse and not draft.copy]
-    # many tensors share their parameters, so ask once per set
-    alone: dict[tuple[str, int], bool] = {}
-    each = 0
-    for draft in fused:
-        settings = (draft.method.name, id(draft.parameters))
-        if settings not in alone:
-            alone[settings] = draft.together is None
-        each += alone[settings]
-    return sum(draft.size * len(draft.inputs) for draft in fused) + each * _TENSOR_WORK
+def _fuses(drafts: Sequence[PlannedTensor], devices: Sequence[torch.device]) -> tuple[bool, list[str]]:
+    """Return whether operations are fused, and a warning if they could be, but not here."""
+    reason = why_not() if devices[0].type == "cpu" else None
+    if reason is None or not any(draft.method.fuse and not draft.copy for draft in drafts):
+        return reason is None, []
+    return False, [f"{reason}: operations run one by one, several times slower"]
 
 
 def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]) -> Alignment:

@@ -68,8 +68,8 @@ def merge_method(
     A method of scope "factors" is declared with `factor_method` and lies in `factor_methods/`. It gets the adapters'
     `models: list[Factors]` of one matrix, may take `rng` and `rank: int | None` (the recipe's rank), and returns Factors.
 
-    Functions over elements and rows may be fused by `torch.compile`, so they must not branch on tensor values; those
-    over a whole tensor or matrix are never fused.
+    The operations of functions over elements and rows are fused, so these must not branch on tensor values; those over a
+    whole tensor or matrix are never fused.
 
     Raises:
         TypeError: The declaration contradicts itself, or the docstring does not describe a parameter.
@@ -172,7 +172,7 @@ def _matrix_complaint(
 def _row_complaint(scope: Scope, statistics: Mapping[str, Statistic]) -> str | None:
     """Return a message for the first statistic over rows that cannot be over rows; None if there is none."""
     for name, statistic in statistics.items():
-        plain = all(round_.tally is None and not round_.largest for round_ in statistic.rounds)
+        plain = not any(round_.largest for round_ in statistic.rounds)
         if statistic.over == "row" and (scope != "row" or len(statistic.rounds) != 1 or not plain):
-            return f"{name} is over rows: this needs the scope 'row', and one round that is neither tallied nor the largest"
+            return f"{name} is over rows: this needs the scope 'row', and one round that adds its measurements"
     return None

@@ -70,7 +70,7 @@ class MergeMethod:
 
     @property
     def fuse(self) -> bool:
-        """Whether `torch.compile` may fuse it; a function over a whole tensor or matrix gains nothing from that."""
+        """Whether its operations are fused; a function over a whole tensor or matrix gains nothing from that."""
         return self.scope in ("element", "row")
 
     @cached_property

@@ -22,16 +22,11 @@ class Round:
         measure: Gets a block of the inputs (and any other arguments that it names), returns a float64 or int64 tensor
             of fixed shape. The results of all blocks are added, in the order of the blocks.
         solve: Gets the sum (or maximum) as its first argument and any others that it names, on the CPU in float64.
-        tally: If given, it replaces the addition. It gets the result of `measure` (which may then have the size of the
-            block), the total of the blocks before (None for the first) and earlier statistics that it names. It returns
-            the new total, on the CPU, and may update it in place. It always runs eagerly: for operations that
-            `torch.compile` does badly, such as counting.
         largest: Take the elementwise maximum over the blocks instead of the sum.
     """
 
     measure: Callable[..., Tensor]
     solve: Callable[..., Tensor]
-    tally: Callable[..., Tensor] | None = None
     largest: bool = False
 
 

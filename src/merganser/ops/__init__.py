@@ -1,6 +1,6 @@
 """Maths that two or more merge methods share.
 
-Everything here is plain torch on float32 (or float64) blocks, written so that eager and compiled code give the same
+Everything here is plain torch on float32 (or float64) blocks, written so that single and fused operations give the same
 bits: no `add(alpha=...)` and no `lerp`, whose vectorised and scalar versions round differently.
 """
 

@@ -35,7 +35,7 @@ class Plan:
         side_files: Files to copy: source by path relative to the output.
         chat_template: Jinja text to write; None if it is copied with the donor's files, or there is none.
         generation_config: generation_config.json to write; None if the donor's is copied, or there is none.
-        compiled: Whether kernels will be fused.
+        fused: Whether operations are fused, for methods where that helps.
         seed: Seed of random draws.
         workers: Threads that merge.
         kept: Bytes of inputs that each worker may cache between passes.
@@ -62,7 +62,7 @@ class Plan:
     side_files: Mapping[str, Path]
     chat_template: str | None
     generation_config: Mapping[str, Any] | None
-    compiled: bool
+    fused: bool
     seed: int
     workers: int
     kept: int
@@ -139,12 +139,12 @@ class Plan:
         """Largest resident memory to expect, bytes: measured constants, and the memory of the workers."""
         # add, not max: memory that workers freed stays with the process while the sidecars are made
         beside = self.sidecars.peak_memory if self.sidecars else 0
-        return estimate_memory(self.tensors, self.workers, self.compiled) + self.workers * self.kept + beside
+        return estimate_memory(self.tensors, self.workers, self.fused) + self.workers * self.kept + beside
 
     @property
     def seconds(self) -> float:
         """Rough time to expect, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
         once = sum(t.nbytes_read for t in self.tensors)
         beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
-        merge = 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + (20 if self.compiled else 0)
+        merge = 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9
         return merge + beside

@@ -154,7 +154,7 @@ class PlanSummary:
         seconds: Expected time, seconds.
         device: Devices that kernels run on.
         threads: Number of threads that merge.
-        compiled: Whether kernels are fused.
+        fused: Whether kernels are fused.
         seed: Seed of random draws; None if the method makes none.
         warnings: Messages for the user before the run.
         differences: Messages about where mergekit computes other values.
@@ -184,7 +184,7 @@ class PlanSummary:
     seconds: float
     device: str
     threads: int
-    compiled: bool
+    fused: bool
     seed: int | None
     warnings: Sequence[str]
     differences: Sequence[str]
@@ -216,7 +216,7 @@ def summarise(plan: Plan) -> PlanSummary:
         seconds=plan.seconds,
         device=plan.device,
         threads=plan.workers,
-        compiled=plan.compiled,
+        fused=plan.fused,
         seed=plan.seed if plan.method.random else None,
         warnings=list(plan.warnings),
         differences=list(plan.differences),
