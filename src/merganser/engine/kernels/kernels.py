@@ -246,7 +246,12 @@ class Kernels:
         if self.device.type != "cpu":
             return self._compiled(phase, eager)
         program = self.program(phase, block)
-        if isinstance(program, str) or not program.takes(block.models[0].shape):
+        if isinstance(program, str):
+            if (self.method, phase) not in _said:
+                _said.add((self.method, phase))
+                _logger.warning("%s: slower than it might be, as a pass cannot be fused: %s", self.method.name, program)
+            return eager
+        if not program.takes(block.models[0].shape):
             return eager
         bound = program.bind(block.fixed())
 
@@ -285,7 +290,6 @@ class Kernels:
                     _programs[key] = Program(flat, forms, columns)
                 except Unfusable as reason:
                     _programs[key] = str(reason)
-                    _logger.info("%s: %s runs operation by operation: %s", self.method.name, phase[0], reason)
             return _programs[key]
 
     def _compiled(self, phase: Phase, eager: Kernel) -> Kernel:
@@ -374,6 +378,8 @@ _WORTH_A_PROGRAM = 1 << 17
 # programs of this process, for all runs; the lock also keeps two threads from making the same one
 _programs: dict[Any, Program | str] = {}
 _lock = threading.Lock()
+# what the user was told
+_said: set[tuple[MergeMethod, Phase]] = set()
 
 
 def _arguments(block: Block) -> tuple[Any, ...]:
