@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from ..adapters import open_reference
@@ -18,6 +19,7 @@ from ..inference.sources import Source, open_source
 from ..process import release_freed_memory
 from ..statistics import (
     COUNT,
+    LOSS,
     STATISTICS_FORMAT,
     STATISTICS_KIND,
     Statistics,
@@ -29,6 +31,7 @@ from .batches import Batch, Sample, Tokens, make_batches
 from .data import DataFile, read_data
 from .forward import check_streamable
 from .reducers import REDUCERS
+from .reverse import GRADIENTS, LABELS, Loss, Reverse, check_predicts
 from .samples import Choice, choose_samples
 from .skeleton import Skeleton
 from .stream import Stream, StreamState
@@ -38,7 +41,7 @@ from .writer import file_name, write_about, write_sums
 
 __all__ = ["STATISTICS", "calibrate"]
 
-STATISTICS = (COUNT, *REDUCERS)
+STATISTICS = (COUNT, *REDUCERS, *GRADIENTS, LOSS)
 """Names of all statistics."""
 
 Progress = Callable[[int, int], None]
@@ -58,11 +61,12 @@ def calibrate(
     length: int | None = None,
     seed: int = 0,
     tokens: str = "all",
+    labels: str = "data",
     batch_tokens: int = 2048,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Run a model on text, with one block in memory at a time, and write statistics of the inputs of its matrices.
+    """Run a model on text, with one block in memory at a time, and write statistics of what it computes.
 
     An interrupted calibration continues at its block when it is called again with the same arguments.
 
@@ -70,12 +74,15 @@ def calibrate(
         model: A checkpoint: a folder, a file of weights, or a Hub id.
         data: Files: texts (.txt), or objects with text, prompt and completion, or messages (.jsonl, .parquet).
         out: The folder to write; it must not exist.
-        statistics: Names of the statistics to sum: `gram`, `second_moment`, `magnitude`; `count` is always included.
+        statistics: Names of the statistics to sum. Of the inputs of matrices: `gram`, `second_moment`, `magnitude`;
+            `count` is always included. Of the gradients of the loss: `fisher`, `gradient`, `absolute_gradient`,
+            `sensitivity`, `gradient_gram`; `loss` is then included, and can be had alone.
         sequences: Number of sequences drawn from the data; None for 64, or fewer if the data has fewer.
         length: Largest number of tokens of a sequence; None for 256, or the model's context window if it is smaller.
         seed: Seed of the draw.
         tokens: Which tokens count: `all`, or those of `completions` alone.
-        batch_tokens: Largest number of tokens of a batch, with padding.
+        labels: The tokens whose likelihood is the loss: the next ones of the `data`, or `sampled` ones.
+        batch_tokens: Largest number of tokens of a batch, with padding. For a loss each sequence is its own batch.
         cache_dir: Folder for models from the Hub.
         progress: Called with the number of finished blocks and of all blocks.
 
@@ -96,6 +103,9 @@ def calibrate(
     choice.check()
     if batch_tokens < 1:
         raise DataError(f"batch_tokens: must be at least 1, found {batch_tokens}")
+    if labels not in LABELS:
+        raise DataError(f"labels: must be {' or '.join(LABELS)}, found {labels!r}")
+    with_loss = LOSS in wanted
     files = read_data(data)
     with ExitStack() as stack:
         source = open_source(model, stack, cache_dir=cache_dir)
@@ -103,25 +113,31 @@ def calibrate(
             raise UnsupportedError(
                 f"{model}: only checkpoints can be calibrated on; write the {source.kind} out as a checkpoint first"
             )
-        skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir)))
+        dtype = torch.float32 if with_loss else None
+        skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir), dtype))
         config = skeleton.model.config
         tokenizer = open_tokenizer(source)
         choice = choice.for_model(positions_of(config))
         samples = choose_samples(files, tokenizer, config, choice)
         pad = config.get_text_config().pad_token_id
         pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
-        skeleton.fill_outside()
+        batches = make_batches(samples, 1 if with_loss else batch_tokens, pad_id)
+        if with_loss:
+            check_predicts(skeleton, batches)
+        skeleton.fill_outside(head=with_loss)
         check_streamable(skeleton, _probe(samples, pad_id))
         about = {
             **_about(source, skeleton, tokenizer.hash),
             "statistics": list(wanted),
             "parts": [_part(files, samples, choice)],
         }
-        with Target(target_path, _fingerprint(about, batch_tokens)) as target:
-            tensors = _stream(skeleton, make_batches(samples, batch_tokens, pad_id), wanted, target, progress)
-            names = [file_name(number, len(skeleton.blocks)) for number in range(1, len(skeleton.blocks) + 1)]
-            without = _without(skeleton, tensors)
-            write_about(target.folder, {**about, "without": without, "files": names, "tensors": tensors})
+        if with_loss:
+            about["labels"] = labels
+        with Target(target_path, _fingerprint(about, 1 if with_loss else batch_tokens)) as target:
+            loss = Loss(labels, seed) if with_loss else None
+            found = _stream(skeleton, batches, wanted, loss, target, progress)
+            without = _without(skeleton, found["tensors"])
+            write_about(target.folder, {**about, "without": without, **found})
             target.publish()
     return open_statistics(target_path)
 
@@ -149,7 +165,8 @@ def _statistics(names: Sequence[str]) -> tuple[str, ...]:
                 f"statistics: unknown statistic {name!r}.{did_you_mean(name, STATISTICS)} "
                 f"Known are {', '.join(STATISTICS)}"
             )
-    return tuple(name for name in STATISTICS if name == COUNT or name in names)
+    included = {COUNT, *names, *([LOSS] if any(name in GRADIENTS for name in names) else [])}
+    return tuple(name for name in STATISTICS if name in included)
 
 
 def _probe(samples: Sequence[Sample], pad_id: int) -> Batch:
@@ -186,32 +203,54 @@ def _fingerprint(about: Mapping[str, Any], batch_tokens: int) -> str:
 
 
 def _stream(
-    skeleton: Skeleton, batches: Sequence[Batch], statistics: Sequence[str], target: Target, progress: Progress | None
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    statistics: Sequence[str],
+    loss: Loss | None,
+    target: Target,
+    progress: Progress | None,
 ) -> dict[str, Any]:
-    """Run all blocks, write the sums of each, and return the description of every tensor with statistics."""
+    """Run all blocks forward, and for a loss backward; write the sums of each, and return their description."""
     count = len(skeleton.blocks)
-    target.claim(["hidden/", *(file_name(number, count) for number in range(1, count + 1))])
+    files = [file_name(number, count) for number in range(1, count + 1)]
     spool = target.folder / "hidden"
-    spool.mkdir(exist_ok=True)
     state = StreamState.from_json(target.state["stream"]) if target.state else None
     tensors: dict[str, Any] = dict(target.state.get("tensors", {}))
-    stream = Stream(skeleton, batches, spool, state)
+    stream = Stream(skeleton, batches, spool, state, keep=loss is not None)
+
+    def note(reverse: Mapping[str, Any]) -> None:
+        target.note({"stream": stream.state.to_json(), "tensors": tensors, "reverse": dict(reverse)})
+
+    wanted = [name for name in statistics if name in GRADIENTS]
+    reverse = None if loss is None else Reverse(skeleton, stream, wanted, loss, target, note)
+    files += [] if reverse is None else reverse.files
+    steps = count + (0 if reverse is None else reverse.steps)
+    target.claim(["hidden/", *files])
+    spool.mkdir(exist_ok=True)
     for index in range(stream.state.done, count):
         if progress is not None:
-            progress(index, count)
+            progress(index, steps)
         if index + 1 < count:
             skeleton.will_need(skeleton.blocks[index + 1])
-        taps = Taps(skeleton, skeleton.blocks[index], statistics)
+        taps = Taps(skeleton, skeleton.blocks[index], [name for name in statistics if name in REDUCERS])
         with skeleton.filled(skeleton.blocks[index]), taps.watching():
             stream.advance(taps.begin)
         found = [tapped for tapped in taps.results() if _fits(skeleton, tapped)]
         sums = {sum_name(name, tapped.names[0]): own for tapped in found for name, own in tapped.sums.items()}
         write_sums(target.folder / file_name(index + 1, count), sums)
         tensors |= {name: {"axis": own.axis, "stored": own.names[0]} for own in found for name in own.names}
-        target.note({"stream": stream.state.to_json(), "tensors": tensors})
+        note({})
         release_freed_memory()
+    about: dict[str, Any] = {"files": files, "tensors": tensors}
+    if reverse is not None:
+
+        def told(done: int) -> None:
+            if progress is not None:
+                progress(count + done, steps)
+
+        about |= reverse.run(target.state.get("reverse", {}), told)
     shutil.rmtree(spool)
-    return tensors
+    return about
 
 
 def _fits(skeleton: Skeleton, tapped: Tapped) -> bool:

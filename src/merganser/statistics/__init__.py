@@ -2,6 +2,8 @@
 
 from .format import (
     COUNT,
+    LOSS,
+    PREDICTIONS,
     STATISTICS_FORMAT,
     STATISTICS_KIND,
     STATISTICS_NAME,
@@ -13,6 +15,8 @@ from .format import (
 
 __all__ = [
     "COUNT",
+    "LOSS",
+    "PREDICTIONS",
     "STATISTICS_FORMAT",
     "STATISTICS_KIND",
     "STATISTICS_NAME",
