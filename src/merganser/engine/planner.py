@@ -290,7 +290,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
         base, models = treatment.inputs(base, models)
-    handed, turned = data.of(models) if data is not None and treatment.method.from_data and not copy else ({}, False)
+    handed, turned = data.of(base, models) if data and treatment.method.from_data and not copy else ({}, False)
     wide = "float64" in (recipe.dtype, dtype.name, *(tensor.dtype.name for tensor in inputs))
     return PlannedTensor(
         name=slot.name,
@@ -309,7 +309,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
         offset=0,
         nbytes=dtype.nbytes(math.prod(shape)),
         data=handed,
-        turned=turned,
+        turned=turned and treatment.method.scope == "matrix",
     )
 
 

@@ -44,7 +44,7 @@ def merge_method(
         models: Smallest and largest number of models, not counting the base (None: no limit).
         statistics: Statistics that are measured before the function runs, by the name of the argument that takes them.
             They are measured in this order, and each may use those before it. Those of kind `FromData` were measured on
-            text before the merge, and are for methods of scope "matrix".
+            text before the merge; all others may use them.
         located: Numbers that follow from where in the model a tensor is, by the name of the argument that takes them.
             Each is computed, when the merge is planned, from `location: Location` and the parameters that it names
             (per-model ones are tuples). It may raise ParameterError.
@@ -65,7 +65,7 @@ def merge_method(
     matrices only.
 
     Functions over elements and rows may be fused by `torch.compile`, so they must not branch on tensor values; those
-    over a whole tensor or matrix are never fused.
+    over a whole tensor or matrix, or with statistics from data, are never fused.
 
     Raises:
         TypeError: The declaration contradicts itself, or the docstring does not describe a parameter.
@@ -83,8 +83,11 @@ def merge_method(
         measured = {name: own for name, own in (statistics or {}).items() if isinstance(own, Statistic)}
         from_data = {name: own for name, own in (statistics or {}).items() if isinstance(own, FromData)}
         complaint = _matrix_complaint(scope, hints, base, measured) or _row_complaint(scope, measured)
-        if from_data and scope != "matrix":
-            complaint = f"{next(iter(from_data))} is from data, which only methods of scope 'matrix' are handed"
+        wide = next((name for name, own in from_data.items() if not own.elementwise), None)
+        if wide is not None and scope != "matrix":
+            complaint = f"{wide} is of a whole matrix, which only methods of scope 'matrix' are handed"
+        if any(own.of == "base" for own in from_data.values()) and base != "required":
+            complaint = complaint or "statistics of the base need `base: Tensor`"
         if scope != "matrix" and "rounding" in signature:
             complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
         if sidecar is not None:

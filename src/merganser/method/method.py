@@ -71,7 +71,7 @@ class MergeMethod:
     @property
     def fuse(self) -> bool:
         """Whether `torch.compile` may fuse it; a function over a whole tensor or matrix gains nothing from that."""
-        return self.scope in ("element", "row")
+        return self.scope in ("element", "row") and not self.from_data
 
     @cached_property
     def random(self) -> bool:
@@ -89,7 +89,7 @@ class MergeMethod:
             size along a new dimension, because their statistics do not depend on the order of a sum; None: neither.
         """
         wanted = [found for found in self.statistics.values() if found.wanted(parameters)]
-        if self.scope != "element":
+        if self.scope != "element" or self.from_data:
             return None
         if not wanted and not self.random:
             return "joined"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
@@ -87,29 +87,57 @@ class Statistic:
         return str(parameters.get(self.over, self.over))
 
 
+_OF_INPUTS = ("gram", "second_moment", "magnitude")
+_ELEMENTWISE = ("fisher", "gradient", "absolute_gradient")
+
+
 @dataclass(frozen=True, slots=True)
 class FromData:
     """A statistic of what each model computes on text, which `merganser calibrate` measured before the merge.
 
-    A method of scope "matrix" takes it under the name by which it is declared: a sequence with one tensor per model, which
-    are read when they are asked for, so that a loop holds one at a time; or None where a matrix has no such statistic
-    (embeddings, the head, routers). With x the tokens that a matrix [rows, columns] receives, the tensors are
+    A method takes it under the name by which it is declared: a sequence with one tensor per model, which are read when they
+    are asked for, so that a loop holds one at a time; or None where a tensor has no such statistic. Measures of other
+    statistics may take it, too.
+
+    With x the tokens that a matrix [rows, columns] receives, and g the gradients of its outputs, a method of scope "matrix"
+    gets, in the compute dtype, and zero where no token came (an expert that was never chosen),
 
         gram             mean of x x^T, shape [columns, columns]
         second_moment    mean of x^2, shape [columns]
         magnitude        mean of |x|, shape [columns]
+        gradient_gram    mean of g g^T, shape [rows, rows]
 
-    in the compute dtype, and zero where no token came (an expert that was never chosen).
+    With g the gradient of the loss of a sequence with respect to a tensor, a method of any scope gets, in the shape of its
+    block,
+
+        fisher               sum of g^2, over the number of tokens in the loss
+        gradient             sum of g, over the number of tokens in the loss
+        absolute_gradient    sum of |g|, over the number of tokens in the loss
 
     Args:
         statistic: Which of them.
+        of: Whether it was measured with each model, or with the base, on the data of each model.
     """
 
-    statistic: Literal["gram", "second_moment", "magnitude"]
+    statistic: Literal["gram", "second_moment", "magnitude", "gradient_gram", "fisher", "gradient", "absolute_gradient"]
+    of: Literal["model", "base"] = "model"
 
-    def shape(self, columns: int) -> tuple[int, ...]:
-        """Return the shape of one model's tensor."""
-        return (columns, columns) if self.statistic == "gram" else (columns,)
+    @property
+    def of_inputs(self) -> bool:
+        """Whether it is a sum over the tokens that a matrix receives, and not over predicted tokens."""
+        return self.statistic in _OF_INPUTS
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it has an entry for every entry of the tensor."""
+        return self.statistic in _ELEMENTWISE
+
+    def shape(self, block: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of one model's tensor, given that of the block that a method gets."""
+        if self.elementwise:
+            return tuple(block)
+        rows, columns = block[-2:]
+        return {"gram": (columns, columns), "gradient_gram": (rows, rows)}.get(self.statistic, (columns,))
 
 
 def statistic(

@@ -28,7 +28,7 @@ KEYS = (
     "random_seed",
 )
 MODULE_KEYS = ("models", "slices", "parameters")
-MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics")
+MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics", "base_statistics")
 SOURCE_KEYS = ("model", "adapter", "layer_range", "parameters")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")

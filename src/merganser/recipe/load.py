@@ -239,8 +239,8 @@ class _Reader:
     def model(self, entry: Entry) -> Source:
         fields = entry.mapping(MODEL_KEYS, required=["model"])
         name = fields["name"].text(longest=100) if "name" in fields else None
-        statistics = fields["statistics"].text() if "statistics" in fields else None
-        return Source(self.own(fields), None, self.parameters(fields), entry.place, name, statistics)
+        folders = [fields[key].text() if key in fields else None for key in ("statistics", "base_statistics")]
+        return Source(self.own(fields), None, self.parameters(fields), entry.place, name, *folders)
 
     def slice(self, entry: Entry) -> Slice:
         fields = entry.mapping(SLICE_KEYS, required=["sources"])

@@ -24,6 +24,7 @@ class Source:
         name: Name of the model in the output, for methods that store something per model; None for the name of its
             folder.
         statistics: Folder with calibration statistics of this model; None if the recipe names none.
+        base_statistics: The same of the base, on the data of this model.
     """
 
     model: ModelReference
@@ -32,6 +33,7 @@ class Source:
     place: Place
     name: str | None = None
     statistics: str | None = None
+    base_statistics: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

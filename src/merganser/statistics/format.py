@@ -140,6 +140,15 @@ class Statistics:
             return statistic in self.statistics and tensor in self.tensors
         return statistic in self.gradients.get(tensor, ())
 
+    def of_model(self, name: str) -> TensorInfo:
+        """Return the description of a sum over the whole model: LOSS or PREDICTIONS.
+
+        Raises:
+            DataError: The folder does not contain it.
+        """
+        self.require(LOSS)
+        return self.sums[name]
+
     @property
     def of_inputs(self) -> tuple[str, ...]:
         """Names of the statistics of inputs of matrices, without the number of tokens."""

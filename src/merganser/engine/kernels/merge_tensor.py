@@ -104,22 +104,31 @@ def _run_on(
     def refuse(_: Inputs) -> None:
         raise NonFiniteError(complaint)
 
-    known = run.solve_statistics(read, refuse)
+    def own(start: int, end: int) -> Data:
+        return _of_block(data, run, start, end)
+
+    known = run.solve_statistics(read, refuse, own)
     for start, end in run.ranges:
         found = read(start, end)
-        result[start:end], finite = run.combine(known, (start, end), *found, _of_matrix(data, run, start))
+        result[start:end], finite = run.combine(known, (start, end), *found, own(start, end))
         if not finite:
             refuse(found)
 
 
-def _of_matrix(data: Data, run: TensorRun, start: int) -> Data:
-    """Return the statistics from data of the matrix that holds an element, in the compute dtype."""
-    packed, compute = len(run.shape) == 3, run.kernels.compute
+def _of_block(data: Data, run: TensorRun, start: int, end: int) -> Data:
+    """Return the statistics from data of a block, or of the matrix that it is, in the compute dtype."""
+    method, compute = run.kernels.method, run.kernels.compute
+    packed = method.scope == "matrix" and len(run.shape) == 3
 
-    def own(tensors: Sequence[Tensor]) -> PerModel:
-        return PerModel(len(tensors), lambda k: (tensors[k][run.matrix(start)] if packed else tensors[k]).to(compute))
+    def part(tensor: Tensor, name: str) -> Tensor:
+        if method.from_data[name].elementwise:
+            return tensor.reshape(-1)[start:end].reshape(run.own_shape((start, end)))
+        return tensor[run.matrix(start)] if packed else tensor
 
-    return {name: own(tensors) for name, tensors in data.items()}
+    def own(tensors: Sequence[Tensor], name: str) -> PerModel:
+        return PerModel(len(tensors), lambda k: part(tensors[k], name).to(compute))
+
+    return {name: own(tensors, name) for name, tensors in data.items()}
 
 
 def _check_inputs(method: MergeMethod, base: Tensor | None, models: Sequence[Tensor]) -> None:

@@ -9,7 +9,7 @@ from ...checkpoint import TensorInfo
 from ...errors import RecipeError
 from ...method import FromData, MergeMethod
 from ...recipe import Inputs, Source
-from ...statistics import COUNT, Statistics, open_statistics
+from ...statistics import COUNT, PREDICTIONS, Statistics, open_statistics
 from .tensor import SumFromData
 
 __all__ = ["DataOfModels", "open_data"]
@@ -22,56 +22,75 @@ class DataOfModels:
     Args:
         wanted: The statistics that the method takes, by argument name.
         sources: The models, as the recipe lists them.
-        folders: The statistics of each model, in that order.
+        folders: The statistics of each model, and those of the base on the data of each model, in that order; empty where
+            the method takes none of them.
     """
 
     wanted: Mapping[str, FromData]
     sources: Sequence[Source]
-    folders: Sequence[Statistics]
+    folders: Mapping[str, Sequence[Statistics]]
 
-    def of(self, models: Sequence[TensorInfo]) -> tuple[dict[str, tuple[SumFromData, ...]], bool]:
+    def of(
+        self, base: TensorInfo | None, models: Sequence[TensorInfo]
+    ) -> tuple[dict[str, tuple[SumFromData, ...]], bool]:
         """Return the statistics of one merged tensor, and whether its matrices are stored [inputs, outputs].
 
         Args:
+            base: The tensor in the base.
             models: The tensor in each model.
 
         Returns:
-            One sum per model, by argument name. Empty if no model has statistics of this tensor.
+            One sum per model, by argument name, without the statistics that no model has of this tensor.
 
         Raises:
-            RecipeError: Only some models have statistics of it, or a shape does not fit the tensor.
+            RecipeError: Only some models have a statistic of it, or a shape does not fit the tensor.
         """
-        axes = [
-            own.tensors[tensor.name].axis if tensor.name in own.tensors else None for own, tensor in self._pairs(models)
-        ]
-        if all(axis is None for axis in axes):
-            return {}, False
-        for axis, source, tensor in zip(axes, self.sources, models, strict=True):
-            if axis is None or axis != axes[0]:
-                problem = "have no entry for" if axis is None else "count inputs along another axis of"
+        found: dict[str, tuple[SumFromData, ...]] = {}
+        turned = False
+        for name, own in self.wanted.items():
+            tensors = models if own.of == "model" or base is None else [base] * len(models)
+            folders = self.folders[own.of]
+            has = [folder.has(own.statistic, tensor.name) for folder, tensor in zip(folders, tensors, strict=True)]
+            if not any(has):
+                continue
+            for source, tensor, given in zip(self.sources, tensors, has, strict=True):
+                if not given:
+                    raise RecipeError(
+                        f"{source.place}: its statistics have no entry for {tensor.name}, other models' do; calibrate all "
+                        "models with the same version of merganser"
+                    )
+            axes = self._axes(own, tensors)
+            turned = turned or axes == {len(models[0].shape) - 2}
+            found[name] = tuple(self._sum(own, k, tensors[k], turned=turned) for k in range(len(tensors)))
+        return found, turned
+
+    def _axes(self, own: FromData, tensors: Sequence[TensorInfo]) -> set[int]:
+        """Return the axis along which a matrix takes its inputs; empty for a tensor that is no matrix."""
+        axes: set[int] = set()
+        for folder, source, tensor in zip(self.folders[own.of], self.sources, tensors, strict=True):
+            axes |= {folder.tensors[tensor.name].axis} if tensor.name in folder.tensors else set()
+            if len(axes) > 1:
                 raise RecipeError(
-                    f"{source.place}: its statistics {problem} {tensor.name}, other models' do; calibrate all models "
-                    "with the same version of merganser"
+                    f"{source.place}: its statistics count inputs along another axis of {tensor.name}, other models' do; "
+                    "calibrate all models with the same version of merganser"
                 )
-        statistics = {
-            name: tuple(self._sum(own, k, models[k]) for k in range(len(models))) for name, own in self.wanted.items()
-        }
-        return statistics, axes[0] == len(models[0].shape) - 2
+        return axes
 
-    def _pairs(self, models: Sequence[TensorInfo]) -> list[tuple[Statistics, TensorInfo]]:
-        return list(zip(self.folders, models, strict=True))
-
-    def _sum(self, wanted: FromData, model: int, tensor: TensorInfo) -> SumFromData:
-        folder = self.folders[model]
-        total, count = folder.info(wanted.statistic, tensor.name), folder.info(COUNT, tensor.name)
-        width = tensor.shape[folder.tensors[tensor.name].axis]
-        lead = tensor.shape[:-2]
-        if total.shape != (*lead, *wanted.shape(width)) or count.shape != lead:
+    def _sum(self, own: FromData, model: int, tensor: TensorInfo, *, turned: bool) -> SumFromData:
+        folder = self.folders[own.of][model]
+        total = folder.info(own.statistic, tensor.name)
+        count = folder.info(COUNT, tensor.name) if own.of_inputs else folder.of_model(PREDICTIONS)
+        lead, rest = tensor.shape[:-2], tensor.shape[-2:]
+        shape = tensor.shape if own.elementwise else (*lead, *own.shape(rest[::-1] if turned else rest))
+        if total.shape != shape or (own.of_inputs and count.shape != lead):
             raise RecipeError(
-                f"{self.sources[model].place}: its statistics are of another model: {wanted.statistic} of {tensor.name} "
-                f"{list(tensor.shape)} has shape {list(total.shape)}, expected {[*lead, *wanted.shape(width)]}"
+                f"{self.sources[model].place}: its statistics are of another model: {own.statistic} of {tensor.name} "
+                f"{list(tensor.shape)} has shape {list(total.shape)}, expected {list(shape)}"
             )
-        return SumFromData(total, count)
+        return SumFromData(total, count, own.elementwise)
+
+
+_KEYS = {"model": "statistics", "base": "base_statistics"}
 
 
 def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
@@ -88,25 +107,33 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         RecipeError: The recipe names statistics that the method does not take, or lacks statistics that it needs.
         DataError: A folder is missing, damaged, or lacks a statistic.
     """
-    sources = inputs.models
-    idle = [inputs.base] if method.from_data else [inputs.base, *sources]
-    for source in idle:
-        if source is not None and source.statistics is not None:
-            of = "of the base" if method.from_data else "from data"
-            raise RecipeError(f"{source.place} statistics: {method.name} uses no statistics {of}; leave the key out")
+    wanted = {of: [own.statistic for own in method.from_data.values() if own.of == of] for of in _KEYS}
+    for source in inputs.models if inputs.base is None else [inputs.base, *inputs.models]:
+        for of, key in _KEYS.items():
+            if getattr(source, key) is not None and (source is inputs.base or not wanted[of]):
+                what = "from data" if of == "model" else "of the base from data"
+                what = "of the base" if source is inputs.base and method.from_data else what
+                raise RecipeError(f"{source.place} {key}: {method.name} uses no statistics {what}; leave the key out")
     if not method.from_data:
         return None
-    wanted = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
-    folders: list[Statistics] = []
-    for source in sources:
-        if source.statistics is None:
-            raise RecipeError(
-                f"{source.place}: {method.name} needs statistics of this model from data ({wanted}); write them with "
-                f"merganser calibrate {source.model} --data FILE --statistics {wanted} --out FOLDER, and give the folder "
-                "as 'statistics'"
-            )
-        folder = open_statistics(source.statistics)
-        for own in method.from_data.values():
-            folder.require(own.statistic)
-        folders.append(folder)
-    return DataOfModels(method.from_data, sources, folders)
+    folders: dict[str, list[Statistics]] = {of: [] for of in _KEYS}
+    for source in inputs.models:
+        for of, names in wanted.items():
+            if names:
+                folders[of].append(_open(method, inputs, source, of, list(dict.fromkeys(names))))
+    return DataOfModels(method.from_data, inputs.models, folders)
+
+
+def _open(method: MergeMethod, inputs: Inputs, source: Source, of: str, names: Sequence[str]) -> Statistics:
+    folder, wanted = getattr(source, _KEYS[of]), ", ".join(names)
+    if folder is None:
+        model = source.model if of == "model" or inputs.base is None else inputs.base.model
+        what = "statistics of this model from data" if of == "model" else "statistics of the base on this model's data"
+        raise RecipeError(
+            f"{source.place}: {method.name} needs {what} ({wanted}); write them with merganser calibrate {model} "
+            f"--data FILE --statistics {wanted} --out FOLDER, and give the folder as {_KEYS[of]!r}"
+        )
+    found = open_statistics(folder)
+    for name in names:
+        found.require(name)
+    return found

@@ -14,15 +14,17 @@ from ..kernels.blocks import block_step, working_shape
 
 @dataclass(frozen=True, slots=True)
 class SumFromData:
-    """A sum over tokens; the method gets the mean.
+    """A sum over tokens or sequences; the method gets the mean over tokens.
 
     Args:
         sum: The sum.
-        count: The number of tokens in it.
+        count: The number of tokens in it; 0-d, or one for each expert.
+        elementwise: Whether it has the shape of the tensor.
     """
 
     sum: TensorInfo
     count: TensorInfo
+    elementwise: bool = False
 
 
 @dataclass(frozen=True, slots=True)
