@@ -19,6 +19,7 @@ from tests.reference.fisher import fisher
 from tests.reference.fw import fw
 from tests.reference.led import led
 from tests.reference.mats import mats
+from tests.reference.sens import sens
 
 MADE: dict[str, Any] = {"length": 40, "sequences": 3}
 
@@ -163,3 +164,29 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
         {**_recipe(tmp_path, "fisher", base=True)},
     )
     check(DataError, "has no 'gradient'; it has count, fisher, loss", _recipe(tmp_path, "rcp", base_model=base))
+
+
+def test_numbers_are_known_when_a_merge_is_planned(tmp_path: Path) -> None:
+    _calibrated(tmp_path, "llama-tied", "sensitivity")
+    recipe = _recipe(tmp_path, "sens", base_model=str(tmp_path / "base"), parameters={"temperature": 0.02})
+    merganser.merge(recipe, tmp_path / "a")
+    base, one, two, a = _weights(tmp_path, "base", "expert1", "expert2", "a")
+    names = sorted(base)
+    layers = [int(name.split(".")[2]) if ".layers." in name else None for name in names]
+    own = [open_statistics(tmp_path / f"own{i}") for i in (1, 2)]
+    measured = [[each.sensitivity(name) for name in names] for each in own]
+    models = [[each[name] for name in names] for each in (one, two)]
+    expected = sens([base[name] for name in names], models, layers, measured, temperature=0.02)
+    for name, tensor in zip(names, expected, strict=True):
+        torch.testing.assert_close(a[name].double(), tensor, rtol=1e-5, atol=1e-6)
+    recipe = _recipe(tmp_path, "lm_cocktail", parameters={"temperature": 0.1})
+    merganser.merge(recipe, tmp_path / "b")
+    (b,) = _weights(tmp_path, "b")
+    share = torch.softmax(torch.tensor([-each.loss / 0.1 for each in own], dtype=torch.float64), 0)
+    assert share.max() - share.min() > 0.01
+    for name in names:
+        mixed = share[0] * one[name] + share[1] * two[name]
+        torch.testing.assert_close(b[name].double(), mixed.double(), rtol=1e-5, atol=1e-6)
+    del recipe["models"][1]["statistics"]
+    with pytest.raises(RecipeError, match=r"lm_cocktail needs statistics of this model from data \(loss\)"):
+        merganser.merge(recipe, tmp_path / "c")

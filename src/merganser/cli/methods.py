@@ -75,9 +75,10 @@ def _page(method: MethodDescription) -> None:
     _block("", method.formula)
     _block("Use when", method.use_when)
     random = "; the result depends on the seed" if method.random else ""
-    needed = (
-        f"; needs {' and '.join(method.from_data)} of every model (`merganser calibrate`)" if method.from_data else ""
-    )
+    wanted = [f"{' and '.join(method.from_data)} of every model"] if method.from_data else []
+    if method.from_data_of_base:
+        wanted.append(f"{' and '.join(method.from_data_of_base)} of the base on the data of every model")
+    needed = f"; needs {', and '.join(wanted)} (`merganser calibrate`)" if wanted else ""
     kept = "; keeps what restores each model (`merganser restore`)" if method.sidecar else ""
     _block("Takes", f"{method.models}; {_SCOPES[method.scope]}{needed}{random}{kept}")
     if method.parameters:

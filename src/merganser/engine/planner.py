@@ -249,7 +249,11 @@ def _drafts(
         )
     alignment = _align(recipe, resolver, members)
     data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
-    drafts = [_draft(slot, recipe, resolver, data[slot.slice_index]) for slot in alignment.slots]
+    parts = [[slot for slot in alignment.slots if slot.slice_index == i] for i in range(len(data))]
+    numbers = [{} if own is None else own.numbers_of(slots) for own, slots in zip(data, parts, strict=True)]
+    drafts = [
+        _draft(slot, recipe, resolver, data[slot.slice_index], numbers[slot.slice_index]) for slot in alignment.slots
+    ]
     _check_whole_model(recipe, resolver.method, drafts)
     if resolver.method.from_data and not any(draft.data for draft in drafts):
         raise RecipeError(
@@ -259,7 +263,9 @@ def _drafts(
     return alignment, drafts
 
 
-def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | None) -> PlannedTensor:
+def _draft(
+    slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | None, numbers: Mapping[str, Any]
+) -> PlannedTensor:
     """Decide dtype, inputs, method and parameters of one tensor; shard and offset are set later."""
     given = resolver.sources(slot.slice_index)
     base = slot.inputs[given.base.model] if given.base is not None and not slot.kept else None
@@ -286,6 +292,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | 
                 role=role,
                 location=slot.location,
                 n_models=len(models),
+                numbers=numbers,
             )
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None

@@ -53,6 +53,7 @@ class MethodDescription:
         scope: What one call works on: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
         from_data: The statistics from data that it needs of every model.
+        from_data_of_base: Those that it needs of the base, on the data of every model.
         sidecar: Whether it stores data for each model from which the model can be restored.
         parameters: Its parameters, in order.
         differs: Where it differs from the paper; empty if it does not.
@@ -72,6 +73,7 @@ class MethodDescription:
     scope: str
     random: bool
     from_data: Sequence[str]
+    from_data_of_base: Sequence[str]
     sidecar: bool
     parameters: Sequence[ParameterDescription]
     differs: str
@@ -93,7 +95,8 @@ def describe(method: MergeMethod) -> MethodDescription:
         models=method.models_text(),
         scope=method.scope,
         random=method.random,
-        from_data=list(dict.fromkeys(own.statistic for own in method.from_data.values())),
+        from_data=_from_data(method, "model"),
+        from_data_of_base=_from_data(method, "base"),
         sidecar=method.sidecar is not None,
         parameters=[_parameter(parameter) for parameter in method.parameters.values()],
         differs=method.doc.sections.get("Differs from the paper", ""),
@@ -103,6 +106,13 @@ def describe(method: MergeMethod) -> MethodDescription:
         no_effect=dict(method.ignored),
         version=method.version,
     )
+
+
+def _from_data(method: MergeMethod, of: str) -> list[str]:
+    found: list[str] = [own.statistic for own in method.from_data.values() if own.of == of]
+    if of == "model":
+        found += [own.statistic for own in method.numbers.values() if not own.optional]
+    return list(dict.fromkeys(found))
 
 
 def _parameter(parameter: Parameter) -> ParameterDescription:

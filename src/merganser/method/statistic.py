@@ -140,6 +140,26 @@ class FromData:
         return {"gram": (columns, columns), "gradient_gram": (rows, rows)}.get(self.statistic, (columns,))
 
 
+@dataclass(frozen=True, slots=True)
+class NumbersFromData:
+    """Numbers of what each model computes on text, which `merganser calibrate` measured before the merge.
+
+    They are known when the merge is planned. Functions in `located` take them under the name by which they are declared, a
+    sequence with one entry per model:
+
+        loss           mean loss, nats per token
+        sensitivity    mean over tokens of the sum of |w g| over the entries w of a layer, g being their gradients: a mapping
+                       by the number of the layer, with None for all that is in no layer
+
+    Args:
+        statistic: Which of them.
+        optional: Whether the method works without them; it then gets None.
+    """
+
+    statistic: Literal["loss", "sensitivity"]
+    optional: bool = False
+
+
 def statistic(
     measure: Callable[..., Tensor],
     solve: Callable[..., Tensor],

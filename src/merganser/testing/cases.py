@@ -165,9 +165,15 @@ def bad_values(parameter: Parameter) -> Iterator[Any]:
                 yield end
 
 
-def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str, list[Tensor]]:
+def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str, list[Any]]:
     """Return statistics from data of made-up inputs and gradients, which differ from model to model, float32."""
-    found: dict[str, list[Tensor]] = {name: [] for name in method.from_data}
+    found: dict[str, list[Any]] = {name: [] for name in method.from_data}
+    for name, numbers in method.numbers.items():
+        losses = [2.0 + 0.5 * model for model in range(count)]
+        layers = [
+            {layer: (layer or 40) ** (0.3 * model) + model for layer in (None, *range(32))} for model in range(count)
+        ]
+        found[name] = list(losses if numbers.statistic == "loss" else layers)
     columns = shape[-1] if shape else 1
     rows = shape[-2] if len(shape) > 1 else 1
     for model in range(count):
@@ -200,7 +206,7 @@ def _vectors(width: int, generator: torch.Generator) -> Tensor:
 def merge(method: MergeMethod, inputs: Inputs, parameters: Mapping[str, Any], **options: Any) -> Tensor:
     """Merge inputs in memory, with statistics from data where the method takes any."""
     base, models = inputs
-    if method.from_data:
+    if method.from_data or method.numbers:
         options = {"data": make_data(method, models[0].shape, len(models)), **options}
     return merge_tensor(method, base, models, parameters, **options)
 

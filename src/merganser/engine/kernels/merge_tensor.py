@@ -39,7 +39,7 @@ def merge_tensor(
     block: int = BLOCK,
     compiled: bool = False,
     allow_nonfinite: bool = False,
-    data: Data | None = None,
+    data: Mapping[str, Sequence[Any]] | None = None,
 ) -> Tensor:
     """Merge one tensor in memory.
 
@@ -59,7 +59,8 @@ def merge_tensor(
         compiled: Fuse with `torch.compile`.
         allow_nonfinite: Merge NaN and infinity instead of raising an error.
         data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed
-            experts with a leading dimension. Without them, the tensor is merged like one that has none.
+            experts with a leading dimension; and numbers from data. Without them, the tensor is merged like one that has
+            none.
 
     Returns:
         The merged tensor, in the shape of the inputs.
@@ -76,7 +77,10 @@ def merge_tensor(
     shape, device = tuple(models[0].shape), models[0].device
     filled = fill(method, parameters or {}, len(models))
     location = replace(location, role=role or location.role)
-    treatment = treat(method, filled, name=name, shape=shape, role=role, location=location, n_models=len(models))
+    numbers = {key: own for key, own in (data or {}).items() if key in method.numbers}
+    treatment = treat(
+        method, filled, name=name, shape=shape, role=role, location=location, n_models=len(models), numbers=numbers
+    )
     method, values = treatment.method, Values.of(treatment.method, treatment.parameters, treatment.located)
     base, models = treatment.inputs(base, models)
     inputs = [*models] if base is None else [base, *models]

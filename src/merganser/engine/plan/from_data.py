@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import TensorInfo
 from ...errors import RecipeError
-from ...method import FromData, MergeMethod
+from ...method import FromData, MergeMethod, NumbersFromData
 from ...recipe import Inputs, Source
 from ...statistics import COUNT, PREDICTIONS, Statistics, open_statistics
 from .tensor import SumFromData
+
+if TYPE_CHECKING:
+    from ..alignment.alignment import Slot
 
 __all__ = ["DataOfModels", "open_data"]
 
@@ -21,12 +25,14 @@ class DataOfModels:
 
     Args:
         wanted: The statistics that the method takes, by argument name.
+        numbers: The numbers that it takes, by argument name.
         sources: The models, as the recipe lists them.
         folders: The statistics of each model, and those of the base on the data of each model, in that order; empty where
             the method takes none of them.
     """
 
     wanted: Mapping[str, FromData]
+    numbers: Mapping[str, NumbersFromData]
     sources: Sequence[Source]
     folders: Mapping[str, Sequence[Statistics]]
 
@@ -64,6 +70,21 @@ class DataOfModels:
             found[name] = tuple(self._sum(own, k, tensors[k], turned=turned) for k in range(len(tensors)))
         return found, turned
 
+    def numbers_of(self, slots: Sequence[Slot]) -> dict[str, tuple[Any, ...]]:
+        """Return the numbers that the method takes, by argument name: one entry per model.
+
+        Args:
+            slots: The tensors that are merged.
+        """
+        found: dict[str, tuple[Any, ...]] = {}
+        for name, own in self.numbers.items():
+            pairs = list(zip(self.folders["model"], self.sources, strict=True))
+            if own.statistic == "loss":
+                found[name] = tuple(folder.loss for folder, _ in pairs)
+            else:
+                found[name] = tuple(_by_layer(folder, source, slots) for folder, source in pairs)
+        return found
+
     def _axes(self, own: FromData, tensors: Sequence[TensorInfo]) -> set[int]:
         """Return the axis along which a matrix takes its inputs; empty for a tensor that is no matrix."""
         axes: set[int] = set()
@@ -90,6 +111,16 @@ class DataOfModels:
         return SumFromData(total, count, own.elementwise)
 
 
+def _by_layer(folder: Statistics, source: Source, slots: Sequence[Slot]) -> dict[int | None, float]:
+    """Return the sensitivity of each layer of a model; None stands for all that is in no layer."""
+    layers = {slot.inputs[source.model].name: slot.location.layer for slot in slots if source.model in slot.inputs}
+    found: dict[int | None, float] = {}
+    for name, layer in layers.items():
+        own = folder.sensitivity(name) if folder.has("sensitivity", name) else 0.0
+        found[layer] = found.get(layer, 0.0) + own
+    return found
+
+
 _KEYS = {"model": "statistics", "base": "base_statistics"}
 
 
@@ -107,21 +138,25 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         RecipeError: The recipe names statistics that the method does not take, or lacks statistics that it needs.
         DataError: A folder is missing, damaged, or lacks a statistic.
     """
-    wanted = {of: [own.statistic for own in method.from_data.values() if own.of == of] for of in _KEYS}
+    wanted: dict[str, list[str]] = {
+        of: [own.statistic for own in method.from_data.values() if own.of == of] for of in _KEYS
+    }
+    wanted["model"] += [own.statistic for own in method.numbers.values()]
     for source in inputs.models if inputs.base is None else [inputs.base, *inputs.models]:
         for of, key in _KEYS.items():
             if getattr(source, key) is not None and (source is inputs.base or not wanted[of]):
                 what = "from data" if of == "model" else "of the base from data"
-                what = "of the base" if source is inputs.base and method.from_data else what
+                what = "of the base" if source is inputs.base and wanted["model"] else what
                 raise RecipeError(f"{source.place} {key}: {method.name} uses no statistics {what}; leave the key out")
-    if not method.from_data:
+    given = any(source.statistics is not None for source in inputs.models)
+    if not method.from_data and not any(given or not own.optional for own in method.numbers.values()):
         return None
     folders: dict[str, list[Statistics]] = {of: [] for of in _KEYS}
     for source in inputs.models:
         for of, names in wanted.items():
             if names:
                 folders[of].append(_open(method, inputs, source, of, list(dict.fromkeys(names))))
-    return DataOfModels(method.from_data, inputs.models, folders)
+    return DataOfModels(method.from_data, method.numbers, inputs.models, folders)
 
 
 def _open(method: MergeMethod, inputs: Inputs, source: Source, of: str, names: Sequence[str]) -> Statistics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,7 +60,7 @@ class PlannedTensor:
     base: TensorInfo | None
     models: tuple[TensorInfo, ...]
     parameters: Mapping[str, Any]
-    located: Mapping[str, float]
+    located: Mapping[str, float | Sequence[float]]
     layer: int | None
     role: str
     shard: int
