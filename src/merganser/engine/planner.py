@@ -249,8 +249,7 @@ def _drafts(
         )
     alignment = _align(recipe, resolver, members)
     data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
-    parts = [[slot for slot in alignment.slots if slot.slice_index == i] for i in range(len(data))]
-    numbers = [{} if own is None else own.numbers_of(slots) for own, slots in zip(data, parts, strict=True)]
+    numbers = [{} if own is None else own.numbers_of(_layers(alignment, i, own)) for i, own in enumerate(data)]
     drafts = [
         _draft(slot, recipe, resolver, data[slot.slice_index], numbers[slot.slice_index]) for slot in alignment.slots
     ]
@@ -261,6 +260,15 @@ def _drafts(
             "they computed for these models?"
         )
     return alignment, drafts
+
+
+def _layers(alignment: Alignment, index: int, data: DataOfModels) -> list[dict[str, int | None]]:
+    """Return the layers of the tensors of each model of a slice, by name; None outside layers."""
+    slots = [slot for slot in alignment.slots if slot.slice_index == index]
+    return [
+        {slot.inputs[source.model].name: slot.location.layer for slot in slots if source.model in slot.inputs}
+        for source in data.sources
+    ]
 
 
 def _draft(

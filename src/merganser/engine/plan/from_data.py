@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...checkpoint import TensorInfo
 from ...errors import RecipeError
@@ -12,9 +12,6 @@ from ...method import FromData, MergeMethod, NumbersFromData
 from ...recipe import Inputs, Source
 from ...statistics import COUNT, PREDICTIONS, Statistics, open_statistics
 from .tensor import SumFromData
-
-if TYPE_CHECKING:
-    from ..alignment.alignment import Slot
 
 __all__ = ["DataOfModels", "open_data"]
 
@@ -70,19 +67,19 @@ class DataOfModels:
             found[name] = tuple(self._sum(own, k, tensors[k], turned=turned) for k in range(len(tensors)))
         return found, turned
 
-    def numbers_of(self, slots: Sequence[Slot]) -> dict[str, tuple[Any, ...]]:
+    def numbers_of(self, layers: Sequence[Mapping[str, int | None]]) -> dict[str, tuple[Any, ...]]:
         """Return the numbers that the method takes, by argument name: one entry per model.
 
         Args:
-            slots: The tensors that are merged.
+            layers: For each model, the layers of its tensors in the output, by name; None outside layers.
         """
         found: dict[str, tuple[Any, ...]] = {}
         for name, own in self.numbers.items():
-            pairs = list(zip(self.folders["model"], self.sources, strict=True))
+            folders = self.folders["model"]
             if own.statistic == "loss":
-                found[name] = tuple(folder.loss for folder, _ in pairs)
+                found[name] = tuple(folder.loss for folder in folders)
             else:
-                found[name] = tuple(_by_layer(folder, source, slots) for folder, source in pairs)
+                found[name] = tuple(map(_by_layer, folders, layers))
         return found
 
     def _axes(self, own: FromData, tensors: Sequence[TensorInfo]) -> set[int]:
@@ -111,9 +108,8 @@ class DataOfModels:
         return SumFromData(total, count, own.elementwise)
 
 
-def _by_layer(folder: Statistics, source: Source, slots: Sequence[Slot]) -> dict[int | None, float]:
+def _by_layer(folder: Statistics, layers: Mapping[str, int | None]) -> dict[int | None, float]:
     """Return the sensitivity of each layer of a model; None stands for all that is in no layer."""
-    layers = {slot.inputs[source.model].name: slot.location.layer for slot in slots if source.model in slot.inputs}
     found: dict[int | None, float] = {}
     for name, layer in layers.items():
         own = folder.sensitivity(name) if folder.has("sensitivity", name) else 0.0
