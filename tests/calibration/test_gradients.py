@@ -19,6 +19,7 @@ from merganser.calibration.reverse import backward
 from merganser.calibration.reverse import run as reverse_run
 from merganser.calibration.reverse.loss import Loss
 from merganser.checkpoint import Reader
+from merganser.cli import main
 from merganser.errors import DataError, NonFiniteError, UnsupportedError
 from merganser.statistics import Statistics
 from tests.calibration.families import FAMILIES
@@ -326,3 +327,20 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
 
 def test_every_name_is_known() -> None:
     assert {*ALL, "loss"} <= set(run.STATISTICS)
+
+
+def test_the_command_tells_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = _model(tmp_path / "model"), _texts(tmp_path / "data.jsonl", count=2)
+    options = ["--statistics", "fisher", "--labels", "sampled", "--length", "24", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", str(model), "--data", str(data), *options])
+    assert not ended.value.code
+    told = capsys.readouterr().out
+    found = merganser.statistics.open_statistics(tmp_path / "out")
+    assert found.about["labels"] == "sampled"
+    assert f"loss {found.loss:.4f} nats per token, over {found.predictions} tokens" in told
+    assert told.startswith("count, fisher, loss · 39 tensors · 2 sequences · ")
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", str(model), "--data", str(data), "--statistics", "fischer", "--out", str(tmp_path / "b")])
+    assert ended.value.code == 2
+    assert "unknown statistic 'fischer'. Did you mean 'fisher'?" in capsys.readouterr().err
