@@ -56,8 +56,7 @@ def main() -> int:
     for name, recipe in RECIPES.items():
         file, merged[name] = out / f"{name}.yaml", out / name
         file.write_text(recipe.format(base=zoo.base, models=models), encoding="utf-8")
-        # compiling takes longer than so small a merge
-        run(console, "merge", file, merged[name], "--overwrite", "--no-compile")
+        run(console, "merge", file, merged[name], "--overwrite")
     console.print("\n3. What they kept, in bits per byte of held-out texts (lower is better)")
     tasks = [f"{domain}={texts['test']}" for domain, texts in zoo.texts.items()]
     experts = [f"{domain}={path}" for domain, path in zoo.experts.items()]

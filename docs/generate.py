@@ -18,6 +18,7 @@ SCOPES = {
     "row": "rows: all weights of an output unit together",
     "tensor": "whole tensors: one at a time in memory",
     "matrix": "whole matrices: one at a time in memory; `others` and `embeddings` say what becomes of the rest",
+    "factors": "factors of adapters: one module at a time in memory; see [adapters](../adapters.md)",
 }
 FAMILIES = {
     "averages": "Averages",
@@ -52,14 +53,15 @@ def main() -> int:
 
 def documents() -> dict[Path, str]:
     """Make every generated document."""
-    from merganser.method.registry import methods
+    from merganser.method.registry import every_method, methods
     from merganser.recipe.schema import json_schema
 
     found = methods()
+    alone = {name: method for name, method in every_method().items() if name not in found}
     works = bibliography()
     docs = ROOT / "docs"
-    pages = {docs / "methods" / f"{name}.md": method_page(method, works) for name, method in found.items()}
-    pages[docs / "methods" / "README.md"] = method_index(found)
+    pages = {docs / "methods" / f"{name}.md": method_page(method, works) for name, method in (found | alone).items()}
+    pages[docs / "methods" / "README.md"] = method_index(found, alone)
     pages[docs / "errors.md"] = errors_page()
     pages[docs / "cli.md"] = cli_page()
     pages[ROOT / "src" / "merganser" / "recipe" / "recipe.schema.json"] = compact_json(json_schema()) + "\n"
@@ -94,7 +96,9 @@ def method_page(method, works: dict[str, dict[str, str]]) -> str:
     lines += ["", f"Takes {method.models_text()}."]
     if method.from_data:
         needed = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
-        lines += ["", f"Needs of every model the [statistics from data](../calibrate.md) `{needed}`."]
+        of = {"models": "every model", "base": "the base", "first": "the first model"}[method.data_of]
+        when = "" if method.data_inputs == "own" else ", measured [within the merge](../calibrate.md#within-a-merge)"
+        lines += ["", f"Needs of {of} the [statistics from data](../calibrate.md) `{needed}`{when}."]
     if method.sidecar is not None:
         lines += ["", "Keeps what gives each model back: see [sidecars](../sidecars.md)."]
     if method.ignored:
@@ -160,10 +164,14 @@ def example(method) -> str:
     needs_base = method.base == "required"
     lines = [f"merge_method: {method.name}"] + ["base_model: path/to/base"] * needs_base + ["models:"]
     count = max(method.min_models, min(2, method.max_models or 2))
+    if method.from_data and method.data_of == "base":
+        lines += ["  - model: path/to/base", "    statistics: path/to/statistics"]
     for i in range(count):
-        lines.append(f"  - model: path/to/expert-{'abcdefgh'[i]}")
-        if method.from_data:
-            lines.append(f"    statistics: path/to/statistics-{'abcdefgh'[i]}")
+        kind = "adapter" if method.scope == "factors" else "expert"
+        lines.append(f"  - model: path/to/{kind}-{'abcdefgh'[i]}")
+        if method.from_data and (method.data_of == "models" or (method.data_of == "first" and i == 0)):
+            key, name = ("statistics", "statistics-{}") if method.data_inputs == "own" else ("data", "text-{}.txt")
+            lines.append(f"    {key}: path/to/{name.format('abcdefgh'[i])}")
         each = [p for p in method.parameters.values() if p.per_model and p.required]
         if each:
             lines.append("    parameters:")
@@ -181,7 +189,7 @@ def suggestion(parameter) -> float:
     return round((low + high) / 2, 3)
 
 
-def method_index(found) -> str:
+def method_index(found, alone) -> str:
     """Make the index: grouped by family, with what was probed rather than typed."""
     from merganser.testing import probe
 
@@ -207,7 +215,15 @@ def method_index(found) -> str:
                 f"{yes[facts['order_matters']]} | {yes[facts['identical_models_return_the_model']]} | {yes[m.random]} |"
             )
         lines.append("")
-    return NOTE + "\n".join(lines)
+    lines += [
+        "## Adapters",
+        "",
+        "These merge adapters alone; the others merge adapters, too: see [adapters](../adapters.md).",
+        "",
+    ]
+    lines += ["| method | |", "|---|---|"]
+    lines += [f"| [{m.name}]({m.name}.md) | {m.doc.summary} |" for m in alone.values()]
+    return NOTE + "\n".join(lines) + "\n"
 
 
 def bibliography() -> dict[str, dict[str, str]]:

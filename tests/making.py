@@ -138,7 +138,7 @@ def make_recipe(
     return recipe
 
 
-def write_statistics(folder: Path, means: Mapping[str, Tensors]) -> Path:
+def write_statistics(folder: Path, means: Mapping[str, Tensors], inputs: str = "own") -> Path:
     """Write statistics of one token: by the tensor's name, its means by the name of the statistic."""
     folder.mkdir(parents=True)
     sums = {f"{kind}/{name}": own.contiguous() for name, each in means.items() for kind, own in each.items()}
@@ -147,6 +147,7 @@ def write_statistics(folder: Path, means: Mapping[str, Tensors]) -> Path:
         "kind": "statistics",
         "format": 1,
         "statistics": ["count", *next(iter(means.values()))],
+        "inputs": inputs,
         "files": ["s.safetensors"],
         "tensors": {name: {"axis": 1, "stored": name} for name in means},
     }

@@ -19,7 +19,6 @@ _SHAPE_70B = Shape(8192, 28672, 80, 128256, heads=64, kv_heads=8)
 def methods(session: Session, report: Report, config: Mapping[str, Any]) -> None:
     """Measure every method on models of one size."""
     models, tiny = _pair(session, config["size"], config["models"])
-    session.forget_kernels()
     for name in config["methods"]:
         report.add({"method": name, **bars(name)}, partial(session.merge, name, models, tiny))
 

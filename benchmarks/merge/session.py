@@ -105,10 +105,6 @@ class Session:
         """Make models of that name, or find them made."""
         return make_models(self.models / name, tensors, n_experts, config)
 
-    def forget_kernels(self) -> None:
-        """Remove compiled kernels, so that the first run of each method is what a new user sees."""
-        shutil.rmtree(self.folder / "cache", ignore_errors=True)
-
     def merge(self, name: str, models: Models, tiny: Models, options: Sequence[str] = ()) -> dict[str, Any]:
         """Measure a method.
 
@@ -224,7 +220,7 @@ class Session:
         fresh: bool = True,
         timeout: float | None = None,
     ) -> Usage:
-        """Run merganser once, with kernels of its own."""
+        """Run merganser once."""
         command = [sys.executable, "-m", "merganser", verb, str(recipe_file)]
         if verb == "merge":
             if fresh:
@@ -232,10 +228,7 @@ class Session:
             command += [str(self.out), "--quiet"]
         if self.threads is not None:
             command += ["--threads", str(self.threads)]
-        environment = {"XDG_CACHE_HOME": str(self.folder / "cache")}
-        return run(
-            [*command, *options], self.folder / "log.txt", timeout=timeout or self.timeout, environment=environment
-        )
+        return run([*command, *options], self.folder / "log.txt", timeout=timeout or self.timeout)
 
     def _peer(
         self, name: str, models: Models, given: Path, small: Path, files: Sequence[Path], written: int

@@ -59,7 +59,7 @@ def _methods(result: Entry) -> str:
     start = f"; start-up, {min(starts):.1f} to {max(starts):.1f} s, is not in `merge`" if starts else ""
     text = (
         f"Up to {config['models']} models and a base of {size:.2f} B parameters, bfloat16, inputs in the page cache, "
-        f"median (least–largest) of {config['runs']} {'run' if config['runs'] == 1 else 'runs'}{start}. The first run also compiles kernels and includes "
+        f"median (least–largest) of {config['runs']} {'run' if config['runs'] == 1 else 'runs'}{start}. The first run includes "
         f"everything. {_machine(result)}"
     )
     if with_peer:

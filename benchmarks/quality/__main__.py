@@ -1,9 +1,11 @@
-"""`python -m benchmarks.quality [run|check|table] [--set NAME] [--methods NAME,...] [--tune] [--restored]`.
+"""`python -m benchmarks.quality [run|check|table] [--set NAME] [--methods NAME,...] [--tune] [--restored] [--tokens]`.
 
 `run` merges the real zoo (`python -m benchmarks.zoo real`) by every method at its published settings and measures what is
 kept. `--tune` then tries each value of a method's grid on the tune texts (and others beyond it, while the best lies at its edge),
 and the best of them on the test texts. `--restored`
-measures, of methods with sidecars, the model of each task on its own domain. Each result is a line of results/SET.jsonl; what is
+measures, of methods with sidecars, the model of each task on its own domain. Methods that take statistics from data get those
+of each expert on its train text, which are made once and kept; `--tokens` also measures them with statistics of fewer tokens.
+`--shipped` takes the adapters of the repository, unpacked by `scripts/demo`, for the real zoo's. Each result is a line of results/SET.jsonl; what is
 there is not measured again. `check` measures the same anew, beside them, and prints both figures. `table` writes
 docs/quality.md and its plots.
 """
@@ -21,13 +23,14 @@ import torch
 import yaml
 
 from benchmarks.merge import hardware
-from benchmarks.zoo import Zoo, load_zoo
+from benchmarks.zoo import Zoo, load_zoo, shipped
 from benchmarks.zoo.shipped import apply
 from merganser import MergeError, evaluate, merge
 from merganser.errors import OutputError
 from merganser.method.registry import method_names, methods
 
 from . import restored, settings, table
+from .calibrated import Statistics
 from .settings import Setting
 
 _HERE = Path(__file__).parent
@@ -40,6 +43,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--methods", type=lambda text: text.split(","), default=None, help="some methods only")
     parser.add_argument("--tune", action="store_true", help="tune, too")
     parser.add_argument("--restored", action="store_true", help="measure restored tasks, too")
+    parser.add_argument("--tokens", action="store_true", help="measure methods with data on fewer tokens, too")
+    parser.add_argument("--shipped", action="store_true", help="take the unpacked adapters of the repository")
+    parser.add_argument("--work", type=Path, help="folder for what is kept meanwhile (default: in the zoo)")
     parser.add_argument("--threads", type=int, default=None, help="threads (default: as torch and merganser choose)")
     parser.add_argument("--zoo", type=Path, help="folder of the zoo")
     options = parser.parse_args(arguments)
@@ -51,9 +57,9 @@ def main(arguments: list[str]) -> int:
     chosen = options.methods or [name for name in method_names() if name not in config["left_out"]]
     if options.threads:
         torch.set_num_threads(options.threads)
-    zoo = load_zoo("real", options.zoo, experts=())
-    work = zoo.folder / "quality"
-    wanted = {"tune": options.tune, "restored_too": options.restored}
+    zoo = shipped.unpacked(options.zoo) if options.shipped else load_zoo("real", options.zoo, experts=())
+    work = options.work or zoo.folder / "quality"
+    wanted = {"tune": options.tune, "restored_too": options.restored, "fewer_too": options.tokens}
     try:
         if options.what == "run":
             run(options.set, config, chosen, zoo, results, work, **wanted)
@@ -78,10 +84,13 @@ def run(
     *,
     tune: bool,
     restored_too: bool,
+    fewer_too: bool = False,
 ) -> None:
     """Measure methods on one set of experts; continue from the results there, and from what was measured in the folder `work`."""
     results.mkdir(parents=True, exist_ok=True)
-    bench = _Bench(config, zoo, experts_of(zoo, config["sets"][name]), results / f"{name}.jsonl", work / name)
+    experts = experts_of(zoo, config["sets"][name])
+    statistics = Statistics(config, zoo, experts, work / "statistics")
+    bench = _Bench(config, zoo, experts, statistics, results / f"{name}.jsonl", work / name)
     for method in chosen:
         if not bench.suits(method):
             continue
@@ -92,6 +101,9 @@ def run(
             best = bench.tuned(method)
             if best not in (None, default):
                 bench.measure(method, "tuned", "test", best)
+        if fewer_too and methods()[method].from_data:
+            for sequences in config["calibration"]["fewer"]:
+                bench.measure(method, f"{sequences} sequences", "test", default, sequences)
         if restored_too and methods()[method].sidecar:
             bench.measure_restored(method, default)
         sys.stdout.write(f"{name} {method}: {time.monotonic() - started:.0f} s\n")
@@ -117,6 +129,10 @@ def experts_of(zoo: Zoo, chosen: Mapping[str, Sequence[str]]) -> dict[str, Path]
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: not made yet. Finish the zoo: python -m benchmarks.zoo real")
     for domain in chosen.get("adapters", ()):
+        if domain in zoo.experts and domain not in zoo.adapters:
+            # of the repository: applied already
+            found[domain] = zoo.experts[domain]
+            continue
         found[domain] = zoo.folder / "applied" / domain
         trained = max(file.stat().st_mtime for file in zoo.adapters[domain].iterdir())
         if not found[domain].is_dir() or found[domain].stat().st_mtime < trained:
@@ -129,9 +145,16 @@ class _Bench:
     """One set of experts, whose results are lines of a file."""
 
     def __init__(
-        self, config: Mapping[str, Any], zoo: Zoo, experts: Mapping[str, Path], file: Path, folder: Path
+        self,
+        config: Mapping[str, Any],
+        zoo: Zoo,
+        experts: Mapping[str, Path],
+        statistics: Statistics,
+        file: Path,
+        folder: Path,
     ) -> None:
         self._config, self._zoo, self._experts, self._file = config, zoo, experts, file
+        self._statistics = statistics
         self._known = table.read(file)
         table.drop_rest(file)
         self._folder = folder
@@ -142,10 +165,13 @@ class _Bench:
         declared, count = methods()[method], len(self._merged(method)[1])
         return declared.min_models <= count <= (declared.max_models or count)
 
-    def measure(self, method: str, label: str, split: str, setting: Setting) -> float:
-        """Merge and measure, unless that was done; return the mean recovered (worst where there is none)."""
+    def measure(self, method: str, label: str, split: str, setting: Setting, sequences: int | None = None) -> float:
+        """Merge and measure, unless that was done; return the mean recovered (worst where there is none).
+
+        `sequences` is how many a method with data is calibrated on, where it is not the number in config.json.
+        """
         seeds = self._config["seeds"] if methods()[method].random and split == "test" else self._config["seeds"][:1]
-        found = [self._once(method, label, split, setting, seed, self._evaluate_merge) for seed in seeds]
+        found = [self._once(method, label, split, setting, seed, self._evaluate_merge, sequences) for seed in seeds]
         return sum(found) / len(found)
 
     def tuned(self, method: str) -> Setting | None:
@@ -168,17 +194,26 @@ class _Bench:
         self._once(method, "restored", "test", setting, self._config["seeds"][0], self._evaluate_restored)
 
     def _once(
-        self, method: str, label: str, split: str, setting: Setting, seed: int, measure: Callable[[Path, str], Any]
+        self,
+        method: str,
+        label: str,
+        split: str,
+        setting: Setting,
+        seed: int,
+        measure: Callable[[Path, str], Any],
+        sequences: int | None = None,
     ) -> float:
         lengths = {key: self._config[key] for key in ("windows", "context")}
         wanted = {"method": method, "label": label, "split": split, "setting": setting, "seed": seed, **lengths}
         wanted["version"] = methods()[method].version
+        if methods()[method].from_data:
+            wanted["calibration"] = self._statistics.settings(sequences)
         for known in self._known:
             if {**{key: known.get(key) for key in wanted}, "version": table.version(known)} == wanted:
                 return _score(known)
         recipe = self._folder / f"{method}.yaml"
-        recipe.write_text(yaml.safe_dump(self._recipe(method, setting, seed)), encoding="utf-8")
         try:
+            recipe.write_text(yaml.safe_dump(self._recipe(method, setting, seed, sequences)), encoding="utf-8")
             result = {**wanted, **measure(recipe, split)}
         except OutputError:
             # of the disk, or another run on this set: says nothing of the method
@@ -232,7 +267,7 @@ class _Bench:
             },
         }
 
-    def _recipe(self, method: str, setting: Setting, seed: int) -> dict[str, Any]:
+    def _recipe(self, method: str, setting: Setting, seed: int, sequences: int | None) -> dict[str, Any]:
         base, models = self._merged(method)
         recipe: dict[str, Any] = {
             "merge_method": method,
@@ -243,6 +278,10 @@ class _Bench:
             "dtype": "float32",
             "random_seed": seed,
         }
+        for entry, path in zip(recipe["models"], models, strict=True):
+            if methods()[method].from_data:
+                domain = next(domain for domain, expert in self._experts.items() if expert == path)
+                entry["statistics"] = str(self._statistics.of(domain, methods()[method], sequences))
         if base:
             recipe["base_model"] = str(base)
         if setting["shared"]:

@@ -78,6 +78,27 @@ def unpack(tell: Callable[[str], None], folder: Path | None = None) -> Zoo:
     return Zoo(folder, base, experts, split, real.RETAINED)
 
 
+def unpacked(folder: Path | None = None) -> Zoo:
+    """Return what `unpack` has made.
+
+    Args:
+        folder: Where it lies; by default in the user's cache folder.
+
+    Raises:
+        FileNotFoundError: It was not made yet.
+    """
+    folder = folder or default_folder("shipped")
+    experts = {name: folder / "experts" / name for name in _hashes()}
+    split = {
+        domain: {name: folder / "texts" / f"{domain}.{name}.txt" for name in ("train", "tune", "test")}
+        for domain in (*experts, real.RETAINED)
+    }
+    for path in (folder / "base", *experts.values(), *(file for files in split.values() for file in files.values())):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: not made yet. Unpack the adapters: scripts/demo")
+    return Zoo(folder, folder / "base", experts, split, real.RETAINED)
+
+
 def apply(base: Path, adapter: Path, target: Path) -> None:
     """Write the checkpoint that an adapter makes of its base, in bfloat16."""
     import torch

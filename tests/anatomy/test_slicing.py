@@ -292,7 +292,7 @@ def test_layers_that_share_keys_and_values():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"hidden_size_per_layer_input": 8}, "a table beside the layers has columns for each"),
+        ({"hidden_size_per_layer_input": 8}, "a table outside the layers has columns for each"),
         ({"scale_attn_by_inverse_layer_idx": True}, "divided by the layer's number"),
         ({"use_weighted_layer_sum": True}, "a weight for each"),
         ({"depths": [2, 2, 6, 2]}, "stages"),

@@ -22,7 +22,7 @@ def test_sums_are_those_of_the_definition(name: str, width: int) -> None:
     reducer = REDUCERS[name](width)
     for part in rows.split([1, 7, 32]):
         reducer.add(part)
-    shape = reducer.shape
+    shape = reducer.shape_of(width)
     found = reducer.result()
     assert found.shape == shape
     torch.testing.assert_close(found.double(), LITERAL[name](rows.double()), rtol=1e-5, atol=1e-5)

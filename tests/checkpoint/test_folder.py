@@ -177,7 +177,7 @@ def test_what_training_programs_write_is_named(name: str, what: str, command: st
     put(tmp_path, {name: b"x", "config.json": b"{}"})
     for reference in (tmp_path, tmp_path / name):
         with pytest.raises(
-            CheckpointError, match=rf"{re.escape(name)} is an? .*{what}.*; make a checkpoint .*{command}"
+            CheckpointError, match=rf"{re.escape(name)} is an? .*{what}.*; convert it to a checkpoint .*{command}"
         ):
             open_checkpoint(str(reference))
 
@@ -237,7 +237,7 @@ BAD: list[tuple[str, dict[str, object], type[MergeError], str]] = [
     ("no files", {}, CheckpointError, r"no weights: .*the folder is empty"),
     ("no weights", {"config.json": b"{}"}, CheckpointError, r"no weights: .*\*\.safetensors .*found config\.json"),
     ("only optimizer", {"optimizer.pt": A}, CheckpointError, "no weights: .*found optimizer.pt"),
-    ("gguf", {"model-Q4.gguf": b"GGUF"}, UnsupportedError, "GGUF inputs come with a later version"),
+    ("gguf", {"model-Q4.gguf": b"GGUF"}, CheckpointError, "truncated: the header goes on after the end of the file"),
     ("h5", {"tf_model.h5": b"x"}, CheckpointError, r"found tf_model\.h5; convert them to safetensors"),
     (
         "adapter",
@@ -415,7 +415,7 @@ def test_no_such_path(reference: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("x.gguf", UnsupportedError, r"x\.gguf: GGUF inputs come with a later version"),
+        ("x.gguf", CheckpointError, r"x\.gguf: truncated: the header goes on after the end"),
         ("adapter_model.safetensors", UnsupportedError, "which is no model by itself"),
         ("config.json", CheckpointError, "not a checkpoint: give a folder, or a file that ends in .safetensors"),
     ],

@@ -218,11 +218,14 @@ def test_unknown_model_and_revision(hub: Hub, tmp_path: Path) -> None:
 
 def test_bad_repositories_are_refused_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
     fill(hub.folder / "org" / "lora", {"adapter_model.safetensors": A}, **{"adapter_config.json": "{}"})
-    fill(hub.folder / "org" / "gguf", {}, **{"x.gguf": ""})
     fill(hub.folder / "org" / "none", {})
-    for model, message in ("lora", "a LoRA adapter"), ("gguf", "GGUF inputs"):
-        with pytest.raises(UnsupportedError, match=f"org/{model} on the Hub: .*{message}"):
-            fetch(tmp_path, f"org/{model}")
+    fill(hub.folder / "org" / "gguf", {}, **{"x-Q4_K_M.gguf": "", "x-Q8_0.gguf": ""})
+    with pytest.raises(UnsupportedError, match=r"org/lora on the Hub: .*a LoRA adapter"):
+        fetch(tmp_path, "org/lora")
+    with pytest.raises(
+        CheckpointError, match=r"org/gguf on the Hub: .*2 weight files and no index, it is not clear which"
+    ):
+        fetch(tmp_path, "org/gguf")
     with pytest.raises(CheckpointError, match="org/none on the Hub: no weights"):
         fetch(tmp_path, "org/none")
     assert hub.fetched == []

@@ -177,7 +177,9 @@ def test_modules_that_are_named_are_copied_and_said(model: Path, tmp_path: Path)
     with_modules(model)
     planned = plan(linear(model))
     assert set(planned.side_files) == MODULES
-    assert any(text.startswith("2_Dense/model.safetensors: weights of modules behind") for text in planned.warnings)
+    assert any(
+        text.startswith("2_Dense/model.safetensors: weights of modules that follow") for text in planned.warnings
+    )
     out = merge(linear(model), tmp_path / "out").out
     for name in MODULES:
         assert (out / name).read_bytes() == (model / name).read_bytes()

@@ -11,7 +11,20 @@ from merganser import __version__
 from merganser.cli._mergekit import OPTIONS
 from tests.cli.tiny import run
 
-VERBS = ["merge", "plan", "methods", "inspect", "diff", "calibrate", "verify", "restore", "eval", "report"]
+VERBS = [
+    "merge",
+    "plan",
+    "methods",
+    "inspect",
+    "diff",
+    "calibrate",
+    "verify",
+    "restore",
+    "transplant",
+    "extract",
+    "eval",
+    "report",
+]
 
 
 def test_help_lists_every_verb_in_the_order_of_work() -> None:
@@ -27,16 +40,18 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  -h, --help  Show this message and exit.\n"
         "\n"
         "Commands:\n"
-        "  merge      Merge models by a recipe into a new checkpoint.\n"
-        "  plan       Show what a merge will read, do and write; nothing is written.\n"
-        "  methods    List the merge methods, or explain one.\n"
-        "  inspect    Describe a checkpoint, or how models of one base are related.\n"
-        "  diff       Compare two checkpoints, tensor by tensor, by layer and role.\n"
-        "  calibrate  Write statistics of a model on text, for merges that use data.\n"
-        "  verify     Check an output against the hashes in its merge.json.\n"
-        "  restore    Write a task's own checkpoint back from a merge with sidecars.\n"
-        "  eval       Measure models on tasks, and what merges kept of their experts.\n"
-        "  report     Draw a merge: what went in, how far it moved, what it can do.\n"
+        "  merge       Merge models by a recipe into a new checkpoint.\n"
+        "  plan        Show what a merge will read, do and write; nothing is written.\n"
+        "  methods     List the merge methods, or explain one.\n"
+        "  inspect     Describe a checkpoint, or how models of one base are related.\n"
+        "  diff        Compare two checkpoints, tensor by tensor, by layer and role.\n"
+        "  calibrate   Write statistics of a model on text, for merges that use data.\n"
+        "  verify      Check an output against the hashes in its merge.json.\n"
+        "  restore     Write a task's own checkpoint back from a merge with sidecars.\n"
+        "  transplant  Give a model the tokenizer of another one.\n"
+        "  extract     Write what a fine-tune changed as an adapter.\n"
+        "  eval        Measure models on tasks, and what merges kept of their experts.\n"
+        "  report      Draw a merge: what went in, how far it moved, what it can do.\n"
     )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from merganser.cli.methods import _page
 from merganser.method import Fraction, Ignored, PerModel, Scale, Weight, default, merge_method
 from merganser.method.description import citation, describe
-from merganser.method.registry import method_names, methods
+from merganser.method.registry import every_method
+from merganser.testing.passes import Pass
 from tests.cli.tiny import run
 
 
@@ -53,7 +54,10 @@ def toy(
 
 def test_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "72")
-    _page(describe(toy))
+    between = Pass("measures cut, 2 of 2", True, ("exp", "merganser.by_rank"))
+    _page(
+        describe(toy), [Pass("measures cut, 1 of 2", True), between, Pass("merges", False, reason="it looks at values")]
+    )
     assert capsys.readouterr().out == (
         "toy · toys\n"
         "Do what toys do.\n"
@@ -86,6 +90,11 @@ def test_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         "Unlike other methods\n"
         "  the order of the models matters: the first model leads\n"
         "\n"
+        "Passes over the inputs\n"
+        "  measures cut, 1 of 2: fused\n"
+        "  measures cut, 2 of 2: fused, with exp, merganser.by_rank in between\n"
+        "  merges: operation by operation (it looks at values)\n"
+        "\n"
         "Reference\n"
         "  no publication\n"
     )
@@ -101,22 +110,24 @@ def test_index_has_every_method_under_its_family() -> None:
             family = line
         elif line.strip() and line[2] != " ":
             seen[line.split()[0]] = family
-    assert seen == {name: method.family for name, method in methods().items()}
-    for method in methods().values():
+    assert seen == {name: method.family for name, method in every_method().items()}
+    for method in every_method().values():
         assert method.doc.summary in found.out
     assert found.out.endswith("merganser methods NAME explains one.\n")
 
 
 def test_every_page_and_json() -> None:
     every = run("methods", "--json").json
-    assert sorted(method["name"] for method in every) == method_names()
+    assert sorted(method["name"] for method in every) == list(every_method())
     for method in every:
         page = run("methods", method["name"])
         assert page.code == 0
         assert method["formula"] in page.out
         for parameter in method["parameters"]:
             assert f"  {parameter['name']}  {parameter['allowed']}" in page.out
-        assert run("methods", method["name"], "--json").json == method
+        own = run("methods", method["name"], "--json").json
+        assert [one["what"] for one in own.pop("passes")][-1] == "merges"
+        assert own == method
 
 
 def test_unknown() -> None:

@@ -229,7 +229,7 @@ DAMAGES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
     (
         lambda index: index["tasks"][0]["files"].update(x="/etc/passwd"),
         CheckpointError,
-        r"file '/etc/passwd' would lie",
+        r"file '/etc/passwd' would be outside",
     ),
     (lambda index: index["tasks"][0]["files"].update(x="README"), CheckpointError, r"does not name 'README' among the"),
     (

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from merganser.adapters import open_adapter
 from merganser.errors import MergeError
-from merganser.evaluation.tasks import load_tasks
+from merganser.evaluation.scoring.tasks import load_tasks
 from merganser.inference.sources import open_source
 from tests.cli.tiny import recipe, run, state, write
 from tests.report.making import evaluation, write_evaluation

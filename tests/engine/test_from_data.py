@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import merganser
 from merganser.errors import DataError, RecipeError, UnsupportedError
+from merganser.method import Embeddings, FromData, Others, merge_method
 from merganser.statistics import open_statistics
 from tests.calibration.families import save
 from tests.evaluation.tiny import add_tokenizer, text
@@ -164,6 +165,34 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             merganser.merge(recipe, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"a": FromData("gram", inputs="prefix"), "b": FromData("magnitude")}, "of different inputs or models"),
+        ({"a": FromData("magnitude", of="base"), "b": FromData("magnitude")}, "of different inputs or models"),
+        ({"a": FromData("gram", inputs="merged", of="first")}, "first model alone are of its own inputs"),
+        ({"a": FromData("cross_gram", inputs="prefix")}, "a compares inputs of the merged model with others"),
+    ],
+)
+def test_declarations_that_contradict_themselves_are_refused(wanted: dict[str, FromData], message: str) -> None:
+    def method(base: Any, models: Any, *, others: Others = "average", embeddings: Embeddings = "others") -> Any:
+        """Nothing.
+
+            merged = base
+
+        Use when:
+            Never.
+
+        Args:
+
+        Differs from the paper:
+            None.
+        """
+
+    with pytest.raises(TypeError, match=message):
+        merge_method(family="data", cite="-", scope="matrix", statistics=wanted)(method)
 
 
 def test_statistics_of_a_model_of_another_width_are_refused(tmp_path: Path) -> None:

@@ -71,15 +71,20 @@ def _data(method, name, tensor, count):
 
 
 def _hand_in(recipe, method, folder, tensors):
-    """Name, for every model of a recipe, a folder with the statistics that `_data` makes."""
-    for i, entry in enumerate(recipe["models"] if method.from_data else []):
-        found = {name: _data(method, name, tensor, len(recipe["models"])) for name, tensor in tensors.items()}
+    """Name, for every model of a recipe or the base, a folder with the statistics that `_data` makes."""
+    count = len(recipe["models"])
+    if method.data_of == "base":
+        recipe["models"].insert(0, {"model": recipe["base_model"]})
+    # the base or the first model alone
+    handed = recipe["models"] if method.data_of == "models" else recipe["models"][:1]
+    for i, entry in enumerate(handed if method.from_data else []):
+        found = {name: _data(method, name, tensor, count) for name, tensor in tensors.items()}
         means = {
             name: {own.statistic: data[key][i] for key, own in method.from_data.items()}
             for name, data in found.items()
             if data
         }
-        entry["statistics"] = str(write_statistics(folder / f"statistics{i}", means))
+        entry["statistics"] = str(write_statistics(folder / f"statistics{i}", means, method.data_inputs))
     return recipe
 
 
@@ -178,7 +183,7 @@ def test_real_blocks(tmp_path):
     parameters = {"weight": 0.6, "density": 0.3}
     recipe = make_recipe("ties", paths[1:], paths[0], parameters)
     assert len(work.make_groups(plan(recipe))[0].segments) == 2
-    result = merge(recipe, tmp_path / "out", compiled=False)
+    result = merge(recipe, tmp_path / "out")
     assert_equal(read_model(result.out), merged_one_by_one("ties", tensors[0], tensors[1:], parameters))
 
 
@@ -350,19 +355,19 @@ def test_bin_files_merge_like_safetensors(tmp_path):
     assert_equal(read_model(found[0].out), read_model(found[1].out))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "parameters"), [("linear", {"weight": 0.4}), ("ties", {"weight": 0.4, "density": 0.3})]
 )
-def test_compiled_equals_eager(tmp_path, monkeypatch, name, parameters):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+def test_fused_equals_eager(tmp_path, monkeypatch, name, parameters):
     generator = torch.Generator().manual_seed(0)
     paths = []
     for i in range(3):
         own = {"a": torch.randn(1500, 1024, generator=generator), "b": torch.randn(700, 700, generator=generator)}
         paths.append(write_model(tmp_path / f"m{i}", {key: value.bfloat16() for key, value in own.items()}))
     recipe = make_recipe(name, paths[1:], None if name == "linear" else paths[0], parameters)
-    compiled, eager = (merge(recipe, tmp_path / f"out{flag}", compiled=flag) for flag in (True, False))
-    assert compiled.record["compiled"]
-    assert_equal(read_model(compiled.out), read_model(eager.out))
+    fused = merge(recipe, tmp_path / "fused")
+    monkeypatch.setattr("merganser.engine.planner.why_not", lambda: "not today")
+    eager = merge(recipe, tmp_path / "eager")
+    assert [fused.record["compiled"], eager.record["compiled"]] == [True, False]
+    assert "not today: operations run one by one, several times slower" in eager.record["warnings"]
+    assert_equal(read_model(fused.out), read_model(eager.out))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merganser.evaluation.estimate import Estimate
 from merganser.evaluation.retention import Retention, measure_retention
+from merganser.evaluation.scoring.estimate import Estimate
 
 METRICS = {"french": "bits_per_byte", "quiz": "accuracy", "english": "bits_per_byte", "facts": "accuracy"}
 HIGHER = {"french": False, "quiz": True, "english": False, "facts": True}

@@ -14,9 +14,10 @@ import pytest
 
 import merganser
 from merganser.errors import OutputError
-from merganser.evaluation import Evaluation, evaluate, precision, text
+from merganser.evaluation import Evaluation, evaluate
 from merganser.evaluation import run as run_module
-from merganser.evaluation.journal import Journal
+from merganser.evaluation.scoring import precision, text
+from merganser.evaluation.scoring.journal import Journal
 from tests.evaluation.tiny import text as words
 
 

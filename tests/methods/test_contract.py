@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from merganser.method.registry import method_names, methods
-from merganser.testing import check_citation, check_compiled, check_reproducible, contract, probe
+from merganser.testing import check_citation, check_reproducible, contract, probe
 
 METHODS = methods()
 BIBLIOGRAPHY = Path(__file__).parents[2] / "references.bib"
@@ -38,14 +38,6 @@ def test_fresh_processes_with_other_hash_seeds_give_the_same_bytes(tmp_path, mon
     unstable = importlib.import_module("unstable").unstable
     with pytest.raises(AssertionError, match=r"different results: unstable:unstable$"):
         check_reproducible([*METHODS.values(), unstable])
-
-
-@pytest.mark.slow
-# inside the compiler
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].fuse])
-def test_fused_kernels_agree_with_eager_ones(name):
-    check_compiled(METHODS[name])
 
 
 def test_every_file_of_the_folder_is_a_method():

@@ -17,6 +17,7 @@ SETTINGS = [
     {"alpha": 1.0, "ridge": 1e-6},
     {"alpha": 0.1, "reference": "base", "ridge": 0.1},
     {"weight": [1.0, 0.25, 3.0]},
+    {"alpha": 1.0, "limit": 0.6},
 ]
 
 
@@ -133,6 +134,27 @@ def test_who_received_no_token_has_no_say():
     average = merge_tensor(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
     torch.testing.assert_close(merged(base, models, [zero] * 3), average, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(merged(base, models, [zero] * 3, reference="base"), base)
+
+
+def test_a_few_huge_inputs_do_not_move_it_far():
+    """Each model has one token as large as all others together a thousand times, nearly the same in all models."""
+    base, models = make_matrices((24, 40), 3, "random")
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(40, generator=generator, dtype=torch.float64)
+    data = []
+    for gram in make_grams(40, 3):
+        spike = 1e3 * (common + 0.1 * torch.randn(40, generator=generator, dtype=torch.float64))
+        data.append(gram + torch.outer(spike, spike))
+    longest = max((model - base).norm() for model in models)
+    free = merged(base, models, data, limit=1e9)
+    assert (free - base).norm() > 3 * longest
+    for limit in (1.0, 2.0):
+        found = merged(base, models, data, limit=limit)
+        assert (found - base).norm() <= limit * longest
+        average = merge_tensor(task_arithmetic, base, models, {"weight": 1.0, "normalize": True})
+        assert not torch.allclose(found, average, rtol=0, atol=1e-4)
+    # a limit that is kept anyway changes nothing
+    assert torch.equal(free, merged(base, models, data, limit=float((free - base).norm() / longest) * 1.01))
 
 
 def test_fewer_tokens_than_inputs_are_borne():

@@ -1,5 +1,4 @@
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -7,8 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merganser.engine.fusion.run import Program
+from merganser.engine.fusion.trace import Form
 from merganser.method import takes
-from merganser.ops.order import _not_negative, at_least, comparable, magnitude_cut, order_statistic
+from merganser.ops.histogram import not_negative_entries
+from merganser.ops.order import at_least, comparable, magnitude_cut, order_statistic
 
 
 def run(statistic, blocks, **parameters):
@@ -22,7 +24,8 @@ def run(statistic, blocks, **parameters):
     for round_ in statistic.rounds:
         total = None
         for block in blocks:
-            total = call(partial(round_.tally, call(round_.measure, models=block), total))
+            measured = call(round_.measure, models=block)
+            total = measured if total is None else total + measured
         given["previous"] = call(round_.solve, measured=total)
     return given["previous"]
 
@@ -140,7 +143,7 @@ def test_the_few_are_found_however_few(share, size):
     values = np.full(size, -1.0, dtype=np.float32)
     places = np.random.default_rng(0).permutation(size)[: round(share * size)]
     values[places] = places
-    assert _not_negative(values).tolist() == sorted(places.tolist())
+    assert not_negative_entries(values).tolist() == sorted(places.tolist())
 
 
 def test_a_wide_statistic_tells_apart_what_float32_does_not():
@@ -205,8 +208,14 @@ def test_fused_histograms_count_the_same(wide):
         intervals = [[*bounds[i : i + 2].tolist(), 7, 0, int(bounds[i]), 5] for i in (0, 2)]
         known = {"models": tensors, "previous": torch.tensor([intervals, intervals[::-1]])}
         arguments = {name: known[name] for name in names}
-        fused = torch.compile(lambda given, call=round_.measure: call(**given), fullgraph=True, dynamic=True)
-        assert torch.equal(fused(arguments), round_.measure(**arguments))
+
+        def measure(first, second, previous, call=round_.measure, names=names):
+            given = {"models": [first, second], "previous": previous}
+            return [call(**{name: given[name] for name in names})]
+
+        forms = [Form("block", tensors[0].dtype)] * 2 + [Form("fixed", torch.int64, (2, 2, 6))]
+        (fused,) = Program(measure, forms).bind([known["previous"]])(tensors)
+        assert torch.equal(fused, round_.measure(**arguments))
     assert previous.shape == (2, 2)
 
 

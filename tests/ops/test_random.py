@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merganser.engine.fusion.run import Program
+from merganser.engine.fusion.trace import Form
 from merganser.ops.random import Random, keys
 from tests.reference.draws import draws
 
@@ -153,15 +155,15 @@ def test_keep_by_element():
     assert torch.equal(rng.keep(0, (SIZE,), probability), rng.uniform(0, (SIZE,)) < probability)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_fused_draws_are_the_same_bits():
-    def draw(keys, offset, like):
-        return Random(keys, offset).uniform(1, like.shape) + like
+    def draw(like, offset, keys):
+        return [Random(keys, offset).uniform(1, like.shape) + like]
 
-    fused = torch.compile(draw, fullgraph=True, dynamic=True)
+    forms = [Form("block", torch.float32), Form("scalar", torch.int64), Form("fixed", torch.int32, (2, 2))]
+    fused = Program(draw, forms).bind([keys(0, "a", 2)])
     # lengths that vector instructions do not divide; indices that overflow 31 and 32 bits
-    for size in (1003, 4096, 7):
+    for size in (1003, 4096, 17):
         for offset in (0, 5, 2**31 - 500, 2**32 - 500, 2**33 + 1):
-            arguments = keys(0, "a", 2), torch.tensor(offset), torch.zeros(size)
-            assert torch.equal(fused(*arguments), draw(*arguments))
+            like = torch.zeros(size)
+            (found,), (expected,) = fused([like, offset]), draw(like, torch.tensor(offset), keys(0, "a", 2))
+            assert torch.equal(found, expected)

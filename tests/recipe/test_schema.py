@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from merganser.errors import MergeError
-from merganser.method.registry import methods
+from merganser.method.registry import every_method
 from merganser.recipe import check_recipe, json_schema, load_recipe
 from merganser.recipe.document import parse_text, plain
 
@@ -99,8 +99,8 @@ def test_mistakes_are_marked(
 def test_every_method_and_parameter_is_described() -> None:
     schema = json_schema()
     named = {choice["const"]: choice["description"] for choice in schema["properties"]["merge_method"]["oneOf"]}
-    assert named == {name: method.doc.summary for name, method in methods().items()}
-    for name, method in methods().items():
+    assert named == {name: method.doc.summary for name, method in every_method().items()}
+    for name, method in every_method().items():
         described = schema["$defs"][name]["properties"]
         assert {p.name: p.help for p in method.parameters.values()}.items() <= {
             key: value.get("description") for key, value in described.items()

@@ -86,7 +86,9 @@ def test_the_page_exists(out: Path) -> None:
     assert refused("out", "--out", "no/where.html") == "no/where.html: cannot be written: no such file or directory"
     Path("dangling.html").symlink_to("nowhere")
     assert refused("out", "--out", "dangling.html").startswith("dangling.html: exists; ")
-    assert refused("out", "--out", "dangling.html", "--overwrite").startswith("dangling.html: exists and is no page ")
+    assert refused("out", "--out", "dangling.html", "--overwrite").startswith(
+        "dangling.html: exists and is not a page "
+    )
     assert Path("dangling.html").is_symlink()
 
 

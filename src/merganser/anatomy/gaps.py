@@ -86,9 +86,11 @@ def doubts(shapes: Mapping[str, Shape], anatomy: Anatomy, config: Mapping[str, A
         Sentences without a full stop; empty if there is no doubt.
     """
     layers = _layers(anatomy)
+    uneven = list(_uneven_layers(layers))
+    incomplete = _incomplete_layers(layers, anatomy, config)
     return [
-        *_uneven_layers(layers, anatomy),
-        *_incomplete_layers(layers, anatomy, config),
+        *uneven,
+        *(each for each in incomplete if not any(other.startswith(each) for other in uneven)),
         *_outside_layers(anatomy, config),
         *size_warnings(config, anatomy, shapes),
     ]
@@ -108,7 +110,7 @@ def _layers(anatomy: Anatomy) -> dict[str, list[frozenset[str]]]:
     }
 
 
-def _uneven_layers(layers: Mapping[str, list[frozenset[str]]], anatomy: Anatomy) -> Iterator[str]:
+def _uneven_layers(layers: Mapping[str, list[frozenset[str]]]) -> Iterator[str]:
     """Yield layers that lack names which most layers have, and have no others instead."""
     for stack, kinds in layers.items():
         counts = Counter(kinds)
@@ -132,7 +134,7 @@ def _counts(kinds: Mapping[frozenset[str], int]) -> Counter[str]:
 
 
 def _unexplained(lacking: frozenset[str], others: frozenset[str]) -> frozenset[str]:
-    """Return the lacking names in whose module the layer has no others instead: a dense MLP stands for experts."""
+    """Return the lacking names in whose module the layer has no others instead: such as a dense MLP instead of experts."""
     modules = {name.partition(".")[0] for name in others}
     return frozenset(name for name in lacking if name.partition(".")[0] not in modules)
 

@@ -16,7 +16,7 @@ import xxhash
 from ..errors import DataError, UnsupportedError, did_you_mean
 from ..jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
 
-__all__ = ["Conversation", "DataFile", "Pair", "Record", "Text", "read_data"]
+__all__ = ["KEYS", "Conversation", "DataFile", "Pair", "Record", "Text", "make_record", "read_data"]
 
 SUFFIXES = {
     ".txt": "one text",
@@ -24,7 +24,7 @@ SUFFIXES = {
     ".parquet": "one row per text or conversation",
 }
 _FORMS = "text, or prompt and completion, or messages"
-_KEYS = ("text", "prompt", "completion", "messages")
+KEYS = ("text", "prompt", "completion", "messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def _lines(name: str, data: bytes) -> Iterator[Record]:
     for number, line in enumerate(_decoded(name, data).split("\n"), 1):
         if line.strip():
             where = f"{name}:{number}"
-            yield _record(where, _object(where, line))
+            yield make_record(where, _object(where, line))
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
@@ -176,11 +176,11 @@ def _rows(name: str, data: bytes) -> Iterator[Record]:
         import pyarrow.parquet
     except ImportError:
         raise UnsupportedError(
-            f"{name}: reading Parquet needs pyarrow, which is not installed: pip install pyarrow; or convert it to .jsonl"
+            f"{name}: reading Parquet needs pyarrow, which is not installed: pip install 'merganser[data]'; or convert it to .jsonl"
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        columns = [column for column in file.schema_arrow.names if column in _KEYS]
+        columns = [column for column in file.schema_arrow.names if column in KEYS]
         rows = file.read(columns=columns).to_pylist()
         others = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError) as error:
@@ -188,10 +188,19 @@ def _rows(name: str, data: bytes) -> Iterator[Record]:
     for number, row in enumerate(rows, 1):
         # a null means that the row lacks this column
         own = {key: value for key, value in row.items() if value is not None}
-        yield _record(f"{name}: row {number}", own or dict.fromkeys(others))
+        yield make_record(f"{name}: row {number}", own or dict.fromkeys(others))
 
 
-def _record(where: str, found: Mapping[str, Any]) -> Record:
+def make_record(where: str, found: Mapping[str, Any]) -> Record:
+    """Return what an object of a file, or a row, holds.
+
+    Args:
+        where: File and line, for messages.
+        found: The object.
+
+    Raises:
+        DataError: It has no text, or prompt and completion, or messages, or more than one of these, or they are malformed.
+    """
     forms: dict[tuple[str, ...], Callable[[str, Mapping[str, Any]], Record]] = {
         ("text",): _plain,
         ("prompt", "completion"): _pair,
@@ -199,7 +208,7 @@ def _record(where: str, found: Mapping[str, Any]) -> Record:
     }
     present = [keys for keys in forms if any(key in found for key in keys)]
     if not present:
-        near = next((f" Is {key!r} meant to be{hint[13:]}" for key in found if (hint := did_you_mean(key, _KEYS))), "")
+        near = next((f" Is {key!r} meant to be{hint[13:]}" for key in found if (hint := did_you_mean(key, KEYS))), "")
         raise DataError(f"{where}: has neither {_FORMS}.{near} Found: {', '.join(map(repr, found)) or 'nothing'}")
     if len(present) > 1:
         keys = " and ".join(repr(key) for own in present for key in own if key in found)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import MergeError, NonFiniteError, UnsupportedError
 from .batches import Batch, Padded
+from .internals import TensorReader
 from .skeleton import Block, Skeleton
 
-__all__ = ["Output", "call_block", "call_head", "check_streamable", "logits", "run_block"]
+__all__ = ["Output", "call_block", "call_head", "check_streamable", "logits", "run_alone", "run_block"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _output(skeleton: Skeleton, block: Block, padded: Padded, found: Any) -> Out
     return Output(hidden, rest)
 
 
-def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
+def check_streamable(skeleton: Skeleton, batch: Batch, source: TensorReader | None = None) -> None:
     """Check that blocks run one at a time return bit for bit the same as within the model's own forward.
 
     The model's own forward runs once, with each block loaded in turn; next to it, each block is run alone. The results
@@ -142,6 +143,7 @@ def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
     Args:
         skeleton: The model, with the weights outside its blocks loaded.
         batch: A few tokens, without padding.
+        source: Where the weights of blocks come from, if not from the checkpoint.
 
     Raises:
         UnsupportedError: The results differ, or the blocks are not each called once and in order.
@@ -154,10 +156,10 @@ def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if next(turns, None) != index:
                 raise _refusal(skeleton, f"{block.name} does not run once and in its turn")
-            with skeleton.filled(block):
+            with skeleton.filled(block, source):
                 found = type(block.module).forward(block.module, *args, **kwargs)
                 whole = _output(skeleton, block, batch.stacks[block.stack], found)
-                alone = _run_alone(skeleton, index, batch, before)
+                alone = run_alone(skeleton, index, batch, before)
             if not bool(whole.hidden.isfinite().all()):
                 raise NonFiniteError(
                     f"{skeleton.checkpoint.reference}: {block.name} gives NaN or infinity for the first tokens of the "
@@ -179,7 +181,12 @@ def check_streamable(skeleton: Skeleton, batch: Batch) -> None:
         raise _refusal(skeleton, f"its forward does not run {skeleton.blocks[-1].name}")
 
 
-def _run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
+def run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
+    """Run one block as `run_block` does, for the first time; what it raises for lack of a value is a refusal.
+
+    Raises:
+        UnsupportedError: The block cannot run by itself.
+    """
     try:
         return run_block(skeleton, index, batch, before)
     except MergeError:

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..checkpoint import Reader, TensorInfo
+from ..checkpoint import TensorInfo
 from ..errors import CheckpointError, UnsupportedError
 from ..inference.libraries import quiet
 
@@ -28,6 +29,7 @@ __all__ = [
     "ExpertInputs",
     "LazyTensor",
     "Target",
+    "TensorReader",
     "build_skeleton",
     "empty_tensors",
     "expert_matrices",
@@ -37,6 +39,7 @@ __all__ = [
     "observed_experts",
     "parameters_of",
     "tie",
+    "zero_tensors",
 ]
 
 
@@ -53,10 +56,17 @@ class Target:
     index: int | None
 
 
+class TensorReader(Protocol):
+    """Anything that reads tensors."""
+
+    def tensor(self, info: TensorInfo, /) -> Tensor:
+        """Return a tensor."""
+
+
 class LazyTensor:
     """A checkpoint tensor that is read when it is indexed, like the lazy slices of transformers."""
 
-    def __init__(self, tensor: TensorInfo, reader: Reader) -> None:
+    def __init__(self, tensor: TensorInfo, reader: TensorReader) -> None:
         self._tensor = tensor
         self._reader = reader
 
@@ -212,6 +222,18 @@ def empty_tensors(module: nn.Module) -> None:
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def zero_tensors(module: nn.Module) -> None:
+    """Let all parameters of a module be zero; they share the memory of the largest, which the system maps when it is used."""
+    parameters = [p for p in module.parameters() if p is not None]
+    largest = max((p.numel() * p.element_size() for p in parameters), default=0)
+    zeros = torch.from_numpy(numpy.zeros(largest + 16, dtype=numpy.uint8))
+    for owner in module.modules():
+        for name, p in owner._parameters.items():
+            if p is not None:
+                zero = zeros[: p.numel() * p.element_size()].view(p.dtype).view(p.shape)
+                owner._parameters[name] = nn.Parameter(zero, requires_grad=False)
 
 
 def tie(model: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["REDUCERS", "Reducer", "products_of"]
+__all__ = ["REDUCERS", "CrossGram", "Reducer", "products_of"]
 
 
 @contextmanager
@@ -48,8 +48,17 @@ class Reducer(Protocol):
     stored_as: ClassVar[str]
     """Dtype in files."""
 
-    shape: tuple[int, ...]
-    """Shape of the sum."""
+    @staticmethod
+    def shape_of(width: int) -> tuple[int, ...]:
+        """Return the shape of the sum.
+
+        Args:
+            width: Number of features of an input.
+        """
+
+    @staticmethod
+    def memory_of(width: int) -> int:
+        """Return the bytes that the sum takes while it is computed."""
 
     def __init__(self, width: int) -> None:
         """Begin with a sum of zero.
@@ -65,40 +74,43 @@ class Reducer(Protocol):
         """Return the sum; nothing may be added afterwards."""
 
 
-class Magnitude:
-    """Sum of magnitudes, `Σ |x|`, shape [width]."""
+class _Vector:
+    """A sum of vectors, shape [width]."""
 
     stored_as: ClassVar[str] = "float64"
 
+    @staticmethod
+    def shape_of(width: int) -> tuple[int, ...]:
+        """Return the shape of the sum."""
+        return (width,)
+
+    @staticmethod
+    def memory_of(width: int) -> int:
+        """Return the bytes of the sum."""
+        return 8 * width
+
     def __init__(self, width: int) -> None:
-        self.shape: tuple[int, ...] = (width,)
-        self._sum = torch.zeros(self.shape, dtype=torch.float64)
+        self._sum = torch.zeros(width, dtype=torch.float64)
+
+    def result(self) -> Tensor:
+        """Return the sum."""
+        return self._sum
+
+
+class Magnitude(_Vector):
+    """Sum of magnitudes, `Σ |x|`, shape [width]."""
 
     def add(self, rows: Tensor) -> None:
         """Add `|x|` of every row."""
         self._sum += rows.abs().sum(0)
 
-    def result(self) -> Tensor:
-        """Return the sum."""
-        return self._sum
 
-
-class SecondMoment:
+class SecondMoment(_Vector):
     """Sum of squares, `Σ x²`: the diagonal of the Gram matrix, shape [width]."""
-
-    stored_as: ClassVar[str] = "float64"
-
-    def __init__(self, width: int) -> None:
-        self.shape: tuple[int, ...] = (width,)
-        self._sum = torch.zeros(self.shape, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Add `x²` of every row."""
         self._sum += rows.square().sum(0)
-
-    def result(self) -> Tensor:
-        """Return the sum."""
-        return self._sum
 
 
 class Gram:
@@ -109,9 +121,20 @@ class Gram:
 
     stored_as: ClassVar[str] = "float32"
 
+    @staticmethod
+    def shape_of(width: int) -> tuple[int, ...]:
+        """Return the shape of the sum."""
+        return (width, width)
+
+    @staticmethod
+    def memory_of(width: int) -> int:
+        """Return the bytes of the panels."""
+        step = _step(width)
+        return sum(8 * (width - start) * min(step, width - start) for start in range(0, width, step))
+
     def __init__(self, width: int) -> None:
-        self.shape: tuple[int, ...] = (width, width)
-        step = min(max(-(-width // _PANELS), _NARROWEST), _WIDEST)
+        self.width = width
+        step = _step(width)
         self._panels = {
             start: torch.zeros(width - start, min(step, width - start), dtype=torch.float64)
             for start in range(0, width, step)
@@ -124,7 +147,7 @@ class Gram:
 
     def result(self) -> Tensor:
         """Return the sum, with its upper half."""
-        found = torch.empty(self.shape, dtype=torch.float32)
+        found = torch.empty(self.shape_of(self.width), dtype=torch.float32)
         while self._panels:
             start, panel = self._panels.popitem()
             end = start + panel.shape[1]
@@ -136,5 +159,38 @@ class Gram:
         return found
 
 
+def _step(width: int) -> int:
+    """Return the width of a panel."""
+    return min(max(-(-width // _PANELS), _NARROWEST), _WIDEST)
+
+
 REDUCERS: dict[str, type[Reducer]] = {"magnitude": Magnitude, "second_moment": SecondMoment, "gram": Gram}
 """Classes of sums by the name of the statistic."""
+
+
+class CrossGram:
+    """Cross moment, `Σ x yᵀ`, of two inputs that belong to the same tokens, shape [width, width]."""
+
+    stored_as: ClassVar[str] = "float32"
+
+    @staticmethod
+    def shape_of(width: int) -> tuple[int, ...]:
+        """Return the shape of the sum."""
+        return (width, width)
+
+    @staticmethod
+    def memory_of(width: int) -> int:
+        """Return the bytes of the sum."""
+        return 8 * width**2
+
+    def __init__(self, width: int) -> None:
+        self._sum = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, rows: Tensor, others: Tensor) -> None:
+        """Add `x yᵀ` of every row x and the row y beside it, float32, shape [tokens, width]."""
+        for start in range(0, len(self._sum), _WIDEST):
+            self._sum[start : start + _WIDEST] += rows[:, start : start + _WIDEST].T @ others
+
+    def result(self) -> Tensor:
+        """Return the sum."""
+        return self._sum

@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-import xxhash
-
-from ..adapters import open_reference
-from ..errors import DataError, UnsupportedError, did_you_mean
-from ..inference.language_model import open_tokenizer, positions_of
-from ..inference.sources import Source, open_source
 from ..process import release_freed_memory
-from ..statistics import (
-    COUNT,
-    LOSS,
-    STATISTICS_FORMAT,
-    STATISTICS_KIND,
-    Statistics,
-    open_statistics,
-    sum_name,
-)
-from ..version import __version__
-from .batches import Batch, Sample, Tokens, make_batches
-from .data import DataFile, read_data
+from ..statistics import Choice, Statistics, open_statistics, sum_name
+from ..statistics.choice import BATCH_TOKENS
+from .batches import Batch
 from .forward import check_streamable
+from .preparation import STATISTICS, Data, Prepared, fingerprint, prepare
 from .reducers import REDUCERS
-from .reverse import GRADIENTS, LABELS, Loss, Reverse, check_predicts
-from .samples import Choice, choose_samples
+from .reverse import GRADIENTS, Loss, Reverse, check_predicts
 from .skeleton import Skeleton
 from .stream import Stream, StreamState
 from .taps import Tapped, Taps
 from .target import Target, check_absent
 from .writer import file_name, write_about, write_sums
 
-__all__ = ["STATISTICS", "calibrate"]
-
-STATISTICS = (COUNT, *REDUCERS, *GRADIENTS, LOSS)
-"""Names of all statistics."""
+__all__ = ["STATISTICS", "calibrate", "run_prepared"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished blocks and the number of all blocks."""
 
-# a small batch is enough to check that a model can be streamed
-_PROBE_SAMPLES, _PROBE_TOKENS = 2, 8
-
 
 def calibrate(
     model: str | Path,
-    data: Sequence[str | Path],
+    data: Data,
     out: str | Path,
     *,
     statistics: Sequence[str] = ("gram",),
@@ -62,7 +38,7 @@ def calibrate(
     seed: int = 0,
     tokens: str = "all",
     labels: str = "data",
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
@@ -72,7 +48,8 @@ def calibrate(
 
     Args:
         model: A checkpoint: a folder, a file of weights, or a Hub id.
-        data: Files: texts (.txt), or objects with text, prompt and completion, or messages (.jsonl, .parquet).
+        data: Files: texts (.txt), or objects with text, prompt and completion, or messages (.jsonl, .parquet). Or a
+            `merganser.statistics.Dataset`, which the library `datasets` opens.
         out: The folder to write; it must not exist.
         statistics: Names of the statistics to sum. Of the inputs of matrices: `gram`, `second_moment`, `magnitude`;
             `count` is always included. Of the gradients of the loss: `fisher`, `gradient`, `absolute_gradient`,
@@ -96,110 +73,37 @@ def calibrate(
         NonFiniteError: The model produces NaN or infinity.
         OutputError: `out` exists or cannot be written.
     """
-    target_path = Path(out)
-    check_absent(target_path)
-    wanted = _statistics(statistics)
+    check_absent(Path(out))
     choice = Choice(sequences, length, seed, tokens)
-    choice.check()
-    if batch_tokens < 1:
-        raise DataError(f"batch_tokens: must be at least 1, found {batch_tokens}")
-    if labels not in LABELS:
-        raise DataError(f"labels: must be {' or '.join(LABELS)}, found {labels!r}")
-    with_loss = LOSS in wanted
-    files = read_data(data)
-    with ExitStack() as stack:
-        source = open_source(model, stack, cache_dir=cache_dir)
-        if source.kind != "checkpoint":
-            raise UnsupportedError(
-                f"{model}: only checkpoints can be calibrated on; write the {source.kind} out as a checkpoint first"
-            )
-        dtype = torch.float32 if with_loss else None
-        skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir), dtype))
-        config = skeleton.model.config
-        tokenizer = open_tokenizer(source)
-        choice = choice.for_model(positions_of(config))
-        samples = choose_samples(files, tokenizer, config, choice)
-        pad = config.get_text_config().pad_token_id
-        pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
-        batches = make_batches(samples, 1 if with_loss else batch_tokens, pad_id)
-        if with_loss:
-            check_predicts(skeleton, batches)
-        skeleton.fill_outside(head=with_loss)
-        check_streamable(skeleton, _probe(samples, pad_id))
-        about = {
-            **_about(source, skeleton, tokenizer.hash),
-            "statistics": list(wanted),
-            "parts": [_part(files, samples, choice)],
-        }
-        if with_loss:
-            about["labels"] = labels
-        with Target(target_path, _fingerprint(about, 1 if with_loss else batch_tokens)) as target:
-            loss = Loss(labels, seed) if with_loss else None
-            found = _stream(skeleton, batches, wanted, loss, target, progress)
-            without = _without(skeleton, found["tensors"])
-            write_about(target.folder, {**about, "without": without, **found})
-            target.publish()
-    return open_statistics(target_path)
+    with prepare(
+        model, data, statistics=statistics, choice=choice, labels=labels, batch_tokens=batch_tokens, cache_dir=cache_dir
+    ) as prepared:
+        return run_prepared(prepared, Path(out), progress)
 
 
-def _about(source: Source, skeleton: Skeleton, tokenizer: str) -> dict[str, Any]:
-    """Return the description of model and tokenizer for statistics.json."""
-    return {
-        "kind": STATISTICS_KIND,
-        "format": STATISTICS_FORMAT,
-        "merganser": __version__,
-        "model": {
-            "reference": source.reference,
-            "hash": source.hash,
-            "architecture": type(skeleton.model).__name__,
-            "dtype": str(skeleton.dtype).removeprefix("torch."),
-        },
-        "tokenizer": tokenizer,
-    }
+def run_prepared(prepared: Prepared, out: Path, progress: Progress | None = None) -> Statistics:
+    """Run a prepared calibration, or continue it.
 
+    Args:
+        prepared: From `prepare`; it can be run once.
+        out: The folder to write; it must not exist.
+        progress: Called with the number of finished blocks and of all blocks.
 
-def _statistics(names: Sequence[str]) -> tuple[str, ...]:
-    for name in names:
-        if name not in STATISTICS:
-            raise DataError(
-                f"statistics: unknown statistic {name!r}.{did_you_mean(name, STATISTICS)} "
-                f"Known are {', '.join(STATISTICS)}"
-            )
-    included = {COUNT, *names, *([LOSS] if any(name in GRADIENTS for name in names) else [])}
-    return tuple(name for name in STATISTICS if name in included)
-
-
-def _probe(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """Return a batch of a few tokens of the data, of equal length."""
-    chosen = samples[:_PROBE_SAMPLES]
-    lengths = [
-        min(_PROBE_TOKENS, *(len(own.ids) for own in stack)) for stack in zip(*(s.stacks for s in chosen), strict=True)
-    ]
-    short = [
-        Sample(
-            tuple(Tokens(t.ids[:n], t.counted[:n]) for t, n in zip(sample.stacks, lengths, strict=True)), sample.where
-        )
-        for sample in chosen
-    ]
-    return make_batches(short, len(short) * max(lengths), pad_id)[0]
-
-
-def _part(files: Sequence[DataFile], samples: Sequence[Sample], choice: Choice) -> dict[str, Any]:
-    """Return the description of one pass over the data for statistics.json."""
-    return {
-        "data": [{"file": Path(file.path).name, "hash": file.hash, "bytes": file.nbytes} for file in files],
-        "length": choice.length,
-        "seed": choice.seed,
-        "tokens_counted": choice.tokens,
-        "sequences": len(samples),
-        "tokens": sum(len(tokens.ids) for sample in samples for tokens in sample.stacks),
-        "counted": sum(sum(tokens.counted) for sample in samples for tokens in sample.stacks),
-    }
-
-
-def _fingerprint(about: Mapping[str, Any], batch_tokens: int) -> str:
-    """Return a hash of everything that affects the result; only a run with the same hash is continued."""
-    return xxhash.xxh3_128_hexdigest(json.dumps([about, batch_tokens], sort_keys=True).encode())
+    Raises:
+        MergeError: As for `calibrate`.
+    """
+    skeleton, batches = prepared.skeleton, prepared.batches()
+    loss = None if prepared.labels is None else Loss(prepared.labels, prepared.choice.seed)
+    if loss is not None:
+        check_predicts(skeleton, batches)
+    skeleton.fill_outside(head=loss is not None)
+    check_streamable(skeleton, prepared.probe())
+    about = prepared.about()
+    with Target(out, fingerprint(about, prepared.batch_tokens)) as target:
+        written = _stream(skeleton, batches, prepared.statistics, loss, target, progress)
+        write_about(target.folder, {**about, "without": without(skeleton, written["tensors"]), **written})
+        target.publish()
+    return open_statistics(out)
 
 
 def _stream(
@@ -235,10 +139,10 @@ def _stream(
         taps = Taps(skeleton, skeleton.blocks[index], [name for name in statistics if name in REDUCERS])
         with skeleton.filled(skeleton.blocks[index]), taps.watching():
             stream.advance(taps.begin)
-        found = [tapped for tapped in taps.results() if _fits(skeleton, tapped)]
+        found = [tapped for tapped in taps.results() if fits(skeleton, tapped)]
         sums = {sum_name(name, tapped.names[0]): own for tapped in found for name, own in tapped.sums.items()}
         write_sums(target.folder / file_name(index + 1, count), sums)
-        tensors |= {name: {"axis": own.axis, "stored": own.names[0]} for own in found for name in own.names}
+        tensors |= described(found)
         note({})
         release_freed_memory()
     about: dict[str, Any] = {"files": files, "tensors": tensors}
@@ -253,13 +157,18 @@ def _stream(
     return about
 
 
-def _fits(skeleton: Skeleton, tapped: Tapped) -> bool:
+def described(block: Sequence[Tapped]) -> dict[str, Any]:
+    """Return what statistics.json says of the tensors of a block."""
+    return {name: {"axis": own.axis, "stored": own.names[0]} for own in block for name in own.names}
+
+
+def fits(skeleton: Skeleton, tapped: Tapped) -> bool:
     """Return whether the tensors have the layout of the model's parameters, so that `axis` is right for them."""
     shapes = [skeleton.checkpoint.tensors[name].shape for name in tapped.names]
     return all(tapped.axis < len(shape) and shape[tapped.axis] == tapped.width for shape in shapes)
 
 
-def _without(skeleton: Skeleton, tensors: Mapping[str, Any]) -> list[str]:
+def without(skeleton: Skeleton, tensors: Mapping[str, Any]) -> list[str]:
     """Return the matrices in the blocks for which there are no statistics."""
     names = (name for block in skeleton.blocks for name in block.sources)
     return [name for name in names if name not in tensors and len(skeleton.checkpoint.tensors[name].shape) > 1]

@@ -4,67 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import DataError
 from ..inference.language_model import Tokenizer
+from ..statistics.choice import DEFAULT_LENGTH, DEFAULT_SEQUENCES, Choice
 from .batches import Sample, Tokens
 from .data import Conversation, DataFile, Pair, Record, Text
 
-__all__ = ["Choice", "choose_samples"]
-
-DEFAULT_SEQUENCES = 64
-DEFAULT_LENGTH = 256
-COUNTED = ("all", "completions")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The part of the data to use.
-
-    Args:
-        sequences: Number of sequences; None for 64, or fewer if the data has fewer.
-        length: Largest number of tokens of a sequence; longer texts are cut into several. None for 256, or the model's
-            context window if it is smaller.
-        seed: Seed of the draw of sequences.
-        tokens: Which tokens count in statistics: `all`, or only those of `completions` (what follows a prompt, and the
-            assistant's messages in a conversation).
-    """
-
-    sequences: int | None = None
-    length: int | None = None
-    seed: int = 0
-    tokens: str = "all"
-
-    def check(self) -> None:
-        """Check that all values are allowed.
-
-        Raises:
-            DataError: A value is not allowed.
-        """
-        if self.sequences is not None and self.sequences < 1:
-            raise DataError(f"sequences: must be at least 1, found {self.sequences}")
-        if self.length is not None and self.length < 2:
-            raise DataError(f"length: must be at least 2 tokens, found {self.length}")
-        if self.seed < 0:
-            raise DataError(f"seed: must be at least 0, found {self.seed}")
-        if self.tokens not in COUNTED:
-            raise DataError(f"tokens: must be {' or '.join(COUNTED)}, found {self.tokens!r}")
-
-    def for_model(self, positions: int | None) -> Choice:
-        """Return the same with the length that it means for a model.
-
-        Args:
-            positions: Most tokens that the model can see at once; None without such a limit.
-
-        Raises:
-            DataError: The length is more than the model can see.
-        """
-        length = self.length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
-        if positions is not None and length > positions:
-            raise DataError(f"length: {length} tokens, but the model sees at most {positions} at once")
-        return replace(self, length=length)
+__all__ = ["choose_samples"]
 
 
 class _Cutter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,7 +18,10 @@ from ..inference.libraries import quiet
 from ..process import release_freed_memory
 from . import internals
 
-__all__ = ["Block", "Skeleton"]
+__all__ = ["Block", "Skeleton", "Weights"]
+
+Weights = Mapping[tuple[nn.Module, str], nn.Parameter]
+"""Parameters by the module that holds them and their name in it."""
 
 # keys of the number of blocks in a stack; most families map theirs to the first key
 _DEPTHS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
@@ -81,34 +84,62 @@ class Skeleton:
         """Whether the model is an encoder-decoder."""
         return bool(self.model.config.is_encoder_decoder)
 
-    def fill_outside(self, *, head: bool = False) -> None:
+    def outside(self, *, head: bool = False) -> list[str]:
+        """Return the names of the tensors outside the blocks: embeddings, norms.
+
+        Args:
+            head: Whether to include the output matrix, too, if it is not the embedding.
+        """
+        inside = {source for block in self.blocks for source in block.sources}
+        skipped = frozenset() if head else _own_head(self.model)
+        return [name for name, target in self.targets.items() if name not in inside and target.parameter not in skipped]
+
+    def fill_outside(self, *, head: bool = False, source: internals.TensorReader | None = None) -> None:
         """Load the weights outside the blocks: embeddings, norms.
 
         Args:
             head: Whether to load the output matrix, too, if it is not the embedding.
+            source: Where the weights come from, if not from the checkpoint.
 
         Raises:
             CheckpointError: A tensor cannot be read, or has the wrong shape.
         """
-        inside = {source for block in self.blocks for source in block.sources}
-        skipped = frozenset() if head else _own_head(self.model)
-        used = [name for name, target in self.targets.items() if name not in inside and target.parameter not in skipped]
-        self._load(used)
+        self._load(self.outside(head=head), source)
         internals.tie(self.model)
 
-    def _load(self, names: Sequence[str]) -> None:
-        tensors = {name: internals.LazyTensor(self.checkpoint.tensors[name], self._reader) for name in names}
-        internals.load_tensors(self.model, tensors)
+    def _load(self, names: Sequence[str], source: internals.TensorReader | None) -> None:
+        own = source or self._reader
+        internals.load_tensors(
+            self.model, {name: internals.LazyTensor(self.checkpoint.tensors[name], own) for name in names}
+        )
+
+    def loaded(self) -> Weights:
+        """Return all parameters that are loaded at the moment, so that `use` can put them back."""
+        return {
+            (owner, name): parameter
+            for owner in self.model.modules()
+            for name, parameter in owner._parameters.items()
+            if parameter is not None and not parameter.is_meta
+        }
+
+    def use(self, weights: Weights) -> None:
+        """Use these parameters in place of those that the model has."""
+        for (owner, name), parameter in weights.items():
+            owner._parameters[name] = parameter
 
     @contextmanager
-    def filled(self, block: Block) -> Iterator[None]:
+    def filled(self, block: Block, source: internals.TensorReader | None = None) -> Iterator[None]:
         """Load a block's weights, and free them at the end of the context.
+
+        Args:
+            block: The block.
+            source: Where the weights come from, if not from the checkpoint.
 
         Raises:
             CheckpointError: A tensor is missing, cannot be read, or has the wrong shape.
         """
         try:
-            self._load(block.sources)
+            self._load(block.sources, source)
             for name, parameter in block.module.named_parameters():
                 if parameter.is_meta:
                     raise CheckpointError(
@@ -128,6 +159,15 @@ class Skeleton:
             CheckpointError: It cannot be read.
         """
         return self._reader.tensor(self.checkpoint.tensors[name])
+
+    @contextmanager
+    def zeroed(self) -> Iterator[None]:
+        """Let all weights be zero within the context, in the memory of the largest; it must not be filled."""
+        try:
+            internals.zero_tensors(self.model)
+            yield
+        finally:
+            internals.empty_tensors(self.model)
 
     def will_need(self, block: Block) -> None:
         """Advise the system that a block's tensors will be read soon."""

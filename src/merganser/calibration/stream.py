@@ -68,6 +68,8 @@ class Stream:
         self.folder = folder
         self.state = state or StreamState()
         self._keep = keep
+        # width and dtype of what is stored, and whether the block returns a tuple
+        self._written = (0, "", False)
 
     def advance(self, begin: Callable[[Batch], None]) -> None:
         """Run the next block, whose weights must be loaded, on all batches.
@@ -80,20 +82,43 @@ class Stream:
             UnsupportedError: The block does not return hidden states.
             NonFiniteError: The block returns NaN or infinity for a token.
         """
+        for number, batch in enumerate(self.batches):
+            begin(batch)
+            self.store(number, self.output(number))
+        self.finish()
+
+    def output(self, number: int) -> Output:
+        """Run the next block, whose weights must be loaded, on one batch, and return what it computes.
+
+        Raises:
+            UnsupportedError: The block does not return hidden states.
+            NonFiniteError: The block returns NaN or infinity for a token.
+        """
+        block, batch = self.skeleton.blocks[self.state.done], self.batches[number]
+        output = run_block(self.skeleton, self.state.done, batch, self.before(number, self.state.done))
+        _check_finite(output.hidden, batch, block)
+        return output
+
+    def store(self, number: int, output: Output) -> None:
+        """Store what the next block computes for one batch.
+
+        Raises:
+            OutputError: The disk is full or failed.
+        """
         index = self.state.done
-        block = self.skeleton.blocks[index]
-        stack = block.stack
+        stack = self.skeleton.blocks[index].stack
+        padded = self.batches[number].stacks[stack]
+        rows = _rows(output.hidden, padded)
         with Spool(self._hidden_file(index)) as spool:
-            for number, batch in enumerate(self.batches):
-                begin(batch)
-                output = run_block(self.skeleton, index, batch, self.before(number, index))
-                _check_finite(output.hidden, batch, block)
-                rows = _rows(output.hidden, batch.stacks[stack])
-                spool.write(batch.stacks[stack].first, rows)
-                if output.rest is not None:
-                    self._write_rest(index, number, output.rest)
-                written = (rows.shape[1], str(rows.dtype).removeprefix("torch."), output.rest is not None)
-        self.state = StreamState(index + 1, {**self.state.formats, stack: written})
+            spool.write(padded.first, rows)
+        if output.rest is not None:
+            self._write_rest(index, number, output.rest)
+        self._written = (rows.shape[1], str(rows.dtype).removeprefix("torch."), output.rest is not None)
+
+    def finish(self) -> None:
+        """Go on to the block after the next one, once what the next one computes is stored for all batches."""
+        stack = self.skeleton.blocks[self.state.done].stack
+        self.state = StreamState(self.state.done + 1, {**self.state.formats, stack: self._written})
 
     def logits(self, number: int) -> Tensor:
         """Return the logits of a batch, once all blocks are done and the head is loaded.

@@ -25,6 +25,8 @@ __all__ = ["Tapped", "Taps"]
 
 _Key = tuple[str, int | None]
 
+Observer = Callable[[str, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Tapped:
@@ -47,10 +49,11 @@ class Tapped:
 class _Inputs:
     """The sums over the inputs of one matrix."""
 
-    def __init__(self, statistics: Sequence[str], width: int) -> None:
+    def __init__(self, statistics: Sequence[str], width: int, *, summed: bool) -> None:
         self.width = width
+        self.statistics = statistics
         self.count = 0
-        self.reducers: dict[str, Reducer] = {name: REDUCERS[name](width) for name in statistics}
+        self.reducers: dict[str, Reducer] = {name: REDUCERS[name](width) for name in statistics if summed}
 
     def add(self, rows: Tensor) -> None:
         """Add the inputs of some tokens, shape [tokens, width]."""
@@ -69,10 +72,23 @@ class Taps:
         skeleton: The model.
         block: One of its blocks.
         statistics: Names of statistics; the number of tokens is always counted.
+        observe: Called with the name of a parameter and its inputs that count, shape [tokens, in], before they are
+            added; once for parameters that receive the same inputs, and not for experts.
+        summed: Whether to sum; otherwise the results only say which sums there would be, of which shapes.
     """
 
-    def __init__(self, skeleton: Skeleton, block: Block, statistics: Sequence[str]) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        block: Block,
+        statistics: Sequence[str],
+        observe: Observer | None = None,
+        *,
+        summed: bool = True,
+    ) -> None:
         self._block = block
+        self._observe = observe
+        self._summed = summed
         self._statistics = [name for name in statistics if name != COUNT]
         self._sources: dict[_Key, list[str]] = {}
         for source in block.sources:
@@ -124,9 +140,12 @@ class Taps:
         if counted is None:
             return
         if (parameter, None) not in self._inputs:
-            self._inputs[parameter, None] = _Inputs(self._statistics, received.shape[-1])
+            self._inputs[parameter, None] = _Inputs(self._statistics, received.shape[-1], summed=self._summed)
         rows = received.flatten(0, -2)
-        self._inputs[parameter, None].add(rows if bool(counted.all()) else rows[counted])
+        rows = rows if bool(counted.all()) else rows[counted]
+        if self._observe is not None:
+            self._observe(parameter, rows)
+        self._inputs[parameter, None].add(rows)
 
     def _prepare_experts(self, name: str, module: Any) -> None:
         """Create the sums of all experts, including those that will receive no token."""
@@ -134,7 +153,9 @@ class Taps:
             parameter = f"{name}.{own}"
             experts, width = getattr(module, own).shape[0], getattr(module, own).shape[axis]
             for expert in range(experts):
-                self._inputs[parameter, expert] = _Inputs(self._statistics, width)
+                # not anew where watching continues
+                if (parameter, expert) not in self._inputs:
+                    self._inputs[parameter, expert] = _Inputs(self._statistics, width, summed=self._summed)
             # a checkpoint with one tensor per expert stores matrices of shape [out, in]
             self._axes[parameter] = axis if (parameter, None) in self._sources else 1
 
@@ -179,8 +200,9 @@ def _sums(inputs: Sequence[_Inputs], *, stacked: bool) -> dict[str, Sum]:
 
     counts = [each.count for each in inputs]
     sums = {COUNT: Sum(lead, "int64", lambda: torch.tensor(counts if stacked else counts[0]))}
-    for name, reducer in inputs[0].reducers.items():
-        sums[name] = Sum((*lead, *reducer.shape), reducer.stored_as, partial(take, name))
+    for name in inputs[0].statistics:
+        kind = REDUCERS[name]
+        sums[name] = Sum((*lead, *kind.shape_of(inputs[0].width)), kind.stored_as, partial(take, name))
     return sums
 
 

@@ -16,7 +16,7 @@ from ..jsonfile import read_object
 from ..statistics import STATISTICS_NAME
 from .writer import write_json
 
-__all__ = ["Target"]
+__all__ = ["Target", "check_absent", "working_names"]
 
 _STATE = "state.json"
 
@@ -45,8 +45,8 @@ class Target:
         check_absent(out)
         target = out.expanduser().resolve()
         self._target = target
-        self.folder = target.with_name(f".{target.name}.calibrating")
-        self._lock_file = target.with_name(f".{target.name}.calibrating.lock")
+        folder, lock = working_names(target.name)
+        self.folder, self._lock_file = target.with_name(folder), target.with_name(lock)
         self._lock = lock_target(out, self._lock_file)
         try:
             left = survey(self.folder)
@@ -112,6 +112,11 @@ class Target:
             return {}
         state = found.get("state")
         return state if found.get("fingerprint") == self._fingerprint and isinstance(state, dict) else {}
+
+
+def working_names(name: str) -> tuple[str, str]:
+    """Return the names of the working folder and of the lock of a target."""
+    return f".{name}.calibrating", f".{name}.calibrating.lock"
 
 
 def check_absent(out: Path) -> None:

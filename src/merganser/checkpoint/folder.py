@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import exists, os_reason, read_object
 from ..wording import brief, some
+from .formats.gguf.beside import folder_beside
+from .formats.gguf.read import read_gguf
 from .formats.pickled import read_pickled
-from .formats.quantised.read import Quantisation, dequantise
+from .formats.quantised.read import Quantisation, declared_dtype, dequantise
 from .formats.safetensors import read_header
 from .hub import is_hub_id, snapshot
 from .links import inside
 from .reader import Reader
 from .sidefiles import list_side_files
 from .tensor import TensorInfo
-from .weights import PICKLED_SUFFIXES, Weights, choose_weights, may_be_weights, refuse_name
+from .weights import GGUF_SUFFIX, PICKLED_SUFFIXES, Weights, choose_weights, may_be_weights, refuse_name
 from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "open_checkpoint", "open_tokenizer"]
@@ -46,6 +49,7 @@ class Checkpoint:
         wrappers: prefixes of training frameworks, such as `_orig_mod.`, that were stripped from the names of tensors.
         unread: names of files in the folder that may also hold weights and are not read.
         quantisation: how the weights are quantised; None if they are not.
+        left_out: tensors of the files that are not among `tensors`, and why, by name.
         loose: whether it is a single file in a folder without config.json; other files there are not the model's.
         adapter: the files of an adapter that its tensors are read with: config and weights; empty without one.
         notes: what a user should know of an adapter and this model.
@@ -63,6 +67,7 @@ class Checkpoint:
     quantisation: Quantisation | None = None
     adapter: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def side_files(self) -> list[Path]:
@@ -128,8 +133,11 @@ def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: P
             raise
         raise CheckpointError(f"{error.filename or path}: cannot be read: {os_reason(error)}") from None
     tensors, wrappers = unwrap(reference, found.tensors)
-    tensors, quantisation = dequantise(reference, found.config, tensors)
-    return replace(found, tensors=tensors, wrappers=tuple(wrappers), quantisation=quantisation)
+    quantisation = found.quantisation
+    if quantisation is None:
+        tensors, quantisation = dequantise(reference, found.config, tensors)
+    left_out = {**found.left_out, **(quantisation.left_out if quantisation is not None else {})}
+    return replace(found, tensors=tensors, wrappers=tuple(wrappers), quantisation=quantisation, left_out=left_out)
 
 
 def open_tokenizer(reference: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
@@ -169,6 +177,8 @@ def _open_file(reference: str, file: Path) -> Checkpoint:
     if file.name.endswith(".index.json"):
         return _open_index(reference, file.parent, file)
     refuse_name(str(file), file.name)
+    if file.name.endswith(GGUF_SUFFIX):
+        return _open_gguf(reference, file.parent, file.name)
     opened = _assemble(reference, file.parent, [file])
     return replace(opened, loose=not (file.parent / "config.json").exists())
 
@@ -178,11 +188,33 @@ def _open_folder(reference: str, folder: Path) -> Checkpoint:
     weights = _named_weights(folder) or choose_weights(str(folder), names)
     if weights.rival is not None:
         _check_rival(folder, weights.files[0], weights.rival)
+    if weights.files and weights.files[0].endswith(GGUF_SUFFIX):
+        return _open_gguf(reference, folder, *weights.files)
     if weights.index is not None:
         opened = _open_index(reference, folder, folder / weights.index)
     else:
         opened = _assemble(reference, folder, [folder / name for name in weights.files])
     return replace(opened, unread=_unread(names, opened.weight_files))
+
+
+def _open_gguf(reference: str, folder: Path, *names: str) -> Checkpoint:
+    """Open GGUF files; where no config.json lies beside them, it and the tokenizer are made from the first."""
+    if len(names) == 1 and (match := re.fullmatch(r"(.+-)00001(-of-(\d{5})\.gguf)", names[0])):
+        names = tuple(f"{match[1]}{number:05d}{match[2]}" for number in range(1, int(match[3]) + 1))
+    files = [folder / name for name in names]
+    for file in files:
+        _require_file(file)
+    config = _read_config(folder)
+    found = read_gguf(files, declared_dtype(config))
+    if not config:
+        folder = folder_beside(files[0])
+        config = _read_config(folder)
+    tensors = {tensor.name: tensor for tensor in found.tensors}
+    if not tensors:
+        raise CheckpointError(f"{files[0]}: holds no tensors")
+    types = f"{', '.join(found.schemes)} ({files[0].name})" if found.schemes else None
+    quantisation = None if types is None else Quantisation(types, found.schemes)
+    return Checkpoint(reference, folder, config, tensors, files, {}, quantisation=quantisation, left_out=found.left_out)
 
 
 def _named_weights(folder: Path) -> Weights | None:
@@ -307,13 +339,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_object(inside(folder, config.name, str(folder)))
 
 
-def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
+def _require_file(file: Path) -> None:
     if not file.exists():
         raise NotFoundError(f"{file}: is a link to a file that is not there; fetch the checkpoint again")
     if not file.is_file():
         # Reading a pipe or a device might wait forever or never end.
         kind = "a directory" if file.is_dir() else "not a regular file"
         raise CheckpointError(f"{file}: is {kind}, a file with weights is needed")
+
+
+def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
+    _require_file(file)
     if not file.name.endswith(".safetensors"):
         return read_pickled(file)
     tensors, found = read_header(file)

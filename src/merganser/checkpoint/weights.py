@@ -12,19 +12,29 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError, NotFoundError, UnsupportedError
 
-__all__ = ["PICKLED_SUFFIXES", "Weights", "choose_weights", "is_weight_file", "may_be_weights", "refuse_name"]
+__all__ = [
+    "GGUF_SUFFIX",
+    "PICKLED_SUFFIXES",
+    "Weights",
+    "choose_weights",
+    "is_weight_file",
+    "may_be_weights",
+    "refuse_name",
+]
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 """Endings of the names of pickled checkpoints."""
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.safetensors|\.bin)")
-_OTHER_WEIGHTS = (".gguf", ".onnx", ".h5", ".msgpack", ".ckpt", ".tflite", ".ot", ".npz", ".mlmodel", ".pdparams")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.safetensors|\.bin|\.gguf)")
+GGUF_SUFFIX = ".gguf"
+"""Ending of the names of GGUF files."""
+
+_OTHER_WEIGHTS = (GGUF_SUFFIX, ".onnx", ".h5", ".msgpack", ".ckpt", ".tflite", ".ot", ".npz", ".mlmodel", ".pdparams")
 # Optimizer and training states, and adapters: these files hold tensors, but not the model's weights.
 _NOT_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|adapter_|pytorch_lora|"
-    r"tokenizer|global_step|.*optim_states|.*_rank_\d)"
+    r"tokenizer|global_step|mmproj|.*optim_states|.*_rank_\d)"
 )
-_GGUF = "GGUF inputs come with a later version; give the safetensors checkpoint it was made from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +67,16 @@ def refuse_name(where: str, name: str) -> None:
     """Raise the error for a single file that was given as a checkpoint but cannot be one.
 
     Raises:
-        UnsupportedError: The file is GGUF, or an adapter.
+        UnsupportedError: The file is an adapter.
         CheckpointError: The file has any other name.
     """
-    if name.endswith(".gguf"):
-        raise UnsupportedError(f"{where}: {_GGUF}")
     if name.startswith("adapter_"):
         raise UnsupportedError(f"{where}: {_lora('the file is a LoRA adapter')}")
     if foreign := _foreign([name]):
         raise CheckpointError(f"{where}: {foreign}")
-    if not name.endswith((".safetensors", *PICKLED_SUFFIXES)):
+    if not name.endswith((".safetensors", GGUF_SUFFIX, *PICKLED_SUFFIXES)):
         raise CheckpointError(
-            f"{where}: not a checkpoint: give a folder, or a file that ends in .safetensors, "
+            f"{where}: not a checkpoint: give a folder, or a file that ends in .safetensors, .gguf, "
             f"{' or '.join(PICKLED_SUFFIXES)}"
         )
 
@@ -78,7 +86,7 @@ def choose_weights(where: str, names: Iterable[str]) -> Weights:
 
     The order of preference: what transformers itself loads (`model.safetensors`, its index), any other index, any other
     set of shards, any other single file, a `consolidated` copy of the weights; pickled files come last, in the same
-    order.
+    order, and GGUF last of all.
 
     Args:
         where: name of the folder in messages.
@@ -87,13 +95,17 @@ def choose_weights(where: str, names: Iterable[str]) -> Weights:
     Raises:
         NotFoundError: a shard of a set without index is missing.
         CheckpointError: there are no weights, or several equally preferred candidates.
-        UnsupportedError: the folder holds an adapter, or only GGUF files.
+        UnsupportedError: the folder holds an adapter.
     """
     present = sorted(set(names))
     if "adapter_config.json" in present:
         raise UnsupportedError(f"{where}: {_lora('the folder holds a LoRA adapter (adapter_config.json)')}")
     usable = [name for name in present if "/" not in name and may_be_weights(name)]
-    for suffixes, default in ((".safetensors",), "model.safetensors"), (PICKLED_SUFFIXES, "pytorch_model.bin"):
+    for suffixes, default in (
+        ((".safetensors",), "model.safetensors"),
+        (PICKLED_SUFFIXES, "pytorch_model.bin"),
+        ((GGUF_SUFFIX,), "model.gguf"),
+    ):
         mine = [name for name in usable if name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
         mine += [name for name in usable if name.endswith(tuple(suffixes))]
         first = [name for name in mine if not name.startswith("consolidated")]
@@ -201,8 +213,6 @@ def _foreign(names: Sequence[str]) -> str | None:
 
 
 def _nothing(where: str, names: Sequence[str]) -> Exception:
-    if any(name.endswith(".gguf") for name in names):
-        return UnsupportedError(f"{where}: {_GGUF}")
     if foreign := _foreign(names):
         return CheckpointError(f"{where}: {foreign}")
     if other := [name for name in names if name.endswith(_OTHER_WEIGHTS)]:

@@ -22,6 +22,7 @@ from ._text import complain, writing
 from .calibrate import calibrate
 from .diff import diff
 from .eval import evaluate
+from .extract import extract
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -49,6 +50,7 @@ app.command(cls=many_values("--data"))(calibrate)
 app.command(cls=Verb)(verify)
 app.command(cls=Verb)(restore)
 app.command(cls=Verb)(transplant)
+app.command(cls=Verb)(extract)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=Verb)(report)
 

@@ -33,7 +33,7 @@ OPTIONS = {
     "--write-model-card": "not available: merge.json records the merge, and merganser report shows it",
     "--no-write-model-card": "not needed: no model card is written",
     "--allow-crimes": "not available: tensors are matched by name and shape, and what differs is refused with a list",
-    "--unsafe-truncate-embeddings": "not available: models whose vocabularies differ are refused",
+    "--unsafe-truncate-embeddings": "not available: tokenizer_source in the recipe matches rows by token",
     "--lora-merge-cache": _ADAPTER,
     "--lora-merge-dtype": _ADAPTER,
     "--verbose": _VERBOSE,

@@ -42,14 +42,6 @@ MaxMemory = Annotated[
     int | None,
     typer.Option(parser=parse_size, metavar="SIZE", help="Memory that the merge may use.", show_default=False),
 ]
-Compile = Annotated[
-    bool | None,
-    typer.Option(
-        "--compile/--no-compile",
-        help="Compile kernels: once, some seconds each.  [default: where models are large]",
-        show_default=False,
-    ),
-]
 CacheDir = Annotated[
     Path | None,
     typer.Option(

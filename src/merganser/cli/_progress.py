@@ -11,7 +11,7 @@ from ..wording import count_text, plural, printable, size_text
 from ._text import complain, on_terminal
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn, Task, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
     from ..engine.plan.plan import Plan
 
@@ -49,20 +49,6 @@ def _step_bar() -> Progress:
         transient=True,
         expand=True,
     )
-
-
-def _compiling() -> ProgressColumn:
-    """Return a column that tells when a kernel is being compiled, since the bar then stands still."""
-    from rich.progress import ProgressColumn
-    from rich.text import Text
-
-    from ..engine.kernels.compiled import is_compiling
-
-    class Compiling(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text("compiling, once" if is_compiling() else "")
-
-    return Compiling()
 
 
 @contextmanager
@@ -105,6 +91,7 @@ class MergeProgress:
         self._bytes = 0
         self._tensors = 0
         self._total = 0
+        self._steps: Progress | None = None
         self.plans: list[Plan] = []
 
     def __enter__(self) -> MergeProgress:
@@ -114,6 +101,18 @@ class MergeProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._close()
+
+    def calibrating(self, model: str, done: int, blocks: int) -> None:
+        """Show how many blocks of a model are done."""
+        if self._quiet or not on_terminal():
+            return
+        if self._steps is None or done == 0:
+            self._close()
+            self._steps = _step_bar()
+            self._task = self._steps.add_task("", total=blocks)
+            self._steps.start()
+        if self._task is not None:
+            self._steps.update(self._task, description=f"calibrating {printable(model)}", completed=done)
 
     def start(self, plan: Plan, continued: bool) -> None:
         """Print the plan's warnings and open a bar for a run that begins or continues."""
@@ -133,7 +132,7 @@ class MergeProgress:
             complain("note", f"{stage}continuing an interrupted run: {tensors}, {size_text(before)} are there already")
         if on_terminal():
             beside = plan.sidecars.bytes_read + plan.sidecars.bytes_written if plan.sidecars else 0
-            self._bar = _bar("{task.fields[tensors]}", *([_compiling()] if plan.compiled else []))
+            self._bar = _bar("{task.fields[tensors]}")
             self._task = self._bar.add_task(
                 printable(plan.recipe.name or plan.method.name),
                 total=plan.bytes_read + plan.bytes_written + beside,
@@ -153,6 +152,9 @@ class MergeProgress:
         return f"{count_text(self._tensors)}/{count_text(self._total)} tensors"
 
     def _close(self) -> None:
+        if self._steps is not None:
+            self._steps.stop()
+            self._steps, self._task = None, None
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._task = None, None

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import DataError
 from . import _options as options
+from ._calibrations import calibration_rows
 from ._progress import step_progress
-from ._text import complain, head, plural, say, say_json, size_text, some, time_text
+from ._text import complain, head, plural, say, say_json, size_text, some, table, time_text
+
+if TYPE_CHECKING:
+    from ..statistics import CalibrationPlan, Dataset
 
 
 def calibrate(
@@ -18,14 +24,29 @@ def calibrate(
         str, typer.Argument(metavar="MODEL", help="A folder, a file of weights, or a Hub id.", show_default=False)
     ],
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             metavar="FILE...",
             help="Texts (.txt), or text, prompt and completion, or messages (.jsonl, .parquet).",
             show_default=False,
         ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write.", show_default=False)],
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The folder to write.", show_default=False)] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A data set on the Hub, or a folder, in place of files; needs the library datasets.",
+            show_default=False,
+        ),
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Configuration of the data set.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Split of the data set.  [default: train]", show_default=False),
+    ] = None,
     statistics: Annotated[
         str,
         typer.Option(
@@ -63,30 +84,34 @@ def calibrate(
     ] = "data",
     batch_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")] = 2048,
     cache_dir: options.CacheDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is written.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     json: options.Json = False,
 ) -> None:
     """Write statistics of a model on text, for merges that use data."""
     options.quieten_hub(quiet)
     from ..calibration import calibrate as run
+    from ..calibration import plan_calibration
     from ..process import peak_memory
 
+    given: dict[str, Any] = {
+        "statistics": [name.strip() for name in statistics.split(",") if name.strip()],
+        "sequences": sequences,
+        "length": length,
+        "seed": seed,
+        "tokens": tokens,
+        "batch_tokens": batch_tokens,
+        "cache_dir": cache_dir,
+    }
+    chosen = _data(data, dataset, subset, split)
+    if dry_run:
+        _show(plan_calibration(model, chosen, **given), json=json)
+        return
+    if out is None:
+        raise DataError("--out is missing: give the folder to write, or --dry-run")
     started = time.monotonic()
     with step_progress("calibrate", quiet) as progress:
-        found = run(
-            model,
-            data,
-            out,
-            statistics=[name.strip() for name in statistics.split(",") if name.strip()],
-            sequences=sequences,
-            length=length,
-            seed=seed,
-            tokens=tokens,
-            labels=labels,
-            batch_tokens=batch_tokens,
-            cache_dir=cache_dir,
-            progress=progress,
-        )
+        found = run(model, chosen, out, labels=labels, progress=progress, **given)
     if json:
         say_json(found.about)
         return
@@ -105,3 +130,25 @@ def calibrate(
     if found.loss is not None:
         say(f"loss {found.loss:.4f} nats per token, over {plural(found.predictions, 'token')}")
     say(f"wrote {found.path} ({size_text(found.nbytes)})")
+
+
+def _data(files: list[str] | None, dataset: str | None, subset: str | None, split: str | None) -> list[str] | Dataset:
+    """Return what to calibrate on: files, or a data set."""
+    from ..statistics import Dataset
+
+    if dataset is None:
+        if subset is not None or split is not None:
+            raise DataError("--subset and --split are for --dataset, which is missing")
+        return files or []
+    if files:
+        raise DataError("give --data or --dataset, not both")
+    return Dataset(dataset, subset, split or "train")
+
+
+def _show(plan: CalibrationPlan, *, json: bool) -> None:
+    if json:
+        say_json(asdict(plan))
+        return
+    head(f"calibrating {plan.model}")
+    for line in table(calibration_rows([plan])):
+        say(line)

@@ -10,6 +10,7 @@ import typer
 
 from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
+from ._adapters import print_merged_adapter
 from ._errors import STOPPED
 from ._progress import MergeProgress
 from ._text import complain, head, say, say_json, share_text, table
@@ -39,7 +40,6 @@ def merge(
         bool, typer.Option("--allow-nonfinite", help="Merge NaN and infinity instead of refusing them.")
     ] = False,
     max_memory: options.MaxMemory = None,
-    compile: options.Compile = None,
     cache_dir: options.CacheDir = None,
     keep_stages: options.KeepStages = False,
     cluster: Annotated[
@@ -65,7 +65,7 @@ def merge(
     from ..engine.run import Interrupted
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
-    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
     with MergeProgress(quiet) as progress:
         try:
             result = merge_recipes(
@@ -84,11 +84,14 @@ def merge(
             raise typer.Exit(STOPPED) from None
     if json:
         say_json({"out": str(result.out), "record": result.record})
+    elif "merged_adapters" in result.record and not quiet:
+        print_merged_adapter(result.out, result.record, [recipe.name for recipe in recipes if recipe.name])
     elif not quiet:
         _summary(progress.plans[-1], result.out, result.record, [plan.recipe.name for plan in progress.plans[:-1]])
 
 
 def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str | None]) -> None:
+    from ..engine.plan.census import census_text
     from ..engine.plan.summary import count_inputs
     from ..process import peak_memory
 
@@ -99,9 +102,7 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
         f"{count_text(record['parameters'])} parameters · {time_text(record['timings']['seconds'])} · "
         f"peak {size_text(peak_memory())}"
     )
-    compiling = record["timings"]["compile_seconds"]
-    if compiling >= 1:
-        say(f"compiling took {time_text(compiling)} of it; the kernels are kept for merges of this kind")
+    say(census_text(plan.census.values()))
     _lengths(record["movement"]["total"])
     for warning in record["warnings"][len(plan.warnings) :]:
         complain("warning", warning)

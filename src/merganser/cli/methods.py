@@ -14,7 +14,10 @@ from ._options import Json
 from ._text import head, say, say_json, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..method.description import MethodDescription, ParameterDescription
+    from ..testing.passes import Pass
 
 _LAWS = {
     "identical": "identical models are not returned as they are",
@@ -22,7 +25,13 @@ _LAWS = {
     "order": "the order of the models matters",
     "differs": "the result may equal an input",
 }
-_SCOPES = {"element": "element by element", "row": "whole rows", "tensor": "whole tensors", "matrix": "whole matrices"}
+_SCOPES = {
+    "element": "element by element",
+    "row": "whole rows",
+    "tensor": "whole tensors",
+    "matrix": "whole matrices",
+    "factors": "factors of adapters",
+}
 
 
 def methods(
@@ -33,17 +42,19 @@ def methods(
 ) -> None:
     """List the merge methods, or explain one."""
     from ..method.description import describe
-    from ..method.registry import get_method
-    from ..method.registry import methods as all_methods
+    from ..method.registry import every_method, get_method
 
     if name is not None:
-        found = describe(get_method(name))
+        from ..testing.passes import passes
+
+        chosen = every_method().get(name) or get_method(name)
+        found, how = describe(chosen), passes(chosen)
         if json:
-            say_json(asdict(found))
+            say_json({**asdict(found), "passes": [asdict(one) for one in how]})
         else:
-            _page(found)
+            _page(found, how)
         return
-    every = sorted((describe(method) for method in all_methods().values()), key=lambda m: (m.family, m.name))
+    every = sorted((describe(method) for method in every_method().values()), key=lambda m: (m.family, m.name))
     if json:
         say_json([asdict(method) for method in every])
         return
@@ -69,16 +80,18 @@ def _traits(method: MethodDescription) -> list[str]:
     return [words for words, true in traits.items() if true]
 
 
-def _page(method: MethodDescription) -> None:
+def _page(method: MethodDescription, how: Sequence[Pass]) -> None:
     head(f"{method.name} · {method.family}")
     say(method.summary)
     _block("", method.formula)
     _block("Use when", method.use_when)
     random = "; the result depends on the seed" if method.random else ""
-    wanted = [f"{' and '.join(method.from_data)} of every model"] if method.from_data else []
+    of = {"models": "every model", "base": "the base", "first": "the first model"}[method.data_of]
+    source = "`merganser calibrate`" if method.data_inputs == "own" else "measured within the merge"
+    wanted = [f"{' and '.join(method.from_data)} of {of}"] if method.from_data else []
     if method.from_data_of_base:
         wanted.append(f"{' and '.join(method.from_data_of_base)} of the base on the data of every model")
-    needed = f"; needs {', and '.join(wanted)} (`merganser calibrate`)" if wanted else ""
+    needed = f"; needs {', and '.join(wanted)} ({source})" if wanted else ""
     kept = "; keeps what restores each model (`merganser restore`)" if method.sidecar else ""
     _block("Takes", f"{method.models}; {_SCOPES[method.scope]}{needed}{random}{kept}")
     if method.parameters:
@@ -94,8 +107,18 @@ def _page(method: MethodDescription) -> None:
         head("Unlike other methods")
         for law, reason in method.breaks.items():
             _wrapped(f"{_LAWS.get(law, law)}: {reason}", "  ")
+    say()
+    head("Passes over the inputs")
+    for one in how:
+        _wrapped(f"{one.what}: {_how(one)}", "  ")
     cited = "no publication" if method.cite == "-" else method.cite
     _block("Reference", f"{method.citation} [{cited}]" if method.citation else cited)
+
+
+def _how(found: Pass) -> str:
+    if not found.fused:
+        return f"operation by operation ({found.reason})"
+    return "fused" + (f", with {', '.join(found.between)} in between" if found.between else "")
 
 
 def _parameter(parameter: ParameterDescription) -> None:

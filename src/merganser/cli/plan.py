@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..wording import count_text, plural, size_text, some, time_text
 from . import _options as options
+from ._adapters import adapter_plan_json, print_adapter_plan
+from ._calibrations import calibration_rows
 from ._text import head, passes_text, say, say_json, share_text, table
 from ._vocabulary import vocabulary_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from ..engine.adapters.plan import AdapterPlan
     from ..engine.plan.plan import Plan
     from ..engine.plan.summary import InputSummary, PlanSummary, SidecarSummary, TensorGroup, TensorSummary
 
@@ -26,7 +29,6 @@ def plan(
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     seed: options.Seed = None,
     max_memory: options.MaxMemory = None,
-    compile: options.Compile = None,
     cache_dir: options.CacheDir = None,
     keep_stages: options.KeepStages = False,
     tensors: options.AllTensors = False,
@@ -34,12 +36,13 @@ def plan(
 ) -> None:
     """Show what a merge will read, do and write; nothing is written."""
     options.quieten_hub()
+    from ..engine.adapters.plan import AdapterPlan
     from ..engine.merge import plan as plan_recipes
     from ..engine.plan.summary import summarise, tensor_summaries
     from ..recipe import load_recipes
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
-    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, compiled=compile)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
     target = plan_recipes(load_recipes(recipe), keep_stages=keep_stages, **given)
     stages = [*target.stages, target]
     if json:
@@ -51,14 +54,22 @@ def plan(
         if len(stages) > 1:
             name = f": {stage.recipe.name}" if stage.recipe.name else ""
             head(f"Stage {number + 1} of {len(stages)}{name}")
-        _print(stage, summarise(stage), tensor_summaries(stage) if tensors else [])
+        if isinstance(stage, AdapterPlan):
+            print_adapter_plan(stage)
+        else:
+            _print(stage, summarise(stage), tensor_summaries(stage) if tensors else [])
 
 
-def _as_json(stage: Plan, *, tensors: bool) -> dict[str, Any]:
+def _as_json(stage: Plan | AdapterPlan, *, tensors: bool) -> dict[str, Any]:
+    from ..engine.adapters.plan import AdapterPlan
     from ..engine.plan.summary import summarise, tensor_summaries
 
+    if isinstance(stage, AdapterPlan):
+        return adapter_plan_json(stage)
     found = asdict(summarise(stage))
     found["donor"] = stage.shown(found["donor"])
+    for entry in found["census"]:
+        entry["model"] = stage.shown(entry["model"])
     for entry in found["inputs"]:
         made = entry["path"] in stage.made
         entry["reference"] = stage.shown(entry["reference"])
@@ -73,6 +84,8 @@ def _as_json(stage: Plan, *, tensors: bool) -> dict[str, Any]:
 
 
 def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> None:
+    from ..engine.plan.census import census_text
+
     head(f"{_methods(found)} → {plural(found.tensors, 'tensor')}, {count_text(found.parameters)} parameters")
     say("reads")
     for line in table([_input(stage, entry) for entry in found.inputs], right=(2, 3, 4)):
@@ -83,6 +96,8 @@ def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> Non
         say("matches tokens")
         for line in vocabulary_lines(found.vocabulary):
             say(stage.shown(line))
+    if any(entry["copied"] or entry["left_out"] for entry in found.census):
+        say(f"  {stage.shown(census_text(stage.census.values()))}")
     say("makes")
     for line in table(_groups(found.groups), right=(1,)):
         say(line)
@@ -96,6 +111,10 @@ def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> Non
     if found.sidecars:
         say("keeps")
         for line in table(_tasks(stage, found.sidecars), right=(2,)):
+            say(line)
+    if found.calibrations:
+        say("calibrates first")
+        for line in table(calibration_rows(found.calibrations)):
             say(line)
     say("expects")
     for line in table(_costs(found)):
@@ -215,8 +234,7 @@ def _tasks(stage: Plan, found: SidecarSummary) -> list[list[str]]:
 
 
 def _costs(found: PlanSummary) -> list[list[str]]:
-    fused = "fused kernels" if found.compiled else "eager"
-    work = f"{found.device}, {plural(found.threads, 'thread')}, {fused}"
+    work = f"{found.device}, {plural(found.threads, 'thread')}"
     rows = [
         ["read", f"{size_text(found.bytes_read)} in {passes_text(found.passes)}"],
         ["written", size_text(found.bytes_written)],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import INDEX_NAME, index_json
 from ..checkpoint.sidefiles import copy_file
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutputError
 from ..files import sha256_of_file
 from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
@@ -149,6 +149,27 @@ def write_planned_files(plan: Plan, folder: Path) -> list[str]:
     for name, data in texts.items():
         (folder / name).write_bytes(data)
     return [*plan.side_files, *texts]
+
+
+def lay_out(plan: Plan, folder: Path) -> None:
+    """Write a plan's output without weights: headers, sparse files of full size, and the files besides weights.
+
+    Args:
+        plan: The plan.
+        folder: The folder to write; it must not exist.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        folder.mkdir()
+        for shard in plan.shards:
+            with (folder / shard.name).open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.size)
+        write_planned_files(plan, folder)
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
 
 
 def _hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Reader
-from .kernels.compiled import prepare_compiler_cache
 from .kernels.devices import resolve_devices
 from .plan.plan import Plan
 from .stream.buffers import InputCache
@@ -55,8 +54,6 @@ def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[st
         finished={},
         memory=kept,
     )
-    if plan.compiled:
-        prepare_compiler_cache()
 
     def done(state: GroupState, task: Task, result: Done) -> None:
         schedule.done(state, task, result.sums)

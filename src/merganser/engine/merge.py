@@ -3,6 +3,9 @@
 A recipe may have several documents (stages), and each may name the output of another one as a model. The last one to
 run is the target. The others are written to the folder `.OUT.stages` next to it, each under its name; a finished stage
 is reused as long as nothing that it was merged from has changed.
+
+A recipe may name data in place of statistics from data. Then the models are calibrated on them first, into the folder
+`.OUT.statistics` or into the one that the recipe names.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,48 +24,58 @@ from ..checkpoint.hub import is_hub_id
 from ..errors import MergeError, OutputError, RecipeError
 from ..jsonfile import exists, read_object
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
+from .either import lay_out_either, run_either, the_model
 
 if TYPE_CHECKING:
+    from ..calibration.home import StatisticsHome
+    from .adapters.plan import AdapterPlan
     from .output.ownership import Owned
     from .plan.plan import Plan
     from .run import Progress, Result
 
 __all__ = ["RecipeLike", "merge", "plan", "plan_with_stages_made", "stages_folder"]
 
+_STATISTICS = ".statistics"
+"""Folder of statistics among those of stages, which cannot have this name."""
+
 RecipeLike = Recipe | Sequence[Recipe] | str | Path | Mapping[str, Any]
 """Recipes from `load_recipe` or `load_recipes`, or what these read: a path, a YAML text, a mapping."""
 
 
-def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Plan:
+def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Plan | AdapterPlan:
     """Plan a merge from the headers of its inputs; nothing is written.
 
     Args:
         recipe: A recipe of one document or several: its path, its YAML text, a mapping, or loaded recipes.
         keep_stages: Also plan stages that no later one uses.
         **options: As for `merganser.engine.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
-            `max_memory`, `cache_dir`, `compiled`.
+            `max_memory`, `cache_dir`.
 
     Returns:
-        The plan of the target; its `stages` are the plans of the other documents, whose outputs it reads.
+        The plan of the target, a model or an adapter; its `stages` are the plans of the other documents, whose outputs it reads.
 
     Raises:
         MergeError: The recipe or its inputs cannot be merged; the message says why.
     """
     needed = _needed(_load(recipe), keep_stages)
-    if len(needed) == 1:
+    if len(needed) == 1 and not needed[0].names_data:
         return _plan_one(needed[0], **options)
-    planned: list[Plan] = []
+    planned: list[Plan | AdapterPlan] = []
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
+        home = _home(needed, Path(root), options)
         for stage in needed:
             try:
-                found = _plan_one(_with_folders(stage, folders), **options)
+                with_stages = _with_folders(stage, folders)
+                with_statistics, calibrations = home.plan(with_stages) if home else (with_stages, [])
+                found = _plan_one(with_statistics, **options)
             except MergeError as error:
                 raise type(error)(str(error).replace(f"{root}{os.sep}", "stage ")) from None
-            planned.append(replace(found, made={str(path): name for name, path in folders.items()}))
+            made = {str(path): name for name, path in folders.items()}
+            planned.append(replace(found, recipe=with_stages, made=made, calibrations=calibrations))
             if stage.name is not None and stage is not needed[-1]:
                 folders[stage.name] = Path(root, _folder_name(stage.name))
-                _lay_out(found, folders[stage.name])
+                lay_out_either(found, folders[stage.name])
     return replace(planned[-1], stages=tuple(planned[:-1]))
 
 
@@ -99,31 +113,35 @@ def merge(
         Interrupted: Ctrl-C was pressed; the same call continues the run.
     """
     from .output.staging import check_target
-    from .run import run_plan
 
     out, recipes = Path(out), _load(recipe)
     given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
-    if len(recipes) == 1:
-        return run_plan(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
+    if len(recipes) == 1 and not recipes[0].names_data:
+        return run_either(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
     check_target(out, overwrite=overwrite)
-    # plan every stage first, so that an error in any of them shows before the first one runs
-    plan(recipes, keep_stages=keep_stages, **options)
+    # plan everything first, so that an error in any stage or in the data shows before the first one runs
+    planned = plan(recipes, keep_stages=keep_stages, **options)
     *stages, target = _needed(recipes, keep_stages)
-    with _stages(out, keep=keep_stages, fresh=fresh) as made:
+    with contextlib.ExitStack() as stack:
+        home = stack.enter_context(_statistics(out, planned, fresh, options))
+        made = stack.enter_context(_stages(out, keep=keep_stages, fresh=fresh)) if len(recipes) > 1 else None
         folders: dict[str, Path] = {}
         for stage in stages:
             assert stage.name is not None
-            planned = _plan_one(_with_folders(stage, folders), **options)
+            assert made is not None
+            one = _plan_one(_calibrated(_with_folders(stage, folders), home, progress), **options)
             folder = folders[stage.name] = made.home / _folder_name(stage.name)
-            made.made[folder.name] = _run_stage(planned, folder, out, **given)
+            made.made[folder.name] = _run_stage(one, folder, out, **given)
         whole = "".join(_ended(r.text) for r in sorted(recipes, key=lambda r: r.place.line))
-        last = replace(_with_folders(target, folders), text=whole)
-        return run_plan(_plan_one(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
+        last = replace(_calibrated(_with_folders(target, folders), home, progress), text=whole)
+        return run_either(_plan_one(last, **options), out, overwrite=overwrite, fresh=fresh, **given)
 
 
 @contextlib.contextmanager
 def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
     """Merge the stages of a recipe into a folder that exists during the context, and yield the plan of its target.
+
+    Statistics from data that it lacks are made there, too.
 
     Args:
         recipe: As for `plan`.
@@ -132,19 +150,48 @@ def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
     Raises:
         MergeError: A recipe or an input cannot be merged; the message says why.
     """
-    from .run import run_plan
-
     recipes = _load(recipe)
-    plan(recipes, **options)
+    the_model(plan(recipes, **options))
     *stages, target = _needed(recipes, keep_stages=False)
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
+        home = _home(recipes, Path(root), options)
         for stage in stages:
             assert stage.name is not None
             folder = Path(root, _folder_name(stage.name))
-            run_plan(_plan_one(_with_folders(stage, folders), **options), folder)
+            run_either(_plan_one(_calibrated(_with_folders(stage, folders), home), **options), folder)
             folders[stage.name] = folder
-        yield _plan_one(_with_folders(target, folders), **options)
+        yield the_model(_plan_one(_calibrated(_with_folders(target, folders), home), **options))
+
+
+def _home(recipes: Sequence[Recipe], root: Path, options: Mapping[str, Any]) -> StatisticsHome | None:
+    """Return where statistics are planned or made in a temporary folder; None where no recipe names data."""
+    if not any(recipe.names_data for recipe in recipes):
+        return None
+    from ..calibration.home import StatisticsHome
+
+    return StatisticsHome(root / _STATISTICS, options.get("cache_dir"), partial(_plan_model, measured=False, **options))
+
+
+@contextlib.contextmanager
+def _statistics(
+    out: Path, planned: Plan | AdapterPlan, fresh: bool, options: Mapping[str, Any]
+) -> Iterator[StatisticsHome | None]:
+    """Yield where a merge makes the statistics that it lacks; None where it lacks none."""
+    calibrations = [each for one in (*planned.stages, planned) for each in one.calibrations]
+    if not calibrations:
+        yield None
+        return
+    from ..calibration.home import statistics_home
+
+    cache_dir, plan_merge = options.get("cache_dir"), partial(_plan_model, measured=False, **options)
+    with statistics_home(out, calibrations, fresh=fresh, cache_dir=cache_dir, plan_merge=plan_merge) as home:
+        yield home
+
+
+def _calibrated(recipe: Recipe, home: StatisticsHome | None, progress: Progress | None = None) -> Recipe:
+    """Make the statistics that a recipe lacks, and return the recipe with them."""
+    return recipe if home is None else home.make(recipe, progress)
 
 
 def stages_folder(out: str | Path) -> Path:
@@ -219,22 +266,6 @@ def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
     )
 
 
-def _lay_out(plan: Plan, folder: Path) -> None:
-    """Write a plan's output without weights: headers, sparse files of full size, and the files besides weights."""
-    from .finish import write_planned_files
-
-    try:
-        folder.mkdir()
-        for shard in plan.shards:
-            with (folder / shard.name).open("wb") as file:
-                file.write(shard.header)
-                file.truncate(shard.size)
-        # planning later stages reads config and tokenizer
-        write_planned_files(plan, folder)
-    except OSError as error:
-        raise OutputError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
-
-
 def _folder_name(name: str) -> str:
     """Return the folder name of a stage; different stages have different names."""
     return name.replace("%", "%25").replace("/", "%2F").replace("\\", "%5C")
@@ -292,20 +323,25 @@ def _stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[_Stages]:
         guard.release()
 
 
-def _run_stage(plan: Plan, folder: Path, out: Path, **given: Any) -> Owned:
+def _run_stage(plan: Plan | AdapterPlan, folder: Path, out: Path, **given: Any) -> Owned:
     """Run one stage, unless its output exists, is unchanged, and was made from the same inputs."""
+    from .adapters.plan import AdapterPlan
     from .output.ownership import STAGE_NOTE, survey
     from .record import fingerprint
-    from .run import Interrupted, run_plan
+    from .run import Interrupted
 
-    mark = fingerprint(plan, {"allow_nonfinite": given["allow_nonfinite"]})
+    mark = (
+        plan.fingerprint()
+        if isinstance(plan, AdapterPlan)
+        else fingerprint(plan, {"allow_nonfinite": given["allow_nonfinite"]})
+    )
     note = folder / STAGE_NOTE
     with contextlib.suppress(OSError, ValueError):
         if read_object(note) == {"fingerprint": mark, "files": _files(folder)}:
             return survey(folder, hashing=False)
     survey(folder).remove()
     try:
-        run_plan(plan, folder, **given)
+        run_either(plan, folder, **given)
     except Interrupted:
         raise Interrupted(
             f"{out}: stopped while {plan.recipe.name!r} was made; run the same command again to continue"
@@ -336,9 +372,16 @@ def _load(recipe: RecipeLike) -> Sequence[Recipe]:
     return recipe
 
 
-def _plan_one(recipe: Recipe, **options: Any) -> Plan:
+def _plan_model(recipe: Recipe, **options: Any) -> Plan:
+    return the_model(_plan_one(recipe, **options))
+
+
+def _plan_one(recipe: Recipe, **options: Any) -> Plan | AdapterPlan:
+    from .adapters.plan import merges_adapters, plan_adapters
     from .planner import build_plan
 
     if recipe.random_seed is not None:
         options.setdefault("seed", recipe.random_seed)
+    if merges_adapters(recipe):
+        return plan_adapters(recipe, **{key: value for key, value in options.items() if key in ("seed", "cache_dir")})
     return build_plan(recipe, **options)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.config import unquantised
-from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Shard, TensorInfo, plan_shards
+from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, TensorInfo, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
-from ..errors import MergeError, ParameterError, RecipeError, UnsupportedError
+from ..errors import MergeError, ParameterError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .agreement.configs import compare_configs
@@ -29,10 +28,14 @@ from .alignment.loadable import check_layers_load
 from .alignment.renaming import named_alike
 from .alignment.slices import align_slices
 from .alignment.whole_models import align_models
+from .census import take_census
+from .fusion.machine import why_not
 from .kernels.assignment import Treatment, treat, untouched
-from .kernels.devices import has_compiler, resolve_devices
-from .plan.from_data import DataOfModels, open_data
+from .kernels.devices import resolve_devices
+from .noise import noise_warnings
+from .plan.from_data import DataOfModels, open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
+from .plan.part import place, treatment_hash
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
 from .sidecars.plan import plan_sidecars, sidecar_memory
@@ -40,13 +43,6 @@ from .vocabulary.match import Matched, match_vocabularies
 
 if TYPE_CHECKING:
     import torch
-
-COMPILE_FROM = 450_000_000
-"""Number of input elements from which kernels are fused. Compiling takes about ten seconds per kernel, once; an eager
-pass over so many elements takes one or two seconds longer than a fused one."""
-
-_TENSOR_WORK = 1 << 15
-"""Fixed cost of merging one tensor by itself, in input elements that eager kernels process in the same time."""
 
 Match = Callable[[Recipe, Mapping[ModelReference, Member], "Path | None"], Matched]
 
@@ -62,8 +58,8 @@ def build_plan(
     max_memory: int | None = None,
     device: str = "cpu",
     cache_dir: Path | None = None,
-    compiled: bool | None = None,
     match: Match = match_vocabularies,
+    measured: bool = True,
 ) -> Plan:
     """Plan a merge from the headers of its inputs.
 
@@ -75,36 +71,37 @@ def build_plan(
         max_memory: Largest resident memory, bytes; by default a quarter of the machine's or container's, at most 4 GB.
         device: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
         cache_dir: Folder for models from the Hub.
-        compiled: Fuse kernels; by default if the work is large and a C++ compiler is installed.
         match: Gives the models of the recipe one vocabulary; another one than the default makes rows of new tokens in
             another way.
+        measured: Whether the statistics from data that the method takes are there. If not, the plan is of the merge
+            without them; `with_data` adds them.
 
     Raises:
         RecipeError: The recipe does not fit the method or the models.
         CheckpointError: An input is missing, damaged, quantised, or does not fit the others.
         MemoryLimitError: The method cannot work within `max_memory`; the message says what it needs.
-        UnsupportedError: There is no such device, or `compiled` is true and there is no compiler.
+        UnsupportedError: There is no such device.
         ValueError: A number is below 1.
     """
     _check_options(out_shard_size, threads, max_memory)
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
     members, input_warnings = _open_all(recipe, cache_dir)
-    input_warnings += check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
+    check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
     matched = match(recipe, members, cache_dir)
     members = matched.members
-    alignment, drafts = _drafts(recipe, resolver, members)
+    alignment, drafts, data = _drafts(recipe, resolver, members, measured)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     template = chat_template(recipe, members, matched.owner)
     ending = agree_on_ending(members[recipe.donor], matched.owner, config, template[0], matched.vocabulary)
-    compiled, compiler_warnings = _fuses(drafts, devices, compiled)
-    tensors = _place(drafts, shards)
+    fused, fusion_warnings = _fuses(drafts, devices)
+    tensors = place(drafts, shards)
     limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
     keeps = all(found.type == "cpu" for found in devices)
-    workers, kept, room = _share_memory(resolver.method, drafts, wanted, compiled, limit, keeps=keeps)
+    workers, kept, room = _share_memory(resolver.method, drafts, wanted, fused, limit, keeps=keeps)
     return Plan(
         recipe=recipe,
         method=resolver.method,
@@ -116,7 +113,7 @@ def build_plan(
         side_files=side_files(members[recipe.donor], matched.owner, matched.change),
         chat_template=template[0],
         generation_config=ending.generation_config,
-        compiled=compiled,
+        fused=fused,
         seed=seed,
         workers=workers,
         kept=kept,
@@ -126,27 +123,30 @@ def build_plan(
             *resolver.warnings,
             *resolver.idle_filters(),
             *input_warnings,
+            *noise_warnings({reference: member.checkpoint for reference, member in members.items()}, tensors),
             *unread_warnings(members),
             *alignment.warnings,
             *agreement,
             *config_warnings,
             *template[1],
             *ending.warnings,
-            *compiler_warnings,
+            *fusion_warnings,
         ],
         differences=resolver.differences(),
         vocabulary=matched.change,
+        statistics=list({own.path: own for each in data for own in each.folders}.values()),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
+        census=take_census(members, alignment, tensors),
     )
 
 
 def _share_memory(
-    method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int, *, keeps: bool
+    method: MergeMethod, drafts: Sequence[PlannedTensor], wanted: int, fused: bool, limit: int, *, keeps: bool
 ) -> tuple[int, int, int]:
     """Return the number of workers, the bytes of inputs that each may cache, and the bytes left for making sidecars."""
     beside = sidecar_memory(method, drafts)
-    workers = fit_workers(drafts, wanted, compiled, limit, beside=beside)
-    room = limit - estimate_memory(drafts, workers, compiled)
+    workers = fit_workers(drafts, wanted, fused, limit, beside=beside)
+    room = limit - estimate_memory(drafts, workers, fused)
     kept = kept_memory(drafts, workers, room - beside) if keeps else 0
     return workers, kept, room - workers * kept
 
@@ -193,31 +193,12 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
     return members, warnings
 
 
-def _fuses(
-    drafts: Sequence[PlannedTensor], devices: Sequence[torch.device], wanted: bool | None
-) -> tuple[bool, list[str]]:
-    """Return whether kernels are fused, and a warning if only a missing compiler prevents it."""
-    worth = _work(drafts) >= COMPILE_FROM if wanted is None else wanted
-    if not worth or has_compiler(devices[0]):
-        return worth, []
-    missing = "no C++ compiler is found (g++ or clang++)"
-    if wanted:
-        raise UnsupportedError(f"kernels cannot be compiled: {missing}")
-    return False, [f"{missing}: kernels run one operation at a time, several times slower"]
-
-
-def _work(drafts: Sequence[PlannedTensor]) -> int:
-    """Return the work of one pass in input elements, including the fixed cost per tensor."""
-    fused = [draft for draft in drafts if draft.method.fuse and not draft.copy]
-    # many tensors share their parameters, so ask once per set
-    alone: dict[tuple[str, int], bool] = {}
-    each = 0
-    for draft in fused:
-        settings = (draft.method.name, id(draft.parameters))
-        if settings not in alone:
-            alone[settings] = draft.together is None
-        each += alone[settings]
-    return sum(draft.size * len(draft.inputs) for draft in fused) + each * _TENSOR_WORK
+def _fuses(drafts: Sequence[PlannedTensor], devices: Sequence[torch.device]) -> tuple[bool, list[str]]:
+    """Return whether operations are fused, and a warning if they could be, but not here."""
+    reason = why_not() if devices[0].type == "cpu" else None
+    if reason is None or not any(draft.method.fuse and not draft.copy for draft in drafts):
+        return reason is None, []
+    return False, [f"{reason}: operations run one by one, several times slower"]
 
 
 def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]) -> Alignment:
@@ -239,42 +220,54 @@ def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
 
 
 def _drafts(
-    recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]
-) -> tuple[Alignment, list[PlannedTensor]]:
-    """Match the inputs' tensors, and decide how each tensor of the output is merged."""
+    recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member], measured: bool
+) -> tuple[Alignment, list[PlannedTensor], list[DataOfModels]]:
+    """Match the inputs' tensors, and decide how each tensor of the output is merged, with which statistics from data."""
     if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
         raise RecipeError(
             f"{recipe.place_of('unmatched')}: {resolver.method.name} stores what restores each model, so all models "
             f"must hold the same tensors, got {recipe.unmatched!r}; only 'refuse' is possible"
         )
     alignment = _align(recipe, resolver, members)
-    data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
-    numbers = [{} if own is None else own.numbers_of(_layers(alignment, i, own)) for i, own in enumerate(data)]
-    drafts = [
-        _draft(slot, recipe, resolver, data[slot.slice_index], numbers[slot.slice_index]) for slot in alignment.slots
-    ]
+    if resolver.method.data_inputs != "own" and recipe.slices:
+        raise RecipeError(
+            f"{recipe.place_of('slices')}: {resolver.method.name} measures and merges whole models block by block; give "
+            "models in place of slices"
+        )
+    numbers = _numbers(alignment, resolver) if measured else [{}] * len(resolver.slices)
+    drafts = [_draft(slot, recipe, resolver, numbers[slot.slice_index]) for slot in alignment.slots]
     _check_whole_model(recipe, resolver.method, drafts)
+    if not measured:
+        return alignment, drafts, []
+    data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
+    if data[0] is not None:
+        data[0].check_merge(treatment_hash(drafts))
+    slices = (slot.slice_index for slot in alignment.slots)
+    drafts = [with_data(draft, data[index]) for draft, index in zip(drafts, slices, strict=True)]
     if resolver.method.from_data and not any(draft.data for draft in drafts):
         raise RecipeError(
             f"{recipe.place}: the statistics from data cover none of the tensors that {resolver.method.name} merges; were "
             "they computed for these models?"
         )
-    return alignment, drafts
+    return alignment, drafts, [each for each in data if each is not None]
 
 
-def _layers(alignment: Alignment, index: int, data: DataOfModels) -> list[dict[str, int | None]]:
-    """Return the layers of the tensors of each model of a slice, by name; None outside layers."""
-    slots = [slot for slot in alignment.slots if slot.slice_index == index]
-    return [
-        {slot.inputs[source.model].name: slot.location.layer for slot in slots if source.model in slot.inputs}
-        for source in data.sources
-    ]
+def _numbers(alignment: Alignment, resolver: Resolver) -> list[Mapping[str, Any]]:
+    """Return the numbers from data that the method takes, for each slice."""
+    found: list[Mapping[str, Any]] = []
+    for index in range(len(resolver.slices)):
+        data = open_data(resolver.method, resolver.sources(index)) if resolver.method.numbers else None
+        slots = [slot for slot in alignment.slots if slot.slice_index == index]
+        layers = [
+            {slot.inputs[source.model].name: slot.location.layer for slot in slots if source.model in slot.inputs}
+            for source in ([] if data is None else data.sources)
+        ]
+        found.append({} if data is None else data.numbers_of(layers))
+    return found
 
 
-def _draft(
-    slot: Slot, recipe: Recipe, resolver: Resolver, data: DataOfModels | None, numbers: Mapping[str, Any]
-) -> PlannedTensor:
-    """Decide dtype, inputs, method and parameters of one tensor; shard and offset are set later."""
+def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str, Any]) -> PlannedTensor:
+    """Decide dtype, inputs, method and parameters of one tensor; data, shard and offset are set later."""
     given = resolver.sources(slot.slice_index)
     base = slot.inputs[given.base.model] if given.base is not None and not slot.kept else None
     sources = slot.inputs if slot.kept else [source.model for source in given.models]
@@ -305,7 +298,6 @@ def _draft(
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
         base, models = treatment.inputs(base, models)
-    handed, turned = data.of(base, models) if data and treatment.method.from_data and not copy else ({}, False)
     wide = "float64" in (recipe.dtype, dtype.name, *(tensor.dtype.name for tensor in inputs))
     return PlannedTensor(
         name=slot.name,
@@ -323,19 +315,7 @@ def _draft(
         shard=0,
         offset=0,
         nbytes=dtype.nbytes(math.prod(shape)),
-        data=handed,
-        turned=turned and treatment.method.scope == "matrix",
     )
-
-
-def _place(drafts: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[PlannedTensor]:
-    """Set shard and offset of every tensor, in the order of the shards' bytes."""
-    by_name = {draft.name: draft for draft in drafts}
-    return [
-        replace(by_name[name], shard=index, offset=offset, nbytes=nbytes)
-        for index, shard in enumerate(shards)
-        for name, (offset, nbytes) in shard.entries.items()
-    ]
 
 
 def promote(dtypes: Sequence[DType]) -> DType:

@@ -20,8 +20,10 @@ from ..files import sha256_of_file
 from ..method import MergeMethod
 from ..recipe import ModelReference
 from ..record.format import RECORD_FORMAT, RECORD_NAME
+from ..statistics import Statistics
 from ..version import __version__
 from .output.digests import digest
+from .plan.census import census_entry
 from .plan.plan import Plan
 from .plan.vocabulary import REPORT_NAME
 
@@ -34,7 +36,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "methods": [_source(method) for method in plan.methods],
         "recipe": plan.recipe.text,
         "seed": plan.seed,
-        "compiled": plan.compiled,
+        "compiled": plan.fused,
         "device": plan.device.partition(":")[0],
         "settings": dict(settings),
         "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.files],
@@ -199,7 +201,7 @@ def make_record(
         "tensors": len(plan.tensors),
         "dtypes": sorted({t.dtype.name for t in plan.tensors}),
         "device": plan.device,
-        "compiled": plan.compiled,
+        "compiled": plan.fused,
         "workers": plan.workers,
         "continued": continued,
         "warnings": list(warnings),
@@ -208,11 +210,24 @@ def make_record(
         "adapters": adapters(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.as_json(),
         "statistics_from_data": [_sized(file) for file in data_files(plan)],
+        "calibrations": [_calibration(own) for own in plan.statistics],
+        "census": [census_entry(str(reference), found) for reference, found in plan.census.items()],
         "outputs": list(outputs),
         "statistics": dict(statistics),
         "layers": list(layers),
         "movement": dict(movement),
         "timings": dict(timings),
+    }
+
+
+def _calibration(own: Statistics) -> dict[str, Any]:
+    """Return what statistics from data were measured on: the model with its hash, and the data with theirs."""
+    return {
+        "folder": str(own.path),
+        "model": own.about["model"],
+        "tokenizer": own.about["tokenizer"],
+        "statistics": list(own.statistics),
+        "parts": own.about["parts"],
     }
 
 

@@ -17,7 +17,6 @@ import torch
 from ..checkpoint import Reader
 from ..errors import MergeError, OutputError
 from .finish import side_file_bytes, write_rest
-from .kernels.compiled import end_compiler, prepare_compiler_cache
 from .kernels.devices import resolve_devices
 from .output.publish import replaced_folder, working_names, working_parent
 from .output.staging import Staging, lies_in, resolve_target
@@ -41,6 +40,9 @@ class Progress(Protocol):
 
     Work that an earlier run finished is reported before `start`.
     """
+
+    def calibrating(self, model: str, done: int, blocks: int) -> None:
+        """Report how many of a model's blocks are done, before a merge that lacks statistics from data."""
 
     def start(self, plan: Plan, continued: bool) -> None:
         """Report that the run starts; `continued`: from an earlier run's journal."""
@@ -119,7 +121,6 @@ def run_plan(
             inputs=inputs,
             errors=errors,
             timings={
-                "compile_seconds": round(run.compile_seconds, 3),
                 "merge_seconds": round(merged - started, 3),
                 "seconds": round(time.monotonic() - started, 3),
             },
@@ -188,7 +189,6 @@ class _Run:
         self._devices = devices
         self._entries: dict[tuple[int, int], Mapping[str, Any]] = {}
         self.statistics: Mapping[str, torch.Tensor] = {}
-        self.compile_seconds = 0.0
 
     def execute(self) -> dict[tuple[int, int], Mapping[str, Any]]:
         """Run all tasks; return the journal's entries by group and segment."""
@@ -204,8 +204,6 @@ class _Run:
         )
         if self._progress:
             self._progress.start(self._plan, self._staging.continued)
-        if self._plan.compiled:
-            prepare_compiler_cache()
         self.hasher.start()
         try:
             if self._cluster is None:
@@ -218,8 +216,6 @@ class _Run:
         except BaseException:
             self.hasher.stop()
             raise
-        finally:
-            self.compile_seconds = end_compiler()
         return self._entries
 
     def sidecars(self) -> dict[str, Errors]:

@@ -4,10 +4,10 @@ result = evaluate(["merged"], ["french.txt"], base="base", experts={"french": "e
 result.metric("merged", "french").value
 """
 
-from .estimate import Estimate
-from .outcome import Outcome
 from .result import Evaluation, ModelInfo, TaskInfo
 from .retention import Retention
 from .run import Progress, evaluate
+from .scoring.estimate import Estimate
+from .scoring.outcome import Outcome
 
 __all__ = ["Estimate", "Evaluation", "ModelInfo", "Outcome", "Progress", "Retention", "TaskInfo", "evaluate"]

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from ..files import write_whole
-from ..inference.sources import Kind
-from .estimate import Estimate
-from .outcome import Outcome
+from ..inference.stored import Kind
 from .retention import Retention, measure_retention
 from .roster import Role
+from .scoring.estimate import Estimate
+from .scoring.outcome import Outcome
 
 FORMAT = 1
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .estimate import Estimate, mean, smallest
+from .scoring.estimate import Estimate, mean, smallest
 
 SURE = 2.0
 """Number of standard errors by which an expert must beat its base."""

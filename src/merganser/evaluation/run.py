@@ -21,14 +21,14 @@ from ..inference.sources import Reference, open_source
 from ..jsonfile import os_reason, read_object
 from ..process import peak_memory
 from ..version import __version__
-from .harness import Harness
-from .journal import Journal, journal_path
-from .outcome import Outcome
-from .precision import DTYPES, choose_formats, given_format
 from .result import Evaluation, ModelInfo, TaskInfo
 from .roster import Models, Roster, make_roster
-from .scoring import Job, Scorer, Settings
-from .tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
+from .scoring.harness import Harness
+from .scoring.journal import Journal, journal_path
+from .scoring.outcome import Outcome
+from .scoring.precision import DTYPES, choose_formats, given_format
+from .scoring.scorer import Job, Scorer, Settings
+from .scoring.tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
 
 CONTEXT = 512
 BATCH_TOKENS = 4096
@@ -147,7 +147,7 @@ class _Wanted:
                 raise TaskError(f"context: {context} tokens, and {name} can see {most} at once; give at most {most}")
         longest = max(len(model.tokenizer.prefix) for model in opened.values())
         if context <= longest:
-            raise TaskError(f"context: {context} tokens leave no room behind the {longest} that begin every text")
+            raise TaskError(f"context: {context} tokens leave no room after the {longest} that begin every text")
         stride = max(1, context // 2) if self.stride is None else self.stride
         if stride > context:
             raise TaskError(f"stride: {stride} tokens, more than the context of {context}; give at most {context}")

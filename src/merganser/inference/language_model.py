@@ -15,7 +15,7 @@ import xxhash
 from ..checkpoint.sidefiles import copy_file, is_tokenizer_file
 from ..errors import CheckpointError, UnsupportedError
 from .libraries import explained, quiet
-from .sources import Source, xxh3_of_file
+from .stored import Source, xxh3_of_file
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +190,7 @@ def _check_vocabulary(model: LanguageModel, rows: int) -> None:
 def _tokenizer(source: Source, tokenizer: Any, digest: str) -> Tokenizer:
     if not tokenizer.is_fast:
         raise UnsupportedError(
-            f"{source.reference}: {type(tokenizer).__name__} cannot say which characters a token stands for; "
+            f"{source.reference}: {type(tokenizer).__name__} does not map tokens to characters; "
             "a tokenizer.json is needed"
         )
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

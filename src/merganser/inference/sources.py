@@ -1,63 +1,20 @@
-"""Models that are opened, but not yet read: checkpoints, checkpoints with LoRA adapters, recipes, tasks of sidecars.
-
-A source of any kind gives the model's config, the files of its tokenizer, and its state dict on demand.
-"""
+"""Models that are opened, but not yet read, of every kind that a user can name: stored ones, and recipes."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
 
-import xxhash
-
-from ..adapters import open_reference
-from ..checkpoint import Checkpoint, Reader, open_checkpoint
-from ..checkpoint.links import inside
-from ..errors import CheckpointError, NotFoundError
-from ..jsonfile import exists, open_regular, os_reason, read_object
+from ..jsonfile import exists
 from ..recipe import Recipe, load_recipes
 from ..version import __version__
+from .stored import Source, hash_checkpoint, hash_of, open_stored, xxh3_of_file
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Kind = Literal["checkpoint", "adapter", "recipe", "sidecar"]
 Reference = str | Path | Recipe
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
-_HASH_BLOCK = 1 << 24
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model that can be read.
-
-    Args:
-        reference: The reference as the user wrote it.
-        kind: Kind of the model.
-        config: Contents of config.json.
-        files: Paths of tokenizer and other side files, by name.
-        texts: Contents of side files that do not exist on disk, by name.
-        hash: Hash of the contents of weights, config and tokenizer; it does not depend on the path.
-        read: Reads or merges the weights; returns the state dict, on the CPU.
-        notes: What a user should know of the model.
-    """
-
-    reference: str
-    kind: Kind
-    config: Mapping[str, Any]
-    files: Mapping[str, Path]
-    texts: Mapping[str, str]
-    hash: str
-    read: Callable[[], dict[str, Tensor]]
-    notes: tuple[str, ...] = ()
 
 
 def split_name(text: str) -> tuple[str | None, str]:
@@ -85,52 +42,7 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
     text = str(reference)
     if text.endswith((".yaml", ".yml")) and not Path(text).is_dir():
         return _open_recipe(load_recipes(text), text, stack, cache_dir)
-    if not exists(text):
-        out, sign, task = text.rpartition("#")
-        if sign and out and task:
-            return _open_sidecar(Path(out).expanduser(), task, text, cache_dir)
-    checkpoint = _open_checkpoint(text, cache_dir)
-    kind: Kind = "adapter" if checkpoint.adapter else "checkpoint"
-    return _source(text, kind, checkpoint, _hash_checkpoint(checkpoint), lambda: _read(checkpoint))
-
-
-def _open_checkpoint(text: str, cache_dir: Path | None) -> Checkpoint:
-    checkpoint = open_reference(text, cache_dir=cache_dir)
-    if checkpoint.quantised:
-        raise CheckpointError(
-            f"{text}: its weights are quantised ({checkpoint.quantised}), which cannot be evaluated here; "
-            "give the unquantised model"
-        )
-    return checkpoint
-
-
-def _source(
-    text: str, kind: Kind, checkpoint: Checkpoint, digest: str, read: Callable[[], dict[str, Tensor]]
-) -> Source:
-    return Source(text, kind, checkpoint.config, _files(checkpoint), {}, digest, read, checkpoint.notes)
-
-
-def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> Source:
-    """Open a task of a merge with sidecars; reading it restores it in a temporary folder."""
-    from ..engine.plan.sidecars import INDEX_FILE
-    from ..engine.sidecars.read import read_task
-    from ..engine.sidecars.restoration import restore
-
-    merged = _open_checkpoint(str(out), cache_dir)
-    index = out / INDEX_FILE
-    if not index.exists():
-        raise NotFoundError(f"{text}: {out} has no sidecars, so no task {task!r} can be restored from it")
-    stored = read_task(out, read_object(index), task)
-    files = {name: inside(out, path, str(index)) for name, path in stored.files.items()}
-    config = read_object(files.pop("config.json")) if "config.json" in files else dict(merged.config)
-
-    def read() -> dict[str, Tensor]:
-        with TemporaryDirectory(prefix="merganser-") as folder:
-            found = restore(out, task, Path(folder, "restored"), cache_dir=cache_dir).out
-            return _read(open_checkpoint(str(found)))
-
-    parts = [xxh3_of_file(path) for path in (index, *(out / name for name in stored.parts), *files.values())]
-    return Source(text, "sidecar", config, files, {}, _hash(_hash_checkpoint(merged), task, *parts), read)
+    return open_stored(text, cache_dir=cache_dir)
 
 
 def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
@@ -140,58 +52,16 @@ def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_d
     from ..engine.record import data_files
 
     plan = stack.enter_context(plan_with_stages_made(recipes, **({"cache_dir": cache_dir} if cache_dir else {})))
-    inputs = [_hash_checkpoint(checkpoint) for checkpoint in plan.checkpoints.values()]
+    inputs = [hash_checkpoint(checkpoint) for checkpoint in plan.checkpoints.values()]
     inputs += [xxh3_of_file(file) for file in data_files(plan)]
     settings = [__version__, *(recipe.text for recipe in recipes), str(plan.seed), str(plan.method.version)]
+    digest = hash_of(*settings, *inputs)
     return Source(
         text,
         "recipe",
         plan.config,
         plan.side_files,
         {} if plan.chat_template is None else {"chat_template.jinja": plan.chat_template},
-        _hash(*settings, *inputs),
+        lambda: digest,
         lambda: merge_to_state_dict(plan),
     )
-
-
-def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    with Reader() as reader:
-        return {name: reader.tensor(tensor) for name, tensor in checkpoint.tensors.items()}
-
-
-def _files(checkpoint: Checkpoint) -> dict[str, Path]:
-    return {path.relative_to(checkpoint.path).as_posix(): path for path in checkpoint.side_files}
-
-
-def _hash_checkpoint(checkpoint: Checkpoint) -> str:
-    config = json.dumps(checkpoint.config, sort_keys=True)
-    files = sorted(_files(checkpoint).items())
-    beside = [part for name, path in files for part in (name, xxh3_of_file(path))]
-    weights = dict.fromkeys([*checkpoint.weight_files, *checkpoint.adapter])
-    return _hash(config, *(xxh3_of_file(path) for path in weights), *beside)
-
-
-def _hash(*parts: str) -> str:
-    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
-
-
-def xxh3_of_file(path: Path) -> str:
-    """Return the xxh3-128 digest of a file's contents; an unchanged file (size and time) is read only once.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
-    try:
-        status = path.stat()
-        return _hash_contents(path, status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {os_reason(error)}") from None
-
-
-@lru_cache(maxsize=4096)
-def _hash_contents(path: Path, size: int, mtime_ns: int) -> str:
-    digest = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

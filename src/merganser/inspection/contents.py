@@ -11,6 +11,7 @@ from ..adapters import open_adapter, open_reference
 from ..anatomy import Anatomy, infer_anatomy, is_tied
 from ..anatomy.sizes import size_warnings
 from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint.weights import PICKLED_SUFFIXES
 from ..wording import some
 
 __all__ = [
@@ -167,7 +168,7 @@ def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspect
 
     Args:
         checkpoint: A folder, a weight file, or the id of a model on the Hub (`org/name@revision`); with `+ADAPTER`
-            behind it, the model with this adapter.
+            after it, the model with this adapter.
         cache_dir: Folder for models from the Hub.
 
     Raises:
@@ -204,7 +205,8 @@ def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspect
 def _name(checkpoint: Checkpoint, file: Path) -> str:
     if file in checkpoint.adapter:
         return f"{file.parent.name}/{file.name}"
-    return file.relative_to(checkpoint.path).as_posix()
+    inside = file.is_relative_to(checkpoint.path)
+    return file.relative_to(checkpoint.path).as_posix() if inside else file.name
 
 
 def _inspected(checkpoint: Checkpoint, anatomy: Anatomy, tensor: TensorInfo) -> InspectedTensor:
@@ -246,7 +248,7 @@ def _warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     warnings += size_warnings(checkpoint.config, anatomy, shapes)
     if is_tied(checkpoint.config) and anatomy.head is not None:
         warnings.append(f"config.json says that the head is tied, and the files hold {anatomy.head}")
-    pickled = [path.name for path in checkpoint.weight_files if path.suffix != ".safetensors"]
+    pickled = [path.name for path in checkpoint.weight_files if path.suffix in PICKLED_SUFFIXES]
     if pickled:
         warnings.append(f"{', '.join(pickled)}: a pickle; it is read without running code, and slower than safetensors")
     code = [path.name for path in checkpoint.side_files if path.suffix == ".py"]

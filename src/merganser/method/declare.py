@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .docstring import Docstring, parse_docstring
+from .factors import Factors
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
-from .statistic import FromData, NumbersFromData, Statistic, When
+from .statistic import FromData, NumbersFromData, Statistic, When, from_data_complaint
 
 if TYPE_CHECKING:
     from .sidecar import Sidecar
@@ -39,8 +40,8 @@ def merge_method(
         family: Group in the index of methods.
         cite: Key in `references.bib`, or "-" if no publication exists.
         scope: What one call must see: single elements (flat blocks of any length), whole rows (blocks of shape
-            [rows, columns], a row being all weights of one output unit), the whole tensor in its shape, or one
-            whole weight matrix (see below).
+            [rows, columns], a row being all weights of one output unit), the whole tensor in its shape, one
+            whole weight matrix, or the factors of one matrix of adapters (see below).
         models: Smallest and largest number of models, not counting the base (None: no limit).
         statistics: Statistics that are measured before the function runs, by the name of the argument that takes them.
             They are measured in this order, and each may use those before it. Those of kind `FromData` were measured on
@@ -64,8 +65,11 @@ def merge_method(
     It requires a base. Its statistics must be over the model (it can compute those of one matrix itself), and count
     matrices only.
 
-    Functions over elements and rows may be fused by `torch.compile`, so they must not branch on tensor values; those
-    over a whole tensor or matrix, or with statistics from data, are never fused.
+    A method of scope "factors" is declared with `factor_method` and lies in `factor_methods/`. It gets the adapters'
+    `models: list[Factors]` of one matrix, may take `rng` and `rank: int | None` (the recipe's rank), and returns Factors.
+
+    The operations of functions over elements and rows are fused, so these must not branch on tensor values; those over a
+    whole tensor or matrix, or with statistics from data, are never fused.
 
     Raises:
         TypeError: The declaration contradicts itself, or the docstring does not describe a parameter.
@@ -87,8 +91,9 @@ def merge_method(
         wide = next((name for name, own in from_data.items() if not own.elementwise), None)
         if wide is not None and scope != "matrix":
             complaint = f"{wide} is of a whole matrix, which only methods of scope 'matrix' are handed"
-        if any(own.of == "base" for own in from_data.values()) and base != "required":
+        if any(own.of == "base_on_models" for own in from_data.values()) and base != "required":
             complaint = complaint or "statistics of the base need `base: Tensor`"
+        complaint = complaint or from_data_complaint(from_data)
         if scope != "matrix" and "rounding" in signature:
             complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
         if sidecar is not None:
@@ -118,6 +123,24 @@ def merge_method(
             sidecar=sidecar,
             doc=doc,
         )
+
+    return decorate
+
+
+def factor_method(*, cite: str, version: int = 1) -> Callable[[Callable[..., Factors]], MergeMethod]:
+    """Turn a function over the factors of adapters into a merge method, of family "adapters" and scope "factors".
+
+    Args:
+        cite: As for `merge_method`.
+        version: As for `merge_method`.
+
+    Raises:
+        TypeError: As for `merge_method`.
+    """
+
+    def decorate(function: Callable[..., Factors]) -> MergeMethod:
+        declare = merge_method(family="adapters", cite=cite, scope="factors", version=version)
+        return declare(typing.cast("Callable[..., Tensor]", function))
 
     return decorate
 
@@ -154,7 +177,7 @@ def _matrix_complaint(
 def _row_complaint(scope: Scope, statistics: Mapping[str, Statistic]) -> str | None:
     """Return a message for the first statistic over rows that cannot be over rows; None if there is none."""
     for name, statistic in statistics.items():
-        plain = all(round_.tally is None and not round_.largest for round_ in statistic.rounds)
+        plain = not any(round_.largest for round_ in statistic.rounds)
         if statistic.over == "row" and (scope != "row" or len(statistic.rounds) != 1 or not plain):
-            return f"{name} is over rows: this needs the scope 'row', and one round that is neither tallied nor the largest"
+            return f"{name} is over rows: this needs the scope 'row', and one round that adds its measurements"
     return None

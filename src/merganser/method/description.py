@@ -52,8 +52,10 @@ class MethodDescription:
         models: How many models it takes, in words.
         scope: What one call works on: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
-        from_data: The statistics from data that it needs of every model.
+        from_data: The statistics from data that it needs.
         from_data_of_base: Those that it needs of the base, on the data of every model.
+        data_of: Of what it needs the former: "models" (every one), "base" or "first" (the first model).
+        data_inputs: What computes the inputs that they are of, as in `FromData`: "own", "prefix" or "merged".
         sidecar: Whether it stores data for each model from which the model can be restored.
         parameters: Its parameters, in order.
         differs: Where it differs from the paper; empty if it does not.
@@ -74,6 +76,8 @@ class MethodDescription:
     random: bool
     from_data: Sequence[str]
     from_data_of_base: Sequence[str]
+    data_of: str
+    data_inputs: str
     sidecar: bool
     parameters: Sequence[ParameterDescription]
     differs: str
@@ -95,8 +99,10 @@ def describe(method: MergeMethod) -> MethodDescription:
         models=method.models_text(),
         scope=method.scope,
         random=method.random,
-        from_data=_from_data(method, "model"),
-        from_data_of_base=_from_data(method, "base"),
+        from_data=_from_data(method, of_base=False),
+        from_data_of_base=_from_data(method, of_base=True),
+        data_of=method.data_of,
+        data_inputs=method.data_inputs,
         sidecar=method.sidecar is not None,
         parameters=[_parameter(parameter) for parameter in method.parameters.values()],
         differs=method.doc.sections.get("Differs from the paper", ""),
@@ -108,9 +114,9 @@ def describe(method: MergeMethod) -> MethodDescription:
     )
 
 
-def _from_data(method: MergeMethod, of: str) -> list[str]:
-    found: list[str] = [own.statistic for own in method.from_data.values() if own.of == of]
-    if of == "model":
+def _from_data(method: MergeMethod, *, of_base: bool) -> list[str]:
+    found: list[str] = [own.statistic for own in method.from_data.values() if (own.of == "base_on_models") == of_base]
+    if not of_base:
         found += [own.statistic for own in method.numbers.values() if not own.optional]
     return list(dict.fromkeys(found))
 

@@ -25,7 +25,7 @@ __all__ = ["Ignored", "Law", "MergeMethod", "Scope", "fill"]
 Law = Literal["identical", "zero_delta", "order", "differs"]
 
 
-Scope = Literal["element", "row", "tensor", "matrix"]
+Scope = Literal["element", "row", "tensor", "matrix", "factors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,24 @@ class MergeMethod:
 
     @property
     def fuse(self) -> bool:
-        """Whether `torch.compile` may fuse it; a function over a whole tensor or matrix gains nothing from that."""
+        """Whether its operations are fused; a function over a whole tensor or matrix gains nothing from that."""
         return self.scope in ("element", "row") and not self.from_data
+
+    @cached_property
+    def data_inputs(self) -> Literal["own", "prefix", "merged"]:
+        """What computes the inputs that its statistics from data are of, as in `FromData`."""
+        return next((own.inputs for own in self.from_data.values()), "own")
+
+    @cached_property
+    def data_of(self) -> Literal["models", "base", "first"]:
+        """Whose statistics from data it takes, as in `FromData`."""
+        return next((own.of for own in self.from_data.values() if own.of != "base_on_models"), "models")
+
+    @cached_property
+    def needs_gradients(self) -> bool:
+        """Whether it needs statistics of gradients, or losses."""
+        needed = any(not own.optional for own in self.numbers.values())
+        return needed or any(not own.of_inputs for own in self.from_data.values())
 
     @cached_property
     def random(self) -> bool:

@@ -40,12 +40,49 @@ def get_method(name: str) -> MergeMethod:
             method = third[name].load()
         except (ImportError, AttributeError) as error:
             raise RecipeError(f"merge method {name!r} of {third[name].value} cannot be loaded: {error}") from error
+    elif name in factor_method_names():
+        raise RecipeError(f"{name} merges adapters alone; every model of the recipe must be an adapter then")
     else:
         known = method_names()
         raise RecipeError(f"unknown merge method {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
     if not isinstance(method, MergeMethod):
         raise RecipeError(f"merge method {name!r} must be made with @merge_method, got {type(method).__name__}")
     return method
+
+
+def factor_method_names() -> list[str]:
+    """Return the names of the methods that work on the factors of adapters, sorted, without importing any."""
+    folder = Path(__file__).parents[1] / "factor_methods"
+    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def get_factor_method(name: str) -> MergeMethod | None:
+    """Return the method of that name that works on the factors of adapters; None if there is none."""
+    if name not in factor_method_names():
+        return None
+    found = getattr(importlib.import_module(f"merganser.factor_methods.{name}"), name)
+    assert isinstance(found, MergeMethod)
+    return found
+
+
+def get_method_for_adapters(name: str) -> MergeMethod:
+    """Return the method that merges adapters under that name: one for factors if there is one, else one for models.
+
+    Raises:
+        RecipeError: There is no such method.
+    """
+    known = [*method_names(), *factor_method_names()]
+    if name not in known:
+        raise RecipeError(
+            f"unknown merge method {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}"
+        )
+    return get_factor_method(name) or get_method(name)
+
+
+def every_method() -> dict[str, MergeMethod]:
+    """Return every method that a recipe can name, those for adapters alone included, sorted by name."""
+    found = {name: method for name in factor_method_names() if (method := get_factor_method(name)) is not None}
+    return dict(sorted((found | methods()).items()))
 
 
 def methods() -> dict[str, MergeMethod]:

@@ -33,7 +33,7 @@ Encoded = Mapping[str, Tensor | Sequence[Tensor]]
 Kept = Annotated[
     Literal["own", "merged"],
     Meaning(
-        "What stands for tensors that are not compressed (norms, biases): the task's own, stored as they are, or those "
+        "What tensors that are not compressed (norms, biases) are restored to: the task's own, stored as they are, or those "
         "of the shared model, for which nothing is stored."
     ),
 ]

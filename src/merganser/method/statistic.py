@@ -22,16 +22,11 @@ class Round:
         measure: Gets a block of the inputs (and any other arguments that it names), returns a float64 or int64 tensor
             of fixed shape. The results of all blocks are added, in the order of the blocks.
         solve: Gets the sum (or maximum) as its first argument and any others that it names, on the CPU in float64.
-        tally: If given, it replaces the addition. It gets the result of `measure` (which may then have the size of the
-            block), the total of the blocks before (None for the first) and earlier statistics that it names. It returns
-            the new total, on the CPU, and may update it in place. It always runs eagerly: for operations that
-            `torch.compile` does badly, such as counting.
         largest: Take the elementwise maximum over the blocks instead of the sum.
     """
 
     measure: Callable[..., Tensor]
     solve: Callable[..., Tensor]
-    tally: Callable[..., Tensor] | None = None
     largest: bool = False
 
 
@@ -87,7 +82,7 @@ class Statistic:
         return str(parameters.get(self.over, self.over))
 
 
-_OF_INPUTS = ("gram", "second_moment", "magnitude")
+_OF_INPUTS = ("gram", "cross_gram", "second_moment", "magnitude")
 _ELEMENTWISE = ("fisher", "gradient", "absolute_gradient")
 
 
@@ -95,14 +90,15 @@ _ELEMENTWISE = ("fisher", "gradient", "absolute_gradient")
 class FromData:
     """A statistic of what each model computes on text, which `merganser calibrate` measured before the merge.
 
-    A method takes it under the name by which it is declared: a sequence with one tensor per model, which are read when they
-    are asked for, so that a loop holds one at a time; or None where a tensor has no such statistic. Measures of other
-    statistics may take it, too.
+    A method takes it under the name by which it is declared: a sequence with one tensor per model (or with one tensor alone,
+    see `of`), which are read when they are asked for, so that a loop holds one at a time; or None where a tensor has no such
+    statistic. Measures of other statistics may take it, too.
 
     With x the tokens that a matrix [rows, columns] receives, and g the gradients of its outputs, a method of scope "matrix"
     gets, in the compute dtype, and zero where no token came (an expert that was never chosen),
 
         gram             mean of x x^T, shape [columns, columns]
+        cross_gram       mean of x y^T, with y what the same matrix of the model itself receives for the same token
         second_moment    mean of x^2, shape [columns]
         magnitude        mean of |x|, shape [columns]
         gradient_gram    mean of g g^T, shape [rows, rows]
@@ -116,11 +112,27 @@ class FromData:
 
     Args:
         statistic: Which of them.
-        of: Whether it was measured with each model, or with the base, on the data of each model.
+        inputs: What computes x on the model's data: "own", the model itself; "prefix", the model's block behind the
+            merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
+            blocks before it. All statistics of a method have the same; for the last two, models are calibrated and
+            merged block by block. `cross_gram` needs "merged".
+        of: Whose statistics they are: a tensor for each of the "models"; one, for the "base" or the "first" model; or a
+            tensor for each model, of the base on the data of that model: "base_on_models". All statistics of a method
+            have the same, but that "models" goes with "base_on_models"; those of one are of its own inputs.
     """
 
-    statistic: Literal["gram", "second_moment", "magnitude", "gradient_gram", "fisher", "gradient", "absolute_gradient"]
-    of: Literal["model", "base"] = "model"
+    statistic: Literal[
+        "gram",
+        "cross_gram",
+        "second_moment",
+        "magnitude",
+        "gradient_gram",
+        "fisher",
+        "gradient",
+        "absolute_gradient",
+    ]
+    inputs: Literal["own", "prefix", "merged"] = "own"
+    of: Literal["models", "base", "first", "base_on_models"] = "models"
 
     @property
     def of_inputs(self) -> bool:
@@ -137,7 +149,8 @@ class FromData:
         if self.elementwise:
             return tuple(block)
         rows, columns = block[-2:]
-        return {"gram": (columns, columns), "gradient_gram": (rows, rows)}.get(self.statistic, (columns,))
+        square = {"gram": columns, "cross_gram": columns, "gradient_gram": rows}.get(self.statistic)
+        return (columns,) if square is None else (square, square)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +171,18 @@ class NumbersFromData:
 
     statistic: Literal["loss", "sensitivity"]
     optional: bool = False
+
+
+def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
+    """Return what is wrong with the statistics from data that a method declares together, or None."""
+    if len({(own.inputs, "models" if own.of == "base_on_models" else own.of) for own in wanted.values()}) > 1:
+        return "its statistics from data are of different inputs or models, and must be of the same"
+    if any(own.of != "models" and own.inputs != "own" for own in wanted.values()):
+        return "statistics of the base or of the first model alone are of its own inputs"
+    odd = next((name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs != "merged"), None)
+    return (
+        None if odd is None else f"{odd} compares inputs of the merged model with others, which needs inputs='merged'"
+    )
 
 
 def statistic(

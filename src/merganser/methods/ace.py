@@ -152,7 +152,7 @@ def ace(
 
     Args:
         lambda_: Factor of the merged task vector.
-        ridge: Added to the diagonal of every covariance. Where it is large beside |delta_i|^2 over the number of
+        ridge: Added to the diagonal of every covariance. Where it is large compared to |delta_i|^2 over the number of
             columns, the merge is near the average; the smaller, the nearer to WUDI's minimum.
         normalize: Treat all matrices as heterogeneous, none, or those that are by the rule above.
         refine: Share of the singular directions that heterogeneous matrices gain.
@@ -160,7 +160,7 @@ def ace(
             covariance. A matrix of one row is never centred, because nothing would be left.
 
     Differs from the paper:
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         Formula and constants were compared with the authors' code, not with the paper: `ridge`, the rule of
         heterogeneity and, through |delta_i|^2, the prior depend on the scale of the task vectors there, and so here.
         A model equal to the base is left out; in published code it draws heterogeneous matrices to the base.

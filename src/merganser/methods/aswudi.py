@@ -48,7 +48,7 @@ def aswudi(
         start: M_0: the sum of the task vectors, their mean (which keeps their size), or zero.
 
     Differs from the paper:
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         Eigenvalues are not raised to 1e-8, so that directions of zero do not count in K; those below it are not
         changed. The authors' code has other rules for K, too.
     """

@@ -40,7 +40,7 @@ def breadcrumbs(
         merged = base + lambda * sum_i weight_i * kept_i
 
     Use when:
-        Many fine-tunes are merged and settings should not be tuned anew with each; a density of 0.05 to 0.2 is usual.
+        Many fine-tunes are merged and settings should not be tuned again for each; a density of 0.05 to 0.2 is usual.
 
     Args:
         weight: Factor of each task vector.

@@ -110,7 +110,7 @@ def doge(
         Read in the code of FusionBench, by one of the authors. That code merges the weights of encoders of CLIP; here
         all matrices are merged. It keeps one element more, and all that equal the smallest that it keeps; here those
         are kept that reach the k-th largest, k = floor(density * elements).
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         Directions of singular values up to 1e-5 of the largest are not among the shared ones, as they are arbitrary. So
         are those that are taken of equally common ones, as of equal models; a single model is refused for that reason.
         A model equal to the base has no say, instead of giving NaN.

@@ -39,7 +39,7 @@ def choose(measured: Tensor, weight: Tensor, selection: str) -> Tensor:
     family="data",
     cite="chen2025fw",
     statistics={
-        "gradient": FromData("gradient", of="base"),
+        "gradient": FromData("gradient", of="base_on_models"),
         "direction": statistic(slopes, choose, over="granularity"),
     },
     breaks={

@@ -47,7 +47,7 @@ def iso_c(
             the stored weights can make, in each task vector.
 
     Differs from the paper:
-        Directions in which there is nothing but rounding, of a task vector or of the sum, stay zero, and the mean is
+        Directions that contain only rounding errors, of a task vector or of the sum, stay zero, and the mean is
         over the others. Published code gives them arbitrary vectors of full length, and takes the mean over all. A
         frozen matrix stays as it is.
         The paper has no weights; 1 gives its formula.

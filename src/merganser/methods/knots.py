@@ -111,7 +111,7 @@ def knots(
         epsilon: Directions whose singular value is at most this are left out.
 
     Differs from the paper:
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         The paper ranks the coordinates of all layers together for the trim; here every matrix is trimmed by itself.
         The authors' code multiplies every model by the first one's weight; here each has its own, also in the vote.
         Its mean divides by the number of models whose coordinate is not 0; `mean` is the mean of all here.

@@ -33,7 +33,7 @@ def elected(scores: Tensor, rate: Tensor) -> Tensor:
     scope="tensor",
     statistics={
         "gradient": FromData("absolute_gradient"),
-        "base_gradient": FromData("absolute_gradient", of="base"),
+        "base_gradient": FromData("absolute_gradient", of="base_on_models"),
     },
     breaks={"identical": "what matters to several models is taken from none"},
 )

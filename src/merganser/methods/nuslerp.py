@@ -90,7 +90,7 @@ def nuslerp(
     Args:
         weight: Share of each model; only the ratio counts.
         nuslerp_flatten: Take the whole tensor as one vector.
-        nuslerp_row_wise: Without nuslerp_flatten: take columns (all weights of one input unit) as vectors, in spite of
+        nuslerp_row_wise: Without nuslerp_flatten: take columns (all weights of one input unit) as vectors, despite
             the name; otherwise rows (all weights of one output unit).
 
     Differs from the paper:

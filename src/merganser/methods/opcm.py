@@ -112,7 +112,7 @@ def opcm(
         scale: `scale_after` of that merge; 1 if the first model is not a merge.
 
     Differs from the paper:
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         Norms are those of the matrices; the paper counts all tensors, and merges those that are not matrices by the
         same sum and scale, without projection.
         In directions in which nothing was merged yet (singular values up to 1e-5 of the largest) the diagonal stays.

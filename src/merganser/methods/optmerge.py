@@ -57,7 +57,7 @@ def optmerge(
         start: M_0: the sum of the task vectors, their mean (for adapters), or zero.
 
     Differs from the paper:
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         The authors take 300 steps of Adam for fine-tunes of all parameters; `solver: adam` repeats them. The filter
         does the same without a step size.
         A model equal to the base is left out instead of giving NaN.

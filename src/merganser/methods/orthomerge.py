@@ -97,7 +97,7 @@ def orthomerge(
         residual: Factor of the sum of what no rotation explains; 0.2 in the authors' code.
 
     Differs from the paper:
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         The formula was compared with the authors' code for task arithmetic of the residuals, not with the paper. Their
         variants that merge the residuals by TIES and TSV-M, and that for adapters of orthogonal fine-tuning, are not
         here.

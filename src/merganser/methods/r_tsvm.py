@@ -55,7 +55,7 @@ def r_tsvm(
     Differs from the paper:
         Only the abstract could be read, under the names R-TSVM and RESM. It says that weights follow outliers and
         ranks follow sparsity; thresholds, normalisation and the order of the steps are ours.
-        Directions in which there is nothing but rounding of the stored weights are left out.
+        Directions that contain only rounding errors of the stored weights are left out.
         What is said of degenerate inputs under TSV-M holds here, too.
     """
     size, vectors = min(base.shape), deltas_above_rounding(base, models, rounding)

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, FromData, NonNegative, Others, PerModel, Positive, default, merge_method
-from ..ops import deltas, shrunk, solve_right
+from ..ops import deltas, fit_outputs
 
 
 @merge_method(
@@ -15,6 +14,7 @@ from ..ops import deltas, shrunk, solve_right
     cite="jin2023regmean",
     scope="matrix",
     statistics={"gram": FromData("gram")},
+    version=2,
 )
 def regmean(
     base: Tensor,
@@ -24,6 +24,7 @@ def regmean(
     weight: PerModel[NonNegative] = default(1.0),
     alpha: Fraction = default(0.5),
     ridge: Positive = default(1e-4),
+    limit: Positive = default(2.0),
     reference: Literal["average", "base"] = "average",
     others: Others = "average",
     embeddings: Embeddings = "others",
@@ -47,11 +48,14 @@ def regmean(
             the fit is exact, and follows the few texts that were seen most closely.
         ridge: What is added to the diagonal of the sum, over the mean of that diagonal: pulls towards R. It is raised where
             the sum is not positive definite.
+        limit: Largest length of merged - base, over the largest length of a delta_i. Where it would be longer, the ridge is
+            raised tenfold until it is not: a few tokens with huge inputs (the first of a text, in many models) otherwise
+            move a matrix many times as far as any model was trained.
         reference: R: the weighted average of the models as above, or the base.
 
     Differs from the paper:
         The paper solves for the matrix itself; the step from R is the same matrix where the sum can be inverted, is less
-        sensitive to rounding, and leaves R where there is no input instead of going to zero.
+        sensitive to rounding, and leaves R where there is no input instead of going to zero. The limit is ours.
         Every Gram matrix is a mean over tokens, so that a model counts the same however many tokens it was measured on;
         padding is not among them.
         A model whose matrix received no token (an expert of a mixture that was never chosen) has no say in it; where
@@ -61,18 +65,5 @@ def regmean(
         model's number of tokens as its weight); and it averages the weights of norms by the energy of their inputs,
         while norms are averaged like other tensors here.
     """
-    total_weight = weight.sum().clamp(min=1e-30)
-    vectors = [delta.double() for delta in deltas(base, models)]
-    mean = (
-        sum((w * delta for w, delta in zip(weight, vectors, strict=True)), torch.zeros_like(vectors[0])) / total_weight
-    )
-    start = mean if reference == "average" else torch.zeros_like(mean)
-    if gram is None:
-        return base + mean.to(base.dtype)
-    pull = torch.zeros_like(mean)
-    total = mean.new_zeros(base.shape[1], base.shape[1])
-    for w, delta, own in zip(weight, vectors, gram, strict=True):
-        inputs = shrunk(own, alpha).mul_(w)
-        pull.addmm_(delta - start, inputs)
-        total += inputs
-    return base + (start + solve_right(pull, total, ridge)).to(base.dtype)
+    vectors = deltas(base, models)
+    return base + fit_outputs(vectors, gram, weight, alpha, ridge, limit, start=reference).to(base.dtype)

@@ -90,7 +90,7 @@ def sce(
 
     Use when:
         Models of different skills were trained from one base, and the weights should follow from how far each moved. Try
-        `select_topk: 1` (FuseO1) beside the paper's 0.1, which leaves most of the base unchanged.
+        `select_topk: 1` (FuseO1) next to the paper's 0.1, which leaves most of the base unchanged.
 
     Args:
         select_topk: Share of the elements that is selected. The paper takes 0.1, FuseO1 1.

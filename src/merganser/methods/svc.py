@@ -61,7 +61,7 @@ def svc(
 
     Differs from the paper:
         The paper calibrates what any method merged; this is its form for task arithmetic.
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         A response of up to a thousandth of s_r counts as none, and c is 0 then; the authors compare with 1e-6, whatever
         the scale.
         The authors sum embeddings and tensors that are not matrices, as `others: sum` does.

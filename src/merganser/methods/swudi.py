@@ -43,7 +43,7 @@ def swudi(
         start: M_0: the sum of the task vectors, their mean (which keeps their size), or zero.
 
     Differs from the paper:
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         Directions in which c is below 1e-8 are not changed; the authors raise c to that.
     """
     vectors = deltas_above_rounding(base, models, rounding)

@@ -43,7 +43,7 @@ def tsv_m(
             rounding of the stored weights can make.
 
     Differs from the paper:
-        Triplets in which there is nothing but rounding are left out: nothing is added in the null space of the task
+        Triplets that contain only rounding errors are left out: nothing is added in the null space of the task
         vectors. Published code keeps their arbitrary vectors; weighted by zero, they still tilt those of the others.
         Where vectors of different models span the same directions (to 1e-5), as those of equal models do, the polar
         factor leaves out what is undetermined, instead of adding arbitrary directions: equal models give the k

@@ -52,7 +52,7 @@ def wudi(
         start: M_0: the sum of the task vectors, their mean, or zero.
 
     Differs from the paper:
-        Directions of a task vector in which there is nothing but rounding of the stored weights are left out.
+        Directions of a task vector that contain only rounding errors of the stored weights are left out.
         The paper takes 300 steps of Adam, which stop long before the minimum; `solver: adam` repeats them. The filter
         does the same without a step size, and comes from later code of its group (there called IWUDI), which reports
         better results for it than for Adam, and for Adam than for the minimum.

@@ -1,6 +1,6 @@
 """Maths that two or more merge methods share.
 
-Everything here is plain torch on float32 (or float64) blocks, written so that eager and compiled code give the same
+Everything here is plain torch on float32 (or float64) blocks, written so that single and fused operations give the same
 bits: no `add(alpha=...)` and no `lerp`, whose vectorised and scalar versions round differently.
 """
 
@@ -8,7 +8,7 @@ from .bits import pack_codes, pack_flags, packed_size, unpack_codes, unpack_flag
 from .drop import check_spread, drop, drop_norms, magprune, magprune_norms, rescales, restores_l1
 from .factors import factor, leading, rank_of
 from .gram import gram, inverse_norms, unit_gram
-from .least_squares import shrunk, solve_right
+from .least_squares import fit_outputs, shrunk, solve_right
 from .masks import elect_largest, tall_mask
 from .middle import collides, keep_middle, middle_cut, middle_norms
 from .order import at_least, magnitude_cut, order_statistic
@@ -44,6 +44,7 @@ __all__ = [
     "elect_largest",
     "elect_sign",
     "factor",
+    "fit_outputs",
     "gram",
     "inverse_norms",
     "keep_middle",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..method import AtOnce, Round, Statistic, When, takes, taking
+from .histogram import count
 from .sum import not_negative
 
 _HIGH = 1 << 15
@@ -30,9 +31,6 @@ _WIDE_UNSIGNED = (1 << 63) - (1 << 16)
 # in place of a bin: the rank is outside 1 ... size, so the answer does not depend on the values
 _NOTHING = -1
 _EVERYTHING = -2
-Array = np.ndarray[Any, np.dtype[Any]]
-# replaces values outside the bin of interest
-_OUTSIDE = -1.0
 
 
 def order_statistic(
@@ -63,14 +61,12 @@ def order_statistic(
     rank_names = takes(ranks)
 
     def measured(given: dict[str, Any]) -> list[Tensor]:
-        # not flattened: with flat indices a fused kernel would divide for every element to find its row
         found = values(**{name: given[name] for name in names})
         return [value if wide else comparable(value).float() for value in found]
 
     @taking(*names)
     def everything(**given: Any) -> Tensor:
-        rows = measured(given)
-        return torch.stack(rows if wide else [_rounded(value) for value in rows]).reshape(len(rows), -1)
+        return count([_upper_bits(value) for value in measured(given)], _HIGH)
 
     @taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
     def pick(measured: Tensor, size: Tensor, **given: Any) -> Tensor:
@@ -86,17 +82,14 @@ def order_statistic(
         first = (middle - _HIGH + odd).clamp(min=0)
         return _interval(first, middle + _HIGH + 1 - odd, rank, outside, middle, number, wide)
 
-    @taking("previous", *names)
-    def inside(previous: Tensor, **given: Any) -> Tensor:
-        rows = []
+    def inside(shift: int, previous: Tensor, **given: Any) -> Tensor:
+        codes = []
         for value, found in zip(measured(given), previous, strict=True):
-            kept = torch.full_like(value, _OUTSIDE)
-            for first, end, common in (_as_values(known, value) for known in found[:, [0, 1, 4]]):
-                # nested `where`, because combining masks is expensive; the end of the last bin may be NaN
-                own = torch.where(value == common, kept, value)
-                kept = torch.where(value >= first, torch.where(value >= end, kept, own), kept)
-            rows.append(kept)
-        return torch.stack(rows).reshape(len(rows), -1)
+            bits = _patterns(value)
+            for first, end, common in found[:, [0, 1, 4]].to(bits.dtype):
+                own = (bits >= first) & (bits < end) & (bits != common)
+                codes.append(torch.where(own, (bits - first) >> shift, torch.full_like(bits, -1)))
+        return count(codes, _LOW, few=True)
 
     def refine(shift: int, measured: Tensor, previous: Tensor) -> Tensor:
         first, _, rank, outside, common, number = previous.unbind(-1)
@@ -131,10 +124,10 @@ def order_statistic(
     least = 1 << 48 if wide else _HIGH + 1
     # number of low bits of the pattern that are still unknown after each later round
     shifts = (32, 16) if wide else (0,)
-    rounds = [Round(everything, pick, tally=_count_all)]
+    rounds = [Round(everything, pick)]
     for shift in shifts:
         solve = finish if shift == shifts[-1] else taking("measured", "previous")(partial(refine, shift))
-        rounds.append(Round(inside, solve, tally=partial(_count_inside, shift)))
+        rounds.append(Round(taking("previous", *names)(partial(inside, shift)), solve))
     return Statistic(tuple(rounds), over=over, when=when, at_once=AtOnce(patterns, select))
 
 
@@ -180,12 +173,6 @@ def comparable(value: Tensor) -> Tensor:
     if value.dtype == torch.float64:
         return (value.view(torch.int64) & -(1 << 29)).view(torch.float64)
     return value
-
-
-def _as_values(bounds: Tensor, like: Tensor) -> list[Tensor]:
-    """Return bit patterns as floats, 0-d each, since floats are compared several times faster than integers."""
-    whole = torch.int64 if like.dtype == torch.float64 else torch.int32
-    return list(bounds.to(whole).view(like.dtype))
 
 
 def _interval(
@@ -251,69 +238,16 @@ def _patterns(values: Tensor) -> Tensor:
     return values.view(torch.int32) & _UNSIGNED
 
 
-def _rounded(values: Tensor) -> Tensor:
-    """Round float32 values to bfloat16 for the first histogram; -0.0 becomes 0.0, NaN becomes infinity."""
+def _upper_bits(values: Tensor) -> Tensor:
+    """Return the bin in the first histogram, int16.
+
+    That is the upper 15 bits (after the sign) of float64, or of float32 rounded to bfloat16; NaN counts as infinity there.
+    """
+    if values.dtype == torch.float64:
+        return ((values.view(torch.int64) >> 48) & (_HIGH - 1)).to(torch.int16)
+    # abs, for -0.0
     size = values.abs()
-    return torch.where(size >= 0, size, torch.full_like(size, torch.inf)).to(torch.bfloat16)
-
-
-def _codes(rounded: Tensor) -> Tensor:
-    """Return the bin in the first histogram: the upper 15 bits (after the sign) of float64 or bfloat16, int16."""
-    if rounded.dtype == torch.float64:
-        return (rounded.view(torch.int64) >> 48).to(torch.int16).bitwise_and_(_HIGH - 1)
-    return rounded.view(torch.int16)
-
-
-def _count_all(values: Tensor, total: Tensor | None) -> Tensor:
-    """Add a block to the first histogram, over the upper 15 bits of every value.
-
-    Args:
-        values: float64, or bfloat16 from `_rounded`, shape [S, n].
-        total: Counts of the blocks before; None for the first block.
-
-    Returns:
-        Shape [S, bins], int64.
-    """
-    total = torch.zeros(len(values), _HIGH, dtype=torch.int64) if total is None else total
-    for row, counts in zip(values, total, strict=True):
-        counts += torch.bincount(_codes(row), minlength=_HIGH).cpu()
-    return total
-
-
-def _count_inside(shift: int, values: Tensor, total: Tensor | None, previous: Tensor) -> Tensor:
-    """Add a block to the histograms over the next 16 bits of values in an interval, except the common pattern.
-
-    Args:
-        shift: Number of lower bits that are not counted.
-        values: Shape [S, n]; negative where a value is in no interval, or equals the common pattern.
-        total: Counts of the blocks before; None for the first block.
-        previous: The intervals from `_interval`, shape [S, R, 6].
-
-    Returns:
-        Shape [S * R, bins], int64.
-    """
-    total = torch.zeros(previous.shape[:2].numel(), _LOW, dtype=torch.int64) if total is None else total
-    counts = iter(total)
-    for row, intervals in zip(values, previous[..., :2].tolist(), strict=True):
-        # numpy selects the few values inside several times faster than torch
-        inside = torch.from_numpy(_not_negative(row.numpy())) if row.device.type == "cpu" else row[row >= 0].cpu()
-        few = _patterns(inside).numpy()
-        for first, end in intervals:
-            own = few if len(intervals) == 1 else few[(few >= first) & (few < end)]
-            # for few values faster than bincount, which allocates a whole histogram
-            np.add.at(next(counts).numpy(), (own - first) >> shift, 1)
-    return total
-
-
-def _not_negative(values: Array) -> Array:
-    """Return the values that are not negative, in their order; most are negative."""
-    inside = values >= 0
-    few = np.count_nonzero(inside)
-    # np.flatnonzero searches for single True values if fewer than a tenth are True, which is slower than a plain scan
-    # from a fortieth on: appended True values make it scan
-    rest = len(values) // 9 if 40 * few > len(values) >= 10 * few else 0
-    padded = np.concatenate([inside, np.ones(rest, dtype=bool)]) if rest else inside
-    return values[np.flatnonzero(padded)[:few]]
+    return torch.where(size >= 0, size, torch.full_like(size, torch.inf)).to(torch.bfloat16).view(torch.int16)
 
 
 def _descend(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .operators import define
+
 # number of elements that are sorted together, so few that the packed integers fit into the CPU's cache
 _CHUNK = 1 << 16
 
@@ -23,12 +25,12 @@ def by_rank(magnitudes: Tensor, table: Tensor) -> Tensor:
     Returns:
         Shape [rows, columns], in the dtype of the table.
     """
-    return _by_rank_op(magnitudes, table) if torch.compiler.is_compiling() else _by_rank(magnitudes, table)
+    return _by_rank_op(magnitudes, table)
 
 
 def sort_rows(values: Tensor) -> Tensor:
     """Sort every row of a matrix of non-negative values in ascending order; shape [rows, columns]."""
-    return _sort_rows_op(values) if torch.compiler.is_compiling() else _sort_rows(values)
+    return _sort_rows_op(values)
 
 
 def _by_rank(magnitudes: Tensor, table: Tensor) -> Tensor:
@@ -66,17 +68,13 @@ def _by_packed_sort(magnitudes: Tensor, table: Tensor) -> Tensor:
     return values
 
 
-# custom operators, which torch.compile does not trace; eager code calls the functions directly, because calling a
-# custom operator imports the compiler
-_by_rank_op = torch.library.custom_op("merganser::by_rank", _by_rank, mutates_args=())
-_sort_rows_op = torch.library.custom_op("merganser::sort_rows", _sort_rows, mutates_args=())
-
-
-@_by_rank_op.register_fake
-def _(magnitudes: Tensor, table: Tensor) -> Tensor:
-    return torch.empty_like(magnitudes, dtype=table.dtype)
-
-
-@_sort_rows_op.register_fake
-def _(values: Tensor) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
+_by_rank_op = define(
+    "by_rank(Tensor magnitudes, Tensor table) -> Tensor",
+    _by_rank,
+    lambda magnitudes, table: torch.empty_like(magnitudes, dtype=table.dtype),
+)
+_sort_rows_op = define(
+    "sort_rows(Tensor values) -> Tensor",
+    _sort_rows,
+    lambda values: torch.empty_like(values, memory_format=torch.contiguous_format),
+)

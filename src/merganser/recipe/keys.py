@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..errors import RecipeError, UnsupportedError, did_you_mean
+from .data import DATA_KEYS
 from .place import Entry, Place, refuse_key
 from .scalar import shown
 
@@ -25,11 +26,15 @@ KEYS = (
     "compat",
     "unmatched",
     "quantised",
+    "rank",
+    "space",
     "random_seed",
+    "data",
+    "keep_statistics",
 )
 MODULE_KEYS = ("models", "slices", "parameters")
-MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics", "base_statistics")
-SOURCE_KEYS = ("model", "adapter", "layer_range", "parameters")
+MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics", "data", "base_statistics")
+SOURCE_KEYS = ("model", "adapter", "layer_range", "parameters", "statistics", "data")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 
@@ -45,9 +50,11 @@ _PLACES = {
     "override_architecture": "in the model: {model: ..., override_architecture: ...}",
     "filter": "in the value of a parameter: {filter: ..., value: ...}",
     "value": "in the value of a parameter: {filter: ..., value: ...}",
-    "tokens": "in 'tokenizer'",
+    "tokens": "in 'tokenizer', or in 'data'",
     "pad_to_multiple_of": "in 'tokenizer'",
-    **dict.fromkeys(set(KEYS) - {"name", "models", "parameters"}, "at the top of the recipe, not indented"),
+    "statistics": "beside 'model' in 'models', or in the 'sources' of a slice",
+    **dict.fromkeys(set(DATA_KEYS) - {"tokens", "seed"}, "in 'data'"),
+    **dict.fromkeys(set(KEYS) - {"name", "models", "parameters", "data"}, "at the top of the recipe, not indented"),
 }
 
 _FOREIGN = {

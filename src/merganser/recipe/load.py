@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from ..errors import NotFoundError, RecipeError, UnsupportedError, did_you_mean
 from ..wording import some
+from .data import Data, make_data, read_data_fields
 from .document import Document, parse_mapping, parse_text
 from .keys import KEYS, MODEL_KEYS, MODULE_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
 from .model import Recipe, Slice, Source
@@ -41,6 +42,9 @@ MAX_MULTIPLE = 1 << 16
 UNMATCHED = ("refuse", "base", "skip")
 QUANTISED = ("refuse", "allow")
 """What to do with tensors after the layers that some models lack or hold in another shape."""
+
+SPACES = ("core", "full")
+"""Where methods for weights merge adapters."""
 
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
 
@@ -177,7 +181,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
     if "tokenizer" in fields and "tokenizer_source" in fields:
         raise fields["tokenizer"].error("give 'tokenizer' or 'tokenizer_source', not both")
     body = _body(root, fields)
-    reader = _Reader(unknown.warnings, stages)
+    reader = _Reader(unknown.warnings, stages, fields.get("data"))
     recipe = Recipe(
         name=fields["name"].text() if "name" in fields else None,
         merge_method=fields["merge_method"].text(),
@@ -198,6 +202,9 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         places={key: value.place for key, value in (body | fields).items()},
         unmatched=_unmatched(fields, body),
         quantised=_quantised(fields),
+        keep_statistics=fields["keep_statistics"].text() if "keep_statistics" in fields else None,
+        rank=fields["rank"].whole_number(lowest=1) if "rank" in fields else None,
+        space=cast('Literal["core", "full"] | None', fields["space"].choice(SPACES) if "space" in fields else None),
     )
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
 
@@ -230,17 +237,26 @@ def _over(near: dict[str, Setting], far: dict[str, Setting]) -> dict[str, Settin
 
 
 class _Reader:
-    """Read the parts of a recipe and collect warnings; `stages` are names of results that recipes may use as models."""
+    """Read the parts of a recipe and collect warnings.
 
-    def __init__(self, warnings: list[str], stages: Collection[str]) -> None:
+    Args:
+        warnings: Takes the warnings.
+        stages: Names of results that recipes may use as models.
+        data: What the recipe says of the data of all models.
+    """
+
+    def __init__(self, warnings: list[str], stages: Collection[str], data: Entry | None) -> None:
         self.warnings = warnings
         self.stages = stages
+        self.data = data
+        self.common = None if data is None else read_data_fields(data)
 
     def model(self, entry: Entry) -> Source:
         fields = entry.mapping(MODEL_KEYS, required=["model"])
         name = fields["name"].text(longest=100) if "name" in fields else None
-        folders = [fields[key].text() if key in fields else None for key in ("statistics", "base_statistics")]
-        return Source(self.own(fields), None, self.parameters(fields), entry.place, name, *folders)
+        statistics, data = self.from_data(fields)
+        of_base = fields["base_statistics"].text() if "base_statistics" in fields else None
+        return Source(self.own(fields), None, self.parameters(fields), entry.place, name, statistics, data, of_base)
 
     def slice(self, entry: Entry) -> Slice:
         fields = entry.mapping(SLICE_KEYS, required=["sources"])
@@ -256,11 +272,25 @@ class _Reader:
 
     def source(self, entry: Entry) -> Source:
         fields = entry.mapping(SOURCE_KEYS, required=["model", "layer_range"])
-        return Source(self.own(fields), _layer_range(fields["layer_range"]), self.parameters(fields), entry.place)
+        own, layers, parameters = self.own(fields), _layer_range(fields["layer_range"]), self.parameters(fields)
+        statistics, data = self.from_data(fields)
+        return Source(own, layers, parameters, entry.place, None, statistics, data)
 
     def own(self, fields: dict[str, Entry]) -> ModelReference:
         reference = self.reference(fields["model"])
         return reference.with_adapter(fields["adapter"], self.stages) if "adapter" in fields else reference
+
+    def from_data(self, fields: dict[str, Entry]) -> tuple[str | None, Data | None]:
+        """Return the folder of a model's statistics, or the data to make them from."""
+        if "statistics" in fields:
+            if "data" in fields:
+                raise fields["data"].error("give 'statistics' that are there, or 'data' to make them from, not both")
+            return fields["statistics"].text(), None
+        entry = fields.get("data", self.data)
+        if entry is None:
+            return None, None
+        own = read_data_fields(fields["data"]) if "data" in fields else None
+        return None, make_data(entry, self.common, own)
 
     def reference(self, entry: Entry) -> ModelReference:
         reference = ModelReference.parse(entry, self.stages)

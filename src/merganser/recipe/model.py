@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .data import Data
 from .place import Place
 from .reference import ModelReference
 from .setting import Setting
@@ -24,6 +25,7 @@ class Source:
         name: Name of the model in the output, for methods that store something per model; None for the name of its
             folder.
         statistics: Folder with calibration statistics of this model; None if the recipe names none.
+        data: Data to make such statistics from; None if the recipe names none, or names statistics.
         base_statistics: The same of the base, on the data of this model.
     """
 
@@ -33,6 +35,7 @@ class Source:
     place: Place
     name: str | None = None
     statistics: str | None = None
+    data: Data | None = None
     base_statistics: str | None = None
 
 
@@ -80,6 +83,9 @@ class Recipe:
         unmatched: What to do with tensors after the layers that some models lack or hold in another shape: "refuse"
             them, take them from the "base", or "skip" them.
         quantised: What to do with models that are quantised in another way than the base: "refuse" or "allow" them.
+        keep_statistics: Folder in which statistics that are made for this merge are kept; None to remove them.
+        rank: For adapters, the rank of the output; None for as much as loses nothing.
+        space: For adapters, where a method for weights works: on the small matrices of the "core", or on "full" ones.
     """
 
     name: str | None
@@ -103,6 +109,15 @@ class Recipe:
     row_multiple: int = 1
     unmatched: Literal["refuse", "base", "skip"] = "refuse"
     quantised: Literal["refuse", "allow"] = "refuse"
+    keep_statistics: str | None = None
+    rank: int | None = None
+    space: Literal["core", "full"] | None = None
+
+    @property
+    def names_data(self) -> bool:
+        """Whether the recipe names data, at its top or for a model, or a folder to keep statistics in."""
+        sources = [*self.models, *(source for piece in self.slices for source in piece.sources)]
+        return bool({"data", "keep_statistics"} & self.places.keys()) or any(s.data is not None for s in sources)
 
     def place_of(self, key: str) -> Place:
         """Return where a top-level key stands; the start of the recipe if it is missing."""

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES
+from .data import DATA_KEYS
 from .load import DTYPES, QUANTISED, UNMATCHED
 from .scalar import FLAGS, FLOAT, MAX_DIGITS
 from .templates import AUTO, CHAT_TEMPLATES
@@ -30,9 +32,9 @@ def json_schema() -> Schema:
     ignores, which editors should mark. It also accepts some recipes that do not load: it cannot check models, nor the
     range of a number in quotes.
     """
-    from ..method.registry import methods
+    from ..method.registry import every_method
 
-    known = methods()
+    known = every_method()
     parameters = [p for method in known.values() for p in method.parameters.values()]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -88,7 +90,15 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
             {"enum": [*UNMATCHED, None]}, "Tensors after the layers that some models lack or have in another shape."
         ),
         "quantised": _described({"enum": [*QUANTISED, None]}, "Models quantised in another way than the base."),
+        "rank": _described(_or_null(_ref("count")), "Rank of an adapter that is merged from adapters."),
+        "space": _described({"enum": ["core", "full", None]}, "Where adapters are merged by methods for weights."),
         "random_seed": _or_null(_ref("count")),
+        "data": _described(
+            _or_null(_ref("data")), "Data that models are calibrated on, where the method needs statistics from data."
+        ),
+        "keep_statistics": _described(
+            _or_null(_TEXT), "Folder in which statistics that are made for this merge are kept."
+        ),
     }
 
 
@@ -103,6 +113,7 @@ def _shared() -> Schema:
         "adapter": _ref("adapter"),
         "name": _described(_or_null({**_TEXT, "maxLength": 100}), task),
         "statistics": _described(_or_null(_TEXT), folder),
+        "data": _described(_or_null(_ref("data")), "Data that this model is calibrated on."),
         "base_statistics": _described(_or_null(_TEXT), of_base),
         "parameters": _ref("parameters"),
     }
@@ -111,6 +122,8 @@ def _shared() -> Schema:
         "model": _ref("reference"),
         "adapter": _ref("adapter"),
         "layer_range": _described(layers, "First layer, and the one after the last."),
+        "statistics": model["statistics"],
+        "data": model["data"],
         "parameters": _ref("parameters"),
     }
     piece = {
@@ -129,6 +142,7 @@ def _shared() -> Schema:
             "anyOf": [_TEXT, _ref("path"), _ref("model")],
         },
         "path": path,
+        "data": {"anyOf": [_TEXT, _list_of(_TEXT), _data()]},
         "model": _object(
             {
                 "model": {"anyOf": [_TEXT, _ref("path")]},
@@ -162,6 +176,28 @@ def _token() -> Schema:
     source = [_ref("reference"), *(_object(each, required=["kind"]) for each in kinds)]
     source.append(_object(other, required=["kind", "model"]) | {"oneOf": [_has("token"), _has("token_id")]})
     return _object({"source": {"anyOf": source}, "force": {"enum": [*FLAGS, True, False, None]}}, required=["source"])
+
+
+def _data() -> Schema:
+    """Return the schema of the key `data` as a mapping."""
+    told = {
+        "files": "Texts (.txt), or text, prompt and completion, or messages (.jsonl, .parquet).",
+        "dataset": "Name on the Hub, or folder, of a data set that the library datasets opens.",
+        "subset": "Name of its configuration.",
+        "split": "Name of its split; train by default.",
+        "sequences": f"Sequences drawn from the data; {DEFAULT_SEQUENCES} by default, or all there are.",
+        "length": f"Most tokens of a sequence; {DEFAULT_LENGTH} by default, or what the model can see.",
+        "seed": "Seed of the draw.",
+        "tokens": "Which tokens count.",
+        "batch_tokens": "Tokens that are fed at once.",
+    }
+    values: Schema = {
+        **dict.fromkeys(DATA_KEYS, _ref("count")),
+        **dict.fromkeys(("dataset", "subset", "split"), _TEXT),
+        "files": {"anyOf": [_TEXT, _list_of(_TEXT)]},
+        "tokens": {"enum": [*COUNTED, None]},
+    }
+    return _object({key: _described(_or_null(values[key]), told[key]) for key in DATA_KEYS}, required=[])
 
 
 def _values(parameters: Iterable[Parameter]) -> Schema:

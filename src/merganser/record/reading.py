@@ -152,7 +152,7 @@ def read_record(out: str | Path) -> Record:
     Raises:
         NotFoundError: There is no such folder, or no run record in it.
         CheckpointError: The run record is damaged.
-        UnsupportedError: The run record has a later format.
+        UnsupportedError: The run record has a later format, or is one of an adapter.
     """
     out = Path(out)
     if not out.is_dir():
@@ -166,6 +166,8 @@ def read_record(out: str | Path) -> Record:
         raise UnsupportedError(
             f"{file}: is of format {version}, and this version of merganser reads up to {RECORD_FORMAT}; install a later one"
         )
+    if root.get("extracted") is not None or root.get("merged_adapters") is not None:
+        raise UnsupportedError(f"{out}: holds an adapter; a report is drawn of merged models")
     return _record(out, root)
 
 

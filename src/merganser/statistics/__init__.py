@@ -1,5 +1,6 @@
 """Statistics of models' activations on text, as files: sums over tokens, by the names of a checkpoint's tensors."""
 
+from .choice import Choice, Dataset
 from .format import (
     COUNT,
     LOSS,
@@ -12,6 +13,7 @@ from .format import (
     open_statistics,
     sum_name,
 )
+from .plan import CalibrationPlan
 
 __all__ = [
     "COUNT",
@@ -20,6 +22,9 @@ __all__ = [
     "STATISTICS_FORMAT",
     "STATISTICS_KIND",
     "STATISTICS_NAME",
+    "CalibrationPlan",
+    "Choice",
+    "Dataset",
     "Statistics",
     "TensorSums",
     "open_statistics",

@@ -9,9 +9,14 @@ With `x` the input of a matrix for one token, the sums over tokens are
     magnitude       Σ |x|, float64, shape [in]
     second_moment   Σ x², float64, shape [in]
     gram            Σ x xᵀ, float32, shape [in, in]
+    cross_gram      Σ x yᵀ, float32, shape [in, in], with y what the matrix of the model itself receives for this token
 
-Matrices that receive the same inputs share their sums. With `g` the gradient of the loss of one sequence, which is the
-negative log-likelihood of its tokens that count, the sums over sequences are
+Matrices that receive the same inputs share their sums. `x` is computed by the model itself, or within a merge: by its
+block behind merged blocks, or by merged blocks alone (`inputs` in statistics.json: "own", "prefix", "merged"). The last
+two belong to one merge, whose hash is stored as `merge`.
+
+With `g` the gradient of the loss of one sequence, which is the negative log-likelihood of its tokens that count, the sums
+over sequences are
 
     fisher              Σ g², float32, in the shape of the tensor
     gradient            Σ g, float32, in the shape of the tensor
@@ -64,7 +69,7 @@ LOSS = "loss"
 PREDICTIONS = "predictions"
 """The number of tokens in the loss."""
 
-_OF_INPUTS = (COUNT, "magnitude", "second_moment", "gram")
+_OF_INPUTS = (COUNT, "magnitude", "second_moment", "gram", "cross_gram")
 
 
 def sum_name(statistic: str, tensor: str) -> str:
@@ -109,6 +114,16 @@ class Statistics:
     def nbytes(self) -> int:
         """The bytes of all sums."""
         return sum(info.nbytes for info in self.sums.values())
+
+    @property
+    def inputs(self) -> str:
+        """What computed the inputs: "own", "prefix" or "merged"."""
+        return str(self.about.get("inputs", "own"))
+
+    @property
+    def merge(self) -> str | None:
+        """Hash of the merge that they belong to; None if they are of the model alone."""
+        return self.about.get("merge")
 
     def require(self, statistic: str) -> None:
         """Check that the folder contains a statistic.

@@ -12,7 +12,7 @@ A package that registers methods runs it in its own tests:
 """
 
 from ..engine.kernels.merge_tensor import merge_tensor
-from .laws import Law, check_citation, check_compiled, contract, probe
+from .laws import Law, check_citation, contract, probe
 from .processes import check_reproducible
 
-__all__ = ["Law", "check_citation", "check_compiled", "check_reproducible", "contract", "merge_tensor", "probe"]
+__all__ = ["Law", "check_citation", "check_reproducible", "contract", "merge_tensor", "probe"]

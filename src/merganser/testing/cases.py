@@ -176,14 +176,16 @@ def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str
         found[name] = list(losses if numbers.statistic == "loss" else layers)
     columns = shape[-1] if shape else 1
     rows = shape[-2] if len(shape) > 1 else 1
-    for model in range(count):
+    for model in range(count if method.data_of == "models" else 1):
         for name, own in method.from_data.items():
-            generator = torch.Generator().manual_seed(100 + model + 50 * (own.of == "base"))
+            generator = torch.Generator().manual_seed(100 + model + 50 * (own.of == "base_on_models"))
             inputs = _vectors(columns, generator)
             gradients = _vectors(rows, generator)
             each = torch.randn(shape, generator=generator)
             made = {
                 "gram": inputs.T @ inputs / len(inputs),
+                # as of models that receive the same as the merged model
+                "cross_gram": inputs.T @ inputs / len(inputs),
                 "second_moment": inputs.square().mean(0),
                 "magnitude": inputs.abs().mean(0),
                 "gradient_gram": gradients.T @ gradients / len(gradients),

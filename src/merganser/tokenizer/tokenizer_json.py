@@ -112,7 +112,7 @@ class TokenizerJson:
         gap = next((number for number, token in enumerate(ordered) if numbered[token] != number), None)
         if gap is not None:
             raise CheckpointError(
-                f"{self.file}: id {gap} has no token, and a Unigram vocabulary has no place for tokens behind such a gap; "
+                f"{self.file}: id {gap} has no token, and a Unigram vocabulary has no place for tokens after such a gap; "
                 "keep the tokenizer of one model instead (tokenizer_source)"
             )
         lowest = min(self.scores.values(), default=0.0) - _UNLIKELY
@@ -133,7 +133,7 @@ def read_tokenizer_json(file: Path) -> TokenizerJson:
     content = parse_object(data, str(file))
     model = content.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
-        raise CheckpointError(f"{file}: has no model.vocab, where the tokens of a tokenizer stand")
+        raise CheckpointError(f"{file}: has no model.vocab with its tokens")
     vocabulary = model["vocab"]
     kind = model.get("type") or ("Unigram" if isinstance(vocabulary, list) else "BPE")
     if kind not in KINDS or isinstance(vocabulary, list) is not (kind == "Unigram"):
@@ -162,7 +162,7 @@ def _pieces(vocabulary: Sequence[Any], file: Path, scores: dict[str, float]) -> 
         token, score = pair
         if token in trained:
             raise CheckpointError(
-                f"{file}: model.vocab: token {_shown(token)} stands at two ids, {trained[token]} and {number}"
+                f"{file}: model.vocab: token {_shown(token)} has two ids, {trained[token]} and {number}"
             )
         trained[token], scores[token] = number, float(score)
     return trained
@@ -178,7 +178,7 @@ def _added(entries: Any, trained: Mapping[str, int], file: Path) -> dict[str, Ma
             raise CheckpointError(f"{file}: added_tokens must hold objects with an id and a content")
         other = found[token]["id"] if token in found else trained.get(token, number)
         if other != number or token in found:
-            raise CheckpointError(f"{file}: token {_shown(token)} stands at two ids, {other} and {number}")
+            raise CheckpointError(f"{file}: token {_shown(token)} has two ids, {other} and {number}")
         found[token] = entry
     return found
 

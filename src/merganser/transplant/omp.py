@@ -26,9 +26,11 @@ _CANDIDATES = 8
 _NOTHING_LEFT = 1e-6
 """Residual, relative to the vector, below which the pursuit ends."""
 
-_ROUNDING = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7}
-"""Bound on the error of an approximate product of two vectors, as a share of the product of their norms: of both factors
-rounded to bfloat16, of the sum, and of the result."""
+_RESULT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+"""Bound on the relative error with which a product is stored."""
+
+_TERM = 2.0**-23
+"""Bound on the error of each addition of a product, as a share of the product of both norms."""
 
 
 def matching_pursuit(
@@ -78,35 +80,43 @@ class _Matrix:
 
     def __init__(self, rows: Tensor, dtype: torch.dtype) -> None:
         self.rows = rows
-        padding = -len(rows) % _BLOCK
-        self.rough = torch.nn.functional.pad(rows.to(dtype), (0, 0, 0, padding)).T.contiguous()
-        self.bound = _ROUNDING[dtype] * float(rows.norm(dim=1).max()) if len(rows) else 0.0
+        self.rough = torch.nn.functional.pad(rows.to(dtype), (0, 0, 0, -len(rows) % _BLOCK))
+        self.longest = float(rows.norm(dim=1).max())
+        # zero for a donor that is stored in bfloat16
+        self.off = float((rows - rows.to(dtype).float()).norm(dim=1).max())
 
-    def best(self, residual: Tensor, norms: Tensor) -> Tensor:
+    def best(self, residual: Tensor) -> Tensor:
         """Return for each residual the row with the largest absolute product; of equal ones, the first.
 
         Args:
             residual: Shape [n, d], float32.
-            norms: Norms of the residuals, shape [n].
         """
-        products = residual.to(self.rough.dtype) @ self.rough
-        blocks = products.view(len(residual), -1, _BLOCK)
-        largest = torch.linalg.vector_norm(blocks, float("inf"), dim=2).float()
-        count = min(_CANDIDATES, largest.shape[1])
-        _peaks, places = largest.topk(count, dim=1)
-        inside = blocks.gather(1, places[:, :, None].expand(-1, -1, _BLOCK)).abs().float()
+        rounded = residual.to(self.rough.dtype)
+        # shape [rows, residuals], so that the largest of a block is found along contiguous memory
+        products = self.rough @ rounded.T
+        blocks = products.view(-1, _BLOCK, len(residual))
+        largest = torch.maximum(blocks.amax(1), -blocks.amin(1)).float().T
+        peaks, places = largest.topk(min(_CANDIDATES, largest.shape[1]), dim=1)
         columns = (places[:, :, None] * _BLOCK + torch.arange(_BLOCK)).flatten(1)
-        some = min(_CANDIDATES, inside[0].numel())
-        values, order = inside.flatten(1).topk(some, dim=1)
+        inside = products[columns, torch.arange(len(residual))[:, None]].abs().float()
+        some = min(_CANDIDATES, inside.shape[1])
+        values, order = inside.topk(some, dim=1)
         candidates = columns.gather(1, order).clamp_max(len(self.rows) - 1)
         chosen = self._largest(residual, candidates)
         # where the last candidate might still be the largest, there may be more
-        floor = values[:, 0] - 2 * self.bound * norms
-        unsure = (values[:, -1] >= floor) & (some < len(self.rows))
-        for i in torch.nonzero(unsure)[:, 0].tolist():
-            near = torch.nonzero(products[i, : len(self.rows)].abs().float() >= floor[i])[:, 0]
+        floor = peaks[:, 0] - 2 * self._error(residual, rounded, peaks[:, 0])
+        for i in torch.nonzero((values[:, -1] >= floor) & (some < len(self.rows)))[:, 0].tolist():
+            near = torch.nonzero(products[: len(self.rows), i].abs().float() >= floor[i])[:, 0]
             chosen[i] = self._largest(residual[i : i + 1], near[None])[0]
         return chosen
+
+    def _error(self, residual: Tensor, rounded: Tensor, peak: Tensor) -> Tensor:
+        """Return a bound on the error of the approximate products of each residual, shape [n]."""
+        size = residual.norm(dim=1)
+        lost = (residual - rounded.float()).norm(dim=1)
+        inputs = lost * (self.longest + self.off) + size * self.off
+        bound: Tensor = inputs + _TERM * residual.shape[1] * size * self.longest + _RESULT[self.rough.dtype] * peak
+        return bound
 
     def _largest(self, residual: Tensor, candidates: Tensor) -> Tensor:
         """Return the candidate with the largest absolute product, computed in float64."""
@@ -128,7 +138,7 @@ def _pursue(targets: Tensor, matrix: _Matrix, k: int) -> tuple[Tensor, Tensor]:
         if not len(active):
             break
         own = residual[active]
-        best = matrix.best(own, own.norm(dim=1))
+        best = matrix.best(own)
         direction = matrix.rows[best]
         before = direction.norm(dim=1)
         earlier = basis[active, :step]

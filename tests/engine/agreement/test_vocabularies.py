@@ -41,7 +41,7 @@ def test_a_permuted_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         merge(linear(paths), tmp_path / "out")
     message = str(caught.value)
-    assert "28 rows of the embedding stand for other tokens than in" in message
+    assert "28 rows of the embedding belong to other tokens than in" in message
     assert all(str(path) in message for path in paths)
     assert "'tokenizer_source: base' or 'tokenizer_source: union' in the recipe matches rows by token" in message
     assert not (tmp_path / "out").exists()
@@ -62,7 +62,7 @@ def test_a_third_model_is_compared_too(tmp_path: Path) -> None:
 def test_renamed_and_added_tokens_are_named(tmp_path: Path) -> None:
     paths = models(tmp_path, tokenizer(TOKENS), tokenizer(TOKENS, [*SPECIAL[:2], "<tool>", SPECIAL[3]]))
     [warning] = merge(linear(paths), tmp_path / "out").record["warnings"]
-    assert warning.startswith(f"{paths[1]}: 1 row of the embedding stands for another token than in {paths[0]}")
+    assert warning.startswith(f"{paths[1]}: 1 row of the embedding belongs to another token than in {paths[0]}")
     assert "30 is '<tool>', not '<|reserved_special_token_0|>'" in warning
 
 
@@ -108,11 +108,11 @@ def test_a_tokenizer_source_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_a_tokenizer_source_with_more_tokens_than_rows(tmp_path: Path) -> None:
     paths = models(tmp_path, tokenizer(TOKENS), tokenizer(TOKENS, [*SPECIAL, "<tool>"]))
-    with pytest.raises(CheckpointError, match=r"1 token behind the last of the 32 rows .*'<tool>' \(32\)"):
+    with pytest.raises(CheckpointError, match=r"1 token after the last of the 32 rows .*'<tool>' \(32\)"):
         plan(linear(paths, tokenizer_source=str(paths[1])))
     # of models that have the same one, too
     (paths[0] / "tokenizer.json").write_text((paths[1] / "tokenizer.json").read_text())
-    with pytest.raises(CheckpointError, match="1 token behind the last of the 32 rows"):
+    with pytest.raises(CheckpointError, match="1 token after the last of the 32 rows"):
         plan(linear(paths, tokenizer_source=str(paths[1])))
     (paths[0] / "tokenizer.json").write_text(tokenizer(TOKENS))
     # padding behind the rows is what many fine-tunes have
@@ -121,7 +121,7 @@ def test_a_tokenizer_source_with_more_tokens_than_rows(tmp_path: Path) -> None:
     # the donor's own
     (paths[0] / "tokenizer.json").write_text(tokenizer(TOKENS, [*SPECIAL, "<tool>"]))
     [warning] = plan(linear(paths)).warnings
-    assert "behind the last of the 32 rows" in warning
+    assert "after the last of the 32 rows" in warning
 
 
 @pytest.mark.parametrize(

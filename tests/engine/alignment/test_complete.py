@@ -48,6 +48,7 @@ def test_what_all_models_lack_is_refused_by_name(tmp_path: Path, pattern: str, s
         merge(recipe, tmp_path / "out")
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'm0'}: {said}")
+    assert message.count(said) == 1
     assert "LlamaForCausalLM needs tensors that none of the models has" in message
     assert not (tmp_path / "out").exists()
 

@@ -139,8 +139,8 @@ def test_methods_that_give_models_back_need_all_of_them(classifiers):
 
 LEFTOVERS = {
     "LoRA factors": {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(4, 32)},
-    "weights that an adapter": {"model.layers.0.self_attn.q_proj.base_layer.weight": torch.ones(32, 32)},
-    "copies that an adapter": {"lm_head.modules_to_save.default.weight": torch.ones(96, 32)},
+    "base weights wrapped by an adapter": {"model.layers.0.self_attn.q_proj.base_layer.weight": torch.ones(32, 32)},
+    "copies trained by an adapter": {"lm_head.modules_to_save.default.weight": torch.ones(96, 32)},
     "a value head": {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)},
     "a head that LlamaForCausalLM does not have": {"score.weight": torch.ones(1, 32)},
     "factors of an adapter": {"model.layers.0.mlp.up_proj.ia3_l.default": torch.ones(1, 32)},

@@ -29,22 +29,22 @@ CASES = [
 ]
 
 
-def work(method, parameters, names, shapes, *, n, compiled=False):
+def work(method, parameters, names, shapes, *, n, fused=False):
     """The work on some tensors, as the engine prepares it."""
     values = Values.of(method, fill(method, parameters, n))
-    kernels = Kernels(method, values.static, torch.float32, torch.float32, torch.device("cpu"), compiled)
+    kernels = Kernels(method, values.static, torch.float32, torch.float32, torch.device("cpu"), fused)
     return [TensorRun(kernels, values, (size,), keys(7, name, n)) for name, size in zip(names, shapes, strict=True)]
 
 
 @pytest.mark.parametrize(("name", "with_base", "parameters"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_they_are_what_each_is_alone(name, with_base, parameters, dtype):
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_they_are_what_each_is_alone(name, with_base, parameters, dtype, fused):
     method = get_method(name)
     n = _cases.count_models(method)
     generator = torch.Generator().manual_seed(0)
     inputs = [[torch.randn(size, generator=generator).to(dtype) for _ in range(n + with_base)] for size in SIZES]
     names = [f"t{i}" for i in range(len(SIZES))]
-    runs = work(method, parameters, names, SIZES, n=n)
+    runs = work(method, parameters, names, SIZES, n=n, fused=fused)
 
     def split(index, found):
         return (found[0], found[1:]) if with_base else (None, found)
@@ -88,15 +88,12 @@ def test_some_are_merged_one_by_one(name, parameters):
     assert method.together(fill(method, parameters, 3)) is None
 
 
-def test_fused_kernels_are_made_for_one_tensor():
-    trimmed, plain = {"weight": 1, "density": 0.5}, {"weight": 1}
-    for compiled, expected in ((False, "stacked"), (True, None)):
-        (run,) = work(get_method("ties"), trimmed, ["t"], [9], n=2, compiled=compiled)
+def test_only_tensors_of_one_block_are_merged_together():
+    for size, expected in ((9, "stacked"), (1 << 20, None)):
+        (run,) = work(get_method("ties"), {"weight": 1, "density": 0.5}, ["t"], [size], n=2)
         assert run.together == expected
-    (run,) = work(get_method("task_arithmetic"), plain, ["t"], [9], n=2, compiled=True)
+    (run,) = work(get_method("task_arithmetic"), {"weight": 1}, ["t"], [9], n=2)
     assert run.together == "joined"
-    (run,) = work(get_method("ties"), trimmed, ["t"], [1 << 20], n=2)
-    assert run.together is None
 
 
 @pytest.mark.parametrize("name", ["ties", "dare_ties"])

@@ -100,7 +100,7 @@ def test_the_plan_says_what_is_kept(tmp_path):
     found = plan(recipe, threads=2)
     assert found.kept == small
     assert large > 64 << 20
-    least = memory.estimate_memory(found.tensors, 2, found.compiled)
+    least = memory.estimate_memory(found.tensors, 2, found.fused)
     assert found.peak_memory == least + 2 * small
     enough, tight = (plan(recipe, threads=2, max_memory=least + 2 * small - less) for less in (0, 1))
     assert (enough.workers, enough.kept) == (2, small)

@@ -32,7 +32,7 @@ def model(
     folder: Path, seed: int, document: dict[str, Any] | None, *, rows: int = 32, head: bool = True, **options: Any
 ) -> Path:
     tensors = llama(seed, vocab=rows, head=head, **options)
-    config = llama_config(vocab=rows, tied=not head)
+    config = llama_config(vocab=rows, tied=not head, hidden=options.get("hidden", 16))
     return write_model(folder, tensors, config, side_files={"tokenizer.json": json.dumps(document)} if document else {})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from merganser.engine.merge import merge, plan
 from merganser.errors import CheckpointError, MergeError, RecipeError, UnsupportedError
@@ -235,6 +235,51 @@ def test_the_list_of_changes(tmp_path: Path) -> None:
     assert not (again / "merge.vocabulary.json").exists()
 
 
+def test_a_base_and_a_chat_model(tmp_path: Path) -> None:
+    """The template comes with the token that ends a turn, and generation stops there."""
+    base, chat = write(tmp_path, A, bpe(WORDS, ["<s>", "</s>", "<|im_end|>"]))
+    (base / "tokenizer_config.json").write_text(
+        '{"eos_token": "</s>", "added_tokens_decoder": {"29": {"content": "</s>"}}}'
+    )
+    (chat / "chat_template.jinja").write_text("{{ messages }}<|im_end|>")
+    found = merge(recipe([base, chat], tokenizer_source="union"), tmp_path / "out")
+    assert (found.out / "chat_template.jinja").read_text() == "{{ messages }}<|im_end|>"
+    assert json.loads((found.out / "generation_config.json").read_text())["eos_token_id"] == [29, 30]
+    decoder = json.loads((found.out / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert (decoder["29"]["content"], decoder["30"]["content"], decoder["30"]["special"]) == (
+        "</s>",
+        "<|im_end|>",
+        True,
+    )
+
+
+def test_files_without_the_new_tokens_are_left_out(tmp_path: Path) -> None:
+    paths = write(tmp_path, A, B)
+    for name in ("vocab.json", "merges.txt", "tokenizer.model"):
+        (paths[0] / name).write_text("{}")
+    found = merge(recipe(paths, tokenizer_source="union"), tmp_path / "out")
+    assert not {"vocab.json", "merges.txt", "tokenizer.model"} & {file.name for file in found.out.iterdir()}
+    said = "merges.txt, tokenizer.model, vocab.json: without the new tokens, so left out; tokenizer.json has them all"
+    assert said in found.record["warnings"]
+
+
+def test_an_axis_that_is_not_known(tmp_path: Path) -> None:
+    paths = [model(tmp_path / f"m{i}", i, d, rows=33) for i, d in enumerate((A, PERMUTED))]
+    for path in paths:
+        tensors = load_file(path / "model.safetensors") | {"final_logits_bias": torch.zeros(1, 33)}
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UnsupportedError, match="final_logits_bias may be indexed by tokens in a way that is not known here"
+    ):
+        plan(recipe(paths, tokenizer_source="base"))
+
+
+def test_models_of_other_widths(tmp_path: Path) -> None:
+    paths = [model(tmp_path / "a", 0, A), model(tmp_path / "b", 1, B, hidden=8)]
+    with pytest.raises(CheckpointError, match="only models of one width can be merged"):
+        plan(recipe(paths, tokenizer_source="union"))
+
+
 def test_lengths_as_transformers_writes_them(tmp_path: Path) -> None:
     paths = write(tmp_path, A, PERMUTED)
     (paths[1] / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
@@ -288,7 +333,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[MergeError], str]] = [
         {"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": [{"id": 3, "content": "a"}]},
         {},
         CheckpointError,
-        "token 'a' stands at two ids, 0 and 3",
+        "token 'a' has two ids, 0 and 3",
     ),
     (
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b c"]}},
@@ -307,7 +352,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[MergeError], str]] = [
         B,
         {"tokens": {"new": {"source": {"kind": "model_token", "model": "m1", "token_id": 32}}}},
         RecipeError,
-        "row 32 is behind the 32 rows of m1",
+        "row 32 is after the last of the 32 rows of m1",
     ),
     (
         B,
@@ -346,7 +391,7 @@ def test_tokens_behind_the_rows_of_the_model(tmp_path: Path) -> None:
     found = merge(recipe(paths, tokenizer_source="union"), tmp_path / "out")
     assert "<b>" in tokens_of(json.loads((found.out / "tokenizer.json").read_text()))
     assert "<c>" not in tokens_of(json.loads((found.out / "tokenizer.json").read_text()))
-    with pytest.raises(CheckpointError, match="1 token behind the last of the 32 rows"):
+    with pytest.raises(CheckpointError, match="1 token after the last of the 32 rows"):
         plan(recipe(paths, tokenizer_source=str(paths[1])))
 
 

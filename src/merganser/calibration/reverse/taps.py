@@ -60,5 +60,5 @@ class GradientTaps:
             gram = self._grams.get(part.parameter)
             # of joined tensors each has but a part of the outputs
             if gram is not None and part.length is None and part.index is None:
-                found["gradient_gram", source] = Sum(gram.shape, Gram.stored_as, gram.result)
+                found["gradient_gram", source] = Sum(Gram.shape_of(gram.width), Gram.stored_as, gram.result)
         return found

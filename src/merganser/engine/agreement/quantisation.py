@@ -26,11 +26,8 @@ def refuse_unreadable(recipe: Recipe, reference: ModelReference, checkpoint: Che
         )
 
 
-def check_quantised(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> list[str]:
+def check_quantised(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> None:
     """Compare how the inputs are quantised.
-
-    Returns:
-        Warnings about quantised inputs.
 
     Raises:
         RecipeError: A model was quantised in another way than its base, and the recipe does not allow it; or it was
@@ -38,7 +35,6 @@ def check_quantised(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpo
     """
     named = [recipe.base_model, *(piece.base_model for piece in recipe.slices)]
     bases = {base for base in named if base is not None}
-    warnings = []
     for reference, checkpoint in checkpoints.items():
         own = checkpoint.quantisation
         if own is not None and own.rescaled and bases:
@@ -46,11 +42,6 @@ def check_quantised(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpo
                 f"{recipe.place_of_model(reference)}: {reference}: AWQ scales norms and weights before it rounds them, so "
                 "its tensors cannot be compared with those of a base; use the unquantised model, or a method without a "
                 "base"
-            )
-        if own is not None:
-            warnings.append(
-                f"{reference}: its weights are dequantised ({some(own.schemes, 4)}); rounding has moved them from those "
-                "of the model it was made from"
             )
     for base in bases:
         for reference, checkpoint in checkpoints.items():
@@ -63,7 +54,6 @@ def check_quantised(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpo
                     "difference of the two would be rounding for the most part. Use models that are stored alike, or "
                     "write 'quantised: allow' into the recipe"
                 )
-    return warnings
 
 
 def _schemes(checkpoint: Checkpoint) -> tuple[str, ...]:

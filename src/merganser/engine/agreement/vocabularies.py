@@ -144,8 +144,8 @@ def _too_many(recipe: Recipe, owner: ModelReference, vocabulary: Vocabulary, row
 
 def _stand_for(rows: Sequence[Renamed]) -> str:
     if len(rows) == 1:
-        return "1 row of the embedding stands for another token than"
-    return f"{len(rows):,} rows of the embedding stand for other tokens than"
+        return "1 row of the embedding belongs to another token than"
+    return f"{len(rows):,} rows of the embedding belong to other tokens than"
 
 
 def _renamed(rows: Sequence[Renamed]) -> str:

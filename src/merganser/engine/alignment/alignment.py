@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ...anatomy import Anatomy, Part, infer_anatomy, is_tied
@@ -98,6 +98,7 @@ class Alignment:
         layers: For slices, the donor's layer whose config settings each output layer gets; else None.
         warnings: Messages about tensors that were dropped and choices that were made.
         left_out: Names of tensors that the recipe's `unmatched` leaves out.
+        reasons: Tensors of the inputs that the output does not have, and why, by name.
     """
 
     slots: list[Slot]
@@ -105,6 +106,7 @@ class Alignment:
     layers: list[int] | None
     warnings: list[str]
     left_out: frozenset[str] = frozenset()
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
 
 def after_layers(recipe: Recipe) -> float:
@@ -177,11 +179,11 @@ def _is_head(name: str) -> bool:
 
 def _names(
     donor: Member, members: Sequence[Member], warnings: list[str]
-) -> tuple[list[str], str | None, bool, set[str]]:
+) -> tuple[list[str], str | None, bool, dict[str, str]]:
     """Decide which tensors the output has.
 
     Returns:
-        Their names in the donor's order, the head's name, whether the head is tied, and the names left out.
+        Their names in the donor's order, the head's name, whether the head is tied, and the names left out with reasons.
     """
     names = list(donor.checkpoint.tensors)
     everyone = list(dict.fromkeys([donor, *members]))
@@ -196,19 +198,20 @@ def _names(
     return [name for name in names if name not in drop], head, tied, drop
 
 
-def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]) -> set[str]:
+def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]) -> dict[str, str]:
     """Return names that some models store and the output does not need: recomputed buffers and copies of tied heads."""
     names = dict.fromkeys(name for m in members for name in m.checkpoint.tensors)
-    drop = {name for name in names if RECOMPUTED.search(name) and not _alike(name, members)}
+    computed = [name for name in names if RECOMPUTED.search(name) and not _alike(name, members)]
+    drop = dict.fromkeys(computed, "model code computes it")
     if drop:
         warnings.append(f"{_some(sorted(drop))}: not the same in every model; left out, since model code computes them")
     if tied and head and any(head not in m.checkpoint.tensors for m in members):
-        drop.add(head)
+        drop[head] = "a copy of the embedding, to which the head is tied"
         warnings.append(f"{head}: every model is tied, so the copy that some of them hold is left out")
     return drop
 
 
-def _copies(donor: Member, members: Sequence[Member], head: str | None, warnings: list[str]) -> set[str]:
+def _copies(donor: Member, members: Sequence[Member], head: str | None, warnings: list[str]) -> dict[str, str]:
     """Return names under which models store copies of a tensor that the donor stores once (T5's shared embedding)."""
     once = dict(donor.anatomy.tied)
     held = dict.fromkeys(name for member in members for name in member.checkpoint.tensors)
@@ -218,7 +221,7 @@ def _copies(donor: Member, members: Sequence[Member], head: str | None, warnings
         warnings.append(
             f"{_some(copies)}: copies of {sources}, which some models hold and the output needs once; left out"
         )
-    return set(copies)
+    return {name: f"a copy of {once[name]}" for name in copies}
 
 
 def _alike(name: str, members: Sequence[Member]) -> bool:

@@ -67,7 +67,11 @@ def without_leftovers(
         raise CheckpointError(
             f"{recipe.place_of_model(reference)}: {reference}: holds only tensors that no model class loads: {parts}"
         )
-    return replace(checkpoint, tensors=tensors), [f"{reference}: left out, since no model class loads them: {parts}"]
+    reasons = {name: f"no model class loads it: {what}" for what, names in leftovers.items() for name in names}
+    reasons = {**checkpoint.left_out, **reasons}
+    return replace(checkpoint, tensors=tensors, left_out=reasons), [
+        f"{reference}: left out, since no model class loads them: {parts}"
+    ]
 
 
 def _language_model(config: Mapping[str, Any]) -> str | None:

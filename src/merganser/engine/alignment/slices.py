@@ -49,7 +49,7 @@ def align_slices(
     names, head, tied, drop = _names(donor, used, warnings)
     if tied and head:
         # embedding and head may come from different slices, but a tied pair must stay one matrix
-        drop.add(head)
+        drop[head] = "a copy of the embedding, to which the head is tied"
         names = [name for name in names if name != head]
     if tied and slices[0].keys() != slices[-1].keys():
         warnings.append(
@@ -68,7 +68,7 @@ def align_slices(
             layer_numbers = starts.get(donor.reference) or next(iter(starts.values()))
             layers.append(donor_layer(donor, layer_numbers[step], made))
     slots += frame.slots("after", last, len(slices) - 1, after_layers(recipe))
-    return Alignment(slots, tied, layers, warnings)
+    return Alignment(slots, tied, layers, warnings, reasons=drop)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
     names = [name for name in names if name not in unmatched.dropped]
     matched = [name for name in names if name not in unmatched.kept]
     for member in members:
-        names_of_member = set(member.checkpoint.tensors) - drop - unmatched.kept - unmatched.dropped
+        names_of_member = set(member.checkpoint.tensors) - drop.keys() - unmatched.kept - unmatched.dropped
         # names of the output that the donor lacks come from another model
         lacking = (other for name in matched if donor.tensor(name) is None for other in members if other.tensor(name))
         _check_names(next(lacking, donor) if member is donor else donor, member, matched, names_of_member)
@@ -57,4 +57,6 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         kept = name in unmatched.kept
         sources = {member.reference: (member, name) for member in ([donor] if kept else members)}
         slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, sources), kept))
-    return Alignment(slots, tied, None, warnings, unmatched.dropped)
+    reasons = dict.fromkeys(unmatched.dropped, "not in all models in one shape")
+    reasons |= dict.fromkeys(unmatched.kept, f"not in all models in one shape; taken from {donor.reference}")
+    return Alignment(slots, tied, None, warnings, unmatched.dropped, {**drop, **reasons})

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import MergeError
 from .data import Data
-from .kernels import Block, Kernels
+from .kernels import Block, Kernel, Kernels, Phase
 from .values import Values
 
 _NO_DATA: Data = MappingProxyType({})
@@ -94,6 +94,25 @@ def block_shape(shape: Sequence[int], scope: str, size: int) -> tuple[int, ...]:
     return (size,)
 
 
+class _Prepared(NamedTuple):
+    """A kernel with the statistics of a tensor.
+
+    Args:
+        known: The statistics.
+        fixed: The same on the device.
+        kernel: The kernel.
+    """
+
+    known: tuple[tuple[str, Tensor], ...]
+    fixed: tuple[dict[str, Tensor], dict[str, Tensor]]
+    kernel: Kernel
+
+
+def _same(before: tuple[tuple[str, Tensor], ...], now: tuple[tuple[str, Tensor], ...]) -> bool:
+    """Return whether these are the same objects; statistics are never changed in place."""
+    return len(before) == len(now) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(before, now, strict=True))
+
+
 class TensorRun:
     """The work on one output tensor: its blocks, parameters, random keys and statistics.
 
@@ -126,6 +145,8 @@ class TensorRun:
         self.ranges = list(block_ranges(shape, kernels.method.scope, block))
         self._keys = random_keys.to(kernels.device)
         self._numbers = kernels.numbers(values)
+        # by phase; threads may prepare the same kernel twice, which does no harm
+        self._prepared: dict[Phase, _Prepared] = {}
 
     def measure(
         self,
@@ -139,11 +160,12 @@ class TensorRun:
         data: Data = _NO_DATA,
     ) -> tuple[Tensor, bool]:
         """Add a block's measurement to the total of the blocks before it; also return whether the block is finite."""
-        block = replace(self._block(known, range_, base, models), data=data)
-        if name not in self.kernels.rows:
-            total, finite = self.kernels.measure(name, index, block, total)
-            return total, bool(finite)
-        found, finite = self.kernels.measure(name, index, block, None)
+        block, kernel = self._block(("measure", name, index), known, range_, base, models, data)
+        over_rows = name in self.kernels.rows
+        found, finite = kernel(block, None if over_rows else total)
+        if not over_rows:
+            return self.kernels.measured(name, index, found, total), bool(finite)
+        found = self.kernels.measured(name, index, found, None)
         # the first block allocates the total of all rows; each block fills in its own
         total = found.new_zeros(matrix_shape(self.shape)[0], *found.shape[1:]) if total is None else total
         total[self._rows(range_)] = found
@@ -169,7 +191,7 @@ class TensorRun:
             return False
         given = {key: value.cpu() for key, value in known.items()}
         given["size"] = torch.tensor(self.size, dtype=torch.float64)
-        block = self._block(known, self.ranges[0], base, models)
+        block = self._at(self._fixed(known), self.ranges[0], base, models)
         known[name] = self.kernels.measure_at_once(name, block, self.values, given)
         return True
 
@@ -207,9 +229,7 @@ class TensorRun:
     @property
     def together(self) -> Literal["joined", "stacked"] | None:
         """How it can be merged with tensors of the same kernels and parameters, as in `MergeMethod.together`."""
-        # fused kernels take one tensor, and their results differ from stacked ones by rounding
-        fits = len(self.ranges) == 1 and not (self.values.together == "stacked" and self.kernels.compiled)
-        return self.values.together if fits else None
+        return self.values.together if len(self.ranges) == 1 else None
 
     def merge_several(
         self, runs: Sequence[TensorRun], base: Tensor | None, models: Sequence[Tensor]
@@ -226,9 +246,7 @@ class TensorRun:
         """
         kernels = self.kernels
         random = torch.stack([run._keys for run in runs]) if kernels.method.random else self._keys
-        block = Block(
-            base, models, {}, self._numbers, {}, random, torch.zeros((), dtype=torch.int64, device=kernels.device)
-        )
+        block = Block(base, models, {}, self._numbers, {}, random, 0)
         found: dict[str, Tensor] = {"size": torch.tensor(self.size, dtype=torch.float64)}
         for name, _, _ in kernels.statistics:
             found[name] = kernels.measure_at_once(name, block, self.values, found, several=True)
@@ -252,8 +270,8 @@ class TensorRun:
             models: The same of the models.
             data: The statistics from data of the block, or of its matrix, a tensor per model.
         """
-        block = replace(self._block(known, range_, base, models), data=data)
-        merged, finite = self.kernels.combine(block)
+        block, kernel = self._block(("combine", "", 0), known, range_, base, models, data)
+        merged, finite = kernel(block, None)
         return (merged.T if self.turned else merged).reshape(-1), bool(finite)
 
     def matrix(self, start: int) -> int:
@@ -265,23 +283,48 @@ class TensorRun:
         return block_shape(self.shape, self.kernels.method.scope, range_[1] - range_[0])
 
     def _block(
-        self, known: Mapping[str, Tensor], range_: tuple[int, int], base: Tensor | None, models: Sequence[Tensor]
+        self,
+        phase: Phase,
+        known: Mapping[str, Tensor],
+        range_: tuple[int, int],
+        base: Tensor | None,
+        models: Sequence[Tensor],
+        data: Data = MappingProxyType({}),
+    ) -> tuple[Block, Kernel]:
+        """Return a block, and the kernel of a phase, which is the same for all blocks."""
+        taken = tuple(known.items())
+        prepared = self._prepared.get(phase)
+        if prepared is None or not _same(prepared.known, taken):
+            fixed = self._fixed(known)
+            block = replace(self._at(fixed, range_, base, models), data=data)
+            self._prepared[phase] = _Prepared(taken, fixed, self.kernels.kernel(phase, block))
+            return block, self._prepared[phase].kernel
+        return replace(self._at(prepared.fixed, range_, base, models), data=data), prepared.kernel
+
+    def _fixed(self, known: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the solved statistics on the device: those over rows, and others."""
+        sent = {name: self.kernels.to_device(value) for name, value in known.items()}
+        over_rows = self.kernels.rows
+        return {n: x for n, x in sent.items() if n in over_rows}, {n: x for n, x in sent.items() if n not in over_rows}
+
+    def _at(
+        self,
+        fixed: tuple[dict[str, Tensor], dict[str, Tensor]],
+        range_: tuple[int, int],
+        base: Tensor | None,
+        models: Sequence[Tensor],
     ) -> Block:
         start, end = range_
         shape = block_shape(self.shape, self.kernels.method.scope, end - start)
-        over_rows = self.kernels.rows
-        own = {name: known[name][self._rows(range_)] for name in known if name in over_rows}
-        rows = {name: self.kernels.to_device(value) for name, value in own.items()}
-        others = {name: self.kernels.to_device(value) for name, value in known.items() if name not in over_rows}
-        offset = torch.tensor(start, dtype=torch.int64, device=self.kernels.device)
+        rows, others = fixed
         return Block(
             None if base is None else self._shaped(base, shape),
             [self._shaped(model, shape) for model in models],
-            rows,
+            {name: value[self._rows(range_)] for name, value in rows.items()} if rows else {},
             self._numbers,
             others,
             self._keys,
-            offset,
+            start,
         )
 
     def _shaped(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import torch
 
 from ...errors import UnsupportedError
@@ -37,10 +34,3 @@ def _one(name: str, n_gpus: int) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
         raise UnsupportedError(f"--device {name}: no such GPU here; torch sees {n_gpus}")
     return device
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Return whether kernels can be fused: on a CPU this needs a C++ compiler."""
-    if device.type != "cpu":
-        return True
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))

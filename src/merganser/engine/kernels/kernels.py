@@ -1,33 +1,39 @@
 """Turn a merge method into the functions that the engine runs on blocks.
 
 A kernel takes blocks in the dtypes of the files, converts them to the compute dtype, calls the method, rounds once to
-the output dtype and returns whether all numbers were finite. For large merges it is fused by `torch.compile`, from the
-same source.
+the output dtype and returns whether all numbers were finite. On a CPU its operations are fused into loops by
+`engine.fusion`; on a GPU by `torch.compile`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedError
 from ...method import MergeMethod, Round, Statistic, takes
 from ...ops.random import Random
 from ...ops.rounding import largest_rounding
-from .compiled import Function, KernelError, compile_ahead, compiled_ahead, fused
+from ..fusion.graph import Unfusable
+from ..fusion.run import Program
+from ..fusion.trace import Form
 from .data import Data
 from .sums import join
 from .values import Values
 
+_logger = logging.getLogger(__name__)
+
 Phase = tuple[str, str, int]
-_Kernel = Callable[["Block"], tuple[Tensor, Tensor]]
+Kernel = Callable[["Block", "Tensor | None"], tuple[Tensor, Tensor]]
+"""Gets a block, and the total of what it measured before; returns what it measures or merges, or that total if it was added to,
+and whether all is finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +47,8 @@ class Block:
         numbers: Numeric parameters.
         known: Other solved statistics.
         keys: Keys of random draws, from `ops.random.keys`.
-        offset: Index of the block's first element in the tensor, int64, 0-d.
-        data: Statistics from data, a tensor per model; kernels that take them are never compiled.
+        offset: Index of the block's first element in the tensor.
+        data: Statistics from data, a tensor per model; kernels that take them are never fused.
     """
 
     base: Tensor | None
@@ -51,30 +57,20 @@ class Block:
     numbers: Mapping[str, Tensor]
     known: Mapping[str, Tensor]
     keys: Tensor
-    offset: Tensor
+    offset: int
     data: Data = field(default_factory=dict)
 
-    def flat(self) -> list[Tensor]:
-        """Return all tensors, in a fixed order."""
-        others = [*self.numbers.values(), *self.known.values(), self.keys, self.offset]
-        return [*self.inputs(), *self.rows.values(), *others]
+    def fixed(self) -> list[Tensor]:
+        """Return the tensors that are the same for all blocks of a tensor, in a fixed order."""
+        return [*self.numbers.values(), *self.known.values(), self.keys]
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> Block:
-        """Return a block of the same structure, made of other tensors in the order of `flat`."""
-        left = iter(tensors)
-        base = None if self.base is None else next(left)
-        models = [next(left) for _ in self.models]
-        rows, numbers, known = ({name: next(left) for name in own} for own in (self.rows, self.numbers, self.known))
-        return Block(base, models, rows, numbers, known, next(left), next(left))
-
-    @property
-    def form(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
-        """Dtypes and shapes that a compiled kernel is specialised on, in the order of `flat`; a size of 0 may vary."""
-        others = (*self.numbers.values(), *self.known.values(), self.keys, self.offset)
+    def forms(self) -> tuple[Form, ...]:
+        """Return the forms of all inputs of a kernel: those of the block, then the fixed ones."""
         return (
-            *((x.dtype, (0,) * x.dim()) for x in self.inputs()),
-            *((x.dtype, (0, *x.shape[1:])) for x in self.rows.values()),
-            *((x.dtype, tuple(x.shape)) for x in others),
+            *(Form("block", x.dtype) for x in self.inputs()),
+            *(Form("rows", x.dtype, tuple(x.shape[1:])) for x in self.rows.values()),
+            Form("scalar", torch.int64),
+            *(Form("fixed", x.dtype, tuple(x.shape)) for x in self.fixed()),
         )
 
     def inputs(self) -> list[Tensor]:
@@ -92,7 +88,7 @@ class Kernels:
         compute: float32, or float64 where an input or the output is.
         output: Dtype of the result.
         device: Where the kernels run.
-        compiled: Fuse with `torch.compile`.
+        fused: Fuse operations: on a CPU into loops in machine code, on a GPU by `torch.compile`.
         check_finite: Whether kernels look for NaN and infinity.
     """
 
@@ -101,11 +97,9 @@ class Kernels:
     compute: torch.dtype
     output: torch.dtype
     device: torch.device
-    compiled: bool = False
+    fused: bool = False
     check_finite: bool = True
     _functions: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
-    _fused: dict[Any, _Kernel] = field(default_factory=dict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @cached_property
     def statistics(self) -> list[tuple[str, Statistic, str]]:
@@ -134,24 +128,20 @@ class Kernels:
         """Return numeric parameters on the device."""
         return {name: value.to(self.device) for name, value in values.numbers.items()}
 
-    def measure(self, name: str, index: int, block: Block, total: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add the measurement of a block to the total of the blocks before it; also return whether the block is finite.
+    def measured(self, name: str, index: int, found: Tensor, total: Tensor | None) -> Tensor:
+        """Add the measurement of a block to the total of the blocks before it.
 
         Args:
             name: Name of the statistic.
             index: Index of the round.
-            block: The block.
-            total: Total of the blocks before, on the CPU; it may be changed in place. None for the first block.
+            found: What the kernel measured; or the total, if the kernel has added to it.
+            total: Total of the blocks before, on the CPU. None for the first block.
         """
-        measured, finite = self._run(("measure", name, index), block)
-        round_ = self.round(name, index)
-        tally = round_.tally
-        if tally is not None:
-            known = {**block.rows, **block.known}
-            return tally(measured, total, **{name: known[name] for name in takes(tally)[2:]}), finite
-        measured = measured.cpu()
-        measured = measured if measured.is_floating_point() else measured.to(torch.int64)
-        return measured if total is None else join(total, measured, largest=round_.largest), finite
+        found = found.cpu()
+        found = found if found.is_floating_point() else found.to(torch.int64)
+        if total is None or found is total:
+            return found
+        return join(total, found, largest=self.round(name, index).largest)
 
     def measure_at_once(
         self, name: str, block: Block, values: Values, known: Mapping[str, Tensor], *, several: bool = False
@@ -198,10 +188,6 @@ class Kernels:
         given = {**self._unwanted, **self.static, **values.numbers, **known}
         return solve(**{first: measured}, **{key: given[key] for key in rest})
 
-    def combine(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Merge one block; also return whether the inputs and the result are finite."""
-        return self._run(("combine", "", 0), block)
-
     def combine_several(self, block: Block) -> tuple[Tensor, Tensor]:
         """Merge several tensors of one shape and the same parameters in one call; also return whether each is finite.
 
@@ -216,61 +202,73 @@ class Kernels:
         """Move a solved statistic to where kernels take it: floats in the compute dtype, integers as they are."""
         return solved.to(self.device, self.compute) if solved.is_floating_point() else solved.to(self.device)
 
-    def run_eagerly(self, phase: Phase, block: Block) -> tuple[Tensor, Tensor]:
-        """Run a kernel without fusing it."""
-        return _on_block(self._function(phase))(block)
+    def kernel(self, phase: Phase, block: Block) -> Kernel:
+        """Return the function that measures or combines a block, and says whether inputs and result are finite.
 
-    def _run(self, phase: Phase, block: Block) -> tuple[Tensor, Tensor]:
-        # torch.compile specialises on size 1; run such blocks eagerly
-        if not self.compiled or min(block.models[0].shape, default=0) < 2:
-            return self.run_eagerly(phase, block)
-        form = (phase, block.form)
-        with self._lock:
-            if form not in self._fused:
-                self._fused[form] = self._fuse(phase, block)
-        try:
-            return self._fused[form](block)
-        except KernelError:
-            # run eagerly, it fails with an error that gives the reason, mostly memory
-            self.run_eagerly(phase, block)
-            raise
-        except RuntimeError as error:
-            if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-                raise
-            lines = str(error).splitlines()
-            reason = next((line.strip() for line in lines if " error: " in line), lines[0])
-            raise UnsupportedError(
-                f"{self.method.name}: a kernel cannot be compiled here ({reason}). Check the C++ compiler, "
-                "memory and disk space; or merge with --no-compile"
-            ) from error
+        Args:
+            phase: "combine", or "measure" with the statistic's name and the index of the round.
+            block: Any block of the tensor. The function takes others with the same numbers, statistics and keys.
+        """
+        function = self._function(phase)
 
-    def _fuse(self, phase: Phase, block: Block) -> _Kernel:
-        """Compile a kernel for blocks of one form: ahead of time if that can be done, else just in time."""
-        if self.device.type == "cpu" and compiled_ahead(self.method):
-            kernel = compile_ahead(self._order(phase, block))
-            if kernel is not None:
-                return partial(_on_tensors, kernel)
+        def eager(block: Block, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return function(*_arguments(block))  # type: ignore[no-any-return]
+
+        if not self.fused or block.data:
+            return eager
+        if self.device.type != "cpu":
+            return self._compiled(phase, eager)
+        program = self.program(phase, block)
+        if isinstance(program, str) or not program.takes(block.models[0].shape):
+            return eager
+        bound = program.bind(block.fixed())
+
+        def fused(block: Block, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            if not program.takes(block.models[0].shape):
+                return eager(block)
+            result, finite = bound([*block.inputs(), *block.rows.values(), block.offset], total)
+            return result, finite
+
+        return fused
+
+    def program(self, phase: Phase, like: Block) -> Program | str:
+        """Return a kernel as loops in machine code; or why it cannot be fused.
+
+        Args:
+            phase: As in `kernel`.
+            like: A block with the inputs, numbers and statistics that the kernel takes.
+        """
+        forms, columns = like.forms(), like.models[0].shape[1] if self.method.scope == "row" else None
+        settings = (self.method, tuple(self.static.items()), self.compute, self.output, self.check_finite)
+        key = (*settings, phase, forms, columns, *map(tuple, (like.rows, like.numbers, like.known)), like.base is None)
+        function = self._function(phase)
+
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return function(*_arguments(_rebuild(like, tensors)))  # type: ignore[no-any-return]
+
+        with _lock:
+            if key not in _programs:
+                try:
+                    _programs[key] = Program(flat, forms, columns)
+                except Unfusable as reason:
+                    _programs[key] = str(reason)
+                    _logger.info("%s: %s runs operation by operation: %s", self.method.name, phase[0], reason)
+            return _programs[key]
+
+    def _compiled(self, phase: Phase, eager: Kernel) -> Kernel:
+        """Return a kernel for a GPU."""
         name = ("compiled", *phase)
         if name not in self._functions:
-            self._functions[name] = fused(self._function(phase))
-        return _on_block(self._functions[name])
+            self._functions[name] = torch.compile(self._function(phase), dynamic=True, fullgraph=True)
+        compiled = self._functions[name]
 
-    def _order(self, phase: Phase, block: Block) -> dict[str, Any]:
-        """Return, as JSON, what a kernel for blocks of one form is made from; `compiler` reads it."""
-        return {
-            "method": self.method.name,
-            "static": dict(self.static),
-            "compute": _name(self.compute),
-            "output": _name(self.output),
-            "check_finite": self.check_finite,
-            "phase": list(phase),
-            "base": block.base is not None,
-            "models": len(block.models),
-            "rows": list(block.rows),
-            "numbers": list(block.numbers),
-            "known": list(block.known),
-            "tensors": [[_name(dtype), shape] for dtype, shape in block.form],
-        }
+        def run(block: Block, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            # torch.compile specialises on size 1
+            if min(block.models[0].shape, default=0) < 2:
+                return eager(block, total)
+            return compiled(*_arguments(block))  # type: ignore[no-any-return]
+
+        return run
 
     def _function(self, phase: Phase) -> Callable[..., Any]:
         if phase not in self._functions:
@@ -313,8 +311,8 @@ class Kernels:
                 wide = result.reshape(read[0].shape)
                 read = [*read, torch.where(wide.abs() < limit, wide, torch.full_like(wide, torch.inf))]
                 result = result.to(round_to)
-            # x - x is 0 if x is finite, else NaN: cheaper than isfinite, and the compiler would fold x * 0
-            finite = sum(tensor - tensor for tensor in read).sum() == 0 if check else keys.new_ones(())
+            # x - x is 0 if x is finite, else NaN, which is the largest: cheaper than isfinite
+            finite = sum(tensor - tensor for tensor in read).amax() == 0 if check else keys.new_ones(())
             return result, finite
 
         # torch.compile caches per code object and stops after 8 variants; give each kernel its own
@@ -337,22 +335,26 @@ def _overflow(dtype: torch.dtype) -> float:
     return found.max + found.max / (2 / found.eps - 1) / 2
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _on_tensors(kernel: Function, block: Block) -> tuple[Tensor, Tensor]:
-    """Call a compiled kernel, whose arguments are a flat list of tensors, on a block."""
-    result, finite = kernel(block.flat())
-    return result, finite
-
-
-def _on_block(kernel: Callable[..., tuple[Tensor, Tensor]]) -> _Kernel:
-    """Let a kernel function take a block."""
-    return lambda block: kernel(*_arguments(block))
+# programs of this process, for all runs; the lock also keeps two threads from making the same one
+_programs: dict[Any, Program | str] = {}
+_lock = threading.Lock()
 
 
 def _arguments(block: Block) -> tuple[Any, ...]:
     """Return the arguments of a kernel function for a block."""
     known = (dict(block.rows), dict(block.numbers), dict(block.known))
-    return block.base, list(block.models), *known, block.keys, block.offset, dict(block.data)
+    offset: Any = block.offset
+    if not isinstance(offset, Tensor):
+        offset = torch.tensor(offset, dtype=torch.int64, device=block.keys.device)
+    return block.base, list(block.models), *known, block.keys, offset, dict(block.data)
+
+
+def _rebuild(like: Block, tensors: Sequence[Tensor]) -> Block:
+    """Return a block made of tensors in the order of `Block.forms`."""
+    left = iter(tensors)
+    base = None if like.base is None else next(left)
+    models = [next(left) for _ in like.models]
+    rows = {name: next(left) for name in like.rows}
+    offset: Any = next(left)
+    numbers, known = ({name: next(left) for name in own} for own in (like.numbers, like.known))
+    return Block(base, models, rows, numbers, known, next(left), offset)

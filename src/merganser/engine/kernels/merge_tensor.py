@@ -37,7 +37,7 @@ def merge_tensor(
     dtype: torch.dtype | None = None,
     compute: torch.dtype | None = None,
     block: int = BLOCK,
-    compiled: bool = False,
+    fused: bool = False,
     allow_nonfinite: bool = False,
     data: Mapping[str, Sequence[Any]] | None = None,
 ) -> Tensor:
@@ -56,7 +56,7 @@ def merge_tensor(
         dtype: Dtype of the result; by default the promoted dtype of the inputs.
         compute: Dtype of the arithmetic; by default float32, or float64 if an input or `dtype` is.
         block: Elements of a block, at most.
-        compiled: Fuse with `torch.compile`.
+        fused: Fuse operations, as merges do; by default they run in torch, one by one.
         allow_nonfinite: Merge NaN and infinity instead of raising an error.
         data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed
             experts with a leading dimension; and numbers from data. Without them, the tensor is merged like one that has
@@ -84,7 +84,7 @@ def merge_tensor(
     method, values = treatment.method, Values.of(treatment.method, treatment.parameters, treatment.located)
     base, models = treatment.inputs(base, models)
     inputs = [*models] if base is None else [base, *models]
-    kernels = Kernels(method, values.static, compute, dtype, device, compiled and method.fuse, not allow_nonfinite)
+    kernels = Kernels(method, values.static, compute, dtype, device, fused and method.fuse, not allow_nonfinite)
     worked = working_shape(shape, method.scope, role)
     run = TensorRun(kernels, values, worked, keys(seed, name, len(models)), block, name=name)
     if not run.ranges:

@@ -166,7 +166,7 @@ def claim(folder: Path, names: Iterable[str], *, marker: str = MARKER) -> None:
     """
     known = claimed(folder, marker=marker)
     lines = "".join(f"{json.dumps(name)}\n" for name in dict.fromkeys(names) if name not in known)
-    # a marker without names may be cut off within its first line, so write it anew
+    # a marker without names may be cut off within its first line, so write it again
     begun = len(known) > 1
     flags = os.O_APPEND if begun else os.O_TRUNC
     descriptor = os.open(folder / marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)

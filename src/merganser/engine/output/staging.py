@@ -269,7 +269,7 @@ def resolve_target(out: Path) -> Path:
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Return whether a path is a folder or lies in it, be it through links or under another name.
+    """Return whether a path is a folder or is in it, also through links or under another name.
 
     A folder that is mounted at two places, as volumes of containers are, or named in capitals where the file system does
     not tell those apart, has paths that differ.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...checkpoint import TensorInfo
@@ -11,27 +11,34 @@ from ...errors import RecipeError
 from ...method import FromData, MergeMethod, NumbersFromData
 from ...recipe import Inputs, Source
 from ...statistics import COUNT, PREDICTIONS, Statistics, open_statistics
-from .tensor import SumFromData
+from .tensor import PlannedTensor, SumFromData
 
-__all__ = ["DataOfModels", "open_data"]
+__all__ = ["DataOfModels", "open_data", "with_data"]
+
+_INPUTS = {
+    "own": "what the model itself computes",
+    "prefix": "what the model's blocks compute behind the merged blocks of a merge",
+    "merged": "what the merged blocks of a merge compute",
+}
 
 
 @dataclass(frozen=True)
 class DataOfModels:
-    """The statistics from data of the models that a recipe merges.
+    """The statistics from data of the models that a recipe merges, or of the base.
 
     Args:
         wanted: The statistics that the method takes, by argument name.
         numbers: The numbers that it takes, by argument name.
-        sources: The models, as the recipe lists them.
-        folders: The statistics of each model, and those of the base on the data of each model, in that order; empty where
-            the method takes none of them.
+        sources: The models, as the recipe lists them; or the base.
+        folders: The statistics of each of them, in that order; empty if the method takes none.
+        base_folders: Those of the base on the data of each of them, likewise.
     """
 
     wanted: Mapping[str, FromData]
     numbers: Mapping[str, NumbersFromData]
     sources: Sequence[Source]
-    folders: Mapping[str, Sequence[Statistics]]
+    folders: Sequence[Statistics]
+    base_folders: Sequence[Statistics] = ()
 
     def of(
         self, base: TensorInfo | None, models: Sequence[TensorInfo]
@@ -40,7 +47,7 @@ class DataOfModels:
 
         Args:
             base: The tensor in the base.
-            models: The tensor in each model.
+            models: The tensor in each of the models, or in the base.
 
         Returns:
             One sum per model, by argument name, without the statistics that no model has of this tensor.
@@ -48,11 +55,12 @@ class DataOfModels:
         Raises:
             RecipeError: Only some models have a statistic of it, or a shape does not fit the tensor.
         """
-        found: dict[str, tuple[SumFromData, ...]] = {}
+        statistics: dict[str, tuple[SumFromData, ...]] = {}
         turned = False
         for name, own in self.wanted.items():
-            tensors = models if own.of == "model" or base is None else [base] * len(models)
-            folders = self.folders[own.of]
+            of_base = own.of == "base_on_models" and base is not None
+            tensors = [base] * len(models) if of_base and base is not None else models
+            folders = self.base_folders if of_base else self.folders
             has = [folder.has(own.statistic, tensor.name) for folder, tensor in zip(folders, tensors, strict=True)]
             if not any(has):
                 continue
@@ -62,10 +70,13 @@ class DataOfModels:
                         f"{source.place}: its statistics have no entry for {tensor.name}, other models' do; calibrate all "
                         "models with the same version of merganser"
                     )
-            axes = self._axes(own, tensors)
+            axes = self._axes(folders, tensors)
             turned = turned or axes == {len(models[0].shape) - 2}
-            found[name] = tuple(self._sum(own, k, tensors[k], turned=turned) for k in range(len(tensors)))
-        return found, turned
+            statistics[name] = tuple(
+                self._sum(own, folder, source, tensor, turned=turned)
+                for folder, source, tensor in zip(folders, self.sources, tensors, strict=True)
+            )
+        return statistics, turned
 
     def numbers_of(self, layers: Sequence[Mapping[str, int | None]]) -> dict[str, tuple[Any, ...]]:
         """Return the numbers that the method takes, by argument name: one entry per model.
@@ -75,17 +86,32 @@ class DataOfModels:
         """
         found: dict[str, tuple[Any, ...]] = {}
         for name, own in self.numbers.items():
-            folders = self.folders["model"]
             if own.statistic == "loss":
-                found[name] = tuple(folder.loss for folder in folders)
+                found[name] = tuple(folder.loss for folder in self.folders)
             else:
-                found[name] = tuple(map(_by_layer, folders, layers))
+                found[name] = tuple(map(_by_layer, self.folders, layers))
         return found
 
-    def _axes(self, own: FromData, tensors: Sequence[TensorInfo]) -> set[int]:
+    def check_merge(self, treatment: str) -> None:
+        """Check that statistics that were measured within a merge belong to this one.
+
+        Args:
+            treatment: From `treatment_hash`, of all its tensors.
+
+        Raises:
+            RecipeError: They belong to another merge.
+        """
+        for own, source in zip(self.folders, self.sources, strict=False):
+            if own.merge not in (None, treatment):
+                raise RecipeError(
+                    f"{source.place}: its statistics were measured within another merge: its parameters, models or dtypes "
+                    "were others; measure again"
+                )
+
+    def _axes(self, folders: Sequence[Statistics], tensors: Sequence[TensorInfo]) -> set[int]:
         """Return the axis along which a matrix takes its inputs; empty for a tensor that is no matrix."""
         axes: set[int] = set()
-        for folder, source, tensor in zip(self.folders[own.of], self.sources, tensors, strict=True):
+        for folder, source, tensor in zip(folders, self.sources, tensors, strict=True):
             axes |= {folder.tensors[tensor.name].axis} if tensor.name in folder.tensors else set()
             if len(axes) > 1:
                 raise RecipeError(
@@ -94,15 +120,16 @@ class DataOfModels:
                 )
         return axes
 
-    def _sum(self, own: FromData, model: int, tensor: TensorInfo, *, turned: bool) -> SumFromData:
-        folder = self.folders[own.of][model]
+    def _sum(
+        self, own: FromData, folder: Statistics, source: Source, tensor: TensorInfo, *, turned: bool
+    ) -> SumFromData:
         total = folder.info(own.statistic, tensor.name)
         count = folder.info(COUNT, tensor.name) if own.of_inputs else folder.of_model(PREDICTIONS)
         lead, rest = tensor.shape[:-2], tensor.shape[-2:]
         shape = tensor.shape if own.elementwise else (*lead, *own.shape(rest[::-1] if turned else rest))
         if total.shape != shape or (own.of_inputs and count.shape != lead):
             raise RecipeError(
-                f"{self.sources[model].place}: its statistics are of another model: {own.statistic} of {tensor.name} "
+                f"{source.place}: its statistics are of another model: {own.statistic} of {tensor.name} "
                 f"{list(tensor.shape)} has shape {list(total.shape)}, expected {list(shape)}"
             )
         return SumFromData(total, count, own.elementwise)
@@ -115,9 +142,6 @@ def _by_layer(folder: Statistics, layers: Mapping[str, int | None]) -> dict[int 
         own = folder.sensitivity(name) if folder.has("sensitivity", name) else 0.0
         found[layer] = found.get(layer, 0.0) + own
     return found
-
-
-_KEYS = {"model": "statistics", "base": "base_statistics"}
 
 
 def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
@@ -134,37 +158,78 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         RecipeError: The recipe names statistics that the method does not take, or lacks statistics that it needs.
         DataError: A folder is missing, damaged, or lacks a statistic.
     """
-    wanted: dict[str, list[str]] = {
-        of: [own.statistic for own in method.from_data.values() if own.of == of] for of in _KEYS
-    }
-    wanted["model"] += [own.statistic for own in method.numbers.values()]
-    for source in inputs.models if inputs.base is None else [inputs.base, *inputs.models]:
-        for of, key in _KEYS.items():
-            if getattr(source, key) is not None and (source is inputs.base or not wanted[of]):
-                what = "from data" if of == "model" else "of the base from data"
-                what = "of the base" if source is inputs.base and wanted["model"] else what
-                raise RecipeError(f"{source.place} {key}: {method.name} uses no statistics {what}; leave the key out")
-    given = any(source.statistics is not None for source in inputs.models)
-    if not method.from_data and not any(given or not own.optional for own in method.numbers.values()):
+    bases = () if inputs.base is None else (inputs.base,)
+    own: list[str] = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
+    own += [each.statistic for each in method.numbers.values()]
+    of_base: list[str] = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
+    sources = {"models": inputs.models, "base": bases, "first": inputs.models[:1]}[method.data_of]
+    for source in (*bases, *inputs.models):
+        if source.statistics is not None and (not own or source not in sources):
+            of = ("of the base" if source in bases else "of this model") if own else "from data"
+            raise RecipeError(f"{source.place} statistics: {method.name} uses no statistics {of}; leave the key out")
+        if source.base_statistics is not None and (not of_base or source in bases):
+            raise RecipeError(
+                f"{source.place} base_statistics: {method.name} uses no statistics of the base on this model's data; leave "
+                "the key out"
+            )
+    named = any(source.statistics is not None for source in sources)
+    if not method.from_data and not any(named or not each.optional for each in method.numbers.values()):
         return None
-    folders: dict[str, list[Statistics]] = {of: [] for of in _KEYS}
-    for source in inputs.models:
-        for of, names in wanted.items():
-            if names:
-                folders[of].append(_open(method, inputs, source, of, list(dict.fromkeys(names))))
-    return DataOfModels(method.from_data, method.numbers, inputs.models, folders)
+    folders = [_open(method, source, own) for source in sources] if own else []
+    base_folders = [_open_of_base(method, inputs, source, of_base) for source in sources] if of_base else []
+    return DataOfModels(method.from_data, method.numbers, sources, folders, base_folders)
 
 
-def _open(method: MergeMethod, inputs: Inputs, source: Source, of: str, names: Sequence[str]) -> Statistics:
-    folder, wanted = getattr(source, _KEYS[of]), ", ".join(names)
-    if folder is None:
-        model = source.model if of == "model" or inputs.base is None else inputs.base.model
-        what = "statistics of this model from data" if of == "model" else "statistics of the base on this model's data"
+def _open(method: MergeMethod, source: Source, names: Sequence[str]) -> Statistics:
+    if source.statistics is None:
+        raise RecipeError(_missing(method, source, ", ".join(dict.fromkeys(names))))
+    folder = open_statistics(source.statistics)
+    if folder.inputs != method.data_inputs:
         raise RecipeError(
-            f"{source.place}: {method.name} needs {what} ({wanted}); write them with merganser calibrate {model} "
-            f"--data FILE --statistics {wanted} --out FOLDER, and give the folder as {_KEYS[of]!r}"
+            f"{source.place}: its statistics are of {_INPUTS.get(folder.inputs, folder.inputs)}; {method.name} needs "
+            f"those of {_INPUTS[method.data_inputs]}"
         )
-    found = open_statistics(folder)
     for name in names:
-        found.require(name)
-    return found
+        folder.require(name)
+    return folder
+
+
+def _open_of_base(method: MergeMethod, inputs: Inputs, source: Source, names: Sequence[str]) -> Statistics:
+    wanted = ", ".join(dict.fromkeys(names))
+    if source.base_statistics is None:
+        base = "BASE" if inputs.base is None else inputs.base.model
+        raise RecipeError(
+            f"{source.place}: {method.name} needs statistics of the base on this model's data ({wanted}); write them with "
+            f"merganser calibrate {base} --data FILE --statistics {wanted} --out FOLDER, and give the folder as "
+            "'base_statistics'"
+        )
+    folder = open_statistics(source.base_statistics)
+    for name in names:
+        folder.require(name)
+    return folder
+
+
+def _missing(method: MergeMethod, source: Source, wanted: str) -> str:
+    """Return what is to be done where a recipe names no statistics of a model."""
+    of = "the base" if method.data_of == "base" else "this model"
+    needed = f"{source.place}: {method.name} needs statistics of {of} from data ({wanted})"
+    if method.data_inputs != "own":
+        return f"{needed}, measured within the merge"
+    listed = ", with the base listed among the models" if method.data_of == "base" else ""
+    return (
+        f"{needed}; write them with merganser calibrate {source.model} --data FILE --statistics {wanted} --out FOLDER, "
+        f"and give the folder as 'statistics'{listed}"
+    )
+
+
+def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor:
+    """Return a planned tensor with the statistics from data that its method takes of it.
+
+    Raises:
+        RecipeError: As `DataOfModels.of`.
+    """
+    if data is None or tensor.copy or not tensor.method.from_data:
+        return tensor
+    taken = {"models": tensor.models, "base": tensor.inputs[:1], "first": tensor.models[:1]}
+    sums, turned = data.of(tensor.base, taken[tensor.method.data_of])
+    return replace(tensor, data=sums, turned=turned and tensor.method.scope == "matrix")

@@ -12,7 +12,6 @@ from ...errors import MemoryLimitError
 from ...process import memory_here
 from ...wording import size_text
 from ..kernels.blocks import BLOCK, block_shape
-from ..kernels.compiled import compiled_ahead
 from ..kernels.peak_memory import peak_per_element
 
 if TYPE_CHECKING:
@@ -27,9 +26,8 @@ _LISTED = 640
 _RECORDED = 1_600
 _NUMBER = 32
 
-# bytes of kernels compiled ahead of time; of torch.compile if they are compiled just in time
-_LIBRARIES = 20_000_000
-_COMPILER = 190_000_000
+# bytes of LLVM and what it makes
+_LLVM = 60_000_000
 
 # the allocator returns freed pieces of at least this size to the system at once; it keeps some smaller ones,
 # so their peak memory is multiplied by _KEPT
@@ -51,23 +49,23 @@ def default_memory() -> int:
     return min(max(total // 4, 1_000_000_000), 4_000_000_000, total)
 
 
-def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, limit: int, *, beside: int = 0) -> int:
+def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, fused: bool, limit: int, *, beside: int = 0) -> int:
     """Return how many workers, at most `wanted`, stay within a memory limit.
 
     Args:
         tensors: The tensors of the plan.
         wanted: Preferred number of workers.
-        compiled: Whether kernels are fused.
+        fused: Whether operations are fused.
         limit: Largest resident memory, bytes.
         beside: Other memory of the process, bytes.
 
     Raises:
         MemoryLimitError: One worker alone exceeds it.
     """
-    fixed, each = _needs(tensors, compiled)
+    fixed, each = _needs(tensors, fused)
     needed = beside + fixed + each
     if needed > limit:
-        largest = max(tensors, key=lambda tensor: (_held(tensor, compiled), tensor.size))
+        largest = max(tensors, key=lambda tensor: (_held(tensor, fused), tensor.size))
         raise MemoryLimitError(
             f"--max-memory: {largest.method.name} needs {size_text(needed)} for this merge, "
             f"{size_text(limit)} are allowed; its largest tensor is {largest.name} {list(largest.shape)}"
@@ -75,26 +73,26 @@ def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, compiled: bool, l
     return min(1 + (limit - needed) // max(each, 1), wanted)
 
 
-def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, compiled: bool) -> int:
+def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, fused: bool) -> int:
     """Estimate the largest resident memory of a run, bytes; within 25% of measured values for the built-in methods."""
-    fixed, each = _needs(tensors, compiled)
+    fixed, each = _needs(tensors, fused)
     return fixed + workers * each
 
 
-def _needs(tensors: Sequence[PlannedTensor], compiled: bool) -> tuple[int, int]:
+def _needs(tensors: Sequence[PlannedTensor], fused: bool) -> tuple[int, int]:
     """Return the memory of the process without workers, and of each worker, bytes."""
     largest = bundle = 0
     kinds = _kinds(tensors)
     for tensor in kinds:
-        largest = max(largest, _held(tensor, compiled))
+        largest = max(largest, _held(tensor, fused))
         if _block(tensor) == tensor.size:
             # small tensors are concatenated (a copy) and merged as one block
-            merged = tensor.together == "joined" or (tensor.together == "stacked" and not compiled)
-            bundle = max(bundle, _raw(tensor) + (_raw(tensor) + _eager(tensor) if merged else 0))
+            arithmetic = 0 if tensor.together == "joined" and fused else _eager(tensor)
+            bundle = max(bundle, _raw(tensor) + (_raw(tensor) + arithmetic if tensor.together else 0))
     needed = max(largest, _largest_bundle(tensors) * bundle)
-    ahead = all(compiled_ahead(method) for method in {tensor.method.name: tensor.method for tensor in kinds}.values())
+    loops = fused and any(tensor.method.fuse and not tensor.copy for tensor in kinds)
     listed = sum(_LISTED * (1 + len(tensor.inputs)) + _RECORDED + _NUMBER * _numbers(tensor) for tensor in tensors)
-    return _PYTHON_AND_TORCH + listed + ((_LIBRARIES if ahead else _COMPILER) if compiled else 0), needed
+    return _PYTHON_AND_TORCH + listed + (_LLVM if loops else 0), needed
 
 
 def _largest_bundle(tensors: Sequence[PlannedTensor]) -> int:
@@ -132,7 +130,7 @@ def kept_memory(tensors: Sequence[PlannedTensor], workers: int, room: int) -> in
     return max((kept for tensor in tensors if (kept := kept_bytes(tensor)) <= limit), default=0)
 
 
-def _held(tensor: PlannedTensor, compiled: bool) -> int:
+def _held(tensor: PlannedTensor, fused: bool) -> int:
     """Return a worker's memory while it merges a tensor, bytes: one block of inputs and output, and temporaries."""
     block = _block(tensor)
     raw = _raw(tensor)
@@ -141,7 +139,7 @@ def _held(tensor: PlannedTensor, compiled: bool) -> int:
         # temporaries are matrices in float64
         kept = 1.0 if 8 * block >= _GIVEN_BACK else _KEPT
         return math.ceil(block * (raw + kept * _probed(tensor))) + computed
-    return block * (raw + (_fused(tensor) if compiled and block >= BLOCK // 2 else _eager(tensor))) + computed
+    return block * (raw + (_fused(tensor) if fused else _eager(tensor))) + computed
 
 
 def _block(tensor: PlannedTensor) -> int:
@@ -160,10 +158,8 @@ def _raw(tensor: PlannedTensor) -> int:
 
 
 def _fused(tensor: PlannedTensor) -> int:
-    """Return the measured bytes per element of fused kernels' temporaries: 0 unless they count or rank."""
-    method = tensor.method
-    counts = any(round_.tally for statistic in method.statistics.values() for round_ in statistic.rounds)
-    return 8 * len(tensor.inputs) + 24 if counts or (method.scope == "row" and method.random) else 0
+    """Return the measured bytes per element of fused kernels' temporaries: 0 unless they rank."""
+    return 8 * len(tensor.inputs) + 24 if tensor.method.scope == "row" and tensor.method.random else 0
 
 
 def _eager(tensor: PlannedTensor) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 from ...checkpoint import Checkpoint, Shard
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
+from ...statistics import CalibrationPlan, Statistics
+from .census import InputCensus
 from .memory import estimate_memory
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
@@ -33,7 +35,7 @@ class Plan:
         side_files: Files to copy: source by path relative to the output.
         chat_template: Jinja text to write; None if it is copied with the donor's files, or there is none.
         generation_config: generation_config.json to write; None if the donor's is copied, or there is none.
-        compiled: Whether kernels will be fused.
+        fused: Whether operations are fused, for methods where that helps.
         seed: Seed of random draws.
         workers: Threads that merge.
         kept: Bytes of inputs that each worker may cache between passes.
@@ -44,6 +46,9 @@ class Plan:
         sidecars: What is stored to restore each model from the merged one; None if the method has no sidecar.
         vocabulary: What changes where rows are matched by token; None if no model changes.
         stages: Plans of the recipe's other documents, in the order in which they run; their outputs do not exist yet.
+        calibrations: What must be measured on data before the merge; those that need nothing are included.
+        statistics: The statistics from data that the merge takes, each folder once.
+        census: What becomes of the tensors of each input.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
 
@@ -57,7 +62,7 @@ class Plan:
     side_files: Mapping[str, Path]
     chat_template: str | None
     generation_config: Mapping[str, Any] | None
-    compiled: bool
+    fused: bool
     seed: int
     workers: int
     kept: int
@@ -68,7 +73,10 @@ class Plan:
     sidecars: SidecarPlan | None = None
     vocabulary: VocabularyChange | None = None
     stages: Sequence[Plan] = ()
+    calibrations: Sequence[CalibrationPlan] = ()
+    statistics: Sequence[Statistics] = ()
     made: Mapping[str, str] = field(default_factory=dict)
+    census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
 
     def shown(self, text: object) -> str:
         """Return a text with the paths of stages replaced by their names."""
@@ -131,12 +139,12 @@ class Plan:
         """Largest resident memory to expect, bytes: measured constants, and the memory of the workers."""
         # add, not max: memory that workers freed stays with the process while the sidecars are made
         beside = self.sidecars.peak_memory if self.sidecars else 0
-        return estimate_memory(self.tensors, self.workers, self.compiled) + self.workers * self.kept + beside
+        return estimate_memory(self.tensors, self.workers, self.fused) + self.workers * self.kept + beside
 
     @property
     def seconds(self) -> float:
         """Rough time to expect, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
         once = sum(t.nbytes_read for t in self.tensors)
         beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
-        merge = 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + (20 if self.compiled else 0)
+        merge = 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9
         return merge + beside

@@ -7,8 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .census import census_entry
+
 if TYPE_CHECKING:
+    from ...checkpoint import Checkpoint
     from ...recipe import ModelReference
+    from ...statistics import CalibrationPlan
     from .plan import Plan
     from .tensor import PlannedTensor
 
@@ -150,13 +154,15 @@ class PlanSummary:
         seconds: Expected time, seconds.
         device: Devices that kernels run on.
         threads: Number of threads that merge.
-        compiled: Whether kernels are fused.
+        fused: Whether kernels are fused.
         seed: Seed of random draws; None if the method makes none.
         warnings: Messages for the user before the run.
         differences: Messages about where mergekit computes other values.
         sidecars: What is stored to restore each model; None if the method has no sidecar.
         vocabulary: Counts of rows that are kept, moved and made for each model, as in the run record; None if rows of
             embeddings stay where they are.
+        calibrations: What is measured on data before the merge; its costs are not part of the figures above.
+        census: What becomes of the tensors of each input, as in the run record.
     """
 
     name: str | None
@@ -178,12 +184,14 @@ class PlanSummary:
     seconds: float
     device: str
     threads: int
-    compiled: bool
+    fused: bool
     seed: int | None
     warnings: Sequence[str]
     differences: Sequence[str]
     sidecars: SidecarSummary | None = None
     vocabulary: Mapping[str, Any] | None = None
+    calibrations: Sequence[CalibrationPlan] = ()
+    census: Sequence[Mapping[str, Any]] = ()
 
 
 def summarise(plan: Plan) -> PlanSummary:
@@ -208,12 +216,14 @@ def summarise(plan: Plan) -> PlanSummary:
         seconds=plan.seconds,
         device=plan.device,
         threads=plan.workers,
-        compiled=plan.compiled,
+        fused=plan.fused,
         seed=plan.seed if plan.method.random else None,
         warnings=list(plan.warnings),
         differences=list(plan.differences),
         sidecars=_sidecars(plan),
         vocabulary=None if plan.vocabulary is None else plan.vocabulary.as_json(),
+        calibrations=list(plan.calibrations),
+        census=[census_entry(str(reference), found) for reference, found in plan.census.items()],
     )
 
 
@@ -269,8 +279,15 @@ def _input(plan: Plan, reference: ModelReference) -> InputSummary:
         bytes=checkpoint.nbytes,
         tensors=len(checkpoint.tensors),
         tensors_read=len(read),
-        dtypes=_most_common((tensor.natural or tensor.dtype).name for tensor in checkpoint.tensors.values()),
+        dtypes=_stored_as(checkpoint),
     )
+
+
+def _stored_as(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return how values are stored: ways of quantising, then dtypes, the most common first."""
+    schemes = checkpoint.quantisation.schemes if checkpoint.quantisation is not None else ()
+    plain = (tensor.dtype.name for tensor in checkpoint.tensors.values() if not tensor.stored)
+    return (*schemes, *_most_common(plain))
 
 
 def _groups(plan: Plan) -> list[TensorGroup]:

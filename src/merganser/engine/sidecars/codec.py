@@ -164,8 +164,7 @@ class Codec:
         given = {"base": base, "models": models, "merged": merged, "size": math.prod(self._shape)}
         given |= {**self._settings(), **self._sent(known, base)}
         measured: Tensor = _call(measure, given)
-        tally = self.sidecar.statistics[name].rounds[index].tally
-        return measured.cpu() if tally is None else tally(measured, None)
+        return measured.cpu()
 
     def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
         """Solve a round, and store its result in `known`: as `previous`, or after the last round under its name."""

@@ -22,7 +22,6 @@ from ...checkpoint import Reader, Shard
 from ...checkpoint.descriptors import Descriptors
 from ...errors import MergeError, OutputError, UnsupportedError
 from ...process import reuse_freed_memory
-from ..kernels.compiled import prepare_compiler_cache
 from ..output.staging import write_all
 from ..plan.plan import Plan
 from .groups import Task, make_groups
@@ -61,8 +60,6 @@ class Node:
     def __init__(self, plan: Plan, folder: Path, allow_nonfinite: bool) -> None:
         reuse_freed_memory()
         torch.set_num_threads(1)
-        if plan.compiled:
-            prepare_compiler_cache()
         self._groups = make_groups(plan)
         self._kernels = KernelCache(plan, torch.device("cpu"), check_finite=not allow_nonfinite)
         output = SharedOutput(folder, list(plan.shards))

@@ -61,7 +61,12 @@ def measure_samples(
             if with_base and k < width - 1:
                 # fewer elements suffice to estimate a mean of squares
                 few = stored[:, :PAIR_SAMPLE]
-                rounding.append(rounding_norms(few) * (size / few.shape[1]) ** 0.5)
+                norms = rounding_norms(few)
+                for row, i in enumerate(members):
+                    noise = tensors[i].inputs[k + 1].noise
+                    if noise is not None:
+                        norms[row] = noise(few[row]).sum().sqrt()
+                rounding.append(norms * (size / few.shape[1]) ** 0.5)
         norm, change = origin.norm(dim=1).tolist(), deltas.norm(dim=2).tolist()
         pairs = _pairs(deltas[:, :-1, :PAIR_SAMPLE]) if with_base and width > 2 else None
         for k, i in enumerate(members):

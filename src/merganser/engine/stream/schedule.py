@@ -47,9 +47,9 @@ class KernelCache:
             values = self._values.get(settings)
             if values is None:
                 values = self._values[settings] = Values.of(method, tensor.parameters, tensor.located)
-            compiled = self._plan.compiled and method.fuse
+            fused = self._plan.fused and method.fuse
             compute = tensor.compute_dtype.name
-            key = (method, tuple(values.static.items()), compute, tensor.dtype.name, compiled)
+            key = (method, tuple(values.static.items()), compute, tensor.dtype.name, fused)
             if key not in self._kernels:
                 self._kernels[key] = Kernels(
                     method,
@@ -57,7 +57,7 @@ class KernelCache:
                     getattr(torch, compute),
                     getattr(torch, tensor.dtype.name),
                     self._device,
-                    compiled,
+                    fused,
                     self._check,
                 )
         random = keys(self._plan.seed, tensor.name, len(tensor.models)) if method.random else self._no_keys

@@ -159,5 +159,5 @@ def _by_rule(rule: TokenRule, models: Sequence[Tokens]) -> Made:
             )
         row, what = tokens.ids[token], f"token {shown_token(token)} at {tokens.ids[token]}"
     if row >= tokens.rows:
-        raise RecipeError(f"{rule.place}: {what} is behind the {tokens.rows:,} rows of {rule.model}")
+        raise RecipeError(f"{rule.place}: {what} is after the last of the {tokens.rows:,} rows of {rule.model}")
     return Made("copy", ((found, row),))

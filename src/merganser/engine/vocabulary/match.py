@@ -150,7 +150,7 @@ def _tokens(
             if member.anatomy.vocab_size != (own.rows or own.last + 1):
                 raise CheckpointError(
                     f"{_unknown(member.reference)}, and it has {member.anatomy.vocab_size} rows, not as many as that of "
-                    f"{owner.reference}; put the files of its tokenizer beside it"
+                    f"{owner.reference}; put the files of its tokenizer in its folder"
                 )
             warnings.append(f"{_unknown(member.reference)}; taken for that of {owner.reference}")
             tokens = replace(own, reference=member.reference, rows=member.anatomy.vocab_size)

@@ -1,4 +1,4 @@
-"""Which token each row of a model's embedding stands for."""
+"""Which token each row of a model's embedding belongs to."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Tokens:
         for number, token in sorted(self.vocabulary.tokens.items()):
             if token in found:
                 raise CheckpointError(
-                    f"{self.reference}: {self.vocabulary.file}: token {shown_token(token)} stands at two ids, "
+                    f"{self.reference}: {self.vocabulary.file}: token {shown_token(token)} has two ids, "
                     f"{found[token]} and {number}"
                 )
             found[token] = number
@@ -112,11 +112,11 @@ def shown_tokens(tokens: Mapping[int, str]) -> str:
 
 
 def tokens_without_rows(owner: ModelReference, vocabulary: Vocabulary, rows: int) -> str | None:
-    """Return a message if a tokenizer has tokens, other than reserved ones, behind the last row; else None."""
+    """Return a message if a tokenizer has tokens, other than reserved ones, after the last row; else None."""
     behind = {n: token for n, token in sorted(vocabulary.tokens.items()) if n >= rows and not is_placeholder(token)}
     if not behind or not vocabulary.numbered:
         return None
     return (
-        f"{owner}: its tokenizer has {plural(len(behind), 'token')} behind the last of the {rows:,} rows of the "
+        f"{owner}: its tokenizer has {plural(len(behind), 'token')} after the last of the {rows:,} rows of the "
         f"output's embedding: {shown_tokens(behind)}; a text with one of them cannot be read"
     )

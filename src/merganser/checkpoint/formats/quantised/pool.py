@@ -86,7 +86,7 @@ class Pool:
             self._taken[part.name] = name
         clash = name in self._made or (name in self.stored and name not in {part.name for part in parts})
         if clash:
-            raise flaw(parts[0], f"stands for {name}, and there is another tensor of this name")
+            raise flaw(parts[0], f"stores {name}, and there is another tensor of this name")
         self._made[name] = derive(name, shape, parts, rows, natural=self.natural, noise=noise)
         self.schemes.add(scheme)
 

@@ -19,7 +19,7 @@ from .integers import read_integers
 from .mlx import read_mlx
 from .pool import Pool
 
-__all__ = ["Quantisation", "dequantise", "natural_dtype"]
+__all__ = ["Quantisation", "declared_dtype", "dequantise"]
 
 _READERS = (read_bitsandbytes, read_four_bit_floats, read_gptq, read_mlx, read_integers, read_fp8)
 
@@ -92,7 +92,7 @@ def dequantise(
             unreadable=f"the method {method!r} cannot be read; fp8, compressed-tensors, mxfp4, "
             "bitsandbytes, gptq, awq, modelopt and MLX can",
         )
-    pool = Pool(where, settings, tensors, natural_dtype(config))
+    pool = Pool(where, settings, tensors, declared_dtype(config) or DTYPE_BY_NAME["bfloat16"])
     try:
         for read in _READERS:
             read(pool)
@@ -111,15 +111,15 @@ def dequantise(
     return found, Quantisation(evidence, tuple(sorted(pool.schemes)), None, pool.dropped, rescaled)
 
 
-def natural_dtype(config: Mapping[str, Any]) -> DType:
-    """Return the dtype of the config, in which the model was trained or is meant to be run; bfloat16 if it has none."""
+def declared_dtype(config: Mapping[str, Any]) -> DType | None:
+    """Return the dtype of the config, in which the model was trained or is meant to be run; None if it has none."""
     parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
     for part in parts:
         for key in ("dtype", "torch_dtype"):
             found = DTYPE_BY_NAME.get(str(part.get(key)))
             if found is not None and found.kind == "float":
                 return found
-    return DTYPE_BY_NAME["bfloat16"]
+    return None
 
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:

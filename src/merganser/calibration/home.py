@@ -1,0 +1,178 @@
+"""Where a merge makes the statistics that it lacks: a folder beside the output, or one that the recipe names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from ..engine.output.failure import failures_of
+from ..engine.output.lock import lock_target
+from ..engine.output.ownership import MARKER, claim, survey
+from ..engine.plan.plan import Plan
+from ..engine.run import Interrupted
+from ..errors import MergeError, OutputError
+from ..recipe import Recipe
+from ..statistics import CalibrationPlan
+from .for_recipe import Wanted, make_statistics, plan_statistics, wanted_by, with_statistics
+from .target import working_names
+from .within.for_recipe import make_within
+
+__all__ = ["Progress", "StatisticsHome", "statistics_folder", "statistics_home"]
+
+
+PlanMerge = Callable[[Recipe], Plan]
+
+
+class Progress(Protocol):
+    """Receives reports of the calibrations of a merge."""
+
+    def calibrating(self, model: str, done: int, blocks: int) -> None:
+        """Report how many of a model's blocks are done."""
+
+
+class StatisticsHome:
+    """A folder for the statistics of all recipes of a file, each model's under its name.
+
+    Args:
+        folder: The folder.
+        cache_dir: Folder for models from the Hub.
+        plan_merge: Plans the merge of a recipe without its statistics from data.
+    """
+
+    def __init__(self, folder: Path, cache_dir: Path | None, plan_merge: PlanMerge) -> None:
+        self.folder = folder
+        self._plan_merge = plan_merge
+        self._cache_dir = cache_dir
+        self._taken: list[str] = []
+
+    def plan(self, recipe: Recipe) -> tuple[Recipe, list[CalibrationPlan]]:
+        """Lay out the statistics of a recipe here, and return the recipe with them, and what it takes to make them.
+
+        Raises:
+            MergeError: They cannot be made.
+        """
+        wanted = self._wanted(recipe)
+        folders = {each: self.folder / each.name for each in wanted}
+        kept = {each: self._kept(recipe, each) for each in wanted}
+        plans = [plan_statistics(each, folders[each], kept[each], self._cache_dir) for each in wanted]
+        return with_statistics(recipe, folders), plans
+
+    def make(self, recipe: Recipe, progress: Progress | None) -> Recipe:
+        """Make the statistics that a recipe lacks, and return the recipe with them.
+
+        Raises:
+            MergeError: They cannot be made.
+            Interrupted: Ctrl-C was pressed; the same call continues.
+        """
+        folders: dict[Wanted, Path] = {}
+        wanted = self._wanted(recipe)
+        if wanted and wanted[0].inputs != "own":
+            return self._make_within(recipe, wanted, progress)
+        for each in wanted:
+            kept = self._kept(recipe, each)
+            folders[each] = folder = kept or self.folder / each.name
+
+            def tell(done: int, blocks: int, name: str = each.name) -> None:
+                if progress is not None:
+                    progress.calibrating(name, done, blocks)
+
+            with _stoppable(each, f"{each.name} was"):
+                make_statistics(each, folder, kept=kept is not None, cache_dir=self._cache_dir, progress=tell)
+        return with_statistics(recipe, folders)
+
+    def _make_within(self, recipe: Recipe, wanted: Sequence[Wanted], progress: Progress | None) -> Recipe:
+        group = PurePosixPath(wanted[0].name).parts[0]
+        kept = None if recipe.keep_statistics is None else Path(recipe.keep_statistics).expanduser()
+
+        def tell(done: int, blocks: int) -> None:
+            if progress is not None:
+                progress.calibrating("all models", done, blocks)
+
+        with _stoppable(wanted[0], "all models were"):
+            found = make_within(
+                self._plan_merge(recipe),
+                wanted,
+                (kept or self.folder) / group,
+                kept=kept is not None,
+                cache_dir=self._cache_dir,
+                progress=tell,
+            )
+        return with_statistics(recipe, dict(zip(wanted, found, strict=True)))
+
+    def _wanted(self, recipe: Recipe) -> list[Wanted]:
+        found = wanted_by(recipe, taken=self._taken)
+        self._taken += [each.name for each in found]
+        return found
+
+    def _kept(self, recipe: Recipe, wanted: Wanted) -> Path | None:
+        if recipe.keep_statistics is None:
+            return None
+        return Path(recipe.keep_statistics).expanduser() / wanted.name
+
+
+@contextlib.contextmanager
+def _stoppable(wanted: Wanted, what: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"{wanted.place}: stopped while {what} calibrated; run the same command again to continue"
+        ) from None
+
+
+def statistics_folder(out: Path) -> Path:
+    """Return the folder next to a target in which statistics are made."""
+    return out.with_name(f".{out.name}.statistics")
+
+
+@contextlib.contextmanager
+def statistics_home(
+    out: Path, plans: Sequence[CalibrationPlan], *, fresh: bool, cache_dir: Path | None, plan_merge: PlanMerge
+) -> Iterator[StatisticsHome]:
+    """Lock the folder for statistics beside a target; remove it at the end, unless the run can be continued.
+
+    Args:
+        out: The target.
+        plans: All calibrations of the run.
+        fresh: Whether to remove what an interrupted run left.
+        cache_dir: Folder for models from the Hub.
+        plan_merge: Plans the merge of a recipe without its statistics from data.
+
+    Raises:
+        OutputError: The folder holds what merganser did not write, cannot be written, or another run uses it.
+    """
+    home = statistics_folder(out)
+    lock = home.with_name(f"{home.name}.lock")
+    guard = lock_target(out, lock)
+    try:
+        with failures_of(home):
+            found = survey(home)
+            if fresh:
+                found.remove()
+            home.mkdir(exist_ok=True)
+            claim(home, [name for plan in plans for name in _names(plan)])
+        try:
+            yield StatisticsHome(home, cache_dir, plan_merge)
+        except MergeError as error:
+            if not isinstance(error, OutputError):
+                _remove(home)
+            raise
+        _remove(home)
+    finally:
+        guard.release()
+
+
+def _names(plan: CalibrationPlan) -> list[str]:
+    """Return the names of everything that a calibration writes into the folder around its own."""
+    # models that are measured within a merge share the first part
+    first = PurePosixPath(plan.name).parts[0]
+    folder, lock = working_names(first)
+    return [f"{folder}/", lock, *(f"{plan.name}/{file}" for file in plan.files), f"{first}/{MARKER}"]
+
+
+def _remove(home: Path) -> None:
+    """Remove the folder, unless it holds anything that merganser did not write."""
+    with contextlib.suppress(OSError):
+        survey(home).remove()

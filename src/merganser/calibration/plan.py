@@ -1,0 +1,255 @@
+"""Plan a calibration: which sums it will write, and what it takes; no weights are read."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import DTYPE_BY_NAME, plan_shards
+from ..errors import OutputError, UnsupportedError
+from ..jsonfile import os_reason
+from ..statistics import COUNT, STATISTICS_NAME, CalibrationPlan, Choice, sum_name
+from ..statistics.choice import BATCH_TOKENS
+from .forward import Output, run_alone
+from .preparation import Data, Prepared, prepare
+from .reducers import REDUCERS, CrossGram, Reducer, products_of
+from .run import described, fits, without
+from .skeleton import Skeleton
+from .taps import Tapped, Taps
+from .within.pairs import CROSS_GRAM, planned_pairs
+from .writer import file_name, write_about
+
+__all__ = ["lay_out", "plan_calibration", "plan_prepared"]
+
+# resident memory of Python with torch and transformers
+_RUNTIME = 500_000_000
+# norms, activation functions and attention take about as long as a third of the products
+_BESIDE_PRODUCTS = 1.3
+_READ_RATE = 1e9
+# within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
+_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0}
+_STARTING = 4.0
+
+
+def plan_calibration(
+    model: str | Path,
+    data: Data,
+    *,
+    statistics: Sequence[str] = ("gram",),
+    sequences: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    tokens: str = "all",
+    batch_tokens: int = BATCH_TOKENS,
+    cache_dir: Path | None = None,
+) -> CalibrationPlan:
+    """Say what `calibrate` with the same arguments would take; no weights are read, and nothing is written.
+
+    Raises:
+        MergeError: As for `calibrate`.
+    """
+    choice = Choice(sequences, length, seed, tokens)
+    with prepare(
+        model, data, statistics=statistics, choice=choice, batch_tokens=batch_tokens, cache_dir=cache_dir
+    ) as prepared:
+        if prepared.labels is not None:
+            raise UnsupportedError("what gradients and losses take cannot be told beforehand; run it without --dry-run")
+        return plan_prepared(prepared, str(model), Path(model).name)[0]
+
+
+def plan_prepared(
+    prepared: Prepared, model: str, name: str, inputs: str = "own"
+) -> tuple[CalibrationPlan, list[list[Tapped]]]:
+    """Plan a prepared calibration.
+
+    Every kind of block runs once on a few tokens with weights that are zero, to see which matrices share their inputs.
+
+    Args:
+        prepared: From `prepare`.
+        model: The model's name for the user.
+        name: Name of the folder of its statistics.
+        inputs: What computes the inputs, as in `FromData`.
+
+    Returns:
+        The plan, and for every block the tensors that will have statistics; their sums have shapes, but no values.
+
+    Raises:
+        UnsupportedError: The blocks cannot be run one at a time.
+    """
+    skeleton = prepared.skeleton
+    found = _block_sums(prepared)
+    if inputs == "merged":
+        found = [planned_pairs(skeleton, block) for block in found]
+    inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
+    outside = _nbytes(skeleton, skeleton.outside())
+    forward = _FORWARDS[inputs] * _forward_operations(prepared)
+    sums = sum(_sum_operations(prepared, tapped) for block in found for tapped in block)
+    read = skeleton.checkpoint.nbytes + 2 * inside + outside
+    seconds = _STARTING + read / _READ_RATE
+    rate = partial(_rate, skeleton.dtype, threads=torch.get_num_threads())
+    seconds += _BESIDE_PRODUCTS * forward / rate(sums=False) + sums / rate(sums=True)
+    return (
+        CalibrationPlan(
+            model=model,
+            name=name,
+            data=tuple(Path(file.path).name if Path(file.path).exists() else file.path for file in prepared.files),
+            statistics=statistics_of(prepared, inputs),
+            sequences=len(prepared.samples),
+            tokens=prepared.tokens,
+            counted=prepared.counted,
+            bytes_read=read,
+            forward_operations=forward,
+            sum_operations=sums,
+            seconds=seconds,
+            peak_memory=_peak_memory(prepared, outside, found, inputs),
+            spool_bytes=_spool_bytes(prepared),
+            statistics_bytes=sum(_stored_bytes(tapped) for block in found for tapped in block),
+            files=(STATISTICS_NAME, *(file_name(number, len(found)) for number in range(1, len(found) + 1))),
+        ),
+        found,
+    )
+
+
+def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
+    """Return the names of all statistics that are measured."""
+    return (*prepared.statistics, CROSS_GRAM) if inputs == "merged" else prepared.statistics
+
+
+def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path, inputs: str = "own") -> None:
+    """Write statistics without values, for planning a merge that will take them: headers, and files of full size.
+
+    Args:
+        prepared: From `prepare`.
+        blocks: From `plan_prepared`.
+        folder: The folder to write; it must not exist.
+        inputs: What computes the inputs, as in `FromData`.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    tensors: dict[str, Any] = {}
+    names = [file_name(number, len(blocks)) for number in range(1, len(blocks) + 1)]
+    try:
+        folder.mkdir(parents=True)
+        for name, block in zip(names, blocks, strict=True):
+            sums = {sum_name(kind, own.names[0]): each for own in block for kind, each in own.sums.items()}
+            described_sums = [(key, DTYPE_BY_NAME[own.dtype], own.shape) for key, own in sums.items()]
+            (shard,) = plan_shards(described_sums, 1 << 63, {}, stem=name.removesuffix(".safetensors"))
+            with (folder / name).open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.size)
+            tensors |= described(block)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {os_reason(error)}") from None
+    about = {**prepared.about(hashing=False), "statistics": list(statistics_of(prepared, inputs)), "inputs": inputs}
+    write_about(folder, {**about, "without": without(prepared.skeleton, tensors), "files": names, "tensors": tensors})
+
+
+def _block_sums(prepared: Prepared) -> list[list[Tapped]]:
+    """Return the sums of every block, without values: each runs once on a few tokens, with weights that are zero."""
+    skeleton, batch = prepared.skeleton, prepared.probe()
+    before: dict[int, Output] = {}
+    found: list[list[Tapped]] = []
+    with skeleton.zeroed():
+        for index, block in enumerate(skeleton.blocks):
+            taps = Taps(skeleton, block, prepared.statistics, summed=False)
+            with taps.watching():
+                taps.begin(batch)
+                before[block.stack] = run_alone(skeleton, index, batch, before)
+            found.append([tapped for tapped in taps.results() if fits(skeleton, tapped)])
+    return found
+
+
+def _forward_operations(prepared: Prepared) -> float:
+    """Return the floating-point operations of all blocks: two per weight and token, and the products of attention."""
+    found = 0.0
+    for block in prepared.skeleton.blocks:
+        lengths = [len(sample.stacks[block.stack].ids) for sample in prepared.samples]
+        weights = sum(p.numel() * _share(prepared.skeleton, name) for name, p in block.module.named_parameters())
+        width = getattr(prepared.skeleton.model.config.get_text_config(), "hidden_size", 0)
+        found += 2.0 * weights * sum(lengths) + 4.0 * width * sum(length**2 for length in lengths)
+    return found
+
+
+def _share(skeleton: Skeleton, name: str) -> float:
+    """Return the share of a parameter that a token uses: of the experts of a mixture, those that are chosen."""
+    config = skeleton.model.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None)
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        count = getattr(config, key, None)
+        if ".experts." in f".{name}." and isinstance(count, int) and isinstance(chosen, int) and count:
+            return chosen / count
+    return 1.0
+
+
+def _sum_operations(prepared: Prepared, tapped: Tapped) -> float:
+    """Return the floating-point operations of the sums of one matrix."""
+    name = prepared.skeleton.targets[tapped.names[0]].parameter
+    rows = prepared.counted * _share(prepared.skeleton, name)
+    # a Gram matrix is summed in panels, slightly more than its half
+    return 2.0 * rows * _memory_of(tapped) / 8
+
+
+def _spool_bytes(prepared: Prepared) -> int:
+    """Return the bytes of hidden states on disk: before and after the block that runs, for each stack."""
+    width = getattr(prepared.skeleton.model.config.get_text_config(), "hidden_size", 0)
+    return 2 * prepared.tokens * width * prepared.skeleton.dtype.itemsize
+
+
+def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]], inputs: str) -> int:
+    # of weights, within a merge: a block and as it is merged; or the blocks of both, each with what is outside
+    held = {"own": (1, 1), "prefix": (1, 2), "merged": (2, 3)}[inputs]
+    skeleton = prepared.skeleton
+    largest = max(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
+    sums = max(sum(_memory(tapped) for tapped in block) for block in blocks)
+    widest = max((tapped.width for block in blocks for tapped in block), default=0)
+    # float32 rows of the widest input, its products in several steps, and one sum as it is stored
+    fed = 4 * min(prepared.batch_tokens, prepared.tokens) * widest * 6
+    return (
+        _RUNTIME + held[0] * outside + held[1] * largest + sums + fed + 4 * widest**2 * ("gram" in prepared.statistics)
+    )
+
+
+def _memory(tapped: Tapped) -> int:
+    count = tapped.sums[COUNT].shape[0] if tapped.sums[COUNT].shape else 1
+    return count * _memory_of(tapped)
+
+
+def _memory_of(tapped: Tapped) -> int:
+    """Return the bytes of the sums of one matrix, or of one expert, while they are computed."""
+    kinds: dict[str, type[Reducer] | type[CrossGram]] = {**REDUCERS, CROSS_GRAM: CrossGram}
+    return sum(kinds[kind].memory_of(tapped.width) for kind in tapped.sums if kind != COUNT)
+
+
+def _stored_bytes(tapped: Tapped) -> int:
+    return sum(DTYPE_BY_NAME[own.dtype].nbytes(math.prod(own.shape)) for own in tapped.sums.values())
+
+
+def _nbytes(skeleton: Skeleton, names: Iterable[str]) -> int:
+    return sum(skeleton.checkpoint.tensors[name].nbytes for name in names)
+
+
+@lru_cache
+def _rate(dtype: torch.dtype, *, sums: bool, threads: int) -> float:
+    """Measure floating-point operations per second of products: of blocks in this dtype, or of sums over their inputs.
+
+    It takes about a tenth of a second; the number of threads is an argument only because the rate depends on it.
+    """
+    width, rows = 1024, 256
+    left, right = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        if sums:
+            with products_of(dtype):
+                left.float().T @ left.float()
+        else:
+            torch.nn.functional.linear(left, right)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * rows * width * width / max(best, 1e-9)

@@ -1,0 +1,89 @@
+"""Make the statistics that a recipe's method measures within the merge, from the data that the recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+
+from ...engine.plan.part import treatment_hash
+from ...engine.plan.plan import Plan
+from ...errors import OutputError, RecipeError
+from ...statistics import STATISTICS_NAME, open_statistics
+from ..for_recipe import Wanted, check_same, prepared_for
+from ..preparation import Prepared
+from .walk import Progress, calibrate_within, merged_sources
+
+__all__ = ["make_within"]
+
+
+def make_within(
+    plan: Plan, wanted: Sequence[Wanted], folder: Path, *, kept: bool, cache_dir: Path | None, progress: Progress | None
+) -> list[Path]:
+    """Measure the statistics of all models of a merge, unless they are there; an interrupted run continues.
+
+    Args:
+        plan: The merge, planned without them.
+        wanted: The models in the order of the recipe, each with its data.
+        folder: The folder for the folders of all models.
+        kept: Whether the folder is the user's: other statistics in it are refused, and replaced otherwise.
+        cache_dir: Folder for models from the Hub.
+        progress: Called with the number of finished blocks and of all blocks.
+
+    Returns:
+        The folder of each model.
+
+    Raises:
+        MergeError: They cannot be made.
+    """
+    sources = merged_sources(plan)
+    if len(sources) != len(wanted):
+        lacking = next(source for source in sources if source.data is None)
+        raise RecipeError(
+            f"{lacking.place}: {plan.method.name} measures all models together, within the merge; give data for each"
+        )
+    names = [PurePosixPath(each.name).name for each in wanted]
+    with ExitStack() as stack:
+        models = [stack.enter_context(prepared_for(each, cache_dir)) for each in wanted]
+        if folder.exists():
+            try:
+                return _present(plan, models, [folder / name for name in names])
+            except OutputError:
+                if kept:
+                    raise
+            _remove(folder, names)
+        calibrate_within(plan, models, folder, progress, names=names)
+    return [folder / name for name in names]
+
+
+def _present(plan: Plan, models: Sequence[Prepared], folders: Sequence[Path]) -> list[Path]:
+    """Return the folders, if they hold the statistics that would be made.
+
+    Raises:
+        OutputError: They hold others.
+    """
+    for model, folder in zip(models, folders, strict=True):
+        if not (folder / STATISTICS_NAME).exists():
+            raise OutputError(
+                f"{folder.parent}: holds no statistics of {folder.name}; remove it, or keep these elsewhere"
+            )
+        present = open_statistics(folder)
+        check_same(present, model, folder, hashing=True)
+        if present.merge != treatment_hash(plan.tensors):
+            raise OutputError(
+                f"{folder}: the statistics there were measured within another merge than the recipe's; remove them, or "
+                "keep these in another folder"
+            )
+    return list(folders)
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    """Remove statistics of an earlier recipe, which a run of ours left."""
+    for name in names:
+        own = folder / name
+        if (own / STATISTICS_NAME).exists():
+            files = open_statistics(own).about["files"]
+            for file in (STATISTICS_NAME, *files):
+                (own / file).unlink()
+            own.rmdir()
+    folder.rmdir()

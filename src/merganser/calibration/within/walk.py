@@ -1,0 +1,298 @@
+"""Calibrate within a merge: block by block, on what the merged blocks before compute.
+
+For each block, the statistics of every model are measured, the block is merged with them, and the data of all models pass
+through the merged block. Only one block of one model is in memory at a time (two for methods that compare the merged
+model with the models), and the hidden states of all data are on disk. What is written are the statistics: a merge with
+them computes the same blocks again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint import Reader, TensorInfo, open_checkpoint
+from ...checkpoint.formats.safetensors import read_header
+from ...engine.finish import lay_out
+from ...engine.plan.from_data import DataOfModels
+from ...engine.plan.part import treatment_hash
+from ...engine.plan.plan import Plan
+from ...engine.record import fingerprint
+from ...errors import RecipeError
+from ...process import release_freed_memory
+from ...recipe import Source
+from ...statistics import COUNT, Statistics, TensorSums, open_statistics, sum_name
+from ..batches import Batch
+from ..forward import check_streamable
+from ..preparation import Prepared
+from ..run import described, fits, without
+from ..skeleton import Block, Skeleton
+from ..stream import Stream, StreamState
+from ..taps import Tapped, Taps
+from ..target import Target
+from ..writer import file_name, write_about, write_sums
+from .pairs import CROSS_GRAM, Pairs
+from .weights import MergedTensors, ModelTensors
+
+__all__ = ["Progress", "calibrate_within", "merged_sources"]
+
+Progress = Callable[[int, int], None]
+"""Called with the number of finished blocks and the number of all blocks."""
+
+# folders of hidden states; no folder of a model begins with a dot
+_HIDDEN, _OWN = ".hidden", ".own"
+
+
+def calibrate_within(
+    plan: Plan,
+    models: Sequence[Prepared],
+    out: str | Path,
+    progress: Progress | None = None,
+    *,
+    names: Sequence[str] | None = None,
+) -> list[Statistics]:
+    """Measure the statistics that a method takes of inputs of merged blocks; the merge with them is the same as in here.
+
+    An interrupted calibration continues at its block when it is called again with the same arguments.
+
+    Args:
+        plan: The merge, planned without its statistics from data: `build_plan(recipe, measured=False)`.
+        models: The models in the order of the recipe, each with its data, from `prepare`.
+        out: The folder to write, with a folder of statistics for every model. It must not exist.
+        progress: Called with the number of finished blocks and of all blocks.
+        names: Names of the models' folders; None for `model-1`, `model-2`, and so on.
+
+    Returns:
+        The statistics of each model.
+
+    Raises:
+        RecipeError: The method takes no such statistics, or one over the whole model.
+        CheckpointError: A model is damaged or not finite.
+        UnsupportedError: transformers does not know the merged model, or it cannot be run one block at a time.
+        NonFiniteError: A block produces NaN or infinity.
+        OutputError: `out` exists or cannot be written.
+    """
+    _check(plan, models)
+    folders = names or [f"model-{k + 1}" for k in range(len(models))]
+    with tempfile.TemporaryDirectory(prefix="merganser-") as root, Reader() as reader:
+        checkpoints = [plan.checkpoints[source.model] for source in merged_sources(plan)]
+        sources = [ModelTensors(checkpoint, reader) for checkpoint in checkpoints]
+        with _merged_skeleton(plan, Path(root, "merged")) as skeleton:
+            merged = MergedTensors(plan)
+            merged.make(skeleton.outside())
+            skeleton.fill_outside(source=merged)
+            check_streamable(skeleton, models[0].probe(), sources[0])
+            statistics = _statistics(plan)
+            about = [
+                {**model.about(), "statistics": statistics, "inputs": plan.method.data_inputs, "merge": _identity(plan)}
+                for model in models
+            ]
+            settings = {"models": about, "batch_tokens": [model.batch_tokens for model in models]}
+            with Target(Path(out), fingerprint(plan, settings)) as target:
+                walk = _Walk(plan, skeleton, merged, target, statistics)
+                walk.open(models, sources, folders)
+                walk.run(progress)
+                walk.describe(about)
+                target.publish()
+    return [open_statistics(Path(out, name)) for name in folders]
+
+
+def _check(plan: Plan, models: Sequence[Prepared]) -> None:
+    method, place = plan.method, plan.recipe.place
+    if method.data_inputs == "own":
+        raise RecipeError(
+            f"{place}: {method.name} takes no statistics of inputs of merged blocks; calibrate its models"
+        )
+    if plan.whole_model:
+        raise RecipeError(f"{place}: {method.name} measures the whole model first, so it cannot merge block by block")
+    count = len(merged_sources(plan))
+    if len(models) != count:
+        raise RecipeError(f"{place}: {count} models are merged, {len(models)} have data")
+
+
+def _statistics(plan: Plan) -> list[str]:
+    return [COUNT, *dict.fromkeys(own.statistic for own in plan.method.from_data.values())]
+
+
+def _identity(plan: Plan) -> str:
+    return treatment_hash(plan.tensors)
+
+
+def merged_sources(plan: Plan) -> list[Source]:
+    """Return the models that are merged, without the base, in the order of the recipe."""
+    return [source for source in plan.recipe.models if source.model != plan.recipe.base_model]
+
+
+@contextmanager
+def _merged_skeleton(plan: Plan, folder: Path) -> Iterator[Skeleton]:
+    """Open the merged model without weights."""
+    lay_out(plan, folder)
+    checkpoint = replace(open_checkpoint(str(folder)), reference="the merged model")
+    with Skeleton(checkpoint) as skeleton:
+        yield skeleton
+
+
+@dataclass
+class _Model:
+    """One of the models: its weights, and its data on their way through the blocks.
+
+    Args:
+        source: Its weights.
+        folder: Its folder of statistics.
+        merged: Its data in the merged model.
+        own: Its data in the model itself; None if the method does not compare the two.
+        tensors: Description of the tensors that have statistics so far.
+        latest: Description of those of the latest block.
+    """
+
+    source: ModelTensors
+    folder: Path
+    merged: Stream
+    own: Stream | None
+    tensors: dict[str, Any]
+    latest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """Its data."""
+        return self.merged.batches
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its state as plain data."""
+        own = None if self.own is None else self.own.state.to_json()
+        return {"merged": self.merged.state.to_json(), "own": own, "tensors": self.tensors}
+
+
+class _Walk:
+    """The way of all data through the blocks."""
+
+    def __init__(
+        self, plan: Plan, skeleton: Skeleton, merged: MergedTensors, target: Target, statistics: Sequence[str]
+    ) -> None:
+        self._plan = plan
+        self._skeleton = skeleton
+        self._merged = merged
+        self._target = target
+        self._statistics = statistics
+        self._count = len(skeleton.blocks)
+        self._models: list[_Model] = []
+
+    def open(self, models: Sequence[Prepared], sources: Sequence[ModelTensors], names: Sequence[str]) -> None:
+        """Create the streams, or continue those of an interrupted run."""
+        self._target.claim([f"{_HIDDEN}/", f"{_OWN}/", *(f"{name}/" for name in names)])
+        states = self._target.state.get("models", [None] * len(models))
+        for name, model, source, state in zip(names, models, sources, states, strict=True):
+            batches = model.batches()
+            folder = self._target.folder / name
+            folder.mkdir(exist_ok=True)
+
+            def stream(kind: str, name: str = name, batches: Sequence[Batch] = batches, state: Any = state) -> Stream:
+                spool = self._target.folder / kind / name
+                spool.mkdir(parents=True, exist_ok=True)
+                key = "merged" if kind == _HIDDEN else "own"
+                return Stream(self._skeleton, batches, spool, StreamState.from_json(state[key]) if state else None)
+
+            own = stream(_OWN) if CROSS_GRAM in self._statistics else None
+            self._models.append(_Model(source, folder, stream(_HIDDEN), own, dict(state["tensors"]) if state else {}))
+
+    def run(self, progress: Progress | None) -> None:
+        """Measure and merge one block after the other."""
+        measure = self._measure_prefix if self._plan.method.data_inputs == "prefix" else self._measure_merged
+        for index in range(int(self._target.state.get("done", 0)), self._count):
+            if progress is not None:
+                progress(index, self._count)
+            block = self._skeleton.blocks[index]
+            for model, collected in measure(block):
+                model.latest = self._write(model.folder / file_name(index + 1, self._count), collected)
+                model.tensors |= model.latest
+            # nothing reads what the last block computes
+            if index + 1 < self._count:
+                self._merge(index, block)
+            self._target.note({"done": index + 1, "models": [model.to_json() for model in self._models]})
+            release_freed_memory()
+
+    def _measure_prefix(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
+        """Run the block of every model on what the merged blocks compute."""
+        for model in self._models:
+            taps = Taps(self._skeleton, block, self._statistics)
+            with self._skeleton.filled(block, model.source), taps.watching():
+                for number, batch in enumerate(model.batches):
+                    taps.begin(batch)
+                    model.merged.output(number)
+            yield model, taps.results()
+
+    def _measure_merged(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
+        """Run the block as it is merged without statistics, and the models' own, and compare what their matrices get."""
+        outside = self._skeleton.loaded()
+        self._merged.make(block.sources)
+        with self._skeleton.filled(block, self._merged):
+            merged = self._skeleton.loaded()
+        for model in self._models:
+            pairs = Pairs()
+            simple = [name for name in self._statistics if name != CROSS_GRAM]
+            taps = Taps(self._skeleton, block, simple, pairs.observe_merged)
+            with self._skeleton.filled(block, model.source):
+                # blocks read what these make of the tokens, or of the encoder's output
+                self._skeleton.fill_outside(source=model.source)
+                own = self._skeleton.loaded()
+                for number, batch in enumerate(model.batches):
+                    self._skeleton.use(merged)
+                    with taps.watching():
+                        taps.begin(batch)
+                        model.merged.output(number)
+                    if model.own is not None:
+                        self._skeleton.use(own)
+                        self._compare(block, model.own, number, pairs)
+                if model.own is not None:
+                    model.own.finish()
+            self._skeleton.use(outside)
+            collected = taps.results()
+            yield model, collected if model.own is None else pairs.added_to(self._skeleton, collected)
+
+    def _compare(self, block: Block, own: Stream, number: int, pairs: Pairs) -> None:
+        taps = Taps(self._skeleton, block, [], pairs.observe_own)
+        with taps.watching():
+            taps.begin(own.batches[number])
+            own.store(number, own.output(number))
+
+    def _merge(self, index: int, block: Block) -> None:
+        """Merge the block with the statistics of all models, and run it on all data."""
+        found = [self._latest(index, model) for model in self._models]
+        self._merged.make(
+            block.sources, DataOfModels(self._plan.method.from_data, {}, merged_sources(self._plan), found)
+        )
+        with self._skeleton.filled(block, self._merged):
+            for model in self._models:
+                model.merged.advance(lambda batch: None)
+
+    def _write(self, file: Path, collected: Sequence[Tapped]) -> dict[str, Any]:
+        """Write the sums of a block, and return the description of its tensors."""
+        found = [tapped for tapped in collected if fits(self._skeleton, tapped)]
+        write_sums(file, {sum_name(name, own.names[0]): each for own in found for name, each in own.sums.items()})
+        return described(found)
+
+    def _latest(self, index: int, model: _Model) -> Statistics:
+        """Return the statistics of the block that was measured last, as they lie on disk."""
+        infos: Sequence[TensorInfo] = read_header(model.folder / file_name(index + 1, self._count))[0]
+        return Statistics(
+            path=model.folder,
+            about={},
+            statistics=tuple(self._statistics),
+            tensors={name: TensorSums(own["axis"], own["stored"]) for name, own in model.latest.items()},
+            gradients={},
+            sums={info.name: info for info in infos},
+        )
+
+    def describe(self, about: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the folders of all models hold, and remove the hidden states."""
+        files = [file_name(number, self._count) for number in range(1, self._count + 1)]
+        for model, own in zip(self._models, about, strict=True):
+            missing = without(self._skeleton, model.tensors)
+            write_about(model.folder, {**own, "without": missing, "files": files, "tensors": model.tensors})
+        for kind in (_HIDDEN, _OWN):
+            shutil.rmtree(self._target.folder / kind, ignore_errors=True)

@@ -1,0 +1,63 @@
+"""The weights of a merge and of its models, under the names of the merged model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from ...checkpoint import Checkpoint, Reader, TensorInfo
+from ...engine.in_memory import merge_to_state_dict
+from ...engine.plan.from_data import DataOfModels, with_data
+from ...engine.plan.part import part_of
+from ...engine.plan.plan import Plan
+
+__all__ = ["MergedTensors", "ModelTensors"]
+
+
+class ModelTensors:
+    """The tensors of one of the models.
+
+    Args:
+        checkpoint: The model, with the names of the merged model.
+        reader: Reads them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, reader: Reader) -> None:
+        self._checkpoint = checkpoint
+        self._reader = reader
+
+    def tensor(self, info: TensorInfo, /) -> Tensor:
+        """Return the model's tensor of this name."""
+        return self._reader.tensor(self._checkpoint.tensors[info.name])
+
+
+class MergedTensors:
+    """The tensors of the merged model, a few at a time: bit for bit those that the whole merge writes.
+
+    Args:
+        plan: The merge, planned without its statistics from data.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._planned = {tensor.name: tensor for tensor in plan.tensors}
+        self._made: dict[str, Tensor] = {}
+
+    def make(self, names: Iterable[str], data: DataOfModels | None = None) -> None:
+        """Merge some tensors, and forget those before.
+
+        Args:
+            names: Their names.
+            data: Their statistics; None to merge without.
+
+        Raises:
+            CheckpointError: An input is damaged or not finite.
+        """
+        self._made = {}
+        chosen = [with_data(self._planned[name], data) for name in names]
+        self._made = merge_to_state_dict(part_of(self._plan, chosen))
+
+    def tensor(self, info: TensorInfo, /) -> Tensor:
+        """Return one of the tensors that were made last."""
+        return self._made[info.name]

@@ -1,0 +1,116 @@
+"""The names of the Hugging Face checkpoint for the tensors of a GGUF file, by family, and what converters did to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ....errors import UnsupportedError
+from ....wording import some
+
+__all__ = ["FAMILIES", "Family", "family_of", "hf_name"]
+
+_COMMON = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_SANDWICHED = {
+    **_COMMON,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_MIXTRAL = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+}
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+}
+_PHI = {**_COMMON, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How llama.cpp's converter treats a family of models.
+
+    Args:
+        names: Modules of the Hugging Face model by those of the file; `{}` stands for the number of an expert.
+        permuted: Whether the rows of query and key projections were reordered.
+        norms_plus_one: Whether one was added to the weights of norms.
+    """
+
+    names: Mapping[str, str]
+    permuted: bool = False
+    norms_plus_one: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family({**_COMMON, **_MIXTRAL}, permuted=True),
+    "smollm3": Family(_COMMON, permuted=True),
+    "granite": Family(_COMMON, permuted=True),
+    "qwen2": Family(_COMMON),
+    "qwen3": Family(_COMMON),
+    "qwen2moe": Family({**_COMMON, **_EXPERTS}),
+    "qwen3moe": Family({**_COMMON, **_EXPERTS}),
+    "phi3": Family(_PHI),
+    "gemma": Family(_COMMON, norms_plus_one=True),
+    "gemma2": Family(_SANDWICHED, norms_plus_one=True),
+    "gemma3": Family(_SANDWICHED, norms_plus_one=True),
+}
+"""By `general.architecture`."""
+
+DROPPED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight")
+"""Tensors that the config of the model replaces."""
+
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>[a-z_0-9]+)\.(?P<kind>weight|bias)")
+
+
+def family_of(where: str, architecture: str) -> Family:
+    """Return how a family is converted.
+
+    Raises:
+        UnsupportedError: It is not known.
+    """
+    found = FAMILIES.get(architecture)
+    if found is None:
+        raise UnsupportedError(
+            f"{where}: the architecture {architecture!r} of GGUF cannot be read; those that can are "
+            f"{some(sorted(FAMILIES), len(FAMILIES))}; give the safetensors checkpoint it was made from"
+        )
+    return found
+
+
+def hf_name(family: Family, name: str) -> tuple[str, str] | None:
+    """Return the name in the Hugging Face checkpoint, and the module in the file; None if the family has none."""
+    match = _NAME.fullmatch(name)
+    module = family.names.get(match["module"]) if match else None
+    if match is None or module is None:
+        return None
+    top = module.startswith("model.") or module == "lm_head"
+    if top is not (match["layer"] is None):
+        return None
+    layer = "" if top else f"model.layers.{int(match['layer'])}."
+    return f"{layer}{module}.{match['kind']}", match["module"]

@@ -1,0 +1,72 @@
+"""Take the census of a plan: what becomes of every tensor of every input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..recipe import ModelReference
+from .alignment.alignment import RECOMPUTED, Alignment, Member
+from .kernels.assignment import untouched
+from .plan.census import InputCensus
+from .plan.tensor import PlannedTensor
+
+__all__ = ["take_census"]
+
+NOT_KNOWN = "no tensor of the output is made from it"
+"""The reason where none is known; the tests check that no architecture has such tensors."""
+
+
+def take_census(
+    members: Mapping[ModelReference, Member], alignment: Alignment, tensors: Sequence[PlannedTensor]
+) -> dict[ModelReference, InputCensus]:
+    """Say of every tensor of every input whether it is merged, copied or left out, and why.
+
+    Args:
+        members: The inputs.
+        alignment: Which tensors make each tensor of the output.
+        tensors: How each tensor of the output is merged.
+    """
+    # keyed by TensorInfo object: models may share files, and a tied head is read from the embedding
+    used: dict[int, bool] = {}
+    for planned in tensors:
+        copied = planned.copy or _is_copied(planned)
+        for source in planned.inputs:
+            used[id(source)] = used.get(id(source), True) and copied
+    offered = {id(tensor) for slot in alignment.slots for tensor in slot.inputs.values()}
+    return {reference: _count(member, alignment, used, offered) for reference, member in members.items()}
+
+
+def _is_copied(planned: PlannedTensor) -> bool:
+    """Return whether the only input is not changed, but for its dtype."""
+    same = untouched()
+    scale = planned.parameters.get("scale", ())
+    return len(planned.inputs) == 1 and planned.method is same.method and all(value == 1 for value in scale)
+
+
+def _count(member: Member, alignment: Alignment, used: Mapping[int, bool], offered: set[int]) -> InputCensus:
+    tensors = member.checkpoint.tensors
+    mine = any(id(tensor) in used for tensor in tensors.values())
+    left_out = dict(member.checkpoint.left_out)
+    counts = [0, 0]
+    for name, tensor in tensors.items():
+        copied = used.get(id(tensor))
+        if copied is not None:
+            counts[copied] += 1
+        elif not mine:
+            left_out[name] = "only the files beside this model's weights are used"
+        elif id(tensor) in offered:
+            left_out[name] = "the method takes this tensor from other inputs"
+        else:
+            left_out[name] = alignment.reasons.get(name) or _why(name, member, alignment)
+    return InputCensus(counts[0], counts[1], left_out)
+
+
+def _why(name: str, member: Member, alignment: Alignment) -> str:
+    if RECOMPUTED.search(name):
+        return "model code computes it"
+    if alignment.layers is None:
+        return NOT_KNOWN
+    part = member.anatomy.parts[name]
+    if part.layer is not None and part.stack == member.anatomy.main:
+        return "its layer is in no slice"
+    return "what lies outside the layers comes from the models of the first or last slice"

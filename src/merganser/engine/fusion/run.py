@@ -1,0 +1,181 @@
+"""Run a lowered function: the prologue once per tensor, the loops for each block."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .emit import NAME, Source, write
+from .graph import Graph, Node, Ref, Symbol
+from .lower import lower
+from .machine import Function
+from .parts import Lowered, Stage, Store
+from .trace import Form, trace
+from .vectors import LANES
+
+
+class Program:
+    """A function whose operations on elements are loops in machine code.
+
+    Args:
+        function: Called with one tensor per form; returns tensors. It runs on small tensors now, to be recorded.
+        forms: Forms of its inputs.
+        columns: Length of the rows of blocks; None: blocks are flat.
+
+    Attributes:
+        between: Names of the operations on elements that torch runs, between loops.
+
+    Raises:
+        Unfusable: The function cannot be recorded, or no loop can be made of it.
+    """
+
+    def __init__(
+        self, function: Callable[..., Sequence[Tensor]], forms: Sequence[Form], columns: int | None = None
+    ) -> None:
+        lowered = lower(trace(function, forms, columns), forms)
+        self.between = lowered.between
+        self._lowered = lowered
+        self._loops = [_Loop(lowered.graph, stage) for stage in lowered.stages]
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Return whether loops can run over blocks of a shape: those with fewer numbers than a vector are too short."""
+        size = math.prod(shape)
+        return size >= LANES and all(size // shape[0] >= LANES or loop.flat for loop in self._loops)
+
+    def bind(self, fixed: Sequence[Tensor]) -> Bound:
+        """Compute what is the same for all blocks of a tensor.
+
+        Args:
+            fixed: The inputs of the form "fixed", in order.
+        """
+        graph, given = self._lowered.graph, iter(fixed)
+        known: dict[int, Any] = {i: next(given) for i, form in enumerate(self._lowered.forms) if form.kind == "fixed"}
+        for index in self._lowered.prologue:
+            known[index] = _compute(graph.nodes[index], known, {})
+        return Bound(self._lowered, self._loops, known)
+
+
+class Bound:
+    """A program with all that is fixed for one tensor. Several threads may call it at once."""
+
+    def __init__(self, lowered: Lowered, loops: Sequence[_Loop], known: Mapping[int, Any]) -> None:
+        self._lowered = lowered
+        self._known = known
+        self._inputs = [i for i, form in enumerate(lowered.forms) if form.kind != "fixed"]
+        self._loops = [(loop, loop.fixed(known)) for loop in loops]
+        taken = {ref.index for stage in lowered.stages for i in stage.eager for ref in lowered.graph.nodes[i].refs()}
+        self._wrapped = [i for i, form in enumerate(lowered.forms) if form.kind == "scalar" and i in taken]
+        first = lowered.graph.outputs[0].index
+        stores = [store for stage in lowered.stages for store in stage.stores if store.target == first]
+        self._counts = first if any(store.reduce in ("count", "count few") for store in stores) else None
+        self._first = next(i for i, form in enumerate(lowered.forms) if form.kind == "block")
+
+    def __call__(self, inputs: Sequence[Tensor | int], counts: Tensor | None = None) -> list[Tensor]:
+        """Run on one block.
+
+        Args:
+            inputs: The inputs whose form is not "fixed", in order; numbers where the form is "scalar".
+            counts: If the first result is a histogram, it is added to this one, from an earlier block, and is this.
+        """
+        graph = self._lowered.graph
+        known = {**self._known, **dict(zip(self._inputs, inputs, strict=True))}
+        sizes = {"size": known[self._first].numel(), "rows": known[self._first].shape[0]}
+        for index in self._wrapped:
+            known[index] = torch.tensor(known[index], dtype=graph.nodes[index].dtype)
+        if counts is not None and self._counts is not None:
+            known[self._counts] = counts
+        for (loop, fixed), stage in zip(self._loops, self._lowered.stages, strict=True):
+            loop.run(known, sizes, fixed)
+            for index in stage.eager:
+                known[index] = _compute(graph.nodes[index], known, sizes)
+        return [known[output.index] for output in graph.outputs]
+
+
+class _Loop:
+    """The loop of one stage, if it has one."""
+
+    def __init__(self, graph: Graph, stage: Stage) -> None:
+        self._graph = graph
+        self._stores = stage.stores
+        counted = {store.target for store in stage.stores if store.reduce in ("count", "count few")}
+        targets = dict.fromkeys(store.target for store in stage.stores)
+        self._targets = [(target, graph.nodes[target], target in counted) for target in targets]
+
+    @property
+    def flat(self) -> bool:
+        """Whether the rows of blocks do not matter."""
+        source = self._built[0]
+        return source is None or source.flat
+
+    @cached_property
+    def _built(self) -> tuple[Source | None, Function | None]:
+        """The instructions and the machine code, made when they are needed for the first time."""
+        if not self._stores:
+            return None, None
+        source = write(self._stores)
+        return source, Function(source.text, NAME)
+
+    def fixed(self, known: Mapping[int, Any]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the fixed numbers, eight bytes each, and the fixed tensors that are read by column."""
+        source = self._built[0]
+        if source is None:
+            return torch.zeros(1), {}
+        numbers = torch.zeros(max(len(source.fixed), 1), dtype=torch.int64)
+        for i, index in enumerate(source.fixed):
+            tensor = known[index].reshape(())
+            if tensor.is_floating_point():
+                numbers.view(torch.float64)[i] = tensor
+            else:
+                numbers[i] = tensor
+        columns = {index: known[index].contiguous() for index in source.arrays if index in known}
+        return numbers, columns
+
+    def run(self, known: dict[int, Any], sizes: Mapping[str, int], fixed: tuple[Tensor, dict[int, Tensor]]) -> None:
+        """Run the loop on a block, and enter what it has made."""
+        source, function = self._built
+        if source is None or function is None:
+            return
+        numbers, columns = fixed
+        for target, node, starts_at_0 in self._targets:
+            if target not in known:
+                known[target] = (torch.zeros if starts_at_0 else torch.empty)(
+                    _sized(node.shape, sizes), dtype=node.dtype
+                )
+        arrays = [columns.get(index, known[index]) for index in source.arrays]
+        arrays = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in arrays]
+        rows = 1 if source.flat else sizes["rows"]
+        words = array("q", [rows, sizes["size"] // rows])
+        words.extend(int(known[index]) for index in source.scalars)
+        words.extend(tensor.data_ptr() for tensor in arrays)
+        words.extend(self._address(store, known[store.target], sizes) for store in source.stores)
+        function(words.buffer_info()[0], numbers.data_ptr())
+
+    def _address(self, store: Store, tensor: Tensor, sizes: Mapping[str, int]) -> int:
+        if not store.part:
+            return tensor.data_ptr()
+        return tensor.data_ptr() + store.part * (tensor.nbytes // tensor.shape[0])
+
+
+def _compute(node: Node, known: Mapping[int, Any], sizes: Mapping[str, int]) -> Any:
+    """Run an operation in torch."""
+    assert node.func is not None
+    named = {name: _filled(value, known, sizes) for name, value in (node.kwargs or {}).items()}
+    return node.func(*_filled(node.args, known, sizes), **named)
+
+
+def _filled(value: Any, known: Mapping[int, Any], sizes: Mapping[str, int]) -> Any:
+    if isinstance(value, Ref):
+        return known[value.index]
+    if isinstance(value, Symbol):
+        return sizes[value.name]
+    return tuple(_filled(part, known, sizes) for part in value) if isinstance(value, tuple) else value
+
+
+def _sized(shape: Any, sizes: Mapping[str, int]) -> list[int]:
+    return [sizes[size.name] if isinstance(size, Symbol) else size for size in shape]

@@ -1,0 +1,218 @@
+"""Record the operations of a function as a graph.
+
+The function runs twice, on blocks of different sizes. What differs between the two recordings is a size of the block;
+everything else is the same for all blocks. A function whose operations depend on the size of the block, or on values of
+tensors, has no such graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .graph import ROWS, SIZE, Graph, Node, Ref, Symbol, Unfusable
+
+# sizes of the two recordings; one row is special in some operations of torch, so it is one of them
+_SIZES = (24, 40)
+_ROWS = (1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form of a function's input.
+
+    Args:
+        kind: "block", an input in the shape of the block; "rows", with an entry per row of the block; "scalar", one
+            number that differs from block to block; "fixed", the same for all blocks of a tensor.
+        dtype: Its dtype.
+        shape: Its shape; for "rows" that of one entry; without meaning for "block".
+    """
+
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+
+
+def trace(function: Callable[..., Sequence[Tensor]], forms: Sequence[Form], columns: int | None) -> Graph:
+    """Record a function.
+
+    Args:
+        function: Called with one tensor per form; returns tensors.
+        forms: Forms of its inputs.
+        columns: Length of the rows of blocks, which are then matrices; None: blocks are flat.
+
+    Raises:
+        Unfusable: Its operations depend on the size of the block or on values.
+    """
+    recorders = []
+    for size, rows in zip(_SIZES, _ROWS, strict=True):
+        shape = (size,) if columns is None else (rows, columns)
+        inputs = [torch.zeros(_shape(form, shape), dtype=form.dtype) for form in forms]
+        recorder = _Recorder(inputs)
+        try:
+            with recorder:
+                outputs = list(function(*inputs))
+        except Unfusable:
+            raise
+        except Exception as error:
+            raise Unfusable(f"it fails on a small block: {error}") from error
+        recorders.append((recorder, [recorder.ref(output) for output in outputs]))
+    (first, found), (second, same) = recorders
+    if found != same or len(first.nodes) != len(second.nodes):
+        raise Unfusable("its operations depend on the size of the block")
+    sizes = _Sizes(columns)
+    nodes = [sizes.join(a, b) for a, b in zip(first.nodes, second.nodes, strict=True)]
+    return Graph(tuple(nodes), len(forms), tuple(found), columns)
+
+
+def _shape(form: Form, block: tuple[int, ...]) -> tuple[int, ...]:
+    if form.kind == "block":
+        return block
+    return (block[0], *form.shape) if form.kind == "rows" else form.shape
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the operations inside a `with` block, with the sizes of this run.
+
+    Args:
+        inputs: The first nodes.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.nodes: list[Node] = []
+        # tensors are kept, so that no other one gets their id
+        self._known: dict[int, tuple[Tensor, Ref | None]] = {}
+        self._n_inputs = len(inputs)
+        for tensor in inputs:
+            self._add(Node(None, "input", dtype=tensor.dtype, shape=tuple(tensor.shape)), tensor)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # nothing is compiled by torch in here, and skipping that would import it: 1.4 s
+        return False
+
+    def ref(self, tensor: Tensor) -> Ref:
+        """Return the node that computed a tensor; one from elsewhere becomes a node that holds it."""
+        if id(tensor) not in self._known:
+            kept = tensor.detach().clone()
+            return self._add(
+                Node(lambda: kept, f"constant {kept.tolist()}", dtype=tensor.dtype, shape=tuple(tensor.shape)), tensor
+            )
+        ref = self._known[id(tensor)][1]
+        if ref is None:
+            raise Unfusable("a view is used after the tensor that it views was changed in place")
+        return ref
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and record it."""
+        kwargs = dict(kwargs or {})
+        taken = tuple(self._encode(arg) for arg in args)
+        named = {name: self._encode(value) for name, value in kwargs.items()}
+        operands = _operands(func, args)
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self._change(func, args, taken, named, operands, result)
+        elif isinstance(result, Tensor):
+            self._add(
+                Node(func, str(func), taken, named, result.dtype, tuple(result.shape), operands),
+                result,
+            )
+        elif isinstance(result, (tuple, list)):
+            several = Ref(len(self.nodes))
+            self.nodes.append(Node(func, str(func), taken, named))
+            for i, part in enumerate(result):
+                node = Node(operator.getitem, "getitem", (several, i), {}, part.dtype, tuple(part.shape))
+                self._add(node, part)
+        else:
+            raise Unfusable(f"{func} looks at values")
+        return result
+
+    def _add(self, node: Node, tensor: Tensor) -> Ref:
+        ref = Ref(len(self.nodes))
+        self.nodes.append(node)
+        self._known[id(tensor)] = (tensor, ref)
+        return ref
+
+    def _change(
+        self, func: Any, args: Sequence[Any], taken: tuple[Any, ...], named: Any, operands: Any, result: Any
+    ) -> None:
+        """Record an operation in place as one that makes a new tensor, which takes the old one's name."""
+        target = args[0]
+        name = str(func)
+        pure = _without_change(func)
+        whole = target.is_contiguous() and target.untyped_storage().nbytes() == target.nbytes
+        if result is not target or pure is None or taken[0].index < self._n_inputs or not whole:
+            raise Unfusable(f"{name} changes a part of a tensor, or an input")
+        if name == "aten.copy_.default":
+            if args[1].shape != target.shape:
+                raise Unfusable("copy_ of another shape")
+            taken, named, operands = (taken[1],), {"dtype": target.dtype}, None
+        elif operands not in (None, target.dtype):
+            raise Unfusable(f"{name} converts its result")
+        storage = target.untyped_storage()._cdata
+        for key, (tensor, _) in list(self._known.items()):
+            if tensor is not target and tensor.untyped_storage()._cdata == storage:
+                self._known[key] = (tensor, None)
+        self._add(Node(pure, str(pure), taken, named, target.dtype, tuple(target.shape), operands), target)
+
+    def _encode(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.ref(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._encode(part) for part in value)
+        return value
+
+
+def _without_change(func: Any) -> Any:
+    """Return the operation that computes the same without changing its first argument, or None."""
+    name = func._schema.name.removeprefix("aten::")
+    if name == "copy_":
+        return torch.ops.aten._to_copy.default
+    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
+    return getattr(packet, func._overloadname, None)
+
+
+def _operands(func: Any, args: Sequence[Any]) -> torch.dtype | None:
+    """Return the dtype in which the operands of an elementwise operation meet."""
+    operands = [arg for arg in args[:2] if isinstance(arg, (Tensor, int, float)) and not isinstance(arg, bool)]
+    if len(operands) != 2 or not any(isinstance(arg, Tensor) for arg in operands):
+        return None
+    return torch.result_type(*operands)  # type: ignore[arg-type]
+
+
+class _Sizes:
+    """Finds the sizes of the block in two recordings."""
+
+    def __init__(self, columns: int | None) -> None:
+        self._symbols = {_SIZES: SIZE} if columns is None else {_ROWS: ROWS}
+        if columns is not None:
+            first, second = (rows * columns for rows in _ROWS)
+            self._symbols[first, second] = ROWS if columns == 1 else SIZE
+
+    def join(self, first: Node, second: Node) -> Node:
+        """Return one node for both recordings."""
+        same = (first.name, first.dtype, first.operands) == (second.name, second.dtype, second.operands)
+        if not same or set(first.kwargs or {}) != set(second.kwargs or {}):
+            raise Unfusable("its operations depend on the size of the block")
+        named = {name: self._value(value, (second.kwargs or {})[name]) for name, value in (first.kwargs or {}).items()}
+        args, shape = self._value(first.args, second.args), self._value(first.shape, second.shape)
+        return Node(first.func, first.name, args, named, first.dtype, shape, first.operands)
+
+    def _value(self, first: Any, second: Any) -> Any:
+        if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):
+            return tuple(self._value(a, b) for a, b in zip(first, second, strict=True))
+        if type(first) is type(second) and (first == second or (first != first and second != second)):
+            return first
+        found: Symbol | None = self._symbols.get((first, second)) if isinstance(first, int) else None
+        if found is None:
+            raise Unfusable("its operations depend on the size of the block")
+        return found
