@@ -281,7 +281,12 @@ class _Bench:
         for entry, path in zip(recipe["models"], models, strict=True):
             if methods()[method].from_data:
                 domain = next(domain for domain, expert in self._experts.items() if expert == path)
-                entry["statistics"] = str(self._statistics.of(domain, methods()[method], sequences))
+                if methods()[method].data_inputs == "own":
+                    entry["statistics"] = str(self._statistics.of(domain, methods()[method], sequences))
+                else:
+                    # measured within the merge, so not kept
+                    text = str(self._zoo.texts[domain]["train"])
+                    entry["data"] = {"files": text, **self._statistics.settings(sequences)}
         if base:
             recipe["base_model"] = str(base)
         if setting["shared"]:

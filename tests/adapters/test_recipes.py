@@ -117,3 +117,18 @@ models: [{{model: mean, adapter: {zoo / "b"}}}]
     found, before = read_model(zoo / "out"), llama(0, dtype=torch.bfloat16)
     assert not torch.equal(found[f"{V}.weight"], before[f"{V}.weight"])
     assert not torch.equal(found[f"{Q}.weight"], before[f"{Q}.weight"])
+
+
+def test_on_a_quantised_base(zoo: Path) -> None:
+    """As QLoRA trains them: the base is dequantised while it is read, and the adapter added to that."""
+    tensors = llama(0, dtype=torch.bfloat16)
+    coarse = (tensors[f"{Q}.weight"].float() / 0.01).to(torch.float8_e4m3fn)
+    tensors |= {f"{Q}.weight": coarse, f"{Q}.weight_scale_inv": torch.full((1, 1), 0.01)}
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3", "activation_scheme": "dynamic"}
+    base = write_model(zoo / "coarse", tensors, llama_config() | {"quantization_config": settings})
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{base}+{zoo / 'a'}"}], "out_dtype": "float32"}
+    merganser.merge(recipe, zoo / "out")
+    factors = pair()
+    expected = coarse.float() * 0.01 + 3 * factors[f"{Q}.lora_B.weight"] @ factors[f"{Q}.lora_A.weight"]
+    torch.testing.assert_close(read_model(zoo / "out")[f"{Q}.weight"], expected, rtol=1e-5, atol=1e-5)
+    assert "quantization_config" not in read_json(zoo / "out", "config.json")

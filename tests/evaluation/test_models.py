@@ -233,6 +233,24 @@ def test_quantised_weights(zoo: Path, words: Path, tmp_path: Path) -> None:
         evaluate([folder], [words])
 
 
+def test_dequantised_weights(zoo: Path, words: Path, tmp_path: Path) -> None:
+    """What float8 weights with scales stand for, against the same values stored as they are."""
+    scaled, plain = copied(zoo / "a", tmp_path / "scaled"), copied(zoo / "a", tmp_path / "plain")
+    stored, values = {}, {}
+    for name, tensor in load_file(zoo / "a" / "model.safetensors").items():
+        if tensor.dim() != 2 or "proj" not in name:
+            stored[name] = values[name] = tensor
+            continue
+        scale = tensor.float().abs().amax() / 448
+        stored[name], stored[f"{name}_scale"] = (tensor.float() / scale).to(torch.float8_e4m3fn), scale.view(1)
+        values[name] = stored[name].float() * scale
+    assert len(stored) > len(values)
+    save_file(stored, scaled / "model.safetensors")
+    save_file(values, plain / "model.safetensors")
+    configured(scaled, quantization_config={"quant_method": "compressed-tensors"})
+    assert list(figures(evaluate([scaled], [words])).values()) == list(figures(evaluate([plain], [words])).values())
+
+
 def test_without_transformers(zoo: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'merganser\[transformers\]'"):

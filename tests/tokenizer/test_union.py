@@ -178,14 +178,14 @@ def test_what_a_token_stands_for(content: dict[str, Any], token: str, data: byte
         ({"model": {"type": "BPE", "vocab": {"a": True}}}, "model.vocab: must map tokens to ids"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}}}, "id 0 has two tokens, 'a' and 'b'"),
         ({"model": {"vocab": [["a", "b"]]}}, "pairs of a token and its score"),
-        ({"model": {"vocab": [["a", 0], ["a", 1]]}}, "token 'a' stands at two ids, 0 and 1"),
+        ({"model": {"vocab": [["a", 0], ["a", 1]]}}, "token 'a' has two ids, 0 and 1"),
         ({"model": {"vocab": {}}, "added_tokens": {}}, "added_tokens must be a list"),
         ({"model": {"vocab": {}}, "added_tokens": [{"id": "1"}]}, "an id and a content"),
         (
             {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 0, "content": "b"}]},
             "id 0 has two tokens, 'a' and 'b'",
         ),
-        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "a"}]}, "'a' stands at two ids, 0 and 1"),
+        ({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "a"}]}, "'a' has two ids, 0 and 1"),
     ],
 )
 def test_damaged_files(tmp_path: Path, content: Any, message: str) -> None:

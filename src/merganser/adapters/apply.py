@@ -43,9 +43,11 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter, model: str) -> Checkp
         CheckpointError: The base lacks a tensor that the adapter changes, or has it in another shape.
         UnsupportedError: The adapter changes something that has no known place in the base.
     """
-    if checkpoint.quantised:
+    found = checkpoint.quantisation
+    if found is not None and found.unreadable is not None:
         raise CheckpointError(
-            f"{adapter.path}: {model}: its weights are quantised ({checkpoint.quantised}); give the unquantised model"
+            f"{adapter.path}: {model}: its weights are quantised ({found.evidence}); {found.unreadable}; use the "
+            "unquantised model"
         )
     binding = _Binding(checkpoint, adapter, model)
     tensors = binding.tensors()

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import exists, os_reason, read_object
 from ..wording import brief, some
+from .formats.distributed import METADATA_NAME, read_distributed
 from .formats.gguf.beside import folder_beside
 from .formats.gguf.read import read_gguf
 from .formats.pickled import read_pickled
@@ -185,6 +186,10 @@ def _open_file(reference: str, file: Path) -> Checkpoint:
 
 def _open_folder(reference: str, folder: Path) -> Checkpoint:
     names = [path.name for path in folder.iterdir()]
+    if METADATA_NAME in names and not any(name.endswith((".safetensors", *PICKLED_SUFFIXES)) for name in names):
+        tensors, files, left_out = read_distributed(folder)
+        by_name = {tensor.name: tensor for tensor in tensors}
+        return Checkpoint(reference, folder, _read_config(folder), by_name, files, {}, left_out=left_out)
     weights = _named_weights(folder) or choose_weights(str(folder), names)
     if weights.rival is not None:
         _check_rival(folder, weights.files[0], weights.rival)

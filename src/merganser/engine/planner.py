@@ -96,7 +96,8 @@ def build_plan(
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     template = chat_template(recipe, members, matched.owner)
-    ending = agree_on_ending(members[recipe.donor], matched.owner, config, template[0], matched.vocabulary)
+    donor, owner = members[recipe.donor], matched.owner
+    ending = agree_on_ending(donor, owner, config, template[0], matched.vocabulary, matched.moved)
     fused, fusion_warnings = _fuses(drafts, devices)
     tensors = place(drafts, shards)
     limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from ..adapters import open_reference
+from ..anatomy.config import unquantised
 from ..checkpoint import Checkpoint, Reader, open_checkpoint
 from ..checkpoint.links import inside
 from ..errors import CheckpointError, NotFoundError
@@ -83,12 +84,14 @@ def open_stored(reference: str | Path, *, cache_dir: Path | None = None) -> Sour
 
 def _open_checkpoint(text: str, cache_dir: Path | None) -> Checkpoint:
     checkpoint = open_reference(text, cache_dir=cache_dir)
-    if checkpoint.quantised:
+    found = checkpoint.quantisation
+    if found is None:
+        return checkpoint
+    if found.unreadable is not None:
         raise CheckpointError(
-            f"{text}: its weights are quantised ({checkpoint.quantised}), which cannot be evaluated here; "
-            "give the unquantised model"
+            f"{text}: its weights are quantised ({found.evidence}); {found.unreadable}; give the unquantised model"
         )
-    return checkpoint
+    return replace(checkpoint, config=unquantised(checkpoint.config))
 
 
 def _source(

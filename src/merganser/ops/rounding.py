@@ -21,6 +21,7 @@ from torch import Tensor
 from .spectral import Svd, svd
 from .sum import deltas
 
+_EXPONENT = 0x7FF << 52
 _GRIDS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,8 +44,9 @@ def rounding_variance(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """
     limits = torch.finfo(dtype)
     wide = stored.double()
-    # frexp gives 2^e with 2^(e - 1) <= |x| < 2^e
-    ulp = torch.ldexp(torch.full_like(wide, limits.eps / 2), torch.frexp(wide).exponent)
+    # the exponent's bits alone are the power of two at or below |x|; infinite where x is, or NaN
+    power = (wide.view(torch.int64) & _EXPONENT).view(torch.float64)
+    ulp = torch.where(power < torch.inf, power, 0.5).mul_(limits.eps)
     return torch.where(wide != 0, ulp.clamp_(min=limits.tiny * limits.eps).square_() / 12, 0.0)
 
 

@@ -18,7 +18,7 @@ from ..checkpoint.gathered import MadeRows, RowMap, gathered
 from ..engine.alignment.alignment import Member
 from ..engine.vocabulary.apply import indexed_tensors, with_vocab_size
 from ..engine.vocabulary.mapping import Made, ModelRows
-from ..engine.vocabulary.match import Matched, open_owner
+from ..engine.vocabulary.match import Matched, open_owner, with_ids
 from ..engine.vocabulary.output import OutputVocabulary
 from ..engine.vocabulary.report import describe
 from ..engine.vocabulary.tokens import Tokens, read_tokens
@@ -104,7 +104,10 @@ def match_tokenizer(
     out = OutputVocabulary(owner.reference, donor.ids, rows)
     change, _ = describe(out, [model], [ModelRows(member.reference, own, kinds, lost)], settings=settings)
     digest.update(change.report)
-    return Matched({member.reference: changed}, owner, replace(change, digest=digest.hexdigest()))
+    places = {row: number for number, row in shared.items()}
+    moved = {n: places.get(n) for n in model.vocabulary.tokens if places.get(n) != n}
+    changed = with_ids(changed, moved, recipe)
+    return Matched({member.reference: changed}, owner, replace(change, digest=digest.hexdigest()), moved=moved)
 
 
 def _tokens(member: Member) -> Tokens:

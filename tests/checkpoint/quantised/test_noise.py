@@ -73,4 +73,4 @@ def test_the_plan_tells_it(tmp_path: Path) -> None:
         "base: its weights are dequantised (float8_e4m3fn per tensor); rounding has moved them by about 0.026 of their size"
     )
     assert float(near.split("which is ")[1].split()[0]) > 0.6
-    assert float(far.split("which is ")[1].split()[0]) < 0.02
+    assert float(far.split("which is ")[1].split()[0]) < 0.04

@@ -27,6 +27,7 @@ from merganser.testing.passes import Pass, passes
         ),
         ("della_linear", [Pass("merges", True, ("merganser.by_rank",))]),
         ("lines", [Pass("merges", True)]),
+        ("cabs", [Pass("merges", True, ("cat", "merganser.by_rank", "slice.Tensor"))]),
         ("iso_c", [Pass("merges", False, reason="a function over a whole matrix gains nothing from that")]),
     ],
 )

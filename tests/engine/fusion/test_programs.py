@@ -222,3 +222,16 @@ def test_histograms(size: int, few: bool) -> None:
     (again,) = bound(tensors, found)
     assert again is found
     assert torch.equal(found, 2 * expected)
+
+
+def test_where_a_single_row_is_special_it_is_left_to_torch() -> None:
+    def function(a: Tensor) -> list[Tensor]:
+        # a reshape of a part of several rows is a copy, of one row it is none
+        double = a * 2
+        return [double + 1, double[:, :32].reshape(-1, 8)]
+
+    a = random(5, 40)
+    program = fuse(function, [a], by_row=True)
+    assert [program.takes((rows, 40)) for rows in (1, 2)] == [False, True]
+    for found, expected in zip(program.bind([])([a]), function(a), strict=True):
+        assert same_bits(found, expected)

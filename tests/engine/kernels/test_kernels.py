@@ -136,3 +136,20 @@ def test_a_statistic_over_rows_needs_whole_rows_and_one_round():
     for other in (tallied, statistic(largest, as_measured, over="row", largest=True)):
         with pytest.raises(TypeError, match="top is over rows"):
             over_rows(statistics={"top": other})
+
+
+def test_a_method_that_cannot_be_fused_is_told_once(caplog):
+    @merge_method(family="toys", cite="-")
+    def curious(models: list[Tensor]) -> Tensor:
+        """Take the first model, or the last.
+
+        merged = something
+        """
+        return models[0] if float(models[0].sum()) > 0 else models[-1]
+
+    models = [torch.ones(100), torch.zeros(100)]
+    for _ in range(2):
+        assert torch.equal(merge_tensor(curious, None, models, fused=True, block=30), models[0])
+    (said,) = caplog.messages
+    assert said.startswith("curious: slower than it might be, as a pass cannot be fused: ")
+    assert said.endswith("looks at values")

@@ -253,6 +253,30 @@ def test_a_base_and_a_chat_model(tmp_path: Path) -> None:
     )
 
 
+def test_ids_of_special_tokens_follow(tmp_path: Path) -> None:
+    """Also where the tokenizer comes from a folder that names none."""
+    paths = write(tmp_path, A, A)
+    config = json.loads((paths[0] / "config.json").read_text())
+    ids = {"bos_token_id": 28, "eos_token_id": [29], "image_token_index": 3, "pad_token_id": 31}
+    (paths[0] / "config.json").write_text(json.dumps(config | ids | {"text_config": {"decoder_start_token_id": 4}}))
+    (paths[0] / "generation_config.json").write_text('{"eos_token_id": [29, 27], "suppress_token_ids": [0]}')
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "tokenizer.json").write_text(json.dumps(bpe(WORDS[:27][::-1], ["</s>", "<s>"])))
+    out = merge(recipe(paths, tokenizer_source=str(outside)), tmp_path / "out").out
+    found = json.loads((out / "config.json").read_text())
+    assert {key: found[key] for key in ids} == {
+        "bos_token_id": 28,
+        "eos_token_id": [27],
+        "image_token_index": 23,
+        "pad_token_id": 31,
+    }
+    assert found["text_config"]["decoder_start_token_id"] == 22
+    generation = json.loads((out / "generation_config.json").read_text())
+    # w27 is no longer a token
+    assert generation == {"eos_token_id": [27], "suppress_token_ids": [26]}
+
+
 def test_files_without_the_new_tokens_are_left_out(tmp_path: Path) -> None:
     paths = write(tmp_path, A, B)
     for name in ("vocab.json", "merges.txt", "tokenizer.model"):

@@ -365,7 +365,8 @@ def _check_alike(tuned: Checkpoint, base: Checkpoint) -> None:
     for checkpoint in (tuned, base):
         if checkpoint.quantised:
             raise CheckpointError(
-                f"{checkpoint.reference}: its weights are quantised ({checkpoint.quantised}); give the unquantised model"
+                f"{checkpoint.reference}: its weights are quantised ({checkpoint.quantised}): what they changed is rounding "
+                "for the most part; give the unquantised model"
             )
     missing = sorted(base.tensors.keys() - tuned.tensors.keys())
     extra = sorted(tuned.tensors.keys() - base.tensors.keys())

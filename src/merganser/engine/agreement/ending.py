@@ -14,6 +14,7 @@ from ...tokenizer.ending import end_token, turn_ends
 from ...tokenizer.vocabulary import Vocabulary, read_vocabulary
 from ...wording import some
 from ..alignment.alignment import Member
+from ..vocabulary.special_ids import renumbered
 from ..vocabulary.tokens import tokenizer_files
 from .side_files import read_chat_template
 
@@ -41,7 +42,12 @@ class Ending:
 
 
 def agree_on_ending(
-    donor: Member, owner: Member, config: dict[str, Any], template: str | None, vocabulary: Vocabulary | None = None
+    donor: Member,
+    owner: Member,
+    config: dict[str, Any],
+    template: str | None,
+    vocabulary: Vocabulary | None = None,
+    moved: Mapping[int, int | None] | None = None,
 ) -> Ending:
     """Add the end tokens of the output's tokenizer and chat template to its configs.
 
@@ -55,13 +61,15 @@ def agree_on_ending(
         config: config.json of the output.
         template: The chat template that is set; None for that of the tokenizer.
         vocabulary: The output's vocabulary; None for that of the owner.
+        moved: New ids of tokens in the donor's generation_config.json; None if all stay.
     """
     other = owner.reference != donor.reference
     if not config or not (other or template is not None):
         return Ending(config, None, [])
     try:
         own = _generation_config(donor)
-        generation = {**own, **_special_ids(_generation_config(owner))} if other else dict(own)
+        written = renumbered(own, moved) if moved else own
+        generation = {**written, **_special_ids(_generation_config(owner))} if other else dict(own)
         files = tokenizer_files(owner.checkpoint)
         vocabulary = vocabulary or read_vocabulary(files)
         last = end_token(files)

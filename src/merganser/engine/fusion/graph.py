@@ -15,12 +15,19 @@ class Unfusable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Symbol:
-    """A size that differs from block to block: "size", the number of elements, or "rows"."""
+    """A size that differs from block to block.
+
+    Args:
+        name: "size", the number of elements, or "rows".
+        times: Factor of it.
+    """
 
     name: str
+    times: int = 1
 
-    def __repr__(self) -> str:
-        return self.name
+    def of(self, sizes: Mapping[str, int]) -> int:
+        """Return it for a block of these sizes."""
+        return self.times * sizes[self.name]
 
 
 SIZE = Symbol("size")
@@ -75,12 +82,14 @@ class Graph:
         inputs: Number of inputs.
         outputs: What the function returns.
         columns: Length of the rows of blocks; None where blocks are flat.
+        least: Fewest rows, or elements of flat blocks, for which it holds.
     """
 
     nodes: tuple[Node, ...]
     inputs: int
     outputs: tuple[Ref, ...]
     columns: int | None
+    least: int
 
 
 def _refs(value: Any) -> Iterator[Ref]:

@@ -46,6 +46,8 @@ class Program:
     def takes(self, shape: Sequence[int]) -> bool:
         """Return whether loops can run over blocks of a shape: those with fewer numbers than a vector are too short."""
         size = math.prod(shape)
+        if shape[0] < self._lowered.graph.least:
+            return False
         return size >= LANES and all(size // shape[0] >= LANES or loop.flat for loop in self._loops)
 
     def bind(self, fixed: Sequence[Tensor]) -> Bound:
@@ -173,9 +175,9 @@ def _filled(value: Any, known: Mapping[int, Any], sizes: Mapping[str, int]) -> A
     if isinstance(value, Ref):
         return known[value.index]
     if isinstance(value, Symbol):
-        return sizes[value.name]
+        return value.of(sizes)
     return tuple(_filled(part, known, sizes) for part in value) if isinstance(value, tuple) else value
 
 
 def _sized(shape: Any, sizes: Mapping[str, int]) -> list[int]:
-    return [sizes[size.name] if isinstance(size, Symbol) else size for size in shape]
+    return [size.of(sizes) if isinstance(size, Symbol) else size for size in shape]

@@ -7,6 +7,7 @@ tensors, has no such graph.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import ROWS, SIZE, Graph, Node, Ref, Symbol, Unfusable
 
-# sizes of the two recordings; one row is special in some operations of torch, so it is one of them
-_SIZES = (24, 40)
-_ROWS = (1, 3)
+# Sizes of the two recordings. A single row is special in some operations of torch, such as a reshape, which is then no copy: if
+# that makes a difference, the graph holds from two rows on.
+_SIZES = ((24, 40),)
+_ROWS = ((1, 3), (2, 5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,19 @@ def trace(function: Callable[..., Sequence[Tensor]], forms: Sequence[Form], colu
     Raises:
         Unfusable: Its operations depend on the size of the block or on values.
     """
+    *others, last = _SIZES if columns is None else _ROWS
+    for sizes in others:
+        with contextlib.suppress(Unfusable):
+            return _trace(function, forms, columns, sizes)
+    return _trace(function, forms, columns, last)
+
+
+def _trace(
+    function: Callable[..., Sequence[Tensor]], forms: Sequence[Form], columns: int | None, sizes: tuple[int, int]
+) -> Graph:
     recorders = []
-    for size, rows in zip(_SIZES, _ROWS, strict=True):
-        shape = (size,) if columns is None else (rows, columns)
+    for size in sizes:
+        shape = (size,) if columns is None else (size, columns)
         inputs = [torch.zeros(_shape(form, shape), dtype=form.dtype) for form in forms]
         recorder = _Recorder(inputs)
         try:
@@ -66,9 +78,9 @@ def trace(function: Callable[..., Sequence[Tensor]], forms: Sequence[Form], colu
     (first, found), (second, same) = recorders
     if found != same or len(first.nodes) != len(second.nodes):
         raise Unfusable("its operations depend on the size of the block")
-    sizes = _Sizes(columns)
-    nodes = [sizes.join(a, b) for a, b in zip(first.nodes, second.nodes, strict=True)]
-    return Graph(tuple(nodes), len(forms), tuple(found), columns)
+    joined = _Sizes(columns, sizes)
+    nodes = [joined.join(a, b) for a, b in zip(first.nodes, second.nodes, strict=True)]
+    return Graph(tuple(nodes), len(forms), tuple(found), columns, 1 if columns is None else sizes[0])
 
 
 def _shape(form: Form, block: tuple[int, ...]) -> tuple[int, ...]:
@@ -192,11 +204,10 @@ def _operands(func: Any, args: Sequence[Any]) -> torch.dtype | None:
 class _Sizes:
     """Finds the sizes of the block in two recordings."""
 
-    def __init__(self, columns: int | None) -> None:
-        self._symbols = {_SIZES: SIZE} if columns is None else {_ROWS: ROWS}
-        if columns is not None:
-            first, second = (rows * columns for rows in _ROWS)
-            self._symbols[first, second] = ROWS if columns == 1 else SIZE
+    def __init__(self, columns: int | None, runs: tuple[int, int]) -> None:
+        self._runs = runs
+        self._one = SIZE if columns is None else ROWS
+        self._columns = columns
 
     def join(self, first: Node, second: Node) -> Node:
         """Return one node for both recordings."""
@@ -212,7 +223,7 @@ class _Sizes:
             return tuple(self._value(a, b) for a, b in zip(first, second, strict=True))
         if type(first) is type(second) and (first == second or (first != first and second != second)):
             return first
-        found: Symbol | None = self._symbols.get((first, second)) if isinstance(first, int) else None
-        if found is None:
+        times, rest = divmod(first, self._runs[0]) if isinstance(first, int) else (0, 1)
+        if rest or not times or second != times * self._runs[1]:
             raise Unfusable("its operations depend on the size of the block")
-        return found
+        return SIZE if times == self._columns and times > 1 else Symbol(self._one.name, times)

@@ -296,10 +296,10 @@ class TensorRun:
         prepared = self._prepared.get(phase)
         if prepared is None or not _same(prepared.known, taken):
             fixed = self._fixed(known)
-            block = replace(self._at(fixed, range_, base, models), data=data)
+            block = self._at(fixed, range_, base, models, data)
             self._prepared[phase] = _Prepared(taken, fixed, self.kernels.kernel(phase, block))
             return block, self._prepared[phase].kernel
-        return replace(self._at(prepared.fixed, range_, base, models), data=data), prepared.kernel
+        return self._at(prepared.fixed, range_, base, models, data), prepared.kernel
 
     def _fixed(self, known: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the solved statistics on the device: those over rows, and others."""
@@ -313,6 +313,7 @@ class TensorRun:
         range_: tuple[int, int],
         base: Tensor | None,
         models: Sequence[Tensor],
+        data: Data = MappingProxyType({}),
     ) -> Block:
         start, end = range_
         shape = block_shape(self.shape, self.kernels.method.scope, end - start)
@@ -325,6 +326,7 @@ class TensorRun:
             others,
             self._keys,
             start,
+            data,
         )
 
     def _shaped(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -195,7 +195,34 @@ class Kernels:
             block: Their inputs and statistics, stacked, and their keys where the method is random.
         """
         dims = (None if block.base is None else 0, 0, 0, None, 0, 0 if self.method.random else None, None, None)
-        merged, finite = torch.vmap(self._function(("combine", "", 0)), in_dims=dims)(*_arguments(block))
+        function = torch.vmap(self._function(("combine", "", 0)), in_dims=dims)
+        if not self.fused or self.device.type != "cpu" or block.models[0].numel() < _WORTH_A_PROGRAM:
+            merged, finite = function(*_arguments(block))
+            return merged, finite
+        # a tensor is a row, and its statistics and keys are those of a row
+        own = {**block.known, **({"": block.keys} if self.method.random else {})}
+        fixed = [*block.numbers.values(), *(() if self.method.random else (block.keys,))]
+        forms = (
+            *(Form("block", x.dtype) for x in block.inputs()),
+            *(Form("rows", x.dtype, tuple(x.shape[1:])) for x in own.values()),
+            *(Form("fixed", x.dtype, tuple(x.shape)) for x in fixed),
+        )
+
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            left = iter(tensors)
+            base = None if block.base is None else next(left)
+            models = [next(left) for _ in block.models]
+            known = {name: next(left) for name in block.known}
+            random = next(left) if self.method.random else None
+            numbers = {name: next(left) for name in block.numbers}
+            keys = next(left) if random is None else random
+            return function(*_arguments(Block(base, models, {}, numbers, known, keys, 0)))  # type: ignore[no-any-return]
+
+        program = self._make(("several", "", 0), flat, forms, block.models[0].shape[1], block)
+        if isinstance(program, str) or not program.takes(block.models[0].shape):
+            merged, finite = function(*_arguments(block))
+        else:
+            merged, finite = program.bind(fixed)([*block.inputs(), *own.values()])
         return merged, finite
 
     def to_device(self, solved: Tensor) -> Tensor:
@@ -219,7 +246,12 @@ class Kernels:
         if self.device.type != "cpu":
             return self._compiled(phase, eager)
         program = self.program(phase, block)
-        if isinstance(program, str) or not program.takes(block.models[0].shape):
+        if isinstance(program, str):
+            if (self.method, phase) not in _said:
+                _said.add((self.method, phase))
+                _logger.warning("%s: slower than it might be, as a pass cannot be fused: %s", self.method.name, program)
+            return eager
+        if not program.takes(block.models[0].shape):
             return eager
         bound = program.bind(block.fixed())
 
@@ -238,21 +270,26 @@ class Kernels:
             phase: As in `kernel`.
             like: A block with the inputs, numbers and statistics that the kernel takes.
         """
-        forms, columns = like.forms(), like.models[0].shape[1] if self.method.scope == "row" else None
-        settings = (self.method, tuple(self.static.items()), self.compute, self.output, self.check_finite)
-        key = (*settings, phase, forms, columns, *map(tuple, (like.rows, like.numbers, like.known)), like.base is None)
         function = self._function(phase)
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
             return function(*_arguments(_rebuild(like, tensors)))  # type: ignore[no-any-return]
 
+        columns = like.models[0].shape[1] if self.method.scope == "row" else None
+        return self._make(phase, flat, like.forms(), columns, like)
+
+    def _make(
+        self, phase: Phase, flat: Callable[..., Any], forms: tuple[Form, ...], columns: int | None, like: Block
+    ) -> Program | str:
+        """Make a program, or find it made for another tensor."""
+        settings = (self.method, tuple(self.static.items()), self.compute, self.output, self.check_finite)
+        key = (*settings, phase, forms, columns, *map(tuple, (like.rows, like.numbers, like.known)), like.base is None)
         with _lock:
             if key not in _programs:
                 try:
                     _programs[key] = Program(flat, forms, columns)
                 except Unfusable as reason:
                     _programs[key] = str(reason)
-                    _logger.info("%s: %s runs operation by operation: %s", self.method.name, phase[0], reason)
             return _programs[key]
 
     def _compiled(self, phase: Phase, eager: Kernel) -> Kernel:
@@ -335,9 +372,14 @@ def _overflow(dtype: torch.dtype) -> float:
     return found.max + found.max / (2 / found.eps - 1) / 2
 
 
+# elements from which stacked tensors are worth a program: fewer are merged sooner one operation after the other
+_WORTH_A_PROGRAM = 1 << 17
+
 # programs of this process, for all runs; the lock also keeps two threads from making the same one
 _programs: dict[Any, Program | str] = {}
 _lock = threading.Lock()
+# what the user was told
+_said: set[tuple[MergeMethod, Phase]] = set()
 
 
 def _arguments(block: Block) -> tuple[Any, ...]:

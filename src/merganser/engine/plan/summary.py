@@ -286,7 +286,7 @@ def _input(plan: Plan, reference: ModelReference) -> InputSummary:
 def _stored_as(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return how values are stored: ways of quantising, then dtypes, the most common first."""
     schemes = checkpoint.quantisation.schemes if checkpoint.quantisation is not None else ()
-    plain = (tensor.dtype.name for tensor in checkpoint.tensors.values() if not tensor.stored)
+    plain = ((each.natural or each.dtype).name for each in checkpoint.tensors.values() if each.noise is None)
     return (*schemes, *_most_common(plain))
 
 

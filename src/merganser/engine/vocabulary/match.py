@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...checkpoint.folder import open_tokenizer
@@ -16,9 +16,10 @@ from .apply import with_rows
 from .mapping import map_rows
 from .output import OutputVocabulary, output_vocabulary
 from .report import describe
+from .special_ids import moved_ids, renumbered
 from .tokens import Tokens, read_tokens, tokenizer_files, tokens_without_rows
 
-__all__ = ["Matched", "match_vocabularies", "open_owner"]
+__all__ = ["Matched", "match_vocabularies", "open_owner", "with_ids"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class Matched:
         owner: The model, or the tokenizer alone, whose tokenizer files the output gets.
         change: What changed; None if every row is where the output has it.
         vocabulary: The output's vocabulary; None if it is that of the owner.
+        moved: New ids of the donor's tokens that have another id in the output, as of `moved_ids`.
         warnings: What the user should know.
     """
 
@@ -37,6 +39,7 @@ class Matched:
     owner: Member
     change: VocabularyChange | None = None
     vocabulary: Vocabulary | None = None
+    moved: Mapping[int, int | None] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 
@@ -75,11 +78,14 @@ def match_vocabularies(
         return replace(plain, warnings=tuple(warnings))
     made = with_rows(chosen, models, rows)
     change, said = describe(out, models, rows)
+    donor = next((each for each in models if each.reference == recipe.donor), None)
+    moved = {} if donor is None else moved_ids(donor.ids, out.ids)
     return Matched(
-        {**members, **{member.reference: member for member in made}},
+        {**members, **{member.reference: with_ids(member, moved, recipe) for member in made}},
         owner,
         change,
         Vocabulary({number: token for token, number in out.ids.items()}, frozenset(), "tokenizer.json"),
+        moved,
         (*warnings, *out.warnings, *said),
     )
 
@@ -111,6 +117,14 @@ def _owner(recipe: Recipe, members: Mapping[ModelReference, Member], cache_dir: 
         return members[wanted]
     place = recipe.places.get("tokenizer_source") or recipe.place_of("tokenizer")
     return open_owner(wanted, str(place), cache_dir)
+
+
+def with_ids(member: Member, moved: Mapping[int, int | None], recipe: Recipe) -> Member:
+    """Return a model with the new ids of special tokens in its config, if its config is the one that the output gets."""
+    if member.reference != recipe.donor or not moved:
+        return member
+    checkpoint = replace(member.checkpoint, config=renumbered(member.checkpoint.config, moved))
+    return replace(member, checkpoint=checkpoint)
 
 
 def _givers(recipe: Recipe, members: Mapping[ModelReference, Member]) -> list[Member]:
