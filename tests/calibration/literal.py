@@ -50,3 +50,28 @@ def _experts(found: Rows, name: str, module: Any, hidden: Tensor, indices: Tenso
 def gram(rows: Sequence[Tensor]) -> Tensor:
     """`Σ x xᵀ`."""
     return sum((torch.einsum("ti,tj->ij", own, own) for own in rows), torch.zeros(()))
+
+
+def gradients_of(
+    folder: Path, architecture: str, sequences: Sequence[dict[str, Tensor]], counted: Sequence[Tensor] | None = None
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """The gradients of the whole model's loss, sequence by sequence, and the losses; float64.
+
+    Args:
+        folder: The model.
+        architecture: Its class.
+        sequences: Arguments of the model.
+        counted: For each sequence which tokens count; all if not given.
+    """
+    model = getattr(transformers, architecture).from_pretrained(folder, experts_implementation="eager").eval().double()
+    gradients, losses = [], []
+    for number, inputs in enumerate(sequences):
+        model.zero_grad()
+        ids = inputs.get("decoder_input_ids", inputs["input_ids"])[0]
+        scores = torch.log_softmax(model(**inputs, use_cache=False).logits[0], dim=-1)
+        terms = [-scores[i, ids[i + 1]] for i in range(len(ids) - 1) if counted is None or counted[number][i + 1]]
+        loss = sum(terms, torch.zeros((), dtype=torch.float64))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return gradients, losses

@@ -71,3 +71,15 @@ def test_a_weight_is_needed():
     _, models = make_models((3,), 2)
     with pytest.raises(ParameterError, match="weight is 0 for every model"):
         merge_tensor(lm_cocktail, None, models, {"weight": 0})
+
+
+def test_losses_that_were_measured_are_added():
+    models = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0]), torch.tensor([5.0, 0.0])]
+    losses = [0.5, 1.5, 0.25]
+    given = merge_tensor(lm_cocktail, None, models, {"loss": losses, "temperature": 0.5})
+    measured = merge_tensor(lm_cocktail, None, models, {"temperature": 0.5}, data={"measured": losses})
+    assert torch.equal(measured, given)
+    both = merge_tensor(
+        lm_cocktail, None, models, {"temperature": 0.5, "loss": [0.25, 1.0, 0.0]}, data={"measured": [0.25, 0.5, 0.25]}
+    )
+    assert torch.equal(both, given)

@@ -58,11 +58,11 @@ def _source(layer_range: str) -> str:
         ),
         (
             "merge_method: linear\nmodels:\n  - a\n",
-            "<recipe>:3 models[0]: expected a mapping with the keys model, adapter, parameters, name, statistics, data, got 'a'",
+            "<recipe>:3 models[0]: expected a mapping with the keys model, adapter, parameters, name, statistics, data, base_statistics, got 'a'",
         ),
         (
             "merge_method: linear\nmodels:\n  - model: a\n    parametres: {}\n",
-            "<recipe>:4 models[0]: unknown key 'parametres'. Did you mean 'parameters'? Allowed: model, adapter, parameters, name, statistics, data",
+            "<recipe>:4 models[0]: unknown key 'parametres'. Did you mean 'parameters'? Allowed: model, adapter, parameters, name, statistics, data, base_statistics",
         ),
         ("merge_method: linear\nmodels: [{parameters: {}}]\n", "<recipe>:2 models[0]: 'model' is missing"),
         (
@@ -241,7 +241,7 @@ def test_multiples_of_rows(multiple: str) -> None:
         ("a\0b", RecipeError, r"'a\x00b': the recipe cannot be read: embedded null byte"),
         ("a: \ud800\n", RecipeError, "<recipe>:1: not valid YAML: half a surrogate pair"),
         ({"merge_method": "linear", "models": [{"modl": "a"}]}, RecipeError, "<recipe> models[0]: unknown key 'modl'. "
-         "Did you mean 'model'? Allowed: model, adapter, parameters, name, statistics, data"),
+         "Did you mean 'model'? Allowed: model, adapter, parameters, name, statistics, data, base_statistics"),
     ],
 )  # fmt: skip
 def test_bad_sources(source: str, kind: type[MergeError], message: str) -> None:

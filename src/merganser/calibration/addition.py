@@ -22,6 +22,8 @@ _SAME = {
     "tokenizer": "are of another tokenizer",
     "statistics": "have other statistics",
     "tensors": "are of other tensors",
+    "gradients": "have gradients of other tensors",
+    "labels": "have a loss with other labels",
 }
 
 
@@ -73,10 +75,8 @@ def _added(name: str, parts: Sequence[Statistics], reader: Reader) -> Tensor:
 
 def _check_alike(first: Statistics, other: Statistics) -> None:
     for key, complaint in _SAME.items():
-        one, two = first.about[key], other.about[key]
-        if key == "model":
-            # compare hashes, since the same model may have another path
-            one, two = one["hash"], two["hash"]
+        # compare hashes of models, since the same model may have another path
+        one, two = (own.about[key]["hash"] if key == "model" else own.about.get(key) for own in (first, other))
         if one != two:
             raise DataError(f"{other.path}: its statistics {complaint} than those of {first.path}, and cannot be added")
     for name, info in first.sums.items():

@@ -68,6 +68,11 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
         return []
     resolver = check_recipe(recipe)
     method = resolver.method
+    if method.needs_gradients:
+        raise RecipeError(
+            f"{recipe.place}: {method.name} uses gradients or losses, which are not measured within a merge; write them "
+            "with merganser calibrate, and give the folders as 'statistics' in place of 'data'"
+        )
     merged = [source for i in range(len(resolver.slices)) for source in _measured(method, resolver.sources(i))]
     places = {source.place for source in merged}
     for source in _sources(recipe):

@@ -20,7 +20,7 @@ from .batches import Batch, Padded
 from .internals import TensorReader
 from .skeleton import Block, Skeleton
 
-__all__ = ["Output", "check_streamable", "logits", "run_alone", "run_block"]
+__all__ = ["Output", "call_block", "call_head", "check_streamable", "logits", "run_alone", "run_block"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class _Finished(BaseException):
 
 @torch.no_grad()
 def run_block(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
+    """Run one block without autograd; arguments and errors are those of `call_block`."""
+    return call_block(skeleton, index, batch, before)
+
+
+def call_block(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
     """Run one block.
 
     Args:
@@ -81,6 +86,11 @@ def run_block(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int,
 
 @torch.no_grad()
 def logits(skeleton: Skeleton, batch: Batch, last: Mapping[int, Output]) -> Tensor:
+    """Return the logits of a batch without autograd; arguments are those of `call_head`."""
+    return call_head(skeleton, batch, last)
+
+
+def call_head(skeleton: Skeleton, batch: Batch, last: Mapping[int, Output]) -> Tensor:
     """Return the logits of a batch, computed from the last block's output of every stack.
 
     The weights outside the blocks must be loaded, including the head.

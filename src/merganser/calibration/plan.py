@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import DTYPE_BY_NAME, plan_shards
-from ..errors import OutputError
+from ..errors import OutputError, UnsupportedError
 from ..jsonfile import os_reason
 from ..statistics import COUNT, STATISTICS_NAME, CalibrationPlan, Choice, sum_name
 from ..statistics.choice import BATCH_TOKENS
@@ -58,6 +58,8 @@ def plan_calibration(
     with prepare(
         model, data, statistics=statistics, choice=choice, batch_tokens=batch_tokens, cache_dir=cache_dir
     ) as prepared:
+        if prepared.labels is not None:
+            raise UnsupportedError("what gradients and losses take cannot be told beforehand; run it without --dry-run")
         return plan_prepared(prepared, str(model), Path(model).name)[0]
 
 

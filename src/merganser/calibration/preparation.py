@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from ..adapters import open_reference
 from ..errors import DataError, UnsupportedError, did_you_mean
 from ..inference.language_model import Tokenizer, open_tokenizer, positions_of
 from ..inference.stored import Source, open_stored
-from ..statistics import COUNT, STATISTICS_FORMAT, STATISTICS_KIND, Choice, Dataset
+from ..statistics import COUNT, LOSS, STATISTICS_FORMAT, STATISTICS_KIND, Choice, Dataset
 from ..statistics.choice import BATCH_TOKENS
 from ..statistics.weights import weights_sample
 from ..version import __version__
@@ -23,12 +24,13 @@ from .batches import Batch, Sample, Tokens, make_batches
 from .data import DataFile, read_data
 from .dataset import read_dataset
 from .reducers import REDUCERS
+from .reverse import GRADIENTS, LABELS
 from .samples import choose_samples
 from .skeleton import Skeleton
 
 __all__ = ["STATISTICS", "Data", "Prepared", "fingerprint", "prepare", "read"]
 
-STATISTICS = (COUNT, *REDUCERS)
+STATISTICS = (COUNT, *REDUCERS, *GRADIENTS, LOSS)
 """Names of all statistics."""
 
 Data = Sequence[str | Path] | Dataset
@@ -50,7 +52,8 @@ class Prepared:
         samples: The sequences that were drawn.
         choice: How they were drawn; all values are set.
         statistics: What is summed; `count` comes first.
-        batch_tokens: Largest number of tokens of a batch, with padding.
+        batch_tokens: Largest number of tokens of a batch, with padding; 1 with a loss, so that each sequence is its own.
+        labels: The tokens whose likelihood is the loss, as in `calibrate`; None without a loss.
     """
 
     source: Source
@@ -61,6 +64,7 @@ class Prepared:
     choice: Choice
     statistics: tuple[str, ...]
     batch_tokens: int
+    labels: str | None = None
 
     @property
     def pad_id(self) -> int:
@@ -115,6 +119,7 @@ class Prepared:
             "tokenizer": self.tokenizer.hash,
             "statistics": list(self.statistics),
             "parts": [self.part()],
+            **({} if self.labels is None else {"labels": self.labels}),
         }
 
     def part(self) -> dict[str, Any]:
@@ -147,6 +152,7 @@ def prepare(
     *,
     statistics: Sequence[str] = ("gram",),
     choice: Choice | None = None,
+    labels: str = "data",
     batch_tokens: int = BATCH_TOKENS,
     cache_dir: Path | None = None,
 ) -> Iterator[Prepared]:
@@ -157,6 +163,7 @@ def prepare(
         data: Files, or a data set.
         statistics: Names of the statistics to sum.
         choice: Which part of the data; None for the defaults.
+        labels: The tokens whose likelihood is the loss, as in `calibrate`.
         batch_tokens: Largest number of tokens of a batch, with padding.
         cache_dir: Folder for models from the Hub.
 
@@ -173,19 +180,25 @@ def prepare(
     choice.check()
     if batch_tokens < 1:
         raise DataError(f"batch_tokens: must be at least 1, found {batch_tokens}")
+    if labels not in LABELS:
+        raise DataError(f"labels: must be {' or '.join(LABELS)}, found {labels!r}")
+    with_loss = LOSS in wanted
     files = read(data)
     if str(model).endswith((".yaml", ".yml")) and not Path(model).is_dir():
         raise _no_checkpoint(model, "recipe")
     source = open_stored(model, cache_dir=cache_dir)
     if source.kind not in ("checkpoint", "adapter"):
         raise _no_checkpoint(model, source.kind)
+    # gradients are computed in float32, whatever the dtype of the checkpoint
+    dtype = torch.float32 if with_loss else None
     with ExitStack() as stack:
-        skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir)))
+        skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir), dtype))
         config = skeleton.model.config
         tokenizer = open_tokenizer(source)
         choice = choice.for_model(positions_of(config))
         samples = choose_samples(files, tokenizer, config, choice)
-        yield Prepared(source, skeleton, tokenizer, files, samples, choice, wanted, batch_tokens)
+        size = 1 if with_loss else batch_tokens
+        yield Prepared(source, skeleton, tokenizer, files, samples, choice, wanted, size, labels if with_loss else None)
 
 
 def _no_checkpoint(model: str | Path, kind: str) -> UnsupportedError:
@@ -201,7 +214,8 @@ def _statistics(names: Sequence[str]) -> tuple[str, ...]:
                 f"statistics: unknown statistic {name!r}.{did_you_mean(name, STATISTICS)} "
                 f"Known are {', '.join(STATISTICS)}"
             )
-    return tuple(name for name in STATISTICS if name == COUNT or name in names)
+    included = {COUNT, *names, *([LOSS] if any(name in GRADIENTS for name in names) else [])}
+    return tuple(name for name in STATISTICS if name in included)
 
 
 def fingerprint(about: Mapping[str, Any], batch_tokens: int) -> str:

@@ -133,7 +133,7 @@ class Gram:
         return sum(8 * (width - start) * min(step, width - start) for start in range(0, width, step))
 
     def __init__(self, width: int) -> None:
-        self._width = width
+        self.width = width
         step = _step(width)
         self._panels = {
             start: torch.zeros(width - start, min(step, width - start), dtype=torch.float64)
@@ -147,7 +147,7 @@ class Gram:
 
     def result(self) -> Tensor:
         """Return the sum, with its upper half."""
-        found = torch.empty(self.shape_of(self._width), dtype=torch.float32)
+        found = torch.empty(self.shape_of(self.width), dtype=torch.float32)
         while self._panels:
             start, panel = self._panels.popitem()
             end = start + panel.shape[1]

@@ -13,6 +13,8 @@ from ..statistics.choice import BATCH_TOKENS
 from .batches import Batch
 from .forward import check_streamable
 from .preparation import STATISTICS, Data, Prepared, fingerprint, prepare
+from .reducers import REDUCERS
+from .reverse import GRADIENTS, Loss, Reverse, check_predicts
 from .skeleton import Skeleton
 from .stream import Stream, StreamState
 from .taps import Tapped, Taps
@@ -35,11 +37,12 @@ def calibrate(
     length: int | None = None,
     seed: int = 0,
     tokens: str = "all",
+    labels: str = "data",
     batch_tokens: int = BATCH_TOKENS,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Run a model on text, with one block in memory at a time, and write statistics of the inputs of its matrices.
+    """Run a model on text, with one block in memory at a time, and write statistics of what it computes.
 
     An interrupted calibration continues at its block when it is called again with the same arguments.
 
@@ -48,12 +51,15 @@ def calibrate(
         data: Files: texts (.txt), or objects with text, prompt and completion, or messages (.jsonl, .parquet). Or a
             `merganser.statistics.Dataset`, which the library `datasets` opens.
         out: The folder to write; it must not exist.
-        statistics: Names of the statistics to sum: `gram`, `second_moment`, `magnitude`; `count` is always included.
+        statistics: Names of the statistics to sum. Of the inputs of matrices: `gram`, `second_moment`, `magnitude`;
+            `count` is always included. Of the gradients of the loss: `fisher`, `gradient`, `absolute_gradient`,
+            `sensitivity`, `gradient_gram`; `loss` is then included, and can be had alone.
         sequences: Number of sequences drawn from the data; None for 64, or fewer if the data has fewer.
         length: Largest number of tokens of a sequence; None for 256, or the model's context window if it is smaller.
         seed: Seed of the draw.
         tokens: Which tokens count: `all`, or those of `completions` alone.
-        batch_tokens: Largest number of tokens of a batch, with padding.
+        labels: The tokens whose likelihood is the loss: the next ones of the `data`, or `sampled` ones.
+        batch_tokens: Largest number of tokens of a batch, with padding. For a loss each sequence is its own batch.
         cache_dir: Folder for models from the Hub.
         progress: Called with the number of finished blocks and of all blocks.
 
@@ -70,7 +76,7 @@ def calibrate(
     check_absent(Path(out))
     choice = Choice(sequences, length, seed, tokens)
     with prepare(
-        model, data, statistics=statistics, choice=choice, batch_tokens=batch_tokens, cache_dir=cache_dir
+        model, data, statistics=statistics, choice=choice, labels=labels, batch_tokens=batch_tokens, cache_dir=cache_dir
     ) as prepared:
         return run_prepared(prepared, Path(out), progress)
 
@@ -86,45 +92,69 @@ def run_prepared(prepared: Prepared, out: Path, progress: Progress | None = None
     Raises:
         MergeError: As for `calibrate`.
     """
-    skeleton = prepared.skeleton
-    skeleton.fill_outside()
+    skeleton, batches = prepared.skeleton, prepared.batches()
+    loss = None if prepared.labels is None else Loss(prepared.labels, prepared.choice.seed)
+    if loss is not None:
+        check_predicts(skeleton, batches)
+    skeleton.fill_outside(head=loss is not None)
     check_streamable(skeleton, prepared.probe())
     about = prepared.about()
     with Target(out, fingerprint(about, prepared.batch_tokens)) as target:
-        tensors = _stream(skeleton, prepared.batches(), prepared.statistics, target, progress)
-        names = [file_name(number, len(skeleton.blocks)) for number in range(1, len(skeleton.blocks) + 1)]
-        write_about(target.folder, {**about, "without": without(skeleton, tensors), "files": names, "tensors": tensors})
+        written = _stream(skeleton, batches, prepared.statistics, loss, target, progress)
+        write_about(target.folder, {**about, "without": without(skeleton, written["tensors"]), **written})
         target.publish()
     return open_statistics(out)
 
 
 def _stream(
-    skeleton: Skeleton, batches: Sequence[Batch], statistics: Sequence[str], target: Target, progress: Progress | None
+    skeleton: Skeleton,
+    batches: Sequence[Batch],
+    statistics: Sequence[str],
+    loss: Loss | None,
+    target: Target,
+    progress: Progress | None,
 ) -> dict[str, Any]:
-    """Run all blocks, write the sums of each, and return the description of every tensor with statistics."""
+    """Run all blocks forward, and for a loss backward; write the sums of each, and return their description."""
     count = len(skeleton.blocks)
-    target.claim(["hidden/", *(file_name(number, count) for number in range(1, count + 1))])
+    files = [file_name(number, count) for number in range(1, count + 1)]
     spool = target.folder / "hidden"
-    spool.mkdir(exist_ok=True)
     state = StreamState.from_json(target.state["stream"]) if target.state else None
     tensors: dict[str, Any] = dict(target.state.get("tensors", {}))
-    stream = Stream(skeleton, batches, spool, state)
+    stream = Stream(skeleton, batches, spool, state, keep=loss is not None)
+
+    def note(reverse: Mapping[str, Any]) -> None:
+        target.note({"stream": stream.state.to_json(), "tensors": tensors, "reverse": dict(reverse)})
+
+    wanted = [name for name in statistics if name in GRADIENTS]
+    reverse = None if loss is None else Reverse(skeleton, stream, wanted, loss, target, note)
+    files += [] if reverse is None else reverse.files
+    steps = count + (0 if reverse is None else reverse.steps)
+    target.claim(["hidden/", *files])
+    spool.mkdir(exist_ok=True)
     for index in range(stream.state.done, count):
         if progress is not None:
-            progress(index, count)
+            progress(index, steps)
         if index + 1 < count:
             skeleton.will_need(skeleton.blocks[index + 1])
-        taps = Taps(skeleton, skeleton.blocks[index], statistics)
+        taps = Taps(skeleton, skeleton.blocks[index], [name for name in statistics if name in REDUCERS])
         with skeleton.filled(skeleton.blocks[index]), taps.watching():
             stream.advance(taps.begin)
         found = [tapped for tapped in taps.results() if fits(skeleton, tapped)]
         sums = {sum_name(name, tapped.names[0]): own for tapped in found for name, own in tapped.sums.items()}
         write_sums(target.folder / file_name(index + 1, count), sums)
         tensors |= described(found)
-        target.note({"stream": stream.state.to_json(), "tensors": tensors})
+        note({})
         release_freed_memory()
+    about: dict[str, Any] = {"files": files, "tensors": tensors}
+    if reverse is not None:
+
+        def told(done: int) -> None:
+            if progress is not None:
+                progress(count + done, steps)
+
+        about |= reverse.run(target.state.get("reverse", {}), told)
     shutil.rmtree(spool)
-    return tensors
+    return about
 
 
 def described(block: Sequence[Tapped]) -> dict[str, Any]:

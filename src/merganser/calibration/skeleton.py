@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint
 from ..errors import CheckpointError, UnsupportedError
@@ -49,6 +49,7 @@ class Skeleton:
 
     Args:
         checkpoint: The checkpoint with its weights.
+        dtype: Dtype of the parameters; None for that of the checkpoint.
 
     Attributes:
         model: The model.
@@ -61,10 +62,10 @@ class Skeleton:
         UnsupportedError: transformers does not know the model, or it has no stack of blocks.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
         self.checkpoint = checkpoint
         config = _config(checkpoint)
-        self.dtype = _dtype(checkpoint, config)
+        self.dtype = dtype or _dtype(checkpoint, config)
         self.model = internals.build_skeleton(config, self.dtype)
         self.targets = internals.parameters_of(self.model, checkpoint.tensors)
         self.blocks = _blocks(checkpoint, self.model, self.targets)
@@ -150,6 +151,14 @@ class Skeleton:
             internals.empty_tensors(block.module)
             # otherwise the C library would keep freed pieces between used ones, more with every block
             release_freed_memory()
+
+    def stored(self, name: str) -> Tensor:
+        """Return a tensor as the checkpoint stores it.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
+        return self._reader.tensor(self.checkpoint.tensors[name])
 
     @contextmanager
     def zeroed(self) -> Iterator[None]:

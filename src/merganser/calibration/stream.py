@@ -51,15 +51,23 @@ class Stream:
         batches: The data.
         folder: Folder for hidden states; it must exist.
         state: State of an interrupted stream in this folder, to continue it.
+        keep: Whether to keep the outputs of all blocks, for `before`; otherwise those of the last one of each stack.
     """
 
     def __init__(
-        self, skeleton: Skeleton, batches: Sequence[Batch], folder: Path, state: StreamState | None = None
+        self,
+        skeleton: Skeleton,
+        batches: Sequence[Batch],
+        folder: Path,
+        state: StreamState | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
         self.skeleton = skeleton
         self.batches = batches
         self.folder = folder
         self.state = state or StreamState()
+        self._keep = keep
         # width and dtype of what is stored, and whether the block returns a tuple
         self._written = (0, "", False)
 
@@ -87,7 +95,7 @@ class Stream:
             NonFiniteError: The block returns NaN or infinity for a token.
         """
         block, batch = self.skeleton.blocks[self.state.done], self.batches[number]
-        output = run_block(self.skeleton, self.state.done, batch, self._before(number))
+        output = run_block(self.skeleton, self.state.done, batch, self.before(number, self.state.done))
         _check_finite(output.hidden, batch, block)
         return output
 
@@ -118,11 +126,16 @@ class Stream:
         Returns:
             Shape [sequences, longest, vocabulary].
         """
-        return logits(self.skeleton, self.batches[number], self._before(number))
+        return logits(self.skeleton, self.batches[number], self.before(number, self.state.done))
 
-    def _before(self, number: int) -> dict[int, Output]:
-        """Return the output of each stack's last finished block for a batch."""
-        last = {block.stack: index for index, block in enumerate(self.skeleton.blocks[: self.state.done])}
+    def before(self, number: int, index: int) -> dict[int, Output]:
+        """Return the stored output of each stack's last block before a block, for a batch.
+
+        Args:
+            number: Index of the batch.
+            index: Index of the block; the number of finished blocks, or if all outputs are kept, any up to that.
+        """
+        last = {block.stack: own for own, block in enumerate(self.skeleton.blocks[:index])}
         found: dict[int, Output] = {}
         for stack, index in last.items():
             padded = self.batches[number].stacks[stack]
@@ -134,11 +147,14 @@ class Stream:
         return found
 
     def _hidden_file(self, index: int) -> Path:
-        # alternate between two files per stack, so that a block never overwrites its own input
-        return self.folder / f"hidden-{self.skeleton.blocks[index].stack}-{index % 2}.bin"
+        return self.folder / f"hidden-{self._file_key(index)}.bin"
 
     def _rest_file(self, index: int, number: int) -> Path:
-        return self.folder / f"rest-{self.skeleton.blocks[index].stack}-{index % 2}-{number}.pt"
+        return self.folder / f"rest-{self._file_key(index)}-{number}.pt"
+
+    def _file_key(self, index: int) -> str:
+        # alternate between two files per stack, so that a block never overwrites its own input
+        return f"{self.skeleton.blocks[index].stack}-{index if self._keep else index % 2}"
 
     def _write_rest(self, index: int, number: int, rest: tuple[Any, ...]) -> None:
         path = self._rest_file(index, number)

@@ -35,9 +35,9 @@ class Sum:
     take: Callable[[], Tensor]
 
 
-def file_name(number: int, count: int) -> str:
+def file_name(number: int, count: int, kind: str = "statistics") -> str:
     """Return the name of one of a folder's files, counted from 1."""
-    return f"statistics-{number:05d}-of-{count:05d}.safetensors"
+    return f"{kind}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def write_sums(file: Path, sums: Mapping[str, Sum]) -> None:

@@ -48,7 +48,12 @@ def calibrate(
         typer.Option(metavar="NAME", help="Split of the data set.  [default: train]", show_default=False),
     ] = None,
     statistics: Annotated[
-        str, typer.Option(metavar="NAME,...", help="What to sum: gram, second_moment, magnitude, count.")
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="What to sum: gram, second_moment, magnitude, count; of gradients: fisher, gradient, absolute_gradient, "
+            "sensitivity, gradient_gram; loss.",
+        ),
     ] = "gram",
     sequences: Annotated[
         int | None,
@@ -70,6 +75,13 @@ def calibrate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draw.")] = 0,
     tokens: Annotated[str, typer.Option(metavar="all|completions", help="Which tokens count.")] = "all",
+    labels: Annotated[
+        str,
+        typer.Option(
+            metavar="data|sampled",
+            help="What gradients are the loss of: the text's next tokens, or tokens drawn from the model (true Fisher).",
+        ),
+    ] = "data",
     batch_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")] = 2048,
     cache_dir: options.CacheDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is written.")] = False,
@@ -99,7 +111,7 @@ def calibrate(
         raise DataError("--out is missing: give the folder to write, or --dry-run")
     started = time.monotonic()
     with step_progress("calibrate", quiet) as progress:
-        found = run(model, chosen, out, progress=progress, **given)
+        found = run(model, chosen, out, labels=labels, progress=progress, **given)
     if json:
         say_json(found.about)
         return
@@ -107,13 +119,16 @@ def calibrate(
         return
     (part,) = found.about["parts"]
     head(
-        f"{', '.join(found.statistics)} · {plural(len(found.tensors), 'tensor')} · "
+        f"{', '.join(found.statistics)} · {plural(len({*found.tensors, *found.gradients}), 'tensor')} · "
         f"{plural(part['sequences'], 'sequence')} · {plural(part['counted'], 'token')} · "
         f"{time_text(time.monotonic() - started)} · peak {size_text(peak_memory())}"
     )
-    without = found.about["without"]
-    if without:
-        complain("note", f"{plural(len(without), 'tensor')} of the blocks have no statistics: {some(without)}")
+    for key, kind in (("without", "statistics of inputs"), ("without_gradients", "gradients")):
+        without = found.about.get(key, [])
+        if without and (key != "without" or found.of_inputs):
+            complain("note", f"{plural(len(without), 'tensor')} of the blocks have no {kind}: {some(without)}")
+    if found.loss is not None:
+        say(f"loss {found.loss:.4f} nats per token, over {plural(found.predictions, 'token')}")
     say(f"wrote {found.path} ({size_text(found.nbytes)})")
 
 

@@ -88,7 +88,10 @@ def _page(method: MethodDescription, how: Sequence[Pass]) -> None:
     random = "; the result depends on the seed" if method.random else ""
     of = {"models": "every model", "base": "the base", "first": "the first model"}[method.data_of]
     source = "`merganser calibrate`" if method.data_inputs == "own" else "measured within the merge"
-    needed = f"; needs {' and '.join(method.from_data)} of {of} ({source})" if method.from_data else ""
+    wanted = [f"{' and '.join(method.from_data)} of {of}"] if method.from_data else []
+    if method.from_data_of_base:
+        wanted.append(f"{' and '.join(method.from_data_of_base)} of the base on the data of every model")
+    needed = f"; needs {', and '.join(wanted)} ({source})" if wanted else ""
     kept = "; keeps what restores each model (`merganser restore`)" if method.sidecar else ""
     _block("Takes", f"{method.models}; {_SCOPES[method.scope]}{needed}{random}{kept}")
     if method.parameters:

@@ -237,7 +237,8 @@ def _drafts(
             f"{recipe.place_of('slices')}: {resolver.method.name} measures and merges whole models block by block; give "
             "models in place of slices"
         )
-    drafts = [_draft(slot, recipe, resolver) for slot in alignment.slots]
+    numbers = _numbers(alignment, resolver) if measured else [{}] * len(resolver.slices)
+    drafts = [_draft(slot, recipe, resolver, numbers[slot.slice_index]) for slot in alignment.slots]
     _check_whole_model(recipe, resolver.method, drafts)
     if not measured:
         return alignment, drafts, []
@@ -254,7 +255,21 @@ def _drafts(
     return alignment, drafts, [each for each in data if each is not None]
 
 
-def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
+def _numbers(alignment: Alignment, resolver: Resolver) -> list[Mapping[str, Any]]:
+    """Return the numbers from data that the method takes, for each slice."""
+    found: list[Mapping[str, Any]] = []
+    for index in range(len(resolver.slices)):
+        data = open_data(resolver.method, resolver.sources(index)) if resolver.method.numbers else None
+        slots = [slot for slot in alignment.slots if slot.slice_index == index]
+        layers = [
+            {slot.inputs[source.model].name: slot.location.layer for slot in slots if source.model in slot.inputs}
+            for source in ([] if data is None else data.sources)
+        ]
+        found.append({} if data is None else data.numbers_of(layers))
+    return found
+
+
+def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str, Any]) -> PlannedTensor:
     """Decide dtype, inputs, method and parameters of one tensor; data, shard and offset are set later."""
     given = resolver.sources(slot.slice_index)
     base = slot.inputs[given.base.model] if given.base is not None and not slot.kept else None
@@ -281,6 +296,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver) -> PlannedTensor:
                 role=role,
                 location=slot.location,
                 n_models=len(models),
+                numbers=numbers,
             )
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None

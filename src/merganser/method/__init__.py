@@ -40,7 +40,7 @@ from .parameter import (
 )
 from .registry import get_method, method_names, methods
 from .sidecar import Encoded, Kept, Lossless, Part, Sidecar
-from .statistic import AtOnce, FromData, Round, Statistic, When, applies, statistic, takes, taking
+from .statistic import AtOnce, FromData, NumbersFromData, Round, Statistic, When, applies, statistic, takes, taking
 
 __all__ = [
     "AtOnce",
@@ -57,6 +57,7 @@ __all__ = [
     "MergeMethod",
     "NonNegative",
     "Number",
+    "NumbersFromData",
     "Others",
     "Parameter",
     "Part",

@@ -13,7 +13,7 @@ from .docstring import Docstring, parse_docstring
 from .factors import Factors
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
-from .statistic import FromData, Statistic, When, from_data_complaint
+from .statistic import FromData, NumbersFromData, Statistic, When, from_data_complaint
 
 if TYPE_CHECKING:
     from .sidecar import Sidecar
@@ -25,8 +25,8 @@ def merge_method(
     cite: str,
     scope: Scope = "element",
     models: tuple[int, int | None] = (1, None),
-    statistics: Mapping[str, Statistic | FromData] | None = None,
-    located: Mapping[str, Callable[..., float]] | None = None,
+    statistics: Mapping[str, Statistic | FromData | NumbersFromData] | None = None,
+    located: Mapping[str, Callable[..., float | Sequence[float]]] | None = None,
     version: int = 1,
     breaks: Mapping[Law, str] | None = None,
     mergekit: Mapping[str, Any] | None = None,
@@ -45,10 +45,10 @@ def merge_method(
         models: Smallest and largest number of models, not counting the base (None: no limit).
         statistics: Statistics that are measured before the function runs, by the name of the argument that takes them.
             They are measured in this order, and each may use those before it. Those of kind `FromData` were measured on
-            text before the merge, and are for methods of scope "matrix".
+            text before the merge; all others may use them. Those of kind `NumbersFromData` are for `located`.
         located: Numbers that follow from where in the model a tensor is, by the name of the argument that takes them.
-            Each is computed, when the merge is planned, from `location: Location` and the parameters that it names
-            (per-model ones are tuples). It may raise ParameterError.
+            Each, or one for every model, is computed when the merge is planned, from `location: Location`, parameters
+            (per-model ones are tuples) and numbers from data, which it names. It may raise ParameterError.
         version: Raise it when results change; it is written to every run record.
         breaks: Laws of the contract suite that do not hold, each with the reason.
         mergekit: How mergekit treats a parameter: the value that reproduces mergekit where it differs from the
@@ -69,7 +69,7 @@ def merge_method(
     `models: list[Factors]` of one matrix, may take `rng` and `rank: int | None` (the recipe's rank), and returns Factors.
 
     The operations of functions over elements and rows are fused, so these must not branch on tensor values; those over a
-    whole tensor or matrix are never fused.
+    whole tensor or matrix, or with statistics from data, are never fused.
 
     Raises:
         TypeError: The declaration contradicts itself, or the docstring does not describe a parameter.
@@ -87,8 +87,12 @@ def merge_method(
         measured = {name: own for name, own in (statistics or {}).items() if isinstance(own, Statistic)}
         from_data = {name: own for name, own in (statistics or {}).items() if isinstance(own, FromData)}
         complaint = _matrix_complaint(scope, hints, base, measured) or _row_complaint(scope, measured)
-        if from_data and scope != "matrix":
-            complaint = f"{next(iter(from_data))} is from data, which only methods of scope 'matrix' are handed"
+        numbers = {name: own for name, own in (statistics or {}).items() if isinstance(own, NumbersFromData)}
+        wide = next((name for name, own in from_data.items() if not own.elementwise), None)
+        if wide is not None and scope != "matrix":
+            complaint = f"{wide} is of a whole matrix, which only methods of scope 'matrix' are handed"
+        if any(own.of == "base_on_models" for own in from_data.values()) and base != "required":
+            complaint = complaint or "statistics of the base need `base: Tensor`"
         complaint = complaint or from_data_complaint(from_data)
         if scope != "matrix" and "rounding" in signature:
             complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
@@ -101,6 +105,7 @@ def merge_method(
             combine=function,
             statistics=measured,
             from_data=from_data,
+            numbers=numbers,
             located=dict(located or {}),
             parameters=parameters,
             family=family,

@@ -53,7 +53,8 @@ class MethodDescription:
         scope: What one call works on: "element", "row", "tensor" or "matrix".
         random: Whether the result depends on the seed.
         from_data: The statistics from data that it needs.
-        data_of: Of what it needs them: "models" (every one), "base" or "first" (the first model).
+        from_data_of_base: Those that it needs of the base, on the data of every model.
+        data_of: Of what it needs the former: "models" (every one), "base" or "first" (the first model).
         data_inputs: What computes the inputs that they are of, as in `FromData`: "own", "prefix" or "merged".
         sidecar: Whether it stores data for each model from which the model can be restored.
         parameters: Its parameters, in order.
@@ -74,6 +75,7 @@ class MethodDescription:
     scope: str
     random: bool
     from_data: Sequence[str]
+    from_data_of_base: Sequence[str]
     data_of: str
     data_inputs: str
     sidecar: bool
@@ -97,7 +99,8 @@ def describe(method: MergeMethod) -> MethodDescription:
         models=method.models_text(),
         scope=method.scope,
         random=method.random,
-        from_data=list(dict.fromkeys(own.statistic for own in method.from_data.values())),
+        from_data=_from_data(method, of_base=False),
+        from_data_of_base=_from_data(method, of_base=True),
         data_of=method.data_of,
         data_inputs=method.data_inputs,
         sidecar=method.sidecar is not None,
@@ -109,6 +112,13 @@ def describe(method: MergeMethod) -> MethodDescription:
         no_effect=dict(method.ignored),
         version=method.version,
     )
+
+
+def _from_data(method: MergeMethod, *, of_base: bool) -> list[str]:
+    found: list[str] = [own.statistic for own in method.from_data.values() if (own.of == "base_on_models") == of_base]
+    if not of_base:
+        found += [own.statistic for own in method.numbers.values() if not own.optional]
+    return list(dict.fromkeys(found))
 
 
 def _parameter(parameter: Parameter) -> ParameterDescription:

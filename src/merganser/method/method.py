@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..errors import ParameterError, did_you_mean
 from .docstring import Docstring
 from .location import Location
 from .parameter import Parameter
-from .statistic import FromData, Statistic, When, applies, takes
+from .statistic import FromData, NumbersFromData, Statistic, When, applies, takes
 
 if TYPE_CHECKING:
     from .sidecar import Sidecar
@@ -47,7 +48,8 @@ class MergeMethod:
     combine: Callable[..., Tensor]
     statistics: Mapping[str, Statistic]
     from_data: Mapping[str, FromData]
-    located: Mapping[str, Callable[..., float]]
+    numbers: Mapping[str, NumbersFromData]
+    located: Mapping[str, Callable[..., float | Sequence[float]]]
     parameters: Mapping[str, Parameter]
     family: str
     cite: str
@@ -71,7 +73,7 @@ class MergeMethod:
     @property
     def fuse(self) -> bool:
         """Whether its operations are fused; a function over a whole tensor or matrix gains nothing from that."""
-        return self.scope in ("element", "row")
+        return self.scope in ("element", "row") and not self.from_data
 
     @cached_property
     def data_inputs(self) -> Literal["own", "prefix", "merged"]:
@@ -81,7 +83,13 @@ class MergeMethod:
     @cached_property
     def data_of(self) -> Literal["models", "base", "first"]:
         """Whose statistics from data it takes, as in `FromData`."""
-        return next((own.of for own in self.from_data.values()), "models")
+        return next((own.of for own in self.from_data.values() if own.of != "base_on_models"), "models")
+
+    @cached_property
+    def needs_gradients(self) -> bool:
+        """Whether it needs statistics of gradients, or losses."""
+        needed = any(not own.optional for own in self.numbers.values())
+        return needed or any(not own.of_inputs for own in self.from_data.values())
 
     @cached_property
     def random(self) -> bool:
@@ -99,24 +107,32 @@ class MergeMethod:
             size along a new dimension, because their statistics do not depend on the order of a sum; None: neither.
         """
         wanted = [found for found in self.statistics.values() if found.wanted(parameters)]
-        if self.scope != "element":
+        if self.scope != "element" or self.from_data:
             return None
         if not wanted and not self.random:
             return "joined"
         exact = all(found.at_once and found.where(parameters) == "tensor" for found in wanted)
         return "stacked" if exact and self.fuse else None
 
-    def locate(self, parameters: Mapping[str, Any], location: Location) -> dict[str, float]:
+    @cached_property
+    def goes_by_location(self) -> bool:
+        """Whether a number follows from the position of a tensor."""
+        return any("location" in takes(function) for function in self.located.values())
+
+    def locate(
+        self, parameters: Mapping[str, Any], location: Location, numbers: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, float | Sequence[float]]:
         """Return the numbers that follow from the position of a tensor, by name.
 
         Args:
             parameters: All parameters of the tensor, by their names in recipes.
             location: Position of the tensor.
+            numbers: Numbers from data; None in place of those that are missing.
 
         Raises:
             ParameterError: The parameters do not suit the model's number of layers.
         """
-        given = {"location": location, **parameters}
+        given = {"location": location, **parameters, **dict.fromkeys(self.numbers), **numbers}
         return {
             name: function(**{key: given[key.rstrip("_")] for key in takes(function)})
             for name, function in self.located.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
@@ -82,20 +82,33 @@ class Statistic:
         return str(parameters.get(self.over, self.over))
 
 
+_OF_INPUTS = ("gram", "cross_gram", "second_moment", "magnitude")
+_ELEMENTWISE = ("fisher", "gradient", "absolute_gradient")
+
+
 @dataclass(frozen=True, slots=True)
 class FromData:
     """A statistic of what each model computes on text, which `merganser calibrate` measured before the merge.
 
-    A method of scope "matrix" takes it under the name by which it is declared: a sequence with one tensor per model (or
-    with one tensor alone, see `of`), which are read when they are asked for, so that a loop holds one at a time; or None
-    where a matrix has no such statistic (embeddings, the head, routers). With x the tokens that a matrix [rows, columns] receives, the tensors are
+    A method takes it under the name by which it is declared: a sequence with one tensor per model (or with one tensor alone,
+    see `of`), which are read when they are asked for, so that a loop holds one at a time; or None where a tensor has no such
+    statistic. Measures of other statistics may take it, too.
+
+    With x the tokens that a matrix [rows, columns] receives, and g the gradients of its outputs, a method of scope "matrix"
+    gets, in the compute dtype, and zero where no token came (an expert that was never chosen),
 
         gram             mean of x x^T, shape [columns, columns]
         cross_gram       mean of x y^T, with y what the same matrix of the model itself receives for the same token
         second_moment    mean of x^2, shape [columns]
         magnitude        mean of |x|, shape [columns]
+        gradient_gram    mean of g g^T, shape [rows, rows]
 
-    in the compute dtype, and zero where no token came (an expert that was never chosen).
+    With g the gradient of the loss of a sequence with respect to a tensor, a method of any scope gets, in the shape of its
+    block,
+
+        fisher               sum of g^2, over the number of tokens in the loss
+        gradient             sum of g, over the number of tokens in the loss
+        absolute_gradient    sum of |g|, over the number of tokens in the loss
 
     Args:
         statistic: Which of them.
@@ -103,22 +116,66 @@ class FromData:
             merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
             blocks before it. All statistics of a method have the same; for the last two, models are calibrated and
             merged block by block. `cross_gram` needs "merged".
-        of: Whose statistics they are: a tensor for each of the "models", or one, for the "base" or the "first" model.
-            All statistics of a method have the same; those of one are of its own inputs.
+        of: Whose statistics they are: a tensor for each of the "models"; one, for the "base" or the "first" model; or a
+            tensor for each model, of the base on the data of that model: "base_on_models". All statistics of a method
+            have the same, but that "models" goes with "base_on_models"; those of one are of its own inputs.
     """
 
-    statistic: Literal["gram", "cross_gram", "second_moment", "magnitude"]
+    statistic: Literal[
+        "gram",
+        "cross_gram",
+        "second_moment",
+        "magnitude",
+        "gradient_gram",
+        "fisher",
+        "gradient",
+        "absolute_gradient",
+    ]
     inputs: Literal["own", "prefix", "merged"] = "own"
-    of: Literal["models", "base", "first"] = "models"
+    of: Literal["models", "base", "first", "base_on_models"] = "models"
 
-    def shape(self, columns: int) -> tuple[int, ...]:
-        """Return the shape of one model's tensor."""
-        return (columns, columns) if self.statistic in ("gram", "cross_gram") else (columns,)
+    @property
+    def of_inputs(self) -> bool:
+        """Whether it is a sum over the tokens that a matrix receives, and not over predicted tokens."""
+        return self.statistic in _OF_INPUTS
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it has an entry for every entry of the tensor."""
+        return self.statistic in _ELEMENTWISE
+
+    def shape(self, block: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of one model's tensor, given that of the block that a method gets."""
+        if self.elementwise:
+            return tuple(block)
+        rows, columns = block[-2:]
+        square = {"gram": columns, "cross_gram": columns, "gradient_gram": rows}.get(self.statistic)
+        return (columns,) if square is None else (square, square)
+
+
+@dataclass(frozen=True, slots=True)
+class NumbersFromData:
+    """Numbers of what each model computes on text, which `merganser calibrate` measured before the merge.
+
+    They are known when the merge is planned. Functions in `located` take them under the name by which they are declared, a
+    sequence with one entry per model:
+
+        loss           mean loss, nats per token
+        sensitivity    mean over tokens of the sum of |w g| over the entries w of a layer, g being their gradients: a mapping
+                       by the number of the layer, with None for all that is in no layer
+
+    Args:
+        statistic: Which of them.
+        optional: Whether the method works without them; it then gets None.
+    """
+
+    statistic: Literal["loss", "sensitivity"]
+    optional: bool = False
 
 
 def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
     """Return what is wrong with the statistics from data that a method declares together, or None."""
-    if len({(own.inputs, own.of) for own in wanted.values()}) > 1:
+    if len({(own.inputs, "models" if own.of == "base_on_models" else own.of) for own in wanted.values()}) > 1:
         return "its statistics from data are of different inputs or models, and must be of the same"
     if any(own.of != "models" and own.inputs != "own" for own in wanted.values()):
         return "statistics of the base or of the first model alone are of its own inputs"

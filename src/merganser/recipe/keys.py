@@ -34,7 +34,7 @@ KEYS = (
     "check_statistics",
 )
 MODULE_KEYS = ("models", "slices", "parameters")
-MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics", "data")
+MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics", "data", "base_statistics")
 SOURCE_KEYS = ("model", "adapter", "layer_range", "parameters", "statistics", "data")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")

@@ -256,7 +256,8 @@ class _Reader:
         fields = entry.mapping(MODEL_KEYS, required=["model"])
         name = fields["name"].text(longest=100) if "name" in fields else None
         statistics, data = self.from_data(fields)
-        return Source(self.own(fields), None, self.parameters(fields), entry.place, name, statistics, data)
+        of_base = fields["base_statistics"].text() if "base_statistics" in fields else None
+        return Source(self.own(fields), None, self.parameters(fields), entry.place, name, statistics, data, of_base)
 
     def slice(self, entry: Entry) -> Slice:
         fields = entry.mapping(SLICE_KEYS, required=["sources"])

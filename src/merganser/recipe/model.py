@@ -26,6 +26,7 @@ class Source:
             folder.
         statistics: Folder with calibration statistics of this model; None if the recipe names none.
         data: Data to make such statistics from; None if the recipe names none, or names statistics.
+        base_statistics: The same of the base, on the data of this model.
     """
 
     model: ModelReference
@@ -35,6 +36,7 @@ class Source:
     name: str | None = None
     statistics: str | None = None
     data: Data | None = None
+    base_statistics: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,12 +110,14 @@ def _shared() -> Schema:
     path = _object({"path": _TEXT, "revision": _or_null(_TEXT)}, required=["path"])
     task = "What restores this model, where the method keeps sidecars."
     folder = "What merganser calibrate wrote for this model, where the method needs statistics from data."
+    of_base = "The same for the base, on the data of this model."
     model = {
         "model": _ref("reference"),
         "adapter": _ref("adapter"),
         "name": _described(_or_null({**_TEXT, "maxLength": 100}), task),
         "statistics": _described(_or_null(_TEXT), folder),
         "data": _described(_or_null(_ref("data")), "Data that this model is calibrated on."),
+        "base_statistics": _described(_or_null(_TEXT), of_base),
         "parameters": _ref("parameters"),
     }
     layers: Schema = {"type": "array", "items": _ref("count"), "minItems": 2, "maxItems": 2}

@@ -3,6 +3,8 @@
 from .choice import Choice, Dataset
 from .format import (
     COUNT,
+    LOSS,
+    PREDICTIONS,
     STATISTICS_FORMAT,
     STATISTICS_KIND,
     STATISTICS_NAME,
@@ -15,6 +17,8 @@ from .plan import CalibrationPlan
 
 __all__ = [
     "COUNT",
+    "LOSS",
+    "PREDICTIONS",
     "STATISTICS_FORMAT",
     "STATISTICS_KIND",
     "STATISTICS_NAME",

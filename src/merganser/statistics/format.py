@@ -14,6 +14,17 @@ With `x` the input of a matrix for one token, the sums over tokens are
 Matrices that receive the same inputs share their sums. `x` is computed by the model itself, or within a merge: by its
 block behind merged blocks, or by merged blocks alone (`inputs` in statistics.json: "own", "prefix", "merged"). The last
 two belong to one merge, whose hash is stored as `merge`.
+
+With `g` the gradient of the loss of one sequence, which is the negative log-likelihood of its tokens that count, the sums
+over sequences are
+
+    fisher              Σ g², float32, in the shape of the tensor
+    gradient            Σ g, float32, in the shape of the tensor
+    absolute_gradient   Σ |g|, float32, in the shape of the tensor
+    sensitivity         Σ |w g| over all entries w of the tensor, float64, 0-d
+    gradient_gram       Σ g gᵀ over tokens, with g for the output of a matrix, float32, shape [out, out]
+    loss                the loss, float64, 0-d, for the whole model
+    predictions         number of tokens in the loss, int64, 0-d, for the whole model
 """
 
 from __future__ import annotations
@@ -31,7 +42,18 @@ from ..jsonfile import Entry, read_object
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["COUNT", "STATISTICS_FORMAT", "STATISTICS_NAME", "Statistics", "TensorSums", "open_statistics", "sum_name"]
+__all__ = [
+    "COUNT",
+    "LOSS",
+    "PREDICTIONS",
+    "STATISTICS_FORMAT",
+    "STATISTICS_KIND",
+    "STATISTICS_NAME",
+    "Statistics",
+    "TensorSums",
+    "open_statistics",
+    "sum_name",
+]
 
 STATISTICS_NAME = "statistics.json"
 STATISTICS_KIND = "statistics"
@@ -40,6 +62,14 @@ STATISTICS_FORMAT = 1
 
 COUNT = "count"
 """The statistic that every folder contains."""
+
+LOSS = "loss"
+"""The sum of all losses; every folder with statistics of gradients contains it."""
+
+PREDICTIONS = "predictions"
+"""The number of tokens in the loss."""
+
+_OF_INPUTS = (COUNT, "magnitude", "second_moment", "gram", "cross_gram")
 
 
 def sum_name(statistic: str, tensor: str) -> str:
@@ -68,7 +98,8 @@ class Statistics:
         path: The folder.
         about: Contents of statistics.json.
         statistics: Names of the statistics, `count` first.
-        tensors: The checkpoint's tensors that have statistics, by name.
+        tensors: The checkpoint's matrices that have statistics of their inputs, by name.
+        gradients: The statistics of gradients of each of the checkpoint's tensors, by name.
         sums: The place of each sum, by its name in the files.
     """
 
@@ -76,6 +107,7 @@ class Statistics:
     about: Mapping[str, Any]
     statistics: tuple[str, ...]
     tensors: Mapping[str, TensorSums]
+    gradients: Mapping[str, tuple[str, ...]]
     sums: Mapping[str, TensorInfo]
 
     @property
@@ -112,9 +144,52 @@ class Statistics:
             DataError: The folder does not contain this statistic, or no statistics of this tensor.
         """
         self.require(statistic)
-        if tensor not in self.tensors:
+        if not self.has(statistic, tensor):
             raise DataError(f"{self.path}: has no entry for tensor {tensor!r}")
-        return self.sums[sum_name(statistic, self.tensors[tensor].stored)]
+        stored = self.tensors[tensor].stored if statistic in _OF_INPUTS else tensor
+        return self.sums[sum_name(statistic, stored)]
+
+    def has(self, statistic: str, tensor: str) -> bool:
+        """Return whether the folder contains a statistic of a tensor."""
+        if statistic in _OF_INPUTS:
+            return statistic in self.statistics and tensor in self.tensors
+        return statistic in self.gradients.get(tensor, ())
+
+    def of_model(self, name: str) -> TensorInfo:
+        """Return the description of a sum over the whole model: LOSS or PREDICTIONS.
+
+        Raises:
+            DataError: The folder does not contain it.
+        """
+        self.require(LOSS)
+        return self.sums[name]
+
+    @property
+    def of_inputs(self) -> tuple[str, ...]:
+        """Names of the statistics of inputs of matrices, without the number of tokens."""
+        return tuple(name for name in self.statistics if name in _OF_INPUTS and name != COUNT)
+
+    @property
+    def loss(self) -> float | None:
+        """The mean loss, nats per token; None if the folder does not contain it."""
+        return self._scalar(LOSS) / max(self.predictions, 1) if LOSS in self.statistics else None
+
+    @property
+    def predictions(self) -> int:
+        """The number of tokens in the loss; 0 if the folder does not contain one."""
+        return int(self._scalar(PREDICTIONS)) if LOSS in self.statistics else 0
+
+    def sensitivity(self, tensor: str) -> float:
+        """Return the mean over tokens of `Σ |w g|` of a tensor.
+
+        Raises:
+            DataError: The folder does not contain it.
+        """
+        return self._scalar(self.info("sensitivity", tensor).name) / max(self.predictions, 1)
+
+    def _scalar(self, name: str) -> float:
+        with Reader() as reader:
+            return float(reader.tensor(self.sums[name]))
 
     def read(self, reader: Reader, statistic: str, tensor: str) -> Tensor:
         """Return a sum, in the dtype and shape in which it is stored.
@@ -156,20 +231,30 @@ def _open(path: Path, about: Mapping[str, Any], entry: Entry) -> Statistics:
         )
     statistics = tuple(entry["statistics"].each(Entry.text))
     tensors = {name: TensorSums(own["axis"].whole(), own["stored"].text()) for name, own in entry["tensors"].items()}
+    gradients: dict[str, tuple[str, ...]] = {}
+    if "gradients" in about:
+        gradients = {name: tuple(own.each(Entry.text)) for name, own in entry["gradients"].items()}
     sums: dict[str, TensorInfo] = {}
     for name in entry["files"].each(Entry.text):
         if Path(name).name != name:
             raise DataError(f"{file}: files: {name!r} leaves the folder")
         infos, _ = read_header(path / name)
         sums.update((info.name, info) for info in infos)
-    _check_complete(file, statistics, tensors, sums)
-    return Statistics(path, about, statistics, tensors, sums)
+    needed = [
+        (statistic, name, own.stored)
+        for name, own in tensors.items()
+        for statistic in statistics
+        if statistic in _OF_INPUTS
+    ]
+    needed += [(statistic, name, name) for name, own in gradients.items() for statistic in own]
+    _check_complete(file, needed, sums)
+    for name in (LOSS, PREDICTIONS) if LOSS in statistics else ():
+        if name not in sums:
+            raise DataError(f"{file}: {name!r} is in none of its files; calibrate again")
+    return Statistics(path, about, statistics, tensors, gradients, sums)
 
 
-def _check_complete(
-    file: Path, statistics: Sequence[str], tensors: Mapping[str, TensorSums], sums: Mapping[str, TensorInfo]
-) -> None:
-    for name, own in tensors.items():
-        for statistic in statistics:
-            if sum_name(statistic, own.stored) not in sums:
-                raise DataError(f"{file}: {statistic!r} of tensor {name!r} is in none of its files; calibrate again")
+def _check_complete(file: Path, needed: Sequence[tuple[str, str, str]], sums: Mapping[str, TensorInfo]) -> None:
+    for statistic, name, stored in needed:
+        if sum_name(statistic, stored) not in sums:
+            raise DataError(f"{file}: {statistic!r} of tensor {name!r} is in none of its files; calibrate again")

@@ -165,32 +165,50 @@ def bad_values(parameter: Parameter) -> Iterator[Any]:
                 yield end
 
 
-def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str, list[Tensor]]:
-    """Return statistics from data of made-up inputs, which differ from model to model, float32."""
+def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str, list[Any]]:
+    """Return statistics from data of made-up inputs and gradients, which differ from model to model, float32."""
+    found: dict[str, list[Any]] = {name: [] for name in method.from_data}
+    for name, numbers in method.numbers.items():
+        losses = [2.0 + 0.5 * model for model in range(count)]
+        layers = [
+            {layer: (layer or 40) ** (0.3 * model) + model for layer in (None, *range(32))} for model in range(count)
+        ]
+        found[name] = list(losses if numbers.statistic == "loss" else layers)
     columns = shape[-1] if shape else 1
-    statistics: dict[str, list[Tensor]] = {name: [] for name in method.from_data}
+    rows = shape[-2] if len(shape) > 1 else 1
     for model in range(count if method.data_of == "models" else 1):
-        generator = torch.Generator().manual_seed(100 + model)
-        scale = torch.rand(columns, generator=generator) + 0.1
-        rows = torch.randn(3 * columns + 5, columns, generator=generator) * scale
-        made = {
-            "gram": rows.T @ rows / len(rows),
-            # as of models that receive the same as the merged model
-            "cross_gram": rows.T @ rows / len(rows),
-            "second_moment": rows.square().mean(0),
-            "magnitude": rows.abs().mean(0),
-        }
         for name, own in method.from_data.items():
+            generator = torch.Generator().manual_seed(100 + model + 50 * (own.of == "base_on_models"))
+            inputs = _vectors(columns, generator)
+            gradients = _vectors(rows, generator)
+            each = torch.randn(shape, generator=generator)
+            made = {
+                "gram": inputs.T @ inputs / len(inputs),
+                # as of models that receive the same as the merged model
+                "cross_gram": inputs.T @ inputs / len(inputs),
+                "second_moment": inputs.square().mean(0),
+                "magnitude": inputs.abs().mean(0),
+                "gradient_gram": gradients.T @ gradients / len(gradients),
+                "fisher": each.square(),
+                "gradient": each,
+                "absolute_gradient": each.abs(),
+            }
             tensor = made[own.statistic]
             # packed experts have one each; here all have the same
-            statistics[name].append(tensor.expand(shape[0], *tensor.shape) if len(shape) == 3 else tensor)
-    return statistics
+            packed = len(shape) == 3 and not own.elementwise
+            found[name].append(tensor.expand(shape[0], *tensor.shape) if packed else tensor)
+    return found
+
+
+def _vectors(width: int, generator: torch.Generator) -> Tensor:
+    scale = torch.rand(width, generator=generator) + 0.1
+    return torch.randn(3 * width + 5, width, generator=generator) * scale
 
 
 def merge(method: MergeMethod, inputs: Inputs, parameters: Mapping[str, Any], **options: Any) -> Tensor:
     """Merge inputs in memory, with statistics from data where the method takes any."""
     base, models = inputs
-    if method.from_data:
+    if method.from_data or method.numbers:
         options = {"data": make_data(method, models[0].shape, len(models)), **options}
     return merge_tensor(method, base, models, parameters, **options)
 

@@ -82,7 +82,7 @@ def contract(method: MergeMethod) -> list[Law]:
         applicable.append(fuses_to_the_same_bits)
     if method.from_data:
         applicable.append(goes_by_data)
-    if method.located:
+    if method.goes_by_location:
         applicable.append(goes_by_location)
     matrices: list[Law] = [leaves_the_rest, merges_each_expert] if method.scope == "matrix" else []
     sidecars: list[Law] = [] if method.sidecar is None else SIDECAR_LAWS
@@ -343,7 +343,7 @@ def returns_identical_models(method: MergeMethod) -> None:
     for with_base, parameters in defaults(method, shares=True):
         base, (model, *_) = make_inputs(method, with_base)
         # numbers that follow from the layer differ from place to place
-        for where in LOCATIONS if method.located else LOCATIONS[:1]:
+        for where in LOCATIONS if method.goes_by_location else LOCATIONS[:1]:
             models = [model.clone() for _ in range(count_models(method))]
             _close(method, merge(method, (base, models), parameters, location=where), model)
 

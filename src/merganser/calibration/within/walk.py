@@ -263,7 +263,9 @@ class _Walk:
     def _merge(self, index: int, block: Block) -> None:
         """Merge the block with the statistics of all models, and run it on all data."""
         found = [self._latest(index, model) for model in self._models]
-        self._merged.make(block.sources, DataOfModels(self._plan.method.from_data, merged_sources(self._plan), found))
+        self._merged.make(
+            block.sources, DataOfModels(self._plan.method.from_data, {}, merged_sources(self._plan), found)
+        )
         with self._skeleton.filled(block, self._merged):
             for model in self._models:
                 model.merged.advance(lambda batch: None)
@@ -282,6 +284,7 @@ class _Walk:
             about={},
             statistics=tuple(self._statistics),
             tensors={name: TensorSums(own["axis"], own["stored"]) for name, own in model.latest.items()},
+            gradients={},
             sums={info.name: info for info in infos},
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ...errors import ParameterError
@@ -28,7 +29,7 @@ class Treatment:
 
     method: MergeMethod
     parameters: Mapping[str, Any]
-    located: Mapping[str, float] = field(default_factory=dict)
+    located: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
 
     def inputs(self, base: T | None, models: Sequence[T]) -> tuple[T | None, Sequence[T]]:
         """Return base and models as the method takes them; without a base (passthrough), the base is the model."""
@@ -46,6 +47,7 @@ def treat(
     role: str | None,
     location: Location,
     n_models: int,
+    numbers: Mapping[str, Any] = MappingProxyType({}),
 ) -> Treatment:
     """Decide how a tensor is merged.
 
@@ -57,12 +59,13 @@ def treat(
         role: Its role, from `anatomy`; None if unknown: a tensor of two dimensions then counts as a matrix.
         location: Its location.
         n_models: Number of models besides the base.
+        numbers: Numbers from data that the method takes, by name.
 
     Raises:
         ParameterError: The parameters do not fit a tensor at this location.
     """
     if method.scope != "matrix" or is_matrix(name, shape, role, tables=parameters["embeddings"] == "matrix"):
-        return Treatment(method, parameters, method.locate(parameters, location))
+        return Treatment(method, parameters, method.locate(parameters, location, numbers))
     weight = parameters.get("weight", 1.0)
     each = weight if isinstance(weight, tuple) else (weight,) * n_models
     beside = _beside(parameters["others"], each, parameters.get("lambda", 1.0))

@@ -20,6 +20,8 @@ from .data import Data
 from .kernels import Block, Kernel, Kernels, Phase
 from .values import Values
 
+_NO_DATA: Data = MappingProxyType({})
+
 Inputs = tuple[Tensor | None, Sequence[Tensor]]
 """The base, if the method takes one, and the models: whole tensors or blocks."""
 
@@ -155,9 +157,10 @@ class TensorRun:
         base: Tensor | None,
         models: Sequence[Tensor],
         total: Tensor | None,
+        data: Data = _NO_DATA,
     ) -> tuple[Tensor, bool]:
         """Add a block's measurement to the total of the blocks before it; also return whether the block is finite."""
-        block, kernel = self._block(("measure", name, index), known, range_, base, models)
+        block, kernel = self._block(("measure", name, index), known, range_, base, models, data)
         over_rows = name in self.kernels.rows
         found, finite = kernel(block, None if over_rows else total)
         if not over_rows:
@@ -183,7 +186,8 @@ class TensorRun:
 
     def at_once(self, name: str, known: dict[str, Tensor], base: Tensor | None, models: Sequence[Tensor]) -> bool:
         """Compute a one-block tensor's statistic without rounds, if it supports that; return whether it was done."""
-        if len(self.ranges) > 1 or self.kernels.method.statistics[name].at_once is None:
+        method = self.kernels.method
+        if len(self.ranges) > 1 or method.statistics[name].at_once is None or method.from_data:
             return False
         given = {key: value.cpu() for key, value in known.items()}
         given["size"] = torch.tensor(self.size, dtype=torch.float64)
@@ -192,13 +196,17 @@ class TensorRun:
         return True
 
     def solve_statistics(
-        self, read: Callable[[int, int], Inputs], refuse: Callable[[Inputs], None]
+        self,
+        read: Callable[[int, int], Inputs],
+        refuse: Callable[[Inputs], None],
+        data: Callable[[int, int], Data] = lambda *_: _NO_DATA,
     ) -> dict[str, Tensor]:
         """Measure and solve the statistics of a tensor, block by block, in order.
 
         Args:
             read: Returns the base (or None) and the models between two elements, flat.
             refuse: Called with the inputs of a block that is not finite; raises unless that is allowed.
+            data: Returns the statistics from data of the block between two elements.
 
         Returns:
             The solved statistics by name, as `combine` takes them.
@@ -211,7 +219,7 @@ class TensorRun:
                 total: Tensor | None = None
                 for range_ in self.ranges:
                     inputs = read(*range_)
-                    total, finite = self.measure(name, index, known, range_, *inputs, total)
+                    total, finite = self.measure(name, index, known, range_, *inputs, total, data(*range_))
                     if not finite:
                         refuse(inputs)
                 assert total is not None
@@ -251,7 +259,7 @@ class TensorRun:
         range_: tuple[int, int],
         base: Tensor | None,
         models: Sequence[Tensor],
-        data: Data = MappingProxyType({}),
+        data: Data = _NO_DATA,
     ) -> tuple[Tensor, bool]:
         """Merge one block and return it flat; also return whether the inputs and the result are finite.
 
@@ -260,7 +268,7 @@ class TensorRun:
             range_: First element and end of the block.
             base: The block of the base, flat, if the method takes one.
             models: The same of the models.
-            data: The statistics from data of the block's matrix, a tensor per model.
+            data: The statistics from data of the block, or of its matrix, a tensor per model.
         """
         block, kernel = self._block(("combine", "", 0), known, range_, base, models, data)
         merged, finite = kernel(block, None)
@@ -269,6 +277,10 @@ class TensorRun:
     def matrix(self, start: int) -> int:
         """Return the index of the matrix, in a packed tensor, that holds an element."""
         return start // math.prod(self.shape[-2:])
+
+    def own_shape(self, range_: tuple[int, int]) -> tuple[int, ...]:
+        """Return the shape of a block as the files have it; a method may get it turned."""
+        return block_shape(self.shape, self.kernels.method.scope, range_[1] - range_[0])
 
     def _block(
         self,

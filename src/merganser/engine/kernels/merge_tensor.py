@@ -39,7 +39,7 @@ def merge_tensor(
     block: int = BLOCK,
     fused: bool = False,
     allow_nonfinite: bool = False,
-    data: Data | None = None,
+    data: Mapping[str, Sequence[Any]] | None = None,
 ) -> Tensor:
     """Merge one tensor in memory.
 
@@ -59,7 +59,8 @@ def merge_tensor(
         fused: Fuse operations, as merges do; by default they run in torch, one by one.
         allow_nonfinite: Merge NaN and infinity instead of raising an error.
         data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed
-            experts with a leading dimension. Without them, the tensor is merged like one that has none.
+            experts with a leading dimension; and numbers from data. Without them, the tensor is merged like one that has
+            none.
 
     Returns:
         The merged tensor, in the shape of the inputs.
@@ -76,7 +77,10 @@ def merge_tensor(
     shape, device = tuple(models[0].shape), models[0].device
     filled = fill(method, parameters or {}, len(models))
     location = replace(location, role=role or location.role)
-    treatment = treat(method, filled, name=name, shape=shape, role=role, location=location, n_models=len(models))
+    numbers = {key: own for key, own in (data or {}).items() if key in method.numbers}
+    treatment = treat(
+        method, filled, name=name, shape=shape, role=role, location=location, n_models=len(models), numbers=numbers
+    )
     method, values = treatment.method, Values.of(treatment.method, treatment.parameters, treatment.located)
     base, models = treatment.inputs(base, models)
     inputs = [*models] if base is None else [base, *models]
@@ -104,22 +108,31 @@ def _run_on(
     def refuse(_: Inputs) -> None:
         raise NonFiniteError(complaint)
 
-    known = run.solve_statistics(read, refuse)
+    def own(start: int, end: int) -> Data:
+        return _of_block(data, run, start, end)
+
+    known = run.solve_statistics(read, refuse, own)
     for start, end in run.ranges:
         found = read(start, end)
-        result[start:end], finite = run.combine(known, (start, end), *found, _of_matrix(data, run, start))
+        result[start:end], finite = run.combine(known, (start, end), *found, own(start, end))
         if not finite:
             refuse(found)
 
 
-def _of_matrix(data: Data, run: TensorRun, start: int) -> Data:
-    """Return the statistics from data of the matrix that holds an element, in the compute dtype."""
-    packed, compute = len(run.shape) == 3, run.kernels.compute
+def _of_block(data: Data, run: TensorRun, start: int, end: int) -> Data:
+    """Return the statistics from data of a block, or of the matrix that it is, in the compute dtype."""
+    method, compute = run.kernels.method, run.kernels.compute
+    packed = method.scope == "matrix" and len(run.shape) == 3
 
-    def own(tensors: Sequence[Tensor]) -> PerModel:
-        return PerModel(len(tensors), lambda k: (tensors[k][run.matrix(start)] if packed else tensors[k]).to(compute))
+    def part(tensor: Tensor, name: str) -> Tensor:
+        if method.from_data[name].elementwise:
+            return tensor.reshape(-1)[start:end].reshape(run.own_shape((start, end)))
+        return tensor[run.matrix(start)] if packed else tensor
 
-    return {name: own(tensors) for name, tensors in data.items()}
+    def own(tensors: Sequence[Tensor], name: str) -> PerModel:
+        return PerModel(len(tensors), lambda k: part(tensors[k], name).to(compute))
+
+    return {name: own(tensors, name) for name, tensors in data.items()}
 
 
 def _check_inputs(method: MergeMethod, base: Tensor | None, models: Sequence[Tensor]) -> None:

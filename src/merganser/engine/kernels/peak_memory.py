@@ -137,7 +137,10 @@ def _measure(
     for tensor in models if base is None else [base, *models]:
         memory.ignore(tensor)
     data = {
-        name: PerModel(len(models) if own.of == "models" else 1, lambda _, own=own: torch.ones(own.shape(shape[-1])))  # type: ignore[misc]
+        name: PerModel(
+            1 if own.of in ("base", "first") else len(models),
+            lambda _, own=own: torch.ones(own.shape(shape)),  # type: ignore[misc]
+        )
         for name, own in method.from_data.items()
     }
     with memory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,7 +28,10 @@ class Values:
 
     @classmethod
     def of(
-        cls, method: MergeMethod, parameters: Mapping[str, Any], located: Mapping[str, float] | None = None
+        cls,
+        method: MergeMethod,
+        parameters: Mapping[str, Any],
+        located: Mapping[str, float | Sequence[float]] | None = None,
     ) -> Values:
         """Sort resolved parameters, by names in recipes, into both kinds; add numbers derived from the location."""
         static: dict[str, Any] = {}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ...adapters import open_reference
 from ...checkpoint import TensorInfo
 from ...errors import RecipeError
-from ...method import FromData, MergeMethod
+from ...method import FromData, MergeMethod, NumbersFromData
 from ...recipe import Inputs, ModelReference, Source
-from ...statistics import COUNT, Statistics, open_statistics
+from ...statistics import COUNT, PREDICTIONS, Statistics, open_statistics
 from ...statistics.weights import weights_sample
 from .tensor import PlannedTensor, SumFromData
 
@@ -30,42 +31,69 @@ class DataOfModels:
 
     Args:
         wanted: The statistics that the method takes, by argument name.
+        numbers: The numbers that it takes, by argument name.
         sources: The models, as the recipe lists them; or the base.
-        folders: The statistics of each of them, in that order.
+        folders: The statistics of each of them, in that order; empty if the method takes none.
+        base_folders: Those of the base on the data of each of them, likewise.
     """
 
     wanted: Mapping[str, FromData]
+    numbers: Mapping[str, NumbersFromData]
     sources: Sequence[Source]
     folders: Sequence[Statistics]
+    base_folders: Sequence[Statistics] = ()
 
-    def of(self, models: Sequence[TensorInfo]) -> tuple[dict[str, tuple[SumFromData, ...]], bool]:
+    def of(
+        self, base: TensorInfo | None, models: Sequence[TensorInfo]
+    ) -> tuple[dict[str, tuple[SumFromData, ...]], bool]:
         """Return the statistics of one merged tensor, and whether its matrices are stored [inputs, outputs].
 
         Args:
+            base: The tensor in the base.
             models: The tensor in each of the models, or in the base.
 
         Returns:
-            One sum per model, by argument name. Empty if no model has statistics of this tensor.
+            One sum per model, by argument name, without the statistics that no model has of this tensor.
 
         Raises:
-            RecipeError: Only some models have statistics of it, or a shape does not fit the tensor.
+            RecipeError: Only some models have a statistic of it, or a shape does not fit the tensor.
         """
-        axes = [
-            own.tensors[tensor.name].axis if tensor.name in own.tensors else None for own, tensor in self._pairs(models)
-        ]
-        if all(axis is None for axis in axes):
-            return {}, False
-        for axis, source, tensor in zip(axes, self.sources, models, strict=True):
-            if axis is None or axis != axes[0]:
-                problem = "have no entry for" if axis is None else "count inputs along another axis of"
-                raise RecipeError(
-                    f"{source.place}: its statistics {problem} {tensor.name}, other models' do; calibrate all models "
-                    "with the same version of merganser"
-                )
-        statistics = {
-            name: tuple(self._sum(own, k, models[k]) for k in range(len(models))) for name, own in self.wanted.items()
-        }
-        return statistics, axes[0] == len(models[0].shape) - 2
+        statistics: dict[str, tuple[SumFromData, ...]] = {}
+        turned = False
+        for name, own in self.wanted.items():
+            of_base = own.of == "base_on_models" and base is not None
+            tensors = [base] * len(models) if of_base and base is not None else models
+            folders = self.base_folders if of_base else self.folders
+            has = [folder.has(own.statistic, tensor.name) for folder, tensor in zip(folders, tensors, strict=True)]
+            if not any(has):
+                continue
+            for source, tensor, given in zip(self.sources, tensors, has, strict=True):
+                if not given:
+                    raise RecipeError(
+                        f"{source.place}: its statistics have no entry for {tensor.name}, other models' do; calibrate all "
+                        "models with the same version of merganser"
+                    )
+            axes = self._axes(folders, tensors)
+            turned = turned or axes == {len(models[0].shape) - 2}
+            statistics[name] = tuple(
+                self._sum(own, folder, source, tensor, turned=turned)
+                for folder, source, tensor in zip(folders, self.sources, tensors, strict=True)
+            )
+        return statistics, turned
+
+    def numbers_of(self, layers: Sequence[Mapping[str, int | None]]) -> dict[str, tuple[Any, ...]]:
+        """Return the numbers that the method takes, by argument name: one entry per model.
+
+        Args:
+            layers: For each model, the layers of its tensors in the output, by name; None outside layers.
+        """
+        found: dict[str, tuple[Any, ...]] = {}
+        for name, own in self.numbers.items():
+            if own.statistic == "loss":
+                found[name] = tuple(folder.loss for folder in self.folders)
+            else:
+                found[name] = tuple(map(_by_layer, self.folders, layers))
+        return found
 
     def check_merge(self, treatment: str) -> None:
         """Check that statistics that were measured within a merge belong to this one.
@@ -76,27 +104,47 @@ class DataOfModels:
         Raises:
             RecipeError: They belong to another merge.
         """
-        for own, source in zip(self.folders, self.sources, strict=True):
+        for own, source in zip(self.folders, self.sources, strict=False):
             if own.merge not in (None, treatment):
                 raise RecipeError(
                     f"{source.place}: its statistics were measured within another merge: its parameters, models or dtypes "
                     "were others; measure again"
                 )
 
-    def _pairs(self, models: Sequence[TensorInfo]) -> list[tuple[Statistics, TensorInfo]]:
-        return list(zip(self.folders, models, strict=True))
+    def _axes(self, folders: Sequence[Statistics], tensors: Sequence[TensorInfo]) -> set[int]:
+        """Return the axis along which a matrix takes its inputs; empty for a tensor that is no matrix."""
+        axes: set[int] = set()
+        for folder, source, tensor in zip(folders, self.sources, tensors, strict=True):
+            axes |= {folder.tensors[tensor.name].axis} if tensor.name in folder.tensors else set()
+            if len(axes) > 1:
+                raise RecipeError(
+                    f"{source.place}: its statistics count inputs along another axis of {tensor.name}, other models' do; "
+                    "calibrate all models with the same version of merganser"
+                )
+        return axes
 
-    def _sum(self, wanted: FromData, model: int, tensor: TensorInfo) -> SumFromData:
-        folder = self.folders[model]
-        total, count = folder.info(wanted.statistic, tensor.name), folder.info(COUNT, tensor.name)
-        width = tensor.shape[folder.tensors[tensor.name].axis]
-        lead = tensor.shape[:-2]
-        if total.shape != (*lead, *wanted.shape(width)) or count.shape != lead:
+    def _sum(
+        self, own: FromData, folder: Statistics, source: Source, tensor: TensorInfo, *, turned: bool
+    ) -> SumFromData:
+        total = folder.info(own.statistic, tensor.name)
+        count = folder.info(COUNT, tensor.name) if own.of_inputs else folder.of_model(PREDICTIONS)
+        lead, rest = tensor.shape[:-2], tensor.shape[-2:]
+        shape = tensor.shape if own.elementwise else (*lead, *own.shape(rest[::-1] if turned else rest))
+        if total.shape != shape or (own.of_inputs and count.shape != lead):
             raise RecipeError(
-                f"{self.sources[model].place}: its statistics are of another model: {wanted.statistic} of {tensor.name} "
-                f"{list(tensor.shape)} has shape {list(total.shape)}, expected {[*lead, *wanted.shape(width)]}"
+                f"{source.place}: its statistics are of another model: {own.statistic} of {tensor.name} "
+                f"{list(tensor.shape)} has shape {list(total.shape)}, expected {list(shape)}"
             )
-        return SumFromData(total, count)
+        return SumFromData(total, count, own.elementwise)
+
+
+def _by_layer(folder: Statistics, layers: Mapping[str, int | None]) -> dict[int | None, float]:
+    """Return the sensitivity of each layer of a model; None stands for all that is in no layer."""
+    found: dict[int | None, float] = {}
+    for name, layer in layers.items():
+        own = folder.sensitivity(name) if folder.has("sensitivity", name) else 0.0
+        found[layer] = found.get(layer, 0.0) + own
+    return found
 
 
 def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
@@ -114,30 +162,54 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         DataError: A folder is missing, damaged, or lacks a statistic.
     """
     bases = () if inputs.base is None else (inputs.base,)
-    used = {"models": inputs.models, "base": bases, "first": inputs.models[:1]}[method.data_of]
-    used = used if method.from_data else ()
+    own: list[str] = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
+    own += [each.statistic for each in method.numbers.values()]
+    of_base: list[str] = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
+    sources = {"models": inputs.models, "base": bases, "first": inputs.models[:1]}[method.data_of]
     for source in (*bases, *inputs.models):
-        if source.statistics is not None and source not in used:
-            of = ("of the base" if source in bases else "of this model") if method.from_data else "from data"
+        if source.statistics is not None and (not own or source not in sources):
+            of = ("of the base" if source in bases else "of this model") if own else "from data"
             raise RecipeError(f"{source.place} statistics: {method.name} uses no statistics {of}; leave the key out")
-    if not method.from_data:
-        return None
-    sources = used
-    wanted = ", ".join(dict.fromkeys(own.statistic for own in method.from_data.values()))
-    folders: list[Statistics] = []
-    for source in sources:
-        if source.statistics is None:
-            raise RecipeError(_missing(method, source, wanted))
-        folder = open_statistics(source.statistics)
-        if folder.inputs != method.data_inputs:
+        if source.base_statistics is not None and (not of_base or source in bases):
             raise RecipeError(
-                f"{source.place}: its statistics are of {_INPUTS.get(folder.inputs, folder.inputs)}; {method.name} needs "
-                f"those of {_INPUTS[method.data_inputs]}"
+                f"{source.place} base_statistics: {method.name} uses no statistics of the base on this model's data; leave "
+                "the key out"
             )
-        for own in method.from_data.values():
-            folder.require(own.statistic)
-        folders.append(folder)
-    return DataOfModels(method.from_data, sources, folders)
+    named = any(source.statistics is not None for source in sources)
+    if not method.from_data and not any(named or not each.optional for each in method.numbers.values()):
+        return None
+    folders = [_open(method, source, own) for source in sources] if own else []
+    base_folders = [_open_of_base(method, inputs, source, of_base) for source in sources] if of_base else []
+    return DataOfModels(method.from_data, method.numbers, sources, folders, base_folders)
+
+
+def _open(method: MergeMethod, source: Source, names: Sequence[str]) -> Statistics:
+    if source.statistics is None:
+        raise RecipeError(_missing(method, source, ", ".join(dict.fromkeys(names))))
+    folder = open_statistics(source.statistics)
+    if folder.inputs != method.data_inputs:
+        raise RecipeError(
+            f"{source.place}: its statistics are of {_INPUTS.get(folder.inputs, folder.inputs)}; {method.name} needs "
+            f"those of {_INPUTS[method.data_inputs]}"
+        )
+    for name in names:
+        folder.require(name)
+    return folder
+
+
+def _open_of_base(method: MergeMethod, inputs: Inputs, source: Source, names: Sequence[str]) -> Statistics:
+    wanted = ", ".join(dict.fromkeys(names))
+    if source.base_statistics is None:
+        base = "BASE" if inputs.base is None else inputs.base.model
+        raise RecipeError(
+            f"{source.place}: {method.name} needs statistics of the base on this model's data ({wanted}); write them with "
+            f"merganser calibrate {base} --data FILE --statistics {wanted} --out FOLDER, and give the folder as "
+            "'base_statistics'"
+        )
+    folder = open_statistics(source.base_statistics)
+    for name in names:
+        folder.require(name)
+    return folder
 
 
 def _missing(method: MergeMethod, source: Source, wanted: str) -> str:
@@ -162,8 +234,8 @@ def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor
     if data is None or tensor.copy or not tensor.method.from_data:
         return tensor
     taken = {"models": tensor.models, "base": tensor.inputs[:1], "first": tensor.models[:1]}
-    sums, turned = data.of(taken[tensor.method.data_of])
-    return replace(tensor, data=sums, turned=turned)
+    sums, turned = data.of(tensor.base, taken[tensor.method.data_of])
+    return replace(tensor, data=sums, turned=turned and tensor.method.scope == "matrix")
 
 
 def check_weights(data: Sequence[DataOfModels | None], cache_dir: Path | None) -> None:
@@ -178,7 +250,7 @@ def check_weights(data: Sequence[DataOfModels | None], cache_dir: Path | None) -
     """
     samples: dict[ModelReference, str] = {}
     for own in data:
-        for source, folder in zip(own.sources, own.folders, strict=True) if own is not None else ():
+        for source, folder in zip(own.sources, own.folders, strict=True) if own is not None and own.folders else ():
             found = folder.about["model"]
             if source.model not in samples:
                 # opened as calibrate does, since planning may rename tensors or leave some out

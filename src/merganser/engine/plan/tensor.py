@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,15 +14,17 @@ from ..kernels.blocks import block_step, working_shape
 
 @dataclass(frozen=True, slots=True)
 class SumFromData:
-    """A sum over tokens; the method gets the mean.
+    """A sum over tokens or sequences; the method gets the mean over tokens.
 
     Args:
         sum: The sum.
-        count: The number of tokens in it.
+        count: The number of tokens in it; 0-d, or one for each expert.
+        elementwise: Whether it has the shape of the tensor.
     """
 
     sum: TensorInfo
     count: TensorInfo
+    elementwise: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class PlannedTensor:
     base: TensorInfo | None
     models: tuple[TensorInfo, ...]
     parameters: Mapping[str, Any]
-    located: Mapping[str, float]
+    located: Mapping[str, float | Sequence[float]]
     layer: int | None
     role: str
     shard: int

@@ -1,42 +1,54 @@
-"""Read statistics from data for one matrix at a time."""
+"""Read statistics from data for one block at a time."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...checkpoint import Reader, TensorInfo
+from ..kernels.blocks import TensorRun
 from ..kernels.data import Data, PerModel
-from ..kernels.kernels import Kernels
 from ..plan.tensor import PlannedTensor, SumFromData
 
 
-def matrix_data(tensor: PlannedTensor, matrix: int, reader: Reader, kernels: Kernels) -> Data:
-    """Return the statistics from data of one of a tensor's matrices: means over tokens, read on access.
+def block_data(tensor: PlannedTensor, run: TensorRun, range_: tuple[int, int], reader: Reader) -> Data:
+    """Return the statistics from data of a block, or of the matrix that it is: means over tokens, read on access.
 
     Args:
-        tensor: The tensor; it has such statistics.
-        matrix: Index of the matrix, if the tensor is a stack of matrices.
+        tensor: The tensor.
+        run: The work on it.
+        range_: First element and end of the block.
         reader: Reads them.
-        kernels: Their device and compute dtype are used.
     """
+    packed = run.kernels.method.scope == "matrix" and len(run.shape) == 3
 
     def mean(own: SumFromData) -> Tensor:
-        packed = len(own.count.shape) == 1
-        count = reader.tensor(own.count).reshape(-1)[matrix if packed else 0]
-        total = _part(reader, own.sum, matrix) if packed else reader.tensor(own.sum)
+        counts = reader.tensor(own.count).reshape(-1)
+        matrix = run.matrix(range_[0]) if packed else 0
+        if own.elementwise:
+            total = _part(reader, own.sum, *range_).view(run.own_shape(range_))
+            total = total.T if run.turned else total
+        elif packed:
+            shape = own.sum.shape[1:]
+            size = math.prod(shape)
+            total = _part(reader, own.sum, matrix * size, (matrix + 1) * size).view(shape)
+        else:
+            total = reader.tensor(own.sum)
         # without tokens the sum is 0, so that the mean is 0, too
-        return total.to(kernels.device, kernels.compute) / max(int(count), 1)
+        count = max(int(counts[matrix if len(counts) > 1 else 0]), 1)
+        return total.to(run.kernels.device, run.kernels.compute) / count
 
-    return {name: PerModel(len(each), lambda k, each=each: mean(each[k])) for name, each in tensor.data.items()}  # type: ignore[misc]
+    def each(sums: Sequence[SumFromData]) -> PerModel:
+        return PerModel(len(sums), lambda k: mean(sums[k]))
+
+    return {name: each(sums) for name, sums in tensor.data.items()}
 
 
-def _part(reader: Reader, info: TensorInfo, index: int) -> Tensor:
-    """Read one entry along the first dimension of a tensor."""
-    shape = info.shape[1:]
-    nbytes = info.dtype.nbytes(math.prod(shape))
-    memory = torch.empty(nbytes, dtype=torch.uint8)
-    reader.read_into(info, index * nbytes, memory.numpy().data)
-    return memory.view(getattr(torch, info.dtype.name)).view(shape)
+def _part(reader: Reader, info: TensorInfo, start: int, end: int) -> Tensor:
+    """Read some elements of a tensor, flat."""
+    memory = torch.empty(info.dtype.nbytes(end - start), dtype=torch.uint8)
+    reader.read_into(info, info.dtype.nbytes(start), memory.numpy().data)
+    return memory.view(getattr(torch, info.dtype.name))

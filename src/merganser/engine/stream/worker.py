@@ -18,12 +18,13 @@ from torch import Tensor
 from ...checkpoint import Reader
 from ...errors import CheckpointError, NonFiniteError
 from ..kernels.blocks import TensorRun
+from ..kernels.data import Data
 from ..kernels.sums import Sum
 from ..output.digests import block_digests, cut_digests, digest, digest_cuts
 from ..plan.tensor import PlannedTensor
 from .buffers import CachedInputs, InputBuffer
 from .bundle import merge_together
-from .data import matrix_data
+from .data import block_data
 from .groups import Group, Task
 from .sample import measure_samples
 from .schedule import GroupState
@@ -118,9 +119,8 @@ class Worker:
                 total: Tensor | None = None
                 for range_ in ranges:
                     inputs = self._read(tensor, *range_, state.kept)
-                    total, finite = run.measure(
-                        name, index, state.known[i], range_, *self._split(tensor, inputs), total
-                    )
+                    sent, data = self._split(tensor, inputs), self._data(tensor, run, range_)
+                    total, finite = run.measure(name, index, state.known[i], range_, *sent, total, data)
                     if not finite:
                         self._refuse(tensor, inputs)
                 assert total is not None
@@ -197,7 +197,9 @@ class Worker:
             return torch.empty(0, dtype=run.kernels.output)
         if measure:
             sent = self._split(tensor, inputs)
-            known = run.solve_statistics(lambda *_: sent, lambda _: self._refuse(tensor, inputs))
+            known = run.solve_statistics(
+                lambda *_: sent, lambda _: self._refuse(tensor, inputs), lambda *own: self._data(tensor, run, own)
+            )
         return self._merge(run, tensor, known, *run.ranges[0], inputs)
 
     def _merge(
@@ -209,13 +211,16 @@ class Worker:
         end: int,
         inputs: list[Tensor],
     ) -> Tensor:
-        data = matrix_data(tensor, run.matrix(start), self._c.reader, run.kernels) if tensor.data else {}
+        data = self._data(tensor, run, (start, end))
         merged, finite = run.combine(known, (start, end), *self._split(tensor, inputs), data)
         if not finite and not self._c.allow_nonfinite:
             self._refuse(tensor, inputs)
         if self._c.stopping():
             raise Stopped
         return merged.cpu()
+
+    def _data(self, tensor: PlannedTensor, run: TensorRun, range_: tuple[int, int]) -> Data:
+        return block_data(tensor, run, range_, self._c.reader) if tensor.data else {}
 
     def _refuse(self, tensor: PlannedTensor, inputs: Sequence[Tensor]) -> None:
         """Raise an error that names the input that is not finite.

@@ -1,0 +1,51 @@
+"""The loss of a sequence: the negative log-likelihood of each token that counts, given those before it."""
+
+from __future__ import annotations
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ..batches import Padded
+
+__all__ = ["LABELS", "Loss", "predicted"]
+
+LABELS = ("data", "sampled")
+"""Where the tokens come from whose likelihood is taken."""
+
+
+class Loss:
+    """The loss of sequences.
+
+    Args:
+        labels: `data`: the next token of the text, which gives the empirical Fisher information; `sampled`: a token
+            drawn from the model's own distribution at that position of the text, which gives an unbiased estimate of
+            the Fisher information.
+        seed: Seed of the draw. What is drawn for a sequence depends on the seed and its tokens alone.
+    """
+
+    def __init__(self, labels: str, seed: int) -> None:
+        self._sampled = labels == "sampled"
+        self._seed = seed
+
+    def of(self, logits: Tensor, sequence: Padded) -> Tensor:
+        """Return the sum of the losses of all predicted tokens, 0-d, float32.
+
+        Args:
+            logits: Shape [1, longest, vocabulary].
+            sequence: One sequence.
+        """
+        chosen = predicted(sequence)
+        scores = torch.log_softmax(logits[0, :-1][chosen].float(), dim=-1)
+        labels = self._draw(scores.detach(), sequence) if self._sampled else sequence.ids[0, 1:][chosen]
+        return -scores.gather(1, labels[:, None]).sum()
+
+    def _draw(self, scores: Tensor, sequence: Padded) -> Tensor:
+        ids = sequence.ids[sequence.valid].numpy().tobytes()
+        generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(ids, seed=self._seed) >> 1)
+        return torch.multinomial(scores.exp(), 1, generator=generator)[:, 0]
+
+
+def predicted(sequence: Padded) -> Tensor:
+    """Return which positions predict a token that counts, bool, shape [longest - 1]; the first token is not predicted."""
+    return sequence.counted[0, 1:]

@@ -1,0 +1,209 @@
+"""The reverse pass over all sequences: the head, then the blocks from the last to the first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import DataError, UnsupportedError
+from ...process import release_freed_memory
+from ...statistics import sum_name
+from ..batches import Batch
+from ..skeleton import Skeleton
+from ..stream import Stream
+from ..target import Target
+from ..writer import Sum, file_name, write_sums
+from .backward import block_backward, head_backward, outside_parameters
+from .loss import Loss, predicted
+from .parameters import find_parts
+from .sums import ELEMENTWISE, GradientSums
+from .taps import GradientTaps
+from .upstream import Upstream, UpstreamFiles
+
+__all__ = ["GRADIENTS", "Reverse", "check_predicts"]
+
+GRADIENTS = (*ELEMENTWISE, "sensitivity", "gradient_gram")
+"""Names of all statistics of gradients."""
+
+LOSS_FILE = "loss.safetensors"
+_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def check_predicts(skeleton: Skeleton, batches: Sequence[Batch]) -> None:
+    """Check that a model has a loss on the data.
+
+    Raises:
+        UnsupportedError: The model does not predict the next token.
+        DataError: No token of the data is predicted and counts.
+    """
+    name = type(skeleton.model).__name__
+    if not name.endswith(_HEADS) or skeleton.model.get_output_embeddings() is None:
+        raise UnsupportedError(
+            f"{skeleton.checkpoint.reference}: {name} does not predict the next token, so it has no loss whose gradient "
+            "could be taken; statistics of its activations can be had (gram, second_moment, magnitude)"
+        )
+    if not any(bool(predicted(batch.stacks[-1]).any()) for batch in batches):
+        raise DataError(
+            f"{batches[0].where[0]}: no token that counts follows another one, so there is no loss; give longer texts"
+        )
+
+
+class Reverse:
+    """The reverse pass of a model.
+
+    Args:
+        skeleton: The model, in float32, with all weights outside its blocks loaded.
+        stream: Its forward; it keeps the outputs of all blocks, and each of its batches is one sequence.
+        statistics: The statistics of gradients to sum; if there are none, only the loss is computed.
+        loss: The loss.
+        target: Where sums and the state are written.
+        note: Stores the state of the reverse pass, so that it can be continued.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        stream: Stream,
+        statistics: Sequence[str],
+        loss: Loss,
+        target: Target,
+        note: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        self._skeleton = skeleton
+        self._stream = stream
+        self._statistics = statistics
+        self._loss = loss
+        self._target = target
+        self._note = note
+        self._upstream = UpstreamFiles(stream.folder)
+        self._outside = outside_parameters(skeleton)
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that it writes: the loss, one for what is outside the blocks, one for each block."""
+        count = len(self._skeleton.blocks) + 1
+        gradients = [file_name(number, count, "gradients") for number in range(1, count + 1)]
+        return [LOSS_FILE, *(gradients if self._statistics else [])]
+
+    @property
+    def steps(self) -> int:
+        """The number of steps: the head, and if gradients are wanted, each block."""
+        return 1 + (len(self._skeleton.blocks) if self._statistics else 0)
+
+    def run(self, state: Mapping[str, Any], progress: Callable[[int], None]) -> dict[str, Any]:
+        """Run what is left of the reverse pass.
+
+        Args:
+            state: The state noted last; empty at the start.
+            progress: Called with the number of finished steps: the head, and each block.
+
+        Returns:
+            For statistics.json: `gradients`, the tensors that have them, and `without_gradients`.
+
+        Raises:
+            NonFiniteError: A loss or a gradient is NaN or infinite.
+            OutputError: The disk is full or failed.
+        """
+        for own in self._outside.values():
+            own.requires_grad_(True)
+        about: dict[str, Any] = dict(state) or {"visited": -1, "gradients": {}, "without_gradients": []}
+        while about["visited"] + 1 < self.steps:
+            about["visited"] += 1
+            progress(about["visited"])
+            if not about["visited"]:
+                self._visit_head()
+            else:
+                self._visit_block(len(self._skeleton.blocks) - about["visited"], about)
+            self._note(about)
+            release_freed_memory()
+        return {key: about[key] for key in ("gradients", "without_gradients")}
+
+    def _visit_head(self) -> None:
+        """Compute the losses, and the gradients for the last block."""
+        total, tokens = 0.0, 0
+        for number, batch in enumerate(self._stream.batches):
+            last = self._stream.before(number, len(self._skeleton.blocks))
+            value, upstream, _ = head_backward(self._skeleton, batch, last, self._loss, {})
+            total += value
+            tokens += int(predicted(batch.stacks[-1]).sum())
+            if self._statistics:
+                self._upstream.write(0, number, upstream)
+        sums = {
+            "loss": Sum((), "float64", lambda: torch.tensor(total, dtype=torch.float64)),
+            "predictions": Sum((), "int64", lambda: torch.tensor(tokens)),
+        }
+        write_sums(self._target.folder / LOSS_FILE, sums)
+
+    def _visit_block(self, index: int, about: dict[str, Any]) -> None:
+        """Take the gradients of one block over all sequences; with the first block, of what is outside the blocks."""
+        skeleton, block = self._skeleton, self._skeleton.blocks[index]
+        visited = about["visited"] - 1
+        if index:
+            skeleton.will_need(skeleton.blocks[index - 1])
+        with skeleton.filled(block):
+            own = {f"{block.name}.{name}": each for name, each in block.module.named_parameters()}
+            own = {name: each for name, each in own.items() if each.is_floating_point()}
+            for each in own.values():
+                each.requires_grad_(True)
+            sums = self._sums(block.sources, own, about)
+            rest = None if index else self._sums(self._outside_sources(), self._outside, about)
+            taps = GradientTaps(block, sums.parts)
+            with taps.watching() if "gradient_gram" in self._statistics else contextlib.nullcontext():
+                for number, batch in enumerate(self._stream.batches):
+                    before, upstream = self._stream.before(number, index), self._upstream.read(visited, number)
+                    upstream, found = block_backward(skeleton, index, batch, before, upstream, own | self._outside)
+                    sums.add({name: found.pop(name) for name in own if name in found})
+                    if rest is not None:
+                        rest.add(self._with_head(number, upstream, found))
+                        continue
+                    for name, gradient in found.items():
+                        upstream.add_outside(name, gradient)
+                    self._upstream.write(visited + 1, number, upstream)
+            self._write(index + 1, sums, taps.results(), about)
+            if rest is not None:
+                self._write(len(skeleton.blocks) + 1, rest, {}, about)
+
+    def _with_head(self, number: int, upstream: Upstream, first: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of a sequence's loss with respect to the parameters outside the blocks.
+
+        Args:
+            number: Index of the sequence.
+            upstream: Has what the blocks after the first one contribute.
+            first: What the first block contributes.
+        """
+        last = self._stream.before(number, len(self._skeleton.blocks))
+        _, _, found = head_backward(self._skeleton, self._stream.batches[number], last, self._loss, self._outside)
+        for name, gradient in first.items():
+            found[name] = found[name] + gradient if name in found else gradient
+        for name, parameter in self._outside.items():
+            if name in upstream.outside:
+                start = found[name] if name in found else torch.zeros_like(parameter)
+                found[name] = upstream.outside_gradient(name, start)
+        return found
+
+    def _outside_sources(self) -> list[str]:
+        inside = {source for block in self._skeleton.blocks for source in block.sources}
+        return [source for source in self._skeleton.targets if source not in inside]
+
+    def _sums(
+        self, sources: Sequence[str], parameters: Mapping[str, nn.Parameter], about: dict[str, Any]
+    ) -> GradientSums:
+        parts, missing = find_parts(self._skeleton, sources, parameters)
+        about["without_gradients"] += missing
+        return GradientSums(parameters, parts, self._statistics)
+
+    def _write(
+        self, number: int, sums: GradientSums, grams: Mapping[tuple[str, str], Sum], about: dict[str, Any]
+    ) -> None:
+        found = {**sums.results(), **grams}
+        name = file_name(number, len(self._skeleton.blocks) + 1, "gradients")
+        write_sums(
+            self._target.folder / name,
+            {sum_name(statistic, tensor): own for (statistic, tensor), own in found.items()},
+        )
+        for statistic, tensor in found:
+            about["gradients"].setdefault(tensor, []).append(statistic)
