@@ -17,6 +17,7 @@ from ..inference.language_model import Tokenizer, open_tokenizer, positions_of
 from ..inference.stored import Source, open_stored
 from ..statistics import COUNT, STATISTICS_FORMAT, STATISTICS_KIND, Choice, Dataset
 from ..statistics.choice import BATCH_TOKENS
+from ..statistics.weights import weights_sample
 from ..version import __version__
 from .batches import Batch, Sample, Tokens, make_batches
 from .data import DataFile, read_data
@@ -107,6 +108,7 @@ class Prepared:
             "model": {
                 "reference": self.source.reference,
                 "hash": self.source.hash if hashing else "",
+                "sample": weights_sample(self.skeleton.checkpoint),
                 "architecture": type(self.skeleton.model).__name__,
                 "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             },
@@ -151,7 +153,7 @@ def prepare(
     """Open a model and its tokenizer, read the data and draw sequences; no weights are read.
 
     Args:
-        model: A checkpoint: a folder, a file of weights, or a Hub id.
+        model: A checkpoint: a folder, a file of weights, or a Hub id; with `+ADAPTER` for one with an adapter.
         data: Files, or a data set.
         statistics: Names of the statistics to sum.
         choice: Which part of the data; None for the defaults.
@@ -175,7 +177,7 @@ def prepare(
     if str(model).endswith((".yaml", ".yml")) and not Path(model).is_dir():
         raise _no_checkpoint(model, "recipe")
     source = open_stored(model, cache_dir=cache_dir)
-    if source.kind != "checkpoint":
+    if source.kind not in ("checkpoint", "adapter"):
         raise _no_checkpoint(model, source.kind)
     with ExitStack() as stack:
         skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir)))

@@ -33,7 +33,7 @@ from .fusion.machine import why_not
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import resolve_devices
 from .noise import noise_warnings
-from .plan.from_data import DataOfModels, open_data, with_data
+from .plan.from_data import DataOfModels, check_weights, open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.part import place, treatment_hash
 from .plan.plan import Plan
@@ -91,6 +91,8 @@ def build_plan(
     matched = match(recipe, members, cache_dir)
     members = matched.members
     alignment, drafts, data = _drafts(recipe, resolver, members, measured)
+    if recipe.check_statistics:
+        check_weights(data, cache_dir)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
     shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})

@@ -31,6 +31,7 @@ KEYS = (
     "random_seed",
     "data",
     "keep_statistics",
+    "check_statistics",
 )
 MODULE_KEYS = ("models", "slices", "parameters")
 MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics", "data")

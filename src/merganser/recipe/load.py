@@ -205,6 +205,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         keep_statistics=fields["keep_statistics"].text() if "keep_statistics" in fields else None,
         rank=fields["rank"].whole_number(lowest=1) if "rank" in fields else None,
         space=cast('Literal["core", "full"] | None', fields["space"].choice(SPACES) if "space" in fields else None),
+        check_statistics=fields["check_statistics"].flag() if "check_statistics" in fields else True,
     )
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
 

@@ -81,6 +81,7 @@ class Recipe:
         unmatched: What to do with tensors after the layers that some models lack or hold in another shape: "refuse"
             them, take them from the "base", or "skip" them.
         quantised: What to do with models that are quantised in another way than the base: "refuse" or "allow" them.
+        check_statistics: Whether statistics must be of the weights that are merged.
         keep_statistics: Folder in which statistics that are made for this merge are kept; None to remove them.
         rank: For adapters, the rank of the output; None for as much as loses nothing.
         space: For adapters, where a method for weights works: on the small matrices of the "core", or on "full" ones.
@@ -110,6 +111,7 @@ class Recipe:
     keep_statistics: str | None = None
     rank: int | None = None
     space: Literal["core", "full"] | None = None
+    check_statistics: bool = True
 
     @property
     def names_data(self) -> bool:

@@ -96,6 +96,9 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         "data": _described(
             _or_null(_ref("data")), "Data that models are calibrated on, where the method needs statistics from data."
         ),
+        "check_statistics": _described(
+            {"enum": [True, False, *FLAGS, None]}, "Whether statistics must be of the weights that are merged."
+        ),
         "keep_statistics": _described(
             _or_null(_TEXT), "Folder in which statistics that are made for this merge are kept."
         ),

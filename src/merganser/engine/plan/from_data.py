@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from ...adapters import open_reference
 from ...checkpoint import TensorInfo
 from ...errors import RecipeError
 from ...method import FromData, MergeMethod
-from ...recipe import Inputs, Source
+from ...recipe import Inputs, ModelReference, Source
 from ...statistics import COUNT, Statistics, open_statistics
+from ...statistics.weights import weights_sample
 from .tensor import PlannedTensor, SumFromData
 
-__all__ = ["DataOfModels", "open_data", "with_data"]
+__all__ = ["DataOfModels", "check_weights", "open_data", "with_data"]
 
 _INPUTS = {
     "own": "what the model itself computes",
@@ -161,3 +164,29 @@ def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor
     taken = {"models": tensor.models, "base": tensor.inputs[:1], "first": tensor.models[:1]}
     sums, turned = data.of(taken[tensor.method.data_of])
     return replace(tensor, data=sums, turned=turned)
+
+
+def check_weights(data: Sequence[DataOfModels | None], cache_dir: Path | None) -> None:
+    """Check that statistics are of the weights that are merged, by a sample of these.
+
+    Args:
+        data: The statistics of each slice.
+        cache_dir: Folder for models from the Hub.
+
+    Raises:
+        RecipeError: Some are of other weights.
+    """
+    samples: dict[ModelReference, str] = {}
+    for own in data:
+        for source, folder in zip(own.sources, own.folders, strict=True) if own is not None else ():
+            found = folder.about["model"]
+            if source.model not in samples:
+                # opened as calibrate does, since planning may rename tensors or leave some out
+                samples[source.model] = weights_sample(open_reference(str(source.model), cache_dir=cache_dir))
+            # statistics of an earlier version have no sample
+            if found.get("sample", samples[source.model]) != samples[source.model]:
+                raise RecipeError(
+                    f"{source.place} statistics: {folder.path} is of other weights than {source.model}: of "
+                    f"{found['reference']}, or of this model as it was then. Calibrate this model, or write "
+                    "'check_statistics: false' at the top of the recipe to take them as they are"
+                )
