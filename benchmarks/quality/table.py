@@ -60,6 +60,8 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     parts += [_tuned({name: own for name, own in tuned.items() if own})] if any(tuned.values()) else []
     restored = {name: [entry for entry in own if entry["label"] == "restored"] for name, own in every.items()}
     parts += [_restored({name: own for name, own in restored.items() if own})] if any(restored.values()) else []
+    fewer = {name: _by_tokens(rows[name]) for name in found}
+    parts += [_tokens({name: own for name, own in fewer.items() if own})] if any(fewer.values()) else []
     most = max(found, key=lambda name: plots.count_of(found[name]))
     plots.worst_domains(_title(most), found[most]).save(images / "quality-worst.svg")
     parts.append(f"![the worst domain of every method]({_IMAGES}worst.svg)\n")
@@ -122,6 +124,34 @@ def _restored(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             for name, entries in found.items()
         },
     )
+
+
+def _by_tokens(results: Sequence[Result]) -> dict[str, dict[int, str]]:
+    """Return, of methods with statistics from data at their published settings, what each number of tokens keeps."""
+    found: dict[str, dict[int, str]] = {}
+    for entry in _entries(results):
+        drawn = entry["result"].get("calibration")
+        if drawn is not None and entry["label"] != "tuned":
+            found.setdefault(entry["method"], {})[drawn["sequences"] * drawn["length"]] = _brief(entry)
+    return {method: own for method, own in found.items() if len(own) > 1}
+
+
+def _tokens(found: Mapping[str, Mapping[str, Mapping[int, str]]]) -> str:
+    """Write the table of methods with statistics from data, by the tokens of each expert that they are measured on."""
+    counts = sorted({count for own in found.values() for cells in own.values() for count in cells}, reverse=True)
+    lines = [
+        "Methods with statistics from data, by the number of tokens of each expert's train text that these are measured on:",
+        "mean / worst domain, in percent.",
+        "",
+        f"| | method | {' | '.join(f'{count:,}' for count in counts)} |",
+        f"|---|---|{'---|' * len(counts)}",
+    ]
+    for name, own in found.items():
+        lines += [
+            f"| {_SETS[name]} | {method} | {' | '.join(cells.get(count, '') for count in counts)} |"
+            for method, cells in own.items()
+        ]
+    return "\n".join([*lines, ""])
 
 
 def _by_set(caption: str, cells: Mapping[str, Mapping[str, str]]) -> str:
