@@ -129,8 +129,8 @@ def experts_of(zoo: Zoo, chosen: Mapping[str, Sequence[str]]) -> dict[str, Path]
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: not made yet. Finish the zoo: python -m benchmarks.zoo real")
     for domain in chosen.get("adapters", ()):
-        if domain in zoo.experts and domain not in zoo.adapters:
-            # of the repository: applied already
+        if domain not in zoo.adapters:
+            # unpacked: on its base already
             found[domain] = zoo.experts[domain]
             continue
         found[domain] = zoo.folder / "applied" / domain
@@ -281,12 +281,7 @@ class _Bench:
         for entry, path in zip(recipe["models"], models, strict=True):
             if methods()[method].from_data:
                 domain = next(domain for domain, expert in self._experts.items() if expert == path)
-                if methods()[method].data_inputs == "own":
-                    entry["statistics"] = str(self._statistics.of(domain, methods()[method], sequences))
-                else:
-                    # measured within the merge, so not kept
-                    text = str(self._zoo.texts[domain]["train"])
-                    entry["data"] = {"files": text, **self._statistics.settings(sequences)}
+                entry |= self._statistics.of(domain, methods()[method], sequences)
         if base:
             recipe["base_model"] = str(base)
         if setting["shared"]:

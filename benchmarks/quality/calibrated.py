@@ -27,10 +27,18 @@ class Statistics:
         """Return how many sequences of how many tokens are drawn of each text; those of config.json by default."""
         return {"sequences": sequences or self._config["sequences"], "length": self._config["length"]}
 
-    def of(self, domain: str, method: MergeMethod, sequences: int | None = None) -> Path:
-        """Return the folder of an expert's statistics that a method takes; they are made if they are not there."""
-        names = sorted({own.statistic for own in method.from_data.values()})
+    def of(self, domain: str, method: MergeMethod, sequences: int | None = None) -> dict[str, Any]:
+        """Return what a recipe says of an expert: its statistics, or the data where these are measured within the merge.
+
+        Statistics are made if they are not there.
+        """
         drawn = self.settings(sequences)
+        if method.data_inputs != "own":
+            return {"data": {"files": str(self._zoo.texts[domain]["train"]), **drawn}}
+        return {"statistics": str(self._folder_of(domain, method, drawn))}
+
+    def _folder_of(self, domain: str, method: MergeMethod, drawn: Mapping[str, int]) -> Path:
+        names = sorted({own.statistic for own in method.from_data.values()})
         model = self._experts[domain]
         kind = f"{drawn['sequences']}x{drawn['length']}-{'-'.join(names)}"
         folder = self._folder / f"{model.parent.name}-{domain}-{kind}"

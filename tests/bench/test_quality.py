@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import restored, settings, table
+from benchmarks.quality import calibrated, restored, settings, table
+from benchmarks.quality.calibrated import Statistics
 from merganser.errors import NonFiniteError, OutputError
 from merganser.method.registry import method_names, methods
 
@@ -299,7 +300,8 @@ def test_what_a_method_cannot_help_is_no_result(tmp_path, monkeypatch, error):
     zoo = SimpleNamespace(folder=tmp_path, base=tmp_path / "base", texts=texts, retained="novels")
     file = tmp_path / "results" / "two.jsonl"
     file.parent.mkdir()
-    bench = quality._Bench(CONFIG, zoo, experts, file, tmp_path / "work")
+    statistics = Statistics(CONFIG, zoo, experts, tmp_path / "statistics")
+    bench = quality._Bench(CONFIG, zoo, experts, statistics, file, tmp_path / "work")
     setting = settings.published(CONFIG, "linear")
     if isinstance(error, OutputError):
         with pytest.raises(OutputError):
@@ -309,6 +311,66 @@ def test_what_a_method_cannot_help_is_no_result(tmp_path, monkeypatch, error):
         bench.measure("linear", "default", "test", setting)
         (found,) = table.read(file)
         assert (found["failed"], found["retention"]) == ("zoo/x: NaN", None)
+
+
+def test_methods_with_data_are_calibrated_once_on_train_texts(tmp_path, monkeypatch):
+    calls = []
+
+    def calibrate(model, files, out, **options):
+        calls.append((model.name, [str(file) for file in files], options))
+        out.mkdir()
+        (out / "statistics.json").write_text("{}")
+
+    monkeypatch.setattr(calibrated, "calibrate", calibrate)
+    experts = {name: tmp_path / "experts" / name for name in ("french", "maths")}
+    for path in experts.values():
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_bytes(b"")
+    texts = {domain: {split: f"{domain}.{split}.txt" for split in ("train", "test")} for domain in experts}
+    zoo = SimpleNamespace(folder=tmp_path, base=tmp_path / "base", texts=texts, retained="novels")
+    statistics = Statistics(CONFIG, zoo, experts, tmp_path / "statistics")
+    bench = quality._Bench(CONFIG, zoo, experts, statistics, tmp_path / "two.jsonl", tmp_path / "work")
+    setting = settings.published(CONFIG, "regmean")
+    first = bench._recipe("regmean", setting, 0, None)
+    assert bench._recipe("regmean", setting, 0, None) == first
+    assert [Path(entry["statistics"]).name for entry in first["models"]] == [
+        "experts-french-64x256-gram",
+        "experts-maths-64x256-gram",
+    ]
+    bench._recipe("regmean", setting, 0, 4)
+    drawn = {"statistics": ["gram"], "length": 256}
+    assert calls == [
+        (name, [f"{name}.train.txt"], {**drawn, "sequences": sequences})
+        for sequences in (64, 4)
+        for name in ("french", "maths")
+    ]
+    # an expert that was trained again
+    later = (tmp_path / "statistics" / "experts-french-64x256-gram" / "statistics.json").stat().st_mtime + 10
+    os.utime(experts["french"] / "model.safetensors", (later, later))
+    bench._recipe("regmean", setting, 0, None)
+    assert [call[0] for call in calls[4:]] == ["french"]
+    # what is measured within the merge gets the data
+    within = bench._recipe("regmean_plus", settings.published(CONFIG, "regmean_plus"), 0, None)
+    assert within["models"][0]["data"] == {"files": "french.train.txt", "sequences": 64, "length": 256}
+    assert "statistics" not in bench._recipe("linear", settings.published(CONFIG, "linear"), 0, None)["models"][0]
+
+
+def test_the_table_of_tokens(tmp_path):
+    def row(label, sequences, value):
+        drawn = {"sequences": sequences, "length": 256}
+        return {**result("regmean", value), "label": label, "calibration": drawn}
+
+    rows = [row("default", 64, 0.8), row("16 sequences", 16, 0.7), row("4 sequences", 4, 0.6), row("tuned", 64, 0.9)]
+    found = table._by_tokens([*rows, result("linear", 0.5)])
+    assert {count: text.split(" / ")[0] for count, text in found["regmean"].items()} == {
+        16384: "80",
+        4096: "70",
+        1024: "60",
+    }
+    lines = table._tokens({"four": found}).splitlines()
+    assert lines[3] == "| | method | 16,384 | 4,096 | 1,024 |"
+    assert lines[5].startswith("| 4 experts | regmean | 80 / ")
+    assert table._by_tokens([row("default", 64, 0.8)]) == {}
 
 
 def test_a_check_measures_anew_beside_the_results_and_prints_both(tmp_path, monkeypatch, capsys):
