@@ -87,7 +87,10 @@ def _needs(tensors: Sequence[PlannedTensor], fused: bool) -> tuple[int, int]:
         largest = max(largest, _held(tensor, fused))
         if _block(tensor) == tensor.size:
             # small tensors are concatenated (a copy) and merged as one block
-            arithmetic = 0 if tensor.together == "joined" and fused else _eager(tensor)
+            arithmetic = _eager(tensor)
+            if fused:
+                # of stacks order statistics alone are found by torch
+                arithmetic = 12 * len(tensor.inputs) if tensor.together == "stacked" else 0
             bundle = max(bundle, _raw(tensor) + (_raw(tensor) + arithmetic if tensor.together else 0))
     needed = max(largest, _largest_bundle(tensors) * bundle)
     loops = fused and any(tensor.method.fuse and not tensor.copy for tensor in kinds)
