@@ -9,8 +9,9 @@ import torch
 
 from ..engine.fusion.machine import why_not
 from ..engine.fusion.run import Program
+from ..engine.kernels.block import Block
 from ..engine.kernels.blocks import TensorRun
-from ..engine.kernels.kernels import Block, Kernel, Kernels, Phase
+from ..engine.kernels.kernels import Kernel, Kernels, Phase
 from ..engine.kernels.values import Values
 from ..method import Location, MergeMethod
 from ..method.method import fill

@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from merganser.engine.kernels.block import Block
+from merganser.engine.kernels.kernels import Kernels
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import NonFiniteError
 from merganser.method import merge_method, statistic
 from merganser.method.registry import get_method
 from merganser.ops import order_statistic
+from merganser.ops.random import keys
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("task_arithmetic", {}), ("ties", {"density": 0.5})])
@@ -153,3 +156,25 @@ def test_a_method_that_cannot_be_fused_is_told_once(caplog):
     (said,) = caplog.messages
     assert said.startswith("curious: slower than it might be, as a pass cannot be fused: ")
     assert said.endswith("looks at values")
+
+
+def test_what_torch_cannot_compile_for_a_gpu_runs_operation_by_operation(monkeypatch, caplog):
+    class CompilerError(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def compile_(function, **options):
+        def fail(*arguments):
+            raise CompilerError("no Triton here\nand many more lines")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    method = get_method("passthrough")
+    model = torch.randn(40)
+    kernels = Kernels(method, {}, torch.float32, torch.float32, torch.device("cpu"), True)
+    block = Block(None, [model], {}, {"scale": torch.tensor([2.0])}, {}, keys(0, "t", 1), 0)
+    expected = Kernels(method, {}, torch.float32, torch.float32, torch.device("cpu")).kernel(("combine", "", 0), block)
+    run = kernels._compiled(("combine", "gpu", 0), expected)
+    for _ in range(2):
+        assert torch.equal(run(block, None)[0], model * 2)
+    assert caplog.messages == ["passthrough: slower than it might be, as a pass cannot be fused: no Triton here"]

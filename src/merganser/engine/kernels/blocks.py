@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import MergeError
+from .block import Block
 from .data import Data
-from .kernels import Block, Kernel, Kernels, Phase
+from .kernels import Kernel, Kernels, Phase
 from .values import Values
 
 _NO_DATA: Data = MappingProxyType({})

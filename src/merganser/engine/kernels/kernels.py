@@ -24,6 +24,7 @@ from ...ops.rounding import largest_rounding
 from ..fusion.graph import Unfusable
 from ..fusion.run import Program
 from ..fusion.trace import Form
+from .block import Block, arguments, rebuild
 from .data import Data
 from .sums import join
 from .values import Values
@@ -31,51 +32,9 @@ from .values import Values
 _logger = logging.getLogger(__name__)
 
 Phase = tuple[str, str, int]
-Kernel = Callable[["Block", "Tensor | None"], tuple[Tensor, Tensor]]
+Kernel = Callable[[Block, "Tensor | None"], tuple[Tensor, Tensor]]
 """Gets a block, and the total of what it measured before; returns what it measures or merges, or that total if it was added to,
 and whether all is finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """What a kernel is called with.
-
-    Args:
-        base: The block of the base, if the method takes one, in its dtype in the file.
-        models: The blocks of the other inputs.
-        rows: Solved statistics of the block's rows, shape [rows, ...].
-        numbers: Numeric parameters.
-        known: Other solved statistics.
-        keys: Keys of random draws, from `ops.random.keys`.
-        offset: Index of the block's first element in the tensor.
-        data: Statistics from data, a tensor per model; kernels that take them are never fused.
-    """
-
-    base: Tensor | None
-    models: Sequence[Tensor]
-    rows: Mapping[str, Tensor]
-    numbers: Mapping[str, Tensor]
-    known: Mapping[str, Tensor]
-    keys: Tensor
-    offset: int
-    data: Data = field(default_factory=dict)
-
-    def fixed(self) -> list[Tensor]:
-        """Return the tensors that are the same for all blocks of a tensor, in a fixed order."""
-        return [*self.numbers.values(), *self.known.values(), self.keys]
-
-    def forms(self) -> tuple[Form, ...]:
-        """Return the forms of all inputs of a kernel: those of the block, then the fixed ones."""
-        return (
-            *(Form("block", x.dtype) for x in self.inputs()),
-            *(Form("rows", x.dtype, tuple(x.shape[1:])) for x in self.rows.values()),
-            Form("scalar", torch.int64),
-            *(Form("fixed", x.dtype, tuple(x.shape)) for x in self.fixed()),
-        )
-
-    def inputs(self) -> list[Tensor]:
-        """Return the blocks of all inputs, the base first."""
-        return [*self.models] if self.base is None else [self.base, *self.models]
 
 
 @dataclass
@@ -197,7 +156,7 @@ class Kernels:
         dims = (None if block.base is None else 0, 0, 0, None, 0, 0 if self.method.random else None, None, None)
         function = torch.vmap(self._function(("combine", "", 0)), in_dims=dims)
         if not self.fused or self.device.type != "cpu" or block.models[0].numel() < _WORTH_A_PROGRAM:
-            merged, finite = function(*_arguments(block))
+            merged, finite = function(*arguments(block))
             return merged, finite
         # a tensor is a row, and its statistics and keys are those of a row
         own = {**block.known, **({"": block.keys} if self.method.random else {})}
@@ -216,11 +175,11 @@ class Kernels:
             random = next(left) if self.method.random else None
             numbers = {name: next(left) for name in block.numbers}
             keys = next(left) if random is None else random
-            return function(*_arguments(Block(base, models, {}, numbers, known, keys, 0)))  # type: ignore[no-any-return]
+            return function(*arguments(Block(base, models, {}, numbers, known, keys, 0)))  # type: ignore[no-any-return]
 
         program = self._make(("several", "", 0), flat, forms, block.models[0].shape[1], block)
         if isinstance(program, str) or not program.takes(block.models[0].shape):
-            merged, finite = function(*_arguments(block))
+            merged, finite = function(*arguments(block))
         else:
             merged, finite = program.bind(fixed)([*block.inputs(), *own.values()])
         return merged, finite
@@ -239,7 +198,7 @@ class Kernels:
         function = self._function(phase)
 
         def eager(block: Block, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            return function(*_arguments(block))  # type: ignore[no-any-return]
+            return function(*arguments(block))  # type: ignore[no-any-return]
 
         if not self.fused or block.data:
             return eager
@@ -247,9 +206,7 @@ class Kernels:
             return self._compiled(phase, eager)
         program = self.program(phase, block)
         if isinstance(program, str):
-            if (self.method, phase) not in _said:
-                _said.add((self.method, phase))
-                _logger.warning("%s: slower than it might be, as a pass cannot be fused: %s", self.method.name, program)
+            self._say(phase, program)
             return eager
         if not program.takes(block.models[0].shape):
             return eager
@@ -273,7 +230,7 @@ class Kernels:
         function = self._function(phase)
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return function(*_arguments(_rebuild(like, tensors)))  # type: ignore[no-any-return]
+            return function(*arguments(rebuild(like, tensors)))  # type: ignore[no-any-return]
 
         columns = like.models[0].shape[1] if self.method.scope == "row" else None
         return self._make(phase, flat, like.forms(), columns, like)
@@ -303,9 +260,21 @@ class Kernels:
             # torch.compile specialises on size 1
             if min(block.models[0].shape, default=0) < 2:
                 return eager(block, total)
-            return compiled(*_arguments(block))  # type: ignore[no-any-return]
+            try:
+                return compiled(*arguments(block))  # type: ignore[no-any-return]
+            except RuntimeError as error:
+                if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                    raise
+                self._say(phase, str(error).partition("\n")[0])
+                return eager(block, total)
 
         return run
+
+    def _say(self, phase: Phase, reason: str) -> None:
+        """Tell the user, once, why a pass is not fused."""
+        if (self.method, phase) not in _said:
+            _said.add((self.method, phase))
+            _logger.warning("%s: slower than it might be, as a pass cannot be fused: %s", self.method.name, reason)
 
     def _function(self, phase: Phase) -> Callable[..., Any]:
         if phase not in self._functions:
@@ -380,23 +349,3 @@ _programs: dict[Any, Program | str] = {}
 _lock = threading.Lock()
 # what the user was told
 _said: set[tuple[MergeMethod, Phase]] = set()
-
-
-def _arguments(block: Block) -> tuple[Any, ...]:
-    """Return the arguments of a kernel function for a block."""
-    known = (dict(block.rows), dict(block.numbers), dict(block.known))
-    offset: Any = block.offset
-    if not isinstance(offset, Tensor):
-        offset = torch.tensor(offset, dtype=torch.int64, device=block.keys.device)
-    return block.base, list(block.models), *known, block.keys, offset, dict(block.data)
-
-
-def _rebuild(like: Block, tensors: Sequence[Tensor]) -> Block:
-    """Return a block made of tensors in the order of `Block.forms`."""
-    left = iter(tensors)
-    base = None if like.base is None else next(left)
-    models = [next(left) for _ in like.models]
-    rows = {name: next(left) for name in like.rows}
-    offset: Any = next(left)
-    numbers, known = ({name: next(left) for name in own} for own in (like.numbers, like.known))
-    return Block(base, models, rows, numbers, known, next(left), offset)
