@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merganser.adapters import open_adapter
-from merganser.checkpoint import Reader, open_checkpoint
+from merganser.adapters import open_model
 
 from . import Zoo, default_folder, real, texts
 from .book import Book, appears_whole
@@ -104,13 +103,9 @@ def apply(base: Path, adapter: Path, target: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    checkpoint, found = open_checkpoint(str(base)), open_adapter(str(adapter))
-    found.check_fits(checkpoint.tensors, str(base))
-    with Reader() as reader:
-        tensors = {
-            name: found.apply(name, reader.tensor(tensor), reader).to(torch.bfloat16).contiguous()
-            for name, tensor in checkpoint.tensors.items()
-        }
+    checkpoint = open_model(str(base), str(adapter))
+    with checkpoint.reader() as reader:
+        tensors = {name: reader.tensor(tensor).to(torch.bfloat16) for name, tensor in checkpoint.tensors.items()}
     with appears_whole(target) as part:
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
         for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):

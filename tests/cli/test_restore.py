@@ -350,8 +350,8 @@ def test_a_merge_says_what_it_keeps(near: Path) -> None:
     found = run("merge", recipe(near / "r.yaml", emr("b", "c")), "out")
     assert found.code == 0
     b, c = json.loads((near / "out/merge.json").read_text())["sidecars"]["tasks"]
-    # behind the figures, the length of the task vector, and what was written
-    lines = found.out.splitlines()[1:]
+    # after the figures, the census, the length of the task vector, and what was written
+    lines = found.out.splitlines()[2:]
     assert lines[2] == "keeps 2 tasks; they are restored with the base, with a relative error"
     header = ["task", "size", "of the model", "of its task vector", "of its worst tensor"]
     assert re.split(r"  +", lines[3].strip()) == header

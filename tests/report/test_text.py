@@ -46,7 +46,7 @@ def test_text(out: Path) -> None:
         "  merganser                        0.1.0\n"
         "  device                           cpu\n"
         "  threads                          1\n"
-        "  fused kernels                    no\n"
+        f"  fused kernels                    {'yes' if record['compiled'] else 'no'}\n"
         "  continued after an interruption  no\n"
         "  seed                             0\n"
         "  compat                           none\n"
