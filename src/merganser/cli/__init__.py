@@ -29,6 +29,7 @@ from .methods import methods
 from .plan import plan
 from .report import report
 from .restore import restore
+from .search import search
 from .transplant import transplant
 from .verify import verify
 
@@ -52,6 +53,7 @@ app.command(cls=Verb)(restore)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(extract)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
+app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)
 app.command(cls=Verb)(report)
 
 
