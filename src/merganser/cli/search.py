@@ -102,9 +102,9 @@ def search(
     json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the open values of a recipe by trying them, and prove the best on items that no trial saw.
+    """Find the open values of a recipe by trying them.
 
-    A search that was stopped, or killed, continues with the same command.
+    Half of the items of each task choose, and the other half proves what was chosen. A search that was stopped, or killed, continues with the same command.
     """
     options.quieten_hub(quiet)
     from ..search import Interrupted

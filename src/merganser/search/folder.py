@@ -112,6 +112,7 @@ def open_folder(path: Path) -> Iterator[Folder]:
             _check_ours(path)
         elif not path.parent.is_dir():
             raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
+        made = not path.exists()
         path.mkdir(exist_ok=True)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -124,6 +125,9 @@ def open_folder(path: Path) -> Iterator[Folder]:
             yield folder
         finally:
             shutil.rmtree(folder.scratch, ignore_errors=True)
+            if made and folder.settings() is None:
+                # refused before it began
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_ours(path: Path) -> None:

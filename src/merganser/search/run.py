@@ -22,6 +22,7 @@ from ..inference.sources import Reference
 from ..recipe import Recipe, check_recipe, load_recipes
 from ..recipe.load import RecipeSource
 from ..version import __version__
+from ..wording import default_names
 from .bench import Model, open_bench
 from .command import parse_command
 from .ends import End, average_of, best_single, measure_ends, to_json
@@ -178,7 +179,7 @@ def search(
     deadline = None if hours is None else time.monotonic() + 3600 * hours
     with open_folder(Path(out)) as folder:
         if command is not None:
-            setup = _by_command(command, timeout, objectives, at_least, at_most, folder)
+            setup = _by_command(start, command, timeout, objectives, at_least, at_most, folder)
         else:
             loaded = load_tasks(tasks)
             wanted = Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0])
@@ -240,6 +241,7 @@ class Setup:
 
 
 def _by_command(
+    start: Sequence[Recipe],
     command: str,
     timeout: float,
     objectives: Sequence[str],
@@ -252,7 +254,9 @@ def _by_command(
     bounds = parse_bounds(at_least, at_most, None)
     judge = CommandJudge(words, timeout, folder.scratch, parse_objectives(objectives, None, None), bounds)
     folder.scratch.mkdir(exist_ok=True)
-    return Setup(judge, (), {"command": command}, 0)
+    # the command reads folders
+    inputs = tuple(Model(f"model {path}", name, path) for name, path in _inputs(start).items() if Path(path).is_dir())
+    return Setup(judge, inputs, {"command": command}, 0)
 
 
 def _by_items(
@@ -269,9 +273,7 @@ def _by_items(
     """Open the models and the items, and return the judge that scores them."""
     refuse_harness(tasks)
     the_model(plan(start, keep_stages=False, **({"cache_dir": cache_dir} if cache_dir else {})))
-    stages = {recipe.name for recipe in start[:-1]}
-    merged = dict.fromkeys(str(m) for recipe in start for m in recipe.references() if m.path not in stages)
-    roster = make_roster([*merged], base, experts, [task.name for task in tasks])
+    roster = make_roster(_inputs(start), base, experts, [task.name for task in tasks])
     references = {entry.name: entry.reference for entry in roster.entries}
     bench, models = open_bench(references, tasks, wanted, folder.journal, seed, cache_dir)
     own = {task: models[name] for task, name in roster.experts.items()}
@@ -290,6 +292,13 @@ def _by_items(
         "early stopping": early_stopping,
     }
     return Setup(judge, tuple(models.values()), given, bench.table.count([HELD]))
+
+
+def _inputs(start: Sequence[Recipe]) -> dict[str, str]:
+    """Return the models that a recipe names, by a short name."""
+    stages = {recipe.name for recipe in start[:-1]}
+    found = [*dict.fromkeys(str(m) for recipe in start for m in recipe.references() if m.path not in stages)]
+    return dict(zip(default_names(found), found, strict=True))
 
 
 def _sampler(folder: Folder, wanted: str, space: Space, judge: Judge, trials: int | None) -> str:
