@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.evaluation.tiny import make_model, text
+
+
+def make_calmer(root: Path, name: str, factors: Mapping[str, float]) -> None:
+    """Write an expert: the base with smaller logits, which predicts random words better."""
+    shutil.copytree(root / "base", root / name)
+    weights = load_file(root / "base" / "model.safetensors")
+    changed = {key: tensor * factors.get(key, 1.0) for key, tensor in weights.items()}
+    save_file(changed, root / name / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +27,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(root / "base", 0)
     make_model(root / "a", 1, like=root / "base")
     make_model(root / "b", 2, like=root / "base")
+    make_calmer(root, "calm", {"lm_head.weight": 0.6})
+    make_calmer(root, "cool", {"model.norm.weight": 0.6})
     for seed, name in enumerate(("one", "two")):
         lines = [json.dumps({"text": text(100 * seed + i, 12)}) for i in range(40)]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..search.ends import Difference, difference
 from ..wording import plural, time_text
 from ._text import complain, head, say, table
 
 if TYPE_CHECKING:
     from ..search import Found, Trial
+    from ..search.auto import Choice
     from ..search.ends import End
 
 
@@ -28,7 +30,8 @@ class SearchProgress:
         if self._quiet:
             return
         of = "" if self._of is None else f"/{self._of}"
-        say(f"trial {trial.number + 1}{of}  {_outcome(trial)}{_mark(trial, best)}  {time_text(trial.seconds)}")
+        name = f"  {trial.label}" if trial.label else ""
+        say(f"trial {trial.number + 1}{of}{name}  {_outcome(trial)}{_mark(trial, best)}  {time_text(trial.seconds)}")
 
     def note(self, text: str) -> None:
         """Print a note."""
@@ -90,8 +93,6 @@ def print_found(found: Found) -> None:
 
 
 def _rows(found: Found) -> list[list[str]]:
-    from ..search.ends import difference
-
     winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
     rows = [["model", *(o.text for o in found.objectives), "the winner is better by (95 % interval)"]]
     for end in found.ends:
@@ -113,10 +114,7 @@ def _named(end: End) -> str:
     return f"{end.name} (winner)" if end.role == "winner" else end.name
 
 
-def _difference(found: object) -> str:
-    from ..search.ends import Difference
-
-    assert isinstance(found, Difference)
+def _difference(found: Difference) -> str:
     if found.interval is None:
         return f"{found.value:+.4f}"
     return f"{found.value:+.4f} ({found.interval[0]:+.4f} to {found.interval[1]:+.4f})"
@@ -124,8 +122,6 @@ def _difference(found: object) -> str:
 
 def verdict(found: Found) -> list[str]:
     """Return what the proof says, in sentences."""
-    from ..search.ends import difference
-
     winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
     if winner is None or not winner.values or len(found.objectives) > 1:
         return []
@@ -135,15 +131,7 @@ def verdict(found: Found) -> list[str]:
         if other is None or not other.values:
             continue
         gap = difference(winner.values[0], other.values[0], found.objectives[0])
-        name = f"{other.name}, {what}," if what != "the average" else what
-        if gap.interval is None:
-            lines.append(f"{'better' if gap.value > 0 else 'not better'} than {name}, as far as one run tells")
-        elif gap.interval[0] > 0:
-            lines.append(f"better than {name} beyond the interval")
-        elif gap.interval[1] < 0:
-            lines.append(f"worse than {name} beyond the interval: take that instead")
-        else:
-            lines.append(f"not better than {name} beyond the interval: this search does not show a difference")
+        lines.append(_compared(gap, what if what == "the average" else f"{other.name}, {what},"))
     best = found.best
     if best is not None and best.values and found.held_out:
         whole = sum(trial.same_as is None and trial.failed is None for trial in found.trials)
@@ -155,3 +143,44 @@ def verdict(found: Found) -> list[str]:
 
 def _setting(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_choice(found: Choice) -> None:
+    """Print what `auto` made of some models."""
+    head(f"{plural(len(found.tried), 'recipe')} and {plural(len(found.around), 'trial')} around the best of them")
+    say("share of the gain of the best model of each task over the base that is kept: " + _domains(found))
+    say(f"measured on {plural(found.held_out, 'item')} that nothing was chosen on (± standard error)")
+    rows = [["model", found.objective.text, "the winner is better by (95 % interval)"]]
+    winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
+    for end in found.ends:
+        if end.values is None:
+            rows.append([end.name, f"failed: {end.failed}"])
+            continue
+        value = end.values[0]
+        better = ""
+        if winner is not None and winner.values and end is not winner:
+            better = _difference(difference(winner.values[0], value, found.objective))
+        error = "" if value.stderr is None else f" ±{value.stderr:.4f}"
+        rows.append([end.name, f"{value.value:.4f}{error}", better])
+    for line in table(rows):
+        say(line)
+    for end, gap in found.against:
+        say(_compared(gap, "the average" if end.role == "average" else f"{end.name}, the best single model,"))
+    if found.merged is not None:
+        say(f"wrote {found.merged}, by the recipe {found.folder / 'winner.yaml'}")
+    else:
+        say(f"take {found.recommended}: nothing that was tried is better; nothing was merged")
+
+
+def _domains(found: Choice) -> str:
+    return ", ".join(f"{task} ({name})" for task, name in found.domains.items())
+
+
+def _compared(gap: Difference, name: str) -> str:
+    if gap.interval is None:
+        return f"{'better' if gap.value > 0 else 'not better'} than {name} as far as one run tells"
+    if gap.interval[0] > 0:
+        return f"better than {name} beyond the interval"
+    if gap.interval[1] < 0:
+        return f"worse than {name} beyond the interval: take that instead"
+    return f"not better than {name} beyond the interval: no difference is shown"

@@ -9,7 +9,6 @@ import typer
 
 from ..wording import plural
 from . import _options as options
-from ._found import SearchProgress, print_found
 from ._text import complain, say_json
 from .eval import Base, BatchTokens, Context, DType, Experts, Stride
 
@@ -109,6 +108,7 @@ def search(
     options.quieten_hub(quiet)
     from ..search import Interrupted
     from ..search import search as run
+    from ._found import SearchProgress, print_found
 
     progress = SearchProgress(quiet=quiet or json)
     try:

@@ -85,7 +85,8 @@ class Found:
             "objectives": [{"objective": o.text, "direction": o.direction} for o in self.objectives],
             "sampler": self.sampler,
             "trials": [
-                {key: value for key, value in vars(trial).items() if key != "recipe"} | {"recipe": trial.name}
+                {key: value for key, value in vars(trial).items() if key not in ("recipe", "label")}
+                | {"recipe": trial.name}
                 for trial in self.trials
             ],
             "front": [trial.number for trial in self.front],

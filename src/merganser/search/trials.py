@@ -34,6 +34,7 @@ class Trial:
         same_as: Number of an earlier trial with the same recipe, which was not scored again.
         failed: Why it has no values; None if it has.
         seconds: How long it took.
+        label: Name of its recipe file where it is not a numbered one.
     """
 
     number: int
@@ -47,11 +48,12 @@ class Trial:
     same_as: int | None
     failed: str | None
     seconds: float
+    label: str | None = None
 
     @property
     def name(self) -> str:
         """Name of its recipe file."""
-        return f"trial-{self.number + 1:04d}"
+        return self.label or f"trial-{self.number + 1:04d}"
 
     @property
     def model(self) -> Model:
