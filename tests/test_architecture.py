@@ -51,6 +51,7 @@ ROOMS = [
     "inference/sources",
     "evaluation/scoring",
     "evaluation",
+    "search",
     "report",
     "testing",
     "",

@@ -51,6 +51,8 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  transplant  Give a model the tokenizer of another one.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"
         "  eval        Measure models on tasks, and what merges kept of their experts.\n"
+        "  search      Find the open values of a recipe by trying them.\n"
+        "  auto        Make the best of some models for some tasks, and show if it is.\n"
         "  report      Draw a merge: what went in, how far it moved, what it can do.\n"
     )
 

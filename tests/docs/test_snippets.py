@@ -15,6 +15,7 @@ from merganser.cli import main
 from merganser.method import MergeMethod
 from merganser.method.registry import factor_method_names, get_method_for_adapters
 from merganser.recipe import ModelReference, Recipe, Resolver, check_recipe, load_recipes
+from merganser.search.space import Space
 from merganser.testing import contract
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +60,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("text", snippets("yaml"))
 def test_recipe(text: str) -> None:
+    if "{search:" in text:
+        space = Space(text)
+        text = space.resolve(space.start())
     recipes = load_recipes(text)
     assert recipes
     for recipe in recipes:

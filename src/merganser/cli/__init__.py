@@ -19,6 +19,7 @@ from ..version import __version__
 from ._errors import STOPPED, Verb, Verbs
 from ._options import many_values
 from ._text import complain, writing
+from .auto import auto
 from .calibrate import calibrate
 from .diff import diff
 from .eval import evaluate
@@ -29,6 +30,7 @@ from .methods import methods
 from .plan import plan
 from .report import report
 from .restore import restore
+from .search import search
 from .transplant import transplant
 from .verify import verify
 
@@ -52,6 +54,8 @@ app.command(cls=Verb)(restore)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(extract)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
+app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)
+app.command(cls=many_values("--tasks"))(auto)
 app.command(cls=Verb)(report)
 
 

@@ -94,7 +94,7 @@ def evaluate(
         TaskError: A task is missing, malformed, or does not suit a model.
         MergeError: A model cannot be opened.
     """
-    wanted = _Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0])
+    wanted = Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0])
     loaded = load_tasks(tasks)
     roster = make_roster(models, base, experts, [task.name for task in loaded])
     out = None if json is None else Path(json)
@@ -107,7 +107,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """Settings as the user gave them; None if the default depends on the models."""
 
     limit: int | None
@@ -155,7 +155,7 @@ class _Wanted:
 
 
 def _measure(
-    roster: Roster, tasks: Sequence[Task], wanted: _Wanted, out: Path | None, cache_dir: Path | None, progress: Progress
+    roster: Roster, tasks: Sequence[Task], wanted: Wanted, out: Path | None, cache_dir: Path | None, progress: Progress
 ) -> Evaluation:
     """Open models and tasks, score them, and assemble the result."""
     started = time.monotonic()

@@ -98,6 +98,54 @@ class LanguageModel:
         return model.eval().to(device)
 
 
+class Reused:
+    """A loaded model whose weights are overwritten with those of the next, where that is the same as loading it anew.
+
+    Args:
+        dtype: Dtype of the weights.
+        device: Device of the weights.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._model: Any = None
+        self._config: Mapping[str, Any] = {}
+        self._plain = False
+        self.loads = 0
+
+    def load(self, opened: LanguageModel, tensors: Mapping[str, Tensor]) -> Any:
+        """Return the model with these weights, in evaluation mode; the one returned before is no longer valid.
+
+        Args:
+            opened: The model.
+            tensors: Its weights.
+
+        Raises:
+            CheckpointError: As `LanguageModel.load`.
+        """
+        if self._plain and opened.source.config == self._config and self._fits(tensors):
+            for name, parameter in self._model.named_parameters():
+                parameter.data.copy_(tensors[name])
+            return self._model
+        self._model = opened.load(tensors, self._dtype, self._device)
+        self._config = opened.source.config
+        self.loads += 1
+        # transformers may rename, split or join weights: they are overwritten only where it stored them as they are
+        self._plain = self._fits(tensors) and all(
+            parameter.equal(tensors[name].to(parameter)) for name, parameter in self._model.named_parameters()
+        )
+        return self._model
+
+    def _fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether every weight of the model is a tensor of the same name and shape, and there are no others."""
+        found = dict(self._model.named_parameters())
+        # under a second name for the same weight; buffers are not overwritten, so a model that stores some does not fit
+        shared = {*self._model.state_dict()} - found.keys() - dict(self._model.named_buffers()).keys()
+        return {*tensors} - shared == found.keys() and all(
+            tensors[name].shape == parameter.shape for name, parameter in found.items()
+        )
+
+
 def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -> LanguageModel:
     """Read config and tokenizer of a model, and check that it is a language model.
 

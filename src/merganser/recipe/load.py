@@ -13,6 +13,7 @@ from ..errors import NotFoundError, RecipeError, UnsupportedError, did_you_mean
 from ..wording import some
 from .data import Data, make_data, read_data_fields
 from .document import Document, parse_mapping, parse_text
+from .free import refuse_free_values
 from .keys import KEYS, MODEL_KEYS, MODULE_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
 from .model import Recipe, Slice, Source
 from .place import Entry, Node, Place
@@ -60,7 +61,7 @@ def load_recipe(source: RecipeSource) -> Recipe:
         NotFoundError: There is no such file.
         UnsupportedError: The recipe uses a feature that this version does not have.
     """
-    documents = _documents(source)
+    documents = read_documents(source)
     if len(documents) > 1:
         raise RecipeError(
             f"{documents[0].file}: expected one recipe, got {len(documents)} documents; load_recipes reads them all"
@@ -79,13 +80,22 @@ def load_recipes(source: RecipeSource) -> list[Recipe]:
         NotFoundError: There is no such file.
         UnsupportedError: A recipe uses a feature that this version does not have.
     """
-    documents = _documents(source)
+    documents = read_documents(source)
     names = frozenset(name for document in documents if isinstance(name := _value(document, "name"), str))
     recipes = [_recipe(document, names) for document in documents]
     return _stages(recipes) if len(recipes) > 1 else recipes
 
 
-def _documents(source: RecipeSource) -> list[Document]:
+def read_documents(source: RecipeSource) -> list[Document]:
+    """Read the documents of a file, a YAML text or a mapping, without looking at what they say.
+
+    Args:
+        source: As for `load_recipes`.
+
+    Raises:
+        RecipeError: The source is not YAML, or is empty.
+        NotFoundError: There is no such file.
+    """
     if isinstance(source, Mapping):
         return [parse_mapping(source, "<recipe>")]
     if isinstance(source, str) and "\n" in source:
@@ -177,6 +187,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
     if not isinstance(root.value, dict):
         raise root.error(f"a recipe is a mapping with lines such as 'merge_method: linear', got {shown(root.value)}")
     refuse_foreign(root)
+    refuse_free_values(root)
     fields = root.mapping(KEYS, required=["merge_method"])
     if "tokenizer" in fields and "tokenizer_source" in fields:
         raise fields["tokenizer"].error("give 'tokenizer' or 'tokenizer_source', not both")

@@ -26,6 +26,17 @@ class Prepared(Protocol):
     def batches(self) -> Sequence[Sequence[int]]:
         """Indices of rows, batch by batch."""
 
+    @property
+    def items(self) -> Sequence[Any]:
+        """Identifier of each item."""
+
+    def measure_items(self, model: Any, items: Sequence[int]) -> dict[str, list[float]]:
+        """Score some items on a loaded model; return their measurements by name, in the order of `items`.
+
+        Raises:
+            Refused: The model's output cannot be scored.
+        """
+
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Score rows on a loaded model; the result can be written to the journal as JSON.
 

@@ -11,13 +11,13 @@ begin with those of the context (the tokenizer has joined letters of both), the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ...errors import TaskError
@@ -211,26 +211,69 @@ class PreparedChoices:
         task: The task.
         questions: Its questions.
         batches: Indices of questions, batch by batch.
+        vocabulary: Number of logits per token.
+        budget: Largest number of input tokens of a batch.
     """
 
     task: ChoiceTask
     questions: Sequence[Encoded]
     batches: Sequence[Sequence[int]]
+    vocabulary: int
+    budget: int
 
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Score the questions of a batch."""
         return score(model, [self.questions[row] for row in rows])
 
+    @property
+    def items(self) -> Sequence[int]:
+        """Identifier of each item: the number of the question."""
+        return range(len(self.questions))
+
+    def measure_items(self, model: Any, items: Sequence[int]) -> dict[str, list[float]]:
+        """Score some questions on a loaded model; the same questions always share the same batches.
+
+        Args:
+            model: The model.
+            items: Their indices.
+
+        Returns:
+            For each of them, whether the most likely choice is right, as in `right`.
+        """
+        asked = [self.questions[item] for item in items]
+        grouped = _grouped_questions(asked, self.vocabulary, self.budget)
+        contents = [score(model, [asked[i] for i in batch]) for batch in grouped]
+        return {name: found.tolist() for name, found in right(in_order(grouped, contents)).items()}
+
     def outcome(self, contents: Sequence[Mapping[str, Any]]) -> Outcome:
         """Return the accuracies from the results of all batches."""
         rows = in_order(self.batches, contents)
         found, count = right(rows), len(self.questions)
-        items, one = (self.task.name, count), np.ones(count)
-        metrics = {
-            "accuracy": Estimate.of_ratio(found["correct"], one, items),
-            "accuracy_norm": Estimate.of_ratio(found["correct_norm"], one, items),
-        }
-        return Outcome(metrics, {**rows, **found}, count, {}, dict.fromkeys(metrics, True))
+        metrics = choice_metrics(found, (self.task.name, count))
+        return Outcome(metrics, {**rows, **found}, count, {}, HIGHER)
+
+
+HIGHER = {"accuracy": True, "accuracy_norm": True}
+"""Whether higher is better, by metric; the main metric first."""
+
+
+def choice_metrics(columns: Mapping[str, ArrayLike], items: Hashable) -> dict[str, Estimate]:
+    """Return the accuracies from the measurements of questions.
+
+    Args:
+        columns: What `right` returns, one entry per question.
+        items: Key of this set of questions.
+    """
+    one = np.ones(len(np.asarray(columns["correct"])))
+    return {
+        "accuracy": Estimate.of_ratio(columns["correct"], one, items),
+        "accuracy_norm": Estimate.of_ratio(columns["correct_norm"], one, items),
+    }
+
+
+def _grouped_questions(questions: Sequence[Encoded], vocabulary: int, budget: int) -> list[list[int]]:
+    fed = [len(q.context) + q.longest * len(q.choices) for q in questions]
+    return batches(fed, [q.longest * len(q.choices) for q in questions], vocabulary, budget)
 
 
 def prepare_choices(
@@ -250,6 +293,4 @@ def prepare_choices(
         TaskError: As for `encode`.
     """
     encoded = encode(task, tokenizer, positions, limit)
-    fed = [len(q.context) + q.longest * len(q.choices) for q in encoded]
-    kept = [q.longest * len(q.choices) for q in encoded]
-    return PreparedChoices(task, encoded, batches(fed, kept, vocabulary, budget))
+    return PreparedChoices(task, encoded, _grouped_questions(encoded, vocabulary, budget), vocabulary, budget)

@@ -9,13 +9,13 @@ Without BOS, the first token of a text cannot be predicted: it is not scored, an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ...errors import TaskError
 from ...inference.language_model import Tokenizer
@@ -153,30 +153,69 @@ class PreparedText:
         windows: Its windows.
         items: Identifier of each item.
         batches: Indices of windows, batch by batch.
+        vocabulary: Number of logits per token.
+        budget: Largest number of input tokens of a batch.
     """
 
     task: TextTask
     windows: Sequence[Window]
     items: Sequence[Any]
     batches: Sequence[Sequence[int]]
+    vocabulary: int
+    budget: int
 
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Score the windows of a batch."""
         return score(model, [self.windows[row] for row in rows])
+
+    def measure_items(self, model: Any, items: Sequence[int]) -> dict[str, list[float]]:
+        """Score some items on a loaded model; the windows of the same items always share the same batches.
+
+        Args:
+            model: The model.
+            items: Their indices.
+
+        Returns:
+            `COLUMNS`, each with the sum over the windows of each of these items.
+        """
+        rows = [row for row, window in enumerate(self.windows) if window.item in set(items)]
+        windows = [self.windows[row] for row in rows]
+        grouped = batches(
+            [len(w.fed) for w in windows], [len(w.targets) for w in windows], self.vocabulary, self.budget
+        )
+        sums = {name: dict.fromkeys(items, 0.0) for name in COLUMNS}
+        for batch in grouped:
+            content = score(model, [windows[i] for i in batch])
+            for name in COLUMNS:
+                for i, value in zip(batch, content[name], strict=True):
+                    sums[name][windows[i].item] += value
+        return {name: [own[item] for item in items] for name, own in sums.items()}
 
     def outcome(self, contents: Sequence[Mapping[str, Any]]) -> Outcome:
         """Return the metrics: measurements are summed over the windows of each item, then over items."""
         rows = in_order(self.batches, contents)
         owners, count = [window.item for window in self.windows], len(self.items)
         columns = {name: np.bincount(owners, weights=rows[name], minlength=count) for name in COLUMNS}
-        items = (self.task.name, hash(tuple(self.items)))
-        metrics = {
-            "bits_per_byte": Estimate.of_ratio(columns["bits"], columns["bytes"], items),
-            "token_accuracy": Estimate.of_ratio(columns["correct"], columns["tokens"], items),
-        }
+        metrics = text_metrics(columns, (self.task.name, hash(tuple(self.items))))
         totals = {name: int(columns[name].sum()) for name in ("bytes", "tokens")}
-        higher = {"bits_per_byte": False, "token_accuracy": True}
-        return Outcome(metrics, columns, count, totals, higher)
+        return Outcome(metrics, columns, count, totals, HIGHER)
+
+
+HIGHER = {"bits_per_byte": False, "token_accuracy": True}
+"""Whether higher is better, by metric; the main metric first."""
+
+
+def text_metrics(columns: Mapping[str, ArrayLike], items: Hashable) -> dict[str, Estimate]:
+    """Return the metrics from the measurements of items.
+
+    Args:
+        columns: `COLUMNS`, one entry per item.
+        items: Key of this set of items.
+    """
+    return {
+        "bits_per_byte": Estimate.of_ratio(columns["bits"], columns["bytes"], items),
+        "token_accuracy": Estimate.of_ratio(columns["correct"], columns["tokens"], items),
+    }
 
 
 def prepare_text(
@@ -200,4 +239,4 @@ def prepare_text(
     if not found:
         raise TaskError(f"{task.source}: is too short: it has no token to predict from earlier ones")
     rows = batches([len(w.fed) for w in found], [len(w.targets) for w in found], vocabulary, budget)
-    return PreparedText(task, found, items, rows)
+    return PreparedText(task, found, items, rows, vocabulary, budget)

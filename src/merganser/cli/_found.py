@@ -1,0 +1,186 @@
+"""Show the trials of a search while they run, and what was found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..search.ends import Difference, difference
+from ..wording import plural, time_text
+from ._text import complain, head, say, table
+
+if TYPE_CHECKING:
+    from ..search import Found, Trial
+    from ..search.auto import Choice
+    from ..search.ends import End
+
+
+class SearchProgress:
+    """Prints a line for each trial; implements `merganser.search.Progress`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._of: int | None = None
+
+    def begin(self, trial: int, of: int | None) -> None:
+        """Remember how many trials there will be."""
+        self._of = of
+
+    def over(self, trial: Trial, best: Trial | None) -> None:
+        """Print a trial."""
+        if self._quiet:
+            return
+        of = "" if self._of is None else f"/{self._of}"
+        name = f"  {trial.label}" if trial.label else ""
+        say(f"trial {trial.number + 1}{of}{name}  {_outcome(trial)}{_mark(trial, best)}  {time_text(trial.seconds)}")
+
+    def note(self, text: str) -> None:
+        """Print a note."""
+        if not self._quiet:
+            complain("note", text)
+
+    def proving(self, model: str) -> None:
+        """Say which model is measured on the items held out."""
+        if not self._quiet:
+            say(f"measuring {model} on what no trial saw")
+
+
+def _outcome(trial: Trial) -> str:
+    if trial.values is None:
+        return f"failed: {trial.failed}"
+    stderr = [*trial.stderr, *[None] * len(trial.values)]
+    return "  ".join(
+        f"{value:.4f}" + ("" if error is None else f" ±{error:.4f}")
+        for value, error in zip(trial.values, stderr, strict=False)
+    )
+
+
+def _mark(trial: Trial, best: Trial | None) -> str:
+    if trial.same_as is not None:
+        return f"  as trial {trial.same_as + 1}, not scored again"
+    if trial.stopped:
+        return f"  ended after {plural(trial.items, 'item')}"
+    if trial.values is not None and not trial.feasible:
+        return "  misses a bound"
+    return "  best so far" if best is not None and best.number == trial.number else ""
+
+
+def print_found(found: Found) -> None:
+    """Print what a search found: settings of the winner, and the proof."""
+    objectives = ", ".join(f"{o.text} ({'higher' if o.sign > 0 else 'lower'} is better)" for o in found.objectives)
+    head(f"{plural(len(found.trials), 'trial')} · {found.sampler} · {objectives}")
+    best = found.best
+    if best is None:
+        return
+    if len(found.objectives) == 1:
+        say(f"the best is trial {best.number + 1}")
+    else:
+        say(f"{plural(len(found.front), 'trial')} that no other beats in all objectives")
+    for trial in found.front:
+        if len(found.front) > 1:
+            say(f"trial {trial.number + 1}: {_outcome(trial)}, {found.recipe_file(trial)}")
+        for line in table([[name, _setting(value)] for name, value in trial.settings.items()]):
+            say(line)
+    if found.held_out:
+        say(f"measured on {plural(found.held_out, 'item')} that no trial saw (± standard error)")
+    else:
+        say("measured once more by the command, which scored the trials, too: nothing was held out")
+    for line in table(_rows(found)):
+        say(line)
+    for line in verdict(found):
+        say(line)
+    where = found.folder / "winner.yaml" if len(found.objectives) == 1 else found.recipe_file(best)
+    say(f"wrote {where}; merganser merge {where} OUT makes it")
+
+
+def _rows(found: Found) -> list[list[str]]:
+    winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
+    rows = [["model", *(o.text for o in found.objectives), "the winner is better by (95 % interval)"]]
+    for end in found.ends:
+        if end.values is None:
+            rows.append([end.name, f"failed: {end.failed}"])
+            continue
+        cells = []
+        for value in end.values:
+            error = value.stderr if value.parts else None
+            cells.append(f"{value.value:.4f}" + ("" if error is None else f" ±{error:.4f}"))
+        better = ""
+        if winner is not None and winner.values and end is not winner:
+            better = _difference(difference(winner.values[0], end.values[0], found.objectives[0]))
+        rows.append([_named(end), *cells, better])
+    return rows
+
+
+def _named(end: End) -> str:
+    return f"{end.name} (winner)" if end.role == "winner" else end.name
+
+
+def _difference(found: Difference) -> str:
+    if found.interval is None:
+        return f"{found.value:+.4f}"
+    return f"{found.value:+.4f} ({found.interval[0]:+.4f} to {found.interval[1]:+.4f})"
+
+
+def verdict(found: Found) -> list[str]:
+    """Return what the proof says, in sentences."""
+    winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
+    if winner is None or not winner.values or len(found.objectives) > 1:
+        return []
+    lines = []
+    others = [found.best_single, next((end for end in found.ends if end.role == "average"), None)]
+    for other, what in zip(others, ("the best single model", "the average"), strict=True):
+        if other is None or not other.values:
+            continue
+        gap = difference(winner.values[0], other.values[0], found.objectives[0])
+        lines.append(_compared(gap, what if what == "the average" else f"{other.name}, {what},"))
+    best = found.best
+    if best is not None and best.values and found.held_out:
+        whole = sum(trial.same_as is None and trial.failed is None for trial in found.trials)
+        lines.append(
+            f"on its own items the winner had {best.values[0]:.4f}; it was chosen from {whole} there, which flatters it"
+        )
+    return lines
+
+
+def _setting(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_choice(found: Choice) -> None:
+    """Print what `auto` made of some models."""
+    head(f"{plural(len(found.tried), 'recipe')} and {plural(len(found.around), 'trial')} around the best of them")
+    say("share of the gain of the best model of each task over the base that is kept: " + _domains(found))
+    say(f"measured on {plural(found.held_out, 'item')} that nothing was chosen on (± standard error)")
+    rows = [["model", found.objective.text, "the winner is better by (95 % interval)"]]
+    winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
+    for end in found.ends:
+        if end.values is None:
+            rows.append([end.name, f"failed: {end.failed}"])
+            continue
+        value = end.values[0]
+        better = ""
+        if winner is not None and winner.values and end is not winner:
+            better = _difference(difference(winner.values[0], value, found.objective))
+        error = "" if value.stderr is None else f" ±{value.stderr:.4f}"
+        rows.append([end.name, f"{value.value:.4f}{error}", better])
+    for line in table(rows):
+        say(line)
+    for end, gap in found.against:
+        say(_compared(gap, "the average" if end.role == "average" else f"{end.name}, the best single model,"))
+    if found.merged is not None:
+        say(f"wrote {found.merged}, by the recipe {found.folder / 'winner.yaml'}")
+    else:
+        say(f"take {found.recommended}: nothing that was tried is better; nothing was merged")
+
+
+def _domains(found: Choice) -> str:
+    return ", ".join(f"{task} ({name})" for task, name in found.domains.items())
+
+
+def _compared(gap: Difference, name: str) -> str:
+    if gap.interval is None:
+        return f"{'better' if gap.value > 0 else 'not better'} than {name} as far as one run tells"
+    if gap.interval[0] > 0:
+        return f"better than {name} beyond the interval"
+    if gap.interval[1] < 0:
+        return f"worse than {name} beyond the interval: take that instead"
+    return f"not better than {name} beyond the interval: no difference is shown"

@@ -1,0 +1,74 @@
+"""`merganser auto`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import _options as options
+from ._text import complain, say_json
+from .eval import BatchTokens, Context, DType
+from .search import Limit, Quiet, Seed, Tasks
+
+BaseModel = Annotated[
+    str, typer.Argument(metavar="BASE", help="The common ancestor of the experts.", show_default=False)
+]
+ExpertModels = Annotated[
+    list[str], typer.Argument(metavar="EXPERT...", help="Two or more models trained from it.", show_default=False)
+]
+Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder of the result; an old one continues.", show_default=False)
+]
+Minutes = Annotated[float, typer.Option(metavar="N", help="Time after which nothing new is tried.")]
+
+
+def auto(
+    base: BaseModel,
+    experts: ExpertModels,
+    out: Out,
+    tasks: Tasks = None,
+    minutes: Minutes = 60.0,
+    seed: Seed = 0,
+    limit: Limit = None,
+    context: Context = None,
+    dtype: DType = None,
+    device: options.Device = "cpu",
+    batch_tokens: BatchTokens = 4096,
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the best of some models for some tasks, and show if it is.
+
+    Methods that kept most elsewhere are tried on half of the items of each task, then factors by depth around the best of
+    them. The other half compares the winner with the best of the models and with their average.
+    """
+    options.quieten_hub(quiet)
+    from ..search.auto import auto as run
+    from ._found import SearchProgress, print_choice
+
+    try:
+        found = run(
+            base,
+            experts,
+            out,
+            tasks or (),
+            minutes=minutes,
+            seed=seed,
+            limit=limit,
+            context=context,
+            dtype=dtype,
+            device=device,
+            batch_tokens=batch_tokens,
+            cache_dir=cache_dir,
+            progress=SearchProgress(quiet=quiet or json),
+        )
+    except KeyboardInterrupt:
+        complain("note", "what was scored is kept; the same command continues")
+        raise
+    if json:
+        say_json(found.to_json())
+    elif not quiet:
+        print_choice(found)

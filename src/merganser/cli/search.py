@@ -1,0 +1,171 @@
+"""`merganser search`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..wording import plural
+from . import _options as options
+from ._text import complain, say_json
+from .eval import Base, BatchTokens, Context, DType, Experts, Stride
+
+if TYPE_CHECKING:
+    from ..search import Found
+
+Recipe = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe with open values: {search: [low, high]}, {search: auto} or {choices: [...]}.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder of the search; an old one continues.", show_default=False)
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK...",
+        help="Texts (.txt), questions or documents (.jsonl); NAME=TASK names one. Half of each is held out.",
+        show_default=False,
+    ),
+]
+Command = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CMD",
+        help="Instead of tasks: a command that gets the folder of a merge for {model} and prints JSON.",
+        show_default=False,
+    ),
+]
+Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds after which the command is ended.")]
+Objectives = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME...",
+        help="What to improve: TASK/METRIC, recovered/mean, recovered/worst, forgotten/mean, 0.5*NAME+NAME; of a "
+        "command NAME:maximize or NAME:minimize. Several give a front.  [default: recovered/mean, else the mean]",
+        show_default=False,
+    ),
+]
+AtLeast = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=X...", help="A bound that a winner keeps.", show_default=False)
+]
+AtMost = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=X...", help="A bound that a winner keeps.", show_default=False)
+]
+NumberOfTrials = Annotated[
+    int | None,
+    typer.Option("--trials", min=1, metavar="N", help="Trials in all.  [default: 50, or no limit with --hours]"),
+]
+Hours = Annotated[float | None, typer.Option(metavar="H", help="No trial begins after this time.", show_default=False)]
+Sampler = Annotated[str, typer.Option(metavar="auto|cma|tpe|gp|random|nsga2", help="What chooses the next values.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampler and of the halves of the tasks.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Items of each task, both halves.  [default: all]", show_default=False),
+]
+Early = Annotated[
+    bool, typer.Option("--early-stopping/--no-early-stopping", help="End a trial that is worse beyond chance.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+
+
+def search(
+    recipe: Recipe,
+    out: Out,
+    tasks: Tasks = None,
+    command: Command = None,
+    timeout: Timeout = 3600.0,
+    objective: Objectives = None,
+    at_least: AtLeast = None,
+    at_most: AtMost = None,
+    base: Base = None,
+    experts: Experts = None,
+    trials: NumberOfTrials = None,
+    hours: Hours = None,
+    sampler: Sampler = "auto",
+    seed: Seed = 0,
+    limit: Limit = None,
+    context: Context = None,
+    stride: Stride = None,
+    dtype: DType = None,
+    device: options.Device = "cpu",
+    batch_tokens: BatchTokens = 4096,
+    early_stopping: Early = True,
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the open values of a recipe by trying them.
+
+    Half of the items of each task choose, and the other half proves what was chosen. A search that was stopped, or killed, continues with the same command.
+    """
+    options.quieten_hub(quiet)
+    from ..search import Interrupted
+    from ..search import search as run
+    from ._found import SearchProgress, print_found
+
+    progress = SearchProgress(quiet=quiet or json)
+    try:
+        found = run(
+            recipe,
+            out,
+            tasks or (),
+            command=command,
+            timeout=timeout,
+            objectives=objective or (),
+            at_least=at_least or (),
+            at_most=at_most or (),
+            base=base,
+            experts=experts or (),
+            trials=trials,
+            hours=hours,
+            sampler=sampler,
+            seed=seed,
+            limit=limit,
+            context=context,
+            stride=stride,
+            dtype=dtype,
+            device=device,
+            batch_tokens=batch_tokens,
+            early_stopping=early_stopping,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    except Interrupted as stopped:
+        _say_best(stopped.found)
+        raise
+    if json:
+        say_json(found.to_json())
+    elif not quiet:
+        print_found(found)
+    if found.best is None:
+        complain("error", _without_winner(found))
+        raise typer.Exit(2)
+
+
+def _say_best(found: Found) -> None:
+    best = found.best
+    if best is None or best.values is None:
+        complain("note", f"{plural(len(found.trials), 'trial')} done, none that may win")
+        return
+    figures = ", ".join(f"{o.text} {value:.4f}" for o, value in zip(found.objectives, best.values, strict=True))
+    complain(
+        "note",
+        f"{plural(len(found.trials), 'trial')} done; the best so far is trial {best.number + 1}: {figures}; "
+        f"{found.recipe_file(best)}. The same command continues",
+    )
+
+
+def _without_winner(found: Found) -> str:
+    failed = [trial for trial in found.trials if trial.failed]
+    if len(failed) == len(found.trials):
+        return (
+            f"all {plural(len(failed), 'trial')} failed; the last: {failed[-1].failed if failed else 'none was made'}"
+        )
+    return f"none of {plural(len(found.trials), 'trial')} keeps all bounds; {found.folder / 'result.json'} has their figures"

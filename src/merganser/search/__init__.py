@@ -1,0 +1,9 @@
+"""Search the free values of recipes: ask and tell, trials in memory, waves of items, and a proof on items held out.
+
+found = search("recipe.yaml", "study", ["french.txt"], base="base", experts={"french": "expert"})
+"""
+
+from .run import Found, Interrupted, search
+from .trials import Progress, Trial
+
+__all__ = ["Found", "Interrupted", "Progress", "Trial", "search"]

@@ -1,0 +1,162 @@
+"""Score models on the items of a search: one model is loaded, and the weights of the next ones are written over its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import MergeError, TaskError
+from ..evaluation.run import Wanted
+from ..evaluation.scoring.batches import Refused
+from ..evaluation.scoring.estimate import Estimate
+from ..evaluation.scoring.journal import Journal
+from ..evaluation.scoring.scorer import Scorer, Settings
+from ..evaluation.scoring.tasks import Task
+from ..inference.language_model import LanguageModel, Reused, Tokenizer, open_model
+from ..inference.sources import Reference, open_source
+from .items import Split, Table, split_task
+
+__all__ = ["Bench", "Failed", "Model", "open_bench"]
+
+
+class Failed(Exception):
+    """A trial cannot be scored; the message says why, and the search goes on."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to be scored.
+
+    Args:
+        key: Its key in the table.
+        name: Its name for people.
+        reference: A checkpoint, or the path of a recipe.
+    """
+
+    key: str
+    name: str
+    reference: Reference
+
+
+class Bench:
+    """Scores models.
+
+    Args:
+        table: Where scores are kept.
+        settings: How models are scored.
+        tokenizers: Loaded tokenizers, by hash; all models must have the first one.
+        cache_dir: Folder for models from the Hub.
+    """
+
+    def __init__(
+        self, table: Table, settings: Settings, tokenizers: dict[str, Tokenizer], cache_dir: Path | None
+    ) -> None:
+        self.table = table
+        self.settings = settings
+        self._tokenizers = tokenizers
+        self._cache_dir = cache_dir
+        self._loaded: dict[str, Reused] = {}
+        self._current: tuple[str, dict[str, object]] | None = None
+
+    def score(self, model: Model, waves: Sequence[int]) -> dict[str, Estimate]:
+        """Return the figures of a model over some waves; it is merged and scored where the table lacks something.
+
+        Raises:
+            Failed: It cannot be merged, loaded or scored.
+        """
+        for wave in waves:
+            for task in self.table.missing(model.key, wave):
+                split = self.table.splits[task]
+                try:
+                    loaded = self._load(model, split)
+                    columns = split.prepared.measure_items(loaded, split.items(wave))
+                except (MergeError, Refused) as error:
+                    self._current = None
+                    raise Failed(str(error)) from error
+                self.table.add(model.key, task, wave, columns, model.name)
+        return self.table.figures(model.key, waves)
+
+    @property
+    def loads(self) -> int:
+        """How often a model was loaded by transformers, and not written over another."""
+        return sum(reused.loads for reused in self._loaded.values())
+
+    def _load(self, model: Model, split: Split) -> object:
+        if self._current is None or self._current[0] != model.key:
+            self._current = (model.key, self._read(model))
+        return self._current[1][self._dtype(split)]
+
+    def _read(self, model: Model) -> dict[str, object]:
+        """Return the model with its weights, by dtype."""
+        with ExitStack() as stack:
+            opened = open_model(
+                open_source(model.reference, stack, cache_dir=self._cache_dir), self._tokenizers
+            )  # fmt: skip
+            _check_tokenizer(opened, self._tokenizers)
+            tensors = opened.source.read()
+        found = {}
+        for dtype in {self._dtype(split) for split in self.table.splits.values()}:
+            reused = self._loaded.setdefault(dtype, Reused(getattr(torch, dtype), self.settings.device))
+            found[dtype] = reused.load(opened, tensors)
+        return found
+
+    def _dtype(self, split: Split) -> str:
+        return self.settings.formats.of(split.task.kind, None)
+
+
+def open_bench(
+    references: Mapping[str, Reference],
+    tasks: Sequence[Task],
+    wanted: Wanted,
+    journal: Journal,
+    seed: int,
+    cache_dir: Path | None,
+) -> tuple[Bench, dict[str, Model]]:
+    """Open the models that a search begins with, and divide the items of its tasks.
+
+    Args:
+        references: Models by name.
+        tasks: Tasks, of questions and texts.
+        wanted: How to score, as the user said.
+        journal: Takes the scores.
+        seed: Seed of the division.
+        cache_dir: Folder for models from the Hub.
+
+    Returns:
+        What scores models, and those of `references` by name.
+
+    Raises:
+        TaskError: The models have different tokenizers, or a task does not suit them.
+        MergeError: A model cannot be opened.
+    """
+    tokenizers: dict[str, Tokenizer] = {}
+    with ExitStack() as stack:
+        opened = {
+            name: open_model(open_source(reference, stack, cache_dir=cache_dir), tokenizers)
+            for name, reference in references.items()
+        }
+        for model in opened.values():
+            _check_tokenizer(model, tokenizers)
+        settings = wanted.settle(opened, tasks, journal)
+        scorer = Scorer(settings, Journal(None), None, lambda *_: None)
+        splits = {}
+        for task in tasks:
+            prepared = scorer.job(next(iter(opened.values())), task).prepared
+            assert prepared is not None
+            splits[task.name] = split_task(task, prepared, seed)
+        models = {
+            name: Model(f"model {model.source.hash}", name, references[name]) for name, model in opened.items()
+        }  # fmt: skip
+    return Bench(Table(journal, splits), settings, tokenizers, cache_dir), models
+
+
+def _check_tokenizer(model: LanguageModel, tokenizers: Mapping[str, Tokenizer]) -> None:
+    if model.tokenizer.hash != next(iter(tokenizers)):
+        raise TaskError(
+            f"{model.source.reference}: has another tokenizer than the first model, so their items would differ; a "
+            "search compares models on the same items"
+        )

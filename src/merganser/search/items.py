@@ -1,0 +1,165 @@
+"""The items of the tasks, in waves and halves, and the table of what every model scored on each of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import TaskError
+from ..evaluation.scoring import choices, text
+from ..evaluation.scoring.batches import Prepared
+from ..evaluation.scoring.estimate import Estimate
+from ..evaluation.scoring.journal import Journal
+from ..evaluation.scoring.tasks import ChoiceTask, Task, TextTask
+
+LEAST = 4
+"""Fewest items of a task: two to choose with, and two to prove with."""
+
+HELD = -1
+"""Number of the wave of items that are held out."""
+
+_WAVES = 3
+_LEAST_FOR_WAVES = 16
+"""Fewest items of trials that are divided into waves."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The items of one task.
+
+    Args:
+        task: The task.
+        prepared: The task, tokenised.
+        waves: Items that trials are scored on, wave by wave; the waves after the first may be empty.
+        held: Items that only the end of the search is scored on.
+    """
+
+    task: TextTask | ChoiceTask
+    prepared: Prepared
+    waves: tuple[tuple[int, ...], ...]
+    held: tuple[int, ...]
+
+    @property
+    def higher(self) -> Mapping[str, bool]:
+        """Whether higher is better, by metric; the main metric first."""
+        return text.HIGHER if isinstance(self.task, TextTask) else choices.HIGHER
+
+    @property
+    def main(self) -> str:
+        """Name of the main metric."""
+        return next(iter(self.higher))
+
+    def items(self, wave: int) -> tuple[int, ...]:
+        """Return the items of a wave; those held out are the wave `HELD`."""
+        return self.held if wave == HELD else self.waves[wave]
+
+
+def split_task(task: Task, prepared: Prepared, seed: int) -> Split:
+    """Divide the items of a task: half of them for trials, in waves, and half held out.
+
+    Documents and questions are divided at random. A single text is cut in the middle: windows of one passage are alike,
+    and the second half is a text that no trial saw. The waves of the first half are in random order, the first a quarter of it, the
+    second as much, the third the rest; with fewer than 32 items there is one wave.
+
+    Args:
+        task: The task, of questions or texts.
+        prepared: The same, tokenised.
+        seed: Seed of the random order.
+
+    Raises:
+        TaskError: There are fewer than `LEAST` items.
+    """
+    assert isinstance(task, TextTask | ChoiceTask)
+    count = len(prepared.items)
+    if count < LEAST:
+        raise TaskError(
+            f"{task.source}: has {count} {task.unit}{'s' * (count != 1)}; a search needs at least {LEAST}: it chooses with one half, and "
+            "proves with the other"
+        )
+    order = [*range(count)]
+    chance = random.Random(f"{seed} {task.name}")
+    if task.unit != "window":
+        chance.shuffle(order)
+    tune, held = order[: (count + 1) // 2], order[(count + 1) // 2 :]
+    chance.shuffle(tune)
+    first = math.ceil(len(tune) / 4)
+    cuts = [0, first, 2 * first, len(tune)] if len(tune) >= _LEAST_FOR_WAVES else [0, *[len(tune)] * _WAVES]
+    waves = tuple(tuple(sorted(tune[a:b])) for a, b in itertools.pairwise(cuts))
+    return Split(task, prepared, waves, tuple(sorted(held)))
+
+
+def refuse_harness(tasks: Sequence[Task]) -> None:
+    """Refuse tasks of lm-eval, whose items cannot be scored in parts.
+
+    Raises:
+        TaskError: There is one.
+    """
+    for task in tasks:
+        if not isinstance(task, TextTask | ChoiceTask):
+            raise TaskError(
+                f"{task.source}: a search scores texts (.txt) and questions or documents (.jsonl); for lm-eval give a "
+                "command that runs it: --command 'CMD {model}'"
+            )
+
+
+class Table:
+    """What every model scored on each item: one line per model, task and wave.
+
+    Args:
+        journal: Stores the lines.
+        splits: The items by task.
+    """
+
+    def __init__(self, journal: Journal, splits: Mapping[str, Split]) -> None:
+        self.journal = journal
+        self.splits = splits
+
+    @property
+    def waves(self) -> list[int]:
+        """The waves of trials that have items."""
+        return [wave for wave in range(_WAVES) if any(split.items(wave) for split in self.splits.values())]
+
+    def count(self, waves: Sequence[int]) -> int:
+        """Return the number of items of some waves, of all tasks."""
+        return sum(len(split.items(wave)) for split in self.splits.values() for wave in waves)
+
+    def missing(self, key: str, wave: int) -> list[str]:
+        """Return the tasks on whose items of a wave a model was not scored yet."""
+        return [
+            task
+            for task, split in self.splits.items()
+            if split.items(wave) and self.journal.get(f"{key}/{task}", wave) is None
+        ]
+
+    def add(self, key: str, task: str, wave: int, columns: Mapping[str, Any], name: str) -> None:
+        """Store the scores of a model on the items of a wave of a task."""
+        content = {"items": self.splits[task].items(wave), "columns": dict(columns)}
+        self.journal.add(f"{key}/{task}", wave, content, model=name, task=task)
+
+    def figures(self, key: str, waves: Sequence[int]) -> dict[str, Estimate]:
+        """Return the metrics of a model over its items of some waves, by `TASK/METRIC`.
+
+        Models over the same waves have paired items.
+
+        Args:
+            key: Key of the model; it was scored on all of them.
+            waves: The waves.
+        """
+        found: dict[str, Estimate] = {}
+        for task, split in self.splits.items():
+            found_here = [self.journal.get(f"{key}/{task}", wave) for wave in waves if split.items(wave)]
+            contents = [content for content in found_here if content is not None]
+            columns = {
+                name: np.concatenate([np.asarray(content["columns"][name], np.float64) for content in contents])
+                for name in contents[0]["columns"]
+            }
+            own = text.text_metrics if isinstance(split.task, TextTask) else choices.choice_metrics
+            metrics = own(columns, (task, tuple(waves)))
+            found |= {f"{task}/{metric}": estimate for metric, estimate in metrics.items()}
+        return found

@@ -1,0 +1,243 @@
+"""What a trial is worth: its figures, wave by wave, and the test that ends a hopeless one early."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..engine.merge import merge
+from ..errors import MergeError, TaskError
+from ..evaluation.retention import SURE
+from ..evaluation.scoring.estimate import Estimate
+from .bench import Bench, Failed, Model
+from .command import run_command
+from .items import HELD
+from .objectives import Bound, Figures, Objective, names_of_retained, retained
+
+_HOPELESS = 0.03
+"""Level of the test that ends a trial. It is made twice, and this is Pocock's level of two tests for 5 % in all."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a trial is worth.
+
+    Args:
+        values: The objectives, as the sampler is told.
+        estimates: The objectives on the items that it was scored on.
+        excess: By how much it misses each bound.
+        items: Number of items that it was scored on.
+        stopped: Whether it was ended early; then the values are those of the best trial and the difference from it.
+    """
+
+    values: tuple[float, ...]
+    estimates: tuple[Estimate, ...]
+    excess: Mapping[str, float] = field(default_factory=dict)
+    items: int = 0
+    stopped: bool = False
+
+
+class Judge(Protocol):
+    """Says what a trial is worth."""
+
+    objectives: Sequence[Objective]
+    bounds: Sequence[Bound]
+
+    def judge(self, model: Model, best: Model | None) -> Verdict:
+        """Return what a model is worth.
+
+        Args:
+            model: A trial.
+            best: The best trial so far, which was judged on everything; None to judge this one on everything, too.
+
+        Raises:
+            Failed: It has no figures.
+        """
+
+    def final(self, model: Model) -> list[Estimate]:
+        """Return the objectives of a model on what no trial saw.
+
+        Raises:
+            Failed: It has no figures.
+        """
+
+
+class ItemJudge:
+    """Judges by the items of tasks.
+
+    Args:
+        bench: Scores the models.
+        base: The base, where retention is measured.
+        experts: The expert of each task that has one.
+        stopping: Whether hopeless trials are ended early; only with one objective.
+    """
+
+    def __init__(self, bench: Bench, base: Model | None, experts: Mapping[str, Model], *, stopping: bool) -> None:
+        self._bench = bench
+        self._base = base
+        self._experts = dict(experts)
+        self._stopping = stopping
+        self.objectives: Sequence[Objective] = ()
+        self.bounds: Sequence[Bound] = ()
+        self.notes: list[str] = []
+        self._mains = {name: (split.main, split.higher[split.main]) for name, split in bench.table.splits.items()}
+
+    @property
+    def known(self) -> dict[str, bool]:
+        """Whether higher is better, by name of every figure."""
+        found = {
+            f"{task}/{metric}": higher
+            for task, split in self._bench.table.splits.items()
+            for metric, higher in split.higher.items()
+        }
+        return found | (names_of_retained(self._experts, self._mains) if self._base else {})
+
+    @property
+    def default(self) -> str | None:
+        """The objective if none is given; None if there is no natural one."""
+        if self._experts:
+            return "recovered/mean"
+        metrics = {metric for metric, _ in self._mains.values()}
+        if len(metrics) > 1:
+            return None
+        share = "" if len(self._mains) == 1 else f"{1 / len(self._mains):.6g}*"
+        return "+".join(f"{share}{task}/{metric}" for task, (metric, _) in self._mains.items())
+
+    def measure_references(self) -> None:
+        """Score base and experts, and leave out experts whose gain over the base is noise.
+
+        Raises:
+            TaskError: They cannot be scored, or no expert is left.
+        """
+        if self._base is None:
+            return
+        waves = self._bench.table.waves
+        try:
+            origin = self._bench.score(self._base, waves)
+            found = {task: self._bench.score(model, waves) for task, model in self._experts.items()}
+        except Failed as error:
+            raise TaskError(str(error)) from error
+        for task, figures in found.items():
+            metric, higher = self._mains[task]
+            gain = (figures[f"{task}/{metric}"] - origin[f"{task}/{metric}"]) * (1.0 if higher else -1.0)
+            if gain.value <= SURE * (gain.stderr or 0.0) or gain.value <= 0:
+                name = self._experts.pop(task).name
+                width = "" if gain.stderr is None else f" ± {gain.stderr:.2g}"
+                self.notes.append(
+                    f"{task} does not count as a domain: {name} does not beat the base by two standard errors: "
+                    f"{gain.value:.3g}{width} {metric}"
+                )
+        if found and not self._experts:
+            raise TaskError("experts: none beats the base on its task, so what a merge keeps of them has no meaning")
+
+    def figures(self, model: Model, waves: Sequence[int]) -> Figures:
+        """Return all figures of a model over some waves.
+
+        Raises:
+            Failed: It has none.
+        """
+        own = self._bench.score(model, waves)
+        if self._base is None:
+            return own
+        origin = self._bench.score(self._base, waves)
+        experts = {task: self._bench.score(expert, waves) for task, expert in self._experts.items()}
+        return own | retained(own, origin, experts, self._mains)
+
+    def judge(self, model: Model, best: Model | None) -> Verdict:
+        """Return what a model is worth: as `Judge.judge`."""
+        table = self._bench.table
+        waves = table.waves
+        for seen in range(1, len(waves)):
+            if best is None or not self._stopping:
+                break
+            objective = self.objectives[0]
+            part = waves[:seen]
+            own = objective.value(self.figures(model, part))
+            difference = own - objective.value(self.figures(best, part))
+            if hopeless(difference * objective.sign, table.count(part)):
+                value = objective.value(self.figures(best, waves)).value + difference.value
+                return Verdict((value,), (own,), self._excess(self.figures(model, part)), table.count(part), True)
+        figures = self.figures(model, waves)
+        estimates = tuple(objective.value(figures) for objective in self.objectives)
+        return Verdict(tuple(e.value for e in estimates), estimates, self._excess(figures), table.count(waves))
+
+    def final(self, model: Model) -> list[Estimate]:
+        """Return the objectives of a model on the items held out."""
+        figures = self.figures(model, [HELD])
+        return [objective.value(figures) for objective in self.objectives]
+
+    def _excess(self, figures: Figures) -> dict[str, float]:
+        return {str(bound): bound.excess(figures) for bound in self.bounds}
+
+
+def hopeless(difference: Estimate, items: int) -> bool:
+    """Return whether a model is worse than another beyond what chance would make of equal ones.
+
+    Args:
+        difference: Its objective minus the other's, on the same items, where higher is better.
+        items: Number of items.
+    """
+    from scipy.stats import t
+
+    error = difference.stderr
+    if error is None or error <= 0 or items < 3:
+        return False
+    return bool(t.cdf(difference.value / error, items - 1) < _HOPELESS)
+
+
+class CommandJudge:
+    """Judges by what an external command prints; each model is merged into a folder that exists while it runs.
+
+    Args:
+        words: The command.
+        timeout: Seconds after which it is ended.
+        folder: Where models are merged.
+        objectives: What it prints.
+        bounds: Limits on what it prints.
+    """
+
+    def __init__(
+        self,
+        words: list[str],
+        timeout: float,
+        folder: Path,
+        objectives: Sequence[Objective],
+        bounds: Sequence[Bound],
+    ) -> None:
+        self._words, self._timeout, self._folder = words, timeout, folder
+        self.objectives = objectives
+        self.bounds = bounds
+        self._found: dict[str, Figures] = {}
+
+    def judge(self, model: Model, best: Model | None) -> Verdict:
+        """Return what a model is worth: as `Judge.judge`."""
+        figures = self._figures(model)
+        estimates = tuple(objective.value(figures) for objective in self.objectives)
+        excess = {str(bound): bound.excess(figures) for bound in self.bounds}
+        return Verdict(tuple(e.value for e in estimates), estimates, excess)
+
+    def final(self, model: Model) -> list[Estimate]:
+        """Return the objectives of a model; the command decides on which items."""
+        figures = self._figures(model)
+        return [objective.value(figures) for objective in self.objectives]
+
+    def _figures(self, model: Model) -> Figures:
+        if model.key not in self._found:
+            self._found[model.key] = self._run(model)
+        return self._found[model.key]
+
+    def _run(self, model: Model) -> Figures:
+        wanted = {name: None for objective in self.objectives for _, name in objective.terms}
+        wanted |= {bound.name: None for bound in self.bounds}
+        path = Path(str(model.reference))
+        if path.suffix != ".yaml":
+            return run_command(self._words, path, self._timeout, wanted)
+        with tempfile.TemporaryDirectory(prefix="trial-", dir=self._folder) as scratch:
+            try:
+                made = merge(path, Path(scratch, "model"))
+            except MergeError as error:
+                raise Failed(str(error)) from error
+            return run_command(self._words, made.out, self._timeout, wanted)

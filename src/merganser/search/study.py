@@ -1,0 +1,257 @@
+"""Ask and tell over Optuna: which point is tried next, and what it was worth.
+
+The journal of the study is a file of Optuna's, which its dashboard opens, too. A sampler is made anew for every trial,
+with a seed of the study's seed and the trial's number, so that a study that was killed and continued asks for the same
+points as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError, UnsupportedError
+from .objectives import Direction
+from .space import Dimension
+
+SAMPLERS = ("auto", "cma", "tpe", "gp", "random", "nsga2")
+
+_NAME = "merganser"
+_FEW = 30
+"""Trials up to which a Gaussian process is the default, and its time per trial is small."""
+_NARROW = 12
+"""Dimensions up to which it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A trial that is over.
+
+    Args:
+        number: Its number, from 0.
+        point: Value of each dimension.
+        values: The objectives; None if it failed.
+        about: What was stored with it.
+        feasible: Whether it keeps all bounds.
+    """
+
+    number: int
+    point: Mapping[str, float | int]
+    values: tuple[float, ...] | None
+    about: Mapping[str, Any]
+    feasible: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A trial to carry out."""
+
+    number: int
+    point: Mapping[str, float | int]
+    handle: Any
+
+
+class Study:
+    """A study of Optuna, in a journal file or in memory.
+
+    Args:
+        path: The journal; None for memory only.
+        dimensions: The search space.
+        directions: Direction of each objective.
+        sampler: One of `SAMPLERS` but auto, from `choose_sampler`.
+        seed: Seed of the sampler.
+        start: Point of the first trial.
+
+    Raises:
+        UnsupportedError: Optuna is not installed.
+        OutputError: The journal is damaged.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        dimensions: Sequence[Dimension],
+        directions: Sequence[Direction],
+        sampler: str,
+        seed: int,
+        start: Mapping[str, float | int],
+    ) -> None:
+        optuna = _optuna()
+        self._optuna, self._sampler, self._seed, self._start = optuna, sampler, seed, start
+        self._spaces = {dimension.name: _distribution(dimension) for dimension in dimensions}
+        try:
+            with _silent():
+                storage = optuna.storages.InMemoryStorage() if path is None else _journal(path)
+                self._study = optuna.create_study(
+                    storage=storage, study_name=_NAME, directions=list(directions), load_if_exists=True
+                )
+        except (ValueError, KeyError, OSError, optuna.exceptions.OptunaError) as error:
+            raise OutputError(f"{path}: the journal of the study cannot be read: {error}") from None
+
+    def ask(self) -> Asked:
+        """Return the trial that an earlier run left unfinished, else a new one."""
+        optuna = self._optuna
+        with _silent():
+            left = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+            number = left[0].number if left else len(self._study.get_trials(deepcopy=False))
+            self._study.sampler = self._new_sampler(number)
+            if left:
+                # no other process has this study open, so nobody works on it
+                trial = optuna.trial.Trial(self._study, left[0]._trial_id)
+                point = {name: _suggest(trial, name, space) for name, space in self._spaces.items()}
+            else:
+                if number == 0:
+                    self._study.enqueue_trial(dict(self._start))
+                trial = self._study.ask(fixed_distributions=self._spaces)
+                point = dict(trial.params)
+        return Asked(trial.number, point, trial)
+
+    def tell(
+        self, asked: Asked, values: Sequence[float] | None, about: Mapping[str, Any], excess: Mapping[str, float]
+    ) -> None:
+        """Store what a trial was worth.
+
+        Args:
+            asked: The trial.
+            values: The objectives; None if it failed.
+            about: More to store with it, as plain data.
+            excess: By how much it misses each bound; 0 or less if it keeps it.
+        """
+        with _silent():
+            for name, value in about.items():
+                asked.handle.set_user_attr(name, value)
+            for name, by in excess.items():
+                asked.handle.set_constraint(name, by)
+            state = self._optuna.trial.TrialState
+            if values is None:
+                self._study.tell(asked.handle, state=state.FAIL)
+            else:
+                self._study.tell(asked.handle, list(values))
+
+    @property
+    def told(self) -> list[Told]:
+        """The trials that are over, in order."""
+        states = self._optuna.trial.TrialState
+        over = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))
+        return [
+            Told(
+                trial.number,
+                dict(trial.params),
+                tuple(trial.values) if trial.state == states.COMPLETE else None,
+                dict(trial.user_attrs),
+                all(by <= 0 for by in trial.constraints.values()),
+            )
+            for trial in over
+        ]
+
+    def _new_sampler(self, number: int) -> Any:
+        samplers = self._optuna.samplers
+        seed = (self._seed * 1_000_003 + number) % 2**31
+        if self._sampler == "cma":
+            # the first step is a sixth of each range; `lr_adapt` is for objectives with noise
+            return samplers.CmaEsSampler(
+                x0=dict(self._start), seed=seed, lr_adapt=True, warn_independent_sampling=False
+            )
+        if self._sampler == "gp":
+            return samplers.GPSampler(seed=seed, n_startup_trials=8)
+        if self._sampler == "nsga2":
+            return samplers.NSGAIISampler(seed=seed, population_size=20)
+        if self._sampler == "random":
+            return samplers.RandomSampler(seed=seed)
+        return samplers.TPESampler(seed=seed)
+
+
+def choose_sampler(
+    wanted: str, dimensions: Sequence[Dimension], objectives: int, bounds: int, trials: int | None
+) -> str:
+    """Return the sampler to use.
+
+    Args:
+        wanted: One of `SAMPLERS`.
+        dimensions: The search space.
+        objectives: Number of objectives.
+        bounds: Number of bounds.
+        trials: Number of trials; None if only time limits them.
+
+    Raises:
+        UnsupportedError: The sampler is not known, or cannot search this space.
+    """
+    if wanted not in SAMPLERS:
+        raise UnsupportedError(f"sampler: {wanted!r} is not known; known: {', '.join(SAMPLERS)}")
+    numbers = all(dimension.choices is None for dimension in dimensions)
+    if wanted == "cma":
+        if not numbers:
+            raise UnsupportedError("sampler: cma searches numbers, and this recipe has choices; take tpe")
+        if objectives > 1 or bounds:
+            raise UnsupportedError("sampler: cma takes one objective without bounds; take tpe, or nsga2")
+        if len(dimensions) < 2:
+            raise UnsupportedError("sampler: cma needs at least two free values; take tpe, or gp")
+    if wanted != "auto":
+        return wanted
+    if objectives > 1 or bounds or not numbers:
+        return "tpe"
+    if trials is not None and trials <= _FEW and len(dimensions) <= _NARROW:
+        return "gp"
+    return "cma" if len(dimensions) > 1 else "tpe"
+
+
+def _optuna() -> Any:
+    try:
+        import cmaes  # noqa: F401
+        import optuna
+        import scipy.stats  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            f"a search needs {error.name}, which is not installed: pip install 'merganser[search]'"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Hide warnings about features of Optuna that it may still change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _journal(path: Path) -> Any:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    # left by a process that was killed: the lock of the table of items says that nobody else is here
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    if path.exists():
+        # half a line, of a process that was killed while it wrote
+        whole = path.read_bytes()
+        os.truncate(path, whole.rfind(b"\n") + 1)
+    return JournalStorage(JournalFileBackend(str(path)))
+
+
+def _distribution(dimension: Dimension) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if dimension.choices is not None:
+        return CategoricalDistribution(tuple(range(len(dimension.choices))))
+    if dimension.integer:
+        step = int(dimension.step or 1)
+        high = dimension.low + step * ((dimension.high - dimension.low) // step)
+        return IntDistribution(int(dimension.low), int(high), log=dimension.log, step=step)
+    if dimension.step is None:
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    steps = int((dimension.high - dimension.low) / dimension.step + 1e-9)
+    return FloatDistribution(dimension.low, dimension.low + steps * dimension.step, step=dimension.step)
+
+
+def _suggest(trial: Any, name: str, space: Any) -> Any:
+    if hasattr(space, "choices"):
+        return trial.suggest_categorical(name, space.choices)
+    if isinstance(space.low, int):
+        return trial.suggest_int(name, space.low, space.high, log=space.log, step=space.step)
+    return trial.suggest_float(name, space.low, space.high, log=space.log, step=space.step)

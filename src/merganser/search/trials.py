@@ -1,0 +1,206 @@
+"""The trials of a study, one after another: asked for, merged, judged, told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..errors import TaskError
+from .bench import Failed, Model
+from .folder import Folder, key_of
+from .judge import Judge
+from .space import Space
+from .study import Asked, Study, Told
+
+_HOPELESS_START = 5
+"""Trials that may fail at the beginning; if none of them has a figure, none of the next will have one."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that is over.
+
+    Args:
+        number: Its number, from 0.
+        settings: The values that were tried, by where they stand in the recipe.
+        recipe: The plain recipe.
+        values: The objectives; None if it failed.
+        stderr: Standard error of each objective, None if it has none.
+        feasible: Whether it keeps all bounds.
+        items: Number of items that it was scored on.
+        stopped: Whether it was ended early.
+        same_as: Number of an earlier trial with the same recipe, which was not scored again.
+        failed: Why it has no values; None if it has.
+        seconds: How long it took.
+        label: Name of its recipe file where it is not a numbered one.
+    """
+
+    number: int
+    settings: Mapping[str, Any]
+    recipe: str
+    values: tuple[float, ...] | None
+    stderr: tuple[float | None, ...]
+    feasible: bool
+    items: int
+    stopped: bool
+    same_as: int | None
+    failed: str | None
+    seconds: float
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its recipe file."""
+        return self.label or f"trial-{self.number + 1:04d}"
+
+    @property
+    def model(self) -> Model:
+        """Key and name of the model; the reference is empty until the recipe is written."""
+        return Model(key_of(self.recipe), self.name, "")
+
+    @property
+    def whole(self) -> bool:
+        """Whether it may win: it was scored on all items of trials and keeps the bounds."""
+        return self.values is not None and not self.stopped and self.feasible
+
+
+class Progress(Protocol):
+    """Receives the progress of a search."""
+
+    def begin(self, trial: int, of: int | None) -> None:
+        """Called before trial number `trial` (from 0) of `of`, which is None where only time limits them."""
+
+    def over(self, trial: Trial, best: Trial | None) -> None:
+        """Called when a trial is over; `best` is the best with one objective, else None."""
+
+    def note(self, text: str) -> None:
+        """Called with what the user should know."""
+
+    def proving(self, model: str) -> None:
+        """Called before a model is scored on the items held out."""
+
+
+class Silent:
+    """A `Progress` that shows nothing."""
+
+    def begin(self, trial: int, of: int | None) -> None:
+        """Do nothing."""
+
+    def over(self, trial: Trial, best: Trial | None) -> None:
+        """Do nothing."""
+
+    def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def proving(self, model: str) -> None:
+        """Do nothing."""
+
+
+class Trials:
+    """The trials of a study.
+
+    Args:
+        study: Asks and is told.
+        space: Makes recipes.
+        judge: Says what they are worth.
+        folder: Where they are written.
+    """
+
+    def __init__(self, study: Study, space: Space, judge: Judge, folder: Folder) -> None:
+        self._study, self._space, self._judge, self._folder = study, space, judge, folder
+        self.over: list[Trial] = [self._trial(told) for told in study.told]
+
+    def run(self, count: int | None, deadline: float | None, progress: Progress) -> None:
+        """Carry out trials until there are `count`, or until the deadline.
+
+        Args:
+            count: Number of trials, those of earlier runs included; None for no limit.
+            deadline: On `time.monotonic()`; None for none. The trial that runs then is finished.
+            progress: Receives the progress.
+
+        Raises:
+            TaskError: The first trials all failed.
+        """
+        while (count is None or len(self.over) < count) and (deadline is None or time.monotonic() < deadline):
+            progress.begin(len(self.over), count)
+            asked = self._study.ask()
+            self._carry_out(asked)
+            self.over.append(self._trial(self._study.told[-1]))
+            progress.over(self.over[-1], self.best if len(self._judge.objectives) == 1 else None)
+            if len(self.over) == _HOPELESS_START and all(trial.values is None for trial in self.over):
+                raise TaskError(
+                    f"the first {_HOPELESS_START} trials failed, so the search ends; the last: {self.over[-1].failed}"
+                )
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial by the first objective, of those that were scored on everything and keep the bounds."""
+        sign = self._judge.objectives[0].sign
+        whole = [(sign * trial.values[0], -trial.number, trial) for trial in self.over if trial.whole and trial.values]
+        return max(whole, key=lambda each: each[:2])[2] if whole else None
+
+    @property
+    def front(self) -> list[Trial]:
+        """The trials that no other one is better than in one objective and at least as good as in all others."""
+        signs = [objective.sign for objective in self._judge.objectives]
+        points = {
+            trial.number: tuple(sign * value for sign, value in zip(signs, trial.values or (), strict=True))
+            for trial in self.over
+            if trial.whole and trial.same_as is None
+        }
+        return [
+            trial
+            for trial in self.over
+            if trial.number in points and not any(_beats(other, points[trial.number]) for other in points.values())
+        ]
+
+    def written(self, trial: Trial) -> Model:
+        """Return the model of a trial, with its recipe written."""
+        return Model(key_of(trial.recipe), trial.name, self._folder.write_recipe(trial.name, trial.recipe))
+
+    def _carry_out(self, asked: Asked) -> None:
+        begin = time.monotonic()
+        recipe = self._space.resolve(asked.point)
+        about: dict[str, Any] = {}
+        excess: Mapping[str, float] = {}
+        values: Sequence[float] | None = None
+        same = next((trial for trial in self.over if trial.recipe == recipe), None)
+        if same is not None:
+            about = {"same_as": same.number if same.same_as is None else same.same_as, "failed": same.failed}
+            about |= {"stderr": list(same.stderr), "stopped": same.stopped}
+            values, excess = same.values, {} if same.feasible else {"same": 1.0}
+        else:
+            name = f"trial-{asked.number + 1:04d}"
+            model = Model(key_of(recipe), name, self._folder.write_recipe(name, recipe))
+            best = self.best
+            try:
+                verdict = self._judge.judge(model, None if best is None else self.written(best))
+            except Failed as error:
+                about = {"failed": str(error)}
+            else:
+                values, excess = verdict.values, verdict.excess
+                about = {"items": verdict.items, "stopped": verdict.stopped}
+                about["stderr"] = [e.stderr if e.parts else None for e in verdict.estimates]
+        self._study.tell(asked, values, about | {"seconds": round(time.monotonic() - begin, 3)}, excess)
+
+    def _trial(self, told: Told) -> Trial:
+        about = told.about
+        return Trial(
+            told.number,
+            self._space.describe(told.point),
+            self._space.resolve(told.point),
+            told.values,
+            tuple(about.get("stderr") or ()),
+            told.feasible,
+            about.get("items", 0),
+            about.get("stopped", False),
+            about.get("same_as"),
+            about.get("failed"),
+            about.get("seconds", 0.0),
+        )
+
+
+def _beats(point: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return point != other and all(a >= b for a, b in zip(point, other, strict=True))

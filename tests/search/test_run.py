@@ -1,0 +1,226 @@
+"""Searches on tiny models: what is tried, ended early, continued, and proved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from merganser.errors import MergeError
+from merganser.evaluation import evaluate
+from merganser.evaluation.scoring.estimate import Estimate
+from merganser.search import Found, Interrupted, search
+from merganser.search.judge import hopeless
+from merganser.search.trials import Silent, Trial
+from tests.search.conftest import RECIPE
+
+TASKS = ["one.jsonl", "two.jsonl", "quiz.jsonl"]
+OBJECTIVE = ["0.5*one/bits_per_byte+0.5*two/bits_per_byte"]
+
+
+def searched(out: Path, tasks: list[str] = TASKS[:2], recipe: Any = RECIPE, **options: Any) -> Found:
+    return search(recipe, out, tasks, **{"trials": 6, "sampler": "random", "dtype": "float32", **options})
+
+
+def table(out: Path) -> list[Any]:
+    """Every line of the table, without the order in which they were written."""
+    lines = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    return sorted((str(line.get("key")), line.get("batch"), str(line.get("content"))) for line in lines)
+
+
+def figures(found: Found) -> list[Any]:
+    return [(t.number, t.settings, t.values, t.stderr, t.items, t.stopped, t.same_as) for t in found.trials]
+
+
+def test_the_winner_is_a_plain_recipe_with_the_figures_of_eval(tmp_path: Path) -> None:
+    found = searched(tmp_path / "out", early_stopping=False)
+    best = found.best
+    assert best is not None
+    assert best.values == min(trial.values for trial in found.trials if trial.values)
+    recipe = yaml.safe_load((tmp_path / "out" / "winner.yaml").read_text())
+    assert [m["parameters"]["weight"] for m in recipe["models"]] == [*best.settings.values()]
+    # both halves of every item, against the whole by the evaluation
+    whole = evaluate([str(tmp_path / "out" / "winner.yaml")], TASKS[:2], dtype="float32")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    for task in ("one", "two"):
+        own = [each["content"] for each in lines if each.get("model") == best.name and each.get("task") == task]
+        bits = {item: b for c in own for item, b in zip(c["items"], c["columns"]["bits"], strict=True)}
+        expected = whole.items("winner", task)["bits"]
+        assert [bits[item] for item in range(40)] == pytest.approx(list(expected), rel=1e-5)
+    held = [end.values[0].value for end in found.ends if end.values]
+    assert len(held) == len(found.ends) == 5
+    assert [end.name for end in found.ends[1:]] == ["base", "a", "b", "average"]
+
+
+def test_the_halves_share_no_item(tmp_path: Path) -> None:
+    searched(tmp_path / "out", TASKS, objectives=["quiz/accuracy"], trials=1)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    by_wave = {(e["task"], e["batch"]): e["content"]["items"] for e in lines if e.get("model") == "trial-0001"}
+    for task, count in (("one", 40), ("two", 40), ("quiz", 12)):
+        tried = [item for (name, wave), items in by_wave.items() if name == task and wave >= 0 for item in items]
+        assert sorted([*tried, *by_wave[task, -1]]) == [*range(count)]
+        assert len(tried) == count / 2
+
+
+class Stop(Silent):
+    """Ends a search as a kill does: without a word, at a trial."""
+
+    def __init__(self, at: int, error: type[BaseException]) -> None:
+        self.at, self.error = at, error
+
+    def over(self, trial: Trial, best: Trial | None) -> None:
+        if trial.number == self.at:
+            raise self.error
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cma"])
+def test_killed_between_trials_and_continued(tmp_path: Path, sampler: str) -> None:
+    whole = searched(tmp_path / "whole", sampler=sampler, trials=9)
+    for at in (0, 4, 7):
+        with pytest.raises(ZeroDivisionError):
+            searched(tmp_path / "cut", sampler=sampler, trials=9, progress=Stop(at, ZeroDivisionError))
+    again = searched(tmp_path / "cut", sampler=sampler, trials=9)
+    assert figures(again) == figures(whole)
+    assert table(tmp_path / "cut") == table(tmp_path / "whole")
+
+
+def test_killed_within_a_trial_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from merganser.search.items import Table
+
+    whole = searched(tmp_path / "whole", sampler="tpe")
+    add, left = Table.add, [9]
+
+    def failing(self: Table, *given: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise ZeroDivisionError
+        add(self, *given)
+
+    monkeypatch.setattr(Table, "add", failing)
+    for scored in (9, 9):
+        left[0] = scored
+        with pytest.raises(ZeroDivisionError):
+            searched(tmp_path / "cut", sampler="tpe")
+    # half a line in either journal
+    for name in ("items.jsonl", "trials.log"):
+        with (tmp_path / "cut" / name).open("a") as file:
+            file.write('{"check": "')
+    left[0] = 10**9
+    again = searched(tmp_path / "cut", sampler="tpe")
+    assert figures(again) == figures(whole)
+    assert table(tmp_path / "cut") == table(tmp_path / "whole")
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as caught:
+        searched(tmp_path / "out", progress=Stop(3, KeyboardInterrupt))
+    assert len(caught.value.found.trials) == 4
+    assert caught.value.found.best is not None
+    assert (tmp_path / "out" / "winner.yaml").exists()
+    assert len(searched(tmp_path / "out", trials=5).trials) == 5
+
+
+def test_hopeless_trials_end_early(tmp_path: Path) -> None:
+    wide = RECIPE.replace("[-1, 1]", "[-60, 1]")
+    ended = searched(tmp_path / "ended", recipe=wide, trials=8)
+    whole = searched(tmp_path / "whole", recipe=wide, trials=8, early_stopping=False)
+    assert any(trial.stopped and trial.items < 40 for trial in ended.trials)
+    assert ended.best is not None
+    assert whole.best is not None
+    assert ended.best.number == whole.best.number
+    assert sum(t.items for t in ended.trials) <= 0.7 * sum(t.items for t in whole.trials)
+    for own, other in zip(ended.trials, whole.trials, strict=True):
+        assert own.values is not None
+        assert other.values is not None
+        # that of an ended trial is the best one's and the difference on the items of both
+        assert own.values[0] == pytest.approx(other.values[0], rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("difference", "stderr", "items", "ends"),
+    [(-2.5, 1.0, 40, True), (-1.0, 1.0, 40, False), (2.5, 1.0, 40, False), (-2.5, 1.0, 3, False), (-2.5, 0.0, 40, False)],
+)  # fmt: skip
+def test_the_test_of_hopeless_trials(difference: float, stderr: float, items: int, ends: bool) -> None:
+    assert hopeless(Estimate.of_error(difference, stderr, "key"), items) is ends
+
+
+def test_one_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from merganser.inference.language_model import LanguageModel
+
+    loads, load = [], LanguageModel.load
+
+    def counting(self: LanguageModel, tensors: Mapping[str, torch.Tensor], *given: Any) -> Any:
+        loads.append(self.source.reference)
+        return load(self, tensors, *given)
+
+    monkeypatch.setattr(LanguageModel, "load", counting)
+    searched(tmp_path / "out")
+    assert len(loads) == 1
+
+
+def test_equal_recipes_are_scored_once(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("search: [-1, 1], per: model", "choices: [0.25, 0.5]")
+    found = searched(tmp_path / "out", recipe=recipe)
+    assert [trial.same_as is None for trial in found.trials].count(True) == 2
+    scored = [line for line in table(tmp_path / "out") if line[0].startswith("recipe")]
+    assert len({key.partition("/")[0] for key, _, _ in scored}) == 3  # and the average
+    for trial in found.trials:
+        if trial.same_as is not None:
+            assert trial.values == found.trials[trial.same_as].values
+
+
+def test_retention_of_experts(tmp_path: Path) -> None:
+    given = {"base": "base", "experts": ["one=a", "two=b"], "limit": 12}
+    with pytest.raises(MergeError, match="none beats the base"):
+        searched(tmp_path / "noise", **given)
+    with pytest.raises(MergeError, match=r"'recovered/three' is not measured here.*Known: .*recovered/mean"):
+        searched(tmp_path / "other", **given, objectives=["recovered/three"])
+
+
+def test_several_objectives_give_a_front(tmp_path: Path) -> None:
+    found = searched(tmp_path / "out", objectives=["one/bits_per_byte", "two/bits_per_byte"], sampler="nsga2")
+    points = [trial.values for trial in found.front if trial.values]
+    assert points
+    for point in points:
+        for trial in found.trials:
+            assert trial.values is not None
+            assert not (trial.values[0] < point[0] and trial.values[1] < point[1])
+    assert not (tmp_path / "out" / "winner.yaml").exists()
+    assert all(found.recipe_file(trial).exists() for trial in found.front)
+
+
+def test_bounds(tmp_path: Path) -> None:
+    found = searched(tmp_path / "free")
+    values = sorted(trial.values[0] for trial in found.trials if trial.values)
+    bound = f"{OBJECTIVE[0].partition('+')[0][4:]}={10 * values[0]}"
+    assert searched(tmp_path / "kept", at_most=[bound], sampler="tpe").best is not None
+    broken = searched(tmp_path / "broken", at_least=[bound], sampler="tpe")
+    assert broken.best is None
+    assert not any(trial.feasible for trial in broken.trials)
+    assert not (tmp_path / "broken" / "winner.yaml").exists()
+
+
+def test_a_trial_that_fails_is_told_and_the_search_goes_on(tmp_path: Path) -> None:
+    # at float16 a weight of 1e6 overflows
+    recipe = RECIPE.replace("search: [-1, 1], per: model", "choices: [0.5, 1000000]") + "dtype: float16\n"
+    found = searched(tmp_path / "out", recipe=recipe, trials=5)
+    failed = [trial for trial in found.trials if trial.failed]
+    assert failed
+    assert all("not finite" in str(trial.failed) or "NaN or infinity" in str(trial.failed) for trial in failed)
+    assert found.best is not None
+    assert found.best.settings == {"parameters.weight": 0.5}
+
+
+def test_what_is_in_the_folder_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    searched(out, trials=1)
+    (out / "mine.txt").write_text("mine")
+    searched(out, trials=2)
+    assert (out / "mine.txt").read_text() == "mine"
+    shutil.rmtree(out)
