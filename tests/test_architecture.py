@@ -51,6 +51,7 @@ ROOMS = [
     "inference/sources",
     "evaluation/scoring",
     "evaluation",
+    "runtime",
     "report",
     "testing",
     "",
