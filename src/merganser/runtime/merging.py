@@ -1,4 +1,4 @@
-"""Merging entries that go into entries that stay."""
+"""Merging entries or tokens that go into those that stay."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def shares(own: Tensor, other: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return weights that add up to 1 for every entry that stays.
 
     Args:
-        own: Weights of the entries that stay, at least 0, shape [batch, heads, kept].
-        other: Weights of the entries that go, at least 0, shape [batch, heads, gone].
-        target: The entry that each goes into, shape [batch, heads, gone].
+        own: Weights of the entries that stay, at least 0, shape [..., kept].
+        other: Weights of the entries that go, at least 0, shape [..., gone].
+        target: The entry that each goes into, shape [..., gone].
 
     Returns:
         The shares of both. An entry whose weights are all 0 stays as it is.
@@ -36,8 +36,8 @@ def fold(stay: Tensor, go: Tensor, own: Tensor, other: Tensor, target: Tensor) -
     """Return the entries that stay, with those that go merged into them, in float32 and rounded once.
 
     Args:
-        stay: Shape [batch, heads, kept, d].
-        go: Shape [batch, heads, gone, d].
+        stay: Shape [..., kept, d].
+        go: Shape [..., gone, d].
         own: Shares of the entries that stay.
         other: Shares of the entries that go.
         target: The entry that each goes into.
