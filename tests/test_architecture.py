@@ -52,6 +52,7 @@ ROOMS = [
     "evaluation/scoring",
     "evaluation",
     "search",
+    "runtime",
     "report",
     "testing",
     "",

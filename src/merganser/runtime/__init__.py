@@ -1,0 +1,9 @@
+"""Merging while a model runs: entries of its key-value cache, tokens of its vision encoder."""
+
+from __future__ import annotations
+
+from .cache import MergedCache
+from .caches import LAYERS
+from .tokens import merge_tokens
+
+__all__ = ["LAYERS", "MergedCache", "merge_tokens"]

@@ -1,0 +1,47 @@
+"""Merging entries or tokens that go into those that stay."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+__all__ = ["fold", "nearest", "shares"]
+
+
+def nearest(keys: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each key the highest cosine to a kept one, and which it is: float32 and int64, [batch, heads, keys]."""
+    cosines = normalize(keys.float(), dim=-1) @ normalize(kept.float(), dim=-1).mT
+    best = cosines.max(dim=-1)
+    return best.values, best.indices
+
+
+def shares(own: Tensor, other: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights that add up to 1 for every entry that stays.
+
+    Args:
+        own: Weights of the entries that stay, at least 0, shape [..., kept].
+        other: Weights of the entries that go, at least 0, shape [..., gone].
+        target: The entry that each goes into, shape [..., gone].
+
+    Returns:
+        The shares of both. An entry whose weights are all 0 stays as it is.
+    """
+    total = own.scatter_add(-1, target, other)
+    nothing = total <= 0
+    total = total.masked_fill(nothing, 1.0)
+    return (own / total).masked_fill(nothing, 1.0), other / total.gather(-1, target)
+
+
+def fold(stay: Tensor, go: Tensor, own: Tensor, other: Tensor, target: Tensor) -> Tensor:
+    """Return the entries that stay, with those that go merged into them, in float32 and rounded once.
+
+    Args:
+        stay: Shape [..., kept, d].
+        go: Shape [..., gone, d].
+        own: Shares of the entries that stay.
+        other: Shares of the entries that go.
+        target: The entry that each goes into.
+    """
+    sums = stay.float() * own[..., None]
+    index = target[..., None].expand_as(go)
+    return sums.scatter_add(-2, index, go.float() * other[..., None]).to(stay.dtype)
