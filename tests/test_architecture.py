@@ -48,6 +48,7 @@ ROOMS = [
     "calibration",
     # the entry: it calibrates what a recipe lacks, and so stands above
     "engine/merge",
+    "mixture",
     "inference/sources",
     "evaluation/scoring",
     "evaluation",

@@ -27,6 +27,7 @@ from .extract import extract
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
+from .mix import mix
 from .plan import plan
 from .report import report
 from .restore import restore
@@ -52,6 +53,7 @@ app.command(cls=many_values("--data"))(calibrate)
 app.command(cls=Verb)(verify)
 app.command(cls=Verb)(restore)
 app.command(cls=Verb)(transplant)
+app.command(cls=Verb)(mix)
 app.command(cls=Verb)(extract)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)

@@ -49,7 +49,8 @@ def movement(plan: Plan, samples: Samples) -> dict[str, Any]:
     """
     # keyed by TensorInfo object, not by file: two models may share a file (an adapter and its base)
     names = {id(t): str(reference) for reference, found in plan.checkpoints.items() for t in found.tensors.values()}
-    measured = [tensor for tensor in plan.tensors if tensor.name in samples]
+    # computed tensors, such as the routers of a mixture, come from no input
+    measured = [t for t in plan.tensors if t.name in samples and all(id(source) in names for source in t.inputs)]
     inputs = {tensor.name: [names[id(source)] for source in tensor.inputs] for tensor in measured}
     # some methods copy tensors that are not matrices from the base; these have the base as their only input
     most = max(inputs.values(), key=len, default=[])

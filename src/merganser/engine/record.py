@@ -45,6 +45,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "statistics": [_state(file) for file in data_files(plan)],
         "tensors": _treatment(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.digest,
+        "mixture": None if plan.mixture is None else plan.mixture.as_json(),
         "config": plan.config,
         "generation_config": plan.generation_config,
         "chat_template": plan.chat_template,
@@ -209,6 +210,7 @@ def make_record(
         "inputs": inputs,
         "adapters": adapters(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.as_json(),
+        **({} if plan.mixture is None else {"mixture": plan.mixture.as_json()}),
         "statistics_from_data": [_sized(file) for file in data_files(plan)],
         "calibrations": [_calibration(own) for own in plan.statistics],
         "census": [census_entry(str(reference), found) for reference, found in plan.census.items()],
@@ -246,8 +248,7 @@ def model_card(plan: Plan, title: str) -> str:
 
 # {title}
 
-Merged with [Merganser](https://pypi.org/project/merganser/) {__version__}, method `{plan.method.name}`
-({plan.method.doc.summary.rstrip(".")}).
+{_made(plan)}
 
 ## Models
 
@@ -263,6 +264,18 @@ Merged with [Merganser](https://pypi.org/project/merganser/) {__version__}, meth
 {_restoring(plan)}
 `{RECORD_NAME}` says what was read and written, with hashes; `merganser verify .` checks them.
 """
+    )
+
+
+def _made(plan: Plan) -> str:
+    """Return the card's sentence on how the model was made."""
+    tool = f"[Merganser](https://pypi.org/project/merganser/) {__version__}"
+    mixed = plan.mixture
+    if mixed is None:
+        return f"Merged with {tool}, method `{plan.method.name}`\n({plan.method.doc.summary.rstrip('.')})."
+    return (
+        f"A mixture of {len(mixed.experts)} experts, {mixed.experts_per_token} per token, built with {tool} from the MLPs of\n"
+        f"the models below; the shared parts by `{plan.method.name}`, the routers by `{mixed.gate_mode}`."
     )
 
 

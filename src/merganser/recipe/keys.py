@@ -61,7 +61,7 @@ _PLACES = {
 _FOREIGN = {
     **dict.fromkeys(
         ("experts", "gate_mode", "experts_per_token", "shared_experts", "positive_prompts", "residual_gate"),
-        "a recipe of mergekit-moe, which builds a mixture of experts; that comes in a later version",
+        "a recipe of mergekit-moe, which builds a mixture of experts; merganser mix runs it",
     ),
     **dict.fromkeys(
         ("genome", "layer_granularity", "tasks"),

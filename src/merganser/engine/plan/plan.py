@@ -15,6 +15,7 @@ from ...recipe import ModelReference, Recipe
 from ...statistics import CalibrationPlan, Statistics
 from .census import InputCensus
 from .memory import estimate_memory
+from .mixture import MixtureSummary
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
 from .vocabulary import VocabularyChange
@@ -49,6 +50,7 @@ class Plan:
         calibrations: What must be measured on data before the merge; those that need nothing are included.
         statistics: The statistics from data that the merge takes, each folder once.
         census: What becomes of the tensors of each input.
+        mixture: The mixture of experts that the output is; None for other models.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
 
@@ -77,6 +79,7 @@ class Plan:
     statistics: Sequence[Statistics] = ()
     made: Mapping[str, str] = field(default_factory=dict)
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
+    mixture: MixtureSummary | None = None
 
     def shown(self, text: object) -> str:
         """Return a text with the paths of stages replaced by their names."""

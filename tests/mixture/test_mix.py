@@ -1,0 +1,216 @@
+"""Mixtures of tiny models: their laws, their names and configs, their routers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from merganser.mixture import mix
+from tests.making import read_model
+from tests.mixture.making import LAYERS, logits, make_models, recipe
+
+FAMILIES = {
+    "llama": ("MixtralForCausalLM", "block_sparse_moe"),
+    "mistral": ("MixtralForCausalLM", "block_sparse_moe"),
+    "qwen3": ("Qwen3MoeForCausalLM", "mlp"),
+    "olmo2": ("FlexOlmoForCausalLM", "mlp"),
+}
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return make_models(tmp_path_factory.mktemp("llamas"), "llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_expert_is_that_models_mlp_on_the_bases_attention(tmp_path: Path, family: str) -> None:
+    base, expert = make_models(tmp_path, family, 2)
+    out = mix(recipe(base, [expert]), tmp_path / "out").out
+    weights, theirs = load_file(base / "model.safetensors"), load_file(expert / "model.safetensors")
+    weights |= {name: each for name, each in theirs.items() if ".mlp." in name}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    found = logits(out, experts_implementation="eager")
+    torch.testing.assert_close(found, logits(base))
+    # transformers multiplies by an expert's gate and up projections at once, which rounds differently
+    assert torch.equal(found, logits(base, together=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_identical_experts_compute_what_the_base_does(tmp_path: Path, family: str) -> None:
+    [base] = make_models(tmp_path, family, 1)
+    result = mix(recipe(base, [base] * 4, experts_per_token=3), tmp_path / "out")
+    torch.testing.assert_close(logits(result.out), logits(base), rtol=1e-4, atol=1e-4)
+    assert any("all experts are" in warning for warning in result.record["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"), [*((family, False) for family in FAMILIES), ("llama", True), ("qwen2", True)]
+)
+def test_names_and_config_are_those_of_transformers(tmp_path: Path, family: str, shared: bool) -> None:
+    base, *experts = make_models(tmp_path, family)
+    keys: dict[str, Any] = {"shared_experts": [{"source_model": str(base)}]} if shared else {}
+    out = mix(recipe(base, experts, **keys), tmp_path / "out").out
+    kind = "Qwen2MoeForCausalLM" if shared else FAMILIES[family][0]
+    config = transformers.AutoConfig.from_pretrained(out)
+    assert config.architectures == [kind]
+    getattr(transformers, kind)(config).save_pretrained(tmp_path / "theirs")
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (tmp_path / "theirs", out))
+    assert {name: each.shape for name, each in ours.items()} == {name: each.shape for name, each in theirs.items()}
+    written = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    # published checkpoints say num_experts; this release of transformers writes its other name
+    written["num_experts"] = written.get("num_experts", written.get("num_local_experts"))
+    own = json.loads((out / "config.json").read_text())
+    assert own == {key: written.get(key) for key in own} | {"transformers_version": own["transformers_version"]}
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.generate(torch.tensor([[5, 9]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+
+
+def test_experts_are_copied_and_everything_else_is_merged(tmp_path: Path, llamas: list[Path]) -> None:
+    base, *experts = llamas
+    shared = {"merge_method": "linear", "parameters": {"weight": 1}}
+    result = mix(recipe(base, experts, shared=shared, random_seed=3), tmp_path / "out")
+    merged = read_model(result.out)
+    one, two = (load_file(expert / "model.safetensors") for expert in experts)
+    for name, found in merged.items():
+        if "gate.weight" in name:
+            assert found.shape == (2, 32)
+        elif "experts" not in name:
+            torch.testing.assert_close(found, (one[name] + two[name]) / 2)
+    for kind, own in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        for number, expert in enumerate((one, two)):
+            name = f"model.layers.1.block_sparse_moe.experts.{number}.{kind}.weight"
+            assert torch.equal(merged[name], expert[f"model.layers.1.mlp.{own}.weight"])
+    again = mix(recipe(base, experts, shared=shared, random_seed=4), tmp_path / "again")
+    router = "model.layers.0.block_sparse_moe.gate.weight"
+    assert not torch.equal(read_model(again.out)[router], merged[router])
+    assert result.record["mixture"]["experts"] == [str(expert) for expert in experts]
+    assert result.record["census"][0]["left_out"][0]["reason"] == "the shared parts come from other inputs"
+
+
+def test_ties_merges_the_shared_parts(tmp_path: Path, llamas: list[Path]) -> None:
+    from merganser.engine.merge import merge
+
+    base, *experts = llamas
+    ties = {"merge_method": "ties", "parameters": {"density": 0.5, "weight": 1}}
+    merged = read_model(mix(recipe(base, experts, shared=ties), tmp_path / "out").out)
+    models = [{"model": str(expert)} for expert in experts]
+    dense = read_model(merge({**ties, "base_model": str(base), "models": models}, tmp_path / "dense").out)
+    assert all(torch.equal(merged[name], each) for name, each in dense.items() if ".mlp." not in name)
+
+
+def test_the_residual_scale(tmp_path: Path, llamas: list[Path]) -> None:
+    base, expert, _ = llamas
+    keys = {"experts": [{"source_model": str(expert), "residual_scale": 0.25}]}
+    merged, theirs = (
+        read_model(mix(recipe(base, []) | keys, tmp_path / "out").out),
+        load_file(expert / "model.safetensors"),
+    )
+    layer = "model.layers.2"
+    assert torch.equal(
+        merged[f"{layer}.block_sparse_moe.experts.0.w2.weight"], theirs[f"{layer}.mlp.down_proj.weight"] / 4
+    )
+    assert torch.equal(merged[f"{layer}.block_sparse_moe.experts.0.w1.weight"], theirs[f"{layer}.mlp.gate_proj.weight"])
+
+
+def prompted(base: Path, experts: list[Path], mode: str) -> dict[str, Any]:
+    found = recipe(base, experts, gate_mode=mode)
+    prompts = ["red green blue", "one two three four"]
+    for entry, prompt in zip(found["experts"], prompts, strict=True):
+        entry |= {"positive_prompts": [prompt, prompt[:7]], "negative_prompts": ["zero"]}
+    return found
+
+
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg"])
+def test_routers_from_prompts_read_what_routers_read(tmp_path: Path, llamas: list[Path], mode: str) -> None:
+    base, *experts = llamas
+    out = mix(prompted(base, experts, mode), tmp_path / "out").out
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+
+    def vectors(prompt: str) -> torch.Tensor:
+        seen.clear()
+        model(torch.tensor([tokenizer(prompt)["input_ids"]]))
+        return torch.stack([rows.mean(0) if mode == "hidden_avg" else rows[-1] for rows in seen]).detach()
+
+    merged = read_model(out)
+    for row, prompt in enumerate(["red green blue", "one two three four"]):
+        wanted = (vectors(prompt) + vectors(prompt[:7])) / 2 - vectors("zero")
+        for layer in range(LAYERS):
+            found = merged[f"model.layers.{layer}.block_sparse_moe.gate.weight"][row]
+            torch.testing.assert_close(found, wanted[layer] / wanted[layer].norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_cheap_routers(tmp_path: Path, llamas: list[Path]) -> None:
+    base, *experts = llamas
+    merged = read_model(mix(prompted(base, experts, "cheap_embed"), tmp_path / "out").out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("red green blue", "red gre", "zero")]
+    wanted = table[ids[0] + ids[1]].mean(0) - table[ids[2]].mean(0)
+    for layer in range(LAYERS):
+        found = merged[f"model.layers.{layer}.block_sparse_moe.gate.weight"][0]
+        torch.testing.assert_close(found, wanted / wanted.norm(), rtol=1e-5, atol=1e-6)
+
+
+def test_ridge_routers(tmp_path: Path, llamas: list[Path]) -> None:
+    base, *experts = llamas
+    texts = ["red green blue " * 90, "one two three four " * 70]
+    found = recipe(base, experts, ridge=0.05)
+    del found["gate_mode"]
+    for number, entry in enumerate(found["experts"]):
+        file = tmp_path / f"{number}.txt"
+        file.write_text(texts[number])
+        entry["data"] = {"files": str(file), "length": 24, "sequences": 17}
+    result = mix(found, tmp_path / "out")
+    mixture = result.record["mixture"]
+    assert (mixture["gate_mode"], mixture["experts_per_token"]) == ("ridge", 1)
+    assert mixture["router"]["tried_on"] == "held-out tokens of each domain"
+    assert mixture["router"]["right"] > 0.9
+    # the mixture itself: its router, on what it reads, sends each domain to its expert
+    model = transformers.AutoModelForCausalLM.from_pretrained(result.out, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    for expert, text in enumerate(texts):
+        chosen: list[torch.Tensor] = []
+        handles = [
+            layer.mlp.gate.register_forward_hook(lambda _, __, out, to=chosen: to.append(out[2]))
+            for layer in model.model.layers
+        ]
+        model(torch.tensor([tokenizer(text)["input_ids"][:24]]))
+        assert (torch.cat(chosen) == expert).double().mean() > 0.8
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_ridge_router_by_hand() -> None:
+    from merganser.mixture.fitted import ridge_rows
+
+    draw = torch.Generator().manual_seed(0)
+    domains = [torch.randn(40, 6, generator=draw, dtype=torch.float64) + k for k in range(3)]
+    gram = sum(x.T @ x / 40 for x in domains)
+    assert isinstance(gram, torch.Tensor)
+    found = ridge_rows(gram, torch.stack([x.mean(0) for x in domains]), 0.1)
+    x, y = torch.cat(domains), torch.eye(3, dtype=torch.float64).repeat_interleave(40, 0)
+    regular = 0.1 * gram.diagonal().mean() * 40 * torch.eye(6, dtype=torch.float64)
+    wanted = torch.linalg.solve(x.T @ x + regular, x.T @ y).T
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_run_continues_or_refuses(tmp_path: Path, llamas: list[Path]) -> None:
+    from merganser.errors import OutputError
+
+    base, *experts = llamas
+    mix(recipe(base, experts), tmp_path / "out")
+    with pytest.raises(OutputError):
+        mix(recipe(base, experts), tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    mix(recipe(base, experts), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
