@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from merganser.errors import MergeError, NotFoundError, RecipeError, UnsupportedError
+from merganser.errors import MergeError, NotFoundError, RecipeError
 from merganser.recipe import load_recipe
 
 MODELS = "models: [{model: a}, {model: b}]\n"
@@ -174,22 +174,6 @@ def _source(layer_range: str) -> str:
 )
 def test_malformed(text: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(text)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "merge_method: linear\nmodules: {text_decoder: {models: [{model: a}]}}\n",
-            "<recipe>:2 modules: recipes for models of several parts come in a later version; write 'models' or 'slices', "
-            "or name the only module 'default'",
-        ),
-    ],
-)
-def test_later_features(text: str, message: str) -> None:
-    with pytest.raises(UnsupportedError) as caught:
         load_recipe(text)
     assert str(caught.value) == message
 

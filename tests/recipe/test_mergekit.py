@@ -77,11 +77,51 @@ def test_a_module_may_have_slices() -> None:
     assert load_recipe(text).slices[0].sources[0].layer_range == (0, 1)
 
 
+MODULES = """
+merge_method: linear
+modules:
+  text_decoder:
+    models: [{model: a}, {model: b}]
+    parameters: {weight: 2}
+  vision_tower:
+    slices:
+      - sources: [{model: a, layer_range: [0, 2]}]
+        parameters: {weight: [{filter: mlp, value: 3}]}
+      - sources: [{model: c, layer_range: [0, 1]}]
+    parameters: {weight: 4}
+parameters: {weight: 1, normalize: false}
+"""
+
+
+def test_modules_are_slices_of_their_own() -> None:
+    recipe = load_recipe(MODULES)
+    assert [(each.name, list(each.slices), each.whole) for each in recipe.modules] == [
+        ("text_decoder", [0], True),
+        ("vision_tower", [1, 2], False),
+    ]
+    assert [str(reference) for reference in recipe.references()] == ["a", "b", "c"]
+    resolver = check_recipe(recipe)
+    found = [
+        resolver.parameters(index, name, [name] * count, 0.0)["weight"]
+        for index, name, count in ((0, "mlp", 2), (1, "mlp", 1), (1, "attn", 1), (2, "mlp", 1))
+    ]
+    assert found == [(2, 2), (3,), (4,), (4,)]
+
+
+def test_a_lone_base_is_a_further_model_of_each_module_of_whole_models() -> None:
+    resolver = check_recipe(load_recipe(MODULES + "base_model: d\ncompat: mergekit\n"))
+    assert [len(resolver.sources(index).models) for index in range(3)] == [3, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("module", "kind", "message"),
     [
-        ("{}", UnsupportedError, "<recipe>:2 modules: recipes for models of several parts"),
-        ("{default: {models: [{model: a}]}, x: {}}", UnsupportedError, "recipes for models of several parts"),
+        ("{}", RecipeError, "<recipe>:2 modules: names no module"),
+        ("{encoder: }", RecipeError, "<recipe>:2 modules: 'encoder' has no value"),
+        ("{encoder: []}", RecipeError, "<recipe>:2 modules.encoder: expected a mapping"),
+        ("{encoder: {modles: []}}", RecipeError, "<recipe>:2 modules.encoder: unknown key 'modles'"),
+        ("{encoder: {parameters: {}}}", RecipeError, "modules.encoder: a module has exactly one of models and slices"),
+        ("{default: {models: [{model: a}]}, x: {}}", RecipeError, "'default' is the name of the only module"),
         ("{default: {}}", RecipeError, "<recipe>:2 modules.default: a module has exactly one of models and slices"),
         ("{default: {models: [{model: a}], slices: []}}", RecipeError, "exactly one of models and slices"),
         ("{default: {models: []}}", RecipeError, "<recipe>:2 modules.default.models: the list is empty"),

@@ -152,7 +152,8 @@ def good_recipes(draw: st.DrawFn) -> dict[str, Any]:
     sliced = [part | {"layer_range": draw(ranges)} for part in parts]
     whole = {"models": parts} | draw(optional(parameters=settings, slices=st.none()))
     stacked = {"slices": [{"sources": sliced} | draw(optional(parameters=settings, residual_weight=st.just(1)))]}
-    body = draw(st.sampled_from([whole, stacked, {"modules": {"default": whole}}, {"modules": {"default": stacked}}]))
+    modules = [{"default": whole}, {"default": stacked}, {"text_decoder": whole, "vision_tower": stacked}]
+    body = draw(st.sampled_from([whole, stacked, *({"modules": each} for each in modules)]))
     required = {"weight": draw(st.sampled_from([1, "0.5", [{"value": 2}]]))} if "weight" in TAKEN[method] else {}
     base = {} if method in ("linear", "karcher", "passthrough") else {"base_model": "base"}
     head = optional(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..anatomy.modules import find_modules
 from ..recipe import ModelReference
 from .alignment.alignment import RECOMPUTED, Alignment, Member
 from .kernels.assignment import untouched
@@ -64,9 +65,19 @@ def _count(member: Member, alignment: Alignment, used: Mapping[int, bool], offer
 def _why(name: str, member: Member, alignment: Alignment) -> str:
     if RECOMPUTED.search(name):
         return "model code computes it"
-    if alignment.layers is None:
+    module = _module_of(name, member) if alignment.modules else None
+    if module is not None:
+        if module not in alignment.modules:
+            return "in a module that the output does not have"
+        if member.reference not in alignment.modules[module]:
+            return f"nothing of this model is merged into its {module}"
+    elif alignment.layers is None:
         return NOT_KNOWN
     part = member.anatomy.parts[name]
-    if part.layer is not None and part.stack == member.anatomy.main:
+    if part.layer is not None and (module is not None or part.stack == member.anatomy.main):
         return "its layer is in no slice"
     return "what lies outside the layers comes from the models of the first or last slice"
+
+
+def _module_of(name: str, member: Member) -> str:
+    return next(module for module, names in find_modules(member.anatomy).items() if name in names)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.config import unquantised
+from ..anatomy.module_config import slice_module_config
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, TensorInfo, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import MergeError, ParameterError, RecipeError
@@ -25,6 +26,7 @@ from .alignment.alignment import Alignment, Member, Slot
 from .alignment.complete import check_complete
 from .alignment.leftovers import without_leftovers
 from .alignment.loadable import check_layers_load
+from .alignment.modules import align_modules, as_language_parts, differ_in_modules
 from .alignment.renaming import named_alike
 from .alignment.slices import align_slices
 from .alignment.whole_models import align_models
@@ -189,11 +191,12 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
             )
         checkpoint, left_out = without_leftovers(recipe, reference, checkpoint)
         warnings += left_out
-        if members and recipe.models:
+        if members and (recipe.models or recipe.modules):
             checkpoint, old_names = named_alike(str(reference), checkpoint, members[recipe.donor].checkpoint)
             warnings += old_names
         members[reference] = Member.of(reference, checkpoint, list(members.values())[:1])
-    return members, warnings
+    members, matched = as_language_parts(members)
+    return members, warnings + matched
 
 
 def _fuses(drafts: Sequence[PlannedTensor], devices: Sequence[torch.device]) -> tuple[bool, list[str]]:
@@ -206,6 +209,8 @@ def _fuses(drafts: Sequence[PlannedTensor], devices: Sequence[torch.device]) -> 
 
 def _align(recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member]) -> Alignment:
     donor = members[recipe.donor]
+    if recipe.modules or (recipe.models and differ_in_modules(list(members.values()))):
+        return align_modules(recipe, [resolver.sources(i) for i in range(len(resolver.slices))], donor, members)
     if not recipe.slices:
         return align_models(recipe, donor, [members[source.model] for source in _all(resolver.sources(0))])
     stacked = {reference: member.anatomy.n_layers for reference, member in members.items() if member.anatomy.main}
@@ -362,7 +367,10 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
         check_layers_load(config, donor, alignment.layers)
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
-    warnings += check_complete(str(donor.reference), config, shapes, alignment.left_out)
+    for module, layers in alignment.other_layers.items():
+        config = slice_module_config(config, module, layers, anatomy=donor.anatomy)
+    everything = bool(alignment.other_layers)
+    warnings += check_complete(str(donor.reference), config, shapes, alignment.left_out, always=everything)
     # the config states the dtype of most elements
     sizes: dict[str, int] = {}
     for draft in drafts:

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from ..errors import NotFoundError, RecipeError, UnsupportedError, did_you_mean
+from ..errors import NotFoundError, RecipeError, did_you_mean
 from ..wording import some
 from .data import Data, make_data, read_data_fields
 from .document import Document, parse_mapping, parse_text
 from .free import refuse_free_values
-from .keys import KEYS, MODEL_KEYS, MODULE_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
-from .model import Recipe, Slice, Source
+from .keys import KEYS, MODEL_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
+from .model import Module, Recipe, Slice, Source
+from .modules import over, read_module_body, read_modules
 from .place import Entry, Node, Place
 from .reading import MAX_BYTES, read_text, shown_path
 from .reference import ModelReference
@@ -193,13 +194,19 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         raise fields["tokenizer"].error("give 'tokenizer' or 'tokenizer_source', not both")
     body = _body(root, fields)
     reader = _Reader(unknown.warnings, stages, fields.get("data"))
+    modules: tuple[Module, ...] = ()
+    slices: tuple[Slice, ...]
+    if body:
+        slices = tuple(reader.slice(item) for item in body["slices"].items()) if "slices" in body else ()
+    else:
+        modules, slices = read_modules(fields["modules"], reader.model, reader.slice, reader.parameters)
     recipe = Recipe(
         name=fields["name"].text() if "name" in fields else None,
         merge_method=fields["merge_method"].text(),
         models=tuple(reader.model(item) for item in body["models"].items()) if "models" in body else (),
-        slices=tuple(reader.slice(item) for item in body["slices"].items()) if "slices" in body else (),
+        slices=slices,
         base_model=reader.reference(fields["base_model"]) if "base_model" in fields else None,
-        parameters=_over(reader.parameters(body), reader.parameters(fields)),
+        parameters=over(reader.parameters(body), reader.parameters(fields)),
         dtype=_dtype(fields["dtype"]) if "dtype" in fields else None,
         out_dtype=_dtype(fields["out_dtype"]) if "out_dtype" in fields else None,
         tokenizer_donor=None,
@@ -211,18 +218,19 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         place=root.place,
         text=document.text,
         places={key: value.place for key, value in (body | fields).items()},
-        unmatched=_unmatched(fields, body),
+        unmatched=_unmatched(fields, bool(slices)),
         quantised=_quantised(fields),
         keep_statistics=fields["keep_statistics"].text() if "keep_statistics" in fields else None,
         rank=fields["rank"].whole_number(lowest=1) if "rank" in fields else None,
         space=cast('Literal["core", "full"] | None', fields["space"].choice(SPACES) if "space" in fields else None),
         check_statistics=fields["check_statistics"].flag() if "check_statistics" in fields else True,
+        modules=modules,
     )
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
 
 
 def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
-    """Return the entries that define the merge: the recipe's own, or those of its only module."""
+    """Return the entries that define the merge: the recipe's own, or those of its only module; none for several."""
     given = [key for key in ("models", "slices", "modules") if key in fields]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
@@ -231,21 +239,7 @@ def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
         return {given[0]: fields[given[0]]}
     modules = fields["modules"].mapping()
     # mergekit's name for the only part of a language model
-    if list(modules) != ["default"]:
-        raise UnsupportedError(
-            f"{fields['modules'].place}: recipes for models of several parts come in a later version; "
-            "write 'models' or 'slices', or name the only module 'default'"
-        )
-    module = modules["default"].mapping(MODULE_KEYS)
-    if ("models" in module) == ("slices" in module):
-        raise modules["default"].error("a module has exactly one of models and slices")
-    return module
-
-
-def _over(near: dict[str, Setting], far: dict[str, Setting]) -> dict[str, Setting]:
-    """Return the settings of two levels as one: where no filter of the near level matches, the far level applies."""
-    both = {name: Setting(near[name].rules + far[name].rules, near[name].place) for name in near.keys() & far.keys()}
-    return far | near | both
+    return read_module_body(modules["default"]) if list(modules) == ["default"] else {}
 
 
 class _Reader:
@@ -340,13 +334,13 @@ def _dtype(entry: Entry) -> str:
     return entry.choice(DTYPES, DTYPE_ALIASES)
 
 
-def _unmatched(fields: dict[str, Entry], body: dict[str, Entry]) -> Literal["refuse", "base", "skip"]:
+def _unmatched(fields: dict[str, Entry], has_slices: bool) -> Literal["refuse", "base", "skip"]:
     if "unmatched" not in fields:
         return "refuse"
     entry = fields["unmatched"]
     choice = cast('Literal["refuse", "base", "skip"]', entry.choice(UNMATCHED))
-    if choice != "refuse" and "slices" in body:
-        raise entry.error(f"{choice!r} is for recipes of models; slices must hold the same tensors")
+    if choice != "refuse" and has_slices:
+        raise entry.error(f"{choice!r} is for recipes of models; slices and modules must hold the same tensors")
     if choice == "base" and "base_model" not in fields:
         raise entry.error("'base' takes parts from the base, and the recipe has no base_model")
     return choice

@@ -57,6 +57,23 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Module:
+    """A part of a larger model, with what is merged into it.
+
+    Args:
+        name: The part as the recipe names it: `text_decoder`, `vision_tower`, `encoder`, ...
+        slices: Which of the recipe's slices are of this part.
+        whole: Whether whole models are merged; their only slice has no ranges of layers.
+        place: Where the module stands in the recipe.
+    """
+
+    name: str
+    slices: range
+    whole: bool
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A recipe as written; `Resolver` interprets it for its merge method.
 
@@ -64,7 +81,7 @@ class Recipe:
         name: Name of a stage, or a title.
         merge_method: Name of the merge method.
         models: The models; empty if there are slices.
-        slices: The slices; empty if there are models.
+        slices: The slices; empty if there are models. Those of all modules, if there are modules.
         base_model: The base; None if the recipe names none.
         parameters: Settings for all slices and models.
         dtype: Type that every input is cast to when it is read; also the type of the output if there is no `out_dtype`.
@@ -87,6 +104,7 @@ class Recipe:
         keep_statistics: Folder in which statistics that are made for this merge are kept; None to remove them.
         rank: For adapters, the rank of the output; None for as much as loses nothing.
         space: For adapters, where a method for weights works: on the small matrices of the "core", or on "full" ones.
+        modules: The parts of a larger model that are merged each in its own way; empty if the model is merged as one.
     """
 
     name: str | None
@@ -114,6 +132,7 @@ class Recipe:
     rank: int | None = None
     space: Literal["core", "full"] | None = None
     check_statistics: bool = True
+    modules: tuple[Module, ...] = ()
 
     @property
     def names_data(self) -> bool:

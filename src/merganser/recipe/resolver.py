@@ -93,6 +93,10 @@ class Resolver:
         self.recipe = recipe
         self.method = method
         self.warnings = list(recipe.warnings)
+        if recipe.modules and (why := _why_whole(method)):
+            raise RecipeError(
+                f"{recipe.place_of('modules')}: {method.name} {why}, so it takes whole models; write 'models'"
+            )
         self.slices = self._slices()
         self._sources = [self._split(piece) for piece in self.slices]
         self._checked: dict[Place, tuple[Rule, ...]] = {}
@@ -183,19 +187,28 @@ class Resolver:
     def _slices(self) -> tuple[Slice, ...]:
         """Return the slices of the recipe; `models` become one slice over everything."""
         recipe = self.recipe
-        if recipe.slices:
-            return recipe.slices
-        place = recipe.place_of("models")
-        sources = recipe.models
-        if self._lone_base() and recipe.compat == "mergekit" and recipe.base_model:
-            sources = (*sources, Source(recipe.base_model, None, {}, recipe.place_of("base_model")))
-        return (Slice(sources, {}, None, place),)
+        if recipe.modules:
+            whole = {module.slices.start for module in recipe.modules if module.whole}
+            return tuple(self._with_base(s) if i in whole else s for i, s in enumerate(recipe.slices))
+        return recipe.slices or (self._with_base(Slice(recipe.models, {}, None, recipe.place_of("models"))),)
+
+    def _with_base(self, piece: Slice) -> Slice:
+        """Return a slice of whole models; as in mergekit, the base is a further model if it is not used otherwise."""
+        base = self.recipe.base_model
+        if self.recipe.compat != "mergekit" or base is None or not self._is_lone(piece.sources):
+            return piece
+        added = Source(base, None, {}, self.recipe.place_of("base_model"))
+        return replace(piece, sources=(*piece.sources, added))
 
     def _lone_base(self) -> bool:
         """Return whether the base is neither listed nor used by the method; mergekit then treats it as a model."""
+        modules = [self.recipe.slices[module.slices.start] for module in self.recipe.modules if module.whole]
+        wholes = [self.recipe.models] if self.recipe.models else [piece.sources for piece in modules]
+        return any(self._is_lone(sources) for sources in wholes)
+
+    def _is_lone(self, sources: Sequence[Source]) -> bool:
         base = self.recipe.base_model
-        listed = (source.model for source in self.recipe.models)
-        return bool(self.recipe.models) and self.method.base == "unused" and base is not None and base not in listed
+        return self.method.base == "unused" and base is not None and all(source.model != base for source in sources)
 
     def _split(self, piece: Slice) -> Inputs:
         """Separate the base of a slice from the models, and check the number of models."""
@@ -350,6 +363,15 @@ class Resolver:
             raise ParameterError(f"{self.slices[slice_index].place}{at}: {complaint}")
         self._interned[values] = mapping
         return mapping
+
+
+def _why_whole(method: MergeMethod) -> str | None:
+    """Return why a method cannot merge the modules of a model each in its own way; None if it can."""
+    if method.sidecar is not None:
+        return "stores what restores each model"
+    if method.from_data or method.numbers:
+        return "takes statistics from data, which are of whole models"
+    return None
 
 
 def _schedule_goes_on(chain: Chain) -> bool:

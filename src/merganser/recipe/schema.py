@@ -64,7 +64,8 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         "models": _or_null(_ref("models")),
         "slices": _or_null(_ref("slices")),
         "modules": _described(
-            _or_null(_object({"default": _ref("module")}, required=["default"])), "mergekit's form for models of parts."
+            _or_null({"type": "object", "minProperties": 1, "additionalProperties": _ref("module")}),
+            "What is merged into each part of a larger model: text_decoder, vision_tower, encoder, ...",
         ),
         "base_model": _described(_or_null(_ref("reference")), "The common ancestor; also lends config and tokenizer."),
         "parameters": _ref("parameters"),
@@ -136,7 +137,7 @@ def _shared() -> Schema:
         "residual_weight": _described({}, "Has no effect.", deprecated=True),
     }
     based = _has("slices") | {"properties": {"slices": {"items": _has("base_model")}}}
-    module_based = {"required": ["modules"], "properties": {"modules": {"properties": {"default": based}}}}
+    module_based = {"required": ["modules"], "properties": {"modules": {"additionalProperties": based}}}
     module = {key: _or_null(_ref(key)) for key in ("models", "slices")} | {"parameters": _ref("parameters")}
     return {
         "adapter": _described(_or_null({"anyOf": [_TEXT, _ref("path")]}), "An adapter on top of the model."),
@@ -247,7 +248,7 @@ def _levels(method: MergeMethod) -> Schema:
     """Return the schema of every level of a recipe that may have parameters of the method."""
     inner = _ref(f"levels.of.{method.name}")
     lists = {key: {"items": inner} for key in ("models", "slices", "sources")}
-    modules = {"modules": {"properties": {"default": inner}}}
+    modules = {"modules": {"additionalProperties": inner}}
     return {"properties": {"parameters": _ref(method.name), **lists, **modules}}
 
 

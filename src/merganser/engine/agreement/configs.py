@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...anatomy.config import text_scopes
 from ...anatomy.function import Difference, differences
 from ...errors import CheckpointError
 from ...wording import some
@@ -34,9 +35,10 @@ def compare_configs(donor: Member, members: Collection[Member], alignment: Align
     """
     warnings = []
     for member in members:
-        differing = [
-            _as_merged(each, alignment) for each in differences(donor.checkpoint.config, member.checkpoint.config)
-        ]
+        found = differences(donor.checkpoint.config, member.checkpoint.config)
+        if member.reference in alignment.partial:
+            found = _of_language_model(found, donor, member)
+        differing = [_as_merged(each, alignment) for each in found]
         wrong = [each for each in differing if each.kind == "meaning"]
         if wrong:
             raise CheckpointError(
@@ -82,6 +84,23 @@ def _as_merged(found: Difference, alignment: Alignment) -> Difference:
         for slot in alignment.slots
     )
     return found if merged else replace(found, kind="behaviour")
+
+
+def _of_language_model(found: Iterable[Difference], donor: Member, member: Member) -> list[Difference]:
+    """Return the differences of the language models of two models, of which one has other modules.
+
+    Their types have different names, and say nothing of the tensors: names and shapes were compared before.
+    """
+    around = _settings_around(donor) | _settings_around(member)
+    towers = {each.key for each in found if "given" in (each.first, each.second)}
+    own = [each for each in found if each.key not in towers | around and "." not in each.key]
+    return [replace(each, kind="behaviour") if each.key == "model_type" else each for each in own]
+
+
+def _settings_around(member: Member) -> set[str]:
+    """Return the keys of a config beside that of the language model inside it."""
+    outer, *inner = text_scopes(member.checkpoint.config)
+    return set(outer) - {key for scope in inner for key in scope} if inner else set()
 
 
 def _listed(found: Sequence[Difference]) -> str:

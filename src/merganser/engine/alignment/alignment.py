@@ -99,6 +99,9 @@ class Alignment:
         warnings: Messages about tensors that were dropped and choices that were made.
         left_out: Names of tensors that the recipe's `unmatched` leaves out.
         reasons: Tensors of the inputs that the output does not have, and why, by name.
+        other_layers: The same as `layers` for modules other than the language model (a tower, encoder, decoder).
+        modules: Where the models were aligned by modules: for each, the models that it is made from; else empty.
+        partial: Models that do not have the same modules as the donor: the language model alone, or other towers.
     """
 
     slots: list[Slot]
@@ -107,6 +110,9 @@ class Alignment:
     warnings: list[str]
     left_out: frozenset[str] = frozenset()
     reasons: Mapping[str, str] = field(default_factory=dict)
+    other_layers: Mapping[str, list[int]] = field(default_factory=dict)
+    modules: Mapping[str, frozenset[ModelReference]] = field(default_factory=dict)
+    partial: frozenset[ModelReference] = frozenset()
 
 
 def after_layers(recipe: Recipe) -> float:

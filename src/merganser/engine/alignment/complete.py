@@ -41,7 +41,9 @@ class _Verdict:
     unread: list[str] = field(default_factory=list)
 
 
-def check_complete(where: str, config: Mapping[str, Any], shapes: Shapes, left_out: Collection[str] = ()) -> list[str]:
+def check_complete(
+    where: str, config: Mapping[str, Any], shapes: Shapes, left_out: Collection[str] = (), *, always: bool = False
+) -> list[str]:
     """Refuse an output that transformers could not load completely.
 
     If nothing in names, shapes and config is doubtful, transformers is not imported, as that takes seconds.
@@ -51,6 +53,7 @@ def check_complete(where: str, config: Mapping[str, Any], shapes: Shapes, left_o
         config: config.json of the output.
         shapes: Names and shapes of its tensors.
         left_out: Names of tensors that the user asked to leave out.
+        always: Check even if nothing is doubtful.
 
     Returns:
         Warnings: doubts that cannot be settled, as transformers is missing or does not know the class, and tensors that
@@ -60,7 +63,7 @@ def check_complete(where: str, config: Mapping[str, Any], shapes: Shapes, left_o
         CheckpointError: Tensors are missing or have other shapes than the config describes, or no model can be built.
     """
     anatomy = infer_anatomy(shapes, config)
-    doubted = doubts(shapes, anatomy, config)
+    doubted = doubts(shapes, anatomy, config) or (["layers of a module were chosen"] if always else [])
     if not doubted:
         return []
     model = build_model(config) if config else None

@@ -129,6 +129,8 @@ def with_ids(member: Member, moved: Mapping[int, int | None], recipe: Recipe) ->
 
 def _givers(recipe: Recipe, members: Mapping[ModelReference, Member]) -> list[Member]:
     """Return the models of which embeddings or heads are merged: all, or those of the first and last slice."""
+    if recipe.modules:
+        return [member for member in members.values() if member.anatomy.embedding is not None]
     if not recipe.slices:
         return list(members.values())
     ends = [recipe.slices[0], recipe.slices[-1]]
