@@ -40,7 +40,7 @@ def auto(
     json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make the best of some models for some tasks, and show if it is.
+    """Make the best of some models for some tasks, and prove it.
 
     Methods that kept most elsewhere are tried on half of the items of each task, then factors by depth around the best of
     them. The other half compares the winner with the best of the models and with their average.
