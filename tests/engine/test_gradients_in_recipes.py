@@ -180,6 +180,14 @@ def test_base_statistics_that_are_there_are_taken(zoo: Path, tmp_path: Path) -> 
     assert all(each.present for each in merganser.plan(_recipe(zoo, "led", keep_statistics=kept)).calibrations)
     with pytest.raises(RecipeError, match="fw takes 'base_statistics' alone; leave the data out"):
         merganser.plan(_recipe(zoo, "fw", *entries))
+    # the experts' in place of the base's
+    experts = [str(tmp_path / f"kept/expert{i}") for i in (1, 2)]
+    swapped = [{"statistics": own, "base_statistics": own} for own in experts]
+    with pytest.raises(
+        RecipeError, match=r"models\[0\] base_statistics: .*expert1 is of other weights than .*base: of .*expert1"
+    ):
+        merganser.plan(_recipe(zoo, "led", *swapped))
+    assert merganser.plan(_recipe(zoo, "led", *swapped, check_statistics=False)).calibrations == ()
     with pytest.raises(OutputError, match="the statistics there are of other kinds"):
         merganser.plan(_recipe(zoo, "fisher", keep_statistics=kept))
 
