@@ -159,7 +159,13 @@ def test_a_killed_reverse_pass_continues(zoo: Path, tmp_path: Path) -> None:
 
 def test_base_statistics_that_are_there_are_taken(zoo: Path, tmp_path: Path) -> None:
     kept = str(tmp_path / "kept")
-    merge(_recipe(zoo, "led", keep_statistics=kept), tmp_path / "expected")
+    record = merge(_recipe(zoo, "led", keep_statistics=kept), tmp_path / "expected").record
+    assert [Path(own["model"]["reference"]).name for own in record["calibrations"]] == [
+        "expert1",
+        "expert2",
+        "base",
+        "base",
+    ]
     assert sorted(path.name for path in Path(kept).iterdir()) == [
         "base-on-expert1",
         "base-on-expert2",

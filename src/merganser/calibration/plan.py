@@ -265,7 +265,7 @@ def _stored_bytes(tapped: Tapped) -> int:
 
 
 def _nbytes(skeleton: Skeleton, names: Iterable[str]) -> int:
-    return sum(skeleton.checkpoint.tensors[name].nbytes for name in names)
+    return sum(skeleton.checkpoint.tensors[name].nbytes_stored for name in names)
 
 
 def _loaded(skeleton: Skeleton, names: Iterable[str]) -> int:

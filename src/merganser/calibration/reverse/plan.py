@@ -183,7 +183,7 @@ def _numel(parameters: Mapping[str, nn.Parameter]) -> int:
 
 
 def _stored(skeleton: Skeleton, block: Block) -> int:
-    return sum(skeleton.checkpoint.tensors[name].nbytes for name in block.sources)
+    return sum(skeleton.checkpoint.tensors[name].nbytes_stored for name in block.sources)
 
 
 def _gram_bytes(sums: Sums) -> int:
