@@ -138,21 +138,30 @@ def make_recipe(
     return recipe
 
 
-def write_statistics(folder: Path, means: Mapping[str, Tensors], inputs: str = "own") -> Path:
-    """Write statistics of one token: by the tensor's name, its means by the name of the statistic."""
+def write_statistics(
+    folder: Path, means: Mapping[str, Tensors], inputs: str = "own", *, loss: float | None = None
+) -> Path:
+    """Write statistics of one token: by the tensor's name, its means by the name of the statistic; and the loss."""
     folder.mkdir(parents=True)
+    kinds = list(dict.fromkeys(kind for each in means.values() for kind in each))
+    of_inputs = [kind for kind in kinds if kind in ("gram", "cross_gram", "second_moment", "magnitude")]
     sums = {f"{kind}/{name}": own.contiguous() for name, each in means.items() for kind, own in each.items()}
-    save_file(sums | {f"count/{name}": torch.tensor(1) for name in means}, folder / "s.safetensors")
+    sums |= {f"count/{name}": torch.tensor(1) for name in means} if of_inputs else {}
+    if len(of_inputs) < len(kinds) or loss is not None:
+        kinds.append("loss")
+        sums |= {"loss": torch.tensor(loss or 0.0, dtype=torch.float64), "predictions": torch.tensor(1)}
+    save_file(sums, folder / "s.safetensors")
     about = {
         "kind": "statistics",
         "format": 1,
-        "statistics": ["count", *next(iter(means.values()))],
+        "statistics": ["count", *kinds],
         "inputs": inputs,
         "model": {"reference": "made up"},
         "tokenizer": "",
         "parts": [],
         "files": ["s.safetensors"],
-        "tensors": {name: {"axis": 1, "stored": name} for name in means},
+        "tensors": {name: {"axis": 1, "stored": name} for name in means} if of_inputs else {},
+        "gradients": {name: [kind for kind in each if kind not in of_inputs] for name, each in means.items()},
     }
     (folder / "statistics.json").write_text(json.dumps(about))
     return folder

@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merganser
-from merganser.calibration import plan_calibration
 from merganser.checkpoint import Reader
-from merganser.errors import DataError, RecipeError, UnsupportedError
+from merganser.errors import DataError, RecipeError
 from merganser.statistics import open_statistics
 from tests.engine.test_from_data import _experts
 from tests.reference.fisher import fisher
@@ -164,10 +163,6 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
         "base_statistics: fisher uses no statistics of the base on this model's data; leave the key out",
         {**_recipe(tmp_path, "fisher", base=True)},
     )
-    named = {**_recipe(tmp_path, "fisher", own=False), "data": [str(tmp_path / "data1.jsonl")]}
-    check(RecipeError, "fisher uses gradients or losses, which are not measured within a merge; write them with", named)
-    with pytest.raises(UnsupportedError, match="what gradients and losses take cannot be told beforehand"):
-        plan_calibration(base, [tmp_path / "data1.jsonl"], statistics=["fisher"])
     check(DataError, "has no 'gradient'; it has count, fisher, loss", _recipe(tmp_path, "rcp", base_model=base))
 
 

@@ -58,7 +58,7 @@ def _merged_one_by_one(method, base, models, parameters, *, seed, dtype, compute
             seed=seed,
             dtype=dtype,
             compute=compute,
-            data=_data(found, name, first, len(models)),
+            data=_data(found, name, first, len(models)) | _numbers(found, anatomy, len(models)),
         )
     return result
 
@@ -67,24 +67,47 @@ def _data(method, name, tensor, count):
     """Statistics from data of the matrices in the layers; embeddings and head have none."""
     if tensor.dim() < 2 or ".layers." not in name:
         return {}
-    return _cases.make_data(method, tensor.shape, count)
+    made = _cases.make_data(method, tensor.shape, count)
+    return {key: each for key, each in made.items() if key in method.from_data}
+
+
+def _numbers(method, anatomy, count):
+    """Numbers from data: losses, and a number for each layer that the model has."""
+    made = _cases.make_data(method, (1, 1), count)
+    layers = {location_of(name, anatomy).layer for name in anatomy.parts}
+    return {
+        key: [{layer: each[layer] for layer in layers} if isinstance(each, dict) else each for each in made[key]]
+        for key in method.numbers
+    }
 
 
 def _hand_in(recipe, method, folder, tensors):
-    """Name, for every model of a recipe or the base, a folder with the statistics that `_data` makes."""
+    """Name, for every model of a recipe or the base, folders with the statistics that `_data` and `_numbers` make."""
     count = len(recipe["models"])
     if method.data_of == "base":
         recipe["models"].insert(0, {"model": recipe["base_model"]})
     # the base or the first model alone
     handed = recipe["models"] if method.data_of == "models" else recipe["models"][:1]
-    for i, entry in enumerate(handed if method.from_data else []):
-        found = {name: _data(method, name, tensor, count) for name, tensor in tensors.items()}
-        means = {
-            name: {own.statistic: data[key][i] for key, own in method.from_data.items()}
-            for name, data in found.items()
-            if data
-        }
-        entry["statistics"] = str(write_statistics(folder / f"statistics{i}", means, method.data_inputs))
+    anatomy = infer_anatomy({name: tuple(tensor.shape) for name, tensor in tensors.items()}, {})
+    numbers = _numbers(method, anatomy, count)
+    for key, of_base in (("statistics", False), ("base_statistics", True)):
+        wanted = {name: own for name, own in method.from_data.items() if (own.of == "base_on_models") == of_base}
+        for i, entry in enumerate(handed):
+            found = {name: _data(method, name, tensor, count) for name, tensor in tensors.items()}
+            means = {
+                name: {own.statistic: data[k][i] for k, own in wanted.items()} for name, data in found.items() if data
+            }
+            loss = None
+            for k, own in () if of_base else method.numbers.items():
+                if own.statistic == "loss":
+                    loss = numbers[k][i]
+                    continue
+                # what a layer has is the sum of what its tensors have
+                for layer, value in numbers[k][i].items():
+                    first = next(name for name in tensors if location_of(name, anatomy).layer == layer)
+                    means[first] = {own.statistic: torch.tensor(value, dtype=torch.float64)}
+            if any(means.values()) or loss is not None:
+                entry[key] = str(write_statistics(folder / f"{key}{i}", means, method.data_inputs, loss=loss))
     return recipe
 
 

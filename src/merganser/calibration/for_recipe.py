@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import MergeError, OutputError, RecipeError
 from ..method import MergeMethod
-from ..recipe import Inputs, Recipe, Source, check_recipe
+from ..recipe import Inputs, ModelReference, Recipe, Slice, Source, check_recipe
 from ..recipe.data import Data
 from ..recipe.place import Place
 from ..statistics import STATISTICS_NAME, CalibrationPlan, Statistics, open_statistics
@@ -42,6 +42,7 @@ class Wanted:
         data: On what it is calibrated.
         statistics: What is summed.
         place: Where the recipe names the model.
+        of_base: Whether they are of the base on a model's data; `model` is the base.
         inputs: What computes the inputs, as in `FromData`. If not the model itself, all models of the recipe are
             measured together, and the name of the folder has two parts, the first of which they share.
     """
@@ -51,6 +52,7 @@ class Wanted:
     data: Data
     statistics: tuple[str, ...]
     place: Place
+    of_base: bool = False
     inputs: str = "own"
 
 
@@ -68,45 +70,63 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
         return []
     resolver = check_recipe(recipe)
     method = resolver.method
-    if method.needs_gradients:
-        raise RecipeError(
-            f"{recipe.place}: {method.name} uses gradients or losses, which are not measured within a merge; write them "
-            "with merganser calibrate, and give the folders as 'statistics' in place of 'data'"
-        )
-    merged = [source for i in range(len(resolver.slices)) for source in _measured(method, resolver.sources(i))]
-    places = {source.place for source in merged}
-    for source in _sources(recipe):
-        if source.data is not None and source.data.own and (not method.from_data or source.place not in places):
-            of = "of the base" if source.model == recipe.base_model else "of this model"
-            of = of if method.from_data else "from data"
-            raise RecipeError(f"{source.data.place}: {method.name} uses no statistics {of}; leave the key out")
-    statistics = tuple(dict.fromkeys(own.statistic for own in method.from_data.values()))
-    found: dict[tuple[str, Data], Wanted] = {}
+    own, of_base = _statistics(method)
+    pairs = [pair for i in range(len(resolver.slices)) for pair in _measured(method, resolver.sources(i))]
+    _check_used(recipe, method, pairs)
+    found: dict[tuple[str, Data, bool], Wanted] = {}
     group = "" if method.data_inputs == "own" else _group(taken)
-    for source in merged if method.from_data else ():
-        if source.data is None:
+    for model, source, for_base in pairs:
+        if source.data is None or (for_base and source.base_statistics is not None):
             continue
         # the same model and data give the same statistics, wherever the recipe writes them
-        key = str(source.model), _anywhere(source.data)
+        key = str(model.model), _anywhere(source.data), for_base
         if key not in found:
-            name = _name(source, [*taken, *(each.name.removeprefix(group) for each in found.values())])
-            found[key] = Wanted(group + name, key[0], source.data, statistics, source.place, method.data_inputs)
+            used = [*taken, *(each.name.removeprefix(group) for each in found.values())]
+            name = _free(f"base-on-{_name(source)}" if for_base else _name(source), used)
+            statistics = of_base if for_base else own
+            found[key] = Wanted(
+                group + name, key[0], source.data, statistics, source.place, for_base, method.data_inputs
+            )
     for unused in ("data", "keep_statistics"):
         if unused in recipe.places and not found:
-            reason = (
-                "every model has statistics already"
-                if method.from_data
-                else f"{method.name} uses no statistics from data"
-            )
+            reason = "every model has statistics already" if pairs else f"{method.name} uses no statistics from data"
             raise RecipeError(f"{recipe.place_of(unused)}: {reason}; leave the key out")
     return list(found.values())
 
 
-def _measured(method: MergeMethod, inputs: Inputs) -> Sequence[Source]:
-    """Return what a method takes statistics of."""
-    if method.data_of == "base":
-        return [] if inputs.base is None else [inputs.base]
-    return inputs.models if method.data_of == "models" else inputs.models[:1]
+def _statistics(method: MergeMethod) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the statistics that a method takes of what it measures, and of the base on every model's data."""
+    own: list[str] = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
+    own += [each.statistic for each in method.numbers.values()]
+    of_base = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
+    return tuple(dict.fromkeys(own)), tuple(dict.fromkeys(of_base))
+
+
+def _check_used(recipe: Recipe, method: MergeMethod, pairs: Sequence[tuple[Source, Source, bool]]) -> None:
+    """Check that the data that a recipe says for one model alone are used.
+
+    Raises:
+        RecipeError: They are not.
+    """
+    used = {source.place for _, source, for_base in pairs if not (for_base and source.base_statistics is not None)}
+    for source in _sources(recipe):
+        if source.data is None or not source.data.own or source.place in used:
+            continue
+        if source.base_statistics is not None:
+            raise RecipeError(f"{source.data.place}: {method.name} takes 'base_statistics' alone; leave the data out")
+        of = "of the base" if source.model == recipe.base_model else "of this model"
+        raise RecipeError(
+            f"{source.data.place}: {method.name} uses no statistics {of if pairs else 'from data'}; leave the key out"
+        )
+
+
+def _measured(method: MergeMethod, inputs: Inputs) -> list[tuple[Source, Source, bool]]:
+    """Return what a method takes statistics of: each model, the source whose data it runs on, and if it is the base."""
+    own, of_base = _statistics(method)
+    bases = () if inputs.base is None else (inputs.base,)
+    sources = {"models": inputs.models, "base": bases, "first": inputs.models[:1]}[method.data_of]
+    found = [(source, source, False) for source in sources] if own else []
+    return found + [(base, source, True) for base in bases for source in sources if of_base]
 
 
 def _group(taken: Collection[str]) -> str:
@@ -124,16 +144,24 @@ def with_statistics(recipe: Recipe, folders: Mapping[Wanted, Path]) -> Recipe:
         recipe: The recipe.
         folders: The folders of all statistics that `wanted_by` returns.
     """
-    plain = {(each.model, _anywhere(each.data)): path for each, path in folders.items()}
+    made = {(each.model, _anywhere(each.data), each.of_base): str(path) for each, path in folders.items()}
 
-    def source(each: Source) -> Source:
-        path = None if each.data is None else plain.get((str(each.model), _anywhere(each.data)))
-        return replace(each, statistics=each.statistics if path is None else str(path), data=None)
+    def source(each: Source, base: ModelReference | None) -> Source:
+        if each.data is None:
+            return each
+        data = _anywhere(each.data)
+        own = made.get((str(each.model), data, False))
+        of_base = each.base_statistics or made.get((str(base), data, True))
+        return replace(each, statistics=each.statistics or own, base_statistics=of_base, data=None)
+
+    def piece(each: Slice) -> Slice:
+        base = each.base_model or recipe.base_model
+        return replace(each, sources=tuple(source(own, base) for own in each.sources))
 
     return replace(
         recipe,
-        models=tuple(source(each) for each in recipe.models),
-        slices=tuple(replace(piece, sources=tuple(source(s) for s in piece.sources)) for piece in recipe.slices),
+        models=tuple(source(each, recipe.base_model) for each in recipe.models),
+        slices=tuple(map(piece, recipe.slices)),
     )
 
 
@@ -216,6 +244,7 @@ def check_same(present: Statistics, prepared: Prepared, folder: Path, *, hashing
         "of other weights": hashing and present.about["model"]["hash"] != about["model"]["hash"],
         "of another tokenizer": present.about["tokenizer"] != about["tokenizer"],
         "of other data, or other sequences of them": present.about["parts"] != about["parts"],
+        "of another loss": prepared.labels is not None and present.about.get("labels") != prepared.labels,
         "of other kinds": not set(prepared.statistics) <= set(present.statistics),
     }
     found = next((reason for reason, differs in other.items() if differs), None)
@@ -234,10 +263,14 @@ def _sources(recipe: Recipe) -> Sequence[Source]:
     return [*recipe.models, *(source for piece in recipe.slices for source in piece.sources)]
 
 
-def _name(source: Source, taken: Collection[str]) -> str:
-    """Return a name for a model's folder: its own, or the last part of its path, with a number where that is taken."""
+def _name(source: Source) -> str:
+    """Return a name for a model's folder: its own, or the last part of its path."""
     whole = source.name or Path(source.model.path).expanduser().name or "model"
-    name = _UNUSUAL.sub("-", whole).strip(".-") or "model"
+    return _UNUSUAL.sub("-", whole).strip(".-") or "model"
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """Return a name, with a number where it is taken."""
     number = 1
     while (name if number == 1 else f"{name}-{number}") in taken:
         number += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 from ..checkpoint import DTYPE_BY_NAME, plan_shards
-from ..errors import OutputError, UnsupportedError
+from ..errors import OutputError
 from ..jsonfile import os_reason
 from ..statistics import COUNT, STATISTICS_NAME, CalibrationPlan, Choice, sum_name
 from ..statistics.choice import BATCH_TOKENS
 from .forward import Output, run_alone
 from .preparation import Data, Prepared, prepare
 from .reducers import REDUCERS, CrossGram, Reducer, products_of
+from .reverse import GRADIENTS, LOSS_FILE, check_predicts
+from .reverse.plan import plan_reverse, planned_sums
 from .run import described, fits, without
 from .skeleton import Skeleton
 from .taps import Tapped, Taps
 from .within.pairs import CROSS_GRAM, planned_pairs
-from .writer import file_name, write_about
+from .writer import Sum, file_name, write_about
 
 __all__ = ["lay_out", "plan_calibration", "plan_prepared"]
 
@@ -46,6 +48,7 @@ def plan_calibration(
     length: int | None = None,
     seed: int = 0,
     tokens: str = "all",
+    labels: str = "data",
     batch_tokens: int = BATCH_TOKENS,
     cache_dir: Path | None = None,
 ) -> CalibrationPlan:
@@ -56,10 +59,8 @@ def plan_calibration(
     """
     choice = Choice(sequences, length, seed, tokens)
     with prepare(
-        model, data, statistics=statistics, choice=choice, batch_tokens=batch_tokens, cache_dir=cache_dir
+        model, data, statistics=statistics, choice=choice, labels=labels, batch_tokens=batch_tokens, cache_dir=cache_dir
     ) as prepared:
-        if prepared.labels is not None:
-            raise UnsupportedError("what gradients and losses take cannot be told beforehand; run it without --dry-run")
         return plan_prepared(prepared, str(model), Path(model).name)[0]
 
 
@@ -80,20 +81,32 @@ def plan_prepared(
         The plan, and for every block the tensors that will have statistics; their sums have shapes, but no values.
 
     Raises:
-        UnsupportedError: The blocks cannot be run one at a time.
+        UnsupportedError: The blocks cannot be run one at a time, or there is no loss, and one is wanted.
+        DataError: No token of the data is predicted, and a loss is wanted.
     """
     skeleton = prepared.skeleton
+    if prepared.labels is not None:
+        check_predicts(skeleton, prepared.batches())
     found = _block_sums(prepared)
     if inputs == "merged":
         found = [planned_pairs(skeleton, block) for block in found]
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
-    outside = _nbytes(skeleton, skeleton.outside())
+    outside = skeleton.outside(head=prepared.labels is not None)
     forward = _FORWARDS[inputs] * _forward_operations(prepared)
     sums = sum(_sum_operations(prepared, tapped) for block in found for tapped in block)
-    read = skeleton.checkpoint.nbytes + 2 * inside + outside
-    seconds = _STARTING + read / _READ_RATE
+    read = skeleton.checkpoint.nbytes + 2 * inside + _nbytes(skeleton, outside)
+    memory, spool = _peak_memory(prepared, _loaded(skeleton, outside), found, inputs), _spool_bytes(prepared)
+    stored = sum(_stored_bytes(tapped) for block in found for tapped in block)
+    files = [file_name(number, len(found)) for number in range(1, len(found) + 1)]
+    seconds = _STARTING
+    if prepared.labels is not None:
+        reverse = plan_reverse(skeleton, _gradients(prepared), prepared.samples, forward)
+        forward, sums, read = forward + reverse.operations, sums + reverse.gram_operations, read + reverse.bytes_read
+        memory, spool = max(memory, _RUNTIME + reverse.peak_memory), reverse.spool_bytes
+        stored, seconds = stored + reverse.stored_bytes, seconds + reverse.adding
+        files += reverse.sums
     rate = partial(_rate, skeleton.dtype, threads=torch.get_num_threads())
-    seconds += _BESIDE_PRODUCTS * forward / rate(sums=False) + sums / rate(sums=True)
+    seconds += read / _READ_RATE + _BESIDE_PRODUCTS * forward / rate(sums=False) + sums / rate(sums=True)
     return (
         CalibrationPlan(
             model=model,
@@ -107,13 +120,18 @@ def plan_prepared(
             forward_operations=forward,
             sum_operations=sums,
             seconds=seconds,
-            peak_memory=_peak_memory(prepared, outside, found, inputs),
-            spool_bytes=_spool_bytes(prepared),
-            statistics_bytes=sum(_stored_bytes(tapped) for block in found for tapped in block),
-            files=(STATISTICS_NAME, *(file_name(number, len(found)) for number in range(1, len(found) + 1))),
+            peak_memory=memory,
+            spool_bytes=spool,
+            statistics_bytes=stored,
+            files=(STATISTICS_NAME, *files),
         ),
         found,
     )
+
+
+def _gradients(prepared: Prepared) -> list[str]:
+    """Return the statistics of gradients that are wanted."""
+    return [name for name in prepared.statistics if name in GRADIENTS]
 
 
 def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
@@ -135,20 +153,35 @@ def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path
     """
     tensors: dict[str, Any] = {}
     names = [file_name(number, len(blocks)) for number in range(1, len(blocks) + 1)]
+    gradients: dict[str, list[str]] = {}
     try:
         folder.mkdir(parents=True)
         for name, block in zip(names, blocks, strict=True):
             sums = {sum_name(kind, own.names[0]): each for own in block for kind, each in own.sums.items()}
-            described_sums = [(key, DTYPE_BY_NAME[own.dtype], own.shape) for key, own in sums.items()]
-            (shard,) = plan_shards(described_sums, 1 << 63, {}, stem=name.removesuffix(".safetensors"))
-            with (folder / name).open("wb") as file:
-                file.write(shard.header)
-                file.truncate(shard.size)
+            _reserve(folder / name, sums)
             tensors |= described(block)
+        reverse = {} if prepared.labels is None else planned_sums(prepared.skeleton, _gradients(prepared))
+        for name, planned in reverse.items():
+            _reserve(
+                folder / name, {sum_name(kind, own) if own else kind: each for (kind, own), each in planned.items()}
+            )
+            for kind, own in planned if name != LOSS_FILE else ():
+                gradients.setdefault(own, []).append(kind)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {os_reason(error)}") from None
     about = {**prepared.about(hashing=False), "statistics": list(statistics_of(prepared, inputs)), "inputs": inputs}
-    write_about(folder, {**about, "without": without(prepared.skeleton, tensors), "files": names, "tensors": tensors})
+    about |= {"without": without(prepared.skeleton, tensors), "files": [*names, *reverse], "tensors": tensors}
+    about |= {"gradients": gradients, "without_gradients": []} if reverse else {}
+    write_about(folder, about)
+
+
+def _reserve(file: Path, sums: Mapping[str, Sum]) -> None:
+    """Write the header of a file with these sums, and give it its size; all values are zero."""
+    described_sums = [(key, DTYPE_BY_NAME[own.dtype], own.shape) for key, own in sums.items()]
+    (shard,) = plan_shards(described_sums, 1 << 63, {}, stem=file.name.removesuffix(".safetensors"))
+    with file.open("wb") as target:
+        target.write(shard.header)
+        target.truncate(shard.size)
 
 
 def _block_sums(prepared: Prepared) -> list[list[Tapped]]:
@@ -158,7 +191,7 @@ def _block_sums(prepared: Prepared) -> list[list[Tapped]]:
     found: list[list[Tapped]] = []
     with skeleton.zeroed():
         for index, block in enumerate(skeleton.blocks):
-            taps = Taps(skeleton, block, prepared.statistics, summed=False)
+            taps = Taps(skeleton, block, [each for each in prepared.statistics if each in REDUCERS], summed=False)
             with taps.watching():
                 taps.begin(batch)
                 before[block.stack] = run_alone(skeleton, index, batch, before)
@@ -206,7 +239,7 @@ def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tap
     # of weights, within a merge: a block and as it is merged; or the blocks of both, each with what is outside
     held = {"own": (1, 1), "prefix": (1, 2), "merged": (2, 3)}[inputs]
     skeleton = prepared.skeleton
-    largest = max(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
+    largest = max(_loaded(skeleton, block.sources) for block in skeleton.blocks)
     sums = max(sum(_memory(tapped) for tapped in block) for block in blocks)
     widest = max((tapped.width for block in blocks for tapped in block), default=0)
     # float32 rows of the widest input, its products in several steps, and one sum as it is stored
@@ -232,7 +265,12 @@ def _stored_bytes(tapped: Tapped) -> int:
 
 
 def _nbytes(skeleton: Skeleton, names: Iterable[str]) -> int:
-    return sum(skeleton.checkpoint.tensors[name].nbytes for name in names)
+    return sum(skeleton.checkpoint.tensors[name].nbytes_stored for name in names)
+
+
+def _loaded(skeleton: Skeleton, names: Iterable[str]) -> int:
+    """Return the bytes of tensors in memory, in the dtype of the model."""
+    return sum(skeleton.checkpoint.tensors[name].numel for name in names) * skeleton.dtype.itemsize
 
 
 @lru_cache

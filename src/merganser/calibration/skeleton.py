@@ -185,17 +185,24 @@ def _config(checkpoint: Checkpoint) -> Any:
         ) from None
     if not checkpoint.config:
         raise CheckpointError(f"{checkpoint.reference}: has no config.json, so it is not known what model this is")
-    if checkpoint.quantised:
+    found = checkpoint.quantisation
+    if found is not None and found.unreadable is not None:
         raise CheckpointError(
-            f"{checkpoint.reference}: its weights are quantised ({checkpoint.quantised}); give the unquantised model"
+            f"{checkpoint.reference}: its weights are quantised ({found.evidence}); {found.unreadable}; give the "
+            "unquantised model"
         )
     try:
         with quiet():
-            return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
             f"{checkpoint.reference}: transformers cannot read config.json: {_first_line(error)}"
         ) from None
+    # weights are dequantised while they are read, so that the model is an ordinary one
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    return config
 
 
 def _first_line(error: Exception) -> str:

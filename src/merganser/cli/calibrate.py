@@ -100,6 +100,7 @@ def calibrate(
         "length": length,
         "seed": seed,
         "tokens": tokens,
+        "labels": labels,
         "batch_tokens": batch_tokens,
         "cache_dir": cache_dir,
     }
@@ -111,7 +112,7 @@ def calibrate(
         raise DataError("--out is missing: give the folder to write, or --dry-run")
     started = time.monotonic()
     with step_progress("calibrate", quiet) as progress:
-        found = run(model, chosen, out, labels=labels, progress=progress, **given)
+        found = run(model, chosen, out, progress=progress, **given)
     if json:
         say_json(found.about)
         return

@@ -139,7 +139,7 @@ def build_plan(
         ],
         differences=resolver.differences(),
         vocabulary=matched.change,
-        statistics=list({own.path: own for each in data for own in each.folders}.values()),
+        statistics=list({own.path: own for each in data for own in (*each.folders, *each.base_folders)}.values()),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
         census=take_census(members, alignment, tensors),
     )

@@ -86,12 +86,6 @@ class MergeMethod:
         return next((own.of for own in self.from_data.values() if own.of != "base_on_models"), "models")
 
     @cached_property
-    def needs_gradients(self) -> bool:
-        """Whether it needs statistics of gradients, or losses."""
-        needed = any(not own.optional for own in self.numbers.values())
-        return needed or any(not own.of_inputs for own in self.from_data.values())
-
-    @cached_property
     def random(self) -> bool:
         """Whether the result depends on the seed."""
         return "rng" in inspect.signature(self.combine).parameters

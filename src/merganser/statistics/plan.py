@@ -20,8 +20,9 @@ class CalibrationPlan:
         tokens: Number of tokens that the model reads.
         counted: Number of tokens that the statistics include.
         bytes_read: Bytes of the model's files that are read: all once for their hash, those of the blocks twice more,
-            for a check with a few tokens and for the calibration itself; a second reading mostly comes from memory.
-        forward_operations: Floating-point operations of the model on these tokens.
+            for a check with a few tokens and for the calibration itself, and for gradients all once more and those of
+            the blocks again; a second reading mostly comes from memory.
+        forward_operations: Floating-point operations of the model on these tokens, with its reverse pass if there is one.
         sum_operations: Floating-point operations of the sums.
         seconds: Time to expect: these operations at the rate of a short measurement on this machine, and the reading at
             1 GB/s.

@@ -6,6 +6,6 @@ block before it. So the whole data set takes two reads of the model.
 """
 
 from .loss import LABELS, Loss
-from .run import GRADIENTS, Reverse, check_predicts
+from .run import GRADIENTS, LOSS_FILE, Reverse, check_predicts
 
-__all__ = ["GRADIENTS", "LABELS", "Loss", "Reverse", "check_predicts"]
+__all__ = ["GRADIENTS", "LABELS", "LOSS_FILE", "Loss", "Reverse", "check_predicts"]

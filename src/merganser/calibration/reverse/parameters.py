@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..skeleton import Skeleton
+from ..skeleton import Block, Skeleton
 
-__all__ = ["Part", "find_parts"]
+__all__ = ["Part", "block_parameters", "find_parts", "likely_parts", "outside_sources"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,18 @@ class Part:
         if self.length is not None:
             own = own.narrow(self.axis, self.start, self.length)
         return own.T if self.turned else own
+
+
+def block_parameters(block: Block) -> dict[str, nn.Parameter]:
+    """Return the float parameters of a block, by their names in the model."""
+    own = {f"{block.name}.{name}": each for name, each in block.module.named_parameters()}
+    return {name: each for name, each in own.items() if each.is_floating_point()}
+
+
+def outside_sources(skeleton: Skeleton) -> list[str]:
+    """Return the names of the checkpoint's tensors outside the blocks."""
+    inside = {source for block in skeleton.blocks for source in block.sources}
+    return [source for source in skeleton.targets if source not in inside]
 
 
 def find_parts(
@@ -83,6 +95,29 @@ def find_parts(
         if part.length is not None:
             taken.add(part)
     return found, missing
+
+
+def likely_parts(skeleton: Skeleton, sources: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> dict[str, Part]:
+    """Return the parts that tensors of a checkpoint have by their shapes, before any weights are loaded.
+
+    Args:
+        skeleton: The model.
+        sources: Names of tensors.
+        parameters: Parameters, by name.
+
+    Returns:
+        The parts by name of the tensor. Which of several equal pieces of a parameter is a tensor's is not known.
+    """
+    names = _by_name(skeleton, parameters)
+    found: dict[str, Part] = {}
+    for source in sources:
+        target = skeleton.targets[source]
+        name = names.get(target.parameter)
+        if name is not None:
+            stored = torch.empty(skeleton.checkpoint.tensors[source].shape, device="meta")
+            part = next(_options(name, target.index, parameters[name], stored), None)
+            found |= {} if part is None else {source: part}
+    return found
 
 
 def _by_name(skeleton: Skeleton, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:

@@ -19,17 +19,19 @@ from ..target import Target
 from ..writer import Sum, file_name, write_sums
 from .backward import block_backward, head_backward, outside_parameters
 from .loss import Loss, predicted
-from .parameters import find_parts
+from .parameters import block_parameters, find_parts, outside_sources
 from .sums import ELEMENTWISE, GradientSums
 from .taps import GradientTaps
 from .upstream import Upstream, UpstreamFiles
 
-__all__ = ["GRADIENTS", "Reverse", "check_predicts"]
+__all__ = ["GRADIENTS", "LOSS_FILE", "Reverse", "check_predicts", "gradient_files"]
 
 GRADIENTS = (*ELEMENTWISE, "sensitivity", "gradient_gram")
 """Names of all statistics of gradients."""
 
 LOSS_FILE = "loss.safetensors"
+"""Name of the file with the loss of the model."""
+
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -50,6 +52,11 @@ def check_predicts(skeleton: Skeleton, batches: Sequence[Batch]) -> None:
         raise DataError(
             f"{batches[0].where[0]}: no token that counts follows another one, so there is no loss; give longer texts"
         )
+
+
+def gradient_files(blocks: int) -> list[str]:
+    """Return the names of the files with sums of gradients: one for each block, and one for what is outside them."""
+    return [file_name(number, blocks + 1, "gradients") for number in range(1, blocks + 2)]
 
 
 class Reverse:
@@ -85,9 +92,7 @@ class Reverse:
     @property
     def files(self) -> list[str]:
         """The names of the files that it writes: the loss, one for what is outside the blocks, one for each block."""
-        count = len(self._skeleton.blocks) + 1
-        gradients = [file_name(number, count, "gradients") for number in range(1, count + 1)]
-        return [LOSS_FILE, *(gradients if self._statistics else [])]
+        return [LOSS_FILE, *(gradient_files(len(self._skeleton.blocks)) if self._statistics else [])]
 
     @property
     def steps(self) -> int:
@@ -145,12 +150,11 @@ class Reverse:
         if index:
             skeleton.will_need(skeleton.blocks[index - 1])
         with skeleton.filled(block):
-            own = {f"{block.name}.{name}": each for name, each in block.module.named_parameters()}
-            own = {name: each for name, each in own.items() if each.is_floating_point()}
+            own = block_parameters(block)
             for each in own.values():
                 each.requires_grad_(True)
             sums = self._sums(block.sources, own, about)
-            rest = None if index else self._sums(self._outside_sources(), self._outside, about)
+            rest = None if index else self._sums(outside_sources(skeleton), self._outside, about)
             taps = GradientTaps(block, sums.parts)
             with taps.watching() if "gradient_gram" in self._statistics else contextlib.nullcontext():
                 for number, batch in enumerate(self._stream.batches):
@@ -185,10 +189,6 @@ class Reverse:
                 found[name] = upstream.outside_gradient(name, start)
         return found
 
-    def _outside_sources(self) -> list[str]:
-        inside = {source for block in self._skeleton.blocks for source in block.sources}
-        return [source for source in self._skeleton.targets if source not in inside]
-
     def _sums(
         self, sources: Sequence[str], parameters: Mapping[str, nn.Parameter], about: dict[str, Any]
     ) -> GradientSums:
@@ -200,9 +200,8 @@ class Reverse:
         self, number: int, sums: GradientSums, grams: Mapping[tuple[str, str], Sum], about: dict[str, Any]
     ) -> None:
         found = {**sums.results(), **grams}
-        name = file_name(number, len(self._skeleton.blocks) + 1, "gradients")
         write_sums(
-            self._target.folder / name,
+            self._target.folder / gradient_files(len(self._skeleton.blocks))[number - 1],
             {sum_name(statistic, tensor): own for (statistic, tensor), own in found.items()},
         )
         for statistic, tensor in found:

@@ -35,6 +35,7 @@ class DataOfModels:
         sources: The models, as the recipe lists them; or the base.
         folders: The statistics of each of them, in that order; empty if the method takes none.
         base_folders: Those of the base on the data of each of them, likewise.
+        base: The base; None if there is none.
     """
 
     wanted: Mapping[str, FromData]
@@ -42,6 +43,7 @@ class DataOfModels:
     sources: Sequence[Source]
     folders: Sequence[Statistics]
     base_folders: Sequence[Statistics] = ()
+    base: Source | None = None
 
     def of(
         self, base: TensorInfo | None, models: Sequence[TensorInfo]
@@ -180,7 +182,7 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
         return None
     folders = [_open(method, source, own) for source in sources] if own else []
     base_folders = [_open_of_base(method, inputs, source, of_base) for source in sources] if of_base else []
-    return DataOfModels(method.from_data, method.numbers, sources, folders, base_folders)
+    return DataOfModels(method.from_data, method.numbers, sources, folders, base_folders, inputs.base)
 
 
 def _open(method: MergeMethod, source: Source, names: Sequence[str]) -> Statistics:
@@ -250,15 +252,27 @@ def check_weights(data: Sequence[DataOfModels | None], cache_dir: Path | None) -
     """
     samples: dict[ModelReference, str] = {}
     for own in data:
-        for source, folder in zip(own.sources, own.folders, strict=True) if own is not None and own.folders else ():
-            found = folder.about["model"]
-            if source.model not in samples:
-                # opened as calibrate does, since planning may rename tensors or leave some out
-                samples[source.model] = weights_sample(open_reference(str(source.model), cache_dir=cache_dir))
-            # statistics of an earlier version have no sample
-            if found.get("sample", samples[source.model]) != samples[source.model]:
-                raise RecipeError(
-                    f"{source.place} statistics: {folder.path} is of other weights than {source.model}: of "
-                    f"{found['reference']}, or of this model as it was then. Calibrate this model, or write "
-                    "'check_statistics: false' at the top of the recipe to take them as they are"
-                )
+        if own is None:
+            continue
+        for source, folder in zip(own.sources, own.folders, strict=bool(own.folders)):
+            _check_weights(f"{source.place} statistics", folder, source.model, samples, cache_dir)
+        for source, folder in zip(own.sources, own.base_folders, strict=bool(own.base_folders)):
+            if own.base is not None:
+                _check_weights(f"{source.place} base_statistics", folder, own.base.model, samples, cache_dir)
+
+
+def _check_weights(
+    key: str, folder: Statistics, model: ModelReference, samples: dict[ModelReference, str], cache_dir: Path | None
+) -> None:
+    """Check the statistics that one key names; `samples` are those of models that were opened before."""
+    found = folder.about["model"]
+    if model not in samples:
+        # opened as calibrate does, since planning may rename tensors or leave some out
+        samples[model] = weights_sample(open_reference(str(model), cache_dir=cache_dir))
+    # statistics of an earlier version have no sample
+    if found.get("sample", samples[model]) != samples[model]:
+        raise RecipeError(
+            f"{key}: {folder.path} is of other weights than {model}: of {found['reference']}, or of this model as it was "
+            "then. Calibrate this model, or write 'check_statistics: false' at the top of the recipe to take them as they "
+            "are"
+        )
