@@ -39,6 +39,7 @@ ROOMS = [
     "engine/vocabulary",
     "engine/agreement",
     "engine/output",
+    "engine/permutation",
     "engine/stream",
     "engine/sidecars",
     "engine/adapters",
