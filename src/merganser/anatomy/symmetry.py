@@ -96,7 +96,7 @@ _UNGROUPED = ("gpt2", "gpt_neox")
 
 _FAMILIES: dict[str, Mapping[str, tuple[str, str]]] = {
     **dict.fromkeys(
-        words("llama mistral qwen2 qwen3 gemma gemma2 gemma3_text granite olmo olmo2 smollm3 stablelm"), _LLAMA
+        words("arcee llama mistral qwen2 qwen3 gemma gemma2 gemma3_text granite olmo olmo2 smollm3 stablelm"), _LLAMA
     ),
     "phi": _PHI,
     "phi3": _PHI3,
