@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from merganser.anatomy.symmetry import UNITS, Units, find_units
 from merganser.checkpoint import Reader, open_checkpoint
 from merganser.checkpoint.derived import read_elements, read_whole
 from merganser.checkpoint.permuted import permuted
+from merganser.engine.either import the_model
 from merganser.engine.merge import merge, plan
 from merganser.engine.permutation.match import assign, assign_groups
+from merganser.engine.record import fingerprint
 from merganser.errors import MergeError
 from tests.anatomy.permuting import permute, random_orders
 from tests.making import assert_equal, read_json, read_model, write_model
@@ -94,6 +97,58 @@ def test_a_model_merged_with_its_permuted_copy_is_the_model(folder: Path, kinds:
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "out"]
 
 
+OTHER_LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "phi3": (
+        {},
+        {
+            "input_layernorm.weight": (HIDDEN,),
+            "self_attn.qkv_proj.weight": (2 * HIDDEN, HIDDEN),
+            "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+            "mlp.gate_up_proj.weight": (2 * INNER, HIDDEN),
+            "mlp.down_proj.weight": (HIDDEN, INNER),
+        },
+    ),
+    "gpt_neox": (
+        {"num_key_value_heads": None},
+        {
+            "input_layernorm.bias": (HIDDEN,),
+            "attention.query_key_value.weight": (3 * HIDDEN, HIDDEN),
+            "attention.query_key_value.bias": (3 * HIDDEN,),
+            "attention.dense.weight": (HIDDEN, HIDDEN),
+            "mlp.dense_h_to_4h.weight": (INNER, HIDDEN),
+            "mlp.dense_4h_to_h.weight": (HIDDEN, INNER),
+            "mlp.dense_4h_to_h.bias": (HIDDEN,),
+        },
+    ),
+    "gpt2": (
+        {"num_key_value_heads": None, "n_head": 4},
+        {
+            "ln_1.weight": (HIDDEN,),
+            "attn.c_attn.weight": (HIDDEN, 3 * HIDDEN),
+            "attn.c_attn.bias": (3 * HIDDEN,),
+            "attn.c_proj.weight": (HIDDEN, HIDDEN),
+            "mlp.c_fc.weight": (HIDDEN, INNER),
+            "mlp.c_proj.weight": (INNER, HIDDEN),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_LAYOUTS)
+def test_stacked_and_interleaved_matrices_are_read_in_the_order_of_the_reference(tmp_path: Path, family: str) -> None:
+    keys, layer = OTHER_LAYOUTS[family]
+    config = CONFIG | {"model_type": family, "num_hidden_layers": 1} | keys
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
+    shapes |= {f"model.layers.0.{name}": shape for name, shape in layer.items()}
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    units = find_units(shapes, config, infer_anatomy(shapes, config))
+    write_model(tmp_path / "a", tensors, config)
+    write_model(tmp_path / "b", permute(tensors, units, random_orders(units, 4)), config)
+    merge(recipe(tmp_path / "a", tmp_path / "b"), tmp_path / "out")
+    assert_equal(read_model(tmp_path / "out"), tensors)
+
+
 def test_without_align_a_permuted_copy_is_averaged_as_it_is(folder: Path) -> None:
     copy = permuted_copy(weights(0), ["mlp"])
     write_model(folder / "b", copy, CONFIG)
@@ -149,7 +204,7 @@ def test_models_from_other_starts_come_nearer_and_the_result_repeats(folder: Pat
 
 def test_the_plan_counts_what_moves(folder: Path) -> None:
     write_model(folder / "b", permuted_copy(weights(0), ["mlp"]), CONFIG)
-    found = plan(recipe(folder / "a", folder / "b")).permutation  # type: ignore[union-attr]
+    found = the_model(plan(recipe(folder / "a", folder / "b"))).permutation
     assert found is not None
     moved = found.models[0].moved
     assert moved["residual"] == (0, HIDDEN)
@@ -170,7 +225,9 @@ parameters: {{weight: 0.5}}
 models: [{{model: {folder / "a"}}}, {{model: swapped}}]
 align: {{to: base, units: [mlp, heads, residual]}}
 """
-    assert plan(text).permutation.models[0].moved == {}  # type: ignore[union-attr]
+    planned = the_model(plan(text)).permutation
+    assert planned is not None
+    assert planned.models[0].moved == {}
     merge(text, folder / "out")
     assert_equal(read_model(folder / "out"), weights(0))
 
@@ -210,6 +267,13 @@ def test_a_killed_run_takes_the_permutations_that_were_found(folder: Path, monke
     assert_equal(read_model(folder / "out"), read_model(folder / "once"))
 
 
+def test_a_run_with_another_permutation_is_not_continued(folder: Path) -> None:
+    write_model(folder / "b", permuted_copy(weights(0), ["mlp"]), CONFIG)
+    found = the_model(plan(recipe(folder / "a", folder / "b")))
+    assert fingerprint(found, {}) == fingerprint(replace(found), {})
+    assert fingerprint(found, {}) != fingerprint(replace(found, permutation=None), {})
+
+
 def test_a_permuted_tensor_is_read_from_any_byte(folder: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     tensor = open_checkpoint(str(folder / "a")).tensors[name]
@@ -243,7 +307,7 @@ def test_without_scipy_the_message_names_the_extra(folder: Path, monkeypatch: py
     """Copies and fine-tunes are aligned without it."""
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
     write_model(folder / "b", permuted_copy(weights(0), ["mlp"]), CONFIG)
-    assert plan(recipe(folder / "a", folder / "b")).permutation is not None  # type: ignore[union-attr]
+    assert the_model(plan(recipe(folder / "a", folder / "b"))).permutation is not None
     with pytest.raises(MergeError, match=r"needs SciPy: pip install 'merganser\[align\]'"):
         plan(recipe(folder / "a", _other(folder, "c")))
 

@@ -221,8 +221,8 @@ def summarise(plan: Plan) -> PlanSummary:
         warnings=list(plan.warnings),
         differences=list(plan.differences),
         sidecars=_sidecars(plan),
-        vocabulary=plan.vocabulary and plan.vocabulary.as_json(),
-        permutation=plan.permutation and plan.permutation.as_json(),
+        vocabulary=None if plan.vocabulary is None else plan.vocabulary.as_json(),
+        permutation=None if plan.permutation is None else plan.permutation.as_json(),
         calibrations=list(plan.calibrations),
         census=[census_entry(str(reference), found) for reference, found in plan.census.items()],
     )
