@@ -367,3 +367,6 @@ def test_models_that_do_not_fit(folder: Path) -> None:
     pieces = [{"sources": [{"model": str(folder / "a"), "layer_range": [0, 2]}]}]
     with pytest.raises(MergeError, match="only whole models can be aligned"):
         plan({"merge_method": "passthrough", "slices": pieces, "align": {}})
+    parts = {"text_decoder": {"models": [{"model": str(folder / "a")}]}}
+    with pytest.raises(MergeError, match="only whole models can be aligned"):
+        plan({"merge_method": "passthrough", "modules": parts, "align": {}})

@@ -86,8 +86,8 @@ def permute_members(
 
 def _check(recipe: Recipe, method: MergeMethod) -> None:
     place = recipe.place_of("align")
-    if recipe.slices:
-        raise RecipeError(f"{place}: only whole models can be aligned; give 'models' in place of 'slices'")
+    if recipe.slices or recipe.modules:
+        raise RecipeError(f"{place}: only whole models can be aligned; give 'models' in place of slices or modules")
     if method.from_data:
         raise RecipeError(
             f"{place}: the statistics from data that {method.name} takes are of the models as they are stored, so they do "
