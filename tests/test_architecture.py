@@ -40,6 +40,7 @@ ROOMS = [
     "engine/vocabulary",
     "engine/agreement",
     "engine/output",
+    "engine/permutation",
     "engine/stream",
     "engine/sidecars",
     "engine/adapters",

@@ -17,7 +17,7 @@ from .tensor import ByteReader, TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MadeRows", "RowMap", "gathered"]
+__all__ = ["MadeRows", "RowMap", "gathered", "pick_rows"]
 
 Rows = npt.NDArray[np.int64]
 
@@ -156,7 +156,7 @@ class _Gathered:
         values = torch.empty(len(index), self.width, dtype=getattr(torch, self.dtype.name))
         own = index >= 0
         if own.any():
-            values[torch.from_numpy(own)] = _pick(reader, self.tensors[0], index[own], self.width).to(values.dtype)
+            values[torch.from_numpy(own)] = pick_rows(reader, self.tensors[0], index[own], self.width).to(values.dtype)
         if not own.all():
             wanted, place = np.unique(-1 - index[~own], return_inverse=True)
             made = self._copied(reader, wanted) if self.rows.made.copies else self._summed(reader, wanted)
@@ -173,7 +173,7 @@ class _Gathered:
         terms = made.starts[wanted[filled]]
         for source in np.unique(made.source[terms]):
             mine = made.source[terms] == source
-            rows = _pick(reader, self.tensors[source], made.row[terms[mine]], self.width)
+            rows = pick_rows(reader, self.tensors[source], made.row[terms[mine]], self.width)
             values[torch.from_numpy(filled[mine])] = rows.to(values.dtype)
         return values
 
@@ -211,7 +211,7 @@ class _Gathered:
             table, place = np.unique(made.row[terms[mine]], return_inverse=True)
             step = max(1, 4 * _SLAB // self.width)
             for at in range(0, len(table), step):
-                rows = _pick(reader, self.tensors[source], table[at : at + step], self.width).to(torch.float64)
+                rows = pick_rows(reader, self.tensors[source], table[at : at + step], self.width).to(torch.float64)
                 near = (place >= at) & (place < at + step)
                 starts = np.searchsorted(bag[mine][near], np.arange(len(wanted)))
                 values += torch.nn.functional.embedding_bag(
@@ -224,7 +224,7 @@ class _Gathered:
         return values
 
 
-def _pick(reader: ByteReader, tensor: TensorInfo, rows: Rows, width: int) -> Tensor:
+def pick_rows(reader: ByteReader, tensor: TensorInfo, rows: Rows, width: int) -> Tensor:
     """Read rows of a tensor in its own dtype, shape [len(rows), width]; rows that lie close are read together."""
     import torch
 

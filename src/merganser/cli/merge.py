@@ -12,6 +12,7 @@ from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
 from ._adapters import print_merged_adapter
 from ._errors import STOPPED
+from ._permutation import permutation_lines
 from ._progress import MergeProgress
 from ._text import complain, head, say, say_json, share_text, table
 from ._vocabulary import vocabulary_lines
@@ -112,6 +113,10 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
     if record["vocabulary"] is not None:
         say(f"matched tokens (every change: {out / record['vocabulary']['list']})")
         for line in vocabulary_lines(record["vocabulary"]):
+            say(plan.shown(line))
+    if record["permutation"] is not None:
+        say(f"aligned models to {plan.shown(record['permutation']['to'])}")
+        for line in permutation_lines(record["permutation"]):
             say(plan.shown(line))
     if "sidecars" in record:
         _tasks(record["sidecars"])

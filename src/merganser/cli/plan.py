@@ -9,6 +9,7 @@ from ..wording import count_text, plural, size_text, some, time_text
 from . import _options as options
 from ._adapters import adapter_plan_json, print_adapter_plan
 from ._calibrations import calibration_rows
+from ._permutation import permutation_lines
 from ._text import head, passes_text, say, say_json, share_text, table
 from ._vocabulary import vocabulary_lines
 
@@ -98,6 +99,10 @@ def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> Non
     if found.vocabulary is not None:
         say("matches tokens")
         for line in vocabulary_lines(found.vocabulary):
+            say(stage.shown(line))
+    if found.permutation is not None:
+        say(f"aligns models to {stage.shown(found.permutation['to'])}")
+        for line in permutation_lines(found.permutation):
             say(stage.shown(line))
     if any(entry["copied"] or entry["left_out"] for entry in found.census):
         say(f"  {stage.shown(census_text(stage.census.values()))}")

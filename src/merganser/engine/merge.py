@@ -68,7 +68,8 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
             try:
                 with_stages = _with_folders(stage, folders)
                 with_statistics, calibrations = home.plan(with_stages) if home else (with_stages, [])
-                found = _plan_one(with_statistics, **options)
+                unmade = [str(path) for path in folders.values()]
+                found = _plan_one(with_statistics, unmade=unmade, **options)
             except MergeError as error:
                 raise type(error)(str(error).replace(f"{root}{os.sep}", "stage ")) from None
             made = {str(path): name for name, path in folders.items()}
@@ -113,16 +114,20 @@ def merge(
         Interrupted: Ctrl-C was pressed; the same call continues the run.
     """
     from .output.staging import check_target
+    from .permutation.keep import permutations_home
 
     out, recipes = Path(out), _load(recipe)
     given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
-    if len(recipes) == 1 and not recipes[0].names_data:
-        return run_either(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
-    check_target(out, overwrite=overwrite)
-    # plan everything first, so that an error in any stage or in the data shows before the first one runs
-    planned = plan(recipes, keep_stages=keep_stages, **options)
-    *stages, target = _needed(recipes, keep_stages)
     with contextlib.ExitStack() as stack:
+        if any(each.align for each in recipes):
+            check_target(out, overwrite=overwrite)
+            options["permutations"] = stack.enter_context(permutations_home(out, fresh=fresh))
+        if len(recipes) == 1 and not recipes[0].names_data:
+            return run_either(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
+        check_target(out, overwrite=overwrite)
+        # plan everything first, so that an error in any stage or in the data shows before the first one runs
+        planned = plan(recipes, keep_stages=keep_stages, **options)
+        *stages, target = _needed(recipes, keep_stages)
         home = stack.enter_context(_statistics(out, planned, fresh, options))
         made = stack.enter_context(_stages(out, keep=keep_stages, fresh=fresh)) if len(recipes) > 1 else None
         folders: dict[str, Path] = {}
@@ -261,6 +266,7 @@ def _with_folders(recipe: Recipe, folders: Mapping[str, Path]) -> Recipe:
         models=tuple(source(each) for each in recipe.models),
         slices=tuple(piece(each) for each in recipe.slices),
         base_model=optional(recipe.base_model),
+        align=recipe.align and replace(recipe.align, to=reference(recipe.align.to)),
         tokenizer_donor=optional(recipe.tokenizer_donor),
         token_rules=tuple(replace(rule, model=optional(rule.model)) for rule in recipe.token_rules),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from .fusion.machine import why_not
 from .kernels.assignment import Treatment, treat, untouched
 from .kernels.devices import resolve_devices
 from .noise import noise_warnings
+from .permutation.apply import permute_members
 from .plan.from_data import DataOfModels, check_weights, open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.part import place, treatment_hash
@@ -62,6 +63,8 @@ def build_plan(
     cache_dir: Path | None = None,
     match: Match = match_vocabularies,
     measured: bool = True,
+    permutations: Path | None = None,
+    unmade: Collection[str] = (),
 ) -> Plan:
     """Plan a merge from the headers of its inputs.
 
@@ -77,6 +80,8 @@ def build_plan(
             another way.
         measured: Whether the statistics from data that the method takes are there. If not, the plan is of the merge
             without them; `with_data` adds them.
+        permutations: Folder that keeps the permutations of models that are aligned, until the merge is done.
+        unmade: Paths of models whose weights an earlier stage has yet to make.
 
     Raises:
         RecipeError: The recipe does not fit the method or the models.
@@ -91,7 +96,10 @@ def build_plan(
     members, input_warnings = _open_all(recipe, cache_dir)
     check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
     matched = match(recipe, members, cache_dir)
-    members = matched.members
+    limit = max_memory or default_memory()
+    members, permutation = permute_members(
+        recipe, resolver.method, matched.members, folder=permutations, unmade=unmade, max_memory=limit
+    )
     alignment, drafts, data = _drafts(recipe, resolver, members, measured)
     if recipe.check_statistics:
         check_weights(data, cache_dir)
@@ -104,7 +112,7 @@ def build_plan(
     ending = agree_on_ending(donor, owner, config, template[0], matched.vocabulary, matched.moved)
     fused, fusion_warnings = _fuses(drafts, devices)
     tensors = place(drafts, shards)
-    limit, wanted = max_memory or default_memory(), threads or min(os.cpu_count() or 1, 8)
+    wanted = threads or min(os.cpu_count() or 1, 8)
     keeps = all(found.type == "cpu" for found in devices)
     workers, kept, room = _share_memory(resolver.method, drafts, wanted, fused, limit, keeps=keeps)
     return Plan(
@@ -142,6 +150,7 @@ def build_plan(
         statistics=list({own.path: own for each in data for own in (*each.folders, *each.base_folders)}.values()),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
         census=take_census(members, alignment, tensors),
+        permutation=permutation,
     )
 
 

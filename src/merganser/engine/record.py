@@ -46,6 +46,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "tensors": _treatment(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.digest,
         "mixture": None if plan.mixture is None else plan.mixture.as_json(),
+        "permutation": None if plan.permutation is None else plan.permutation.digest,
         "config": plan.config,
         "generation_config": plan.generation_config,
         "chat_template": plan.chat_template,
@@ -154,7 +155,7 @@ def input_hashes(plan: Plan, digests: Mapping[tuple[tuple[Path, ...], str], byte
     The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks. A block is as many whole rows as fit
     into 524,288 elements; a longer row is cut at multiples of that number, counted in elements of the tensor, and at
     its ends. A tensor of three dimensions may also be merged as a stack of matrices, so it is cut as well where blocks
-    of these begin. A tensor with an adapter is hashed as it was merged, in float32, and counts as one of the adapter's
+    of these begin. A tensor that was permuted is hashed as it was merged. So is one with an adapter, in float32, and counts as one of the adapter's
     file. The hash of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. If
     not every tensor of a file was read, the entry says how many were.
     """
@@ -211,6 +212,7 @@ def make_record(
         "adapters": adapters(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.as_json(),
         **({} if plan.mixture is None else {"mixture": plan.mixture.as_json()}),
+        "permutation": None if plan.permutation is None else plan.permutation.as_json(),
         "statistics_from_data": [_sized(file) for file in data_files(plan)],
         "calibrations": [_calibration(own) for own in plan.statistics],
         "census": [census_entry(str(reference), found) for reference, found in plan.census.items()],

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..errors import RecipeError, UnsupportedError, did_you_mean
+from .align import ALIGN_KEYS
 from .data import DATA_KEYS
 from .place import Entry, Place, refuse_key
 from .scalar import shown
@@ -32,6 +33,7 @@ KEYS = (
     "data",
     "keep_statistics",
     "check_statistics",
+    "align",
 )
 MODULE_KEYS = ("models", "slices", "parameters")
 MODEL_KEYS = ("model", "adapter", "parameters", "name", "statistics", "data", "base_statistics")
@@ -54,6 +56,7 @@ _PLACES = {
     "tokens": "in 'tokenizer', or in 'data'",
     "pad_to_multiple_of": "in 'tokenizer'",
     "statistics": "beside 'model' in 'models', or in the 'sources' of a slice",
+    **dict.fromkeys(ALIGN_KEYS, "in 'align'"),
     **dict.fromkeys(set(DATA_KEYS) - {"tokens", "seed"}, "in 'data'"),
     **dict.fromkeys(set(KEYS) - {"name", "models", "parameters", "data"}, "at the top of the recipe, not indented"),
 }

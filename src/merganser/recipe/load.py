@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, cast
 from ..catalogue import canonical_name
 from ..errors import NotFoundError, RecipeError, did_you_mean
 from ..wording import some
+from .align import read_align
 from .data import Data, make_data, read_data_fields
 from .document import Document, parse_mapping, parse_text
 from .free import refuse_free_values
@@ -227,6 +228,8 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         check_statistics=fields["check_statistics"].flag() if "check_statistics" in fields else True,
         modules=modules,
     )
+    if "align" in fields:
+        recipe = replace(recipe, align=read_align(fields["align"], recipe.references(), reader.reference))
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
 
 

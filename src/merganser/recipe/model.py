@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .align import Align
 from .data import Data
 from .place import Place
 from .reference import ModelReference
@@ -103,6 +104,7 @@ class Recipe:
         check_statistics: Whether statistics must be of the weights that are merged.
         keep_statistics: Folder in which statistics that are made for this merge are kept; None to remove them.
         rank: For adapters, the rank of the output; None for as much as loses nothing.
+        align: How models are permuted to a reference before they are merged; None if they are merged as they are.
         space: For adapters, where a method for weights works: on the small matrices of the "core", or on "full" ones.
         modules: The parts of a larger model that are merged each in its own way; empty if the model is merged as one.
     """
@@ -133,6 +135,7 @@ class Recipe:
     space: Literal["core", "full"] | None = None
     check_statistics: bool = True
     modules: tuple[Module, ...] = ()
+    align: Align | None = None
 
     @property
     def names_data(self) -> bool:

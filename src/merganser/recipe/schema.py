@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..anatomy.symmetry import UNITS
 from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES
+from .align import ALIGN_BY
 from .data import DATA_KEYS
 from .load import DTYPES, QUANTISED, UNMATCHED
 from .scalar import FLAGS, FLOAT, MAX_DIGITS
@@ -93,6 +95,7 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         "quantised": _described({"enum": [*QUANTISED, None]}, "Models quantised in another way than the base."),
         "rank": _described(_or_null(_ref("count")), "Rank of an adapter that is merged from adapters."),
         "space": _described({"enum": ["core", "full", None]}, "Where adapters are merged by methods for weights."),
+        "align": _described(_or_null(_align()), "Permute models to a reference before they are merged."),
         "random_seed": _or_null(_ref("count")),
         "data": _described(
             _or_null(_ref("data")), "Data that models are calibrated on, where the method needs statistics from data."
@@ -180,6 +183,21 @@ def _token() -> Schema:
     source = [_ref("reference"), *(_object(each, required=["kind"]) for each in kinds)]
     source.append(_object(other, required=["kind", "model"]) | {"oneOf": [_has("token"), _has("token_id")]})
     return _object({"source": {"anyOf": source}, "force": {"enum": [*FLAGS, True, False, None]}}, required=["source"])
+
+
+def _align() -> Schema:
+    """Return the schema of the key `align`."""
+    units: Schema = {"enum": list(UNITS)}
+    given = {
+        "to": _described(
+            _or_null(_ref("reference")), "The model that keeps its order: 'base', or another of the recipe."
+        ),
+        "by": _described({"enum": [*ALIGN_BY, None]}, "What is compared."),
+        "units": _described(
+            {"anyOf": [units, {"type": "array", "items": units, "minItems": 1}, _NULL]}, "What may be permuted."
+        ),
+    }
+    return _object(given, required=[])
 
 
 def _data() -> Schema:

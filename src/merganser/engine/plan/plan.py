@@ -16,6 +16,7 @@ from ...statistics import CalibrationPlan, Statistics
 from .census import InputCensus
 from .memory import estimate_memory
 from .mixture import MixtureSummary
+from .permutation import Permutation
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
 from .vocabulary import VocabularyChange
@@ -51,6 +52,7 @@ class Plan:
         statistics: The statistics from data that the merge takes, each folder once.
         census: What becomes of the tensors of each input.
         mixture: The mixture of experts that the output is; None for other models.
+        permutation: How models are permuted to a reference before they are merged; None if they are merged as they are.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
 
@@ -78,6 +80,7 @@ class Plan:
     calibrations: Sequence[CalibrationPlan] = ()
     statistics: Sequence[Statistics] = ()
     made: Mapping[str, str] = field(default_factory=dict)
+    permutation: Permutation | None = None
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
     mixture: MixtureSummary | None = None
 

@@ -68,8 +68,7 @@ class TensorGroup:
         names: Their names, with `*` for the layer, if role and layers do not identify the group.
         tensors: Number of tensors.
         method: Method that merges them; empty if they are copied.
-        parameters: Value of each parameter of that method, and of the numbers it derives from a tensor's location, as
-            text; a schedule by its turning points.
+        parameters: Its parameters, and the numbers it derives from a tensor's location, as text; a schedule by its turns.
         copied: Whether they are integers, copied from equal inputs.
     """
 
@@ -159,8 +158,8 @@ class PlanSummary:
         warnings: Messages for the user before the run.
         differences: Messages about where mergekit computes other values.
         sidecars: What is stored to restore each model; None if the method has no sidecar.
-        vocabulary: Counts of rows that are kept, moved and made for each model, as in the run record; None if rows of
-            embeddings stay where they are.
+        vocabulary: Counts of rows that are kept, moved and made, as in the run record; None if rows stay where they are.
+        permutation: Units of each model that are moved, as in the run record; None if models are not aligned.
         calibrations: What is measured on data before the merge; its costs are not part of the figures above.
         census: What becomes of the tensors of each input, as in the run record.
     """
@@ -190,6 +189,7 @@ class PlanSummary:
     differences: Sequence[str]
     sidecars: SidecarSummary | None = None
     vocabulary: Mapping[str, Any] | None = None
+    permutation: Mapping[str, Any] | None = None
     calibrations: Sequence[CalibrationPlan] = ()
     census: Sequence[Mapping[str, Any]] = ()
 
@@ -222,6 +222,7 @@ def summarise(plan: Plan) -> PlanSummary:
         differences=list(plan.differences),
         sidecars=_sidecars(plan),
         vocabulary=None if plan.vocabulary is None else plan.vocabulary.as_json(),
+        permutation=None if plan.permutation is None else plan.permutation.as_json(),
         calibrations=list(plan.calibrations),
         census=[census_entry(str(reference), found) for reference, found in plan.census.items()],
     )

@@ -1,0 +1,113 @@
+"""Keep the permutations that were found in a folder beside the output, from which a killed run continues."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import MergeError, OutputError
+from ...jsonfile import open_regular, sealed_line, unseal_line
+from ..output.failure import failures_of
+from ..output.lock import lock_target
+from ..output.ownership import claim, survey
+from .match import Order, Orders
+
+__all__ = ["Kept", "permutations_home"]
+
+_LONGEST = 1 << 24
+"""Read lines up to this length, bytes: more than a line of the largest group has."""
+
+
+class Kept:
+    """The permutations of one pair of models.
+
+    Args:
+        folder: The folder that holds them; None to keep nothing.
+        key: Hash of everything that decides the permutations.
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self._file = None if folder is None else folder / f"{key}.jsonl"
+        self._key = key
+        self.orders: Orders = {}
+        if self._file is not None and self._file.exists():
+            self._read(self._file)
+
+    def add(self, orders: Orders) -> None:
+        """Keep the orders of some groups.
+
+        Raises:
+            OutputError: They cannot be written.
+        """
+        self.orders |= orders
+        if self._file is None:
+            return
+        moved = {name: _stored(order) for name, order in orders.items()}
+        with failures_of(self._file):
+            if not self._file.exists():
+                claim(self._file.parent, [self._file.name])
+            with self._file.open("ab") as file:
+                file.write(sealed_line({"orders": moved}, self._key))
+
+    def _read(self, path: Path) -> None:
+        """Read what an earlier run found, up to the first line that is cut off or damaged, and cut the file there."""
+        length = 0
+        with failures_of(path):
+            with open_regular(path) as lines:
+                for line in iter(lambda: lines.readline(_LONGEST), b""):
+                    entry = unseal_line(line, self._key)
+                    if entry is None:
+                        break
+                    length += len(line)
+                    self.orders |= {name: _order(stored) for name, stored in entry["orders"].items()}
+            with path.open("r+b") as file:
+                file.truncate(length)
+
+
+def _stored(order: Order) -> list[int] | int:
+    """Return an order as JSON: the number of its units if none is moved."""
+    return len(order) if (order == np.arange(len(order))).all() else order.tolist()
+
+
+def _order(stored: list[int] | int) -> Order:
+    return np.arange(stored) if isinstance(stored, int) else np.array(stored, np.int64)
+
+
+@contextlib.contextmanager
+def permutations_home(out: Path, *, fresh: bool) -> Iterator[Path]:
+    """Lock the folder for permutations beside a target; remove it at the end, unless the run can be continued.
+
+    Args:
+        out: The target.
+        fresh: Whether to remove what an interrupted run left.
+
+    Raises:
+        OutputError: The folder holds what merganser did not write, cannot be written, or another run uses it.
+    """
+    home = out.with_name(f".{out.name}.permutations")
+    guard = lock_target(out, home.with_name(f"{home.name}.lock"))
+    try:
+        with failures_of(home):
+            found = survey(home)
+            if fresh:
+                found.remove()
+            home.mkdir(exist_ok=True)
+            claim(home, [])
+        try:
+            yield home
+        except MergeError as error:
+            if not isinstance(error, OutputError):
+                _remove(home)
+            raise
+        _remove(home)
+    finally:
+        guard.release()
+
+
+def _remove(home: Path) -> None:
+    """Remove the folder, unless it holds anything that merganser did not write."""
+    with contextlib.suppress(OSError):
+        survey(home).remove()
