@@ -217,3 +217,15 @@ def test_without_machine_code(models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert make_plan(file).warnings == [slow]
     assert not make_plan(file).fused
     assert slow in " ".join(run("plan", file).out.split())
+
+
+def test_slices_of_different_numbers_of_models(models: Path) -> None:
+    """A series of parameters over the layers has as many columns as there are models."""
+    both = [{"model": model, "layer_range": [0, 1]} for model in ("a", "b")]
+    slices = [{"sources": both}, {"sources": [{"model": "b", "layer_range": [1, 2]}]}]
+    document = {"merge_method": "linear", "slices": slices, "parameters": {"weight": 1}}
+    found = run("plan", recipe(models / "r.yaml", document))
+    assert found.code == 0, found.err
+    rows = [line.split() for line in found.out.splitlines()]
+    told = {tuple(row[:2]): row[-2:] for row in rows if row[0] in ("layer", "layers")}
+    assert told == {("layer", "0"): ["1", "each"], ("layer", "1"): ["weight", "1"]}

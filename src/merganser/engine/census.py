@@ -48,6 +48,8 @@ def _count(member: Member, alignment: Alignment, used: Mapping[int, bool], offer
     tensors = member.checkpoint.tensors
     mine = any(id(tensor) in used for tensor in tensors.values())
     left_out = dict(member.checkpoint.left_out)
+    modules = find_modules(member.anatomy) if alignment.modules else {}
+    module_of = {name: module for module, names in modules.items() for name in names}
     counts = [0, 0]
     for name, tensor in tensors.items():
         copied = used.get(id(tensor))
@@ -58,14 +60,13 @@ def _count(member: Member, alignment: Alignment, used: Mapping[int, bool], offer
         elif id(tensor) in offered:
             left_out[name] = "the method takes this tensor from other inputs"
         else:
-            left_out[name] = alignment.reasons.get(name) or _why(name, member, alignment)
+            left_out[name] = alignment.reasons.get(name) or _why(name, member, alignment, module_of.get(name))
     return InputCensus(counts[0], counts[1], left_out)
 
 
-def _why(name: str, member: Member, alignment: Alignment) -> str:
+def _why(name: str, member: Member, alignment: Alignment, module: str | None) -> str:
     if RECOMPUTED.search(name):
         return "model code computes it"
-    module = _module_of(name, member) if alignment.modules else None
     if module is not None:
         if module not in alignment.modules:
             return "in a module that the output does not have"
@@ -77,7 +78,3 @@ def _why(name: str, member: Member, alignment: Alignment) -> str:
     if part.layer is not None and (module is not None or part.stack == member.anatomy.main):
         return "its layer is in no slice"
     return "what lies outside the layers comes from the models of the first or last slice"
-
-
-def _module_of(name: str, member: Member) -> str:
-    return next(module for module, names in find_modules(member.anatomy).items() if name in names)

@@ -14,7 +14,7 @@ from ..anatomy.config import unquantised
 from ..anatomy.module_config import slice_module_config
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, TensorInfo, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
-from ..errors import MergeError, ParameterError, RecipeError
+from ..errors import CheckpointError, MergeError, ParameterError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .agreement.configs import compare_configs
@@ -253,6 +253,7 @@ def _drafts(
         )
     numbers = _numbers(alignment, resolver) if measured else [{}] * len(resolver.slices)
     drafts = [_draft(slot, recipe, resolver, numbers[slot.slice_index]) for slot in alignment.slots]
+    _check_any(recipe, resolver.method, drafts)
     _check_whole_model(recipe, resolver.method, drafts)
     if not measured:
         return alignment, drafts, []
@@ -341,6 +342,17 @@ def promote(dtypes: Sequence[DType]) -> DType:
     if len(names) == 1:
         return dtypes[0]
     return DTYPE_BY_NAME["float64" if "float64" in names else "float32"]
+
+
+def _check_any(recipe: Recipe, method: MergeMethod, drafts: Sequence[PlannedTensor]) -> None:
+    """Refuse an output without tensors, and sidecars of models of which no tensor is merged."""
+    if not drafts:
+        raise CheckpointError(f"{recipe.place}: the output would hold no tensor: none is in all models in one shape")
+    if method.sidecar is not None and all(draft.copy for draft in drafts):
+        raise CheckpointError(
+            f"{recipe.place}: {method.name} stores what restores each model, and there is nothing to store: no tensor is "
+            "merged, all are buffers of whole numbers that are copied"
+        )
 
 
 def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[PlannedTensor]) -> None:

@@ -184,3 +184,16 @@ def test_without_transformers_structure_alone_decides(tmp_path, monkeypatch):
     assert plan(stack((model, 0, 4), (model, 2, 4))).config["num_hidden_layers"] == 6
     with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight is"):
         plan(stack((model, 0, 2), (wider, 2, 4)))
+
+
+def test_layers_of_other_kinds_with_the_same_shapes_are_stacked_and_said(tmp_path):
+    first, second = save(tmp_path / "a", "gemma2"), save(tmp_path / "bb", "gemma2")
+    slices = [piece((first, 0, 2), (second, 1, 3)), piece((second, 2, 4))]
+    warnings = plan(make_sliced("linear", slices, parameters={"weight": 1.0})).warnings
+    assert [each for each in warnings if "different kinds" in each] == [
+        "layers of different kinds are merged, since their tensors have the same shapes: layer 0 of the output is "
+        f"sliding_attention, as layer 0 of {first}, and layer 1 of {second} is full_attention; and 1 more layer"
+    ]
+    slices = [piece((first, 0, 2), (second, 2, 4)), piece((second, 2, 4))]
+    warnings = plan(make_sliced("linear", slices, parameters={"weight": 1.0})).warnings
+    assert not any("different kinds" in each for each in warnings)

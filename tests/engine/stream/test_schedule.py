@@ -7,6 +7,7 @@ import math
 import threading
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from merganser.engine.kernels.blocks import BLOCK
 from merganser.engine.kernels.sums import Sum
 from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
-from merganser.engine.stream.groups import BUNDLE_TENSORS, SEGMENT_BLOCKS, make_groups
-from merganser.errors import MemoryLimitError, UnsupportedError
+from merganser.engine.stream.groups import BUNDLE_TENSORS, SEGMENT_BLOCKS, Group, make_groups
+from merganser.engine.stream.schedule import GroupState, Schedule
+from merganser.errors import CheckpointError, MemoryLimitError, UnsupportedError
 from merganser.method import merge_method
 from tests.engine.interrupting import Counter
 from tests.making import make_recipe, read_model, write_llamas, write_model
@@ -237,3 +239,30 @@ def test_one_element_and_no_models_beside_the_first(tmp_path):
     path = write_model(tmp_path / "m", {"w": torch.tensor([2.0])})
     result = merge(make_recipe("passthrough", [path], parameters={"scale": 3.0}), tmp_path / "out")
     assert read_model(result.out)["w"].tolist() == [6.0]
+
+
+def test_waiting_for_what_nobody_measures_is_an_error():
+    group = Group(0, (SimpleNamespace(over_model=False),), ((0, 1),), bundle=False)
+    schedule = Schedule(
+        [group], lambda each: GroupState(each, [None], [("x", 0, "model")]), whole_model=True, finished={}
+    )
+    state, task = schedule.take()
+    schedule.done(state, task, [Sum()])
+    taken = []
+    worker = threading.Thread(target=lambda: taken.append(schedule.take()), daemon=True)
+    worker.start()
+    worker.join(10)
+    assert taken == [None]
+    assert str(schedule.error) == "1 groups of tensors wait for a statistic that none measures"
+
+
+def test_an_output_without_tensors_is_refused(tmp_path):
+    models = [write_model(tmp_path / f"m{i}", {"lm_head.weight": torch.ones(2 + i, 4)}) for i in range(2)]
+    with pytest.raises(CheckpointError, match="<recipe>: the output would hold no tensor: none is in all models in"):
+        plan(make_recipe("linear", models, parameters={"weight": 1}, unmatched="skip"))
+
+
+def test_nothing_to_restore_is_refused(tmp_path):
+    models = [write_model(tmp_path / f"m{i}", {"steps": torch.ones(2, dtype=torch.int64)}) for i in range(3)]
+    with pytest.raises(CheckpointError, match="emr stores what restores each model, and there is nothing to store"):
+        plan(make_recipe("emr", models[1:], models[0]))

@@ -21,7 +21,7 @@ from .alignment import (
     after_layers,
     location_of,
 )
-from .stacking import check_outside, check_stack, donor_layer
+from .stacking import check_outside, check_stack, donor_layer, odd_kinds, said_of_kinds
 
 
 def align_slices(
@@ -60,6 +60,7 @@ def align_slices(
     first, last = ({reference: members[reference] for reference in slices[index]} for index in (0, -1))
     slots = frame.slots("before", first, 0, 0.0)
     layers: list[int] = []
+    odd: list[str | None] = []
     for index, starts in enumerate(slices):
         for step in range(len(next(iter(starts.values())))):
             made = list(_layer(members, starts, step, len(layers), total, index))
@@ -67,7 +68,10 @@ def align_slices(
             # per-layer settings in the output's config come from the donor
             layer_numbers = starts.get(donor.reference) or next(iter(starts.values()))
             layers.append(donor_layer(donor, layer_numbers[step], made))
+            sources = {reference: (members[reference], numbers[step]) for reference, numbers in starts.items()}
+            odd.append(odd_kinds(len(layers) - 1, donor, layers[-1], sources))
     slots += frame.slots("after", last, len(slices) - 1, after_layers(recipe))
+    warnings += said_of_kinds([each for each in odd if each])
     return Alignment(slots, tied, layers, warnings, reasons=drop)
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ...anatomy.config import text_scopes
+from ...anatomy.kinds import implied_lists
 from ...checkpoint import TensorInfo
 from ...errors import CheckpointError, RecipeError
 from ...recipe import ModelReference, Recipe
+from ...wording import plural
 from .alignment import RECOMPUTED, Member, Slot
 
-__all__ = ["check_outside", "check_stack", "donor_layer"]
+__all__ = ["check_outside", "check_stack", "donor_layer", "odd_kinds", "said_of_kinds"]
 
 Shape = tuple[int, ...]
+
+_KINDS = ("layer_types", "layers_block_type", "attention_layers", "block_types")
+"""Keys under which configs list the kind of each layer."""
 
 
 def check_stack(recipe: Recipe, member: Member) -> None:
@@ -59,6 +65,47 @@ def donor_layer(donor: Member, index: int, made: Sequence[Slot]) -> int:
         f"{donor.reference}, whose config the output gets, and none of its other layers is the same; only layers of one "
         "architecture and size can be stacked"
     )
+
+
+def _layer_kinds(member: Member) -> list[str]:
+    """Return what config.json says of the kind of each layer ("mamba", "sliding_attention"); empty if it says nothing.
+
+    Tensors of some kinds have the same names and shapes, so that they do not show it.
+    """
+    for scope in text_scopes(member.checkpoint.config):
+        lists = {**implied_lists(scope, member.anatomy.n_layers), **scope}
+        for key in _KINDS:
+            kinds = lists.get(key)
+            if isinstance(kinds, list) and len(kinds) == member.anatomy.n_layers:
+                return [str(kind) for kind in kinds]
+    return []
+
+
+def odd_kinds(index: int, donor: Member, own: int, sources: Mapping[ModelReference, tuple[Member, int]]) -> str | None:
+    """Return a warning if a layer is made from layers of another kind than the donor's, which it gets.
+
+    Args:
+        index: Number of the layer in the output.
+        donor: Model whose config the output gets.
+        own: The donor's layer whose settings it gets.
+        sources: The models that it is made from, and the number of the layer in each.
+    """
+    kinds = _layer_kinds(donor)
+    if not kinds:
+        return None
+    others = {r: (layer, held[layer]) for r, (member, layer) in sources.items() if (held := _layer_kinds(member))}
+    odd = [f"layer {layer} of {r} is {kind}" for r, (layer, kind) in others.items() if kind != kinds[own]]
+    if not odd:
+        return None
+    return f"layer {index} of the output is {kinds[own]}, as layer {own} of {donor.reference}, and {', '.join(odd)}"
+
+
+def said_of_kinds(odd: Sequence[str]) -> list[str]:
+    """Return one warning for all layers that are made from layers of other kinds; none if there is none."""
+    if not odd:
+        return []
+    more = f"; and {plural(len(odd) - 1, 'more layer')}" if len(odd) > 1 else ""
+    return [f"layers of different kinds are merged, since their tensors have the same shapes: {odd[0]}{more}"]
 
 
 def _suffix(slot: Slot) -> str:

@@ -306,13 +306,13 @@ def _groups(plan: Plan) -> list[TensorGroup]:
 
 
 def _differing(merged: Sequence[PlannedTensor]) -> list[TensorGroup]:
-    # tensors of one kind, such as all q_proj, form a series over the layers
-    kinds: dict[tuple[str, str], list[PlannedTensor]] = defaultdict(list)
+    # tensors of one kind, such as all q_proj, made from equally many models, form a series over the layers
+    kinds: dict[tuple[str, str, int], list[PlannedTensor]] = defaultdict(list)
     for tensor in merged:
-        kinds[_pattern(tensor), tensor.role].append(tensor)
+        kinds[_pattern(tensor), tensor.role, len(tensor.models)].append(tensor)
     alike: dict[tuple[Any, ...], dict[tuple[str, str], list[PlannedTensor]]] = defaultdict(dict)
-    for kind, members in kinds.items():
-        alike[_series(members)][kind] = members
+    for (pattern, role, _), members in kinds.items():
+        alike[_series(members)].setdefault((pattern, role), []).extend(members)
     roles_in: dict[str, set[str]] = defaultdict(set)
     ways: Counter[tuple[str, str]] = Counter()
     for (where, *_), held in alike.items():

@@ -149,9 +149,13 @@ class Schedule:
         self._arrived: list[GroupState] = []
         self._model_sum = Sum()
         self._solved: dict[str, Tensor] = {}
+        self._busy = 0
 
     def take(self) -> tuple[GroupState, Task] | None:
-        """Wait for a task and return it; None if all are done or the run is stopped."""
+        """Wait for a task and return it; None if all are done or the run is stopped.
+
+        A worker that finds nothing to do while no other one is at work would wait for ever; this ends the run with an error.
+        """
         while True:
             with self._changed:
                 group = None
@@ -160,13 +164,21 @@ class Schedule:
                         return None
                     if self._ready:
                         task = heapq.heappop(self._ready)
+                        self._busy += 1
                         return self._states[task.group], task
                     group = next(self._waiting, None)
-                    if group is None:
+                    if group is not None:
+                        self._busy += 1
+                    elif self._busy:
                         self._changed.wait()
+                    else:
+                        self._error = RuntimeError(
+                            f"{self._left} groups of tensors wait for a statistic that none measures"
+                        )
             # not under the lock, as it takes a while for many small tensors
             state = self._make(group)
             with self._changed:
+                self._busy -= 1
                 self._states[group.index] = state
                 self._open(state)
                 self._changed.notify_all()
@@ -184,6 +196,7 @@ class Schedule:
                 over_model = state.measurements[task.pass_number][2] == "model"
                 for known, more in zip([self._model_sum] if over_model else state.sums, sums, strict=True):
                     known.merge(more)
+            self._busy -= 1
             state.open_tasks -= 1
             if state.open_tasks == 0:
                 self._advance(state, whole=task.pass_number == -1)
@@ -192,6 +205,7 @@ class Schedule:
     def give_back(self, task: Task) -> None:
         """Put a task back for another worker, after its worker was lost."""
         with self._changed:
+            self._busy -= 1
             heapq.heappush(self._ready, task)
             self._changed.notify_all()
 
