@@ -6,6 +6,7 @@ fewer. Two tasks: bits per token of the text that follows the prompt, one call, 
 """
 
 import argparse
+import inspect
 import json
 import math
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merganser.runtime import LAYERS, MergedCache
 
+METHODS = sorted(name for name, layer in LAYERS.items() if "budget" in inspect.signature(layer).parameters)
 NEEDLE = " The secret number of the house is {}. Remember it."
 QUESTION = " The secret number of the house is"
 
@@ -128,7 +130,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--queries", type=int, default=512, help="last queries of the prompt that caches may look at")
-    parser.add_argument("--methods", nargs="+", default=sorted(LAYERS), choices=sorted(LAYERS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args(arguments)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     encoder = AutoTokenizer.from_pretrained(options.model)

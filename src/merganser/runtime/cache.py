@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ParameterError, UnsupportedError, did_you_mean
 from .attention import causal_mask, queries_of
 from .caches import LAYERS
-from .layer import CompressedLayer
+from .layer import RunningLayer
 from .libraries import cache_utils
 
 __all__ = ["MergedCache"]
@@ -52,7 +52,7 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         _check_options(method, kind, options)
         _check_model(method, model)
         self.method = method
-        super().__init__(layers=[kind(**options) for _ in range(model.config.num_hidden_layers)])
+        super().__init__(layers=kind.build(model.config.num_hidden_layers, options))
         self._handles = _hooks(self, model)
         self._finalizer = weakref.finalize(self, _remove, self._handles)
 
@@ -77,7 +77,7 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         return [layer.kept() for layer in self.layers]
 
 
-def _check_options(method: str, kind: type[CompressedLayer], options: dict[str, Any]) -> None:
+def _check_options(method: str, kind: type[RunningLayer], options: dict[str, Any]) -> None:
     known = inspect.signature(kind).parameters
     for name in options:
         if name not in known:
@@ -158,7 +158,7 @@ def _check_call(cache: MergedCache, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _prepared(layer: CompressedLayer, attention: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _prepared(layer: RunningLayer, attention: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Give a layer the queries of a call, and return the call's arguments with the layer's mask."""
     hidden = kwargs["hidden_states"]
     new = hidden.shape[1]
