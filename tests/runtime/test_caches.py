@@ -10,7 +10,7 @@ from merganser.errors import MergeError, ParameterError, UnsupportedError
 from merganser.runtime import LAYERS, MergedCache
 from tests.runtime.making import model, text
 
-BOUNDED = sorted(set(LAYERS) - {"minicache"})
+BOUNDED = sorted(set(LAYERS) - {"minicache", "razor_attention"})
 
 SMALL = {"budget": 16, "sinks": 2, "window": 4}
 
@@ -221,7 +221,8 @@ def test_calls_are_checked():
     assert "positions must go on from the 0 tokens" in refused(
         lambda: made(tokens, position_ids=positions, past_key_values=cache)
     )
-    assert "made for another model" in refused(lambda: model()(tokens, past_key_values=cache))
+    for each in (cache, MergedCache("streaming_llm", made, **SMALL)):
+        assert "made for another model" in refused(lambda each=each: model()(tokens, past_key_values=each))
     made(tokens, past_key_values=cache)
     assert "cannot go back 2 tokens" in refused(lambda: cache.crop(-2))
     cache.crop(0)

@@ -53,6 +53,7 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         _check_model(method, model)
         self.method = method
         super().__init__(layers=kind.build(model.config.num_hidden_layers, options))
+        self._announced: set[int] = set()
         self._handles = _hooks(self, model)
         self._finalizer = weakref.finalize(self, _remove, self._handles)
 
@@ -64,8 +65,9 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         """Add keys and values of a layer, and return what its attention sees."""
         if not self._finalizer.alive:
             raise UnsupportedError(f"{self.method}: this cache was closed")
-        if self.layers[layer_idx].queries_wanted() and self.layers[layer_idx].fresh is None:
+        if layer_idx not in self._announced:
             raise UnsupportedError(f"{self.method}: this cache was made for another model; make one for each model")
+        self._announced.discard(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def stored_bytes(self) -> int:
@@ -123,6 +125,7 @@ def _hooks(cache: MergedCache, model: Any) -> list[Any]:
         own = mine()
         if own is None or _cache(kwargs) is not own:
             return None
+        own._announced.add(module.layer_idx)
         return args, _prepared(own.layers[module.layer_idx], module, kwargs)
 
     decoder = model.base_model

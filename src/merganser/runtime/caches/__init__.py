@@ -8,6 +8,7 @@ from .ems import EMS
 from .knorm import Knorm
 from .kvmerger import KVMerger
 from .minicache import MiniCache
+from .razor_attention import RazorAttention
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
 
@@ -19,6 +20,7 @@ LAYERS: dict[str, type[RunningLayer]] = {
     "knorm": Knorm,
     "kvmerger": KVMerger,
     "minicache": MiniCache,
+    "razor_attention": RazorAttention,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
 }
