@@ -201,6 +201,11 @@ def test_models_are_checked():
     flex = model()
     flex.config._attn_implementation = "flex_attention"
     assert "attention 'flex_attention' is not supported" in refused(lambda: MergedCache("snapkv", flex, **SMALL))
+    wrapped = torch.nn.Module()
+    wrapped.config, wrapped.base_model = model().config, model()
+    assert "Module wraps a model; give the model of transformers" in refused(
+        lambda: MergedCache("snapkv", wrapped, **SMALL)
+    )
     other = model()
     other.config.model_type = "gpt2"
     assert "models of type 'gpt2' are not supported; llama" in refused(lambda: MergedCache("snapkv", other, **SMALL))

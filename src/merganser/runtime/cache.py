@@ -98,6 +98,11 @@ def _check_model(method: str, model: Any) -> None:
         raise UnsupportedError(
             f"{method}: models of type {name or type(model).__name__!r} are not supported; {', '.join(_MODELS)} are"
         )
+    if not hasattr(getattr(model, "base_model", None), "layers"):
+        raise UnsupportedError(
+            f"{method}: {type(model).__name__} wraps a model; give the model of transformers within it, in peft "
+            "model.get_base_model()"
+        )
     layer, library = cache_utils().DynamicLayer, cache_utils().DynamicCache
     others = {type(each).__name__ for each in library(config=config).layers if type(each) is not layer}
     if others:
