@@ -2,10 +2,11 @@
 
 A prompt is run through the model once; each cache is given the same keys, values and queries, which are those that it
 would see in `generate`, and goes on from there. A method that holds numbers beside keys and values gets as many entries
-fewer. Two tasks: bits per token of the text that follows the prompt, one call, and a number hidden at several depths.
+fewer; MiniCache and, with `--heads`, RazorAttention have no budget, and their bytes are in the result. Two tasks: bits per token of the text that follows the prompt, one call, and a number hidden at several depths.
 """
 
 import argparse
+import inspect
 import json
 import math
 import sys
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merganser.runtime import LAYERS, MergedCache
+from merganser.runtime import LAYERS, MergedCache, RetrievalHeads
 
+METHODS = sorted(name for name, layer in LAYERS.items() if "budget" in inspect.signature(layer).parameters)
 NEEDLE = " The secret number of the house is {}. Remember it."
 QUESTION = " The secret number of the house is"
 
@@ -97,6 +99,7 @@ def likelihoods(model: Any, made: dict[str, Any], parts: list[Tensor], options: 
         more = values - torch.tensor(found["snapkv"], dtype=torch.float64)
         error = float(more.std() / math.sqrt(len(own))) if len(own) > 1 else math.nan
         result[name] = {"bits": float(values.mean()), "more": float(more.mean()), "error": error}
+        result[name]["bytes"] = prompt.into(made[name]()).stored_bytes()
     return result
 
 
@@ -128,12 +131,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--depths", type=int, default=5)
     parser.add_argument("--queries", type=int, default=512, help="last queries of the prompt that caches may look at")
-    parser.add_argument("--methods", nargs="+", default=sorted(LAYERS), choices=sorted(LAYERS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument(
+        "--heads", type=Path, help="retrieval heads, written by RetrievalHeads.save: adds RazorAttention"
+    )
     options = parser.parse_args(arguments)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     encoder = AutoTokenizer.from_pretrained(options.model)
     tokens = encoder(options.text.read_text(encoding="utf-8"), verbose=False).input_ids
     made = caches(model, options.budget, sorted({*options.methods, "snapkv"}))
+    made["minicache"] = lambda: MergedCache("minicache", model)
+    if options.heads:
+        heads = RetrievalHeads.load(options.heads)
+        made["razor_attention"] = lambda: MergedCache("razor_attention", model, heads=heads, window=options.budget)
     parts = texts(tokens, options)
     result = {
         "likelihoods": likelihoods(model, made, parts, options) if parts else {},

@@ -10,6 +10,8 @@ from merganser.errors import MergeError, ParameterError, UnsupportedError
 from merganser.runtime import LAYERS, MergedCache
 from tests.runtime.making import model, text
 
+BOUNDED = sorted(set(LAYERS) - {"minicache", "razor_attention"})
+
 SMALL = {"budget": 16, "sinks": 2, "window": 4}
 
 
@@ -28,7 +30,7 @@ def generated(made, tokens, cache, **options):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("method", BOUNDED)
 def test_a_budget_of_the_length_changes_nothing(method, attention):
     made, tokens = model(attention=attention), text(20, rows=2)
     expected, logits = generated(made, tokens, None)
@@ -39,7 +41,7 @@ def test_a_budget_of_the_length_changes_nothing(method, attention):
     assert cache.get_seq_length() == 27
 
 
-@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("method", BOUNDED)
 def test_never_more_than_the_budget_after_a_call(method):
     made, tokens = model(), text(60, rows=2)
     cache = MergedCache(method, made, **SMALL)
@@ -52,7 +54,7 @@ def test_never_more_than_the_budget_after_a_call(method):
     assert cache.stored_bytes() >= 2 * 2 * 2 * 2 * 16 * 8 * 4
 
 
-@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("method", BOUNDED)
 def test_rows_do_not_depend_on_each_other(method):
     made, tokens = model(), text(40, rows=2)
     both = generated(made, tokens, MergedCache(method, made, **SMALL))[1]
@@ -61,7 +63,7 @@ def test_rows_do_not_depend_on_each_other(method):
         torch.testing.assert_close(both[:, row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("method", BOUNDED)
 def test_eager_and_sdpa_agree(method):
     tokens = text(40)
     found = [
@@ -105,7 +107,7 @@ def test_equal_tokens_merge_without_a_trace():
     assert cache.layers[0].per_entry["counts"].sum(-1).tolist() == [[40.0, 40.0]]
 
 
-@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("method", BOUNDED)
 def test_beam_search(method):
     made, tokens = model(), text(20, rows=2)
     expected = generated(made, tokens, None, num_beams=3)[0]
@@ -125,7 +127,7 @@ def test_beam_search(method):
     torch.testing.assert_close(one, two)
 
 
-@pytest.mark.parametrize("method", LAYERS)
+@pytest.mark.parametrize("method", BOUNDED)
 def test_reset(method):
     made, tokens = model(), text(30)
     cache = MergedCache(method, made, **SMALL)
@@ -174,6 +176,10 @@ def test_hooks_go_with_the_cache():
         ("kvmerger", {"budget": 99, "mass": "keys"}, "mass: must be 'logits' or 'values'"),
         ("d2o", {"budget": 99, "beta": 0}, "beta: must be a number above 0"),
         ("d2o", {"budget": 99, "history": 3}, "history: must be a whole number of at least 32"),
+        ("minicache", {"t": 1.1}, "t: must be a number from 0 to 1, not 1.1"),
+        ("minicache", {"retained": "all"}, "retained: must be a number from 0 to 1"),
+        ("minicache", {"start": -1}, "start: must be a whole number of at least 0"),
+        ("minicache", {"budget": 99}, "minicache: 'budget' is no option"),
         ("ems", {"budget": 99, "similarity": 2}, "similarity: must be a cosine"),
     ],
 )
@@ -195,6 +201,11 @@ def test_models_are_checked():
     flex = model()
     flex.config._attn_implementation = "flex_attention"
     assert "attention 'flex_attention' is not supported" in refused(lambda: MergedCache("snapkv", flex, **SMALL))
+    wrapped = torch.nn.Module()
+    wrapped.config, wrapped.base_model = model().config, model()
+    assert "Module wraps a model; give the model of transformers" in refused(
+        lambda: MergedCache("snapkv", wrapped, **SMALL)
+    )
     other = model()
     other.config.model_type = "gpt2"
     assert "models of type 'gpt2' are not supported; llama" in refused(lambda: MergedCache("snapkv", other, **SMALL))
@@ -215,7 +226,8 @@ def test_calls_are_checked():
     assert "positions must go on from the 0 tokens" in refused(
         lambda: made(tokens, position_ids=positions, past_key_values=cache)
     )
-    assert "made for another model" in refused(lambda: model()(tokens, past_key_values=cache))
+    for each in (cache, MergedCache("streaming_llm", made, **SMALL)):
+        assert "made for another model" in refused(lambda each=each: model()(tokens, past_key_values=each))
     made(tokens, past_key_values=cache)
     assert "cannot go back 2 tokens" in refused(lambda: cache.crop(-2))
     cache.crop(0)

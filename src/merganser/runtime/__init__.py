@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .cache import MergedCache
 from .caches import LAYERS
+from .heads import RetrievalHeads, find_retrieval_heads
 from .tokens import merge_tokens
 
-__all__ = ["LAYERS", "MergedCache", "merge_tokens"]
+__all__ = ["LAYERS", "MergedCache", "RetrievalHeads", "find_retrieval_heads", "merge_tokens"]

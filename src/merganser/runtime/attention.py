@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["causal_mask", "queries_of", "weights"]
+__all__ = ["causal_mask", "chunks", "probabilities", "queries_of", "weights"]
 
 _AT_ONCE = 64
 """Queries whose weights are in memory at once."""
@@ -45,17 +45,18 @@ def weights(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None =
         bias: Added to the logits of each key, shape [batch, key heads, keys].
     """
     total = torch.zeros(keys.shape[:-1], device=keys.device)
-    for part, at in _parts(queries):
-        total += _probabilities(part, keys, scaling, bias, queries.shape[-2] - at).mean(2).sum(2)
+    for part, at in chunks(queries):
+        total += probabilities(part, keys, scaling, bias, queries.shape[-2] - at).mean(2).sum(2)
     return total
 
 
-def _parts(queries: Tensor) -> list[tuple[Tensor, int]]:
+def chunks(queries: Tensor) -> list[tuple[Tensor, int]]:
+    """Return queries in parts whose weights fit into memory, and the place of each part's first query."""
     starts = range(0, queries.shape[-2], _AT_ONCE)
     return [(queries[:, :, at : at + _AT_ONCE], at) for at in starts]
 
 
-def _probabilities(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None, left: int) -> Tensor:
+def probabilities(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None, left: int) -> Tensor:
     """Return attention weights, shape [batch, key heads, group, queries, keys]; the first query is `left` from the end."""
     grouped = queries.float().reshape(keys.shape[0], keys.shape[1], -1, *queries.shape[-2:])
     logits = grouped @ keys.float().mT.unsqueeze(2) * scaling

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ParameterError, UnsupportedError, did_you_mean
 from .attention import causal_mask, queries_of
 from .caches import LAYERS
-from .layer import CompressedLayer
+from .layer import RunningLayer
 from .libraries import cache_utils
 
 __all__ = ["MergedCache"]
@@ -52,7 +52,8 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         _check_options(method, kind, options)
         _check_model(method, model)
         self.method = method
-        super().__init__(layers=[kind(**options) for _ in range(model.config.num_hidden_layers)])
+        super().__init__(layers=kind.build(model.config.num_hidden_layers, options))
+        self._announced: set[int] = set()
         self._handles = _hooks(self, model)
         self._finalizer = weakref.finalize(self, _remove, self._handles)
 
@@ -64,8 +65,9 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         """Add keys and values of a layer, and return what its attention sees."""
         if not self._finalizer.alive:
             raise UnsupportedError(f"{self.method}: this cache was closed")
-        if self.layers[layer_idx].queries_wanted() and self.layers[layer_idx].fresh is None:
+        if layer_idx not in self._announced:
             raise UnsupportedError(f"{self.method}: this cache was made for another model; make one for each model")
+        self._announced.discard(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def stored_bytes(self) -> int:
@@ -77,7 +79,7 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         return [layer.kept() for layer in self.layers]
 
 
-def _check_options(method: str, kind: type[CompressedLayer], options: dict[str, Any]) -> None:
+def _check_options(method: str, kind: type[RunningLayer], options: dict[str, Any]) -> None:
     known = inspect.signature(kind).parameters
     for name in options:
         if name not in known:
@@ -95,6 +97,11 @@ def _check_model(method: str, model: Any) -> None:
     if name not in _MODELS:
         raise UnsupportedError(
             f"{method}: models of type {name or type(model).__name__!r} are not supported; {', '.join(_MODELS)} are"
+        )
+    if not hasattr(getattr(model, "base_model", None), "layers"):
+        raise UnsupportedError(
+            f"{method}: {type(model).__name__} wraps a model; give the model of transformers within it, in peft "
+            "model.get_base_model()"
         )
     layer, library = cache_utils().DynamicLayer, cache_utils().DynamicCache
     others = {type(each).__name__ for each in library(config=config).layers if type(each) is not layer}
@@ -123,6 +130,7 @@ def _hooks(cache: MergedCache, model: Any) -> list[Any]:
         own = mine()
         if own is None or _cache(kwargs) is not own:
             return None
+        own._announced.add(module.layer_idx)
         return args, _prepared(own.layers[module.layer_idx], module, kwargs)
 
     decoder = model.base_model
@@ -158,7 +166,7 @@ def _check_call(cache: MergedCache, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _prepared(layer: CompressedLayer, attention: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _prepared(layer: RunningLayer, attention: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Give a layer the queries of a call, and return the call's arguments with the layer's mask."""
     hidden = kwargs["hidden_states"]
     new = hidden.shape[1]

@@ -11,7 +11,7 @@ from ..errors import ParameterError, UnsupportedError
 from .attention import weights
 from .libraries import cache_utils
 
-__all__ = ["CompressedLayer", "at_least"]
+__all__ = ["CompressedLayer", "RunningLayer", "at_least", "taken"]
 
 
 def at_least(name: str, value: object, least: int) -> int:
@@ -25,33 +25,19 @@ def at_least(name: str, value: object, least: int) -> int:
     return value
 
 
-class CompressedLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
-    """A layer whose attention sees everything of the current call, and which holds at most `budget` entries after it.
+class RunningLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
+    """A layer that holds something else than the keys and values of all tokens, with the interface of transformers.
 
     Keys and values have the shape [batch, key heads, entries, head_dim]; keys are rotated. Entries stay in the order of
-    their tokens. Subclasses define `compress`, and hold more per entry in `per_entry`.
-
-    Args:
-        budget: Entries per layer and head after a call.
-        sinks: First tokens, which always stay as they are.
-        window: Last tokens, which always stay as they are. Scores come from the queries of as many last tokens.
+    their tokens.
     """
 
     keys: Tensor
     values: Tensor
     is_croppable = False
-    scores_needed = True
-    """Whether `compress` looks at queries."""
 
-    def __init__(self, *, budget: int, sinks: int = 4, window: int = 32):
+    def __init__(self) -> None:
         super().__init__()
-        self.sinks, self.window = at_least("sinks", sinks, 0), at_least("window", window, 1)
-        self.budget = at_least("budget", budget, 1)
-        if budget <= sinks + window:
-            raise ParameterError(
-                f"budget: {budget} entries leave no room beside {sinks} sinks and a window of {window}; "
-                f"the least is {sinks + window + 1}"
-            )
         self._clear()
 
     def _clear(self) -> None:
@@ -61,59 +47,21 @@ class CompressedLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
         self.fresh: Tensor | None = None
         self.per_entry: dict[str, Tensor] = {}
 
-    # what a method defines
-
-    def compress(self) -> None:
-        """Bring the entries down to `budget`."""
-        raise NotImplementedError
+    @classmethod
+    def build(cls, layers: int, options: dict[str, Any]) -> list[Any]:
+        """Return the layers of a model's cache."""
+        return [cls(**options) for _ in range(layers)]
 
     def queries_wanted(self) -> int:
         """Return of how many last tokens of a call queries are needed."""
-        return self.window if self.scores_needed else 0
+        return 0
 
-    def watch(self) -> None:
-        """Look at the queries of a call (`fresh`) when its keys have been added."""
-
-    def first(self, keys: Tensor) -> dict[str, Tensor]:
-        """Return what `per_entry` holds of new keys, each of the shape [batch, key heads, new]."""
-        return {}
+    def observe(self, queries: Tensor, scaling: float) -> None:
+        """Take the queries of a call, before its keys are added: shape [batch, query heads, tokens, head_dim]."""
 
     def bias(self) -> Tensor | None:
         """Return what is added to the logits of the entries, shape [batch, key heads, entries]; None if nothing is."""
         return None
-
-    def seen_values(self) -> Tensor:
-        """Return the values as attention gets them."""
-        return self.values
-
-    # the interface of transformers
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add a call's keys and values, return all that its attention sees, and compress what stays."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._append(key_states, value_states)
-        self.seen += key_states.shape[-2]
-        seen = self.keys, self.seen_values()
-        with torch.no_grad():
-            self.watch()
-            self.fresh = None
-            if self.keys.shape[-2] > self.budget:
-                self.compress()
-        return seen
-
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        self.keys = torch.cat((self.keys, keys), dim=-2) if self.keys.numel() else keys
-        self.values = torch.cat((self.values, values), dim=-2) if self.values.numel() else values
-        for name, new in self.first(keys).items():
-            old = self.per_entry.get(name)
-            self.per_entry[name] = new if old is None else torch.cat((old, new), dim=-1)
-
-    def observe(self, queries: Tensor, scaling: float) -> None:
-        """Take the queries of a call, before its keys are added: shape [batch, query heads, tokens, head_dim]."""
-        self.fresh, self.scaling = queries, scaling
-        both = queries if self.queries is None else torch.cat((self.queries, queries), dim=-2)
-        self.queries = both[:, :, -self.window :]
 
     def kept(self) -> int:
         """Return the number of entries."""
@@ -171,6 +119,79 @@ class CompressedLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
                 f"{type(self).__name__}: a compressed cache cannot go back {abs(tokens_to_remove)} tokens, as assisted and "
                 "contrastive decoding do; use greedy decoding, sampling or beam search"
             )
+
+
+class CompressedLayer(RunningLayer):
+    """A layer whose attention sees everything of the current call, and which holds at most `budget` entries after it.
+
+    Subclasses define `compress`, and hold more per entry in `per_entry`.
+
+    Args:
+        budget: Entries per layer and head after a call.
+        sinks: First tokens, which always stay as they are.
+        window: Last tokens, which always stay as they are. Scores come from the queries of as many last tokens.
+    """
+
+    scores_needed = True
+    """Whether `compress` looks at queries."""
+
+    def __init__(self, *, budget: int, sinks: int = 4, window: int = 32):
+        super().__init__()
+        self.sinks, self.window = at_least("sinks", sinks, 0), at_least("window", window, 1)
+        self.budget = at_least("budget", budget, 1)
+        if budget <= sinks + window:
+            raise ParameterError(
+                f"budget: {budget} entries leave no room beside {sinks} sinks and a window of {window}; "
+                f"the least is {sinks + window + 1}"
+            )
+
+    # what a method defines
+
+    def compress(self) -> None:
+        """Bring the entries down to `budget`."""
+        raise NotImplementedError
+
+    def queries_wanted(self) -> int:
+        """Return of how many last tokens of a call queries are needed."""
+        return self.window if self.scores_needed else 0
+
+    def watch(self) -> None:
+        """Look at the queries of a call (`fresh`) when its keys have been added."""
+
+    def first(self, keys: Tensor) -> dict[str, Tensor]:
+        """Return what `per_entry` holds of new keys, each of the shape [batch, key heads, new]."""
+        return {}
+
+    def seen_values(self) -> Tensor:
+        """Return the values as attention gets them."""
+        return self.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add a call's keys and values, return all that its attention sees, and compress what stays."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._append(key_states, value_states)
+        self.seen += key_states.shape[-2]
+        seen = self.keys, self.seen_values()
+        with torch.no_grad():
+            self.watch()
+            self.fresh = None
+            if self.keys.shape[-2] > self.budget:
+                self.compress()
+        return seen
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = torch.cat((self.keys, keys), dim=-2) if self.keys.numel() else keys
+        self.values = torch.cat((self.values, values), dim=-2) if self.values.numel() else values
+        for name, new in self.first(keys).items():
+            old = self.per_entry.get(name)
+            self.per_entry[name] = new if old is None else torch.cat((old, new), dim=-1)
+
+    def observe(self, queries: Tensor, scaling: float) -> None:
+        """Take the queries of a call, before its keys are added: shape [batch, query heads, tokens, head_dim]."""
+        self.fresh, self.scaling = queries, scaling
+        both = queries if self.queries is None else torch.cat((self.queries, queries), dim=-2)
+        self.queries = both[:, :, -self.window :]
 
     # what methods share
 
