@@ -20,6 +20,9 @@ from .objectives import Bound, Figures, Objective, names_of_retained, retained
 _HOPELESS = 0.03
 """Level of the test that ends a trial. It is made twice, and this is Pocock's level of two tests for 5 % in all."""
 
+_LEAST = 6
+"""Fewest items that a trial is ended on."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -183,7 +186,7 @@ def hopeless(difference: Estimate, items: int) -> bool:
     from scipy.stats import t
 
     error = difference.stderr
-    if error is None or error <= 0 or items < 3:
+    if error is None or error <= 0 or items < _LEAST:
         return False
     return bool(t.cdf(difference.value / error, items - 1) < _HOPELESS)
 
