@@ -45,14 +45,19 @@ def test_the_winner_is_a_plain_recipe_with_the_figures_of_eval(tmp_path: Path) -
     assert best.values == min(trial.values for trial in found.trials if trial.values)
     recipe = yaml.safe_load((tmp_path / "out" / "winner.yaml").read_text())
     assert [m["parameters"]["weight"] for m in recipe["models"]] == [*best.settings.values()]
-    # both halves of every item, against the whole by the evaluation
-    whole = evaluate([str(tmp_path / "out" / "winner.yaml")], TASKS[:2], dtype="float32")
+    # trials over whose weights others were written, against each model loaded by itself
+    names = ["trial-0002", "trial-0005", best.name]
+    files = [f"{name}={tmp_path}/out/recipes/{name}.yaml" for name in dict.fromkeys(names)]
+    whole = evaluate(files, TASKS[:2], dtype="float32")
     lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
-    for task in ("one", "two"):
-        own = [each["content"] for each in lines if each.get("model") == best.name and each.get("task") == task]
-        bits = {item: b for c in own for item, b in zip(c["items"], c["columns"]["bits"], strict=True)}
-        expected = whole.items("winner", task)["bits"]
-        assert [bits[item] for item in range(40)] == pytest.approx(list(expected), rel=1e-5)
+    for name in names:
+        for task in ("one", "two"):
+            own = [each["content"] for each in lines if each.get("model") == name and each.get("task") == task]
+            bits = {item: b for c in own for item, b in zip(c["items"], c["columns"]["bits"], strict=True)}
+            expected = whole.items(name, task)["bits"]
+            assert len(bits) == (40 if name == best.name else 20)
+            for item, value in bits.items():
+                assert value == pytest.approx(expected[item], rel=1e-5)
     held = [end.values[0].value for end in found.ends if end.values]
     assert len(held) == len(found.ends) == 5
     assert [end.name for end in found.ends[1:]] == ["base", "a", "b", "average"]
