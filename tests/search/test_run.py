@@ -45,14 +45,19 @@ def test_the_winner_is_a_plain_recipe_with_the_figures_of_eval(tmp_path: Path) -
     assert best.values == min(trial.values for trial in found.trials if trial.values)
     recipe = yaml.safe_load((tmp_path / "out" / "winner.yaml").read_text())
     assert [m["parameters"]["weight"] for m in recipe["models"]] == [*best.settings.values()]
-    # both halves of every item, against the whole by the evaluation
-    whole = evaluate([str(tmp_path / "out" / "winner.yaml")], TASKS[:2], dtype="float32")
+    # trials over whose weights others were written, against each model loaded by itself
+    names = ["trial-0002", "trial-0005", best.name]
+    files = [f"{name}={tmp_path}/out/recipes/{name}.yaml" for name in dict.fromkeys(names)]
+    whole = evaluate(files, TASKS[:2], dtype="float32")
     lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
-    for task in ("one", "two"):
-        own = [each["content"] for each in lines if each.get("model") == best.name and each.get("task") == task]
-        bits = {item: b for c in own for item, b in zip(c["items"], c["columns"]["bits"], strict=True)}
-        expected = whole.items("winner", task)["bits"]
-        assert [bits[item] for item in range(40)] == pytest.approx(list(expected), rel=1e-5)
+    for name in names:
+        for task in ("one", "two"):
+            own = [each["content"] for each in lines if each.get("model") == name and each.get("task") == task]
+            bits = {item: b for c in own for item, b in zip(c["items"], c["columns"]["bits"], strict=True)}
+            expected = whole.items(name, task)["bits"]
+            assert len(bits) == (40 if name == best.name else 20)
+            for item, value in bits.items():
+                assert value == pytest.approx(expected[item], rel=1e-5)
     held = [end.values[0].value for end in found.ends if end.values]
     assert len(held) == len(found.ends) == 5
     assert [end.name for end in found.ends[1:]] == ["base", "a", "b", "average"]
@@ -81,11 +86,11 @@ class Stop(Silent):
 
 @pytest.mark.parametrize("sampler", ["tpe", "cma"])
 def test_killed_between_trials_and_continued(tmp_path: Path, sampler: str) -> None:
-    whole = searched(tmp_path / "whole", sampler=sampler, trials=9)
-    for at in (0, 4, 7):
+    whole = searched(tmp_path / "whole", sampler=sampler, trials=5, limit=16)
+    for at in (0, 3):
         with pytest.raises(ZeroDivisionError):
-            searched(tmp_path / "cut", sampler=sampler, trials=9, progress=Stop(at, ZeroDivisionError))
-    again = searched(tmp_path / "cut", sampler=sampler, trials=9)
+            searched(tmp_path / "cut", sampler=sampler, trials=5, limit=16, progress=Stop(at, ZeroDivisionError))
+    again = searched(tmp_path / "cut", sampler=sampler, trials=5, limit=16)
     assert figures(again) == figures(whole)
     assert table(tmp_path / "cut") == table(tmp_path / "whole")
 
@@ -93,7 +98,7 @@ def test_killed_between_trials_and_continued(tmp_path: Path, sampler: str) -> No
 def test_killed_within_a_trial_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from merganser.search.items import Table
 
-    whole = searched(tmp_path / "whole", sampler="tpe")
+    whole = searched(tmp_path / "whole", sampler="tpe", limit=16)
     add, left = Table.add, [9]
 
     def failing(self: Table, *given: Any) -> None:
@@ -106,13 +111,13 @@ def test_killed_within_a_trial_and_continued(tmp_path: Path, monkeypatch: pytest
     for scored in (9, 9):
         left[0] = scored
         with pytest.raises(ZeroDivisionError):
-            searched(tmp_path / "cut", sampler="tpe")
+            searched(tmp_path / "cut", sampler="tpe", limit=16)
     # half a line in either journal
     for name in ("items.jsonl", "trials.log"):
         with (tmp_path / "cut" / name).open("a") as file:
             file.write('{"check": "')
     left[0] = 10**9
-    again = searched(tmp_path / "cut", sampler="tpe")
+    again = searched(tmp_path / "cut", sampler="tpe", limit=16)
     assert figures(again) == figures(whole)
     assert table(tmp_path / "cut") == table(tmp_path / "whole")
 
@@ -144,7 +149,7 @@ def test_hopeless_trials_end_early(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("difference", "stderr", "items", "ends"),
-    [(-2.5, 1.0, 40, True), (-1.0, 1.0, 40, False), (2.5, 1.0, 40, False), (-2.5, 1.0, 3, False), (-2.5, 0.0, 40, False)],
+    [(-2.5, 1.0, 40, True), (-1.0, 1.0, 40, False), (2.5, 1.0, 40, False), (-2.5, 1.0, 5, False), (-2.5, 0.0, 40, False)],
 )  # fmt: skip
 def test_the_test_of_hopeless_trials(difference: float, stderr: float, items: int, ends: bool) -> None:
     assert hopeless(Estimate.of_error(difference, stderr, "key"), items) is ends
@@ -176,11 +181,39 @@ def test_equal_recipes_are_scored_once(tmp_path: Path) -> None:
 
 
 def test_retention_of_experts(tmp_path: Path) -> None:
-    given = {"base": "base", "experts": ["one=a", "two=b"], "limit": 12}
+    recipe = (
+        RECIPE.replace("model: a}", "model: calm}").replace("model: b}", "model: cool}").replace("[-1, 1]", "[0, 1]")
+    )
+    experts = {"base": "base", "experts": ["one=calm", "quiz=cool"]}
+    found = searched(tmp_path / "out", ["one.jsonl", "two.jsonl", "quiz.jsonl"], recipe, trials=2, **experts)
+    # the quiz is guessed by all
+    assert any(
+        note.startswith("quiz does not count as a domain: cool does not beat the base by 2 standard errors")
+        for note in found.notes
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+
+    def bits_per_byte(model: str, task: str) -> float:
+        own = [
+            e["content"]["columns"] for e in lines if e.get("model") == model and e["task"] == task and e["batch"] >= 0
+        ]
+        return float(sum(sum(c["bits"]) for c in own) / sum(sum(c["bytes"]) for c in own))
+
+    for trial in found.trials:
+        base, own, expert = (bits_per_byte(name, "one") for name in ("base", trial.name, "calm"))
+        assert trial.values == (pytest.approx((base - own) / (base - expert)),)
+    forgotten = searched(
+        tmp_path / "two", TASKS[:2], recipe, trials=1, base="base", experts=["one=calm"], objectives=["forgotten/mean"]
+    )
+    lines = [json.loads(line) for line in (tmp_path / "two" / "items.jsonl").read_text().splitlines()]
+    base, own = bits_per_byte("base", "two"), bits_per_byte("trial-0001", "two")
+    assert forgotten.trials[0].values == (pytest.approx((own - base) / base),)
     with pytest.raises(MergeError, match="none beats the base"):
-        searched(tmp_path / "noise", **given)
+        searched(tmp_path / "noise", base="base", experts=["one=a", "two=b"], limit=12)
     with pytest.raises(MergeError, match=r"'recovered/three' is not measured here.*Known: .*recovered/mean"):
-        searched(tmp_path / "other", **given, objectives=["recovered/three"])
+        searched(
+            tmp_path / "other", TASKS[:2], recipe, **experts | {"experts": ["one=calm"]}, objectives=["recovered/three"]
+        )
 
 
 def test_several_objectives_give_a_front(tmp_path: Path) -> None:

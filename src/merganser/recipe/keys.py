@@ -68,7 +68,7 @@ _FOREIGN = {
     ),
     **dict.fromkeys(
         ("genome", "layer_granularity", "tasks"),
-        "a recipe of mergekit-evolve, which searches for parameters; that comes in a later version",
+        "a recipe of mergekit-evolve, which searches for parameters: merganser search reads it",
     ),
     **dict.fromkeys(
         ("layer_slices", "embedding_source", "lm_head_source"),

@@ -25,7 +25,7 @@ HELD = -1
 """Number of the wave of items that are held out."""
 
 _WAVES = 3
-_LEAST_FOR_WAVES = 16
+_LEAST_FOR_WAVES = 8
 """Fewest items of trials that are divided into waves."""
 
 
@@ -65,7 +65,7 @@ def split_task(task: Task, prepared: Prepared, seed: int) -> Split:
 
     Documents and questions are divided at random. A single text is cut in the middle: windows of one passage are alike,
     and the second half is a text that no trial saw. The waves of the first half are in random order, the first a quarter of it, the
-    second as much, the third the rest; with fewer than 32 items there is one wave.
+    second as much, the third the rest; with fewer than 15 items there is one wave.
 
     Args:
         task: The task, of questions or texts.

@@ -20,6 +20,9 @@ from .objectives import Bound, Figures, Objective, names_of_retained, retained
 _HOPELESS = 0.03
 """Level of the test that ends a trial. It is made twice, and this is Pocock's level of two tests for 5 % in all."""
 
+_LEAST = 6
+"""Fewest items that a trial is ended on."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -106,8 +109,11 @@ class ItemJudge:
         share = "" if len(self._mains) == 1 else f"{1 / len(self._mains):.6g}*"
         return "+".join(f"{share}{task}/{metric}" for task, (metric, _) in self._mains.items())
 
-    def measure_references(self) -> None:
+    def measure_references(self, sure: float = SURE) -> None:
         """Score base and experts, and leave out experts whose gain over the base is noise.
+
+        Args:
+            sure: Standard errors by which an expert must beat the base.
 
         Raises:
             TaskError: They cannot be scored, or no expert is left.
@@ -123,11 +129,11 @@ class ItemJudge:
         for task, figures in found.items():
             metric, higher = self._mains[task]
             gain = (figures[f"{task}/{metric}"] - origin[f"{task}/{metric}"]) * (1.0 if higher else -1.0)
-            if gain.value <= SURE * (gain.stderr or 0.0) or gain.value <= 0:
+            if gain.value <= sure * (gain.stderr or 0.0) or gain.value <= 0:
                 name = self._experts.pop(task).name
                 width = "" if gain.stderr is None else f" ± {gain.stderr:.2g}"
                 self.notes.append(
-                    f"{task} does not count as a domain: {name} does not beat the base by two standard errors: "
+                    f"{task} does not count as a domain: {name} does not beat the base by {sure:g} standard errors: "
                     f"{gain.value:.3g}{width} {metric}"
                 )
         if found and not self._experts:
@@ -183,7 +189,7 @@ def hopeless(difference: Estimate, items: int) -> bool:
     from scipy.stats import t
 
     error = difference.stderr
-    if error is None or error <= 0 or items < 3:
+    if error is None or error <= 0 or items < _LEAST:
         return False
     return bool(t.cdf(difference.value / error, items - 1) < _HOPELESS)
 

@@ -20,12 +20,13 @@ from ..evaluation.scoring.tasks import Task, load_tasks
 from ..files import write_whole
 from ..inference.sources import Reference
 from ..recipe import Recipe, check_recipe, load_recipes
-from ..recipe.load import RecipeSource
+from ..recipe.load import RecipeSource, read_documents
 from ..version import __version__
 from ..wording import default_names
 from .bench import Model, open_bench
 from .command import parse_command
 from .ends import End, average_of, best_single, measure_ends, to_json
+from .evolve import read_evolve
 from .folder import Folder, key_of, open_folder
 from .items import HELD, refuse_harness
 from .judge import CommandJudge, ItemJudge, Judge
@@ -169,7 +170,14 @@ def search(
         Interrupted: Ctrl-C was pressed.
     """
     progress = progress or Silent()
-    space = Space(recipe)
+    documents = read_documents(recipe)
+    evolve = read_evolve(documents[0], cache_dir)
+    if evolve is not None and command is None and not tasks:
+        raise TaskError(
+            f"tasks: those of this file ({', '.join(evolve[1]) or 'none'}) are of lm-eval, which mergekit-evolve runs; give "
+            "--tasks of your own, or a --command that runs lm-eval"
+        )
+    space = Space(documents if evolve is None else evolve[0])
     _check_numbers(trials=trials, hours=hours, timeout=timeout)
     if (command is None) == (not tasks):
         raise TaskError("tasks: give --tasks, whose items are scored, or --command, which scores a merge; one of them")

@@ -7,12 +7,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import RecipeError
 from ..method import Parameter
 from ..method.registry import get_method
-from ..recipe.document import parse_mapping, plain
+from ..recipe.document import Document, parse_mapping, plain
 from ..recipe.free import FreeValue, check_within, free_values
 from ..recipe.load import RecipeSource, read_documents
 from ..recipe.scalar import shown
@@ -79,7 +80,7 @@ class Space:
     """The free values of a recipe.
 
     Args:
-        source: The recipe: a path, a YAML text, a mapping.
+        source: The recipe: a path, a YAML text, a mapping, or its documents.
 
     Attributes:
         dimensions: The dimensions, in the order of the recipe.
@@ -88,8 +89,8 @@ class Space:
         RecipeError: The recipe is not YAML, has no free value, or one is malformed or has no range.
     """
 
-    def __init__(self, source: RecipeSource) -> None:
-        documents = read_documents(source)
+    def __init__(self, source: RecipeSource | Sequence[Document]) -> None:
+        documents = read_documents(source) if isinstance(source, str | Path | Mapping) else source
         self._file = documents[0].file
         self._documents = [plain(document.root) for document in documents]
         self.dimensions: list[Dimension] = []
@@ -134,7 +135,8 @@ class Space:
 
     def _make(self, free: FreeValue, like: Dimension, name: str, *, per_model: bool) -> Make:
         """Add the dimensions of one value, and return what builds the value at a point."""
-        weight_of_one = per_model or any(isinstance(key, int) for key in free.path)
+        before = free.path[: free.path.index("parameters")] if "parameters" in free.path else ()
+        weight_of_one = per_model or any(isinstance(key, int) for key in before)
 
         def one(name: str) -> Make:
             dimension = Dimension(
@@ -252,8 +254,11 @@ def _whole(number: float) -> bool:
 
 
 def _models(document: Any) -> list[Any]:
-    """Return the models of a document that are not its base."""
+    """Return the models of a document, or of its first slice, that are not its base."""
     listed = document.get("models") if isinstance(document, dict) else None
+    if listed is None and isinstance(document, dict) and isinstance(document.get("slices"), list):
+        first = document["slices"][0] if document["slices"] else {}
+        listed = first.get("sources") if isinstance(first, dict) else None
     entries = listed if isinstance(listed, list) else []
     return [m for m in entries if isinstance(m, dict) and m.get("model") != document.get("base_model")]
 

@@ -17,18 +17,20 @@ LAYERS = 3
 
 _FULL: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("linear", {"weight": 1.0}),
-    ("task_arithmetic", {"weight": 1.0, "lambda": 0.5}),
-    ("tsv_m", {"lambda": 1.0}),
     ("iso_c", {"lambda": 1.5}),
+    ("iso_c", {"lambda": 1.0}),
+    ("tsv_m", {"lambda": 1.0}),
+    ("task_arithmetic", {"weight": 1.0, "lambda": 0.5}),
     ("ties", {"weight": 1.0, "density": 0.2}),
     ("wudi", {"lambda": 1.0}),
     ("optmerge", {"lambda": 1.0}),
-    ("iso_c", {"lambda": 1.0}),
     ("task_arithmetic", {"weight": 1.0, "lambda": 1.0}),
-    ("tsv_m", {"lambda": 1.5}),
-    ("wudi", {"lambda": 1.5}),
+    ("tsv_m", {"lambda": 0.5}),
+    ("wudi", {"lambda": 0.5}),
     ("task_arithmetic", {"weight": 1.0, "lambda": 0.3}),
 )
+"""Methods that hold up on all sets of models there come first, then those that keep most on some; the costly ones behind."""
+
 _ADAPTERS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("linear", {"weight": 1.0}),
     ("iso_c", {"lambda": 1.0}),

@@ -30,6 +30,10 @@ from .portfolio import Candidate, around, candidates
 
 MINUTES = 60.0
 
+_SURE = 3.0
+"""Standard errors by which a model must beat the base on a task: more than for an expert that is named, since the best of
+several models is taken, and a share of a gain that is noise has no meaning."""
+
 _PORTFOLIO = 0.6
 _AROUND = 0.85
 """Shares of the time after which the portfolio, and the search around its best, begin nothing new."""
@@ -328,10 +332,10 @@ def _judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[str, 
         best[task] = max(experts, key=lambda m: sign * figures[m.name][f"{task}/{split.main}"].value)
     judge = ItemJudge(bench, base, best, stopping=True)
     try:
-        judge.measure_references()
+        judge.measure_references(_SURE)
     except TaskError:
         raise TaskError(
-            "auto: on none of these tasks one of the models beats the base by two standard errors, so there is nothing "
+            "auto: on none of these tasks one of the models beats the base by three standard errors, so there is nothing "
             f"to keep; give more items, or tasks that the models were trained for. {'; '.join(judge.notes)}"
         ) from None
     judge.objectives = parse_objectives((), judge.known, judge.default)

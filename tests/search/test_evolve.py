@@ -1,0 +1,108 @@
+"""The YAML of mergekit-evolve as a recipe with open values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from merganser.errors import MergeError
+from merganser.recipe import check_recipe, load_recipe
+from merganser.recipe.load import read_documents
+from merganser.search import search
+from merganser.search.evolve import read_evolve
+from merganser.search.space import Space
+
+GENOME = """\
+genome:
+  models: [a, b]
+  merge_method: ties
+  base_model: base
+tasks:
+  - name: gsm8k_train
+    weight: 0.5
+    metric: exact_match
+  - hellaswag_train
+"""
+
+
+def space_of(text: str) -> Space:
+    found = read_evolve(read_documents(text)[0])
+    assert found is not None
+    return Space(found[0])
+
+
+def resolved(text: str, value: float | None = None) -> Any:
+    space = space_of(text)
+    point = space.start() if value is None else {d.name: value for d in space.dimensions}
+    check_recipe(load_recipe(space.resolve(point)))
+    return yaml.safe_load(space.resolve(point))
+
+
+def test_one_group() -> None:
+    assert resolved(GENOME, 0.25) == {
+        "merge_method": "ties",
+        "dtype": "bfloat16",
+        "base_model": "base",
+        "parameters": {"normalize": True},
+        "models": [
+            {"model": "a", "parameters": {"weight": 0.25, "density": 0.25}},
+            {"model": "b", "parameters": {"weight": 0.25, "density": 0.25}},
+            {"model": "base"},
+        ],
+    }
+    # the first trial of mergekit-evolve: an equal share of each model
+    assert [model["parameters"]["weight"] for model in resolved(GENOME)["models"][:2]] == [0.5, 0.5]
+
+
+def test_groups_of_layers() -> None:
+    recipe = resolved(GENOME.replace("base_model", "layer_granularity: 1\n  base_model"), 0.25)
+    assert [[s["layer_range"] for s in piece["sources"]] for piece in recipe["slices"]] == [[[0, 1]] * 3, [[1, 2]] * 3]
+    assert recipe["slices"][1]["sources"][0]["parameters"] == {"weight": 0.25, "density": 0.25}
+    assert len(space_of(GENOME.replace("base_model", "layer_granularity: 1\n  base_model")).dimensions) == 8
+
+
+def test_smooth_and_filters() -> None:
+    text = GENOME.replace("base_model", "layer_granularity: 1\n  smooth: true\n  filters: [self_attn]\n  base_model")
+    (first, _, _) = resolved(text, 0.25)["models"]
+    assert first["parameters"]["weight"] == [{"filter": "self_attn", "value": [0.25, 0.25]}, {"value": [0.25, 0.25]}]
+
+
+def test_slerp() -> None:
+    text = "genome: {models: [a, b], merge_method: slerp, layer_granularity: 1}\n"
+    recipe = resolved(text, 0.25)
+    assert [piece["parameters"] for piece in recipe["slices"]] == [{"t": 0.25}, {"t": 0.25}]
+
+
+def test_negative_weights() -> None:
+    lows = [
+        d.low for d in space_of(GENOME.replace("base_model", "allow_negative_weights: true\n  base_model")).dimensions
+    ]
+    assert lows == [-1, 0.05, -1, 0.05]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GENOME, "tasks: those of this file (gsm8k_train, hellaswag_train) are of lm-eval, which mergekit-evolve runs"),
+        (GENOME.replace("ties", "della"), "<recipe>:3 genome.merge_method: 'della' is not known."),
+        (GENOME.replace("models: [a, b]", "model: [a, b]"), "unknown key 'model'. Did you mean 'models'?"),
+        (GENOME.replace("tasks", "task"), "unknown key 'task'. Did you mean 'tasks'?"),
+        (GENOME.replace("base_model", "layer_granularity: 3\n  base_model"), "layer_granularity: must divide the 2 layers of a, got 3"),
+        (GENOME.replace("ties", "slerp").replace("[a, b]", "[a, b, c]"), "slerp is searched between two models"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(tmp_path: Any, text: str, message: str) -> None:
+    with pytest.raises(MergeError) as caught:
+        search(text, tmp_path / "out")
+    assert message in str(caught.value)
+
+
+def test_another_recipe() -> None:
+    assert read_evolve(read_documents("merge_method: linear\nmodels: [{model: a}]\n")[0]) is None
+
+
+def test_it_is_searched(tmp_path: Any) -> None:
+    found = search(GENOME, tmp_path / "out", ["one.jsonl"], trials=1, limit=8, sampler="random", dtype="float32")
+    assert found.best is not None
