@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..wording import size_text
 from . import _options as options
 from ._progress import byte_progress
-from ._text import head, say, say_json, table
-
-if TYPE_CHECKING:
-    from ..report import Report
-    from ..report.blocks import Block, Cell
+from ._report_text import print_report
+from ._text import say, say_json
 
 
 def report(
@@ -56,49 +53,8 @@ def report(
                 progress=progress,
             )
     if text:
-        _print(found)
+        print_report(found)
     elif json:
         say_json({"page": str(target), "bytes": target.stat().st_size})
     else:
         say(f"wrote {target} ({size_text(target.stat().st_size)}); open it in a browser")
-
-
-def _print(report: Report) -> None:
-    head(report.title)
-    say(report.lead)
-    for section in report.sections:
-        say()
-        head(section.title)
-        for block in section.blocks:
-            _block(block)
-
-
-def _block(block: Block) -> None:
-    from ..report.blocks import Code, Figure, List, Table
-
-    if isinstance(block, Table):
-        if block.folded:
-            return
-        if block.caption:
-            say(block.caption)
-        rows = [[_cell(cell) for cell in row] for row in block.rows]
-        right = [i for i in range(len(block.head)) if block.numeric(i)]
-        for line in table([list(block.head), *rows] if any(block.head) else rows, right=right):
-            say(line)
-    elif isinstance(block, Figure):
-        say(block.title)
-        for line in block.lines:
-            say(line)
-    elif isinstance(block, List):
-        say(block.kind)
-        for text in block.texts:
-            say(f"  {text}")
-    elif isinstance(block, Code):
-        for line in block.text.rstrip().splitlines():
-            say(f"  {line}")
-    else:
-        say(block.text)
-
-
-def _cell(cell: Cell) -> str:
-    return cell if isinstance(cell, str) else cell.text

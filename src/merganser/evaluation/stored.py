@@ -110,6 +110,7 @@ class Evaluation:
         reference: The model that is subtracted in `differences`; None if there are none.
         differences: Differences of the main metric by model and task; paired item by item where that was possible.
         retention: Retention by model; empty if no base and experts were given.
+        best_single: Name of the base or expert that recovered most; None if that was not measured.
         not_counted: Domains that do not count, and why.
         warnings: What the user should know.
         seconds: Duration of the evaluation.
@@ -124,6 +125,7 @@ class Evaluation:
     reference: str | None
     differences: Mapping[tuple[str, str], Estimate]
     retention: Mapping[str, Retention]
+    best_single: str | None
     not_counted: Mapping[str, str]
     warnings: Sequence[str]
     seconds: float
@@ -154,6 +156,7 @@ def read_evaluation(file: str | Path) -> Evaluation:
     metrics = {task.name: task.metric for task in tasks}
     retention, differences = root.get("retention"), root.get("differences")
     domains = [] if retention is None else list(retention["domains"].items())
+    best = None if retention is None else retention.get("best_single")
     return Evaluation(
         file=file,
         created=root["created"].text(),
@@ -172,6 +175,7 @@ def read_evaluation(file: str | Path) -> Evaluation:
             for task, entry in found_tasks.items()
         },
         retention={} if retention is None else {name: _kept(entry) for name, entry in retention["models"].items()},
+        best_single=None if best is None else _text(best, "model"),
         not_counted={name: _text(entry, "reason") or "" for name, entry in domains if not entry["counted"].flag()},
         warnings=root["warnings"].each(Entry.text),
         seconds=root["seconds"].number(),

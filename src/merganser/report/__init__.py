@@ -1,4 +1,4 @@
-"""A report of a merge on one page: what was merged, how far it moved, and its scores.
+"""A report of a merge on one page: a verdict, scores, what was merged, and how far it moved.
 
 The report computes nothing: its numbers come from the run record, an evaluation, and (if requested) measured spectra.
 """
@@ -19,6 +19,7 @@ from ..inspection.spectra import Spectra, measure_spectra
 from ..record.format import PAGE_NAME, is_page
 from ..record.reading import Record, read_record
 from .blocks import Section
+from .folding import folded
 from .page import render
 from .sections import sections, summary
 
@@ -70,7 +71,8 @@ def read_report(
         with ExitStack() as stack:
             evaluated = read_evaluation(evaluation), open_source(str(record.out), stack).hash
     measured = _spectra(record, cache_dir, progress) if spectra else None
-    return Report(Path(out).resolve().name, summary(record), sections(record, evaluated, measured))
+    found = sections(record, evaluated, measured)
+    return Report(Path(out).resolve().name, summary(record), [folded(section) for section in found])
 
 
 def write_report(

@@ -9,7 +9,20 @@ from typing import Any
 from ..evaluation.stored import Estimate
 from ..wording import number_text
 
-__all__ = ["Block", "Cell", "Code", "Figure", "List", "Number", "Paragraph", "Section", "Table", "estimate", "number"]
+__all__ = [
+    "Block",
+    "Cell",
+    "Code",
+    "Figure",
+    "List",
+    "Number",
+    "Paragraph",
+    "Section",
+    "Table",
+    "estimate",
+    "number",
+    "share",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +134,9 @@ def estimate(found: Estimate | None, *, percent: bool = False) -> Cell:
     scale, digits, unit = (100, 1, " %") if percent else (1, 4, "")
     error = "" if found.stderr is None else f" ± {scale * found.stderr:.{digits}f}"
     return Number(found.value, f"{scale * found.value:.{digits}f}{error}{unit}", found.place)
+
+
+def share(found: Estimate) -> str:
+    """Return a share with its standard error: `66.3 ± 2.1 %`."""
+    cell = estimate(found, percent=True)
+    return cell if isinstance(cell, str) else cell.text

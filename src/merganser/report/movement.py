@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, groupby
 from typing import Any
 
 from ..record.reading import Moved, Record
 from ..wording import count_text, number_text, plural
 from .blocks import Block, Cell, Code, Figure, Number, Paragraph, Section, Table, number
-from .palette import COLOURS, SCALE, cut, escape, layout
+from .palette import COLOURS, SCALE, cut, escape, layout, percent_ticks, scale_end
 
-__all__ = ["moved_section", "related_section"]
+__all__ = ["length_text", "moved_section", "related_section"]
 
 _STRIP, _GAP, _EDGE = 18, 24, 88
 """Heights in pixels: a row of the heatmap, the title above a strip, the margins of the figure."""
@@ -50,8 +50,10 @@ def moved_section(record: Record, name: Names) -> Section:
             ]
             rows = [[*row, cell] for row, cell in zip(rows, [*shares, Number(None, "-")], strict=True)]
         blocks.append(Table(head, rows, "merge.json: movement.total"))
+        if movement.total.rounding:
+            blocks.append(Paragraph("Rounding: what storing a model's weights makes up of its task vector."))
         if movement.total.length is not None:
-            blocks.append(Paragraph(_length(movement.total.length, len(movement.total.models))))
+            blocks.append(Paragraph(length_text(record)))
     blocks += _heatmap(record, columns)
     outside = [moved for moved in record.layers if moved.layer is None]
     if outside:
@@ -94,14 +96,17 @@ def related_section(record: Record, name: Names) -> Section:
     return Section(title, blocks)
 
 
-def _length(length: float, count: int) -> str:
-    """Return the text that compares the length of the merged task vector with that of sums and averages."""
+def length_text(record: Record) -> str:
+    """Return the text that compares the length of the merged task vector with sums and averages; empty if unknown."""
+    if record.movement is None or record.movement.total.length is None:
+        return ""
+    length, count = record.movement.total.length, len(record.movement.total.models)
     text = f"The merged task vector is {length:.2g} times as long as the models' (root mean square of {count})."
     if count > 1:
         text += (
             f" Of unrelated ones the average is {count**-0.5:.2g} times as long, and the sum {count**0.5:.2g} times."
         )
-    return f"{text} Rounding: what storing a model's weights makes up of its task vector."
+    return text
 
 
 def _by_tensor(tensors: Sequence[Moved], columns: Sequence[str]) -> Table:
@@ -183,6 +188,7 @@ def _heatmap(record: Record, columns: Sequence[str]) -> list[Block]:
     if not layers or not any(moved.merged is not None for moved in cells.values()):
         return []
     tensors = _tensors_of(record)
+    top_value, beyond = scale_end(_values(cells.values()))
     heights = len(columns) * (len(roles) * _STRIP + _GAP)
     data, annotations, axes, lines = [], [], {}, []
     for i, column in enumerate(columns):
@@ -206,7 +212,7 @@ def _heatmap(record: Record, columns: Sequence[str]) -> list[Block]:
         axes[f"yaxis{axis}"] = {"domain": [max(bottom, 0), top], "fixedrange": True, "ticks": "", "showgrid": False}
         label = {"text": escape(cut(column)), "x": 0, "y": top, "xref": "paper", "yref": "paper", "showarrow": False}
         annotations.append({**label, "xanchor": "left", "yanchor": "bottom", "font": {"size": 12}})
-        lines += _strip(column, list(reversed(roles)), list(reversed(rows)), _largest(cells.values()))
+        lines += _strip(column, list(reversed(roles)), list(reversed(rows)), top_value)
     height = heights + _EDGE
     # the colour scale is above the strips, because at their side it would take a fifth of a phone's width
     scale = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1, "yanchor": "bottom", "thickness": 10, "len": 1}
@@ -217,15 +223,16 @@ def _heatmap(record: Record, columns: Sequence[str]) -> list[Block]:
         "showgrid": False,
         "zeroline": False,
     }
-    largest = _largest(cells.values())
     axes["coloraxis"] = {
         "colorscale": SCALE,
         "cmin": 0,
-        "cmax": largest or 1,
+        "cmax": top_value or 1,
         "colorbar": {**scale, "outlinewidth": 0, "nticks": 6},
     }
     drawn = layout(height, annotations=annotations, **axes)
     title = "change by layer and role; point at a cell for its tensors"
+    if beyond:
+        title += f" (the scale ends at {number_text(top_value)}; {plural(beyond, 'value')} above it)"
     return [Figure(title, data, drawn, height, lines, "merge.json: layers[], movement.tensors[]")]
 
 
@@ -237,8 +244,8 @@ def _value(moved: Moved | None, column: int, columns: int) -> float | None:
     return moved.models[column] if column < len(moved.models) else None
 
 
-def _largest(cells: Any) -> float:
-    return max((value for moved in cells for value in (*moved.models, moved.merged) if value is not None), default=0.0)
+def _values(cells: Iterable[Moved]) -> list[float]:
+    return [value for moved in cells for value in (*moved.models, moved.merged) if value is not None]
 
 
 def _tensors_of(record: Record) -> Mapping[tuple[int | None, str], Sequence[Moved]]:
@@ -336,13 +343,14 @@ def _by_layer(record: Record) -> list[Block]:
         data.append({**shared, "y": conflict, "yaxis": "y2", "showlegend": False, "hovertemplate": hover})
         lines.append(f"  {role}: cosine {_range(cosine, '.3f')}, sign conflict {_range(conflict, '.1%')}")
     axis = {"fixedrange": True, "zeroline": False}
+    ticks = percent_ticks([m.sign_conflict for m in inside if m.sign_conflict is not None])
     drawn = layout(
         440,
         showlegend=True,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         xaxis={**axis, "title": {"text": "layer"}, "anchor": "y2"},
         yaxis={**axis, "domain": [0.54, 1], "title": {"text": "mean cosine"}},
-        yaxis2={**axis, "domain": [0, 0.46], "title": {"text": "sign conflict"}, "tickformat": ".0%"},
+        yaxis2={**axis, "domain": [0, 0.46], "title": {"text": "sign conflict"}, "tickformat": ticks},
     )
     title = "mean of all pairs, by layer and role"
     return [Figure(title, data, drawn, 440, lines, "merge.json: layers[].cosine, layers[].sign_conflict")]

@@ -1,10 +1,11 @@
-"""Colours and fonts of figures, readable on light and dark backgrounds, in print, and for the colour-blind."""
+"""Colours, fonts and ranges of figures, readable on light and dark backgrounds, in print, and for the colour-blind."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["COLOURS", "SCALE", "cut", "escape", "layout"]
+__all__ = ["COLOURS", "SCALE", "bounds", "cut", "escape", "layout", "percent_ticks", "scale_end"]
 
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#888888", "#DD7722")
 """Colours of lines and markers (Paul Tol's bright scheme, and one more)."""
@@ -40,3 +41,43 @@ def cut(text: str) -> str:
         return text
     half = _LONGEST // 2
     return f"{text[:half]}…{text[-half + 1 :]}"
+
+
+def percent_ticks(values: Sequence[float]) -> str:
+    """Return plotly's format of ticks that are shares, with as many digits as make neighbours differ."""
+    spread = max(values, default=0) - min(values, default=0)
+    return ".0%" if spread > 0.05 else ".1%" if spread > 0.005 else ".2%"
+
+
+def scale_end(values: Sequence[float]) -> tuple[float, int]:
+    """Return the end of a colour scale from 0, and how many values lie above it.
+
+    It is the largest value, or the 98th percentile where the largest is more than three times that: one tensor that
+    moved very far would leave all others in one colour.
+    """
+    if not values:
+        return 0.0, 0
+    ordered = sorted(values)
+    most = ordered[int(0.98 * (len(ordered) - 1))]
+    if most <= 0 or ordered[-1] <= 3 * most:
+        return ordered[-1], 0
+    return most, sum(value > most for value in ordered)
+
+
+def bounds(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return a range for an axis that omits outliers; None if there are none, so that plotly may choose.
+
+    A value at an end is an outlier if it is farther from its neighbour than twice the spread of all others; at least
+    three values stay.
+    """
+    kept = sorted(values)
+    while len(kept) > 3:
+        below = kept[1] - kept[0] > 2 * (kept[-1] - kept[1]) > 0
+        above = kept[-1] - kept[-2] > 2 * (kept[-2] - kept[0]) > 0
+        if not below and not above:
+            break
+        kept = kept[1:] if below else kept[:-1]
+    if len(kept) == len(values):
+        return None
+    edge = 0.1 * (kept[-1] - kept[0])
+    return kept[0] - edge, kept[-1] + edge

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.stored import Estimate, EvaluatedModel, Evaluation, Retention
 from ..record.reading import Record
 from ..wording import number_text, time_text
-from .blocks import Block, Cell, Figure, List, Number, Paragraph, Section, Table, estimate
-from .palette import COLOURS, cut, escape, layout
+from .blocks import Block, Cell, Figure, List, Number, Paragraph, Section, Table, estimate, share
+from .palette import COLOURS, bounds, cut, escape, layout, percent_ticks
 
-__all__ = ["scores_section"]
+__all__ = ["own_model", "scores_section"]
 
 _SYMBOLS = ("circle", "square", "triangle-up", "cross", "x", "star")
+_UNITS = {
+    "bits_per_byte": "Bits per byte: how many bits the model needs for a byte of text; 8 is knowing nothing.",
+    "accuracy": "Accuracy: the share of questions that were answered right.",
+    "accuracy_norm": "Accuracy norm: the share answered right, with answers compared per byte.",
+}
+"""What a metric means, in a sentence."""
+
 _BAR = 40
 """Number of characters of the longest bar in a terminal."""
 
@@ -26,11 +34,12 @@ def scores_section(record: Record, found: Evaluation, own_hash: str) -> Section:
         found: The evaluation.
         own_hash: Hash of the merge, as an evaluation of it would contain it.
     """
-    own, said = _own(record, found, own_hash)
+    own, said = own_model(record, found, own_hash)
     said_of = [f"{task.name} has {task.items:,} {task.unit}s" for task in found.tasks]
     said_of += [f"{name} {value}" for name, value in found.settings.items() if value != "null"]
     blocks: list[Block] = [Paragraph(said)]
     blocks.append(_scores(found, own))
+    blocks += [Paragraph(_UNITS[metric]) for metric in dict.fromkeys(t.metric for t in found.tasks) if metric in _UNITS]
     if found.differences:
         blocks.append(_differences(found, own))
     if found.retention:
@@ -56,7 +65,7 @@ def scores_section(record: Record, found: Evaluation, own_hash: str) -> Section:
     return Section("What it can do", blocks)
 
 
-def _own(record: Record, found: Evaluation, own_hash: str) -> tuple[EvaluatedModel | None, str]:
+def own_model(record: Record, found: Evaluation, own_hash: str) -> tuple[EvaluatedModel | None, str]:
     """Return the merge's entry in an evaluation (None if there is none), and a sentence that says so or why not."""
     plus = "± is one standard error."
     for model in found.models:
@@ -128,7 +137,8 @@ def _retention(found: Evaluation, own: EvaluatedModel | None) -> Table:
 
 def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]:
     """Return a figure of mean recovered against forgotten, with a marker for each model."""
-    data, lines = [], []
+    data: list[dict[str, Any]] = []
+    lines: list[str] = []
     for i, model in enumerate(found.models):
         kept = found.retention.get(model.name)
         if kept is None or not (_has(kept.mean) and _has(kept.mean_forgotten)):
@@ -141,7 +151,7 @@ def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]
             "symbol": "diamond" if model is own else _SYMBOLS[i % len(_SYMBOLS)],
             "size": 15 if model is own else 10,
         }
-        text = f"{_shown(model, own)}: recovered {_percent(mean)}, forgotten {_percent(lost)}"
+        text = f"{_shown(model, own)}: recovered {share(mean)}, forgotten {share(lost)}"
         data.append(
             {
                 "type": "scatter",
@@ -160,15 +170,22 @@ def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]
     if not data:
         return []
     height = 380 + 18 * len(data)
-    axis = {"tickformat": ".0%", "fixedrange": True}
+    across, up = [x for trace in data for x in trace["x"]], [y for trace in data for y in trace["y"]]
+    # a model that is outside at one axis is not drawn, so its value at the other must not stretch that
+    beside = [y for x, y in zip(across, up, strict=True) if not _outside(across, x)]
     drawn = layout(
         height,
         showlegend=True,
         legend={"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
-        xaxis={**axis, "title": {"text": "forgotten"}},
-        yaxis={**axis, "title": {"text": "mean recovered"}},
+        xaxis={**_axis(across), "title": {"text": "forgotten"}},
+        yaxis={**_axis(beside, fixed=len(beside) < len(up)), "title": {"text": "mean recovered"}},
     )
     title = "what was recovered, against what was forgotten (better: up and left)"
+    title += _beyond(
+        trace["name"]
+        for trace, x, y in zip(data, across, up, strict=True)
+        if _outside(across, x) or _outside(beside, y)
+    )
     return [Figure(title, data, drawn, height, lines, f"{found.file.name}: retention.models")]
 
 
@@ -177,7 +194,8 @@ def _recovered(found: Evaluation) -> list[Block]:
     domains = [task.name for task in found.tasks if any(_of(kept, task.name) for kept in found.retention.values())]
     if not domains:
         return []
-    data, lines = [], []
+    data: list[dict[str, Any]] = []
+    lines: list[str] = []
     for i, model in enumerate(found.models):
         kept = found.retention.get(model.name)
         if kept is None:
@@ -198,15 +216,16 @@ def _recovered(found: Evaluation) -> list[Block]:
         width = max(map(len, domains))
         lines += [f"    {d.ljust(width)}  {_bar(e)}" for d, e in zip(domains, estimates, strict=True)]
     height = 380 + 18 * len(data)
+    values = [y for trace in data for y in trace["y"] if y is not None]
     drawn = layout(
         height,
         barmode="group",
         showlegend=True,
         legend={"orientation": "h", "x": 0, "y": -0.15, "yanchor": "top"},
         xaxis={"fixedrange": True, "type": "category"},
-        yaxis={"fixedrange": True, "tickformat": ".0%", "title": {"text": "recovered"}},
+        yaxis={**_axis(values), "title": {"text": "recovered"}},
     )
-    title = "recovered, by domain"
+    title = "recovered, by domain" + _beyond(t["name"] for t in data if any(_outside(values, y) for y in t["y"]))
     return [Figure(title, data, drawn, height, lines, f"{found.file.name}: retention.models[].recovered")]
 
 
@@ -218,9 +237,29 @@ def _has(found: Estimate | None) -> bool:
     return found is not None and found.value is not None
 
 
-def _percent(found: Estimate) -> str:
-    cell = estimate(found, percent=True)
-    return cell if isinstance(cell, str) else cell.text
+def _axis(values: Sequence[float], *, fixed: bool = False) -> dict[str, Any]:
+    """Return an axis of shares, on which one outlier does not push all others together.
+
+    Args:
+        values: The values.
+        fixed: Whether the figure has other values, which plotly must not choose a range for.
+    """
+    axis: dict[str, Any] = {"tickformat": percent_ticks(values), "fixedrange": True}
+    found = bounds(values)
+    if found is None and fixed:
+        edge = 0.1 * (max(values) - min(values)) or 0.01
+        found = min(values) - edge, max(values) + edge
+    return axis if found is None else {**axis, "range": list(found)}
+
+
+def _outside(values: Sequence[float], value: float | None) -> bool:
+    found = bounds(values)
+    return found is not None and value is not None and not found[0] <= value <= found[1]
+
+
+def _beyond(names: Iterable[str]) -> str:
+    listed = ", ".join(names)
+    return f"; outside the chart: {listed}" if listed else ""
 
 
 def _error(estimates: Sequence[Estimate | None]) -> dict[str, object]:

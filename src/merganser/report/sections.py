@@ -1,18 +1,20 @@
-"""The sections of a report, in order: what was merged, how far it moved, its scores, and how it was made."""
+"""The sections of a report, in order: the verdict, scores, what was merged, how far it moved, and how it was made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..evaluation.stored import Evaluation
 from ..inspection.spectra import Spectra
 from ..method.description import describe
-from ..record.reading import Record
+from ..record.reading import InputFile, Record
 from ..wording import count_text, default_names, plural, size_text, time_text
 from .blocks import Block, Cell, Code, List, Number, Paragraph, Section, Table, number
-from .movement import Names, moved_section, related_section
+from .movement import Names, length_text, moved_section, related_section
 from .scores import scores_section
 from .singular import spectra_section
+from .verdict import verdict_section
 
 __all__ = ["sections", "summary"]
 
@@ -46,14 +48,15 @@ def sections(record: Record, evaluation: tuple[Evaluation, str] | None, spectra:
     def name(model: str) -> str:
         return short.get(model, model)
 
-    drawn = [_merged(record, name), moved_section(record, name), related_section(record, name)]
-    if spectra is not None:
-        drawn.append(spectra_section(spectra, name))
+    drawn = [verdict_section(record, evaluation, length_text(record))]
     if evaluation is not None:
         drawn.append(scores_section(record, *evaluation))
+    drawn += [_merged(record, name), moved_section(record, name), related_section(record, name)]
+    if spectra is not None:
+        drawn.append(spectra_section(spectra, name))
     if record.restored:
         drawn.append(_restored(record))
-    return [*drawn, Section("Recipe", [Code(record.recipe)]), _files(record), _run(record)]
+    return [*drawn, Section("Recipe", [Code(record.recipe)]), _files(record, name), _run(record)]
 
 
 def _merged(record: Record, name: Names) -> Section:
@@ -65,9 +68,8 @@ def _merged(record: Record, name: Names) -> Section:
         described = describe(method)
         source = f" {described.citation}." if described.citation else ""
         blocks.append(Paragraph(f"{record.method}: {described.summary}{source}"))
-    for kind, texts in (("warnings", record.warnings), ("differs from mergekit", record.differences)):
-        if texts:
-            blocks.append(List(kind, texts))
+    if record.differences:
+        blocks.append(List("differs from mergekit", record.differences))
     inputs = record.movement.inputs if record.movement is not None else ()
     base = inputs[0] if inputs and record.movement is not None and record.movement.from_base else None
     rows: list[list[Cell]] = []
@@ -98,13 +100,18 @@ def _restored(record: Record) -> Section:
     return Section("Sidecars", [Table(head, rows, "merge.json: sidecars.tasks[]")])
 
 
-def _files(record: Record) -> Section:
+def _short(file: InputFile, name: Names) -> str:
+    """Return the name of a file that was read, below the short name of its model; its place is in `merge.json`."""
+    return f"{name(file.model)}/{Path(file.path).name}"
+
+
+def _files(record: Record, name: Names) -> Section:
     written: list[Sequence[Cell]] = [
         [file.file, Number(file.bytes, f"{file.bytes:,}", f"outputs[{i}].bytes"), file.sha256]
         for i, file in enumerate(record.outputs)
     ]
     read: list[Sequence[Cell]] = [
-        [file.path, Number(file.bytes, f"{file.bytes:,}", f"inputs[{i}].bytes"), file.hash]
+        [_short(file, name), Number(file.bytes, f"{file.bytes:,}", f"inputs[{i}].bytes"), file.hash]
         for i, file in enumerate(record.inputs)
     ]
     return Section(
