@@ -65,7 +65,21 @@ def documents() -> dict[Path, str]:
     pages[docs / "errors.md"] = errors_page()
     pages[docs / "cli.md"] = cli_page()
     pages[ROOT / "src" / "merganser" / "recipe" / "recipe.schema.json"] = compact_json(json_schema()) + "\n"
+    pages[ROOT / "src" / "merganser" / "catalogue" / "catalogue.json"] = compact_json(catalogue(found | alone)) + "\n"
     return pages
+
+
+def catalogue(found) -> dict[str, object]:
+    """Make what `merganser methods` shows without importing a method."""
+    from dataclasses import asdict
+
+    from merganser.method.description import describe
+    from merganser.testing.passes import passes
+
+    return {
+        name: {**asdict(describe(method)), "passes": [asdict(one) for one in passes(method)]}
+        for name, method in sorted(found.items())
+    }
 
 
 def compact_json(value: object, indent: int = 0, before: int = 0) -> str:

@@ -20,6 +20,7 @@ ROOMS = [
     "process",
     "jsonfile",
     "files",
+    "catalogue",
     "method",
     "ops",
     "methods",

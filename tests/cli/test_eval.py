@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,10 @@ def test_retention(made: Path, tmp_path: Path) -> None:
     half = make_model(tmp_path / "half", 0)
     middle = {name: (base[name] + noisy[name]) / 2 for name in base}
     save_file(middle, half / "model.safetensors", {"format": "pt"})
-    found = evaluated(half, *TASKS, "--base", folder, "--experts", "french=base", "--json", tmp_path / "out.json")
+    less = make_model(tmp_path / "less", 0)
+    save_file({n: base[n] / 4 + 3 * noisy[n] / 4 for n in base}, less / "model.safetensors", {"format": "pt"})
+    given = ("--base", folder, "--experts", "french=base", "--json", tmp_path / "out.json")
+    found = evaluated(half, less, *TASKS, *given)
     assert found.code == 0, found.err
     kept = json.loads((tmp_path / "out.json").read_text())["retention"]
     assert kept["domains"]["french"]["counted"]
@@ -79,7 +83,7 @@ def test_retention(made: Path, tmp_path: Path) -> None:
     start = found.out.splitlines().index(
         "recovered: share of the expert's gain over the base; forgotten: loss as a share of the base's figure"
     )
-    header, _, row, best = found.out.splitlines()[start + 1 : start + 5]
+    header, _, row, _, best, leader = found.out.splitlines()[start + 1 : start + 7]
     assert header.split() == [
         *("model", "french", "mean", "worst", "forgotten", "english", "forgotten", "quiz", "against", "best", "single")
     ]
@@ -89,6 +93,9 @@ def test_retention(made: Path, tmp_path: Path) -> None:
     assert f"{100 * own['worst']['value']:.1f} ±{100 * own['worst']['stderr']:.1f} % french" in row
     assert f"{100 * own['forgotten']['english']['relative']:+.1f}" in row
     assert best.startswith("  best single model: base, mean recovered 100.0")
+    assert re.fullmatch(
+        r"  best merge: half, \+\d+\.\d ±\d\.\d % ahead of less \(sure: more than two standard errors\)", leader
+    )
 
 
 def test_a_domain_that_does_not_count() -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from torch import Tensor
 
+from merganser import MergeError, load_recipe, plan
+from merganser.catalogue import FIRST, described
 from merganser.cli.methods import _page
 from merganser.method import Fraction, Ignored, PerModel, Scale, Weight, default, merge_method
 from merganser.method.description import citation, describe
 from merganser.method.registry import every_method
-from merganser.testing.passes import Pass
-from tests.cli.tiny import run
+from merganser.testing.passes import Pass, passes
+from tests.cli.tiny import recipe, run
 
 
 @merge_method(
@@ -55,9 +61,8 @@ def toy(
 def test_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "72")
     between = Pass("measures cut, 2 of 2", True, ("exp", "merganser.by_rank"))
-    _page(
-        describe(toy), [Pass("measures cut, 1 of 2", True), between, Pass("merges", False, reason="it looks at values")]
-    )
+    how = [Pass("measures cut, 1 of 2", True), between, Pass("merges", False, reason="it looks at values")]
+    _page(describe(toy), [asdict(one) for one in how])
     assert capsys.readouterr().out == (
         "toy · toys\n"
         "Do what toys do.\n"
@@ -100,20 +105,72 @@ def test_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_index_has_every_method_under_its_family() -> None:
+def test_index_has_every_method_under_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     found = run("methods")
     assert (found.code, found.err) == (0, "")
     family = ""
     seen = {}
+    first: list[str] = []
     for line in found.out.splitlines():
         if line and not line.startswith(" "):
             family = line
-        elif line.strip() and line[2] != " ":
+        elif family not in ("Try first", "") and line.strip() and line[2] != " ":
             seen[line.split()[0]] = family
+        if family == "Try first" and line.startswith("  ") and line[2] != " ":
+            first.append(line.split()[0])
     assert seen == {name: method.family for name, method in every_method().items()}
-    for method in every_method().values():
-        assert method.doc.summary in found.out
-    assert found.out.endswith("merganser methods NAME explains one.\n")
+    assert first == ["linear", "iso_c", "regmean"]
+    assert [line for line in found.out.splitlines() if len(line) > 80] == []
+
+
+def test_the_same_advice_everywhere() -> None:
+    root = Path(__file__).parents[2]
+    for page in ("README.md", "docs/choosing-a-method.md", "docs/quality.md"):
+        text = (root / page).read_text(encoding="utf-8")
+        start = min(text.index(f"`{name}`") for name in FIRST)
+        assert all(f"`{name}`" in text[start : start + 1500] for name in FIRST), page
+    assert "iso_c" in (root / "benchmarks" / "demo.py").read_text(encoding="utf-8")
+
+
+def test_the_catalogue_is_up_to_date() -> None:
+    found, how = described()
+    assert found == {name: describe(method) for name, method in every_method().items()}
+    assert how["ties"] == json.loads(json.dumps([asdict(one) for one in passes(every_method()["ties"])]))
+
+
+@pytest.mark.parametrize("name", ["TIES", "Ties", "iso-c", "ISO_C"])
+def test_names_are_found_in_any_case(name: str) -> None:
+    assert run("methods", name, "--json").json["name"] == name.lower().replace("-", "_")
+    assert load_recipe({"merge_method": name, "models": [{"model": "a"}]}).merge_method == name.lower().replace(
+        "-", "_"
+    )
+
+
+REFUSED = [
+    ({"merge_method": "teis"}, "unknown merge method 'teis'. Did you mean 'ties'?"),
+    ({"parameters": {"denisty": 1}}, "unknown parameter 'denisty' of ties. Did you mean 'density'?"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), REFUSED)
+def test_names_are_refused_before_torch_is_imported(tmp_path: Path, wrong: dict[str, Any], message: str) -> None:
+    file = recipe(tmp_path / "r.yaml", {"merge_method": "ties", "base_model": "b", "models": [{"model": "a"}]} | wrong)
+    for verb in (["merge", str(file), "out"], ["plan", str(file)]):
+        code = f"import sys; sys.modules['torch'] = None; from merganser.cli import main; main({verb})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+    with pytest.raises(MergeError) as slow:
+        plan(file)
+    assert done.stderr == f"error: {slow.value}\n"
+
+
+def test_methods_are_listed_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from merganser.cli import main; main(['methods', *sys.argv[1:]])"
+    for name in ([], ["ties"], ["--json"]):
+        done = subprocess.run([sys.executable, "-c", code, *name], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_page_and_json() -> None:

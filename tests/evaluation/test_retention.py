@@ -69,6 +69,20 @@ def test_standard_errors_are_paired() -> None:
     assert around(1.5, "french").stderr > 0.03
 
 
+def test_the_best_of_several_and_whether_that_is_sure() -> None:
+    found = scales()
+    best = found.best(["merged", "fr", "q"])
+    assert best is not None
+    assert (best.name, best.second) == ("merged", "fr") or best.ahead.value == pytest.approx(0, abs=1e-9)
+    surely = scales(merged_french=1.0).best(["merged", "fr"])
+    assert surely is not None
+    assert (surely.name, surely.second, surely.sure) == ("merged", "fr", True)
+    close = scales(merged_french=1.1, merged_quiz=0.4001).best(["merged", "fr"])
+    assert close is not None
+    assert (close.name, close.sure) == ("merged", False)
+    assert found.best(["merged"]) is None
+
+
 def test_the_best_single_model_may_be_the_base() -> None:
     found = scales(fr_quiz=-0.5, q_french=3.0)
     assert found.best_single[0] == "base"

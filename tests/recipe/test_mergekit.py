@@ -279,12 +279,3 @@ def test_recipes_of_other_commands_are_named(text: str, message: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         load_recipe(text)
     assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [("TIES", "ties"), ("Task-Arithmetic", "task_arithmetic"), ("Dare Ties", "dare_ties"), ("SLERP", "slerp")],
-)
-def test_methods_in_other_letters_are_suggested(written: str, meant: str) -> None:
-    with pytest.raises(RecipeError, match=f"unknown merge method '{written}'. Did you mean '{meant}'?"):
-        check_recipe(load_recipe(LINEAR.replace("linear", written)))

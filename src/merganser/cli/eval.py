@@ -204,6 +204,13 @@ def _retention(found: Evaluation, kept: Retention) -> None:
         say(line)
     if kept.best_single is not None:
         say(f"  best single model: {kept.best_single[0]}, mean recovered {_share(kept.best_single[1].to_json())}")
+    best = kept.best([name for name, info in found.models.items() if info.role == "model"])
+    if best is not None:
+        sure = "sure: more than" if best.sure else "not sure: less than"
+        say(
+            f"  best merge: {best.name}, {_share(best.ahead.to_json(), sign='+')} ahead of {best.second} "
+            f"({sure} two standard errors)"
+        )
     for domain, known in kept.domains.items():
         if known.reason is not None:
             complain("note", f"{domain} does not count: {known.reason}")

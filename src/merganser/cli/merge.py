@@ -57,10 +57,11 @@ def merge(
     """
     options.quieten_hub(quiet)
     from ..process import reuse_freed_memory
-    from ..recipe import load_recipes
+    from ..recipe import check_names, load_recipes
 
     reuse_freed_memory()
-    recipes = load_recipes(recipe)  # report errors in the recipe before torch is loaded
+    recipes = load_recipes(recipe)
+    check_names(recipes)  # report errors in the recipe before torch is imported
     from ..engine.merge import merge as merge_recipes
     from ..engine.run import Interrupted
 

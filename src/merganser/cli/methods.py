@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..catalogue import FIRST, canonical_name, described, factor_names, own_names, third_party
 from ._options import Json
 from ._text import head, say, say_json, table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from ..method.description import MethodDescription, ParameterDescription
-    from ..testing.passes import Pass
+    from ..catalogue import MethodDescription, ParameterDescription
 
 _LAWS = {
     "identical": "identical models are not returned as they are",
@@ -41,46 +41,76 @@ def methods(
     json: Json = False,
 ) -> None:
     """List the merge methods, or explain one."""
-    from ..method.description import describe
-    from ..method.registry import every_method, get_method
-
+    every = _descriptions()
     if name is not None:
-        from ..testing.passes import passes
+        name = canonical_name(name)
+        if name not in every:
+            from ..method.registry import get_method
 
-        chosen = every_method().get(name) or get_method(name)
-        found, how = describe(chosen), passes(chosen)
+            get_method(name)  # says which names there are
+        found, how = every[name], _passes(name)
         if json:
-            say_json({**asdict(found), "passes": [asdict(one) for one in how]})
+            say_json({**asdict(found), "passes": how})
         else:
             _page(found, how)
         return
-    every = sorted((describe(method) for method in every_method().values()), key=lambda m: (m.family, m.name))
     if json:
-        say_json([asdict(method) for method in every])
+        say_json([asdict(method) for method in _by_family(every.values())])
         return
+    _list(_by_family(every.values()))
+
+
+def _descriptions() -> dict[str, MethodDescription]:
+    """Return the description of every method; torch is imported only if one is not in the catalogue."""
+    found, _ = described()
+    missing = (own_names() | factor_names() | set(third_party())) - found.keys()
+    if missing:
+        from ..method.description import describe
+        from ..method.registry import every_method
+
+        every = every_method()
+        found |= {name: describe(every[name]) for name in missing}
+    return found
+
+
+def _passes(name: str) -> list[dict[str, Any]]:
+    _, passes_of = described()
+    if name in passes_of:
+        return passes_of[name]
+    from ..method.registry import every_method
+    from ..testing.passes import passes
+
+    return [asdict(one) for one in passes(every_method()[name])]
+
+
+def _by_family(every: Iterable[MethodDescription]) -> list[MethodDescription]:
+    return sorted(every, key=lambda method: (method.family, method.name))
+
+
+def _list(every: Sequence[MethodDescription]) -> None:
     width = max(len(method.name) for method in every)
-    for number, (family, members) in enumerate(groupby(every, key=lambda method: method.family)):
-        if number:
-            say()
+    columns = get_terminal_size().columns
+    head("Try first")
+    for name, why in FIRST.items():
+        text = textwrap.wrap(why, max(columns - width - 4, 20))
+        for first, line in zip([name, *[""] * len(text)], text, strict=False):
+            say(f"  {first:<{width}}  {line}")
+    for family, members in groupby(every, key=lambda method: method.family):
+        say()
         head(family)
         for method in members:
-            say(f"  {method.name:<{width}}  {method.summary}")
-            say(f"  {'':<{width}}  {'; '.join([method.models, _SCOPES[method.scope], *_traits(method)])}")
+            say(_cut(f"  {method.name:<{width}}  {method.summary}", columns))
     say()
-    say("merganser methods NAME explains one.")
+    say("merganser methods NAME explains one; --json has all of it. Which to choose and")
+    say("why: docs/choosing-a-method.md. What each kept: docs/quality.md.")
 
 
-def _traits(method: MethodDescription) -> list[str]:
-    """Return the special properties of a method; the contract suite tests each of them."""
-    traits = {
-        "random": method.random,
-        "order matters": "order" in method.breaks,
-        "changes identical models": "identical" in method.breaks,
-    }
-    return [words for words, true in traits.items() if true]
+def _cut(line: str, columns: int) -> str:
+    """Return a line that fits into the terminal, cut at the end of a word."""
+    return line if len(line) <= columns else f"{line[: columns - 1].rpartition(' ')[0]}…"
 
 
-def _page(method: MethodDescription, how: Sequence[Pass]) -> None:
+def _page(method: MethodDescription, how: Sequence[Mapping[str, Any]]) -> None:
     head(f"{method.name} · {method.family}")
     say(method.summary)
     _block("", method.formula)
@@ -110,15 +140,15 @@ def _page(method: MethodDescription, how: Sequence[Pass]) -> None:
     say()
     head("Passes over the inputs")
     for one in how:
-        _wrapped(f"{one.what}: {_how(one)}", "  ")
+        _wrapped(f"{one['what']}: {_how(one)}", "  ")
     cited = "no publication" if method.cite == "-" else method.cite
     _block("Reference", f"{method.citation} [{cited}]" if method.citation else cited)
 
 
-def _how(found: Pass) -> str:
-    if not found.fused:
-        return f"operation by operation ({found.reason})"
-    return "fused" + (f", with {', '.join(found.between)} in between" if found.between else "")
+def _how(found: Mapping[str, Any]) -> str:
+    if not found["fused"]:
+        return f"operation by operation ({found['reason']})"
+    return "fused" + (f", with {', '.join(found['between'])} in between" if found["between"] else "")
 
 
 def _parameter(parameter: ParameterDescription) -> None:

@@ -36,14 +36,17 @@ def plan(
 ) -> None:
     """Show what a merge will read, do and write; nothing is written."""
     options.quieten_hub()
+    from ..recipe import check_names, load_recipes
+
+    recipes = load_recipes(recipe)
+    check_names(recipes)  # report errors in the recipe before torch is imported
     from ..engine.adapters.plan import AdapterPlan
     from ..engine.merge import plan as plan_recipes
     from ..engine.plan.summary import summarise, tensor_summaries
-    from ..recipe import load_recipes
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
     given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
-    target = plan_recipes(load_recipes(recipe), keep_stages=keep_stages, **given)
+    target = plan_recipes(recipes, keep_stages=keep_stages, **given)
     stages = [*target.stages, target]
     if json:
         say_json({"stages": [_as_json(stage, tensors=tensors) for stage in stages]})

@@ -11,7 +11,7 @@ same items, which slightly favours it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,23 @@ class Retained:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best of several models.
+
+    Args:
+        name: Its name.
+        second: Name of the second best.
+        ahead: Difference of the two, paired item by item.
+        sure: Whether the difference is above two standard errors.
+    """
+
+    name: str
+    second: str
+    ahead: Estimate
+    sure: bool
+
+
+@dataclass(frozen=True)
 class Retention:
     """What all models recovered and forgot.
 
@@ -76,6 +93,23 @@ class Retention:
         """Return the mean recovered of a model minus that of the best single model; None if either is undefined."""
         average = self.models[model].mean
         return None if average is None or self.best_single is None else average - self.best_single[1]
+
+    def best(self, names: Collection[str]) -> Best | None:
+        """Return the model with the largest mean recovered among some, and whether it is surely ahead of the second.
+
+        Args:
+            names: Names of models, such as those of the merges.
+
+        Returns:
+            None if fewer than two of them have a mean.
+        """
+        means = [(name, found.mean) for name, found in self.models.items() if name in names]
+        ranked = sorted(((n, m) for n, m in means if m is not None), key=lambda pair: -pair[1].value)
+        if len(ranked) < 2:
+            return None
+        (name, first), (second, other) = ranked[:2]
+        ahead = first - other
+        return Best(name, second, ahead, ahead.stderr is not None and ahead.value > SURE * ahead.stderr)
 
     def to_json(self) -> dict[str, Any]:
         """Return the retention as written to the JSON of an evaluation."""

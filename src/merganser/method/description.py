@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..catalogue import MethodDescription, ParameterDescription
 
 if TYPE_CHECKING:
     from .method import MergeMethod
@@ -16,76 +16,6 @@ __all__ = ["MethodDescription", "ParameterDescription", "citation", "describe"]
 
 BIBLIOGRAPHY = Path(__file__).parents[3] / "references.bib"
 """Path of the bibliography in a checkout of the repository; an installed package has none."""
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterDescription:
-    """A parameter of a method.
-
-    Args:
-        name: Name in recipes.
-        allowed: Allowed values, in words.
-        per_model: Whether each model has its own value.
-        required: Whether a recipe must give it.
-        default: Value if a recipe gives none.
-        help: What it does.
-    """
-
-    name: str
-    allowed: str
-    per_model: bool
-    required: bool
-    default: Any
-    help: str
-
-
-@dataclass(frozen=True, slots=True)
-class MethodDescription:
-    """A merge method.
-
-    Args:
-        name: Name in recipes.
-        family: Group of methods.
-        summary: One line.
-        formula: How the result is computed.
-        use_when: When it is a good choice.
-        models: How many models it takes, in words.
-        scope: What one call works on: "element", "row", "tensor" or "matrix".
-        random: Whether the result depends on the seed.
-        from_data: The statistics from data that it needs.
-        from_data_of_base: Those that it needs of the base, on the data of every model.
-        data_of: Of what it needs the former: "models" (every one), "base" or "first" (the first model).
-        data_inputs: What computes the inputs that they are of, as in `FromData`: "own", "prefix" or "merged".
-        sidecar: Whether it stores data for each model from which the model can be restored.
-        parameters: Its parameters, in order.
-        differs: Where it differs from the paper; empty if it does not.
-        cite: Key in `references.bib`, "-" if nothing was published.
-        citation: Authors, title and year; None without `references.bib`.
-        breaks: Laws of the contract suite that do not hold for this method, each with the reason.
-        no_effect: Parameters that are accepted only for compatibility with mergekit, each with the reason.
-        version: Raised when results change.
-    """
-
-    name: str
-    family: str
-    summary: str
-    formula: str
-    use_when: str
-    models: str
-    scope: str
-    random: bool
-    from_data: Sequence[str]
-    from_data_of_base: Sequence[str]
-    data_of: str
-    data_inputs: str
-    sidecar: bool
-    parameters: Sequence[ParameterDescription]
-    differs: str
-    cite: str
-    citation: str | None
-    breaks: Mapping[str, str]
-    no_effect: Mapping[str, str]
-    version: int
 
 
 def describe(method: MergeMethod) -> MethodDescription:

@@ -11,31 +11,29 @@ from __future__ import annotations
 import copyreg
 import importlib
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, did_you_mean
+from ..catalogue import canonical_name, factor_names, own_names, third_party, unknown_method
+from ..errors import RecipeError
 from .method import MergeMethod
-
-ENTRY_POINT_GROUP = "merganser.methods"
 
 
 def method_names() -> list[str]:
     """Return the names of all methods, sorted, without importing any of them."""
-    return sorted(_own_names() | set(_third_party()))
+    return sorted(own_names() | set(third_party()))
 
 
 def get_method(name: str) -> MergeMethod:
-    """Return the method of that name.
+    """Return the method of that name, in any spelling that `canonical_name` takes.
 
     Raises:
         RecipeError: There is no such method, or the object that a third-party package registered is not a merge method
             or cannot be loaded.
     """
-    if name in _own_names():
+    name = canonical_name(name)
+    if name in own_names():
         method = getattr(importlib.import_module(f"merganser.methods.{name}"), name)
-    elif name in (third := _third_party()):
+    elif name in (third := third_party()):
         try:
             method = third[name].load()
         except (ImportError, AttributeError) as error:
@@ -43,8 +41,7 @@ def get_method(name: str) -> MergeMethod:
     elif name in factor_method_names():
         raise RecipeError(f"{name} merges adapters alone; every model of the recipe must be an adapter then")
     else:
-        known = method_names()
-        raise RecipeError(f"unknown merge method {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}")
+        raise RecipeError(unknown_method(name))
     if not isinstance(method, MergeMethod):
         raise RecipeError(f"merge method {name!r} must be made with @merge_method, got {type(method).__name__}")
     return method
@@ -52,8 +49,7 @@ def get_method(name: str) -> MergeMethod:
 
 def factor_method_names() -> list[str]:
     """Return the names of the methods that work on the factors of adapters, sorted, without importing any."""
-    folder = Path(__file__).parents[1] / "factor_methods"
-    return sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return sorted(factor_names())
 
 
 def get_factor_method(name: str) -> MergeMethod | None:
@@ -71,11 +67,8 @@ def get_method_for_adapters(name: str) -> MergeMethod:
     Raises:
         RecipeError: There is no such method.
     """
-    known = [*method_names(), *factor_method_names()]
-    if name not in known:
-        raise RecipeError(
-            f"unknown merge method {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}"
-        )
+    if name not in (*method_names(), *factor_method_names()):
+        raise RecipeError(unknown_method(name))
     return get_factor_method(name) or get_method(name)
 
 
@@ -88,15 +81,6 @@ def every_method() -> dict[str, MergeMethod]:
 def methods() -> dict[str, MergeMethod]:
     """Return every method by its name, sorted."""
     return {name: get_method(name) for name in method_names()}
-
-
-def _own_names() -> set[str]:
-    folder = Path(__file__).parents[1] / "methods"
-    return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
-
-
-def _third_party() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def _by_name(method: MergeMethod) -> tuple[Callable[..., Any], tuple[str]]:

@@ -2,6 +2,7 @@
 
 from .load import load_recipe, load_recipes
 from .model import Recipe, Slice, Source
+from .names import check_names
 from .place import Place
 from .reference import ModelReference
 from .resolver import Inputs, Resolver, check_layer_ranges, check_recipe, layer_depth
@@ -19,6 +20,7 @@ __all__ = [
     "Slice",
     "Source",
     "check_layer_ranges",
+    "check_names",
     "check_recipe",
     "json_schema",
     "layer_depth",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
+from ..catalogue import canonical_name
 from ..errors import NotFoundError, RecipeError, did_you_mean
 from ..wording import some
 from .data import Data, make_data, read_data_fields
@@ -183,7 +184,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
     """Read one document; `stages` are the names of all stages in the file."""
     compat = _value(document, "compat")
     method = _value(document, "merge_method")
-    unknown = UnknownKeys(method if isinstance(method, str) else None, ignore=compat == "mergekit")
+    unknown = UnknownKeys(canonical_name(method) if isinstance(method, str) else None, ignore=compat == "mergekit")
     root = Entry(document.root, Place(document.file, document.root.line, ""), unknown)
     if not isinstance(root.value, dict):
         raise root.error(f"a recipe is a mapping with lines such as 'merge_method: linear', got {shown(root.value)}")
@@ -202,7 +203,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         modules, slices = read_modules(fields["modules"], reader.model, reader.slice, reader.parameters)
     recipe = Recipe(
         name=fields["name"].text() if "name" in fields else None,
-        merge_method=fields["merge_method"].text(),
+        merge_method=canonical_name(fields["merge_method"].text()),
         models=tuple(reader.model(item) for item in body["models"].items()) if "models" in body else (),
         slices=slices,
         base_model=reader.reference(fields["base_model"]) if "base_model" in fields else None,

@@ -18,7 +18,7 @@ from .setting import Rule, Setting, evaluate
 if TYPE_CHECKING:
     from ..method import MergeMethod, Parameter
 
-_NO_EFFECT = {"int8_mask": "it changes how mergekit stores masks, not the result"}
+NO_EFFECT = {"int8_mask": "it changes how mergekit stores masks, not the result"}
 _AFTER_LAYERS = ("model.norm.weight", "lm_head.weight")
 
 Chain = tuple[Rule, ...]
@@ -265,8 +265,8 @@ class Resolver:
 
     def _check_level(self, settings: Mapping[str, Setting], source: Source | None = None) -> None:
         for name, setting in settings.items():
-            where = _parent(setting.place)
-            reason = _NO_EFFECT.get(name) if name not in self.method.parameters else None
+            where = parent(setting.place)
+            reason = NO_EFFECT.get(name) if name not in self.method.parameters else None
             reason = reason or self.method.ignored.get(name)
             if reason:
                 self.warnings.append(f"{where}: {name} has no effect on {self.method.name}: {reason}")
@@ -388,5 +388,6 @@ def _check(parameter: Parameter, value: object, rule: Rule, where: Place) -> Any
     return parameter.check(value, str(replace(where, line=rule.place.line)))
 
 
-def _parent(place: Place) -> Place:
+def parent(place: Place) -> Place:
+    """Return the place of the mapping that an entry is in."""
     return replace(place, key=place.key.rpartition(".")[0])
