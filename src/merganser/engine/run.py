@@ -16,6 +16,7 @@ import torch
 
 from ..checkpoint import Reader
 from ..errors import MergeError, OutputError
+from ..wording import html_table, plural, size_text
 from .finish import side_file_bytes, write_rest
 from .kernels.devices import resolve_devices
 from .output.publish import replaced_folder, working_names, working_parent
@@ -62,6 +63,15 @@ class Result:
 
     out: Path
     record: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"<Result: {self.out}, {self.record.get('method', 'adapter')}>"
+
+    def _repr_html_(self) -> str:
+        outputs = self.record.get("outputs", [])
+        rows = [["written", f"{plural(len(outputs), 'file')}, {size_text(sum(file['bytes'] for file in outputs))}"]]
+        rows += [["warning", warning] for warning in self.record.get("warnings", [])]
+        return html_table(repr(self)[1:-1], rows)
 
 
 def run_plan(

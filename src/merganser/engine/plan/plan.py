@@ -13,6 +13,7 @@ from ...checkpoint import Checkpoint, Shard
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
 from ...statistics import CalibrationPlan, Statistics
+from ...wording import html_table, plural, size_text
 from .census import InputCensus
 from .memory import estimate_memory
 from .mixture import MixtureSummary
@@ -80,6 +81,18 @@ class Plan:
     made: Mapping[str, str] = field(default_factory=dict)
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
     mixture: MixtureSummary | None = None
+
+    def __repr__(self) -> str:
+        return f"<Plan: {self._facts()}>"
+
+    def _repr_html_(self) -> str:
+        rows = [["reads", size_text(self.bytes_read)], ["writes", size_text(self.bytes_written)]]
+        rows += [["warning", self.shown(warning)] for warning in self.warnings]
+        return html_table(f"Plan: {self._facts()}", rows)
+
+    def _facts(self) -> str:
+        inputs, tensors = plural(len(self.checkpoints), "checkpoint"), plural(len(self.tensors), "tensor")
+        return f"{self.method.name}, {inputs}, {tensors}, writes {size_text(self.bytes_written)}"
 
     def shown(self, text: object) -> str:
         """Return a text with the paths of stages replaced by their names."""
