@@ -22,6 +22,7 @@ from .kernels.devices import resolve_devices
 from .output.publish import replaced_folder, working_names, working_parent
 from .output.staging import Staging, lies_in, resolve_target
 from .plan.plan import Plan
+from .plan.work import keep_rate
 from .record import fingerprint, input_files
 from .sidecars.make import Errors, make_sidecars
 from .stream.buffers import InputCache
@@ -117,6 +118,8 @@ def run_plan(
         run = _Run(plan, staging, devices, allow_nonfinite, cluster, progress)
         entries = run.execute()
         merged = time.monotonic()
+        if not staging.continued and cluster is None and plan.device == "cpu":
+            keep_rate(plan.tensors, plan.workers, merged - started, plan.moving_seconds)
         hashes = run.hasher.result()
         errors = run.sidecars()
         record = write_rest(

@@ -20,6 +20,7 @@ from .mixture import MixtureSummary
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
 from .vocabulary import VocabularyChange
+from .work import arithmetic_seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +159,13 @@ class Plan:
         return estimate_memory(self.tensors, self.workers, self.fused) + self.workers * self.kept + beside
 
     @property
-    def seconds(self) -> float:
-        """Rough time to expect, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
+    def moving_seconds(self) -> float:
+        """Rough time of reading and writing, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
         once = sum(t.nbytes_read for t in self.tensors)
         beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
-        merge = 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9
-        return merge + beside
+        return 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + beside
+
+    @property
+    def seconds(self) -> float:
+        """Rough time to expect, seconds: reading, arithmetic (see `work`), writing."""
+        return self.moving_seconds + arithmetic_seconds(self.tensors, self.workers, fused=self.fused)
