@@ -6,11 +6,13 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 __all__ = [
     "brief",
     "count_text",
+    "html_table",
     "number_text",
     "plural",
     "printable",
@@ -96,6 +98,17 @@ def some(names: Sequence[str], limit: int = 4) -> str:
     """Join names with commas; beyond `limit` names, only their number is given: `a, b and 3 more`."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def html_table(caption: str, rows: Sequence[Sequence[str]]) -> str:
+    """Return a small table for notebooks; all cells are plain text.
+
+    Args:
+        caption: A line above it.
+        rows: The cells.
+    """
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><caption>{escape(caption)}</caption><tbody>{body}</tbody></table>"
 
 
 def default_names(references: Sequence[str]) -> list[str]:

@@ -185,3 +185,28 @@ def test_a_multiple_has_cosine_one(
         assert tensor.distance.relative_change == pytest.approx(abs(factor - 1), rel=1e-9)
     if tensor.distance.cosine is not None and abs(factor) > 1e-3 and a.abs().max() > 1e-100:
         assert tensor.distance.cosine == pytest.approx(math.copysign(1, factor), abs=1e-9)
+
+
+def test_a_changed_dtype_is_no_changed_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {name: tensor.bfloat16() for name, tensor in state(0).items()}
+    write(tmp_path / "a", small)
+    wide = {name: tensor.float() for name, tensor in small.items()}
+    write(tmp_path / "wide", wide)
+    found = run("diff", "a", "wide").out
+    assert (
+        "compared: 0 differ, 19 hold equal values in another dtype (bfloat16 and float32), 0 are equal byte for byte\n"
+        in found
+    )
+    assert "most changed" not in found
+    wide["model.norm.weight"] = wide["model.norm.weight"] + 1
+    write(tmp_path / "other", wide)
+    found = run("diff", "a", "other").out
+    assert (
+        "compared: 1 differ, 18 hold equal values in another dtype (bfloat16 and float32), 0 are equal byte for byte\n"
+        in found
+    )
+    assert [line.split()[0] for line in found.partition("most changed\n")[2].splitlines()] == [
+        "tensor",
+        "model.norm.weight",
+    ]

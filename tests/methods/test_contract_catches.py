@@ -265,3 +265,25 @@ def test_probe_runs_what_it_reports():
     assert found["zero_task_vectors_return_the_base"] is None
     assert found["order_matters"]
     assert found["result_differs_from_inputs"]
+
+
+def test_statistics_that_nothing_reads():
+    norm = statistic(lambda models: models.square().sum(), solve=lambda total: total.sqrt())
+
+    def method(models: list[Tensor], norm: Tensor) -> Tensor:
+        return models[0]
+
+    fails(testing.reads_its_statistics, toy(method, statistics={"norm": norm}), "nothing reads the statistic 'norm'")
+
+    def reading(models: list[Tensor], norm: Tensor) -> Tensor:
+        return models[0] / norm
+
+    testing.reads_its_statistics(toy(reading, statistics={"norm": norm}))
+
+
+def test_borders_of_parameters():
+    def method(models: list[Tensor], *, t: Fraction = default(0.5)) -> Tensor:
+        return models[0] * t.log() / t.log()
+
+    fails(testing.stays_finite_at_borders, toy(method), r"not finite at t = 0\.0, a border of its range")
+    testing.stays_finite(toy(method))

@@ -47,13 +47,17 @@ def _print(found: Difference, *, every: bool) -> None:
         head(f"identical: {size}, equal byte for byte")
         return
     equal = sum(tensor.distance.identical for tensor in found.tensors)
-    head(f"{size} compared: {len(found.tensors) - equal:,} differ, {equal:,} are equal byte for byte")
+    retyped = [tensor for tensor in found.tensors if _only_retyped(tensor)]
+    dtypes = ", ".join(dict.fromkeys(" and ".join(tensor.dtypes) for tensor in retyped))
+    other = f"{len(retyped):,} hold equal values in another dtype ({dtypes}), " if retyped else ""
+    differ = len(found.tensors) - equal - len(retyped)
+    head(f"{size} compared: {differ:,} differ, {other}{equal:,} are equal byte for byte")
     total = found.total
     say(f"  relative change |A - B| / |A|  {number_text(total.relative_change)}")
     say(f"  cosine of A and B              {_cosine(total.cosine)}")
     say(f"  largest |A - B| of an element  {number_text(total.largest)}")
     _by_layer_and_role(found)
-    changed = [tensor for tensor in found.tensors if not tensor.distance.identical]
+    changed = [tensor for tensor in found.tensors if not (tensor.distance.identical or _only_retyped(tensor))]
     if every:
         say("tensors")
         _tensors(found.tensors)
@@ -67,6 +71,11 @@ def _print(found: Difference, *, every: bool) -> None:
             say(f"only in {title}: {some(names)}")
     for tensor in found.misshapen:
         say(f"other shape: {tensor.name} is {list(tensor.shape_a)} in A, {list(tensor.shape_b)} in B")
+
+
+def _only_retyped(tensor: TensorDistance) -> bool:
+    """Return whether two tensors of different dtypes hold the same numbers."""
+    return len(set(tensor.dtypes)) > 1 and tensor.distance.largest == 0
 
 
 def _by_layer_and_role(found: Difference) -> None:

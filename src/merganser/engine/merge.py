@@ -11,20 +11,22 @@ A recipe may name data in place of statistics from data. Then the models are cal
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.hub import is_hub_id
-from ..errors import MergeError, OutputError, RecipeError
+from ..errors import MergeError, OutputError, RecipeError, did_you_mean
 from ..jsonfile import exists, read_object
 from ..recipe import ModelReference, Recipe, Slice, Source, load_recipes
 from .either import lay_out_either, run_either, the_model
+from .notebook import NotebookProgress, in_notebook
 
 if TYPE_CHECKING:
     from ..calibration.home import StatisticsHome
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from .run import Progress, Result
 
 __all__ = ["RecipeLike", "merge", "plan", "plan_with_stages_made", "stages_folder"]
+
+_OPTIONS = ("seed", "out_shard_size", "threads", "device", "max_memory", "cache_dir")
+"""Keyword arguments that are passed on to `build_plan`."""
 
 _STATISTICS = ".statistics"
 """Folder of statistics among those of stages, which cannot have this name."""
@@ -57,6 +62,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
     Raises:
         MergeError: The recipe or its inputs cannot be merged; the message says why.
     """
+    _check_options(plan, options)
     needed = _needed(_load(recipe), keep_stages)
     if len(needed) == 1 and not needed[0].names_data:
         return _plan_one(needed[0], **options)
@@ -103,7 +109,7 @@ def merge(
         fresh: Start again even if an interrupted run could be continued.
         allow_nonfinite: Merge NaN and infinity instead of raising an error.
         cluster: Address of a Ray cluster whose nodes share storage with this machine; None to run locally.
-        progress: Gets reports of each run's progress.
+        progress: Gets reports of each run's progress; by default, a notebook shows it, and nothing else does.
         **options: As for `plan`.
 
     Returns:
@@ -116,6 +122,9 @@ def merge(
     from .output.staging import check_target
     from .permutation.keep import permutations_home
 
+    _check_options(merge, options)
+    if progress is None and in_notebook():
+        progress = NotebookProgress()
     out, recipes = Path(out), _load(recipe)
     given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
     with contextlib.ExitStack() as stack:
@@ -192,6 +201,22 @@ def _statistics(
     cache_dir, plan_merge = options.get("cache_dir"), partial(_plan_model, measured=False, **options)
     with statistics_home(out, calibrations, fresh=fresh, cache_dir=cache_dir, plan_merge=plan_merge) as home:
         yield home
+
+
+def _check_options(function: Callable[..., object], options: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that `build_plan` does not take, with a suggestion.
+
+    Raises:
+        TypeError: There is one.
+    """
+    own = [name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    known = [*own, *_OPTIONS]
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(
+                f"{function.__name__}: unknown argument {name!r}.{did_you_mean(name, known)} "
+                f"{function.__name__} takes {', '.join(sorted(known))}"
+            )
 
 
 def _calibrated(recipe: Recipe, home: StatisticsHome | None, progress: Progress | None = None) -> Recipe:

@@ -16,11 +16,13 @@ import torch
 
 from ..checkpoint import Reader
 from ..errors import MergeError, OutputError
+from ..wording import html_table, plural, size_text
 from .finish import side_file_bytes, write_rest
 from .kernels.devices import resolve_devices
 from .output.publish import replaced_folder, working_names, working_parent
 from .output.staging import Staging, lies_in, resolve_target
 from .plan.plan import Plan
+from .plan.work import keep_rate
 from .record import fingerprint, input_files
 from .sidecars.make import Errors, make_sidecars
 from .stream.buffers import InputCache
@@ -62,6 +64,15 @@ class Result:
 
     out: Path
     record: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"<Result: {self.out}, {self.record.get('method', 'adapter')}>"
+
+    def _repr_html_(self) -> str:
+        outputs = self.record.get("outputs", [])
+        rows = [["written", f"{plural(len(outputs), 'file')}, {size_text(sum(file['bytes'] for file in outputs))}"]]
+        rows += [["warning", warning] for warning in self.record.get("warnings", [])]
+        return html_table(repr(self)[1:-1], rows)
 
 
 def run_plan(
@@ -107,6 +118,8 @@ def run_plan(
         run = _Run(plan, staging, devices, allow_nonfinite, cluster, progress)
         entries = run.execute()
         merged = time.monotonic()
+        if not staging.continued and cluster is None and plan.device == "cpu":
+            keep_rate(plan.tensors, plan.workers, merged - started, plan.moving_seconds)
         hashes = run.hasher.result()
         errors = run.sidecars()
         record = write_rest(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..files import write_whole
 from ..inference.stored import Kind
+from ..wording import html_table, plural
 from .retention import Retention, measure_retention
 from .roster import Role
 from .scoring.estimate import Estimate
@@ -108,6 +109,16 @@ class Evaluation:
     peak_memory: int
     items_file: str | None
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"<Evaluation: {plural(len(self.models), 'model')}, {plural(len(self.tasks), 'task')}>"
+
+    def _repr_html_(self) -> str:
+        rows = [["", *(f"{name} ({task.metric})" for name, task in self.tasks.items())]]
+        for model in self.models:
+            found = [self.metric(model, task) for task in self.tasks]
+            rows.append([model, *("failed" if one is None else f"{one.value:.4f}" for one in found)])
+        return html_table(repr(self)[1:-1], rows)
 
     def metric(self, model: str, task: str, metric: str | None = None) -> Estimate | None:
         """Return the result of a model in a metric, by default the main metric of the task; None if there is none."""

@@ -10,7 +10,7 @@ from typing import Literal
 from ..errors import TaskError, did_you_mean
 from ..inference.sources import Reference, split_name
 from ..jsonfile import exists
-from ..recipe import Recipe
+from ..recipe import Recipe, load_recipe
 from ..wording import default_names
 
 Role = Literal["base", "expert", "model"]
@@ -116,11 +116,20 @@ def _domains(experts: Mapping[str, Reference] | Sequence[str], tasks: Sequence[s
 
 
 def _pairs(models: Models) -> list[tuple[str | None, Reference]]:
-    return [*models.items()] if isinstance(models, Mapping) else [_pair(model) for model in models]
+    if isinstance(models, Mapping):
+        if "merge_method" in models:
+            raise TaskError("models: got one recipe; give a list of models, [recipe], or a mapping of names to models")
+        return [(name, _loaded(model)) for name, model in models.items()]
+    return [_pair(model) for model in models]
 
 
 def _pair(reference: Reference) -> tuple[str | None, Reference]:
-    return split_name(reference) if isinstance(reference, str) else (None, reference)
+    return split_name(reference) if isinstance(reference, str) else (None, _loaded(reference))
+
+
+def _loaded(reference: Reference) -> Reference:
+    """Return a recipe that was given as a mapping, loaded; a mapping has no identity to compare models by."""
+    return load_recipe(reference) if isinstance(reference, Mapping) else reference
 
 
 def _identity(reference: Reference) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ..jsonfile import exists
-from ..recipe import Recipe, load_recipes
+from ..recipe import Recipe, load_recipe, load_recipes
 from ..version import __version__
 from .stored import Source, hash_checkpoint, hash_of, open_stored, xxh3_of_file
 
-Reference = str | Path | Recipe
+Reference = str | Path | Recipe | Mapping[str, Any]
+"""A model: a path or Hub id, a loaded recipe, or a recipe as a mapping."""
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
@@ -30,13 +32,16 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
 
     Args:
         reference: A folder, a weight file, a Hub id (`org/name@revision`), `MODEL+ADAPTER`, `OUT#TASK` (a task
-            of a merge with sidecars), a recipe (`.yaml`), or a loaded recipe.
+            of a merge with sidecars), a recipe (`.yaml`), or a recipe,
+            loaded or as a mapping.
         stack: Deletes temporary results of earlier stages of a recipe when it is closed, after the evaluation.
         cache_dir: Folder for models from the Hub.
 
     Raises:
         MergeError: It does not exist, is damaged, or is a recipe that cannot be merged.
     """
+    if isinstance(reference, Mapping):
+        reference = load_recipe(reference)
     if isinstance(reference, Recipe):
         return _open_recipe([reference], reference.name or "recipe", stack, cache_dir)
     text = str(reference)

@@ -29,6 +29,7 @@ from ..engine.kernels.peak_memory import peak_per_element
 from ..errors import CheckpointError, ParameterError
 from ..method import MergeMethod
 from ..method.method import fill
+from .borders import reads_its_statistics, stays_finite_at_borders
 from .cases import (
     EMPTY,
     LOCATIONS,
@@ -71,6 +72,7 @@ def contract(method: MergeMethod) -> list[Law]:
         takes_empty_tensors,
         gives_declared_dtype,
         stays_finite,
+        stays_finite_at_borders,
         leaves_inputs_alone,
         rounds_once,
         keeps_precision,
@@ -80,6 +82,8 @@ def contract(method: MergeMethod) -> list[Law]:
     kept = [law for name, law in _BREAKABLE.items() if name not in method.breaks and _applies(name, method)]
     if method.fuse:
         applicable.append(fuses_to_the_same_bits)
+    if method.statistics:
+        applicable.append(reads_its_statistics)
     if method.from_data:
         applicable.append(goes_by_data)
     if method.goes_by_location:

@@ -18,7 +18,7 @@ from ...method import Location, MergeMethod
 from ...method.registry import get_factor_method, get_method_for_adapters
 from ...recipe import ModelReference, Recipe, Resolver
 from ...version import __version__
-from ...wording import some
+from ...wording import plural, some
 from .kinds import Kind, kind_of
 
 __all__ = ["AdapterPlan", "PlannedModule", "merges_adapters", "plan_adapters"]
@@ -98,6 +98,10 @@ class AdapterPlan:
     stages: tuple[Any, ...] = ()
     made: Mapping[str, str] = field(default_factory=dict)
     calibrations: Sequence[Any] = ()
+
+    def __repr__(self) -> str:
+        adapters, modules = plural(len(self.adapters), "adapter"), plural(len(self.modules), "module")
+        return f"<AdapterPlan: {self.method.name}, {adapters}, {modules}>"
 
     @property
     def transposed(self) -> bool:

@@ -13,6 +13,7 @@ from ...checkpoint import Checkpoint, Shard
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
 from ...statistics import CalibrationPlan, Statistics
+from ...wording import html_table, plural, size_text
 from .census import InputCensus
 from .memory import estimate_memory
 from .mixture import MixtureSummary
@@ -20,6 +21,7 @@ from .permutation import Permutation
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
 from .vocabulary import VocabularyChange
+from .work import arithmetic_seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +85,18 @@ class Plan:
     permutation: Permutation | None = None
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
     mixture: MixtureSummary | None = None
+
+    def __repr__(self) -> str:
+        return f"<Plan: {self._facts()}>"
+
+    def _repr_html_(self) -> str:
+        rows = [["reads", size_text(self.bytes_read)], ["writes", size_text(self.bytes_written)]]
+        rows += [["warning", self.shown(warning)] for warning in self.warnings]
+        return html_table(f"Plan: {self._facts()}", rows)
+
+    def _facts(self) -> str:
+        inputs, tensors = plural(len(self.checkpoints), "checkpoint"), plural(len(self.tensors), "tensor")
+        return f"{self.method.name}, {inputs}, {tensors}, writes {size_text(self.bytes_written)}"
 
     def shown(self, text: object) -> str:
         """Return a text with the paths of stages replaced by their names."""
@@ -148,9 +162,13 @@ class Plan:
         return estimate_memory(self.tensors, self.workers, self.fused) + self.workers * self.kept + beside
 
     @property
-    def seconds(self) -> float:
-        """Rough time to expect, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
+    def moving_seconds(self) -> float:
+        """Rough time of reading and writing, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
         once = sum(t.nbytes_read for t in self.tensors)
         beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
-        merge = 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9
-        return merge + beside
+        return 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + beside
+
+    @property
+    def seconds(self) -> float:
+        """Rough time to expect, seconds: reading, arithmetic (see `work`), writing."""
+        return self.moving_seconds + arithmetic_seconds(self.tensors, self.workers, fused=self.fused)
