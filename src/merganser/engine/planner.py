@@ -33,6 +33,7 @@ from .alignment.whole_models import align_models
 from .census import take_census
 from .fusion.machine import why_not
 from .kernels.assignment import Treatment, treat, untouched
+from .kernels.blocks import BLOCK
 from .kernels.devices import resolve_devices
 from .noise import noise_warnings
 from .plan.from_data import DataOfModels, check_weights, open_data, with_data
@@ -120,6 +121,7 @@ def build_plan(
         generation_config=ending.generation_config,
         fused=fused,
         seed=seed,
+        block=BLOCK,
         workers=workers,
         kept=kept,
         max_memory=limit,
@@ -323,6 +325,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
         shard=0,
         offset=0,
         nbytes=dtype.nbytes(math.prod(shape)),
+        block_limit=BLOCK,
     )
 
 
