@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merganser.method import Fraction, Location, PerModel, Weight, default, merge_method, statistic
-from merganser.testing import check_citation, contract, probe
+from merganser.testing import breakable, check_citation, contract, probe
 from merganser.testing import laws as testing
 
 DOC = """Do something.
@@ -201,36 +201,36 @@ def test_shrinking_identical_models():
     def method(models: list[Tensor], *, weight: PerModel[Weight]) -> Tensor:
         return 0.99 * sum(model * weight[i] for i, model in enumerate(models))
 
-    fails(testing.returns_identical_models, toy(method))
+    fails(breakable.returns_identical_models, toy(method))
 
 
 def test_rounding_the_base():
     def method(base: Tensor, models: list[Tensor], *, t: Fraction) -> Tensor:
         return base * (1 - t) + models[0] * t
 
-    fails(testing.returns_base, toy(method), "zero task vectors")
+    fails(breakable.returns_base, toy(method), "zero task vectors")
 
 
 def test_order():
     def method(models: list[Tensor]) -> Tensor:
         return 0.6 * models[0] + 0.4 * models[-1]
 
-    fails(testing.ignores_order, toy(method))
-    assert testing.ignores_order not in contract(toy(method, breaks={"order": "the first counts more"}))
+    fails(breakable.ignores_order, toy(method))
+    assert breakable.ignores_order not in contract(toy(method, breaks={"order": "the first counts more"}))
 
 
 def test_parameters_that_do_not_follow_their_models():
     def method(models: list[Tensor], *, weight: PerModel[Weight]) -> Tensor:
         return sum(model * weight[0] for model in models)
 
-    fails(testing.ignores_order, toy(method))
+    fails(breakable.ignores_order, toy(method))
 
 
 def test_no_op():
     def method(base: Tensor, models: list[Tensor]) -> Tensor:
         return base + 1e-6 * models[0]
 
-    fails(testing.differs_from_inputs, toy(method), "one of the inputs")
+    fails(breakable.differs_from_inputs, toy(method), "one of the inputs")
 
 
 def test_needless_excuses():

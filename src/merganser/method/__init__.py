@@ -11,7 +11,7 @@ The signature is the contract. The engine passes positional arguments by name:
     models    the other tensors, in the order of the recipe
     rng       a `Random`: counter-based draws, which do not depend on how the work is divided
     rounding  for each model, the largest singular value that rounding of its stored weights may have in its task vector,
-              shape [T], float64; for methods of scope "matrix" (see `ops.rounding`)
+              shape [T], float64; for methods of scope "matrix" (see `ops.linalg.rounding`)
     NAME      the statistic declared as `statistics={"NAME": ...}`, or the number declared as `located={"NAME": ...}`
 
 Keyword-only arguments are parameters of recipes. The annotation gives type, range and search interval; the default is
@@ -40,10 +40,9 @@ from .parameter import (
 )
 from .registry import get_method, method_names, methods
 from .sidecar import Encoded, Kept, Lossless, Part, Sidecar
-from .statistic import AtOnce, FromData, NumbersFromData, Round, Statistic, When, applies, statistic, takes, taking
+from .statistic import FromData, NumbersFromData, Statistic, When, applies, statistic, takes
 
 __all__ = [
-    "AtOnce",
     "Count",
     "Embeddings",
     "Encoded",
@@ -63,7 +62,6 @@ __all__ = [
     "Part",
     "PerModel",
     "Positive",
-    "Round",
     "Scale",
     "Scope",
     "Sidecar",
@@ -78,5 +76,4 @@ __all__ = [
     "methods",
     "statistic",
     "takes",
-    "taking",
 ]

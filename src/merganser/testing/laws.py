@@ -17,19 +17,19 @@ Each law is a plain function that raises AssertionError with the expectation tha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..engine.kernels.peak_memory import peak_per_element
 from ..errors import CheckpointError, ParameterError
 from ..method import MergeMethod
 from ..method.method import fill
 from .borders import reads_its_statistics, stays_finite_at_borders
+from .breakable import BREAKABLE, Law, applies, holds, require
 from .cases import (
     EMPTY,
     LOCATIONS,
@@ -55,8 +55,6 @@ from .sidecars import SIDECAR_LAWS
 
 __all__ = ["Law", "check_citation", "check_reproducible", "contract", "probe"]
 
-Law = Callable[[MergeMethod], None]
-
 # two whole blocks and a shorter one, rows and blocks not divisible by the length of vectors
 _SHAPE_OF_BLOCKS, _BLOCK = (17, 37), 7 * 37
 
@@ -79,7 +77,7 @@ def contract(method: MergeMethod) -> list[Law]:
         ignores_blocks,
         follows_seed if method.random else ignores_seed,
     ]
-    kept = [law for name, law in _BREAKABLE.items() if name not in method.breaks and _applies(name, method)]
+    kept = [law for name, law in BREAKABLE.items() if name not in method.breaks and applies(name, method)]
     if method.fuse:
         applicable.append(fuses_to_the_same_bits)
     if method.statistics:
@@ -104,7 +102,7 @@ def probe(method: MergeMethod) -> dict[str, Any]:
         a 64 x 64 tensor at the defaults: `peak_memory` (peak bytes, including inputs and result, over the bytes of the
         inputs, in float32).
     """
-    kept = {name: _holds(law, method) for name, law in _BREAKABLE.items() if _applies(name, method)}
+    kept = {name: holds(law, method) for name, law in BREAKABLE.items() if applies(name, method)}
     return {
         "base": method.base,
         "models": method.models_text(),
@@ -136,16 +134,16 @@ def _peak_memory(method: MergeMethod) -> float:
 def describes_itself(method: MergeMethod) -> None:
     """The docstring has a summary, a formula and all sections; `breaks`, `mergekit` and `when` are consistent."""
     doc = method.doc
-    _require(doc.summary.endswith("."), f"{method.name}: the docstring must begin with a sentence")
-    _require(bool(re.search(r"^ {4}\S", doc.body, re.M)), f"{method.name}: an indented formula is missing")
+    require(doc.summary.endswith("."), f"{method.name}: the docstring must begin with a sentence")
+    require(bool(re.search(r"^ {4}\S", doc.body, re.M)), f"{method.name}: an indented formula is missing")
     for heading in ("Use when", "Differs from the paper"):
-        _require(bool(doc.sections.get(heading)), f"{method.name}: the section {heading!r} is missing")
+        require(bool(doc.sections.get(heading)), f"{method.name}: the section {heading!r} is missing")
     odd = doc.args.keys() - {p.argument for p in method.parameters.values()}
-    _require(not odd, f"{method.name}: Args describes {sorted(odd)}, which are no parameters")
+    require(not odd, f"{method.name}: Args describes {sorted(odd)}, which are no parameters")
     for reason in (*method.breaks.values(), *method.ignored.values()):
-        _require(bool(reason.strip()), f"{method.name}: a reason in breaks or of an ignored parameter is empty")
+        require(bool(reason.strip()), f"{method.name}: a reason in breaks or of an ignored parameter is empty")
     overlap = method.ignored.keys() & method.parameters.keys()
-    _require(not overlap, f"{method.name}: {sorted(overlap)} cannot be parameters and have no effect")
+    require(not overlap, f"{method.name}: {sorted(overlap)} cannot be parameters and have no effect")
     for name, value in method.mergekit.items():
         method.parameter(name, method.name).check(value, f"{method.name}: mergekit")
     for name in method.when:
@@ -189,7 +187,7 @@ def ignores_what_does_not_matter(method: MergeMethod) -> None:
         inputs = make_inputs(method, with_base)
         for other in ({**parameters, name: value} for name in idle for value in others(method.parameters[name], n)):
             same = torch.equal(merge(method, inputs, other), merge(method, inputs, parameters))
-            _require(same, f"{method.name}: {other} is said to make no difference to {parameters}, and does")
+            require(same, f"{method.name}: {other} is said to make no difference to {parameters}, and does")
 
 
 # Shapes, types and numbers
@@ -200,7 +198,7 @@ def keeps_shape(method: MergeMethod) -> None:
     for with_base, parameters in cases(method):
         for shape in SHAPES:
             result = merge(method, make_inputs(method, with_base, shape), parameters)
-            _require(result.shape == shape, f"{method.name}: shape {list(shape)} became {list(result.shape)}")
+            require(result.shape == shape, f"{method.name}: shape {list(shape)} became {list(result.shape)}")
 
 
 def takes_empty_tensors(method: MergeMethod) -> None:
@@ -208,7 +206,7 @@ def takes_empty_tensors(method: MergeMethod) -> None:
     for with_base, parameters in cases(method):
         for shape in EMPTY:
             result = merge(method, make_inputs(method, with_base, shape), parameters)
-            _require(result.shape == shape, f"{method.name}: shape {list(shape)} became {list(result.shape)}")
+            require(result.shape == shape, f"{method.name}: shape {list(shape)} became {list(result.shape)}")
 
 
 def gives_declared_dtype(method: MergeMethod) -> None:
@@ -217,9 +215,9 @@ def gives_declared_dtype(method: MergeMethod) -> None:
         inputs = make_inputs(method, with_base)
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             result = merge(method, cast(inputs, dtype), parameters)
-            _require(result.dtype == dtype, f"{method.name}: {dtype} became {result.dtype}")
+            require(result.dtype == dtype, f"{method.name}: {dtype} became {result.dtype}")
             result = merge(method, inputs, parameters, dtype=dtype)
-            _require(result.dtype == dtype, f"{method.name}: {result.dtype} instead of the declared {dtype}")
+            require(result.dtype == dtype, f"{method.name}: {result.dtype} instead of the declared {dtype}")
 
 
 def stays_finite(method: MergeMethod) -> None:
@@ -234,7 +232,7 @@ def stays_finite(method: MergeMethod) -> None:
                 # inputs for which the method is undefined may be refused
                 continue
             complaint = f"{method.name}: not finite on {kind}, shape {list(shape)}, {parameters}"
-            _require(bool(torch.isfinite(result).all()), complaint)
+            require(bool(torch.isfinite(result).all()), complaint)
 
 
 def leaves_inputs_alone(method: MergeMethod) -> None:
@@ -245,7 +243,7 @@ def leaves_inputs_alone(method: MergeMethod) -> None:
         before = [(tensor.clone(), tensor._version) for tensor in inputs]
         merge(method, (base, models), parameters)
         for tensor, (copy, version) in zip(inputs, before, strict=True):
-            _require(tensor._version == version and torch.equal(tensor, copy), f"{method.name}: writes to its inputs")
+            require(tensor._version == version and torch.equal(tensor, copy), f"{method.name}: writes to its inputs")
 
 
 def rounds_once(method: MergeMethod) -> None:
@@ -255,7 +253,7 @@ def rounds_once(method: MergeMethod) -> None:
             inputs = cast(make_inputs(method, with_base), dtype)
             wide = merge(method, cast(inputs, torch.float32), parameters)
             same = torch.equal(merge(method, inputs, parameters), wide.to(dtype))
-            _require(same, f"{method.name}: {dtype} is not the float32 result rounded once, {parameters}")
+            require(same, f"{method.name}: {dtype} is not the float32 result rounded once, {parameters}")
 
 
 def keeps_precision(method: MergeMethod) -> None:
@@ -268,7 +266,7 @@ def keeps_precision(method: MergeMethod) -> None:
         inputs = make_inputs(method, with_base)
         wide = merge(method, inputs, parameters, compute=torch.float64, dtype=torch.float64)
         error = float((merge(method, inputs, parameters) - wide).norm() / wide.norm().clamp(min=1e-30))
-        _require(error <= allowed, f"{method.name}: float32 is off by {error:.1e} of the result, {parameters}")
+        require(error <= allowed, f"{method.name}: float32 is off by {error:.1e} of the result, {parameters}")
 
 
 def ignores_blocks(method: MergeMethod) -> None:
@@ -283,7 +281,7 @@ def ignores_blocks(method: MergeMethod) -> None:
             if method.statistics:
                 torch.testing.assert_close(cut, whole, rtol=2**-21, atol=2**-23)
             else:
-                _require(torch.equal(cut, whole), f"{method.name}: blocks of {block} change the result, {parameters}")
+                require(torch.equal(cut, whole), f"{method.name}: blocks of {block} change the result, {parameters}")
 
 
 # Seeds
@@ -294,7 +292,7 @@ def ignores_seed(method: MergeMethod) -> None:
     for with_base, parameters in cases(method):
         inputs = make_inputs(method, with_base)
         first, other = (merge(method, inputs, parameters, seed=seed, name=f"tensor {seed}") for seed in (1, 2))
-        _require(torch.equal(first, other), f"{method.name}: depends on the seed without taking rng")
+        require(torch.equal(first, other), f"{method.name}: depends on the seed without taking rng")
 
 
 def follows_seed(method: MergeMethod) -> None:
@@ -303,10 +301,10 @@ def follows_seed(method: MergeMethod) -> None:
     for with_base, parameters in cases(method):
         inputs = make_inputs(method, with_base)
         first = merge(method, inputs, parameters, seed=1)
-        _require(torch.equal(first, merge(method, inputs, parameters, seed=1)), f"{method.name}: one seed, two results")
+        require(torch.equal(first, merge(method, inputs, parameters, seed=1)), f"{method.name}: one seed, two results")
         others = [merge(method, inputs, parameters, seed=2), merge(method, inputs, parameters, seed=1, name="other")]
         changed |= not any(torch.equal(first, other) for other in others)
-    _require(changed, f"{method.name}: takes rng, and neither seed nor tensor name changes the result")
+    require(changed, f"{method.name}: takes rng, and neither seed nor tensor name changes the result")
 
 
 # Data
@@ -320,9 +318,9 @@ def goes_by_data(method: MergeMethod) -> None:
         zero = {name: [torch.zeros_like(tensor) for tensor in own] for name, own in data.items()}
         results = [merge(method, inputs, parameters, data=own, allow_nonfinite=True) for own in (data, zero, None)]
         finite = all(bool(torch.isfinite(result).all()) for result in results)
-        _require(finite, f"{method.name}: not finite without statistics from data, or with zeros")
+        require(finite, f"{method.name}: not finite without statistics from data, or with zeros")
         changed = not any(torch.equal(result, results[0]) for result in results[1:])
-        _require(changed, f"{method.name}: takes statistics from data, and they change nothing")
+        require(changed, f"{method.name}: takes statistics from data, and they change nothing")
 
 
 # Layers
@@ -334,65 +332,9 @@ def goes_by_location(method: MergeMethod) -> None:
         inputs = make_inputs(method, with_base)
         results = [merge(method, inputs, parameters, location=where, allow_nonfinite=True) for where in LOCATIONS]
         finite = all(bool(torch.isfinite(result).all()) for result in results)
-        _require(finite, f"{method.name}: not finite at some location")
+        require(finite, f"{method.name}: not finite at some location")
         changed = any(not torch.equal(result, results[0]) for result in results)
-        _require(changed, f"{method.name}: takes numbers from where a tensor is, and they change nothing")
-
-
-# Laws that a method may break, with a reason
-
-
-def returns_identical_models(method: MergeMethod) -> None:
-    """Identical models give that model, up to rounding; weights without default are 1 / number of models."""
-    for with_base, parameters in defaults(method, shares=True):
-        base, (model, *_) = make_inputs(method, with_base)
-        # numbers that follow from the layer differ from place to place
-        for where in LOCATIONS if method.goes_by_location else LOCATIONS[:1]:
-            models = [model.clone() for _ in range(count_models(method))]
-            _close(method, merge(method, (base, models), parameters, location=where), model)
-
-
-def returns_base(method: MergeMethod) -> None:
-    """Models equal to the base give exactly the base."""
-    for with_base, parameters in cases(method):
-        for dtype in (torch.float32, torch.bfloat16):
-            base, models = cast(make_inputs(method, with_base), dtype)
-            if base is not None:
-                merged = merge(method, (base, [base.clone() for _ in models]), parameters)
-                _require(torch.equal(merged, base), f"{method.name}: zero task vectors change the base, {parameters}")
-
-
-def ignores_order(method: MergeMethod) -> None:
-    """Models in another order, with their parameters in that order, give the same result up to rounding."""
-    for with_base, parameters in cases(method):
-        base, models = make_inputs(method, with_base)
-        turned = {
-            name: value[::-1] if method.parameters[name].per_model else value for name, value in parameters.items()
-        }
-        result = merge(method, (base, models), parameters)
-        data = {name: own[::-1] for name, own in make_data(method, SHAPE, len(models)).items()}
-        _close(method, merge(method, (base, models[::-1]), turned, data=data), result)
-
-
-def differs_from_inputs(method: MergeMethod) -> None:
-    """The result is neither the base nor one of the models."""
-    for with_base, parameters in defaults(method):
-        base, models = make_inputs(method, with_base)
-        merged = merge(method, (base, models), parameters)
-        others = models if base is None else [base, *models]
-        step = (
-            min((one - other).norm() for one in others for other in others if one is not other) if others[1:] else 1.0
-        )
-        for tensor in others:
-            _require(bool((merged - tensor).norm() > 1e-3 * step), f"{method.name}: the result is one of the inputs")
-
-
-_BREAKABLE = {
-    "identical": returns_identical_models,
-    "zero_delta": returns_base,
-    "order": ignores_order,
-    "differs": differs_from_inputs,
-}
+        require(changed, f"{method.name}: takes numbers from where a tensor is, and they change nothing")
 
 
 def fuses_to_the_same_bits(method: MergeMethod) -> None:
@@ -401,35 +343,15 @@ def fuses_to_the_same_bits(method: MergeMethod) -> None:
         inputs = cast(make_inputs(method, with_base, _SHAPE_OF_BLOCKS), torch.bfloat16)
         one_by_one, fused = (merge(method, inputs, parameters, block=_BLOCK, fused=fused) for fused in (False, True))
         same = torch.equal(one_by_one.view(torch.int16), fused.view(torch.int16))
-        _require(same, f"{method.name}: fused operations give other bits than single ones with {parameters}")
+        require(same, f"{method.name}: fused operations give other bits than single ones with {parameters}")
 
 
 def breaks_what_it_says(method: MergeMethod) -> None:
     """A law that the method declares broken does not hold, since an unneeded entry in `breaks` misleads."""
     for name in method.breaks:
-        if _applies(name, method):
-            said = f"{method.name}: breaks[{name!r}] is declared, but {_BREAKABLE[name].__name__} holds"
-            _require(not _holds(_BREAKABLE[name], method), said)
-
-
-def _applies(name: str, method: MergeMethod) -> bool:
-    if name == "identical":
-        # with exactly one model and a base (SLERP) there are no two models to be identical
-        return method.base == "unused" or method.max_models != 1
-    if name == "zero_delta":
-        return method.base != "unused"
-    if name == "order":
-        # random draws depend on the position of a model
-        return method.max_models != 1 and not method.random
-    return True
-
-
-def _holds(law: Law, method: MergeMethod) -> bool:
-    try:
-        law(method)
-    except AssertionError:
-        return False
-    return True
+        if applies(name, method):
+            said = f"{method.name}: breaks[{name!r}] is declared, but {BREAKABLE[name].__name__} holds"
+            require(not holds(BREAKABLE[name], method), said)
 
 
 # Laws that need more than the method
@@ -440,18 +362,7 @@ def check_citation(method: MergeMethod, bibliography: Path) -> None:
     if method.cite == "-":
         return
     keys = re.findall(r"^@\w+\{([^,\s]+),", bibliography.read_text(encoding="utf-8"), re.M)
-    _require(method.cite in keys, f"{method.name}: {method.cite!r} is not in {bibliography.name}")
-
-
-def _close(method: MergeMethod, merged: Tensor, expected: Tensor) -> None:
-    """Compare up to rounding, which matrix functions amplify."""
-    bound = 1e-4 if method.scope == "matrix" else 1e-6
-    torch.testing.assert_close(merged, expected, rtol=bound, atol=bound)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
+    require(method.cite in keys, f"{method.name}: {method.cite!r} is not in {bibliography.name}")
 
 
 def _refuses(method: MergeMethod, parameters: Mapping[str, Any], *words: str) -> None:
@@ -459,6 +370,6 @@ def _refuses(method: MergeMethod, parameters: Mapping[str, Any], *words: str) ->
         fill(method, parameters, count_models(method))
     except ParameterError as error:
         missing = [word for word in (method.name, *words) if word not in str(error)]
-        _require(not missing, f"{method.name}: the error {str(error)!r} does not mention {missing}")
+        require(not missing, f"{method.name}: the error {str(error)!r} does not mention {missing}")
     else:
         raise AssertionError(f"{method.name}: accepts {dict(parameters)}")
