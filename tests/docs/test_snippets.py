@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from merganser.cli import main
 from merganser.method import MergeMethod
 from merganser.method.registry import factor_method_names, get_method_for_adapters
+from merganser.mixture import load_mixture
 from merganser.recipe import ModelReference, Recipe, Resolver, check_recipe, load_recipes
 from merganser.search.space import Space
 from merganser.testing import contract
@@ -63,6 +64,9 @@ def test_recipe(text: str) -> None:
     if "{search:" in text:
         space = Space(text)
         text = space.resolve(space.start())
+    if "\nexperts:\n" in text:
+        assert load_mixture(text).experts
+        return
     recipes = load_recipes(text)
     assert recipes
     for recipe in recipes:

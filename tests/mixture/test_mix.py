@@ -16,10 +16,11 @@ from tests.making import read_model
 from tests.mixture.making import LAYERS, logits, make_models, recipe
 
 FAMILIES = {
-    "llama": ("MixtralForCausalLM", "block_sparse_moe"),
-    "mistral": ("MixtralForCausalLM", "block_sparse_moe"),
-    "qwen3": ("Qwen3MoeForCausalLM", "mlp"),
-    "olmo2": ("FlexOlmoForCausalLM", "mlp"),
+    "llama": "MixtralForCausalLM",
+    "llama-tied": "MixtralForCausalLM",
+    "mistral": "MixtralForCausalLM",
+    "qwen3": "Qwen3MoeForCausalLM",
+    "olmo2": "FlexOlmoForCausalLM",
 }
 
 
@@ -56,7 +57,7 @@ def test_names_and_config_are_those_of_transformers(tmp_path: Path, family: str,
     base, *experts = make_models(tmp_path, family)
     keys: dict[str, Any] = {"shared_experts": [{"source_model": str(base)}]} if shared else {}
     out = mix(recipe(base, experts, **keys), tmp_path / "out").out
-    kind = "Qwen2MoeForCausalLM" if shared else FAMILIES[family][0]
+    kind = "Qwen2MoeForCausalLM" if shared else FAMILIES[family]
     config = transformers.AutoConfig.from_pretrained(out)
     assert config.architectures == [kind]
     getattr(transformers, kind)(config).save_pretrained(tmp_path / "theirs")
