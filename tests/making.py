@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from merganser.method import MergeMethod, registry
 
 Tensors = dict[str, torch.Tensor]
 
@@ -165,6 +169,12 @@ def write_statistics(
     }
     (folder / "statistics.json").write_text(json.dumps(about))
     return folder
+
+
+def register(patch: pytest.MonkeyPatch, **methods: MergeMethod) -> None:
+    """Let recipes name these methods, too, as if a package had registered them."""
+    points = {name: SimpleNamespace(load=lambda name=name: methods[name], value=name) for name in methods}
+    patch.setattr(registry, "_third_party", lambda: points)
 
 
 def read_model(folder: Path) -> Tensors:

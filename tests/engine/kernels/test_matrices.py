@@ -23,12 +23,21 @@ from merganser.engine.stream.groups import make_groups
 from merganser.engine.stream.hashing import span
 from merganser.errors import MemoryLimitError
 from merganser.method import Embeddings, Others, merge_method, statistic
-from merganser.method.registry import get_method
 from merganser.ops.rounding import largest_rounding
 from merganser.testing import contract, probe
 from tests.engine.interrupting import Counter, stop
 from tests.engine.matrix_toys import noisy, over_root, rank_one, squared_norm, unit
-from tests.making import assert_equal, llama, llama_config, make_recipe, read_files, read_json, read_model, write_model
+from tests.making import (
+    assert_equal,
+    llama,
+    llama_config,
+    make_recipe,
+    read_files,
+    read_json,
+    read_model,
+    register,
+    write_model,
+)
 
 TOYS = {"rank_one": rank_one, "unit": unit}
 
@@ -36,7 +45,7 @@ TOYS = {"rank_one": rank_one, "unit": unit}
 @pytest.fixture
 def toys(monkeypatch):
     """Recipes may name the toys."""
-    monkeypatch.setattr("merganser.method.registry.get_method", lambda name: TOYS.get(name) or get_method(name))
+    register(monkeypatch, **TOYS)
 
 
 def mixture(seed, dtype=torch.float32):
@@ -211,7 +220,7 @@ def test_plan_record_and_summary_say_who_merges_what(tmp_path, toys):
 
 
 def test_state_dicts(tmp_path, monkeypatch):
-    monkeypatch.setattr("merganser.method.registry.get_method", lambda name: TOYS.get(name) or get_method(name))
+    register(monkeypatch, **TOYS)
     base, *models = (mixture(i) for i in range(3))
     paths = write_mixtures(tmp_path)
     merge(make_recipe("rank_one", paths[1:], paths[0], {"others": "sum"}), tmp_path / "out")
@@ -221,9 +230,7 @@ def test_state_dicts(tmp_path, monkeypatch):
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
 def test_rounding_is_that_of_the_stored_values_wherever_they_are_merged(tmp_path, monkeypatch, small_blocks, saved):
     """Each matrix by itself, experts of a packed tensor included, from files as from memory."""
-    monkeypatch.setattr(
-        "merganser.method.registry.get_method", lambda name: noisy if name == "noisy" else get_method(name)
-    )
+    register(monkeypatch, noisy=noisy)
     tensors = [{name: t.to(torch.bfloat16).to(saved) for name, t in mixture(i).items()} for i in range(3)]
     tensors = [{**own, "model.steps": torch.tensor([3])} for own in tensors]
     base, *models = tensors

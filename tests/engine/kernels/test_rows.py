@@ -10,7 +10,7 @@ from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge, plan
 from merganser.method.registry import get_method
 from tests.engine.matrix_toys import rank_one
-from tests.making import assert_equal, llama, llama_config, make_recipe, read_model, write_model
+from tests.making import assert_equal, llama, llama_config, make_recipe, read_model, register, write_model
 
 EXPERTS, ROWS, COLUMNS = 5, 24, 70
 PACKED = "model.layers.0.mlp.experts.gate_up_proj"
@@ -105,9 +105,7 @@ def test_a_merge_of_packed_experts(tmp_path, small_blocks, name, parameters):
 
 def test_hashes_of_packed_tensors_are_the_same_for_every_method(tmp_path, small_blocks, monkeypatch):
     """Whether its blocks are elements, rows of all experts, or experts."""
-    monkeypatch.setattr(
-        "merganser.method.registry.get_method", lambda name: rank_one if name == "rank_one" else get_method(name)
-    )
+    register(monkeypatch, rank_one=rank_one)
     # several experts fit into a block, too
     small = {"model.layers.1.mlp.experts.down_proj": draw(7, EXPERTS, 3, 10)}
     paths = [write_model(tmp_path / f"m{seed}", mixture(seed) | small, llama_config()) for seed in range(3)]
