@@ -12,24 +12,22 @@ from typing import Any
 
 import pytest
 
-from merganser.engine import run
-from merganser.engine.kernels import blocks, merge_tensor
+from merganser.engine import planner, run
+from merganser.engine.kernels import merge_tensor
 from merganser.engine.merge import merge
 from merganser.engine.output import staging
 from merganser.engine.run import Interrupted
+from merganser.engine.sidecars import read
 from merganser.engine.stream import groups
 
-BLOCK, SEGMENT_BLOCKS = 128, 2
+BLOCK, SEGMENT_BLOCKS = 144, 2
 
 
 def shrink_blocks(patch: pytest.MonkeyPatch) -> None:
     """Make blocks so small that tiny models have large tensors."""
-    patch.setattr(blocks, "BLOCK", BLOCK)
+    for module in (planner, merge_tensor, read):
+        patch.setattr(module, "BLOCK", BLOCK)
     patch.setattr(groups, "SEGMENT_BLOCKS", SEGMENT_BLOCKS)
-    for function in (blocks.block_ranges, blocks.block_step):
-        patch.setattr(function, "__defaults__", (BLOCK,))
-    patch.setattr(blocks.TensorRun.__init__, "__defaults__", (BLOCK,))
-    patch.setitem(merge_tensor.merge_tensor.__kwdefaults__, "block", BLOCK)
 
 
 class Counter:

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merganser
-from merganser.engine.kernels import blocks
 from merganser.engine.merge import merge
 from merganser.method.registry import get_method
 from merganser.record.format import record_text
 from merganser.record.verification import verify
+from tests.engine.interrupting import BLOCK
 from tests.making import llama, llama_config, make_recipe, read_json, read_model, write_llamas, write_model
 
 
@@ -130,7 +130,7 @@ def test_the_summary_by_layer_and_role(tmp_path, small_blocks):
     record = merge(make_recipe("task_arithmetic", paths[1:], paths[0], {"weight": 0.5}), tmp_path / "out").record
     summary = {(entry["layer"], entry["role"]): entry for entry in record["layers"]}
     # distances are measured on the first block of a tensor, which counts for all of it
-    assert blocks.BLOCK < 24 * 16
+    assert BLOCK < 24 * 16
     norm = (24 * 16 * 1.0 + 24 * 4.0) ** 0.5
     mlp = summary[0, "mlp"]
     assert (mlp["tensors"], mlp["parameters"]) == (2, 24 * 16 + 24)

@@ -2,7 +2,7 @@
 
 import torch
 
-from merganser.engine.kernels.blocks import TensorRun
+from merganser.engine.kernels.blocks import BLOCK, TensorRun
 from merganser.engine.kernels.kernels import Kernels
 from merganser.engine.kernels.values import Values
 from merganser.method.method import fill
@@ -15,7 +15,7 @@ def merge_whole_model(method, tensors, parameters):
     values = Values.of(method, fill(method, parameters, n))
     kernels = Kernels(method, values.static, torch.float32, torch.float32, torch.device("cpu"))
     assert {over for _, _, over in kernels.statistics} == {"model"}
-    runs = [TensorRun(kernels, values, base.shape, keys(0, str(i), n)) for i, (base, _) in enumerate(tensors)]
+    runs = [TensorRun(kernels, values, base.shape, keys(0, str(i), n), BLOCK) for i, (base, _) in enumerate(tensors)]
     flat = [(base.reshape(-1), [model.reshape(-1) for model in models]) for base, models in tensors]
     known = {}
     for name, statistic, _ in kernels.statistics:

@@ -33,6 +33,7 @@ from .alignment.whole_models import align_models
 from .census import take_census
 from .fusion.machine import why_not
 from .kernels.assignment import Treatment, treat, untouched
+from .kernels.blocks import BLOCK
 from .kernels.devices import resolve_devices
 from .noise import noise_warnings
 from .permutation.apply import permute_members
@@ -128,6 +129,7 @@ def build_plan(
         generation_config=ending.generation_config,
         fused=fused,
         seed=seed,
+        block=BLOCK,
         workers=workers,
         kept=kept,
         max_memory=limit,
@@ -333,6 +335,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
         shard=0,
         offset=0,
         nbytes=dtype.nbytes(math.prod(shape)),
+        block_limit=BLOCK,
     )
 
 

@@ -36,6 +36,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "methods": [_source(method) for method in plan.methods],
         "recipe": plan.recipe.text,
         "seed": plan.seed,
+        "block": plan.block,
         "compiled": plan.fused,
         "device": plan.device.partition(":")[0],
         "settings": dict(settings),

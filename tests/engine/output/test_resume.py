@@ -322,7 +322,7 @@ def test_a_journal_that_does_not_read_as_ours_is_said(tmp_path, recipe, expected
 
 
 def test_how_a_tensor_is_made_belongs_to_the_fingerprint(recipe):
-    """Layers that are counted differently have another schedule under the same recipe."""
+    """Layers that are counted differently have another schedule under the same recipe; sums depend on the blocks."""
     planned = plan(recipe)
     marks = {fingerprint(planned, {})}
     first, *others = planned.tensors
@@ -337,7 +337,8 @@ def test_how_a_tensor_is_made_belongs_to_the_fingerprint(recipe):
     ):
         changed = dataclasses.replace(planned, tensors=[dataclasses.replace(first, **change), *others])
         marks.add(fingerprint(changed, {}))
-    assert len(marks) == 8
+    marks.add(fingerprint(dataclasses.replace(planned, block=planned.block - 8), {}))
+    assert len(marks) == 9
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from merganser.engine.kernels import kernels as kernels_of
-from merganser.engine.kernels.blocks import TensorRun
+from merganser.engine.kernels.blocks import BLOCK, TensorRun
 from merganser.engine.kernels.kernels import Kernels
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.kernels.values import Values
@@ -34,7 +34,9 @@ def work(method, parameters, names, shapes, *, n, fused=False):
     """The work on some tensors, as the engine prepares it."""
     values = Values.of(method, fill(method, parameters, n))
     kernels = Kernels(method, values.static, torch.float32, torch.float32, torch.device("cpu"), fused)
-    return [TensorRun(kernels, values, (size,), keys(7, name, n)) for name, size in zip(names, shapes, strict=True)]
+    return [
+        TensorRun(kernels, values, (size,), keys(7, name, n), BLOCK) for name, size in zip(names, shapes, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("name", "with_base", "parameters"), CASES)

@@ -1,6 +1,6 @@
 """Cut tensors into blocks, and run a merge method over the blocks of one tensor.
 
-Blocks are the unit of all arithmetic. Their borders depend on the tensor's shape and the method's scope alone, so
+Blocks are the unit of all arithmetic. Their borders depend on the tensor's shape, the method's scope and `Plan.block`, so
 sums of measurements, and with them every output byte, are the same for any memory limit or number of threads.
 """
 
@@ -27,7 +27,7 @@ Inputs = tuple[Tensor | None, Sequence[Tensor]]
 """The base, if the method takes one, and the models: whole tensors or blocks."""
 
 BLOCK = 1 << 19
-"""Most elements per block on a CPU; a row, matrix or tensor that the method needs whole may be larger."""
+"""Most elements per block by default; a row, matrix or tensor that the method needs whole may be larger."""
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -53,7 +53,7 @@ def working_shape(shape: Sequence[int], scope: str, role: str | None) -> tuple[i
     return tuple(shape)
 
 
-def block_ranges(shape: Sequence[int], scope: str, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+def block_ranges(shape: Sequence[int], scope: str, block: int) -> Iterator[tuple[int, int]]:
     """Cut a tensor into blocks, on borders between rows where rows are not longer than a block.
 
     Args:
@@ -70,8 +70,8 @@ def block_ranges(shape: Sequence[int], scope: str, block: int = BLOCK) -> Iterat
         yield start, min(start + step, size)
 
 
-def block_step(shape: Sequence[int], scope: str, block: int = BLOCK) -> int:
-    """Return the number of elements of every block of a tensor but the last."""
+def block_step(shape: Sequence[int], scope: str, block: int) -> int:
+    """Return the number of elements of every block of a tensor but the last; arguments as for `block_ranges`."""
     columns = matrix_shape(shape)[1]
     step = max(block // max(columns, 1), 1) * columns
     if scope == "tensor":
@@ -132,7 +132,7 @@ class TensorRun:
         values: Values,
         shape: tuple[int, ...],
         random_keys: Tensor,
-        block: int = BLOCK,
+        block: int,
         *,
         name: str = "tensor",
         turned: bool = False,

@@ -36,7 +36,7 @@ def merge_tensor(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     compute: torch.dtype | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     fused: bool = False,
     allow_nonfinite: bool = False,
     data: Mapping[str, Sequence[Any]] | None = None,
@@ -55,7 +55,7 @@ def merge_tensor(
         seed: Seed of random draws.
         dtype: Dtype of the result; by default the promoted dtype of the inputs.
         compute: Dtype of the arithmetic; by default float32, or float64 if an input or `dtype` is.
-        block: Elements of a block, at most.
+        block: Elements of a block, at most; by default as for checkpoints.
         fused: Fuse operations, as merges do; by default they run in torch, one by one.
         allow_nonfinite: Merge NaN and infinity instead of raising an error.
         data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed
@@ -86,7 +86,7 @@ def merge_tensor(
     inputs = [*models] if base is None else [base, *models]
     kernels = Kernels(method, values.static, compute, dtype, device, fused and method.fuse, not allow_nonfinite)
     worked = working_shape(shape, method.scope, role)
-    run = TensorRun(kernels, values, worked, keys(seed, name, len(models)), block, name=name)
+    run = TensorRun(kernels, values, worked, keys(seed, name, len(models)), block or BLOCK, name=name)
     if not run.ranges:
         return torch.empty(shape, dtype=dtype, device=device)
     result = torch.empty(math.prod(shape), dtype=dtype, device=device)

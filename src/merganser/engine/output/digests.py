@@ -15,7 +15,7 @@ def digest(data: memoryview | bytes) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
-def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) -> list[bytes]:
+def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview, block: int) -> list[bytes]:
     """Hash elements of an input, cut wherever a block of any method may begin, so that no hash depends on the method.
 
     Args:
@@ -23,8 +23,9 @@ def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview) 
         start: Index of the first element.
         end: Index after the last element.
         data: The bytes of these elements.
+        block: Most elements per block, as in the plan.
     """
-    return cut_digests(digest_cuts(shape, start, end), data)
+    return cut_digests(digest_cuts(shape, start, end, block), data)
 
 
 def cut_digests(cuts: Sequence[int], data: memoryview) -> list[bytes]:
@@ -36,14 +37,14 @@ def cut_digests(cuts: Sequence[int], data: memoryview) -> list[bytes]:
     return [digest(data[(a - start) * size : (b - start) * size]) for a, b in pairwise(cuts)]
 
 
-def digest_cuts(shape: Sequence[int], start: int, end: int) -> list[int]:
+def digest_cuts(shape: Sequence[int], start: int, end: int, block: int) -> list[int]:
     """Return the element indices at which `block_digests` cuts, including `start` and `end`."""
     if start == end:
         return [start]
-    steps = {block_step(shape, scope) for scope in ("element", "row")}
+    steps = {block_step(shape, scope, block) for scope in ("element", "row")}
     if len(shape) == 3:
         # a stack of matrices may be merged as the rows of all matrices, or matrix by matrix
-        steps |= {block_step((shape[0] * shape[1], shape[2]), "row"), block_step(shape, "matrix")}
+        steps |= {block_step((shape[0] * shape[1], shape[2]), "row", block), block_step(shape, "matrix", block)}
     cuts = {start}
     for step in steps:
         cuts.update(range(-(-start // step) * step, end, step))

@@ -102,9 +102,9 @@ def _largest_bundle(tensors: Sequence[PlannedTensor]) -> int:
     """Return the most elements in a bundle: consecutive small tensors, up to one block."""
     largest = filled = 0
     for tensor in tensors:
-        filled = min(filled + tensor.size, BLOCK) if _block(tensor) == tensor.size else 0
+        filled = min(filled + tensor.size, tensor.block_limit) if _block(tensor) == tensor.size else 0
         largest = max(largest, filled)
-        if largest == BLOCK:
+        if largest == tensor.block_limit:
             break
     return largest
 

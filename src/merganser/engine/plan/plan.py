@@ -41,6 +41,7 @@ class Plan:
         generation_config: generation_config.json to write; None if the donor's is copied, or there is none.
         fused: Whether operations are fused, for methods where that helps.
         seed: Seed of random draws.
+        block: Most elements per block, the unit of arithmetic; sums, and so the result, depend on it.
         workers: Threads that merge.
         kept: Bytes of inputs that each worker may cache between passes.
         max_memory: Largest resident memory allowed, bytes.
@@ -70,6 +71,7 @@ class Plan:
     generation_config: Mapping[str, Any] | None
     fused: bool
     seed: int
+    block: int
     workers: int
     kept: int
     max_memory: int

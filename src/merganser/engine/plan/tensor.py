@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ...checkpoint import DType, TensorInfo
 from ...method import MergeMethod
-from ..kernels.blocks import block_step, working_shape
+from ..kernels.blocks import BLOCK, block_step, working_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class PlannedTensor:
         nbytes: Size in the output, bytes.
         data: Statistics from data for its method, by name, one per model; empty if there are none for it.
         turned: Whether its matrices are stored [inputs, outputs], known from statistics from data.
+        block_limit: Most elements per block, the plan's for all tensors.
     """
 
     name: str
@@ -68,6 +69,7 @@ class PlannedTensor:
     nbytes: int
     data: Mapping[str, tuple[SumFromData, ...]] = field(default_factory=dict)
     turned: bool = False
+    block_limit: int = BLOCK
     size: int = field(init=False)
     """Number of elements."""
 
@@ -83,7 +85,7 @@ class PlannedTensor:
     @property
     def block(self) -> int:
         """Elements per block; the last block may have fewer."""
-        return block_step(self.working_shape, self.method.scope)
+        return block_step(self.working_shape, self.method.scope, self.block_limit)
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:

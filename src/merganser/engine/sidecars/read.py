@@ -314,12 +314,12 @@ class Restorer:
         if tensor.base is None:
             return
         info = self._base_tensor(tensor)
-        step = block_step(info.shape, "element")
+        step = block_step(info.shape, "element", BLOCK)
         found = []
         for start in range(0, info.numel, step):
             end = min(start + step, info.numel)
             raw = self._read(info, start, end).view(torch.uint8).numpy().data
-            found += block_digests(info.shape, start, end, raw)
+            found += block_digests(info.shape, start, end, raw, BLOCK)
         if digest(b"".join(found)).hex() != tensor.base_digest:
             raise CheckpointError(
                 f"{info.file}: is not the base of this merge: tensor {tensor.base!r} differs from the one that was "

@@ -46,7 +46,7 @@ def merge_together(
         else:
             size = sum(run.size for run in own)
             base, models = split(found[0], [torch.cat(column) for column in columns])
-            joined = TensorRun(own[0].kernels, own[0].values, (size,), torch.zeros((1, 2), dtype=torch.int32))
+            joined = TensorRun(own[0].kernels, own[0].values, (size,), torch.zeros((1, 2), dtype=torch.int32), size)
             merged, finite = joined.combine({}, (0, size), base, models)
         # merging these tensors one by one finds the one that is not finite
         if finite or allow_nonfinite:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kernels.blocks import BLOCK
 from ..plan.plan import Plan
 from ..plan.tensor import PlannedTensor
 
@@ -65,7 +64,7 @@ def make_groups(plan: Plan) -> list[Group]:
             groups.append(Group(len(groups), (tensor,), cuts, bundle=False))
             continue
         if bundle and (
-            filled + tensor.size > BLOCK
+            filled + tensor.size > plan.block
             or len(bundle) >= BUNDLE_TENSORS
             or bundle[-1].shard != tensor.shard
             or bundle[-1].method is not tensor.method

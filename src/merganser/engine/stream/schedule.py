@@ -62,7 +62,13 @@ class KernelCache:
                 )
         random = keys(self._plan.seed, tensor.name, len(tensor.models)) if method.random else self._no_keys
         return TensorRun(
-            self._kernels[key], values, tensor.working_shape, random, name=tensor.name, turned=tensor.turned
+            self._kernels[key],
+            values,
+            tensor.working_shape,
+            random,
+            self._plan.block,
+            name=tensor.name,
+            turned=tensor.turned,
         )
 
 

@@ -140,7 +140,7 @@ class Worker:
         for start, end in ranges:
             inputs = self._read(tensor, start, end, state.kept)
             for found, data in zip(hashes, inputs, strict=True):
-                found += block_digests(tensor.shape, start, end, _bytes(data))
+                found += block_digests(tensor.shape, start, end, _bytes(data), tensor.block_limit)
             merged = self._merge(run, tensor, known, start, end, inputs)
             written += self._write(tensor, start, merged)
             if start == 0:
@@ -158,7 +158,10 @@ class Worker:
         self._c.advance(nbytes, 0, 0)
         outputs, written = self._merge_bundle(state, inputs, measure=measure)
         # many tensors share a shape, so compute the cuts once per shape
-        cuts = {shape: digest_cuts(shape, 0, math.prod(shape)) for shape in {tensor.shape for tensor in tensors}}
+        cuts = {
+            shape: digest_cuts(shape, 0, math.prod(shape), tensors[0].block_limit)
+            for shape in {tensor.shape for tensor in tensors}
+        }
         hashes = [
             [_hex(cut_digests(cuts[tensor.shape], view)) for view in views]
             for tensor, views in zip(tensors, raw, strict=True)
