@@ -40,10 +40,9 @@ from .parameter import (
 )
 from .registry import get_method, method_names, methods
 from .sidecar import Encoded, Kept, Lossless, Part, Sidecar
-from .statistic import AtOnce, FromData, NumbersFromData, Round, Statistic, When, applies, statistic, takes, taking
+from .statistic import FromData, NumbersFromData, Statistic, When, applies, statistic, takes
 
 __all__ = [
-    "AtOnce",
     "Count",
     "Embeddings",
     "Encoded",
@@ -63,7 +62,6 @@ __all__ = [
     "Part",
     "PerModel",
     "Positive",
-    "Round",
     "Scale",
     "Scope",
     "Sidecar",
@@ -78,5 +76,4 @@ __all__ = [
     "methods",
     "statistic",
     "takes",
-    "taking",
 ]

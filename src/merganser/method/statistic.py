@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import Tensor
 
-T = TypeVar("T")
 When = str | Callable[..., bool] | None
 
 
@@ -207,14 +206,4 @@ def applies(when: When, parameters: Mapping[str, Any]) -> bool:
 @lru_cache(maxsize=1024)
 def takes(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names of the arguments that a measure, solve or combine function takes."""
-    return getattr(function, "_takes", None) or tuple(inspect.signature(function).parameters)
-
-
-def taking(*names: str) -> Callable[[T], T]:
-    """Declare the argument names of a generated function whose signature is `**given`."""
-
-    def decorate(function: T) -> T:
-        function._takes = names  # type: ignore[attr-defined]
-        return function
-
-    return decorate
+    return tuple(inspect.signature(function).parameters)

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from inspect import Parameter, Signature
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..method import AtOnce, Round, Statistic, When, takes, taking
+from ..method import Statistic, When, takes
+from ..method.statistic import AtOnce, Round
 from .histogram import count
 from .sum import not_negative
+
+F = TypeVar("F")
 
 _HIGH = 1 << 15
 # bins of a second histogram: rounding to nearest even gives a bin both of its end points
@@ -64,11 +68,11 @@ def order_statistic(
         found = values(**{name: given[name] for name in names})
         return [value if wide else comparable(value).float() for value in found]
 
-    @taking(*names)
+    @_taking(*names)
     def everything(**given: Any) -> Tensor:
         return count([_upper_bits(value) for value in measured(given)], _HIGH)
 
-    @taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
+    @_taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
     def pick(measured: Tensor, size: Tensor, **given: Any) -> Tensor:
         given.update(size=size, positive=size - measured[:, 0])
         wanted = ranks(**{name: given[name] for name in rank_names})
@@ -126,8 +130,8 @@ def order_statistic(
     shifts = (32, 16) if wide else (0,)
     rounds = [Round(everything, pick)]
     for shift in shifts:
-        solve = finish if shift == shifts[-1] else taking("measured", "previous")(partial(refine, shift))
-        rounds.append(Round(taking("previous", *names)(partial(inside, shift)), solve))
+        solve = finish if shift == shifts[-1] else _taking("measured", "previous")(partial(refine, shift))
+        rounds.append(Round(_taking("previous", *names)(partial(inside, shift)), solve))
     return Statistic(tuple(rounds), over=over, when=when, at_once=AtOnce(patterns, select))
 
 
@@ -156,12 +160,12 @@ def magnitude_cut(
         over: "tensor", "model", or the name of the parameter that decides between them.
     """
 
-    @taking(density, "size")
+    @_taking(density, "size")
     def ranks(**given: Any) -> Tensor:
         kept: Tensor = (given[density] * given["size"]).floor().clamp(min=1)
         return torch.where(given[density] > 0, kept, 0.0).to(torch.int64).unsqueeze(1)
 
-    @taking(density)
+    @_taking(density)
     def trims(**given: Any) -> bool:
         return any(value < 1 for value in given[density])
 
@@ -173,6 +177,17 @@ def comparable(value: Tensor) -> Tensor:
     if value.dtype == torch.float64:
         return (value.view(torch.int64) & -(1 << 29)).view(torch.float64)
     return value
+
+
+def _taking(*names: str) -> Callable[[F], F]:
+    """Declare the arguments of a function that gets them as `**given`, since it is made for any of a method's."""
+    signature = Signature([Parameter(name, Parameter.KEYWORD_ONLY) for name in names])
+
+    def decorate(function: F) -> F:
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def _interval(

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...method import MergeMethod, Round, Statistic, takes
+from ...method import MergeMethod, Statistic, takes
+from ...method.statistic import Round
 from ...ops.random import Random
 from ...ops.rounding import largest_rounding
 from ..fusion.graph import Unfusable
