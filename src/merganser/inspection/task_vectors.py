@@ -314,7 +314,7 @@ def _measured(wide: Sequence[Tensor], unequal: np.ndarray[Any, np.dtype[np.bool_
     """Measure a block of the base and the models, float64; pairs that `unequal` marks are not compared again."""
     import torch
 
-    from ..ops.rounding import rounding_norms
+    from ..ops.linalg.rounding import rounding_norms
 
     base, *models = wide
     deltas = torch.stack(models) - base

@@ -11,7 +11,7 @@ The signature is the contract. The engine passes positional arguments by name:
     models    the other tensors, in the order of the recipe
     rng       a `Random`: counter-based draws, which do not depend on how the work is divided
     rounding  for each model, the largest singular value that rounding of its stored weights may have in its task vector,
-              shape [T], float64; for methods of scope "matrix" (see `ops.rounding`)
+              shape [T], float64; for methods of scope "matrix" (see `ops.linalg.rounding`)
     NAME      the statistic declared as `statistics={"NAME": ...}`, or the number declared as `located={"NAME": ...}`
 
 Keyword-only arguments are parameters of recipes. The annotation gives type, range and search interval; the default is

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, Others, Positive, Scale, default, merge_method
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import self_product, svd
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import self_product, svd
 
 Normalize = Literal["auto", "always", "never"]
 

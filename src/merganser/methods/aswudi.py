@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Others, Scale, default, merge_method
-from ..ops.interference import Interference, Start, inverse, inverse_squares, starting_point, strongest
-from ..ops.rounding import deltas_above_rounding
+from ..ops.linalg.interference import Interference, Start, inverse, inverse_squares, starting_point, strongest
+from ..ops.linalg.rounding import deltas_above_rounding
 
 
 def participation(values: Tensor) -> int:

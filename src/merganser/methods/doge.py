@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..method import Count, Embeddings, Fraction, Others, PerModel, Positive, default, merge_method
 from ..ops import inverse_norms, magnitude_cut
-from ..ops.adam import adam
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import svd
+from ..ops.linalg.adam import adam
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import svd
 
 _TOLERANCE = 1e-5
 """Singular values up to this share of the largest count as rounding errors."""

@@ -5,8 +5,8 @@ from typing import Literal
 from torch import Tensor
 
 from ..method import Embeddings, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import RankTolerance, nuclear_norm, polar
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import RankTolerance, nuclear_norm, polar
 from ..ops.sum import weighted_sum
 
 

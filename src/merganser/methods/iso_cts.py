@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import RankTolerance, Svd, orthogonalised, svd
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import RankTolerance, Svd, orthogonalised, svd
 from ..ops.sum import weighted_sum
 
 # share of a task vector's norm up to which its part outside the common directions is only rounding error

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..method import Embeddings, Fraction, NonNegative, Others, PerModel, Scale, Weight, default, merge_method
 from ..ops import Random, check_total, disjoint_mean, weighted_sum
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import left_basis
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import left_basis
 
 Rule = Literal["ties", "mean", "sum"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..method import Count, Embeddings, Fraction, Others, Positive, default, merge_method, statistic
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import self_product
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import self_product
 
 _TOLERANCE = 1e-5
 """Singular values up to this share of the largest count as rounding errors."""

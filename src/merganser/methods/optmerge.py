@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..method import Count, Embeddings, NonNegative, Others, Positive, Scale, default, merge_method
-from ..ops.interference import Interference, Solver, Start, inverse_squares, starting_point
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import svd
+from ..ops.linalg.interference import Interference, Solver, Start, inverse_squares, starting_point
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import svd
 
 
 @merge_method(

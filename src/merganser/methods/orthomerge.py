@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Others, Scale, default, merge_method
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import polar
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import polar
 
 _STRAIGHT = 1e-10
 """Bounds tangents of half angles by 1e5: a reflected direction, whose tangent is infinite, counts as not rotated."""

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, NonNegative, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.rounding import deltas_above_rounding
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import joined, svd
 from ..ops.shares import shares
-from ..ops.spectral import joined, svd
 
 
 def outlier_mass(delta: Tensor, sigmas: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..method import Count, Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
 from ..ops import leading, weighted_sum
-from ..ops.rounding import triplets_above_rounding
+from ..ops.linalg.rounding import triplets_above_rounding
 
 
 def pruned(factor: Tensor, density: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.rounding import triplets_above_rounding
-from ..ops.spectral import Svd, svd
+from ..ops.linalg.rounding import triplets_above_rounding
+from ..ops.linalg.spectral import Svd, svd
 from ..ops.sum import check_total
 
 _ROUNDING = 1e-6

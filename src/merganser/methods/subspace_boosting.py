@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from ..method import Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import RankTolerance, svd
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import RankTolerance, svd
 from ..ops.sum import check_total, weighted_sum
 
 

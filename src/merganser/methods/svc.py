@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..method import Embeddings, NonNegative, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.rounding import deltas_above_rounding
-from ..ops.spectral import RankTolerance, svd
+from ..ops.linalg.rounding import deltas_above_rounding
+from ..ops.linalg.spectral import RankTolerance, svd
 from ..ops.sum import weighted_sum
 
 _NOTHING = 1e-3

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from ..method import Embeddings, Others, PerModel, Scale, Weight, default, merge_method
-from ..ops.rounding import triplets_above_rounding
-from ..ops.spectral import RankTolerance, Svd, joined, svd
+from ..ops.linalg.rounding import triplets_above_rounding
+from ..ops.linalg.spectral import RankTolerance, Svd, joined, svd
 
 
 @merge_method(

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from ..method import Count, Embeddings, NonNegative, Others, Positive, Scale, default, merge_method
-from ..ops.interference import Interference, Solver, Start, inverse_squares, starting_point
-from ..ops.rounding import deltas_above_rounding
+from ..ops.linalg.interference import Interference, Solver, Start, inverse_squares, starting_point
+from ..ops.linalg.rounding import deltas_above_rounding
 
 
 @merge_method(

@@ -6,9 +6,9 @@ bits: no `add(alpha=...)` and no `lerp`, whose vectorised and scalar versions ro
 
 from .bits import pack_codes, pack_flags, packed_size, unpack_codes, unpack_flags
 from .drop import check_spread, drop, drop_norms, magprune, magprune_norms, rescales, restores_l1
-from .factors import factor, leading, rank_of
-from .gram import gram, inverse_norms, unit_gram
-from .least_squares import fit_outputs, shrunk, solve_right
+from .linalg.factors import factor, leading, rank_of
+from .linalg.gram import gram, inverse_norms, unit_gram
+from .linalg.least_squares import fit_outputs, shrunk, solve_right
 from .masks import elect_largest, tall_mask
 from .middle import collides, keep_middle, middle_cut, middle_norms
 from .order import at_least, magnitude_cut, order_statistic

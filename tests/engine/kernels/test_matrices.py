@@ -23,7 +23,7 @@ from merganser.engine.stream.groups import make_groups
 from merganser.engine.stream.hashing import span
 from merganser.errors import MemoryLimitError
 from merganser.method import Embeddings, Others, merge_method, statistic
-from merganser.ops.rounding import largest_rounding
+from merganser.ops.linalg.rounding import largest_rounding
 from merganser.testing import contract, probe
 from tests.engine.interrupting import Counter, stop
 from tests.engine.matrix_toys import noisy, over_root, rank_one, squared_norm, unit

@@ -12,8 +12,8 @@ from ...adapters import open_reference
 from ...anatomy import Anatomy, infer_anatomy, is_tied
 from ...checkpoint import Checkpoint, Reader, TensorInfo
 from ...errors import CheckpointError, NonFiniteError, OutputError, UnsupportedError
-from ...ops.factors import factor
-from ...ops.spectral import svd
+from ...ops.linalg.factors import factor
+from ...ops.linalg.spectral import svd
 from ...process import one_thread
 from ...version import __version__
 from ...wording import plural, some

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...ops.spectral import svd
+from ...ops.linalg.spectral import svd
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ...method import MergeMethod, Statistic, takes
 from ...method.statistic import Round
+from ...ops.linalg.rounding import largest_rounding
 from ...ops.random import Random
-from ...ops.rounding import largest_rounding
 from ..fusion.graph import Unfusable
 from ..fusion.run import Program
 from ..fusion.trace import Form

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.rounding import rounding_norms
+from ...ops.linalg.rounding import rounding_norms
 from ..plan.tensor import PlannedTensor
 
 SAMPLE = 1 << 16

@@ -23,7 +23,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from ..method import Number
+from ...method import Number
 
 RankTolerance = Annotated[Tensor, Number(0.0, 1.0, search=(0.0, 0.1))]
 """Parameter of methods: singular values up to this share of the largest count as zero; where it is 0, those up to the

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merganser.ops.rounding import (
+from merganser.ops.linalg.rounding import (
     above_rounding,
     deltas_above_rounding,
     grid,
@@ -12,7 +12,7 @@ from merganser.ops.rounding import (
     rounding_variance,
     triplets_above_rounding,
 )
-from merganser.ops.spectral import svd
+from merganser.ops.linalg.spectral import svd
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..sum import deltas
 from .spectral import Svd, svd
-from .sum import deltas
 
 _EXPONENT = 0x7FF << 52
 _GRIDS = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from merganser.ops.spectral import (
+from merganser.ops.linalg.spectral import (
     joined,
     left_basis,
     nuclear_norm,
