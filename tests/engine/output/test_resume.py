@@ -150,7 +150,7 @@ def test_only_what_is_missing_is_done(tmp_path, recipe, expected):
 def test_a_large_tensor_is_continued_in_its_middle(tmp_path):
     """Segments that are done are not done again, though they are measured again."""
     generator = torch.Generator().manual_seed(0)
-    paths = [write_model(tmp_path / f"m{i}", {"w": torch.randn(64, 16, generator=generator)}) for i in range(3)]
+    paths = [write_model(tmp_path / f"m{i}", {"w": torch.randn(72, 16, generator=generator)}) for i in range(3)]
     recipe = make_recipe("ties", paths[1:], paths[0], {"weight": 1, "density": 0.5})
     counter = Counter()
     files = read_files(merge(recipe, tmp_path / "elsewhere" / "out", progress=counter, threads=1).out)
