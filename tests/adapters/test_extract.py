@@ -175,7 +175,7 @@ def test_nothing_of_others_is_replaced(models: Path) -> None:
         extract(models / "tuned", models / "base", models / "out", rank=2)
     with pytest.raises(OutputError, match=r"mine\.txt"):
         extract(models / "tuned", models / "base", models / "out", rank=2, overwrite=True)
-    with pytest.raises(OutputError, match="an input, lies there"):
+    with pytest.raises(OutputError, match="an input, is in this folder"):
         extract(models / "tuned", models / "base", models / "base", rank=2, overwrite=True)
     assert names(models / "out") == ["mine.txt"]
 

@@ -420,7 +420,7 @@ def test_nothing_of_others_is_replaced(three: list[Path], tmp_path: Path) -> Non
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(OutputError, match="mine"):
         merganser.merge(given, tmp_path / "out", overwrite=True)
-    with pytest.raises(OutputError, match="an input of this merge, lies there"):
+    with pytest.raises(OutputError, match="an input of this merge, is in this folder"):
         merganser.merge(given, three[0], overwrite=True)
 
 

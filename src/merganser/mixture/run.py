@@ -327,5 +327,5 @@ def _census(
 
 def _left(name: str) -> str:
     if ".mlp." in name:
-        return "the experts' MLPs stand in its place"
+        return "the experts' MLPs replace it"
     return "the shared parts come from other inputs"

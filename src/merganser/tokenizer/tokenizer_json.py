@@ -80,7 +80,7 @@ class TokenizerJson:
     ) -> dict[str, Any]:
         """Return the document with more tokens.
 
-        Programs that read the file number added tokens anew, behind the trained vocabulary, unless these stand in the
+        Programs that read the file number added tokens again, after the trained vocabulary, unless these stand in the
         trained vocabulary, too. So all added tokens are written there.
 
         Args:

@@ -394,4 +394,4 @@ def _refuse_inputs(out: Path, inputs: list[Checkpoint]) -> None:
     for checkpoint in inputs:
         for path in (checkpoint.path, *checkpoint.weight_files):
             if lies_in(path, resolve_target(out)):
-                raise OutputError(f"{out}: {checkpoint.reference}, an input, lies there; choose another target")
+                raise OutputError(f"{out}: {checkpoint.reference}, an input, is in this folder; choose another target")

@@ -61,7 +61,7 @@ def run_adapters(
     """
     for adapter, name in zip(plan.adapters, plan.names, strict=True):
         if lies_in(adapter.path, resolve_target(out)):
-            raise OutputError(f"{out}: {name}, an input of this merge, lies there; choose another target")
+            raise OutputError(f"{out}: {name}, an input of this merge, is in this folder; choose another target")
     started = time.monotonic()
     with Spool(out, overwrite=overwrite) as spool, Reader() as reader, one_thread():
         rank = output_rank(plan)
