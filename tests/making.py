@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merganser import catalogue
 from merganser.method import MergeMethod, registry
+from merganser.recipe import names
 
 Tensors = dict[str, torch.Tensor]
 
@@ -174,7 +176,8 @@ def write_statistics(
 def register(patch: pytest.MonkeyPatch, **methods: MergeMethod) -> None:
     """Let recipes name these methods, too, as if a package had registered them."""
     points = {name: SimpleNamespace(load=lambda name=name: methods[name], value=name) for name in methods}
-    patch.setattr(registry, "_third_party", lambda: points)
+    for module in (catalogue, registry, names):
+        patch.setattr(module, "third_party", lambda: points)
 
 
 def read_model(folder: Path) -> Tensors:

@@ -63,6 +63,11 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
         MergeError: The recipe or its inputs cannot be merged; the message says why.
     """
     _check_options(plan, options)
+    return _plan(recipe, keep_stages=keep_stages, **options)
+
+
+def _plan(recipe: RecipeLike, *, keep_stages: bool, **options: Any) -> Plan | AdapterPlan:
+    """Plan as `plan` does, also with the options that are not for users, such as `permutations`."""
     needed = _needed(_load(recipe), keep_stages)
     if len(needed) == 1 and not needed[0].names_data:
         return _plan_one(needed[0], **options)
@@ -135,7 +140,7 @@ def merge(
             return run_either(_plan_one(recipes[0], **options), out, overwrite=overwrite, fresh=fresh, **given)
         check_target(out, overwrite=overwrite)
         # plan everything first, so that an error in any stage or in the data shows before the first one runs
-        planned = plan(recipes, keep_stages=keep_stages, **options)
+        planned = _plan(recipes, keep_stages=keep_stages, **options)
         *stages, target = _needed(recipes, keep_stages)
         home = stack.enter_context(_statistics(out, planned, fresh, options))
         made = stack.enter_context(_stages(out, keep=keep_stages, fresh=fresh)) if len(recipes) > 1 else None
