@@ -52,7 +52,7 @@ def plan_calibration(
     batch_tokens: int = BATCH_TOKENS,
     cache_dir: Path | None = None,
 ) -> CalibrationPlan:
-    """Say what `calibrate` with the same arguments would take; no weights are read, and nothing is written.
+    """Plan what `calibrate` with the same arguments would take; no weights are read, and nothing is written.
 
     Raises:
         MergeError: As for `calibrate`.

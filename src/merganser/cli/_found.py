@@ -39,7 +39,7 @@ class SearchProgress:
             complain("note", text)
 
     def proving(self, model: str) -> None:
-        """Say which model is measured on the items held out."""
+        """Report which model is measured on the items held out."""
         if not self._quiet:
             say(f"measuring {model} on what no trial saw")
 

@@ -20,7 +20,7 @@ NOT_KNOWN = "no tensor of the output is made from it"
 def take_census(
     members: Mapping[ModelReference, Member], alignment: Alignment, tensors: Sequence[PlannedTensor]
 ) -> dict[ModelReference, InputCensus]:
-    """Say of every tensor of every input whether it is merged, copied or left out, and why.
+    """Return for every tensor of every input whether it is merged, copied or left out, and why.
 
     Args:
         members: The inputs.

@@ -310,7 +310,7 @@ def _warnings(recipe: MixtureRecipe, checkpoints: Mapping[ModelReference, Checkp
 def _census(
     checkpoints: Mapping[ModelReference, Checkpoint], tensors: Sequence[PlannedTensor]
 ) -> dict[ModelReference, InputCensus]:
-    """Say of every tensor of every model whether the mixture holds it."""
+    """Return for every tensor of every model whether the mixture holds it."""
     # several checkpoints may share files, so tensors are told apart as objects
     used: dict[int, bool] = {}
     for planned in tensors:

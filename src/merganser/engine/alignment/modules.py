@@ -248,7 +248,7 @@ class _Joined:
         return frozenset(reference for slot in alignment.slots for reference in slot.inputs)
 
     def _said_of_others(self) -> list[str]:
-        """Say which modules of the other models are left out, since the output has none of their name."""
+        """Return which modules of the other models are left out, since the output has none of their name."""
         said = []
         for reference, member in self.members.items():
             left = {name: each for name, each in find_modules(member.anatomy).items() if name not in self.whole}
