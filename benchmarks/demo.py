@@ -70,7 +70,7 @@ def main() -> int:
     console.print("\n5. A page to look at")
     run(console, "report", merged[REPORTED], "--eval", out / "eval.json", "--overwrite")
     console.print(
-        f"\nMerged models lie in {out}/, each with its run record. Load one with transformers:", soft_wrap=True
+        f"\nMerged models are in {out}/, each with its run record. Load one with transformers:", soft_wrap=True
     )
     console.print(Text(f'  AutoModelForCausalLM.from_pretrained("{merged[REPORTED]}")'))
     console.print(f"Done in {time.monotonic() - started:.0f} s.")
