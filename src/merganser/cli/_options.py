@@ -53,6 +53,12 @@ KeepStages = Annotated[
     typer.Option("--keep-stages", help="Keep the results of a recipe's other documents, in .OUT.stages."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start again; do not continue an interrupted run.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an output of merganser, unless something in it was added or changed."),
+]
 AllTensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
 
 SHARD_SIZE = "5GB"

@@ -10,7 +10,7 @@ import typer
 from . import _options as options
 from ._text import complain, say_json
 from .eval import BatchTokens, Context, DType
-from .search import Limit, Quiet, Seed, Tasks
+from .search import Limit, Seed, Tasks
 
 BaseModel = Annotated[
     str, typer.Argument(metavar="BASE", help="The common ancestor of the experts.", show_default=False)
@@ -38,7 +38,7 @@ def auto(
     batch_tokens: BatchTokens = 4096,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
-    quiet: Quiet = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make the best of some models for some tasks, and prove it.
 

@@ -76,7 +76,6 @@ JsonFile = Annotated[
         show_default=False,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
 def evaluate(
@@ -92,7 +91,7 @@ def evaluate(
     batch_tokens: BatchTokens = 4096,
     json: JsonFile = None,
     cache_dir: options.CacheDir = None,
-    quiet: Quiet = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure models on tasks, and what merges kept of their experts.
 

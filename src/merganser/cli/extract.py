@@ -56,14 +56,9 @@ def extract(
         str, typer.Option(metavar="save|drop", help="Other changed tensors, such as norms: stored whole, or left.")
     ] = "save",
     dtype: Annotated[str, typer.Option(metavar="|".join(_DTYPES), help="Dtype of the factors.")] = "float32",
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace an output of merganser, unless something in it was added or changed."
-        ),
-    ] = False,
+    overwrite: options.Overwrite = False,
     cache_dir: options.CacheDir = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Write what a fine-tune changed as an adapter.

@@ -30,13 +30,8 @@ def merge(
     device: options.Device = "cpu",
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     seed: options.Seed = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace an output of merganser, unless something in it was added or changed."
-        ),
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start again; do not continue an interrupted run.")] = False,
+    overwrite: options.Overwrite = False,
+    fresh: options.Fresh = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Merge NaN and infinity instead of refusing them.")
     ] = False,
@@ -49,7 +44,7 @@ def merge(
             metavar="ADDRESS", help="A Ray cluster that shares storage with this machine.", show_default=False
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Merge models by a recipe into a new checkpoint.

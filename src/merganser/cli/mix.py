@@ -23,16 +23,11 @@ def mix(
     threads: options.Threads = None,
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     seed: options.Seed = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace an output of merganser, unless something in it was added or changed."
-        ),
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start again; do not continue an interrupted run.")] = False,
+    overwrite: options.Overwrite = False,
+    fresh: options.Fresh = False,
     max_memory: options.MaxMemory = None,
     cache_dir: options.CacheDir = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Build a mixture of experts from dense models of one shape.

@@ -30,14 +30,9 @@ def restore(
         ),
     ] = None,
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace an output of merganser, unless something in it was added or changed."
-        ),
-    ] = False,
+    overwrite: options.Overwrite = False,
     cache_dir: options.CacheDir = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Write a task's own checkpoint back from a merge with sidecars."""

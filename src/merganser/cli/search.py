@@ -72,7 +72,6 @@ Limit = Annotated[
 Early = Annotated[
     bool, typer.Option("--early-stopping/--no-early-stopping", help="End a trial that is worse beyond chance.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 
 
 def search(
@@ -99,7 +98,7 @@ def search(
     early_stopping: Early = True,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
-    quiet: Quiet = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find the open values of a recipe by trying them.
 

@@ -1,4 +1,4 @@
-"""Say how far rounding moved quantised inputs, beside their distance from the base."""
+"""Measure how far rounding moved quantised inputs, beside their distance from the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say what a change of vocabulary does: counts for the plan, and the list of every token that moved or was made."""
+"""Describe what a change of vocabulary does: counts for the plan, and the list of every token that moved or was made."""
 
 from __future__ import annotations
 
