@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import OutputError
 from .jsonfile import open_regular, os_reason
+from .system import NO_FOLLOW, open_binary
 
 __all__ = ["sha256_of_file", "write_whole"]
 
@@ -55,7 +56,7 @@ def write_whole(path: Path, text: str, *, temporary: Path | None = None) -> None
             handle, name = tempfile.mkstemp(dir=path.parent, prefix=".merganser-")
         else:
             name = str(temporary)
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            handle = open_binary(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_FOLLOW, 0o600)
         try:
             with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import xxhash
 
 from .errors import CheckpointError, NotFoundError
+from .system import NO_BLOCKING, open_binary
 from .wording import brief
 
 __all__ = [
@@ -88,8 +89,7 @@ def open_regular(file: Path) -> BufferedReader:
         # Check the kind before opening, since opening a device can have side effects.
         _require_regular(file.stat().st_mode, file)
         # If a pipe takes the file's place in between, O_NONBLOCK keeps the call from waiting for a writer.
-        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-        descriptor = os.open(file, flags)
+        descriptor = open_binary(file, os.O_RDONLY | NO_BLOCKING)
     except ValueError:  # a NUL character or a lone surrogate
         raise FileNotFoundError(errno.ENOENT, "no file can have this name", repr(str(file))) from None
     try:

@@ -30,6 +30,10 @@ def peak_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         pass
+    if os.name == "nt":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     # Only a fallback on Linux: a child inherits ru_maxrss, so it could be the peak of the parent process.
     import resource
 
@@ -49,7 +53,7 @@ def memory_here(root: Path = Path("/")) -> int | None:
     try:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError, AttributeError):
-        limits = []
+        limits = [] if os.name != "nt" else [_windows_memory()]
     groups = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -69,6 +73,12 @@ def memory_here(root: Path = Path("/")) -> int | None:
         limits += [limit for own in (place, *place.parents) if (limit := _limit(top / own / name)) is not None]
     limits += [limit for limit in map(_own_limit, ("RLIMIT_DATA", "RLIMIT_AS")) if limit is not None]
     return min(limits, default=None)
+
+
+def _windows_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
 
 
 def data_limit() -> int | None:

@@ -51,7 +51,7 @@ def test_whole_numbers_and_mixed_dtypes(tmp_path: Path) -> None:
 def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = write_llamas(tmp_path, 2)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(staging, "write_all", None)
+    monkeypatch.setattr(staging, "write_at", None)
     merge_to_state_dict(merganser.plan(make_recipe("linear", models, parameters={"weight": 1.0})))
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import OutputError
 from ..jsonfile import os_reason
+from ..system import open_binary, read_at, write_at
 
 __all__ = ["Spool"]
 
@@ -31,7 +32,7 @@ class Spool:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = open_binary(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise self._failed(error) from None
 
@@ -56,10 +57,7 @@ class Spool:
         data = _bytes(rows)
         offset = first * rows.shape[1] * rows.element_size()
         try:
-            while data:
-                count = os.pwrite(self._descriptor, data, offset)
-                offset += count
-                data = data[count:]
+            write_at(self._descriptor, data, offset)
         except OSError as error:
             raise self._failed(error) from None
 
@@ -74,7 +72,7 @@ class Spool:
         offset = first * width * rows.element_size()
         try:
             while data:
-                found = os.preadv(self._descriptor, [data], offset)
+                found = read_at(self._descriptor, data, offset)
                 if not found:
                     raise OutputError(f"{self.path}: became shorter while it was used; start again")
                 offset += found

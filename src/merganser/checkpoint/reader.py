@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import os_reason
+from ..system import open_binary, read_at
 from .descriptors import MAX_OPEN, Descriptors
 from .tensor import TensorInfo
 
@@ -32,7 +32,6 @@ class Reader:
 
     def __init__(self, max_open_files: int = MAX_OPEN) -> None:
         self._files: Descriptors[Path] = Descriptors(max_open_files)
-        self._seeking = threading.Lock()  # only for systems without os.pread
 
     def __enter__(self) -> Reader:
         return self
@@ -66,7 +65,7 @@ class Reader:
         with self._files.lend(tensor.file, lambda: _descriptor(tensor)) as file:
             while target:
                 try:
-                    count = self._read(file, offset, target)
+                    count = read_at(file, target, offset)
                 except OSError as error:
                     raise CheckpointError(
                         f"{tensor.file}: tensor {tensor.name!r}: cannot be read: {os_reason(error)}"
@@ -114,19 +113,10 @@ class Reader:
         """Close all files, each as soon as no thread reads from it."""
         self._files.close()
 
-    def _read(self, descriptor: int, offset: int, buffer: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(descriptor, [buffer], offset)
-        with self._seeking:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            data = os.read(descriptor, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
 
 def _descriptor(tensor: TensorInfo) -> int:
     try:
-        return os.open(tensor.file, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        return open_binary(tensor.file, os.O_RDONLY)
     except FileNotFoundError:
         raise NotFoundError(f"{tensor.file}: tensor {tensor.name!r}: the file is no longer there") from None
     except OSError as error:

@@ -384,7 +384,7 @@ def _run_stage(plan: Plan | AdapterPlan, folder: Path, out: Path, **given: Any) 
         ) from None
     temporary = folder / f"{STAGE_NOTE}.new"
     temporary.write_text(json.dumps({"fingerprint": mark, "files": _files(folder)}), encoding="utf-8")
-    temporary.rename(note)
+    temporary.replace(note)
     return survey(folder, hashing=False)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ..errors import NotFoundError, RecipeError
+from ..system import NO_BLOCKING, open_binary, set_blocking
 from .place import Place
 from .scalar import shown
 
@@ -66,11 +67,11 @@ def _read_bytes(path: Path) -> bytes:
             raise RecipeError("<stdin>: standard input is a terminal, or closed; pipe the recipe in, or give its file")
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     # without O_NONBLOCK, opening a named pipe waits until somebody writes to it
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = open_binary(path, os.O_RDONLY | NO_BLOCKING)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             _check_stream(path, descriptor)
-            os.set_blocking(descriptor, True)
+            set_blocking(descriptor)
         with open(descriptor, "rb", closefd=False) as stream:
             return stream.read(MAX_BYTES + 1)
     finally:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shlex
-import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import TaskError
 from ..evaluation.scoring.estimate import Estimate
+from ..system import end_session
 from .bench import Failed
 
 PLACE = "{model}"
@@ -70,8 +69,7 @@ def run_command(words: list[str], model: Path, timeout: float, wanted: Mapping[s
             raise Failed(f"the command took longer than {timeout:g} seconds, and was ended") from None
         finally:
             # what it started and left behind is of its session
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            end_session(process)
     if process.returncode:
         last = err.decode(errors="replace").strip().rpartition("\n")[2][:_SHOWN]
         raise Failed(f"the command failed with code {process.returncode}" + (f": {last}" if last else ""))

@@ -12,7 +12,6 @@ import threading
 import pytest
 
 from merganser.engine.merge import merge
-from merganser.engine.output import lock
 from merganser.engine.output.lock import acquire_lock
 from merganser.errors import OutputError
 from tests.engine.interrupting import Counter
@@ -116,6 +115,6 @@ def test_an_error_that_is_not_about_locks_is_told(tmp_path, monkeypatch):
     def failing(descriptor, operation):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(lock.fcntl, "flock", failing)
+    monkeypatch.setattr(fcntl, "flock", failing)
     with pytest.raises(OSError, match="Input/output error"):
         acquire_lock(tmp_path / "lock")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,9 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from ...errors import OutputError
+from ...system import NO_FOLLOW, lock, open_binary, process_runs, unlink_locked
 from .failure import failures_of
-
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +59,19 @@ def acquire_lock(path: Path) -> Lock | None:
     while True:
         descriptor = _open(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock(descriptor)
         except BlockingIOError:
             os.close(descriptor)
             return None
-        except OSError as error:
+        except OSError:
             os.close(descriptor)
-            if error.errno not in _NO_LOCKS:
-                raise
+            raise
+        if not locked:
+            os.close(descriptor)
             return _acquire_owner_file(path)
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                return Lock(partial(_release, path, descriptor))
+                return Lock(partial(unlink_locked, path, descriptor))
         # another run deleted the file after it was opened here: try again
         os.close(descriptor)
 
@@ -80,7 +79,7 @@ def acquire_lock(path: Path) -> Lock | None:
 def _open(path: Path) -> int:
     """Open or create the file; refuse one that is not empty: it is no lock, and releasing would delete it."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        descriptor = open_binary(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR):
             raise _not_ours(path) from None
@@ -90,11 +89,6 @@ def _open(path: Path) -> int:
         os.close(descriptor)
         raise _not_ours(path)
     return descriptor
-
-
-def _release(path: Path, descriptor: int) -> None:
-    path.unlink(missing_ok=True)
-    os.close(descriptor)
 
 
 def _acquire_owner_file(path: Path) -> Lock | None:
@@ -156,7 +150,7 @@ def _remove_stale(file: Path) -> bool:
             f"{file}: a run on {owner.host!r} (process {owner.pid}) writes this target, or was killed; this file system "
             "has no locks, so it is not known; if it has ended, delete this file"
         )
-    if owner == _Owner.of(owner.pid) and _runs(owner.pid):
+    if owner == _Owner.of(owner.pid) and process_runs(owner.pid):
         return False
     # only the run that creates this file removes the owner file, and only if it still names the same owner
     claim = file.with_name(f"{file.name}.{hashlib.sha256(text.encode()).hexdigest()[:16]}")
@@ -184,16 +178,6 @@ def _read(file: Path) -> str:
         # its owner has just created it and not yet written it
         time.sleep(0.02)
     return ""
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _started(pid: int) -> str:

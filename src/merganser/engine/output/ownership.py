@@ -24,6 +24,7 @@ from ...errors import CheckpointError, OutputError
 from ...files import sha256_of_file
 from ...record.format import PAGE_NAME, RECORD_NAME, is_page
 from ...record.verification import recorded_files
+from ...system import NO_FOLLOW, open_binary
 
 MARKER = ".merganser"
 """Marker of a folder that is being written; one line of JSON per file, or per folder with all its contents."""
@@ -169,7 +170,7 @@ def claim(folder: Path, names: Iterable[str], *, marker: str = MARKER) -> None:
     # a marker without names may be cut off within its first line, so write it again
     begun = len(known) > 1
     flags = os.O_APPEND if begun else os.O_TRUNC
-    descriptor = os.open(folder / marker, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o666)
+    descriptor = open_binary(folder / marker, os.O_WRONLY | os.O_CREAT | NO_FOLLOW | flags)
     with os.fdopen(descriptor, "wb") as file:
         # start with a newline, as the last line may be cut off
         file.write((b"\n" if begun else _FIRST_LINE) + lines.encode())

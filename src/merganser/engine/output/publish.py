@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import OutputError
+from ...system import sync
 from .journal import JOURNAL
 from .ownership import MARKER, Owned, claim, claimed, covers, survey, unfinished
 
@@ -173,12 +174,3 @@ def _is_mount(folder: Path) -> bool:
         # escaped as in mountinfo; the backslash first
         name = name.replace(bytes([byte]), b"\\%03o" % byte)
     return any(line.split(b" ")[4] == name for line in lines)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

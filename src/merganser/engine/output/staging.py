@@ -13,12 +13,13 @@ from typing import Any
 from ...checkpoint import Shard
 from ...checkpoint.descriptors import Descriptors
 from ...errors import OutputError
+from ...system import NO_FOLLOW, open_binary, read_at, sync, write_at
 from ...wording import size_text
 from .failure import failures_of, write_error
 from .journal import JOURNAL, Finished, Journal, read_journal
 from .lock import Lock, lock_target
 from .ownership import MARKER, Owned, claim, survey, unfinished
-from .publish import publish, replaced_folder, sync, take_back, working_names, working_parent
+from .publish import publish, replaced_folder, take_back, working_names, working_parent
 
 
 class Staging:
@@ -75,7 +76,7 @@ class Staging:
             OutputError: The disk is full or failed.
         """
         with failures_of(self.out), self._file(shard) as descriptor:
-            write_all(descriptor, offset, data)
+            write_at(descriptor, data, offset)
 
     def read(self, shard: int, offset: int, buffer: memoryview) -> None:
         """Read back bytes of a shard.
@@ -86,7 +87,7 @@ class Staging:
         view = buffer.cast("B")
         with failures_of(self.out), self._file(shard) as descriptor:
             while view:
-                count = os.preadv(descriptor, [view], offset)
+                count = read_at(descriptor, view, offset)
                 if not count:
                     name = self._shards[shard].name
                     raise OutputError(f"{self.folder}: {name} became shorter while it was written")
@@ -158,7 +159,7 @@ class Staging:
         """Yield a shard's file descriptor."""
 
         def open_shard() -> int:
-            return os.open(self.folder / self._shards[shard].name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return open_binary(self.folder / self._shards[shard].name, os.O_RDWR | NO_FOLLOW)
 
         with contextlib.ExitStack() as stack:
             try:
@@ -294,16 +295,3 @@ def _current_folder() -> Path:
         return Path.cwd()
     except FileNotFoundError:
         return Path("/")
-
-
-def write_all(descriptor: int, offset: int, data: memoryview) -> None:
-    """Write bytes at an offset in a file.
-
-    Raises:
-        OSError: The disk is full or failed.
-    """
-    view = data.cast("B")
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        offset += count
-        view = view[count:]

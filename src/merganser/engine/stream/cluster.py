@@ -22,7 +22,7 @@ from ...checkpoint import Reader, Shard
 from ...checkpoint.descriptors import Descriptors
 from ...errors import MergeError, OutputError, UnsupportedError
 from ...process import reuse_freed_memory
-from ..output.staging import write_all
+from ...system import open_binary, write_at
 from ..plan.plan import Plan
 from .groups import Task, make_groups
 from .schedule import GroupState, KernelCache, Schedule, start_group
@@ -42,11 +42,11 @@ class SharedOutput:
     def write(self, shard: int, offset: int, data: memoryview) -> None:
         """Write bytes at their final position in a shard."""
         with self._files.lend(shard, lambda: self._open(shard)) as descriptor:
-            write_all(descriptor, offset, data)
+            write_at(descriptor, data, offset)
 
     def _open(self, shard: int) -> int:
         try:
-            return os.open(self._folder / self._shards[shard].name, os.O_RDWR)
+            return open_binary(self._folder / self._shards[shard].name, os.O_RDWR)
         except OSError as error:
             raise OutputError(
                 f"{self._folder}: not found on this node of the cluster ({error.strerror}); inputs and output must be on "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +10,9 @@ from typing import Any
 
 from ...errors import OutputError
 from ...jsonfile import os_reason, sealed_line, unseal_line
+from ...system import lock
 
 FORMAT = 2
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def journal_path(out: Path) -> Path:
@@ -105,12 +103,9 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file.fileno())
         except BlockingIOError:
             raise OutputError(f"{self._path}: another evaluation is writing it; wait for it, or stop it") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
 
     def _read(self) -> None:
         """Read the measurements of an earlier run; drop everything from the first truncated or damaged line on."""
