@@ -11,7 +11,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class Cluster:
         _knock(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError, ImportError, AssertionError, ray.exceptions.RayError) as error:
             raise MergeError(f"--cluster {address}: no Ray cluster answers there: {error}") from None
 
     def close(self) -> None:
@@ -116,12 +117,14 @@ class Cluster:
 
     def n_workers(self) -> int:
         """Return how many tasks the cluster runs at a time: one per CPU."""
-        resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
+        with self._errors():
+            resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
         return max(int(resources.get("CPU", 1)), 1)
 
     def share(self, plan: Plan) -> Any:
         """Put the plan into Ray's object store, from which every node can read it."""
-        return self._ray.put(plan)
+        with self._errors():
+            return self._ray.put(plan)
 
     def work(
         self,
@@ -155,7 +158,7 @@ class Cluster:
                     return
                 state, task = taken
                 result, amounts = self._wait(node.do.remote(task, state.known), schedule)
-            except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.NodeDiedError) as error:
+            except _lost(ray) as error:
                 if task is not None:
                     schedule.give_back(task)
                 node, lost = None, lost + 1
@@ -168,26 +171,56 @@ class Cluster:
                 raise result
             done(state, task, result, amounts)
 
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Tell what Ray refuses, such as a full object store; errors of our own code and lost workers stay as they are."""
+        errors = self._ray.exceptions
+        try:
+            yield
+        except (errors.RayTaskError, *_lost(self._ray)):
+            raise
+        except errors.RayError as error:
+            first = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise MergeError(f"--cluster: Ray cannot go on: {first}") from None
+
     def _wait(self, reference: Any, schedule: Schedule) -> Any:
         """Wait for a worker's answer; stop waiting at the end of the run or on Ctrl-C."""
         while True:
             ready, _ = self._ray.wait([reference], timeout=0.2)
             if ready:
-                return self._ray.get(reference)
+                with self._errors():
+                    return self._ray.get(reference)
             if schedule.finished:
                 raise Stopped
 
 
+def _lost(ray: Any) -> tuple[type[BaseException], ...]:
+    """Return the errors which say that a worker is lost, so that another one repeats its task."""
+    return ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.NodeDiedError
+
+
+# the opening of a connection of HTTP/2, which gRPC and thus Ray speak: a fixed text, and an empty frame of settings
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SECONDS = 4
+
+
 def _knock(address: str) -> None:
-    """Check within seconds whether anything listens at HOST:PORT; Ray itself would retry for minutes.
+    """Check within seconds whether a server of gRPC listens at HOST:PORT; Ray itself would retry for minutes.
 
     Raises:
-        MergeError: Nothing listens there.
+        MergeError: Nothing listens there, or something that is not Ray.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        with socket.create_connection((host, int(port)), timeout=_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.sendall(_GREETING)
+            # the type of the first frame of the answer: settings
+            answer = connection.recv(9)
     except (OSError, OverflowError) as error:
         raise MergeError(f"--cluster {address}: no Ray cluster answers there: {error}") from None
+    if len(answer) < 4 or answer[3] != _GREETING[-6]:
+        raise MergeError(f"--cluster {address}: no Ray cluster answers there, but another kind of server")
