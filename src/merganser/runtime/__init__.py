@@ -1,4 +1,4 @@
-"""Merging while a model runs: entries of its key-value cache, tokens of its vision encoder."""
+"""Merging while a model runs: entries of its key-value cache, tokens of its vision encoder, tasks chosen by the text."""
 
 from __future__ import annotations
 
