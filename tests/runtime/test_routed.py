@@ -1,5 +1,8 @@
 """A merge with sidecars as one model: tasks told and chosen, batches, and routers that do not fit."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -50,6 +53,18 @@ def test_tasks_told_chosen_and_mixed(out):
     assert torch.allclose(found[:1], expected(out, "b", ids[:1]), atol=1e-5)
     assert torch.allclose(found[1:], expected(out, "a", ids[1:]), atol=1e-5)
     assert again.generate(ids, max_new_tokens=2, do_sample=False).shape[0] == 2
+
+
+def test_snippet_of_the_page(out):
+    page = (Path(__file__).parents[2] / "docs/sidecars.md").read_text(encoding="utf-8")
+    snippet = re.search(r"^```python with-tokenizer\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1]
+    for name, here in {"merged": out.as_posix(), "math": "a", "python": "b"}.items():
+        snippet = snippet.replace(f'"{name}"', f'"{here}"')
+    names = {"math_texts": ["the cat sat"], "python_texts": ["def return x = 1 ;"]}
+    exec(snippet, names)
+    assert len(names["tokens"]) == 2
+    assert names["tokens"].shape[1] > names["prompts"]["input_ids"].shape[1]
+    assert (out / ROUTER_FILE).exists()
 
 
 def test_a_task_without_text(out):
