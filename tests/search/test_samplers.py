@@ -6,10 +6,12 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from merganser.errors import UnsupportedError
 from merganser.search.samplers.own import from_unit, to_unit
+from merganser.search.samplers.quadratic import count_terms, fit_quadratic, maximum
 from merganser.search.space import Dimension
 from merganser.search.study import Study, choose_sampler
 
@@ -36,7 +38,7 @@ def told(sampler: str, seed: int, trials: int, path: Path | None = None, cuts: t
     return [(each.point, each.values) for each in study.told]
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "particles"])
+@pytest.mark.parametrize("sampler", ["greedy", "particles", "quadratic"])
 def test_better_than_the_best_of_as_many_random_ones(sampler: str) -> None:
     wins = 0
     for seed in range(5):
@@ -50,7 +52,7 @@ def test_better_than_the_best_of_as_many_random_ones(sampler: str) -> None:
     assert wins >= 4
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "particles"])
+@pytest.mark.parametrize("sampler", ["greedy", "particles", "quadratic"])
 def test_killed_ten_times_and_continued(tmp_path: Path, sampler: str) -> None:
     cuts = tuple(random.Random(3).sample(range(40), 10))
     assert told(sampler, 1, 40, tmp_path / "cut.log", cuts) == told(sampler, 1, 40)
@@ -107,9 +109,10 @@ def test_several_objectives_are_refused(sampler: str) -> None:
         choose_sampler(sampler, SPACE, 2, 0, 10)
 
 
-def test_choices_for_particles_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="particles searches numbers"):
-        choose_sampler("particles", [Dimension("c", 0, 0, choices=(*"ab",))], 1, 0, 10)
+@pytest.mark.parametrize("sampler", ["particles", "quadratic"])
+def test_choices_are_refused_where_numbers_are_needed(sampler: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{sampler} searches numbers"):
+        choose_sampler(sampler, [Dimension("c", 0, 0, choices=(*"ab",))], 1, 0, 10)
     assert choose_sampler("greedy", [Dimension("c", 0, 0, choices=(*"ab",))], 1, 0, 10) == "greedy"
 
 
@@ -119,3 +122,39 @@ def test_nsga3_takes_three_objectives() -> None:
         asked = study.ask()
         study.tell(asked, [float(v) for v in asked.point.values()], {}, {})
     assert len(study.told) == 22
+
+
+def test_the_surrogate_of_a_quadratic_is_exact() -> None:
+    draw = np.random.default_rng(0)
+    at = draw.random((count_terms(4), 4))
+    products, linear = draw.normal(size=(4, 4)), draw.normal(size=4)
+    values = np.array([[x @ products @ x + linear @ x + 0.5] for x in at])
+    pairs = [products[i, j] + (products[j, i] if i != j else 0.0) for i in range(4) for j in range(i, 4)]
+    expected = [0.5, *linear, *pairs]
+    np.testing.assert_allclose(fit_quadratic(at, values)[:, 0], expected, atol=1e-9)
+    # no place of a grid is higher than the one that is found
+    best = maximum(np.array(expected), draw.random((8, 4)))
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 1, 9)] * 4), -1).reshape(-1, 4)
+    heights = np.einsum("ni,ij,nj->n", grid, products, grid) + grid @ linear
+    assert best @ products @ best + linear @ best >= heights.max() - 1e-9
+
+
+def test_the_first_trial_after_the_fit_is_the_maximum_of_a_quadratic() -> None:
+    study = Study(None, SPACE, ["maximize"], "quadratic", 0, START)
+    for _ in range(14):
+        asked = study.ask()
+        study.tell(asked, [worth(asked.point)], {}, {})
+    assert study.told[-1].values == pytest.approx((0.0,), abs=1e-10)
+
+
+def test_the_front_of_two_quadratics() -> None:
+    # highest at (0.2, 0.2) and (0.8, 0.8): no other place is better in both than one on the line between them
+    space = [Dimension("x", 0.0, 1.0), Dimension("y", 0.0, 1.0)]
+    study = Study(None, space, ["maximize", "minimize"], "quadratic", 0, {"x": 0.5, "y": 0.1})
+    for _ in range(20):
+        asked = study.ask()
+        x, y = float(asked.point["x"]), float(asked.point["y"])
+        study.tell(asked, [-((x - 0.2) ** 2) - (y - 0.2) ** 2, (x - 0.8) ** 2 + (y - 0.8) ** 2], {}, {})
+    front = [(float(each.point["x"]), float(each.point["y"])) for each in study.told[8:]]
+    assert all(abs(x - y) < 1e-4 and 0.2 <= x <= 0.8 for x, y in front)
+    assert max(x for x, _ in front) - min(x for x, _ in front) > 0.3

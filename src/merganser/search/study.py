@@ -197,10 +197,10 @@ def choose_sampler(
             raise UnsupportedError("sampler: cma takes one objective without bounds; take tpe, or nsga2")
         if len(dimensions) < 2:
             raise UnsupportedError("sampler: cma needs at least two free values; take tpe, or gp")
-    if wanted in OWN and objectives > 1:
-        raise UnsupportedError(f"sampler: {wanted} takes one objective; take tpe, nsga2 or nsga3")
-    if wanted == "particles" and not numbers:
-        raise UnsupportedError("sampler: particles searches numbers, and this recipe has choices; take tpe, or greedy")
+    if wanted in ("greedy", "particles") and objectives > 1:
+        raise UnsupportedError(f"sampler: {wanted} takes one objective; take tpe, quadratic, nsga2 or nsga3")
+    if wanted in ("particles", "quadratic") and not numbers:
+        raise UnsupportedError(f"sampler: {wanted} searches numbers, and this recipe has choices; take tpe, or greedy")
     if wanted != "auto":
         return wanted
     if objectives > 1 or bounds or not numbers:

@@ -3,8 +3,13 @@
 from .greedy import propose_greedy
 from .own import Past, Propose, wrap
 from .particles import propose_particle
+from .quadratic import propose_quadratic
 
-OWN: dict[str, Propose] = {"greedy": propose_greedy, "particles": propose_particle}
+OWN: dict[str, Propose] = {
+    "greedy": propose_greedy,
+    "particles": propose_particle,
+    "quadratic": propose_quadratic,
+}
 """The samplers by name."""
 
 __all__ = ["OWN", "Past", "Propose", "wrap"]

@@ -24,12 +24,17 @@ class Past:
     Args:
         number: Its number, from 0.
         at: Its place, one coordinate from 0 to 1 for each dimension; of choices see `to_unit`.
-        value: The objective, where higher is better; None if it failed or misses a bound.
+        values: The objectives, where higher is better; None if it failed or misses a bound.
     """
 
     number: int
     at: tuple[float, ...]
-    value: float | None
+    values: tuple[float, ...] | None
+
+    @property
+    def value(self) -> float | None:
+        """The first objective; None where there is none."""
+        return None if self.values is None else self.values[0]
 
 
 class Propose(Protocol):
@@ -112,10 +117,11 @@ def wrap(optuna: Any, propose: Propose, dimensions: Sequence[Dimension], spaces:
 
 def _past(optuna: Any, study: Any, dimensions: Sequence[Dimension]) -> dict[int, Past]:
     states = optuna.trial.TrialState
-    sign = 1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1.0
+    signs = [1.0 if each == optuna.study.StudyDirection.MAXIMIZE else -1.0 for each in study.directions]
     found = {}
     for trial in study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL)):
         counts = trial.state == states.COMPLETE and all(by <= 0 for by in trial.constraints.values())
         at = tuple(to_unit(dimension, trial.params[dimension.name]) for dimension in dimensions)
-        found[trial.number] = Past(trial.number, at, sign * trial.values[0] if counts else None)
+        values = tuple(s * value for s, value in zip(signs, trial.values, strict=True)) if counts else None
+        found[trial.number] = Past(trial.number, at, values)
     return found
