@@ -1,6 +1,6 @@
 """One free value after another: what is better is kept, as in the selective merging of Model-GLUE.
 
-Source: Zhao et al., Model-GLUE, NeurIPS 2024 (datasets and benchmarks), arXiv 2410.05357; there the values are the weights of models, in the order of the recipe,
+Source: Zhao et al., Model-GLUE, NeurIPS 2024 (datasets and benchmarks); there the values are the weights of models, in the order of the recipe,
 on the grid 0.1 to 0.9. The published code writes the model with the weight that was tried last; here the best is kept. Its
 clusters of models by similarity are not part of this: name the models that belong together in the recipe.
 """
