@@ -75,7 +75,7 @@ def test_what_it_prints(recipe: Path) -> None:
         ((*TASKS, "--at-most", "one/bits_per_byte=low"), "expected a number, got 'low'"),
         ((*TASKS, "--at-most", "one/bits_per_byte=nan"), "expected a finite number, got 'nan'"),
         ((*TASKS, "--at-most", "three=1"), "'three' is not measured here."),
-        ((*TASKS, "--sampler", "cmaes"), "sampler: 'cmaes' is not known; known: auto, cma, tpe, gp, random, nsga2"),
+        ((*TASKS, "--sampler", "cmaes"), "sampler: 'cmaes' is not known; known: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic"),
         ((*TASKS, "--sampler", "cma", "--at-most", "one/bits_per_byte=9"), "sampler: cma takes one objective without bounds"),
         ((*TASKS, "--hours", "-1"), "hours: must be above 0, got -1"),
         (("--tasks", "none.jsonl"), "none.jsonl: there is no such file."),

@@ -63,7 +63,12 @@ NumberOfTrials = Annotated[
     typer.Option("--trials", min=1, metavar="N", help="Trials in all.  [default: 50, or no limit with --hours]"),
 ]
 Hours = Annotated[float | None, typer.Option(metavar="H", help="No trial begins after this time.", show_default=False)]
-Sampler = Annotated[str, typer.Option(metavar="auto|cma|tpe|gp|random|nsga2", help="What chooses the next values.")]
+Sampler = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|cma|tpe|gp|random|nsga2|nsga3|greedy|particles|quadratic", help="What chooses the next values."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampler and of the halves of the tasks.")]
 Limit = Annotated[
     int | None,

@@ -17,9 +17,10 @@ from typing import Any
 
 from ..errors import OutputError, UnsupportedError
 from .objectives import Direction
+from .samplers import OWN, wrap
 from .space import Dimension
 
-SAMPLERS = ("auto", "cma", "tpe", "gp", "random", "nsga2")
+SAMPLERS = ("auto", "cma", "tpe", "gp", "random", "nsga2", "nsga3", *OWN)
 
 _NAME = "merganser"
 _FEW = 30
@@ -83,6 +84,7 @@ class Study:
     ) -> None:
         optuna = _optuna()
         self._optuna, self._sampler, self._seed, self._start = optuna, sampler, seed, start
+        self._dimensions = tuple(dimensions)
         self._spaces = {dimension.name: _distribution(dimension) for dimension in dimensions}
         try:
             with _silent():
@@ -161,6 +163,10 @@ class Study:
             return samplers.GPSampler(seed=seed, n_startup_trials=8)
         if self._sampler == "nsga2":
             return samplers.NSGAIISampler(seed=seed, population_size=20)
+        if self._sampler == "nsga3":
+            return samplers.NSGAIIISampler(seed=seed, population_size=20)
+        if self._sampler in OWN:
+            return wrap(self._optuna, OWN[self._sampler], self._dimensions, self._spaces, self._seed)
         if self._sampler == "random":
             return samplers.RandomSampler(seed=seed)
         return samplers.TPESampler(seed=seed)
@@ -191,6 +197,10 @@ def choose_sampler(
             raise UnsupportedError("sampler: cma takes one objective without bounds; take tpe, or nsga2")
         if len(dimensions) < 2:
             raise UnsupportedError("sampler: cma needs at least two free values; take tpe, or gp")
+    if wanted in ("greedy", "particles") and objectives > 1:
+        raise UnsupportedError(f"sampler: {wanted} takes one objective; take tpe, quadratic, nsga2 or nsga3")
+    if wanted in ("particles", "quadratic") and not numbers:
+        raise UnsupportedError(f"sampler: {wanted} searches numbers, and this recipe has choices; take tpe, or greedy")
     if wanted != "auto":
         return wanted
     if objectives > 1 or bounds or not numbers:
