@@ -29,8 +29,14 @@ Names = Callable[[str], str]
 """Maps a model's name in the record to a short name."""
 
 
-def moved_section(record: Record, name: Names) -> Section:
-    """Return the section on how far models and merge moved from the base: in total, by layer and role, by tensor."""
+def moved_section(record: Record, name: Names, length: str) -> Section:
+    """Return the section on how far models and merge moved from the base: in total, by layer and role, by tensor.
+
+    Args:
+        record: The run record.
+        name: Short names of models.
+        length: The text of `length_text`; empty if another section says it.
+    """
     columns = _columns(record, name)
     origin = _origin(record, name)
     blocks: list[Block] = [Paragraph(_how(record, origin))]
@@ -52,8 +58,8 @@ def moved_section(record: Record, name: Names) -> Section:
         blocks.append(Table(head, rows, "merge.json: movement.total"))
         if movement.total.rounding:
             blocks.append(Paragraph("Rounding: what storing a model's weights makes up of its task vector."))
-        if movement.total.length is not None:
-            blocks.append(Paragraph(length_text(record)))
+        if length:
+            blocks.append(Paragraph(length))
     blocks += _heatmap(record, columns)
     outside = [moved for moved in record.layers if moved.layer is None]
     if outside:

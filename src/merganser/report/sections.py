@@ -48,10 +48,16 @@ def sections(record: Record, evaluation: tuple[Evaluation, str] | None, spectra:
     def name(model: str) -> str:
         return short.get(model, model)
 
-    drawn = [verdict_section(record, evaluation, length_text(record))]
+    # said once: in the verdict if nothing was measured, else where the movement is
+    length = length_text(record)
+    drawn = [verdict_section(record, evaluation, length)]
     if evaluation is not None:
         drawn.append(scores_section(record, *evaluation))
-    drawn += [_merged(record, name), moved_section(record, name), related_section(record, name)]
+    drawn += [
+        _merged(record, name),
+        moved_section(record, name, length if evaluation is not None else ""),
+        related_section(record, name),
+    ]
     if spectra is not None:
         drawn.append(spectra_section(spectra, name))
     if record.restored:
