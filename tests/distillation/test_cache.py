@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -196,10 +197,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("caches")
+    (folder / "data.txt").write_text(text(1, 20))
+    return cache_logits(model, [folder / "data.txt"], folder / "out", k=3, sequences=1, length=8).path
+
+
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_caches_are_refused(name: str, model: Path, data: Path, tmp_path: Path) -> None:
+def test_damaged_caches_are_refused(name: str, whole: Path, tmp_path: Path) -> None:
     damage, message = DAMAGE[name]
-    cache_logits(model, [data], tmp_path / "out", k=3, sequences=1, length=8)
+    copytree(whole, tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(DataError) as caught:
         open_cache(tmp_path / "out").shard(0)
