@@ -284,8 +284,14 @@ def cli_page() -> str:
     command = typer.main.get_command(app)
     lines = ["# Command line", ""]
     context = click.Context(command, info_name="merganser")
-    for name in command.list_commands(context):
-        verb = command.get_command(context, name)
+    verbs = [(name, command.get_command(context, name)) for name in command.list_commands(context)]
+    # a verb with parts, such as `fuse cache`, is shown by its parts
+    parts = [
+        (" ".join(filter(None, [name, part])), inner)
+        for name, verb in verbs
+        for part, inner in (getattr(verb, "commands", None) or {"": verb}).items()
+    ]
+    for name, verb in parts:
         lines += [f"## merganser {name}", "", inspect.cleandoc(verb.help or "").replace("\f", ""), ""]
         lines += ["| option | |", "|---|---|"]
         for parameter in verb.params:

@@ -49,6 +49,7 @@ ROOMS = [
     "transplant",
     "inference",
     "calibration",
+    "distillation",
     # the entry: it calibrates what a recipe lacks, and so stands above
     "engine/merge",
     "mixture",

@@ -155,6 +155,7 @@ def prepare(
     labels: str = "data",
     batch_tokens: int = BATCH_TOKENS,
     cache_dir: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Prepared]:
     """Open a model and its tokenizer, read the data and draw sequences; no weights are read.
 
@@ -166,6 +167,7 @@ def prepare(
         labels: The tokens whose likelihood is the loss, as in `calibrate`.
         batch_tokens: Largest number of tokens of a batch, with padding.
         cache_dir: Folder for models from the Hub.
+        dtype: Dtype in which the model runs; None for that of the checkpoint, or float32 for a loss.
 
     Yields:
         The prepared calibration, until the context ends.
@@ -190,7 +192,7 @@ def prepare(
     if source.kind not in ("checkpoint", "adapter"):
         raise _no_checkpoint(model, source.kind)
     # gradients are computed in float32, whatever the dtype of the checkpoint
-    dtype = torch.float32 if with_loss else None
+    dtype = torch.float32 if with_loss else dtype
     with ExitStack() as stack:
         skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir), dtype))
         config = skeleton.model.config

@@ -30,6 +30,7 @@ class Target:
     Args:
         out: The folder that appears when everything is done; it must not exist.
         fingerprint: Identifies the work; files of other work are not continued.
+        about: Name of the file that describes the contents.
 
     Attributes:
         folder: Folder for the files.
@@ -39,7 +40,7 @@ class Target:
         OutputError: The target exists, cannot be written, or another run works on it.
     """
 
-    def __init__(self, out: Path, fingerprint: str) -> None:
+    def __init__(self, out: Path, fingerprint: str, about: str = STATISTICS_NAME) -> None:
         self.out = out
         self._fingerprint = fingerprint
         check_absent(out)
@@ -54,7 +55,7 @@ class Target:
             if not self.state:
                 left.remove()
                 self.folder.mkdir(exist_ok=True)
-                claim(self.folder, [_STATE, f".{_STATE}.new", STATISTICS_NAME, f".{STATISTICS_NAME}.new"])
+                claim(self.folder, [_STATE, f".{_STATE}.new", about, f".{about}.new"])
         except OSError as error:
             self._lock.release()
             raise write_error(out, error) from None

@@ -24,6 +24,7 @@ from .calibrate import calibrate
 from .diff import diff
 from .eval import evaluate
 from .extract import extract
+from .fuse import fuse
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -58,6 +59,7 @@ app.command(cls=Verb)(extract)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)
 app.command(cls=many_values("--tasks"))(auto)
+app.add_typer(fuse, name="fuse")
 app.command(cls=Verb)(report)
 
 

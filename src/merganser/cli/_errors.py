@@ -41,6 +41,7 @@ _REFUSED = {
 _LESS = {
     "merge": "the same command continues, with fewer --threads or a lower --max-memory it takes less",
     "calibrate": "the same command continues; with fewer --batch-tokens, or without gram, it begins again and takes less",
+    "cache": "the same command continues; with fewer --batch-tokens it begins again and takes less",
     "eval": "the same command continues, with fewer --batch-tokens it takes less",
     "search": "the same command continues",
     "auto": "the same command continues",

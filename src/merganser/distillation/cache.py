@@ -1,0 +1,237 @@
+"""Write what a model predicts on text, with one block of the model in memory at a time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.batches import Batch, Padded
+from ..calibration.forward import check_streamable
+from ..calibration.preparation import Data, Prepared, fingerprint, prepare
+from ..calibration.stream import Stream, StreamState
+from ..calibration.target import Target, check_absent
+from ..calibration.writer import Sum, file_name, write_json, write_sums
+from ..errors import DataError, NonFiniteError, UnsupportedError
+from ..process import release_freed_memory
+from ..statistics import Choice
+from .format import CACHE_FORMAT, CACHE_KIND, CACHE_NAME, DTYPES, LogitCache, open_cache
+from .likelihoods import likelihoods
+from .token_bytes import TokenBytes
+
+__all__ = ["BATCH_TOKENS", "TOP", "cache_logits"]
+
+Progress = Callable[[int, int], None]
+"""Called with the number of finished steps and the number of all steps."""
+
+TOP = 32
+# logits are held for a whole batch: with 128 K tokens in the vocabulary this is a quarter of a gigabyte
+BATCH_TOKENS = 512
+_SHARD_TOKENS = 1 << 18
+
+# a masked language model has logits, too, but they are not those of the next token
+_NEXT_TOKEN = ("ForCausalLM", "LMHeadModel")
+
+
+def cache_logits(
+    model: str | Path,
+    data: Data,
+    out: str | Path,
+    *,
+    k: int = TOP,
+    sequences: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    tokens: str = "all",
+    batch_tokens: int = BATCH_TOKENS,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> LogitCache:
+    """Run a model on text in float32, one block in memory at a time, and write what it predicts at every position.
+
+    An interrupted run continues when it is called again with the same arguments.
+
+    Args:
+        model: A checkpoint: a folder, a file of weights, or a Hub id.
+        data: As for `merganser.calibrate`.
+        out: The folder to write; it must not exist.
+        k: Number of likeliest tokens that are stored per position.
+        sequences: Number of sequences drawn from the data; None for 64, or fewer if the data has fewer.
+        length: Largest number of tokens of a sequence; None for 256, or the model's context window if it is smaller.
+        seed: Seed of the draw.
+        tokens: Which tokens are marked to count: `all`, or those of `completions` alone.
+        batch_tokens: Largest number of tokens of a batch, with padding.
+        cache_dir: Folder for models from the Hub.
+        progress: Called with the number of finished steps and of all steps.
+
+    Returns:
+        The cache.
+
+    Raises:
+        DataError: The data, or the options, are not valid.
+        CheckpointError: The model is missing, damaged, or has no tokenizer.
+        UnsupportedError: The model does not predict the next token, cannot be run one block at a time, or its tokens do
+            not spell the text.
+        NonFiniteError: The model produces NaN or infinity.
+        OutputError: `out` exists or cannot be written.
+    """
+    check_absent(Path(out))
+    if k < 1:
+        raise DataError(f"top: must be at least 1, found {k}")
+    choice = Choice(sequences, length, seed, tokens)
+    with prepare(
+        model,
+        data,
+        statistics=(),
+        choice=choice,
+        batch_tokens=batch_tokens,
+        cache_dir=cache_dir,
+        # logits of bfloat16 have steps of a quarter where they are large
+        dtype=torch.float32,
+    ) as prepared:
+        return _Run(prepared, k).write(Path(out), progress)
+
+
+class _Run:
+    """A prepared cache.
+
+    Args:
+        prepared: Model and data.
+        k: Number of tokens per position.
+    """
+
+    def __init__(self, prepared: Prepared, k: int) -> None:
+        self._prepared, self._k = prepared, k
+        self._vocabulary = _check_head(prepared, k)
+        self._token_bytes = TokenBytes(prepared.tokenizer, prepared.source.reference)
+        self._batches = prepared.batches()
+        self._shards = _grouped(self._batches)
+
+    def write(self, out: Path, progress: Progress | None) -> LogitCache:
+        """Run the model, or continue, and write the folder."""
+        skeleton = self._prepared.skeleton
+        skeleton.fill_outside(head=True)
+        check_streamable(skeleton, self._prepared.probe())
+        about = self._about()
+        with Target(out, fingerprint(about, self._prepared.batch_tokens), CACHE_NAME) as target:
+            shards = self._stream(target, progress)
+            write_json(target.folder / CACHE_NAME, {**about, "shards": shards})
+            target.publish()
+        return open_cache(out)
+
+    def _about(self) -> dict[str, Any]:
+        found = self._prepared.about()
+        del found["statistics"]
+        return {**found, "kind": CACHE_KIND, "format": CACHE_FORMAT, "k": self._k, "vocabulary": self._vocabulary}
+
+    def _stream(self, target: Target, progress: Progress | None) -> list[dict[str, Any]]:
+        """Run all blocks, then the head shard by shard; return what logits.json says of the shards."""
+        skeleton, count = self._prepared.skeleton, len(self._shards)
+        blocks = len(skeleton.blocks)
+        spool = target.folder / "hidden"
+        names = [file_name(number, count, "logits") for number in range(1, count + 1)]
+        target.claim(["hidden/", *names])
+        spool.mkdir(exist_ok=True)
+        state = StreamState.from_json(target.state["stream"]) if target.state else None
+        done: list[dict[str, Any]] = list(target.state.get("shards", []))
+        stream = Stream(skeleton, self._batches, spool, state)
+
+        def step(finished: int) -> None:
+            target.note({"stream": stream.state.to_json(), "shards": done})
+            if progress is not None:
+                progress(finished, blocks + count)
+
+        while stream.state.done < blocks:
+            block = skeleton.blocks[stream.state.done]
+            with skeleton.filled(block):
+                stream.advance(lambda batch: None)
+            step(stream.state.done)
+        for name, numbers in list(zip(names, self._shards, strict=True))[len(done) :]:
+            done.append({"file": name, **self._write_shard(target.folder / name, stream, numbers)})
+            release_freed_memory()
+            step(blocks + len(done))
+        shutil.rmtree(spool)
+        return done
+
+    def _write_shard(self, file: Path, stream: Stream, numbers: Sequence[int]) -> dict[str, Any]:
+        """Write what is predicted for some batches; return the numbers of it that logits.json holds."""
+        parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
+        position = 0
+        for number in numbers:
+            batch = self._batches[number]
+            logits, padded = stream.logits(number), batch.stacks[0]
+            for row, where in enumerate(batch.where):
+                for name, tensor in self._sequence(logits[row], padded, row, where).items():
+                    parts[name].append(tensor)
+                position += len(parts["token_ids"][-1])
+                parts["sequence_ends"].append(torch.tensor([position]))
+        tensors = {name: torch.cat(own) for name, own in parts.items()}
+        write_sums(
+            file,
+            {name: Sum(tuple(own.shape), DTYPES[name], lambda own=own: own) for name, own in tensors.items()},  # type: ignore[misc]
+        )
+        count, ends = len(tensors["sequence_ends"]), tensors["sequence_ends"]
+        firsts = tensors["byte_ends"][torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])]
+        return {
+            "sequences": count,
+            "tokens": position,
+            "predicted": position - count,
+            "bytes": len(tensors["text"]),
+            "predicted_bytes": len(tensors["text"]) - int(firsts.sum()),
+            "nats": -float(tensors["token_log_probabilities"].double().sum()),
+            "rest": float(tensors["rest"].double().exp().sum()),
+        }
+
+    def _sequence(self, logits: Tensor, padded: Padded, row: int, where: str) -> dict[str, Tensor]:
+        """Return the tensors of one sequence, but `sequence_ends`."""
+        valid = padded.valid[row]
+        tokens, own = padded.ids[row][valid], logits[valid]
+        if not bool(own.isfinite().all()):
+            raise NonFiniteError(f"{where}: the model's logits are NaN or infinite for this text")
+        # nothing follows the last token, so that the log-probability of any token will do there
+        found, following = likelihoods(own, self._k, torch.cat([tokens[1:], tokens[:1]]))
+        text, ends = self._token_bytes.text_and_ends(tokens.tolist())
+        return {
+            "token_ids": tokens.int(),
+            "byte_ends": torch.tensor(ends),
+            "counted": padded.counted[row][valid],
+            "token_log_probabilities": torch.cat([torch.zeros(1), following[:-1]]),
+            "ids": found.ids,
+            "log_probabilities": found.log_probabilities,
+            "rest": found.rest,
+            "log_sum_exp": found.log_sum_exp,
+            "text": torch.tensor(list(text), dtype=torch.uint8),
+        }
+
+
+def _check_head(prepared: Prepared, k: int) -> int:
+    """Return the size of the vocabulary, after a check that the model predicts the next token and has k tokens."""
+    model, reference = prepared.skeleton.model, prepared.source.reference
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if not name.endswith(_NEXT_TOKEN) or head is None:
+        raise UnsupportedError(
+            f"{reference}: {name} does not predict the next token of a text; give a language model such as "
+            "LlamaForCausalLM"
+        )
+    vocabulary: int = head.weight.shape[0]
+    if k > vocabulary:
+        raise DataError(f"top: {k} tokens are asked for, the vocabulary of {reference} has {vocabulary}; ask for fewer")
+    return vocabulary
+
+
+def _grouped(batches: Sequence[Batch]) -> list[list[int]]:
+    """Divide batches into shards of about equal numbers of tokens."""
+    found: list[list[int]] = []
+    room = 0
+    for number, batch in enumerate(batches):
+        rows = batch.stacks[0].rows
+        if rows > room:
+            found.append([])
+            room = _SHARD_TOKENS
+        found[-1].append(number)
+        room -= rows
+    return found

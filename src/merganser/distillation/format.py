@@ -1,0 +1,152 @@
+"""The folder of a logit cache: its description, and reading it back.
+
+A folder holds `logits.json` and shards `logits-00001-of-00002.safetensors`. With n positions in m sequences, a shard has:
+
+token_ids               int32   [n]     the tokens of the text
+byte_ends               int64   [n]     bytes of the sequence up to the token's end; special tokens take none
+counted                 bool    [n]     whether the token counts (a completion, say)
+token_log_probabilities float32 [n]     of the token, given those before it; 0 for the first of a sequence
+ids                     int32   [n, k]  the likeliest tokens to follow, the likeliest first
+log_probabilities       float32 [n, k]  theirs
+rest                    float32 [n]     logarithm of the probability of all other tokens together
+log_sum_exp             float32 [n]     of all logits
+sequence_ends           int64   [m]     positions up to the end of each sequence
+text                    uint8   [bytes] the bytes of all sequences, one behind the other
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint import Reader
+from ..checkpoint.formats.safetensors import read_header
+from ..errors import DataError, MergeError
+from ..jsonfile import Entry, read_object
+
+__all__ = ["CACHE_FORMAT", "CACHE_KIND", "CACHE_NAME", "DTYPES", "NUMBERS", "LogitCache", "open_cache"]
+
+CACHE_NAME = "logits.json"
+CACHE_KIND = "merganser logit cache"
+CACHE_FORMAT = 1
+
+DTYPES = {
+    "token_ids": "int32",
+    "byte_ends": "int64",
+    "counted": "bool",
+    "token_log_probabilities": "float32",
+    "ids": "int32",
+    "log_probabilities": "float32",
+    "rest": "float32",
+    "log_sum_exp": "float32",
+    "sequence_ends": "int64",
+    "text": "uint8",
+}
+"""Dtypes of the tensors of a shard, by name."""
+
+NUMBERS = ("sequences", "tokens", "predicted", "bytes", "predicted_bytes", "nats", "rest")
+"""Numbers of each shard in logits.json: `predicted` tokens have others before them, `predicted_bytes` are theirs, `nats` is
+the sum of their negative log-probabilities; `rest` is the sum over all positions of the probability beyond the top k."""
+
+
+@dataclass(frozen=True)
+class LogitCache:
+    """What a model predicts on text.
+
+    Args:
+        path: The folder.
+        about: The contents of logits.json.
+        files: Names of its shards.
+    """
+
+    path: Path
+    about: Mapping[str, Any]
+    files: tuple[str, ...]
+
+    @property
+    def k(self) -> int:
+        """Number of tokens per position."""
+        found: int = self.about["k"]
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the shards."""
+        return sum((self.path / name).stat().st_size for name in self.files)
+
+    def total(self, key: str) -> float:
+        """Return the sum of a number over all shards: `tokens`, `sequences`, and the other keys of `NUMBERS`."""
+        return float(sum(shard[key] for shard in self.about["shards"]))
+
+    def shard(self, number: int) -> dict[str, Tensor]:
+        """Return the tensors of a shard, by name.
+
+        Raises:
+            DataError: The shard is missing, damaged or incomplete.
+        """
+        file = self.path / self.files[number]
+        try:
+            infos, _ = read_header(file)
+            with Reader() as reader:
+                found = {info.name: reader.tensor(info) for info in infos}
+        except MergeError as error:
+            raise DataError(str(error)) from None
+        for name, dtype in DTYPES.items():
+            if name not in found:
+                raise DataError(f"{file}: tensor {name!r} is missing; write the cache again")
+            if str(found[name].dtype) != f"torch.{dtype}":
+                raise DataError(
+                    f"{file}: {name!r} is {found[name].dtype}, expected torch.{dtype}; write the cache again"
+                )
+        n, k = len(found["token_ids"]), self.k
+        for name, tensor in found.items():
+            if name in ("text", "sequence_ends"):
+                continue
+            wanted = (n, k) if name in ("ids", "log_probabilities") else (n,)
+            if tensor.shape != wanted:
+                raise DataError(
+                    f"{file}: {name!r} has shape {list(tensor.shape)}, expected {list(wanted)}; write the cache again"
+                )
+        return found
+
+
+def open_cache(folder: str | Path) -> LogitCache:
+    """Open a logit cache by reading its description.
+
+    Raises:
+        DataError: It is missing, damaged, or has another version.
+    """
+    path = Path(folder).expanduser()
+    file = path / CACHE_NAME
+    if not file.is_file():
+        kind = "is no logit cache" if path.exists() else "there is no such folder"
+        raise DataError(f"{folder}: {kind} (no {CACHE_NAME}); merganser fuse cache writes one")
+    try:
+        about = read_object(file)
+        entry = Entry(about, str(file))
+        if entry["kind"].text() != CACHE_KIND:
+            raise DataError(f"{file}: is no description of a logit cache; merganser fuse cache writes one")
+        if entry["format"].whole() != CACHE_FORMAT:
+            raise DataError(
+                f"{file}: has format {about['format']}, this version reads {CACHE_FORMAT}; write the cache again"
+            )
+        entry["k"].whole()
+        shards = entry["shards"].each(lambda own: own)
+        for own in shards:
+            for key in NUMBERS:
+                own[key].number()
+        files = tuple(own["file"].text() for own in shards)
+    except DataError:
+        raise
+    except MergeError as error:
+        raise DataError(str(error)) from None
+    for name in files:
+        if Path(name).name != name:
+            raise DataError(f"{file}: shards: {name!r} leaves the folder")
+        if not (path / name).is_file():
+            raise DataError(f"{path / name}: there is no such file; write the cache again")
+    return LogitCache(path, about, files)
