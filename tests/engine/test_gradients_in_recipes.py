@@ -212,3 +212,32 @@ def test_models_and_data_without_a_loss(zoo: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"models\[0\]: data: .*does not predict the next token"):
         merge(recipe, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "one.txt"]
+
+
+def test_labels_sampled_from_the_model(zoo: Path, tmp_path: Path) -> None:
+    """A recipe's `labels: sampled` gives what folders give that were calibrated with them, and not what the text gives."""
+    own = [{"data": {"files": str(zoo / f"data{i}.jsonl"), **CHOICE, "labels": "sampled"}} for i in (1, 2)]
+    merge(_recipe(zoo, "fisher", *own), tmp_path / "out")
+    entries = []
+    for i in (1, 2):
+        folder = tmp_path / f"statistics{i}"
+        data = [zoo / f"data{i}.jsonl"]
+        merganser.calibrate(zoo / f"expert{i}", data, folder, statistics=["fisher"], labels="sampled", **CHOICE)
+        entries.append({"statistics": str(folder)})
+    merge(_recipe(zoo, "fisher", *entries), tmp_path / "expected")
+    merge(_recipe(zoo, "fisher"), tmp_path / "text")
+    assert _weights(tmp_path / "out") == _weights(tmp_path / "expected")
+    assert _weights(tmp_path / "out") != _weights(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    ("method", "labels", "message"),
+    [
+        ("regmean", "data", r"labels: regmean uses no gradients of a loss; leave the key out"),
+        ("lm_cocktail", "sampled", r"labels: lm_cocktail compares losses on the data"),
+    ],
+)
+def test_labels_that_have_no_effect_or_no_sense(method: str, labels: str, message: str, zoo: Path) -> None:
+    own = [{"data": {"files": str(zoo / f"data{i}.jsonl"), "labels": labels}} for i in (1, 2)]
+    with pytest.raises(RecipeError, match=message):
+        merganser.plan(_recipe(zoo, method, *own))

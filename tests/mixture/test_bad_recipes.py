@@ -33,6 +33,11 @@ def check(root: Path, content: dict[str, Any], wanted: str) -> None:
     assert sorted(path.name for path in root.iterdir()) == before
 
 
+def _labelled(experts: list[dict[str, Any]]) -> bool:
+    experts[0]["data"] = {"files": "a.txt", "labels": "sampled"}
+    return True
+
+
 def _prompts(found: dict[str, Any], *prompts: list[str]) -> dict[str, Any]:
     for entry, own in zip(found["experts"], prompts, strict=False):
         entry["positive_prompts"] = own
@@ -68,6 +73,10 @@ RECIPES: dict[str, tuple[Change, str]] = {
     "two shared": (lambda r: r | {"shared_experts": [{"source_model": "x"}] * 2}, "one shared expert is possible, got 2"),
     "noise": (lambda r: r | {"experts": [{"source_model": "x", "noise_scale": 0.1}]}, "adding noise to experts is not built"),
     "scale": (lambda r: r | {"experts": [{"source_model": "x", "residual_scale": "a"}]}, "expected a number, got 'a'"),
+    "data with labels": (
+        lambda r: _labelled(r["experts"]) and r,
+        "experts[0].data: labels: routers are made without a loss; leave the key out",
+    ),
     "ridge without data": (lambda r: r | {"gate_mode": "ridge"}, "gate_mode ridge needs text of each expert's domain"),
     "ridge": (lambda r: r | {"ridge": 0}, "expected a number above 0, got 0"),
     "no such model": (lambda r: r | {"experts": [{"source_model": "./none"}]}, "experts[0].source_model: model './none' not found"),

@@ -59,6 +59,10 @@ def test_options_for_all_need_no_files() -> None:
 
 ALLOWED = ", ".join(DATA_KEYS)
 MALFORMED = {
+    "labels of another kind": (
+        "data: {files: a.txt, labels: sample}\n",
+        "<recipe>:3 data.labels: 'sample' is not known. Did you mean 'sampled'? Allowed: data, sampled",
+    ),
     "a number": ("data: 3\n", "<recipe>:3 data: expected a text, got 3; put it in quotes"),
     "a number in a list": ("data: [a.txt, 3]\n", "<recipe>:3 data[1]: expected a text, got 3; put it in quotes"),
     "a list of nothing": ("data: []\n", "<recipe>:3 data: the list is empty"),

@@ -13,9 +13,11 @@ from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Slice, Source, check_recipe
 from ..recipe.data import Data
 from ..recipe.place import Place
-from ..statistics import STATISTICS_NAME, CalibrationPlan, Statistics, open_statistics
+from ..statistics import LOSS, STATISTICS_NAME, CalibrationPlan, Statistics, open_statistics
+from ..statistics.choice import LABELS
 from .plan import lay_out, plan_prepared
 from .preparation import Prepared, prepare
+from .reverse import GRADIENTS
 from .run import Progress, run_prepared
 from .within.pairs import CROSS_GRAM
 
@@ -91,6 +93,7 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
         if unused in recipe.places and not found:
             reason = "every model has statistics already" if pairs else f"{method.name} uses no statistics from data"
             raise RecipeError(f"{recipe.place_of(unused)}: {reason}; leave the key out")
+    _check_labels(method, list(found.values()))
     return list(found.values())
 
 
@@ -118,6 +121,26 @@ def _check_used(recipe: Recipe, method: MergeMethod, pairs: Sequence[tuple[Sourc
         raise RecipeError(
             f"{source.data.place}: {method.name} uses no statistics {of if pairs else 'from data'}; leave the key out"
         )
+
+
+def _check_labels(method: MergeMethod, wanted: Sequence[Wanted]) -> None:
+    """Refuse `labels` where they have no effect, as no gradient is measured, or no sense, as the loss itself is used.
+
+    Raises:
+        RecipeError: They are said.
+    """
+    for each in wanted:
+        if each.data.labels is None or set(each.statistics) & {*GRADIENTS}:
+            continue
+        if LOSS not in each.statistics:
+            raise RecipeError(
+                f"{each.data.place}: labels: {method.name} uses no gradients of a loss; leave the key out"
+            )
+        if each.data.labels != LABELS[0]:
+            raise RecipeError(
+                f"{each.data.place}: labels: {method.name} compares losses on the data; the loss on tokens that a model "
+                "draws itself says nothing of the data. Leave the key out"
+            )
 
 
 def _measured(method: MergeMethod, inputs: Inputs) -> list[tuple[Source, Source, bool]]:
@@ -225,6 +248,7 @@ def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
             data.source,
             statistics=[name for name in wanted.statistics if name != CROSS_GRAM],
             choice=data.choice,
+            labels=data.labels or LABELS[0],
             batch_tokens=data.batch_tokens,
             cache_dir=cache_dir,
         ) as prepared:

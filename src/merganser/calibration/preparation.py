@@ -17,14 +17,14 @@ from ..errors import DataError, UnsupportedError, did_you_mean
 from ..inference.language_model import Tokenizer, open_tokenizer, positions_of
 from ..inference.stored import Source, open_stored
 from ..statistics import COUNT, LOSS, STATISTICS_FORMAT, STATISTICS_KIND, Choice, Dataset
-from ..statistics.choice import BATCH_TOKENS
+from ..statistics.choice import BATCH_TOKENS, LABELS
 from ..statistics.weights import weights_sample
 from ..version import __version__
 from .batches import Batch, Sample, Tokens, make_batches
 from .data import DataFile, read_data
 from .dataset import read_dataset
 from .reducers import REDUCERS
-from .reverse import GRADIENTS, LABELS
+from .reverse import GRADIENTS
 from .samples import choose_samples
 from .skeleton import Skeleton
 

@@ -63,7 +63,7 @@ def fisher(
 
     Differs from the paper:
         The Fisher information is of sequences of text, with the text's own tokens as labels (the empirical one) or
-        tokens drawn from the model (`calibrate --labels sampled`); the paper takes the exact expectation over classes.
+        tokens drawn from the model (`labels: sampled` in the recipe's `data`); the paper takes the exact expectation over classes.
         It is the square of each sequence's gradient; MergeBench and FusionBench square the gradient of a whole batch,
         in which gradients of different sequences cancel.
         It is divided by the number of tokens, not of sequences; with sequences of one length this is a constant factor.

@@ -153,6 +153,8 @@ def _expert(entry: Entry, common: Entry | None) -> Expert:
     if "data" in fields:
         shared = None if common is None else read_data_fields(common)
         data = make_data(fields["data"], shared, read_data_fields(fields["data"]))
+        if data.labels is not None:
+            raise RecipeError(f"{data.place}: labels: routers are made without a loss; leave the key out")
     return Expert(
         ModelReference.parse(fields["source_model"]),
         _prompts(fields.get("positive_prompts")),

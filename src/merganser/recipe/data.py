@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..statistics.choice import BATCH_TOKENS, COUNTED, Choice, Dataset
+from ..statistics.choice import BATCH_TOKENS, COUNTED, LABELS, Choice, Dataset
 from .place import Entry, Place
 
 __all__ = ["DATA_KEYS", "Data", "DataFields", "make_data", "read_data_fields"]
 
-DATA_KEYS = ("files", "dataset", "subset", "split", "sequences", "length", "seed", "tokens", "batch_tokens")
+DATA_KEYS = ("files", "dataset", "subset", "split", "sequences", "length", "seed", "tokens", "labels", "batch_tokens")
 _OF_DATASETS = ("subset", "split")
 _SOURCES = ("files", "dataset", *_OF_DATASETS)
 
@@ -28,6 +28,7 @@ class Data:
         batch_tokens: Largest number of tokens that the model reads at once.
         place: Where the recipe says it.
         own: Whether it is said for one model alone.
+        labels: The tokens whose likelihood is the loss, `data` or `sampled`; None if the recipe does not say it.
     """
 
     source: tuple[str, ...] | Dataset
@@ -35,6 +36,7 @@ class Data:
     batch_tokens: int
     place: Place
     own: bool
+    labels: str | None = None
 
 
 def read_data_fields(entry: Entry) -> DataFields:
@@ -62,8 +64,9 @@ def read_data_fields(entry: Entry) -> DataFields:
             found[key] = fields[key].whole_number(lowest)
     if "files" in fields:
         found["files"] = _files(fields["files"])
-    if "tokens" in fields:
-        found["tokens"] = fields["tokens"].choice(COUNTED)
+    for key, allowed in (("tokens", COUNTED), ("labels", LABELS)):
+        if key in fields:
+            found[key] = fields[key].choice(allowed)
     return found
 
 
@@ -95,7 +98,9 @@ def make_data(entry: Entry, common: DataFields | None, own: DataFields | None) -
     else:
         raise entry.error("names neither files nor a dataset; give one, here or for each model")
     choice = Choice(given.get("sequences"), given.get("length"), given.get("seed", 0), given.get("tokens", COUNTED[0]))
-    return Data(source, choice, given.get("batch_tokens", BATCH_TOKENS), entry.place, own is not None)
+    return Data(
+        source, choice, given.get("batch_tokens", BATCH_TOKENS), entry.place, own is not None, given.get("labels")
+    )
 
 
 def _files(entry: Entry) -> tuple[str, ...]:

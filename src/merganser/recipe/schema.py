@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..anatomy.symmetry import UNITS
-from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES
+from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, LABELS
 from .align import ALIGN_BY
 from .data import DATA_KEYS
 from .load import DTYPES, QUANTISED, UNMATCHED
@@ -211,6 +211,7 @@ def _data() -> Schema:
         "length": f"Most tokens of a sequence; {DEFAULT_LENGTH} by default, or what the model can see.",
         "seed": "Seed of the draw.",
         "tokens": "Which tokens count.",
+        "labels": "Tokens whose likelihood is the loss: those of the data, or sampled from the model.",
         "batch_tokens": "Tokens that are fed at once.",
     }
     values: Schema = {
@@ -218,6 +219,7 @@ def _data() -> Schema:
         **dict.fromkeys(("dataset", "subset", "split"), _TEXT),
         "files": {"anyOf": [_TEXT, _list_of(_TEXT)]},
         "tokens": {"enum": [*COUNTED, None]},
+        "labels": {"enum": [*LABELS, None]},
     }
     return _object({key: _described(_or_null(values[key]), told[key]) for key in DATA_KEYS}, required=[])
 

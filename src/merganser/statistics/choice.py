@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import DataError
 
-__all__ = ["BATCH_TOKENS", "COUNTED", "DEFAULT_LENGTH", "DEFAULT_SEQUENCES", "Choice", "Dataset"]
+__all__ = ["BATCH_TOKENS", "COUNTED", "DEFAULT_LENGTH", "DEFAULT_SEQUENCES", "LABELS", "Choice", "Dataset"]
 
 DEFAULT_SEQUENCES = 64
 DEFAULT_LENGTH = 256
@@ -14,6 +14,9 @@ BATCH_TOKENS = 2048
 
 COUNTED = ("all", "completions")
 """Which tokens can count."""
+
+LABELS = ("data", "sampled")
+"""The tokens whose likelihood can be the loss: the next ones of the text, or ones drawn from the model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ loaded again and recomputed under autograd, sequence by sequence, and hands the 
 block before it. So the whole data set takes two reads of the model.
 """
 
-from .loss import LABELS, Loss
+from .loss import Loss
 from .run import GRADIENTS, LOSS_FILE, Reverse, check_predicts
 
-__all__ = ["GRADIENTS", "LABELS", "LOSS_FILE", "Loss", "Reverse", "check_predicts"]
+__all__ = ["GRADIENTS", "LOSS_FILE", "Loss", "Reverse", "check_predicts"]

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..batches import Padded
 
-__all__ = ["LABELS", "Loss", "predicted"]
+__all__ = ["Loss", "predicted"]
 
-LABELS = ("data", "sampled")
 """Where the tokens come from whose likelihood is taken."""
 
 
