@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..checkpoint import Reader
+from ..checkpoint import DType, Reader
+from ..checkpoint.float8 import decode_float8
 from .kernels.devices import resolve_devices
 from .plan.plan import Plan
+from .plan.tensor import PlannedTensor
 from .stream.buffers import InputCache
 from .stream.groups import Task, make_groups
 from .stream.schedule import GroupState, KernelCache, Schedule, start_group
@@ -25,9 +29,18 @@ class _Memory:
         """Write bytes at their final position in a shard."""
         self._shards[shard].numpy().data[offset : offset + data.nbytes] = data.cast("B")
 
-    def tensor(self, shard: int, offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Return a view of a shard as a tensor; it shares the shard's memory."""
-        return self._shards[shard][offset : offset + nbytes].view(dtype).view(shape)
+    def tensor(self, tensor: PlannedTensor) -> Tensor:
+        """Return a tensor: a view of its shard, or the values that float8 and scales stand for."""
+        stored = self._view(tensor.shard, tensor.offset, tensor.described[0])
+        if tensor.quantised is None:
+            return stored
+        scales = self._view(tensor.quantised.shard, tensor.quantised.offset, tensor.described[1])
+        return decode_float8(stored, scales, tensor.quantised.scheme).to(getattr(torch, tensor.dtype.name))
+
+    def _view(self, shard: int, offset: int, described: tuple[str, DType, tuple[int, ...]]) -> Tensor:
+        _, dtype, shape = described
+        nbytes = dtype.nbytes(math.prod(shape))
+        return self._shards[shard][offset : offset + nbytes].view(getattr(torch, dtype.name)).view(shape)
 
 
 def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[str, Tensor]:
@@ -38,7 +51,8 @@ def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[st
         allow_nonfinite: Merge NaN and infinity instead of raising an error.
 
     Returns:
-        The tensors by name, on the CPU, bit for bit what `run_plan` would write.
+        The tensors by name, on the CPU, bit for bit what `run_plan` would write; float8 in the dtype that they would have
+        without `quantize`.
 
     Raises:
         CheckpointError: An input is damaged or not finite, or integer buffers differ.
@@ -66,6 +80,4 @@ def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[st
         work_on_threads(schedule, contexts, kernels, plan.workers, done)
     if schedule.error is not None:
         raise schedule.error
-    return {
-        t.name: memory.tensor(t.shard, t.offset, t.nbytes, getattr(torch, t.dtype.name), t.shape) for t in plan.tensors
-    }
+    return {tensor.name: memory.tensor(tensor) for tensor in plan.tensors}

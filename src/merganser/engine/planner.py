@@ -37,6 +37,7 @@ from .kernels.blocks import BLOCK
 from .kernels.devices import resolve_devices
 from .noise import noise_warnings
 from .permutation.apply import permute_members
+from .plan.float8 import quantise_output
 from .plan.from_data import DataOfModels, check_weights, open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.part import place, treatment_hash
@@ -106,8 +107,9 @@ def build_plan(
         check_weights(data, cache_dir)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
-    shards = plan_shards([(d.name, d.dtype, d.shape) for d in drafts], out_shard_size, {})
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
+    drafts, config, quantise_warnings = quantise_output(recipe, drafts, config)
+    shards = plan_shards([each for draft in drafts for each in draft.described], out_shard_size, {})
     template = chat_template(recipe, members, matched.owner)
     donor, owner = members[recipe.donor], matched.owner
     ending = agree_on_ending(donor, owner, config, template[0], matched.vocabulary, matched.moved)
@@ -143,6 +145,7 @@ def build_plan(
             *alignment.warnings,
             *agreement,
             *config_warnings,
+            *quantise_warnings,
             *template[1],
             *ending.warnings,
             *fusion_warnings,

@@ -154,7 +154,7 @@ def input_hashes(plan: Plan, digests: Mapping[tuple[tuple[Path, ...], str], byte
     """Return the weight files of the inputs with a hash of the tensors that were read.
 
     The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks. A block is as many whole rows as fit
-    into 524,288 elements; a longer row is cut at multiples of that number, counted in elements of the tensor, and at
+    into 524,288 elements, in multiples of 128 rows if the output has a scale per 128 x 128 (quantize: fp8_block); a longer row is cut at multiples of that number, counted in elements of the tensor, and at
     its ends. A tensor of three dimensions may also be merged as a stack of matrices, so it is cut as well where blocks
     of these begin. A tensor that was permuted is hashed as it was merged. So is one with an adapter, in float32, and counts as one of the adapter's
     file. The hash of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. If
@@ -202,7 +202,7 @@ def make_record(
         "models": [str(reference) for reference in plan.checkpoints],
         "parameters": plan.n_parameters,
         "tensors": len(plan.tensors),
-        "dtypes": sorted({t.dtype.name for t in plan.tensors}),
+        "dtypes": sorted({t.stored_dtype.name for t in plan.tensors}),
         "device": plan.device,
         "compiled": plan.fused,
         "workers": plan.workers,

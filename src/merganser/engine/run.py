@@ -27,7 +27,7 @@ from .record import fingerprint, input_files
 from .sidecars.make import Errors, make_sidecars
 from .stream.buffers import InputCache
 from .stream.groups import Group, Task, make_groups
-from .stream.hashing import Hasher, span, written_digest
+from .stream.hashing import Hasher, spans, written_digest
 from .stream.schedule import GroupState, KernelCache, Schedule, start_group
 from .stream.threads import join, work_on_threads
 from .stream.worker import Context, Done
@@ -285,20 +285,23 @@ class _Run:
             if index >= len(self.groups) or segment >= len(self.groups[index].segments):
                 continue
             group = self.groups[index]
-            if written_digest(self._plan, self._staging, group, segment) != entry["out"]:
+            if written_digest(self._staging, group, segment) != entry["out"]:
                 continue
             trusted[index].add(segment)
             self._entries[index, segment] = entry
-            self.hasher.add(*span(self._plan, group, segment))
+            written = spans(group, segment)
+            for own in written:
+                self.hasher.add(*own)
             tensors = len(group.tensors) if segment == len(group.segments) - 1 else 0
-            self._advance(0, span(self._plan, group, segment)[2], tensors)
+            self._advance(0, sum(nbytes for _, _, nbytes in written), tensors)
         return trusted
 
     def _finish(self, group: Group, task: Task, entry: dict[str, Any]) -> None:
         self._staging.note({"group": group.index, "segment": task.segment, **entry})
         with self._lock:
             self._entries[group.index, task.segment] = entry
-        self.hasher.add(*span(self._plan, group, task.segment))
+        for own in spans(group, task.segment):
+            self.hasher.add(*own)
 
     def _advance(self, read: int, written: int, tensors: int) -> None:
         if self._progress:

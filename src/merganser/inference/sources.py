@@ -52,6 +52,7 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
 
 def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
     """Plan a recipe; earlier stages are merged immediately, into a temporary folder."""
+    from ..anatomy.config import unquantised
     from ..engine.in_memory import merge_to_state_dict
     from ..engine.merge import plan_with_stages_made
     from ..engine.record import data_files
@@ -64,7 +65,7 @@ def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_d
     return Source(
         text,
         "recipe",
-        plan.config,
+        unquantised(plan.config),
         plan.side_files,
         {} if plan.chat_template is None else {"chat_template.jinja": plan.chat_template},
         lambda: digest,

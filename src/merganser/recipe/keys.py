@@ -27,6 +27,7 @@ KEYS = (
     "compat",
     "unmatched",
     "quantised",
+    "quantize",
     "rank",
     "space",
     "random_seed",

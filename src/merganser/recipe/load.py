@@ -45,6 +45,7 @@ MAX_MULTIPLE = 1 << 16
 
 UNMATCHED = ("refuse", "base", "skip")
 QUANTISED = ("refuse", "allow")
+QUANTIZE = ("fp8_block", "fp8_channel")
 """What to do with tensors after the layers that some models lack or hold in another shape."""
 
 SPACES = ("core", "full")
@@ -222,6 +223,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         places={key: value.place for key, value in (body | fields).items()},
         unmatched=_unmatched(fields, bool(slices)),
         quantised=_quantised(fields),
+        quantize=fields["quantize"].choice(QUANTIZE) if "quantize" in fields else None,
         keep_statistics=fields["keep_statistics"].text() if "keep_statistics" in fields else None,
         rank=fields["rank"].whole_number(lowest=1) if "rank" in fields else None,
         space=cast('Literal["core", "full"] | None', fields["space"].choice(SPACES) if "space" in fields else None),
@@ -335,6 +337,10 @@ def _layer_range(entry: Entry) -> tuple[int, int]:
 
 
 def _dtype(entry: Entry) -> str:
+    if isinstance(entry.value, str) and re.fullmatch(r"(torch\.)?(float8.*|fp8|f8.*)", entry.value):
+        raise entry.error(
+            f"float8 values need scales; give the dtype of the other tensors here, and 'quantize: {' or '.join(QUANTIZE)}'"
+        )
     return entry.choice(DTYPES, DTYPE_ALIASES)
 
 

@@ -101,6 +101,7 @@ class Recipe:
         unmatched: What to do with tensors after the layers that some models lack or hold in another shape: "refuse"
             them, take them from the "base", or "skip" them.
         quantised: What to do with models that are quantised in another way than the base: "refuse" or "allow" them.
+        quantize: How the weights of linear layers are stored as float8; None if they are not.
         check_statistics: Whether statistics must be of the weights that are merged.
         keep_statistics: Folder in which statistics that are made for this merge are kept; None to remove them.
         rank: For adapters, the rank of the output; None for as much as loses nothing.
@@ -130,6 +131,7 @@ class Recipe:
     row_multiple: int = 1
     unmatched: Literal["refuse", "base", "skip"] = "refuse"
     quantised: Literal["refuse", "allow"] = "refuse"
+    quantize: str | None = None
     keep_statistics: str | None = None
     rank: int | None = None
     space: Literal["core", "full"] | None = None

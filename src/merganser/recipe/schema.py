@@ -14,7 +14,7 @@ from ..anatomy.symmetry import UNITS
 from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, LABELS
 from .align import ALIGN_BY
 from .data import DATA_KEYS
-from .load import DTYPES, QUANTISED, UNMATCHED
+from .load import DTYPES, QUANTISED, QUANTIZE, UNMATCHED
 from .scalar import FLAGS, FLOAT, MAX_DIGITS
 from .templates import AUTO, CHAT_TEMPLATES
 
@@ -93,6 +93,9 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
             {"enum": [*UNMATCHED, None]}, "Tensors after the layers that some models lack or have in another shape."
         ),
         "quantised": _described({"enum": [*QUANTISED, None]}, "Models quantised in another way than the base."),
+        "quantize": _described(
+            {"enum": [*QUANTIZE, None]}, "Store the weights of linear layers as float8 with scales."
+        ),
         "rank": _described(_or_null(_ref("count")), "Rank of an adapter that is merged from adapters."),
         "space": _described({"enum": ["core", "full", None]}, "Where adapters are merged by methods for weights."),
         "align": _described(_or_null(_align()), "Permute models to a reference before they are merged."),

@@ -14,22 +14,29 @@ from .tensor import PlannedTensor
 def place(tensors: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[PlannedTensor]:
     """Set shard and offset of every tensor, in the order of the shards' bytes."""
     by_name = {tensor.name: tensor for tensor in tensors}
-    return [
-        replace(by_name[name], shard=index, offset=offset, nbytes=nbytes)
-        for index, shard in enumerate(shards)
-        for name, (offset, nbytes) in shard.entries.items()
-    ]
+    places = {name: (index, *entry) for index, shard in enumerate(shards) for name, entry in shard.entries.items()}
+    found = []
+    for name, (index, offset, nbytes) in places.items():
+        tensor = by_name.get(name)
+        if tensor is None:  # scales
+            continue
+        if tensor.quantised is not None:
+            own = places[tensor.scale_name]
+            tensor = replace(tensor, quantised=replace(tensor.quantised, shard=own[0], offset=own[1]))
+        found.append(replace(tensor, shard=index, offset=offset, nbytes=nbytes))
+    return found
 
 
 def part_of(plan: Plan, tensors: Sequence[PlannedTensor]) -> Plan:
-    """Return a plan of some tensors alone; they are merged to the same bytes as in the whole.
+    """Return a plan of some tensors alone, not quantised; they are merged to the same values as in the whole.
 
     Args:
         plan: The whole plan, without a statistic over the whole model.
         tensors: Tensors of it.
     """
-    described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    shards = plan_shards(described, max(sum(tensor.nbytes for tensor in tensors), 1), {})
+    tensors = [replace(tensor, quantised=None) for tensor in tensors]
+    described = [each for tensor in tensors for each in tensor.described]
+    shards = plan_shards(described, max(sum(tensor.dtype.nbytes(tensor.size) for tensor in tensors), 1), {})
     return replace(plan, tensors=place(tensors, shards), shards=shards, sidecars=None)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...checkpoint import DType, TensorInfo
+from ...checkpoint.float8 import FLOAT8, Float8
 from ...method import MergeMethod
 from ..kernels.blocks import BLOCK, block_step, working_shape
 
@@ -28,12 +29,27 @@ class SumFromData:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantised:
+    """How a tensor is stored as float8, and where its scales are.
+
+    Args:
+        scheme: The tiles.
+        shard: Index of the shard that holds the scales.
+        offset: Their first byte in that shard.
+    """
+
+    scheme: Float8
+    shard: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """How one tensor of the output is merged.
 
     Args:
         name: Name in the output.
-        dtype: Dtype in the output.
+        dtype: Dtype in the output; of a quantised tensor, in the output of the same merge without `quantize`.
         compute_dtype: Dtype of the arithmetic: float32, or float64 if the recipe's dtype, an input or the output is.
         shape: Shape.
         copy: True for integers: all inputs must be equal, and are copied.
@@ -49,7 +65,8 @@ class PlannedTensor:
         nbytes: Size in the output, bytes.
         data: Statistics from data for its method, by name, one per model; empty if there are none for it.
         turned: Whether its matrices are stored [inputs, outputs], known from statistics from data.
-        block_limit: Most elements per block, the plan's for all tensors.
+        block_limit: Most elements per block: the plan's, or a multiple of the tiles of a quantised tensor.
+        quantised: How it is stored as float8; None if it is not.
     """
 
     name: str
@@ -70,6 +87,7 @@ class PlannedTensor:
     data: Mapping[str, tuple[SumFromData, ...]] = field(default_factory=dict)
     turned: bool = False
     block_limit: int = BLOCK
+    quantised: Quantised | None = None
     size: int = field(init=False)
     """Number of elements."""
 
@@ -86,6 +104,38 @@ class PlannedTensor:
     def block(self) -> int:
         """Elements per block; the last block may have fewer."""
         return block_step(self.working_shape, self.method.scope, self.block_limit)
+
+    @property
+    def stored_dtype(self) -> DType:
+        """Dtype of its elements in the file."""
+        return self.dtype if self.quantised is None else FLOAT8
+
+    @property
+    def result_dtype(self) -> DType:
+        """Dtype to which the kernels round: that of the file, or of the arithmetic if float8 follows."""
+        return self.dtype if self.quantised is None else self.compute_dtype
+
+    @property
+    def scale_name(self) -> str:
+        """Name of the scales of a quantised tensor."""
+        return self.name + (self.quantised.scheme.suffix if self.quantised else "")
+
+    @property
+    def described(self) -> list[tuple[str, DType, tuple[int, ...]]]:
+        """Names, dtypes and shapes of what the file holds for it: the tensor, and the scales of a quantised one."""
+        found = [(self.name, self.stored_dtype, self.shape)]
+        if self.quantised is not None:
+            scheme = self.quantised.scheme
+            found.append((self.scale_name, scheme.scale, scheme.scale_shape(self.shape)))
+        return found
+
+    def scale_span(self, start: int, end: int) -> tuple[int, int, int]:
+        """Return where the scales of a range of elements of whole tiles are: shard, first byte, number of bytes."""
+        assert self.quantised is not None
+        scheme, columns = self.quantised.scheme, self.shape[1]
+        height, row = scheme.tile[0], scheme.scale_shape(self.shape)[1] * scheme.scale.itemsize
+        first, last = start // columns // height, -(-(end // columns) // height)
+        return self.quantised.shard, self.quantised.offset + first * row, (last - first) * row
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:

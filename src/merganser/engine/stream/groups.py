@@ -17,7 +17,7 @@ class Group:
 
     Args:
         index: Position in the plan's order.
-        tensors: One large tensor, or a bundle of small ones that are adjacent in the output.
+        tensors: One large or quantised tensor, or a bundle of small ones that are adjacent in the output.
         segments: Ranges of blocks of the large tensor, one per task; a bundle has one task.
         bundle: Whether these are small tensors, of one block each.
     """
@@ -58,7 +58,7 @@ def make_groups(plan: Plan) -> list[Group]:
 
     for tensor in plan.tensors:
         blocks = 1 if tensor.copy else -(-tensor.size // tensor.block)
-        if blocks > 1:
+        if blocks > 1 or tensor.quantised is not None:
             close()
             cuts = tuple((a, min(a + SEGMENT_BLOCKS, blocks)) for a in range(0, blocks, SEGMENT_BLOCKS))
             groups.append(Group(len(groups), (tensor,), cuts, bundle=False))
@@ -67,6 +67,7 @@ def make_groups(plan: Plan) -> list[Group]:
             filled + tensor.size > plan.block
             or len(bundle) >= BUNDLE_TENSORS
             or bundle[-1].shard != tensor.shard
+            or bundle[-1].offset + bundle[-1].nbytes != tensor.offset
             or bundle[-1].method is not tensor.method
         ):
             close()

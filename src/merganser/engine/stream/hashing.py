@@ -15,31 +15,33 @@ from .groups import Group
 _PIECE = 1 << 22
 
 
-def span(plan: Plan, group: Group, segment: int) -> tuple[int, int, int]:
-    """Return the range of a task's output: shard, first byte, number of bytes."""
+def spans(group: Group, segment: int) -> list[tuple[int, int, int]]:
+    """Return the ranges of a task's output: shard, first byte, number of bytes; of a quantised tensor, also of its scales."""
     first, last = group.tensors[0], group.tensors[-1]
     if group.bundle:
-        return first.shard, first.offset, last.offset + last.nbytes - first.offset
+        return [(first.shard, first.offset, last.offset + last.nbytes - first.offset)]
     start, end = (min(block * first.block, first.size) for block in group.segments[segment])
-    size = first.dtype.itemsize
-    return first.shard, first.offset + start * size, (end - start) * size
+    size = first.stored_dtype.itemsize
+    found = [(first.shard, first.offset + start * size, (end - start) * size)]
+    return found if first.quantised is None else [*found, first.scale_span(start, end)]
 
 
-def written_digest(plan: Plan, staging: Staging, group: Group, segment: int) -> str:
-    """Hash a task's range of the output file by blocks, as the task hashed what it wrote."""
-    shard, offset, nbytes = span(plan, group, segment)
+def written_digest(staging: Staging, group: Group, segment: int) -> str:
+    """Hash a task's range of the output file by blocks, as the task hashed what it wrote; scales as a whole."""
     tensor = group.tensors[0]
-    step = nbytes if group.bundle else tensor.block * tensor.dtype.itemsize
-    buffer = memoryview(bytearray(min(_PIECE, nbytes)))
     found = b""
-    for start in range(0, nbytes, step) if nbytes else [0]:
-        block = xxhash.xxh3_128()
-        end = min(start + step, nbytes)
-        for at in range(start, end, _PIECE):
-            piece = buffer[: min(_PIECE, end - at)]
-            staging.read(shard, offset + at, piece)
-            block.update(piece)
-        found += block.digest()
+    for number, (shard, offset, nbytes) in enumerate(spans(group, segment)):
+        whole = group.bundle or number > 0
+        step = nbytes if whole else tensor.block * tensor.stored_dtype.itemsize
+        buffer = memoryview(bytearray(min(_PIECE, nbytes)))
+        for start in range(0, nbytes, step) if nbytes else [0]:
+            block = xxhash.xxh3_128()
+            end = min(start + step, nbytes)
+            for at in range(start, end, _PIECE):
+                piece = buffer[: min(_PIECE, end - at)]
+                staging.read(shard, offset + at, piece)
+                block.update(piece)
+            found += block.digest()
     return found.hex()
 
 

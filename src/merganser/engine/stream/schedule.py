@@ -49,13 +49,13 @@ class KernelCache:
                 values = self._values[settings] = Values.of(method, tensor.parameters, tensor.located)
             fused = self._plan.fused and method.fuse
             compute = tensor.compute_dtype.name
-            key = (method, tuple(values.static.items()), compute, tensor.dtype.name, fused)
+            key = (method, tuple(values.static.items()), compute, tensor.result_dtype.name, fused)
             if key not in self._kernels:
                 self._kernels[key] = Kernels(
                     method,
                     values.static,
                     getattr(torch, compute),
-                    getattr(torch, tensor.dtype.name),
+                    getattr(torch, tensor.result_dtype.name),
                     self._device,
                     fused,
                     self._check,
@@ -66,7 +66,7 @@ class KernelCache:
             values,
             tensor.working_shape,
             random,
-            self._plan.block,
+            tensor.block_limit,
             name=tensor.name,
             turned=tensor.turned,
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import Reader
+from ...checkpoint.float8 import encode_float8
 from ...errors import CheckpointError, NonFiniteError
 from ..kernels.blocks import TensorRun
 from ..kernels.data import Data
@@ -136,15 +137,23 @@ class Worker:
             self._c.reader.will_need(other, ranges[0][0] * size, (ranges[-1][1] - ranges[0][0]) * size)
         hashes: list[list[bytes]] = [[] for _ in tensor.inputs]
         written: list[bytes] = []
+        scales: list[Tensor] = []
         sample: dict[str, Any] = {}
         for start, end in ranges:
             inputs = self._read(tensor, start, end, state.kept)
             for found, data in zip(hashes, inputs, strict=True):
                 found += block_digests(tensor.shape, start, end, _bytes(data), tensor.block_limit)
             merged = self._merge(run, tensor, known, start, end, inputs)
-            written += self._write(tensor, start, merged)
+            if tensor.quantised is None:
+                written += self._write(tensor, start, merged)
+            else:
+                codes, own = self._encode(tensor, merged)
+                written += self._write(tensor, start, codes)
+                scales.append(own)
             if start == 0:
                 sample = measure_samples([tensor], [inputs], [merged])
+        if scales:
+            written += self._write_scales(tensor, ranges[0][0], ranges[-1][1], torch.cat(scales))
         entry: dict[str, Any] = {"in": [_hex(found) for found in hashes], "out": _hex(written)}
         if sample:
             entry["sample"] = sample
@@ -273,9 +282,30 @@ class Worker:
         sent = self._send(inputs)
         return (None, sent) if tensor.base is None else (sent[0], sent[1:])
 
+    def _encode(self, tensor: PlannedTensor, merged: Tensor) -> tuple[Tensor, Tensor]:
+        """Round whole rows of tiles to float8.
+
+        Raises:
+            NonFiniteError: They hold NaN or infinity, which would spoil all values of a tile.
+        """
+        assert tensor.quantised is not None
+        if self._c.allow_nonfinite and not torch.isfinite(merged).all():
+            raise NonFiniteError(
+                f"{tensor.name}: the merged tensor holds NaN or infinity, which float8 with scales cannot store; leave out "
+                "'quantize' to keep it"
+            )
+        return encode_float8(merged.view(-1, tensor.shape[1]), tensor.quantised.scheme)
+
+    def _write_scales(self, tensor: PlannedTensor, start: int, end: int, scales: Tensor) -> list[bytes]:
+        shard, offset, _ = tensor.scale_span(start, end)
+        data = _bytes(scales)
+        self._c.output.write(shard, offset, data)
+        self._c.advance(0, data.nbytes, 0)
+        return [digest(data)]
+
     def _write(self, tensor: PlannedTensor, start: int, merged: Tensor) -> list[bytes]:
         data = _bytes(merged)
-        self._c.output.write(tensor.shard, tensor.offset + start * tensor.dtype.itemsize, data)
+        self._c.output.write(tensor.shard, tensor.offset + start * tensor.stored_dtype.itemsize, data)
         self._c.advance(0, data.nbytes, 0)
         return [digest(data)]
 
