@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,8 +40,11 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  Merge large language models on the machine you have.\n"
         "\n"
         "Options:\n"
-        "  --version   Print the version and exit.\n"
-        "  -h, --help  Show this message and exit.\n"
+        "  --version             Print the version and exit.\n"
+        "  --install-completion  Install completion for the current shell.\n"
+        "  --show-completion     Show completion for the current shell, to copy it or\n"
+        "                        customize the installation.\n"
+        "  -h, --help            Show this message and exit.\n"
         "\n"
         "Commands:\n"
         "  merge       Merge models by a recipe into a new checkpoint.\n"
@@ -135,3 +141,16 @@ def test_options_of_nobody_are_refused() -> None:
 def test_the_documents_list_the_options_of_mergekit() -> None:
     text = (Path(__file__).parents[2] / "docs" / "coming-from-mergekit.md").read_text(encoding="utf-8")
     assert [option for option in OPTIONS if f"`{option}`" not in text and option.startswith("--")] == []
+
+
+def test_the_shell_completes_verbs_and_options() -> None:
+    def offered(words: str, at: int) -> set[str]:
+        told = {"_MERGANSER_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+        code = "from merganser.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | told, capture_output=True, text=True, check=False
+        )
+        return set(done.stdout.split())
+
+    assert offered("merganser me", 1) == {"merge", "methods"}
+    assert "--overwrite" in offered("merganser merge --ov", 2)
