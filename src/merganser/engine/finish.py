@@ -24,6 +24,7 @@ from .record import input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors
 from .stream.groups import Group
+from .stream.sample import join_samples
 
 Entries = Mapping[tuple[int, int], Mapping[str, Any]]
 """Journal entries by group and segment: what each task read and wrote."""
@@ -78,7 +79,9 @@ def write_rest(
     if plan.sidecars is not None:
         names, beside["sidecars"] = write_index(plan, plan.sidecars, folder, errors, digests)
         outputs += _hashed(folder, names)
-    samples = _samples(entries)
+    samples = join_samples(
+        (groups[index].tensors, entry.get("sample", ())) for (index, _), entry in sorted(entries.items())
+    )
     moved = movement(plan, samples)
     record = make_record(
         plan,
@@ -190,7 +193,3 @@ def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[tup
             for source, text in zip(tensor.inputs, column, strict=True):
                 found[source.place] = digest(bytes.fromhex(text))
     return found
-
-
-def _samples(entries: Entries) -> dict[str, Mapping[str, Any]]:
-    return {name: sample for entry in entries.values() for name, sample in entry.get("sample", {}).items()}

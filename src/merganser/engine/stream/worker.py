@@ -136,7 +136,7 @@ class Worker:
             self._c.reader.will_need(other, ranges[0][0] * size, (ranges[-1][1] - ranges[0][0]) * size)
         hashes: list[list[bytes]] = [[] for _ in tensor.inputs]
         written: list[bytes] = []
-        sample: dict[str, Any] = {}
+        sample: list[dict[str, Any]] = []
         for start, end in ranges:
             inputs = self._read(tensor, start, end, state.kept)
             for found, data in zip(hashes, inputs, strict=True):
