@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, combinations, combinations_with_replacement
 from typing import Any
 
@@ -13,7 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...ops.linalg.rounding import rounding_norms
+from ...ops.linalg.rounding import rounding_norms, rounding_variance
+from ..fusion.graph import Unfusable
+from ..fusion.machine import why_not
+from ..fusion.run import Program
+from ..fusion.trace import Form
 from ..plan.tensor import PlannedTensor
 
 SAMPLE = 1 << 16
@@ -22,6 +28,9 @@ SAMPLE = 1 << 16
 PAIR_SAMPLE = 1 << 14
 """Elements at the start of each tensor on which pairs of task vectors are compared; fewer, as the number of pairs grows
 with the square of the number of models."""
+
+_WORTH_A_PROGRAM = 1 << 18
+"""Elements of a model's tensors that are worth a program; fewer are measured sooner one operation after the other."""
 
 _TOGETHER = 1 << 17
 """Elements of several small tensors that are measured at a time; in float64 for all models these are megabytes."""
@@ -47,13 +56,10 @@ def measure_samples(
             groups[min(outputs[i].numel(), SAMPLE), len(inputs[i]), tensor.base is not None].append(i)
     found = []
     for (size, width, with_base), members in groups.items():
-        columns = [
-            _measure([tensors[i] for i in part], [[*inputs[i], outputs[i]] for i in part], size, with_base)
-            for part in _parts(members, _TOGETHER // size or 1)
-        ]
-        values = torch.cat(columns).numpy().astype("<f8", copy=False)
+        own = [tensors[i] for i in members]
+        values = _measure(own, [[*inputs[i], outputs[i]] for i in members], size, with_base)
         about = {"of": members, "n": size, "models": width - 1, "base": with_base}
-        found.append({**about, "values": base64.b64encode(values.tobytes()).decode()})
+        found.append({**about, "values": base64.b64encode(values.numpy().astype("<f8").tobytes()).decode()})
     return found
 
 
@@ -73,7 +79,20 @@ def _measure(
     """
     # slice only where needed: slicing very many small tensors takes time
     first = [[data if data.shape == (size,) else data.reshape(-1)[:size] for data in own] for own in values]
-    origin, *others = (torch.stack(column) for column in zip(*first, strict=True))
+    columns = [torch.stack(column) for column in zip(*first, strict=True)]
+    noisy = any(source.noise is not None for tensor in tensors for source in tensor.inputs)
+    if columns[0].numel() >= _WORTH_A_PROGRAM and size <= PAIR_SAMPLE and not noisy:
+        measured = _measure_in_a_loop(columns, with_base)
+        if measured is not None:
+            return measured
+    parts = [slice(i, i + (_TOGETHER // size or 1)) for i in range(0, len(tensors), _TOGETHER // size or 1)]
+    return torch.cat([_measure_part(tensors[part], [data[part] for data in columns], with_base) for part in parts])
+
+
+def _measure_part(tensors: Sequence[PlannedTensor], columns: Sequence[Tensor], with_base: bool) -> Tensor:
+    """Measure a few tensors, operation by operation; arguments and result as for `_measure`, values stacked."""
+    origin, *others = columns
+    size = origin.shape[1]
     origin = origin.double()
     deltas = origin.new_empty(len(tensors), len(others), size)
     for k, stored in enumerate(others):
@@ -95,8 +114,52 @@ def _measure(
     return torch.cat(found, dim=1)
 
 
-def _parts(members: Sequence[int], count: int) -> list[Sequence[int]]:
-    return [members[i : i + count] for i in range(0, len(members), count)]
+def _measure_in_a_loop(columns: Sequence[Tensor], with_base: bool) -> Tensor | None:
+    """Measure many tensors in one loop of machine code; None where there is none.
+
+    Args:
+        columns: The tensors that are compared with, the models, and the merged tensors, each of shape [k, n].
+        with_base: Whether they are compared with a base.
+
+    Returns:
+        As from `_measure`, but for the last bits of sums.
+    """
+    # of wider numbers the grid to which they were rounded has to be found for each tensor
+    if why_not() is not None or (with_base and any(data.dtype.itemsize > 2 for data in columns[1:-1])):
+        return None
+    models, size = len(columns) - 2, columns[0].shape[1]
+    forms = tuple(Form("block", data.dtype) for data in columns)
+    key = (forms, size, with_base)
+    with _lock:
+        if key not in _programs:
+            try:
+                _programs[key] = Program(partial(_sums_of_rows, with_base=with_base), forms, size)
+            except Unfusable:
+                _programs[key] = None
+        program = _programs[key]
+    if program is None or not program.takes(columns[0].shape):
+        return None
+    (found,) = program.bind(())(columns)
+    norms = 2 + models * (2 if with_base else 1)
+    found[:, :norms].sqrt_()
+    if with_base:
+        found[:, 2 + models : norms][found[:, 1 : 1 + models] == 0] = 0.0
+    return found
+
+
+def _sums_of_rows(origin: Tensor, *others: Tensor, with_base: bool) -> tuple[Tensor]:
+    """Return what `_measure` returns, but the squares of norms; this becomes a loop."""
+    deltas = [stored.double() - origin.double() for stored in others]
+    found = [origin.double().square(), *(delta.square() for delta in deltas)]
+    vectors = deltas[:-1]
+    if with_base:
+        found += [rounding_variance(stored, stored.dtype) for stored in others[:-1]]
+    if with_base and len(vectors) > 1:
+        pairs = [*combinations(vectors, 2)]
+        found += [one * two for one, two in combinations_with_replacement(vectors, 2)]
+        found += [((one != 0) & (two != 0)).double() for one, two in pairs]
+        found += [(one * two < 0).double() for one, two in pairs]
+    return (torch.stack([each.sum(1) for each in found], dim=1),)
 
 
 def _pairs(deltas: Tensor) -> list[Tensor]:
@@ -168,3 +231,8 @@ def join_samples(found: Iterable[tuple[Sequence[PlannedTensor], Sequence[Mapping
         tensors = [tensor for each, _ in parts for tensor in each]
         joined.append(Samples(tensors, dict(zip(columns, cuts, strict=True)), (n, np.minimum(n, PAIR_SAMPLE))))
     return joined
+
+
+# programs of this process; the lock also keeps two threads from making the same one
+_programs: dict[tuple[Any, ...], Program | None] = {}
+_lock = threading.Lock()
