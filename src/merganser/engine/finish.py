@@ -16,7 +16,7 @@ from ..errors import CheckpointError, OutputError
 from ..files import sha256_of_file
 from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
-from .output.digests import digest
+from .output.digests import DIGEST, tensor_digest
 from .plan.plan import Plan
 from .plan.sidecars import FOLDER
 from .plan.vocabulary import REPORT_NAME
@@ -184,12 +184,14 @@ def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[tup
     """Combine the digests of blocks into one digest per input tensor."""
     found: dict[tuple[tuple[Path, ...], str], bytes] = {}
     for group in groups:
+        parts = [entries[group.index, segment]["in"] for segment in range(len(group.segments))]
+        sources = [source for tensor in group.tensors for source in tensor.inputs]
         if group.bundle:
-            columns = entries[group.index, 0]["in"]
+            # small tensors were read whole, and have their digests one after the other
+            joined = bytes.fromhex(parts[0])
+            each = [joined[at : at + DIGEST] for at in range(0, len(joined), DIGEST)]
         else:
-            parts = [entries[group.index, segment]["in"] for segment in range(len(group.segments))]
-            columns = [["".join(column) for column in zip(*parts, strict=True)]]
-        for tensor, column in zip(group.tensors, columns, strict=True):
-            for source, text in zip(tensor.inputs, column, strict=True):
-                found[source.place] = digest(bytes.fromhex(text))
+            each = [tensor_digest([bytes.fromhex(text) for text in column]) for column in zip(*parts, strict=True)]
+        for source, digest in zip(sources, each, strict=True):
+            found[source.place] = digest
     return found
