@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 
 import numpy as np
@@ -201,3 +202,26 @@ def test_what_was_not_trained_adds_no_rounding(tmp_path):
     assert set(others) == {None}
     assert min(entry["rounding"][0] for entry in parts) < found["total"]["rounding"][0]
     assert found["total"]["rounding"][0] < max(entry["rounding"][0] for entry in parts) * 1.001
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
+def test_a_loop_measures_the_same(tmp_path, method, monkeypatch):
+    base, models = close(0.01)
+    tensors = [{name: t.to(torch.bfloat16) for name, t in own.items()} for own in (base, *models)]
+    tensors[1]["model.norm.weight"] = tensors[0]["model.norm.weight"]
+    one_by_one = merged_record(tmp_path / "a", tensors, method)
+    ran = []
+    loop = sample._measure_in_a_loop
+    monkeypatch.setattr(sample, "_WORTH_A_PROGRAM", 1)
+    monkeypatch.setattr(sample, "_measure_in_a_loop", lambda *given: ran.append(loop(*given)) or ran[-1])
+    in_loops = merged_record(tmp_path / "b", tensors, method)
+    assert any(found is not None for found in ran)
+    one, other = (numbers_in([record["movement"], record["layers"]]) for record in (one_by_one, in_loops))
+    assert other == pytest.approx(one, rel=1e-12)
+
+
+def numbers_in(value):
+    """Every number of a record, in order; infinity in place of None."""
+    if isinstance(value, dict | list):
+        return [one for each in (value.values() if isinstance(value, dict) else value) for one in numbers_in(each)]
+    return [] if isinstance(value, str) else [math.inf if value is None else value]

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .config import PREDICTION_KEYS, as_int, is_tied, layer_counts, model_types, text_scopes
@@ -169,23 +170,32 @@ def _parts(
             ssm[hit[:2]].append(hit[2].removesuffix(".A_log"))
     has_experts = any("expert" in name or "moe" in name for name in shapes)
     side_prefixes = _side_prefixes(stacks, main)
+
+    def is_side(name: str) -> bool:
+        return name.startswith(side_prefixes) or (main is not None and bool(SIDE.search(name.lower())))
+
+    @cache  # layers are alike, and searching names takes most of the time of large plans
+    def inside(suffix: str, dimensions: int, ssm_modules: tuple[str, ...]) -> tuple[Role, int | None]:
+        role = role_in_layer(suffix, dimensions, ssm_modules=ssm_modules, has_experts=has_experts)
+        return role, _expert_index(suffix)
+
     parts = {}
     for name, shape in shapes.items():
         hit = hits[name]
-        side = name.startswith(side_prefixes) or (main is not None and bool(SIDE.search(name.lower())))
         if hit is None:
+            side = is_side(name)
             role = outside_role(name, side=side)
             expert = _expert_index(name) if role == "expert" else None
             parts[name] = Part(name, None, None, _position_outside(name, role, side, config), role, expert)
             continue
         stack, index, suffix = hit
-        role = role_in_layer(suffix, shape, ssm_modules=ssm[stack, index], has_experts=has_experts)
+        role, expert = inside(suffix, len(shape), tuple(ssm.get(hit[:2], ())))
         layer = index if index < stacks[stack] else None
-        position: Position = "layer" if main in (stack, None) else outside_position(name, role, side=side)
+        position: Position = "layer" if main in (stack, None) else outside_position(name, role, side=is_side(name))
         if layer is None:
             # A prediction layer has its own embedding and head.
             position, role = "after", outside_role(suffix, side=False) if role == "other" else role
-        parts[name] = Part(name, stack, layer, position, role, _expert_index(suffix) if role == "expert" else None)
+        parts[name] = Part(name, stack, layer, position, role, expert if role == "expert" else None)
     return parts
 
 

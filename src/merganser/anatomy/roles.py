@@ -67,12 +67,12 @@ _HEAD = re.compile(
 _PARAMETER = frozenset({"weight", "bias", "gamma", "beta", "scale"})
 
 
-def role_in_layer(suffix: str, shape: Sequence[int], *, ssm_modules: Sequence[str], has_experts: bool) -> Role:
+def role_in_layer(suffix: str, dimensions: int, *, ssm_modules: Sequence[str], has_experts: bool) -> Role:
     """Return the role of a tensor inside a layer.
 
     Args:
         suffix: The name after the layer's index ("self_attn.q_proj.weight").
-        shape: Shape of the tensor.
+        dimensions: Number of dimensions of the tensor.
         ssm_modules: Modules of this layer that contain a state-space recurrence, as prefixes of suffixes.
         has_experts: Whether the checkpoint has experts, which makes a module called "gate" a router.
     """
@@ -87,7 +87,7 @@ def role_in_layer(suffix: str, shape: Sequence[int], *, ssm_modules: Sequence[st
         return "router"
     if has_experts and any(word == "gate" or word.endswith("expert_gate") for word in modules):
         return "router"
-    if any(_EXPERT.search(word) for word in words) or (len(shape) == 3 and any("moe" in word for word in words)):
+    if any(_EXPERT.search(word) for word in words) or (dimensions == 3 and any("moe" in word for word in words)):
         return "expert"
     if any(_CONV.search(word) for word in modules):
         return "conv"

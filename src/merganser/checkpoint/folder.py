@@ -71,6 +71,11 @@ class Checkpoint:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @cached_property
     def side_files(self) -> list[Path]:
         """The files to copy to an output in addition to weights and config: tokenizer, templates, code, licence.
 

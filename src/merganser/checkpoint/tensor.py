@@ -79,6 +79,8 @@ class TensorInfo:
     @property
     def place(self) -> tuple[tuple[Path, ...], str]:
         """What tells it from other tensors: the files that its value comes from, and its name."""
+        if not self.stored:
+            return (self.file,), self.name
         return tuple(dict.fromkeys([self.file, *(file for part in self.stored for file in part.place[0])])), self.name
 
     @property

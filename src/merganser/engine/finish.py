@@ -16,7 +16,7 @@ from ..errors import CheckpointError, OutputError
 from ..files import sha256_of_file
 from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
-from .output.digests import digest
+from .output.digests import DIGEST, tensor_digest
 from .plan.plan import Plan
 from .plan.sidecars import FOLDER
 from .plan.vocabulary import REPORT_NAME
@@ -24,6 +24,7 @@ from .record import input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors
 from .stream.groups import Group
+from .stream.sample import join_samples
 
 Entries = Mapping[tuple[int, int], Mapping[str, Any]]
 """Journal entries by group and segment: what each task read and wrote."""
@@ -78,7 +79,9 @@ def write_rest(
     if plan.sidecars is not None:
         names, beside["sidecars"] = write_index(plan, plan.sidecars, folder, errors, digests)
         outputs += _hashed(folder, names)
-    samples = _samples(entries)
+    samples = join_samples(
+        (groups[index].tensors, entry.get("sample", ())) for (index, _), entry in sorted(entries.items())
+    )
     moved = movement(plan, samples)
     record = make_record(
         plan,
@@ -181,16 +184,14 @@ def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[tup
     """Combine the digests of blocks into one digest per input tensor."""
     found: dict[tuple[tuple[Path, ...], str], bytes] = {}
     for group in groups:
+        parts = [entries[group.index, segment]["in"] for segment in range(len(group.segments))]
+        sources = [source for tensor in group.tensors for source in tensor.inputs]
         if group.bundle:
-            columns = entries[group.index, 0]["in"]
+            # small tensors were read whole, and have their digests one after the other
+            joined = bytes.fromhex(parts[0])
+            each = [joined[at : at + DIGEST] for at in range(0, len(joined), DIGEST)]
         else:
-            parts = [entries[group.index, segment]["in"] for segment in range(len(group.segments))]
-            columns = [["".join(column) for column in zip(*parts, strict=True)]]
-        for tensor, column in zip(group.tensors, columns, strict=True):
-            for source, text in zip(tensor.inputs, column, strict=True):
-                found[source.place] = digest(bytes.fromhex(text))
+            each = [tensor_digest([bytes.fromhex(text) for text in column]) for column in zip(*parts, strict=True)]
+        for source, digest in zip(sources, each, strict=True):
+            found[source.place] = digest
     return found
-
-
-def _samples(entries: Entries) -> dict[str, Mapping[str, Any]]:
-    return {name: sample for entry in entries.values() for name, sample in entry.get("sample", {}).items()}

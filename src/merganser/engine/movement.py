@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
-from .stream.sample import PAIR_SAMPLE, SAMPLE
+from .stream.sample import PAIR_SAMPLE, SAMPLE, Samples
 
-Samples = Mapping[str, Mapping[str, Any]]
-"""Measurements by tensor name, from `sample.measure_samples`."""
+Sums = Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
+"""What `Samples` holds, summed over tensors: squares of the norms, inner products and counts; a row per set of tensors."""
 
 
-def layer_summary(tensors: Sequence[PlannedTensor], samples: Samples) -> list[dict[str, Any]]:
+def layer_summary(tensors: Sequence[PlannedTensor], samples: Sequence[Samples]) -> list[dict[str, Any]]:
     """Combine the measurements on samples by layer and role.
 
     Returns:
@@ -24,20 +26,27 @@ def layer_summary(tensors: Sequence[PlannedTensor], samples: Samples) -> list[di
     """
     groups: dict[tuple[int, str], list[PlannedTensor]] = defaultdict(list)
     for tensor in tensors:
-        groups[-1 if tensor.layer is None else tensor.layer, tensor.role].append(tensor)
+        groups[_place(tensor)].append(tensor)
+    places = sorted(groups)
+    index = {place: i for i, place in enumerate(places)}
+    moved = _moved_by_set(samples, lambda tensor: index[_place(tensor)], len(places))
     return [
         {
             "layer": None if layer < 0 else layer,
             "role": role,
-            "tensors": len(members),
-            "parameters": sum(t.size for t in members),
-            **_moved([(t.size, samples[t.name]) for t in members if t.name in samples], each_pair=True),
+            "tensors": len(groups[layer, role]),
+            "parameters": sum(t.size for t in groups[layer, role]),
+            **found,
         }
-        for (layer, role), members in sorted(groups.items())
+        for (layer, role), found in zip(places, moved, strict=True)
     ]
 
 
-def movement(plan: Plan, samples: Samples) -> dict[str, Any]:
+def _place(tensor: PlannedTensor) -> tuple[int, str]:
+    return -1 if tensor.layer is None else tensor.layer, tensor.role
+
+
+def movement(plan: Plan, samples: Sequence[Samples]) -> dict[str, Any]:
     """Combine the measurements on samples over the model, and list them for every tensor.
 
     Returns:
@@ -49,26 +58,32 @@ def movement(plan: Plan, samples: Samples) -> dict[str, Any]:
     """
     # keyed by TensorInfo object, not by file: two models may share a file (an adapter and its base)
     names = {id(t): str(reference) for reference, found in plan.checkpoints.items() for t in found.tensors.values()}
+    each = {
+        tensor.name: moved
+        for found in samples
+        for tensor, moved in zip(found.tensors, _moved(_sums(found), each_pair=False), strict=True)
+    }
     # computed tensors, such as the routers of a mixture, come from no input
-    measured = [t for t in plan.tensors if t.name in samples and all(id(source) in names for source in t.inputs)]
+    measured = [t for t in plan.tensors if t.name in each and all(id(source) in names for source in t.inputs)]
     inputs = {tensor.name: [names[id(source)] for source in tensor.inputs] for tensor in measured}
     # some methods copy tensors that are not matrices from the base; these have the base as their only input
     most = max(inputs.values(), key=len, default=[])
     alike = all(found in (most, most[:1]) for found in inputs.values())
-    merged = [tensor for tensor in measured if not alike or inputs[tensor.name] == most]
-    from_base = {tensor.base is not None for tensor in merged}
+    merged = {tensor.name: tensor for tensor in measured if not alike or inputs[tensor.name] == most}
+    from_base = {tensor.base is not None for tensor in merged.values()}
     tensors = []
     for tensor in measured:
         entry: dict[str, Any] = {"name": tensor.name, "layer": tensor.layer, "role": tensor.role}
         if not alike:
             entry |= {"inputs": inputs[tensor.name], "from_base": tensor.base is not None}
-        tensors.append({**entry, **_moved([(tensor.size, samples[tensor.name])], each_pair=False)})
+        tensors.append({**entry, **each[tensor.name]})
+    total = _moved_by_set(samples, lambda tensor: 0 if tensor.name in merged else None, 1)[0]
     return {
         "sample": SAMPLE,
         "pair_sample": PAIR_SAMPLE,
         "inputs": most if alike and most else None,
         "from_base": from_base.pop() if len(from_base) == 1 else None,
-        "total": _moved([(t.size, samples[t.name]) for t in merged], each_pair=True) if alike else {},
+        "total": total if alike else {},
         "tensors": tensors,
     }
 
@@ -96,65 +111,101 @@ def length_warning(total: Mapping[str, Any]) -> str | None:
     )
 
 
-def _moved(samples: Sequence[tuple[int, Mapping[str, Any]]], *, each_pair: bool) -> dict[str, Any]:
-    """Combine tensors as if concatenated into one vector; each sample is scaled up to its tensor's size.
+def _sums(samples: Samples) -> Sums:
+    """Return what is added up over tensors, scaled from the sample to each tensor's size."""
+    size = np.array([[float(tensor.size)] for tensor in samples.tensors])
+    wide, narrow = (size / n for n in samples.n)
+    norms = ("norm", "models", "merged", "rounding")
+    return {name: wide * own**2 if name in norms else narrow * own for name, own in samples.values.items()}
+
+
+def _moved_by_set(
+    samples: Sequence[Samples], set_of: Callable[[PlannedTensor], int | None], count: int
+) -> list[dict[str, Any]]:
+    """Return the result of `_moved` for sets of tensors.
 
     Args:
-        samples: Number of elements and sample of each tensor.
+        samples: The measurements.
+        set_of: Returns the index of the set that a tensor is in; None if it is in none.
+        count: Number of sets.
+
+    Returns:
+        For each set; empty if tensors of one set differ in their number of models.
+    """
+    found: list[dict[str, Any]] = [{} for _ in range(count)]
+    by_models: dict[int, list[tuple[Sums, list[int | None]]]] = defaultdict(list)
+    for each in samples:
+        by_models[each.values["models"].shape[1]].append((_sums(each), [set_of(tensor) for tensor in each.tensors]))
+    seen: set[int] = set()
+    mixed: set[int] = set()
+    for parts in by_models.values():
+        # of tensors with a base more is known than of others; together they have what all have
+        names = [name for name in parts[0][0] if all(name in sums for sums, _ in parts)]
+        places = [place for _, own in parts for place in own]
+        rows = np.array([i for i, place in enumerate(places) if place is not None], dtype=np.int64)
+        own = [place for place in places if place is not None]
+        mixed |= seen.intersection(own)
+        seen.update(own)
+        total: dict[str, Any] = {}
+        for name in names:
+            values = np.concatenate([sums[name] for sums, _ in parts])[rows]
+            total[name] = np.zeros((count, values.shape[1]))
+            np.add.at(total[name], own, values)
+        here = sorted(set(own))
+        for i, moved in zip(here, _moved({n: v[here] for n, v in total.items()}, each_pair=True), strict=True):
+            found[i] = moved
+    return [{} if i in mixed else moved for i, moved in enumerate(found)]
+
+
+def _moved(sums: Sums, *, each_pair: bool) -> list[dict[str, Any]]:
+    """Describe sets of tensors, each as if concatenated into one vector.
+
+    Args:
+        sums: The sums over each set.
         each_pair: Whether to return values for every pair of models.
 
     Returns:
-        `models` and `merged`: distance of each model and of the merge from the base, divided by the norm of the base.
-        With a base also `rounding`: the norm of each model's rounding errors divided by its distance; and `length`: the
-        norm of the merged task vector divided by the root mean square of the models'. If pairs were measured, `cosine`:
-        the mean cosine of all pairs of task vectors; `sign_conflict`: the share of opposite signs among elements that
-        both models changed; and per pair, in the order of `itertools.combinations`, `cosines` and `sign_conflicts`.
-        Undefined values are None. Empty if a value is not finite, or samples differ in their number of models.
+        For each set, `models` and `merged`: distance of each model and of the merge from the base, divided by the norm
+        of the base. With a base also `rounding`: the norm of each model's rounding errors divided by its distance; and
+        `length`: the norm of the merged task vector divided by the root mean square of the models'. If pairs were
+        measured, `cosine`: the mean cosine of all pairs of task vectors; `sign_conflict`: the share of opposite signs
+        among elements that both models changed; and per pair, in the order of `itertools.combinations`, `cosines` and
+        `sign_conflicts`. Undefined values are None. Empty if a value is not finite.
     """
-    norm = math.sqrt(_sum(samples, "norm"))
-    if not norm > 0 or len({len(sample["models"]) for _, sample in samples}) != 1:
-        return {}
-    models = [math.sqrt(_sum(samples, "models", k)) / norm for k in range(len(samples[0][1]["models"]))]
-    merged = math.sqrt(_sum(samples, "merged")) / norm
-    # JSON cannot express NaN and infinity
-    if not all(map(math.isfinite, [norm, merged, *models])):
-        return {}
-    lengths: dict[str, Any] = {"models": models, "merged": merged}
-    if all("rounding" in sample for _, sample in samples):
-        noise = [math.sqrt(_sum(samples, "rounding", k)) / norm for k in range(len(models))]
-        lengths["rounding"] = [min(a / b, 1.0) if b > 0 else None for a, b in zip(noise, models, strict=True)]
-        typical = math.sqrt(sum(value**2 for value in models) / len(models))
-        lengths["length"] = merged / typical if typical > 0 else None
-    if all("pairs" in sample for _, sample in samples):
-        lengths |= _related([(size, sample["pairs"]) for size, sample in samples], len(models), each_pair=each_pair)
-    return lengths
+    with np.errstate(all="ignore"):
+        norm = np.sqrt(sums["norm"])
+        models, merged = (np.sqrt(sums[name]) / norm for name in ("models", "merged"))
+        # JSON cannot express NaN and infinity
+        known = (norm > 0).ravel() & np.isfinite(np.concatenate([norm, models, merged], axis=1)).all(1)
+        columns: dict[str, list[Any]] = {"models": models.tolist(), "merged": merged.ravel().tolist()}
+        if "rounding" in sums:
+            columns["rounding"] = _numbers(np.minimum(np.sqrt(sums["rounding"]) / norm / models, 1.0))
+            columns["length"] = _numbers(merged.ravel() / np.sqrt(np.mean(models**2, axis=1)))
+        if "dots" in sums:
+            columns |= _related(sums, models.shape[1], each_pair=each_pair)
+    names = list(columns)
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(names, row, strict=True)) if whole else {} for whole, row in zip(known, rows, strict=True)]
 
 
-def _sum(samples: Iterable[tuple[int, Mapping[str, Any]]], key: str, index: int | None = None) -> float:
-    """Return the sum over tensors of squared norms, each scaled from the sample to its tensor's size."""
-    total = 0.0
-    for size, sample in samples:
-        total += size / sample["n"] * (sample[key] if index is None else sample[key][index]) ** 2
-    return total
-
-
-def _related(samples: Sequence[tuple[int, Mapping[str, Any]]], count: int, *, each_pair: bool) -> dict[str, Any]:
-    dots, both, opposite = (
-        [sum(values) for values in zip(*([size / s["n"] * x for x in s[key]] for size, s in samples), strict=True)]
-        for key in ("dots", "both", "opposite")
-    )
+def _related(sums: Sums, count: int, *, each_pair: bool) -> dict[str, list[Any]]:
+    dots, both, opposite = sums["dots"], sums["both"], sums["opposite"]
     # indices of the pairs (i, i) in the order of combinations_with_replacement
     diagonal = [i * count - i * (i - 1) // 2 for i in range(count)]
-    cosines = []
-    for i, j in combinations(range(count), 2):
-        norms = math.sqrt(dots[diagonal[i]]) * math.sqrt(dots[diagonal[j]])
-        cosines.append(max(-1.0, min(1.0, dots[diagonal[i] + j - i] / norms)) if norms > 0 else None)
-    known = [cosine for cosine in cosines if cosine is not None]
-    summary: dict[str, Any] = {
-        "cosine": sum(known) / len(known) if known else None,
-        "sign_conflict": sum(opposite) / sum(both) if sum(both) else None,
-    }
+    one, two = (list(own) for own in zip(*combinations(range(count), 2), strict=True))
+    lengths = np.sqrt(dots[:, diagonal])
+    pairs = [diagonal[i] + j - i for i, j in zip(one, two, strict=True)]
+    cosines = np.clip(dots[:, pairs] / (lengths[:, one] * lengths[:, two]), -1.0, 1.0)
+    defined = ~np.isnan(cosines)
+    mean = np.where(defined, cosines, 0.0).sum(axis=1) / defined.sum(axis=1)
+    found = {"cosine": _numbers(mean), "sign_conflict": _numbers(opposite.sum(axis=1) / both.sum(axis=1))}
     if each_pair:
-        summary["cosines"] = cosines
-        summary["sign_conflicts"] = [a / b if b else None for a, b in zip(opposite, both, strict=True)]
-    return summary
+        found |= {"cosines": _numbers(cosines), "sign_conflicts": _numbers(opposite / both)}
+    return found
+
+
+def _numbers(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[Any]:
+    """Return numbers, or lists of numbers, with None in place of what is not defined."""
+    found = values.astype(object)
+    found[~np.isfinite(values)] = None
+    return found.tolist()  # type: ignore[no-any-return]

@@ -397,7 +397,11 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
     for module, layers in alignment.other_layers.items():
         config = slice_module_config(config, module, layers, anatomy=donor.anatomy)
     everything = bool(alignment.other_layers)
-    warnings += check_complete(str(donor.reference), config, shapes, alignment.left_out, always=everything)
+    unchanged = config == donor.checkpoint.config and shapes == donor.checkpoint.shapes
+    known = donor.anatomy if unchanged else None
+    warnings += check_complete(
+        str(donor.reference), config, shapes, alignment.left_out, always=everything, anatomy=known
+    )
     # the config states the dtype of most elements
     sizes: dict[str, int] = {}
     for draft in drafts:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint, TensorInfo
+from ..checkpoint import Checkpoint
 from ..errors import NotFoundError
 from ..files import sha256_of_file
 from ..method import MergeMethod
@@ -67,15 +67,22 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
 def _treatment(plan: Plan) -> str:
     """Hash how every tensor is merged: its inputs, method, parameters and layer."""
     found = hashlib.sha256()
-    # many tensors share one set of parameters, so serialise each set once
+    # many tensors share one set of parameters, and their files, so write each out once
     parameters: dict[int, str] = {}
+    files: dict[tuple[Path, ...], list[str]] = {}
     for t in plan.tensors:
         if id(t.parameters) not in parameters:
             parameters[id(t.parameters)] = repr(sorted(t.parameters.items()))
         made = (t.name, t.dtype.name, t.shape, t.copy, t.compute_dtype.name, t.layer, t.role, t.shard, t.offset)
-        inputs = [
-            None if source is None else (*map(str, source.place[0]), source.name) for source in (t.base, *t.models)
-        ]
+        inputs: list[Any] = []
+        for source in (t.base, *t.models):
+            if source is None:
+                inputs.append(None)
+                continue
+            held, name = source.place
+            if held not in files:
+                files[held] = [*map(str, held)]
+            inputs.append((*files[held], name))
         found.update(
             repr((made, inputs, t.method.name, parameters[id(t.parameters)], sorted(t.located.items()))).encode()
         )
@@ -160,15 +167,16 @@ def input_hashes(plan: Plan, digests: Mapping[tuple[tuple[Path, ...], str], byte
     file. The hash of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. If
     not every tensor of a file was read, the entry says how many were.
     """
-    tensors: dict[Path, dict[Any, TensorInfo]] = defaultdict(dict)
+    # the digest of every tensor of a file; models of one base with adapters share tensors
+    tensors: dict[Path, dict[Any, bytes | None]] = defaultdict(dict)
     for checkpoint in plan.checkpoints.values():
         for tensor in checkpoint.tensors.values():
-            # models of one base with adapters share tensors
-            tensors[tensor.file].setdefault(tensor.place, tensor)
+            place = tensor.place
+            tensors[tensor.file][place] = digests.get(place)
     files = input_files(plan)
     for entry in files:
-        held = [*tensors[Path(entry["path"])].values()]
-        read = [digests[t.place] for t in held if t.place in digests]
+        held = tensors[Path(entry["path"])].values()
+        read = [found for found in held if found is not None]
         del entry["mtime_ns"]
         entry["tensors"] = len(held)
         entry["tensors_read"] = len(read)

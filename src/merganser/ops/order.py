@@ -115,7 +115,9 @@ def order_statistic(
 
     def select(found: Tensor, given: Mapping[str, Any], earlier: Mapping[str, Tensor]) -> Tensor:
         found = found.cpu()
-        several = {"positive": (found >= least).sum(-1).double(), **earlier}
+        several = {**earlier}
+        if "positive" in rank_names:
+            several["positive"] = (found >= least).count_nonzero(-1).double()
         own = {name: several[name] for name in rank_names if name in several}
         shared = {name: given[name] for name in rank_names if name not in several}
         if own:

@@ -78,7 +78,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], list[tuple[torch.dtype, ...]]
         [(F32,), (F64,)],
     ),
     "indices": (lambda a: torch.arange(a.numel(), dtype=I32) * 3 + a, [(I32,), (I64,)]),
-    "in place": (lambda a: (a * 1).mul_(2.0).add_(a).clamp_(min=0).abs_(), [(F32,), (F64,)]),
+    "in place": (lambda a: (a * 1).mul_(2.0).add_(a).clamp_(min=0).abs_().square_(), [(F32,), (F64,)]),
 }
 
 

@@ -7,7 +7,7 @@ and tied heads.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,10 +33,9 @@ class Member:
     @classmethod
     def of(cls, reference: ModelReference, checkpoint: Checkpoint, others: Iterable[Member] = ()) -> Member:
         """Infer a checkpoint's structure, or reuse that of one of `others` with the same names, shapes and config."""
-        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        shapes = checkpoint.shapes
         for other in others:
-            alike = other.checkpoint.config == checkpoint.config
-            if alike and shapes == {name: tensor.shape for name, tensor in other.checkpoint.tensors.items()}:
+            if other.checkpoint.config == checkpoint.config and other.checkpoint.shapes == shapes:
                 return cls(reference, checkpoint, other.anatomy, other.tied)
         anatomy = infer_anatomy(shapes, checkpoint.config)
         tied = is_tied(checkpoint.config)
@@ -126,14 +125,14 @@ def location_of(name: str, anatomy: Anatomy) -> Location:
     return Location(part.position, part.layer, anatomy.layer_count(name), part.role)
 
 
-def _inputs(name: str, sources: Mapping[ModelReference, tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
-    """Look up one tensor in every model; refuse different shapes or kinds of dtype."""
+def _inputs(name: str, sources: Collection[tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
+    """Look up one tensor in every model, by its name there; refuse different shapes or kinds of dtype."""
     found: dict[ModelReference, TensorInfo] = {}
-    for reference, (member, own) in sources.items():
+    for member, own in sources:
         tensor = member.tensor(own)
         if tensor is None:
-            raise CheckpointError(f"{reference}: tensor {own!r} is missing; the other models have it")
-        found[reference] = tensor
+            raise CheckpointError(f"{member.reference}: tensor {own!r} is missing; the other models have it")
+        found[member.reference] = tensor
     (first, expected), *rest = found.items()
     for reference, tensor in rest:
         if tensor.shape != expected.shape:
@@ -157,11 +156,11 @@ def _shape_message(
     expected: TensorInfo,
     other: ModelReference,
     tensor: TensorInfo,
-    sources: Mapping[ModelReference, tuple[Member, str]],
+    sources: Collection[tuple[Member, str]],
 ) -> str:
     shapes = f"{list(expected.shape)} in {first}, {list(tensor.shape)} in {other}"
-    part = sources[other][0].anatomy.parts.get(tensor.name)
-    rows = {member.anatomy.vocab_size for member, _ in sources.values()}
+    part = next(member for member, _ in sources if member.reference == other).anatomy.parts.get(tensor.name)
+    rows = {member.anatomy.vocab_size for member, _ in sources}
     if part is not None and part.role == "head" and not {expected.shape[0], tensor.shape[0]} <= rows:
         return (
             f"{name}: heads differ: {shapes}. They have other labels, so they cannot be merged; to merge the rest, write "
@@ -287,10 +286,6 @@ def may_be_unmatched(name: str, holder: Member) -> bool:
         if name.rsplit(".", 2)[0] in {stack.rpartition(".")[0] for stack in stacks}:
             return False
     return part.position == "after" and part.role != "embedding" and name != anatomy.embedding
-
-
-def _part(name: str, members: Iterable[Member]) -> Part:
-    return _anatomy(name, members).parts[name]
 
 
 def _anatomy(name: str, members: Iterable[Member]) -> Anatomy:

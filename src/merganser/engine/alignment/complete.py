@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...anatomy import infer_anatomy
+from ...anatomy import Anatomy, infer_anatomy
 from ...anatomy.gaps import doubts
 from ...errors import CheckpointError
 from ...wording import some
@@ -42,7 +42,13 @@ class _Verdict:
 
 
 def check_complete(
-    where: str, config: Mapping[str, Any], shapes: Shapes, left_out: Collection[str] = (), *, always: bool = False
+    where: str,
+    config: Mapping[str, Any],
+    shapes: Shapes,
+    left_out: Collection[str] = (),
+    *,
+    always: bool = False,
+    anatomy: Anatomy | None = None,
 ) -> list[str]:
     """Refuse an output that transformers could not load completely.
 
@@ -54,6 +60,7 @@ def check_complete(
         shapes: Names and shapes of its tensors.
         left_out: Names of tensors that the user asked to leave out.
         always: Check even if nothing is doubtful.
+        anatomy: The structure of these tensors with this config, if it is known.
 
     Returns:
         Warnings: doubts that cannot be settled, as transformers is missing or does not know the class, and tensors that
@@ -62,7 +69,7 @@ def check_complete(
     Raises:
         CheckpointError: Tensors are missing or have other shapes than the config describes, or no model can be built.
     """
-    anatomy = infer_anatomy(shapes, config)
+    anatomy = anatomy or infer_anatomy(shapes, config)
     doubted = doubts(shapes, anatomy, config) or (["layers of a module were chosen"] if always else [])
     if not doubted:
         return []

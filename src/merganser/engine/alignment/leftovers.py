@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from ...checkpoint import Checkpoint
@@ -48,11 +49,7 @@ def without_leftovers(
     Raises:
         CheckpointError: There are such tensors and `unmatched` is "refuse", or there are no other tensors.
     """
-    patterns = dict(_LEFTOVERS)
-    if architecture := _language_model(checkpoint.config):
-        patterns[f"a head that {architecture} does not have"] = _OTHER_HEADS
-    leftovers = {what: list(_matching(pattern, checkpoint.tensors)) for what, pattern in patterns.items()}
-    leftovers = {what: names for what, names in leftovers.items() if names}
+    leftovers = _leftovers(tuple(checkpoint.tensors), _language_model(checkpoint.config))
     if not leftovers or not checkpoint.config:
         return checkpoint, []
     parts = "; ".join(f"{what}: {some(names)}" for what, names in leftovers.items())
@@ -81,5 +78,11 @@ def _language_model(config: Mapping[str, Any]) -> str | None:
     return name if name.endswith(("ForCausalLM", "LMHeadModel")) and not config.get("auto_map") else None
 
 
-def _matching(pattern: re.Pattern[str], names: Iterable[str]) -> Iterable[str]:
-    return (name for name in names if pattern.search(name))
+@lru_cache(maxsize=1)  # the models of a merge mostly have the same names
+def _leftovers(names: Sequence[str], architecture: str | None) -> Mapping[str, list[str]]:
+    """Return the names of such tensors by what they are."""
+    patterns = dict(_LEFTOVERS)
+    if architecture:
+        patterns[f"a head that {architecture} does not have"] = _OTHER_HEADS
+    found = {what: [name for name in names if pattern.search(name)] for what, pattern in patterns.items()}
+    return {what: matching for what, matching in found.items() if matching}

@@ -108,7 +108,7 @@ class _Frame:
             _check_names(self.donor, member, list(holders), held, names_by_model[reference])
         slots = []
         for new, (holder, name) in holders.items():
-            inputs = _inputs(new, {r: (member, names_by_model[r].get(new, name)) for r, member in sources.items()})
+            inputs = _inputs(new, [(member, names_by_model[r].get(new, name)) for r, member in sources.items()])
             check_outside(new, inputs, self.donor, names_by_model[self.donor.reference].get(new, name))
             part = replace(holder.anatomy.parts[name], name=new)
             slots.append(Slot(new, new, part, slice_index, t, location_of(name, holder.anatomy), inputs))
@@ -151,5 +151,5 @@ def _layer(
         old = anatomy.parts[name]
         part = Part(new, old.stack, index, old.position, old.role, old.expert)
         location = Location(old.position, index, n_layers, old.role)
-        sources = {reference: (members[reference], names[suffix]) for reference, names in named.items()}
+        sources = [(members[reference], names[suffix]) for reference, names in named.items()]
         yield Slot(new, new, part, slice_index, t, location, _inputs(new, sources))

@@ -13,7 +13,6 @@ from .alignment import (
     _check_names,
     _inputs,
     _names,
-    _part,
     after_layers,
     location_of,
 )
@@ -45,17 +44,19 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         _check_names(next(lacking, donor) if member is donor else donor, member, matched, names_of_member)
     end = after_layers(recipe)
     slots = []
+    everyone = [donor, *members]
     for name in names:
-        part = _part(name, [donor, *members])
+        anatomy = _anatomy(name, everyone)
+        part = anatomy.parts[name]
         rule = name
         if tied and name == head and donor.anatomy.embedding:
             # a tied head is the same matrix as the embedding, so the embedding's parameters apply
             rule = donor.anatomy.embedding
         depth = donor.anatomy.depth(name) if name in donor.anatomy.parts else None
         t = depth if depth is not None else (end if part.position == "after" and rule == name else 0.0)
-        where = location_of(rule, _anatomy(rule, [donor, *members]))
+        where = location_of(rule, anatomy if rule == name else _anatomy(rule, everyone))
         kept = name in unmatched.kept
-        sources = {member.reference: (member, name) for member in ([donor] if kept else members)}
+        sources = [(member, name) for member in ([donor] if kept else members)]
         slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, sources), kept))
     reasons = dict.fromkeys(unmatched.dropped, "not in all models in one shape")
     reasons |= dict.fromkeys(unmatched.kept, f"not in all models in one shape; taken from {donor.reference}")

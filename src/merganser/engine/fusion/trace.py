@@ -190,7 +190,13 @@ def _without_change(func: Any) -> Any:
     if name == "copy_":
         return torch.ops.aten._to_copy.default
     packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    return getattr(packet, func._overloadname, None)
+    # overloads of the two need not have the same names: pow_.Scalar is pow.Tensor_Scalar
+    overloads = () if packet is None else (getattr(packet, each) for each in packet.overloads())
+    return next((pure for pure in overloads if _types(pure) == _types(func) and not pure._schema.is_mutable), None)
+
+
+def _types(func: Any) -> list[str]:
+    return [str(argument.type) for argument in func._schema.arguments]
 
 
 def _operands(func: Any, args: Sequence[Any]) -> torch.dtype | None:

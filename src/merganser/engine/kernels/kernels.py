@@ -84,8 +84,10 @@ class Kernels:
         """Return a round of a statistic."""
         return self.method.statistics[name].rounds[index]
 
-    def numbers(self, values: Values) -> dict[str, Tensor]:
+    def numbers(self, values: Values) -> Mapping[str, Tensor]:
         """Return numeric parameters on the device."""
+        if self.device.type == "cpu":
+            return values.numbers
         return {name: value.to(self.device) for name, value in values.numbers.items()}
 
     def measured(self, name: str, index: int, found: Tensor, total: Tensor | None) -> Tensor:

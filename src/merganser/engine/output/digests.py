@@ -9,10 +9,18 @@ import xxhash
 
 from ..kernels.blocks import block_step
 
+DIGEST = 16
+"""Length of a digest, bytes."""
+
 
 def digest(data: memoryview | bytes) -> bytes:
     """Return the xxh3-128 digest of bytes."""
     return xxhash.xxh3_128_digest(data)
+
+
+def tensor_digest(pieces: Sequence[bytes]) -> bytes:
+    """Return the digest of a tensor: of the digests of its pieces."""
+    return digest(b"".join(pieces))
 
 
 def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview, block: int) -> list[bytes]:

@@ -95,6 +95,8 @@ def _threads(workers: int) -> int:
 
 def _work(tensors: Iterable[PlannedTensor]) -> Counter[MergeMethod]:
     found: Counter[MergeMethod] = Counter()
+    # many tensors share one set of parameters
+    passes: dict[int, int] = {}
     for tensor in tensors:
         if tensor.copy:
             continue
@@ -102,5 +104,8 @@ def _work(tensors: Iterable[PlannedTensor]) -> Counter[MergeMethod]:
         if tensor.method.scope == "matrix" and len(tensor.shape) > 1:
             found[tensor.method] += tensor.size * min(tensor.shape[-2:]) * inputs
         else:
-            found[tensor.method] += tensor.size * inputs * tensor.passes
+            shared = id(tensor.parameters)
+            if shared not in passes:
+                passes[shared] = tensor.passes
+            found[tensor.method] += tensor.size * inputs * passes[shared]
     return found

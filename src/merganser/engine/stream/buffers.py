@@ -115,11 +115,12 @@ class InputBuffer:
         """
         # runs of adjacent inputs: index of the tensor, and its input
         runs: list[list[tuple[int, TensorInfo]]] = []
-        for k in range(max(len(tensor.inputs) for tensor in tensors)):
+        inputs = [tensor.inputs for tensor in tensors]
+        for k in range(max(map(len, inputs))):
             last = None
-            for i, tensor in enumerate(tensors):
-                if k < len(tensor.inputs):
-                    source = tensor.inputs[k]
+            for i, own in enumerate(inputs):
+                if k < len(own):
+                    source = own[k]
                     if last is None or not _adjoin(last, source):
                         runs.append([])
                     runs[-1].append((i, source))

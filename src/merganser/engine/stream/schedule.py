@@ -35,7 +35,7 @@ class KernelCache:
         self._device = device
         self._check = check_finite
         self._kernels: dict[Any, Kernels] = {}
-        self._values: dict[tuple[Any, ...], Values] = {}
+        self._found: dict[tuple[Any, ...], tuple[Kernels, Values]] = {}
         self._no_keys = keys(0, "", 1)
         self._lock = threading.Lock()
 
@@ -43,33 +43,29 @@ class KernelCache:
         """Return the kernels and parameters to merge a tensor."""
         method = tensor.method
         with self._lock:
-            settings = (id(tensor.parameters), *tensor.located.values())
-            values = self._values.get(settings)
-            if values is None:
-                values = self._values[settings] = Values.of(method, tensor.parameters, tensor.located)
-            fused = self._plan.fused and method.fuse
-            compute = tensor.compute_dtype.name
-            key = (method, tuple(values.static.items()), compute, tensor.result_dtype.name, fused)
-            if key not in self._kernels:
-                self._kernels[key] = Kernels(
-                    method,
-                    values.static,
-                    getattr(torch, compute),
-                    getattr(torch, tensor.result_dtype.name),
-                    self._device,
-                    fused,
-                    self._check,
-                )
+            # many tensors share all of these
+            settings = (
+                id(tensor.parameters),
+                tensor.compute_dtype.tag,
+                tensor.result_dtype.tag,
+                *tensor.located.values(),
+            )
+            if settings not in self._found:
+                values = Values.of(method, tensor.parameters, tensor.located)
+                self._found[settings] = self._kernels_of(tensor, values), values
+            kernels, values = self._found[settings]
         random = keys(self._plan.seed, tensor.name, len(tensor.models)) if method.random else self._no_keys
         return TensorRun(
-            self._kernels[key],
-            values,
-            tensor.working_shape,
-            random,
-            tensor.block_limit,
-            name=tensor.name,
-            turned=tensor.turned,
+            kernels, values, tensor.working_shape, random, tensor.block_limit, name=tensor.name, turned=tensor.turned
         )
+
+    def _kernels_of(self, tensor: PlannedTensor, values: Values) -> Kernels:
+        method, fused = tensor.method, self._plan.fused and tensor.method.fuse
+        compute, output = (getattr(torch, dtype.name) for dtype in (tensor.compute_dtype, tensor.result_dtype))
+        key = (method, tuple(values.static.items()), compute, output)
+        if key not in self._kernels:
+            self._kernels[key] = Kernels(method, values.static, compute, output, self._device, fused, self._check)
+        return self._kernels[key]
 
 
 @dataclass
@@ -151,7 +147,7 @@ class Schedule:
             todo = list(groups)
         self._waiting: Iterator[Group] = iter(todo)
         self._left = len(todo)
-        self._measuring = sum(any(tensor.over_model for tensor in group.tensors) for group in todo)
+        self._measuring = sum(any(t.over_model for t in group.tensors) for group in todo) if whole_model else 0
         self._arrived: list[GroupState] = []
         self._model_sum = Sum()
         self._solved: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ from ...errors import CheckpointError, NonFiniteError
 from ..kernels.blocks import TensorRun
 from ..kernels.data import Data
 from ..kernels.sums import Sum
-from ..output.digests import block_digests, cut_digests, digest, digest_cuts
+from ..output.digests import block_digests, cut_digests, digest, digest_cuts, tensor_digest
 from ..plan.tensor import PlannedTensor
 from .buffers import CachedInputs, InputBuffer
 from .bundle import merge_together
@@ -138,7 +138,7 @@ class Worker:
         hashes: list[list[bytes]] = [[] for _ in tensor.inputs]
         written: list[bytes] = []
         scales: list[Tensor] = []
-        sample: dict[str, Any] = {}
+        sample: list[dict[str, Any]] = []
         for start, end in ranges:
             inputs = self._read(tensor, start, end, state.kept)
             for found, data in zip(hashes, inputs, strict=True):
@@ -172,11 +172,12 @@ class Worker:
             for shape in {tensor.shape for tensor in tensors}
         }
         hashes = [
-            [_hex(cut_digests(cuts[tensor.shape], view)) for view in views]
+            tensor_digest(cut_digests(cuts[tensor.shape], view))
             for tensor, views in zip(tensors, raw, strict=True)
+            for view in views
         ]
         self._c.advance(0, 0, len(tensors))
-        return {"in": hashes, "out": _hex(written), "sample": measure_samples(tensors, inputs, outputs)}
+        return {"in": _hex(hashes), "out": _hex(written), "sample": measure_samples(tensors, inputs, outputs)}
 
     def _merge_bundle(
         self, state: GroupState, inputs: list[list[Tensor]], *, measure: bool
