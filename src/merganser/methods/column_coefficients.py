@@ -1,0 +1,106 @@
+"""Column coefficients: a weight for every column of every task vector, fitted to what each model makes of its inputs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..method import Count, Embeddings, FromData, NonNegative, Others, PerModel, Positive, default, merge_method
+from ..ops import deltas, shares
+
+
+def descend(vectors: list[Tensor], inputs: Tensor, pull: Tensor, ridge: Tensor, steps: int) -> Tensor:
+    """Solve (A + ridge diag(A)) c = pull by conjugate gradients from c = 0; every step lowers the objective.
+
+    Args:
+        vectors: Task vectors, shape [m, n] each, float64.
+        inputs: Weighted sum of the Gram matrices, shape [n, n], float64.
+        pull: Right side, shape [T, n], float64.
+        ridge: What is added to the diagonal of A, over that diagonal.
+        steps: Most steps.
+
+    Returns:
+        c, shape [T, n], float64.
+    """
+    diagonal = torch.stack([vector.square().sum(0) for vector in vectors]) * inputs.diagonal()
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+    found = torch.zeros_like(pull)
+    residual = torch.where(diagonal > 0, pull, 0.0)
+    direction = inverse * residual
+    size = first = (residual * direction).sum()
+    for _ in range(steps):
+        if not size > 1e-24 * first:
+            break
+        outputs = torch.zeros_like(vectors[0])
+        for vector, c in zip(vectors, direction, strict=True):
+            outputs += vector * c
+        outputs = outputs @ inputs
+        image = torch.stack([(vector * outputs).sum(0) for vector in vectors]) + ridge * diagonal * direction
+        length = size / (direction * image).sum()
+        found = found + length * direction
+        residual = residual - length * image
+        scaled = inverse * residual
+        before, size = size, (residual * scaled).sum()
+        direction = scaled + size / before * direction
+    return found
+
+
+@merge_method(
+    family="data",
+    cite="gauthiercaron2024dam",
+    scope="matrix",
+    statistics={"gram": FromData("gram")},
+)
+def column_coefficients(
+    base: Tensor,
+    models: list[Tensor],
+    gram: Sequence[Tensor] | None,
+    *,
+    weight: PerModel[NonNegative] = default(1.0),
+    ridge: Positive = default(0.01),
+    steps: Count = default(100),
+    others: Others = "average",
+    embeddings: Embeddings = "others",
+) -> Tensor:
+    """Add the task vectors with coefficients, one per column and model, that best keep what each model computes.
+
+        merged = base + sum_i delta_i diag(c_i),    delta_i = model_i - base
+        c      = argmin sum_i weight_i tr((merged - model_i) gram_i (merged - model_i)^T) + ridge |c - r|_D^2
+
+    gram_i is the mean of x x^T over the tokens of model i, r_i = weight_i / sum_j weight_j in every column, and D the
+    diagonal of the quadratic form in c. It is solved by conjugate gradients that start at r, the weighted average.
+
+    Use when:
+        Statistics of each expert's field are at hand, and a number per model and matrix (`gram_coefficients`) is too
+        coarse, while every column must stay a weighted sum of the task vectors' columns.
+
+    Args:
+        weight: How much a model's inputs count.
+        ridge: Pulls the coefficients towards r.
+        steps: Most steps of conjugate gradients; each multiplies a task vector by a Gram matrix.
+
+    Differs from the paper:
+        Only the coefficients are the paper's (DAM), one for every input of a matrix. It learns them by gradient descent
+        on the divergence between the outputs of the whole merged model and each model, with all of them in memory, and
+        a penalty on coefficients that are alike; here each matrix is fitted by itself, on the models' own inputs.
+        The coefficients multiply task vectors, not weights. Embeddings, norms and biases have none.
+        Matrices without statistics are averaged.
+    """
+    vectors = [delta.double() for delta in deltas(base, models)]
+    average = shares(weight.double())
+    start = torch.zeros_like(vectors[0])
+    for share, vector in zip(average, vectors, strict=True):
+        start += share * vector
+    if gram is None:
+        return base + start.to(base.dtype)
+    inputs = start.new_zeros(start.shape[1], start.shape[1])
+    lacking = torch.zeros_like(start)
+    for w, vector, own in zip(weight.double(), vectors, gram, strict=True):
+        wide = w * own.double()
+        lacking += (vector - start) @ wide
+        inputs += wide
+    pull = torch.stack([(vector * lacking).sum(0) for vector in vectors])
+    change = descend(vectors, inputs, pull, ridge.double(), steps)
+    for vector, c in zip(vectors, change, strict=True):
+        start += vector * c
+    return base + start.to(base.dtype)
