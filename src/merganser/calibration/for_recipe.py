@@ -19,6 +19,7 @@ from .plan import lay_out, plan_prepared
 from .preparation import Prepared, prepare
 from .reverse import GRADIENTS
 from .run import Progress, run_prepared
+from .within.fitting import COEFFICIENTS
 from .within.pairs import CROSS_GRAM
 
 __all__ = [
@@ -47,6 +48,7 @@ class Wanted:
         of_base: Whether they are of the base on a model's data; `model` is the base.
         inputs: What computes the inputs, as in `FromData`. If not the model itself, all models of the recipe are
             measured together, and the name of the folder has two parts, the first of which they share.
+        together: Number of the models that are measured together.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Wanted:
     place: Place
     of_base: bool = False
     inputs: str = "own"
+    together: int = 1
 
 
 def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
@@ -94,7 +97,8 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
             reason = "every model has statistics already" if pairs else f"{method.name} uses no statistics from data"
             raise RecipeError(f"{recipe.place_of(unused)}: {reason}; leave the key out")
     _check_labels(method, list(found.values()))
-    return list(found.values())
+    together = 1 if method.data_inputs == "own" else len(found)
+    return [replace(each, together=together) for each in found.values()]
 
 
 def _statistics(method: MergeMethod) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -201,7 +205,7 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
         MergeError: The data or the model cannot be used; the message begins with the place in the recipe.
     """
     with prepared_for(wanted, cache_dir) as prepared:
-        plan, blocks = plan_prepared(prepared, wanted.model, wanted.name, wanted.inputs)
+        plan, blocks = plan_prepared(prepared, wanted.model, wanted.name, wanted.inputs, wanted.together)
         lay_out(prepared, blocks, folder, wanted.inputs)
         present = kept is not None and (kept / STATISTICS_NAME).exists()
         if present and kept is not None:
@@ -246,7 +250,7 @@ def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
         with prepare(
             wanted.model,
             data.source,
-            statistics=[name for name in wanted.statistics if name != CROSS_GRAM],
+            statistics=[name for name in wanted.statistics if name not in (CROSS_GRAM, COEFFICIENTS)],
             choice=data.choice,
             labels=data.labels or LABELS[0],
             batch_tokens=data.batch_tokens,

@@ -24,6 +24,7 @@ from .reverse.plan import plan_reverse, planned_sums
 from .run import described, fits, without
 from .skeleton import Skeleton
 from .taps import Tapped, Taps
+from .within.fitting import COEFFICIENTS, planned_coefficients
 from .within.pairs import CROSS_GRAM, planned_pairs
 from .writer import Sum, file_name, write_about
 
@@ -35,7 +36,9 @@ _RUNTIME = 500_000_000
 _BESIDE_PRODUCTS = 1.3
 _READ_RATE = 1e9
 # within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
-_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0}
+_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0}
+# forward and backward, with the default number of steps, each on one batch
+_FIT_PASSES, _FIT_STEPS = 3.0, 30
 _STARTING = 4.0
 
 
@@ -65,7 +68,7 @@ def plan_calibration(
 
 
 def plan_prepared(
-    prepared: Prepared, model: str, name: str, inputs: str = "own"
+    prepared: Prepared, model: str, name: str, inputs: str = "own", together: int = 1
 ) -> tuple[CalibrationPlan, list[list[Tapped]]]:
     """Plan a prepared calibration.
 
@@ -76,6 +79,7 @@ def plan_prepared(
         model: The model's name for the user.
         name: Name of the folder of its statistics.
         inputs: What computes the inputs, as in `FromData`.
+        together: Number of models that are measured together.
 
     Returns:
         The plan, and for every block the tensors that will have statistics; their sums have shapes, but no values.
@@ -90,12 +94,15 @@ def plan_prepared(
     found = _block_sums(prepared)
     if inputs == "merged":
         found = [planned_pairs(skeleton, block) for block in found]
+    if inputs == "fitted":
+        found = [planned_coefficients(skeleton, block) for block in skeleton.blocks]
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
     outside = skeleton.outside(head=prepared.labels is not None)
-    forward = _FORWARDS[inputs] * _forward_operations(prepared)
+    forward = _forward_operations(prepared)
+    forward *= _FORWARDS[inputs] + (inputs == "fitted") * _FIT_PASSES * _FIT_STEPS / len(prepared.batches())
     sums = sum(_sum_operations(prepared, tapped) for block in found for tapped in block)
     read = skeleton.checkpoint.nbytes + 2 * inside + _nbytes(skeleton, outside)
-    memory, spool = _peak_memory(prepared, _loaded(skeleton, outside), found, inputs), _spool_bytes(prepared)
+    memory, spool = _peak_memory(prepared, _loaded(skeleton, outside), found, inputs, together), _spool_bytes(prepared)
     stored = sum(_stored_bytes(tapped) for block in found for tapped in block)
     files = [file_name(number, len(found)) for number in range(1, len(found) + 1)]
     seconds = _STARTING
@@ -136,7 +143,8 @@ def _gradients(prepared: Prepared) -> list[str]:
 
 def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
     """Return the names of all statistics that are measured."""
-    return (*prepared.statistics, CROSS_GRAM) if inputs == "merged" else prepared.statistics
+    extra = {"merged": (CROSS_GRAM,), "fitted": (COEFFICIENTS,)}.get(inputs, ())
+    return (*prepared.statistics, *extra)
 
 
 def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path, inputs: str = "own") -> None:
@@ -235,17 +243,26 @@ def _spool_bytes(prepared: Prepared) -> int:
     return 2 * prepared.tokens * width * prepared.skeleton.dtype.itemsize
 
 
-def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]], inputs: str) -> int:
+def _peak_memory(
+    prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]], inputs: str, together: int
+) -> int:
     # of weights, within a merge: a block and as it is merged; or the blocks of both, each with what is outside
-    held = {"own": (1, 1), "prefix": (1, 2), "merged": (2, 3)}[inputs]
     skeleton = prepared.skeleton
+    # for a fit the block's base, task vectors and gradient in float32, too
+    wide = (together + 3) * 4 / skeleton.dtype.itemsize
+    held = {"own": (1, 1), "prefix": (1, 2), "merged": (2, 3), "fitted": (2, 2 + wide)}[inputs]
     largest = max(_loaded(skeleton, block.sources) for block in skeleton.blocks)
     sums = max(sum(_memory(tapped) for tapped in block) for block in blocks)
     widest = max((tapped.width for block in blocks for tapped in block), default=0)
     # float32 rows of the widest input, its products in several steps, and one sum as it is stored
     fed = 4 * min(prepared.batch_tokens, prepared.tokens) * widest * 6
     return (
-        _RUNTIME + held[0] * outside + held[1] * largest + sums + fed + 4 * widest**2 * ("gram" in prepared.statistics)
+        _RUNTIME
+        + held[0] * outside
+        + round(held[1] * largest)
+        + sums
+        + fed
+        + 4 * widest**2 * ("gram" in prepared.statistics)
     )
 
 
@@ -257,7 +274,7 @@ def _memory(tapped: Tapped) -> int:
 def _memory_of(tapped: Tapped) -> int:
     """Return the bytes of the sums of one matrix, or of one expert, while they are computed."""
     kinds: dict[str, type[Reducer] | type[CrossGram]] = {**REDUCERS, CROSS_GRAM: CrossGram}
-    return sum(kinds[kind].memory_of(tapped.width) for kind in tapped.sums if kind != COUNT)
+    return sum(kinds[kind].memory_of(tapped.width) for kind in tapped.sums if kind in kinds)
 
 
 def _stored_bytes(tapped: Tapped) -> int:

@@ -88,9 +88,7 @@ def merge_method(
         from_data = {name: own for name, own in (statistics or {}).items() if isinstance(own, FromData)}
         complaint = _matrix_complaint(scope, hints, base, measured) or _row_complaint(scope, measured)
         numbers = {name: own for name, own in (statistics or {}).items() if isinstance(own, NumbersFromData)}
-        wide = next((name for name, own in from_data.items() if not own.elementwise), None)
-        if wide is not None and scope != "matrix":
-            complaint = f"{wide} is of a whole matrix, which only methods of scope 'matrix' are handed"
+        complaint = complaint or _data_complaint(scope, from_data, parameters)
         if any(own.of == "base_on_models" for own in from_data.values()) and base != "required":
             complaint = complaint or "statistics of the base need `base: Tensor`"
         complaint = complaint or from_data_complaint(from_data)
@@ -172,6 +170,21 @@ def _matrix_complaint(
         return "scope 'matrix' needs `base: Tensor`, since tensors that are not matrices are merged as task vectors"
     other = next((name for name, statistic in statistics.items() if statistic.over != "model"), None)
     return f"a method of scope 'matrix' has whole matrices at hand; let it compute {other} itself" if other else None
+
+
+def _data_complaint(scope: Scope, from_data: Mapping[str, FromData], parameters: Mapping[str, Parameter]) -> str | None:
+    """Return why a method cannot take one of its statistics from data; None if it can take all."""
+    for name, own in from_data.items():
+        if own.summed:
+            if not own.elementwise and scope != "matrix":
+                return f"{name} is of a whole matrix, which only methods of scope 'matrix' are handed"
+            continue
+        if scope != "tensor":
+            return f"{name} are of chunks of a whole tensor, which only methods of scope 'tensor' are handed"
+        lacking = sorted({"weight", "start", "chunks", "steps", "rate", "regulariser"} - parameters.keys())
+        if lacking:
+            return f"{name} are fitted with the parameters {', '.join(lacking)}, which it does not declare"
+    return None
 
 
 def _row_complaint(scope: Scope, statistics: Mapping[str, Statistic]) -> str | None:

@@ -81,7 +81,7 @@ class Statistic:
         return str(parameters.get(self.over, self.over))
 
 
-_OF_INPUTS = ("gram", "cross_gram", "second_moment", "magnitude")
+_OF_INPUTS = ("gram", "cross_gram", "second_moment", "magnitude", "coefficients")
 _ELEMENTWISE = ("fisher", "gradient", "absolute_gradient")
 
 
@@ -109,12 +109,20 @@ class FromData:
         gradient             sum of g, over the number of tokens in the loss
         absolute_gradient    sum of |g|, over the number of tokens in the loss
 
+    A method of scope "tensor" may get
+
+        coefficients         of the task vector, one for each chunk of consecutive elements, shape [chunks]
+
+    which are fitted block by block within the merge, before the method runs. It declares the parameters `weight` (per
+    model), `start`, `chunks`, `steps`, `rate` and `regulariser` of the fit, as `expert_merging` explains them.
+
     Args:
         statistic: Which of them.
         inputs: What computes x on the model's data: "own", the model itself; "prefix", the model's block behind the
             merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
-            blocks before it. All statistics of a method have the same; for the last two, models are calibrated and
-            merged block by block. `cross_gram` needs "merged".
+            blocks before it; "fitted", the block while coefficients are fitted, behind the merged blocks before it. All
+            statistics of a method have the same; for the last three, models are calibrated and merged block by block.
+            `cross_gram` needs "merged", and `coefficients` "fitted".
         of: Whose statistics they are: a tensor for each of the "models"; one, for the "base" or the "first" model; or a
             tensor for each model, of the base on the data of that model: "base_on_models". All statistics of a method
             have the same, but that "models" goes with "base_on_models"; those of one are of its own inputs.
@@ -129,8 +137,9 @@ class FromData:
         "fisher",
         "gradient",
         "absolute_gradient",
+        "coefficients",
     ]
-    inputs: Literal["own", "prefix", "merged"] = "own"
+    inputs: Literal["own", "prefix", "merged", "fitted"] = "own"
     of: Literal["models", "base", "first", "base_on_models"] = "models"
 
     @property
@@ -143,10 +152,17 @@ class FromData:
         """Whether it has an entry for every entry of the tensor."""
         return self.statistic in _ELEMENTWISE
 
+    @property
+    def summed(self) -> bool:
+        """Whether it is a sum, of which the method gets the mean; otherwise it gets the numbers themselves."""
+        return self.statistic != "coefficients"
+
     def shape(self, block: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of one model's tensor, given that of the block that a method gets."""
+        """Return the shape of one model's tensor, given that of the block that a method gets; of coefficients, of one chunk."""
         if self.elementwise:
             return tuple(block)
+        if not self.summed:
+            return (1,)
         rows, columns = block[-2:]
         square = {"gram": columns, "cross_gram": columns, "gradient_gram": rows}.get(self.statistic)
         return (columns,) if square is None else (square, square)
@@ -179,9 +195,10 @@ def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
     if any(own.of != "models" and own.inputs != "own" for own in wanted.values()):
         return "statistics of the base or of the first model alone are of its own inputs"
     odd = next((name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs != "merged"), None)
-    return (
-        None if odd is None else f"{odd} compares inputs of the merged model with others, which needs inputs='merged'"
-    )
+    if odd is not None:
+        return f"{odd} compares inputs of the merged model with others, which needs inputs='merged'"
+    odd = next((name for name, own in wanted.items() if (own.inputs == "fitted") == own.summed), None)
+    return None if odd is None else f"{odd}: coefficients are fitted, and nothing else: they need inputs='fitted'"
 
 
 def statistic(

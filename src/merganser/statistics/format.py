@@ -11,9 +11,13 @@ With `x` the input of a matrix for one token, the sums over tokens are
     gram            Σ x xᵀ, float32, shape [in, in]
     cross_gram      Σ x yᵀ, float32, shape [in, in], with y what the matrix of the model itself receives for this token
 
+Of coefficients that were fitted within a merge, for every tensor of a block,
+
+    coefficients    of the task vector, float32, shape [chunks]: no sum; `count` is the number of tokens they were fitted to
+
 Matrices that receive the same inputs share their sums. `x` is computed by the model itself, or within a merge: by its
-block behind merged blocks, or by merged blocks alone (`inputs` in statistics.json: "own", "prefix", "merged"). The last
-two belong to one merge, whose hash is stored as `merge`.
+block behind merged blocks, or by merged blocks alone (`inputs` in statistics.json: "own", "prefix", "merged", and
+"fitted" for coefficients). The last three belong to one merge, whose hash is stored as `merge`.
 
 With `g` the gradient of the loss of one sequence, which is the negative log-likelihood of its tokens that count, the sums
 over sequences are
@@ -69,7 +73,7 @@ LOSS = "loss"
 PREDICTIONS = "predictions"
 """The number of tokens in the loss."""
 
-_OF_INPUTS = (COUNT, "magnitude", "second_moment", "gram", "cross_gram")
+_OF_INPUTS = (COUNT, "magnitude", "second_moment", "gram", "cross_gram", "coefficients")
 
 
 def sum_name(statistic: str, tensor: str) -> str:
@@ -117,7 +121,7 @@ class Statistics:
 
     @property
     def inputs(self) -> str:
-        """What computed the inputs: "own", "prefix" or "merged"."""
+        """What computed the inputs: "own", "prefix", "merged" or "fitted"."""
         return str(self.about.get("inputs", "own"))
 
     @property

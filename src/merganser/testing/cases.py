@@ -192,10 +192,11 @@ def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str
                 "fisher": each.square(),
                 "gradient": each,
                 "absolute_gradient": each.abs(),
+                "coefficients": torch.rand(min(3, max(math.prod(shape), 1)), generator=generator),
             }
             tensor = made[own.statistic]
             # packed experts have one each; here all have the same
-            packed = len(shape) == 3 and not own.elementwise
+            packed = len(shape) == 3 and own.summed and not own.elementwise
             found[name].append(tensor.expand(shape[0], *tensor.shape) if packed else tensor)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,10 @@ def outside_sources(skeleton: Skeleton) -> list[str]:
 
 
 def find_parts(
-    skeleton: Skeleton, sources: Sequence[str], parameters: Mapping[str, nn.Parameter]
+    skeleton: Skeleton,
+    sources: Sequence[str],
+    parameters: Mapping[str, nn.Parameter],
+    read: Callable[[str], Tensor] | None = None,
 ) -> tuple[dict[str, Part], list[str]]:
     """Find, for tensors of a checkpoint, the part of the model's parameters that has their values.
 
@@ -65,6 +68,7 @@ def find_parts(
         skeleton: The model.
         sources: Names of tensors.
         parameters: Loaded parameters, by name.
+        read: Returns a tensor that they were loaded from; None for those of the checkpoint.
 
     Returns:
         The parts by name of the tensor, and the names of float tensors whose values are in no parameter as they are.
@@ -80,7 +84,7 @@ def find_parts(
         if name is None:
             continue
         parameter = parameters[name].detach()
-        stored = skeleton.stored(source).to(parameter.dtype)
+        stored = (read or skeleton.stored)(source).to(parameter.dtype)
         options = (
             part
             for part in _options(name, target.index, parameter, stored)

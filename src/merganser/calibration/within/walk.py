@@ -36,6 +36,7 @@ from ..stream import Stream, StreamState
 from ..taps import Tapped, Taps
 from ..target import Target
 from ..writer import file_name, write_about, write_sums
+from .fitting import Pupil, fit_block
 from .pairs import CROSS_GRAM, Pairs
 from .weights import MergedTensors, ModelTensors
 
@@ -197,12 +198,17 @@ class _Walk:
                 key = "merged" if kind == _HIDDEN else "own"
                 return Stream(self._skeleton, batches, spool, StreamState.from_json(state[key]) if state else None)
 
-            own = stream(_OWN) if CROSS_GRAM in self._statistics else None
+            compared = CROSS_GRAM in self._statistics or self._plan.method.data_inputs == "fitted"
+            own = stream(_OWN) if compared else None
             self._models.append(_Model(source, folder, stream(_HIDDEN), own, dict(state["tensors"]) if state else {}))
 
     def run(self, progress: Progress | None) -> None:
         """Measure and merge one block after the other."""
-        measure = self._measure_prefix if self._plan.method.data_inputs == "prefix" else self._measure_merged
+        measure = {
+            "prefix": self._measure_prefix,
+            "merged": self._measure_merged,
+            "fitted": self._measure_fitted,
+        }[self._plan.method.data_inputs]
         for index in range(int(self._target.state.get("done", 0)), self._count):
             if progress is not None:
                 progress(index, self._count)
@@ -259,6 +265,22 @@ class _Walk:
         with taps.watching():
             taps.begin(own.batches[number])
             own.store(number, own.output(number))
+
+    def _measure_fitted(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
+        """Run the models' own block, and fit to what it computes what the merged block makes of the same data."""
+        outside = self._skeleton.loaded()
+        pupils: list[Pupil] = []
+        for model in self._models:
+            assert model.own is not None
+            with self._skeleton.filled(block, model.source):
+                self._skeleton.fill_outside(source=model.source)
+                model.own.advance(lambda batch: None)
+            pupils.append(Pupil(model.merged, model.own))
+        self._skeleton.use(outside)
+        self._merged.make(block.sources)
+        with self._skeleton.filled(block, self._merged):
+            found = fit_block(self._plan, self._skeleton, block, self._merged.made, pupils)
+        yield from zip(self._models, found, strict=True)
 
     def _merge(self, index: int, block: Block) -> None:
         """Merge the block with the statistics of all models, and run it on all data."""

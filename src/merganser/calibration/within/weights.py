@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -57,6 +57,11 @@ class MergedTensors:
         self._made = {}
         chosen = [with_data(self._planned[name], data) for name in names]
         self._made = merge_to_state_dict(part_of(self._plan, chosen))
+
+    @property
+    def made(self) -> Mapping[str, Tensor]:
+        """The tensors that were made last."""
+        return self._made
 
     def tensor(self, info: TensorInfo, /) -> Tensor:
         """Return one of the tensors that were made last."""

@@ -22,6 +22,7 @@ _INPUTS = {
     "own": "what the model itself computes",
     "prefix": "what the model's blocks compute behind the merged blocks of a merge",
     "merged": "what the merged blocks of a merge compute",
+    "fitted": "coefficients that were fitted within a merge",
 }
 
 
@@ -131,6 +132,13 @@ class DataOfModels:
         total = folder.info(own.statistic, tensor.name)
         count = folder.info(COUNT, tensor.name) if own.of_inputs else folder.of_model(PREDICTIONS)
         lead, rest = tensor.shape[:-2], tensor.shape[-2:]
+        if not own.summed:
+            if len(total.shape) != 1 or not total.shape[0]:
+                raise RecipeError(
+                    f"{source.place}: its statistics are damaged: {own.statistic} of {tensor.name} have shape "
+                    f"{list(total.shape)}, expected one axis; measure again"
+                )
+            return SumFromData(total, count, summed=False)
         shape = tensor.shape if own.elementwise else (*lead, *own.shape(rest[::-1] if turned else rest))
         if total.shape != shape or (own.of_inputs and count.shape != lead):
             raise RecipeError(

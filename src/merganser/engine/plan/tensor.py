@@ -21,11 +21,13 @@ class SumFromData:
         sum: The sum.
         count: The number of tokens in it; 0-d, or one for each expert.
         elementwise: Whether it has the shape of the tensor.
+        summed: Whether it is a sum; otherwise the method gets it as it is.
     """
 
     sum: TensorInfo
     count: TensorInfo
     elementwise: bool = False
+    summed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

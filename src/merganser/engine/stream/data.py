@@ -26,6 +26,8 @@ def block_data(tensor: PlannedTensor, run: TensorRun, range_: tuple[int, int], r
     packed = run.kernels.method.scope == "matrix" and len(run.shape) == 3
 
     def mean(own: SumFromData) -> Tensor:
+        if not own.summed:
+            return reader.tensor(own.sum).to(run.kernels.device, run.kernels.compute)
         counts = reader.tensor(own.count).reshape(-1)
         matrix = run.matrix(range_[0]) if packed else 0
         if own.elementwise:
