@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from merganser.calibration.stream import Stream
+from merganser.engine.merge import merge
 from merganser.errors import RecipeError
-from merganser.statistics import Statistics
+from merganser.statistics import Statistics, open_statistics
 from tests.calibration.merging import BLOCKS, Family, make_family
 from tests.reference.expert_merging import expert_merging_walk
 
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def coefficients(found: list[Statistics]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("coefficients/"): torch.stack([own[name] for own in parts]) for name in names}
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("llama", 3), ("gpt2", 1)])
+@pytest.mark.parametrize(("name", "chunks"), [("llama", 2), ("gpt2", 1)])
 def test_agrees_with_whole_models_in_memory(name: str, chunks: int, tmp_path: Path) -> None:
     family = make_family(tmp_path, name)
     given = {"steps": STEPS, "chunks": chunks, "start": 0.3, "regulariser": 0.05}
@@ -41,22 +42,21 @@ def test_agrees_with_whole_models_in_memory(name: str, chunks: int, tmp_path: Pa
         family.open(family.base).double(),
         [family.open(model).double() for model in family.models],
         [family.sequences(k) for k in range(2)],
-        BLOCKS[name],
+        # blocks are fitted from the first one on, and those behind do not matter
+        BLOCKS[name][:2],
         **given,
     )
-    assert found.keys() == expected.keys()
+    assert {key for key in found if key.startswith(tuple(f"{block}." for block in BLOCKS[name][:2]))} == expected.keys()
     moved = max(float((own - 0.3).abs().max()) for own in expected.values())
-    assert moved > 0.1
-    for key, own in found.items():
-        torch.testing.assert_close(own.double(), expected[key], rtol=0, atol=1e-3, msg=key)
+    assert moved > 0.05
+    for key, own in expected.items():
+        torch.testing.assert_close(found[key].double(), own, rtol=0, atol=1e-3, msg=key)
 
 
 def test_the_merge_has_the_coefficients_and_the_start_outside(llama: Family, tmp_path: Path) -> None:
     merged = llama.merged("expert_merging", tmp_path, steps=STEPS)
     base = load_file(llama.base / "model.safetensors")
     models = [load_file(model / "model.safetensors") for model in llama.models]
-    from merganser.statistics import open_statistics
-
     found = coefficients([open_statistics(tmp_path / f"statistics/model-{k + 1}") for k in range(2)])
     assert "model.layers.1.input_layernorm.weight" in found
     for name, tensor in merged.items():
@@ -67,7 +67,7 @@ def test_the_merge_has_the_coefficients_and_the_start_outside(llama: Family, tmp
 
 def test_a_merge_computes_more_like_the_models(llama: Family, tmp_path: Path) -> None:
     alone = Family("llama", llama.base, llama.models[:1], llama.data[:1])
-    found = coefficients(alone.calibrate("expert_merging", tmp_path / "run", steps=20, regulariser=0.0))
+    found = coefficients(alone.calibrate("expert_merging", tmp_path / "run", steps=10, rate=1.0, regulariser=0.0))
     matrices = torch.cat([own.flatten() for name, own in found.items() if "proj" in name])
     # one model alone is computed exactly with coefficients of 1
     assert matrices.mean() > 0.7
@@ -109,6 +109,28 @@ def test_steps_that_differ_within_a_block_are_refused(llama: Family, tmp_path: P
     with pytest.raises(RecipeError, match=r"learns model\.layers\.0 as a whole, .* different steps"):
         llama.calibrate("expert_merging", tmp_path / "out", steps=uneven)
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_coefficients_are_refused(llama: Family, tmp_path: Path) -> None:
+    found = llama.calibrate("expert_merging", tmp_path / "run", steps=1)
+    file = found[1].path / "statistics-00001-of-00004.safetensors"
+    tensors = load_file(file)
+    name = "coefficients/model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: torch.ones(2, 2)}, file)
+    with pytest.raises(RecipeError, match=r"models\[1\]: its statistics are damaged: coefficients of .*up_proj"):
+        merge(llama.recipe("expert_merging", found, steps=1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_of_a_mixture_and_an_encoder_are_fitted(tmp_path: Path) -> None:
+    mixture = make_family(tmp_path / "mixture", "mixtral")
+    found = coefficients(mixture.calibrate("expert_merging", tmp_path / "run", steps=1))
+    assert any(".experts." in name for name in found)
+    pair = make_family(tmp_path / "pair", "t5")
+    found = coefficients(pair.calibrate("expert_merging", tmp_path / "other", steps=1))
+    assert any(name.startswith("encoder.block.1.") for name in found)
+    assert any(name.startswith("decoder.block.1.") for name in found)
+    assert all(float((own - 0.1).abs().max()) > 0 for name, own in found.items() if name.endswith("wo.weight"))
 
 
 def test_small_tensors_have_as_many_chunks_as_elements(llama: Family, tmp_path: Path) -> None:

@@ -35,10 +35,11 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["regmean_plus", "featcal"])
+@pytest.mark.parametrize("method", ["regmean_plus", "featcal", "expert_merging"])
 def test_a_recipe_with_data_gives_the_merge_by_hand(method: str, llama: Family, tmp_path: Path) -> None:
-    llama.merged(method, tmp_path / "hand")
-    merge(written(llama, method), tmp_path / "out")
+    parameters = {"steps": 2} if method == "expert_merging" else {}
+    llama.merged(method, tmp_path / "hand", **parameters)
+    merge(written(llama, method, parameters=parameters), tmp_path / "out")
     assert weights(tmp_path / "out") == weights(tmp_path / "hand/out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hand", "out"]
 
@@ -52,6 +53,11 @@ def test_the_plan_says_what_is_measured(llama: Family, tmp_path: Path) -> None:
     assert three.forward_operations == 3 * one.forward_operations
     assert (two.statistics, three.statistics) == (("count", "gram"), ("count", "gram", "cross_gram"))
     assert plus.bytes_read == alone.bytes_read
+    fitted = plan(written(llama, "expert_merging")).calibrations[0]
+    assert fitted.statistics == ("count", "coefficients")
+    # three passes, and thirty steps forward and backward on a batch, which is all
+    assert fitted.forward_operations == pytest.approx(93 * one.forward_operations)
+    assert fitted.statistics_bytes < 0.1 * one.statistics_bytes
     found = merge(written(llama, "featcal", keep_statistics=str(tmp_path / "kept")), tmp_path / "out")
     stored = sum(file.stat().st_size for file in (tmp_path / "kept/within-1/model0").glob("*.safetensors"))
     assert three.statistics_bytes == pytest.approx(stored, rel=0.2)

@@ -1,5 +1,6 @@
 """Zhang et al. 2025, "Expert Merging", with the loss of one block at a time: whole models in memory, in float64, by autograd."""
 
+import contextlib
 import copy
 
 import torch
@@ -25,10 +26,13 @@ def outputs_of(model, block, sequences):
 
     def keep(_, __, found):
         rows.append((found[0] if isinstance(found, tuple) else found).flatten(0, -2))
+        # what comes behind the block is not needed
+        raise _Enough
 
     hook = model.get_submodule(block).register_forward_hook(keep)
     for sequence in sequences:
-        model(**sequence)
+        with contextlib.suppress(_Enough):
+            model(**sequence)
     hook.remove()
     return torch.cat(rows)
 
@@ -83,6 +87,10 @@ def expert_merging_walk(base, models, data, blocks, *, start=0.1, steps=30, rate
             set_parameters(merged, mixed(inside, deltas, raw))
         coefficients |= {name: own.detach().sigmoid() for name, own in raw.items()}
     return merged, coefficients
+
+
+class _Enough(Exception):
+    """Ends a forward."""
 
 
 class _With:
