@@ -197,6 +197,31 @@ def test_declarations_that_contradict_themselves_are_refused(wanted: dict[str, F
         merge_method(family="data", cite="-", scope="matrix", statistics=wanted)(method)
 
 
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        ("element", "a are of chunks of a whole tensor"),
+        ("tensor", "parameters chunks, rate, regulariser, start, steps, weight"),
+    ],
+)
+def test_coefficients_need_whole_tensors_and_the_parameters_of_the_fit(scope: Any, message: str) -> None:
+    def method(base: Any, models: Any) -> Any:
+        """Nothing.
+
+            merged = base
+
+        Use when:
+            Never.
+
+        Differs from the paper:
+            None.
+        """
+
+    wanted = {"a": FromData("coefficients", inputs="fitted")}
+    with pytest.raises(TypeError, match=message):
+        merge_method(family="data", cite="-", scope=scope, statistics=wanted)(method)
+
+
 def test_statistics_of_a_model_of_another_width_are_refused(tmp_path: Path) -> None:
     _experts(tmp_path, "llama")
     import transformers

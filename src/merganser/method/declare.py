@@ -88,10 +88,9 @@ def merge_method(
         from_data = {name: own for name, own in (statistics or {}).items() if isinstance(own, FromData)}
         complaint = _matrix_complaint(scope, hints, base, measured) or _row_complaint(scope, measured)
         numbers = {name: own for name, own in (statistics or {}).items() if isinstance(own, NumbersFromData)}
-        complaint = complaint or _data_complaint(scope, from_data, parameters)
+        complaint = complaint or from_data_complaint(from_data) or _data_complaint(scope, from_data, parameters)
         if any(own.of == "base_on_models" for own in from_data.values()) and base != "required":
             complaint = complaint or "statistics of the base need `base: Tensor`"
-        complaint = complaint or from_data_complaint(from_data)
         if scope != "matrix" and "rounding" in signature:
             complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
         if sidecar is not None:
