@@ -51,7 +51,7 @@ def expert_merging(
             model. Where the pieces cannot be equal, the first ones have one element more.
         steps: Steps of the optimiser for each block, as many for all tensors of a block, as the weights are.
         rate: Step size of the optimiser, for c, at the start.
-        regulariser: Pulls towards start; with 1 and one tensor it weighs as much as the loss of all models at the start.
+        regulariser: Pulls towards start. Without it the loss is 1 at the start, and 0 where every model is met exactly.
 
     Differs from the paper:
         The paper lowers the divergence between the logits of the whole merged model and of each model, with two whole
