@@ -26,6 +26,7 @@ VERBS = [
     "transplant",
     "mix",
     "extract",
+    "export",
     "eval",
     "report",
 ]
@@ -58,6 +59,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  transplant  Give a model the tokenizer of another one.\n"
         "  mix         Build a mixture of experts from dense models of one shape.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"
+        "  export      Write the sidecars of a merge as LoRA adapters.\n"
         "  eval        Measure models on tasks, and what merges kept of their experts.\n"
         "  search      Find the open values of a recipe by trying them.\n"
         "  auto        Make the best of some models for some tasks, and prove it.\n"

@@ -23,6 +23,7 @@ from .auto import auto
 from .calibrate import calibrate
 from .diff import diff
 from .eval import evaluate
+from .export import export
 from .extract import extract
 from .fuse import fuse
 from .inspect import inspect
@@ -56,6 +57,7 @@ app.command(cls=Verb)(restore)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(mix)
 app.command(cls=Verb)(extract)
+app.command(cls=Verb)(export)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)
 app.command(cls=many_values("--tasks"))(auto)
