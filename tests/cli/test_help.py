@@ -23,6 +23,7 @@ VERBS = [
     "calibrate",
     "verify",
     "restore",
+    "route",
     "transplant",
     "mix",
     "extract",
@@ -56,6 +57,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  calibrate   Write statistics of a model on text, for merges that use data.\n"
         "  verify      Check an output against the hashes in its merge.json.\n"
         "  restore     Write a task's own checkpoint back from a merge with sidecars.\n"
+        "  route       Make the router that chooses a task of a merge for each text.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
         "  mix         Build a mixture of experts from dense models of one shape.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"

@@ -33,6 +33,7 @@ from .mix import mix
 from .plan import plan
 from .report import report
 from .restore import restore
+from .route import route
 from .search import search
 from .transplant import transplant
 from .verify import verify
@@ -54,6 +55,7 @@ for verb in (merge, plan, methods, inspect, diff):
 app.command(cls=many_values("--data"))(calibrate)
 app.command(cls=Verb)(verify)
 app.command(cls=Verb)(restore)
+app.command(cls=many_values("--data"))(route)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(mix)
 app.command(cls=Verb)(extract)
