@@ -23,9 +23,11 @@ VERBS = [
     "calibrate",
     "verify",
     "restore",
+    "route",
     "transplant",
     "mix",
     "extract",
+    "export",
     "eval",
     "report",
 ]
@@ -55,9 +57,11 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  calibrate   Write statistics of a model on text, for merges that use data.\n"
         "  verify      Check an output against the hashes in its merge.json.\n"
         "  restore     Write a task's own checkpoint back from a merge with sidecars.\n"
+        "  route       Make the router that chooses a task of a merge for each text.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
         "  mix         Build a mixture of experts from dense models of one shape.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"
+        "  export      Write the sidecars of a merge as LoRA adapters.\n"
         "  eval        Measure models on tasks, and what merges kept of their experts.\n"
         "  search      Find the open values of a recipe by trying them.\n"
         "  auto        Make the best of some models for some tasks, and prove it.\n"

@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merganser import merge
+from merganser import merge, verify
 from merganser.errors import CheckpointError, MergeError, NotFoundError, ParameterError
 from merganser.inference.language_model import open_model
 from merganser.inference.stored import open_stored
 from merganser.runtime.routed import ROUTER_FILE, RoutedModel
+from merganser.runtime.routing import make_router
+from tests.cli.tiny import run
 from tests.evaluation.tiny import make_model
 
 IDS = torch.tensor([[5, 9, 30, 41], [7, 100, 3, 60]])
@@ -94,3 +96,61 @@ def test_foreign_router(out, metadata, message):
     with pytest.raises(MergeError, match=message):
         RoutedModel(out)
     (out / ROUTER_FILE).unlink()
+
+
+def texts_of(folder):
+    words = {"a": "the cat sat on a mat and then it was ", "b": "größere Häuser naïve café 東京 "}
+    for name, text in words.items():
+        (folder / f"{name}.txt").write_text(text * 20, encoding="utf-8")
+    return [f"{name}={folder / name}.txt" for name in words]
+
+
+def test_command_makes_a_router_that_is_ours(out, tmp_path):
+    given = texts_of(tmp_path)
+    found = run("route", out, "--data", *given, "--length", 16)
+    assert found.code == 0, found
+    assert f"wrote {out / ROUTER_FILE}" in found.out
+    assert found.out.count("100.0 %") == 2
+    assert verify(out).ok
+    (out / ROUTER_FILE).write_bytes(b"damaged")
+    assert not verify(out).ok
+    again = run("route", out, "--data", *given, "--length", 16, "--json")
+    assert again.code == 0, again
+    assert verify(out).ok
+    assert RoutedModel(out).router is not None
+    assert [path.name for path in (out / "sidecars").iterdir() if path.name.startswith(".")] == []
+
+
+def test_overwrite_accepts_the_router(out, tmp_path):
+    make_router(out, {each.partition("=")[0]: [each.partition("=")[2]] for each in texts_of(tmp_path)}, length=16)
+    root = out.parent
+    models = [{"model": str(root / name), "name": name} for name in "ab"]
+    merge({"merge_method": "emr", "base_model": str(root / "base"), "models": models}, out, overwrite=True)
+    assert not (out / ROUTER_FILE).exists()
+
+
+def test_a_file_of_the_user_is_not_replaced(out, tmp_path):
+    (out / ROUTER_FILE).write_text("notes")
+    found = run("route", out, "--data", *texts_of(tmp_path), "--length", 16)
+    assert (found.code, (out / ROUTER_FILE).read_text()) == (2, "notes")
+    assert "merganser did not write it" in found.err
+    (out / ROUTER_FILE).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: given[:1], "'b' has none"),
+        (lambda given: [*given, given[0].replace("a=", "c=", 1)], "no task 'c'"),
+        (lambda given: [*given, "b"], "must be TASK=FILE"),
+        (lambda given: [given[0], "b=missing.txt"], "no such file"),
+        (lambda given: [*given, "--length", 65], "at most 64"),
+        (lambda given: [*given, "--windows", 2, "--length", 64], None),
+    ],
+)
+def test_bad_data_of_routers(out, tmp_path, change, message):
+    found = run("route", out, "--data", *change(texts_of(tmp_path)))
+    if message is None:
+        assert found.code == 0, found
+    else:
+        assert (found.code, message in found.err) == (2, True), found

@@ -23,6 +23,7 @@ from .auto import auto
 from .calibrate import calibrate
 from .diff import diff
 from .eval import evaluate
+from .export import export
 from .extract import extract
 from .fuse import fuse
 from .inspect import inspect
@@ -32,6 +33,7 @@ from .mix import mix
 from .plan import plan
 from .report import report
 from .restore import restore
+from .route import route
 from .search import search
 from .transplant import transplant
 from .verify import verify
@@ -53,9 +55,11 @@ for verb in (merge, plan, methods, inspect, diff):
 app.command(cls=many_values("--data"))(calibrate)
 app.command(cls=Verb)(verify)
 app.command(cls=Verb)(restore)
+app.command(cls=many_values("--data"))(route)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(mix)
 app.command(cls=Verb)(extract)
+app.command(cls=Verb)(export)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)
 app.command(cls=many_values("--tasks"))(auto)

@@ -89,6 +89,9 @@ class Sidecar:
         matrices: Whether only matrices are encoded, selected as for methods of scope "matrix". `encode` must then
             declare `others: Kept` and `embeddings: Embeddings`, but does not read them.
         lossless: Settings that restore the models up to rounding; None if there are none.
+        factors: Returns left [rows, k] and right [k, columns] from the parts of a matrix, where `decode` returns base
+            or merged plus left @ right: the base if `decode` needs it under these parameters, else the merged matrix.
+            None if the parts are not of low rank.
     """
 
     parts: Callable[..., Mapping[str, Part]]
@@ -99,6 +102,7 @@ class Sidecar:
     base: When = None
     matrices: bool = False
     lossless: Lossless | None = None
+    factors: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def complaint(self, parameters: Mapping[str, object], scope: str, base: str) -> str | None:
         """Return what is wrong in the declaration of a method with this sidecar; None if nothing is.

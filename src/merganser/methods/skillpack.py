@@ -133,6 +133,32 @@ def encode(
     return dict(encoded)
 
 
+def factors(
+    shape: tuple[int, ...],
+    values: Tensor,
+    left: Tensor,
+    left_steps: Tensor,
+    right: Tensor,
+    right_steps: Tensor,
+    ranks_16bit: int,
+    ranks_8bit: int,
+    ranks_4bit: int,
+    group: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the decoded factors of the difference from the origin, shapes [rows, k] and [k, columns]."""
+    k = len(values)
+    sides = []
+    for size, packed, steps in zip(shape, (left, right), (left_steps, right_steps), strict=True):
+        vectors, at = [steps.new_zeros(0, size)], 0
+        for bits, first, end in widths(k, ranks_16bit, ranks_8bit, ranks_4bit):
+            nbytes = packed_size((end - first) * size, bits)
+            codes = unpack_codes(packed[at : at + nbytes], bits, (end - first) * size).view(-1, size)
+            vectors.append(restore_vectors(codes, steps[first:end], bits, group))
+            at += nbytes
+        sides.append(torch.cat(vectors))
+    return sides[0].T * values, sides[1]
+
+
 def decode(
     base: Tensor | None,
     merged: Tensor,
@@ -149,17 +175,9 @@ def decode(
 ) -> Tensor:
     """Return the origin plus the decoded low-rank difference."""
     start = merged if base is None or not from_base(origin) else base
-    k = len(values)
-    sides = []
-    for size, packed, steps in zip(merged.shape, (left, right), (left_steps, right_steps), strict=True):
-        vectors, at = [steps.new_zeros(0, size)], 0
-        for bits, first, end in widths(k, ranks_16bit, ranks_8bit, ranks_4bit):
-            nbytes = packed_size((end - first) * size, bits)
-            codes = unpack_codes(packed[at : at + nbytes], bits, (end - first) * size).view(-1, size)
-            vectors.append(restore_vectors(codes, steps[first:end], bits, group))
-            at += nbytes
-        sides.append(torch.cat(vectors))
-    return start + (sides[0].T * values) @ sides[1]
+    stored = (values, left, left_steps, right, right_steps)
+    low_rank = factors(merged.shape, *stored, ranks_16bit, ranks_8bit, ranks_4bit, group)
+    return start + low_rank[0] @ low_rank[1]
 
 
 @merge_method(
@@ -174,6 +192,7 @@ def decode(
         base=from_base,
         matrices=True,
         lossless=Lossless({"rank": 1.0, "ranks_16bit": 1 << 20, "embeddings": "matrix"}, tolerance=3e-5),
+        factors=factors,
     ),
 )
 def skillpack(

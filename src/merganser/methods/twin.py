@@ -43,12 +43,23 @@ def decode(merged: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return merged + left @ right.T
 
 
+def factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of the task's difference from the merged matrix, shapes [rows, k] and [k, columns]."""
+    return left, right.T
+
+
 @merge_method(
     family="sidecars",
     cite="lu2024twin",
     breaks={"identical": "task vectors are added, not averaged"},
     sidecar=Sidecar(
-        parts, encode, decode, scope="matrix", matrices=True, lossless=Lossless({"rank": 1.0, "embeddings": "matrix"})
+        parts,
+        encode,
+        decode,
+        scope="matrix",
+        matrices=True,
+        lossless=Lossless({"rank": 1.0, "embeddings": "matrix"}),
+        factors=factors,
     ),
 )
 def twin(

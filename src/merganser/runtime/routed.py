@@ -14,11 +14,9 @@ from ..errors import CheckpointError, NotFoundError, ParameterError, did_you_mea
 from ..inference.language_model import Reused, open_model
 from ..inference.stored import open_stored
 from ..jsonfile import Entry, read_object
-from .router import TaskRouter, fit_router, read_router
+from .router import ROUTER_FILE, TaskRouter, fit_router, read_router, store_router
 
 __all__ = ["RoutedModel"]
-
-ROUTER_FILE = "sidecars/router.safetensors"
 
 
 class RoutedModel:
@@ -31,6 +29,7 @@ class RoutedModel:
         out: A merge with sidecars.
         dtype: Dtype of the weights in memory.
         device: Where the models run.
+        stored_router: Whether to read the router that is stored in `out`, if there is one.
 
     Raises:
         NotFoundError: `out` has no sidecars.
@@ -38,7 +37,12 @@ class RoutedModel:
     """
 
     def __init__(
-        self, out: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        self,
+        out: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        stored_router: bool = True,
     ) -> None:
         self.out = Path(out)
         index = self.out / INDEX_FILE
@@ -60,7 +64,8 @@ class RoutedModel:
         self._loaded: tuple[str, Any] | None = None
         self._task: str | None = None
         self.router: TaskRouter | None = None
-        if (self.out / ROUTER_FILE).exists():
+        self.positions = shared.positions
+        if stored_router and (self.out / ROUTER_FILE).exists():
             self.router = read_router(self.out / ROUTER_FILE, self.tasks, self._hidden, self._shared_hash)
 
     @property
@@ -93,11 +98,10 @@ class RoutedModel:
         """Write the router beside the sidecars, where opening the folder finds it.
 
         Raises:
-            NotFoundError: There is no router.
+            NotFoundError: There is no router, or the folder has no run record.
+            OutputError: The file cannot be written, or another one of that name is in its place.
         """
-        path = self.out / ROUTER_FILE
-        self._router().write(path)
-        return path
+        return store_router(self.out, self._router())
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """Return the task of each row: `task` if it is set, else what the router chooses.

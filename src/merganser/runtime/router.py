@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import CheckpointError, NonFiniteError, NotFoundError, ParameterError, UnsupportedError
+from ..engine.sidecars.restoration import read_sidecar_record
+from ..errors import CheckpointError, NonFiniteError, NotFoundError, OutputError, ParameterError, UnsupportedError
+from ..files import sha256_of_file, write_whole
+from ..jsonfile import os_reason
 from ..mixture.fitted import ridge_rows
+from ..record.format import RECORD_NAME, record_text
 
-__all__ = ["TaskRouter", "fit_router", "read_router"]
+__all__ = ["ROUTER_FILE", "TaskRouter", "fit_router", "read_router", "store_router"]
 
 FORMAT = "1"
+ROUTER_FILE = "sidecars/router.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,10 @@ class TaskRouter:
         """
         return [self.tasks[index] for index in (means.float().cpu() @ self.rows.T).argmax(1).tolist()]
 
-    def write(self, path: Path) -> None:
-        """Write the router as a file of safetensors."""
+    def to_bytes(self) -> bytes:
+        """Return the router as a file of safetensors."""
         metadata = {"format": FORMAT, "tasks": json.dumps(self.tasks), "shared": self.shared}
-        save_file({"rows": self.rows}, path, metadata)
+        return save({"rows": self.rows}, metadata)
 
 
 def fit_router(tasks: Sequence[str], states: Sequence[Tensor], shared: str, ridge: float = 0.1) -> TaskRouter:
@@ -111,3 +118,52 @@ def read_router(path: Path, tasks: Sequence[str], hidden: int, shared: str) -> T
     if not rows.isfinite().all():
         raise CheckpointError(f"{path}: rows contain NaN or infinity; {again}")
     return TaskRouter(tuple(tasks), rows, shared)
+
+
+def store_router(out: Path, router: TaskRouter) -> Path:
+    """Write a router beside the sidecars, and list it in the run record, so that `verify` and `--overwrite` know it.
+
+    Args:
+        out: A merge with sidecars.
+        router: Its router; an older one is replaced.
+
+    Returns:
+        The file.
+
+    Raises:
+        NotFoundError: The folder has no run record with sidecars.
+        OutputError: A file of that name is no router and not of merganser, or the file cannot be written.
+    """
+    record = read_sidecar_record(out)
+    path = out / ROUTER_FILE
+    others = [entry for entry in record["outputs"] if entry["file"] != ROUTER_FILE]
+    if os.path.lexists(path) and len(others) == len(record["outputs"]) and not _is_router(path):
+        raise OutputError(f"{path}: exists, and merganser did not write it; move it away")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".merganser-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(router.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        entry = {"file": ROUTER_FILE, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {os_reason(error)}") from None
+    # a kill between the two files leaves a router that is not listed: making it again lists it
+    write_whole(out / RECORD_NAME, record_text({**record, "outputs": [*others, entry]}))
+    return path
+
+
+def _is_router(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return {"format", "tasks", "shared"} <= (file.metadata() or {}).keys()
+    except (SafetensorError, OSError):
+        return False

@@ -18,7 +18,7 @@ from ...process import one_thread
 from ...version import __version__
 from ...wording import plural, some
 from ..output.staging import lies_in, resolve_target
-from .writing import Spool, low_rank_names, peft_config, write_adapter
+from .writing import TRANSPOSED, Spool, low_rank_names, peft_config, target_modules, write_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,6 @@ __all__ = ["Extracted", "extract"]
 Progress = Callable[[int, int], None]
 Choice = Literal["save", "low-rank", "drop"]
 
-# Classes whose linear layers (Conv1D) store weights as [in, out].
-_TRANSPOSED = ("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer")
 _TABLES = ("embedding", "head", "position")
 _PIECE = 1 << 19
 
@@ -133,7 +131,7 @@ class _Work:
     def __post_init__(self) -> None:
         shapes = {name: tensor.shape for name, tensor in self.base.tensors.items()}
         self.anatomy: Anatomy = infer_anatomy(shapes, self.base.config)
-        self.transposed = self.base.config.get("model_type") in _TRANSPOSED
+        self.transposed = self.base.config.get("model_type") in TRANSPOSED
 
     def add(self, name: str) -> None:
         """Compare one tensor with the base's, and store what changed."""
@@ -290,7 +288,7 @@ def _finish(work: _Work, finetune: str, base: str, overwrite: bool) -> Extracted
         base=_base_name(work.base, base),
         rank=most,
         ranks={module: rank for module, rank in work.ranks.items() if rank != most},
-        modules=_targets(work),
+        modules=target_modules(work.base.tensors, work.ranks),
         saved=work.saved,
         biases=bool(work.biases),
         transposed=work.transposed,
@@ -323,18 +321,6 @@ def _finish(work: _Work, finetune: str, base: str, overwrite: bool) -> Extracted
         work.spool, config, card=_card(work, finetune, base, extracted), record=record, overwrite=overwrite
     )
     return Extracted(work.spool.out, written)
-
-
-def _targets(work: _Work) -> list[str]:
-    """Return names of the changed modules for peft: ends of names where all modules of that end are changed."""
-    held: dict[str, set[str]] = {}
-    for name, tensor in work.base.tensors.items():
-        if name.endswith(".weight") and len(tensor.shape) >= 2:
-            module = name.removesuffix(".weight")
-            held.setdefault(module.rpartition(".")[2], set()).add(module)
-    ends = {module.rpartition(".")[2] for module in work.ranks}
-    whole = {end for end in ends if held.get(end, {""}) <= work.ranks.keys()}
-    return sorted(whole | {module for module in work.ranks if module.rpartition(".")[2] not in whole})
 
 
 def _base_name(base: Checkpoint, given: str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.adapter import FILES, PREFIX
 from ...adapters.config import CONFIG_NAME
-from ...checkpoint import DTYPE_BY_NAME, DType, plan_shards
+from ...checkpoint import DTYPE_BY_NAME, DType, TensorInfo, plan_shards
 from ...errors import OutputError
 from ...files import sha256_of_file
 from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
@@ -22,7 +22,10 @@ from ..output.staging import Staging, check_target, resolve_target
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Spool", "low_rank_names", "peft_config", "write_adapter"]
+__all__ = ["TRANSPOSED", "Spool", "low_rank_names", "peft_config", "target_modules", "write_adapter"]
+
+# Classes whose linear layers (Conv1D) store weights as [in, out].
+TRANSPOSED = ("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer")
 
 _PIECE = 1 << 22
 _STEM = FILES[0].removesuffix(".safetensors")
@@ -93,6 +96,23 @@ class Spool:
             piece = self._file.read(min(_PIECE, nbytes - done))
             write(done, memoryview(piece))
             done += len(piece)
+
+
+def target_modules(tensors: Mapping[str, TensorInfo], changed: Collection[str]) -> list[str]:
+    """Return names of the changed modules for peft: ends of names where all modules of that end are changed.
+
+    Args:
+        tensors: Tensors of the base, by name.
+        changed: Full names of the modules with factors.
+    """
+    held: dict[str, set[str]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and len(tensor.shape) >= 2:
+            module = name.removesuffix(".weight")
+            held.setdefault(module.rpartition(".")[2], set()).add(module)
+    ends = {module.rpartition(".")[2] for module in changed}
+    whole = {end for end in ends if held.get(end, {""}) <= set(changed)}
+    return sorted(whole | {module for module in changed if module.rpartition(".")[2] not in whole})
 
 
 def peft_config(

@@ -238,12 +238,25 @@ class Codec:
             stored: Stored parts of the block, the task's and the shared ones, and the task's statistics.
         """
         given = {"base": base, "merged": merged, **self._settings(task)}
-        for name, part in self.parts(block.shape).items():
-            tensor = stored[name].reshape(part.shape).to(self._device)
-            given[name] = tensor.to(merged.dtype) if tensor.is_floating_point() else tensor
+        given |= self._read_parts(block, stored, merged.dtype)
         given |= self._sent({name: stored[name] for name, _, _ in self.statistics}, merged)
         restored: Tensor = _call(self.sidecar.decode, given)
         return restored
+
+    def factors(
+        self, block: Span, task: int, stored: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return the low-rank factors of a task's matrix, shapes [rows, k] and [k, columns]; the sidecar declares them."""
+        assert self.sidecar.factors is not None
+        given = {"shape": block.shape, **self._settings(task), **self._read_parts(block, stored, dtype)}
+        return _call(self.sidecar.factors, given)
+
+    def _read_parts(self, block: Span, stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the parts of a block in their shapes, floats in the dtype of the arithmetic."""
+        shaped = {
+            name: stored[name].reshape(part.shape).to(self._device) for name, part in self.parts(block.shape).items()
+        }
+        return {name: part.to(dtype) if part.is_floating_point() else part for name, part in shaped.items()}
 
     def _settings(self, task: int | None = None) -> dict[str, Any]:
         """Return the parameters by argument name; for a task, with its own value of each per-model parameter."""

@@ -247,6 +247,17 @@ class Restorer:
             )
             yield span.start, restored.reshape(-1).to(dtype)
 
+    def factors(self, tensor: StoredTensor) -> tuple[Tensor, Tensor]:
+        """Return the low-rank factors of a matrix, shapes [rows, k] and [k, columns], in the dtype of the arithmetic.
+
+        Args:
+            tensor: A matrix that is decoded from parts, by a method whose sidecar declares factors.
+        """
+        codec = self._codec(tensor)
+        (span,) = codec.blocks
+        stored = self._stored(codec, tensor, span, dict.fromkeys(codec.all_parts, 0))
+        return codec.factors(span, self._task.position, stored, torch.float64 if tensor.wide else torch.float32)
+
     def _codec(self, tensor: StoredTensor) -> Codec:
         assert tensor.parameters is not None
         return self._codecs.of(tensor.parameters, self.shape(tensor))

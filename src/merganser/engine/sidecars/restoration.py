@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..output.staging import Staging
     from .read import Restorer, StoredTask
 
-__all__ = ["Restored", "restore"]
+__all__ = ["Restored", "intact", "open_base", "read_sidecar_record", "refuse_source", "restore"]
 
 _SHARD_BYTES = 5_000_000_000
 
@@ -80,22 +80,22 @@ def restore(
     from .read import read_task
 
     out = Path(out)
-    record = _record(out)
-    _intact(out, [INDEX_FILE])
+    record = read_sidecar_record(out)
+    intact(out, [INDEX_FILE])
     stored = read_task(out, read_object(out / INDEX_FILE), task)
     # Only now is the task known to be in the index, and its name to be a valid folder name.
     target = Path(target) if target is not None else _beside(out, task)
     check_target(target, overwrite=overwrite)
-    _refuse_source(target, out)
+    refuse_source(target, out)
     opened = None
     if any(tensor.base is not None for tensor in stored.tensors):
-        opened = _open_base(out, task, stored, base, cache_dir)
-        _refuse_source(target, opened.path)
+        opened = open_base(out, task, stored, base, cache_dir)
+        refuse_source(target, opened.path)
     weights = [entry["file"] for entry in record["outputs"] if "/" not in entry["file"] and _is_weights(entry["file"])]
     wanted = dict.fromkeys([*weights, "config.json", *stored.parts, *stored.files.values()])
     named = {entry["file"] for entry in record["outputs"]}
     told = _Told(progress)
-    _intact(out, [name for name in wanted if name in named or name != "config.json"], told.checked)
+    intact(out, [name for name in wanted if name in named or name != "config.json"], told.checked)
     return _write(out, task, stored, target, opened, record, overwrite, out_shard_size, told)
 
 
@@ -216,7 +216,7 @@ def _write_record(
     return written
 
 
-def _record(out: Path) -> dict[str, Any]:
+def read_sidecar_record(out: Path) -> dict[str, Any]:
     """Return the run record of an output with sidecars."""
     if not out.is_dir():
         raise NotFoundError(f"{out}: {'is not a folder' if out.exists() else 'no such folder'}")
@@ -246,7 +246,7 @@ def _check_task(entry: Entry) -> None:
             error.number()
 
 
-def _intact(out: Path, files: list[str], progress: Progress | None = None) -> None:
+def intact(out: Path, files: list[str], progress: Progress | None = None) -> None:
     """Compare files of an output with the hashes in its run record.
 
     Raises:
@@ -257,7 +257,7 @@ def _intact(out: Path, files: list[str], progress: Progress | None = None) -> No
             raise CheckpointError(f"{out / file.file}: {file.problem}; fetch the output again, or merge again")
 
 
-def _open_base(out: Path, task: str, stored: StoredTask, given: str | None, cache_dir: Path | None) -> Checkpoint:
+def open_base(out: Path, task: str, stored: StoredTask, given: str | None, cache_dir: Path | None) -> Checkpoint:
     """Open the base: the given one, else the one that was merged."""
     if given is not None:
         return open_checkpoint(given, cache_dir=cache_dir)
@@ -280,7 +280,8 @@ def _beside(out: Path, task: str) -> Path:
     return named.with_name(f"{named.name}-{task}")
 
 
-def _refuse_source(target: Path, source: Path) -> None:
+def refuse_source(target: Path, source: Path) -> None:
+    """Refuse a target that contains what is read."""
     from ..output.staging import lies_in, resolve_target
 
     if lies_in(source, resolve_target(target)):
