@@ -78,6 +78,23 @@ Early = Annotated[
     bool, typer.Option("--early-stopping/--no-early-stopping", help="End a trial that is worse beyond chance.")
 ]
 
+Estimator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="p_irt|gp_irt|mp_irt|gmp_irt",
+        help="End a trial after the first items if its accuracy, estimated by item response theory, is not above the best.",
+        show_default=False,
+    ),
+]
+ItemParameters = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Parameters of the items, for --estimator.  [default: fitted to the answers of the search]",
+        show_default=False,
+    ),
+]
+
 
 def search(
     recipe: Recipe,
@@ -101,6 +118,8 @@ def search(
     device: options.Device = "cpu",
     batch_tokens: BatchTokens = 4096,
     early_stopping: Early = True,
+    estimator: Estimator = None,
+    item_parameters: ItemParameters = None,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -138,6 +157,8 @@ def search(
             device=device,
             batch_tokens=batch_tokens,
             early_stopping=early_stopping,
+            estimator=estimator,
+            item_parameters=item_parameters,
             cache_dir=cache_dir,
             progress=progress,
         )
