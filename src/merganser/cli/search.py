@@ -66,7 +66,8 @@ Hours = Annotated[float | None, typer.Option(metavar="H", help="No trial begins 
 Sampler = Annotated[
     str,
     typer.Option(
-        metavar="auto|cma|tpe|gp|random|nsga2|nsga3|greedy|particles|quadratic", help="What chooses the next values."
+        metavar="auto|cma|tpe|gp|random|nsga2|nsga3|greedy|particles|quadratic|m2n2",
+        help="What chooses the next values.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampler and of the halves of the tasks.")]

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from ..engine.merge import merge
 from ..errors import MergeError, TaskError
 from ..evaluation.retention import SURE
 from ..evaluation.scoring.estimate import Estimate
+from ..evaluation.scoring.tasks import TextTask
 from .bench import Bench, Failed, Model
 from .command import run_command
 from .estimated import Estimated
@@ -68,6 +71,9 @@ class Judge(Protocol):
         Raises:
             Failed: It has no figures.
         """
+
+    def scores(self, model: Model) -> list[float] | None:
+        """Return the score of a judged model on each item, at least 0, where higher is better; None without items."""
 
 
 class ItemJudge:
@@ -212,6 +218,17 @@ class ItemJudge:
         figures = self.figures(model, [HELD])
         return [objective.value(figures) for objective in self.objectives]
 
+    def scores(self, model: Model) -> list[float] | None:
+        """Return the score of a model on each item of trials: 1 for a right answer, of texts the probability of a byte."""
+        table, found = self._bench.table, []
+        for task, split in table.splits.items():
+            if isinstance(split.task, TextTask):
+                bits, size = (table.column(model.key, task, name, table.waves) for name in ("bits", "bytes"))
+                found += np.exp2(-bits / np.maximum(size, 1)).tolist()
+            else:
+                found += table.column(model.key, task, "correct", table.waves).tolist()
+        return found
+
     def _excess(self, figures: Figures) -> dict[str, float]:
         return {str(bound): bound.excess(figures) for bound in self.bounds}
 
@@ -266,6 +283,10 @@ class CommandJudge:
         """Return the objectives of a model; the command decides on which items."""
         figures = self._figures(model)
         return [objective.value(figures) for objective in self.objectives]
+
+    def scores(self, model: Model) -> list[float] | None:
+        """Return None: the items are the command's own."""
+        return None
 
     def _figures(self, model: Model) -> Figures:
         if model.key not in self._found:

@@ -13,7 +13,7 @@ from typing import Any
 from ..engine.either import the_model
 from ..engine.kernels.devices import resolve_devices
 from ..engine.merge import plan
-from ..errors import RecipeError, TaskError
+from ..errors import RecipeError, TaskError, UnsupportedError
 from ..evaluation.roster import make_roster
 from ..evaluation.run import BATCH_TOKENS, Wanted
 from ..evaluation.scoring.tasks import Task, load_tasks
@@ -156,7 +156,7 @@ def search(
         experts: The model trained for a task, as for `evaluate`.
         trials: Number of trials, those of earlier calls included; by default 50, with `hours` as many as they allow.
         hours: Time after which no trial begins.
-        sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles or quadratic.
+        sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic or m2n2.
         seed: Seed of the sampler and of the division of the items.
         limit: Number of items of each task, both halves together.
         context: As for `evaluate`.
@@ -334,6 +334,8 @@ def _inputs(start: Sequence[Recipe]) -> dict[str, str]:
 def _sampler(folder: Folder, wanted: str, space: Space, judge: Judge, trials: int | None) -> str:
     """Return the sampler: where it is chosen automatically, that of the search which is continued."""
     chosen = choose_sampler(wanted, space.dimensions, len(judge.objectives), len(judge.bounds), trials)
+    if chosen == "m2n2" and not isinstance(judge, ItemJudge):
+        raise UnsupportedError("sampler: m2n2 needs the score of each item (--tasks); with a command take tpe, or cma")
     known = (folder.settings() or {}).get("sampler", chosen)
     # more trials may be asked for than before; the sampler stays
     return str(known) if wanted == "auto" else chosen
