@@ -66,7 +66,8 @@ Hours = Annotated[float | None, typer.Option(metavar="H", help="No trial begins 
 Sampler = Annotated[
     str,
     typer.Option(
-        metavar="auto|cma|tpe|gp|random|nsga2|nsga3|greedy|particles|quadratic", help="What chooses the next values."
+        metavar="auto|cma|tpe|gp|random|nsga2|nsga3|greedy|particles|quadratic|m2n2",
+        help="What chooses the next values.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampler and of the halves of the tasks.")]
@@ -76,6 +77,23 @@ Limit = Annotated[
 ]
 Early = Annotated[
     bool, typer.Option("--early-stopping/--no-early-stopping", help="End a trial that is worse beyond chance.")
+]
+
+Estimator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="p_irt|gp_irt|mp_irt|gmp_irt",
+        help="End a trial after the first items if its accuracy, estimated by item response theory, is not above the best.",
+        show_default=False,
+    ),
+]
+ItemParameters = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Parameters of the items, for --estimator.  [default: fitted to the answers of the search]",
+        show_default=False,
+    ),
 ]
 
 
@@ -101,6 +119,8 @@ def search(
     device: options.Device = "cpu",
     batch_tokens: BatchTokens = 4096,
     early_stopping: Early = True,
+    estimator: Estimator = None,
+    item_parameters: ItemParameters = None,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -138,6 +158,8 @@ def search(
             device=device,
             batch_tokens=batch_tokens,
             early_stopping=early_stopping,
+            estimator=estimator,
+            item_parameters=item_parameters,
             cache_dir=cache_dir,
             progress=progress,
         )

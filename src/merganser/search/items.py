@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import TaskError
 from ..evaluation.scoring import choices, text
@@ -128,6 +129,24 @@ class Table:
     def count(self, waves: Sequence[int]) -> int:
         """Return the number of items of some waves, of all tasks."""
         return sum(len(split.items(wave)) for split in self.splits.values() for wave in waves)
+
+    def whole(self) -> list[str]:
+        """Return the keys of the models that were scored on all items of trials, sorted."""
+        keys = {key.partition("/")[0] for key, _ in self.journal.keys}
+        return sorted(key for key in keys if not any(self.missing(key, wave) for wave in self.waves))
+
+    def column(self, key: str, task: str, name: str, waves: Sequence[int]) -> NDArray[np.float64]:
+        """Return what was measured of a model on its items of some waves, in their order, shape [items].
+
+        Args:
+            key: Key of the model; it was scored on all of them.
+            task: The task.
+            name: Name of the measurement.
+            waves: The waves.
+        """
+        found = [self.journal.get(f"{key}/{task}", wave) for wave in waves if self.splits[task].items(wave)]
+        parts = [np.asarray(content["columns"][name], np.float64) for content in found if content is not None]
+        return np.concatenate(parts)
 
     def missing(self, key: str, wave: int) -> list[str]:
         """Return the tasks on whose items of a wave a model was not scored yet."""

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from ..engine.merge import merge
 from ..errors import MergeError, TaskError
 from ..evaluation.retention import SURE
 from ..evaluation.scoring.estimate import Estimate
+from ..evaluation.scoring.tasks import TextTask
 from .bench import Bench, Failed, Model
 from .command import run_command
+from .estimated import Estimated
 from .items import HELD
 from .objectives import Bound, Figures, Objective, names_of_retained, retained
 
@@ -33,7 +37,8 @@ class Verdict:
         estimates: The objectives on the items that it was scored on.
         excess: By how much it misses each bound.
         items: Number of items that it was scored on.
-        stopped: Whether it was ended early; then the values are those of the best trial and the difference from it.
+        stopped: Whether it was ended early; then the values are those of the best trial and the difference from it, or
+            estimated ones.
     """
 
     values: tuple[float, ...]
@@ -67,6 +72,9 @@ class Judge(Protocol):
             Failed: It has no figures.
         """
 
+    def scores(self, model: Model) -> list[float] | None:
+        """Return the score of a judged model on each item, at least 0, where higher is better; None without items."""
+
 
 class ItemJudge:
     """Judges by the items of tasks.
@@ -76,13 +84,23 @@ class ItemJudge:
         base: The base, where retention is measured.
         experts: The expert of each task that has one.
         stopping: Whether hopeless trials are ended early; only with one objective.
+        estimated: Says, instead of a test, which trials are not better than the best one; None for the test.
     """
 
-    def __init__(self, bench: Bench, base: Model | None, experts: Mapping[str, Model], *, stopping: bool) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        base: Model | None,
+        experts: Mapping[str, Model],
+        *,
+        stopping: bool,
+        estimated: Estimated | None = None,
+    ) -> None:
         self._bench = bench
         self._base = base
         self._experts = dict(experts)
         self._stopping = stopping
+        self.estimated = estimated
         self.objectives: Sequence[Objective] = ()
         self.bounds: Sequence[Bound] = ()
         self.notes: list[str] = []
@@ -118,9 +136,14 @@ class ItemJudge:
         Raises:
             TaskError: They cannot be scored, or no expert is left.
         """
+        waves = self._bench.table.waves
+        try:
+            for parent in self.estimated.parents if self.estimated else ():
+                self._bench.score(parent, waves)
+        except Failed as error:
+            raise TaskError(str(error)) from error
         if self._base is None:
             return
-        waves = self._bench.table.waves
         try:
             origin = self._bench.score(self._base, waves)
             found = {task: self._bench.score(model, waves) for task, model in self._experts.items()}
@@ -145,19 +168,25 @@ class ItemJudge:
         Raises:
             Failed: It has none.
         """
-        own = self._bench.score(model, waves)
+        return self._with_retained(self._bench.score(model, waves), waves)
+
+    def _with_retained(self, own: Figures, waves: Sequence[int]) -> Figures:
         if self._base is None:
             return own
         origin = self._bench.score(self._base, waves)
         experts = {task: self._bench.score(expert, waves) for task, expert in self._experts.items()}
-        return own | retained(own, origin, experts, self._mains)
+        return {**own, **retained(own, origin, experts, self._mains)}
 
     def judge(self, model: Model, best: Model | None) -> Verdict:
         """Return what a model is worth: as `Judge.judge`."""
+        if self.estimated is not None and best is not None:
+            verdict = self._by_estimate(self.estimated, model, best)
+            if verdict is not None:
+                return verdict
         table = self._bench.table
         waves = table.waves
         for seen in range(1, len(waves)):
-            if best is None or not self._stopping:
+            if best is None or not self._stopping or self.estimated is not None:
                 break
             objective = self.objectives[0]
             part = waves[:seen]
@@ -170,10 +199,35 @@ class ItemJudge:
         estimates = tuple(objective.value(figures) for objective in self.objectives)
         return Verdict(tuple(e.value for e in estimates), estimates, self._excess(figures), table.count(waves))
 
+    def _by_estimate(self, estimated: Estimated, model: Model, best: Model) -> Verdict | None:
+        """Return the estimated worth of a model after the first wave; None if it must be scored on everything."""
+        table, objective = self._bench.table, self.objectives[0]
+        seen = table.waves[:1]
+        self._bench.score(model, seen)
+        found = estimated.figures(model.key)
+        if found is None:
+            return None
+        figures = self._with_retained(found, table.waves)
+        value = objective.value(figures).value
+        if objective.sign * (value - objective.value(self.figures(best, table.waves)).value) > 0:
+            return None
+        return Verdict((value,), (Estimate(value),), self._excess(figures), table.count(seen), True)
+
     def final(self, model: Model) -> list[Estimate]:
         """Return the objectives of a model on the items held out."""
         figures = self.figures(model, [HELD])
         return [objective.value(figures) for objective in self.objectives]
+
+    def scores(self, model: Model) -> list[float] | None:
+        """Return the score of a model on each item of trials: 1 for a right answer, of texts the probability of a byte."""
+        table, found = self._bench.table, []
+        for task, split in table.splits.items():
+            if isinstance(split.task, TextTask):
+                bits, size = (table.column(model.key, task, name, table.waves) for name in ("bits", "bytes"))
+                found += np.exp2(-bits / np.maximum(size, 1)).tolist()
+            else:
+                found += table.column(model.key, task, "correct", table.waves).tolist()
+        return found
 
     def _excess(self, figures: Figures) -> dict[str, float]:
         return {str(bound): bound.excess(figures) for bound in self.bounds}
@@ -229,6 +283,10 @@ class CommandJudge:
         """Return the objectives of a model; the command decides on which items."""
         figures = self._figures(model)
         return [objective.value(figures) for objective in self.objectives]
+
+    def scores(self, model: Model) -> list[float] | None:
+        """Return None: the items are the command's own."""
+        return None
 
     def _figures(self, model: Model) -> Figures:
         if model.key not in self._found:

@@ -13,7 +13,7 @@ from typing import Any
 from ..engine.either import the_model
 from ..engine.kernels.devices import resolve_devices
 from ..engine.merge import plan
-from ..errors import RecipeError, TaskError
+from ..errors import RecipeError, TaskError, UnsupportedError
 from ..evaluation.roster import make_roster
 from ..evaluation.run import BATCH_TOKENS, Wanted
 from ..evaluation.scoring.tasks import Task, load_tasks
@@ -26,6 +26,7 @@ from ..wording import default_names
 from .bench import Model, open_bench
 from .command import parse_command
 from .ends import End, average_of, best_single, measure_ends, to_json
+from .estimated import Estimated, check_estimator
 from .evolve import read_evolve
 from .folder import Folder, key_of, open_folder
 from .items import HELD, refuse_harness
@@ -132,6 +133,8 @@ def search(
     device: str = "cpu",
     batch_tokens: int = BATCH_TOKENS,
     early_stopping: bool = True,
+    estimator: str | None = None,
+    item_parameters: str | Path | None = None,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Found:
@@ -153,7 +156,7 @@ def search(
         experts: The model trained for a task, as for `evaluate`.
         trials: Number of trials, those of earlier calls included; by default 50, with `hours` as many as they allow.
         hours: Time after which no trial begins.
-        sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles or quadratic.
+        sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic or m2n2.
         seed: Seed of the sampler and of the division of the items.
         limit: Number of items of each task, both halves together.
         context: As for `evaluate`.
@@ -162,6 +165,9 @@ def search(
         device: As for `evaluate`.
         batch_tokens: As for `evaluate`.
         early_stopping: Whether a trial ends once it is worse than the best one beyond chance; only with one objective.
+        estimator: p_irt, gp_irt, mp_irt or gmp_irt: a trial that is not better than the best one by this estimate ends after
+            the first wave of items; None for a test of the difference.
+        item_parameters: File with the parameters of the items; by default they are fitted to the answers of this search.
         cache_dir: Folder for models from the Hub.
         progress: Receives the progress.
 
@@ -181,6 +187,8 @@ def search(
     _check_numbers(trials=trials, hours=hours, timeout=timeout)
     if (command is None) == (not tasks):
         raise TaskError("tasks: give --tasks, whose items are scored, or --command, which scores a merge; one of them")
+    parameters = None if item_parameters is None else Path(item_parameters)
+    check_estimator(estimator, parameters, command=command is not None, early_stopping=early_stopping)
     start = load_recipes(space.resolve(space.start()))
     for each in start:
         check_recipe(each)
@@ -192,7 +200,9 @@ def search(
         else:
             loaded = load_tasks(tasks)
             wanted = Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0])
-            items = _by_items(start, loaded, wanted, base, experts, folder, seed, cache_dir, early_stopping)
+            items = _by_items(
+                start, loaded, wanted, base, experts, folder, seed, cache_dir, early_stopping, estimator, parameters
+            )
             setup = items.with_objectives(objectives, at_least, at_most)
         judge = setup.judge
         chosen = _sampler(folder, sampler, space, judge, trials)
@@ -238,6 +248,8 @@ class Setup:
         assert isinstance(self.judge, ItemJudge)
         self.judge.objectives = parse_objectives(objectives, self.judge.known, self.judge.default)
         self.judge.bounds = parse_bounds(at_least, at_most, self.judge.known)
+        if self.judge.estimated is not None:
+            self.judge.estimated.check(self.judge.objectives, self.judge.bounds)
         return self
 
     def measure_references(self, objectives: Sequence[str], progress: Progress) -> None:
@@ -278,6 +290,8 @@ def _by_items(
     seed: int,
     cache_dir: Path | None,
     early_stopping: bool,
+    estimator: str | None,
+    parameters: Path | None,
 ) -> Setup:
     """Open the models and the items, and return the judge that scores them."""
     refuse_harness(tasks)
@@ -286,7 +300,10 @@ def _by_items(
     references = {entry.name: entry.reference for entry in roster.entries}
     bench, models = open_bench(references, tasks, wanted, folder.journal, seed, cache_dir)
     own = {task: models[name] for task, name in roster.experts.items()}
-    judge = ItemJudge(bench, None if roster.base is None else models[roster.base], own, stopping=early_stopping)
+    parents = tuple(models.values())
+    estimated = None if estimator is None else Estimated(estimator, bench.table, parents, parameters)
+    origin = None if roster.base is None else models[roster.base]
+    judge = ItemJudge(bench, origin, own, stopping=early_stopping, estimated=estimated)
     given = {
         "input": {name: model.key for name, model in models.items()},
         "task": {task.name: task.hash for task in tasks},
@@ -300,7 +317,11 @@ def _by_items(
         "batch of tokens": wanted.batch_tokens,
         "early stopping": early_stopping,
     }
-    return Setup(judge, tuple(models.values()), given, bench.table.count([HELD]))
+    if estimator is not None:
+        given |= {"estimator": estimator}
+    if parameters is not None:
+        given |= {"item parameters": hashlib.sha256(parameters.read_bytes()).hexdigest()}
+    return Setup(judge, parents, given, bench.table.count([HELD]))
 
 
 def _inputs(start: Sequence[Recipe]) -> dict[str, str]:
@@ -313,6 +334,8 @@ def _inputs(start: Sequence[Recipe]) -> dict[str, str]:
 def _sampler(folder: Folder, wanted: str, space: Space, judge: Judge, trials: int | None) -> str:
     """Return the sampler: where it is chosen automatically, that of the search which is continued."""
     chosen = choose_sampler(wanted, space.dimensions, len(judge.objectives), len(judge.bounds), trials)
+    if chosen == "m2n2" and not isinstance(judge, ItemJudge):
+        raise UnsupportedError("sampler: m2n2 needs the score of each item (--tasks); with a command take tpe, or cma")
     known = (folder.settings() or {}).get("sampler", chosen)
     # more trials may be asked for than before; the sampler stays
     return str(known) if wanted == "auto" else chosen

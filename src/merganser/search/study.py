@@ -136,6 +136,11 @@ class Study:
                 self._study.tell(asked.handle, list(values))
 
     @property
+    def keeps_scores(self) -> bool:
+        """Whether the sampler needs the score of each item, which is then told as `SCORES`."""
+        return self._sampler == "m2n2"
+
+    @property
     def told(self) -> list[Told]:
         """The trials that are over, in order."""
         states = self._optuna.trial.TrialState

@@ -11,6 +11,7 @@ from ..errors import TaskError
 from .bench import Failed, Model
 from .folder import Folder, key_of
 from .judge import Judge
+from .samplers.own import SCORES
 from .space import Space
 from .study import Asked, Study, Told
 
@@ -183,6 +184,8 @@ class Trials:
                 values, excess = verdict.values, verdict.excess
                 about = {"items": verdict.items, "stopped": verdict.stopped}
                 about["stderr"] = [e.stderr if e.parts else None for e in verdict.estimates]
+                if self._study.keeps_scores and not verdict.stopped:
+                    about[SCORES] = self._judge.scores(model)
         self._study.tell(asked, values, about | {"seconds": round(time.monotonic() - begin, 3)}, excess)
 
     def _trial(self, told: Told) -> Trial:

@@ -64,6 +64,11 @@ class Journal:
         """Return the measurements of a batch, or None."""
         return self._found.get((key, batch))
 
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        """Key and number of every batch."""
+        return [*self._found]
+
     def add(self, key: str, batch: int, content: Mapping[str, Any], **about: str) -> None:
         """Store the measurements of a batch.
 

@@ -16,6 +16,9 @@ from ..space import Dimension
 
 Point: TypeAlias = "Mapping[str, float | int]"
 
+SCORES = "scores"
+"""Name under which the scores of items are stored with a trial."""
+
 
 @dataclass(frozen=True, slots=True)
 class Past:
@@ -25,11 +28,13 @@ class Past:
         number: Its number, from 0.
         at: Its place, one coordinate from 0 to 1 for each dimension; of choices see `to_unit`.
         values: The objectives, where higher is better; None if it failed or misses a bound.
+        items: Score of each item, at least 0, where higher is better; None if it was not scored on all, or if they are not kept.
     """
 
     number: int
     at: tuple[float, ...]
     values: tuple[float, ...] | None
+    items: tuple[float, ...] | None = None
 
     @property
     def value(self) -> float | None:
@@ -123,5 +128,6 @@ def _past(optuna: Any, study: Any, dimensions: Sequence[Dimension]) -> dict[int,
         counts = trial.state == states.COMPLETE and all(by <= 0 for by in trial.constraints.values())
         at = tuple(to_unit(dimension, trial.params[dimension.name]) for dimension in dimensions)
         values = tuple(s * value for s, value in zip(signs, trial.values, strict=True)) if counts else None
-        found[trial.number] = Past(trial.number, at, values)
+        items = trial.user_attrs.get(SCORES)
+        found[trial.number] = Past(trial.number, at, values, None if items is None else tuple(items))
     return found

@@ -1,0 +1,126 @@
+"""Estimated figures of a trial that saw the first wave of items only, from what other models answered on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import TaskError, UnsupportedError, did_you_mean
+from ..evaluation.scoring.estimate import Estimate
+from ..evaluation.scoring.tasks import ChoiceTask
+from .bench import Model
+from .estimators import ESTIMATORS, Items, Seen, fit_ability, fit_items, read_parameters
+from .estimators.irt import Numbers
+from .items import Table
+from .objectives import Bound, Objective
+
+_WHOLE = 8
+"""Trials that are scored on all items before parameters are fitted to their answers."""
+_METRIC = "accuracy"
+_COLUMN = "correct"
+
+
+def check_estimator(name: str | None, parameters: Path | None, *, command: bool, early_stopping: bool) -> None:
+    """Check options that belong together.
+
+    Args:
+        name: Name of the estimator; None for none.
+        parameters: File with parameters of items.
+        command: Whether an external command judges.
+        early_stopping: Whether trials may end early.
+
+    Raises:
+        UnsupportedError: The estimator is not known.
+        TaskError: The options contradict each other.
+    """
+    if name is None:
+        if parameters is not None:
+            raise TaskError("item-parameters: are for an estimator; give --estimator, too")
+        return
+    if name not in ESTIMATORS:
+        near = did_you_mean(name, ESTIMATORS)
+        raise UnsupportedError(f"estimator: {name!r} is not known.{near} Known: {', '.join(ESTIMATORS)}")
+    if command:
+        raise TaskError("estimator: needs the answers to each item (--tasks); a command gives only figures")
+    if not early_stopping:
+        raise TaskError("estimator: ends trials early, which --no-early-stopping forbids; give one of them")
+
+
+class Estimated:
+    """Estimates the figures of trials.
+
+    Args:
+        name: One of `ESTIMATORS`.
+        table: The answers; all tasks have questions.
+        parents: The models that are merged, which are scored on all items.
+        parameters: File with parameters of the items; None to fit them to the table.
+
+    Raises:
+        TaskError: A task is not of questions, or the file is wrong.
+    """
+
+    def __init__(self, name: str, table: Table, parents: Sequence[Model], parameters: Path | None) -> None:
+        for split in table.splits.values():
+            if not isinstance(split.task, ChoiceTask):
+                raise TaskError(
+                    f"estimator: {name} is for right and wrong answers, and {split.task.source} is a text; leave out "
+                    "--estimator, or the text"
+                )
+        self.parents = tuple(parents)
+        self._estimate, self._table = ESTIMATORS[name], table
+        self._given: dict[str, Items] | None = None
+        if parameters is not None:
+            counts = {task: len(split.prepared.items) for task, split in table.splits.items()}
+            whole = read_parameters(parameters, counts)
+            self._given = {task: items.at(self._order(task)) for task, items in whole.items()}
+        self._fitted: tuple[tuple[str, ...], dict[str, Items]] = ((), {})
+
+    def check(self, objectives: Sequence[Objective], bounds: Sequence[Bound]) -> None:
+        """Check that what a search asks for can be estimated.
+
+        Raises:
+            TaskError: There are several objectives, or a figure that is not estimated.
+        """
+        if len(objectives) > 1:
+            raise TaskError("estimator: takes one objective, because it compares each trial with the best one")
+        names = [name for _, name in objectives[0].terms] + [bound.name for bound in bounds]
+        known = [f"{task}/{_METRIC}" for task in self._table.splits]
+        for name in names:
+            task, _, metric = name.rpartition("/")
+            if task in self._table.splits and metric != _METRIC:
+                raise TaskError(f"estimator: {name} is not estimated; estimated: {', '.join(known)}")
+
+    def figures(self, key: str) -> dict[str, Estimate] | None:
+        """Return the figures of a model over all items of trials; None while too few models were scored on all of them.
+
+        Args:
+            key: Key of the model, which was scored on the first wave.
+        """
+        # without the model itself, whose scores may be left from a run that was killed
+        whole = [other for other in self._table.whole() if other != key]
+        trials = [other for other in whole if not other.startswith("model ")]
+        if self._given is None and len(trials) < _WHOLE:
+            return None
+        items = self._given if self._given is not None else self._fit(tuple(whole))
+        found = {}
+        for task, own in items.items():
+            first = len(self._table.splits[task].items(0))
+            parents = np.stack([fit_ability(own, self._answers(parent.key, task)) for parent in self.parents])
+            seen = Seen(own, np.arange(first), self._answers(key, task, self._table.waves[:1]), parents)
+            found[f"{task}/{_METRIC}"] = Estimate(self._estimate(seen))
+        return found
+
+    def _fit(self, whole: tuple[str, ...]) -> dict[str, Items]:
+        if self._fitted[0] != whole:
+            answers = {task: np.stack([self._answers(key, task) for key in whole]) for task in self._table.splits}
+            self._fitted = (whole, {task: fit_items(each) for task, each in answers.items()})
+        return self._fitted[1]
+
+    def _answers(self, key: str, task: str, waves: Sequence[int] | None = None) -> Numbers:
+        return self._table.column(key, task, _COLUMN, self._table.waves if waves is None else waves)
+
+    def _order(self, task: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        split = self._table.splits[task]
+        return np.array([item for wave in self._table.waves for item in split.items(wave)], np.int64)
