@@ -33,6 +33,7 @@ from .plan import plan
 from .report import report
 from .restore import restore
 from .search import search
+from .shrink import shrink
 from .transplant import transplant
 from .verify import verify
 
@@ -55,6 +56,7 @@ app.command(cls=Verb)(verify)
 app.command(cls=Verb)(restore)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(mix)
+app.command(cls=many_values("--data"))(shrink)
 app.command(cls=Verb)(extract)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)
