@@ -25,6 +25,7 @@ VERBS = [
     "restore",
     "transplant",
     "mix",
+    "shrink",
     "extract",
     "eval",
     "report",
@@ -57,6 +58,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  restore     Write a task's own checkpoint back from a merge with sidecars.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
         "  mix         Build a mixture of experts from dense models of one shape.\n"
+        "  shrink      Make a mixture of experts smaller.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"
         "  eval        Measure models on tasks, and what merges kept of their experts.\n"
         "  search      Find the open values of a recipe by trying them.\n"

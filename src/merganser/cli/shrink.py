@@ -74,9 +74,9 @@ def shrink(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make a mixture of experts smaller: merge or drop experts of every layer.
+    """Make a mixture of experts smaller.
 
-    The experts are observed on text, one layer in memory at a time.
+    Experts of every layer are merged or dropped, by what they do on text; one layer is in memory at a time.
     """
     options.quieten_hub(quiet)
     from ..engine.run import Interrupted
