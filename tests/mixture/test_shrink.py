@@ -308,6 +308,7 @@ MODELS: dict[str, tuple[str, Callable[[Weights], Any], str]] = {
     ),
     "no router": ("mixtral", lambda w: w.pop(_ROUTER), "the router's weight is missing"),
     "NaN in an expert": ("mixtral", lambda w: w[_EXPERT].fill_(torch.nan), "NaN or infinity"),
+    "an expert in float64": ("mixtral", lambda w: w.update({_EXPERT: w[_EXPERT].double()}), "w1.weight holds float64"),
     "packed experts too few": (
         "gpt-oss",
         lambda w: w.update({"model.layers.1.mlp.experts.down_proj": w["model.layers.1.mlp.experts.down_proj"][:3]}),

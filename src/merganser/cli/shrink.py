@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from ..errors import DataError
 from ..wording import count_text, plural, size_text, time_text
 from . import _options as options
 from ._errors import STOPPED
-from ._progress import MergeProgress, step_progress
+from ._progress import MergeProgress
 from ._text import complain, head, say, say_json
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def shrink(
     if dry_run:
         _show(plan_shrinking(model, data, **given), json=json)
         return
-    with step_progress("experts", quiet) as advance, MergeProgress(quiet) as progress:
+    with MergeProgress(quiet) as progress:
         try:
             result = run(
                 model,
@@ -99,7 +100,7 @@ def shrink(
                 overwrite=overwrite,
                 fresh=fresh,
                 out_shard_size=out_shard_size,
-                advance=advance,
+                advance=partial(progress.calibrating, model),
                 progress=progress,
                 **given,
             )

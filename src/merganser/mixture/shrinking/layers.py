@@ -181,6 +181,12 @@ def _layer(skeleton: Skeleton, index: int, block: Block, name: str, module: Any)
                 f"{reference}: {source} has the shape {list(tensors[source].shape)}, and for {count} experts it must be "
                 f"{list(wanted)}"
             )
+    for source in (*routers, *packed.values(), *(each for own in single.values() for each in own.values())):
+        dtype = tensors[source].dtype
+        if dtype.kind != "float" or dtype.itemsize > 4:
+            raise UnsupportedError(
+                f"{reference}: {source} holds {dtype.name}; experts are merged in float32, from floats of at most 32 bits"
+            )
     ordered = {kind: tuple(own[number] for number in range(count)) for kind, own in single.items()}
     return Layer(index, name, module, count, ordered, packed, tuple(routers))
 
