@@ -26,6 +26,7 @@ VERBS = [
     "route",
     "transplant",
     "mix",
+    "shrink",
     "extract",
     "export",
     "eval",
@@ -60,6 +61,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  route       Make the router that chooses a task of a merge for each text.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
         "  mix         Build a mixture of experts from dense models of one shape.\n"
+        "  shrink      Make a mixture of experts smaller.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"
         "  export      Write the sidecars of a merge as LoRA adapters.\n"
         "  eval        Measure models on tasks, and what merges kept of their experts.\n"

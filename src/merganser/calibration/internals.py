@@ -313,6 +313,8 @@ def _forward_experts(
     outputs = multiply(second, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
     if experts.has_post_expert_norm:
         outputs = experts.post_expert_norm(outputs)
-    weighted = torch.empty_like(outputs)
-    weighted[order] = outputs * top_k_weights.reshape(-1)[order, None]
+    # weights may be wider than the outputs
+    products = outputs * top_k_weights.reshape(-1)[order, None]
+    weighted = torch.empty_like(products)
+    weighted[order] = products
     return weighted.view(count, top_k, -1).sum(dim=1).to(hidden_states.dtype)

@@ -35,6 +35,7 @@ from .report import report
 from .restore import restore
 from .route import route
 from .search import search
+from .shrink import shrink
 from .transplant import transplant
 from .verify import verify
 
@@ -58,6 +59,7 @@ app.command(cls=Verb)(restore)
 app.command(cls=many_values("--data"))(route)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(mix)
+app.command(cls=many_values("--data"))(shrink)
 app.command(cls=Verb)(extract)
 app.command(cls=Verb)(export)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)

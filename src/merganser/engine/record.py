@@ -284,10 +284,7 @@ def _made(plan: Plan) -> str:
     mixed = plan.mixture
     if mixed is None:
         return f"Merged with {tool}, method `{plan.method.name}`\n({plan.method.doc.summary.rstrip('.')})."
-    return (
-        f"A mixture of {len(mixed.experts)} experts, {mixed.experts_per_token} per token, built with {tool} from the MLPs of\n"
-        f"the models below; the shared parts by `{plan.method.name}`, the routers by `{mixed.gate_mode}`."
-    )
+    return mixed.sentence(tool, plan.method.name)
 
 
 def _given(plan: Plan, hub: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from ...statistics import CalibrationPlan, Statistics
 from ...wording import html_table, plural, size_text
 from .census import InputCensus
 from .memory import estimate_memory
-from .mixture import MixtureSummary
+from .mixture import MixtureSummary, ShrinkingSummary
 from .permutation import Permutation
 from .sidecars import SidecarPlan
 from .tensor import PlannedTensor, each_once
@@ -86,7 +86,7 @@ class Plan:
     made: Mapping[str, str] = field(default_factory=dict)
     permutation: Permutation | None = None
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
-    mixture: MixtureSummary | None = None
+    mixture: MixtureSummary | ShrinkingSummary | None = None
 
     def __repr__(self) -> str:
         return f"<Plan: {self._facts()}>"
