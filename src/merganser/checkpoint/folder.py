@@ -368,12 +368,15 @@ def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
 
 
 def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
-    files = {file: index.parent / file for file in set(weight_map.values())}
+    # thousands of tensors share a path, and comparing paths takes long, so it is done once
+    held = {id(tensor.file): tensor.file for tensor in tensors.values()}
+    named = set(weight_map.values())
+    agreed = {(key, file) for key, path in held.items() for file in named if path == index.parent / file}
     for name, file in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in no file of the index")
         found = tensors[name].file
-        if found != files[file]:
+        if (id(found), file) not in agreed:
             raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in {found.name}")
     for name, tensor in tensors.items():
         if name not in weight_map:
