@@ -20,7 +20,7 @@ from merganser.engine.plan import memory
 from merganser.engine.plan.summary import summarise
 from merganser.engine.state_dicts import merge_state_dicts
 from merganser.engine.stream.groups import make_groups
-from merganser.engine.stream.hashing import span
+from merganser.engine.stream.hashing import spans
 from merganser.errors import MemoryLimitError
 from merganser.method import Embeddings, Others, merge_method, statistic
 from merganser.ops.linalg.rounding import largest_rounding
@@ -153,10 +153,10 @@ def test_what_tasks_write_lies_side_by_side(tmp_path, toys, small_blocks):
     groups = make_groups(found)
     assert {len(group.segments) for group in groups} >= {1, 2}
     assert all(len({tensor.method for tensor in group.tensors}) == 1 for group in groups)
-    spans = [span(found, group, segment) for group in groups for segment in range(len(group.segments))]
-    assert sum(nbytes for _, _, nbytes in spans) == sum(tensor.nbytes for tensor in found.tensors)
-    assert all(nbytes for _, _, nbytes in spans)
-    for (shard, start, nbytes), (next_shard, next_start, _) in pairwise(spans):
+    written = [one for group in groups for segment in range(len(group.segments)) for one in spans(group, segment)]
+    assert sum(nbytes for _, _, nbytes in written) == sum(tensor.nbytes for tensor in found.tensors)
+    assert all(nbytes for _, _, nbytes in written)
+    for (shard, start, nbytes), (next_shard, next_start, _) in pairwise(written):
         assert (next_shard, next_start) in ((shard, start + nbytes), (shard + 1, len(found.shards[next_shard].header)))
 
 
@@ -171,7 +171,7 @@ def test_what_is_finished_is_not_done_again(tmp_path, toys, small_blocks):
     merge(recipe, tmp_path / "out", threads=1, progress=counter)
     found = plan(recipe)
     last = make_groups(found)[-1]
-    assert counter.written_before == whole.written - span(found, last, len(last.segments) - 1)[2]
+    assert counter.written_before == whole.written - spans(last, len(last.segments) - 1)[0][2]
 
 
 @pytest.mark.parametrize("blocks", ["small", "ordinary"])
