@@ -150,7 +150,7 @@ def write_statistics(
     """Write statistics of one token: by the tensor's name, its means by the name of the statistic; and the loss."""
     folder.mkdir(parents=True)
     kinds = list(dict.fromkeys(kind for each in means.values() for kind in each))
-    of_inputs = [kind for kind in kinds if kind in ("gram", "cross_gram", "second_moment", "magnitude")]
+    of_inputs = [kind for kind in kinds if kind in ("gram", "cross_gram", "second_moment", "magnitude", "coefficients")]
     sums = {f"{kind}/{name}": own.contiguous() for name, each in means.items() for kind, own in each.items()}
     sums |= {f"count/{name}": torch.tensor(1) for name in means} if of_inputs else {}
     if len(of_inputs) < len(kinds) or loss is not None:
