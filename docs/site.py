@@ -13,7 +13,7 @@ _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the README as the first page, and the methods to the navigation."""
+    """Add the README as the first page."""
     readme = (Path(config.config_file_path).parent / "README.md").read_text(encoding="utf-8")
     files.append(File.generated(config, "index.md", content=re.sub(r"\]\(docs/", "](", readme)))
     return files

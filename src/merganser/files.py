@@ -39,17 +39,18 @@ def sha256_of_file(path: Path, tell: Callable[[int], None] | None = None) -> str
     return digest.hexdigest()
 
 
-def write_whole(path: Path, text: str, *, temporary: Path | None = None) -> None:
-    """Write a text file atomically: until it is complete, the old file of that name stays.
+def write_whole(path: Path, content: str | bytes, *, temporary: Path | None = None) -> None:
+    """Write a file atomically: until it is complete, the old file of that name stays.
 
     Args:
         path: The file; its folder exists.
-        text: The contents, written as UTF-8; lone surrogates, as in undecodable file names, are escaped.
+        content: The contents; text is written as UTF-8, and lone surrogates, as in undecodable file names, are escaped.
         temporary: The file to write first, in a folder that is ours; by default one with a random name.
 
     Raises:
         OutputError: The file cannot be written.
     """
+    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
     try:
         if temporary is None:
             # a unique name: a fixed one might be a file of the user, or a link
@@ -58,8 +59,8 @@ def write_whole(path: Path, text: str, *, temporary: Path | None = None) -> None
             name = str(temporary)
             handle = open_binary(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | NO_FOLLOW, 0o600)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
             Path(name).chmod(0o644)
             Path(name).replace(path)
         except BaseException:

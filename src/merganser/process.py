@@ -9,12 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .errors import MemoryLimitError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["data_limit", "memory_here", "one_thread", "peak_memory", "release_freed_memory", "reuse_freed_memory"]
 

@@ -62,7 +62,7 @@ def open_binary(path: str | os.PathLike[str], flags: int, mode: int = 0o666) -> 
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Read bytes at an offset, from any thread.
+    """Fill a buffer with the bytes at an offset, from any thread.
 
     Args:
         descriptor: The file.
@@ -70,18 +70,25 @@ def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
         offset: The first byte.
 
     Returns:
-        The number of bytes read, which may be fewer than the buffer holds; 0 at the end of the file.
+        The number of bytes read: fewer than the buffer holds only where the file ends.
 
     Raises:
         OSError: It cannot be read.
     """
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [buffer], offset)
-    with _seeking:
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        data = os.read(descriptor, len(buffer))
-    buffer[: len(data)] = data
-    return len(data)
+    done = 0
+    while done < len(buffer):
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        else:
+            with _seeking:
+                os.lseek(descriptor, offset + done, os.SEEK_SET)
+                data = os.read(descriptor, len(buffer) - done)
+            count = len(data)
+            buffer[done : done + count] = data
+        if not count:
+            break
+        done += count
+    return done
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

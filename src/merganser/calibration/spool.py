@@ -71,12 +71,8 @@ class Spool:
         data = _bytes(rows)
         offset = first * width * rows.element_size()
         try:
-            while data:
-                found = read_at(self._descriptor, data, offset)
-                if not found:
-                    raise OutputError(f"{self.path}: became shorter while it was used; start again")
-                offset += found
-                data = data[found:]
+            if read_at(self._descriptor, data, offset) < len(data):
+                raise OutputError(f"{self.path}: became shorter while it was used; start again")
         except OSError as error:
             if isinstance(error, OutputError):
                 raise

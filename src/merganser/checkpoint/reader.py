@@ -63,20 +63,17 @@ class Reader:
             return
         offset = tensor.offset + start
         with self._files.lend(tensor.file, lambda: _descriptor(tensor)) as file:
-            while target:
-                try:
-                    count = read_at(file, target, offset)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{tensor.file}: tensor {tensor.name!r}: cannot be read: {os_reason(error)}"
-                    ) from None
-                if count == 0:
-                    raise CheckpointError(
-                        f"{tensor.file}: tensor {tensor.name!r}: truncated: the file ends at byte {offset}, "
-                        f"the tensor at byte {tensor.offset + tensor.nbytes}; was the file changed meanwhile?"
-                    )
-                offset += count
-                target = target[count:]
+            try:
+                count = read_at(file, target, offset)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {tensor.name!r}: cannot be read: {os_reason(error)}"
+                ) from None
+        if count < len(target):
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r}: truncated: the file ends at byte {offset + count}, "
+                f"the tensor at byte {tensor.offset + tensor.nbytes}; was the file changed meanwhile?"
+            )
 
     def tensor(self, tensor: TensorInfo) -> Tensor:
         """Read a whole tensor, in its own dtype and shape.

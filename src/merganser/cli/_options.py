@@ -48,6 +48,35 @@ CacheDir = Annotated[
         metavar="DIR", help="Folder for models from the Hub.  [default: huggingface_hub's]", show_default=False
     ),
 ]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a file of weights, or a Hub id.", show_default=False)
+]
+DataFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE...",
+        help="Texts (.txt), or text, prompt and completion, or messages (.jsonl, .parquet).",
+        show_default=False,
+    ),
+]
+NewFolder = Annotated[Path | None, typer.Option(metavar="FOLDER", help="The folder to write.", show_default=False)]
+Sequences = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Sequences drawn from the data.  [default: 64, or all there are]", show_default=False
+    ),
+]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        metavar="N",
+        help="Most tokens of a sequence.  [default: 256, or what the model can see]",
+        show_default=False,
+    ),
+]
+DrawSeed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draw.")]
+BatchTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")]
 KeepStages = Annotated[
     bool,
     typer.Option("--keep-stages", help="Keep the results of a recipe's other documents, in .OUT.stages."),

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import typer
+
 from ..wording import count_text, plural, printable, size_text
+from ._errors import STOPPED
 from ._text import complain, on_terminal
 
 if TYPE_CHECKING:
@@ -196,3 +199,20 @@ class EvalProgress:
                 # restart the bar, so that the remaining time is estimated from this task alone
                 self._bar.reset(self._task, total=count)
             self._bar.update(self._task, description=printable(description), completed=done, total=count)
+
+
+@contextmanager
+def merge_progress(quiet: bool) -> Iterator[MergeProgress]:
+    """Show the progress of a merge; if Ctrl-C interrupts it, say how it continues and end with the exit code for that.
+
+    Args:
+        quiet: Print errors only.
+    """
+    from ..engine.run import Interrupted
+
+    with MergeProgress(quiet) as progress:
+        try:
+            yield progress
+        except Interrupted as error:
+            complain("error", str(error))
+            raise typer.Exit(STOPPED) from None

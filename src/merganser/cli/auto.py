@@ -9,7 +9,7 @@ import typer
 
 from . import _options as options
 from ._text import complain, say_json
-from .eval import BatchTokens, Context, DType
+from .eval import Context, DType
 from .search import Limit, Seed, Tasks
 
 BaseModel = Annotated[
@@ -35,7 +35,7 @@ def auto(
     context: Context = None,
     dtype: DType = None,
     device: options.Device = "cpu",
-    batch_tokens: BatchTokens = 4096,
+    batch_tokens: options.BatchTokens = 4096,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,

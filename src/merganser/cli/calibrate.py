@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,18 +19,9 @@ if TYPE_CHECKING:
 
 
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, a file of weights, or a Hub id.", show_default=False)
-    ],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE...",
-            help="Texts (.txt), or text, prompt and completion, or messages (.jsonl, .parquet).",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The folder to write.", show_default=False)] = None,
+    model: options.Model,
+    data: options.DataFiles = None,
+    out: options.NewFolder = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -55,25 +45,9 @@ def calibrate(
             "sensitivity, gradient_gram; loss.",
         ),
     ] = "gram",
-    sequences: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Sequences drawn from the data.  [default: 64, or all there are]",
-            show_default=False,
-        ),
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="Most tokens of a sequence.  [default: 256, or what the model can see]",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draw.")] = 0,
+    sequences: options.Sequences = None,
+    length: options.SequenceLength = None,
+    seed: options.DrawSeed = 0,
     tokens: Annotated[str, typer.Option(metavar="all|completions", help="Which tokens count.")] = "all",
     labels: Annotated[
         str,
@@ -82,7 +56,7 @@ def calibrate(
             help="What gradients are the loss of: the text's next tokens, or tokens drawn from the model (true Fisher).",
         ),
     ] = "data",
-    batch_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")] = 2048,
+    batch_tokens: options.BatchTokens = 2048,
     cache_dir: options.CacheDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is written.")] = False,
     quiet: options.Quiet = False,

@@ -67,7 +67,6 @@ DType = Annotated[
         show_default=False,
     ),
 ]
-BatchTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")]
 JsonFile = Annotated[
     str | None,
     typer.Option(
@@ -88,7 +87,7 @@ def evaluate(
     stride: Stride = None,
     dtype: DType = None,
     device: options.Device = "cpu",
-    batch_tokens: BatchTokens = 4096,
+    batch_tokens: options.BatchTokens = 4096,
     json: JsonFile = None,
     cache_dir: options.CacheDir = None,
     quiet: options.Quiet = False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,40 +24,15 @@ def _group() -> None:
 
 @fuse.command(cls=options.many_values("--data"))
 def cache(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, a file of weights, or a Hub id.", show_default=False)
-    ],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE...",
-            help="Texts (.txt), or text, prompt and completion, or messages (.jsonl, .parquet).",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The folder to write.", show_default=False)] = None,
+    model: options.Model,
+    data: options.DataFiles = None,
+    out: options.NewFolder = None,
     top: Annotated[int, typer.Option(min=1, metavar="K", help="Likeliest tokens stored per position.")] = 32,
-    sequences: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Sequences drawn from the data.  [default: 64, or all there are]",
-            show_default=False,
-        ),
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="Most tokens of a sequence.  [default: 256, or what the model can see]",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draw.")] = 0,
+    sequences: options.Sequences = None,
+    length: options.SequenceLength = None,
+    seed: options.DrawSeed = 0,
     tokens: Annotated[str, typer.Option(metavar="all|completions", help="Which tokens are marked to count.")] = "all",
-    batch_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")] = 512,
+    batch_tokens: options.BatchTokens = 512,
     cache_dir: options.CacheDir = None,
     quiet: options.Quiet = False,
     json: options.Json = False,

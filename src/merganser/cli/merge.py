@@ -11,9 +11,8 @@ import typer
 from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
 from ._adapters import print_merged_adapter
-from ._errors import STOPPED
 from ._permutation import permutation_lines
-from ._progress import MergeProgress
+from ._progress import merge_progress
 from ._text import complain, head, say, say_json, share_text, table
 from ._vocabulary import vocabulary_lines
 
@@ -59,26 +58,21 @@ def merge(
     recipes = load_recipes(recipe)
     check_names(recipes)  # report errors in the recipe before torch is imported
     from ..engine.merge import merge as merge_recipes
-    from ..engine.run import Interrupted
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
     given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
-    with MergeProgress(quiet) as progress:
-        try:
-            result = merge_recipes(
-                recipes,
-                out,
-                keep_stages=keep_stages,
-                overwrite=overwrite,
-                fresh=fresh,
-                allow_nonfinite=allow_nonfinite,
-                cluster=cluster,
-                progress=progress,
-                **given,
-            )
-        except Interrupted as error:
-            complain("error", str(error))
-            raise typer.Exit(STOPPED) from None
+    with merge_progress(quiet) as progress:
+        result = merge_recipes(
+            recipes,
+            out,
+            keep_stages=keep_stages,
+            overwrite=overwrite,
+            fresh=fresh,
+            allow_nonfinite=allow_nonfinite,
+            cluster=cluster,
+            progress=progress,
+            **given,
+        )
     if json:
         say_json({"out": str(result.out), "record": result.record})
     elif "merged_adapters" in result.record and not quiet:

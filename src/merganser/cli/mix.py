@@ -10,9 +10,8 @@ import typer
 
 from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
-from ._errors import STOPPED
-from ._progress import MergeProgress, step_progress
-from ._text import complain, head, say, say_json
+from ._progress import merge_progress, step_progress
+from ._text import head, say, say_json
 
 
 def mix(
@@ -36,7 +35,7 @@ def mix(
     """
     options.quieten_hub(quiet)
     from ..engine.output.staging import check_target
-    from ..engine.run import Interrupted, run_plan
+    from ..engine.run import run_plan
     from ..mixture import load_mixture, plan_mixture
 
     found = load_mixture(recipe)
@@ -45,12 +44,8 @@ def mix(
     given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
     with step_progress("routers", quiet) as advance:
         plan = plan_mixture(found, advance=advance, **given)
-    with MergeProgress(quiet) as progress:
-        try:
-            result = run_plan(plan, out, overwrite=overwrite, fresh=fresh, progress=progress)
-        except Interrupted as error:
-            complain("error", str(error))
-            raise typer.Exit(STOPPED) from None
+    with merge_progress(quiet) as progress:
+        result = run_plan(plan, out, overwrite=overwrite, fresh=fresh, progress=progress)
     if json:
         say_json({"out": str(result.out), "record": result.record})
     elif not quiet:

@@ -10,7 +10,7 @@ import typer
 from ..wording import plural
 from . import _options as options
 from ._text import complain, say_json
-from .eval import Base, BatchTokens, Context, DType, Experts, Stride
+from .eval import Base, Context, DType, Experts, Stride
 
 if TYPE_CHECKING:
     from ..search import Found
@@ -117,7 +117,7 @@ def search(
     stride: Stride = None,
     dtype: DType = None,
     device: options.Device = "cpu",
-    batch_tokens: BatchTokens = 4096,
+    batch_tokens: options.BatchTokens = 4096,
     early_stopping: Early = True,
     estimator: Estimator = None,
     item_parameters: ItemParameters = None,

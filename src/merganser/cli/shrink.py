@@ -12,9 +12,8 @@ import typer
 from ..errors import DataError
 from ..wording import count_text, plural, size_text, time_text
 from . import _options as options
-from ._errors import STOPPED
-from ._progress import MergeProgress
-from ._text import complain, head, say, say_json
+from ._progress import merge_progress
+from ._text import head, say, say_json
 
 if TYPE_CHECKING:
     from ..mixture.shrinking import Shrinking
@@ -48,25 +47,9 @@ def shrink(
             show_default=False,
         ),
     ] = None,
-    sequences: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Sequences drawn from the data.  [default: 64, or all there are]",
-            show_default=False,
-        ),
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="Most tokens of a sequence.  [default: 256, or what the model can see]",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draw.")] = 0,
+    sequences: options.Sequences = None,
+    length: options.SequenceLength = None,
+    seed: options.DrawSeed = 0,
     out_shard_size: options.ShardSize = options.SHARD_SIZE,  # type: ignore[assignment]  # parsed like what is given
     overwrite: options.Overwrite = False,
     fresh: options.Fresh = False,
@@ -80,7 +63,6 @@ def shrink(
     Experts of every layer are merged or dropped, by what they do on text; one layer is in memory at a time.
     """
     options.quieten_hub(quiet)
-    from ..engine.run import Interrupted
     from ..mixture.shrinking import plan_shrinking
     from ..mixture.shrinking import shrink as run
 
@@ -91,22 +73,18 @@ def shrink(
     if dry_run:
         _show(plan_shrinking(model, data, **given), json=json)
         return
-    with MergeProgress(quiet) as progress:
-        try:
-            result = run(
-                model,
-                data,
-                out,
-                overwrite=overwrite,
-                fresh=fresh,
-                out_shard_size=out_shard_size,
-                advance=partial(progress.calibrating, model),
-                progress=progress,
-                **given,
-            )
-        except Interrupted as error:
-            complain("error", str(error))
-            raise typer.Exit(STOPPED) from None
+    with merge_progress(quiet) as progress:
+        result = run(
+            model,
+            data,
+            out,
+            overwrite=overwrite,
+            fresh=fresh,
+            out_shard_size=out_shard_size,
+            advance=partial(progress.calibrating, model),
+            progress=progress,
+            **given,
+        )
     if json:
         say_json({"out": str(result.out), "record": result.record})
     elif not quiet:

@@ -11,9 +11,8 @@ import typer
 
 from ..wording import count_text, plural, size_text, time_text
 from . import _options as options
-from ._errors import STOPPED
-from ._progress import MergeProgress, step_progress
-from ._text import complain, head, say, say_json
+from ._progress import merge_progress, step_progress
+from ._text import head, say, say_json
 from ._vocabulary import vocabulary_lines
 
 
@@ -59,7 +58,7 @@ def transplant(
     """Give a model the tokenizer of another one."""
     options.quieten_hub(quiet)
     from ..engine.output.staging import check_target
-    from ..engine.run import Interrupted, run_plan
+    from ..engine.run import run_plan
     from ..transplant import plan_transplant
 
     started = time.monotonic()
@@ -67,12 +66,8 @@ def transplant(
     check_target(out, overwrite=overwrite)
     with step_progress("new tokens", quiet) as advance:
         plan = plan_transplant(model, tokenizer, method=method, k=k, advance=advance, **given)
-    with MergeProgress(quiet) as progress:
-        try:
-            result = run_plan(plan, out, overwrite=overwrite, fresh=fresh, progress=progress)
-        except Interrupted as error:
-            complain("error", str(error))
-            raise typer.Exit(STOPPED) from None
+    with merge_progress(quiet) as progress:
+        result = run_plan(plan, out, overwrite=overwrite, fresh=fresh, progress=progress)
     if json:
         say_json({"out": str(result.out), "record": result.record})
     elif not quiet:

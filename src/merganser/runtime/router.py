@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..files import sha256_of_file, write_whole
 from ..jsonfile import os_reason
 from ..mixture.fitted import ridge_rows
 from ..record.format import RECORD_NAME, record_text
+from ..system import sync
 
 __all__ = ["ROUTER_FILE", "TaskRouter", "fit_router", "read_router", "store_router"]
 
@@ -139,18 +139,9 @@ def store_router(out: Path, router: TaskRouter) -> Path:
     others = [entry for entry in record["outputs"] if entry["file"] != ROUTER_FILE]
     if os.path.lexists(path) and len(others) == len(record["outputs"]) and not _is_router(path):
         raise OutputError(f"{path}: exists, and merganser did not write it; move it away")
+    write_whole(path, router.to_bytes())
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".merganser-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(router.to_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        sync(path)
         entry = {"file": ROUTER_FILE, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {os_reason(error)}") from None

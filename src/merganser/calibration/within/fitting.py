@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -242,11 +241,7 @@ class _Descent:
 
 
 def _results(fitted: Iterable[_Fitted], k: int, count: int) -> list[Tapped]:
-    def sums(own: _Fitted) -> dict[str, Sum]:
-        values = own.raw.detach().sigmoid()[k]
-        return _sums(values, count)
-
-    return [Tapped((own.name,), 0, own.planned.shape[0], sums(own)) for own in fitted]
+    return [Tapped((own.name,), 0, own.planned.shape[0], _sums(own.raw.detach().sigmoid()[k], count)) for own in fitted]
 
 
 def _sums(values: Tensor, count: int) -> dict[str, Sum]:
@@ -258,11 +253,9 @@ def _sums(values: Tensor, count: int) -> dict[str, Sum]:
 
 def planned_coefficients(skeleton: Skeleton, block: Block) -> list[Tapped]:
     """Return the coefficients that the tensors of a block will have, without values, as if each were of one chunk."""
-    return list(_planned(skeleton, block))
-
-
-def _planned(skeleton: Skeleton, block: Block) -> Iterator[Tapped]:
-    for name in block.sources:
-        shape: Sequence[Any] = skeleton.checkpoint.tensors[name].shape
-        if shape and skeleton.checkpoint.tensors[name].dtype.kind == "float":
-            yield Tapped((name,), 0, shape[0], _sums(torch.empty(1), 0))
+    tensors = {name: skeleton.checkpoint.tensors[name] for name in block.sources}
+    return [
+        Tapped((name,), 0, tensor.shape[0], _sums(torch.empty(1), 0))
+        for name, tensor in tensors.items()
+        if tensor.shape and tensor.dtype.kind == "float"
+    ]

@@ -18,7 +18,7 @@ from ...wording import plural
 from ..output.staging import check_target, lies_in, resolve_target
 from ..plan.sidecars import INDEX_FILE
 from ..sidecars.restoration import intact, open_base, read_sidecar_record, refuse_source
-from .writing import TRANSPOSED, Spool, low_rank_names, peft_config, target_modules, write_adapter
+from .writing import TRANSPOSED, Spool, config_on, low_rank_names, norm_of, write_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,7 +189,7 @@ class _Work:
         if torch.equal(whole, start):
             return
         wide = torch.float64 if torch.float64 in (whole.dtype, start.dtype) else torch.float32
-        norm = _norm(whole.to(wide) - start.to(wide))
+        norm = norm_of(whole.to(wide) - start.to(wide))
         if tensor.kept is not None:
             self._save(tensor.name, whole)
             self._note(tensor.name, "saved", norm, 0.0)
@@ -197,7 +197,7 @@ class _Work:
         left, right = (side.float() for side in self.restorer.factors(tensor))
         rest = whole.to(wide) - (start.to(wide) + (left @ right).to(wide))
         self._factor(tensor.name, left, right)
-        self._note(tensor.name, "factored", norm, _norm(rest), left.shape[1])
+        self._note(tensor.name, "factored", norm, norm_of(rest), left.shape[1])
 
     def _factor(self, name: str, left: Tensor, right: Tensor) -> None:
         if not name.endswith(".weight"):
@@ -231,20 +231,9 @@ class _Work:
             if (own := each.rpartition(".")[0]) not in self.saved:
                 self.saved.append(own)
 
-    def add_biases(self) -> None:
-        """Store biases of linear layers under the names that they have while factors are beside them."""
-        for module, value in self.biases.items():
-            self.spool.add(f"base_model.model.{module}{'.base_layer' if module in self.ranks else ''}.bias", value)
-
     def _note(self, name: str, kept: str, norm: float, error: float, rank: int | None = None) -> None:
         entry = {"tensor": name, "kept": kept, "norm": norm, "error": error, "relative_error": error / norm}
         self.changes.append(entry if rank is None else {**entry, "rank": rank})
-
-
-def _norm(tensor: Tensor) -> float:
-    import torch
-
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _write(out: Path, task: _Task, merged: Checkpoint, overwrite: bool, told: Callable[[int], None]) -> Exported:
@@ -256,7 +245,7 @@ def _write(out: Path, task: _Task, merged: Checkpoint, overwrite: bool, told: Ca
         for count, tensor in enumerate(task.stored.tensors, 1):
             work.add(tensor)
             told(count)
-        work.add_biases()
+        spool.add_biases(work.biases, work.ranks)
         if not work.ranks:
             raise CheckpointError(f"{out}: task {task.name!r} has no factors above rank 0; an adapter needs some")
         return Exported(task.name, task.target, _finish(out, work, overwrite))
@@ -264,16 +253,13 @@ def _write(out: Path, task: _Task, merged: Checkpoint, overwrite: bool, told: Ca
 
 def _finish(out: Path, work: _Work, overwrite: bool) -> dict[str, Any]:
     task, spool = work.task, work.spool
-    most = max(work.ranks.values())
-    config = peft_config(
-        base=task.named,
-        rank=most,
-        ranks={module: rank for module, rank in work.ranks.items() if rank != most},
-        modules=target_modules(task.start.tensors, work.ranks),
+    config = config_on(
+        task.start,
+        task.named,
+        work.ranks,
         saved=work.saved,
         biases=bool(work.biases),
         transposed=work.transposed,
-        task="CAUSAL_LM" if "CausalLM" in str(task.start.config.get("architectures", "CausalLM")) else None,
     )
     total, left = (math.sqrt(sum(entry[key] ** 2 for entry in work.changes)) for key in ("norm", "error"))
     exported = {
@@ -291,9 +277,7 @@ def _finish(out: Path, work: _Work, overwrite: bool) -> dict[str, Any]:
     }
     record = {
         "exported": exported,
-        "parameters": sum(math.prod(shape) for _, _, shape in spool.tensors),
-        "tensors": len(spool.tensors),
-        "dtypes": sorted({dtype.name for _, dtype, _ in spool.tensors}),
+        **spool.counts(),
         "changes": work.changes,
     }
     return write_adapter(spool, config, card=_card(task, exported), record=record, overwrite=overwrite)

@@ -18,7 +18,7 @@ from ...process import one_thread
 from ...version import __version__
 from ...wording import plural, some
 from ..output.staging import lies_in, resolve_target
-from .writing import TRANSPOSED, Spool, low_rank_names, peft_config, target_modules, write_adapter
+from .writing import TRANSPOSED, Spool, config_on, low_rank_names, norm_of, write_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,7 @@ def extract(
             if progress:
                 progress(done, total)
         work.add_tied_head()
-        work.add_biases()
+        spool.add_biases(work.biases, work.ranks)
         return _finish(work, str(finetune), str(base), overwrite)
 
 
@@ -168,11 +168,6 @@ class _Work:
             else:
                 self._factor(source, embedding=False, module=module)
 
-    def add_biases(self) -> None:
-        """Store changed biases of linear layers under the names that they have while factors are beside them."""
-        for module, value in self.biases.items():
-            self.spool.add(f"base_model.model.{module}{'.base_layer' if module in self.ranks else ''}.bias", value)
-
     def _differ(self, first: TensorInfo, second: TensorInfo) -> bool:
         import torch
 
@@ -213,7 +208,7 @@ class _Work:
         delta = self._delta(name)
         if embedding or self.transposed:
             delta = delta.T
-        norm = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+        norm = norm_of(delta)
         rank = self.rank if self.rank is not None else self._rank_for_energy(delta, norm)
         kept = min(rank, *delta.shape)
         left, right = factor(delta, kept)
@@ -221,7 +216,7 @@ class _Work:
         dtype = getattr(torch, self.dtype)
         left, right = (torch.nn.functional.pad(part, padding).to(dtype) for part in (left, right))
         rest = delta.sub_(left.to(delta.dtype) @ right.to(delta.dtype).T)
-        error = float(torch.linalg.vector_norm(rest, dtype=torch.float64))
+        error = norm_of(rest)
         module = module or name.removesuffix(".weight")
         a, b = low_rank_names(module, embedding=embedding)
         self.spool.add(a, right.T)
@@ -238,9 +233,7 @@ class _Work:
 
     def _keep(self, name: str, choice: str) -> None:
         """Store a changed tensor whole, or leave the base's."""
-        import torch
-
-        norm = float(torch.linalg.vector_norm(self._delta(name), dtype=torch.float64))
+        norm = norm_of(self._delta(name))
         module, _, last = name.rpartition(".")
         if choice == "drop" or (choice == "low-rank" and last != "weight"):
             self._note(name, "dropped", norm, norm, None)
@@ -283,16 +276,13 @@ def _finish(work: _Work, finetune: str, base: str, overwrite: bool) -> Extracted
         )
     total = math.sqrt(sum(entry["norm"] ** 2 for entry in work.tensors))
     left = math.sqrt(sum(entry["error"] ** 2 for entry in work.tensors))
-    most = max(work.ranks.values())
-    config = peft_config(
-        base=_base_name(work.base, base),
-        rank=most,
-        ranks={module: rank for module, rank in work.ranks.items() if rank != most},
-        modules=target_modules(work.base.tensors, work.ranks),
+    config = config_on(
+        work.base,
+        _base_name(work.base, base),
+        work.ranks,
         saved=work.saved,
         biases=bool(work.biases),
         transposed=work.transposed,
-        task="CAUSAL_LM" if "CausalLM" in str(work.base.config.get("architectures", "CausalLM")) else None,
     )
     kept = {kind: [e for e in work.tensors if e["kept"] == kind] for kind in ("factored", "saved", "dropped")}
     extracted = {
@@ -309,9 +299,7 @@ def _finish(work: _Work, finetune: str, base: str, overwrite: bool) -> Extracted
     }
     record = {
         "extracted": extracted,
-        "parameters": sum(math.prod(shape) for _, _, shape in work.spool.tensors),
-        "tensors": len(work.spool.tensors),
-        "dtypes": sorted({dtype.name for _, dtype, _ in work.spool.tensors}),
+        **work.spool.counts(),
         "changes": [
             {**entry, "relative_error": entry["error"] / entry["norm"] if entry["norm"] else 0.0}
             for entry in work.tensors

@@ -240,9 +240,7 @@ def _write(
             _described(adapter.config.file, adapter.file, name)
             for adapter, name in zip(plan.adapters, plan.names, strict=True)
         ],
-        "parameters": sum(math.prod(shape) for _, _, shape in spool.tensors),
-        "tensors": len(spool.tensors),
-        "dtypes": sorted({dtype.name for _, dtype, _ in spool.tensors}),
+        **spool.counts(),
         "warnings": list(plan.warnings),
         "timings": {"seconds": round(time.monotonic() - started, 3)},
         "changes": [] if plan.of_factors else entries,

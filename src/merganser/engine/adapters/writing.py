@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...adapters.adapter import FILES, PREFIX
 from ...adapters.config import CONFIG_NAME
-from ...checkpoint import DTYPE_BY_NAME, DType, TensorInfo, plan_shards
+from ...checkpoint import DTYPE_BY_NAME, Checkpoint, DType, TensorInfo, plan_shards
 from ...errors import OutputError
 from ...files import sha256_of_file
 from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
@@ -22,7 +23,16 @@ from ..output.staging import Staging, check_target, resolve_target
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TRANSPOSED", "Spool", "low_rank_names", "peft_config", "target_modules", "write_adapter"]
+__all__ = [
+    "TRANSPOSED",
+    "Spool",
+    "config_on",
+    "low_rank_names",
+    "norm_of",
+    "peft_config",
+    "target_modules",
+    "write_adapter",
+]
 
 # Classes whose linear layers (Conv1D) store weights as [in, out].
 TRANSPOSED = ("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer")
@@ -35,6 +45,13 @@ def low_rank_names(module: str, *, embedding: bool = False) -> tuple[str, str]:
     """Return the names under which peft stores A and B of a module."""
     kind = "lora_embedding_{}" if embedding else "lora_{}.weight"
     return f"{PREFIX}{module}.{kind.format('A')}", f"{PREFIX}{module}.{kind.format('B')}"
+
+
+def norm_of(tensor: Tensor) -> float:
+    """Return the Frobenius norm of a tensor, summed in float64."""
+    import torch
+
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 class Spool:
@@ -86,6 +103,27 @@ class Spool:
         self.tensors.append((name, dtype, tuple(tensor.shape)))
         self._places[name] = (self._end, data.nbytes)
         self._end += data.nbytes
+
+    def add_biases(self, biases: Mapping[str, Tensor], factored: Collection[str]) -> None:
+        """Add biases of linear layers, by module, under the names that they have while factors are beside them.
+
+        Args:
+            biases: The biases.
+            factored: Modules with factors.
+
+        Raises:
+            OutputError: The disk is full or failed.
+        """
+        for module, value in biases.items():
+            self.add(f"{PREFIX}{module}{'.base_layer' if module in factored else ''}.bias", value)
+
+    def counts(self) -> dict[str, Any]:
+        """Return what a run record says of the tensors: parameters, tensors, dtypes."""
+        return {
+            "parameters": sum(math.prod(shape) for _, _, shape in self.tensors),
+            "tensors": len(self.tensors),
+            "dtypes": sorted({dtype.name for _, dtype, _ in self.tensors}),
+        }
 
     def copy(self, name: str, write: Callable[[int, memoryview], None]) -> None:
         """Pass on a tensor's bytes in pieces, each with its position in the tensor."""
@@ -156,6 +194,32 @@ def peft_config(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def config_on(
+    start: Checkpoint, named: str, ranks: Mapping[str, int], *, saved: Sequence[str], biases: bool, transposed: bool
+) -> dict[str, Any]:
+    """Return the contents of `adapter_config.json` of a LoRA adapter of a model that is at hand.
+
+    Args:
+        start: The model that the adapter is loaded on.
+        named: Its name in the config.
+        ranks: Rank of each module with factors, by its full name.
+        saved: As for `peft_config`, like the two that follow.
+        biases: As there.
+        transposed: As there.
+    """
+    most = max(ranks.values())
+    return peft_config(
+        base=named,
+        rank=most,
+        ranks={module: rank for module, rank in ranks.items() if rank != most},
+        modules=target_modules(start.tensors, ranks),
+        saved=saved,
+        biases=biases,
+        transposed=transposed,
+        task="CAUSAL_LM" if "CausalLM" in str(start.config.get("architectures", "CausalLM")) else None,
+    )
 
 
 def write_adapter(

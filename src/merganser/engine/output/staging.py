@@ -86,13 +86,9 @@ class Staging:
         """
         view = buffer.cast("B")
         with failures_of(self.out), self._file(shard) as descriptor:
-            while view:
-                count = read_at(descriptor, view, offset)
-                if not count:
-                    name = self._shards[shard].name
-                    raise OutputError(f"{self.folder}: {name} became shorter while it was written")
-                offset += count
-                view = view[count:]
+            if read_at(descriptor, view, offset) < len(view):
+                name = self._shards[shard].name
+                raise OutputError(f"{self.folder}: {name} became shorter while it was written")
 
     def claim(self, names: Iterable[str]) -> None:
         """Register other files than the shards before they are created; "name/" is a folder with all contents.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...calibration.preparation import Data, Prepared, prepare
 from ...checkpoint import DTYPE_BY_NAME, Checkpoint, TensorInfo, plan_shards
@@ -72,7 +71,7 @@ class Shrinking:
 def plan_shrinking(
     model: str | Path, data: Data, *, experts: int, method: str, per_token: int | None = None, **options: Any
 ) -> Shrinking:
-    """Say what `shrink` with the same arguments would do; no weights are read, and nothing is written.
+    """Return what `shrink` with the same arguments would do; no weights are read, and nothing is written.
 
     Raises:
         MergeError: As for `shrink`.
@@ -245,18 +244,8 @@ def reduce_in_parts(method: ShrinkingMethod, experts: Experts, seen: Observed, s
         own = range(start, start + size)
         found.append(method.reduce(experts.chosen(own), seen.of(own), count))
     groups = [[member + size * part for member in each] for part, own in enumerate(found) for each in own.groups]
-    router = _diagonal([own.router for own in found])
+    router = torch.block_diag(*(own.router for own in found))  # type: ignore[no-untyped-call]
     return Reduced(groups, Experts.joined([own.experts for own in found]), router)
-
-
-def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    """Return a matrix with these blocks on its diagonal."""
-    found = blocks[0].new_zeros(sum(len(own) for own in blocks), sum(own.shape[1] for own in blocks))
-    row = column = 0
-    for own in blocks:
-        found[row : row + len(own), column : column + own.shape[1]] = own
-        row, column = row + len(own), column + own.shape[1]
-    return found
 
 
 def _planned(
@@ -269,7 +258,6 @@ def _planned(
 ) -> Plan:
     """Return the plan of the output: the plan of a copy, with the new tensors in place of those of experts and routers."""
     of_layer = {name: layer for layer in found.layers for name in (*layer.experts, *layer.router)}
-    planned = {tensor.name: tensor for tensor in plan.tensors}
     drafts: list[PlannedTensor] = []
     used: set[str] = set()
     for tensor in plan.tensors:
@@ -277,7 +265,7 @@ def _planned(
             drafts.append(tensor)
         elif tensor.name in spool.tensors:
             info = found.checkpoint.tensors[tensor.name]
-            drafts.append(_copied(planned[tensor.name], spool.planned(tensor.name, info, tensor.dtype)))
+            drafts.append(_copied(tensor, spool.planned(tensor.name, info, tensor.dtype)))
             used.add(tensor.name)
     assert used == spool.tensors.keys()
     shards = plan_shards([(draft.name, draft.dtype, draft.shape) for draft in drafts], shard_size, {})
