@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from merganser.evaluation.scoring.estimate import Estimate
 from merganser.recipe import check_recipe, load_recipe
 from merganser.search.auto import Choice, auto
 from merganser.search.auto import run as auto_run
+from merganser.search.auto.budget import Budget, keep_waves
+from merganser.search.auto.choice import recommend
 from merganser.search.auto.portfolio import around, candidates
-from merganser.search.auto.run import _recommend
+from merganser.search.auto.texts import halve, read_texts
 from merganser.search.ends import End
 from merganser.search.objectives import Objective
 from merganser.search.space import Space
 from tests.cli.tiny import run
 
 RECOVERED = Objective("recovered/mean", ((1.0, "recovered/mean"),), "maximize")
-SHORT = ("linear", "ties", "task_arithmetic-1")
+SHORT = ("linear", "regmean", "ties", "task_arithmetic-1")
+"""Without data there is no regmean."""
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A portfolio of three, and three trials, however long they take."""
     listed = lambda *given, **more: [c for c in candidates(*given, **more) if c.name in SHORT]  # noqa: E731
     monkeypatch.setattr(auto_run, "candidates", listed)
-    monkeypatch.setattr(auto_run, "_PORTFOLIO", 1e6)
+    monkeypatch.setattr(auto_run.Budget, "fits", lambda *_: True)
     whole = auto_run.Trials.run
     monkeypatch.setattr(auto_run.Trials, "run", lambda self, _, __, progress: whole(self, 3, None, progress))
 
@@ -40,20 +44,22 @@ def made_best(out: Path, **options: Any) -> Choice:
     return auto("base", ["calm", "cool"], out, ["one.jsonl", "two.jsonl"], **given)
 
 
-def test_every_recipe_suits_its_method() -> None:
-    for adapters in (False, True):
-        listed = candidates("base", ["a", "b"], adapters=adapters)
-        assert len({each.recipe for each in listed}) == len(listed)
-        assert len({each.name for each in listed}) == len(listed)
-        for candidate in listed:
-            check_recipe(load_recipe(candidate.recipe))
-            space = Space(around(candidate, "base", ["a", "b"]))
-            check_recipe(load_recipe(space.resolve(space.start())))
-            # the search begins where the candidate is
-            own = candidate.parameters.get("weight", 1.0)
-            scale = own if "weight" in space.dimensions[0].name else candidate.parameters["lambda"]
-            assert set(space.start().values()) <= {scale, 0.5}
-            assert len(space.dimensions) == 6
+@pytest.mark.parametrize("experts", [["a", "b"], ["base+a", "base+b"]])
+@pytest.mark.parametrize("texts", [[], [Path("/a.txt"), Path("/b.txt")]])
+def test_every_recipe_suits_its_method(experts: list[str], texts: list[Path]) -> None:
+    listed = candidates("base", experts, texts=texts, kept=Path("/kept"))
+    assert len({each.recipe for each in listed}) == len(listed)
+    assert len({each.name for each in listed}) == len(listed)
+    assert any(each.method == "regmean" for each in listed) == bool(texts)
+    for candidate in listed:
+        check_recipe(load_recipe(candidate.recipe))
+        space = Space(around(candidate))
+        check_recipe(load_recipe(space.resolve(space.start())))
+        # the search begins where the candidate is
+        own = candidate.parameters.get("weight", 1.0)
+        scale = own if "weight" in space.dimensions[0].name else candidate.parameters["lambda"]
+        assert set(space.start().values()) <= {scale, 0.5}
+        assert len(space.dimensions) == 6
 
 
 @pytest.mark.usefixtures("short")
@@ -61,7 +67,7 @@ def test_it_finds_merges_and_proves(tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = made_best(out)
     assert set(found.domains) == {"one", "two"}
-    assert [tried.name for tried in found.tried] == [*SHORT]
+    assert [tried.name for tried in found.tried] == ["linear", "ties", "task_arithmetic-1"]
     assert found.around
     values = [tried.verdict.values[0] for tried in found.tried if tried.verdict] + [
         t.values[0] for t in found.around if t.values
@@ -97,7 +103,7 @@ def test_what_is_recommended(winner: float, single: float, average: float, recom
         End(name, role, (Estimate.of_error(value, 0.03, name),))
         for name, role, value in (("winner", "winner", winner), ("expert", "input", single), ("average", "average", average))
     ]  # fmt: skip
-    assert _recommend(ends, RECOVERED) == recommended
+    assert recommend(ends, RECOVERED) == recommended
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,8 @@ def test_what_is_recommended(winner: float, single: float, average: float, recom
         (("base", "calm", "cool", "out"), "auto: tasks are missing (--tasks NAME=FILE...): texts (.txt), documents or"),
         (("base", "calm", "out", "--tasks", "one.jsonl"), "auto: merges two or more experts of one base, got 1"),
         (("base", "calm", "cool", "out", "--tasks", "one.jsonl", "--minutes", "0"), "minutes: must be above 0, got 0"),
+        (("base", "calm", "cool", "out", "--data", "calm=one.jsonl"), "data: no text of cool; methods with data need one of every expert"),
+        (("base", "calm", "cool", "out", "--tasks", "two.jsonl", "--data", "calm=two.jsonl", "cool=one.jsonl"), "is the text of calm and the task two; a merge that"),
         (("base", "calm", "nowhere", "out", "--tasks", "one.jsonl"), "model 'nowhere' not found"),
         (("base", "calm", "cool", "out", "--tasks", "none.txt"), "none.txt: there is no such file"),
         (("calm", "base", "b", "out", "--tasks", "one.jsonl", "--limit", "16"), "auto: on none of these tasks one of the models beats the base"),
@@ -120,7 +128,7 @@ def test_what_it_refuses(tmp_path: Path, arguments: tuple[str, ...], message: st
 
 @pytest.mark.usefixtures("short")
 def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_run, "_PORTFOLIO", 0)
+    monkeypatch.setattr(auto_run.Budget, "fits", lambda *_: False)
     out = tmp_path / "out"
     found = run(
         "auto", "base", "calm", "cool", out, "--tasks", "one.jsonl", "two.jsonl", "--minutes", 0.001, "--limit", 24, "--dtype", "float32"
@@ -128,12 +136,14 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert found.code == 0, found.err
     lines = found.out.splitlines()
     assert lines[0].startswith("trial 1/3  linear  ")
-    assert "note: time for the portfolio is over; 2 of its 3 recipes were not tried" in found.err
+    assert "note: not tried, for lack of time: ties, task_arithmetic-1; more --minutes try them" in found.err
     start = lines.index("1 recipe and 0 trials around the best of them")
     assert lines[start + 1].startswith(
         "share of the gain of the best model of each task over the base that is kept: one ("
     )
-    assert lines[start + 2] == "measured on 24 items that nothing was chosen on (± standard error)"
+    assert lines[start + 2] == "measured on 6 items that nothing was chosen on (± standard error)"
+    assert "note: a quarter of the items is scored, since all would take more than half of the minutes" in found.err
+    assert "note: scoring 5 models takes about 0 minutes of the 0.001 even on a part of the items" in found.err
     assert [line.split()[0] for line in lines[start + 4 : start + 8]] == ["winner", "base", "calm", "cool"]
     single = lines[start + 8].partition(",")[0].removeprefix("worse than ")
     assert lines[start + 8 :] == [
@@ -143,3 +153,114 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert single in ("calm", "cool")
     assert not (out / "merged").exists()
     assert yaml.safe_load((out / "winner.yaml").read_text())["merge_method"] == "linear"
+
+
+@pytest.mark.usefixtures("short")
+def test_texts_alone_are_calibrated_on_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_run.Budget, "fits", lambda _, recipe: "regmean" in recipe)
+    monkeypatch.setattr(auto_run._Search, "try_around", lambda _: None)
+    out = tmp_path / "out"
+    data = {"calm": "one.jsonl", "cool": "two.jsonl"}
+    found = auto("base", ["calm", "cool"], out, data=data, minutes=0.2, limit=16, dtype="float32")
+    assert [tried.name for tried in found.tried] == ["linear", "regmean"]
+    assert all(tried.failed is None for tried in found.tried)
+    assert set(found.domains) == {"calm", "cool"}
+    assert {path.name for path in (out / "statistics").iterdir()} == {"calm", "cool"}
+    # the first half of the documents is calibrated on, the second one scored
+    whole = Path("one.jsonl").read_text()
+    halves = [(out / "texts" / name).read_text() for name in ("calibrate-calm.jsonl", "calm.jsonl")]
+    assert "".join(halves) == whole
+    assert [half.count("\n") for half in halves] == [20, 20]
+
+
+def test_a_text_is_divided_at_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree and more\nfour\n")
+    firsts, seconds = halve({"a": tmp_path / "a.txt"}, tmp_path / "texts")
+    assert firsts["a"].read_text() == "one\ntwo\nthree and more\n"
+    assert seconds["a"].read_text() == "four\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "one line", "is one line, and cannot be divided"),
+        ("a.jsonl", '{"text": "one"}\n', "is one line, and cannot be divided"),
+        ("a.jsonl", '{"context": "q", "choices": [" a", " b"], "gold": 0}\n', "holds questions; as data give texts"),
+        ("a.parquet", "PAR1", "only .txt and .jsonl are divided into a half to calibrate on"),
+    ],
+)
+def test_what_is_not_divided(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(MergeError, match=message):
+        halve({"a": tmp_path / name}, tmp_path / "texts")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["calmer=one.jsonl"], "'calmer' is no expert. Did you mean 'calm'"),
+        (["calm=one.jsonl", "calm=two.jsonl"], "two files for calm"),
+        (["calm=one.jsonl"], "no text of cool"),
+        (["calm=none.txt", "cool=one.jsonl"], "none.txt: there is no such file"),
+    ],
+)
+def test_which_texts_are_refused(given: list[str], message: str) -> None:
+    with pytest.raises(MergeError, match=message):
+        read_texts(given, ["calm", "cool"])
+
+
+class _Table:
+    """A quarter, a quarter and half of 80 items for trials, and 80 held out."""
+
+    waves = (0, 1, 2)
+
+    def count(self, waves: Sequence[int]) -> int:
+        return sum({0: 20, 1: 20, 2: 40, -1: 80}[wave] for wave in waves)
+
+
+class _Bench:
+    """Takes a second to score 20 items."""
+
+    table = _Table()
+
+    def __init__(self, clock: list[float]) -> None:
+        self._clock = clock
+
+    def score(self, model: object, waves: Sequence[int]) -> None:
+        assert waves == [0]
+        self._clock[0] += 1.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr("merganser.search.auto.budget.time.monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(("seconds", "kept", "told"), [(80, 3, False), (79, 2, False), (39, 1, False), (19, 1, True)])
+def test_how_many_items_fit_into_the_minutes(clock: list[float], seconds: float, kept: int, told: bool) -> None:
+    # three models, the winner and the average on 160 items take 40 seconds: half of 80
+    waves, note = keep_waves(_Bench(clock), [None] * 3, seconds / 60)  # type: ignore[arg-type, list-item]
+    assert waves == kept
+    assert (note is not None) == told
+
+
+def test_what_may_still_begin(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(_Bench(clock), 200.0, 0.05, 5)  # type: ignore[arg-type]
+    assert budget.proof == 20.0
+    monkeypatch.setattr(Budget, "seconds", lambda _, recipe: float(recipe))
+    # 80 seconds are left for trials, 52 of them for the portfolio
+    assert budget.fits("52")
+    assert not budget.fits("53")
+    clock[0] = 150.0
+    assert budget.fits("2")
+    assert not budget.fits("3")
+    assert budget.last_trial(10) == 170.0
+
+
+def test_a_recipe_takes_what_its_plan_says_and_the_scoring() -> None:
+    (first, *_) = candidates("base", ["calm", "cool"])
+    budget = Budget(_Bench([0.0]), 0.0, 0.05, 5)  # type: ignore[arg-type]
+    assert budget.seconds(first.recipe) > 4.0
+    assert budget.seconds("merge_method: none") == 4.0

@@ -64,7 +64,7 @@ app.command(cls=Verb)(extract)
 app.command(cls=Verb)(export)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
 app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)
-app.command(cls=many_values("--tasks"))(auto)
+app.command(cls=many_values("--tasks", "--data"))(auto)
 app.add_typer(fuse, name="fuse")
 app.command(cls=Verb)(report)
 

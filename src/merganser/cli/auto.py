@@ -21,7 +21,15 @@ ExpertModels = Annotated[
 Out = Annotated[
     Path, typer.Argument(metavar="OUT", help="Folder of the result; an old one continues.", show_default=False)
 ]
-Minutes = Annotated[float, typer.Option(metavar="N", help="Time after which nothing new is tried.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[EXPERT=]FILE...",
+        help="Text of each expert's field: methods with data are tried, too. Without --tasks half of each file is a task.",
+        show_default=False,
+    ),
+]
+Minutes = Annotated[float, typer.Option(metavar="N", help="Time for all of it.")]
 
 
 def auto(
@@ -29,6 +37,7 @@ def auto(
     experts: ExpertModels,
     out: Out,
     tasks: Tasks = None,
+    data: Data = None,
     minutes: Minutes = 60.0,
     seed: Seed = 0,
     limit: Limit = None,
@@ -55,6 +64,7 @@ def auto(
             experts,
             out,
             tasks or (),
+            data=data or (),
             minutes=minutes,
             seed=seed,
             limit=limit,

@@ -135,7 +135,7 @@ def _check_ours(path: Path) -> None:
         raise OutputError(f"{path}: is a file; give the name of a folder")
     names = {each.name for each in path.iterdir()}
     # a search that was killed before it wrote its settings left these alone
-    if not names - {"items.jsonl", "trials.log", "trials.log.lock", _SCRATCH}:
+    if not names - {"items.jsonl", "trials.log", "trials.log.lock", "texts", _SCRATCH}:
         return
     try:
         found = read_object(path / _SETTINGS) if _SETTINGS in names else {}

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -119,12 +119,25 @@ class Table:
 
     def __init__(self, journal: Journal, splits: Mapping[str, Split]) -> None:
         self.journal = journal
-        self.splits = splits
+        self.splits = dict(splits)
 
     @property
     def waves(self) -> list[int]:
         """The waves of trials that have items."""
         return [wave for wave in range(_WAVES) if any(split.items(wave) for split in self.splits.values())]
+
+    def shorten(self, waves: int) -> None:
+        """Leave out all waves of trials but the first ones, and the same share of the items held out.
+
+        Args:
+            waves: Number of waves that stay.
+        """
+        for task, split in self.splits.items():
+            kept = tuple(items if number < waves else () for number, items in enumerate(split.waves))
+            # at equal distances, so that all parts of a text are there
+            count = max(1, len(split.held) * sum(map(len, kept)) // sum(map(len, split.waves)))
+            held = tuple(split.held[number * len(split.held) // count] for number in range(count))
+            self.splits[task] = replace(split, waves=kept, held=held)
 
     def count(self, waves: Sequence[int]) -> int:
         """Return the number of items of some waves, of all tasks."""

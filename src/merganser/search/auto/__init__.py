@@ -1,5 +1,6 @@
 """Find a merge for somebody who names no method: a portfolio, a search around its best, a proof."""
 
-from .run import Choice, auto
+from .choice import Choice
+from .run import auto
 
 __all__ = ["Choice", "auto"]

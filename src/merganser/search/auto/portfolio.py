@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...method.registry import get_method
@@ -15,25 +16,33 @@ from ...recipe.document import parse_mapping
 LAYERS = 3
 """Values along the depth in the search around the best."""
 
-_FULL: tuple[tuple[str, Mapping[str, Any]], ...] = (
+_Listed = tuple[tuple[str, Mapping[str, Any]], ...]
+
+_FULL: _Listed = (
     ("linear", {"weight": 1.0}),
+    ("regmean", {"weight": 1.0}),
+    ("featcal", {"weight": 1.0}),
     ("iso_c", {"lambda": 1.5}),
-    ("iso_c", {"lambda": 1.0}),
     ("tsv_m", {"lambda": 1.0}),
+    ("optmerge", {"lambda": 1.0}),
+    ("iso_c", {"lambda": 1.0}),
     ("task_arithmetic", {"weight": 1.0, "lambda": 0.5}),
     ("ties", {"weight": 1.0, "density": 0.2}),
     ("wudi", {"lambda": 1.0}),
-    ("optmerge", {"lambda": 1.0}),
     ("task_arithmetic", {"weight": 1.0, "lambda": 1.0}),
     ("tsv_m", {"lambda": 0.5}),
     ("wudi", {"lambda": 0.5}),
+    ("gram_coefficients", {}),
     ("task_arithmetic", {"weight": 1.0, "lambda": 0.3}),
 )
-"""Methods that hold up on all sets of models there come first, then those that keep most on some; the costly ones behind."""
+"""Methods that hold up on all sets of models there come first, then those that keep most on some."""
 
-_ADAPTERS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+_ADAPTERS: _Listed = (
     ("linear", {"weight": 1.0}),
+    ("regmean", {"weight": 1.0}),
+    ("regmean_plus", {"weight": 1.0}),
     ("iso_c", {"lambda": 1.0}),
+    ("featcal", {"weight": 1.0}),
     ("task_arithmetic", {"weight": 1.0, "lambda": 0.5}),
     ("tsv_m", {"lambda": 0.5}),
     ("wudi", {"lambda": 0.5}),
@@ -51,12 +60,17 @@ class Candidate:
     Args:
         method: Name of the method.
         parameters: Its parameters.
-        recipe: The recipe, as YAML.
+        about: The rest of the recipe: models, base and data.
     """
 
     method: str
     parameters: Mapping[str, Any]
-    recipe: str
+    about: Mapping[str, Any]
+
+    @property
+    def recipe(self) -> str:
+        """The recipe, as YAML."""
+        return _recipe(self.method, self.parameters, self.about)
 
     @property
     def name(self) -> str:
@@ -65,25 +79,38 @@ class Candidate:
         return self.method if scale is None else f"{self.method}-{scale:g}"
 
 
-def candidates(base: str, experts: Sequence[str], *, adapters: bool) -> list[Candidate]:
-    """Return the portfolio, in the order in which it is tried.
+def candidates(
+    base: str, experts: Sequence[str], *, texts: Sequence[Path] = (), kept: Path | None = None
+) -> list[Candidate]:
+    """Return the portfolio, in the order in which it is tried; adapters (`base+adapter`) have their own.
 
     Args:
         base: The base.
         experts: The experts.
-        adapters: Whether the experts are adapters.
+        texts: Text of the field of each expert; without it there are no methods with data.
+        kept: Folder for the statistics of the texts.
     """
-    listed = _ADAPTERS if adapters else _FULL
-    return [_candidate(base, experts, method, parameters) for method, parameters in listed]
+    listed = _ADAPTERS if all("+" in each for each in experts) else _FULL
+    about: dict[str, Any] = {"base_model": base, "models": [{"model": expert} for expert in experts]}
+    measured = dict(about)
+    if texts:
+        files = [str(text) for text in texts]
+        measured["models"] = [{"model": e, "data": file} for e, file in zip(experts, files, strict=True)]
+        measured["keep_statistics"] = str(kept)
+    found = []
+    for method, parameters in listed:
+        with_data = get_method(method).from_data
+        if with_data and not texts:
+            continue
+        found.append(Candidate(method, parameters, measured if with_data else about))
+    return found
 
 
-def around(best: Candidate, base: str, experts: Sequence[str]) -> str:
+def around(best: Candidate) -> str:
     """Return the recipe of a candidate with open values around its own: factors by depth, of each model if it has some.
 
     Args:
         best: The candidate.
-        base: The base.
-        experts: The experts.
     """
     known = get_method(best.method).parameters
     if "weight" in known:
@@ -92,18 +119,8 @@ def around(best: Candidate, base: str, experts: Sequence[str]) -> str:
     else:
         name, value, per = "lambda", best.parameters.get("lambda", 1.0), [f"layers:{2 * LAYERS}"]
     span = [round(0.5 * value, 6), round(1.5 * value, 6)]
-    return _recipe(base, experts, best.method, {**best.parameters, name: {"search": span, "per": per}})
+    return _recipe(best.method, {**best.parameters, name: {"search": span, "per": per}}, best.about)
 
 
-def _candidate(base: str, experts: Sequence[str], method: str, parameters: Mapping[str, Any]) -> Candidate:
-    return Candidate(method, parameters, _recipe(base, experts, method, parameters))
-
-
-def _recipe(base: str, experts: Sequence[str], method: str, parameters: Mapping[str, Any]) -> str:
-    recipe = {
-        "merge_method": method,
-        "base_model": base,
-        "models": [{"model": expert} for expert in experts],
-        "parameters": dict(parameters),
-    }
-    return parse_mapping(recipe, "<auto>").text
+def _recipe(method: str, parameters: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    return parse_mapping({"merge_method": method, **about, "parameters": dict(parameters)}, "<auto>").text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,24 @@ from ...engine.kernels.devices import resolve_devices
 from ...engine.merge import merge, plan
 from ...errors import MergeError, OutputError, TaskError
 from ...evaluation.run import BATCH_TOKENS, Wanted
-from ...evaluation.scoring.tasks import load_tasks
+from ...evaluation.scoring.tasks import Task, load_tasks
 from ...files import write_whole
+from ...inference.stored import xxh3_of_file
 from ...version import __version__
 from ...wording import default_names
 from ..bench import Bench, Failed, Model, open_bench
-from ..ends import Difference, End, best_single, difference, measure_ends, to_json
+from ..ends import measure_ends
 from ..folder import Folder, key_of, open_folder
 from ..items import HELD, refuse_harness
-from ..judge import ItemJudge, Verdict
+from ..judge import ItemJudge
 from ..objectives import Objective, parse_objectives
 from ..space import Space
 from ..study import Study
 from ..trials import Progress, Silent, Trial, Trials
+from .budget import Budget, keep_waves
+from .choice import Choice, Tried, recommend
 from .portfolio import Candidate, around, candidates
+from .texts import halve, read_texts
 
 MINUTES = 60.0
 
@@ -34,104 +38,14 @@ _SURE = 3.0
 """Standard errors by which a model must beat the base on a task: more than for an expert that is named, since the best of
 several models is taken, and a share of a gain that is noise has no meaning."""
 
-_PORTFOLIO = 0.6
-_AROUND = 0.85
-"""Shares of the time after which the portfolio, and the search around its best, begin nothing new."""
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A recipe that was tried.
-
-    Args:
-        name: Name of its recipe file.
-        recipe: The recipe, as YAML.
-        verdict: What it was worth; None if it failed.
-        failed: Why it has no figure.
-        seconds: How long it took.
-    """
-
-    name: str
-    recipe: str
-    verdict: Verdict | None
-    failed: str | None
-    seconds: float
-
-    @property
-    def whole(self) -> bool:
-        """Whether it was scored on all items of trials."""
-        return self.verdict is not None and not self.verdict.stopped
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What was made of the models.
-
-    Args:
-        folder: The folder.
-        objective: What was improved.
-        domains: The best model of each task whose gain over the base counts.
-        tried: The recipes of the portfolio.
-        around: Trials around the best of them.
-        ends: The winner, the models and the average, on items that nothing was chosen on.
-        held_out: Number of these items.
-        recommended: Name of what to use: "winner", a model, or "average".
-        merged: Folder of the merge; None where it is not recommended.
-        notes: What the user should know.
-    """
-
-    folder: Path
-    objective: Objective
-    domains: Mapping[str, str]
-    tried: tuple[Tried, ...]
-    around: tuple[Trial, ...]
-    ends: tuple[End, ...]
-    held_out: int
-    recommended: str
-    merged: Path | None
-    notes: tuple[str, ...]
-
-    @property
-    def against(self) -> list[tuple[End, Difference]]:
-        """The best single model and the average, each with how much better the winner is."""
-        return _against(self.ends, self.objective)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data: format 1 of docs/search.md."""
-        return {
-            "kind": "auto result",
-            "format": 1,
-            "objective": self.objective.text,
-            "domains": dict(self.domains),
-            "tried": [
-                {
-                    "name": tried.name,
-                    "value": None if tried.verdict is None else tried.verdict.values[0],
-                    "items": 0 if tried.verdict is None else tried.verdict.items,
-                    "stopped": tried.verdict is not None and tried.verdict.stopped,
-                    "failed": tried.failed,
-                    "seconds": tried.seconds,
-                }
-                for tried in self.tried
-            ],
-            "around": [
-                {"name": t.name, "value": t.values and t.values[0], "items": t.items, "stopped": t.stopped}
-                for t in self.around
-            ],
-            "held_out": self.held_out,
-            "ends": to_json(self.ends, [self.objective]),
-            "recommended": self.recommended,
-            "merged": None if self.merged is None else str(self.merged),
-            "notes": list(self.notes),
-        }
-
 
 def auto(
     base: str,
     experts: Sequence[str],
     out: str | Path,
-    tasks: Sequence[str | Path] | Mapping[str, str | Path],
+    tasks: Sequence[str | Path] | Mapping[str, str | Path] = (),
     *,
+    data: Sequence[str | Path] | Mapping[str, str | Path] = (),
     minutes: float = MINUTES,
     seed: int = 0,
     limit: int | None = None,
@@ -152,8 +66,12 @@ def auto(
         base: The common ancestor.
         experts: Two or more models trained from it.
         out: Folder of the result; the same call continues one that was stopped.
-        tasks: Texts, and questions or documents, as for `evaluate`.
-        minutes: Time after which nothing new is tried; what is under way is finished.
+        tasks: Texts, and questions or documents, as for `evaluate`. Without them the second half of each file of `data` is
+            a task.
+        data: Text of the field of each expert, `NAME=FILE` or by name of the expert, which methods with data are calibrated
+            on; without it none is tried.
+        minutes: Time for everything. Where it is short, fewer items are scored, and recipes are left out; the first recipe,
+            the proof and the merge take place in any case.
         seed: Seed of the division of the items, and of the search.
         limit: Number of items of each task, both halves together.
         context: As for `evaluate`.
@@ -171,31 +89,38 @@ def auto(
         raise TaskError(f"auto: merges two or more experts of one base, got {len(experts)}")
     if not minutes > 0:
         raise TaskError(f"minutes: must be above 0, got {minutes:g}")
-    if not tasks:
+    names = dict(zip(default_names([base, *experts]), [base, *experts], strict=True))
+    texts = read_texts(data, [*names][1:]) if data else {}
+    if not tasks and not texts:
         raise TaskError(
             "auto: tasks are missing (--tasks NAME=FILE...): texts (.txt), documents or questions (.jsonl) of what the "
-            "merge should do; without them nothing says which merge is better"
+            "merge should do; or text of each expert's field, of which half is a task (--data NAME=FILE...); without "
+            "them nothing says which merge is better"
         )
     begin = time.monotonic()
-    loaded = load_tasks(tasks)
+    loaded = load_tasks(tasks) if tasks else []
     refuse_harness(loaded)
     options = {"cache_dir": cache_dir} if cache_dir else {}
-    listed = candidates(base, experts, adapters=all("+" in each for each in experts))
-    plan(listed[0].recipe, keep_stages=False, **options)
+    plan(candidates(base, experts)[0].recipe, keep_stages=False, **options)
     with open_folder(Path(out)) as folder:
         _check_merged(folder)
+        if texts and not tasks:
+            texts, halves = halve(texts, folder.path / "texts")
+            loaded = load_tasks(halves)
+        _refuse_same(texts, loaded)
         wanted = Wanted(limit, context, None, dtype, batch_tokens, resolve_devices(device)[0])
-        names = dict(zip(default_names([base, *experts]), [base, *experts], strict=True))
-        bench, models = open_bench(names, loaded, wanted, folder.journal, seed, cache_dir)
+        bench, found = open_bench(names, loaded, wanted, folder.journal, seed, cache_dir)
+        models = [*found.values()]
         given: dict[str, Any] = {"command": "auto", "seed": seed, "version of merganser": __version__}
-        given |= {"input": {name: model.key for name, model in models.items()}}
+        given |= {"input": {name: model.key for name, model in found.items()}}
         given |= {"task": {task.name: task.hash for task in loaded}, "limit": limit, "context": context}
         given |= {"dtype": dtype, "device": str(wanted.device), "batch of tokens": batch_tokens}
-        folder.check(given)
-        folder.begin(given)
-        search = _Search(base, experts, bench, folder, seed, progress, [*models.values()])
-        search.try_all(listed, begin + 60 * minutes * _PORTFOLIO)
-        search.try_around(begin + 60 * minutes * _AROUND)
+        given |= {"data": {name: xxh3_of_file(path) for name, path in texts.items()}}
+        waves = _waves(folder, given, bench, models, minutes, progress)
+        bench.table.shorten(waves)
+        search = _Search(base, experts, bench, folder, seed, progress, models, begin + 60 * minutes)
+        search.try_all(candidates(base, experts, texts=[*texts.values()], kept=folder.path.absolute() / "statistics"))
+        search.try_around()
         return search.prove()
 
 
@@ -211,31 +136,37 @@ class _Search:
         seed: int,
         progress: Progress,
         models: Sequence[Model],
+        until: float,
     ) -> None:
         self.base, self.experts, self.seed = base, experts, seed
         self.bench, self.folder, self.progress, self.models = bench, folder, progress, models
+        begin = time.monotonic()
         self.judge, self.domains = _judge(bench, models)
         for note in self.judge.notes:
             progress.note(note)
+        scored = len(models) * bench.table.count(bench.table.waves)
+        # every model, the winner and the average are in the proof
+        self.budget = Budget(bench, until, (time.monotonic() - begin) / scored, len(models) + 2)
         self.tried: list[Tried] = []
         self.around: list[Trial] = []
         self.best: tuple[float, str, str] | None = None
         self.best_candidate: Candidate | None = None
+        self.best_seconds = 0.0
 
     @property
     def objective(self) -> Objective:
         return self.judge.objectives[0]
 
-    def try_all(self, listed: Sequence[Candidate], deadline: float) -> None:
-        """Try the portfolio; the first candidate in any case."""
+    def try_all(self, listed: Sequence[Candidate]) -> None:
+        """Try the portfolio: the first candidate in any case, and those that fit into the time."""
+        left: list[str] = []
         for candidate in listed:
-            if self.tried and time.monotonic() > deadline:
-                left = len(listed) - len(self.tried)
-                self.progress.note(
-                    f"time for the portfolio is over; {left} of its {len(listed)} recipes were not tried"
-                )
-                break
-            self._try(candidate, len(listed))
+            if self.tried and not self.budget.fits(candidate.recipe):
+                left.append(candidate.name)
+            else:
+                self._try(candidate, len(listed))
+        if left:
+            self.progress.note(f"not tried, for lack of time: {', '.join(left)}; more --minutes try them")
         if self.best is None:
             raise TaskError(f"auto: no recipe of the portfolio could be scored; the last: {self.tried[-1].failed}")
 
@@ -253,7 +184,7 @@ class _Search:
         self.tried.append(tried)
         if verdict is not None and tried.whole and (self.best is None or verdict.values[0] > self.best[0]):
             self.best = (verdict.values[0], candidate.name, candidate.recipe)
-            self.best_candidate = candidate
+            self.best_candidate, self.best_seconds = candidate, seconds
         number, best_number = len(self.tried) - 1, self._number_of_best()
         shown = _shown(tried, number)
         self.progress.over(shown, shown if number == best_number else None)
@@ -261,11 +192,12 @@ class _Search:
     def _number_of_best(self) -> int:
         return next(i for i, t in enumerate(self.tried) if self.best is None or t.recipe == self.best[2])
 
-    def try_around(self, deadline: float) -> None:
+    def try_around(self) -> None:
         """Search factors by depth around the best of the portfolio."""
         assert self.best_candidate is not None
         assert self.best is not None
-        space = Space(around(self.best_candidate, self.base, self.experts))
+        space = Space(around(self.best_candidate))
+        deadline = self.budget.last_trial(self.best_seconds)
         sampler = "gp" if len(space.dimensions) <= 12 else "cma"
         path = self.folder.path / f"trials-{self.best_candidate.name}.log"
         if not path.exists() and time.monotonic() > deadline:
@@ -288,7 +220,7 @@ class _Search:
         if average.recipe != self.best[2]:
             contenders.append((self._model("average", average.recipe), "average"))
         ends = measure_ends(contenders, self.judge, self.progress)
-        recommended = _recommend(ends, self.objective)
+        recommended = recommend(ends, self.objective)
         about = f"# found by merganser auto: {self.best[1]}\n"
         write_whole(self.folder.winner, about + self.best[2])
         merged = None
@@ -343,20 +275,48 @@ def _judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[str, 
     return judge, {task: model.name for task, model in best.items() if task in counted}
 
 
-def _against(ends: Sequence[End], objective: Objective) -> list[tuple[End, Difference]]:
-    winner = next(end for end in ends if end.role == "winner")
-    others = [best_single(ends, objective), next((end for end in ends if end.role == "average"), None)]
-    return [
-        (end, difference(winner.values[0], end.values[0], objective))
-        for end in others
-        if end is not None and end.values and winner.values
-    ]
+def _waves(
+    folder: Folder,
+    given: dict[str, Any],
+    bench: Bench,
+    models: Sequence[Model],
+    minutes: float,
+    progress: Progress,
+) -> int:
+    """Return how many waves of items are scored, as at the first call of the folder, which is begun with it."""
+    known = folder.settings() or {}
+    waves, note = known.get("waves of items"), None
+    folder.check({**given, "waves of items": waves} if known else given)
+    if waves is None:
+        try:
+            waves, note = keep_waves(bench, models, minutes)
+        except Failed as error:
+            raise TaskError(str(error)) from error
+    folder.begin({**given, "waves of items": waves})
+    of = len(bench.table.waves)
+    if waves < of:
+        progress.note(
+            f"{'a quarter' if waves == 1 else 'half'} of the items is scored, since all would take more than half of the "
+            "minutes; with more minutes, and another folder, all are"
+        )
+    if note:
+        progress.note(note)
+    return int(waves)
 
 
-def _recommend(ends: Sequence[End], objective: Objective) -> str:
-    """Return the name of what to use: the winner, unless it is worse than another beyond the interval."""
-    worse = [(gap.value, end.name) for end, gap in _against(ends, objective) if gap.interval and gap.interval[1] < 0]
-    return min(worse)[1] if worse else "winner"
+def _refuse_same(texts: Mapping[str, Path], tasks: Sequence[Task]) -> None:
+    """Refuse a text that is both calibrated on and scored.
+
+    Raises:
+        TaskError: There is one.
+    """
+    sources = {Path(task.source).expanduser().absolute(): task.name for task in tasks}
+    for name, path in texts.items():
+        if path in sources:
+            raise TaskError(
+                f"data: {path} is the text of {name} and the task {sources[path]}; a merge that was calibrated on what it "
+                "is scored on proves nothing: give other texts, or leave the tasks out, so that it is divided"
+            )
 
 
 def _check_merged(folder: Folder) -> None:

@@ -1,0 +1,101 @@
+"""The minutes of a call: how many items fit into them, and what may still begin.
+
+Scoring takes most of the time. How long one item takes is measured on the base; with it follows what the models, the proof
+and each recipe will take.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...engine.either import the_model
+from ...engine.merge import plan
+from ...errors import MergeError
+from ..bench import Bench, Model
+from ..items import HELD
+
+__all__ = ["Budget", "keep_waves"]
+
+_REFERENCES = 0.5
+"""Largest share of the time for scoring the models that are merged, and for the proof."""
+
+_PORTFOLIO = 0.65
+"""Share of the remaining time after which the portfolio begins nothing new."""
+
+
+def keep_waves(bench: Bench, models: Sequence[Model], minutes: float) -> tuple[int, str | None]:
+    """Return how many waves of items fit into the minutes, and what the user should know if it is too little.
+
+    The base is scored on the first wave.
+
+    Args:
+        bench: Scores the models.
+        models: The base and the experts.
+        minutes: The time.
+
+    Raises:
+        Failed: The base cannot be scored.
+    """
+    begin = time.monotonic()
+    bench.score(models[0], [0])
+    table = bench.table
+    seconds = (time.monotonic() - begin) / max(table.count([0]), 1)
+    for kept in range(len(table.waves), 0, -1):
+        # every model, the average and the winner, on the items of trials and on as many that are held out
+        needed = seconds * 2 * table.count(table.waves[:kept]) * (len(models) + 2)
+        if needed <= 60 * minutes * _REFERENCES:
+            return kept, None
+    return 1, (
+        f"scoring {len(models) + 2} models takes about {needed / 60:.0f} minutes of the {minutes:g} even on a part of the "
+        "items; give more minutes, or fewer items (--limit)"
+    )
+
+
+@dataclass
+class Budget:
+    """What is left of the minutes.
+
+    Args:
+        bench: Scores the models; those to merge were scored.
+        until: When everything is to be over, on `time.monotonic()`.
+        item: Seconds to score a model on one item.
+        finals: Number of models in the proof.
+    """
+
+    bench: Bench
+    until: float
+    item: float
+    finals: int
+    _portfolio: float | None = None
+
+    @property
+    def proof(self) -> float:
+        """Seconds that the proof takes."""
+        return self.finals * self.item * self.bench.table.count([HELD])
+
+    @property
+    def for_trials(self) -> float:
+        """Seconds that are left for trials."""
+        return self.until - time.monotonic() - self.proof
+
+    def fits(self, recipe: str) -> bool:
+        """Return whether a recipe of the portfolio can be merged and scored in its part of the time."""
+        if self._portfolio is None:
+            self._portfolio = time.monotonic() + _PORTFOLIO * self.for_trials
+        return time.monotonic() + self.seconds(recipe) <= self._portfolio
+
+    def seconds(self, recipe: str) -> float:
+        """Return the seconds that merging a recipe and scoring it takes, from its plan."""
+        scoring = self.item * self.bench.table.count(self.bench.table.waves)
+        try:
+            planned = the_model(plan(recipe))
+        except MergeError:
+            # what is wrong with it shows when it is tried
+            return scoring
+        return scoring + planned.seconds + sum(each.seconds for each in planned.calibrations)
+
+    def last_trial(self, seconds: float) -> float:
+        """Return when the last trial that takes so many seconds may begin, on `time.monotonic()`."""
+        return self.until - self.proof - seconds
