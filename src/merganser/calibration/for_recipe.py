@@ -25,6 +25,8 @@ from .within.pairs import CROSS_GRAM
 __all__ = [
     "Wanted",
     "check_same",
+    "folder_name",
+    "free_name",
     "make_statistics",
     "plan_statistics",
     "prepared_for",
@@ -87,13 +89,14 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
         key = str(model.model), _anywhere(source.data), for_base
         if key not in found:
             used = [*taken, *(each.name.removeprefix(group) for each in found.values())]
-            name = _free(f"base-on-{_name(source)}" if for_base else _name(source), used)
+            name = free_name(f"base-on-{_name(source)}" if for_base else _name(source), used)
             statistics = of_base if for_base else own
             found[key] = Wanted(
                 group + name, key[0], source.data, statistics, source.place, for_base, method.data_inputs
             )
+    aligned = recipe.align is not None and recipe.align.data is not None
     for unused in ("data", "keep_statistics"):
-        if unused in recipe.places and not found:
+        if unused in recipe.places and not found and not aligned:
             reason = "every model has statistics already" if pairs else f"{method.name} uses no statistics from data"
             raise RecipeError(f"{recipe.place_of(unused)}: {reason}; leave the key out")
     _check_labels(method, list(found.values()))
@@ -293,11 +296,15 @@ def _sources(recipe: Recipe) -> Sequence[Source]:
 
 def _name(source: Source) -> str:
     """Return a name for a model's folder: its own, or the last part of its path."""
-    whole = source.name or Path(source.model.path).expanduser().name or "model"
-    return _UNUSUAL.sub("-", whole).strip(".-") or "model"
+    return folder_name(source.name or source.model.path)
 
 
-def _free(name: str, taken: Collection[str]) -> str:
+def folder_name(path: str) -> str:
+    """Return a name for the folder of a model: the last part of its path, without unusual characters."""
+    return _UNUSUAL.sub("-", Path(path).expanduser().name).strip(".-") or "model"
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
     """Return a name, with a number where it is taken."""
     number = 1
     while (name if number == 1 else f"{name}-{number}") in taken:

@@ -14,8 +14,18 @@ from ..engine.plan.plan import Plan
 from ..engine.run import Interrupted
 from ..errors import MergeError, OutputError
 from ..recipe import Recipe
+from ..recipe.place import Place
 from ..statistics import CalibrationPlan
-from .for_recipe import Wanted, make_statistics, plan_statistics, wanted_by, with_statistics
+from .for_recipe import (
+    Wanted,
+    folder_name,
+    free_name,
+    make_statistics,
+    plan_statistics,
+    wanted_by,
+    with_statistics,
+)
+from .matching.for_recipe import WantedMatch, make_match, matches_wanted_by, plan_match, with_matches
 from .target import working_names
 from .within.for_recipe import make_within
 
@@ -53,10 +63,13 @@ class StatisticsHome:
         Raises:
             MergeError: They cannot be made.
         """
+        matches = self._wanted_matches(recipe)
+        plans = [plan_match(each, self._kept(recipe, each), self._cache_dir) for each in matches]
+        recipe = with_matches(recipe, dict.fromkeys(matches))
         wanted = self._wanted(recipe)
         folders = {each: self.folder / each.name for each in wanted}
         kept = {each: self._kept(recipe, each) for each in wanted}
-        plans = [plan_statistics(each, folders[each], kept[each], self._cache_dir) for each in wanted]
+        plans += [plan_statistics(each, folders[each], kept[each], self._cache_dir) for each in wanted]
         return with_statistics(recipe, folders), plans
 
     def make(self, recipe: Recipe, progress: Progress | None) -> Recipe:
@@ -66,6 +79,7 @@ class StatisticsHome:
             MergeError: They cannot be made.
             Interrupted: Ctrl-C was pressed; the same call continues.
         """
+        recipe = self._make_matches(recipe, progress)
         folders: dict[Wanted, Path] = {}
         wanted = self._wanted(recipe)
         if wanted and wanted[0].inputs != "own":
@@ -74,30 +88,32 @@ class StatisticsHome:
             kept = self._kept(recipe, each)
             folders[each] = folder = kept or self.folder / each.name
 
-            def tell(done: int, blocks: int, name: str = each.name) -> None:
-                if progress is not None:
-                    progress.calibrating(name, done, blocks)
-
-            with _stoppable(each, f"{each.name} was"):
+            with _stoppable(each.place, f"{each.name} was"):
+                tell = _told(progress, each.name)
                 make_statistics(each, folder, kept=kept is not None, cache_dir=self._cache_dir, progress=tell)
         return with_statistics(recipe, folders)
+
+    def _make_matches(self, recipe: Recipe, progress: Progress | None) -> Recipe:
+        folders: dict[WantedMatch, Path | None] = {}
+        for each in self._wanted_matches(recipe):
+            kept = self._kept(recipe, each)
+            folders[each] = folder = kept or self.folder / each.name
+            with _stoppable(each.align.place, f"{each.name} was"):
+                tell = _told(progress, each.name)
+                make_match(each, folder, kept=kept is not None, cache_dir=self._cache_dir, progress=tell)
+        return with_matches(recipe, folders)
 
     def _make_within(self, recipe: Recipe, wanted: Sequence[Wanted], progress: Progress | None) -> Recipe:
         group = PurePosixPath(wanted[0].name).parts[0]
         kept = None if recipe.keep_statistics is None else Path(recipe.keep_statistics).expanduser()
-
-        def tell(done: int, blocks: int) -> None:
-            if progress is not None:
-                progress.calibrating("all models", done, blocks)
-
-        with _stoppable(wanted[0], "all models were"):
+        with _stoppable(wanted[0].place, "all models were"):
             found = make_within(
                 self._plan_merge(recipe),
                 wanted,
                 (kept or self.folder) / group,
                 kept=kept is not None,
                 cache_dir=self._cache_dir,
-                progress=tell,
+                progress=_told(progress, "all models"),
             )
         return with_statistics(recipe, dict(zip(wanted, found, strict=True)))
 
@@ -106,20 +122,33 @@ class StatisticsHome:
         self._taken += [each.name for each in found]
         return found
 
-    def _kept(self, recipe: Recipe, wanted: Wanted) -> Path | None:
+    def _wanted_matches(self, recipe: Recipe) -> list[WantedMatch]:
+        found = matches_wanted_by(recipe, folder_name, free_name, self._taken)
+        self._taken += [each.name for each in found]
+        return found
+
+    def _kept(self, recipe: Recipe, wanted: Wanted | WantedMatch) -> Path | None:
         if recipe.keep_statistics is None:
             return None
         return Path(recipe.keep_statistics).expanduser() / wanted.name
 
 
+def _told(progress: Progress | None, name: str) -> Callable[[int, int], None]:
+    """Return what reports the finished blocks of a calibration under this name."""
+
+    def tell(done: int, blocks: int) -> None:
+        if progress is not None:
+            progress.calibrating(name, done, blocks)
+
+    return tell
+
+
 @contextlib.contextmanager
-def _stoppable(wanted: Wanted, what: str) -> Iterator[None]:
+def _stoppable(place: Place, what: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"{wanted.place}: stopped while {what} calibrated; run the same command again to continue"
-        ) from None
+        raise Interrupted(f"{place}: stopped while {what} calibrated; run the same command again to continue") from None
 
 
 def statistics_folder(out: Path) -> Path:

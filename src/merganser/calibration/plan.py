@@ -28,7 +28,7 @@ from .within.fitting import COEFFICIENTS, planned_coefficients
 from .within.pairs import CROSS_GRAM, planned_pairs
 from .writer import Sum, file_name, write_about
 
-__all__ = ["lay_out", "plan_calibration", "plan_prepared"]
+__all__ = ["lay_out", "plan_calibration", "plan_prepared", "rate_of_sums"]
 
 # resident memory of Python with torch and transformers
 _RUNTIME = 500_000_000
@@ -288,6 +288,11 @@ def _nbytes(skeleton: Skeleton, names: Iterable[str]) -> int:
 def _loaded(skeleton: Skeleton, names: Iterable[str]) -> int:
     """Return the bytes of tensors in memory, in the dtype of the model."""
     return sum(skeleton.checkpoint.tensors[name].numel for name in names) * skeleton.dtype.itemsize
+
+
+def rate_of_sums(dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of sums over the inputs of blocks in this dtype, as measured."""
+    return _rate(dtype, sums=True, threads=torch.get_num_threads())
 
 
 @lru_cache

@@ -23,5 +23,5 @@ def permutation_lines(found: Mapping[str, Any]) -> list[str]:
 
 def _moved(moved: Mapping[str, Mapping[str, int]]) -> str:
     if not moved:
-        return "found when the earlier stages have run"
+        return "matched when the models are there and have run"
     return ", ".join(f"{each['units']:,} of {each['of']:,} {_NAMES[kind]} move" for kind, each in moved.items())

@@ -41,6 +41,7 @@ from .plan.float8 import quantise_output
 from .plan.from_data import DataOfModels, check_weights, open_data, with_data
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.part import place, treatment_hash
+from .plan.permutation import Permutation
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
 from .sidecars.plan import plan_sidecars, sidecar_memory
@@ -102,7 +103,7 @@ def build_plan(
     members, permutation = permute_members(
         recipe, resolver.method, matched.members, folder=permutations, unmade=unmade, max_memory=limit
     )
-    alignment, drafts, data = _drafts(recipe, resolver, members, measured)
+    alignment, drafts, data = _drafts(recipe, resolver, members, permutation, measured)
     if recipe.check_statistics:
         check_weights(data, cache_dir)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
@@ -242,7 +243,11 @@ def _layer_ranges(inputs: Inputs) -> dict[ModelReference, range]:
 
 
 def _drafts(
-    recipe: Recipe, resolver: Resolver, members: Mapping[ModelReference, Member], measured: bool
+    recipe: Recipe,
+    resolver: Resolver,
+    members: Mapping[ModelReference, Member],
+    permutation: Permutation | None,
+    measured: bool,
 ) -> tuple[Alignment, list[PlannedTensor], list[DataOfModels]]:
     """Match the inputs' tensors, and decide how each tensor of the output is merged, with which statistics from data."""
     if resolver.method.sidecar is not None and recipe.unmatched != "refuse":
@@ -264,7 +269,7 @@ def _drafts(
         return alignment, drafts, []
     data = [open_data(resolver.method, resolver.sources(i)) for i in range(len(resolver.slices))]
     if data[0] is not None:
-        data[0].check_merge(treatment_hash(drafts))
+        data[0].check_merge(treatment_hash(drafts, permutation))
     slices = (slot.slice_index for slot in alignment.slots)
     drafts = [with_data(draft, data[index]) for draft, index in zip(drafts, slices, strict=True)]
     if resolver.method.from_data and not any(draft.data for draft in drafts):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from ..anatomy.symmetry import UNITS
-from ..errors import UnsupportedError
+from .data import Data, DataFields, make_data, read_data_fields
 from .place import Entry, Place
 from .reference import ModelReference
 from .scalar import shown
 
 __all__ = ["ALIGN_BY", "ALIGN_KEYS", "Align", "read_align"]
 
-ALIGN_KEYS = ("to", "by", "units")
-ALIGN_BY = ("weights",)
+ALIGN_KEYS = ("to", "by", "units", "data")
+ALIGN_BY = ("weights", "activations")
 
 _DONOR = "base"
 _DEFAULT_UNITS = ("mlp", "heads")
@@ -30,25 +30,35 @@ class Align:
         by: What is compared.
         units: Which units may be permuted, of "mlp", "heads" and "residual".
         place: Where the recipe says it.
+        data: On what the models are compared by activations; None if they are compared by weights.
+        correlations: For every other model, by its reference as text, the folder of its correlations with `to`; None for
+            one that is not made yet. None as a whole if nothing has been made or planned.
     """
 
     to: ModelReference
-    by: Literal["weights"]
+    by: Literal["weights", "activations"]
     units: tuple[str, ...]
     place: Place
+    data: Data | None = None
+    correlations: Mapping[str, str | None] | None = None
 
 
-def read_align(entry: Entry, models: Collection[ModelReference], reference: Callable[[Entry], ModelReference]) -> Align:
+def read_align(
+    entry: Entry,
+    models: Collection[ModelReference],
+    reference: Callable[[Entry], ModelReference],
+    common: DataFields | None = None,
+) -> Align:
     """Read the key.
 
     Args:
         entry: Its value.
         models: The models of the recipe, the one that lends its config first.
         reference: Reads a model.
+        common: What the recipe says of data for all models.
 
     Raises:
-        RecipeError: A key or value is not allowed, or the reference is no model of the recipe.
-        UnsupportedError: Models are to be compared by what this version cannot compare.
+        RecipeError: A key or value is not allowed, data are missing, or the reference is no model of the recipe.
     """
     fields = entry.mapping(ALIGN_KEYS)
     to = next(iter(models))
@@ -56,15 +66,30 @@ def read_align(entry: Entry, models: Collection[ModelReference], reference: Call
         to = reference(fields["to"])
         if to not in models:
             raise fields["to"].error(f"{to} is no model of this recipe; it has {', '.join(map(str, models))}")
-    if "by" in fields and fields["by"].value == "activations":
-        raise UnsupportedError(f"{fields['by'].place}: matching by activations comes in a later version; use 'weights'")
     by = fields["by"].choice(ALIGN_BY) if "by" in fields else "weights"
     return Align(
         to,
-        cast('Literal["weights"]', by),
+        cast('Literal["weights", "activations"]', by),
         _units(fields["units"]) if "units" in fields else _DEFAULT_UNITS,
         entry.place,
+        _data(entry, fields, by, common),
     )
+
+
+def _data(entry: Entry, fields: Mapping[str, Entry], by: str, common: DataFields | None) -> Data | None:
+    """Return the data on which models are compared; what `align` says itself comes before what the recipe says for all."""
+    if by == "weights":
+        if "data" in fields:
+            raise fields["data"].error(
+                "weights are compared without data; add 'by: activations', or leave the data out"
+            )
+        return None
+    if "data" not in fields and common is None:
+        raise entry.error("'by: activations' runs the models on text; give 'data' here, or at the top of the recipe")
+    own = read_data_fields(fields["data"]) if "data" in fields else None
+    if own and "labels" in own:
+        raise fields["data"].error("labels: units are compared without a loss; leave the key out")
+    return make_data(fields.get("data", entry), common, own)
 
 
 def _units(entry: Entry) -> tuple[str, ...]:

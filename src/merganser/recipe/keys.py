@@ -57,7 +57,7 @@ _PLACES = {
     "tokens": "in 'tokenizer', or in 'data'",
     "pad_to_multiple_of": "in 'tokenizer'",
     "statistics": "beside 'model' in 'models', or in the 'sources' of a slice",
-    **dict.fromkeys(ALIGN_KEYS, "in 'align'"),
+    **dict.fromkeys(set(ALIGN_KEYS) - {"data"}, "in 'align'"),
     **dict.fromkeys(set(DATA_KEYS) - {"tokens", "seed"}, "in 'data'"),
     **dict.fromkeys(set(KEYS) - {"name", "models", "parameters", "data"}, "at the top of the recipe, not indented"),
 }

@@ -231,7 +231,8 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         modules=modules,
     )
     if "align" in fields:
-        recipe = replace(recipe, align=read_align(fields["align"], recipe.references(), reader.reference))
+        align = read_align(fields["align"], recipe.references(), reader.reference, reader.common)
+        recipe = replace(recipe, align=align)
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
 
 

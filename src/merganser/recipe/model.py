@@ -141,8 +141,10 @@ class Recipe:
 
     @property
     def names_data(self) -> bool:
-        """Whether the recipe names data, at its top or for a model, or a folder to keep statistics in."""
+        """Whether the recipe names data, at its top, for a model or to align, or a folder to keep statistics in."""
         sources = [*self.models, *(source for piece in self.slices for source in piece.sources)]
+        if self.align is not None and self.align.data is not None:
+            return True
         return bool({"data", "keep_statistics"} & self.places.keys()) or any(s.data is not None for s in sources)
 
     def place_of(self, key: str) -> Place:

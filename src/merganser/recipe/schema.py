@@ -196,6 +196,7 @@ def _align() -> Schema:
             _or_null(_ref("reference")), "The model that keeps its order: 'base', or another of the recipe."
         ),
         "by": _described({"enum": [*ALIGN_BY, None]}, "What is compared."),
+        "data": _described(_or_null(_ref("data")), "Data on which activations are compared."),
         "units": _described(
             {"anyOf": [units, {"type": "array", "items": units, "minItems": 1}, _NULL]}, "What may be permuted."
         ),

@@ -19,7 +19,7 @@ from merganser.checkpoint.derived import read_elements, read_whole
 from merganser.checkpoint.permuted import permuted
 from merganser.engine.either import the_model
 from merganser.engine.merge import merge, plan
-from merganser.engine.permutation.match import assign, assign_groups
+from merganser.engine.permutation.assignment import assign, assign_groups
 from merganser.engine.record import fingerprint
 from merganser.errors import MergeError
 from tests.anatomy.permuting import permute, random_orders
@@ -319,11 +319,25 @@ def _other(folder: Path, name: str = "b", **keys: Any) -> Path:
 
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"align": {"unit": ["mlp"]}}, "align: unknown key 'unit'. Did you mean 'units'?"),
-    "no mapping": ({"align": "weights"}, "align: expected a mapping with the keys to, by, units, got 'weights'"),
+    "no mapping": ({"align": "weights"}, "align: expected a mapping with the keys to, by, units, data, got 'weights'"),
     "unknown units": ({"align": {"units": ["head"]}}, "'head' is not known. Did you mean 'heads'?"),
     "no units": ({"align": {"units": []}}, "the list is empty"),
     "units twice": ({"align": {"units": ["mlp", "mlp"]}}, "names 'mlp' twice"),
-    "activations": ({"align": {"by": "activations"}}, "matching by activations comes in a later version"),
+    "no data": ({"align": {"by": "activations"}}, "'by: activations' runs the models on text; give 'data' here"),
+    "weights with data": ({"align": {"data": "a.txt"}}, "weights are compared without data; add 'by: activations'"),
+    "empty data": ({"align": {"by": "activations", "data": {}}}, "data: says nothing; give files or a dataset"),
+    "unknown key of data": (
+        {"align": {"by": "activations", "data": {"file": "a.txt"}}},
+        "unknown key 'file'. Did you mean 'files'?",
+    ),
+    "labels": (
+        {"align": {"by": "activations", "data": {"files": "a.txt", "labels": "sampled"}}},
+        "labels: units are compared without a loss",
+    ),
+    "data that are not there": (
+        {"align": {"by": "activations", "data": "texts.txt"}},
+        "texts.txt: there is no such file",
+    ),
     "by what": ({"align": {"by": "weight"}}, "'weight' is not known. Did you mean 'weights'?"),
     "a model of another recipe": ({"align": {"to": "elsewhere"}}, "elsewhere is no model of this recipe; it has"),
     "statistics": (

@@ -69,7 +69,7 @@ def _present(plan: Plan, models: Sequence[Prepared], folders: Sequence[Path]) ->
             )
         present = open_statistics(folder)
         check_same(present, model, folder, hashing=True)
-        if present.merge != treatment_hash(plan.tensors):
+        if present.merge != treatment_hash(plan.tensors, plan.permutation):
             raise OutputError(
                 f"{folder}: the statistics there were measured within another merge than the recipe's; remove them, or "
                 "keep these in another folder"

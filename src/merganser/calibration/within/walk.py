@@ -121,7 +121,7 @@ def _statistics(plan: Plan) -> list[str]:
 
 
 def _identity(plan: Plan) -> str:
-    return treatment_hash(plan.tensors)
+    return treatment_hash(plan.tensors, plan.permutation)
 
 
 def merged_sources(plan: Plan) -> list[Source]:

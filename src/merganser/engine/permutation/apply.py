@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +16,22 @@ from ...checkpoint.permuted import permuted
 from ...errors import CheckpointError, MergeError, RecipeError, UnsupportedError
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
+from ...recipe.align import Align
+from ...statistics.correlations import Correlations, open_correlations
 from ..alignment.alignment import Member
 from ..plan.permutation import Permutation, PermutedModel
+from .activations import match_activations
+from .assignment import Orders, nothing_moved
 from .keep import Kept
-from .match import Orders, indices, match_weights, nothing_moved
+from .match import indices, match_weights
 
 __all__ = ["permute_members"]
 
 _VERSION = 1
 """To be raised when the same models give other permutations, so that kept ones are not used."""
+
+_MEASURED = ("reference", "model", "tokenizer", "parts")
+"""What the run record repeats of correlations.json."""
 
 Members = dict[ModelReference, Member]
 
@@ -67,28 +75,48 @@ def permute_members(
         if {*name.paths, *align.to.paths} & set(unmade):
             found.append(PermutedModel(str(name), {}, ""))
             continue
-        kept = Kept(folder, _key(reference, member, align.units))
+        correlations = None
+        if align.by == "activations":
+            made = _correlations(recipe, align, name)
+            if made is None:
+                found.append(PermutedModel(str(name), {}, ""))
+                continue
+            correlations = open_correlations(made)
+        kept = Kept(folder, _key(reference, member, align.units, correlations))
+        given: dict[str, Any] = {"known": kept.orders, "found": kept.add, "max_memory": max_memory}
         try:
-            orders = match_weights(
-                reference.checkpoint.tensors,
-                member.checkpoint.tensors,
-                units,
-                known=kept.orders,
-                found=kept.add,
-                max_memory=max_memory,
-            )
+            if correlations is None:
+                orders = match_weights(reference.checkpoint.tensors, member.checkpoint.tensors, units, **given)
+            else:
+                orders = match_activations(correlations, units, **given)
         except MergeError as error:
             raise type(error)(f"{recipe.place_of('align')}: {name}: {error}") from None
         result[name] = _permuted(member, units, orders)
-        found.append(PermutedModel(str(name), _moved(units, orders), _digest(orders)))
+        measured = None if correlations is None else {key: correlations.about[key] for key in _MEASURED}
+        found.append(PermutedModel(str(name), _moved(units, orders), _digest(orders), measured))
     return result, Permutation(str(align.to), align.by, tuple(found))
+
+
+def _correlations(recipe: Recipe, align: Align, name: ModelReference) -> str | None:
+    """Return the folder of a model's correlations with the reference; None if it will be made before the merge.
+
+    Raises:
+        RecipeError: Nothing makes it.
+    """
+    if align.correlations is None:
+        raise RecipeError(
+            f"{recipe.place_of('align')}: by: activations runs the models, which only a merge into a checkpoint does; align "
+            "by weights here, or write the aligned merge first"
+        )
+    return align.correlations[str(name)]
 
 
 def _check(recipe: Recipe, method: MergeMethod) -> None:
     place = recipe.place_of("align")
     if recipe.slices or recipe.modules:
         raise RecipeError(f"{place}: only whole models can be aligned; give 'models' in place of slices or modules")
-    if method.from_data:
+    # within a merge, the models run as they are aligned
+    if method.from_data and method.data_inputs == "own":
         raise RecipeError(
             f"{place}: the statistics from data that {method.name} takes are of the models as they are stored, so they do "
             "not fit aligned ones; write the aligned models first, or use a method without statistics"
@@ -154,9 +182,9 @@ def _digest(orders: Orders) -> str:
     return found.hexdigest()
 
 
-def _key(reference: Member, member: Member, kinds: Sequence[str]) -> str:
+def _key(reference: Member, member: Member, kinds: Sequence[str], correlations: Correlations | None) -> str:
     """Return a hash of everything that decides a permutation."""
-    facts: list[object] = [_VERSION, np.__version__, list(kinds)]
+    facts: list[object] = [_VERSION, np.__version__, list(kinds), correlations and correlations.hash]
     for each in (reference, member):
         states = [(str(file), (s := file.stat()).st_size, s.st_mtime_ns) for file in _files(each)]
         facts.append([each.checkpoint.reference, states])

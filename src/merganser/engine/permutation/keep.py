@@ -13,7 +13,7 @@ from ...jsonfile import open_regular, sealed_line, unseal_line
 from ..output.failure import failures_of
 from ..output.lock import lock_target
 from ..output.ownership import claim, survey
-from .match import Order, Orders
+from .assignment import Order, Orders
 
 __all__ = ["Kept", "permutations_home"]
 

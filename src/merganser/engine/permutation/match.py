@@ -12,30 +12,31 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ...anatomy.symmetry import Units, Use
 from ...checkpoint import Reader, TensorInfo
 from ...checkpoint.derived import read_whole
-from ...errors import CheckpointError, MemoryLimitError, UnsupportedError
-from ...wording import size_text
+from ...errors import CheckpointError
+from .assignment import (
+    Order,
+    Orders,
+    Scores,
+    assign,
+    assign_groups,
+    better,
+    check_memory,
+    nothing_moved,
+    simple,
+    value,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Order", "Orders", "indices", "match_weights", "nothing_moved"]
-
-Order = npt.NDArray[np.int64]
-Orders = dict[str, Order]
-"""For each group of units, by its name: which unit of the model each unit of the result is."""
-
-Scores = npt.NDArray[np.float32]
+__all__ = ["indices", "match_weights"]
 
 _SWEEPS = 100
 """Most rounds of coordinate descent, as published."""
-
-_GAIN = 1e-6
-"""Smallest gain of a step, relative to its value; smaller ones may be rounding."""
 
 _PIECE = 1 << 22
 """Elements of a matrix of scores that are computed at a time."""
@@ -84,12 +85,6 @@ def match_weights(
                 matcher.improve(group)
                 found({name: matcher.orders[name] for name in own})
         return matcher.orders
-
-
-def nothing_moved(units: Sequence[Units]) -> Orders:
-    """Return the orders that leave every unit where it is."""
-    each = [one for group in units for one in (group, group.inner) if one is not None]
-    return {one.name: np.arange(one.size) for one in each}
 
 
 def indices(
@@ -148,20 +143,20 @@ class _Matcher:
             order = simple(scores)
             if order is None:
                 # SciPy works in float64, on two copies
-                _check_memory(group, 20 * group.size**2, self._max_memory)
+                check_memory(group, 20 * group.size**2, self._max_memory)
                 order = assign(scores)
             return self._take(group.name, order, scores)
         heads = self._scores(group.inner, group.inner.uses, mine)
         outer, inner = assign_groups(scores, heads)
-        before = _value(scores, self.orders[mine[0]]) + _value(heads, self.orders[mine[1]])
-        after = _value(scores, outer) + _value(heads, inner)
-        if not _better(before, after):
+        before = value(scores, self.orders[mine[0]]) + value(heads, self.orders[mine[1]])
+        after = value(scores, outer) + value(heads, inner)
+        if not better(before, after):
             return False
         self.orders |= {mine[0]: outer, mine[1]: inner}
         return True
 
     def _take(self, name: str, order: Order, scores: Scores) -> bool:
-        if not _better(_value(scores, self.orders[name]), _value(scores, order)):
+        if not better(value(scores, self.orders[name]), value(scores, order)):
             return False
         self.orders[name] = order
         return True
@@ -175,7 +170,7 @@ class _Matcher:
 
         largest = max((self._model[use.tensor].numel for use in uses if use.tensor in self._model), default=0)
         # the scores, and two tensors in float32 with one as it is stored
-        _check_memory(group, 4 * group.size**2 + 12 * largest, self._max_memory)
+        check_memory(group, 4 * group.size**2 + 12 * largest, self._max_memory)
         scores = torch.zeros(group.size, group.size)
         shapes = {name: tensor.shape for name, tensor in self._model.items()}
         others = [one for g in self._units for one in (g, g.inner) if one is not None and one.name not in mine]
@@ -204,71 +199,6 @@ class _Matcher:
         return values.reshape(size, -1).float()
 
 
-def simple(scores: Scores) -> Order | None:
-    """Return the best assignment if every row has its largest score in a column of its own, else None.
-
-    A row whose unit scores best where it is stays there, also if another scores as much.
-    """
-    size = len(scores)
-    if (scores.diagonal() >= scores.max(axis=1)).all():
-        return np.arange(size)
-    columns: Order = scores.argmax(axis=1).astype(np.int64)
-    return columns if len(np.unique(columns)) == size else None
-
-
-def assign(scores: Scores) -> Order:
-    """Return the assignment with the largest sum of scores: for each row its column, each column once.
-
-    Raises:
-        UnsupportedError: The best columns of two rows are the same, which needs SciPy, and it is not installed.
-    """
-    found = simple(scores)
-    if found is not None:
-        return found
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ModuleNotFoundError:
-        raise UnsupportedError("aligning these models needs SciPy: pip install 'merganser[align]'") from None
-    assigned: Order = linear_sum_assignment(scores, maximize=True)[1].astype(np.int64)
-    return assigned
-
-
-def assign_groups(groups: Scores, heads: Scores) -> tuple[Order, Order]:
-    """Assign groups of heads, and within each pair of groups their heads.
-
-    Args:
-        groups: Scores of what a group has once (its keys and values), shape [groups, groups].
-        heads: Scores of its heads, those of one group next to each other, shape [heads, heads].
-
-    Returns:
-        The orders of the groups, and of all heads.
-    """
-    count, each = len(groups), len(heads) // len(groups)
-    blocks = heads.reshape(count, each, count, each).transpose(0, 2, 1, 3)
-    if (heads.diagonal() >= heads.max(axis=1)).all() and (groups.diagonal() >= groups.max(axis=1)).all():
-        return np.arange(count), np.arange(len(heads))
-    inner = {(i, j): assign(blocks[i, j]) for i in range(count) for j in range(count)}
-    sums = [[float(groups[i, j]) + _value(blocks[i, j], inner[i, j]) for j in range(count)] for i in range(count)]
-    outer = assign(np.array(sums, np.float32))
-    return outer, np.concatenate([j * each + inner[i, int(j)] for i, j in enumerate(outer)])
-
-
 def _alone(one: Units) -> Units:
     """Return a group of units without its inner one."""
     return Units(one.name, one.kind, one.size, one.uses)
-
-
-def _check_memory(group: Units, needed: int, allowed: int) -> None:
-    if needed > allowed:
-        raise MemoryLimitError(
-            f"{group.name}: comparing {group.size:,} units takes {size_text(needed)}, and {size_text(allowed)} are allowed; "
-            f"raise --max-memory, or leave {group.kind!r} out of 'units'"
-        )
-
-
-def _value(scores: Scores, order: Order) -> float:
-    return float(scores[np.arange(len(order)), order].sum(dtype=np.float64))
-
-
-def _better(before: float, after: float) -> bool:
-    return after > before + _GAIN * abs(before)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...checkpoint import Shard, plan_shards
+from .permutation import Permutation
 from .plan import Plan
 from .tensor import PlannedTensor
 
@@ -40,8 +41,13 @@ def part_of(plan: Plan, tensors: Sequence[PlannedTensor]) -> Plan:
     return replace(plan, tensors=place(tensors, shards), shards=shards, sidecars=None)
 
 
-def treatment_hash(tensors: Sequence[PlannedTensor]) -> str:
-    """Hash how tensors are merged: names, shapes and dtypes, methods, parameters and layers, in any order."""
+def treatment_hash(tensors: Sequence[PlannedTensor], permutation: Permutation | None = None) -> str:
+    """Hash how tensors are merged: names, shapes and dtypes, methods, parameters and layers, in any order.
+
+    Args:
+        tensors: The tensors.
+        permutation: How models are aligned before; None if they are not.
+    """
     # many tensors share one set of parameters, so serialise each set once
     parameters: dict[int, str] = {}
     found: list[str] = []
@@ -51,4 +57,5 @@ def treatment_hash(tensors: Sequence[PlannedTensor]) -> str:
         method = (t.method.name, t.method.version, parameters[id(t.parameters)], sorted(t.located.items()))
         inputs = [None if source is None else source.name for source in (t.base, *t.models)]
         found.append(repr((t.name, t.shape, t.dtype.name, t.compute_dtype.name, t.copy, t.role, method, inputs)))
+    found += [] if permutation is None else [permutation.digest]
     return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()

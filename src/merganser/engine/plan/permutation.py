@@ -18,11 +18,13 @@ class PermutedModel:
         moved: Units that change their place and all units, by kind; empty if that is not known before an earlier stage
             has run.
         digest: Hash of the permutation.
+        measured: What activations were compared on: both models, and the data, with their hashes; None by weights.
     """
 
     model: str
     moved: Mapping[str, tuple[int, int]]
     digest: str
+    measured: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class Permutation:
                     "model": each.model,
                     "moved": {kind: {"units": count, "of": total} for kind, (count, total) in each.moved.items()},
                     "hash": each.digest,
+                    **({} if each.measured is None else {"measured": dict(each.measured)}),
                 }
                 for each in self.models
             ],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...engine.permutation.match import assign
+from ...engine.permutation.assignment import assign
 from .experts import Experts, Observed
 from .grouping import Groups
 
