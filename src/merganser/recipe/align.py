@@ -6,16 +6,18 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from ..anatomy.experts import EXPERTS
 from ..anatomy.symmetry import UNITS
 from ..errors import UnsupportedError
 from .place import Entry, Place
 from .reference import ModelReference
 from .scalar import shown
 
-__all__ = ["ALIGN_BY", "ALIGN_KEYS", "Align", "read_align"]
+__all__ = ["ALIGN_BY", "ALIGN_KEYS", "ALIGN_UNITS", "Align", "read_align"]
 
 ALIGN_KEYS = ("to", "by", "units")
 ALIGN_BY = ("weights",)
+ALIGN_UNITS = (*UNITS, EXPERTS)
 
 _DONOR = "base"
 _DEFAULT_UNITS = ("mlp", "heads")
@@ -28,7 +30,7 @@ class Align:
     Args:
         to: The model that keeps its order.
         by: What is compared.
-        units: Which units may be permuted, of "mlp", "heads" and "residual".
+        units: Which units may be permuted, of `ALIGN_UNITS`.
         place: Where the recipe says it.
     """
 
@@ -68,8 +70,8 @@ def read_align(entry: Entry, models: Collection[ModelReference], reference: Call
 
 
 def _units(entry: Entry) -> tuple[str, ...]:
-    found = [item.choice(UNITS) for item in (entry.items() if isinstance(entry.value, list) else [entry])]
+    found = [item.choice(ALIGN_UNITS) for item in (entry.items() if isinstance(entry.value, list) else [entry])]
     twice = next((each for each in found if found.count(each) > 1), None)
     if twice is not None:
         raise entry.error(f"names {shown(twice)} twice")
-    return tuple(each for each in UNITS if each in found)
+    return tuple(each for each in ALIGN_UNITS if each in found)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...anatomy.experts import EXPERTS, ExpertUnits
 from ...anatomy.symmetry import UNITS, Units, find_units
 from ...checkpoint.permuted import permuted
 from ...errors import CheckpointError, MergeError, RecipeError, UnsupportedError
@@ -17,6 +18,7 @@ from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
 from ..alignment.alignment import Member
 from ..plan.permutation import Permutation, PermutedModel
+from .experts import experts_of, match_experts, moved_experts, with_experts
 from .keep import Kept
 from .match import Orders, indices, match_weights, nothing_moved
 
@@ -58,17 +60,20 @@ def permute_members(
     _check(recipe, method)
     reference = members[align.to]
     ours = _units(recipe, reference, align.units)
+    experts = _experts(recipe, reference, align.units)
     result, found = dict(members), []
     for name, member in members.items():
         if member is reference:
             continue
         units = _units(recipe, member, align.units)
+        own = _experts(recipe, member, align.units)
         _check_shapes(recipe, reference, ours, member, units)
         if {*name.paths, *align.to.paths} & set(unmade):
             found.append(PermutedModel(str(name), {}, ""))
             continue
         kept = Kept(folder, _key(reference, member, align.units))
         try:
+            placed = match_experts(reference.checkpoint.tensors, member.checkpoint.tensors, experts, own, kept)
             orders = match_weights(
                 reference.checkpoint.tensors,
                 member.checkpoint.tensors,
@@ -79,8 +84,9 @@ def permute_members(
             )
         except MergeError as error:
             raise type(error)(f"{recipe.place_of('align')}: {name}: {error}") from None
-        result[name] = _permuted(member, units, orders)
-        found.append(PermutedModel(str(name), _moved(units, orders), _digest(orders)))
+        result[name] = with_experts(_permuted(member, units, orders), own, placed)
+        moved = _moved(units, orders) | ({EXPERTS: moved_experts(own, placed)} if own else {})
+        found.append(PermutedModel(str(name), moved, _digest(orders | placed)))
     return result, Permutation(str(align.to), align.by, tuple(found))
 
 
@@ -100,7 +106,18 @@ def _check(recipe: Recipe, method: MergeMethod) -> None:
         )
 
 
+def _experts(recipe: Recipe, member: Member, kinds: Sequence[str]) -> list[ExpertUnits]:
+    if EXPERTS not in kinds:
+        return []
+    try:
+        return experts_of(member)
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(f"{recipe.place_of('align')}: {member.reference}: {error}") from None
+
+
 def _units(recipe: Recipe, member: Member, kinds: Sequence[str]) -> list[Units]:
+    if set(kinds) <= {EXPERTS}:
+        return []
     shapes = {name: tensor.shape for name, tensor in member.checkpoint.tensors.items()}
     try:
         found = find_units(shapes, member.checkpoint.config, member.anatomy)

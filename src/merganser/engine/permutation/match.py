@@ -23,7 +23,17 @@ from ...wording import size_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Order", "Orders", "indices", "match_weights", "nothing_moved"]
+__all__ = [
+    "Order",
+    "Orders",
+    "Scores",
+    "assign",
+    "assign_groups",
+    "better",
+    "indices",
+    "match_weights",
+    "nothing_moved",
+]
 
 Order = npt.NDArray[np.int64]
 Orders = dict[str, Order]
@@ -161,7 +171,7 @@ class _Matcher:
         return True
 
     def _take(self, name: str, order: Order, scores: Scores) -> bool:
-        if not _better(_value(scores, self.orders[name]), _value(scores, order)):
+        if not better(scores, self.orders[name], order):
             return False
         self.orders[name] = order
         return True
@@ -251,6 +261,11 @@ def assign_groups(groups: Scores, heads: Scores) -> tuple[Order, Order]:
     sums = [[float(groups[i, j]) + _value(blocks[i, j], inner[i, j]) for j in range(count)] for i in range(count)]
     outer = assign(np.array(sums, np.float32))
     return outer, np.concatenate([j * each + inner[i, int(j)] for i, j in enumerate(outer)])
+
+
+def better(scores: Scores, before: Order, after: Order) -> bool:
+    """Return whether the sum of scores grows by more than rounding when the second order takes the place of the first."""
+    return _better(_value(scores, before), _value(scores, after))
 
 
 def _alone(one: Units) -> Units:
