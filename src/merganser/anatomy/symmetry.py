@@ -171,7 +171,7 @@ def find_units(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any],
     if family not in _FAMILIES:
         raise UnsupportedError(
             f"model_type {family!r}: it is not known which permutations leave its output unchanged; known are "
-            f"{', '.join(sorted(_FAMILIES))}"
+            f"{', '.join(sorted(_FAMILIES))}; of mixtures of experts, 'units: experts' matches the experts alone"
         )
     sizes = _sizes(config, shapes, anatomy)
     found: dict[str, list[Use]] = {"residual": []}

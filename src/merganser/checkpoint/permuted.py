@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -23,14 +24,18 @@ def permuted(tensor: TensorInfo, orders: Mapping[int, Order]) -> TensorInfo:
     """Return a tensor with other orders along its axes; nothing is read until it is.
 
     Args:
-        tensor: Of one or two dimensions.
-        orders: By axis, which index of the tensor each index of the result is.
+        tensor: Of any number of dimensions.
+        orders: By axis, the first or the last one, which index of the tensor each index of the result is.
     """
     if not orders:
         return tensor
     width = tensor.shape[-1]
     last = len(tensor.shape) - 1
     rows = orders.get(0) if last else None
+    if rows is not None and last > 1:
+        # all dimensions but the last count as rows
+        each = math.prod(tensor.shape[1:-1])
+        rows = (rows[:, None] * each + np.arange(each)).reshape(-1)
     source = _Permuted(tensor, np.arange(tensor.numel // width) if rows is None else rows, orders.get(last))
     # the rounding errors of quantised values are known in the stored order only
     return replace(

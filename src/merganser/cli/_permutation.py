@@ -9,7 +9,7 @@ from ._text import table
 
 __all__ = ["permutation_lines"]
 
-_NAMES = {"mlp": "hidden units", "heads": "heads", "residual": "channels"}
+_NAMES = {"mlp": "hidden units", "heads": "heads", "residual": "channels", "experts": "experts"}
 
 
 def permutation_lines(found: Mapping[str, Any]) -> list[str]:

@@ -6,16 +6,18 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from ..anatomy.experts import EXPERTS
 from ..anatomy.symmetry import UNITS
 from .data import Data, DataFields, make_data, read_data_fields
 from .place import Entry, Place
 from .reference import ModelReference
 from .scalar import shown
 
-__all__ = ["ALIGN_BY", "ALIGN_KEYS", "Align", "read_align"]
+__all__ = ["ALIGN_BY", "ALIGN_KEYS", "ALIGN_UNITS", "Align", "read_align"]
 
 ALIGN_KEYS = ("to", "by", "units", "data")
 ALIGN_BY = ("weights", "activations")
+ALIGN_UNITS = (*UNITS, EXPERTS)
 
 _DONOR = "base"
 _DEFAULT_UNITS = ("mlp", "heads")
@@ -28,7 +30,7 @@ class Align:
     Args:
         to: The model that keeps its order.
         by: What is compared.
-        units: Which units may be permuted, of "mlp", "heads" and "residual".
+        units: Which units may be permuted, of `ALIGN_UNITS`.
         place: Where the recipe says it.
         data: On what the models are compared by activations; None if they are compared by weights.
         correlations: For every other model, by its reference as text, the folder of its correlations with `to`; None for
@@ -67,10 +69,13 @@ def read_align(
         if to not in models:
             raise fields["to"].error(f"{to} is no model of this recipe; it has {', '.join(map(str, models))}")
     by = fields["by"].choice(ALIGN_BY) if "by" in fields else "weights"
+    units = _units(fields["units"]) if "units" in fields else _DEFAULT_UNITS
+    if by == "activations" and EXPERTS in units:
+        raise fields["units"].error("experts are compared by weights only; leave them out, or align by weights")
     return Align(
         to,
         cast('Literal["weights", "activations"]', by),
-        _units(fields["units"]) if "units" in fields else _DEFAULT_UNITS,
+        units,
         entry.place,
         _data(entry, fields, by, common),
     )
@@ -93,8 +98,8 @@ def _data(entry: Entry, fields: Mapping[str, Entry], by: str, common: DataFields
 
 
 def _units(entry: Entry) -> tuple[str, ...]:
-    found = [item.choice(UNITS) for item in (entry.items() if isinstance(entry.value, list) else [entry])]
+    found = [item.choice(ALIGN_UNITS) for item in (entry.items() if isinstance(entry.value, list) else [entry])]
     twice = next((each for each in found if found.count(each) > 1), None)
     if twice is not None:
         raise entry.error(f"names {shown(twice)} twice")
-    return tuple(each for each in UNITS if each in found)
+    return tuple(each for each in ALIGN_UNITS if each in found)

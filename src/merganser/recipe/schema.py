@@ -10,9 +10,8 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..anatomy.symmetry import UNITS
 from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, LABELS
-from .align import ALIGN_BY
+from .align import ALIGN_BY, ALIGN_UNITS
 from .data import DATA_KEYS
 from .load import DTYPES, QUANTISED, QUANTIZE, UNMATCHED
 from .scalar import FLAGS, FLOAT, MAX_DIGITS
@@ -190,7 +189,7 @@ def _token() -> Schema:
 
 def _align() -> Schema:
     """Return the schema of the key `align`."""
-    units: Schema = {"enum": list(UNITS)}
+    units: Schema = {"enum": list(ALIGN_UNITS)}
     given = {
         "to": _described(
             _or_null(_ref("reference")), "The model that keeps its order: 'base', or another of the recipe."

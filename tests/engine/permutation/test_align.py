@@ -322,6 +322,10 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "no mapping": ({"align": "weights"}, "align: expected a mapping with the keys to, by, units, data, got 'weights'"),
     "unknown units": ({"align": {"units": ["head"]}}, "'head' is not known. Did you mean 'heads'?"),
     "no units": ({"align": {"units": []}}, "the list is empty"),
+    "experts by activations": (
+        {"align": {"by": "activations", "units": "experts", "data": "a.txt"}},
+        "experts are compared by weights only",
+    ),
     "units twice": ({"align": {"units": ["mlp", "mlp"]}}, "names 'mlp' twice"),
     "no data": ({"align": {"by": "activations"}}, "'by: activations' runs the models on text; give 'data' here"),
     "weights with data": ({"align": {"data": "a.txt"}}, "weights are compared without data; add 'by: activations'"),

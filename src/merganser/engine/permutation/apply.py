@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...anatomy.experts import EXPERTS, ExpertUnits
 from ...anatomy.symmetry import UNITS, Units, find_units
 from ...checkpoint.permuted import permuted
 from ...errors import CheckpointError, MergeError, RecipeError, UnsupportedError
@@ -22,6 +23,7 @@ from ..alignment.alignment import Member
 from ..plan.permutation import Permutation, PermutedModel
 from .activations import match_activations
 from .assignment import Orders, nothing_moved
+from .experts import experts_of, match_experts, moved_experts, with_experts
 from .keep import Kept
 from .match import indices, match_weights
 
@@ -66,11 +68,13 @@ def permute_members(
     _check(recipe, method)
     reference = members[align.to]
     ours = _units(recipe, reference, align.units)
+    experts = _experts(recipe, reference, align.units)
     result, found = dict(members), []
     for name, member in members.items():
         if member is reference:
             continue
         units = _units(recipe, member, align.units)
+        own = _experts(recipe, member, align.units)
         _check_shapes(recipe, reference, ours, member, units)
         if {*name.paths, *align.to.paths} & set(unmade):
             found.append(PermutedModel(str(name), {}, ""))
@@ -85,15 +89,17 @@ def permute_members(
         kept = Kept(folder, _key(reference, member, align.units, correlations))
         given: dict[str, Any] = {"known": kept.orders, "found": kept.add, "max_memory": max_memory}
         try:
+            placed = match_experts(reference.checkpoint.tensors, member.checkpoint.tensors, experts, own, kept)
             if correlations is None:
                 orders = match_weights(reference.checkpoint.tensors, member.checkpoint.tensors, units, **given)
             else:
                 orders = match_activations(correlations, units, **given)
         except MergeError as error:
             raise type(error)(f"{recipe.place_of('align')}: {name}: {error}") from None
-        result[name] = _permuted(member, units, orders)
+        result[name] = with_experts(_permuted(member, units, orders), own, placed)
+        moved = _moved(units, orders) | ({EXPERTS: moved_experts(own, placed)} if own else {})
         measured = None if correlations is None else {key: correlations.about[key] for key in _MEASURED}
-        found.append(PermutedModel(str(name), _moved(units, orders), _digest(orders), measured))
+        found.append(PermutedModel(str(name), moved, _digest(orders | placed), measured))
     return result, Permutation(str(align.to), align.by, tuple(found))
 
 
@@ -128,7 +134,18 @@ def _check(recipe: Recipe, method: MergeMethod) -> None:
         )
 
 
+def _experts(recipe: Recipe, member: Member, kinds: Sequence[str]) -> list[ExpertUnits]:
+    if EXPERTS not in kinds:
+        return []
+    try:
+        return experts_of(member)
+    except (CheckpointError, UnsupportedError) as error:
+        raise type(error)(f"{recipe.place_of('align')}: {member.reference}: {error}") from None
+
+
 def _units(recipe: Recipe, member: Member, kinds: Sequence[str]) -> list[Units]:
+    if set(kinds) <= {EXPERTS}:
+        return []
     shapes = {name: tensor.shape for name, tensor in member.checkpoint.tensors.items()}
     try:
         found = find_units(shapes, member.checkpoint.config, member.anatomy)
