@@ -266,7 +266,7 @@ GGUF: dict[str, tuple[bytes, str]] = {
     "tensor of another family": (file([described("blk.0.ssm_a.weight")]), "has no such tensor here"),
     "layer of a tensor outside the layers": (file([described("blk.0.output_norm.weight")]), "has no such tensor here"),
     "part of a model": (file(entries=[entry("split.count", 2, struct.pack("<H", 3))]), "is one of 3 parts of a model, 1 are here"),
-    "heads": (file([described("blk.0.attn_q.weight")]).replace(word("qwen2"), word("llama")), "the order of rows cannot be undone"),
+    "heads": (file([described("blk.0.attn_q.weight")]).replace(word("qwen2"), word("llama")), "the order of rows is not known"),
     "no tensors": (file([]), "holds no tensors"),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ MODELS = "models: [{model: a}, {model: b}]\n"
 LINEAR = "merge_method: linear\n" + MODELS
 KEYS = (
     "name, merge_method, models, slices, modules, base_model, parameters, dtype, out_dtype, tokenizer_source, "
-    "tokenizer, chat_template, compat, unmatched, quantised, quantize, rank, space, random_seed, data, keep_statistics, check_statistics, align"
+    "tokenizer, chat_template, compat, unmatched, quantised, quantize, gguf, rank, space, random_seed, data, keep_statistics, check_statistics, align"
 )
 
 

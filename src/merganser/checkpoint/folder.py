@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from ..jsonfile import exists, os_reason, read_object
 from ..wording import brief, some
 from .formats.distributed import METADATA_NAME, read_distributed
 from .formats.gguf.beside import folder_beside
-from .formats.gguf.read import read_gguf
+from .formats.gguf.read import parts_of, read_gguf
 from .formats.pickled import read_pickled
 from .formats.quantised.read import Quantisation, declared_dtype, dequantise
 from .formats.safetensors import read_header
@@ -209,9 +208,7 @@ def _open_folder(reference: str, folder: Path) -> Checkpoint:
 
 def _open_gguf(reference: str, folder: Path, *names: str) -> Checkpoint:
     """Open GGUF files; where no config.json lies beside them, it and the tokenizer are made from the first."""
-    if len(names) == 1 and (match := re.fullmatch(r"(.+-)00001(-of-(\d{5})\.gguf)", names[0])):
-        names = tuple(f"{match[1]}{number:05d}{match[2]}" for number in range(1, int(match[3]) + 1))
-    files = [folder / name for name in names]
+    files = parts_of(folder / names[0]) if len(names) == 1 else [folder / name for name in names]
     for file in files:
         _require_file(file)
     config = _read_config(folder)

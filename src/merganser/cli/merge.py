@@ -114,7 +114,9 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
     say(f"check it:  merganser verify {out}")
     if plan.sidecars:
         say(f"restore:   merganser restore {out} --task {plan.sidecars.tasks[0].name}")
-    if plan.config:
+    if plan.gguf is not None:
+        say(f"run it:    llama-cli -m {out / plan.gguf.file}")
+    elif plan.config:
         say(f'load it:   transformers.{_loader(plan.config)}.from_pretrained("{out}")')
 
 

@@ -9,6 +9,7 @@ from ..recipe import ModelReference
 from .alignment.alignment import RECOMPUTED, Alignment, Member
 from .kernels.assignment import untouched
 from .plan.census import InputCensus
+from .plan.gguf import GgufSummary
 from .plan.tensor import PlannedTensor
 
 __all__ = ["take_census"]
@@ -18,7 +19,10 @@ NOT_KNOWN = "no tensor of the output is made from it"
 
 
 def take_census(
-    members: Mapping[ModelReference, Member], alignment: Alignment, tensors: Sequence[PlannedTensor]
+    members: Mapping[ModelReference, Member],
+    alignment: Alignment,
+    tensors: Sequence[PlannedTensor],
+    gguf: GgufSummary | None,
 ) -> dict[ModelReference, InputCensus]:
     """Return for every tensor of every input whether it is merged, copied or left out, and why.
 
@@ -26,6 +30,7 @@ def take_census(
         members: The inputs.
         alignment: Which tensors make each tensor of the output.
         tensors: How each tensor of the output is merged.
+        gguf: How the output is written as GGUF, with tensors that are copied beside those; None if it is not.
     """
     # keyed by TensorInfo object: models may share files, and a tied head is read from the embedding
     used: dict[int, bool] = {}
@@ -34,7 +39,14 @@ def take_census(
         for source in planned.inputs:
             used[id(source)] = used.get(id(source), True) and copied
     offered = {id(tensor) for slot in alignment.slots for tensor in slot.inputs.values()}
-    return {reference: _count(member, alignment, used, offered) for reference, member in members.items()}
+    found = {reference: _count(member, alignment, used, offered) for reference, member in members.items()}
+    for reference, member in members.items():
+        if gguf is not None and gguf.metadata in member.checkpoint.weight_files:
+            own = found[reference]
+            left_out = {name: reason for name, reason in own.left_out.items() if name not in gguf.kept}
+            kept = len(own.left_out) - len(left_out)
+            found[reference] = InputCensus(own.merged, own.copied + kept, left_out)
+    return found
 
 
 def _is_copied(planned: PlannedTensor) -> bool:

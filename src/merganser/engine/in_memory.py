@@ -30,7 +30,10 @@ class _Memory:
         self._shards[shard].numpy().data[offset : offset + data.nbytes] = data.cast("B")
 
     def tensor(self, tensor: PlannedTensor) -> Tensor:
-        """Return a tensor: a view of its shard, or the values that float8 and scales stand for."""
+        """Return a tensor: a view of its shard, or the values that quantised ones stand for."""
+        if tensor.gguf is not None:
+            data = self._shards[tensor.shard][tensor.offset : tensor.offset + tensor.nbytes]
+            return tensor.gguf.decode(data).to(getattr(torch, tensor.dtype.name)).view(tensor.shape)
         stored = self._view(tensor.shard, tensor.offset, tensor.described[0])
         if tensor.quantised is None:
             return stored
@@ -51,8 +54,8 @@ def merge_to_state_dict(plan: Plan, *, allow_nonfinite: bool = False) -> dict[st
         allow_nonfinite: Merge NaN and infinity instead of raising an error.
 
     Returns:
-        The tensors by name, on the CPU, bit for bit what `run_plan` would write; float8 in the dtype that they would have
-        without `quantize`.
+        The tensors by name, on the CPU, bit for bit what `run_plan` would write; float8, and what is written as GGUF, in the
+        dtype that they would have otherwise.
 
     Raises:
         CheckpointError: An input is damaged or not finite, or integer buffers differ.

@@ -39,6 +39,7 @@ from .noise import noise_warnings
 from .permutation.apply import permute_members
 from .plan.float8 import quantise_output
 from .plan.from_data import DataOfModels, check_weights, open_data, with_data
+from .plan.gguf import gguf_output
 from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
 from .plan.part import place, treatment_hash
 from .plan.permutation import Permutation
@@ -110,8 +111,16 @@ def build_plan(
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     drafts, config, quantise_warnings = quantise_output(recipe, drafts, config)
-    shards = plan_shards([each for draft in drafts for each in draft.described], out_shard_size, {})
     template = chat_template(recipe, members, matched.owner)
+    drafts, shards, gguf = gguf_output(
+        recipe,
+        drafts,
+        members[recipe.donor].checkpoint,
+        moved_tokens=matched.change is not None,
+        chat_template=template[0],
+        block=BLOCK,
+    )
+    shards = shards or plan_shards([each for draft in drafts for each in draft.described], out_shard_size, {})
     donor, owner = members[recipe.donor], matched.owner
     ending = agree_on_ending(donor, owner, config, template[0], matched.vocabulary, matched.moved)
     fused, fusion_warnings = _fuses(drafts, devices)
@@ -155,8 +164,9 @@ def build_plan(
         vocabulary=matched.change,
         statistics=list({own.path: own for each in data for own in (*each.folders, *each.base_folders)}.values()),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
-        census=take_census(members, alignment, tensors),
+        census=take_census(members, alignment, tensors, gguf),
         permutation=permutation,
+        gguf=gguf,
     )
 
 
@@ -305,7 +315,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
     copy = dtype.kind != "float"
     treatment = untouched() if slot.kept else Treatment(resolver.method, {})
     if not copy:
-        declared = recipe.out_dtype or recipe.dtype
+        declared = recipe.declared_dtype
         dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.natural or tensor.dtype for tensor in inputs])
     if not copy and not slot.kept:
         # a slice's layers have other names in the models, and filters match those; else filters match `rule`

@@ -161,8 +161,9 @@ def input_hashes(plan: Plan, digests: Mapping[tuple[tuple[Path, ...], str], byte
     """Return the weight files of the inputs with a hash of the tensors that were read.
 
     The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks. A block is as many whole rows as fit
-    into 524,288 elements, in multiples of 128 rows if the output has a scale per 128 x 128 (quantize: fp8_block); a longer row is cut at multiples of that number, counted in elements of the tensor, and at
-    its ends. A tensor of three dimensions may also be merged as a stack of matrices, so it is cut as well where blocks
+    into 524,288 elements, in multiples of 128 rows if the output has a scale per 128 x 128 (quantize: fp8_block), and of the rows of a
+    head where GGUF has them in another order; a longer row is cut at multiples of that number, counted in elements of the
+    tensor, and at its ends. A tensor of three dimensions may also be merged as a stack of matrices, so it is cut as well where blocks
     of these begin. A tensor that was permuted is hashed as it was merged. So is one with an adapter, in float32, and counts as one of the adapter's
     file. The hash of a file is the xxh3-128 of the digests of its tensors, in the order of their bytes. If
     not every tensor of a file was read, the entry says how many were.
@@ -210,7 +211,7 @@ def make_record(
         "models": [str(reference) for reference in plan.checkpoints],
         "parameters": plan.n_parameters,
         "tensors": len(plan.tensors),
-        "dtypes": sorted({t.stored_dtype.name for t in plan.tensors}),
+        "dtypes": sorted({t.stored_as for t in plan.tensors}),
         "device": plan.device,
         "compiled": plan.fused,
         "workers": plan.workers,
@@ -221,6 +222,7 @@ def make_record(
         "adapters": adapters(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.as_json(),
         **({} if plan.mixture is None else {"mixture": plan.mixture.as_json()}),
+        **({} if plan.gguf is None else {"gguf": plan.gguf.as_json()}),
         "permutation": None if plan.permutation is None else plan.permutation.as_json(),
         "statistics_from_data": [_sized(file) for file in data_files(plan)],
         "calibrations": [_calibration(own) for own in plan.statistics],
@@ -249,6 +251,8 @@ def model_card(plan: Plan, title: str) -> str:
     models = list(plan.checkpoints)
     hub = [str(reference.path) for reference in models if _is_hub(reference, plan.checkpoints[reference])]
     front = ["---", "library_name: transformers", "tags:", "- merge", "- merganser"]
+    if plan.gguf is not None:
+        front[1] = "library_name: gguf"
     if hub:
         front += ["base_model:", *(f"- {name}" for name in hub)]
     fence = "```" if "```" not in plan.recipe.text else "~~~~~~"

@@ -28,6 +28,7 @@ KEYS = (
     "unmatched",
     "quantised",
     "quantize",
+    "gguf",
     "rank",
     "space",
     "random_seed",
@@ -58,6 +59,7 @@ _PLACES = {
     "pad_to_multiple_of": "in 'tokenizer'",
     "statistics": "beside 'model' in 'models', or in the 'sources' of a slice",
     **dict.fromkeys(set(ALIGN_KEYS) - {"data"}, "in 'align'"),
+    "metadata": "in 'gguf': {type: ..., metadata: ...}",
     **dict.fromkeys(set(DATA_KEYS) - {"tokens", "seed"}, "in 'data'"),
     **dict.fromkeys(set(KEYS) - {"name", "models", "parameters", "data"}, "at the top of the recipe, not indented"),
 }

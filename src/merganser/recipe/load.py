@@ -16,6 +16,7 @@ from .align import read_align
 from .data import Data, make_data, read_data_fields
 from .document import Document, parse_mapping, parse_text
 from .free import refuse_free_values
+from .gguf import read_gguf_key
 from .keys import KEYS, MODEL_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
 from .model import Module, Recipe, Slice, Source
 from .modules import over, read_module_body, read_modules
@@ -46,10 +47,7 @@ MAX_MULTIPLE = 1 << 16
 UNMATCHED = ("refuse", "base", "skip")
 QUANTISED = ("refuse", "allow")
 QUANTIZE = ("fp8_block", "fp8_channel")
-"""What to do with tensors after the layers that some models lack or hold in another shape."""
-
 SPACES = ("core", "full")
-"""Where methods for weights merge adapters."""
 
 RecipeSource: TypeAlias = "str | Path | Mapping[str, Any]"
 
@@ -224,6 +222,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         unmatched=_unmatched(fields, bool(slices)),
         quantised=_quantised(fields),
         quantize=fields["quantize"].choice(QUANTIZE) if "quantize" in fields else None,
+        gguf=read_gguf_key(fields["gguf"], fields) if "gguf" in fields else None,
         keep_statistics=fields["keep_statistics"].text() if "keep_statistics" in fields else None,
         rank=fields["rank"].whole_number(lowest=1) if "rank" in fields else None,
         space=cast('Literal["core", "full"] | None', fields["space"].choice(SPACES) if "space" in fields else None),

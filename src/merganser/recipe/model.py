@@ -8,6 +8,7 @@ from typing import Literal
 
 from .align import Align
 from .data import Data
+from .gguf import Gguf
 from .place import Place
 from .reference import ModelReference
 from .setting import Setting
@@ -102,6 +103,7 @@ class Recipe:
             them, take them from the "base", or "skip" them.
         quantised: What to do with models that are quantised in another way than the base: "refuse" or "allow" them.
         quantize: How the weights of linear layers are stored as float8; None if they are not.
+        gguf: How the output is written as GGUF; None if it is not.
         check_statistics: Whether statistics must be of the weights that are merged.
         keep_statistics: Folder in which statistics that are made for this merge are kept; None to remove them.
         rank: For adapters, the rank of the output; None for as much as loses nothing.
@@ -132,12 +134,18 @@ class Recipe:
     unmatched: Literal["refuse", "base", "skip"] = "refuse"
     quantised: Literal["refuse", "allow"] = "refuse"
     quantize: str | None = None
+    gguf: Gguf | None = None
     keep_statistics: str | None = None
     rank: int | None = None
     space: Literal["core", "full"] | None = None
     check_statistics: bool = True
     modules: tuple[Module, ...] = ()
     align: Align | None = None
+
+    @property
+    def declared_dtype(self) -> str | None:
+        """The dtype of the output, if the recipe says it."""
+        return self.out_dtype or (self.gguf.dtype if self.gguf else None) or self.dtype
 
     @property
     def names_data(self) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, LABELS
 from .align import ALIGN_BY, ALIGN_UNITS
 from .data import DATA_KEYS
+from .gguf import GGUF_TYPES
 from .load import DTYPES, QUANTISED, QUANTIZE, UNMATCHED
 from .scalar import FLAGS, FLOAT, MAX_DIGITS
 from .templates import AUTO, CHAT_TEMPLATES
@@ -95,6 +96,7 @@ def _properties(known: Iterable[MergeMethod]) -> Schema:
         "quantize": _described(
             {"enum": [*QUANTIZE, None]}, "Store the weights of linear layers as float8 with scales."
         ),
+        "gguf": _described(_gguf(), "Write the output as GGUF, with this type."),
         "rank": _described(_or_null(_ref("count")), "Rank of an adapter that is merged from adapters."),
         "space": _described({"enum": ["core", "full", None]}, "Where adapters are merged by methods for weights."),
         "align": _described(_or_null(_align()), "Permute models to a reference before they are merged."),
@@ -201,6 +203,13 @@ def _align() -> Schema:
         ),
     }
     return _object(given, required=[])
+
+
+def _gguf() -> Schema:
+    """Return the schema of the key `gguf`."""
+    kind: Schema = {"enum": list(GGUF_TYPES)}
+    like = _described(_or_null(_TEXT), "GGUF file whose metadata are copied; by default, that of the donor.")
+    return {"anyOf": [kind, _object({"type": kind, "metadata": like}, required=["type"]), _NULL]}
 
 
 def _data() -> Schema:

@@ -25,7 +25,7 @@ __all__ = ["AdapterPlan", "PlannedModule", "merges_adapters", "plan_adapters"]
 
 _NO_EFFECT = (
     "tokenizer_source", "tokenizer", "chat_template", "unmatched", "quantised", "data", "keep_statistics",
-    "align", "quantize",
+    "align", "quantize", "gguf",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ _KEPT = 1.4
 # bytes of temporaries while values are dequantised or otherwise computed, a block at a time
 _COMPUTED = 24 * BLOCK
 
-# bytes per element of temporaries while values are rounded to float8
+# bytes per element of temporaries while values are rounded to float8, or to a type of GGUF
 _ENCODING = 14
 
 # bytes of inputs that a worker may cache; enough for most layers of most models
@@ -116,7 +116,7 @@ def _kinds(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
     """Return one tensor of each kind: tensors of a kind need the same memory per worker."""
     found: dict[tuple[Any, ...], PlannedTensor] = {}
     for tensor in tensors:
-        key: tuple[Any, ...] = (tensor.method.name, tensor.copy, tensor.shape, tensor.role, tensor.stored_dtype.name)
+        key: tuple[Any, ...] = (tensor.method.name, tensor.copy, tensor.shape, tensor.role, tensor.stored_as)
         key += (any(source.stored for source in tensor.inputs),)
         whole = tensor.method.scope in ("tensor", "matrix")
         key += (tensor.name,) if whole else tuple(source.dtype.name for source in tensor.inputs)
@@ -161,7 +161,7 @@ def _numbers(tensor: PlannedTensor) -> int:
 def _raw(tensor: PlannedTensor) -> int:
     """Return the bytes per element of all inputs and the output, in their stored dtypes."""
     found = sum(t.dtype.itemsize for t in tensor.inputs) + tensor.result_dtype.itemsize
-    return found + (_ENCODING if tensor.quantised is not None else 0)
+    return found + (_ENCODING if tensor.is_encoded else 0)
 
 
 def _fused(tensor: PlannedTensor) -> int:

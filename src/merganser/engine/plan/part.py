@@ -29,13 +29,13 @@ def place(tensors: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[Pla
 
 
 def part_of(plan: Plan, tensors: Sequence[PlannedTensor]) -> Plan:
-    """Return a plan of some tensors alone, not quantised; they are merged to the same values as in the whole.
+    """Return a plan of some tensors alone, not quantised and as safetensors; they are merged to the same values as in the whole.
 
     Args:
         plan: The whole plan, without a statistic over the whole model.
         tensors: Tensors of it.
     """
-    tensors = [replace(tensor, quantised=None) for tensor in tensors]
+    tensors = [replace(tensor, quantised=None, gguf=None) for tensor in tensors]
     described = [each for tensor in tensors for each in tensor.described]
     shards = plan_shards(described, max(sum(tensor.dtype.nbytes(tensor.size) for tensor in tensors), 1), {})
     return replace(plan, tensors=place(tensors, shards), shards=shards, sidecars=None)

@@ -15,6 +15,7 @@ from ...recipe import ModelReference, Recipe
 from ...statistics import CalibrationPlan, Statistics
 from ...wording import html_table, plural, size_text
 from .census import InputCensus
+from .gguf import GgufSummary
 from .memory import estimate_memory
 from .mixture import MixtureSummary, ShrinkingSummary
 from .permutation import Permutation
@@ -56,6 +57,7 @@ class Plan:
         census: What becomes of the tensors of each input.
         mixture: The mixture of experts that the output is; None for other models.
         permutation: How models are permuted to a reference before they are merged; None if they are merged as they are.
+        gguf: How the output is written as GGUF; None if it is not.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
     """
 
@@ -87,6 +89,7 @@ class Plan:
     permutation: Permutation | None = None
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
     mixture: MixtureSummary | ShrinkingSummary | None = None
+    gguf: GgufSummary | None = None
 
     def __repr__(self) -> str:
         return f"<Plan: {self._facts()}>"

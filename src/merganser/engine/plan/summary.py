@@ -204,7 +204,7 @@ def summarise(plan: Plan) -> PlanSummary:
         donor=str(plan.donor),
         donor_files=[*(["config.json"] if plan.config else []), *plan.side_files],
         files={shard.name: shard.size for shard in plan.shards},
-        dtypes=_most_common(t.stored_dtype.name for t in plan.tensors),
+        dtypes=_most_common(t.stored_as for t in plan.tensors),
         tensors=len(plan.tensors),
         parameters=plan.n_parameters,
         groups=_groups(plan),
@@ -242,7 +242,7 @@ def tensor_summaries(plan: Plan) -> list[TensorSummary]:
     return [
         TensorSummary(
             name=t.name,
-            dtype=t.stored_dtype.name,
+            dtype=t.stored_as,
             shape=t.shape,
             layer=t.layer,
             role=t.role,

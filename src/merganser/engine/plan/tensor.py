@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ...checkpoint import DType, TensorInfo
 from ...checkpoint.float8 import FLOAT8, Float8
+from ...checkpoint.formats.gguf.encode import GgufEncoding
 from ...method import MergeMethod
 from ..kernels.blocks import BLOCK, block_step, working_shape
 
@@ -67,8 +68,9 @@ class PlannedTensor:
         nbytes: Size in the output, bytes.
         data: Statistics from data for its method, by name, one per model; empty if there are none for it.
         turned: Whether its matrices are stored [inputs, outputs], known from statistics from data.
-        block_limit: Most elements per block: the plan's, or a multiple of the tiles of a quantised tensor.
+        block_limit: Most elements per block: the plan's, or a multiple of what must be quantised together.
         quantised: How it is stored as float8; None if it is not.
+        gguf: How it is stored in a GGUF file; None if it is not.
     """
 
     name: str
@@ -90,6 +92,7 @@ class PlannedTensor:
     turned: bool = False
     block_limit: int = BLOCK
     quantised: Quantised | None = None
+    gguf: GgufEncoding | None = None
     size: int = field(init=False)
     """Number of elements."""
 
@@ -109,13 +112,33 @@ class PlannedTensor:
 
     @property
     def stored_dtype(self) -> DType:
-        """Dtype of its elements in the file."""
+        """Dtype of its elements in a safetensors file."""
         return self.dtype if self.quantised is None else FLOAT8
 
     @property
+    def stored_as(self) -> str:
+        """Name of its dtype or type in the file."""
+        return self.stored_dtype.name if self.gguf is None else self.gguf.type.name
+
+    @property
     def result_dtype(self) -> DType:
-        """Dtype to which the kernels round: that of the file, or of the arithmetic if float8 follows."""
+        """Dtype to which the kernels round: that of the file, or of the arithmetic if values are quantised after it."""
+        if self.gguf is not None:
+            return self.gguf.plain or self.compute_dtype
         return self.dtype if self.quantised is None else self.compute_dtype
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the merged values are not stored as they are; then it is merged alone."""
+        return self.quantised is not None or self.gguf is not None
+
+    def span(self, start: int, end: int) -> tuple[int, int, int]:
+        """Return where a range of elements is stored: shard, first byte, number of bytes."""
+        if self.gguf is not None:
+            first = self.gguf.nbytes(start)
+            return self.shard, self.offset + first, self.gguf.nbytes(end) - first
+        size = self.stored_dtype.itemsize
+        return self.shard, self.offset + start * size, (end - start) * size
 
     @property
     def scale_name(self) -> str:

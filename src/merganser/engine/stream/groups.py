@@ -17,7 +17,7 @@ class Group:
 
     Args:
         index: Position in the plan's order.
-        tensors: One large or quantised tensor, or a bundle of small ones that are adjacent in the output.
+        tensors: One large or encoded tensor, or a bundle of small ones that are adjacent in the output.
         segments: Ranges of blocks of the large tensor, one per task; a bundle has one task.
         bundle: Whether these are small tensors, of one block each.
     """
@@ -58,7 +58,7 @@ def make_groups(plan: Plan) -> list[Group]:
 
     for tensor in plan.tensors:
         blocks = 1 if tensor.copy else -(-tensor.size // tensor.block)
-        if blocks > 1 or tensor.quantised is not None:
+        if blocks > 1 or tensor.is_encoded:
             close()
             cuts = tuple((a, min(a + SEGMENT_BLOCKS, blocks)) for a in range(0, blocks, SEGMENT_BLOCKS))
             groups.append(Group(len(groups), (tensor,), cuts, bundle=False))

@@ -7,6 +7,7 @@ import threading
 
 import xxhash
 
+from ...checkpoint import Shard
 from ...process import start_thread
 from ..output.staging import Staging
 from ..plan.plan import Plan
@@ -21,8 +22,7 @@ def spans(group: Group, segment: int) -> list[tuple[int, int, int]]:
     if group.bundle:
         return [(first.shard, first.offset, last.offset + last.nbytes - first.offset)]
     start, end = (min(block * first.block, first.size) for block in group.segments[segment])
-    size = first.stored_dtype.itemsize
-    found = [(first.shard, first.offset + start * size, (end - start) * size)]
+    found = [first.span(start, end)]
     return found if first.quantised is None else [*found, first.scale_span(start, end)]
 
 
@@ -32,7 +32,7 @@ def written_digest(staging: Staging, group: Group, segment: int) -> str:
     found = b""
     for number, (shard, offset, nbytes) in enumerate(spans(group, segment)):
         whole = group.bundle or number > 0
-        step = nbytes if whole else tensor.block * tensor.stored_dtype.itemsize
+        step = nbytes if whole else tensor.span(0, min(tensor.block, tensor.size))[2]
         buffer = memoryview(bytearray(min(_PIECE, nbytes)))
         for start in range(0, nbytes, step) if nbytes else [0]:
             block = xxhash.xxh3_128()
@@ -45,6 +45,17 @@ def written_digest(staging: Staging, group: Group, segment: int) -> str:
     return found.hex()
 
 
+def _unmerged(shard: Shard) -> dict[int, int]:
+    """Return the ranges of a file that no tensor fills: its header, and padding."""
+    found = {0: len(shard.header)}
+    at = len(shard.header)
+    for start, nbytes in sorted(shard.entries.values()):
+        if start > at:
+            found[at] = start
+        at = start + nbytes
+    return found if at >= shard.size else {**found, at: shard.size}
+
+
 class Hasher:
     """Hashes the output's files from start to end while they are written, in a thread of its own."""
 
@@ -52,7 +63,7 @@ class Hasher:
         self._shards = plan.shards
         self._staging = staging
         self._changed = threading.Condition()
-        self._done: list[dict[int, int]] = [{0: len(shard.header)} for shard in plan.shards]
+        self._done: list[dict[int, int]] = [_unmerged(shard) for shard in plan.shards]
         self._stopped = False
         self._hashes: list[str] = []
         self._error: BaseException | None = None

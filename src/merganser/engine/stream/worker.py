@@ -144,12 +144,16 @@ class Worker:
             for found, data in zip(hashes, inputs, strict=True):
                 found += block_digests(tensor.shape, start, end, _bytes(data), tensor.block_limit)
             merged = self._merge(run, tensor, known, start, end, inputs)
-            if tensor.quantised is None:
-                written += self._write(tensor, start, merged)
-            else:
-                codes, own = self._encode(tensor, merged)
+            if tensor.gguf is not None:
+                check_encodable(tensor, merged)
+                written += self._write(tensor, start, tensor.gguf.encode(merged))
+            elif tensor.quantised is not None:
+                check_encodable(tensor, merged)
+                codes, own = encode_float8(merged.view(-1, tensor.shape[1]), tensor.quantised.scheme)
                 written += self._write(tensor, start, codes)
                 scales.append(own)
+            else:
+                written += self._write(tensor, start, merged)
             if start == 0:
                 sample = measure_samples([tensor], [inputs], [merged])
         if scales:
@@ -283,20 +287,6 @@ class Worker:
         sent = self._send(inputs)
         return (None, sent) if tensor.base is None else (sent[0], sent[1:])
 
-    def _encode(self, tensor: PlannedTensor, merged: Tensor) -> tuple[Tensor, Tensor]:
-        """Round whole rows of tiles to float8.
-
-        Raises:
-            NonFiniteError: They hold NaN or infinity, which would spoil all values of a tile.
-        """
-        assert tensor.quantised is not None
-        if self._c.allow_nonfinite and not torch.isfinite(merged).all():
-            raise NonFiniteError(
-                f"{tensor.name}: the merged tensor holds NaN or infinity, which float8 with scales cannot store; leave out "
-                "'quantize' to keep it"
-            )
-        return encode_float8(merged.view(-1, tensor.shape[1]), tensor.quantised.scheme)
-
     def _write_scales(self, tensor: PlannedTensor, start: int, end: int, scales: Tensor) -> list[bytes]:
         shard, offset, _ = tensor.scale_span(start, end)
         data = _bytes(scales)
@@ -306,7 +296,8 @@ class Worker:
 
     def _write(self, tensor: PlannedTensor, start: int, merged: Tensor) -> list[bytes]:
         data = _bytes(merged)
-        self._c.output.write(tensor.shard, tensor.offset + start * tensor.stored_dtype.itemsize, data)
+        shard, offset, _ = tensor.span(start, start)
+        self._c.output.write(shard, offset, data)
         self._c.advance(0, data.nbytes, 0)
         return [digest(data)]
 
@@ -318,6 +309,28 @@ class Worker:
         self._c.output.write(tensors[0].shard, tensors[0].offset, memoryview(data))
         self._c.advance(0, len(data), 0)
         return [digest(data)]
+
+
+def check_encodable(tensor: PlannedTensor, merged: Tensor) -> None:
+    """Refuse merged values that a type with scales cannot store.
+
+    Raises:
+        NonFiniteError: They hold NaN or infinity, which would spoil all values that share the scale, or are too large.
+    """
+    largest = math.inf if tensor.gguf is None else tensor.gguf.largest
+    if largest is None:
+        return
+    if not torch.isfinite(merged).all():
+        told, key = ("float8", "quantize") if tensor.gguf is None else (tensor.gguf.type.name, "gguf")
+        raise NonFiniteError(
+            f"{tensor.name}: the merged tensor holds NaN or infinity, which {told} with scales cannot store; leave out "
+            f"'{key}' to keep it"
+        )
+    if largest < math.inf and merged.abs().max() > largest:
+        raise NonFiniteError(
+            f"{tensor.name}: the merged tensor holds values above {largest:,.0f}, which overflow the float16 scales of "
+            f"{tensor.stored_as}; write 'gguf: F32'"
+        )
 
 
 def _bytes(tensor: Tensor) -> memoryview:

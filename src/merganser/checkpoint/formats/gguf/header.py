@@ -101,10 +101,12 @@ class GgufHeader:
     Args:
         fields: The entries; of arrays of texts, and of long arrays, only the length.
         tensors: In the order of the header.
+        places: Where each entry lies in the file: its first byte, and the one after its last.
     """
 
     fields: Mapping[str, Any]
     tensors: list[GgufTensor]
+    places: Mapping[str, tuple[int, int]]
 
     @property
     def architecture(self) -> str:
@@ -166,14 +168,17 @@ class _Parser:
                 f"{_MOST_ENTRIES:,} are accepted"
             )
         fields: dict[str, Any] = {}
+        places: dict[str, tuple[int, int]] = {}
         for _ in range(entries):
+            start = self._at
             key = self._text(_MOST_NAME, "a key")
             if key in fields:
                 raise self._flaw(f"entry {key!r} is there twice")
             fields[key] = self._value(key, self._scalar("I"))
+            places[key] = start, self._at
         listed = [self._tensor() for _ in range(tensors)]
         found = self._placed(listed, self._alignment(fields))
-        return GgufHeader(fields, found)
+        return GgufHeader(fields, found, places)
 
     def _flaw(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._file}: {what}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ....errors import UnsupportedError
 from ....wording import some
 
-__all__ = ["FAMILIES", "Family", "family_of", "hf_name"]
+__all__ = ["FAMILIES", "Family", "StoredName", "family_of", "gguf_name", "hf_name"]
 
 _COMMON = {
     "token_embd": "model.embed_tokens",
@@ -114,3 +114,40 @@ def hf_name(family: Family, name: str) -> tuple[str, str] | None:
         return None
     layer = "" if top else f"model.layers.{int(match['layer'])}."
     return f"{layer}{module}.{match['kind']}", match["module"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredName:
+    """The name of a tensor in a GGUF file.
+
+    Args:
+        name: The name.
+        module: Its module, without the layer.
+        layer: Number of the layer; None outside of layers.
+        expert: Which matrix of the stack it is; None if it is not an expert.
+    """
+
+    name: str
+    module: str
+    layer: int | None
+    expert: int | None
+
+
+_HF_NAME = re.compile(r"(?:model\.layers\.(?P<layer>\d+)\.)?(?P<module>.+)\.(?P<kind>weight|bias)")
+_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
+
+
+def gguf_name(family: Family, name: str) -> StoredName | None:
+    """Return the name in the file of a tensor of the Hugging Face checkpoint; None if the family has none."""
+    match = _HF_NAME.fullmatch(name)
+    if match is None:
+        return None
+    module, expert = match["module"], _EXPERT.search(match["module"])
+    if expert is not None:
+        module = f"{module[: expert.start(1)]}{{}}{module[expert.end(1) :]}"
+    own = next((ours for ours, theirs in family.names.items() if theirs == module), None)
+    if own is None or (module.startswith("model.") or module == "lm_head") is not (match["layer"] is None):
+        return None
+    layer = None if match["layer"] is None else int(match["layer"])
+    prefix = "" if layer is None else f"blk.{layer}."
+    return StoredName(f"{prefix}{own}.{match['kind']}", own, layer, None if expert is None else int(expert[1]))

@@ -17,7 +17,7 @@ from .header import GgufHeader, GgufTensor, read_gguf_header
 from .names import DROPPED, Family, family_of, hf_name
 from .values import PLAIN, UNREADABLE, Dequantised, MinusOne, Part, Permuted, Plain, noise_of, require_gguf
 
-__all__ = ["GgufModel", "read_gguf"]
+__all__ = ["GgufModel", "head_rows", "parts_of", "read_gguf"]
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _BYTES = DTYPE_BY_NAME["uint8"]
@@ -76,6 +76,15 @@ def read_gguf(files: Sequence[Path], natural: DType | None) -> GgufModel:
     return GgufModel(list(made.values()), first.architecture, tuple(sorted(schemes)), left_out)
 
 
+def parts_of(file: Path) -> list[Path]:
+    """Return the files of the model that a file is the first part of; the file alone if it is no first part."""
+    match = _SPLIT.fullmatch(file.name)
+    if match is None or int(match["number"]) != 1:
+        return [file]
+    count = int(match["count"])
+    return [file.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+
+
 def _natural(headers: Sequence[GgufHeader]) -> DType:
     sizes: dict[str, int] = {}
     for header in headers:
@@ -127,7 +136,7 @@ def _logical(file: Path, header: GgufHeader, family: Family, tensor: GgufTensor,
         rows = Dequantised(stored, kind)
     changed = rows
     if family.permuted and module in ("attn_q", "attn_k"):
-        changed = Permuted(rows, _head_size(file, header, tensor, module), flat=len(shape) == 1)
+        changed = Permuted(rows, head_rows(file, header, tensor.name, shape[0]), flat=len(shape) == 1)
     if family.norms_plus_one and name.endswith("norm.weight"):
         changed = MinusOne(rows)
     if "{}" in name:
@@ -163,19 +172,24 @@ def _experts(name: str, tensor: GgufTensor, stored: TensorInfo, rows: Rows, natu
     return found
 
 
-def _head_size(file: Path, header: GgufHeader, tensor: GgufTensor, module: str) -> int:
-    """Return the rows per head of a projection.
+def head_rows(file: Path, header: GgufHeader, name: str, rows: int) -> int:
+    """Return the rows per head of a projection of queries or keys.
+
+    Args:
+        file: The file, for messages.
+        header: Its header.
+        name: Name of the tensor in the file.
+        rows: Rows of the projection.
 
     Raises:
         CheckpointError: The header does not give the number of heads, or it does not divide the rows.
     """
     heads = header.number("attention.head_count")
-    if module == "attn_k":
+    if "attn_k" in name:
         heads = header.number("attention.head_count_kv") or heads
-    rows = tensor.shape[0]
     if not heads or rows % heads or rows // heads % 2:
         raise CheckpointError(
-            f"{file}: tensor {tensor.name!r}: its {rows} rows are not those of {heads} heads ({header.architecture}."
-            "attention.head_count); the order of rows cannot be undone"
+            f"{file}: tensor {name!r}: its {rows} rows are not those of {heads} heads ({header.architecture}."
+            "attention.head_count); the order of rows is not known"
         )
     return rows // heads
