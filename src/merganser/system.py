@@ -11,6 +11,7 @@ import errno
 import os
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 try:
@@ -28,12 +29,14 @@ __all__ = [
     "NO_FOLLOW",
     "end_session",
     "lock",
+    "lock_within",
     "open_binary",
     "process_runs",
     "read_at",
     "set_blocking",
     "sync",
     "unlink_locked",
+    "unlock",
     "write_at",
 ]
 
@@ -155,13 +158,52 @@ def lock(descriptor: int) -> bool:
     return True
 
 
+def lock_within(descriptor: int, seconds: float) -> bool:
+    """Lock an open file as `lock` does, and wait while another process holds the lock.
+
+    Args:
+        descriptor: The file.
+        seconds: How long to wait.
+
+    Returns:
+        False if the file system, or the system, has no locks.
+
+    Raises:
+        BlockingIOError: The lock was held all the time.
+        OSError: It cannot be locked for another reason.
+    """
+    end, pause = time.monotonic() + seconds, 0.001
+    while True:
+        try:
+            return lock(descriptor)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def unlock(descriptor: int) -> None:
+    """Release the lock of an open file; nothing happens where there is none."""
+    with contextlib.suppress(OSError):
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        elif msvcrt is not None:
+            _at_locked_byte(descriptor, msvcrt.LK_UNLCK)  # type: ignore[attr-defined, unused-ignore]
+
+
 def _lock_byte(descriptor: int) -> None:
+    try:
+        _at_locked_byte(descriptor, msvcrt.LK_NBLCK)  # type: ignore[attr-defined, unused-ignore]
+    except PermissionError as error:
+        raise BlockingIOError(errno.EWOULDBLOCK, "is locked by another process") from error
+
+
+def _at_locked_byte(descriptor: int, mode: int) -> None:
     at = os.lseek(descriptor, 0, os.SEEK_CUR)
     os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
     try:
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-    except PermissionError as error:
-        raise BlockingIOError(errno.EWOULDBLOCK, "is locked by another process") from error
+        msvcrt.locking(descriptor, mode, 1)  # type: ignore[attr-defined, unused-ignore]
     finally:
         os.lseek(descriptor, at, os.SEEK_SET)
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from merganser.search import search
 from tests.cli.tiny import Output, run
 from tests.evaluation.tiny import make_model
 from tests.search.conftest import RECIPE
@@ -77,6 +71,18 @@ def test_what_it_prints(recipe: Path) -> None:
         ((*TASKS, "--at-most", "three=1"), "'three' is not measured here."),
         ((*TASKS, "--sampler", "cmaes"), "sampler: 'cmaes' is not known; known: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic"),
         ((*TASKS, "--sampler", "cma", "--at-most", "one/bits_per_byte=9"), "sampler: cma takes one objective without bounds"),
+        ((*TASKS, "--storage", "none/study.log"), "none/study.log: there is no folder none; make it first"),
+        ((*TASKS, "--storage", "base"), "base: is a folder; give the path of a file"),
+        ((*TASKS, "--storage", "one.jsonl"), "one.jsonl: the journal of the study cannot be read: its first line is no entry"),
+        ((*TASKS, "--storage", "sqlite:study.db"), "storage sqlite:study.db: an address begins with sqlite://"),
+        ((*TASKS, "--storage", "sqlite://study.db"), "sqlite has no host; write sqlite:///FILE, with three slashes"),
+        ((*TASKS, "--storage", "sqlite:///none/study.db"), "storage sqlite:///none/study.db: cannot be opened: unable to open database file"),
+        ((*TASKS, "--storage", "sqlite:///one.jsonl"), "storage sqlite:///one.jsonl: cannot be opened: file is not a database"),
+        ((*TASKS, "--storage", "mongodb://localhost"), "storage mongodb://localhost: mongodb:// is not known; give the path of a journal"),
+        ((*TASKS, "--storage", "postgresql:///study"), "storage postgresql:///study: names no host; write postgresql://HOST/..."),
+        ((*TASKS, "--storage", "mysql://me:secret@127.0.0.1:1/study"), "storage mysql://me:***@127.0.0.1:1/study: nothing answers at 127.0.0.1:1"),
+        ((*TASKS, "--storage", "postgresql://h:port/study"), "is no address"),
+        ((*TASKS, "--cluster", "127.0.0.1:1"), "--cluster 127.0.0.1:1: no Ray cluster answers there"),
         ((*TASKS, "--hours", "-1"), "hours: must be above 0, got -1"),
         (("--tasks", "none.jsonl"), "none.jsonl: there is no such file."),
         (("--tasks", "arc_easy"), "arc_easy: a search scores texts (.txt) and questions or documents (.jsonl); for lm-eval"),
@@ -135,7 +141,7 @@ def test_folders_that_it_refuses(recipe: Path) -> None:
     assert [path.name for path in (root / "mine").iterdir()] == ["notes.txt"]
 
 
-def test_what_it_refuses_to_continue(recipe: Path, made: Path) -> None:
+def test_what_it_refuses_to_continue(recipe: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = recipe.parent / "out"
     for name in ("base", "a", "b"):
         (recipe.parent / name).symlink_to(made / name)
@@ -173,6 +179,7 @@ def test_what_it_refuses_to_continue(recipe: Path, made: Path) -> None:
     save_file({k: v + 0.01 for k, v in weights.items()}, expert / "model.safetensors", {"format": "pt"})
     refused("begun with another input: expert was ")
     save_file(weights, expert / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("merganser.evaluation.scoring.journal._PATIENCE", 0.05)
     with (out / "items.jsonl").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         refused("items.jsonl: another evaluation is writing it; wait for it, or stop it")
@@ -187,23 +194,3 @@ def test_what_it_refuses_to_continue(recipe: Path, made: Path) -> None:
         (out / name).write_bytes(before[name].removeprefix(b"garbage\n"))
         before[name] = (out / name).read_bytes()
     assert searched(recipe, *tasks, *QUICK).code == 0
-
-
-def test_a_killed_process_continues(recipe: Path, made: Path) -> None:
-    out = recipe.parent / "out"
-    given = {"trials": 6, "sampler": "tpe", "dtype": "float32", "limit": 8}
-    whole = search(recipe, recipe.parent / "whole", TASKS[1:], **given)  # type: ignore[arg-type]
-    arguments = [*TASKS, "--trials", 6, "--sampler", "tpe", "--dtype", "float32", "--limit", 8]
-    command = [sys.executable, "-m", "merganser", "search", recipe, out, *arguments]
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 60
-    while not (out / "recipes" / "trial-0003.yaml").exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    found = search(recipe, out, TASKS[1:], **given)  # type: ignore[arg-type]
-    assert [(t.number, t.settings, t.values, t.items) for t in found.trials] == [
-        (t.number, t.settings, t.values, t.items) for t in whole.trials
-    ]
-    lines = [sorted((folder / "items.jsonl").read_text().splitlines()) for folder in (out, recipe.parent / "whole")]
-    assert lines[0] == lines[1]

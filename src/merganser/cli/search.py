@@ -95,6 +95,22 @@ ItemParameters = Annotated[
         show_default=False,
     ),
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Where trials are stored: the path of a journal, sqlite:///FILE, postgresql://...  [default: OUT/trials.log]",
+        show_default=False,
+    ),
+]
+ClusterAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Spread the trials over a Ray cluster: auto, HOST:PORT, ray://HOST:PORT or local.",
+        show_default=False,
+    ),
+]
 
 
 def search(
@@ -121,13 +137,15 @@ def search(
     early_stopping: Early = True,
     estimator: Estimator = None,
     item_parameters: ItemParameters = None,
+    storage: Storage = None,
+    cluster: ClusterAddress = None,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Find the open values of a recipe by trying them.
 
-    Half of the items of each task choose, and the other half proves what was chosen. A search that was stopped, or killed, continues with the same command.
+    Half of the items of each task choose, and the other half proves what was chosen. A search that was stopped, or killed, continues with the same command; the same command elsewhere joins it.
     """
     options.quieten_hub(quiet)
     from ..search import Interrupted
@@ -160,6 +178,8 @@ def search(
             early_stopping=early_stopping,
             estimator=estimator,
             item_parameters=item_parameters,
+            storage=storage,
+            cluster=cluster,
             cache_dir=cache_dir,
             progress=progress,
         )

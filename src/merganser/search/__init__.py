@@ -3,7 +3,8 @@
 found = search("recipe.yaml", "study", ["french.txt"], base="base", experts={"french": "expert"})
 """
 
-from .run import Found, Interrupted, search
+from .found import Found
+from .run import Interrupted, search
 from .trials import Progress, Trial
 
 __all__ = ["Found", "Interrupted", "Progress", "Trial", "search"]

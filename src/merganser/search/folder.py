@@ -14,9 +14,10 @@ from typing import Any
 import xxhash
 
 from ..errors import CheckpointError, OutputError
-from ..evaluation.scoring.journal import Journal
+from ..evaluation.scoring.journal import Journal, SharedJournal
 from ..files import write_whole
 from ..jsonfile import os_reason, read_object
+from .many.claims import Claims
 
 KIND = "search"
 FORMAT = 1
@@ -24,19 +25,22 @@ FORMAT = 1
 _SETTINGS = "search.json"
 _RECIPES = "recipes"
 _SCRATCH = "scratch"
+_CLAIMS = "claims"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of a search, locked by this process.
+    """The folder of a search.
 
     Args:
         path: The folder.
-        journal: The table of items, which holds the lock.
+        journal: The table of items.
+        claims: The processes that work on the search.
     """
 
     path: Path
     journal: Journal
+    claims: Claims
 
     @property
     def trials(self) -> Path:
@@ -55,8 +59,18 @@ class Folder:
 
     @property
     def scratch(self) -> Path:
-        """Folder for merges that an external command reads; its contents are removed when a search begins."""
-        return self.path / _SCRATCH
+        """Folder for this process's merges that an external command reads."""
+        return self.path / _SCRATCH / self.claims.name
+
+    def sweep(self, *, own: bool = False) -> None:
+        """Remove the merges of processes that were killed, and with `own` those of this one."""
+        folder = self.path / _SCRATCH
+        for each in [*folder.iterdir()] if folder.is_dir() else []:
+            mine = each.name == self.claims.name
+            if own if mine else not self.claims.lives(each.name):
+                shutil.rmtree(each, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
     def settings(self) -> dict[str, Any] | None:
         """Return what the search was begun with; None if it was not yet."""
@@ -98,14 +112,15 @@ class Folder:
 
 
 @contextlib.contextmanager
-def open_folder(path: Path) -> Iterator[Folder]:
-    """Make the folder of a search, or open one that is there, and lock it.
+def open_folder(path: Path, *, shared: bool = False) -> Iterator[Folder]:
+    """Make the folder of a search, or open one that is there.
 
     Args:
         path: The folder; its parent exists.
+        shared: Whether other processes may have it open at the same time; otherwise it is locked.
 
     Raises:
-        OutputError: It is something else, cannot be written, or another process has it open.
+        OutputError: It is something else, cannot be written, or another process has it for itself.
     """
     try:
         if os.path.lexists(path):
@@ -118,14 +133,15 @@ def open_folder(path: Path) -> Iterator[Folder]:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{path}: cannot be written: {os_reason(error)}") from None
-    with Journal(path / "items.jsonl") as journal:
-        folder = Folder(path, journal)
-        shutil.rmtree(folder.scratch, ignore_errors=True)
+    with (SharedJournal if shared else Journal)(path / "items.jsonl") as journal:
+        folder = Folder(path, journal, Claims(path / _CLAIMS))
+        folder.sweep()
         try:
             yield folder
         finally:
-            shutil.rmtree(folder.scratch, ignore_errors=True)
-            if made and folder.settings() is None:
+            folder.sweep(own=True)
+            folder.claims.close()
+            if made and folder.settings() is None and not (path / _CLAIMS).exists():
                 # refused before it began
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -135,7 +151,7 @@ def _check_ours(path: Path) -> None:
         raise OutputError(f"{path}: is a file; give the name of a folder")
     names = {each.name for each in path.iterdir()}
     # a search that was killed before it wrote its settings left these alone
-    if not names - {"items.jsonl", "trials.log", "trials.log.lock", "texts", _SCRATCH}:
+    if not names - {"items.jsonl", "trials.log", "trials.log.lock", "texts", _SCRATCH, _CLAIMS}:
         return
     try:
         found = read_object(path / _SETTINGS) if _SETTINGS in names else {}

@@ -18,11 +18,15 @@ from ..evaluation.scoring.tasks import TextTask
 from .bench import Bench, Failed, Model
 from .command import run_command
 from .estimated import Estimated
+from .folder import Folder
 from .items import HELD
 from .objectives import Bound, Figures, Objective, names_of_retained, retained
 
 _HOPELESS = 0.03
 """Level of the test that ends a trial. It is made twice, and this is Pocock's level of two tests for 5 % in all."""
+
+_COMMAND = "command"
+"""What stands for a task in the table of items where a command judges."""
 
 _LEAST = 6
 """Fewest items that a trial is ended on."""
@@ -254,7 +258,7 @@ class CommandJudge:
     Args:
         words: The command.
         timeout: Seconds after which it is ended.
-        folder: Where models are merged.
+        folder: Where models are merged, and figures are kept.
         objectives: What it prints.
         bounds: Limits on what it prints.
     """
@@ -263,14 +267,14 @@ class CommandJudge:
         self,
         words: list[str],
         timeout: float,
-        folder: Path,
+        folder: Folder,
         objectives: Sequence[Objective],
         bounds: Sequence[Bound],
     ) -> None:
         self._words, self._timeout, self._folder = words, timeout, folder
         self.objectives = objectives
         self.bounds = bounds
-        self._found: dict[str, Figures] = {}
+        folder.scratch.mkdir(parents=True, exist_ok=True)
 
     def judge(self, model: Model, best: Model | None) -> Verdict:
         """Return what a model is worth: as `Judge.judge`."""
@@ -289,9 +293,13 @@ class CommandJudge:
         return None
 
     def _figures(self, model: Model) -> Figures:
-        if model.key not in self._found:
-            self._found[model.key] = self._run(model)
-        return self._found[model.key]
+        # a recipe with its inputs is what the key says; a folder may have changed since
+        key = f"{model.key}/{_COMMAND}"
+        known = self._folder.journal.get(key, 0) if model.key.startswith("recipe ") else None
+        if known is None:
+            known = {"figures": {name: figure.value for name, figure in self._run(model).items()}}
+            self._folder.journal.add(key, 0, known, model=model.name)
+        return {name: Estimate(value) for name, value in known["figures"].items()}
 
     def _run(self, model: Model) -> Figures:
         wanted = {name: None for objective in self.objectives for _, name in objective.terms}
@@ -299,7 +307,7 @@ class CommandJudge:
         path = Path(str(model.reference))
         if path.suffix != ".yaml":
             return run_command(self._words, path, self._timeout, wanted)
-        with tempfile.TemporaryDirectory(prefix="trial-", dir=self._folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix="trial-", dir=self._folder.scratch) as scratch:
             try:
                 made = merge(path, Path(scratch, "model"))
             except MergeError as error:

@@ -2,27 +2,32 @@
 
 The journal of the study is a file of Optuna's, which its dashboard opens, too. A sampler is made anew for every trial,
 with a seed of the study's seed and the trial's number, so that a study that was killed and continued asks for the same
-points as one that was not.
+points as one that was not. Processes that share a study ask one after another; a trial holds the name of the process
+that works on it, and one whose process is dead is taken over.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, UnsupportedError
+from .many.claims import Claims
+from .many.storage import open_storage, shown, storage_errors
 from .objectives import Direction
 from .samplers import OWN, wrap
 from .space import Dimension
 
 SAMPLERS = ("auto", "cma", "tpe", "gp", "random", "nsga2", "nsga3", *OWN)
 
-_NAME = "merganser"
+NAME = "merganser"
+"""Name of a study in its own journal."""
+
+_OWNER = "process"
 _FEW = 30
 """Trials up to which a Gaussian process is the default, and its time per trial is small."""
 _NARROW = 12
@@ -58,60 +63,116 @@ class Asked:
 
 
 class Study:
-    """A study of Optuna, in a journal file or in memory.
+    """A study of Optuna, in a journal file, at an address, or in memory.
 
     Args:
-        path: The journal; None for memory only.
+        where: The journal, or an address for `open_storage`; None for memory only.
         dimensions: The search space.
         directions: Direction of each objective.
         sampler: One of `SAMPLERS` but auto, from `choose_sampler`.
         seed: Seed of the sampler.
         start: Point of the first trial.
+        name: Name of the study.
+        claims: Who works on it; None if no other process does.
 
     Raises:
-        UnsupportedError: Optuna is not installed.
-        OutputError: The journal is damaged.
+        UnsupportedError: Optuna is not installed, or the address is malformed.
+        OutputError: The storage cannot be reached, or is damaged.
     """
 
     def __init__(
         self,
-        path: Path | None,
+        where: Path | str | None,
         dimensions: Sequence[Dimension],
         directions: Sequence[Direction],
         sampler: str,
         seed: int,
         start: Mapping[str, float | int],
+        *,
+        name: str = NAME,
+        claims: Claims | None = None,
     ) -> None:
         optuna = _optuna()
         self._optuna, self._sampler, self._seed, self._start = optuna, sampler, seed, start
         self._dimensions = tuple(dimensions)
         self._spaces = {dimension.name: _distribution(dimension) for dimension in dimensions}
+        self._where, self._claims = where, claims
         try:
-            with _silent():
-                storage = optuna.storages.InMemoryStorage() if path is None else _journal(path)
+            with self._guarded():
+                storage = optuna.storages.InMemoryStorage() if where is None else open_storage(where)
                 self._study = optuna.create_study(
-                    storage=storage, study_name=_NAME, directions=list(directions), load_if_exists=True
+                    storage=storage, study_name=name, directions=list(directions), load_if_exists=True
                 )
-        except (ValueError, KeyError, OSError, optuna.exceptions.OptunaError) as error:
-            raise OutputError(f"{path}: the journal of the study cannot be read: {error}") from None
+        except (ValueError, KeyError, optuna.exceptions.OptunaError) as error:
+            raise OutputError(f"{where}: the journal of the study cannot be read: {error}") from None
 
-    def ask(self) -> Asked:
-        """Return the trial that an earlier run left unfinished, else a new one."""
-        optuna = self._optuna
-        with _silent():
-            left = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-            number = left[0].number if left else len(self._study.get_trials(deepcopy=False))
-            self._study.sampler = self._new_sampler(number)
-            if left:
-                # no other process has this study open, so nobody works on it
-                trial = optuna.trial.Trial(self._study, left[0]._trial_id)
-                point = {name: _suggest(trial, name, space) for name, space in self._spaces.items()}
-            else:
-                if number == 0:
-                    self._study.enqueue_trial(dict(self._start))
-                trial = self._study.ask(fixed_distributions=self._spaces)
-                point = dict(trial.params)
-        return Asked(trial.number, point, trial)
+    def ask(self, most: int | None = None, recipe: Callable[[Mapping[str, Any]], str] = str) -> Asked | None:
+        """Return a trial to carry out: one that was left unfinished, else a new one.
+
+        Args:
+            most: Number of trials in all; None for no limit.
+            recipe: Returns the recipe of a point. No two processes get trials of one recipe at a time.
+
+        Returns:
+            The trial; None if those that are missing are under way in other processes.
+        """
+        states = self._optuna.trial.TrialState
+        with self._claims.turn("ask") if self._claims else contextlib.nullcontext(), self._guarded():
+            trials = [t for t in self._study.get_trials(deepcopy=False) if t.state != states.WAITING]
+            running = [trial for trial in trials if trial.state == states.RUNNING]
+            taken = {trial.number for trial in running if self._is_taken(trial)}
+            busy = {recipe(dict(trial.params)) for trial in running if trial.number in taken}
+            for trial in running:
+                if trial.number not in taken:
+                    found = self._asked(trial.number, trial._trial_id)
+                    if not busy or recipe(found.point) not in busy:
+                        return self._owned(found)
+            if len(taken) < len(running) or (most is not None and len(trials) >= most):
+                return None
+            if not trials:
+                self._study.enqueue_trial(dict(self._start), skip_if_exists=True)
+            found = self._asked(len(trials), None)
+            return None if busy and recipe(found.point) in busy else self._owned(found)
+
+    def _asked(self, number: int, left: int | None) -> Asked:
+        """Return a new trial, or with `left`, its id, one that somebody left."""
+        self._study.sampler = self._new_sampler(number)
+        if left is None:
+            new = self._study.ask(fixed_distributions=self._spaces)
+            return Asked(new.number, dict(new.params), new)
+        trial = self._optuna.trial.Trial(self._study, left)
+        return Asked(number, {name: _suggest(trial, name, space) for name, space in self._spaces.items()}, trial)
+
+    def _owned(self, asked: Asked) -> Asked:
+        if self._claims is not None:
+            asked.handle.set_user_attr(_OWNER, self._claims.name)
+        return asked
+
+    def _is_taken(self, trial: Any) -> bool:
+        owner = trial.user_attrs.get(_OWNER)
+        return (
+            self._claims is not None and owner is not None and owner != self._claims.name and self._claims.lives(owner)
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process works on a trial."""
+        with self._guarded():
+            running = self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.RUNNING,))
+        return any(self._is_taken(trial) for trial in running)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Hide warnings about features of Optuna that it may still change, and tell what the storage refuses."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                yield
+            except storage_errors() as error:
+                if isinstance(error, OutputError | UnsupportedError):
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                raise OutputError(f"storage {shown(str(self._where))}: {reason}; the same command continues") from None
 
     def tell(
         self, asked: Asked, values: Sequence[float] | None, about: Mapping[str, Any], excess: Mapping[str, float]
@@ -124,16 +185,18 @@ class Study:
             about: More to store with it, as plain data.
             excess: By how much it misses each bound; 0 or less if it keeps it.
         """
-        with _silent():
+        # a process that slept for long finds its trial finished by another one, with the same figures
+        finished = self._optuna.exceptions.UpdateFinishedTrialError
+        with self._guarded(), contextlib.suppress(finished):
             for name, value in about.items():
                 asked.handle.set_user_attr(name, value)
             for name, by in excess.items():
                 asked.handle.set_constraint(name, by)
             state = self._optuna.trial.TrialState
             if values is None:
-                self._study.tell(asked.handle, state=state.FAIL)
+                self._study.tell(asked.handle, state=state.FAIL, skip_if_finished=True)
             else:
-                self._study.tell(asked.handle, list(values))
+                self._study.tell(asked.handle, list(values), skip_if_finished=True)
 
     @property
     def keeps_scores(self) -> bool:
@@ -144,7 +207,8 @@ class Study:
     def told(self) -> list[Told]:
         """The trials that are over, in order."""
         states = self._optuna.trial.TrialState
-        over = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))
+        with self._guarded():
+            over = self._study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL))
         return [
             Told(
                 trial.number,
@@ -226,27 +290,6 @@ def _optuna() -> Any:
         ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Hide warnings about features of Optuna that it may still change."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _journal(path: Path) -> Any:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    # left by a process that was killed: the lock of the table of items says that nobody else is here
-    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-    if path.exists():
-        # half a line, of a process that was killed while it wrote
-        whole = path.read_bytes()
-        os.truncate(path, whole.rfind(b"\n") + 1)
-    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def _distribution(dimension: Dimension) -> Any:

@@ -1,4 +1,4 @@
-"""The trials of a study, one after another: asked for, merged, judged, told."""
+"""The trials of a study that this process carries out: asked for, merged, judged, told."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from ..errors import TaskError
 from .bench import Failed, Model
 from .folder import Folder, key_of
 from .judge import Judge
+from .objectives import Objective
 from .samplers.own import SCORES
 from .space import Space
 from .study import Asked, Study, Told
 
 _HOPELESS_START = 5
 """Trials that may fail at the beginning; if none of them has a figure, none of the next will have one."""
+_POLL = 0.2
+"""Seconds between two looks at what other processes do."""
 
 
 @dataclass(frozen=True)
@@ -111,29 +114,77 @@ class Trials:
 
     def __init__(self, study: Study, space: Space, judge: Judge, folder: Folder) -> None:
         self._study, self._space, self._judge, self._folder = study, space, judge, folder
-        self.over: list[Trial] = [self._trial(told) for told in study.told]
+        self._known: dict[int, Trial] = {}
+        self.refresh()
+
+    @property
+    def over(self) -> list[Trial]:
+        """The trials that are over, those of other processes included, by number."""
+        return [self._known[number] for number in sorted(self._known)]
+
+    @property
+    def objectives(self) -> Sequence[Objective]:
+        """What they improve."""
+        return self._judge.objectives
+
+    def refresh(self) -> list[Trial]:
+        """Take over what other processes did since the last call, and return the trials that are new."""
+        new = [self._trial(told) for told in self._study.told if told.number not in self._known]
+        self._known |= {trial.number: trial for trial in new}
+        # after the trials, so that the items of each are known
+        self._folder.journal.refresh()
+        return new
 
     def run(self, count: int | None, deadline: float | None, progress: Progress) -> None:
-        """Carry out trials until there are `count`, or until the deadline.
+        """Carry out trials until there are `count`, or until the deadline; then wait for those of other processes.
 
         Args:
             count: Number of trials, those of earlier runs included; None for no limit.
-            deadline: On `time.monotonic()`; None for none. The trial that runs then is finished.
+            deadline: On `time.monotonic()`; None for none. The trials that run then are finished.
             progress: Receives the progress.
 
         Raises:
             TaskError: The first trials all failed.
         """
-        while (count is None or len(self.over) < count) and (deadline is None or time.monotonic() < deadline):
-            progress.begin(len(self.over), count)
-            asked = self._study.ask()
+        waits = False
+        while not self.enough(count, deadline):
+            asked = self._study.ask(count, self._space.resolve)
+            if asked is None:
+                if not waits:
+                    progress.note("waiting for the trials of other processes")
+                waits = True
+                self._wait()
+                continue
+            progress.begin(asked.number, count)
+            self.refresh()
             self._carry_out(asked)
-            self.over.append(self._trial(self._study.told[-1]))
-            progress.over(self.over[-1], self.best if len(self._judge.objectives) == 1 else None)
-            if len(self.over) == _HOPELESS_START and all(trial.values is None for trial in self.over):
-                raise TaskError(
-                    f"the first {_HOPELESS_START} trials failed, so the search ends; the last: {self.over[-1].failed}"
-                )
+            self.refresh()
+            progress.over(self._known[asked.number], self.best if len(self._judge.objectives) == 1 else None)
+            self.check_start()
+        while self._study.busy:
+            self._wait()
+
+    def enough(self, count: int | None, deadline: float | None) -> bool:
+        """Return whether no further trial is to begin; for the arguments see `run`."""
+        if count is not None and len(self._known) >= count:
+            return True
+        return deadline is not None and time.monotonic() >= deadline
+
+    def check_start(self) -> None:
+        """Refuse to go on if all of the first trials failed.
+
+        Raises:
+            TaskError: They did.
+        """
+        over = self.over
+        if len(over) >= _HOPELESS_START and all(trial.values is None for trial in over):
+            raise TaskError(
+                f"the first {_HOPELESS_START} trials failed, so the search ends; the last: {over[-1].failed}"
+            )
+
+    def _wait(self) -> None:
+        time.sleep(_POLL)
+        self.refresh()
 
     @property
     def best(self) -> Trial | None:

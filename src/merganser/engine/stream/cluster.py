@@ -111,19 +111,24 @@ class Cluster:
         except (OSError, RuntimeError, ValueError, ImportError, AssertionError, ray.exceptions.RayError) as error:
             raise MergeError(f"--cluster {address}: no Ray cluster answers there: {error}") from None
 
+    @property
+    def ray(self) -> Any:
+        """The module, connected."""
+        return self._ray
+
     def close(self) -> None:
         """Disconnect from the cluster."""
         self._ray.shutdown()
 
     def n_workers(self) -> int:
         """Return how many tasks the cluster runs at a time: one per CPU."""
-        with self._errors():
+        with self.errors():
             resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
         return max(int(resources.get("CPU", 1)), 1)
 
     def share(self, plan: Plan) -> Any:
         """Put the plan into Ray's object store, from which every node can read it."""
-        with self._errors():
+        with self.errors():
             return self._ray.put(plan)
 
     def work(
@@ -158,7 +163,7 @@ class Cluster:
                     return
                 state, task = taken
                 result, amounts = self._wait(node.do.remote(task, state.known), schedule)
-            except _lost(ray) as error:
+            except lost_errors(ray) as error:
                 if task is not None:
                     schedule.give_back(task)
                 node, lost = None, lost + 1
@@ -172,12 +177,12 @@ class Cluster:
             done(state, task, result, amounts)
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
         """Tell what Ray refuses, such as a full object store; errors of our own code and lost workers stay as they are."""
         errors = self._ray.exceptions
         try:
             yield
-        except (errors.RayTaskError, *_lost(self._ray)):
+        except (errors.RayTaskError, *lost_errors(self._ray)):
             raise
         except errors.RayError as error:
             first = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -188,13 +193,13 @@ class Cluster:
         while True:
             ready, _ = self._ray.wait([reference], timeout=0.2)
             if ready:
-                with self._errors():
+                with self.errors():
                     return self._ray.get(reference)
             if schedule.finished:
                 raise Stopped
 
 
-def _lost(ray: Any) -> tuple[type[BaseException], ...]:
+def lost_errors(ray: Any) -> tuple[type[BaseException], ...]:
     """Return the errors which say that a worker is lost, so that another one repeats its task."""
     return ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ray.exceptions.NodeDiedError
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ...errors import OutputError
 from ...jsonfile import os_reason, sealed_line, unseal_line
-from ...system import lock
+from ...system import lock, lock_within, unlock
 
 FORMAT = 2
+
+_PATIENCE = 30.0
+"""Seconds to wait for a line that another process writes, which takes milliseconds."""
 
 
 def journal_path(out: Path) -> Path:
@@ -32,6 +36,8 @@ class Journal:
         OutputError: It cannot be written, is not a journal, or another evaluation is writing it.
     """
 
+    _buffering = -1
+
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._found: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -40,7 +46,7 @@ class Journal:
         if path is None:
             return
         try:
-            self._file = path.open("a+b")
+            self._file = path.open("a+b", buffering=self._buffering)
             self._lock()
             self._read()
         except OSError as error:
@@ -90,6 +96,9 @@ class Journal:
             self.notes[name] = value
             self._write({"note": name, "value": value})
 
+    def refresh(self) -> None:
+        """Take over what other processes wrote: nothing, as this one has the file for itself."""
+
     def close(self) -> None:
         """Close the file, which releases its lock."""
         if self._file is not None:
@@ -118,22 +127,124 @@ class Journal:
         length = 0
         for number, line in enumerate(self._file):
             entry = unseal_line(line)
-            if number == 0 and entry != _HEADER:
-                if not line.endswith(b"\n") and sealed_line(_HEADER).startswith(line):
-                    break
-                raise OutputError(
-                    f"{self._path}: is not a file of measurements of this version; remove it, or choose another name"
-                )
+            if number == 0 and not self._is_header(line):
+                break
             if entry is None:
                 break
-            if "note" in entry:
-                self.notes[entry["note"]] = entry["value"]
-            elif "key" in entry:
-                self._found[entry["key"], entry["batch"]] = entry["content"]
+            self._take(entry)
             length += len(line)
         self._file.truncate(length)
         if not length:
             self._write(_HEADER)
+
+    def _is_header(self, line: bytes) -> bool:
+        """Return whether the first line is whole and right; False if it is the beginning of a right one.
+
+        Raises:
+            OutputError: It is something else.
+        """
+        if unseal_line(line) == _HEADER:
+            return True
+        if not line.endswith(b"\n") and sealed_line(_HEADER).startswith(line):
+            return False
+        raise OutputError(
+            f"{self._path}: is not a file of measurements of this version; remove it, or choose another name"
+        )
+
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        if "note" in entry:
+            self.notes[entry["note"]] = entry["value"]
+        elif "key" in entry:
+            self._found[entry["key"], entry["batch"]] = entry["content"]
+
+
+class SharedJournal(Journal):
+    """A journal that several processes write, each one whole lines under a short lock.
+
+    What a process that was killed left of a line is removed by the next one that writes. Damaged lines are passed over.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OutputError: It cannot be written, is not a journal, or a process has it for itself.
+    """
+
+    # a line is one call of the system, so that it is whole even where there are no locks
+    _buffering = 0
+
+    def __init__(self, path: Path) -> None:
+        self._end = 0
+        super().__init__(path)
+
+    def refresh(self) -> None:
+        """Take over the lines that other processes wrote since the last call.
+
+        Raises:
+            OutputError: The file cannot be read, or is no journal any more.
+        """
+        try:
+            self._read_on()
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{self._path}: cannot be read: {os_reason(error)}") from None
+
+    def _lock(self) -> None:
+        """Lock nothing yet: each line is written under a lock of its own."""
+
+    def _read(self) -> None:
+        with self._turn():
+            if not self._end:
+                self._append(_HEADER)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        try:
+            with self._turn():
+                self._append(line)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{self._path}: cannot be written: {os_reason(error)}") from None
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the lock, with all whole lines read and nothing behind them."""
+        descriptor = self._file.fileno()
+        try:
+            locked = lock_within(descriptor, _PATIENCE)
+        except BlockingIOError:
+            raise OutputError(f"{self._path}: another evaluation is writing it; wait for it, or stop it") from None
+        try:
+            self._read_on()
+            if os.fstat(descriptor).st_size > self._end and locked:
+                self._file.truncate(self._end)
+            yield
+        finally:
+            unlock(descriptor)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        left = memoryview(sealed_line(line))
+        while left:
+            left = left[self._file.write(left) :]
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if os.fstat(self._file.fileno()).st_size < self._end:
+            # it was cut by somebody: read it anew, with what is known kept
+            self._end = 0
+        self._file.seek(self._end)
+        *whole, rest = self._file.read().split(b"\n")
+        if not self._end and not whole:
+            # raises if it is something else
+            self._is_header(rest)
+        for line in (line + b"\n" for line in whole):
+            if not self._end:
+                self._is_header(line)
+            entry = unseal_line(line)
+            if entry is not None:
+                self._take(entry)
+            self._end += len(line)
 
 
 _HEADER = {"kind": "evaluation items", "format": FORMAT}
