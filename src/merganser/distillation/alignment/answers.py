@@ -1,0 +1,90 @@
+"""Texts that count, apart from what surrounds them: each model sees an answer within its own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .groups import Groups, byte_groups
+
+__all__ = ["Reading", "answer_groups", "stretches"]
+
+_WHITE = b" \t\n\r"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sequence as one tokenizer reads it, n tokens.
+
+    Args:
+        ids: The tokens, int64, shape [n].
+        ends: For each token the number of bytes up to its end, int64, shape [n]; special tokens take none.
+        counted: Whether the token counts, bool, shape [n].
+        text: The bytes of all tokens.
+    """
+
+    ids: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    counted: NDArray[np.bool_]
+    text: bytes
+
+    def answers(self) -> tuple[bytes, ...]:
+        """Return the bytes of each stretch of tokens that count, without white space around them."""
+        return tuple(
+            self.text[self.before(start) : self.ends[stop - 1]].strip(_WHITE) for start, stop in stretches(self)
+        )
+
+    def before(self, token: int) -> int:
+        """Return the number of bytes before a token."""
+        return int(self.ends[token - 1]) if token else 0
+
+
+def stretches(reading: Reading) -> list[tuple[int, int]]:
+    """Return the first token of each stretch of tokens that count, and the one after its last."""
+    edges = np.flatnonzero(np.diff(reading.counted.astype(np.int8), prepend=0, append=0))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def answer_groups(one: Reading, other: Reading) -> Iterator[tuple[int, int, Groups]]:
+    """Align the first, second, ... stretch of tokens that count in both readings.
+
+    Where they begin with different white space, that is left out, as tokenizers of sentencepiece put a space there; from the
+    first byte where the stretches differ nothing is aligned.
+
+    Yields:
+        For each stretch its first token in both readings, and its groups, whose indices are counted from there.
+    """
+    pairs = [*zip(stretches(one), stretches(other), strict=False)]
+    if len(stretches(one)) != len(stretches(other)):
+        return
+    for own, others in pairs:
+        white, other_white = _white(one, own), _white(other, others)
+        if white == other_white:
+            white = other_white = b""
+        (text, ends), (other_text, other_ends) = _core(one, own, len(white)), _core(other, others, len(other_white))
+        same = _common(text, other_text)
+        yield own[0], others[0], byte_groups(ends[ends <= same], other_ends[other_ends <= same])
+
+
+def _white(reading: Reading, stretch: tuple[int, int]) -> bytes:
+    """Return the white space that a stretch begins with."""
+    text = reading.text[reading.before(stretch[0]) : reading.ends[stretch[1] - 1]]
+    return text[: len(text) - len(text.lstrip(_WHITE))]
+
+
+def _core(reading: Reading, stretch: tuple[int, int], white: int) -> tuple[bytes, NDArray[np.int64]]:
+    """Return a stretch's bytes behind its white space, and the ends of its tokens, counted from there."""
+    start, stop = stretch
+    first = reading.before(start) + white
+    return reading.text[first : reading.ends[stop - 1]], np.maximum(reading.ends[start:stop] - first, 0)
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """Return the number of bytes at which both begin alike."""
+    size = min(len(one), len(other))
+    if one[:size] == other[:size]:
+        return size
+    return int(np.argmax(np.frombuffer(one, np.uint8, size) != np.frombuffer(other, np.uint8, size)))

@@ -1,0 +1,1 @@
+"""Losses by which one model is taught what others say, as functions of its logits."""

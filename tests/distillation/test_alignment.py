@@ -1,0 +1,274 @@
+"""Alignment of tokens, vocabularies and answers, against references that try everything."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merganser.distillation.alignment.answers import Reading, answer_groups
+from merganser.distillation.alignment.chunks import chunks
+from merganser.distillation.alignment.edit_distance import Nearest, edit_distances
+from merganser.distillation.alignment.groups import byte_groups
+from merganser.distillation.alignment.tables import byte_table, edit_table
+from merganser.distillation.alignment.transfer import Predictions, lesson_by_bytes, lesson_by_warping
+from merganser.distillation.alignment.warping import partners, warp
+from merganser.distillation.vocabulary import Vocabulary
+from tests.reference import fusion as reference
+
+
+def divide(text: bytes, cuts: set[int]) -> list[bytes]:
+    edges = [0, *sorted(cut for cut in cuts if 0 < cut < len(text)), len(text)]
+    return [text[a:b] for a, b in pairwise(edges)]
+
+
+def ends_of(tokens: Sequence[bytes]) -> np.ndarray:
+    return np.cumsum([len(token) for token in tokens], dtype=np.int64)
+
+
+def reading(
+    tokens: Sequence[bytes], counted: Sequence[bool] | None = None, ids: Sequence[int] | None = None
+) -> Reading:
+    n = len(tokens)
+    return Reading(
+        np.array(range(n) if ids is None else ids, np.int64),
+        ends_of(tokens),
+        np.array([True] * n if counted is None else counted, np.bool_),
+        b"".join(tokens),
+    )
+
+
+quick = settings(max_examples=40)
+
+cuts = st.sets(st.integers(1, 30))
+texts = st.binary(min_size=1, max_size=30)
+
+
+@quick
+@given(texts, cuts, cuts)
+def test_groups_are_the_finest_and_cover_every_byte(text: bytes, one: set[int], other: set[int]) -> None:
+    own, others = divide(text, one), divide(text, other)
+    found = byte_groups(ends_of(own), ends_of(others))
+    pieces = [
+        (b"".join(own[a:b]), b"".join(others[c:d]))
+        for a, b, c, d in zip(found.starts, found.stops, found.other_starts, found.other_stops, strict=True)
+    ]
+    assert pieces == reference.groups(own, others)
+    assert b"".join(piece for piece, _ in pieces) == b"".join(piece for _, piece in pieces) == text
+
+
+@quick
+@given(texts, cuts)
+def test_groups_of_one_division_are_its_tokens(text: bytes, cut: set[int]) -> None:
+    ends = ends_of(divide(text, cut))
+    found = byte_groups(ends, ends)
+    assert found.ends.tolist() == ends.tolist()
+    assert found.starts.tolist() == found.other_starts.tolist() == list(range(len(ends)))
+
+
+def test_tokens_without_bytes_are_in_no_group() -> None:
+    found = byte_groups([0, 3, 3, 5, 5], [2, 3, 5])
+    assert found.starts.tolist() == [1, 3]
+    assert found.stops.tolist() == [2, 4]
+    assert found.other_starts.tolist() == [0, 2]
+    assert len(byte_groups([], [1])) == 0
+    # what one side has more is in no group
+    assert byte_groups([2, 4], [2, 3, 7]).ends.tolist() == [2]
+    with pytest.raises(ValueError, match="must not decrease"):
+        byte_groups([2, 1], [2])
+
+
+letters = st.binary(max_size=9).map(lambda own: bytes(byte % 3 + 97 for byte in own))
+
+
+@quick
+@given(letters, st.lists(letters, min_size=1, max_size=6))
+def test_edit_distances(pattern: bytes, others: list[bytes]) -> None:
+    for other in others:
+        table = np.frombuffer(other, np.uint8).reshape(1, -1)
+        assert edit_distances(pattern, table)[0] == reference.edit_distance(pattern, other)
+
+
+@pytest.mark.parametrize("size", [63, 64, 65, 90])
+def test_edit_distances_at_the_width_of_a_word(size: int) -> None:
+    draw = random.Random(size)
+    pattern = bytes(draw.choices(b"ab", k=size))
+    others = [bytes(draw.choices(b"ab", k=70)) for _ in range(3)]
+    found = edit_distances(pattern, np.frombuffer(b"".join(others), np.uint8).reshape(3, 70))
+    assert found.tolist() == [reference.edit_distance(pattern, other) for other in others]
+
+
+@quick
+@given(letters.filter(len), st.lists(letters, min_size=1, max_size=8))
+def test_nearest_is_the_first_minimum(token: bytes, tokens: list[bytes]) -> None:
+    distances = [(reference.edit_distance(token, own), i) for i, own in enumerate(tokens) if own]
+    assert Nearest(tokens).find(token) == (min(distances)[1] if distances else -1)
+
+
+@quick
+@given(st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_warping_is_the_cheapest_path(costs: list[list[int]]) -> None:
+    path = warp(np.array(costs, np.float64))
+    assert path[0] == (0, 0)
+    assert path[-1] == (len(costs) - 1, 2)
+    for (a, b), (c, d) in pairwise(path):
+        assert (c - a, d - b) in [(1, 1), (1, 0), (0, 1)]
+    assert sum(costs[i][j] for i, j in path) == reference.cheapest_path([[*map(float, row)] for row in costs])
+
+
+def test_partners() -> None:
+    assert partners([b"a", b" cat"], [b"a", b"cat"]) == [(0,), (1,)]
+    assert partners([b"utter", b" ly"], [b"utter", b"l", b"y"]) == [(0,), (1, 2)]
+    assert partners([], [b"x"]) == []
+    assert partners([b"x"], []) == [()]
+
+
+SOURCE = Vocabulary((b"", b"a", b"ab", b"abc", b"zz", None, b"a", b""), {"<s>": 0, "</s>": 7}, {"bos": 0, "eos": 7})
+TARGET = Vocabulary((b"a", b"ab", b"b", b"", b"", b"z", b"a"), {"<s>": 3, "<end>": 4}, {"eos": 4})
+
+
+def test_tables() -> None:
+    assert byte_table(SOURCE, TARGET).tolist() == [3, 0, 1, 1, 5, -1, 6, 4]
+    # two edits lead from "zz" to "a" and to "ab", one to "z"; one from "abc" to "ab"
+    told: list[tuple[int, int]] = []
+    assert edit_table(SOURCE, TARGET, lambda *own: told.append(own)).tolist() == [3, 0, 1, 1, 5, -1, 6, 4]
+    assert told == [(1, 2), (2, 2)]
+    assert edit_table(Vocabulary((b"bz",)), TARGET).tolist() == [2]
+    assert byte_table(Vocabulary((b"x",)), TARGET).tolist() == [-1]
+    for table in (byte_table, edit_table):
+        assert table(SOURCE, SOURCE).tolist() == list(range(8))
+
+
+@quick
+@given(st.lists(st.one_of(st.none(), st.binary(max_size=5)), max_size=9))
+def test_a_stored_vocabulary_comes_back(tokens: list[bytes | None]) -> None:
+    special = {f"<{i}>": i for i, token in enumerate(tokens) if token == b""}
+    own = Vocabulary(tuple(tokens), special, {})
+    arrays = own.to_arrays()
+    assert Vocabulary.from_arrays(arrays, special, {}) == own
+    with pytest.raises(ValueError, match="do not fit each other"):
+        Vocabulary.from_arrays({**arrays, "ends": np.append(arrays["ends"], 99)}, special, {})
+
+
+def predictions(n: int, k: int, vocabulary: int, seed: int = 0) -> Predictions:
+    draw = np.random.default_rng(seed)
+    logits = draw.normal(size=(n, vocabulary))
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ids = np.argsort(-logs, axis=1)[:, :k]
+    top = np.take_along_axis(logs, ids, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rest = np.log(np.maximum(1 - np.exp(top).sum(1), 0)) if k < vocabulary else np.full(n, -np.inf)
+    return Predictions(ids.astype(np.int32), top.astype(np.float32), rest.astype(np.float32))
+
+
+def test_one_tokenizer_is_the_identity() -> None:
+    own = reading([b"", b"ab", b"c", b"", b"d"])
+    said = predictions(5, 3, 5)
+    found = lesson_by_bytes(own, own, said, np.arange(5), same=True)
+    assert found.positions.tolist() == [0, 1, 2, 3]
+    for name in ("ids", "log_probabilities", "rest"):
+        assert (getattr(found, name) == getattr(said, name)[:4]).all()
+
+
+@quick
+@given(texts, cuts, cuts, st.integers(0, 99))
+def test_no_probability_is_lost(text: bytes, one: set[int], other: set[int], seed: int) -> None:
+    student, source = reading([b"", *divide(text, one)]), reading([b"", *divide(text, other)])
+    said = predictions(len(source.ids), 4, 8, seed)
+    table = np.random.default_rng(seed).integers(-1, 3, size=8)
+    found = lesson_by_bytes(student, source, said, table, same=False)
+    sums = np.exp(found.log_probabilities.astype(np.float64)).sum(1) + np.exp(found.rest.astype(np.float64))
+    np.testing.assert_allclose(sums, 1, atol=1e-5)
+    for row in found.ids.tolist():
+        known = [own for own in row if own >= 0]
+        assert known == sorted(set(known))
+        assert row == known + [-1] * (4 - len(known))
+    # what is taught at a position is what the source says at the same byte
+    for number, position in enumerate(found.positions.tolist()):
+        place = source.ends.tolist().index(student.ends[position])
+        probabilities = np.exp(said.log_probabilities[place].astype(np.float64))
+        for token, log_probability in zip(found.ids[number], found.log_probabilities[number], strict=True):
+            if token >= 0:
+                expected = probabilities[table[said.ids[place]] == token].sum()
+                np.testing.assert_allclose(np.exp(log_probability), expected, rtol=1e-5)
+    starts = {0, *ends_of(divide(text, one))[:-1].tolist()} & {0, *ends_of(divide(text, other))[:-1].tolist()}
+    everything = (table[said.ids] >= 0).any(1)
+    wanted = [b for b in sorted(starts) if everything[source.ends.tolist().index(b)]]
+    assert student.ends[found.positions].tolist() == wanted
+
+
+def test_answers_are_aligned_apart_from_templates() -> None:
+    # <user> q \n <assistant> the answer <end> \n, and the same in another template, with a space before the answer
+    student = reading(
+        [b"", b"q", b"\n", b"", b"the", b" ans", b"wer", b"", b"\n"],
+        [False] * 4 + [True] * 5,
+        [0, 1, 2, 0, 3, 4, 5, 9, 2],
+    )
+    source = reading(
+        [b"User: ", b"q", b" Bot:", b" the", b" answer", b""], [False] * 3 + [True] * 3, [0, 1, 2, 3, 4, 7]
+    )
+    assert student.answers() == source.answers() == (b"the answer",)
+    table = np.full(8, 9)
+    found = lesson_by_bytes(student, source, predictions(6, 2, 8), table, same=False)
+    # behind the marker of the turn, behind "the", and at the end of the answer, where both end their turn
+    assert found.positions.tolist() == [3, 4, 6]
+    # the answers differ after their first word
+    other = reading([b"Bot:", b" the", b" ant"], [False, True, True])
+    ((own, others, groups),) = answer_groups(student, other)
+    assert (own, others, groups.ends.tolist()) == (4, 1, [3])
+    assert not [*answer_groups(student, reading([b"x"], [False]))]
+
+
+def test_warping_teaches_behind_equal_tokens() -> None:
+    # the source's 1, 2, 3 are the student's 4, 5, 6; its 0 and 4 are both the student's 8
+    table = np.array([8, 4, 5, 6, 8])
+    student = reading([b"a", b" cat", b"sat"], ids=[4, 5, 6])
+    source = reading([b"a", b"cat", b"sat"], ids=[1, 2, 3])
+    said = predictions(3, 3, 5, seed=3)
+    found = lesson_by_warping(student, source, said, table, ([b"a", b" cat", b"sat"], [b"a", b"cat", b"sat"]))
+    # nothing follows the last token
+    assert found.positions.tolist() == [0, 1]
+    np.testing.assert_allclose(np.exp(found.log_probabilities).sum(1), 1, rtol=1e-6)
+    assert (found.rest == -np.inf).all()
+    for row, place in zip(found.ids, (0, 1), strict=True):
+        mapped = table[said.ids[place]].tolist()
+        assert row.tolist() == [own if own not in mapped[:i] else -1 for i, own in enumerate(mapped)]
+    unequal = reading([b"a", b"cat", b"sat"], ids=[1, 3, 3])
+    again = lesson_by_warping(student, unequal, said, table, ([b"a", b" cat", b"sat"], [b"a", b"cat", b"sat"]))
+    assert again.positions.tolist() == [0]
+
+
+@quick
+@given(texts, cuts, cuts, st.booleans())
+def test_chunks_hold_the_likelihood_of_their_bytes(
+    text: bytes, one: set[int], other: set[int], at_spaces: bool
+) -> None:
+    own, others = divide(text, one), divide(text, other)
+    spoken = np.random.default_rng(len(text)).normal(size=len(others) + 1).astype(np.float32)
+    found = chunks(reading([b"", *own]), reading([b"", *others]), spoken, at_spaces=at_spaces)
+    pieces: dict[int, bytes] = {}
+    for token, number in zip([b"", *own], found.numbers.tolist(), strict=True):
+        if number >= 0:
+            pieces[number] = pieces.get(number, b"") + token
+    assert [*pieces] == list(range(len(found.log_probabilities)))
+    ends = np.cumsum([len(piece) for piece in pieces.values()])
+    assert b"".join(pieces.values()) == text
+    edges, sides = [0, *ends.tolist()], ends_of(others).tolist()
+    for number, (a, b) in enumerate(pairwise(edges)):
+        inside = [spoken[i + 1] for i, end in enumerate(sides) if a < end <= b]
+        np.testing.assert_allclose(found.log_probabilities[number], np.sum(inside, dtype=np.float64), rtol=1e-5)
+    if at_spaces:
+        assert all(text[end : end + 1] in (b" ", b"") for end in ends.tolist())
+    else:
+        assert [*pieces.values()] == [piece for piece, _ in reference.groups(own, others)]
+
+
+def test_a_chunk_with_the_first_token_of_a_sequence_is_left_out() -> None:
+    found = chunks(reading([b"ab", b"c", b"d"]), reading([b"a", b"b", b"cd"]), np.array([0.0, -1.0, -2.0], np.float32))
+    assert found.numbers.tolist() == [-1, 0, 0]
+    assert found.log_probabilities.tolist() == [-2.0]
