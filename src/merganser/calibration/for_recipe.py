@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ..errors import MergeError, OutputError, RecipeError
 from ..method import MergeMethod
-from ..recipe import Inputs, ModelReference, Recipe, Slice, Source, check_recipe
+from ..recipe import Inputs, ModelReference, Recipe, Resolver, Slice, Source, check_recipe
 from ..recipe.data import Data
 from ..recipe.place import Place
 from ..statistics import LOSS, STATISTICS_NAME, CalibrationPlan, Statistics, open_statistics
 from ..statistics.choice import LABELS
+from .learning import Descent, descent_of
 from .plan import lay_out, plan_prepared
 from .preparation import Prepared, prepare
 from .reverse import GRADIENTS
@@ -51,6 +52,7 @@ class Wanted:
         inputs: What computes the inputs, as in `FromData`. If not the model itself, all models of the recipe are
             measured together, and the name of the folder has two parts, the first of which they share.
         together: Number of the models that are measured together.
+        descent: The steps in which coefficients are learnt; None if none are.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Wanted:
     of_base: bool = False
     inputs: str = "own"
     together: int = 1
+    descent: Descent | None = None
 
 
 def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
@@ -101,13 +104,21 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
             raise RecipeError(f"{recipe.place_of(unused)}: {reason}; leave the key out")
     _check_labels(method, list(found.values()))
     together = 1 if method.data_inputs == "own" else len(found)
-    return [replace(each, together=together) for each in found.values()]
+    descent = _descent(resolver) if found else None
+    return [replace(each, together=together, descent=descent) for each in found.values()]
+
+
+def _descent(resolver: Resolver) -> Descent | None:
+    """Return the steps in which the method learns coefficients, which all tensors share; None if it learns none."""
+    if resolver.method.data_inputs != "end_to_end":
+        return None
+    return descent_of(resolver.method, resolver.parameters(0, "", [""] * len(resolver.sources(0).models), 0.0))
 
 
 def _statistics(method: MergeMethod) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the statistics that a method takes of what it measures, and of the base on every model's data."""
     own: list[str] = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
-    own += [each.statistic for each in method.numbers.values()]
+    own += [each.measured for each in method.numbers.values()]
     of_base = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
     return tuple(dict.fromkeys(own)), tuple(dict.fromkeys(of_base))
 
@@ -208,7 +219,9 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
         MergeError: The data or the model cannot be used; the message begins with the place in the recipe.
     """
     with prepared_for(wanted, cache_dir) as prepared:
-        plan, blocks = plan_prepared(prepared, wanted.model, wanted.name, wanted.inputs, wanted.together)
+        plan, blocks = plan_prepared(
+            prepared, wanted.model, wanted.name, wanted.inputs, wanted.together, wanted.descent
+        )
         lay_out(prepared, blocks, folder, wanted.inputs)
         present = kept is not None and (kept / STATISTICS_NAME).exists()
         if present and kept is not None:

@@ -17,6 +17,8 @@ from ..jsonfile import os_reason
 from ..statistics import COUNT, STATISTICS_NAME, CalibrationPlan, Choice, sum_name
 from ..statistics.choice import BATCH_TOKENS
 from .forward import Output, run_alone
+from .learning import Descent, plan_learning
+from .learning import planned_coefficients as planned_learnt
 from .preparation import Data, Prepared, prepare
 from .reducers import REDUCERS, CrossGram, Reducer, products_of
 from .reverse import GRADIENTS, LOSS_FILE, check_predicts
@@ -36,7 +38,7 @@ _RUNTIME = 500_000_000
 _BESIDE_PRODUCTS = 1.3
 _READ_RATE = 1e9
 # within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
-_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0}
+_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "end_to_end": 1.0}
 # forward and backward, with the default number of steps, each on one batch
 _FIT_PASSES, _FIT_STEPS = 3.0, 30
 _STARTING = 4.0
@@ -68,7 +70,12 @@ def plan_calibration(
 
 
 def plan_prepared(
-    prepared: Prepared, model: str, name: str, inputs: str = "own", together: int = 1
+    prepared: Prepared,
+    model: str,
+    name: str,
+    inputs: str = "own",
+    together: int = 1,
+    descent: Descent | None = None,
 ) -> tuple[CalibrationPlan, list[list[Tapped]]]:
     """Plan a prepared calibration.
 
@@ -80,6 +87,7 @@ def plan_prepared(
         name: Name of the folder of its statistics.
         inputs: What computes the inputs, as in `FromData`.
         together: Number of models that are measured together.
+        descent: The steps in which coefficients are learnt; None if none are.
 
     Returns:
         The plan, and for every block the tensors that will have statistics; their sums have shapes, but no values.
@@ -89,11 +97,13 @@ def plan_prepared(
         DataError: No token of the data is predicted, and a loss is wanted.
     """
     skeleton = prepared.skeleton
-    if prepared.labels is not None:
+    if prepared.labels is not None or descent is not None:
         check_predicts(skeleton, prepared.batches())
     found = _block_sums(prepared)
     if inputs == "merged":
         found = [planned_pairs(skeleton, block) for block in found]
+    if descent is not None:
+        found = planned_learnt(skeleton, descent)
     if inputs == "fitted":
         found = [planned_coefficients(skeleton, block) for block in skeleton.blocks]
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
@@ -112,7 +122,11 @@ def plan_prepared(
         memory, spool = max(memory, _RUNTIME + reverse.peak_memory), reverse.spool_bytes
         stored, seconds = stored + reverse.stored_bytes, seconds + reverse.adding
         files += reverse.sums
-    rate = partial(_rate, skeleton.dtype, threads=torch.get_num_threads())
+    if descent is not None:
+        learning = plan_learning(skeleton, descent, prepared.samples, _forward_operations(prepared), together)
+        forward, read = learning.operations, learning.bytes_read
+        memory, spool = _RUNTIME + learning.peak_memory, learning.spool_bytes
+    rate = partial(_rate, skeleton.dtype if descent is None else torch.float32, threads=torch.get_num_threads())
     seconds += read / _READ_RATE + _BESIDE_PRODUCTS * forward / rate(sums=False) + sums / rate(sums=True)
     return (
         CalibrationPlan(
@@ -131,6 +145,7 @@ def plan_prepared(
             spool_bytes=spool,
             statistics_bytes=stored,
             files=(STATISTICS_NAME, *files),
+            steps=0 if descent is None else descent.steps,
         ),
         found,
     )
@@ -143,7 +158,7 @@ def _gradients(prepared: Prepared) -> list[str]:
 
 def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
     """Return the names of all statistics that are measured."""
-    extra = {"merged": (CROSS_GRAM,), "fitted": (COEFFICIENTS,)}.get(inputs, ())
+    extra = {"merged": (CROSS_GRAM,), "fitted": (COEFFICIENTS,), "end_to_end": (COEFFICIENTS,)}.get(inputs, ())
     return (*prepared.statistics, *extra)
 
 
@@ -250,7 +265,7 @@ def _peak_memory(
     skeleton = prepared.skeleton
     # for a fit the block's base, task vectors and gradient in float32, too
     wide = (together + 3) * 4 / skeleton.dtype.itemsize
-    held = {"own": (1, 1), "prefix": (1, 2), "merged": (2, 3), "fitted": (2, 2 + wide)}[inputs]
+    held = {"own": (1, 1), "prefix": (1, 2), "merged": (2, 3), "fitted": (2, 2 + wide), "end_to_end": (1, 1)}[inputs]
     largest = max(_loaded(skeleton, block.sources) for block in skeleton.blocks)
     sums = max(sum(_memory(tapped) for tapped in block) for block in blocks)
     widest = max((tapped.width for block in blocks for tapped in block), default=0)

@@ -27,6 +27,8 @@ def calibration_rows(plans: Sequence[CalibrationPlan]) -> list[list[str]]:
         if own.present:
             rows.append(["", f"{', '.join(own.statistics)}: there already"])
             continue
+        if own.steps:
+            rows.append(["", f"{plural(own.steps, 'step')} of gradient descent through the whole merged model"])
         rows.append(["", f"{', '.join(own.statistics)}: {size_text(own.statistics_bytes)}, {_spool(own)}"])
         rows.append(["", _costs(own)])
     working = [own for own in plans if not own.present]

@@ -243,6 +243,7 @@ def _calibration(own: Statistics) -> dict[str, Any]:
         "tokenizer": own.about["tokenizer"],
         "statistics": list(own.statistics),
         "parts": own.about["parts"],
+        **({"learning": own.about["learning"]} if "learning" in own.about else {}),
     }
 
 

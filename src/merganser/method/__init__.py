@@ -22,6 +22,7 @@ counts and choices are passed as plain Python values.
 """
 
 from .declare import merge_method
+from .learning import Learning
 from .location import Location
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import (
@@ -51,6 +52,7 @@ __all__ = [
     "Ignored",
     "Kept",
     "Law",
+    "Learning",
     "Location",
     "Lossless",
     "MergeMethod",

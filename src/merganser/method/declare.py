@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .docstring import Docstring, parse_docstring
 from .factors import Factors
+from .learning import LEARNING_PARAMETERS
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
 from .statistic import FromData, NumbersFromData, Statistic, When, from_data_complaint
@@ -180,7 +181,8 @@ def _data_complaint(scope: Scope, from_data: Mapping[str, FromData], parameters:
             continue
         if scope != "tensor":
             return f"{name} are of chunks of a whole tensor, which only methods of scope 'tensor' are handed"
-        lacking = sorted({"weight", "start", "chunks", "steps", "rate", "regulariser"} - parameters.keys())
+        fit = {"weight", "start", "chunks", "steps", "rate", "regulariser"}
+        lacking = sorted((fit if own.learning is None else {*LEARNING_PARAMETERS}) - parameters.keys())
         if lacking:
             return f"{name} are fitted with the parameters {', '.join(lacking)}, which it does not declare"
     return None

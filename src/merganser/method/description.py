@@ -47,7 +47,7 @@ def describe(method: MergeMethod) -> MethodDescription:
 def _from_data(method: MergeMethod, *, of_base: bool) -> list[str]:
     found: list[str] = [own.statistic for own in method.from_data.values() if (own.of == "base_on_models") == of_base]
     if not of_base:
-        found += [own.statistic for own in method.numbers.values() if not own.optional]
+        found += [own.measured for own in method.numbers.values() if not own.optional]
     return list(dict.fromkeys(found))
 
 

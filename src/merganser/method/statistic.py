@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from .learning import Learning
+
 When = str | Callable[..., bool] | None
 
 
@@ -114,18 +116,23 @@ class FromData:
         coefficients         of the task vector, one for each chunk of consecutive elements, shape [chunks]
 
     which are fitted block by block within the merge, before the method runs. It declares the parameters `weight` (per
-    model), `start`, `chunks`, `steps`, `rate` and `regulariser` of the fit, as `expert_merging` explains them.
+    model), `start`, `chunks`, `steps`, `rate` and `regulariser` of the fit, as `expert_merging` explains them. With
+    `learning` they are instead learnt by gradients of the whole merged model, and of the shape [1], or where every column
+    has its own, of a shape that is multiplied with the tensor entry by entry. The method then declares `weight` (per
+    model), `steps`, `rate` and `batch`, as `adamerging` explains them.
 
     Args:
         statistic: Which of them.
         inputs: What computes x on the model's data: "own", the model itself; "prefix", the model's block behind the
             merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
-            blocks before it; "fitted", the block while coefficients are fitted, behind the merged blocks before it. All
-            statistics of a method have the same; for the last three, models are calibrated and merged block by block.
-            `cross_gram` needs "merged", and `coefficients` "fitted".
+            blocks before it; "fitted", the block while coefficients are fitted, behind the merged blocks before it;
+            "end_to_end", the whole merged model while coefficients are learnt. All statistics of a method have the same;
+            for the three before the last, models are calibrated and merged block by block. `cross_gram` needs "merged",
+            and `coefficients` "fitted" or "end_to_end".
         of: Whose statistics they are: a tensor for each of the "models"; one, for the "base" or the "first" model; or a
             tensor for each model, of the base on the data of that model: "base_on_models". All statistics of a method
             have the same, but that "models" goes with "base_on_models"; those of one are of its own inputs.
+        learning: How coefficients are learnt, for "end_to_end".
     """
 
     statistic: Literal[
@@ -139,8 +146,9 @@ class FromData:
         "absolute_gradient",
         "coefficients",
     ]
-    inputs: Literal["own", "prefix", "merged", "fitted"] = "own"
+    inputs: Literal["own", "prefix", "merged", "fitted", "end_to_end"] = "own"
     of: Literal["models", "base", "first", "base_on_models"] = "models"
+    learning: Learning | None = None
 
     @property
     def of_inputs(self) -> bool:
@@ -162,7 +170,8 @@ class FromData:
         if self.elementwise:
             return tuple(block)
         if not self.summed:
-            return (1,)
+            of_columns = self.learning is not None and self.learning.over == "column" and len(block) > 1
+            return (*[1] * (len(block) - 1), block[-1]) if of_columns else (1,)
         rows, columns = block[-2:]
         square = {"gram": columns, "cross_gram": columns, "gradient_gram": rows}.get(self.statistic)
         return (columns,) if square is None else (square, square)
@@ -176,6 +185,8 @@ class NumbersFromData:
     sequence with one entry per model:
 
         loss           mean loss, nats per token
+        losses         loss of every sequence, the sum over its tokens, nats: a sequence, in the order of the draw, which is
+                       the same for models of one tokenizer and the same data
         sensitivity    mean over tokens of the sum of |w g| over the entries w of a layer, g being their gradients: a mapping
                        by the number of the layer, with None for all that is in no layer
 
@@ -184,8 +195,13 @@ class NumbersFromData:
         optional: Whether the method works without them; it then gets None.
     """
 
-    statistic: Literal["loss", "sensitivity"]
+    statistic: Literal["loss", "losses", "sensitivity"]
     optional: bool = False
+
+    @property
+    def measured(self) -> str:
+        """The statistic that `merganser calibrate` measures for it."""
+        return "loss" if self.statistic == "losses" else self.statistic
 
 
 def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
@@ -197,8 +213,11 @@ def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
     odd = next((name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs != "merged"), None)
     if odd is not None:
         return f"{odd} compares inputs of the merged model with others, which needs inputs='merged'"
-    odd = next((name for name, own in wanted.items() if (own.inputs == "fitted") == own.summed), None)
-    return None if odd is None else f"{odd}: coefficients are fitted, and nothing else: they need inputs='fitted'"
+    odd = next((name for name, own in wanted.items() if (own.inputs in ("fitted", "end_to_end")) == own.summed), None)
+    if odd is not None:
+        return f"{odd}: coefficients are fitted, and nothing else: they need inputs='fitted' or 'end_to_end'"
+    odd = next((name for name, own in wanted.items() if (own.inputs == "end_to_end") == (own.learning is None)), None)
+    return None if odd is None else f"{odd}: inputs='end_to_end' and learning belong together"
 
 
 def statistic(

@@ -4,6 +4,7 @@ from .choice import Choice, Dataset
 from .format import (
     COUNT,
     LOSS,
+    LOSSES,
     PREDICTIONS,
     STATISTICS_FORMAT,
     STATISTICS_KIND,
@@ -18,6 +19,7 @@ from .plan import CalibrationPlan
 __all__ = [
     "COUNT",
     "LOSS",
+    "LOSSES",
     "PREDICTIONS",
     "STATISTICS_FORMAT",
     "STATISTICS_KIND",

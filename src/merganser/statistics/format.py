@@ -17,7 +17,8 @@ Of coefficients that were fitted within a merge, for every tensor of a block,
 
 Matrices that receive the same inputs share their sums. `x` is computed by the model itself, or within a merge: by its
 block behind merged blocks, or by merged blocks alone (`inputs` in statistics.json: "own", "prefix", "merged", and
-"fitted" for coefficients). The last three belong to one merge, whose hash is stored as `merge`.
+"fitted" for coefficients; "end_to_end" for those that were learnt with the whole merged model). All but "own" belong to
+one merge, whose hash is stored as `merge`.
 
 With `g` the gradient of the loss of one sequence, which is the negative log-likelihood of its tokens that count, the sums
 over sequences are
@@ -29,6 +30,7 @@ over sequences are
     gradient_gram       Σ g gᵀ over tokens, with g for the output of a matrix, float32, shape [out, out]
     loss                the loss, float64, 0-d, for the whole model
     predictions         number of tokens in the loss, int64, 0-d, for the whole model
+    losses              the loss of each sequence, float64, shape [sequences], in the order in which they were drawn
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COUNT",
     "LOSS",
+    "LOSSES",
     "PREDICTIONS",
     "STATISTICS_FORMAT",
     "STATISTICS_KIND",
@@ -72,6 +75,9 @@ LOSS = "loss"
 
 PREDICTIONS = "predictions"
 """The number of tokens in the loss."""
+
+LOSSES = "losses"
+"""The loss of each sequence; statistics of parts of the data are joined, not added."""
 
 _OF_INPUTS = (COUNT, "magnitude", "second_moment", "gram", "cross_gram", "coefficients")
 
@@ -121,7 +127,7 @@ class Statistics:
 
     @property
     def inputs(self) -> str:
-        """What computed the inputs: "own", "prefix", "merged" or "fitted"."""
+        """What computed the inputs: "own", "prefix", "merged", "fitted" or "end_to_end"."""
         return str(self.about.get("inputs", "own"))
 
     @property
@@ -177,6 +183,19 @@ class Statistics:
     def loss(self) -> float | None:
         """The mean loss, nats per token; None if the folder does not contain it."""
         return self._scalar(LOSS) / max(self.predictions, 1) if LOSS in self.statistics else None
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The loss of each sequence, nats, in the order in which they were drawn.
+
+        Raises:
+            DataError: The folder does not contain them.
+        """
+        self.require(LOSS)
+        if LOSSES not in self.sums:
+            raise DataError(f"{self.path}: has no losses of single sequences; calibrate again with --statistics {LOSS}")
+        with Reader() as reader:
+            return tuple(reader.tensor(self.sums[LOSSES]).tolist())
 
     @property
     def predictions(self) -> int:

@@ -30,6 +30,7 @@ class CalibrationPlan:
         spool_bytes: Disk space for hidden states while it runs, bytes.
         statistics_bytes: Size of the statistics, bytes.
         files: Names of the files in that folder.
+        steps: Number of steps in which coefficients are learnt by gradients of the whole merged model; 0 if none are.
         present: Whether the statistics are there already, and nothing is done.
     """
 
@@ -48,4 +49,5 @@ class CalibrationPlan:
     spool_bytes: int
     statistics_bytes: int
     files: tuple[str, ...]
+    steps: int = 0
     present: bool = False

@@ -170,10 +170,12 @@ def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str
     found: dict[str, list[Any]] = {name: [] for name in method.from_data}
     for name, numbers in method.numbers.items():
         losses = [2.0 + 0.5 * model for model in range(count)]
+        sequences = [tuple(0.3 * ((7 * model + 3 * i) % 5) for i in range(4)) for model in range(count)]
         layers = [
             {layer: (layer or 40) ** (0.3 * model) + model for layer in (None, *range(32))} for model in range(count)
         ]
-        found[name] = list(losses if numbers.statistic == "loss" else layers)
+        made_up: dict[str, list[Any]] = {"loss": losses, "losses": sequences, "sensitivity": layers}
+        found[name] = made_up[numbers.statistic]
     columns = shape[-1] if shape else 1
     rows = shape[-2] if len(shape) > 1 else 1
     for model in range(count if method.data_of == "models" else 1):
@@ -192,7 +194,9 @@ def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str
                 "fisher": each.square(),
                 "gradient": each,
                 "absolute_gradient": each.abs(),
-                "coefficients": torch.rand(min(3, max(math.prod(shape), 1)), generator=generator),
+                "coefficients": torch.rand(
+                    own.shape(shape) if own.learning else min(3, max(math.prod(shape), 1)), generator=generator
+                ),
             }
             tensor = made[own.statistic]
             # packed experts have one each; here all have the same

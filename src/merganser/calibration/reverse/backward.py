@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import NonFiniteError
-from ..batches import Batch
+from ..batches import Batch, Padded
 from ..forward import Output, call_block, call_head
 from ..skeleton import Skeleton
-from .loss import Loss
 from .upstream import Upstream
 
-__all__ = ["block_backward", "head_backward", "outside_parameters"]
+__all__ = ["Scored", "block_backward", "head_backward", "outside_parameters"]
 
 Gradients = dict[str, Tensor]
 """Gradients by parameter name; a parameter that the loss does not depend on is missing."""
+
+
+class Scored(Protocol):
+    """A loss."""
+
+    def of(self, logits: Tensor, sequence: Padded, /) -> Tensor:
+        """Return the loss of a sequence, 0-d, given logits of shape [1, longest, vocabulary]."""
 
 
 @dataclass
@@ -57,7 +63,7 @@ def outside_parameters(skeleton: Skeleton) -> dict[str, nn.Parameter]:
 
 
 def head_backward(
-    skeleton: Skeleton, batch: Batch, last: Mapping[int, Output], loss: Loss, outside: Mapping[str, nn.Parameter]
+    skeleton: Skeleton, batch: Batch, last: Mapping[int, Output], loss: Scored, outside: Mapping[str, nn.Parameter]
 ) -> tuple[float, Upstream, Gradients]:
     """Compute the loss of a sequence from the last block's output, and its gradient.
 

@@ -11,6 +11,7 @@ from ...engine.plan.plan import Plan
 from ...errors import OutputError, RecipeError
 from ...statistics import STATISTICS_NAME, open_statistics
 from ..for_recipe import Wanted, check_same, prepared_for
+from ..learning import learn_coefficients
 from ..preparation import Prepared
 from .walk import Progress, calibrate_within, merged_sources
 
@@ -28,7 +29,7 @@ def make_within(
         folder: The folder for the folders of all models.
         kept: Whether the folder is the user's: other statistics in it are refused, and replaced otherwise.
         cache_dir: Folder for models from the Hub.
-        progress: Called with the number of finished blocks and of all blocks.
+        progress: Called with the number of finished blocks (steps, of coefficients that are learnt) and of all.
 
     Returns:
         The folder of each model.
@@ -52,7 +53,9 @@ def make_within(
                 if kept:
                     raise
             _remove(folder, names)
-        calibrate_within(plan, models, folder, progress, names=names)
+        end_to_end = plan.method.data_inputs == "end_to_end"
+        measure = learn_coefficients if end_to_end else calibrate_within
+        measure(plan, models, folder, progress, names=names)
     return [folder / name for name in names]
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...checkpoint import Reader, TensorInfo, open_checkpoint
 from ...checkpoint.formats.safetensors import read_header
 from ...engine.finish import lay_out
@@ -40,7 +42,7 @@ from .fitting import Pupil, fit_block
 from .pairs import CROSS_GRAM, Pairs
 from .weights import MergedTensors, ModelTensors
 
-__all__ = ["Progress", "calibrate_within", "merged_sources"]
+__all__ = ["Progress", "calibrate_within", "merge_identity", "merged_skeleton", "merged_sources"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished blocks and the number of all blocks."""
@@ -83,14 +85,19 @@ def calibrate_within(
     with tempfile.TemporaryDirectory(prefix="merganser-") as root, Reader() as reader:
         checkpoints = [plan.checkpoints[source.model] for source in merged_sources(plan)]
         sources = [ModelTensors(checkpoint, reader) for checkpoint in checkpoints]
-        with _merged_skeleton(plan, Path(root, "merged")) as skeleton:
+        with merged_skeleton(plan, Path(root, "merged")) as skeleton:
             merged = MergedTensors(plan)
             merged.make(skeleton.outside())
             skeleton.fill_outside(source=merged)
             check_streamable(skeleton, models[0].probe(), sources[0])
             statistics = _statistics(plan)
             about = [
-                {**model.about(), "statistics": statistics, "inputs": plan.method.data_inputs, "merge": _identity(plan)}
+                {
+                    **model.about(),
+                    "statistics": statistics,
+                    "inputs": plan.method.data_inputs,
+                    "merge": merge_identity(plan),
+                }
                 for model in models
             ]
             settings = {"models": about, "batch_tokens": [model.batch_tokens for model in models]}
@@ -120,7 +127,8 @@ def _statistics(plan: Plan) -> list[str]:
     return [COUNT, *dict.fromkeys(own.statistic for own in plan.method.from_data.values())]
 
 
-def _identity(plan: Plan) -> str:
+def merge_identity(plan: Plan) -> str:
+    """Return the hash of the merge that statistics belong to."""
     return treatment_hash(plan.tensors, plan.permutation)
 
 
@@ -130,11 +138,17 @@ def merged_sources(plan: Plan) -> list[Source]:
 
 
 @contextmanager
-def _merged_skeleton(plan: Plan, folder: Path) -> Iterator[Skeleton]:
-    """Open the merged model without weights."""
+def merged_skeleton(plan: Plan, folder: Path, dtype: torch.dtype | None = None) -> Iterator[Skeleton]:
+    """Open the merged model without weights.
+
+    Args:
+        plan: The merge.
+        folder: Where its config is written.
+        dtype: Dtype in which it runs; None for its own.
+    """
     lay_out(plan, folder)
     checkpoint = replace(open_checkpoint(str(folder)), reference="the merged model")
-    with Skeleton(checkpoint) as skeleton:
+    with Skeleton(checkpoint, dtype) as skeleton:
         yield skeleton
 
 

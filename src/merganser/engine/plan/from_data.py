@@ -23,6 +23,7 @@ _INPUTS = {
     "prefix": "what the model's blocks compute behind the merged blocks of a merge",
     "merged": "what the merged blocks of a merge compute",
     "fitted": "coefficients that were fitted within a merge",
+    "end_to_end": "coefficients that were learnt with a whole merged model",
 }
 
 
@@ -94,9 +95,26 @@ class DataOfModels:
         for name, own in self.numbers.items():
             if own.statistic == "loss":
                 found[name] = tuple(folder.loss for folder in self.folders)
+            elif own.statistic == "losses":
+                self._check_alike()
+                found[name] = tuple(folder.losses for folder in self.folders)
             else:
                 found[name] = tuple(map(_by_layer, self.folders, layers))
         return found
+
+    def _check_alike(self) -> None:
+        """Check that losses of single sequences are of the same ones in every model.
+
+        Raises:
+            RecipeError: They are of others.
+        """
+        for folder, source in zip(self.folders, self.sources, strict=True):
+            first = self.folders[0]
+            if any(folder.about[key] != first.about[key] for key in ("parts", "tokenizer")):
+                raise RecipeError(
+                    f"{source.place}: its losses are of other sequences than those of {self.sources[0].model}; the losses of "
+                    "one text are compared between models: give all models the same data, and models of one tokenizer"
+                )
 
     def check_merge(self, treatment: str) -> None:
         """Check that statistics that were measured within a merge belong to this one.
@@ -133,7 +151,11 @@ class DataOfModels:
         count = folder.info(COUNT, tensor.name) if own.of_inputs else folder.of_model(PREDICTIONS)
         lead, rest = tensor.shape[:-2], tensor.shape[-2:]
         if not own.summed:
-            if len(total.shape) != 1 or not total.shape[0]:
+            one_axis = len(total.shape) == 1 and total.shape[0] > 0
+            of_columns = len(total.shape) == len(tensor.shape) and all(
+                size in (1, whole) for size, whole in zip(total.shape, tensor.shape, strict=True)
+            )
+            if not (one_axis or (own.learning is not None and of_columns)):
                 raise RecipeError(
                     f"{source.place}: its statistics are damaged: {own.statistic} of {tensor.name} have shape "
                     f"{list(total.shape)}, expected one axis; measure again"
@@ -173,7 +195,7 @@ def open_data(method: MergeMethod, inputs: Inputs) -> DataOfModels | None:
     """
     bases = () if inputs.base is None else (inputs.base,)
     own: list[str] = [each.statistic for each in method.from_data.values() if each.of != "base_on_models"]
-    own += [each.statistic for each in method.numbers.values()]
+    own += [each.measured for each in method.numbers.values()]
     of_base: list[str] = [each.statistic for each in method.from_data.values() if each.of == "base_on_models"]
     sources = {"models": inputs.models, "base": bases, "first": inputs.models[:1]}[method.data_of]
     for source in (*bases, *inputs.models):

@@ -1,0 +1,19 @@
+"""Learn coefficients by gradients of a loss of the whole merged model, with one transformer block in memory at a time.
+
+A method says how weights are made of coefficients (its own function) and what the loss is (`merganser.method.Learning`).
+Everything else is here. Each step forms the merged model block by block out of base and models, runs a few sequences of
+every model's data through it, visits the blocks from the last to the first for the exact gradients of all weights
+(`calibration.reverse`), and turns these into gradients of the coefficients, for Adam.
+"""
+
+from .plan import Descent, LearningPlan, descent_of, plan_learning, planned_coefficients
+from .run import learn_coefficients
+
+__all__ = [
+    "Descent",
+    "LearningPlan",
+    "descent_of",
+    "learn_coefficients",
+    "plan_learning",
+    "planned_coefficients",
+]

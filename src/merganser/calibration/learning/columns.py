@@ -1,0 +1,51 @@
+"""Which axis of a tensor counts the inputs of its matrix, so that each input can have a coefficient of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from ..internals import expert_matrices, expert_modules, linear_classes
+from ..reverse.parameters import Part
+from ..skeleton import Skeleton
+
+__all__ = ["column_shape", "input_axes"]
+
+
+def input_axes(skeleton: Skeleton, parts: Mapping[str, Part]) -> dict[str, int]:
+    """Return the axis of each of the checkpoint's matrices that counts its inputs, by name.
+
+    Of a table of tokens it is the axis along which one token's row lies. Tensors that are no such matrix are missing.
+
+    Args:
+        skeleton: The model.
+        parts: The parts of parameters that tensors fill.
+    """
+    own = _of_parameters(skeleton.model)
+    found: dict[str, int] = {}
+    for name, part in parts.items():
+        axis = own.get(part.parameter)
+        if axis is not None:
+            axis -= part.index is not None
+            found[name] = 1 - axis if part.turned else axis
+    return found
+
+
+def _of_parameters(model: nn.Module) -> dict[str, int]:
+    kinds = {**linear_classes(), nn.Embedding: 1}
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        axis = next((axis for kind, axis in kinds.items() if isinstance(module, kind)), None)
+        if axis is not None:
+            found[f"{name}.weight"] = axis
+    for name, module in expert_modules(model).items():
+        found |= {f"{name}.{own}": axis for own, axis in expert_matrices(module).items()}
+    return found
+
+
+def column_shape(shape: Iterable[int], axis: int | None) -> tuple[int, ...]:
+    """Return the shape of a tensor's coefficients: one for each index of an axis, or one in all where that is None."""
+    if axis is None:
+        return (1,)
+    return tuple(size if i == axis else 1 for i, size in enumerate(shape))

@@ -1,0 +1,132 @@
+"""The gradient of the loss with respect to all coefficients: one forward and reverse pass through the merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...process import release_freed_memory
+from ..batches import Batch
+from ..reverse.backward import Scored, block_backward, head_backward, outside_parameters
+from ..reverse.parameters import Part, block_parameters, find_parts, outside_sources
+from ..reverse.upstream import Upstream
+from ..skeleton import Skeleton
+from ..stream import Stream
+from .field import Field, Weights
+
+__all__ = ["LossOf", "Passes"]
+
+LossOf = Callable[[int], Scored]
+"""Returns the loss of a sequence, given its number; called with the weights outside the blocks loaded."""
+
+
+class Passes:
+    """Passes of sequences through the merged model, whose weights are made of coefficients block by block.
+
+    Args:
+        skeleton: The merged model, in float32.
+        field: The coefficients.
+        weights: The weights that they make.
+        folder: Folder for the outputs of blocks; it must exist.
+    """
+
+    def __init__(self, skeleton: Skeleton, field: Field, weights: Weights, folder: Path) -> None:
+        self._skeleton = skeleton
+        self._field = field
+        self._weights = weights
+        self._folder = folder
+        self._parts: dict[int, Mapping[str, Part]] = {}
+
+    def fill_outside(self) -> None:
+        """Load the weights outside the blocks as they are merged now."""
+        skeleton = self._skeleton
+        self._weights.prepare(skeleton.outside(head=True))
+        skeleton.fill_outside(head=True, source=self._weights)
+
+    def forward(self, batches: Sequence[Batch]) -> Stream:
+        """Run all blocks on some sequences; the weights outside the blocks must be loaded."""
+        stream = Stream(self._skeleton, batches, self._folder, keep=True)
+        for block in self._skeleton.blocks:
+            self._weights.prepare(block.sources)
+            with self._skeleton.filled(block, self._weights):
+                stream.advance(lambda batch: None)
+        return stream
+
+    def backward(self, stream: Stream, loss: LossOf) -> list[float]:
+        """Add the gradient of the sum of the losses of all sequences to the field.
+
+        Args:
+            stream: From `forward`.
+            loss: The loss of each sequence.
+
+        Returns:
+            The losses.
+
+        Raises:
+            NonFiniteError: A loss or a gradient is NaN or infinite.
+        """
+        skeleton = self._skeleton
+        outside = outside_parameters(skeleton)
+        for own in outside.values():
+            own.requires_grad_(True)
+        losses: list[float] = []
+        upstreams: list[Upstream] = []
+        total: dict[str, Tensor] = {}
+        for number, batch in enumerate(stream.batches):
+            last = stream.before(number, len(skeleton.blocks))
+            value, upstream, found = head_backward(skeleton, batch, last, loss(number), outside)
+            losses.append(value)
+            upstreams.append(upstream)
+            _add(total, found)
+        for index in reversed(range(len(skeleton.blocks))):
+            upstreams = self._visit(index, stream, upstreams, outside, total)
+            release_freed_memory()
+        self._weights.prepare(skeleton.outside(head=True))
+        self._add_slopes(-1, outside_sources(skeleton), outside, total)
+        return losses
+
+    def _visit(
+        self,
+        index: int,
+        stream: Stream,
+        upstreams: Sequence[Upstream],
+        outside: Mapping[str, nn.Parameter],
+        total: dict[str, Tensor],
+    ) -> list[Upstream]:
+        """Take the gradients of a block over all sequences; those of weights outside the blocks are added to `total`."""
+        skeleton, block = self._skeleton, self._skeleton.blocks[index]
+        passed: list[Upstream] = []
+        inside: dict[str, Tensor] = {}
+        self._weights.prepare(block.sources)
+        with skeleton.filled(block, self._weights):
+            own = block_parameters(block)
+            for each in own.values():
+                each.requires_grad_(True)
+            for number, (batch, upstream) in enumerate(zip(stream.batches, upstreams, strict=True)):
+                before = stream.before(number, index)
+                upstream, found = block_backward(skeleton, index, batch, before, upstream, {**own, **outside})
+                passed.append(upstream)
+                _add(inside, {name: found.pop(name) for name in own if name in found})
+                _add(total, found)
+            self._add_slopes(index, block.sources, own, inside)
+        return passed
+
+    def _add_slopes(
+        self, key: int, sources: Sequence[str], parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]
+    ) -> None:
+        """Add what follows for the coefficients of some tensors from the gradients of the parameters that they fill."""
+        if key not in self._parts:
+            learnt = [source for source in sources if source in self._field]
+            self._parts[key] = find_parts(self._skeleton, learnt, parameters, self._weights.named)[0]
+        for source, part in self._parts[key].items():
+            if part.parameter in gradients:
+                self._field.add_gradient(source, part.of(gradients[part.parameter]))
+
+
+@torch.no_grad()
+def _add(total: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, gradient in found.items():
+        total[name] = total[name].add_(gradient) if name in total else gradient.clone()

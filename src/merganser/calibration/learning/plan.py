@@ -1,0 +1,157 @@
+"""Plan how coefficients are learnt: how many steps, and what they take; no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...method import MergeMethod
+from ...statistics import COUNT
+from .. import internals
+from ..batches import Sample
+from ..reverse.backward import outside_parameters
+from ..reverse.parameters import block_parameters, likely_parts, outside_sources
+from ..skeleton import Skeleton
+from ..taps import Tapped
+from ..within.fitting import COEFFICIENTS
+from ..writer import Sum
+from .columns import column_shape, input_axes
+
+__all__ = ["Descent", "LearningPlan", "coefficient_sums", "descent_of", "plan_learning", "planned_coefficients"]
+
+_FLOAT32 = 4
+# forward; once more behind it; and its reverse pass, which is twice as much
+_BLOCK_WORK = 4
+# logits and the gradients of what the head receives and of its weights
+_HEAD_WORK = 3
+# logits, their softmax, its logarithm, and the gradient; with a teacher its logits and their logarithm, too
+_COPIES_OF_LOGITS, _COPIES_WITH_TEACHER = 4, 6
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """The steps of the optimiser.
+
+    Args:
+        steps: How many.
+        batch: Sequences of every model in each.
+        has_teacher: Whether the models run on their data, too.
+        columns: Whether every column of a matrix has coefficients.
+    """
+
+    steps: int
+    batch: int
+    has_teacher: bool
+    columns: bool
+
+
+def descent_of(method: MergeMethod, parameters: Mapping[str, Any]) -> Descent | None:
+    """Return the steps of a method with these parameters, by their names in recipes; None if it learns nothing."""
+    learning = next((own.learning for own in method.from_data.values()), None)
+    if learning is None:
+        return None
+    columns = learning.granularity(parameters) == "column"
+    return Descent(int(parameters["steps"]), int(parameters["batch"]), learning.has_teacher, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class LearningPlan:
+    """What one model's data take while coefficients are learnt.
+
+    Args:
+        bytes_read: Bytes of the model's files that are read.
+        operations: Floating-point operations.
+        peak_memory: Largest memory, bytes, without that of Python.
+        spool_bytes: Disk space for what blocks return, bytes.
+    """
+
+    bytes_read: int
+    operations: float
+    peak_memory: int
+    spool_bytes: int
+
+
+def plan_learning(
+    skeleton: Skeleton, descent: Descent, samples: Sequence[Sample], forward: float, together: int
+) -> LearningPlan:
+    """Plan what one model's data take.
+
+    Args:
+        skeleton: The model.
+        descent: The steps.
+        samples: Its sequences.
+        forward: Floating-point operations of its blocks' forward on all of them.
+        together: Number of models.
+    """
+    internals.tie(skeleton.model)
+    head = skeleton.model.get_output_embeddings()
+    batch = min(descent.batch, len(samples))
+    # of the average step, and one forward more at the end
+    share, used = batch / len(samples), min(descent.steps * batch, len(samples)) / len(samples)
+    tokens = sum(len(sample.stacks[-1].ids) for sample in samples)
+    longest = max(len(sample.stacks[-1].ids) for sample in samples)
+    of_head = 2.0 * head.weight.numel() * tokens
+    operations = share * (descent.steps * (_BLOCK_WORK * forward + _HEAD_WORK * of_head) + forward + of_head)
+    own = skeleton.checkpoint.nbytes
+    # the base's reads are shared out among the models
+    read = round((2 * descent.steps + 1) * own * (1 + 1 / together)) + own
+    if descent.has_teacher:
+        operations += used * forward + share * (descent.steps + 1) * of_head
+        read += own + (descent.steps + 1) * head.weight.numel() * skeleton.dtype.itemsize
+    width = int(getattr(skeleton.model.config.get_text_config(), "hidden_size", 0))
+    rows = sum(len(sample.stacks[block.stack].ids) for block in skeleton.blocks for sample in samples)
+    spool = _FLOAT32 * width * (share * rows + descent.has_teacher * 2 * used * tokens)
+    copies = _COPIES_WITH_TEACHER if descent.has_teacher else _COPIES_OF_LOGITS
+    memory = _weights_memory(skeleton, descent, together) + _FLOAT32 * copies * longest * int(head.weight.shape[0])
+    return LearningPlan(read, operations, memory, round(spool))
+
+
+def _weights_memory(skeleton: Skeleton, descent: Descent, together: int) -> int:
+    """Return the bytes of weights and gradients that are held at once."""
+    outside = outside_parameters(skeleton)
+    block = max((_numel(block_parameters(own)) for own in skeleton.blocks), default=0)
+    largest = max((own.numel() for own in skeleton.model.parameters()), default=0)
+    # weights and gradients outside the blocks and of one block; base, models, their products with coefficients, and what
+    # is between for one tensor
+    return _FLOAT32 * ((2 + descent.has_teacher) * _numel(outside) + 2 * block + (2 * together + 3) * largest)
+
+
+def _numel(parameters: Mapping[str, nn.Parameter]) -> int:
+    return sum(own.numel() for own in parameters.values())
+
+
+def planned_coefficients(skeleton: Skeleton, descent: Descent) -> list[list[Tapped]]:
+    """Return the coefficients that tensors will have, without values: of every block, and of what is outside them."""
+    found: list[list[Tapped]] = []
+    pieces = [(block.sources, block_parameters(block)) for block in skeleton.blocks]
+    for sources, parameters in (*pieces, (outside_sources(skeleton), outside_parameters(skeleton))):
+        axes = input_axes(skeleton, likely_parts(skeleton, sources, parameters)) if descent.columns else {}
+        tensors = {name: skeleton.checkpoint.tensors[name] for name in sources}
+        found.append(
+            [
+                coefficient_sums(name, own.shape, torch.empty(column_shape(own.shape, axes.get(name))), 0)
+                for name, own in tensors.items()
+                if own.shape and own.dtype.kind == "float"
+            ]
+        )
+    return found
+
+
+def coefficient_sums(name: str, shape: Sequence[int], values: torch.Tensor, count: int) -> Tapped:
+    """Return a tensor's coefficients of one model, as they are written.
+
+    Args:
+        name: Its name.
+        shape: Its shape.
+        values: The coefficients.
+        count: Number of tokens that they were learnt on.
+    """
+    sums = {
+        COUNT: Sum((), "int64", lambda: torch.tensor(count)),
+        COEFFICIENTS: Sum(tuple(values.shape), "float32", lambda: values),
+    }
+    return Tapped((name,), 0, shape[0], sums)

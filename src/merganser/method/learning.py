@@ -1,0 +1,53 @@
+"""Coefficients that are learnt by gradients of a loss of the whole merged model: what a method says of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["LEARNING_PARAMETERS", "Learning"]
+
+LEARNING_PARAMETERS = ("batch", "rate", "steps", "weight")
+"""Parameters that a method with learnt coefficients declares: sequences of each model in a step, step size of Adam, number
+of steps, and per model the factor of its loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """How the coefficients of a method are learnt.
+
+    The function of the method says how weights are made of coefficients; it is differentiated with respect to them. The
+    functions here name the parameters of the method that they take, which are those of all tensors.
+
+    Args:
+        loss: Returns the loss of every predicted token, shape [tokens]. It may take `logits`, of the merged model, float32,
+            shape [tokens, vocabulary]; `teacher`, those of the model whose data it is; and `labels`, the tokens that
+            follow in the text, int64, shape [tokens].
+        start: Returns the first value of all coefficients. It may take `count`, the number of models.
+        over: What has coefficients of its own, one for each model: "model", "layer", "tensor", or "column", which is each
+            input of a matrix, and other tensors as a whole; or the name of the parameter that says one of the first three.
+        penalty: Returns what is added to the loss, 0-d. It takes `coefficients`: for whatever has its own, a tensor of
+            shape [models, numbers], float32.
+    """
+
+    loss: Callable[..., Tensor]
+    start: Callable[..., Any]
+    over: str = "tensor"
+    penalty: Callable[..., Tensor] | None = None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the loss compares the merged model with the models."""
+        return "teacher" in inspect.signature(self.loss).parameters
+
+    def granularity(self, parameters: Mapping[str, Any]) -> str:
+        """Return what has coefficients of its own: "model", "layer", "tensor" or "column".
+
+        Args:
+            parameters: All parameters, by their names in recipes.
+        """
+        return str(parameters.get(self.over, self.over))
