@@ -76,7 +76,7 @@ class MergeMethod:
         return self.scope in ("element", "row") and not self.from_data
 
     @cached_property
-    def data_inputs(self) -> Literal["own", "prefix", "merged", "fitted"]:
+    def data_inputs(self) -> Literal["own", "prefix", "merged", "fitted", "mean"]:
         """What computes the inputs that its statistics from data are of, as in `FromData`."""
         return next((own.inputs for own in self.from_data.values()), "own")
 

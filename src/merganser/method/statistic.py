@@ -97,7 +97,8 @@ class FromData:
     gets, in the compute dtype, and zero where no token came (an expert that was never chosen),
 
         gram             mean of x x^T, shape [columns, columns]
-        cross_gram       mean of x y^T, with y what the same matrix of the model itself receives for the same token
+        cross_gram       mean of x y^T, with y what the same matrix of the model itself receives for the same token, and x
+                         what it receives in the merged model, or the mean of what it receives in all models
         second_moment    mean of x^2, shape [columns]
         magnitude        mean of |x|, shape [columns]
         gradient_gram    mean of g g^T, shape [rows, rows]
@@ -120,9 +121,10 @@ class FromData:
         statistic: Which of them.
         inputs: What computes x on the model's data: "own", the model itself; "prefix", the model's block behind the
             merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
-            blocks before it; "fitted", the block while coefficients are fitted, behind the merged blocks before it. All
-            statistics of a method have the same; for the last three, models are calibrated and merged block by block.
-            `cross_gram` needs "merged", and `coefficients` "fitted".
+            blocks before it; "fitted", the block while coefficients are fitted, behind the merged blocks before it;
+            "mean", all models themselves on the same data, of which the mean is taken. All statistics of a method have the
+            same; but for "own", all models are calibrated together, within the merge. `cross_gram` needs "merged" or
+            "mean", "mean" has nothing else, and `coefficients` need "fitted".
         of: Whose statistics they are: a tensor for each of the "models"; one, for the "base" or the "first" model; or a
             tensor for each model, of the base on the data of that model: "base_on_models". All statistics of a method
             have the same, but that "models" goes with "base_on_models"; those of one are of its own inputs.
@@ -139,7 +141,7 @@ class FromData:
         "absolute_gradient",
         "coefficients",
     ]
-    inputs: Literal["own", "prefix", "merged", "fitted"] = "own"
+    inputs: Literal["own", "prefix", "merged", "fitted", "mean"] = "own"
     of: Literal["models", "base", "first", "base_on_models"] = "models"
 
     @property
@@ -194,9 +196,15 @@ def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
         return "its statistics from data are of different inputs or models, and must be of the same"
     if any(own.of != "models" and own.inputs != "own" for own in wanted.values()):
         return "statistics of the base or of the first model alone are of its own inputs"
-    odd = next((name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs != "merged"), None)
+    compared = ("merged", "mean")
+    odd = next(
+        (name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs not in compared), None
+    )
     if odd is not None:
-        return f"{odd} compares inputs of the merged model with others, which needs inputs='merged'"
+        return f"{odd} compares inputs of the merged model with others, which needs inputs='merged' or 'mean'"
+    odd = next((name for name, own in wanted.items() if own.statistic != "cross_gram" and own.inputs == "mean"), None)
+    if odd is not None:
+        return f"{odd}: inputs='mean' are compared with those of the models, as cross_gram, and nothing else"
     odd = next((name for name, own in wanted.items() if (own.inputs == "fitted") == own.summed), None)
     return None if odd is None else f"{odd}: coefficients are fitted, and nothing else: they need inputs='fitted'"
 

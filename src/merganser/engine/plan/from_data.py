@@ -23,6 +23,7 @@ _INPUTS = {
     "prefix": "what the model's blocks compute behind the merged blocks of a merge",
     "merged": "what the merged blocks of a merge compute",
     "fitted": "coefficients that were fitted within a merge",
+    "mean": "the mean of what all models of a merge compute",
 }
 
 
