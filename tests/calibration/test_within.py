@@ -21,6 +21,7 @@ from tests.calibration.families import FAMILIES
 from tests.calibration.merging import BLOCKS, LENGTH, Family, make_family
 from tests.evaluation.tiny import add_tokenizer
 from tests.reference.featcal import featcal_walk
+from tests.reference.pleas import pleas_walk
 from tests.reference.regmean_plus import regmean_plus as literal
 
 
@@ -242,3 +243,25 @@ def test_a_model_that_gives_nan_is_named_with_its_text(llama: Family, tmp_path: 
     with pytest.raises(merganser.errors.NonFiniteError, match=r"data1\.jsonl:\d+: the model produces NaN .*layers\.2"):
         family.calibrate("regmean_plus", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_inputs_are_compared_with_the_mean_over_all_models(name: str, tmp_path: Path) -> None:
+    """PLeaS needs no base, and the same data for all models."""
+    family = make_family(tmp_path, name)
+    written = family.recipe("pleas", ridge=1e-3, limit=1e6) | {"data": {"files": str(family.data[0]), "length": LENGTH}}
+    del written["base_model"]
+    merge(written, tmp_path / "out")
+    found = load_file(tmp_path / "out/model.safetensors")
+    models = [family.open(model) for model in family.models]
+    expected = pleas_walk(models, family.sequences(0), BLOCKS[name], ridge=1e-3).state_dict()
+    start = pleas_walk(models, family.sequences(0), []).state_dict()
+    for key, tensor in found.items():
+        step = (expected[key] - start[key]).norm()
+        assert (tensor - expected[key]).norm() <= 2e-3 * step + 1e-6 * start[key].norm(), key
+
+
+def test_models_on_other_tokens_are_not_compared(llama: Family, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"pleas compares the models token by token, and .*model1 reads other tokens"):
+        llama.calibrate("pleas", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

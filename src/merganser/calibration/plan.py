@@ -38,7 +38,7 @@ _RUNTIME = 500_000_000
 _BESIDE_PRODUCTS = 1.3
 _READ_RATE = 1e9
 # within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
-_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "end_to_end": 1.0}
+_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "mean": 1.0, "end_to_end": 1.0}
 # forward and backward, with the default number of steps, each on one batch
 _FIT_PASSES, _FIT_STEPS = 3.0, 30
 _STARTING = 4.0
@@ -100,7 +100,7 @@ def plan_prepared(
     if prepared.labels is not None or descent is not None:
         check_predicts(skeleton, prepared.batches())
     found = _block_sums(prepared)
-    if inputs == "merged":
+    if inputs in ("merged", "mean"):
         found = [planned_pairs(skeleton, block) for block in found]
     if descent is not None:
         found = planned_learnt(skeleton, descent)
@@ -158,7 +158,11 @@ def _gradients(prepared: Prepared) -> list[str]:
 
 def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
     """Return the names of all statistics that are measured."""
-    extra = {"merged": (CROSS_GRAM,), "fitted": (COEFFICIENTS,), "end_to_end": (COEFFICIENTS,)}.get(inputs, ())
+    extra: tuple[str, ...] = ()
+    if inputs in ("merged", "mean"):
+        extra = (CROSS_GRAM,)
+    elif inputs in ("fitted", "end_to_end"):
+        extra = (COEFFICIENTS,)
     return (*prepared.statistics, *extra)
 
 
@@ -265,9 +269,16 @@ def _peak_memory(
     skeleton = prepared.skeleton
     # for a fit the block's base, task vectors and gradient in float32, too
     wide = (together + 3) * 4 / skeleton.dtype.itemsize
-    held = {"own": (1, 1), "prefix": (1, 2), "merged": (2, 3), "fitted": (2, 2 + wide), "end_to_end": (1, 1)}[inputs]
+    held = {
+        "own": (1, 1),
+        "prefix": (1, 2),
+        "merged": (2, 3),
+        "fitted": (2, 2 + wide),
+        "mean": (together, together),
+        "end_to_end": (1, 1),
+    }[inputs]
     largest = max(_loaded(skeleton, block.sources) for block in skeleton.blocks)
-    sums = max(sum(_memory(tapped) for tapped in block) for block in blocks)
+    sums = max(sum(_memory(tapped) for tapped in block) for block in blocks) * (together if inputs == "mean" else 1)
     widest = max((tapped.width for block in blocks for tapped in block), default=0)
     # float32 rows of the widest input, its products in several steps, and one sum as it is stored
     fed = 4 * min(prepared.batch_tokens, prepared.tokens) * widest * 6

@@ -331,6 +331,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
                 role=role,
                 location=slot.location,
                 n_models=len(models),
+                based=base is not None,
                 numbers=numbers,
             )
         except ParameterError as error:

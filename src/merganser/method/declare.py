@@ -63,7 +63,7 @@ def merge_method(
     A method of scope "matrix" gets the matrices of the model one by one, shape [rows, columns]: 2-D weights that
     multiply activations, and the experts of a packed tensor [experts, rows, columns]. Its parameters `others: Others`
     and `embeddings: Embeddings` decide what happens to all other tensors; it must declare them, but does not read them.
-    It requires a base. Its statistics must be over the model (it can compute those of one matrix itself), and count
+    It takes a base, which may be optional. Its statistics must be over the model (it can compute those of one matrix itself), and count
     matrices only.
 
     A method of scope "factors" is declared with `factor_method` and lies in `factor_methods/`. It gets the adapters'
@@ -166,8 +166,10 @@ def _matrix_complaint(
         return f"the parameters {odd} say something only where the scope is 'matrix'" if declared else None
     if declared != common.keys():
         return "scope 'matrix' needs the parameters `others: Others` and `embeddings: Embeddings`"
-    if base != "required":
-        return "scope 'matrix' needs `base: Tensor`, since tensors that are not matrices are merged as task vectors"
+    if base == "unused":
+        return (
+            "scope 'matrix' needs `base: Tensor`, or `Tensor | None`: tensors that are not matrices may be the base's"
+        )
     other = next((name for name, statistic in statistics.items() if statistic.over != "model"), None)
     return f"a method of scope 'matrix' has whole matrices at hand; let it compute {other} itself" if other else None
 

@@ -15,7 +15,7 @@ from ..errors import ParameterError, did_you_mean
 from .docstring import Docstring
 from .location import Location
 from .parameter import Parameter
-from .statistic import FromData, NumbersFromData, Statistic, When, applies, takes
+from .statistic import FromData, Inputs, NumbersFromData, Statistic, When, applies, takes
 
 if TYPE_CHECKING:
     from .sidecar import Sidecar
@@ -76,7 +76,7 @@ class MergeMethod:
         return self.scope in ("element", "row") and not self.from_data
 
     @cached_property
-    def data_inputs(self) -> Literal["own", "prefix", "merged", "fitted", "end_to_end"]:
+    def data_inputs(self) -> Inputs:
         """What computes the inputs that its statistics from data are of, as in `FromData`."""
         return next((own.inputs for own in self.from_data.values()), "own")
 

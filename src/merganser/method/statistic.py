@@ -87,6 +87,10 @@ _OF_INPUTS = ("gram", "cross_gram", "second_moment", "magnitude", "coefficients"
 _ELEMENTWISE = ("fisher", "gradient", "absolute_gradient")
 
 
+Inputs = Literal["own", "prefix", "merged", "fitted", "mean", "end_to_end"]
+"""What computes the inputs that statistics are of: see `FromData`."""
+
+
 @dataclass(frozen=True, slots=True)
 class FromData:
     """A statistic of what each model computes on text, which `merganser calibrate` measured before the merge.
@@ -99,7 +103,8 @@ class FromData:
     gets, in the compute dtype, and zero where no token came (an expert that was never chosen),
 
         gram             mean of x x^T, shape [columns, columns]
-        cross_gram       mean of x y^T, with y what the same matrix of the model itself receives for the same token
+        cross_gram       mean of x y^T, with y what the same matrix of the model itself receives for the same token, and x
+                         what it receives in the merged model, or the mean of what it receives in all models
         second_moment    mean of x^2, shape [columns]
         magnitude        mean of |x|, shape [columns]
         gradient_gram    mean of g g^T, shape [rows, rows]
@@ -126,9 +131,10 @@ class FromData:
         inputs: What computes x on the model's data: "own", the model itself; "prefix", the model's block behind the
             merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
             blocks before it; "fitted", the block while coefficients are fitted, behind the merged blocks before it;
-            "end_to_end", the whole merged model while coefficients are learnt. All statistics of a method have the same;
-            for the three before the last, models are calibrated and merged block by block. `cross_gram` needs "merged",
-            and `coefficients` "fitted" or "end_to_end".
+            "mean", all models themselves on the same data, of which the mean is taken; "end_to_end", the whole merged model
+            while coefficients are learnt. All statistics of a method have the same; but for "own", all models are calibrated
+            together, within the merge. `cross_gram` needs "merged" or "mean", "mean" has nothing else, and `coefficients`
+            need "fitted" or "end_to_end".
         of: Whose statistics they are: a tensor for each of the "models"; one, for the "base" or the "first" model; or a
             tensor for each model, of the base on the data of that model: "base_on_models". All statistics of a method
             have the same, but that "models" goes with "base_on_models"; those of one are of its own inputs.
@@ -146,7 +152,7 @@ class FromData:
         "absolute_gradient",
         "coefficients",
     ]
-    inputs: Literal["own", "prefix", "merged", "fitted", "end_to_end"] = "own"
+    inputs: Inputs = "own"
     of: Literal["models", "base", "first", "base_on_models"] = "models"
     learning: Learning | None = None
 
@@ -210,9 +216,15 @@ def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
         return "its statistics from data are of different inputs or models, and must be of the same"
     if any(own.of != "models" and own.inputs != "own" for own in wanted.values()):
         return "statistics of the base or of the first model alone are of its own inputs"
-    odd = next((name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs != "merged"), None)
+    compared = ("merged", "mean")
+    odd = next(
+        (name for name, own in wanted.items() if own.statistic == "cross_gram" and own.inputs not in compared), None
+    )
     if odd is not None:
-        return f"{odd} compares inputs of the merged model with others, which needs inputs='merged'"
+        return f"{odd} compares inputs of the merged model with others, which needs inputs='merged' or 'mean'"
+    odd = next((name for name, own in wanted.items() if own.statistic != "cross_gram" and own.inputs == "mean"), None)
+    if odd is not None:
+        return f"{odd}: inputs='mean' are compared with those of the models, as cross_gram, and nothing else"
     odd = next((name for name, own in wanted.items() if (own.inputs in ("fitted", "end_to_end")) == own.summed), None)
     if odd is not None:
         return f"{odd}: coefficients are fitted, and nothing else: they need inputs='fitted' or 'end_to_end'"

@@ -9,16 +9,17 @@ With `x` the input of a matrix for one token, the sums over tokens are
     magnitude       Σ |x|, float64, shape [in]
     second_moment   Σ x², float64, shape [in]
     gram            Σ x xᵀ, float32, shape [in, in]
-    cross_gram      Σ x yᵀ, float32, shape [in, in], with y what the matrix of the model itself receives for this token
+    cross_gram      Σ x yᵀ, float32, shape [in, in], with y what the matrix of the model itself receives for this token, and
+                    x what it receives in the merged model, or the mean of what it receives in all models
 
 Of coefficients that were fitted within a merge, for every tensor of a block,
 
     coefficients    of the task vector, float32, shape [chunks]: no sum; `count` is the number of tokens they were fitted to
 
 Matrices that receive the same inputs share their sums. `x` is computed by the model itself, or within a merge: by its
-block behind merged blocks, or by merged blocks alone (`inputs` in statistics.json: "own", "prefix", "merged", and
-"fitted" for coefficients; "end_to_end" for those that were learnt with the whole merged model). All but "own" belong to
-one merge, whose hash is stored as `merge`.
+block behind merged blocks, or by merged blocks alone, or it is the mean over all models (`inputs` in statistics.json:
+"own", "prefix", "merged", "mean"; "fitted" for coefficients, and "end_to_end" for those that were learnt with the whole
+merged model). All but "own" belong to one merge, whose hash is stored as `merge`.
 
 With `g` the gradient of the loss of one sequence, which is the negative log-likelihood of its tokens that count, the sums
 over sequences are
@@ -127,7 +128,7 @@ class Statistics:
 
     @property
     def inputs(self) -> str:
-        """What computed the inputs: "own", "prefix", "merged", "fitted" or "end_to_end"."""
+        """What computed the inputs: "own", "prefix", "merged", "mean", "fitted" or "end_to_end"."""
         return str(self.about.get("inputs", "own"))
 
     @property

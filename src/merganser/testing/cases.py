@@ -84,7 +84,9 @@ def cases(method: MergeMethod) -> Iterator[Case]:
         with contextlib.suppress(ParameterError):
             fill(method, parameters, n)
             for with_base in _WITH_BASE[method.base]:
-                yield with_base, parameters
+                # a method over matrices cannot keep the base's other tensors without one
+                if with_base or method.scope != "matrix" or parameters.get("others") != "base":
+                    yield with_base, parameters
 
 
 def make_inputs(

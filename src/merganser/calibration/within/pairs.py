@@ -35,11 +35,14 @@ class Pairs:
 
     def observe_own(self, parameter: str, rows: Tensor) -> None:
         """Add the inputs of the same matrix in the model itself, shape [tokens, in]."""
-        merged = self._merged.pop(parameter)
+        self.add(parameter, self._merged.pop(parameter), rows)
+
+    def add(self, parameter: str, first: Tensor, second: Tensor) -> None:
+        """Add two inputs of a matrix for the same tokens, both of shape [tokens, in]."""
         if parameter not in self._sums:
-            self._sums[parameter] = CrossGram(rows.shape[1])
-        with products_of(rows.dtype):
-            self._sums[parameter].add(merged.float(), rows.float())
+            self._sums[parameter] = CrossGram(second.shape[1])
+        with products_of(torch.promote_types(first.dtype, second.dtype)):
+            self._sums[parameter].add(first.float(), second.float())
 
     def added_to(self, skeleton: Skeleton, collected: Iterable[Tapped]) -> list[Tapped]:
         """Return the sums of the merged model that have pairs, with the cross moments."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...checkpoint import Reader, TensorInfo, open_checkpoint
 from ...checkpoint.formats.safetensors import read_header
@@ -121,6 +122,18 @@ def _check(plan: Plan, models: Sequence[Prepared]) -> None:
     count = len(merged_sources(plan))
     if len(models) != count:
         raise RecipeError(f"{place}: {count} models are merged, {len(models)} have data")
+    for source, model in zip(merged_sources(plan), models, strict=True):
+        if method.data_inputs == "mean" and not _same_tokens(models[0], model):
+            raise RecipeError(
+                f"{source.place}: {method.name} compares the models token by token, and {source.model} reads other tokens "
+                "than the first model; give 'data' once, at the top of the recipe, for models with the same tokenizer"
+            )
+
+
+def _same_tokens(first: Prepared, other: Prepared) -> bool:
+    return first.batch_tokens == other.batch_tokens and [own.stacks for own in first.samples] == [
+        own.stacks for own in other.samples
+    ]
 
 
 def _statistics(plan: Plan) -> list[str]:
@@ -222,6 +235,7 @@ class _Walk:
             "prefix": self._measure_prefix,
             "merged": self._measure_merged,
             "fitted": self._measure_fitted,
+            "mean": self._measure_mean,
         }[self._plan.method.data_inputs]
         for index in range(int(self._target.state.get("done", 0)), self._count):
             if progress is not None:
@@ -230,8 +244,8 @@ class _Walk:
             for model, collected in measure(block):
                 model.latest = self._write(model.folder / file_name(index + 1, self._count), collected)
                 model.tensors |= model.latest
-            # nothing reads what the last block computes
-            if index + 1 < self._count:
+            # nothing reads what the last block computes; models that are compared with each other read their own
+            if index + 1 < self._count and self._plan.method.data_inputs != "mean":
                 self._merge(index, block)
             self._target.note({"done": index + 1, "models": [model.to_json() for model in self._models]})
             release_freed_memory()
@@ -295,6 +309,35 @@ class _Walk:
         with self._skeleton.filled(block, self._merged):
             found = fit_block(self._plan, self._skeleton, block, self._merged.made, pupils)
         yield from zip(self._models, found, strict=True)
+
+    def _measure_mean(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
+        """Run the block of every model on its own data, and compare what its matrices get with the mean over all models."""
+        outside, weights = self._skeleton.loaded(), []
+        for model in self._models:
+            with self._skeleton.filled(block, model.source):
+                self._skeleton.fill_outside(source=model.source)
+                weights.append(self._skeleton.loaded())
+        pairs = [Pairs() for _ in self._models]
+        seen: list[dict[str, Tensor]] = [{} for _ in self._models]
+        taps = [Taps(self._skeleton, block, [], own.__setitem__) for own in seen]
+        with self._skeleton.filled(block, self._models[0].source):
+            for number in range(len(self._models[0].batches)):
+                for model, own, tap in zip(self._models, weights, taps, strict=True):
+                    assert model.own is not None
+                    self._skeleton.use(own)
+                    with tap.watching():
+                        tap.begin(model.batches[number])
+                        model.own.store(number, model.own.output(number))
+                for parameter in seen[0]:
+                    mean = torch.stack([rows[parameter].float() for rows in seen]).mean(0)
+                    for pair, rows in zip(pairs, seen, strict=True):
+                        pair.add(parameter, mean, rows[parameter])
+        for model in self._models:
+            assert model.own is not None
+            model.own.finish()
+        self._skeleton.use(outside)
+        for model, pair, tap in zip(self._models, pairs, taps, strict=True):
+            yield model, pair.added_to(self._skeleton, tap.results())
 
     def _merge(self, index: int, block: Block) -> None:
         """Merge the block with the statistics of all models, and run it on all data."""

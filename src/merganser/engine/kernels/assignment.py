@@ -47,6 +47,7 @@ def treat(
     role: str | None,
     location: Location,
     n_models: int,
+    based: bool,
     numbers: Mapping[str, Any] = MappingProxyType({}),
 ) -> Treatment:
     """Decide how a tensor is merged.
@@ -59,6 +60,7 @@ def treat(
         role: Its role, from `anatomy`; None if unknown: a tensor of two dimensions then counts as a matrix.
         location: Its location.
         n_models: Number of models besides the base.
+        based: Whether there is a base.
         numbers: Numbers from data that the method takes, by name.
 
     Raises:
@@ -68,7 +70,9 @@ def treat(
         return Treatment(method, parameters, method.locate(parameters, location, numbers))
     weight = parameters.get("weight", 1.0)
     each = weight if isinstance(weight, tuple) else (weight,) * n_models
-    beside = _beside(parameters["others"], each, parameters.get("lambda", 1.0))
+    if parameters["others"] == "base" and not based:
+        raise ParameterError(f"{name}: is no matrix, and others: 'base' keeps them, and there is no base_model")
+    beside = _beside(parameters["others"], each, parameters.get("lambda", 1.0), based)
     complaint = beside.method.validate(beside.parameters) if beside.method.validate else None
     if complaint:
         raise ParameterError(f"{name}: is no matrix and averaged (others: {parameters['others']}): {complaint}")
@@ -99,9 +103,11 @@ def untouched() -> Treatment:
 
 
 @lru_cache(maxsize=1024)
-def _beside(others: str, weight: tuple[float, ...], lambda_: float) -> Treatment:
+def _beside(others: str, weight: tuple[float, ...], lambda_: float, based: bool) -> Treatment:
     """Return how tensors that are not matrices are merged."""
     if others == "base":
         return untouched()
-    parameters = {"weight": weight, "lambda": lambda_, "normalize": others == "average"}
-    return Treatment(get_method("task_arithmetic"), parameters)
+    parameters: dict[str, Any] = {"weight": weight, "normalize": others == "average"}
+    if not based:
+        return Treatment(get_method("linear"), parameters)
+    return Treatment(get_method("task_arithmetic"), {**parameters, "lambda": lambda_})

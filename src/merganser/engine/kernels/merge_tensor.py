@@ -79,7 +79,15 @@ def merge_tensor(
     location = replace(location, role=role or location.role)
     numbers = {key: own for key, own in (data or {}).items() if key in method.numbers}
     treatment = treat(
-        method, filled, name=name, shape=shape, role=role, location=location, n_models=len(models), numbers=numbers
+        method,
+        filled,
+        name=name,
+        shape=shape,
+        role=role,
+        location=location,
+        n_models=len(models),
+        based=base is not None,
+        numbers=numbers,
     )
     method, values = treatment.method, Values.of(treatment.method, treatment.parameters, treatment.located)
     base, models = treatment.inputs(base, models)

@@ -24,6 +24,7 @@ _INPUTS = {
     "merged": "what the merged blocks of a merge compute",
     "fitted": "coefficients that were fitted within a merge",
     "end_to_end": "coefficients that were learnt with a whole merged model",
+    "mean": "the mean of what all models of a merge compute",
 }
 
 
