@@ -28,7 +28,15 @@ ALL = 99
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return make_family(tmp_path_factory.mktemp("llama"), "llama")
+    return small(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def small(root: Path, name: str) -> Family:
+    """A family with two texts for each model."""
+    family = make_family(root, name)
+    for data in family.data:
+        data.write_text("\n".join(data.read_text().splitlines()[:2]))
+    return family
 
 
 def written(family: Family, method: str, **parameters: Any) -> dict[str, Any]:
@@ -90,7 +98,7 @@ def compare(family: Family, found: list[Statistics], expected: Any, history: Any
     torch.testing.assert_close(torch.tensor(losses(found)), torch.tensor(history), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("by", "objective"), [("tensor", "entropy"), ("layer", "entropy"), ("model", "likelihood")])
+@pytest.mark.parametrize(("by", "objective"), [("layer", "entropy"), ("tensor", "likelihood")])
 def test_adamerging_agrees_with_whole_models_in_memory(llama: Family, tmp_path: Path, by: str, objective: str) -> None:
     given = {"steps": 3, "rate": 0.03, "start": 0.3, "objective": objective, "weight": [1.0, 0.5]}
     found = learn(llama, "adamerging", tmp_path / "run", by=by, batch=ALL, **given)
@@ -98,9 +106,9 @@ def test_adamerging_agrees_with_whole_models_in_memory(llama: Family, tmp_path: 
     compare(llama, found, *adamerging_steps(*double(llama), group=group, **given), start=0.3)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_dam_agrees_with_whole_models_in_memory(name: str, tmp_path: Path) -> None:
-    family = make_family(tmp_path, name)
+def test_dam_agrees_with_whole_models_in_memory(tmp_path: Path) -> None:
+    # matrices are stored [inputs, outputs], and head and embedding are one
+    family = small(tmp_path, "gpt2")
     given = {"steps": 3, "rate": 0.03, "temperature": 2.0, "similarity": 0.2}
     found = learn(family, "dam", tmp_path / "run", batch=ALL, **given)
     compare(family, found, *dam_steps(*double(family)[1:], **given), start=0.5)
@@ -149,12 +157,12 @@ def test_the_loss_falls_and_is_measured_before_and_after(llama: Family, tmp_path
 def test_an_interrupted_merge_continues_at_its_step(
     llama: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = written(llama, "dam", steps=3, rate=0.05)
+    recipe = written(llama, "dam", steps=2, rate=0.05)
     merge(recipe, tmp_path / "whole")
     step, taken = learner.Learner._step, []
 
     def stopped(self: Any, number: int) -> Any:
-        if len(taken) == 2:
+        if taken:
             raise KeyboardInterrupt
         taken.append(number)
         return step(self, number)
@@ -167,7 +175,7 @@ def test_an_interrupted_merge_continues_at_its_step(
     # what the models predict is there already
     monkeypatch.setattr(learner.Teachers, "run", lambda self, note: None)
     merge(recipe, tmp_path / "out")
-    assert taken == [2]
+    assert taken == [1]
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
@@ -187,7 +195,7 @@ def test_the_plan_says_the_steps_and_what_they_take(llama: Family) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "t5"])
 def test_mixtures_and_encoder_decoders_are_learnt(name: str, tmp_path: Path) -> None:
-    family = make_family(tmp_path, name)
+    family = small(tmp_path, name)
     found = coefficients(learn(family, "dam", tmp_path / "run", steps=1))
     matrix = {
         "mixtral": "model.layers.0.block_sparse_moe.experts.1.w2.weight",

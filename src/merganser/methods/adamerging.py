@@ -86,8 +86,5 @@ def adamerging(
         Gradients are exact, in float32, block by block, with weights made anew in each step; nothing whole is in memory.
         Tensors that transformers changes on loading keep `start` with `by: tensor`.
     """
-    if coefficients is None:
-        factors = start.expand(len(models))
-    else:
-        factors = torch.cat([*coefficients]).clamp(0, 1)
+    factors = start.expand(len(models)) if coefficients is None else torch.cat([*coefficients]).clamp(0, 1)
     return base + weighted_sum(deltas(base, models), factors)

@@ -75,8 +75,5 @@ def model_tinting(
         The mean is over all tokens, with 0 for those that are left out. Batches are 32 images in the paper.
         Coefficients start at 0.3, are clamped to [0, 1], and learnt by Adam with the step size 0.001, as in the authors' code.
     """
-    if coefficients is None:
-        factors = start.expand(len(models))
-    else:
-        factors = torch.cat([*coefficients]).clamp(0, 1)
+    factors = start.expand(len(models)) if coefficients is None else torch.cat([*coefficients]).clamp(0, 1)
     return base + weighted_sum(deltas(base, models), factors)
