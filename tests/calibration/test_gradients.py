@@ -93,6 +93,9 @@ def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> 
     gradients, losses = gradients_of(model, FAMILIES[family][1], sequences)
     sums = _read(found)
     _close(sums["loss"], sum(losses), "loss")
+    # of every sequence, in the order of the draw
+    _close(sums["losses"].sort().values, torch.stack(losses).sort().values, "losses")
+    assert found.losses == tuple(sums["losses"].tolist())
     for name in found.gradients:
         own = [_part(name, each) for each in gradients]
         assert sums[f"fisher/{name}"].shape == stored[name].shape
@@ -163,6 +166,9 @@ def test_shards_add_up(tmp_path: Path) -> None:
     added = merganser.add_statistics([tmp_path / "a", tmp_path / "b"], tmp_path / "sum")
     found, expected = _read(added), _read(whole)
     assert found.keys() == expected.keys()
+    parts = [_read(merganser.statistics.open_statistics(tmp_path / name))["losses"] for name in ("a", "b")]
+    assert torch.equal(found.pop("losses"), torch.cat(parts))
+    _close(torch.cat(parts).sort().values, expected.pop("losses").sort().values, "losses")
     for name, own in expected.items():
         _close(found[name], own.double(), name)
     merganser.calibrate(model, [one], tmp_path / "sampled", labels="sampled", **options)

@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from merganser.calibration.learning import learn_coefficients
+from merganser.calibration.learning import learn_coefficients, learner
 from merganser.calibration.learning.sequences import of_step
 from merganser.calibration.preparation import prepare
+from merganser.engine.merge import merge, plan
 from merganser.engine.planner import build_plan
+from merganser.engine.run import Interrupted
+from merganser.errors import DataError, RecipeError, UnsupportedError
 from merganser.recipe import load_recipe
 from merganser.statistics import Statistics
 from tests.calibration.merging import LENGTH, Family, choice, make_family
@@ -25,7 +28,15 @@ ALL = 99
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return make_family(tmp_path_factory.mktemp("llama"), "llama")
+    return small(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def small(root: Path, name: str) -> Family:
+    """A family with two texts for each model."""
+    family = make_family(root, name)
+    for data in family.data:
+        data.write_text("\n".join(data.read_text().splitlines()[:2]))
+    return family
 
 
 def written(family: Family, method: str, **parameters: Any) -> dict[str, Any]:
@@ -81,24 +92,26 @@ def compare(family: Family, found: list[Statistics], expected: Any, history: Any
             learnt[name].double().reshape(own.shape),
             own,
             rtol=0,
-            atol=2e-3,
+            atol=5e-3,
             msg=lambda text, name=name: f"{name}: {text}",
         )
     torch.testing.assert_close(torch.tensor(losses(found)), torch.tensor(history), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("by", "objective"), [("tensor", "entropy"), ("layer", "entropy"), ("model", "likelihood")])
-def test_adamerging_agrees_with_whole_models_in_memory(llama: Family, tmp_path: Path, by: str, objective: str) -> None:
-    given = {"steps": 3, "rate": 0.03, "start": 0.3, "objective": objective, "weight": [1.0, 0.5]}
-    found = learn(llama, "adamerging", tmp_path / "run", by=by, batch=ALL, **given)
-    group = {"tensor": str, "layer": lambda name: name[:15] if ".layers." in name else "", "model": lambda name: ""}[by]
+def test_adamerging_agrees_with_whole_models_in_memory(llama: Family, tmp_path: Path) -> None:
+    given = {"steps": 3, "rate": 0.03, "start": 0.3, "weight": [1.0, 0.5]}
+    found = learn(llama, "adamerging", tmp_path / "run", by="layer", batch=ALL, **given)
+
+    def group(name: str) -> str:
+        return name[: len("model.layers.0")] if ".layers." in name else ""
+
     compare(llama, found, *adamerging_steps(*double(llama), group=group, **given), start=0.3)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_dam_agrees_with_whole_models_in_memory(name: str, tmp_path: Path) -> None:
-    family = make_family(tmp_path, name)
-    given = {"steps": 3, "rate": 0.03, "temperature": 2.0, "similarity": 0.2, "overlap": 0.01}
+def test_dam_agrees_with_whole_models_in_memory(tmp_path: Path) -> None:
+    # matrices are stored [inputs, outputs], and head and embedding are one
+    family = small(tmp_path, "gpt2")
+    given = {"steps": 3, "rate": 0.03, "temperature": 2.0, "similarity": 0.2}
     found = learn(family, "dam", tmp_path / "run", batch=ALL, **given)
     compare(family, found, *dam_steps(*double(family)[1:], **given), start=0.5)
 
@@ -106,3 +119,106 @@ def test_dam_agrees_with_whole_models_in_memory(name: str, tmp_path: Path) -> No
 def test_a_step_takes_the_next_sequences() -> None:
     assert [of_step(step, 2, 5) for step in range(4)] == [[0, 1], [2, 3], [4, 0], [1, 2]]
     assert of_step(3, 9, 2) == [1, 0]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_recipe_with_data_gives_the_merge_by_hand(llama: Family, tmp_path: Path) -> None:
+    given = {"steps": 2, "rate": 0.05}
+    found = learn(llama, "dam", tmp_path / "hand", **given)
+    by_hand = llama.recipe("dam", found, **given)
+    del by_hand["base_model"]
+    merge(by_hand, tmp_path / "one")
+    result = merge(written(llama, "dam", **given), tmp_path / "two")
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    assert [own["learning"] for own in result.record["calibrations"]] == [own.about["learning"] for own in found]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hand", "one", "two"]
+    merged, learnt = load_file(tmp_path / "one/model.safetensors"), coefficients(found)
+    models = [load_file(model / "model.safetensors") for model in llama.models]
+    for name, tensor in merged.items():
+        expected = sum(c * model[name] for c, model in zip(learnt[name], models, strict=True))
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_loss_falls_and_is_measured_before_and_after(llama: Family, tmp_path: Path) -> None:
+    found = learn(llama, "model_tinting", tmp_path / "run", steps=3, rate=0.1, batch=ALL, weight=[1.0, 0.0])
+    first, other = (own.about["learning"] for own in found)
+    assert first["before"] == first["losses"][0]
+    assert len(first["losses"]) == first["steps"] == 3
+    assert first["after"] < first["losses"][2] < first["before"]
+    # the second model's data do not count, and are not read
+    assert other == {"steps": 3, "losses": [None] * 3, "before": None, "after": None}
+
+
+def test_an_interrupted_merge_continues_at_its_step(
+    llama: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = written(llama, "dam", steps=2, rate=0.05)
+    merge(recipe, tmp_path / "whole")
+    step, taken = learner.Learner._step, []
+
+    def stopped(self: Any, number: int) -> Any:
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(number)
+        return step(self, number)
+
+    monkeypatch.setattr(learner.Learner, "_step", stopped)
+    with pytest.raises(Interrupted, match="run the same command again to continue"):
+        merge(recipe, tmp_path / "out")
+    assert (tmp_path / ".out.statistics").is_dir()
+    taken.clear()
+    # what the models predict is there already
+    monkeypatch.setattr(learner.Teachers, "run", lambda self, note: None)
+    merge(recipe, tmp_path / "out")
+    assert taken == [1]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_the_plan_says_the_steps_and_what_they_take(llama: Family) -> None:
+    many, pairs = (plan(written(llama, method)) for method in ("adamerging", "dam"))
+    assert [own.name for own in many.calibrations] == ["within-1/model0", "within-1/model1"]
+    assert many.calibrations[0].steps == 500
+    assert many.calibrations[0].statistics == ("count", "coefficients")
+    twice = plan(written(llama, "adamerging", steps=1000)).calibrations[0]
+    assert twice.forward_operations == pytest.approx(2 * many.calibrations[0].forward_operations, rel=0.01)
+    assert twice.bytes_read > 1.9 * many.calibrations[0].bytes_read
+    assert pairs.calibrations[0].peak_memory > many.calibrations[0].peak_memory
+    # each column has its own coefficient
+    assert pairs.calibrations[0].statistics_bytes > 2 * many.calibrations[0].statistics_bytes
+
+
+@pytest.mark.parametrize("name", ["mixtral", "t5"])
+def test_mixtures_and_encoder_decoders_are_learnt(name: str, tmp_path: Path) -> None:
+    family = small(tmp_path, name)
+    found = coefficients(learn(family, "dam", tmp_path / "run", steps=1))
+    matrix = {
+        "mixtral": "model.layers.0.block_sparse_moe.experts.1.w2.weight",
+        "t5": "encoder.block.1.layer.1.DenseReluDense.wo.weight",
+    }[name]
+    shape = load_file(family.base / "model.safetensors")[matrix].shape
+    assert found[matrix].shape == (2, 1, shape[1])
+    assert float((found[matrix] - 0.5).abs().max()) > 0
+
+
+def test_what_cannot_be_learnt_is_refused(llama: Family, tmp_path: Path) -> None:
+    uneven = [{"filter": "mlp", "value": 3}, {"value": 4}]
+    with pytest.raises(RecipeError, match=r"learns the model as a whole, .* different steps"):
+        learn(llama, "adamerging", tmp_path / "out", steps=uneven)
+    with pytest.raises(RecipeError, match=r"weight is 0 for every model"):
+        learn(llama, "adamerging", tmp_path / "out", weight=[0.0, 0.0])
+    with pytest.raises(RecipeError, match=r"expert_merging learns no coefficients with the whole"):
+        learn(llama, "expert_merging", tmp_path / "out")
+    recipe = written(llama, "adamerging", steps=1)
+    (tmp_path / "short.jsonl").write_text('{"prompt": "a b c", "completion": ""}\n')
+    recipe["models"][1]["data"]["files"] = str(tmp_path / "short.jsonl")
+    recipe["models"][1]["data"]["tokens"] = "completions"
+    with pytest.raises(DataError):
+        plan(recipe)
+    encoder = make_family(tmp_path / "bert", "bert")
+    with pytest.raises(UnsupportedError, match="does not predict the next token"):
+        plan(written(encoder, "adamerging"))
+    assert not (tmp_path / "out").exists()

@@ -3,10 +3,11 @@ import torch
 
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import ParameterError
-from merganser.methods.btm import btm
+from merganser.methods.btm import btm, domain_probabilities
 from merganser.methods.linear import linear
 from tests.methods.bars import assert_reaches_bars, make_models
 from tests.reference.btm import btm as reference
+from tests.reference.btm import posterior_of
 
 POSTERIOR = [0.1, 0.62, 0.0, 0.28]
 
@@ -31,6 +32,27 @@ def test_by_hand():
     assert merged(posterior=[0.5, 0.3, 0.2]) == pytest.approx(23)
     assert merged(posterior=[0.5, 0.3, 0.2], top_k=2) == pytest.approx((5 + 6) / 0.8)
     assert merged(posterior=[0.2, 0.3, 0.3], top_k=1) == 20
+
+
+LOSSES = [[3.0, 2.0, 5.0, 1.0], [2.5, 2.5, 9.0, 1.0], [7.0, 1.0, 4.5, 1.0]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prior", [[1.0, 1.0, 1.0], [0.2, 0.0, 3.0]])
+def test_the_posterior_is_that_of_the_reference(smoothing, prior):
+    found = domain_probabilities(LOSSES, prior, smoothing)
+    assert found == pytest.approx(posterior_of(LOSSES, prior, smoothing), rel=1e-12)
+    assert sum(found) == pytest.approx(1)
+    _, models = make_models((30, 10), 3)
+    merged = merge_tensor(btm, None, models, {"posterior": prior, "smoothing": smoothing}, data={"losses": LOSSES})
+    torch.testing.assert_close(merged.double(), reference(None, models, posterior=found), rtol=1e-6, atol=1e-6)
+
+
+def test_unlikely_texts_do_not_underflow():
+    # an expert that is better by 2000 nats has the text to itself, and equal ones share it
+    assert domain_probabilities([[9000.0, 5000.0], [7000.0, 5000.0]], [1.0, 1.0], 0.0) == pytest.approx((0.25, 0.75))
+    # what counts least is the order: the last sequence has the share of the smoothing
+    assert domain_probabilities([[0.0, 900.0], [900.0, 0.0]], [1.0, 1.0], 0.3) == pytest.approx((0.7, 0.3))
 
 
 def test_all_experts_are_those_of_linear():

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import Reader, TensorInfo
 from ..errors import DataError
-from ..statistics import Statistics, open_statistics
+from ..statistics import LOSSES, Statistics, open_statistics
 from .target import Target
 from .writer import Sum, write_about, write_sums
 
@@ -53,7 +54,7 @@ def add_statistics(folders: Sequence[str | Path], out: str | Path) -> Statistics
         for file in first.about["files"]:
             infos = {name: info for name, info in first.sums.items() if info.file.name == file}
             sums = {
-                name: Sum(info.shape, info.dtype.name, partial(_added, name, parts, reader))
+                name: Sum(_shape(name, parts), info.dtype.name, partial(_added, name, parts, reader))
                 for name, info in infos.items()
             }
             write_sums(target.folder / file, sums)
@@ -62,11 +63,20 @@ def add_statistics(folders: Sequence[str | Path], out: str | Path) -> Statistics
     return open_statistics(out)
 
 
+def _shape(name: str, parts: Sequence[Statistics]) -> tuple[int, ...]:
+    if name == LOSSES:
+        return (sum(part.sums[name].shape[0] for part in parts),)
+    return parts[0].sums[name].shape
+
+
 def _added(name: str, parts: Sequence[Statistics], reader: Reader) -> Tensor:
     def read(info: TensorInfo) -> Tensor:
         tensor = reader.tensor(info)
         return tensor.double() if tensor.is_floating_point() else tensor
 
+    # of single sequences, so there is nothing to add
+    if name == LOSSES:
+        return torch.cat([read(part.sums[name]) for part in parts])
     total = read(parts[0].sums[name])
     for part in parts[1:]:
         total += read(part.sums[name])
@@ -80,5 +90,5 @@ def _check_alike(first: Statistics, other: Statistics) -> None:
         if one != two:
             raise DataError(f"{other.path}: its statistics {complaint} than those of {first.path}, and cannot be added")
     for name, info in first.sums.items():
-        if name not in other.sums or other.sums[name].shape != info.shape:
+        if name not in other.sums or (name != LOSSES and other.sums[name].shape != info.shape):
             raise DataError(f"{other.path}: {name!r} is missing or has another shape than in {first.path}")

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Sample", "Tokens", "make_batches", "pad"]
+__all__ = ["Batch", "Sample", "Tokens", "longest_first", "make_batches", "pad"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,11 @@ class Batch:
         return found | {f"{name}attention_mask": padded.valid.long() for name, padded in masks if not padded.full}
 
 
+def longest_first(samples: Sequence[Sample]) -> list[int]:
+    """Return the indices of samples in the order in which batches take them."""
+    return sorted(range(len(samples)), key=lambda i: (-samples[i].longest, i))
+
+
 def make_batches(samples: Sequence[Sample], budget: int, pad_id: int) -> list[Batch]:
     """Divide samples into batches, the longest first: there is little padding, and memory would run out at the start.
 
@@ -101,7 +106,7 @@ def make_batches(samples: Sequence[Sample], budget: int, pad_id: int) -> list[Ba
         pad_id: The padding token.
     """
     groups: list[list[Sample]] = []
-    for _, sample in sorted(enumerate(samples), key=lambda pair: (-pair[1].longest, pair[0])):
+    for sample in (samples[i] for i in longest_first(samples)):
         if not groups or (len(groups[-1]) + 1) * groups[-1][0].longest > budget:
             groups.append([])
         groups[-1].append(sample)

@@ -187,7 +187,7 @@ def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path
             sums = {sum_name(kind, own.names[0]): each for own in block for kind, each in own.sums.items()}
             _reserve(folder / name, sums)
             tensors |= described(block)
-        reverse = {} if prepared.labels is None else planned_sums(prepared.skeleton, _gradients(prepared))
+        reverse = {} if prepared.labels is None else _planned_sums(prepared)
         for name, planned in reverse.items():
             _reserve(
                 folder / name, {sum_name(kind, own) if own else kind: each for (kind, own), each in planned.items()}
@@ -200,6 +200,10 @@ def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path
     about |= {"without": without(prepared.skeleton, tensors), "files": [*names, *reverse], "tensors": tensors}
     about |= {"gradients": gradients, "without_gradients": []} if reverse else {}
     write_about(folder, about)
+
+
+def _planned_sums(prepared: Prepared) -> Mapping[str, Mapping[tuple[str, str], Sum]]:
+    return planned_sums(prepared.skeleton, _gradients(prepared), len(prepared.samples))
 
 
 def _reserve(file: Path, sums: Mapping[str, Sum]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..process import release_freed_memory
 from ..statistics import Choice, Statistics, open_statistics, sum_name
 from ..statistics.choice import BATCH_TOKENS
-from .batches import Batch
+from .batches import Batch, longest_first
 from .forward import check_streamable
 from .preparation import STATISTICS, Data, Prepared, fingerprint, prepare
 from .reducers import REDUCERS
@@ -98,9 +98,9 @@ def run_prepared(prepared: Prepared, out: Path, progress: Progress | None = None
         check_predicts(skeleton, batches)
     skeleton.fill_outside(head=loss is not None)
     check_streamable(skeleton, prepared.probe())
-    about = prepared.about()
+    about, order = prepared.about(), longest_first(prepared.samples)
     with Target(out, fingerprint(about, prepared.batch_tokens)) as target:
-        written = _stream(skeleton, batches, prepared.statistics, loss, target, progress)
+        written = _stream(skeleton, batches, prepared.statistics, loss, order, target, progress)
         write_about(target.folder, {**about, "without": without(skeleton, written["tensors"]), **written})
         target.publish()
     return open_statistics(out)
@@ -111,6 +111,7 @@ def _stream(
     batches: Sequence[Batch],
     statistics: Sequence[str],
     loss: Loss | None,
+    order: Sequence[int],
     target: Target,
     progress: Progress | None,
 ) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _stream(
         target.note({"stream": stream.state.to_json(), "tensors": tensors, "reverse": dict(reverse)})
 
     wanted = [name for name in statistics if name in GRADIENTS]
-    reverse = None if loss is None else Reverse(skeleton, stream, wanted, loss, target, note)
+    reverse = None if loss is None else Reverse(skeleton, stream, wanted, loss, target, note, order)
     files += [] if reverse is None else reverse.files
     steps = count + (0 if reverse is None else reverse.steps)
     target.claim(["hidden/", *files])

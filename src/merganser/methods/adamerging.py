@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..method import Count, Fraction, FromData, Learning, NonNegative, PerModel, Positive, default, merge_method
-from ..ops import deltas
+from ..ops import deltas, weighted_sum
 
 
 def token_loss(logits: Tensor, labels: Tensor, objective: str) -> Tensor:
@@ -86,7 +86,5 @@ def adamerging(
         Gradients are exact, in float32, block by block, with weights made anew in each step; nothing whole is in memory.
         Tensors that transformers changes on loading keep `start` with `by: tensor`.
     """
-    merged = base
-    for i, vector in enumerate(deltas(base, models)):
-        merged = merged + vector * (start if coefficients is None else coefficients[i].clamp(0, 1))
-    return merged
+    factors = start.expand(len(models)) if coefficients is None else torch.cat([*coefficients]).clamp(0, 1)
+    return base + weighted_sum(deltas(base, models), factors)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ...process import release_freed_memory
 from ..batches import Batch
 from ..reverse.backward import Scored, block_backward, head_backward, outside_parameters
 from ..reverse.parameters import Part, block_parameters, find_parts, outside_sources
@@ -83,7 +82,6 @@ class Passes:
             _add(total, found)
         for index in reversed(range(len(skeleton.blocks))):
             upstreams = self._visit(index, stream, upstreams, outside, total)
-            release_freed_memory()
         self._weights.prepare(skeleton.outside(head=True))
         self._add_slopes(-1, outside_sources(skeleton), outside, total)
         return losses

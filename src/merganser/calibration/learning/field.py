@@ -134,7 +134,8 @@ class Weights:
     def prepare(self, names: Iterable[str]) -> None:
         """Merge those of some tensors that have no coefficients, and forget those before."""
         others = [name for name in names if name not in self._field]
-        self._others.make(others)
+        if others:
+            self._others.make(others)
 
     def named(self, name: str) -> Tensor:
         """Return one of the tensors that were prepared last."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...process import release_freed_memory
 from ..batches import Batch
 from ..skeleton import Skeleton, Weights
 from ..stream import Stream, StreamState
@@ -63,7 +62,6 @@ class Teachers:
                 with self._skeleton.filled(block, source):
                     stream.advance(lambda batch: None)
                 note()
-                release_freed_memory()
 
     def logits(self, model: int, number: int) -> Tensor:
         """Return the logits of one of a model's sequences, shape [1, longest, vocabulary].

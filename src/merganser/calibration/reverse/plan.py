@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...checkpoint import DTYPE_BY_NAME
+from ...statistics import LOSS, LOSSES, PREDICTIONS
 from .. import internals
 from ..batches import Sample
 from ..reducers import Gram
@@ -68,7 +69,7 @@ class ReversePlan:
         return sum(DTYPE_BY_NAME[own.dtype].nbytes(math.prod(own.shape)) for own in every)
 
 
-def planned_sums(skeleton: Skeleton, statistics: Sequence[str]) -> dict[str, Sums]:
+def planned_sums(skeleton: Skeleton, statistics: Sequence[str], sequences: int) -> dict[str, Sums]:
     """Return the sums of gradients that each file will have, the loss first.
 
     Tensors whose values turn out not to be in the model as they are stored will have none; that needs their values.
@@ -76,8 +77,13 @@ def planned_sums(skeleton: Skeleton, statistics: Sequence[str]) -> dict[str, Sum
     Args:
         skeleton: The model.
         statistics: The statistics of gradients; if there are none, only the loss is summed.
+        sequences: Number of sequences.
     """
-    of_model = {("loss", ""): _sum((), "float64"), ("predictions", ""): _sum((), "int64")}
+    of_model = {
+        (LOSS, ""): _sum((), "float64"),
+        (PREDICTIONS, ""): _sum((), "int64"),
+        (LOSSES, ""): _sum((sequences,), "float64"),
+    }
     found: dict[str, Sums] = {LOSS_FILE: of_model}
     if statistics:
         files = gradient_files(len(skeleton.blocks))
@@ -145,7 +151,7 @@ def plan_reverse(
     logits = _FLOAT32 * _COPIES_OF_LOGITS * longest * int(head.weight.shape[0])
     outputs = sum(len(sample.stacks[block.stack].ids) for block in skeleton.blocks for sample in samples)
     spool = _FLOAT32 * width * outputs
-    sums = planned_sums(skeleton, statistics)
+    sums = planned_sums(skeleton, statistics, len(samples))
     outside = _numel(outside_parameters(skeleton))
     if not statistics:
         return ReversePlan(sums, 0, _HEAD_WORK * of_head, 0.0, 0.0, _FLOAT32 * outside + logits, spool)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import DataError, UnsupportedError
 from ...process import release_freed_memory
-from ...statistics import sum_name
+from ...statistics import LOSS, LOSSES, PREDICTIONS, sum_name
 from ..batches import Batch
 from ..skeleton import Skeleton
 from ..stream import Stream
@@ -69,6 +69,7 @@ class Reverse:
         loss: The loss.
         target: Where sums and the state are written.
         note: Stores the state of the reverse pass, so that it can be continued.
+        order: For each sequence, its place in the draw.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Reverse:
         loss: Loss,
         target: Target,
         note: Callable[[Mapping[str, Any]], None],
+        order: Sequence[int],
     ) -> None:
         self._skeleton = skeleton
         self._stream = stream
@@ -86,6 +88,7 @@ class Reverse:
         self._loss = loss
         self._target = target
         self._note = note
+        self._order = order
         self._upstream = UpstreamFiles(stream.folder)
         self._outside = outside_parameters(skeleton)
 
@@ -129,17 +132,20 @@ class Reverse:
 
     def _visit_head(self) -> None:
         """Compute the losses, and the gradients for the last block."""
-        total, tokens = 0.0, 0
+        losses, tokens = torch.zeros(len(self._order), dtype=torch.float64), 0
+        total = 0.0
         for number, batch in enumerate(self._stream.batches):
             last = self._stream.before(number, len(self._skeleton.blocks))
             value, upstream, _ = head_backward(self._skeleton, batch, last, self._loss, {})
             total += value
+            losses[self._order[number]] = value
             tokens += int(predicted(batch.stacks[-1]).sum())
             if self._statistics:
                 self._upstream.write(0, number, upstream)
         sums = {
-            "loss": Sum((), "float64", lambda: torch.tensor(total, dtype=torch.float64)),
-            "predictions": Sum((), "int64", lambda: torch.tensor(tokens)),
+            LOSS: Sum((), "float64", lambda: torch.tensor(total, dtype=torch.float64)),
+            PREDICTIONS: Sum((), "int64", lambda: torch.tensor(tokens)),
+            LOSSES: Sum(tuple(losses.shape), "float64", lambda: losses),
         }
         write_sums(self._target.folder / LOSS_FILE, sums)
 
