@@ -59,6 +59,7 @@ ROOMS = [
     "search",
     "runtime",
     "report",
+    "publishing",
     "testing",
     "",
     "cli",

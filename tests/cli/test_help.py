@@ -31,6 +31,7 @@ VERBS = [
     "export",
     "eval",
     "report",
+    "push",
 ]
 
 
@@ -68,6 +69,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  search      Find the open values of a recipe by trying them.\n"
         "  auto        Make the best of some models for some tasks, and prove it.\n"
         "  report      Draw a merge: what went in, how far it moved, what it can do.\n"
+        "  push        Upload an output to the Hub, or show what would be uploaded.\n"
         "  fuse        Store what models predict, to teach it to another one.\n"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, NotFoundError
@@ -14,10 +14,12 @@ from ..wording import brief, some
 from .formats.distributed import METADATA_NAME, read_distributed
 from .formats.gguf.beside import folder_beside
 from .formats.gguf.read import parts_of, read_gguf
+from .formats.original import has_original_names, read_original
 from .formats.pickled import read_pickled
 from .formats.quantised.read import Quantisation, declared_dtype, dequantise
 from .formats.safetensors import read_header
 from .hub import is_hub_id, snapshot
+from .index import check_index, check_shard_name, read_weight_map
 from .links import inside
 from .reader import Reader
 from .sidefiles import list_side_files
@@ -29,6 +31,9 @@ __all__ = ["Checkpoint", "open_checkpoint", "open_tokenizer"]
 
 WEIGHTS_KEY = "transformers_weights"
 """Key of config.json with the name of the weights file, or of its index, if it is not the usual name."""
+
+PARAMS_NAME = "params.json"
+"""The config of Meta's and Mistral's own programs."""
 
 _MAX_NAME = 500
 """Largest number of characters in a tensor's name; published models have at most about 150."""
@@ -52,7 +57,7 @@ class Checkpoint:
         left_out: tensors of the files that are not among `tensors`, and why, by name.
         loose: whether it is a single file in a folder without config.json; other files there are not the model's.
         adapter: the files of an adapter that its tensors are read with: config and weights; empty without one.
-        notes: what a user should know of an adapter and this model.
+        notes: what a user should know of an adapter and this model, or of how its config was made.
     """
 
     reference: str
@@ -185,6 +190,8 @@ def _open_file(reference: str, file: Path) -> Checkpoint:
     if file.name.endswith(GGUF_SUFFIX):
         return _open_gguf(reference, file.parent, file.name)
     opened = _assemble(reference, file.parent, [file])
+    if file.name.startswith("consolidated"):
+        opened = _renamed(opened)
     return replace(opened, loose=not (file.parent / "config.json").exists())
 
 
@@ -201,9 +208,42 @@ def _open_folder(reference: str, folder: Path) -> Checkpoint:
         return _open_gguf(reference, folder, *weights.files)
     if weights.index is not None:
         opened = _open_index(reference, folder, folder / weights.index)
+    elif weights.cut:
+        return _open_cut(reference, folder, [folder / name for name in weights.files])
     else:
         opened = _assemble(reference, folder, [folder / name for name in weights.files])
-    return replace(opened, unread=_unread(names, opened.weight_files))
+    return replace(_renamed(opened), unread=_unread(names, opened.weight_files))
+
+
+def _open_cut(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
+    """Open an original checkpoint of Llama that was cut up for several GPUs."""
+    if not exists(folder / PARAMS_NAME):
+        raise CheckpointError(
+            f"{folder}: {some([file.name for file in files], 4)}: the parts of an original PyTorch checkpoint of Llama, in which "
+            f"every matrix is cut into as many pieces as there are files; put its {PARAMS_NAME} beside them, which says how"
+        )
+    parts = [{tensor.name: tensor for tensor in _read(file, {})} for file in files]
+    return _as_original(Checkpoint(reference, folder, _read_config(folder), {}, files, {}), parts)
+
+
+def _renamed(opened: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with the names of transformers, if it has those of Meta's and Mistral's own programs."""
+    if not has_original_names(opened.tensors) or not exists(opened.path / PARAMS_NAME):
+        return opened
+    return _as_original(opened, [opened.tensors])
+
+
+def _as_original(opened: Checkpoint, parts: Sequence[Mapping[str, TensorInfo]]) -> Checkpoint:
+    file = inside(opened.path, PARAMS_NAME, str(opened.path))
+    found = read_original(file, read_object(file), parts)
+    config = opened.config or found.config
+    notes = list(found.notes) if not opened.config else []
+    if not exists(opened.path / "tokenizer.json"):
+        notes.append(
+            f"{opened.reference}: has no tokenizer.json, only what Meta's and Mistral's own programs read, so the output may need "
+            "the tokenizer files of the Hugging Face model"
+        )
+    return replace(opened, tensors=found.tensors, config=config, left_out=found.left_out, notes=tuple(notes))
 
 
 def _open_gguf(reference: str, folder: Path, *names: str) -> Checkpoint:
@@ -232,7 +272,7 @@ def _named_weights(folder: Path) -> Weights | None:
     config = folder / "config.json"
     if not isinstance(name, str):
         raise CheckpointError(f"{config}: {WEIGHTS_KEY} must be the name of a file, found {brief(name)}")
-    _check_shard_name(config, name.removesuffix(".index.json"))
+    check_shard_name(config, name.removesuffix(".index.json"))
     if not (folder / name).exists():
         raise NotFoundError(f"{folder / name}: no such file, but {config} names it in {WEIGHTS_KEY}")
     return Weights(name, ()) if name.endswith(".index.json") else Weights(None, (name,))
@@ -267,39 +307,8 @@ def _open_index(reference: str, folder: Path, index: Path) -> Checkpoint:
             raise NotFoundError(f"{file}: no such file, but {index} says that it holds {count} tensors")
         files.append(file)
     checkpoint = _assemble(reference, folder, files)
-    _check_index(index, weight_map, checkpoint.tensors)
+    check_index(index, weight_map, checkpoint.tensors)
     return checkpoint
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Read from an index which file holds which tensor, and check that every file is inside the index's folder.
-
-    Raises:
-        CheckpointError: the index is damaged, or one of its paths leaves the folder.
-    """
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: must have a 'weight_map' from names of tensors to names of files")
-    checked: set[str] = set()
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file:
-            raise CheckpointError(
-                f"{index}: tensor {name!r}: the name of its file must be a string, found {brief(file)}"
-            )
-        # thousands of tensors share a file, so each file name is checked once
-        if file not in checked:
-            _check_shard_name(index, file)
-            checked.add(file)
-    return weight_map
-
-
-def _check_shard_name(index: Path, name: str) -> None:
-    # Parsed by Windows rules, the strictest (both slashes, drives, shares), so that it means the same on every system.
-    path = PureWindowsPath(name)
-    if path.anchor or ".." in path.parts or "\0" in name or "\\" in name:
-        raise CheckpointError(f"{index}: file {name!r} is not inside the checkpoint's folder, where it must be")
-    if not name.endswith((".safetensors", *PICKLED_SUFFIXES)):
-        raise CheckpointError(f"{index}: file {name!r} is not a file of weights")
 
 
 def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
@@ -362,22 +371,6 @@ def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
     tensors, found = read_header(file)
     metadata.update(found)
     return tensors
-
-
-def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
-    # thousands of tensors share a path, and comparing paths takes long, so it is done once
-    held = {id(tensor.file): tensor.file for tensor in tensors.values()}
-    named = set(weight_map.values())
-    agreed = {(key, file) for key, path in held.items() for file in named if path == index.parent / file}
-    for name, file in weight_map.items():
-        if name not in tensors:
-            raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in no file of the index")
-        found = tensors[name].file
-        if (id(found), file) not in agreed:
-            raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in {found.name}")
-    for name, tensor in tensors.items():
-        if name not in weight_map:
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} is not in the index {index.name}")
 
 
 def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:

@@ -39,7 +39,11 @@ def snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Pat
     if names is None:
         return _cached(model, revision, cache_dir)
     weights = choose_weights(f"{model} on the Hub", names)
-    first = [name for name in names if name == "config.json" or is_side_file(name)]
+    configs = [
+        "config.json",
+        *(["params.json"] if any(file.startswith("consolidated") for file in weights.files) else []),
+    ]
+    first = [name for name in names if name in configs or is_side_file(name)]
     indexes = [name for name in (weights.index, weights.rival) if name]
     folder = _fetch(model, revision, cache_dir, [*first, *weights.files, *indexes])
     if weights.index is not None:

@@ -44,6 +44,7 @@ class Weights:
     Args:
         index: Name of the index.
         files: Names of the files, if no index is chosen.
+        cut: Whether every file holds a piece of every matrix, as those of Llama for several GPUs.
         rival: Name of an index in the same folder as the chosen file. The index may name only that file; if it names
             others, it is not clear which files are the model's.
     """
@@ -51,6 +52,7 @@ class Weights:
     index: str | None
     files: tuple[str, ...]
     rival: str | None = None
+    cut: bool = False
 
 
 def is_weight_file(name: str) -> bool:
@@ -138,12 +140,7 @@ def _choose(where: str, names: Sequence[str], default: str) -> Weights | None:
             key = described[_only(where, "sets of shards", list(described))]
         return Weights(None, _complete(where, key, sets[key]))
     if files and files[0].startswith("consolidated"):
-        if len(files) > 1 and not files[0].endswith(".safetensors"):
-            raise CheckpointError(
-                f"{where}: {_listing(files)}: the parts of an original PyTorch checkpoint of Llama, in which every matrix is cut "
-                "into as many pieces as there are files; convert it with convert_llama_weights_to_hf.py of transformers 4"
-            )
-        return Weights(None, tuple(files))
+        return Weights(None, tuple(files), cut=len(files) > 1 and not files[0].endswith(".safetensors"))
     return Weights(None, (_only(where, "weight files and no index", files),)) if files else None
 
 

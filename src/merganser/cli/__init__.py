@@ -31,6 +31,7 @@ from .merge import merge
 from .methods import methods
 from .mix import mix
 from .plan import plan
+from .push import push
 from .report import report
 from .restore import restore
 from .route import route
@@ -67,6 +68,7 @@ app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least",
 app.command(cls=many_values("--tasks", "--data"))(auto)
 app.add_typer(fuse, name="fuse")
 app.command(cls=Verb)(report)
+app.command(cls=Verb)(push)
 
 
 def _version(wanted: bool) -> None:

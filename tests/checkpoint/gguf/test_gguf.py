@@ -147,6 +147,9 @@ ARCHITECTURES = {
     "gemma": gguf.MODEL_ARCH.GEMMA,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    "deepseek2": gguf.MODEL_ARCH.DEEPSEEK2,
+    "gpt-oss": gguf.MODEL_ARCH.GPT_OSS,
+    "mamba": gguf.MODEL_ARCH.MAMBA,
 }
 
 
@@ -160,6 +163,6 @@ def test_names_are_those_of_the_converter(architecture: str) -> None:
     for module, ours in FAMILIES[architecture].names.items():
         if module not in of_architecture:
             continue
-        top = ours.startswith("model.") or ours == "lm_head"
-        name = ours if top else f"model.layers.1.{ours}".replace(".{}", "")
+        top = ours.startswith(("model.", "backbone.")) or ours == "lm_head"
+        name = ours if top else f"{FAMILIES[architecture].layers}1.{ours}".replace(".{}", "")
         assert forward.get_name(name) == (module if top else f"blk.1.{module}")

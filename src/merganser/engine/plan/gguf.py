@@ -134,7 +134,13 @@ def _open(recipe: Recipe, donor: Checkpoint) -> _Like:
                 f"FILE.gguf}}. {_by_llama_cpp(recipe.gguf.type)}"
             )
     headers = [read_gguf_header(file) for file in files]
-    return _Like(files, headers, family_of(str(files[0]), headers[0].architecture))
+    family = family_of(str(files[0]), headers[0].architecture)
+    if not family.is_writable:
+        raise RecipeError(
+            f"{place}: files of the architecture {headers[0].architecture!r} can be read and not written. "
+            f"{_by_llama_cpp(recipe.gguf.type)}"
+        )
+    return _Like(files, headers, family)
 
 
 def _by_llama_cpp(kind: str) -> str:

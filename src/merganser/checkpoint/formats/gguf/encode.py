@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...dtypes import DType
-from .header import TYPES, GgufType
+from .header import TYPE_BY_NAME, GgufType
 from .values import PLAIN
 
 if TYPE_CHECKING:
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["WRITABLE", "GgufEncoding"]
 
-_BY_NAME = {kind.name: kind for kind in TYPES.values()}
 _LARGEST = 65504.0
 _STEPS = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 1, "Q5_0": 16, "Q5_1": 1}
 """How many times the largest float16 the values of a type may be, for its scales are float16."""
 
-WRITABLE: dict[str, GgufType] = {name: _BY_NAME[name] for name in ("F32", "F16", "BF16", *_STEPS)}
+WRITABLE: dict[str, GgufType] = {name: TYPE_BY_NAME[name] for name in ("F32", "F16", "BF16", *_STEPS)}
 """Types that can be written, by name: plain ones, and those that the package can quantise."""
 
 

@@ -19,7 +19,7 @@ from ....errors import CheckpointError, NotFoundError, UnsupportedError
 from ....jsonfile import LFS_MAGIC, LFS_POINTER, open_regular, os_reason
 from ....wording import brief
 
-__all__ = ["TYPES", "GgufHeader", "GgufTensor", "GgufType", "read_gguf_header"]
+__all__ = ["TYPES", "TYPE_BY_NAME", "GgufHeader", "GgufTensor", "GgufType", "read_gguf_header"]
 
 _MAGIC = b"GGUF"
 _MOST_TENSORS = 1_000_000
@@ -81,6 +81,8 @@ TYPES: dict[int, GgufType] = {
     )
 }
 """The types of tensors by their numbers in files."""
+
+TYPE_BY_NAME = {kind.name: kind for kind in TYPES.values()}
 
 
 @dataclass(frozen=True, slots=True)

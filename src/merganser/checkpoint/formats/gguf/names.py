@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from ....errors import UnsupportedError
 from ....wording import some
@@ -49,6 +50,42 @@ _EXPERTS = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
 }
+_DEEPSEEK = {
+    **{name: ours for name, ours in _COMMON.items() if name not in ("attn_k", "attn_v", "attn_q_norm", "attn_k_norm")},
+    **{name: ours for name, ours in _EXPERTS.items() if not name.endswith("shexp")},
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+}
+_GPT_OSS = {
+    **{
+        name: ours
+        for name, ours in _COMMON.items()
+        if not name.startswith("ffn") and not name.endswith(("q_norm", "k_norm"))
+    },
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.router",
+}
+_MAMBA = {
+    "token_embd": "backbone.embeddings",
+    "output_norm": "backbone.norm_f",
+    "output": "lm_head",
+    "attn_norm": "norm",
+    "ssm_in": "mixer.in_proj",
+    "ssm_conv1d": "mixer.conv1d",
+    "ssm_x": "mixer.x_proj",
+    "ssm_dt": "mixer.dt_proj",
+    "ssm_out": "mixer.out_proj",
+}
+_TOP = ("token_embd", "output_norm", "output")
+"""Modules outside of layers."""
+
 _PHI = {**_COMMON, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
 
@@ -60,11 +97,23 @@ class Family:
         names: Modules of the Hugging Face model by those of the file; `{}` stands for the number of an expert.
         permuted: Whether the rows of query and key projections were reordered.
         norms_plus_one: Whether one was added to the weights of norms.
+        layers: What the names of layers begin with.
+        bare: Names in layers that are no module's weight or bias, by those of the file.
+        joined: How several tensors of the file make one; files of such families, and those with `bare` names, can be
+            read and not written.
     """
 
     names: Mapping[str, str]
     permuted: bool = False
     norms_plus_one: bool = False
+    layers: str = "model.layers."
+    bare: Mapping[str, str] = field(default_factory=dict)
+    joined: Literal["mla", "gate_up"] | None = None
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether files of this family can be written."""
+        return self.joined is None and not self.bare
 
 
 FAMILIES: dict[str, Family] = {
@@ -79,12 +128,16 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(_COMMON, norms_plus_one=True),
     "gemma2": Family(_SANDWICHED, norms_plus_one=True),
     "gemma3": Family(_SANDWICHED, norms_plus_one=True),
+    "deepseek2": Family(_DEEPSEEK, bare={"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}, joined="mla"),
+    "gpt-oss": Family(_GPT_OSS, bare={"attn_sinks.weight": "self_attn.sinks"}, joined="gate_up"),
+    "mamba": Family(_MAMBA, layers="backbone.layers.", bare={"ssm_a": "mixer.A_log", "ssm_d": "mixer.D"}),
 }
 """By `general.architecture`."""
 
 DROPPED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight")
 """Tensors that the config of the model replaces."""
 
+_IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>[a-z_0-9]+)\.(?P<kind>weight|bias)")
 
 
@@ -105,14 +158,16 @@ def family_of(where: str, architecture: str) -> Family:
 
 def hf_name(family: Family, name: str) -> tuple[str, str] | None:
     """Return the name in the Hugging Face checkpoint, and the module in the file; None if the family has none."""
+    if (found := _IN_LAYER.fullmatch(name)) and (bare := family.bare.get(found[2])):
+        return f"{family.layers}{int(found[1])}.{bare}", found[2].partition(".")[0]
     match = _NAME.fullmatch(name)
     module = family.names.get(match["module"]) if match else None
     if match is None or module is None:
         return None
-    top = module.startswith("model.") or module == "lm_head"
+    top = match["module"] in _TOP
     if top is not (match["layer"] is None):
         return None
-    layer = "" if top else f"model.layers.{int(match['layer'])}."
+    layer = "" if top else f"{family.layers}{int(match['layer'])}."
     return f"{layer}{module}.{match['kind']}", match["module"]
 
 

@@ -14,8 +14,21 @@ from ...derived import Rows, derive
 from ...dtypes import DTYPE_BY_NAME, DType
 from ...tensor import TensorInfo
 from .header import GgufHeader, GgufTensor, read_gguf_header
+from .joined import StoredTensor, join
 from .names import DROPPED, Family, family_of, hf_name
-from .values import PLAIN, UNREADABLE, Dequantised, MinusOne, Part, Permuted, Plain, noise_of, require_gguf
+from .values import (
+    PLAIN,
+    UNREADABLE,
+    Dequantised,
+    LogOfNegative,
+    MinusOne,
+    Part,
+    Permuted,
+    Plain,
+    Stored,
+    noise_of,
+    require_gguf,
+)
 
 __all__ = ["GgufModel", "head_rows", "parts_of", "read_gguf"]
 
@@ -60,20 +73,49 @@ def read_gguf(files: Sequence[Path], natural: DType | None) -> GgufModel:
     made: dict[str, TensorInfo] = {}
     schemes: set[str] = set()
     left_out: dict[str, str] = {}
-    for file, header in zip(files, headers, strict=True):
-        for tensor in header.tensors:
-            if DROPPED.fullmatch(tensor.name):
-                left_out[tensor.name] = "config.json says it in the Hugging Face checkpoint"
-                continue
-            for each in _logical(file, first, family, tensor, natural):
-                if each.name in made:
-                    raise CheckpointError(
-                        f"{file}: tensor {tensor.name!r} stands for {each.name}, which is there twice"
-                    )
-                made[each.name] = each
-            if noise_of(tensor.type.name) is not None:
-                schemes.add(f"GGUF {tensor.type.name}")
+    parts = [(file, tensor) for file, header in zip(files, headers, strict=True) for tensor in header.tensors]
+    joined, copies = _joined(files[0], family, parts, natural)
+    for file, tensor in parts:
+        if DROPPED.fullmatch(tensor.name):
+            left_out[tensor.name] = "config.json says it in the Hugging Face checkpoint"
+            continue
+        if tensor.name in copies:
+            left_out[tensor.name] = "attn_kv_b holds the same values"
+            continue
+        own = joined.get(tensor.name)
+        for each in _logical(file, first, family, tensor, natural) if own is None else own:
+            if each.name in made:
+                raise CheckpointError(f"{file}: tensor {tensor.name!r} stands for {each.name}, which is there twice")
+            made[each.name] = each
+        if noise_of(tensor.type.name) is not None:
+            schemes.add(f"GGUF {tensor.type.name}")
     return GgufModel(list(made.values()), first.architecture, tuple(sorted(schemes)), left_out)
+
+
+def _joined(
+    where: Path, family: Family, parts: Sequence[tuple[Path, GgufTensor]], natural: DType
+) -> tuple[dict[str, list[TensorInfo]], set[str]]:
+    """Return what several tensors of the files make, by the name of each, the first with the result; and copies."""
+    if family.joined is None:
+        return {}, set()
+    names = {tensor.name for _, tensor in parts}
+    # for a while, files held what is split as a whole, too
+    copies = {
+        name for name in names if re.fullmatch(r"blk\.\d+\.attn_[kv]_b\.weight", name)
+        and re.sub("attn_[kv]_b", "attn_kv_b", name) in names
+    }  # fmt: skip
+    stored: dict[str, StoredTensor] = {}
+    for file, tensor in parts:
+        if tensor.name not in copies and not DROPPED.fullmatch(tensor.name):
+            info, rows = _stored(file, tensor)
+            stored[tensor.name] = StoredTensor(info, tensor.shape, rows, tensor.type.name)
+    found: dict[str, list[TensorInfo]] = {}
+    for each in join(str(where), family, stored):
+        infos = [stored[name].info for name in each.sources]
+        noise = noise_of(stored[each.sources[0]].type) if len(each.sources) == 1 else None
+        found[each.sources[0]] = [derive(each.name, each.shape, infos, each.rows, natural=natural, noise=noise)]
+        found |= {name: [] for name in each.sources[1:]}
+    return found, copies
 
 
 def parts_of(file: Path) -> list[Path]:
@@ -122,23 +164,17 @@ def _logical(file: Path, header: GgufHeader, family: Family, tensor: GgufTensor,
         )
     name, module = found
     kind = tensor.type.name
-    if kind in UNREADABLE:
-        raise CheckpointError(f"{file}: tensor {tensor.name!r}: the type {kind} cannot be read")
     shape = tensor.shape
-    if kind in PLAIN:
-        dtype = PLAIN[kind]
-        stored = TensorInfo(tensor.name, dtype, shape, file, tensor.offset, tensor.nbytes)
-        rows: Rows = Plain(stored)
-    else:
-        require_gguf(str(file))
-        width = shape[-1] // tensor.type.values * tensor.type.nbytes
-        stored = TensorInfo(tensor.name, _BYTES, (*shape[:-1], width), file, tensor.offset, tensor.nbytes)
-        rows = Dequantised(stored, kind)
-    changed = rows
+    stored, rows = _stored(file, tensor)
+    changed: Rows = rows
     if family.permuted and module in ("attn_q", "attn_k"):
         changed = Permuted(rows, head_rows(file, header, tensor.name, shape[0]), flat=len(shape) == 1)
     if family.norms_plus_one and name.endswith("norm.weight"):
         changed = MinusOne(rows)
+    if module == "ssm_a":
+        changed = LogOfNegative(rows)
+    if module == "ssm_conv1d" and len(shape) == 2:
+        shape = (shape[0], 1, shape[1])
     if "{}" in name:
         return _experts(name, tensor, stored, changed, natural)
     if module == "ffn_gate_inp_shexp" and len(shape) == 1:
@@ -146,6 +182,25 @@ def _logical(file: Path, header: GgufHeader, family: Family, tensor: GgufTensor,
     if changed is rows and kind in PLAIN:
         return [replace(stored, name=name, shape=shape, natural=natural if stored.dtype.kind == "float" else None)]
     return [derive(name, shape, [stored], changed, natural=natural, noise=noise_of(kind))]
+
+
+def _stored(file: Path, tensor: GgufTensor) -> tuple[TensorInfo, Stored]:
+    """Return a tensor of the file, its bytes if it is quantised, and its values.
+
+    Raises:
+        CheckpointError: Its type cannot be read.
+        UnsupportedError: It needs a package that is missing.
+    """
+    kind, shape = tensor.type.name, tensor.shape
+    if kind in UNREADABLE:
+        raise CheckpointError(f"{file}: tensor {tensor.name!r}: the type {kind} cannot be read")
+    if kind in PLAIN:
+        stored = TensorInfo(tensor.name, PLAIN[kind], shape, file, tensor.offset, tensor.nbytes)
+        return stored, Plain(stored)
+    require_gguf(str(file))
+    width = shape[-1] // tensor.type.values * tensor.type.nbytes
+    stored = TensorInfo(tensor.name, _BYTES, (*shape[:-1], width), file, tensor.offset, tensor.nbytes)
+    return stored, Dequantised(stored, kind)
 
 
 def _experts(name: str, tensor: GgufTensor, stored: TensorInfo, rows: Rows, natural: DType) -> list[TensorInfo]:

@@ -9,16 +9,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....errors import UnsupportedError
-from ...derived import Rows, read_rows
+from ...derived import Rows, read_columns, read_rows
 from ...dtypes import DTYPE_BY_NAME
 from ...tensor import ByteReader, Noise, TensorInfo
 from ..quantised.bits import E2M1
 from ..quantised.noise import CodeNoise, StepNoise
+from .header import TYPE_BY_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PLAIN", "Dequantised", "MinusOne", "Part", "Permuted", "Plain", "noise_of", "require_gguf"]
+__all__ = [
+    "PLAIN",
+    "Dequantised",
+    "LogOfNegative",
+    "MinusOne",
+    "Part",
+    "Permuted",
+    "Plain",
+    "Stored",
+    "noise_of",
+    "require_gguf",
+]
 
 PLAIN = {
     "F32": DTYPE_BY_NAME["float32"],
@@ -90,12 +102,21 @@ class Dequantised:
 
     def __call__(self, reader: ByteReader, first: int, end: int) -> Tensor:
         """Return rows as float32."""
+        return self._values(read_rows(reader, self.stored, first, end))
+
+    def part(self, reader: ByteReader, rows: range, columns: range) -> Tensor:
+        """Return some columns of some rows as float32; only the blocks that hold them are read."""
+        kind = TYPE_BY_NAME[self.type]
+        low, high = columns.start // kind.values, -(-columns.stop // kind.values)
+        data = read_columns(reader, self.stored, rows, range(low * kind.nbytes, high * kind.nbytes))
+        return self._values(data)[:, columns.start - low * kind.values :][:, : len(columns)]
+
+    def _values(self, data: Tensor) -> Tensor:
         import torch
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        data = read_rows(reader, self.stored, first, end).numpy()
-        return torch.from_numpy(dequantize(data, GGMLQuantizationType[self.type]))
+        return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType[self.type]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +128,25 @@ class Plain:
     def __call__(self, reader: ByteReader, first: int, end: int) -> Tensor:
         """Return rows as float32."""
         return read_rows(reader, self.stored, first, end).float()
+
+    def part(self, reader: ByteReader, rows: range, columns: range) -> Tensor:
+        """Return some columns of some rows as float32."""
+        return read_columns(reader, self.stored, rows, columns).float()
+
+
+Stored = Dequantised | Plain
+
+
+@dataclass(frozen=True, slots=True)
+class LogOfNegative:
+    """The logarithms of values that are stored negative and exponentiated, as Mamba's A."""
+
+    stored: Rows
+
+    def __call__(self, reader: ByteReader, first: int, end: int) -> Tensor:
+        """Return rows as float32."""
+        # in float64: in float32, the last bit of a logarithm depends on where a piece begins
+        return (-self.stored(reader, first, end)).double().log().float()
 
 
 @dataclass(frozen=True, slots=True)
