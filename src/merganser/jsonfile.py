@@ -340,6 +340,10 @@ class Entry:
         """Return a finite number, or None for null."""
         return None if self._value is None else self.number()
 
+    def plain(self) -> Any:
+        """Return a value of any type as it is."""
+        return self._value
+
     def shown(self) -> str:
         """Return a value of any type as text: a string as it is, anything else as JSON."""
         return self._value if isinstance(self._value, str) else json.dumps(self._value)

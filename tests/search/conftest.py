@@ -41,6 +41,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _here(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # packing plotly takes seconds; tests of the report do
+    monkeypatch.setattr("merganser.report.page._packed_plotly", lambda _: "")
 
 
 RECIPE = """\

@@ -40,11 +40,18 @@ def test_what_it_prints(recipe: Path) -> None:
     assert lines[11] == "measured on 8 items that no trial saw (± standard error)"
     assert [line.split()[0] for line in lines[13:18]] == ["trial-000" + lines[8][-1], "base", "a", "b", "average"]
     out = recipe.parent / "out"
-    assert lines[-1] == f"wrote {out}/winner.yaml; merganser merge {out}/winner.yaml OUT makes it"
+    assert lines[-2:] == [
+        f"wrote {out}/winner.yaml; merganser merge {out}/winner.yaml OUT makes it",
+        f"wrote {out}/report.html; open it in a browser",
+    ]
     assert run("merge", out / "winner.yaml", recipe.parent / "merged").code == 0
     again = searched(recipe, *TASKS, *QUICK, "--json")
     assert json.loads(again.out) == json.loads((out / "result.json").read_text())
     assert [trial["number"] for trial in json.loads(again.out)["trials"]] == [0, 1]
+    (out / "report.html").write_text("mine")
+    mine = searched(recipe, *TASKS, *QUICK)
+    assert (mine.code, "note: no page was written: " in mine.err) == (0, True)
+    assert (out / "report.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

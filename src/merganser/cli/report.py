@@ -15,7 +15,9 @@ from ._text import say, say_json
 
 
 def report(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that a merge wrote.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder that a merge or a search wrote.", show_default=False)
+    ],
     evaluation: Annotated[
         Path | None,
         typer.Option("--eval", metavar="FILE", help="What merganser eval --json wrote.", show_default=False),
@@ -32,7 +34,7 @@ def report(
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
-    """Draw a merge: what went in, how far it moved, what it can do.
+    """Draw a merge: what went in, how far it moved, what it can do; or a search.
 
     The page is one HTML file that opens without a network.
     """

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import MergeError
 from ..wording import plural
 from . import _options as options
-from ._text import complain, say_json
+from ._text import complain, say, say_json
 from .eval import Base, Context, DType, Experts, Stride
 
 if TYPE_CHECKING:
@@ -185,14 +186,29 @@ def search(
         )
     except Interrupted as stopped:
         _say_best(stopped.found)
+        _write_page(stopped.found, quiet=True)
         raise
     if json:
         say_json(found.to_json())
     elif not quiet:
         print_found(found)
+    _write_page(found, quiet=quiet or json)
     if found.best is None:
         complain("error", _without_winner(found))
         raise typer.Exit(2)
+
+
+def _write_page(found: Found, *, quiet: bool) -> None:
+    """Write the page of a search; what is found does not depend on it."""
+    from ..report import write_report
+
+    try:
+        page = write_report(found.folder, overwrite=True)
+    except MergeError as error:
+        complain("note", f"no page was written: {error}")
+        return
+    if not quiet:
+        say(f"wrote {page}; open it in a browser")
 
 
 def _say_best(found: Found) -> None:

@@ -1,6 +1,7 @@
-"""A report of a merge on one page: a verdict, scores, what was merged, and how far it moved.
+"""A report of a merge, or of a search, on one page.
 
-The report computes nothing: its numbers come from the run record, an evaluation, and (if requested) measured spectra.
+The report computes nothing: its numbers come from the run record, an evaluation, and (if requested) measured spectra; of a
+search from its result and its table of items.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from ..inference.sources import open_source
 from ..inspection.spectra import Spectra, measure_spectra
 from ..record.format import PAGE_NAME, is_page
 from ..record.reading import Record, read_record
+from ..search.stored import is_study, read_items, read_study
 from .blocks import Section
 from .folding import folded
 from .page import render
 from .sections import sections, summary
+from .study import study_sections, study_summary
 
 __all__ = ["PAGE_NAME", "Report", "read_report", "write_report"]
 
@@ -51,10 +54,10 @@ def read_report(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Return the report of a merge.
+    """Return the report of a merge, or of a search.
 
     Args:
-        out: Folder that a merge wrote.
+        out: Folder that a merge or a search wrote.
         evaluation: File that `merganser eval --json` wrote; the merge is found in it by the hash of its contents.
         spectra: Measure singular values of task vectors, which reads weights.
         cache_dir: Folder for models from the Hub.
@@ -65,6 +68,8 @@ def read_report(
         CheckpointError: The run record, the evaluation or a checkpoint is damaged.
         UnsupportedError: The record or the evaluation has a later format, or there are no task vectors to measure.
     """
+    if is_study(Path(out)):
+        return _study(Path(out), evaluation, spectra)
     record = read_record(out)
     evaluated = None
     if evaluation is not None:
@@ -85,10 +90,10 @@ def write_report(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the report of a merge as one HTML page, which needs no other file, no server and no network.
+    """Write the report of a merge, or of a search, as one HTML page, which needs no other file, no server and no network.
 
     Args:
-        out: Folder that a merge wrote.
+        out: Folder that a merge or a search wrote.
         file: The page; by default `report.html` in that folder.
         evaluation: As for `read_report`.
         spectra: As for `read_report`.
@@ -104,11 +109,20 @@ def write_report(
         MergeError: As for `read_report`, and UnsupportedError if plotly is not installed.
     """
     target = Path(out) / PAGE_NAME if file is None else Path(file)
-    read_record(out)  # raise errors of the merge before errors of the target
+    if not is_study(Path(out)):
+        read_record(out)  # raise errors of the merge before errors of the target
     _check(target, overwrite)
     report = read_report(out, evaluation=evaluation, spectra=spectra, cache_dir=cache_dir, progress=progress)
     write_whole(target, render(report.title, report.lead, report.sections))
     return target
+
+
+def _study(folder: Path, evaluation: str | Path | None, spectra: bool) -> Report:
+    for name, given in (("--eval", evaluation is not None), ("--spectra", spectra)):
+        if given:
+            raise UnsupportedError(f"{folder}: {name} is for the report of a merge, and this is the folder of a search")
+    study = read_study(folder)
+    return Report(folder.resolve().name, study_summary(study), study_sections(study, read_items(folder)))
 
 
 def _spectra(record: Record, cache_dir: Path | None, progress: Progress | None) -> Spectra:

@@ -6,7 +6,7 @@ import base64
 import json
 import zlib
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -33,7 +33,7 @@ def render(title: str, lead: str, sections: Sequence[Section]) -> str:
     Raises:
         UnsupportedError: plotly is not installed.
     """
-    plotly = _plotly()
+    plotly = _packed_plotly(_plotly())
     figures: list[Figure] = []
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>']
     for i, section in enumerate(sections):
@@ -55,10 +55,16 @@ def render(title: str, lead: str, sections: Sequence[Section]) -> str:
             *parts,
             f'<p class="source">merganser {escape(__version__)}: report</p>',
             _packed("figures", json.dumps([_json(f) for f in figures], allow_nan=False, separators=(",", ":"))),
-            _packed("plotly", plotly),
+            plotly,
             f"<script>\n{script}</script>\n</body>\n</html>\n",
         ]
     )
+
+
+@cache
+def _packed_plotly(text: str) -> str:
+    """Return the element with plotly.js; packing it takes a second or two, which many pages of one process pay once."""
+    return _packed("plotly", text)
 
 
 def _plotly() -> str:

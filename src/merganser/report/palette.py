@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["COLOURS", "SCALE", "bounds", "cut", "escape", "layout", "percent_ticks", "scale_end"]
+__all__ = ["COLOURS", "SCALE", "bounds", "cut", "escape", "layout", "percent_ticks", "ramp", "scale_end"]
 
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#888888", "#DD7722")
 """Colours of lines and markers (Paul Tol's bright scheme, and one more)."""
 
 SCALE = "Viridis"
+
+_STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (216, 200, 20))
+"""Viridis at five places; its end is darker here, to be seen on white."""
 
 _LONGEST = 36
 
@@ -41,6 +44,14 @@ def cut(text: str) -> str:
         return text
     half = _LONGEST // 2
     return f"{text[:half]}…{text[-half + 1 :]}"
+
+
+def ramp(share: float) -> str:
+    """Return the colour at a place of a scale, from 0 to 1, as `SCALE` has it."""
+    place = min(max(share, 0.0), 1.0) * (len(_STOPS) - 1)
+    i = min(int(place), len(_STOPS) - 2)
+    mixed = (round(a + (b - a) * (place - i)) for a, b in zip(_STOPS[i], _STOPS[i + 1], strict=True))
+    return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
 def percent_ticks(values: Sequence[float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from ..files import write_whole
 from .ends import End, best_single, to_json
 from .folder import Folder
 from .objectives import Objective
+from .stored import FORMAT, KIND
 from .trials import Trial, Trials
 
 
@@ -27,6 +28,7 @@ class Found:
         ends: Winners, inputs and average on the items held out; empty if the search was stopped before.
         held_out: Number of items held out; 0 where a command judges.
         sampler: The sampler.
+        importance: For each objective, which share of its variation each value explains, as far as it is known.
         notes: What the user should know.
     """
 
@@ -37,6 +39,7 @@ class Found:
     ends: tuple[End, ...]
     held_out: int
     sampler: str
+    importance: Mapping[str, Mapping[str, float]]
     notes: tuple[str, ...]
 
     @property
@@ -56,8 +59,8 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data: format 1 of docs/search.md."""
         return {
-            "kind": "search result",
-            "format": 1,
+            "kind": KIND,
+            "format": FORMAT,
             "objectives": [{"objective": o.text, "direction": o.direction} for o in self.objectives],
             "sampler": self.sampler,
             "trials": [
@@ -68,6 +71,7 @@ class Found:
             "front": [trial.number for trial in self.front],
             "held_out": self.held_out,
             "ends": to_json(self.ends, self.objectives),
+            "importance": {name: dict(shares) for name, shares in self.importance.items()},
             "notes": list(self.notes),
         }
 
@@ -89,7 +93,15 @@ def write_found(
     best = running.best
     front = running.front if len(objectives) > 1 else [] if best is None else [best]
     found = Found(
-        folder.path, objectives, tuple(running.over), tuple(front), tuple(ends), held_out, sampler, tuple(notes)
+        folder.path,
+        objectives,
+        tuple(running.over),
+        tuple(front),
+        tuple(ends),
+        held_out,
+        sampler,
+        running.importance,
+        tuple(notes),
     )
     write_whole(folder.result, json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n")
     if best is not None and len(objectives) == 1 and best.values:

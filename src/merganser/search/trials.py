@@ -127,6 +127,12 @@ class Trials:
         """What they improve."""
         return self._judge.objectives
 
+    @property
+    def importance(self) -> dict[str, dict[str, float]]:
+        """For each objective, which share of its variation each value explains, as far as it is known."""
+        found = {o.text: self._study.importance(i) for i, o in enumerate(self.objectives)}
+        return {name: shares for name, shares in found.items() if shares}
+
     def refresh(self) -> list[Trial]:
         """Take over what other processes did since the last call, and return the trials that are new."""
         new = [self._trial(told) for told in self._study.told if told.number not in self._known]

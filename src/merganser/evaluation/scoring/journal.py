@@ -24,6 +24,17 @@ def journal_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.items.jsonl")
 
 
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a journal, without changing it; damaged lines are left out.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        found = (unseal_line(line) for line in file)
+        return [entry for entry in found if entry is not None]
+
+
 class Journal:
     """Measurements of batches, by a key of model, task and settings, in a file of JSON lines or only in memory.
 
