@@ -53,11 +53,11 @@ ROOMS = [
     # the entry: it calibrates what a recipe lacks, and so stands above
     "engine/merge",
     "mixture",
+    "runtime",
     "inference/sources",
     "evaluation/scoring",
     "evaluation",
     "search",
-    "runtime",
     "report",
     "publishing",
     "testing",

@@ -63,7 +63,20 @@ RECIPES: dict[str, tuple[Change, str]] = {
     "too many per token": (lambda r: r | {"experts_per_token": 3}, "3 experts per token, and there are 2"),
     "none per token": (lambda r: r | {"experts_per_token": 0}, "expected a whole number of at least 1, got 0"),
     "architecture": (lambda r: r | {"architecture": "mixtrl"}, "'mixtrl' is not known. Did you mean 'mixtral'?"),
-    "not built": (lambda r: r | {"architecture": "DeepSeek"}, "mixtures of the architecture DeepSeek cannot be built yet"),
+    "compressed attention": (lambda r: r | {"architecture": "deepseek_v3"}, "deepseek_v3 cannot be built from dense models: its attention compresses"),
+    "another attention": (lambda r: r | {"architecture": "OLMoE"}, "OLMoE cannot be built from dense models: its attention normalises"),
+    "other experts": (lambda r: r | {"architecture": "gpt-oss"}, "cannot be built from dense models: its attention has sinks"),
+    "dense layers": (lambda r: r | {"dense_layers": 1}, "all layers of mixtral have experts; qwen3_moe and qwen2_moe and deepseek can have dense ones"),
+    "all layers dense": (lambda r: r | {"architecture": "deepseek", "dense_layers": 4}, "4 layers would stay dense, and the base has 4"),
+    "a fraction of layers": (lambda r: r | {"dense_layers": 0.5}, "dense_layers: expected a whole number"),
+    "prompts without a gate": (
+        lambda r: r | {"architecture": "deepseek", "shared_experts": [{"source_model": r["base_model"], "positive_prompts": ["a"]}]},
+        "deepseek has no gate for its shared expert, so its prompts mean nothing",
+    ),
+    "no prompts of a gate": (
+        lambda r: _prompts(r, ["a"], ["b"]) | {"shared_experts": [{"source_model": r["base_model"]}]},
+        "shared_experts[0].source_model: gate_mode hidden needs positive_prompts of each expert",
+    ),
     "other family": (lambda r: r | {"architecture": "qwen3"}, "qwen3_moe is built from qwen3, and the base is of type 'llama'"),
     "no shared expert": (lambda r: r | {"architecture": "qwen"}, "qwen2_moe has a shared expert, which computes every token"),
     "shared expert": (
@@ -71,7 +84,7 @@ RECIPES: dict[str, tuple[Change, str]] = {
         "mixtral has no shared expert",
     ),
     "two shared": (lambda r: r | {"shared_experts": [{"source_model": "x"}] * 2}, "one shared expert is possible, got 2"),
-    "noise": (lambda r: r | {"experts": [{"source_model": "x", "noise_scale": 0.1}]}, "adding noise to experts is not built"),
+    "noise": (lambda r: r | {"experts": [{"source_model": "x", "noise_scale": -0.1}]}, "expected a number of at least 0, got -0.1"),
     "scale": (lambda r: r | {"experts": [{"source_model": "x", "residual_scale": "a"}]}, "expected a number, got 'a'"),
     "data with labels": (
         lambda r: _labelled(r["experts"]) and r,

@@ -215,3 +215,121 @@ def test_a_second_run_continues_or_refuses(tmp_path: Path, llamas: list[Path]) -
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     mix(recipe(base, experts), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def deepseek_logits(folder: Path, base: Path) -> torch.Tensor:
+    """The base with the experts of a DeepSeek mixture in its layers, from the definition of DeepSeek-MoE."""
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+    def mlp(name: str, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (weights[f"{name}.{kind}_proj.weight"] for kind in ("gate", "up", "down"))
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def layer(number: int, x: torch.Tensor) -> torch.Tensor:
+        name = f"model.layers.{number}.mlp"
+        if number < config["first_k_dense_replace"]:
+            return mlp(name, x)
+        scores = (x @ weights[f"{name}.gate.weight"].T).softmax(-1)
+        top = scores.topk(config["num_experts_per_tok"])
+        gates = torch.zeros_like(scores).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
+        found = sum(
+            gates[..., expert, None] * mlp(f"{name}.experts.{expert}", x)
+            for expert in range(config["n_routed_experts"])
+        )
+        assert isinstance(found, torch.Tensor)
+        return found + mlp(f"{name}.shared_experts", x) if config["n_shared_experts"] else found
+
+    for number, own in enumerate(model.model.layers):
+        own.mlp.forward = lambda x, number=number: layer(number, x)
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.tensor([[5, 9, 100, 33, 7, 250, 11]])).logits
+    return found
+
+
+@pytest.mark.parametrize("dense_layers", [0, 2])
+def test_deepseek(tmp_path: Path, llamas: list[Path], dense_layers: int) -> None:
+    """Names and keys are those that mergekit-moe writes, and of deepseek-moe-16b-base."""
+    base, *experts = llamas
+    keys = {"architecture": "DeepSeek", "dense_layers": dense_layers}
+    result = mix(recipe(base, [base] * 3, **keys), tmp_path / "out")
+    torch.testing.assert_close(deepseek_logits(result.out, base), logits(base), rtol=1e-4, atol=1e-4)
+    assert any("transformers has no class for the architecture deepseek" in each for each in result.record["warnings"])
+    shared = {"shared_experts": [{"source_model": str(experts[0])}]}
+    out = mix(recipe(base, experts, **keys, **shared), tmp_path / "shared").out
+    config, weights = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    wanted = {
+        "n_routed_experts": 2,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "first_k_dense_replace": dense_layers,
+    }
+    wanted |= {"moe_intermediate_size": 48, "moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": True}
+    assert {key: config[key] for key in wanted} == wanted
+    theirs = load_file(experts[0] / "model.safetensors")
+    for layer in range(LAYERS):
+        name = f"model.layers.{layer}.mlp"
+        found = {own.removeprefix(f"{name}.") for own in weights if own.startswith(name)}
+        kinds = [f"{kind}_proj.weight" for kind in ("gate", "up", "down")]
+        if layer < dense_layers:
+            assert found == set(kinds)
+            continue
+        modules = ("shared_experts", "experts.0", "experts.1")
+        assert found == {"gate.weight", *(f"{module}.{kind}" for module in modules for kind in kinds)}
+        assert torch.equal(weights[f"{name}.shared_experts.up_proj.weight"], theirs[f"{name}.up_proj.weight"])
+
+
+@pytest.mark.parametrize("mode", ["hidden", "ridge"])
+def test_first_layers_may_stay_dense(tmp_path: Path, mode: str) -> None:
+    """They are what the shared parts are; routers of the others are what they are without them, as far as these read alike."""
+    base, *experts = make_models(tmp_path, "qwen3", 3)
+    if mode == "hidden":
+        written = prompted(base, experts, "hidden")
+    else:
+        written = recipe(base, experts, gate_mode="ridge")
+        for number, entry in enumerate(written["experts"]):
+            (tmp_path / f"{number}.txt").write_text(["red green blue ", "one two three four "][number] * 40)
+            entry["data"] = {"files": str(tmp_path / f"{number}.txt"), "length": 24, "sequences": 9}
+    found = mix(written | {"dense_layers": 2}, tmp_path / "out")
+    weights, dense = load_file(found.out / "model.safetensors"), load_file(base / "model.safetensors")
+    assert json.loads((found.out / "config.json").read_text())["mlp_only_layers"] == [0, 1]
+    for name, each in dense.items():
+        if "layers.0." in name or "layers.1." in name:
+            assert torch.equal(weights[name], each)
+    layers = found.record["mixture"]["router"]["layers"]
+    assert (len(layers), found.record["mixture"]["router"]["worst_layer"] in (2, 3)) == (2, True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(found.out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    whole = load_file(mix(written, tmp_path / "whole").out / "model.safetensors")
+    for layer in (2, 3):
+        name = f"model.layers.{layer}.mlp.gate.weight"
+        # prompts pass through the base; text of a domain through its expert, which is not in the dense layers now
+        assert torch.equal(weights[name], whole[name]) == (mode == "hidden")
+
+
+def test_noise_on_an_expert(tmp_path: Path, llamas: list[Path]) -> None:
+    base, expert, other = llamas
+
+    def mixed(name: str, **keys: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        written = recipe(base, [expert, other], **keys)
+        written["experts"][0] |= {"noise_scale": 0.5, "residual_scale": 2.0}
+        found = mix(written, tmp_path / name)
+        return found, load_file(found.out / "model.safetensors")
+
+    result, found = mixed("out")
+    theirs = load_file(expert / "model.safetensors")
+    for own, kind, scale in (("w1", "gate_proj", 1), ("w3", "up_proj", 1), ("w2", "down_proj", 2)):
+        name = f"model.layers.1.block_sparse_moe.experts.{{}}.{own}.weight"
+        added = found[name.format(0)] / scale - theirs[f"model.layers.1.mlp.{kind}.weight"]
+        assert abs(float(added.std()) - 0.5) < 0.05
+        assert abs(float(added.mean())) < 0.05
+        # rows and tensors differ
+        assert len({float(value) for value in added[:, 0]}) == len(added)
+        plain = load_file(other / "model.safetensors")[f"model.layers.1.mlp.{kind}.weight"]
+        assert torch.equal(found[name.format(1)], plain)
+    again, repeated = mixed("again")
+    assert all(torch.equal(each, repeated[name]) for name, each in found.items())
+    _, seeded = mixed("seeded", random_seed=1)
+    name = "model.layers.1.block_sparse_moe.experts.0.w1.weight"
+    assert not torch.equal(seeded[name], found[name])
+    assert not any("MLP" in each["reason"] for each in result.record["census"][1]["left_out"])

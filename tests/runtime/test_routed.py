@@ -11,8 +11,9 @@ from merganser import merge, verify
 from merganser.errors import CheckpointError, MergeError, NotFoundError, ParameterError
 from merganser.inference.language_model import open_model
 from merganser.inference.stored import open_stored
-from merganser.runtime.routed import ROUTER_FILE, RoutedModel
-from merganser.runtime.routing import make_router
+from merganser.runtime.routed import RoutedModel
+from merganser.runtime.routed.making import make_router
+from merganser.runtime.routed.sidecars import ROUTER_FILE
 from tests.cli.tiny import run
 from tests.evaluation.tiny import make_model
 

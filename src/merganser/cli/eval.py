@@ -18,7 +18,8 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="CKPT",
-        help="Checkpoints, MODEL+ADAPTER, OUT#TASK of sidecars, or recipes (merged in memory); NAME=CKPT names one.",
+        help="Checkpoints, MODEL+ADAPTER, OUT#TASK of sidecars (OUT#auto: chosen by its router), or recipes (merged in "
+        "memory); NAME=CKPT names one.",
         show_default=False,
     ),
 ]
@@ -136,6 +137,9 @@ def _print(found: Evaluation, out: str | None) -> None:
     rank = 0
     while _figures(found, rank):
         rank += 1
+    for model, own in found.outcomes.items():
+        if any(outcome.chosen for outcome in own.values()):
+            _choices(found, model)
     if found.retention is not None:
         _retention(found, found.retention)
     if out is not None:
@@ -164,6 +168,19 @@ def _figures(found: Evaluation, rank: int) -> bool:
     for line in table(rows):
         say(line)
     return True
+
+
+def _choices(found: Evaluation, model: str) -> None:
+    """Print which tasks a routed model chose."""
+    chosen = {task: outcome.chosen for task, outcome in found.outcomes[model].items() if outcome.chosen}
+    names = sorted({name for counts in chosen.values() for name in counts})
+    rows = [["text of", "right", *(f"-> {name}" for name in names)]]
+    for task, counts in chosen.items():
+        right = found.right(model, task)
+        rows.append([task, "-" if right is None else f"{right:.1%}", *(str(counts.get(name, 0)) for name in names)])
+    say(f"choices of {model}: windows or questions by the task that was chosen for them")
+    for line in table(rows):
+        say(line)
 
 
 def _figure(estimate: Estimate | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,12 @@ from ._text import head, say, say_json, table
 
 def route(
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder that a merge with sidecars wrote.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="OUT",
+            help="Folder that a merge with sidecars wrote, a folder of adapters, or BASE+FOLDER.",
+            show_default=False,
+        ),
     ],
     data: Annotated[
         list[str],
@@ -35,7 +39,7 @@ def route(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make the router that chooses a task of a merge for each text."""
+    """Make the router that chooses a task of a merge, or one of several adapters, for each text."""
     options.quieten_hub(quiet)
     files: dict[str, list[str]] = {}
     for each in data:
@@ -44,7 +48,7 @@ def route(
             raise ParameterError(f"--data: must be TASK=FILE, got {each!r}")
         files.setdefault(name, []).append(file)
     from ..engine.kernels.devices import resolve_devices
-    from ..runtime.routing import make_router
+    from ..runtime.routed.making import make_router
 
     started = time.monotonic()
     found = make_router(out, files, length=length, windows=windows, device=resolve_devices(device)[0])

@@ -36,6 +36,7 @@ class ModelInfo:
         seconds: Time of loading (or merging) and of scoring.
         peak_memory: Peak resident memory of the process until this model was done, in bytes.
         failed: Why it could not be scored at all; None if it could.
+        told: For a routed model, the task that belongs to each measured task, by its name; None for other models.
     """
 
     reference: str
@@ -47,6 +48,7 @@ class ModelInfo:
     seconds: Mapping[str, float]
     peak_memory: int
     failed: str | None
+    told: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,13 @@ class Evaluation:
         outcome = self.outcomes.get(model, {}).get(task)
         return {} if outcome is None else outcome.columns
 
+    def right(self, model: str, task: str) -> float | None:
+        """Return for which share of a task's rows a routed model chose the task that belongs to it; None if none does."""
+        outcome, told = self.outcomes.get(model, {}).get(task), self.models[model].told
+        if outcome is None or not outcome.chosen or told is None or task not in told:
+            return None
+        return outcome.chosen.get(told[task], 0) / sum(outcome.chosen.values())
+
     @cached_property
     def failures(self) -> list[str]:
         """A message for every model, or model and task, without a result."""
@@ -169,10 +178,13 @@ class Evaluation:
             "settings": dict(self.settings),
             "base": self.base,
             "experts": dict(self.experts),
-            "models": {name: vars(info) for name, info in self.models.items()},
+            "models": {name: _described(info) for name, info in self.models.items()},
             "tasks": {name: {**vars(info), "metrics": list(info.metrics)} for name, info in self.tasks.items()},
             "results": {
-                model: {task: outcome.to_json() for task, outcome in own.items()}
+                model: {
+                    task: outcome.to_json() | ({"right": self.right(model, task)} if outcome.chosen else {})
+                    for task, outcome in own.items()
+                }
                 for model, own in self.outcomes.items()
             },
             "differences": self._differences(),
@@ -204,3 +216,8 @@ class Evaluation:
                     paired = own.parts.keys() == other.parts.keys()
                     found[model][task] = {"metric": info.metric, **(own - other).to_json(), "paired": paired}
         return {"reference": reference, "models": found}
+
+
+def _described(info: ModelInfo) -> dict[str, Any]:
+    """Return a model for the JSON; only routed ones say what they were told."""
+    return {key: value for key, value in vars(info).items() if key != "told" or value is not None}

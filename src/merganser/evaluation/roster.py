@@ -46,6 +46,17 @@ class Roster:
     base: str | None
     experts: Mapping[str, str]
 
+    def names_of(self, measured: Sequence[str]) -> dict[str, list[str]]:
+        """Return for each measured task the names that the task of a merge may have that belongs to it.
+
+        That is its own name, and those of its expert: the name here, and the last part of its path.
+        """
+        references = {entry.name: entry.reference for entry in self.entries}
+        found = {task: [task] for task in measured}
+        for domain, expert in self.experts.items():
+            found[domain] += [expert, *default_names([_text(references[expert])])]
+        return found
+
 
 def make_roster(
     models: Models,

@@ -20,6 +20,7 @@ from ..inference.language_model import LanguageModel, Tokenizer, open_model
 from ..inference.sources import Reference, open_source
 from ..jsonfile import os_reason, read_object
 from ..process import peak_memory
+from ..runtime.routed.opened import RoutedLanguageModel, open_routed, routed_name
 from ..version import __version__
 from .result import Evaluation, ModelInfo, TaskInfo
 from .roster import Models, Roster, make_roster
@@ -72,7 +73,9 @@ def evaluate(
 
     Args:
         models: Checkpoints (folders, files, Hub ids), `MODEL+ADAPTER` (LoRA), recipes (`.yaml`, merged in memory) or
-            loaded recipes; `NAME=` before one, or a mapping, names it.
+            loaded recipes; `OUT#TASK` is a task of a merge with sidecars, and `OUT#auto`, `OUT#perplexity` and `OUT#told`
+            choose one for each text: by the router, by the perplexity, or as the measured task says. `NAME=` before one, or
+            a mapping, names it.
         tasks: Text files (`.txt`), questions or documents (`.jsonl`), tasks of lm-eval (`.yaml`, or names);
             `NAME=` before one, or a mapping, names it.
         base: The base of the models.
@@ -161,8 +164,10 @@ def _measure(
     started = time.monotonic()
     with ExitStack() as stack:
         tokenizers: dict[str, Tokenizer] = {}
-        sources = {e.name: open_source(e.reference, stack, cache_dir=cache_dir) for e in roster.entries}
-        opened = {name: open_model(source, tokenizers) for name, source in sources.items()}
+        opened = {
+            entry.name: _opened(entry.reference, stack, tokenizers, roster, tasks, cache_dir)
+            for entry in roster.entries
+        }
         journal = stack.enter_context(Journal(None if out is None else journal_path(out)))
         settings = wanted.settle(opened, tasks, journal)
         named = [task for task in tasks if isinstance(task, HarnessTask)]
@@ -190,6 +195,21 @@ def _measure(
     )
 
 
+def _opened(
+    reference: Reference,
+    stack: ExitStack,
+    tokenizers: dict[str, Tokenizer],
+    roster: Roster,
+    tasks: Sequence[Task],
+    cache_dir: Path | None,
+) -> LanguageModel:
+    """Open a model, or several tasks with what chooses among them."""
+    routed = routed_name(reference)
+    if routed is None:
+        return open_model(open_source(reference, stack, cache_dir=cache_dir), tokenizers)
+    return open_routed(*routed, roster.names_of([task.name for task in tasks]), tokenizers, cache_dir=cache_dir)
+
+
 def _score(
     scorer: Scorer, roster: Roster, opened: Mapping[str, LanguageModel], tasks: Sequence[Task], progress: Progress
 ) -> tuple[dict[str, dict[str, Outcome]], dict[str, ModelInfo]]:
@@ -215,6 +235,7 @@ def _score(
             seconds={name: round(seconds, 3) for name, seconds in found.seconds.items()},
             peak_memory=peak_memory(),
             failed=found.failed,
+            told=dict(model.told) if isinstance(model, RoutedLanguageModel) else None,
         )
     return outcomes, infos
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,20 +113,21 @@ class Reused:
         self._plain = False
         self.loads = 0
 
-    def load(self, opened: LanguageModel, tensors: Mapping[str, Tensor]) -> Any:
+    def load(self, opened: LanguageModel, tensors: Mapping[str, Tensor], same: Collection[str] = frozenset()) -> Any:
         """Return the model with these weights, in evaluation mode; the one returned before is no longer valid.
 
         Args:
             opened: The model.
-            tensors: Its weights.
+            tensors: Its weights. Where they overwrite others, each is asked for once, and may be computed then.
+            same: Names of those that the model returned before has already.
 
         Raises:
             CheckpointError: As `LanguageModel.load`.
         """
-        if self._plain and opened.source.config == self._config and self._fits(tensors):
-            for name, parameter in self._model.named_parameters():
-                parameter.data.copy_(tensors[name])
+        known = self._plain and opened.source.config == self._config and self._named_alike(tensors)
+        if known and self._overwritten(tensors, same):
             return self._model
+        tensors = dict(tensors)
         self._model = opened.load(tensors, self._dtype, self._device)
         self._config = opened.source.config
         self.loads += 1
@@ -136,14 +137,28 @@ class Reused:
         )
         return self._model
 
+    def _overwritten(self, tensors: Mapping[str, Tensor], same: Collection[str]) -> bool:
+        """Overwrite the weights; return whether all have the shapes of those that were there."""
+        for name, parameter in self._model.named_parameters():
+            if name not in same:
+                tensor = tensors[name]
+                if tensor.shape != parameter.shape:
+                    return False
+                parameter.data.copy_(tensor)
+        return True
+
     def _fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether every weight of the model is a tensor of the same name and shape, and there are no others."""
+        return self._named_alike(tensors) and all(
+            tensors[name].shape == parameter.shape for name, parameter in self._model.named_parameters()
+        )
+
+    def _named_alike(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether every weight of the model is a tensor of the same name, and there are no others."""
         found = dict(self._model.named_parameters())
         # under a second name for the same weight; buffers are not overwritten, so a model that stores some does not fit
         shared = {*self._model.state_dict()} - found.keys() - dict(self._model.named_buffers()).keys()
-        return {*tensors} - shared == found.keys() and all(
-            tensors[name].shape == parameter.shape for name, parameter in found.items()
-        )
+        return {*tensors} - shared == found.keys()
 
 
 def open_model(source: Source, tokenizers: dict[str, Tokenizer] | None = None) -> LanguageModel:

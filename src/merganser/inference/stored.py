@@ -26,7 +26,7 @@ from ..jsonfile import exists, open_regular, os_reason, read_object
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["checkpoint", "adapter", "recipe", "sidecar"]
+Kind = Literal["checkpoint", "adapter", "recipe", "sidecar", "routed"]
 
 _HASH_BLOCK = 1 << 24
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RecipeError, UnsupportedError, did_you_mean
-from .recipe import MixtureRecipe
+from .recipe import DEEPSEEK, PROMPTED, MixtureRecipe
 
 __all__ = ["LAYOUTS", "Layout", "choose_layout"]
 
@@ -24,7 +24,11 @@ class Layout:
         inputs: `model_type` of the dense models that it can be built from.
         projections: By the name of a projection of the dense models, that of an expert's.
         block: The module that holds router and experts, within a layer.
-        shared: Whether it has a shared expert, which computes every token.
+        shared: Whether it may have a shared expert, which computes every token.
+        needs_shared: Whether it must have one.
+        gated: Whether a gate weighs the shared expert.
+        shared_name: The module of the shared expert, within the block.
+        dense_key: Key of the first layers that stay dense; None if all have experts.
         count: Key of the number of experts.
         settings: Further keys.
         dropped: Keys of dense models that it does not have.
@@ -37,6 +41,10 @@ class Layout:
     block: str = "mlp"
     projections: Mapping[str, str] = field(default_factory=lambda: dict(zip(_PROJECTIONS, _PROJECTIONS, strict=True)))
     shared: bool = False
+    needs_shared: bool = False
+    gated: bool = False
+    shared_name: str = "shared_expert"
+    dense_key: str | None = None
     count: str = "num_experts"
     settings: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
@@ -52,19 +60,23 @@ class Layout:
 
     def shared_expert(self, layer: str, projection: str) -> str:
         """Return the name of the shared expert's projection."""
-        return f"{layer}.{self.block}.shared_expert.{projection}.weight"
+        return f"{layer}.{self.block}.{self.shared_name}.{projection}.weight"
 
     def shared_gate(self, layer: str) -> str:
         """Return the name of the shared expert's gate."""
         return f"{layer}.{self.block}.shared_expert_gate.weight"
 
-    def config(self, dense: Mapping[str, Any], experts: int, per_token: int) -> dict[str, Any]:
+    def config(
+        self, dense: Mapping[str, Any], experts: int, per_token: int, *, shared: bool = False, dense_layers: int = 0
+    ) -> dict[str, Any]:
         """Return config.json of the mixture.
 
         Args:
             dense: config.json of the dense model.
             experts: Number of experts.
             per_token: Number of experts that compute each token.
+            shared: Whether there is a shared expert.
+            dense_layers: Number of first layers that stay dense.
         """
         found = {key: value for key, value in dense.items() if key not in self.dropped}
         found |= {"architectures": [self.model_class], "model_type": self.name}
@@ -72,14 +84,19 @@ class Layout:
         width = dense["intermediate_size"]
         if self.sized:
             found["moe_intermediate_size"] = width
-        if self.shared:
+        if self.gated:
             found["shared_expert_intermediate_size"] = width
             found["qkv_bias"] = dense["model_type"] == "qwen2" or bool(dense.get("attention_bias"))
+        elif self.shared:
+            found["n_shared_experts"] = 1 if shared else None
+        if self.dense_key is not None:
+            found[self.dense_key] = [*range(dense_layers)] if self.dense_key == "mlp_only_layers" else dense_layers
         return found
 
 
 _ROUTED = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
-_EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+_EVERY_LAYER = {"decoder_sparse_step": 1, "norm_topk_prob": True}
+_DEEPSEEK_CODE = "deepseek-ai/deepseek-moe-16b-base"
 _OF_LLAMA = ("attention_bias", "mlp_bias", "pretraining_tp")
 
 _ALL = (
@@ -98,6 +115,7 @@ _ALL = (
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         ("qwen3",),
+        dense_key="mlp_only_layers",
         settings=_ROUTED | _EVERY_LAYER,
         dropped=("max_window_layers", "layer_types"),
     ),
@@ -106,6 +124,9 @@ _ALL = (
         "Qwen2MoeForCausalLM",
         ("qwen2", "llama", "mistral"),
         shared=True,
+        needs_shared=True,
+        gated=True,
+        dense_key="mlp_only_layers",
         settings=_ROUTED | _EVERY_LAYER,
         dropped=_OF_LLAMA,
     ),
@@ -116,6 +137,27 @@ _ALL = (
         settings=_ROUTED | {"norm_topk_prob": True},
         sized=False,
     ),
+    # that of DeepSeek-MoE 16B; V2 and V3 compress keys and values, which no dense model has
+    Layout(
+        "deepseek",
+        "DeepseekForCausalLM",
+        ("llama", "mistral"),
+        shared=True,
+        shared_name="shared_experts",
+        dense_key="first_k_dense_replace",
+        count="n_routed_experts",
+        settings={
+            "moe_layer_freq": 1,
+            "scoring_func": "softmax",
+            "norm_topk_prob": True,
+            "auto_map": {
+                "AutoConfig": f"{_DEEPSEEK_CODE}--configuration_deepseek.DeepseekConfig",
+                "AutoModel": f"{_DEEPSEEK_CODE}--modeling_deepseek.DeepseekModel",
+                "AutoModelForCausalLM": f"{_DEEPSEEK_CODE}--modeling_deepseek.DeepseekForCausalLM",
+            },
+        },
+        dropped=("mlp_bias",),
+    ),
 )
 LAYOUTS = {layout.name: layout for layout in _ALL}
 # what recipes of mergekit-moe call them
@@ -125,8 +167,21 @@ _ALIASES = {
     "qwen2": "qwen2_moe",
     "qwen3": "qwen3_moe",
     "qwen3 moe": "qwen3_moe",
+    **dict.fromkeys(DEEPSEEK, "deepseek"),
 }
-_NOT_BUILT = ("deepseek", "deepseek moe", "deepseek_v2", "deepseek_v3", "olmoe")
+_IMPOSSIBLE = {
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3"),
+        "its attention compresses keys and values, which no dense model does; 'deepseek' is the architecture of DeepSeek-MoE "
+        "16B, whose attention is Llama's",
+    ),
+    "olmoe": "its attention normalises queries and keys over all heads, behind norms that stand before the layers; no dense "
+    "model of transformers does both",
+    "gpt_oss": "its attention has sinks and its experts clamp what they gate, which no dense model does",
+}
+_IMPOSSIBLE |= {"deepseek v2": _IMPOSSIBLE["deepseek_v2"], "deepseek v3": _IMPOSSIBLE["deepseek_v3"]}
+_IMPOSSIBLE |= {"gpt-oss": _IMPOSSIBLE["gpt_oss"]}
+"""Architectures that would compute something else than the dense models, and why."""
 
 
 def choose_layout(recipe: MixtureRecipe, config: Mapping[str, Any]) -> Layout:
@@ -145,9 +200,9 @@ def choose_layout(recipe: MixtureRecipe, config: Mapping[str, Any]) -> Layout:
     if recipe.architecture is not None:
         name = recipe.architecture.lower()
         name = _ALIASES.get(name, name)
-        if name in _NOT_BUILT:
+        if name in _IMPOSSIBLE:
             raise UnsupportedError(
-                f"{place}: mixtures of the architecture {recipe.architecture} cannot be built yet; {_known()}"
+                f"{place}: {recipe.architecture} cannot be built from dense models: {_IMPOSSIBLE[name]}. {_known()}"
             )
         if name not in LAYOUTS:
             raise RecipeError(f"{place}: {recipe.architecture!r} is not known.{did_you_mean(name, LAYOUTS)} {_known()}")
@@ -155,7 +210,7 @@ def choose_layout(recipe: MixtureRecipe, config: Mapping[str, Any]) -> Layout:
     else:
         fitting = [layout for layout in _ALL if kind in layout.inputs]
         with_shared = recipe.shared_expert is not None
-        chosen = [layout for layout in fitting if layout.shared == with_shared] or fitting
+        chosen = [layout for layout in fitting if layout.needs_shared == with_shared] or fitting
         if not chosen:
             raise UnsupportedError(
                 f"{recipe.place_of('base_model')}: no mixture can be built from models of type {kind!r}; {_known()}"
@@ -172,18 +227,42 @@ def _check(recipe: MixtureRecipe, layout: Layout, config: Mapping[str, Any]) -> 
         raise RecipeError(
             f"{place}: {layout.name} is built from {' or '.join(layout.inputs)}, and the base is of type {kind!r}"
         )
-    if layout.shared and recipe.shared_expert is None:
+    if layout.needs_shared and recipe.shared_expert is None:
         raise RecipeError(
             f"{recipe.place_of('shared_experts')}: {layout.name} has a shared expert, which computes every token: name one in "
             "'shared_experts'"
         )
     if not layout.shared and recipe.shared_expert is not None:
         raise RecipeError(f"{recipe.place_of('shared_experts')}: {layout.name} has no shared expert")
+    _check_gate(recipe, layout)
+    layers = config.get("num_hidden_layers")
+    if recipe.dense_layers and layout.dense_key is None:
+        raise RecipeError(
+            f"{recipe.place_of('dense_layers')}: all layers of {layout.name} have experts; "
+            f"{' and '.join(each.name for each in _ALL if each.dense_key)} can have dense ones"
+        )
+    if isinstance(layers, int) and recipe.dense_layers >= layers:
+        raise RecipeError(
+            f"{recipe.place_of('dense_layers')}: {recipe.dense_layers} layers would stay dense, and the base has {layers}"
+        )
     if config.get("use_sliding_window") and "layer_types" in layout.dropped:
         raise RecipeError(f"{place}: the base has windows in some of its layers, which {layout.name} cannot express")
     for key in ("attention_bias", "mlp_bias"):
-        if config.get(key) and key in layout.dropped and not (layout.shared and key == "attention_bias"):
+        if config.get(key) and key in layout.dropped and not (layout.gated and key == "attention_bias"):
             raise RecipeError(f"{place}: the base has {key}, which {layout.name} cannot express")
+
+
+def _check_gate(recipe: MixtureRecipe, layout: Layout) -> None:
+    """Refuse a shared expert that lacks prompts for its gate, or has some and no gate."""
+    shared = recipe.shared_expert
+    if shared is None:
+        return
+    if layout.gated and recipe.gate_mode in PROMPTED and not shared.positive:
+        raise RecipeError(f"{shared.place}: gate_mode {recipe.gate_mode} needs positive_prompts of each expert")
+    if not layout.gated and (shared.positive or shared.negative):
+        raise RecipeError(
+            f"{shared.place}: {layout.name} has no gate for its shared expert, so its prompts mean nothing"
+        )
 
 
 def _known() -> str:

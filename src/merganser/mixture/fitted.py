@@ -82,6 +82,9 @@ def prompt_routers(recipe: MixtureRecipe, base: Checkpoint, dense: DenseTensors,
         found.append(own.mean(0) if average else own[-1])
 
     def finished(layer: int) -> None:
+        if layer < recipe.dense_layers:
+            found.clear()
+            return
         at, rows, own = 0, [], []
         for expert in asked:
             positive = torch.stack(found[at : at + len(expert.positive)])
@@ -100,7 +103,7 @@ def prompt_routers(recipe: MixtureRecipe, base: Checkpoint, dense: DenseTensors,
         tokenizer = open_tokenizer(open_stored(str(recipe.base)))
         batches = batches_of_prompts(prompts, tokenizer, skeleton)
         router_inputs(skeleton, [Run(batches, dense)], sink, finished, advance)
-    return Routers(routers, gates, {"tried_on": "the positive prompts", **_summed(report)})
+    return Routers(routers, gates, {"tried_on": "the positive prompts", **_summed(report, recipe.dense_layers)})
 
 
 class _Domains:
@@ -113,6 +116,7 @@ class _Domains:
         self._count = len(fitted)
         self.rows: list[Tensor] = []
         self.report: list[dict[str, Any]] = []
+        self._dense = recipe.dense_layers > 0
         self._clear()
 
     def _clear(self) -> None:
@@ -123,6 +127,8 @@ class _Domains:
 
     def sink(self, run: int, number: int, batch: Batch, inputs: Tensor) -> None:
         """Add the inputs of a batch, or keep them to try the routers on."""
+        if self._dense:
+            return
         rows = counted_rows(batch, inputs)
         fits = number < self._fitted[run]
         if fits != self._held_out and sum(map(len, self._held[run])) < _SEEN:
@@ -133,7 +139,10 @@ class _Domains:
             self._tokens[run] += len(rows)
 
     def finished(self, layer: int) -> None:
-        """Solve the router of a layer."""
+        """Solve the router of a layer, if it has one."""
+        self._dense = layer + 1 < self._recipe.dense_layers
+        if layer < self._recipe.dense_layers:
+            return
         grams = [gram / count for gram, count in zip(self._gram, self._tokens, strict=True) if gram is not None]
         means = [total / count for total, count in zip(self._sum, self._tokens, strict=True) if total is not None]
         rows = ridge_rows(sum(grams[1:], grams[0]), torch.stack(means), self._recipe.ridge)
@@ -198,7 +207,7 @@ def ridge_routers(
         domains = _Domains(recipe, fitted, held)
         router_inputs(skeleton, runs, domains.sink, domains.finished, advance)
     tried = f"{'held-out' if held else 'the same'} tokens of each domain"
-    return Routers(domains.rows, [], {"tried_on": tried, **_summed(domains.report)})
+    return Routers(domains.rows, [], {"tried_on": tried, **_summed(domains.report, recipe.dense_layers)})
 
 
 def _described(rows: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
@@ -206,15 +215,15 @@ def _described(rows: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:
     return {"condition": condition(rows), "right": share, "load": load}
 
 
-def _summed(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is known of all layers: means, the worst layer, and each."""
+def _summed(layers: Sequence[Mapping[str, Any]], first: int) -> dict[str, Any]:
+    """Return what is known of all layers with routers, from layer `first` on: means, the worst layer, and each."""
     shares = [[share for share in each["right"] if share is not None] for each in layers]
     means = [sum(own) / len(own) if own else None for own in shares]
     known = [mean for mean in means if mean is not None]
     conditions = [each["condition"] for each in layers if each["condition"] is not None]
     return {
         "right": sum(known) / len(known) if known else None,
-        "worst_layer": means.index(min(known)) if known else None,
+        "worst_layer": first + means.index(min(known)) if known else None,
         "worst_right": min(known) if known else None,
         "largest_condition": max(conditions) if len(conditions) == len(layers) else None,
         "largest_load": max(max(each["load"]) for each in layers),

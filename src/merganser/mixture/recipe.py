@@ -24,6 +24,7 @@ KEYS = (
     "gate_mode",
     "experts_per_token",
     "architecture",
+    "dense_layers",
     "dtype",
     "shared",
     "data",
@@ -37,6 +38,8 @@ PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 
 GATE_MODES = ("ridge", *PROMPTED, "random", "uniform_random")
 _RIDGE = 0.01
+DEEPSEEK = ("deepseek", "deepseek moe")
+"""Names of DeepSeek's architecture: one expert per token is the default beside a shared one, as in mergekit-moe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class Expert:
         positive: Prompts that its router row should point to.
         negative: Prompts that it should point away from.
         residual_scale: Factor of its down projections.
+        noise_scale: Standard deviation of normal noise that is added to its projections, before `residual_scale`.
         data: Text of its domain; None if none is given.
         place: Where the recipe names it.
     """
@@ -56,6 +60,7 @@ class Expert:
     positive: tuple[str, ...]
     negative: tuple[str, ...]
     residual_scale: float
+    noise_scale: float
     data: Data | None
     place: Place
 
@@ -71,6 +76,7 @@ class MixtureRecipe:
         gate_mode: How routers are made, one of `GATE_MODES`.
         experts_per_token: Number of experts that compute each token.
         architecture: The output's architecture as the recipe names it; None for the one that fits the base.
+        dense_layers: Number of first layers that stay dense: their MLPs are made as the other shared parts are.
         dense: How everything but the experts is made: a recipe of an ordinary merge.
         ridge: Regularisation of ridge routers, as a share of the mean square of their inputs.
         place: Start of the document.
@@ -83,6 +89,7 @@ class MixtureRecipe:
     gate_mode: str
     experts_per_token: int
     architecture: str | None
+    dense_layers: int
     dense: Recipe
     ridge: float
     place: Place
@@ -123,6 +130,7 @@ def load_mixture(source: str | Path | Mapping[str, Any]) -> MixtureRecipe:
         gate_mode=mode,
         experts_per_token=_per_token(fields, experts, mode),
         architecture=fields["architecture"].text() if "architecture" in fields else None,
+        dense_layers=fields["dense_layers"].whole_number() if "dense_layers" in fields else 0,
         dense=dense,
         ridge=_number(fields["ridge"], above=0.0) if "ridge" in fields else _RIDGE,
         place=root.place,
@@ -147,8 +155,6 @@ def _document(source: str | Path | Mapping[str, Any]) -> Document:
 
 def _expert(entry: Entry, common: Entry | None) -> Expert:
     fields = entry.mapping(EXPERT_KEYS, required=["source_model"])
-    if "noise_scale" in fields and _number(fields["noise_scale"]) != 0:
-        raise UnsupportedError(f"{fields['noise_scale'].place}: adding noise to experts is not built; leave it out")
     data = None
     if "data" in fields:
         shared = None if common is None else read_data_fields(common)
@@ -160,6 +166,7 @@ def _expert(entry: Entry, common: Entry | None) -> Expert:
         _prompts(fields.get("positive_prompts")),
         _prompts(fields.get("negative_prompts")),
         _number(fields["residual_scale"]) if "residual_scale" in fields else 1.0,
+        _noise(fields.get("noise_scale")),
         data,
         fields["source_model"].place,
     )
@@ -169,6 +176,16 @@ def _prompts(entry: Entry | None) -> tuple[str, ...]:
     if entry is None or entry.value == []:
         return ()
     return tuple(item.text(longest=100_000) for item in entry.items())
+
+
+def _noise(entry: Entry | None) -> float:
+    # mergekit-moe's recipes may say null
+    if entry is None or entry.value is None:
+        return 0.0
+    found = _number(entry)
+    if found < 0:
+        raise entry.error(f"expected a number of at least 0, got {found:g}")
+    return found
 
 
 def _number(entry: Entry, above: float | None = None) -> float:
@@ -196,7 +213,9 @@ def _gate_mode(fields: Mapping[str, Entry], experts: tuple[Expert, ...]) -> str:
 def _per_token(fields: Mapping[str, Entry], experts: tuple[Expert, ...], mode: str) -> int:
     if "experts_per_token" not in fields:
         # ridge routers predict one domain; two experts are mergekit-moe's default
-        return min(1 if mode == "ridge" else 2, len(experts))
+        beside = fields["architecture"].text().lower() in DEEPSEEK if "architecture" in fields else False
+        shared = "shared_experts" in fields and fields["shared_experts"].value != []
+        return min(1 if mode == "ridge" or (beside and shared) else 2, len(experts))
     count = fields["experts_per_token"].whole_number(1)
     if count > len(experts):
         raise fields["experts_per_token"].error(f"{count} experts per token, and there are {len(experts)}")
@@ -218,8 +237,7 @@ def _check_routers(recipe: MixtureRecipe) -> None:
                 "or gate_mode random"
             )
     if mode in PROMPTED:
-        asked = [*recipe.experts, *filter(None, [recipe.shared_expert])]
-        for expert in asked:
+        for expert in recipe.experts:
             if not expert.positive:
                 raise RecipeError(f"{expert.place}: gate_mode {mode} needs positive_prompts of each expert")
         if len(recipe.experts) > 1 and len({(e.positive, e.negative) for e in recipe.experts}) == 1:

@@ -29,7 +29,8 @@ from ..recipe import ModelReference
 from .architectures import Layout, choose_layout
 from .fitted import Advance, cheap_routers, prompt_routers, ridge_routers
 from .models import DenseTensors, Layer, check_expert, find_layers, open_expert
-from .recipe import Expert, MixtureRecipe, load_mixture
+from .noise import noisy
+from .recipe import DEEPSEEK, Expert, MixtureRecipe, load_mixture
 from .routers import Routers, random_rows
 
 __all__ = ["mix", "plan_mixture"]
@@ -64,10 +65,13 @@ def plan_mixture(
         )
     base = dense.checkpoints[found.base]
     layout = choose_layout(found, base.config)
-    layers = find_layers(base)
+    layers = find_layers(base)[found.dense_layers :]
     members = _Members.open(found, dense, layers, options.get("cache_dir"))
-    routers = _routers(found, dense, members, layout, options.get("seed", 0), advance)
-    return _mixed(found, dense, members, layout, routers, options.get("out_shard_size", SHARD_BYTES))
+    seed = options.get("seed", 0)
+    # a shared expert without a gate has no part in what the routers are made from
+    asked = found if layout.gated else replace(found, shared_expert=None)
+    routers = _routers(asked, dense, members, layout, seed, advance)
+    return _mixed(found, dense, members, layout, routers, seed, options.get("out_shard_size", SHARD_BYTES))
 
 
 def mix(
@@ -168,7 +172,13 @@ class _Values:
 
 
 def _mixed(
-    recipe: MixtureRecipe, dense: Plan, members: _Members, layout: Layout, routers: Routers, shard_size: int
+    recipe: MixtureRecipe,
+    dense: Plan,
+    members: _Members,
+    layout: Layout,
+    routers: Routers,
+    seed: int,
+    shard_size: int,
 ) -> Plan:
     """Return the plan of the mixture: the dense plan with experts and routers in place of its MLPs."""
     planned = {tensor.name: tensor for tensor in dense.tensors}
@@ -181,10 +191,16 @@ def _mixed(
             drafts.append(tensor)
         elif index not in done:
             done.add(index)
-            drafts += _layer(recipe, planned, members, layout, routers, index)
+            drafts += _layer(recipe, planned, members, layout, routers, index, seed)
     shards = plan_shards([(draft.name, draft.dtype, draft.shape) for draft in drafts], shard_size, {})
     tensors = place(drafts, shards)
-    config = layout.config(dense.config, len(recipe.experts), recipe.experts_per_token)
+    config = layout.config(
+        dense.config,
+        len(recipe.experts),
+        recipe.experts_per_token,
+        shared=recipe.shared_expert is not None,
+        dense_layers=recipe.dense_layers,
+    )
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype.name] += tensor.size
@@ -218,6 +234,7 @@ def _layer(
     layout: Layout,
     routers: Routers,
     index: int,
+    seed: int,
 ) -> list[PlannedTensor]:
     """Return router and experts of a layer."""
     layer = members.layers[index]
@@ -228,21 +245,21 @@ def _layer(
     experts = [(expert, f"{number}") for number, expert in enumerate(recipe.experts)]
     for expert, number in experts:
         for kind, name in layer.projections.items():
-            found.append(
-                _projection(recipe, expert, planned[name], members, layout.expert(layer.name, int(number), kind), kind)
-            )
+            own = layout.expert(layer.name, int(number), kind)
+            found.append(_projection(recipe, expert, planned[name], members, own, kind, seed))
     if recipe.shared_expert is not None:
-        found.append(_router(layout.shared_gate(layer.name), routers.gates[index], like, beside))
+        if layout.gated:
+            found.append(_router(layout.shared_gate(layer.name), routers.gates[index], like, beside))
         for kind, name in layer.projections.items():
             own = layout.shared_expert(layer.name, kind)
-            found.append(_projection(recipe, recipe.shared_expert, planned[name], members, own, kind))
+            found.append(_projection(recipe, recipe.shared_expert, planned[name], members, own, kind, seed))
     return found
 
 
 def _projection(
-    recipe: MixtureRecipe, expert: Expert, like: PlannedTensor, members: _Members, name: str, kind: str
+    recipe: MixtureRecipe, expert: Expert, like: PlannedTensor, members: _Members, name: str, kind: str, seed: int
 ) -> PlannedTensor:
-    """Return the tensor of an expert: a copy, scaled if the recipe says so."""
+    """Return the tensor of an expert: a copy, with noise and scaled if the recipe says so."""
     info = members.of(expert).tensors[like.name]
     declared = recipe.dense.out_dtype or recipe.dense.dtype
     dtype = (
@@ -251,6 +268,8 @@ def _projection(
         else promote([_natural(own.tensors[like.name]) for own in _each(recipe, members)])
     )
     scale = expert.residual_scale if kind == "down_proj" else 1.0
+    if expert.noise_scale:
+        info = noisy(info, name, expert.noise_scale, seed)
     return _copied(like, name, info, dtype, scale)
 
 
@@ -286,7 +305,7 @@ def _copied(like: PlannedTensor, name: str, info: TensorInfo, dtype: DType, scal
         parameters=parameters,
         located={},
         layer=like.layer,
-        role="expert" if ".experts." in name or ".shared_expert." in name else "router",
+        role="expert" if ".experts." in name or ".shared_expert" in name else "router",
         shard=0,
         offset=0,
         nbytes=dtype.nbytes(info.numel),
@@ -302,6 +321,11 @@ def _warnings(recipe: MixtureRecipe, checkpoints: Mapping[ModelReference, Checkp
         )
     if recipe.gate_mode in ("random", "uniform_random"):
         found.append(f"gate_mode {recipe.gate_mode}: the routers know nothing of the experts; train them")
+    if recipe.architecture is not None and recipe.architecture.lower() in DEEPSEEK:
+        found.append(
+            "transformers has no class for the architecture deepseek: it loads this model with the code of deepseek-ai alone "
+            "(trust_remote_code), and whether it does was not checked"
+        )
     for reference in dict.fromkeys(models):
         found += [note for note in checkpoints[reference].notes if note not in found]
     return found
@@ -315,7 +339,9 @@ def _census(
     used: dict[int, bool] = {}
     for planned in tensors:
         copied = planned.copy or (len(planned.inputs) == 1 and planned.parameters.get("scale", (1.0,)) == (1.0,))
-        for source in planned.inputs:
+        # of an expert with noise, the tensor that it is made from
+        made_from = [part for source in planned.inputs for part in source.stored if planned.role == "expert"]
+        for source in (*planned.inputs, *made_from):
             used[id(source)] = used.get(id(source), True) and copied
     found = {}
     for reference, checkpoint in checkpoints.items():

@@ -213,6 +213,7 @@ class Restorer:
         self._base = base
         self._reader = reader
         self._codecs = Codecs(task.method, task.n_tasks)
+        self._compared: set[str] = set()
         for tensor in task.tensors:
             self._check(tensor)
 
@@ -321,8 +322,8 @@ class Restorer:
         return tensor_of_base
 
     def _check_base(self, tensor: StoredTensor) -> None:
-        """Compare the base's tensor with the hash of the one that was merged."""
-        if tensor.base is None:
+        """Compare the base's tensor with the hash of the one that was merged, once."""
+        if tensor.base is None or tensor.name in self._compared:
             return
         info = self._base_tensor(tensor)
         step = block_step(info.shape, "element", BLOCK)
@@ -336,6 +337,7 @@ class Restorer:
                 f"{info.file}: is not the base of this merge: tensor {tensor.base!r} differs from the one that was "
                 "merged; name the right base with --base"
             )
+        self._compared.add(tensor.name)
 
 
 def open_parts(files: Collection[Path]) -> dict[str, TensorInfo]:

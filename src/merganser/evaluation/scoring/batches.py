@@ -30,6 +30,9 @@ class Prepared(Protocol):
     def items(self) -> Sequence[Any]:
         """Identifier of each item."""
 
+    def prompt(self, row: int) -> Sequence[int]:
+        """Return the tokens of a row that a model gets before it is asked: those by which a task is chosen for it."""
+
     def measure_items(self, model: Any, items: Sequence[int]) -> dict[str, list[float]]:
         """Score some items on a loaded model; return their measurements by name, in the order of `items`.
 

@@ -221,6 +221,10 @@ class PreparedChoices:
     vocabulary: int
     budget: int
 
+    def prompt(self, row: int) -> Sequence[int]:
+        """Return the tokens of a question's context, without the choices."""
+        return self.questions[row].context
+
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Score the questions of a batch."""
         return score(model, [self.questions[row] for row in rows])

@@ -22,6 +22,7 @@ class Outcome:
         totals: Sums over all items: bytes and tokens of a text.
         higher_is_better: Whether higher is better, by metric.
         failed: Why there are no metrics; None if there are.
+        chosen: For a routed model, how often it chose each task, by name; rows are windows or questions.
     """
 
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
@@ -30,8 +31,10 @@ class Outcome:
     totals: Mapping[str, int] = field(default_factory=dict)
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
     failed: str | None = None
+    chosen: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as written to the JSON of an evaluation."""
         metrics = {name: estimate.to_json() for name, estimate in self.metrics.items()}
-        return {"failed": self.failed, "items": self.items, **self.totals, "metrics": metrics}
+        chosen = {"chosen": dict(self.chosen)} if self.chosen else {}
+        return {"failed": self.failed, "items": self.items, **self.totals, "metrics": metrics, **chosen}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import xxhash
 
+from ...errors import TaskError
 from ...inference.language_model import LanguageModel
+from ...runtime.routed.opened import RoutedLanguageModel
 from .batches import Prepared, Refused
 from .choices import prepare_choices
 from .harness import Harness, outcome
 from .journal import Journal
 from .outcome import Outcome
 from .precision import Formats
+from .routed import chosen_of, measure_routed
 from .tasks import ChoiceTask, HarnessTask, Task, TextTask
 from .text import prepare_text
 
@@ -99,6 +102,11 @@ class Scorer:
             if place not in self._rows:
                 self._rows[place] = self._own(model, task, vocabulary)
             return Job(task, self._rows[place], dtype, self._key(model, task.hash, dtype))
+        if isinstance(model, RoutedLanguageModel):
+            raise TaskError(
+                f"{task.source}: tasks of lm-eval are scored by one model, and {model.source.reference} chooses among several; "
+                "give texts or questions, or name a task: OUT#TASK"
+            )
         assert self.harness is not None
         return Job(task, None, dtype, self._key(model, self.harness.hash(task), dtype))
 
@@ -125,7 +133,7 @@ class Scorer:
         outcomes = {}
         for job in jobs:
             if job.prepared is not None:
-                outcomes[job.task.name] = self._run_own(name, loaded, job, job.prepared)
+                outcomes[job.task.name] = self._run_own(name, model, loaded, job, job.prepared)
             elif job.task.name in failed:
                 outcomes[job.task.name] = failed[job.task.name]
             else:
@@ -153,20 +161,23 @@ class Scorer:
                 self.journal.add(left[task].key, 0, content, model=name, task=task)
         return failed
 
-    def _run_own(self, name: str, loaded: Any, job: Job, prepared: Prepared) -> Outcome:
+    def _run_own(self, name: str, model: LanguageModel, loaded: Any, job: Job, prepared: Prepared) -> Outcome:
         contents = []
         for index, rows in enumerate(prepared.batches):
             self.tell(name, job.task.name, index, len(prepared.batches))
             content = self.journal.get(job.key, index)
             if content is None:
                 try:
-                    content = prepared.measure(loaded, rows)
+                    if isinstance(model, RoutedLanguageModel):
+                        content = measure_routed(model, loaded, job.task.name, prepared, rows)
+                    else:
+                        content = prepared.measure(loaded, rows)
                 except Refused as error:
                     return Outcome(failed=str(error))
                 self.journal.add(job.key, index, content, model=name, task=job.task.name)
             contents.append(content)
         self.tell(name, job.task.name, len(prepared.batches), len(prepared.batches))
-        return prepared.outcome(contents)
+        return replace(prepared.outcome(contents), chosen=chosen_of(contents))
 
     def _own(self, model: LanguageModel, task: TextTask | ChoiceTask, vocabulary: int) -> Prepared:
         s = self.settings

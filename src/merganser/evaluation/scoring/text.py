@@ -164,6 +164,10 @@ class PreparedText:
     vocabulary: int
     budget: int
 
+    def prompt(self, row: int) -> Sequence[int]:
+        """Return the input tokens of a window, those that it scores among them."""
+        return self.windows[row].fed
+
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Score the windows of a batch."""
         return score(model, [self.windows[row] for row in rows])

@@ -13,18 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..engine.sidecars.restoration import read_sidecar_record
-from ..errors import CheckpointError, NonFiniteError, NotFoundError, OutputError, ParameterError, UnsupportedError
-from ..files import sha256_of_file, write_whole
-from ..jsonfile import os_reason
-from ..mixture.fitted import ridge_rows
-from ..record.format import RECORD_NAME, record_text
-from ..system import sync
+from ...errors import CheckpointError, NonFiniteError, NotFoundError, OutputError, ParameterError, UnsupportedError
+from ...files import sha256_of_file, write_whole
+from ...jsonfile import os_reason, read_object
+from ...mixture.fitted import ridge_rows
+from ...record.format import RECORD_NAME, record_text
+from ...system import sync
 
-__all__ = ["ROUTER_FILE", "TaskRouter", "fit_router", "read_router", "store_router"]
+__all__ = ["TaskRouter", "fit_router", "read_router", "store_router"]
 
 FORMAT = "1"
-ROUTER_FILE = "sidecars/router.safetensors"
 
 
 @dataclass(frozen=True)
@@ -120,34 +118,34 @@ def read_router(path: Path, tasks: Sequence[str], hidden: int, shared: str) -> T
     return TaskRouter(tuple(tasks), rows, shared)
 
 
-def store_router(out: Path, router: TaskRouter) -> Path:
-    """Write a router beside the sidecars, and list it in the run record, so that `verify` and `--overwrite` know it.
+def store_router(path: Path, router: TaskRouter, recorded: Path | None) -> None:
+    """Write a router, and list it in the run record if there is one, so that `verify` and `--overwrite` know it.
 
     Args:
-        out: A merge with sidecars.
-        router: Its router; an older one is replaced.
-
-    Returns:
-        The file.
+        path: The file; an older router is replaced.
+        router: The router.
+        recorded: The folder whose run record lists it; None without a record.
 
     Raises:
-        NotFoundError: The folder has no run record with sidecars.
+        NotFoundError: The folder has no run record.
         OutputError: A file of that name is no router and not of merganser, or the file cannot be written.
     """
-    record = read_sidecar_record(out)
-    path = out / ROUTER_FILE
-    others = [entry for entry in record["outputs"] if entry["file"] != ROUTER_FILE]
-    if os.path.lexists(path) and len(others) == len(record["outputs"]) and not _is_router(path):
+    record = None if recorded is None else read_object(recorded / RECORD_NAME)
+    name = path.name if recorded is None else path.relative_to(recorded).as_posix()
+    listed = [] if record is None else record["outputs"]
+    others = [entry for entry in listed if entry["file"] != name]
+    if os.path.lexists(path) and len(others) == len(listed) and not _is_router(path):
         raise OutputError(f"{path}: exists, and merganser did not write it; move it away")
     write_whole(path, router.to_bytes())
+    if record is None or recorded is None:
+        return
     try:
         sync(path)
-        entry = {"file": ROUTER_FILE, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        entry = {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {os_reason(error)}") from None
     # a kill between the two files leaves a router that is not listed: making it again lists it
-    write_whole(out / RECORD_NAME, record_text({**record, "outputs": [*others, entry]}))
-    return path
+    write_whole(recorded / RECORD_NAME, record_text({**record, "outputs": [*others, entry]}))
 
 
 def _is_router(path: Path) -> bool:

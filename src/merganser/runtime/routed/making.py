@@ -1,4 +1,4 @@
-"""Make the router of a merge with sidecars from files of text, and test it on text that it was not made from."""
+"""Make a router from files of text, and test it on text that it was not made from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.data import Conversation, Pair, Record, read_data
-from ..engine.sidecars.restoration import read_sidecar_record
-from ..errors import ParameterError, did_you_mean
-from ..wording import plural
-from .routed import RoutedModel
+from ...calibration.data import Conversation, Pair, Record, read_data
+from ...errors import ParameterError, did_you_mean
+from ...wording import plural
+from .finding import open_tasks
+from .model import RoutedModel
 
 __all__ = ["Routing", "make_router"]
 
@@ -52,10 +52,10 @@ def make_router(
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Routing:
-    """Make a router from texts of each task, choose the task of held-out text with it, and save it beside the sidecars.
+    """Make a router from texts of each task, choose the task of held-out text with it, and save it beside the tasks.
 
     Args:
-        out: A merge with sidecars.
+        out: A merge with sidecars, a folder of adapters, or `BASE+FOLDER`.
         data: Files by the name of their task; every task has some.
         length: Tokens of a window; by default 256, or what the model can see if that is less.
         windows: Most windows of a task, spread evenly over its text. Every fifth is held out.
@@ -64,12 +64,12 @@ def make_router(
         progress: Called with the number of held-out windows done so far, and in total.
 
     Raises:
-        NotFoundError: `out` or its sidecars are missing.
+        NotFoundError: `out`, or its sidecars or adapters, are missing.
         DataError: A file is missing or malformed.
         ParameterError: A task is unknown, or has too little text.
     """
-    record = read_sidecar_record(Path(out))
-    tasks = [entry["name"] for entry in record["sidecars"]["tasks"]]
+    opened = open_tasks(out)
+    tasks = opened.tasks
     for name in data:
         if name not in tasks:
             raise ParameterError(f"{out}: no task {name!r}.{did_you_mean(name, tasks)} Tasks: {', '.join(tasks)}")
@@ -77,7 +77,7 @@ def make_router(
         if not data.get(task):
             raise ParameterError(f"the router needs text of every task; {task!r} has none")
     texts = {task: [_text(r) for file in read_data(data[task]) for r in file.records] for task in tasks}
-    model = RoutedModel(out, device=device, stored_router=False)
+    model = RoutedModel(opened, device=device, stored_router=False)
     most = model.positions or 256
     if length is not None and length > most:
         raise ParameterError(f"length: {length} tokens, and the model can see {most} at once; give at most {most}")

@@ -1,72 +1,78 @@
-"""A merge with sidecars as one model that chooses a task for each row of a batch."""
+"""Several tasks as one model that chooses one for each row of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..engine.plan.sidecars import INDEX_FILE
-from ..errors import CheckpointError, NotFoundError, ParameterError, did_you_mean
-from ..inference.language_model import Reused, open_model
-from ..inference.stored import open_stored
-from ..jsonfile import Entry, read_object
-from .router import ROUTER_FILE, TaskRouter, fit_router, read_router, store_router
+from ...errors import CheckpointError, NotFoundError, ParameterError, did_you_mean
+from ...inference.language_model import Reused, open_model
+from .finding import open_tasks
+from .router import TaskRouter, fit_router, read_router, store_router
+from .tasks import TaskSet
 
 __all__ = ["RoutedModel"]
 
+_BY = ("router", "perplexity")
+
 
 class RoutedModel:
-    """The tasks of a merge with sidecars, restored one at a time, and a router that chooses among them.
+    """The tasks of a merge with sidecars, or adapters of one base, and what chooses among them.
 
     Memory holds two models whatever the number of tasks: the shared one, which the router reads, and that of one task. A
-    change of task restores the next model from its parts.
+    change of task overwrites the weights that differ, one tensor at a time, with those that the parts give.
 
     Args:
-        out: A merge with sidecars.
+        out: What `open_tasks` takes: a merge with sidecars, a folder of adapters, or `BASE+FOLDER`; or what it returned.
         dtype: Dtype of the weights in memory.
         device: Where the models run.
-        stored_router: Whether to read the router that is stored in `out`, if there is one.
+        stored_router: Whether to read the router that is stored with the tasks, if there is one.
+        by: What chooses a task: the router, or the perplexity that the text has under the model of each task. The latter
+            needs no router, and runs every model on every text.
 
     Raises:
-        NotFoundError: `out` has no sidecars.
-        CheckpointError: It is damaged, or no language model.
+        NotFoundError: There are no sidecars and no adapters.
+        CheckpointError: They are damaged, or no language models.
     """
 
     def __init__(
         self,
-        out: str | Path,
+        out: str | Path | TaskSet,
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         stored_router: bool = True,
+        by: Literal["router", "perplexity"] = "router",
     ) -> None:
-        self.out = Path(out)
-        index = self.out / INDEX_FILE
-        if not index.exists():
-            raise NotFoundError(f"{out}: has no sidecars, so there are no tasks to choose from")
-        entries = Entry(read_object(index), str(index))["tasks"]
-        self.tasks: tuple[str, ...] = tuple(entries.each(lambda entry: entry["name"].text()))
-        self._device = torch.device(device)
-        shared = open_model(open_stored(self.out))
+        if by not in _BY:
+            raise ParameterError(f"by: must be {' or '.join(map(repr, _BY))}, found {by!r}")
+        self._set = out if isinstance(out, TaskSet) else open_tasks(out)
+        self.out = self._set.name
+        self.tasks = self._set.tasks
+        self.by = by
+        self.device = torch.device(device)
+        shared = open_model(self._set.shared)
         self.tokenizer = shared.tokenizer.encoder
         self._shared_hash = shared.source.hash
-        self._opened = {task: open_model(open_stored(f"{out}#{task}")) for task in self.tasks}
+        self._opened = {task: open_model(source) for task, source in self._set.sources.items()}
         for task, opened in self._opened.items():
             if opened.tokenizer.hash != shared.tokenizer.hash:
-                raise CheckpointError(f"{out}: task {task!r} has another tokenizer, so no text can be routed to it")
-        self.shared: Any = shared.load(shared.source.read(), dtype, self._device)
+                raise CheckpointError(
+                    f"{self.out}: task {task!r} has another tokenizer, so no text can be routed to it"
+                )
+        self.shared: Any = shared.load(shared.source.read(), dtype, self.device)
         self._hidden = self.shared.get_input_embeddings().weight.shape[1]
-        self._reused = Reused(dtype, self._device)
+        self._reused = Reused(dtype, self.device)
         self._loaded: tuple[str, Any] | None = None
         self._task: str | None = None
         self.router: TaskRouter | None = None
         self.positions = shared.positions
-        if stored_router and (self.out / ROUTER_FILE).exists():
-            self.router = read_router(self.out / ROUTER_FILE, self.tasks, self._hidden, self._shared_hash)
+        if stored_router and self._set.router.exists():
+            self.router = read_router(self._set.router, self.tasks, self._hidden, self._shared_hash)
 
     @property
     def task(self) -> str | None:
@@ -95,29 +101,36 @@ class RoutedModel:
         return self.router
 
     def save_router(self) -> Path:
-        """Write the router beside the sidecars, where opening the folder finds it.
+        """Write the router beside the sidecars or adapters, where opening the folder finds it.
+
+        Returns:
+            The file.
 
         Raises:
-            NotFoundError: There is no router, or the folder has no run record.
+            NotFoundError: There is no router.
             OutputError: The file cannot be written, or another one of that name is in its place.
         """
-        return store_router(self.out, self._router())
+        store_router(self._set.router, self._router(), self._set.recorded)
+        return self._set.router
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
-        """Return the task of each row: `task` if it is set, else what the router chooses.
+        """Return the task of each row: `task` if it is set, else what the router or the perplexity chooses.
 
         Args:
             input_ids: Tokens, shape [rows, length].
             attention_mask: 1 for tokens and 0 for padding, in the same shape; None without padding.
 
         Raises:
-            NotFoundError: No task is set, and there is no router.
+            NotFoundError: No task is set, and a router is needed and there is none.
+            ParameterError: The perplexity is to choose, and a row has fewer than two tokens.
         """
         if self._task is not None:
             return [self._task] * len(input_ids)
-        router = self._router()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        weights = mask.unsqueeze(-1).to(self._device, torch.float32)
+        if self.by == "perplexity":
+            return [self.tasks[index] for index in self._surprise(input_ids, mask).argmin(0).tolist()]
+        router = self._router()
+        weights = mask.unsqueeze(-1).to(self.device, torch.float32)
         hidden = self._hidden_states(input_ids, mask).float()
         return router.choose((hidden * weights).sum(1) / weights.sum(1).clamp_min(1))
 
@@ -155,27 +168,63 @@ class RoutedModel:
         """Run the rows of each task together, and put the results into the order of the batch."""
         chosen = self.choose(input_ids, mask)
         found: list[Tensor] = [torch.empty(0)] * len(chosen)
-        # the loaded task first, as it needs no restoring
-        for task in sorted(set(chosen), key=lambda name: (self._loaded is None or name != self._loaded[0], name)):
+        for task in sorted(set(chosen), key=self._loaded_first):
             rows = [row for row, own in enumerate(chosen) if own == task]
             given = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids) if mask is None else mask}
-            results = run(self._model(task), {name: t[rows].to(self._device) for name, t in given.items()})
+            results = run(self.model(task), {name: t[rows].to(self.device) for name, t in given.items()})
             for row, result in zip(rows, results, strict=True):
                 found[row] = result
         return torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=padding)
 
-    def _model(self, task: str) -> Any:
+    def model(self, task: str) -> Any:
+        """Return the model of a task; it is valid until that of another one is asked for.
+
+        Raises:
+            CheckpointError: A file is damaged.
+        """
+        self._known(task)
         if self._loaded is None or self._loaded[0] != task:
+            weights = self._set.weights(task)
+            # what both have from the shared model is in memory
+            same = (
+                frozenset[str]() if self._loaded is None else weights.shared & self._set.weights(self._loaded[0]).shared
+            )
             self._loaded = None  # a failure half-way leaves weights of no task
-            opened = self._opened[task]
-            self._loaded = task, self._reused.load(opened, opened.source.read())
+            self._loaded = task, self._reused.load(self._opened[task], weights, same)
         return self._loaded[1]
+
+    @property
+    def loaded(self) -> str | None:
+        """The task whose weights are in memory; None before the first."""
+        return None if self._loaded is None else self._loaded[0]
+
+    def num_parameters(self) -> int:
+        """Return the number of weights of the shared model."""
+        return int(self.shared.num_parameters())
+
+    @torch.inference_mode()
+    def _surprise(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the mean negative log-likelihood of each row's tokens by each task, float32, shape [tasks, rows]."""
+        counted = mask.to(self.device, torch.float32)[:, 1:] * mask.to(self.device, torch.float32)[:, :-1]
+        if not bool((counted.sum(1) > 0).all()):
+            raise ParameterError("by perplexity: a row has fewer than two tokens, so no model has a perplexity on it")
+        found: dict[str, Tensor] = {}
+        ids = input_ids.to(self.device)
+        for task in sorted(self.tasks, key=self._loaded_first):
+            logits = self.model(task)(input_ids=ids, attention_mask=mask.to(self.device)).logits[:, :-1].float()
+            nats = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+            found[task] = (nats * counted).sum(1) / counted.sum(1)
+        return torch.stack([found[task] for task in self.tasks]).cpu()
+
+    def _loaded_first(self, task: str) -> tuple[bool, str]:
+        """Return a key by which the loaded task comes first, as it needs no change of weights."""
+        return self._loaded is None or task != self._loaded[0], task
 
     @torch.inference_mode()
     def _hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         inner = self.shared.base_model
         states: Tensor = inner(
-            input_ids=input_ids.to(self._device), attention_mask=mask.to(self._device)
+            input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
         ).last_hidden_state
         return states
 

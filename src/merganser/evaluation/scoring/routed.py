@@ -1,0 +1,51 @@
+"""Score a routed model: a task is chosen for each row, and the rows of one task are scored together by its model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...runtime.routed import RoutedModel
+from ...runtime.routed.opened import SHARED, RoutedLanguageModel
+from .batches import Prepared
+
+__all__ = ["CHOSEN", "chosen_of", "measure_routed"]
+
+CHOSEN = "chosen"
+"""The column with the task of each row."""
+
+
+def measure_routed(
+    opened: RoutedLanguageModel, loaded: RoutedModel, measured: str, prepared: Prepared, rows: Sequence[int]
+) -> dict[str, Any]:
+    """Score a batch of rows, as `Prepared.measure` does, and say which task was chosen for each.
+
+    Args:
+        opened: The routed model.
+        loaded: The same, loaded.
+        measured: Name of the task that is scored.
+        prepared: The task that is scored.
+        rows: Indices of rows.
+
+    Raises:
+        Refused: The output of a task's model cannot be scored.
+    """
+    chosen = opened.chosen(loaded, measured, [prepared.prompt(row) for row in rows])
+    columns: dict[str, list[Any]] = {}
+    for task in sorted(set(chosen), key=lambda name: (name != loaded.loaded, name)):
+        own = [place for place, name in enumerate(chosen) if name == task]
+        model = loaded.shared if task == SHARED else loaded.model(task)
+        for name, values in prepared.measure(model, [rows[place] for place in own]).items():
+            column = columns.setdefault(name, [None] * len(rows))
+            for place, value in zip(own, values, strict=True):
+                column[place] = value
+    return {**columns, CHOSEN: chosen}
+
+
+def chosen_of(contents: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how often each task was chosen, from the measurements of all batches; empty if nothing was chosen."""
+    counts: Counter[str] = Counter()
+    for content in contents:
+        counts.update(content.get(CHOSEN, ()))
+    return dict(sorted(counts.items()))

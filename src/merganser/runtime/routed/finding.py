@@ -1,0 +1,45 @@
+"""Find what a routed model chooses among: the tasks of a merge with sidecars, or adapters of one base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...adapters import is_adapter, split_reference
+from ...engine.plan.sidecars import INDEX_FILE
+from ...errors import NotFoundError
+from ...jsonfile import exists
+from .adapters import adapter_tasks
+from .sidecars import sidecar_tasks
+from .tasks import TaskSet
+
+__all__ = ["open_tasks"]
+
+
+def open_tasks(reference: str | Path, *, cache_dir: Path | None = None) -> TaskSet:
+    """Open the tasks that a routed model chooses among; nothing but headers is read.
+
+    Args:
+        reference: A merge with sidecars; a folder with a folder for each adapter, all of one base; or `BASE+FOLDER`, if
+            the base is not where the adapters say.
+        cache_dir: Folder for models from the Hub.
+
+    Raises:
+        NotFoundError: There are no sidecars and no adapters.
+        CheckpointError: They are damaged, or of different bases.
+    """
+    text = str(reference)
+    base, folder = (None, text) if exists(text) else split_reference(text)
+    if folder is None:
+        base, folder = None, text
+    path = Path(folder).expanduser()
+    if base is None and (path / INDEX_FILE).exists():
+        return sidecar_tasks(path, cache_dir)
+    if not path.is_dir():
+        raise NotFoundError(f"{path}: {'is not a folder' if path.exists() else 'no such folder'}")
+    found = sorted(each.name for each in path.iterdir() if each.is_dir() and is_adapter(str(each)))
+    if not found:
+        raise NotFoundError(
+            f"{path}: has no sidecars (sidecars/index.json) and no folders of adapters (adapter_config.json), so there are "
+            "no tasks to choose from"
+        )
+    return adapter_tasks(path, tuple(found), base, text, cache_dir)
