@@ -14,7 +14,7 @@ from ..inference.language_model import Tokenizer
 from ..statistics import Choice
 from .token_bytes import TokenBytes
 
-__all__ = ["cut_texts", "record_number", "trimmed"]
+__all__ = ["cut_texts", "plain", "record_number", "trimmed"]
 
 
 def record_number(record: Record) -> int:
@@ -61,6 +61,14 @@ def cut_texts(
         elif record.where not in taken:
             taken.add(record.where)
             yield json.dumps(_contents(record))
+
+
+def plain(line: str) -> str:
+    """Return all text of a line that `cut_texts` made, without a chat template."""
+    found = json.loads(line)
+    if "messages" in found:
+        return "\n".join(message["content"] for message in found["messages"])
+    return "".join(found.values())
 
 
 def trimmed(data: bytes) -> tuple[bytes, int]:

@@ -74,8 +74,9 @@ def fit(
     if recipe.lora is not None:
         model = _with_lora(model, recipe.lora.rank, recipe.lora.alpha)
     if recipe.training.gradient_checkpointing:
-        # the form that needs no input with a gradient, which low-rank updates have not
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the form that needs no input with a gradient, which low-rank updates have not; transformers 5 has a new name for it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     gate = FusionGate(len(recipe.sources)) if recipe.choice == GATE and not control else None
     objective = Objective(1.0 if control else recipe.lambda_, recipe.loss, recipe.choice, recipe.temperature, gate)
     with quiet():

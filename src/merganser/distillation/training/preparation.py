@@ -23,7 +23,7 @@ from ...statistics import Choice
 from ..alignment.answers import Reading
 from ..cache import cache_beginnings
 from ..format import LogitCache, open_cache
-from ..texts import cut_texts, record_number, trimmed
+from ..texts import cut_texts, plain, record_number, trimmed
 from .fit import steps_of
 from .recipe import FusionRecipe
 from .sequences import Alignment, Cached, Example, Teacher, cached_examples, reading_of, summary, teach
@@ -202,7 +202,7 @@ class Preparation:
             to_run: dict[int, int] = {}
             longest = max(int(part["length"]) for cache in self.caches for part in cache.about["parts"])
         else:
-            sizes = [sum(map(len, (student.opened.tokenizer.ids(line) for line in own))) for own in self.texts]
+            sizes = [sum(len(student.opened.tokenizer.ids(plain(line))) for line in own) for own in self.texts]
             sequences, tokens = sum(map(len, self.texts)), sum(sizes)
             to_run = {number: sizes[own] for number, own in enumerate(self.sets)}
             longest = max(choice.length or 0 for choice in self.choices)

@@ -74,6 +74,11 @@ class TaughtBy:
         """The reference of the recipe."""
         return self.model or self.cache or ""
 
+    @property
+    def read(self) -> tuple[Any, ...]:
+        """What is run on what."""
+        return (self.model, self.cache, *((self.data.source, self.data.choice) if self.data else ()))
+
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -229,7 +234,7 @@ def _sources(root: Entry, fields: Mapping[str, Entry]) -> tuple[TaughtBy, ...]:
         if "top" in fields:
             raise fields["top"].error("sources are caches, which hold what was asked for; leave top out")
     for entry, own in zip(entries, found, strict=True):
-        if sum((own.name, own.data) == (other.name, other.data) for other in found) > 1:
+        if sum(own.read == other.read for other in found) > 1:
             raise entry.error(f"{own.name} is named twice; name each source once")
     return found
 

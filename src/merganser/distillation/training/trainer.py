@@ -88,7 +88,7 @@ class FusionTrainer(_TRANSFORMERS.Trainer):  # type: ignore[misc,name-defined,un
 
 
 class _GateKeeper(_TRANSFORMERS.TrainerCallback):  # type: ignore[misc,name-defined,unused-ignore]
-    """Stores the gate with every state of the Trainer, and reads it back."""
+    """Does for the gate what the Trainer does for the model: clear gradients, store it with every state, read it back."""
 
     def __init__(self, objective: Objective) -> None:
         self._gate = objective.gate
@@ -97,6 +97,11 @@ class _GateKeeper(_TRANSFORMERS.TrainerCallback):  # type: ignore[misc,name-defi
         """Write the gate."""
         if self._gate is not None:
             torch.save(self._gate.state_dict(), _checkpoint(args, state) / _GATE)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Clear its gradients."""
+        if self._gate is not None:
+            self._gate.zero_grad()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the gate of the state from which training goes on."""
