@@ -49,7 +49,6 @@ ROOMS = [
     "transplant",
     "inference",
     "calibration",
-    "distillation",
     # the entry: it calibrates what a recipe lacks, and so stands above
     "engine/merge",
     "mixture",
@@ -57,6 +56,7 @@ ROOMS = [
     "inference/sources",
     "evaluation/scoring",
     "evaluation",
+    "distillation",
     "search",
     "report",
     "publishing",

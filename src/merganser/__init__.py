@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from . import errors, methods
     from .calibration import add_statistics, calibrate
     from .checkpoint import open_checkpoint
+    from .distillation import cache_logits, fuse
+    from .distillation.callback import MergeCallback
     from .engine.merge import merge, plan
     from .engine.running import EMA, LAWA, Average
     from .engine.sidecars.restoration import restore
@@ -36,12 +38,15 @@ __all__ = [
     "EMA",
     "LAWA",
     "Average",
+    "MergeCallback",
     "MergeError",
     "add_statistics",
+    "cache_logits",
     "calibrate",
     "diff",
     "errors",
     "evaluate",
+    "fuse",
     "inspect",
     "kinship",
     "load_recipe",
@@ -61,11 +66,14 @@ _HOMES = {
     "EMA": "engine.running",
     "LAWA": "engine.running",
     "Average": "engine.running",
+    "MergeCallback": "distillation.callback",
     "MergeError": "errors",
     "add_statistics": "calibration",
+    "cache_logits": "distillation",
     "calibrate": "calibration",
     "diff": "inspection",
     "evaluate": "evaluation",
+    "fuse": "distillation",
     "inspect": "inspection",
     "kinship": "inspection",
     "load_recipe": "recipe",

@@ -49,7 +49,9 @@ def test_values_are_those_of_the_whole_model(model: Path, data: Path, tmp_path: 
         ids = ids.long()
         with torch.no_grad():
             expected = network(ids[None]).logits[0].double().log_softmax(-1)
-        own = {name: sequences(shard, name)[number] for name in shard if name not in ("text", "sequence_ends")}
+        own = {
+            name: sequences(shard, name)[number] for name in shard if name not in ("text", "sequence_ends", "records")
+        }
         assert (own["ids"].long() == expected.topk(7).indices).all()
         torch.testing.assert_close(own["log_probabilities"], expected.topk(7).values.float(), rtol=1e-5, atol=1e-5)
         left = 1 - expected.topk(7).values.exp().sum(-1)
@@ -64,6 +66,13 @@ def test_values_are_those_of_the_whole_model(model: Path, data: Path, tmp_path: 
         start += size
     assert start == len(shard["text"])
     assert found.total("nats") == pytest.approx(nats, rel=1e-5)
+    vocabulary = found.vocabulary()
+    spelled = ["" if i in tokenizer.all_special_ids else tokenizer.decode([i]) for i in range(len(vocabulary))]
+    assert len(vocabulary) == 300
+    for token, expected in zip(vocabulary.tokens, spelled, strict=True):
+        assert token is not None
+        assert token.decode(errors="replace") == expected
+    assert (vocabulary.special, vocabulary.roles) == ({"<s>": 0, "</s>": 1}, {"bos": 0, "eos": 1})
     # a special token at the start takes no bytes, so that all bytes are predicted
     assert found.total("predicted_bytes") == found.total("bytes") == start
 
@@ -113,8 +122,8 @@ def test_a_killed_run_continues(
     assert not (tmp_path / "cut").exists()
     found = cache_logits(model, [data], tmp_path / "cut", **options)
     if what == "shards":
-        # what was stored is not computed again: only the call that was cut short is repeated
-        assert len(seen) == len(whole.files) + 1
+        # what was stored is not computed again: only the call that was cut short is repeated, and the vocabulary is a file
+        assert len(seen) == len(whole.files) + 2
     assert not list(tmp_path.glob(".cut*"))
     for file in whole.path.iterdir():
         assert (found.path / file.name).read_bytes() == file.read_bytes()
@@ -176,7 +185,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no description": (lambda f: (f / "logits.json").unlink(), "is no logit cache (no logits.json); merganser fuse"),
     "no JSON": (lambda f: (f / "logits.json").write_text("{"), "logits.json: "),
     "another kind": (edit(lambda a: a.update(kind="x")), "is no description of a logit cache"),
-    "another version": (edit(lambda a: a.update(format=9)), "has format 9, this version reads 1"),
+    "another version": (edit(lambda a: a.update(format=9)), "has format 9, this version reads 2"),
+    "no vocabulary": (edit(lambda a: a.pop("vocabulary")), "logits.json: has no 'vocabulary'"),
     "no k": (edit(lambda a: a.pop("k")), "logits.json: has no 'k'"),
     "a number that is text": (edit(lambda a: a["shards"][0].update(nats="x")), "nats"),
     "a shard elsewhere": (edit(lambda a: a["shards"][0].update(file="../x")), "'../x' leaves the folder"),

@@ -20,8 +20,8 @@ INF = math.inf
 def test_cross_entropy_with_a_rest_and_without() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, 7, dtype=torch.float64)
-    ids = torch.tensor([[2, 5, 0], [1, -1, -1], [6, 3, -1], [0, 1, 2]])
-    p = torch.tensor([[0.5, 0.2, 0.1], [0.7, 0, 0], [0.6, 0.4, 0], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    ids = torch.tensor([[2, 5, 0], [-1, 1, -1], [6, 3, -1], [0, 1, 2]])
+    p = torch.tensor([[0.5, 0.2, 0.1], [0, 0.7, 0], [0.6, 0.4, 0], [0.3, 0.3, 0.4]], dtype=torch.float64)
     rest = torch.tensor([0.2, 0.3, 0.0, 0.0], dtype=torch.float64)
     found = taught_cross_entropy(logits, ids, p.log(), rest.log())
     for row in range(4):

@@ -12,7 +12,7 @@ from ..statistics.choice import DEFAULT_LENGTH, DEFAULT_SEQUENCES, Choice
 from .batches import Sample, Tokens
 from .data import Conversation, DataFile, Pair, Record, Text
 
-__all__ = ["choose_samples"]
+__all__ = ["choose_samples", "first_samples"]
 
 
 class _Cutter:
@@ -170,6 +170,27 @@ def choose_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any,
             f"sequences: {choice.sequences} of at most {length} tokens are asked for, the data have "
             f"{len(taken)}; ask for fewer, or give more data"
         )
+    _check_vocabulary(taken, config)
+    return taken
+
+
+def first_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice) -> list[Sample]:
+    """Return the beginning of every record, in the order of the data, without those that have no token that counts.
+
+    Args:
+        files: The data.
+        tokenizer: Of the model.
+        config: Of the model, as transformers reads it.
+        choice: From `Choice.for_model`; number and seed mean nothing here.
+
+    Raises:
+        DataError: No token counts, or the records do not fit the model.
+    """
+    cutter = _Cutter(tokenizer, choice.length or DEFAULT_LENGTH, choice.tokens, config)
+    records = [record for file in files for record in file.records]
+    taken = [samples[0] for record in records if (samples := cutter.cut(record))]
+    if not taken:
+        raise DataError(f"{files[0].path}: no token in the data counts; let all tokens count, or give other data")
     _check_vocabulary(taken, config)
     return taken
 

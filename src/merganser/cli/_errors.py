@@ -43,6 +43,7 @@ _LESS = {
     "calibrate": "the same command continues; with fewer --batch-tokens, or without gram, it begins again and takes less",
     "cache": "the same command continues; with fewer --batch-tokens it begins again and takes less",
     "eval": "the same command continues, with fewer --batch-tokens it takes less",
+    "train": "with more accumulate, lora or gradient_checkpointing in the recipe it begins again and takes less",
     "search": "the same command continues",
     "auto": "the same command continues",
 }

@@ -84,6 +84,27 @@ def step_progress(description: str, quiet: bool = False) -> Iterator[Callable[[i
         yield tell
 
 
+@contextmanager
+def named_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Show a bar for work of several kinds of steps: what is done, the steps done, and their total."""
+    if quiet or not on_terminal():
+        yield None
+        return
+    with _step_bar() as bar:
+        task = bar.add_task("", total=None)
+        last = ""
+
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal last
+            if what != last:
+                # restart the bar, so that the remaining time is estimated from these steps alone
+                bar.reset(task, total=total)
+                last = what
+            bar.update(task, description=printable(what), completed=done, total=total)
+
+        yield tell
+
+
 class MergeProgress:
     """Prints the warnings of a plan and then the progress of its run; implements `merganser.engine.run.Progress`."""
 

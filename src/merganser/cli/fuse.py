@@ -1,25 +1,32 @@
-"""`merganser fuse`: what is needed to teach one model what others say."""
+"""`merganser fuse`: teach one model what others say."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Annotated
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import DataError
 from . import _options as options
-from ._errors import Verbs
-from ._progress import step_progress
-from ._text import head, plural, say, say_json, size_text, time_text
+from ._errors import Verb, Verbs
+from ._progress import named_progress, step_progress
+from ._text import count_text, head, number_text, plural, say, say_json, size_text, table, time_text
 
-fuse = typer.Typer(cls=Verbs, help="Store what models predict, to teach it to another one.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from ..distillation.training.preparation import FusionPlan
+
+fuse = typer.Typer(cls=Verbs, help="Teach one model what others say.", no_args_is_help=True)
 
 
 @fuse.callback()
 def _group() -> None:
-    """Store what models predict, to teach it to another one."""
+    """Teach one model what others say."""
 
 
 @fuse.command(cls=options.many_values("--data"))
@@ -74,3 +81,89 @@ def cache(
         say(f"{nats / predicted:.3f} nats per token, {nats / math.log(2) / nbytes:.3f} bits per byte")
     say(f"the top {found.k} hold {100 * (1 - found.total('rest') / count):.2f}% of the probability")
     say(f"wrote {found.path} ({size_text(found.nbytes)})")
+
+
+@fuse.command(cls=Verb)
+def train(
+    recipe: options.RecipeFile,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to write; it appears when the model is complete.")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do; nothing is written.")] = False,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control/--no-control",
+            help="Train the student without its sources, too, on the same batches, to compare with.",
+        ),
+    ] = True,
+    device: options.Device = "auto",
+    cache_dir: options.CacheDir = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Train a student on what other models say.
+
+    RECIPE names the student, its sources, data and the loss. A killed run is continued by the same command.
+    """
+    options.quieten_hub(quiet)
+    from ..distillation import fuse as run
+    from ..distillation import load_fusion
+    from ..distillation.training.preparation import prepare_fusion
+
+    loaded = load_fusion(recipe)
+    if dry_run:
+        with ExitStack() as stack:
+            plan = prepare_fusion(loaded, stack, cache_dir=cache_dir).plan(control=control)
+        _show(plan, json=json)
+        return
+    with named_progress(quiet) as progress:
+        result = run(loaded, out, control=control, device=device, cache_dir=cache_dir, progress=progress)
+    if json:
+        say_json({"out": str(result.out), "record": result.record})
+    elif not quiet:
+        _summary(result.out, result.record)
+
+
+def _show(plan: FusionPlan, *, json: bool) -> None:
+    if json:
+        say_json(asdict(plan))
+        return
+    head(f"fusing into {plan.student}: {count_text(plan.parameters)} parameters, {count_text(plan.trained)} trained")
+    say(f"{plural(plan.sequences, 'sequence')}, {plural(plan.tokens, 'token')}")
+    if plan.to_run:
+        say(f"to run: {plural(len(plan.to_run), 'source')}, {plural(sum(plan.to_run.values()), 'token')} in all")
+    each = "" if plan.models == 1 else ", for the fused model and again for the control"
+    say(
+        f"{plural(plan.steps, 'step')} of about {number_text(round(plan.tokens_per_step))} tokens: every sequence "
+        f"{plan.passes:.1f} times{each}"
+    )
+    say(f"memory: about {size_text(plan.memory)}, and the activations of a part of a batch")
+
+
+def _summary(out: Path, record: Mapping[str, Any]) -> None:
+    from ..process import peak_memory
+
+    found = record["fused"]
+    head(
+        f"{plural(len(found['sources']), 'source')} · {plural(found['sequences'], 'sequence')} · "
+        f"{plural(found['steps'], 'step')} · {time_text(record['timings']['seconds'])} · peak {size_text(peak_memory())}"
+    )
+    for own in found["sources"]:
+        share = 100 * own["tokens_taught"] / max(1, found["tokens"])
+        say(
+            f"{own['source']} teaches {share:.1f}% of {plural(found['tokens'], 'token')}, {own['nats_per_token']:.3f} nats each"
+        )
+    if found["sequences_without_a_source"]:
+        say(f"{plural(found['sequences_without_a_source'], 'sequence')} left out: no source reads the same text")
+    texts = list(found["bits_per_byte"]["student"])
+    if texts:
+        say("bits per byte of held-out text")
+        rows = [["model", *texts]]
+        rows += [[name, *(f"{own[text]:.4f}" for text in texts)] for name, own in found["bits_per_byte"].items()]
+        for line in table(rows, right=range(1, len(texts) + 1)):
+            say(line)
+    else:
+        say("the recipe names no held_out text: whether this is better than the control was not measured")
+    say(f"wrote {out} and {out / 'merge.json'}")
+    say(f'load it:   transformers.AutoModelForCausalLM.from_pretrained("{out}")')

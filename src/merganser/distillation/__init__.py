@@ -1,6 +1,8 @@
-"""Teach one model what others say: what a source predicts on text is stored once, so that it need not run again."""
+"""Teach one model what others say: what a source predicts on text is stored once, and a student is trained on it."""
 
 from .cache import cache_logits
 from .format import LogitCache, open_cache
+from .training.recipe import load_fusion
+from .training.run import Fused, fuse
 
-__all__ = ["LogitCache", "cache_logits", "open_cache"]
+__all__ = ["Fused", "LogitCache", "cache_logits", "fuse", "load_fusion", "open_cache"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,20 @@ from torch import Tensor
 from ..calibration.batches import Batch, Padded
 from ..calibration.forward import check_streamable
 from ..calibration.preparation import Data, Prepared, fingerprint, prepare
+from ..calibration.samples import first_samples
 from ..calibration.stream import Stream, StreamState
 from ..calibration.target import Target, check_absent
 from ..calibration.writer import Sum, file_name, write_json, write_sums
 from ..errors import DataError, NonFiniteError, UnsupportedError
+from ..inference.language_model import positions_of
 from ..process import release_freed_memory
 from ..statistics import Choice
-from .format import CACHE_FORMAT, CACHE_KIND, CACHE_NAME, DTYPES, LogitCache, open_cache
+from .format import CACHE_FORMAT, CACHE_KIND, CACHE_NAME, DTYPES, VOCABULARY_NAME, LogitCache, open_cache
 from .likelihoods import likelihoods
+from .texts import record_number
 from .token_bytes import TokenBytes
 
-__all__ = ["BATCH_TOKENS", "TOP", "cache_logits"]
+__all__ = ["BATCH_TOKENS", "TOP", "cache_beginnings", "cache_logits"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished steps and the number of all steps."""
@@ -32,6 +37,8 @@ TOP = 32
 # logits are held for a whole batch: with 128 K tokens in the vocabulary this is a quarter of a gigabyte
 BATCH_TOKENS = 512
 _SHARD_TOKENS = 1 << 18
+# for models without a limit of positions
+_LONGEST = 1 << 15
 
 # a masked language model has logits, too, but they are not those of the next token
 _NEXT_TOKEN = ("ForCausalLM", "LMHeadModel")
@@ -80,10 +87,52 @@ def cache_logits(
         OutputError: `out` exists or cannot be written.
     """
     check_absent(Path(out))
+    with _prepared(model, data, k, Choice(sequences, length, seed, tokens), batch_tokens, cache_dir) as prepared:
+        return _Run(prepared, k).write(Path(out), progress)
+
+
+def cache_beginnings(
+    model: str | Path,
+    data: Data,
+    out: str | Path,
+    *,
+    k: int = TOP,
+    length: int | None = None,
+    tokens: str = "all",
+    batch_tokens: int = BATCH_TOKENS,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> LogitCache:
+    """As `cache_logits`, but on the beginning of every record, so that sources with other tokenizers read the same texts.
+
+    Args:
+        model: As for `cache_logits`, like the other arguments.
+        data: The data.
+        out: The folder to write.
+        k: Number of likeliest tokens.
+        length: Largest number of tokens of a sequence; None for as many as the model can see at once.
+        tokens: Which tokens are marked to count.
+        batch_tokens: Largest number of tokens of a batch.
+        cache_dir: Folder for models from the Hub.
+        progress: Called with the number of finished steps and of all steps.
+
+    Raises:
+        MergeError: As for `cache_logits`.
+    """
+    check_absent(Path(out))
+    with _prepared(model, data, k, Choice(None, length, 0, tokens), batch_tokens, cache_dir) as prepared:
+        config = prepared.skeleton.model.config
+        choice = replace(prepared.choice, length=length or positions_of(config) or _LONGEST)
+        samples = first_samples(prepared.files, prepared.tokenizer, config, choice)
+        return _Run(replace(prepared, samples=samples, choice=choice), k).write(Path(out), progress)
+
+
+def _prepared(
+    model: str | Path, data: Data, k: int, choice: Choice, batch_tokens: int, cache_dir: Path | None
+) -> AbstractContextManager[Prepared]:
     if k < 1:
         raise DataError(f"top: must be at least 1, found {k}")
-    choice = Choice(sequences, length, seed, tokens)
-    with prepare(
+    return prepare(
         model,
         data,
         statistics=(),
@@ -92,8 +141,7 @@ def cache_logits(
         cache_dir=cache_dir,
         # logits of bfloat16 have steps of a quarter where they are large
         dtype=torch.float32,
-    ) as prepared:
-        return _Run(prepared, k).write(Path(out), progress)
+    )
 
 
 class _Run:
@@ -108,6 +156,7 @@ class _Run:
         self._prepared, self._k = prepared, k
         self._vocabulary = _check_head(prepared, k)
         self._token_bytes = TokenBytes(prepared.tokenizer, prepared.source.reference)
+        self._records = {own.where: record_number(own) for file in prepared.files for own in file.records}
         self._batches = prepared.batches()
         self._shards = _grouped(self._batches)
 
@@ -119,6 +168,8 @@ class _Run:
         about = self._about()
         with Target(out, fingerprint(about, self._prepared.batch_tokens), CACHE_NAME) as target:
             shards = self._stream(target, progress)
+            target.claim([VOCABULARY_NAME])
+            self._write_vocabulary(target.folder / VOCABULARY_NAME)
             write_json(target.folder / CACHE_NAME, {**about, "shards": shards})
             target.publish()
         return open_cache(out)
@@ -126,7 +177,15 @@ class _Run:
     def _about(self) -> dict[str, Any]:
         found = self._prepared.about()
         del found["statistics"]
-        return {**found, "kind": CACHE_KIND, "format": CACHE_FORMAT, "k": self._k, "vocabulary": self._vocabulary}
+        own = self._token_bytes.vocabulary()
+        names = {"special": dict(own.special), "roles": dict(own.roles)}
+        about = {"kind": CACHE_KIND, "format": CACHE_FORMAT, "k": self._k, "vocabulary": self._vocabulary}
+        return {**found, **about, **names}
+
+    def _write_vocabulary(self, file: Path) -> None:
+        arrays = self._token_bytes.vocabulary().to_arrays()
+        tensors = {name: torch.from_numpy(own.copy()) for name, own in arrays.items()}
+        write_sums(file, _sums(tensors, {name: str(own.dtype) for name, own in arrays.items()}))
 
     def _stream(self, target: Target, progress: Progress | None) -> list[dict[str, Any]]:
         """Run all blocks, then the head shard by shard; return what logits.json says of the shards."""
@@ -169,11 +228,9 @@ class _Run:
                     parts[name].append(tensor)
                 position += len(parts["token_ids"][-1])
                 parts["sequence_ends"].append(torch.tensor([position]))
+                parts["records"].append(torch.tensor([self._records[where]]))
         tensors = {name: torch.cat(own) for name, own in parts.items()}
-        write_sums(
-            file,
-            {name: Sum(tuple(own.shape), DTYPES[name], lambda own=own: own) for name, own in tensors.items()},  # type: ignore[misc]
-        )
+        write_sums(file, _sums(tensors, DTYPES))
         count, ends = len(tensors["sequence_ends"]), tensors["sequence_ends"]
         firsts = tensors["byte_ends"][torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])]
         return {
@@ -187,7 +244,7 @@ class _Run:
         }
 
     def _sequence(self, logits: Tensor, padded: Padded, row: int, where: str) -> dict[str, Tensor]:
-        """Return the tensors of one sequence, but `sequence_ends`."""
+        """Return the tensors of one sequence that have a row per token, and its text."""
         valid = padded.valid[row]
         tokens, own = padded.ids[row][valid], logits[valid]
         if not bool(own.isfinite().all()):
@@ -206,6 +263,10 @@ class _Run:
             "log_sum_exp": found.log_sum_exp,
             "text": torch.tensor(list(text), dtype=torch.uint8),
         }
+
+
+def _sums(tensors: Mapping[str, Tensor], dtypes: Mapping[str, str]) -> dict[str, Sum]:
+    return {name: Sum(tuple(own.shape), dtypes[name], lambda own=own: own) for name, own in tensors.items()}  # type: ignore[misc]
 
 
 def _check_head(prepared: Prepared, k: int) -> int:

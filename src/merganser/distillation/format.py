@@ -11,7 +11,10 @@ log_probabilities       float32 [n, k]  theirs
 rest                    float32 [n]     logarithm of the probability of all other tokens together
 log_sum_exp             float32 [n]     of all logits
 sequence_ends           int64   [m]     positions up to the end of each sequence
+records                 int64   [m]     a hash of the record that the sequence is from: `distillation.texts.record_number`
 text                    uint8   [bytes] the bytes of all sequences, one behind the other
+
+`vocabulary.safetensors` holds the bytes of the source's tokens, as `Vocabulary.to_arrays` returns them.
 """
 
 from __future__ import annotations
@@ -27,12 +30,23 @@ from ..checkpoint import Reader
 from ..checkpoint.formats.safetensors import read_header
 from ..errors import DataError, MergeError
 from ..jsonfile import Entry, read_object
+from .vocabulary import Vocabulary
 
-__all__ = ["CACHE_FORMAT", "CACHE_KIND", "CACHE_NAME", "DTYPES", "NUMBERS", "LogitCache", "open_cache"]
+__all__ = [
+    "CACHE_FORMAT",
+    "CACHE_KIND",
+    "CACHE_NAME",
+    "DTYPES",
+    "NUMBERS",
+    "VOCABULARY_NAME",
+    "LogitCache",
+    "open_cache",
+]
 
 CACHE_NAME = "logits.json"
 CACHE_KIND = "merganser logit cache"
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+VOCABULARY_NAME = "vocabulary.safetensors"
 
 DTYPES = {
     "token_ids": "int32",
@@ -44,6 +58,7 @@ DTYPES = {
     "rest": "float32",
     "log_sum_exp": "float32",
     "sequence_ends": "int64",
+    "records": "int64",
     "text": "uint8",
 }
 """Dtypes of the tensors of a shard, by name."""
@@ -89,12 +104,7 @@ class LogitCache:
             DataError: The shard is missing, damaged or incomplete.
         """
         file = self.path / self.files[number]
-        try:
-            infos, _ = read_header(file)
-            with Reader() as reader:
-                found = {info.name: reader.tensor(info) for info in infos}
-        except MergeError as error:
-            raise DataError(str(error)) from None
+        found = _tensors(file)
         for name, dtype in DTYPES.items():
             if name not in found:
                 raise DataError(f"{file}: tensor {name!r} is missing; write the cache again")
@@ -102,16 +112,51 @@ class LogitCache:
                 raise DataError(
                     f"{file}: {name!r} is {found[name].dtype}, expected torch.{dtype}; write the cache again"
                 )
-        n, k = len(found["token_ids"]), self.k
+        n, m, k = len(found["token_ids"]), len(found["sequence_ends"]), self.k
         for name, tensor in found.items():
             if name in ("text", "sequence_ends"):
                 continue
-            wanted = (n, k) if name in ("ids", "log_probabilities") else (n,)
+            wanted = (n, k) if name in ("ids", "log_probabilities") else (m,) if name == "records" else (n,)
             if tensor.shape != wanted:
                 raise DataError(
                     f"{file}: {name!r} has shape {list(tensor.shape)}, expected {list(wanted)}; write the cache again"
                 )
         return found
+
+    @property
+    def size(self) -> int:
+        """Number of logits of the source."""
+        found: int = self.about["vocabulary"]
+        return found
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the tokens of the source.
+
+        Raises:
+            DataError: They are missing or damaged.
+        """
+        file = self.path / VOCABULARY_NAME
+        entry = Entry(self.about, str(self.path / CACHE_NAME))
+        try:
+            special, roles = ({name: own.whole() for name, own in entry[key].items()} for key in ("special", "roles"))
+            arrays = {name: tensor.numpy() for name, tensor in _tensors(file).items()}
+            return Vocabulary.from_arrays(arrays, special, roles)
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{file}: is damaged ({error}); write the cache again") from None
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """Read all tensors of a file.
+
+    Raises:
+        DataError: It is missing or damaged.
+    """
+    try:
+        infos, _ = read_header(file)
+        with Reader() as reader:
+            return {info.name: reader.tensor(info) for info in infos}
+    except MergeError as error:
+        raise DataError(str(error)) from None
 
 
 def open_cache(folder: str | Path) -> LogitCache:
@@ -134,7 +179,8 @@ def open_cache(folder: str | Path) -> LogitCache:
             raise DataError(
                 f"{file}: has format {about['format']}, this version reads {CACHE_FORMAT}; write the cache again"
             )
-        entry["k"].whole()
+        for key in ("k", "vocabulary"):
+            entry[key].whole()
         shards = entry["shards"].each(lambda own: own)
         for own in shards:
             for key in NUMBERS:

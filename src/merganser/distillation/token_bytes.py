@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..errors import UnsupportedError
 from ..inference.language_model import Tokenizer
 from ..tokenizer.spelling import spelling_of
+from .vocabulary import Vocabulary
 
 __all__ = ["TokenBytes"]
 
@@ -43,6 +44,9 @@ class TokenBytes:
         }
         for added in document.get("added_tokens") or ():
             self._bytes[added["id"]] = b"" if added["special"] else added["content"].encode()
+        self._special = {own["content"]: own["id"] for own in document.get("added_tokens") or () if own["special"]}
+        roles = {"bos": tokenizer.encoder.bos_token_id, "eos": tokenizer.encoder.eos_token_id}
+        self._roles = {role: number for role, number in roles.items() if number is not None}
         self._reference = reference
         found = b"".join(self._of(number) or b"" for number in tokenizer.ids(_PROBE))
         if found not in (_PROBE.encode(), b" " + _PROBE.encode()):
@@ -50,6 +54,11 @@ class TokenBytes:
                 f"{reference}: the tokens of its tokenizer do not spell the text: {_PROBE!r} became "
                 f"{found.decode(errors='replace')!r}; where a token ends in the text is then not known"
             )
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the tokens, up to the last one that is known."""
+        count = 1 + max((number for number, token in self._bytes.items() if token is not None), default=-1)
+        return Vocabulary(tuple(map(self._of, range(count))), self._special, self._roles)
 
     def text_and_ends(self, ids: Sequence[int]) -> tuple[bytes, list[int]]:
         """Return the bytes of some tokens, and for each the number of bytes up to its end.

@@ -152,7 +152,7 @@ def read_record(out: str | Path) -> Record:
     Raises:
         NotFoundError: There is no such folder, or no run record in it.
         CheckpointError: The run record is damaged.
-        UnsupportedError: The run record has a later format, or is one of an adapter.
+        UnsupportedError: The run record has a later format, or is one of an adapter, or of training.
     """
     out = Path(out)
     if not out.is_dir():
@@ -168,6 +168,8 @@ def read_record(out: str | Path) -> Record:
         )
     if root.get("extracted") is not None or root.get("merged_adapters") is not None:
         raise UnsupportedError(f"{out}: holds an adapter; a report is drawn of merged models")
+    if root.get("fused") is not None:
+        raise UnsupportedError(f"{out}: holds a model that was trained; a report is drawn of merged models")
     return _record(out, root)
 
 

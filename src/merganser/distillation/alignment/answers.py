@@ -13,6 +13,8 @@ from .groups import Groups, byte_groups
 __all__ = ["Reading", "answer_groups", "stretches"]
 
 _WHITE = b" \t\n\r"
+# bytes of a letter of several bytes but its first one: a text that was cut may begin with them
+_LEAD = _WHITE + bytes(range(0x80, 0xC0))
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,9 @@ class Reading:
     text: bytes
 
     def answers(self) -> tuple[bytes, ...]:
-        """Return the bytes of each stretch of tokens that count, without white space around them."""
-        return tuple(
-            self.text[self.before(start) : self.ends[stop - 1]].strip(_WHITE) for start, stop in stretches(self)
-        )
+        """Return the bytes of each stretch of tokens that count, without white space around them and parts of letters."""
+        texts = (self.text[self.before(start) : self.ends[stop - 1]] for start, stop in stretches(self))
+        return tuple(text.lstrip(_LEAD).rstrip(_WHITE) for text in texts)
 
     def before(self, token: int) -> int:
         """Return the number of bytes before a token."""
@@ -51,8 +52,8 @@ def stretches(reading: Reading) -> list[tuple[int, int]]:
 def answer_groups(one: Reading, other: Reading) -> Iterator[tuple[int, int, Groups]]:
     """Align the first, second, ... stretch of tokens that count in both readings.
 
-    Where they begin with different white space, that is left out, as tokenizers of sentencepiece put a space there; from the
-    first byte where the stretches differ nothing is aligned.
+    Where they begin with different white space, or with the end of a letter that was cut, that is left out, as tokenizers of
+    sentencepiece put a space there; from the first byte where the stretches differ nothing is aligned.
 
     Yields:
         For each stretch its first token in both readings, and its groups, whose indices are counted from there.
@@ -61,7 +62,7 @@ def answer_groups(one: Reading, other: Reading) -> Iterator[tuple[int, int, Grou
     if len(stretches(one)) != len(stretches(other)):
         return
     for own, others in pairs:
-        white, other_white = _white(one, own), _white(other, others)
+        white, other_white = _lead(one, own), _lead(other, others)
         if white == other_white:
             white = other_white = b""
         (text, ends), (other_text, other_ends) = _core(one, own, len(white)), _core(other, others, len(other_white))
@@ -69,14 +70,14 @@ def answer_groups(one: Reading, other: Reading) -> Iterator[tuple[int, int, Grou
         yield own[0], others[0], byte_groups(ends[ends <= same], other_ends[other_ends <= same])
 
 
-def _white(reading: Reading, stretch: tuple[int, int]) -> bytes:
-    """Return the white space that a stretch begins with."""
+def _lead(reading: Reading, stretch: tuple[int, int]) -> bytes:
+    """Return what may be left out at the start of a stretch."""
     text = reading.text[reading.before(stretch[0]) : reading.ends[stretch[1] - 1]]
-    return text[: len(text) - len(text.lstrip(_WHITE))]
+    return text[: len(text) - len(text.lstrip(_LEAD))]
 
 
 def _core(reading: Reading, stretch: tuple[int, int], white: int) -> tuple[bytes, NDArray[np.int64]]:
-    """Return a stretch's bytes behind its white space, and the ends of its tokens, counted from there."""
+    """Return a stretch's bytes behind what is left out, and the ends of its tokens, counted from there."""
     start, stop = stretch
     first = reading.before(start) + white
     return reading.text[first : reading.ends[stop - 1]], np.maximum(reading.ends[start:stop] - first, 0)

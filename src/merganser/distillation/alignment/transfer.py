@@ -48,6 +48,10 @@ class Lesson:
     log_probabilities: Floats
     rest: Floats
 
+    def only(self, kept: NDArray[np.bool_]) -> Lesson:
+        """Return the lesson at some of its positions."""
+        return Lesson(self.positions[kept], self.ids[kept], self.log_probabilities[kept], self.rest[kept])
+
 
 def same_reading(one: Reading, other: Reading) -> int:
     """Return the number of tokens at which two readings by one tokenizer begin alike."""

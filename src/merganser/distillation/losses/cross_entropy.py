@@ -18,7 +18,7 @@ def taught_cross_entropy(logits: Tensor, ids: Tensor, log_probabilities: Tensor,
 
     Args:
         logits: Shape [positions, vocabulary]; the loss is computed in float32, or float64 if they are.
-        ids: Tokens, integers, shape [positions, k], each once; the first of a row at least 0, -1 where a row has fewer.
+        ids: Tokens, integers, shape [positions, k], each once, at least one per row; -1 where a row has fewer.
         log_probabilities: Theirs, shape [positions, k], minus infinity where a row has fewer.
         rest: Logarithm of the probability of all other tokens, shape [positions]; minus infinity for none.
 
@@ -30,8 +30,8 @@ def taught_cross_entropy(logits: Tensor, ids: Tensor, log_probabilities: Tensor,
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = logits.logsumexp(-1)
-    # where a row has fewer tokens, its first one stands again, with probability 0
-    ids = torch.where(ids < 0, ids[:, :1], ids).long()
+    # where a row has fewer tokens, one of them stands again, with probability 0
+    ids = torch.where(ids < 0, ids.amax(-1, keepdim=True), ids).long()
     known = logits.gather(1, ids) - total[:, None]
     loss = -(log_probabilities.to(logits.dtype).exp() * known).sum(-1)
     some = rest > -torch.inf

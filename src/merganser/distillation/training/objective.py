@@ -1,0 +1,116 @@
+"""The loss of a batch: the text's own tokens, and what the sources say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..losses.choice import CHOICES
+from ..losses.cross_entropy import taught_cross_entropy
+from ..losses.gate import FEEDBACK, FusionGate
+from ..losses.likelihood import chunk_log_probabilities, likelihood_loss
+
+__all__ = ["Objective", "Terms"]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of a loss, each a sum over the tokens that are predicted.
+
+    Args:
+        text: Cross-entropy of the text's tokens, in nats.
+        taught: What the sources add; where none teaches, the text's token does.
+        feedback: Feedback loss of the gate; 0 without one.
+        tokens: Number of tokens that are predicted.
+    """
+
+    text: Tensor
+    taught: Tensor
+    feedback: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: lambda * text + (1 - lambda) * taught.
+
+    Args:
+        lambda_: Share of the text's own tokens; 1 is plain fine-tuning.
+        loss: `cross_entropy` or `alm`.
+        choice: How sources share a sequence, one of `CHOICES`; a gate comes first.
+        temperature: Of ALM.
+        gate: The gate of Fusion-X, which is trained with the model; None without one.
+    """
+
+    lambda_: float
+    loss: str = "cross_entropy"
+    choice: str = "min_ce"
+    temperature: float = 100.0
+    gate: FusionGate | None = None
+
+    def __call__(self, logits: Tensor, ids: Tensor, labels: Tensor, lesson: Mapping[str, Tensor]) -> Terms:
+        """Return the terms for a batch.
+
+        Args:
+            logits: Shape [B, T, vocabulary].
+            ids: Input tokens, shape [B, T].
+            labels: Tokens to predict, -100 for none, shape [B, T].
+            lesson: From `collate`.
+        """
+        flat = logits.flatten(0, 1)
+        targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1).flatten()
+        spoken = (targets >= 0).nonzero()[:, 0]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        own = cross_entropy(flat[spoken].to(wide), targets[spoken], reduction="none")
+        text, nothing = own.sum(), own.sum() * 0
+        if self.lambda_ == 1:
+            return Terms(text, text.detach(), nothing, len(spoken))
+        weights, feedback = self._weights(lesson["cross_entropy"], nothing)
+        if self.loss == "alm":
+            taught = self._likelihoods(logits, ids, lesson, weights) * len(spoken)
+        else:
+            by_row = own.new_zeros(len(flat)).index_put((spoken,), own)
+            taught = text + self._distributions(flat, by_row, lesson, weights)
+        return Terms(text, taught, feedback, len(spoken))
+
+    def _weights(self, entropies: Tensor, nothing: Tensor) -> tuple[Tensor, Tensor]:
+        if self.gate is not None:
+            weights, feedback = self.gate(entropies)
+            return weights.flatten(), feedback
+        return CHOICES[self.choice](entropies).flatten(), nothing
+
+    def _distributions(self, flat: Tensor, text: Tensor, lesson: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+        """Return what sources say, less what the text's token says at the same positions."""
+        share = weights[lesson["shares"]]
+        some = share.detach() > 0
+        rows = lesson["rows"][some]
+        said = taught_cross_entropy(
+            flat[rows], lesson["ids"][some], lesson["log_probabilities"][some], lesson["rest"][some]
+        )
+        return (share[some] * (said - text[rows])).sum()
+
+    def _likelihoods(self, logits: Tensor, ids: Tensor, lesson: Mapping[str, Tensor], weights: Tensor) -> Tensor:
+        """Return the mean over chunks, each with its source's weight; 0 if there are none."""
+        count = len(lesson["chunks"])
+        own = logits.new_zeros(count, dtype=torch.promote_types(logits.dtype, torch.float32))
+        for numbers in lesson["numbers"]:
+            own = own + chunk_log_probabilities(logits, ids, numbers, count)
+        share = weights[lesson["chunk_shares"]]
+        losses = likelihood_loss(own, lesson["chunks"], self.temperature)
+        return (share * losses).sum() / share.detach().sum().clamp(min=1e-8)
+
+    def total(self, terms: Terms, tokens: Tensor | int | None = None) -> Tensor:
+        """Return the loss per token.
+
+        Args:
+            terms: Of a batch, or a part of one.
+            tokens: Number of tokens of the whole batch; None for those of the terms.
+        """
+        count = terms.tokens if tokens is None else tokens
+        mixed = self.lambda_ * terms.text + (1 - self.lambda_) * terms.taught
+        feedback = FEEDBACK * terms.feedback * (terms.tokens / count)
+        return mixed / count + feedback

@@ -1,0 +1,202 @@
+"""The loss of a batch against plain loops, and its laws."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from merganser.distillation.alignment.answers import Reading
+from merganser.distillation.alignment.chunks import Chunks
+from merganser.distillation.alignment.transfer import Lesson
+from merganser.distillation.likelihoods import likelihoods
+from merganser.distillation.losses.gate import FusionGate
+from merganser.distillation.training.batches import collate
+from merganser.distillation.training.objective import Objective
+from merganser.distillation.training.sequences import Example
+from tests.reference import fusion as reference
+
+VOCABULARY = 9
+
+
+def example(seed: int, n: int, sources: dict[int, float], *, k: int = 3, alm: bool = False) -> Example:
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(0, VOCABULARY, n)
+    counted = np.ones(n, np.bool_)
+    counted[n - 2] = False
+    own = Example(0, Reading(ids, np.arange(n), counted, b"x" * n))
+    for source, entropy in sources.items():
+        logits = torch.tensor(draw.normal(size=(n, VOCABULARY)))
+        said, _ = likelihoods(logits, k, torch.zeros(n, dtype=torch.long))
+        positions = np.array([p for p in range(n - 1) if counted[p + 1]][source:])
+        if alm:
+            numbers = np.full(n, -1, np.int64)
+            numbers[1:3] = 0
+            numbers[n - 1] = 1
+            own.lessons[source] = Chunks(numbers, draw.normal(-2, 0.5, 2).astype(np.float32))
+        else:
+            parts = [tensor.numpy()[positions] for tensor in (said.ids, said.log_probabilities, said.rest)]
+            own.lessons[source] = Lesson(positions, *parts)
+        own.cross_entropy[source] = entropy
+    return own
+
+
+def logits_of(batch: dict[str, torch.Tensor], seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*batch["input_ids"].shape, VOCABULARY, generator=generator, dtype=torch.float64)
+
+
+def literal(examples: list[Example], logits: torch.Tensor, shares: list[dict[int, float]], lambda_: float) -> float:
+    """lambda * CE + (1 - lambda) * sum_s share_s * (what s says, or the text's token where it says nothing), per token."""
+    total, count = 0.0, 0
+    for b, own in enumerate(examples):
+        for p in range(len(own.labels) - 1):
+            if own.labels[p + 1] < 0:
+                continue
+            text = -reference.log_softmax(logits[b, p].tolist())[own.labels[p + 1]]
+            taught = 0.0
+            for s, share in shares[b].items():
+                lesson = own.lessons[s]
+                assert isinstance(lesson, Lesson)
+                where = np.flatnonzero(lesson.positions == p)
+                said = text
+                if len(where):
+                    i = int(where[0])
+                    said = reference.taught_cross_entropy(
+                        logits[b, p].tolist(),
+                        lesson.ids[i].tolist(),
+                        np.exp(lesson.log_probabilities[i].astype(np.float64)).tolist(),
+                        math.exp(float(lesson.rest[i])),
+                    )
+                taught += share * said
+            total += lambda_ * text + (1 - lambda_) * taught
+            count += 1
+    return total / count
+
+
+EXAMPLES = [example(1, 7, {0: 1.0, 1: 0.5}), example(2, 5, {0: 0.7}), example(3, 6, {0: 0.2, 1: 0.9}, k=2)]
+SHARES = {
+    "min_ce": [{1: 1.0}, {0: 1.0}, {0: 1.0}],
+    "average": [{0: 0.5, 1: 0.5}, {0: 1.0}, {0: 0.5, 1: 0.5}],
+    "avg_ce": [
+        dict(enumerate(reference.avg_ce([1.0, 0.5]))),
+        {0: 1.0},
+        dict(enumerate(reference.avg_ce([0.2, 0.9]))),
+    ],
+}
+
+
+@pytest.mark.parametrize("choice", SHARES)
+@pytest.mark.parametrize("lambda_", [0.0, 0.9, 1.0])
+def test_the_loss_is_that_of_plain_loops(choice: str, lambda_: float) -> None:
+    batch = collate(EXAMPLES, 2)
+    logits = logits_of(batch)
+    objective = Objective(lambda_, choice=choice)
+    terms = objective(logits, batch["input_ids"], batch["labels"], batch["lesson"])
+    assert float(objective.total(terms)) == pytest.approx(literal(EXAMPLES, logits, SHARES[choice], lambda_), rel=1e-6)
+
+
+def test_parts_of_a_batch_add_up() -> None:
+    objective = Objective(0.5)
+    batch = collate(EXAMPLES, 2)
+    logits = logits_of(batch)
+    whole = objective(logits, batch["input_ids"], batch["labels"], batch["lesson"])
+    total = 0.0
+    for row, own in enumerate(EXAMPLES):
+        part = collate([own], 2)
+        terms = objective(logits[row : row + 1, : len(own.labels)], part["input_ids"], part["labels"], part["lesson"])
+        total += float(objective.total(terms, whole.tokens))
+    assert total == pytest.approx(float(objective.total(whole)), rel=1e-6)
+
+
+def test_the_order_of_sources_changes_nothing() -> None:
+    def swapped(own: Example) -> Example:
+        other = Example(own.record, own.reading)
+        for s in own.lessons:
+            other.lessons[1 - s], other.cross_entropy[1 - s] = own.lessons[s], own.cross_entropy[s]
+        return other
+
+    found = []
+    for examples in (EXAMPLES, [swapped(own) for own in EXAMPLES]):
+        batch = collate(examples, 2)
+        objective = Objective(0.3, choice="avg_ce")
+        terms = objective(logits_of(batch), batch["input_ids"], batch["labels"], batch["lesson"])
+        found.append(float(objective.total(terms)))
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "alm"])
+@pytest.mark.parametrize("choice", ["min_ce", "avg_ce"])
+def test_sources_equal_to_the_student_give_no_gradient(loss: str, choice: str) -> None:
+    torch.manual_seed(7)
+    ids = torch.randint(VOCABULARY, (1, 6))
+    logits = torch.randn(1, 6, VOCABULARY).requires_grad_()
+    said, spoken = likelihoods(logits.detach()[0, :-1], 4, ids[0, 1:])
+    own = Example(0, Reading(ids[0].numpy(), np.arange(6), np.ones(6, np.bool_), b""))
+    for s in range(2):
+        if loss == "alm":
+            chunks = np.array([spoken[:2].double().sum(), spoken[2:].double().sum()], np.float32)
+            own.lessons[s] = Chunks(np.array([-1, 0, 0, 1, 1, 1]), chunks)
+        else:
+            own.lessons[s] = Lesson(np.arange(5), said.ids.numpy(), said.log_probabilities.numpy(), said.rest.numpy())
+        own.cross_entropy[s] = 1.0 + s
+    batch = collate([own], 2)
+    objective = Objective(0.0, loss, choice)
+    terms = objective(logits, batch["input_ids"], batch["labels"], batch["lesson"])
+    objective.total(terms).backward()
+    assert logits.grad is not None
+    assert float(logits.grad.abs().max()) < 1e-6
+
+
+def test_likelihoods_of_chunks_are_those_of_their_source() -> None:
+    examples = [example(4, 7, {0: 1.0, 1: 0.4}, alm=True), example(5, 6, {1: 0.3}, alm=True)]
+    batch = collate(examples, 2)
+    logits = logits_of(batch)
+    for choice, shares in (("min_ce", [{1: 1.0}, {1: 1.0}]), ("average", [{0: 0.5, 1: 0.5}, {1: 1.0}])):
+        objective = Objective(0.25, "alm", choice, 10.0)
+        terms = objective(logits, batch["input_ids"], batch["labels"], batch["lesson"])
+        total = weight = text = 0.0
+        for b, own in enumerate(examples):
+            spoken = [0.0, 0.0]
+            for p in range(1, len(own.labels)):
+                log_probability = reference.log_softmax(logits[b, p - 1].tolist())[int(own.reading.ids[p])]
+                if own.labels[p] >= 0:
+                    text -= log_probability
+                number = next(iter(own.lessons.values())).numbers[p]  # type: ignore[union-attr]
+                if number >= 0:
+                    spoken[number] += log_probability
+            for s, share in shares[b].items():
+                said = own.lessons[s].log_probabilities.tolist()
+                total += share * sum(reference.likelihood_loss(spoken[i], said[i], 10.0) for i in range(2))
+                weight += 2 * share
+        expected = 0.25 * text / terms.tokens + 0.75 * total / weight
+        assert float(objective.total(terms)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gate_learns_with_the_model() -> None:
+    torch.manual_seed(3)
+    gate = FusionGate(2)
+    batch = collate(EXAMPLES, 2)
+    objective = Objective(0.9, gate=gate)
+    terms = objective(logits_of(batch), batch["input_ids"], batch["labels"], batch["lesson"])
+    weights, feedback = gate(batch["lesson"]["cross_entropy"])
+    assert float(terms.feedback.detach()) == pytest.approx(float(feedback.detach()))
+    shares = [dict(enumerate(row)) for row in weights.tolist()]
+    shares = [{s: share for s, share in row.items() if share} for row in shares]
+    expected = literal(EXAMPLES, logits_of(batch), shares, 0.9) + 0.5 * float(feedback.detach())
+    loss = objective.total(terms)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert any(float(own.grad.abs().max()) > 0 for own in gate.parameters() if own.grad is not None)
+
+
+def test_a_batch_that_nobody_teaches_is_plain() -> None:
+    batch = collate([example(1, 5, {})], 2)
+    logits = logits_of(batch)
+    for loss in ("cross_entropy", "alm"):
+        objective = Objective(1.0, loss)
+        plain = objective.total(objective(logits, batch["input_ids"], batch["labels"], batch["lesson"]))
+        expected = torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:])
+        torch.testing.assert_close(plain, expected)
