@@ -298,7 +298,7 @@ def test_first_layers_may_stay_dense(tmp_path: Path, mode: str) -> None:
             assert torch.equal(weights[name], each)
     layers = found.record["mixture"]["router"]["layers"]
     assert (len(layers), found.record["mixture"]["router"]["worst_layer"] in (2, 3)) == (2, True)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(found.out, output_loading_info=True)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(found.out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     whole = load_file(mix(written, tmp_path / "whole").out / "model.safetensors")
     for layer in (2, 3):
@@ -327,7 +327,7 @@ def test_noise_on_an_expert(tmp_path: Path, llamas: list[Path]) -> None:
         assert len({float(value) for value in added[:, 0]}) == len(added)
         plain = load_file(other / "model.safetensors")[f"model.layers.1.mlp.{kind}.weight"]
         assert torch.equal(found[name.format(1)], plain)
-    again, repeated = mixed("again")
+    _, repeated = mixed("again")
     assert all(torch.equal(each, repeated[name]) for name, each in found.items())
     _, seeded = mixed("seeded", random_seed=1)
     name = "model.layers.1.block_sparse_moe.experts.0.w1.weight"
