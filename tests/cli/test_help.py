@@ -59,7 +59,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  calibrate   Write statistics of a model on text, for merges that use data.\n"
         "  verify      Check an output against the hashes in its merge.json.\n"
         "  restore     Write a task's own checkpoint back from a merge with sidecars.\n"
-        "  route       Make the router that chooses a task of a merge for each text.\n"
+        "  route       Make the router that chooses a task or an adapter per text.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
         "  mix         Build a mixture of experts from dense models of one shape.\n"
         "  shrink      Make a mixture of experts smaller.\n"
@@ -70,7 +70,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  auto        Make the best of some models for some tasks, and prove it.\n"
         "  report      Draw a merge: what went in, how far it moved, what it can do.\n"
         "  push        Upload an output to the Hub, or show what would be uploaded.\n"
-        "  fuse        Store what models predict, to teach it to another one.\n"
+        "  fuse        Teach one model what others say.\n"
     )
 
 

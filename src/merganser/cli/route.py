@@ -39,7 +39,7 @@ def route(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make the router that chooses a task of a merge, or one of several adapters, for each text."""
+    """Make the router that chooses a task or an adapter per text."""
     options.quieten_hub(quiet)
     files: dict[str, list[str]] = {}
     for each in data:
