@@ -68,7 +68,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  eval        Measure models on tasks, and what merges kept of their experts.\n"
         "  search      Find the open values of a recipe by trying them.\n"
         "  auto        Make the best of some models for some tasks, and prove it.\n"
-        "  report      Draw a merge: what went in, how far it moved, what it can do.\n"
+        "  report      Draw a merge or a search: what went in, what it can do.\n"
         "  push        Upload an output to the Hub, or show what would be uploaded.\n"
         "  fuse        Teach one model what others say.\n"
     )

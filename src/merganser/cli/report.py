@@ -34,7 +34,7 @@ def report(
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
-    """Draw a merge: what went in, how far it moved, what it can do; or a search.
+    """Draw a merge or a search: what went in, what it can do.
 
     The page is one HTML file that opens without a network.
     """
