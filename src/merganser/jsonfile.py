@@ -30,6 +30,8 @@ __all__ = [
     "open_regular",
     "os_reason",
     "parse_object",
+    "parse_object_file",
+    "read_bytes",
     "read_file",
     "read_json",
     "read_object",
@@ -213,13 +215,26 @@ def read_json(file: Path) -> Any:
         NotFoundError: There is no such file.
         CheckpointError: It cannot be read, is too large, not JSON, or nested too deeply.
     """
+    return _parse_file(read_bytes(file), str(file))
+
+
+def read_bytes(file: Path) -> bytes:
+    """Read the bytes of a JSON file.
+
+    Raises:
+        NotFoundError: There is no such file.
+        CheckpointError: It cannot be read, or is too large.
+    """
     try:
-        data = read_file(file, MAX_JSON_BYTES)
+        return read_file(file, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
-    parsed = _parse_json(data.removeprefix(b"\xef\xbb\xbf"), str(file), duplicates=True)
+
+
+def _parse_file(data: bytes, file: str) -> Any:
+    parsed = _parse_json(data.removeprefix(b"\xef\xbb\xbf"), file, duplicates=True)
     if _depth_exceeds(parsed, MAX_DEPTH):
         raise CheckpointError(f"{file}: is nested too deeply: at most {MAX_DEPTH} levels are accepted")
     return parsed
@@ -232,7 +247,20 @@ def read_object(file: Path) -> dict[str, Any]:
         NotFoundError: There is no such file.
         CheckpointError: It cannot be read, is too large, not JSON, nested too deeply or not an object.
     """
-    return _object(read_json(file), str(file))
+    return parse_object_file(read_bytes(file), str(file))
+
+
+def parse_object_file(data: bytes, file: str) -> dict[str, Any]:
+    """Parse the bytes of a JSON file that must hold one object, as `read_object` does.
+
+    Args:
+        data: The bytes.
+        file: Its path, for messages.
+
+    Raises:
+        CheckpointError: It is not JSON, nested too deeply or not an object.
+    """
+    return _object(_parse_file(data, file), file)
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:

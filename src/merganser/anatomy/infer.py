@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from .config import PREDICTION_KEYS, as_int, is_tied, layer_counts, model_types, text_scopes
 from .roles import SIDE, Part, Position, Role, outside_position, outside_role, role_in_layer
-from .stacks import find_stacks, split_at, walk
+from .stacks import Hit, find_stacks, first_in, walk
 
 __all__ = ["Anatomy", "infer_anatomy"]
 
@@ -94,14 +94,15 @@ def infer_anatomy(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Ana
         shapes: Every tensor name and its shape.
         config: The contents of config.json; may be empty.
     """
-    stacks = find_stacks(shapes, layer_counts(config))
-    main = _main_stack(stacks, shapes, config)
+    hits = {name: tuple(walk(name)) for name in shapes}
+    stacks = find_stacks(hits, layer_counts(config))
+    main = _main_stack(stacks, shapes, hits, config)
     n_layers = _without_prediction_layers(stacks[main], config) if main is not None else 0
     if main is not None:
         stacks[main] = n_layers
     order = sorted(stacks, key=lambda prefix: (prefix != main, "decoder" in prefix, prefix))
     stacks = {prefix: stacks[prefix] for prefix in order}
-    parts = _parts(shapes, stacks, main, config)
+    parts = _parts(shapes, hits, stacks, main, config)
     embedding = _embedding(parts, shapes, config)
     head = _head(parts, shapes, embedding)
     return Anatomy(
@@ -116,7 +117,9 @@ def infer_anatomy(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Ana
     )
 
 
-def _main_stack(stacks: Mapping[str, int], shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> str | None:
+def _main_stack(
+    stacks: Mapping[str, int], shapes: Mapping[str, Shape], hits: Mapping[str, Sequence[Hit]], config: Mapping[str, Any]
+) -> str | None:
     candidates = [prefix for prefix in stacks if not SIDE.search(prefix.lower())] or list(stacks)
     if len(candidates) <= 1:
         return candidates[0] if candidates else None
@@ -129,7 +132,7 @@ def _main_stack(stacks: Mapping[str, int], shapes: Mapping[str, Shape], config: 
         return named[0] if named else None
     weight: Counter[str] = Counter()
     for name, shape in shapes.items():
-        if hit := split_at(name, named):
+        if hit := first_in(hits[name], named):
             weight[hit[0]] += math.prod(shape)
     (first, most), (_, second) = weight.most_common(2)
     return first if most >= 2 * second else None
@@ -161,11 +164,15 @@ def _side_prefixes(stacks: Mapping[str, int], main: str | None) -> tuple[str, ..
 
 
 def _parts(
-    shapes: Mapping[str, Shape], stacks: Mapping[str, int], main: str | None, config: Mapping[str, Any]
+    shapes: Mapping[str, Shape],
+    hits: Mapping[str, Sequence[Hit]],
+    stacks: Mapping[str, int],
+    main: str | None,
+    config: Mapping[str, Any],
 ) -> dict[str, Part]:
-    hits = {name: split_at(name, stacks) for name in shapes}
+    places = {name: first_in(hits[name], stacks) for name in shapes}
     ssm: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for hit in hits.values():
+    for hit in places.values():
         if hit and hit[2].endswith(".A_log"):
             ssm[hit[:2]].append(hit[2].removesuffix(".A_log"))
     has_experts = any("expert" in name or "moe" in name for name in shapes)
@@ -181,7 +188,7 @@ def _parts(
 
     parts = {}
     for name, shape in shapes.items():
-        hit = hits[name]
+        hit = places[name]
         if hit is None:
             side = is_side(name)
             role = outside_role(name, side=side)

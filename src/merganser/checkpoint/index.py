@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path, PureWindowsPath
 
 from ..errors import CheckpointError
-from ..jsonfile import read_object
+from ..jsonfile import parse_object_file, read_bytes
 from ..wording import brief
 from .tensor import TensorInfo
 from .weights import PICKLED_SUFFIXES
 
 __all__ = ["check_index", "check_shard_name", "read_weight_map"]
+
+# models of one architecture mostly have the same index, byte for byte: the latest one is kept
+_parsed: dict[bytes, dict[str, str]] = {}
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
@@ -19,7 +22,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the index is damaged, or one of its paths leaves the folder.
     """
-    weight_map = read_object(index).get("weight_map")
+    data = read_bytes(index)
+    if data in _parsed:
+        return _parsed[data]
+    weight_map = parse_object_file(data, str(index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: must have a 'weight_map' from names of tensors to names of files")
     checked: set[str] = set()
@@ -32,6 +38,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
         if file not in checked:
             check_shard_name(index, file)
             checked.add(file)
+    _parsed.clear()
+    _parsed[data] = weight_map
     return weight_map
 
 
@@ -59,6 +67,9 @@ def check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Tens
     held = {id(tensor.file): tensor.file for tensor in tensors.values()}
     named = set(weight_map.values())
     agreed = {(key, file) for key, path in held.items() for file in named if path == index.parent / file}
+    names = dict(agreed)
+    if len(names) == len(agreed) and weight_map == {name: names.get(id(t.file)) for name, t in tensors.items()}:
+        return
     for name, file in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in no file of the index")

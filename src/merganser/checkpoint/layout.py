@@ -17,6 +17,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _ALIGNMENT = 8
 
 _Tensor = tuple[str, DType, tuple[int, ...]]
+_Sized = tuple[str, DType, tuple[int, ...], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,34 +82,27 @@ def _check_names(tensors: Sequence[_Tensor]) -> None:
         raise ValueError("a tensor cannot be named '__metadata__': safetensors keeps this name for itself")
 
 
-def _groups(tensors: Sequence[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:
+def _groups(tensors: Sequence[_Tensor], shard_bytes: int) -> list[list[_Sized]]:
     if shard_bytes <= 0:
         raise ValueError(f"shard_bytes must be positive, found {shard_bytes}")
-    groups: list[list[_Tensor]] = [[]]
+    groups: list[list[_Sized]] = [[]]
     filled = 0
-    for tensor in tensors:
-        nbytes = _nbytes(tensor)
+    for name, dtype, shape in tensors:
+        nbytes = dtype.nbytes(math.prod(shape))
         if groups[-1] and filled + nbytes > shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(tensor)
+        groups[-1].append((name, dtype, shape, nbytes))
         filled += nbytes
     return groups
 
 
-def _nbytes(tensor: _Tensor) -> int:
-    _, dtype, shape = tensor
-    return dtype.nbytes(math.prod(shape))
-
-
-def _shard(name: str, tensors: list[_Tensor], metadata: dict[str, str]) -> Shard:
+def _shard(name: str, tensors: list[_Sized], metadata: dict[str, str]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -tensor[1].bits)
     described: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begins: list[tuple[str, int, int]] = []
     position = 0
-    for tensor in ordered:
-        tensor_name, dtype, shape = tensor
-        nbytes = _nbytes(tensor)
+    for tensor_name, dtype, shape, nbytes in ordered:
         described[tensor_name] = {
             "dtype": dtype.tag,
             "shape": list(shape),

@@ -11,7 +11,8 @@ from .tensor import TensorInfo, renamed
 __all__ = ["unwrap", "unwrapped_names"]
 
 # Wrappers of single modules add a name at any depth: torch.compile, FSDP, activation checkpointing, DeepSpeed.
-_ANYWHERE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_MODULES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+_ANYWHERE = re.compile("|".join(map(re.escape, _MODULES)))
 # Wrappers of the whole model: DataParallel and DDP, PEFT. A model may have a part of such a name, so a prefix is
 # stripped only if all tensors have it.
 _AROUND = ("module.", "base_model.model.")
@@ -29,9 +30,10 @@ def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, Ten
     Raises:
         CheckpointError: Two tensors would have the same name.
     """
-    names, stripped = unwrapped_names(where, tensors)
-    if not stripped:
+    together = "\n".join(tensors)
+    if not any(module in together for module in _MODULES) and not _around(tensors):
         return dict(tensors), []
+    names, stripped = unwrapped_names(where, tensors)
     return {new: renamed(tensors[name], new) for name, new in names.items()}, stripped
 
 
@@ -47,13 +49,11 @@ def unwrapped_names(where: str, names: Iterable[str]) -> tuple[dict[str, str], l
     """
     unwrapped = {name: _ANYWHERE.sub("", name) for name in names}
     stripped = {prefix for name in unwrapped for prefix in _ANYWHERE.findall(name)}
-    while around := next((p for p in _AROUND if unwrapped and all(n.startswith(p) for n in unwrapped.values())), None):
+    while around := _around(unwrapped.values()):
         unwrapped = {name: new.removeprefix(around) for name, new in unwrapped.items()}
         stripped.add(around)
-    inside = {match[0] for new in unwrapped.values() if (match := _AROUND_DECODER.match(new))}
-    if len(inside) == 1 and all(_AROUND_DECODER.match(new) for new in unwrapped.values()):
-        unwrapped = {name: _AROUND_DECODER.sub("", new, count=1) for name, new in unwrapped.items()}
-        stripped |= inside
+        if around not in _AROUND:
+            break
     holders: dict[str, str] = {}
     for name, new in unwrapped.items() if stripped else ():
         if not new:
@@ -65,3 +65,16 @@ def unwrapped_names(where: str, names: Iterable[str]) -> tuple[dict[str, str], l
             )
         holders[new] = name
     return unwrapped, sorted(stripped)
+
+
+def _around(names: Iterable[str]) -> str | None:
+    """Return the prefix of a wrapper of the whole model that all names have; None if there is none."""
+    first = next(iter(names), "")
+    decoder = _AROUND_DECODER.match(first)
+    prefixes = [prefix for prefix in _AROUND if first.startswith(prefix)]
+    for prefix in prefixes:
+        if all(name.startswith(prefix) for name in names):
+            return prefix
+    if decoder and all((match := _AROUND_DECODER.match(name)) and match[0] == decoder[0] for name in names):
+        return decoder[0]
+    return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..anatomy.modules import find_modules
 from ..recipe import ModelReference
-from .alignment.alignment import RECOMPUTED, Alignment, Member
+from .alignment.alignment import Alignment, Member, is_recomputed
 from .kernels.assignment import untouched
 from .plan.census import InputCensus
 from .plan.gguf import GgufSummary
@@ -32,14 +32,15 @@ def take_census(
         tensors: How each tensor of the output is merged.
         gguf: How the output is written as GGUF, with tensors that are copied beside those; None if it is not.
     """
-    # keyed by TensorInfo object: models may share files, and a tied head is read from the embedding
-    used: dict[int, bool] = {}
+    # ids of TensorInfo objects: models may share files, and a tied head is read from the embedding
+    merged: set[int] = set()
+    copied: set[int] = set()
+    same = untouched().method
     for planned in tensors:
-        copied = planned.copy or _is_copied(planned)
-        for source in planned.inputs:
-            used[id(source)] = used.get(id(source), True) and copied
-    offered = {id(tensor) for slot in alignment.slots for tensor in slot.inputs.values()}
-    found = {reference: _count(member, alignment, used, offered) for reference, member in members.items()}
+        unchanged = planned.copy or (planned.method is same and _is_copied(planned))
+        (copied if unchanged else merged).update(map(id, planned.inputs))
+    copied -= merged
+    found = {reference: _count(member, alignment, merged, copied) for reference, member in members.items()}
     for reference, member in members.items():
         if gguf is not None and gguf.metadata in member.checkpoint.weight_files:
             own = found[reference]
@@ -50,34 +51,33 @@ def take_census(
 
 
 def _is_copied(planned: PlannedTensor) -> bool:
-    """Return whether the only input is not changed, but for its dtype."""
-    same = untouched()
-    scale = planned.parameters.get("scale", ())
-    return len(planned.inputs) == 1 and planned.method is same.method and all(value == 1 for value in scale)
+    """Return whether a tensor that passthrough takes is not changed, but for its dtype."""
+    return len(planned.inputs) == 1 and all(value == 1 for value in planned.parameters.get("scale", ()))
 
 
-def _count(member: Member, alignment: Alignment, used: Mapping[int, bool], offered: set[int]) -> InputCensus:
+def _count(member: Member, alignment: Alignment, merged: set[int], copied: set[int]) -> InputCensus:
     tensors = member.checkpoint.tensors
-    mine = any(id(tensor) in used for tensor in tensors.values())
+    n_merged, n_copied = (sum(map(used.__contains__, map(id, tensors.values()))) for used in (merged, copied))
     left_out = dict(member.checkpoint.left_out)
+    if n_merged + n_copied == len(tensors):
+        return InputCensus(n_merged, n_copied, left_out)
+    offered = {id(tensor) for slot in alignment.slots for tensor in slot.inputs.values()}
     modules = find_modules(member.anatomy) if alignment.modules else {}
     module_of = {name: module for module, names in modules.items() for name in names}
-    counts = [0, 0]
     for name, tensor in tensors.items():
-        copied = used.get(id(tensor))
-        if copied is not None:
-            counts[copied] += 1
-        elif not mine:
+        if id(tensor) in merged or id(tensor) in copied:
+            continue
+        if not n_merged + n_copied:
             left_out[name] = "only the files beside this model's weights are used"
         elif id(tensor) in offered:
             left_out[name] = "the method takes this tensor from other inputs"
         else:
             left_out[name] = alignment.reasons.get(name) or _why(name, member, alignment, module_of.get(name))
-    return InputCensus(counts[0], counts[1], left_out)
+    return InputCensus(n_merged, n_copied, left_out)
 
 
 def _why(name: str, member: Member, alignment: Alignment, module: str | None) -> str:
-    if RECOMPUTED.search(name):
+    if is_recomputed(name):
         return "model code computes it"
     if module is not None:
         if module not in alignment.modules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..errors import CheckpointError, OutputError
 from ..files import sha256_of_file
 from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
-from .output.digests import DIGEST, tensor_digest
+from .output.digests import DIGEST, Digests, tensor_digest
 from .plan.plan import Plan
 from .plan.sidecars import FOLDER
 from .plan.vocabulary import REPORT_NAME
@@ -180,9 +181,11 @@ def _hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
     return [{"file": n, "bytes": (folder / n).stat().st_size, "sha256": sha256_of_file(folder / n)} for n in names]
 
 
-def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[tuple[Path, ...], str], bytes]:
+def _tensor_digests(groups: Iterable[Group], entries: Entries) -> Digests:
     """Combine the digests of blocks into one digest per input tensor."""
-    found: dict[tuple[tuple[Path, ...], str], bytes] = {}
+    found: dict[tuple[Path, ...], dict[str, bytes]] = defaultdict(dict)
+    # thousands of tensors share a path, and hashing a path takes long
+    of_file: dict[int, dict[str, bytes]] = {}
     for group in groups:
         parts = [entries[group.index, segment]["in"] for segment in range(len(group.segments))]
         sources = [source for tensor in group.tensors for source in tensor.inputs]
@@ -193,5 +196,12 @@ def _tensor_digests(groups: Iterable[Group], entries: Entries) -> dict[tuple[tup
         else:
             each = [tensor_digest([bytes.fromhex(text) for text in column]) for column in zip(*parts, strict=True)]
         for source, digest in zip(sources, each, strict=True):
-            found[source.place] = digest
+            if source.stored:
+                files, name = source.place
+                found[files][name] = digest
+                continue
+            held = of_file.get(id(source.file))
+            if held is None:
+                held = of_file[id(source.file)] = found[(source.file,)]
+            held[source.name] = digest
     return found

@@ -57,31 +57,38 @@ def movement(plan: Plan, samples: Sequence[Samples]) -> dict[str, Any]:
         per pair of models.
     """
     # keyed by TensorInfo object, not by file: two models may share a file (an adapter and its base)
-    names = {id(t): str(reference) for reference, found in plan.checkpoints.items() for t in found.tensors.values()}
+    names: dict[int, str] = {}
+    for reference, checkpoint in plan.checkpoints.items():
+        names.update(dict.fromkeys(map(id, checkpoint.tensors.values()), str(reference)))
     each = {
         tensor.name: moved
         for found in samples
         for tensor, moved in zip(found.tensors, _moved(_sums(found), each_pair=False), strict=True)
     }
-    # computed tensors, such as the routers of a mixture, come from no input
-    measured = [t for t in plan.tensors if t.name in each and all(id(source) in names for source in t.inputs)]
-    inputs = {tensor.name: [names[id(source)] for source in tensor.inputs] for tensor in measured}
+    measured: list[tuple[PlannedTensor, tuple[str | None, ...]]] = []
+    for tensor in plan.tensors:
+        if tensor.name in each:
+            inputs = tuple(map(names.get, map(id, tensor.inputs)))
+            # computed tensors, such as the routers of a mixture, come from no input
+            if None not in inputs:
+                measured.append((tensor, inputs))
+    kinds = dict.fromkeys(inputs for _, inputs in measured)
     # some methods copy tensors that are not matrices from the base; these have the base as their only input
-    most = max(inputs.values(), key=len, default=[])
-    alike = all(found in (most, most[:1]) for found in inputs.values())
-    merged = {tensor.name: tensor for tensor in measured if not alike or inputs[tensor.name] == most}
+    most = max(kinds, key=len, default=())
+    alike = all(kind in (most, most[:1]) for kind in kinds)
+    merged = {tensor.name: tensor for tensor, inputs in measured if not alike or inputs == most}
     from_base = {tensor.base is not None for tensor in merged.values()}
     tensors = []
-    for tensor in measured:
+    for tensor, inputs in measured:
         entry: dict[str, Any] = {"name": tensor.name, "layer": tensor.layer, "role": tensor.role}
         if not alike:
-            entry |= {"inputs": inputs[tensor.name], "from_base": tensor.base is not None}
+            entry |= {"inputs": list(inputs), "from_base": tensor.base is not None}
         tensors.append({**entry, **each[tensor.name]})
     total = _moved_by_set(samples, lambda tensor: 0 if tensor.name in merged else None, 1)[0]
     return {
         "sample": SAMPLE,
         "pair_sample": PAIR_SAMPLE,
-        "inputs": most if alike and most else None,
+        "inputs": list(most) if alike and most else None,
         "from_base": from_base.pop() if len(from_base) == 1 else None,
         "total": total if alike else {},
         "tensors": tensors,

@@ -40,7 +40,7 @@ from .permutation.apply import permute_members
 from .plan.float8 import quantise_output
 from .plan.from_data import DataOfModels, check_weights, open_data, with_data
 from .plan.gguf import gguf_output
-from .plan.memory import default_memory, estimate_memory, fit_workers, kept_memory
+from .plan.memory import default_memory, fit_workers, kept_memory, memory_needs
 from .plan.part import place, treatment_hash
 from .plan.permutation import Permutation
 from .plan.plan import Plan
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 Match = Callable[[Recipe, Mapping[ModelReference, Member], "Path | None"], Matched]
 
 SHARD_BYTES = 5_000_000_000
+
+_FLOAT32, _FLOAT64 = DTYPE_BY_NAME["float32"], DTYPE_BY_NAME["float64"]
 
 
 def build_plan(
@@ -175,8 +177,9 @@ def _share_memory(
 ) -> tuple[int, int, int]:
     """Return the number of workers, the bytes of inputs that each may cache, and the bytes left for making sidecars."""
     beside = sidecar_memory(method, drafts)
-    workers = fit_workers(drafts, wanted, fused, limit, beside=beside)
-    room = limit - estimate_memory(drafts, workers, fused)
+    needs = memory_needs(drafts, fused)
+    workers = fit_workers(drafts, wanted, fused, needs, limit, beside=beside)
+    room = limit - needs.of(workers)
     kept = kept_memory(drafts, workers, room - beside) if keeps else 0
     return workers, kept, room - workers * kept
 
@@ -320,7 +323,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
     if not copy and not slot.kept:
         # a slice's layers have other names in the models, and filters match those; else filters match `rule`
         sliced = bool(recipe.slices) and slot.part.layer is not None
-        names = [tensor.name if sliced else slot.rule for tensor in models]
+        names = [tensor.name for tensor in models] if sliced else [slot.rule] * len(models)
         parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
         try:
             treatment = treat(
@@ -337,11 +340,11 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
         base, models = treatment.inputs(base, models)
-    wide = "float64" in (recipe.dtype, dtype.name, *(tensor.dtype.name for tensor in inputs))
+    wide = recipe.dtype == "float64" or dtype is _FLOAT64 or any(tensor.dtype is _FLOAT64 for tensor in inputs)
     return PlannedTensor(
         name=slot.name,
         dtype=dtype,
-        compute_dtype=DTYPE_BY_NAME["float64" if wide else "float32"],
+        compute_dtype=_FLOAT64 if wide else _FLOAT32,
         shape=shape,
         copy=copy,
         method=treatment.method,
@@ -360,10 +363,10 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
 
 def promote(dtypes: Sequence[DType]) -> DType:
     """Return the float dtype to which all of these promote."""
-    names = {dtype.name for dtype in dtypes}
-    if len(names) == 1:
-        return dtypes[0]
-    return DTYPE_BY_NAME["float64" if "float64" in names else "float32"]
+    first = dtypes[0]
+    if all(dtype is first for dtype in dtypes):
+        return first
+    return _FLOAT64 if _FLOAT64 in dtypes else _FLOAT32
 
 
 def _check_any(recipe: Recipe, method: MergeMethod, drafts: Sequence[PlannedTensor]) -> None:

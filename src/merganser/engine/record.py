@@ -9,6 +9,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,24 @@ from ..recipe import ModelReference
 from ..record.format import RECORD_FORMAT, RECORD_NAME
 from ..statistics import Statistics
 from ..version import __version__
-from .output.digests import digest
+from .output.digests import Digests, digest
 from .plan.census import census_entry
 from .plan.plan import Plan
 from .plan.vocabulary import REPORT_NAME
+
+_TREATMENT = (
+    "name",
+    "dtype.name",
+    "shape",
+    "copy",
+    "compute_dtype.name",
+    "layer",
+    "role",
+    "shard",
+    "offset",
+    "method.name",
+)
+"""What the fingerprint holds of every tensor, besides its inputs and parameters."""
 
 
 def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
@@ -66,27 +81,32 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
 
 def _treatment(plan: Plan) -> str:
     """Hash how every tensor is merged: its inputs, method, parameters and layer."""
-    found = hashlib.sha256()
-    # many tensors share one set of parameters, and their files, so write each out once
-    parameters: dict[int, str] = {}
-    files: dict[tuple[Path, ...], list[str]] = {}
-    for t in plan.tensors:
-        if id(t.parameters) not in parameters:
-            parameters[id(t.parameters)] = repr(sorted(t.parameters.items()))
-        made = (t.name, t.dtype.name, t.shape, t.copy, t.compute_dtype.name, t.layer, t.role, t.shard, t.offset)
-        inputs: list[Any] = []
-        for source in (t.base, *t.models):
-            if source is None:
-                inputs.append(None)
-                continue
-            held, name = source.place
-            if held not in files:
-                files[held] = [*map(str, held)]
-            inputs.append((*files[held], name))
-        found.update(
-            repr((made, inputs, t.method.name, parameters[id(t.parameters)], sorted(t.located.items()))).encode()
-        )
-    return found.hexdigest()
+    tensors = plan.tensors
+    # what many tensors share is written out once: sets of parameters, and paths
+    parameters = {id(t.parameters): t.parameters for t in tensors}
+    files: dict[tuple[int, ...], list[list[str]]] = {}
+    held: list[tuple[int, ...]] = []
+    renamed: list[tuple[int, list[str]]] = []
+    for i, tensor in enumerate(tensors):
+        inputs = tensor.inputs
+        # a tensor that is stored as it is has one file, and thousands share its path
+        held.append(key := tuple([id(own) if own.stored else id(own.file) for own in inputs]))
+        if key not in files:
+            files[key] = [[*map(str, own.place[0])] for own in inputs]
+        if any(own.name != tensor.name for own in inputs):
+            renamed.append((i, [own.name for own in inputs]))
+    sets, places = ({key: number for number, key in enumerate(each)} for each in (parameters, files))
+    columns: list[Any] = [list(map(attrgetter(name), tensors)) for name in _TREATMENT]
+    columns += [
+        [sorted(each.items()) for each in parameters.values()],
+        [sets[id(t.parameters)] for t in tensors],
+        [(i, sorted(t.located.items())) for i, t in enumerate(tensors) if t.located],
+        [*files.values()],
+        [places[key] for key in held],
+        renamed,
+        [t.base is not None for t in tensors],
+    ]
+    return hashlib.sha256(repr(columns).encode()).hexdigest()
 
 
 def _source(method: MergeMethod) -> str:
@@ -157,7 +177,7 @@ def _sized(file: Path) -> dict[str, Any]:
     return dict(zip(("path", "bytes"), _state(file)[:2], strict=True))
 
 
-def input_hashes(plan: Plan, digests: Mapping[tuple[tuple[Path, ...], str], bytes]) -> list[dict[str, Any]]:
+def input_hashes(plan: Plan, digests: Digests) -> list[dict[str, Any]]:
     """Return the weight files of the inputs with a hash of the tensors that were read.
 
     The hash of a tensor is the xxh3-128 of the xxh3-128 digests of its blocks. A block is as many whole rows as fit
@@ -171,15 +191,23 @@ def input_hashes(plan: Plan, digests: Mapping[tuple[tuple[Path, ...], str], byte
     # the digest of every tensor of a file; models of one base with adapters share tensors
     tensors: dict[Path, dict[Any, bytes | None]] = defaultdict(dict)
     for checkpoint in plan.checkpoints.values():
+        file: Path | None = None
         for tensor in checkpoint.tensors.values():
-            place = tensor.place
-            tensors[tensor.file][place] = digests.get(place)
+            # thousands of tensors share a path, and hashing a path takes long
+            if tensor.file is not file:
+                file = tensor.file
+                held, alone = tensors[file], digests.get((file,), {})
+            if tensor.stored:
+                place, name = tensor.place
+                held[place, name] = digests.get(place, {}).get(name)
+            else:
+                held[tensor.name] = alone.get(tensor.name)
     files = input_files(plan)
     for entry in files:
-        held = tensors[Path(entry["path"])].values()
-        read = [found for found in held if found is not None]
+        each = tensors[Path(entry["path"])].values()
+        read = [found for found in each if found is not None]
         del entry["mtime_ns"]
-        entry["tensors"] = len(held)
+        entry["tensors"] = len(each)
         entry["tensors_read"] = len(read)
         entry["xxh3_128_of_tensors"] = digest(b"".join(read)).hex()
     return files

@@ -126,6 +126,8 @@ class MergeMethod:
         Raises:
             ParameterError: The parameters do not suit the model's number of layers.
         """
+        if not self.located:
+            return {}
         given = {"location": location, **parameters, **dict.fromkeys(self.numbers), **numbers}
         return {
             name: function(**{key: given[key.rstrip("_")] for key in takes(function)})

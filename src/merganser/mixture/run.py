@@ -193,7 +193,8 @@ def _mixed(
             done.add(index)
             drafts += _layer(recipe, planned, members, layout, routers, index, seed)
     shards = plan_shards([(draft.name, draft.dtype, draft.shape) for draft in drafts], shard_size, {})
-    tensors = place(drafts, shards)
+    # copies, as most are tensors of the dense plan, too
+    tensors = place([replace(draft) for draft in drafts], shards)
     config = layout.config(
         dense.config,
         len(recipe.experts),

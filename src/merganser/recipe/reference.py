@@ -34,6 +34,10 @@ class ModelReference:
     lora_revision: str | None = None
     override_architecture: str | None = None
 
+    def __hash__(self) -> int:
+        # references are keys of a mapping per tensor; a text keeps its hash
+        return hash(self.path)
+
     def __str__(self) -> str:
         text = f"{self.path}@{self.revision}" if self.revision else self.path
         if self.lora:

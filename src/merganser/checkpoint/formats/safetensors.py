@@ -7,6 +7,7 @@ the rest  the tensors' bytes, row-major, back to back: no hole, no overlap, noth
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ __all__ = ["read_header"]
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 _MAX_NUMEL = 2**63
+_MOST_KEPT = 256
+"""Parsed headers that are kept."""
+
+_Entry = tuple[str, DType, tuple[int, ...], int, int]
+"""Of a tensor: name, dtype, shape, first byte behind the header, and number of bytes."""
+
+# Models of one architecture mostly have the same headers, byte for byte: each is parsed once, and its names are in
+# memory once.
+_parsed: dict[bytes, tuple[list[_Entry], dict[str, str]]] = {}
 
 
 def read_header(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
@@ -35,13 +45,27 @@ def read_header(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
         CheckpointError: the file is malformed; the message names the file and, for a faulty entry, the tensor.
     """
     raw, size = _read_raw(file)
+    key = hashlib.sha256(raw).digest()
+    if key not in _parsed:
+        found = _parse(file, raw)
+        if len(_parsed) >= _MOST_KEPT:
+            _parsed.clear()
+        _parsed[key] = found
+    entries, metadata = _parsed[key]
+    start = _LENGTH_BYTES + len(raw)
+    _check_end(file, entries, start, size)
+    tensors = [TensorInfo(name, dtype, shape, file, start + begin, size) for name, dtype, shape, begin, size in entries]
+    return tensors, dict(metadata)
+
+
+def _parse(file: Path, raw: bytes) -> tuple[list[_Entry], dict[str, str]]:
+    """Return the tensors of a header in the order of their bytes, and the metadata; `file` is for messages."""
     header = parse_object(raw, f"{file}: the safetensors header")
     metadata = _metadata(file, header.pop(_METADATA, None))
-    start = _LENGTH_BYTES + len(raw)
-    tensors = [_tensor(file, name, entry, start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    _check_layout(file, tensors, start, size)
-    return tensors, metadata
+    entries = [_tensor(file, name, entry) for name, entry in header.items()]
+    entries.sort(key=lambda entry: entry[3:])
+    _check_layout(file, entries)
+    return entries, metadata
 
 
 def _read_raw(file: Path) -> tuple[bytes, int]:
@@ -89,9 +113,9 @@ def _metadata(file: Path, entry: Any) -> dict[str, str]:
     return entry
 
 
-def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+def _tensor(file: Path, name: str, entry: Any) -> _Entry:
     try:
-        return _parse_tensor(file, name, entry, start)
+        return _parse_tensor(name, entry)
     except _FlawError as flaw:
         raise CheckpointError(f"{file}: tensor {name!r}: {flaw}") from None
 
@@ -100,7 +124,7 @@ class _FlawError(Exception):
     """A fault in a tensor's entry; the caller that catches it adds the file and the tensor to the message."""
 
 
-def _parse_tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+def _parse_tensor(name: str, entry: Any) -> _Entry:
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -123,7 +147,7 @@ def _parse_tensor(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise _FlawError(
             f"data_offsets span {end - begin} bytes, shape {brief(list(shape))} of {dtype.tag} needs {nbytes} bytes"
         )
-    return TensorInfo(name, dtype, shape, file, start + begin, nbytes)
+    return name, dtype, shape, begin, nbytes
 
 
 def _dtype(tag: Any) -> DType:
@@ -156,19 +180,22 @@ def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
     return numel * dtype.bits // 8
 
 
-def _check_layout(file: Path, tensors: list[TensorInfo], start: int, size: int) -> None:
-    """Check that the tensors, sorted by offset, are contiguous and fill the file."""
-    position, previous = start, ""
-    for tensor in tensors:
-        if tensor.offset < position:
-            raise CheckpointError(f"{file}: tensors {previous!r} and {tensor.name!r} overlap")
-        if tensor.offset > position:
-            raise CheckpointError(
-                f"{file}: tensor {tensor.name!r}: {tensor.offset - position} bytes before it belong to no tensor"
-            )
-        position, previous = tensor.offset + tensor.nbytes, tensor.name
+def _check_layout(file: Path, entries: list[_Entry]) -> None:
+    """Check that the tensors, sorted by their first byte, are contiguous."""
+    position, previous = 0, ""
+    for name, _, _, begin, nbytes in entries:
+        if begin < position:
+            raise CheckpointError(f"{file}: tensors {previous!r} and {name!r} overlap")
+        if begin > position:
+            raise CheckpointError(f"{file}: tensor {name!r}: {begin - position} bytes before it belong to no tensor")
+        position, previous = begin + nbytes, name
+
+
+def _check_end(file: Path, entries: list[_Entry], start: int, size: int) -> None:
+    """Check that the tensors, contiguous from the byte `start`, fill a file of `size` bytes."""
+    position = start + sum(entries[-1][3:]) if entries else start
     if position > size:
-        past = next(tensor.name for tensor in tensors if tensor.offset + tensor.nbytes > size)
+        past = next(name for name, _, _, begin, nbytes in entries if start + begin + nbytes > size)
         raise CheckpointError(
             f"{file}: truncated: header promises {position} bytes, file has {size}; "
             f"tensor {past!r} runs past the end; fetch the file again"

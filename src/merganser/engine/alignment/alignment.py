@@ -18,7 +18,14 @@ from ...method import Location
 from ...recipe import ModelReference, Recipe
 
 # buffers that old checkpoints store and that the model's code recomputes
-RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
+_RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
+_ENDS = ("inv_freq", "bias", "position_ids")
+
+
+def is_recomputed(name: str) -> bool:
+    """Return whether a tensor is a buffer that the model's code computes again."""
+    # most names end otherwise, and this tells sooner than the pattern
+    return name.endswith(_ENDS) and _RECOMPUTED.search(name) is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +136,14 @@ def _inputs(name: str, sources: Collection[tuple[Member, str]]) -> dict[ModelRef
     """Look up one tensor in every model, by its name there; refuse different shapes or kinds of dtype."""
     found: dict[ModelReference, TensorInfo] = {}
     for member, own in sources:
-        tensor = member.tensor(own)
+        tensor = member.checkpoint.tensors.get(own) or member.tensor(own)
         if tensor is None:
             raise CheckpointError(f"{member.reference}: tensor {own!r} is missing; the other models have it")
         found[member.reference] = tensor
     (first, expected), *rest = found.items()
     for reference, tensor in rest:
+        if tensor.shape == expected.shape and tensor.dtype is expected.dtype:
+            continue
         if tensor.shape != expected.shape:
             raise CheckpointError(_shape_message(name, first, expected, reference, tensor, sources))
         if (tensor.dtype.kind == "float") is not (expected.dtype.kind == "float"):
@@ -206,7 +215,7 @@ def _names(
 def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings: list[str]) -> dict[str, str]:
     """Return names that some models store and the output does not need: recomputed buffers and copies of tied heads."""
     names = dict.fromkeys(name for m in members for name in m.checkpoint.tensors)
-    computed = [name for name in names if RECOMPUTED.search(name) and not _alike(name, members)]
+    computed = [name for name in names if is_recomputed(name) and not _alike(name, members)]
     drop = dict.fromkeys(computed, "model code computes it")
     if drop:
         warnings.append(f"{_some(sorted(drop))}: not the same in every model; left out, since model code computes them")
@@ -247,6 +256,8 @@ def _check_names(
         own: Names of the model's tensors.
         renamed: The model's name for a tensor of the output, where the two names differ.
     """
+    if not renamed and own == set(names):
+        return
     missing = sorted(name for name in names if member.tensor((renamed or {}).get(name, name)) is None)
     extra = sorted(own.difference(names))
     if missing or extra:

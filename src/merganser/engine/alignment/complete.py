@@ -15,7 +15,7 @@ from ...anatomy import Anatomy, infer_anatomy
 from ...anatomy.gaps import doubts
 from ...errors import CheckpointError
 from ...wording import some
-from .alignment import RECOMPUTED
+from .alignment import is_recomputed
 from .meta_model import build_model
 from .renaming import Loaded, load_names
 
@@ -109,14 +109,14 @@ def _judge(model: Any, loaded: Loaded, shapes: Shapes, left_out: Collection[str]
     ignored = _patterns(model, "_keys_to_ignore_on_load_unexpected")
     verdict = _Verdict()
     for name in sorted(state.keys() - loaded.parameters - excused):
-        if not RECOMPUTED.search(name) and not any(re.search(pattern, name) for pattern in optional):
+        if not is_recomputed(name) and not any(re.search(pattern, name) for pattern in optional):
             verdict.missing.append(name)
     for name, target in loaded.targets.items():
         if target in state:
             shape = tuple(state[target].shape)
             if name not in loaded.converted and shape != tuple(shapes[name]):
                 verdict.wrong.append(f"{name} is {list(shapes[name])}, the config describes {list(shape)}")
-        elif not RECOMPUTED.search(name) and not any(re.search(pattern, target) for pattern in ignored):
+        elif not is_recomputed(name) and not any(re.search(pattern, target) for pattern in ignored):
             verdict.unread.append(name)
     return verdict
 

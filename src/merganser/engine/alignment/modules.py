@@ -33,6 +33,8 @@ def as_language_parts(members: Mapping[ModelReference, Member]) -> tuple[dict[Mo
     mine, found, messages = find_modules(donor.anatomy), dict(members), []
     root = language_root(donor.anatomy)
     for member in others:
+        if member.anatomy is donor.anatomy:
+            continue
         theirs = find_modules(member.anatomy)
         own = language_root(member.anatomy)
         if own == root or TEXT not in mine or TEXT not in theirs or (len(mine) == 1 and len(theirs) == 1):
@@ -79,7 +81,8 @@ def _last(name: str) -> str:
 
 def differ_in_modules(members: Sequence[Member]) -> bool:
     """Return whether some of the models are the language model, or another module, of others."""
-    return len({frozenset(find_modules(member.anatomy)) for member in members}) > 1
+    distinct = {id(member.anatomy): member.anatomy for member in members}
+    return len(distinct) > 1 and len({frozenset(find_modules(anatomy)) for anatomy in distinct.values()}) > 1
 
 
 def align_modules(

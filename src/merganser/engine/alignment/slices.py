@@ -10,7 +10,6 @@ from ...errors import CheckpointError
 from ...method import Location
 from ...recipe import ModelReference, Recipe, layer_depth
 from .alignment import (
-    RECOMPUTED,
     Alignment,
     Member,
     Slot,
@@ -19,6 +18,7 @@ from .alignment import (
     _names,
     _some,
     after_layers,
+    is_recomputed,
     location_of,
 )
 from .stacking import check_outside, check_stack, donor_layer, odd_kinds, said_of_kinds
@@ -135,7 +135,7 @@ def _layer(
     named = {reference: members[reference].layers[layers[step]] for reference, layers in starts.items()}
     common = set.intersection(*(set(names) for names in named.values()))
     for reference, names in named.items():
-        kept = {suffix: name for suffix, name in names.items() if suffix in common or not RECOMPUTED.search(name)}
+        kept = {suffix: name for suffix, name in names.items() if suffix in common or not is_recomputed(name)}
         named[reference] = kept
     pattern = named[first]
     for reference, names in named.items():

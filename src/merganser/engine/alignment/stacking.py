@@ -10,7 +10,7 @@ from ...checkpoint import TensorInfo
 from ...errors import CheckpointError, RecipeError
 from ...recipe import ModelReference, Recipe
 from ...wording import plural
-from .alignment import RECOMPUTED, Member, Slot
+from .alignment import Member, Slot, is_recomputed
 
 __all__ = ["check_outside", "check_stack", "donor_layer", "odd_kinds", "said_of_kinds"]
 
@@ -113,7 +113,7 @@ def _suffix(slot: Slot) -> str:
 
 
 def _needed(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    return {suffix: shape for suffix, shape in shapes.items() if not RECOMPUTED.search(f"h.0.{suffix}")}
+    return {suffix: shape for suffix, shape in shapes.items() if not is_recomputed(f"h.0.{suffix}")}
 
 
 def _differences(shapes: Mapping[str, Shape], others: Mapping[str, Shape]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...anatomy import Part
+from ...method import Location
 from ...recipe import Recipe
 from .alignment import (
     Alignment,
@@ -42,22 +44,56 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         # names of the output that the donor lacks come from another model
         lacking = (other for name in matched if donor.tensor(name) is None for other in members if other.tensor(name))
         _check_names(next(lacking, donor) if member is donor else donor, member, matched, names_of_member)
-    end = after_layers(recipe)
+    rules = {}
+    if tied and head and donor.anatomy.embedding:
+        # a tied head is the same matrix as the embedding, so the embedding's parameters apply
+        rules[head] = donor.anatomy.embedding
+    places = _Places(donor, members, after_layers(recipe))
     slots = []
-    everyone = [donor, *members]
     for name in names:
-        anatomy = _anatomy(name, everyone)
-        part = anatomy.parts[name]
-        rule = name
-        if tied and name == head and donor.anatomy.embedding:
-            # a tied head is the same matrix as the embedding, so the embedding's parameters apply
-            rule = donor.anatomy.embedding
-        depth = donor.anatomy.depth(name) if name in donor.anatomy.parts else None
-        t = depth if depth is not None else (end if part.position == "after" and rule == name else 0.0)
-        where = location_of(rule, anatomy if rule == name else _anatomy(rule, everyone))
+        rule = rules.get(name, name)
+        part, t, where = places.of(name, rule)
         kept = name in unmatched.kept
         sources = [(member, name) for member in ([donor] if kept else members)]
         slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, sources), kept))
     reasons = dict.fromkeys(unmatched.dropped, "not in all models in one shape")
     reasons |= dict.fromkeys(unmatched.kept, f"not in all models in one shape; taken from {donor.reference}")
     return Alignment(slots, tied, None, warnings, unmatched.dropped, {**drop, **reasons})
+
+
+class _Places:
+    """Where tensors are in the output; the tensors of one layer and role share their place.
+
+    Args:
+        donor: Model that defines the names and their order.
+        members: All inputs of the merge.
+        end: Position in layer schedules of what comes after the layers.
+    """
+
+    def __init__(self, donor: Member, members: Sequence[Member], end: float) -> None:
+        self._donor = donor
+        self._everyone = [donor, *members]
+        self._end = end
+        self._found: dict[tuple[object, ...], tuple[float, Location]] = {}
+
+    def of(self, name: str, rule: str) -> tuple[Part, float, Location]:
+        """Return the structure of a tensor's name, its position in layer schedules, and its location.
+
+        Args:
+            name: Its name.
+            rule: The name that parameter filters match.
+        """
+        part = self._donor.anatomy.parts.get(name)
+        if part is None or rule != name:
+            return (part or _anatomy(name, self._everyone).parts[name], *self._find(name, rule))
+        key = (part.stack, part.layer, part.position, part.role)
+        if key not in self._found:
+            self._found[key] = self._find(name, rule)
+        return (part, *self._found[key])
+
+    def _find(self, name: str, rule: str) -> tuple[float, Location]:
+        anatomy = _anatomy(name, self._everyone)
+        depth = self._donor.anatomy.depth(name) if name in self._donor.anatomy.parts else None
+        after = anatomy.parts[name].position == "after" and rule == name
+        t = depth if depth is not None else (self._end if after else 0.0)
+        return t, location_of(rule, _anatomy(rule, self._everyone))

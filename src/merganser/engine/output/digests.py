@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import xxhash
 
@@ -13,14 +14,16 @@ DIGEST = 16
 """Length of a digest, bytes."""
 
 
-def digest(data: memoryview | bytes) -> bytes:
-    """Return the xxh3-128 digest of bytes."""
-    return xxhash.xxh3_128_digest(data)
+Digests = Mapping[tuple[Path, ...], Mapping[str, bytes]]
+"""The digest of every input tensor that was read, by `TensorInfo.place`: its files, then its name."""
+
+digest = xxhash.xxh3_128_digest
+"""Returns the xxh3-128 digest of bytes."""
 
 
 def tensor_digest(pieces: Sequence[bytes]) -> bytes:
     """Return the digest of a tensor: of the digests of its pieces."""
-    return digest(b"".join(pieces))
+    return digest(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
 
 def block_digests(shape: Sequence[int], start: int, end: int, data: memoryview, block: int) -> list[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -52,21 +52,40 @@ def default_memory() -> int:
     return min(max(total // 4, 1_000_000_000), 4_000_000_000, total)
 
 
-def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, fused: bool, limit: int, *, beside: int = 0) -> int:
+class Needs(NamedTuple):
+    """The largest resident memory of a run.
+
+    Args:
+        fixed: Of the process without workers, bytes.
+        worker: Of each worker, bytes.
+    """
+
+    fixed: int
+    worker: int
+
+    def of(self, workers: int) -> int:
+        """Return the memory of a run with so many workers, bytes."""
+        return self.fixed + workers * self.worker
+
+
+def fit_workers(
+    tensors: Sequence[PlannedTensor], wanted: int, fused: bool, needs: Needs, limit: int, *, beside: int = 0
+) -> int:
     """Return how many workers, at most `wanted`, stay within a memory limit.
 
     Args:
         tensors: The tensors of the plan.
         wanted: Preferred number of workers.
         fused: Whether operations are fused.
+        needs: From `memory_needs`.
         limit: Largest resident memory, bytes.
         beside: Other memory of the process, bytes.
 
     Raises:
         MemoryLimitError: One worker alone exceeds it.
     """
-    fixed, each = _needs(tensors, fused)
-    needed = beside + fixed + each
+    each = needs.worker
+    needed = beside + needs.of(1)
     if needed > limit:
         largest = max(tensors, key=lambda tensor: (_held(tensor, fused), tensor.size))
         raise MemoryLimitError(
@@ -78,12 +97,16 @@ def fit_workers(tensors: Sequence[PlannedTensor], wanted: int, fused: bool, limi
 
 def estimate_memory(tensors: Sequence[PlannedTensor], workers: int, fused: bool) -> int:
     """Estimate the largest resident memory of a run, bytes; within 25% of measured values for the built-in methods."""
-    fixed, each = _needs(tensors, fused)
-    return fixed + workers * each
+    return memory_needs(tensors, fused).of(workers)
 
 
-def _needs(tensors: Sequence[PlannedTensor], fused: bool) -> tuple[int, int]:
-    """Return the memory of the process without workers, and of each worker, bytes."""
+def memory_needs(tensors: Sequence[PlannedTensor], fused: bool) -> Needs:
+    """Estimate what a run needs, as `estimate_memory` does.
+
+    Args:
+        tensors: The tensors of the plan.
+        fused: Whether operations are fused.
+    """
     largest = bundle = 0
     kinds = _kinds(tensors)
     for tensor in kinds:
@@ -98,7 +121,7 @@ def _needs(tensors: Sequence[PlannedTensor], fused: bool) -> tuple[int, int]:
     needed = max(largest, _largest_bundle(tensors) * bundle)
     loops = fused and any(tensor.method.fuse and not tensor.copy for tensor in kinds)
     listed = sum(_LISTED * (1 + len(tensor.inputs)) + _RECORDED + _NUMBER * _numbers(tensor) for tensor in tensors)
-    return _PYTHON_AND_TORCH + listed + (_LLVM if loops else 0), needed
+    return Needs(_PYTHON_AND_TORCH + listed + (_LLVM if loops else 0), needed)
 
 
 def _largest_bundle(tensors: Sequence[PlannedTensor]) -> int:

@@ -13,18 +13,27 @@ from .tensor import PlannedTensor
 
 
 def place(tensors: Sequence[PlannedTensor], shards: Sequence[Shard]) -> list[PlannedTensor]:
-    """Set shard and offset of every tensor, in the order of the shards' bytes."""
+    """Set shard and offset of every tensor, and return the tensors in the order of the shards' bytes.
+
+    Args:
+        tensors: The tensors; they are changed, so they must be in no other plan.
+        shards: The files, which hold all of them.
+    """
     by_name = {tensor.name: tensor for tensor in tensors}
-    places = {name: (index, *entry) for index, shard in enumerate(shards) for name, entry in shard.entries.items()}
+    scaled = {tensor.scale_name: tensor for tensor in tensors if tensor.quantised is not None}
     found = []
-    for name, (index, offset, nbytes) in places.items():
-        tensor = by_name.get(name)
-        if tensor is None:  # scales
-            continue
-        if tensor.quantised is not None:
-            own = places[tensor.scale_name]
-            tensor = replace(tensor, quantised=replace(tensor.quantised, shard=own[0], offset=own[1]))
-        found.append(replace(tensor, shard=index, offset=offset, nbytes=nbytes))
+    for index, shard in enumerate(shards):
+        for name, (offset, nbytes) in shard.entries.items():
+            if name in scaled:
+                tensor = scaled[name]
+                assert tensor.quantised is not None
+                tensor.quantised = replace(tensor.quantised, shard=index, offset=offset)
+                continue
+            placed = by_name.get(name)
+            if placed is None:  # a tensor that is copied beside these
+                continue
+            placed.shard, placed.offset, placed.nbytes = index, offset, nbytes
+            found.append(placed)
     return found
 
 

@@ -46,9 +46,12 @@ class Quantised:
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PlannedTensor:
     """How one tensor of the output is merged.
+
+    Not frozen, since there may be 100,000: making a frozen one takes twice as long, and so would a copy to fill in its
+    place. Only `place` in `part.py` changes one.
 
     Args:
         name: Name in the output.
@@ -98,7 +101,7 @@ class PlannedTensor:
 
     def __post_init__(self) -> None:
         """Count the elements once, as `size` is used often."""
-        object.__setattr__(self, "size", math.prod(self.shape))
+        self.size = math.prod(self.shape)
 
     @property
     def working_shape(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...checkpoint import Checkpoint
 from ...checkpoint.sidefiles import copy_file
+from ..output.digests import Digests
 from ..plan.plan import Plan
 from ..plan.sidecars import FOLDER, INDEX_FILE, SHARED, SidecarPlan
 from ..plan.tensor import PlannedTensor, holds
@@ -18,9 +19,6 @@ from .make import Errors
 from .plan import needs_base
 
 INDEX_FORMAT = 1
-
-Digests = Mapping[tuple[tuple[Path, ...], str], bytes]
-"""Hash of each input tensor, by file and name, as in the run record."""
 
 
 def write_index(
@@ -130,7 +128,8 @@ def _tensors(plan: Plan, sidecars: SidecarPlan, digests: Digests) -> dict[str, A
 
 def _base_tensor(tensor: PlannedTensor, digests: Digests) -> dict[str, Any]:
     assert tensor.base is not None
-    return {"base": tensor.base.name, "xxh3_128": digests[tensor.base.place].hex()}
+    files, name = tensor.base.place
+    return {"base": tensor.base.name, "xxh3_128": digests[files][name].hex()}
 
 
 def _base(plan: Plan) -> dict[str, str | None]:

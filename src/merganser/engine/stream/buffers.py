@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...checkpoint import Reader, TensorInfo
+from ..output.digests import cut_digests, digest, tensor_digest
 from ..plan.memory import aligned, kept_bytes
 
 if TYPE_CHECKING:
@@ -104,49 +106,20 @@ class InputBuffer:
         ]
         places, total = self._fill(spans)
         return [
-            self._typed(source, place, nbytes) for (source, _, nbytes), place in zip(spans, places, strict=True)
+            _typed(self._buffer, source, place, nbytes)
+            for (source, _, nbytes), place in zip(spans, places, strict=True)
         ], total
 
-    def read_bundle(self, tensors: Sequence[PlannedTensor]) -> tuple[list[list[Tensor]], list[list[memoryview]], int]:
-        """Read all inputs of several tensors; inputs that are adjacent in a file are read with one call.
-
-        Returns:
-            For each tensor its inputs, flat; the same inputs as bytes; and the total number of bytes read.
-        """
-        # runs of adjacent inputs: index of the tensor, and its input
-        runs: list[list[tuple[int, TensorInfo]]] = []
+    def read_bundle(self, tensors: Sequence[PlannedTensor]) -> BundleInputs:
+        """Read all inputs of several tensors; inputs that are adjacent in a file are read with one call."""
         inputs = [tensor.inputs for tensor in tensors]
+        runs: list[_Run] = []
         for k in range(max(map(len, inputs))):
-            last = None
-            for i, own in enumerate(inputs):
-                if k < len(own):
-                    source = own[k]
-                    if last is None or not _adjoin(last, source):
-                        runs.append([])
-                    runs[-1].append((i, source))
-                    last = source
-        lengths = [sum(source.nbytes for _, source in run) for run in runs]
-        spans = [(replace(run[0][1], nbytes=nbytes), 0, nbytes) for run, nbytes in zip(runs, lengths, strict=True)]
+            owners = [i for i, own in enumerate(inputs) if k < len(own)]
+            runs += _adjacent(owners, [inputs[i][k] for i in owners])
+        spans = [(replace(run.sources[0], nbytes=run.nbytes), 0, run.nbytes) for run in runs]
         starts, nbytes = self._fill(spans)
-        values: list[list[Tensor]] = [[] for _ in tensors]
-        raw: list[list[memoryview]] = [[] for _ in tensors]
-        memory = self._buffer.numpy().data
-        for run, start in zip(runs, starts, strict=True):
-            for (i, _), value in zip(run, self._parts([source for _, source in run], start), strict=True):
-                values[i].append(value)
-            for i, source in run:
-                raw[i].append(memory[start : start + source.nbytes])
-                start += source.nbytes
-        return values, raw, nbytes
-
-    def _parts(self, sources: Sequence[TensorInfo], start: int) -> Sequence[Tensor]:
-        """Return views of consecutive tensors in the buffer, flat, in their dtypes."""
-        places = list(accumulate((source.nbytes for source in sources), initial=start))
-        dtype = sources[0].dtype
-        if start % dtype.itemsize or any(source.dtype is not dtype for source in sources):
-            return [self._typed(source, at, source.nbytes) for source, at in zip(sources, places[:-1], strict=True)]
-        whole = self._buffer[start : places[-1]].view(getattr(torch, dtype.name))
-        return torch.split(whole, [source.nbytes // dtype.itemsize for source in sources])
+        return BundleInputs([len(own) for own in inputs], runs, starts, self._buffer, nbytes)
 
     def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> tuple[list[int], int]:
         """Read byte ranges into the buffer, one after another; return their starts, and the bytes read."""
@@ -163,12 +136,123 @@ class InputBuffer:
             self._reader.read_into(source, start, memory[place : place + nbytes])
         return places, sum(nbytes for _, _, nbytes in spans)
 
-    def _typed(self, source: TensorInfo, place: int, nbytes: int) -> Tensor:
-        """Return a part of the buffer as a flat tensor in its input's dtype."""
-        data = self._buffer[place : place + nbytes]
-        if place % source.dtype.itemsize:
-            data = data.clone()
-        return data.view(getattr(torch, source.dtype.name))
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Inputs that are adjacent in a file.
+
+    Args:
+        owners: The index of the tensor in the bundle that each belongs to.
+        sources: The inputs.
+    """
+
+    owners: Sequence[int]
+    sources: Sequence[TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        """Their bytes together."""
+        return sum(source.nbytes for source in self.sources)
+
+    def places(self, start: int) -> list[int]:
+        """Return where each begins, and where the last one ends, if the first begins at `start`, bytes."""
+        return list(accumulate((source.nbytes for source in self.sources), initial=start))
+
+
+def _adjacent(owners: Sequence[int], sources: Sequence[TensorInfo]) -> list[_Run]:
+    """Divide inputs into runs of adjacent ones; arguments as for `_Run`."""
+    whole, first = _Run(owners, sources), sources[0]
+    # mostly all are, and this tells sooner than to compare neighbours
+    alone = any(source.file is not first.file or source.source is not None for source in sources)
+    if not alone and whole.places(first.offset)[:-1] == [source.offset for source in sources]:
+        return [whole]
+    cuts = [i for i in range(1, len(sources)) if not _adjoin(sources[i - 1], sources[i])]
+    return [_Run(owners[a:b], sources[a:b]) for a, b in pairwise([0, *cuts, len(sources)])]
+
+
+class BundleInputs:
+    """The inputs of several small tensors in a worker's buffer; valid until the next read.
+
+    Args:
+        counts: The number of inputs of each tensor.
+        runs: The inputs, as runs of adjacent ones: first those of the first inputs of all tensors.
+        starts: Where each run begins in the buffer, bytes.
+        buffer: The buffer, uint8.
+        nbytes: The bytes that were read.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        runs: Sequence[_Run],
+        starts: Sequence[int],
+        buffer: Tensor,
+        nbytes: int,
+    ) -> None:
+        self.nbytes = nbytes
+        self._counts = counts
+        self._runs = runs
+        self._starts = starts
+        self._buffer = buffer
+
+    @cached_property
+    def columns(self) -> list[Tensor] | None:
+        """The first inputs of all tensors as one flat tensor, the second ones, and so on.
+
+        None unless each of these lies in one piece, in one dtype.
+        """
+        if {*self._counts} != {len(self._runs)}:
+            return None
+        found = []
+        for run, start in zip(self._runs, self._starts, strict=True):
+            dtype = run.sources[0].dtype
+            if any(source.dtype is not dtype for source in run.sources):
+                return None
+            found.append(self._buffer[start : start + run.nbytes].view(getattr(torch, dtype.name)))
+        return found
+
+    @cached_property
+    def each(self) -> list[list[Tensor]]:
+        """The inputs of each tensor, flat."""
+        found: list[list[Tensor]] = [[] for _ in self._counts]
+        for run, start in zip(self._runs, self._starts, strict=True):
+            for i, value in zip(run.owners, self._parts(run, start), strict=True):
+                found[i].append(value)
+        return found
+
+    def digests(self, cuts: Sequence[Sequence[int]]) -> list[bytes]:
+        """Hash the inputs of the first tensor, of the second, and so on.
+
+        Args:
+            cuts: Where the inputs of each tensor are cut, from `digest_cuts`.
+        """
+        found: list[list[bytes]] = [[] for _ in self._counts]
+        memory = self._buffer.numpy().data
+        for run, start in zip(self._runs, self._starts, strict=True):
+            for i, (first, end) in zip(run.owners, pairwise(run.places(start)), strict=True):
+                data = memory[first:end]
+                # most are hashed in one piece
+                found[i].append(
+                    digest(digest(data)) if len(cuts[i]) <= 2 else tensor_digest(cut_digests(cuts[i], data))
+                )
+        return list(chain.from_iterable(found))
+
+    def _parts(self, run: _Run, start: int) -> Sequence[Tensor]:
+        """Return views of a run in the buffer, flat, in their dtypes."""
+        places, sources = run.places(start), run.sources
+        dtype = sources[0].dtype
+        if start % dtype.itemsize or any(source.dtype is not dtype for source in sources):
+            return [_typed(self._buffer, own, at, own.nbytes) for own, at in zip(sources, places[:-1], strict=True)]
+        whole = self._buffer[start : places[-1]].view(getattr(torch, dtype.name))
+        return torch.split(whole, [source.nbytes // dtype.itemsize for source in sources])
+
+
+def _typed(buffer: Tensor, source: TensorInfo, place: int, nbytes: int) -> Tensor:
+    """Return a part of a buffer as a flat tensor in its input's dtype."""
+    data = buffer[place : place + nbytes]
+    if place % source.dtype.itemsize:
+        data = data.clone()
+    return data.view(getattr(torch, source.dtype.name))
 
 
 def _adjoin(first: TensorInfo, second: TensorInfo) -> bool:

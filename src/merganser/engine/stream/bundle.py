@@ -13,6 +13,41 @@ from ..kernels.blocks import TensorRun
 Split = Callable[[int, list[Tensor]], tuple[Tensor | None, list[Tensor]]]
 
 
+def are_alike(runs: Sequence[TensorRun | None]) -> bool:
+    """Return whether tensors have one size, kernels and parameters, with which they can be merged in one call."""
+    first = runs[0]
+    if len(runs) < 2 or first is None or first.together is None:
+        return False
+    kernels, values, size = first.kernels, first.values, first.size
+    return all(run is not None and run.kernels is kernels and run.values is values and run.size == size for run in runs)
+
+
+def merge_alike(
+    runs: Sequence[TensorRun | None], base: Tensor | None, models: Sequence[Tensor], *, allow_nonfinite: bool
+) -> Tensor | None:
+    """Merge in one call tensors for which `are_alike` holds.
+
+    Args:
+        runs: Their kernels and parameters.
+        base: Their bases, one after the other, if the method takes a base.
+        models: The same of the models.
+        allow_nonfinite: Merge NaN and infinity; otherwise nothing is returned if there are any.
+
+    Returns:
+        The merged tensors, one after the other, on the CPU.
+    """
+    own = [run for run in runs if run is not None]
+    first, size = own[0], sum(run.size for run in own)
+    if first.together == "stacked":
+        stacked = None if base is None else base.view(len(own), -1)
+        merged, each = first.merge_several(own, stacked, [model.view(len(own), -1) for model in models])
+        finite = bool(each.all())
+    else:
+        joined = TensorRun(first.kernels, first.values, (size,), torch.zeros((1, 2), dtype=torch.int32), size)
+        merged, finite = joined.combine({}, (0, size), base, models)
+    return merged.reshape(-1).cpu() if finite or allow_nonfinite else None
+
+
 def merge_together(
     runs: Sequence[TensorRun | None], inputs: Sequence[Sequence[Tensor]], split: Split, *, allow_nonfinite: bool
 ) -> Iterator[tuple[list[int], Tensor]]:
@@ -38,16 +73,8 @@ def merge_together(
         own = [run for i in found if (run := runs[i]) is not None]
         if len(own) < 2:
             continue
-        columns = [list(column) for column in zip(*(inputs[i] for i in found), strict=True)]
-        if own[0].together == "stacked":
-            base, models = split(found[0], [torch.stack(column) for column in columns])
-            merged, each = own[0].merge_several(own, base, models)
-            finite = bool(each.all())
-        else:
-            size = sum(run.size for run in own)
-            base, models = split(found[0], [torch.cat(column) for column in columns])
-            joined = TensorRun(own[0].kernels, own[0].values, (size,), torch.zeros((1, 2), dtype=torch.int32), size)
-            merged, finite = joined.combine({}, (0, size), base, models)
+        columns = [torch.cat(column) for column in zip(*(inputs[i] for i in found), strict=True)]
+        merged = merge_alike(own, *split(found[0], columns), allow_nonfinite=allow_nonfinite)
         # merging these tensors one by one finds the one that is not finite
-        if finite or allow_nonfinite:
-            yield found, merged.reshape(-1).cpu()
+        if merged is not None:
+            yield found, merged

@@ -57,29 +57,53 @@ def measure_samples(
     found = []
     for (size, width, with_base), members in groups.items():
         own = [tensors[i] for i in members]
-        values = _measure(own, [[*inputs[i], outputs[i]] for i in members], size, with_base)
-        about = {"of": members, "n": size, "models": width - 1, "base": with_base}
-        found.append({**about, "values": base64.b64encode(values.numpy().astype("<f8").tobytes()).decode()})
+        values = [[*inputs[i], outputs[i]] for i in members]
+        # slice only where needed: slicing very many small tensors takes time
+        first = [[data if data.shape == (size,) else data.reshape(-1)[:size] for data in each] for each in values]
+        columns = [torch.stack(column) for column in zip(*first, strict=True)]
+        found.append(_entry(members, width - 1, with_base, _measure(own, columns, with_base), size))
     return found
 
 
-def _measure(
-    tensors: Sequence[PlannedTensor], values: Sequence[Sequence[Tensor]], size: int, with_base: bool
-) -> Tensor:
+def measure_columns(
+    tensors: Sequence[PlannedTensor], columns: Sequence[Tensor], outputs: Tensor
+) -> list[dict[str, Any]]:
+    """Measure merged tensors of one size whose inputs and results lie one after the other.
+
+    Args:
+        tensors: The planned tensors, none of them copied.
+        columns: Their first inputs, flat, then their second ones, and so on.
+        outputs: Their results.
+
+    Returns:
+        As from `measure_samples`.
+    """
+    size, with_base = tensors[0].size, tensors[0].base is not None
+    if not size:
+        return []
+    first = [data.view(len(tensors), size)[:, :SAMPLE] for data in (*columns, outputs)]
+    values = _measure(tensors, first, with_base)
+    return [_entry([*range(len(tensors))], len(columns) - 1, with_base, values, min(size, SAMPLE))]
+
+
+def _entry(members: Sequence[int], models: int, with_base: bool, values: Tensor, size: int) -> dict[str, Any]:
+    """Return measurements for the journal."""
+    about = {"of": members, "n": size, "models": models, "base": with_base}
+    return {**about, "values": base64.b64encode(values.numpy().astype("<f8").tobytes()).decode()}
+
+
+def _measure(tensors: Sequence[PlannedTensor], columns: Sequence[Tensor], with_base: bool) -> Tensor:
     """Measure k tensors of one size.
 
     Args:
         tensors: The tensors.
-        values: For each, what it is compared with, the models, and the merged tensor.
-        size: How many of their elements are measured.
-        with_base: Whether it is compared with a base.
+        columns: What they are compared with, the models, and the merged tensors, each of shape [k, size].
+        with_base: Whether they are compared with a base.
 
     Returns:
         Shape [k, columns], float64; the columns are those of `_columns`.
     """
-    # slice only where needed: slicing very many small tensors takes time
-    first = [[data if data.shape == (size,) else data.reshape(-1)[:size] for data in own] for own in values]
-    columns = [torch.stack(column) for column in zip(*first, strict=True)]
+    size = columns[0].shape[1]
     noisy = any(source.noise is not None for tensor in tensors for source in tensor.inputs)
     if columns[0].numel() >= _WORTH_A_PROGRAM and size <= PAIR_SAMPLE and not noisy:
         measured = _measure_in_a_loop(columns, with_base)

@@ -35,29 +35,35 @@ class KernelCache:
         self._device = device
         self._check = check_finite
         self._kernels: dict[Any, Kernels] = {}
-        self._found: dict[tuple[Any, ...], tuple[Kernels, Values]] = {}
+        self._found: dict[tuple[Any, ...], TensorRun] = {}
+        self._values: dict[tuple[Any, ...], tuple[Kernels, Values]] = {}
         self._no_keys = keys(0, "", 1)
         self._lock = threading.Lock()
 
     def run(self, tensor: PlannedTensor) -> TensorRun:
         """Return the kernels and parameters to merge a tensor."""
         method = tensor.method
+        settings = (
+            id(tensor.parameters),
+            tensor.compute_dtype.tag,
+            tensor.result_dtype.tag,
+            *tensor.located.values(),
+        )
+        shape = (tensor.shape, tensor.role, tensor.block_limit, tensor.turned)
         with self._lock:
             # many tensors share all of these
-            settings = (
-                id(tensor.parameters),
-                tensor.compute_dtype.tag,
-                tensor.result_dtype.tag,
-                *tensor.located.values(),
-            )
-            if settings not in self._found:
-                values = Values.of(method, tensor.parameters, tensor.located)
-                self._found[settings] = self._kernels_of(tensor, values), values
-            kernels, values = self._found[settings]
+            alike = self._found.get((settings, shape))
+            if alike is None:
+                alike = self._found[settings, shape] = self._make(tensor, settings)
         random = keys(self._plan.seed, tensor.name, len(tensor.models)) if method.random else self._no_keys
-        return TensorRun(
-            kernels, values, tensor.working_shape, random, tensor.block_limit, name=tensor.name, turned=tensor.turned
-        )
+        return alike.of(tensor.name, random)
+
+    def _make(self, tensor: PlannedTensor, settings: tuple[Any, ...]) -> TensorRun:
+        if settings not in self._values:
+            values = Values.of(tensor.method, tensor.parameters, tensor.located)
+            self._values[settings] = self._kernels_of(tensor, values), values
+        kernels, values = self._values[settings]
+        return TensorRun(kernels, values, tensor.working_shape, self._no_keys, tensor.block_limit, turned=tensor.turned)
 
     def _kernels_of(self, tensor: PlannedTensor, values: Values) -> Kernels:
         method, fused = tensor.method, self._plan.fused and tensor.method.fuse

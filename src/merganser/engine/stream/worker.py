@@ -21,13 +21,13 @@ from ...errors import CheckpointError, NonFiniteError
 from ..kernels.blocks import TensorRun
 from ..kernels.data import Data
 from ..kernels.sums import Sum
-from ..output.digests import block_digests, cut_digests, digest, digest_cuts, tensor_digest
+from ..output.digests import block_digests, digest, digest_cuts
 from ..plan.tensor import PlannedTensor
-from .buffers import CachedInputs, InputBuffer
-from .bundle import merge_together
+from .buffers import BundleInputs, CachedInputs, InputBuffer
+from .bundle import are_alike, merge_alike, merge_together
 from .data import block_data
 from .groups import Group, Task
-from .sample import measure_samples
+from .sample import measure_columns, measure_samples
 from .schedule import GroupState
 
 
@@ -167,21 +167,30 @@ class Worker:
     def _combine_bundle(self, state: GroupState, *, measure: bool) -> dict[str, Any]:
         """Merge many small tensors; adjacent inputs are read, and the results written, with one call."""
         tensors = state.group.tensors
-        inputs, raw, nbytes = self._buffer.read_bundle(tensors)
-        self._c.advance(nbytes, 0, 0)
-        outputs, written = self._merge_bundle(state, inputs, measure=measure)
+        inputs = self._buffer.read_bundle(tensors)
+        self._c.advance(inputs.nbytes, 0, 0)
+        whole = self._merge_whole(state, inputs)
+        if whole is not None:
+            written = self._write(tensors[0], 0, whole)
+            sample = measure_columns(tensors, inputs.columns or (), whole)
+        else:
+            outputs, written = self._merge_bundle(state, inputs.each, measure=measure)
+            sample = measure_samples(tensors, inputs.each, outputs)
         # many tensors share a shape, so compute the cuts once per shape
         cuts = {
             shape: digest_cuts(shape, 0, math.prod(shape), tensors[0].block_limit)
             for shape in {tensor.shape for tensor in tensors}
         }
-        hashes = [
-            tensor_digest(cut_digests(cuts[tensor.shape], view))
-            for tensor, views in zip(tensors, raw, strict=True)
-            for view in views
-        ]
+        hashes = inputs.digests([cuts[tensor.shape] for tensor in tensors])
         self._c.advance(0, 0, len(tensors))
-        return {"in": _hex(hashes), "out": _hex(written), "sample": measure_samples(tensors, inputs, outputs)}
+        return {"in": _hex(hashes), "out": _hex(written), "sample": sample}
+
+    def _merge_whole(self, state: GroupState, inputs: BundleInputs) -> Tensor | None:
+        """Merge tensors of one size that can be merged in one call as they lie in the buffer; None if they cannot."""
+        if inputs.columns is None or not are_alike(state.runs):
+            return None
+        base, models = self._split(state.group.tensors[0], inputs.columns)
+        return merge_alike(state.runs, base, models, allow_nonfinite=self._c.allow_nonfinite)
 
     def _merge_bundle(
         self, state: GroupState, inputs: list[list[Tensor]], *, measure: bool

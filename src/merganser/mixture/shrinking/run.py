@@ -269,7 +269,8 @@ def _planned(
             used.add(tensor.name)
     assert used == spool.tensors.keys()
     shards = plan_shards([(draft.name, draft.dtype, draft.shape) for draft in drafts], shard_size, {})
-    tensors = place(drafts, shards)
+    # copies, as most are tensors of the given plan, too
+    tensors = place([replace(draft) for draft in drafts], shards)
     config = sized_config(plan.config, found.sizes, model)
     unsure = check_complete(model, config, {tensor.name: tensor.shape for tensor in tensors})
     summary = ShrinkingSummary(
