@@ -310,10 +310,12 @@ def _numbers(alignment: Alignment, resolver: Resolver) -> list[Mapping[str, Any]
 def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str, Any]) -> PlannedTensor:
     """Decide dtype, inputs, method and parameters of one tensor; data, shard and offset are set later."""
     given = resolver.sources(slot.slice_index)
-    base = slot.inputs[given.base.model] if given.base is not None and not slot.kept else None
-    sources = slot.inputs if slot.kept else [source.model for source in given.models]
-    models: Sequence[TensorInfo] = [slot.inputs[model] for model in sources]
-    inputs = models if base is None else [base, *models]
+    inputs = list(slot.inputs.values())
+    if not slot.kept and list(slot.inputs) != given.references:
+        inputs = [slot.inputs[reference] for reference in given.references]
+    with_base = given.base is not None and not slot.kept
+    base: TensorInfo | None = inputs[0] if with_base else None
+    models: Sequence[TensorInfo] = inputs[1:] if with_base else inputs
     dtype, shape, role = inputs[0].dtype, inputs[0].shape, slot.part.role
     copy = dtype.kind != "float"
     treatment = untouched() if slot.kept else Treatment(resolver.method, {})
@@ -340,7 +342,7 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
         except ParameterError as error:
             raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
         base, models = treatment.inputs(base, models)
-    wide = recipe.dtype == "float64" or dtype is _FLOAT64 or any(tensor.dtype is _FLOAT64 for tensor in inputs)
+    wide = recipe.dtype == "float64" or dtype is _FLOAT64 or _FLOAT64 in [tensor.dtype for tensor in inputs]
     return PlannedTensor(
         name=slot.name,
         dtype=dtype,
@@ -363,9 +365,8 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
 
 def promote(dtypes: Sequence[DType]) -> DType:
     """Return the float dtype to which all of these promote."""
-    first = dtypes[0]
-    if all(dtype is first for dtype in dtypes):
-        return first
+    if dtypes.count(dtypes[0]) == len(dtypes):
+        return dtypes[0]
     return _FLOAT64 if _FLOAT64 in dtypes else _FLOAT32
 
 

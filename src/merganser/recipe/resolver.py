@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError, RecipeError
@@ -71,6 +71,13 @@ class Inputs:
 
     base: Source | None
     models: tuple[Source, ...]
+    references: list[ModelReference] = field(init=False)
+    """All of them, the base first."""
+
+    def __post_init__(self) -> None:
+        """List the references once, as they are compared with those of every tensor."""
+        all_sources = self.models if self.base is None else (self.base, *self.models)
+        object.__setattr__(self, "references", [source.model for source in all_sources])
 
 
 class Resolver:

@@ -143,11 +143,16 @@ class Plan:
         An upper bound: inputs cached in memory are not read again.
         """
         passes = {id(t.parameters): t.passes for t in self.distinct}
-        total = 0
+        total = self._bytes_once
         for t in self.tensors:
-            once = t.copy or not (self.whole_model or t.size > t.block)
-            total += t.nbytes_read * (1 if once else passes[id(t.parameters)])
+            if not t.copy and (self.whole_model or not t.in_one_block):
+                total += t.nbytes_read * (passes[id(t.parameters)] - 1)
         return total
+
+    @cached_property
+    def _bytes_once(self) -> int:
+        """Bytes of inputs read in one pass."""
+        return sum(t.nbytes_read for t in self.tensors)
 
     @cached_property
     def bytes_written(self) -> int:
@@ -169,9 +174,8 @@ class Plan:
     @property
     def moving_seconds(self) -> float:
         """Rough time of reading and writing, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
-        once = sum(t.nbytes_read for t in self.tensors)
         beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
-        return 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + beside
+        return 2 + self._bytes_once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + beside
 
     @property
     def seconds(self) -> float:

@@ -114,6 +114,12 @@ class PlannedTensor:
         return block_step(self.working_shape, self.method.scope, self.block_limit)
 
     @property
+    def in_one_block(self) -> bool:
+        """Whether it has no more than one block."""
+        # found without the shape for most tensors, as this is asked of every one
+        return (self.size <= self.block_limit and self.method.scope != "matrix") or self.size <= self.block
+
+    @property
     def stored_dtype(self) -> DType:
         """Dtype of its elements in a safetensors file."""
         return self.dtype if self.quantised is None else FLOAT8
@@ -173,8 +179,8 @@ class PlannedTensor:
     @property
     def nbytes_read(self) -> int:
         """Size of the inputs in their files, bytes."""
-        from_data = (own.sum.nbytes for each in self.data.values() for own in each)
-        return sum(tensor.nbytes_stored for tensor in self.inputs) + sum(from_data)
+        stored = sum([tensor.nbytes_stored if tensor.stored else tensor.nbytes for tensor in self.inputs])
+        return stored + (sum(own.sum.nbytes for each in self.data.values() for own in each) if self.data else 0)
 
     @property
     def passes(self) -> int:

@@ -57,7 +57,7 @@ def make_groups(plan: Plan) -> list[Group]:
             filled = 0
 
     for tensor in plan.tensors:
-        blocks = 1 if tensor.copy else -(-tensor.size // tensor.block)
+        blocks = 1 if tensor.copy or tensor.in_one_block else -(-tensor.size // tensor.block)
         if blocks > 1 or tensor.is_encoded:
             close()
             cuts = tuple((a, min(a + SEGMENT_BLOCKS, blocks)) for a in range(0, blocks, SEGMENT_BLOCKS))

@@ -14,6 +14,9 @@ SETTINGS_KEYS = ("quantization_config", "compression_config", "quantization")
 _MARKS = frozenset(
     ("qweight", "qzeros", "weight_packed", "weight_scale_inv", "SCB", "absmax", "nested_absmax", "quant_map")
 )
+# Those of scales that plain checkpoints may have, too.
+_SCALES = ("weight_scale", "scales")
+_OF_WEIGHTS = _MARKS.union(_SCALES)
 
 
 def why_quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -46,12 +49,17 @@ def _by_dtype(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _by_name(tensors: Mapping[str, TensorInfo]) -> str | None:
+    # mostly the last words of the names tell, of which there are few
+    last_words = {name.rpartition(".")[2] for name in tensors}
+    telling = not last_words.isdisjoint(_OF_WEIGHTS) or any(word.endswith("_blocks") for word in last_words)
+    if not telling and ".quant_state." not in "\n".join(tensors):
+        return None
     for name in tensors:
         stem, _, last = name.rpartition(".")
         if last in _MARKS or ".quant_state." in name:
             return f"tensor {name!r} belongs to quantised weights"
         # Blocks of 4-bit numbers with a scale per block, and 8-bit weights with a scale per channel.
-        partner = f"{stem}.weight" if last in ("weight_scale", "scales") else name.removesuffix("_scales") + "_blocks"
+        partner = f"{stem}.weight" if last in _SCALES else name.removesuffix("_scales") + "_blocks"
         if partner in tensors and tensors[partner].dtype.kind == "int":
             return f"{tensors[partner].dtype.name} with scales (tensors {partner!r} and {name!r})"
     return None
