@@ -16,13 +16,14 @@ from ..anatomy import infer_anatomy, set_config_dtype
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo, derive, plan_shards
 from ..checkpoint.tensor import ByteReader
 from ..engine.alignment.complete import check_complete
+from ..engine.drafts import promote
 from ..engine.kernels.assignment import untouched
 from ..engine.plan.census import InputCensus
 from ..engine.plan.mixture import MixtureSummary
 from ..engine.plan.part import place
 from ..engine.plan.plan import Plan
 from ..engine.plan.tensor import PlannedTensor
-from ..engine.planner import SHARD_BYTES, build_plan, promote
+from ..engine.planner import SHARD_BYTES, build_plan
 from ..engine.run import Progress, Result, run_plan
 from ..errors import CheckpointError, MergeError, UnsupportedError
 from ..recipe import ModelReference

@@ -76,8 +76,7 @@ class Inputs:
 
     def __post_init__(self) -> None:
         """List the references once, as they are compared with those of every tensor."""
-        all_sources = self.models if self.base is None else (self.base, *self.models)
-        object.__setattr__(self, "references", [source.model for source in all_sources])
+        object.__setattr__(self, "references", [source.model for source in (self.base, *self.models) if source])
 
 
 class Resolver:
