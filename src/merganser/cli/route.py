@@ -37,6 +37,7 @@ def route(
 ) -> None:
     """Make the router that chooses a task of a merge for each text."""
     options.quieten_hub(quiet)
+    options.check_output(out)
     files: dict[str, list[str]] = {}
     for each in data:
         name, sign, file = each.partition("=")

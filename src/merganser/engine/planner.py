@@ -18,9 +18,9 @@ from ..errors import CheckpointError, MergeError, ParameterError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges, check_recipe
 from .agreement.configs import compare_configs
-from .agreement.ending import agree_on_ending
+from .agreement.ending import Ending, agree_on_ending
 from .agreement.quantisation import check_quantised, refuse_unreadable
-from .agreement.side_files import chat_template, side_file_warnings, side_files, unread_warnings
+from .agreement.side_files import chat_template, file_origins, side_file_warnings, side_files, unread_warnings
 from .agreement.vocabularies import compare_tokens
 from .alignment.alignment import Alignment, Member, Slot
 from .alignment.complete import check_complete
@@ -110,9 +110,10 @@ def build_plan(
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     drafts, config, quantise_warnings = quantise_output(recipe, drafts, config)
     shards = plan_shards([each for draft in drafts for each in draft.described], out_shard_size, {})
-    template = chat_template(recipe, members, matched.owner)
+    template, template_of, template_warnings = chat_template(recipe, members, matched.owner)
     donor, owner = members[recipe.donor], matched.owner
-    ending = agree_on_ending(donor, owner, config, template[0], matched.vocabulary, matched.moved)
+    ending = agree_on_ending(donor, owner, config, template, matched.vocabulary, matched.moved)
+    files = side_files(donor, owner, matched.change)
     fused, fusion_warnings = _fuses(drafts, devices)
     tensors = place(drafts, shards)
     wanted = threads or min(os.cpu_count() or 1, 8)
@@ -126,8 +127,9 @@ def build_plan(
         tensors=tensors,
         shards=shards,
         config=ending.config,
-        side_files=side_files(members[recipe.donor], matched.owner, matched.change),
-        chat_template=template[0],
+        side_files=files,
+        origins=file_origins(donor, owner, files, _configs(ending), template_of, matched.change),
+        chat_template=template,
         generation_config=ending.generation_config,
         fused=fused,
         seed=seed,
@@ -146,7 +148,7 @@ def build_plan(
             *agreement,
             *config_warnings,
             *quantise_warnings,
-            *template[1],
+            *template_warnings,
             *ending.warnings,
             *fusion_warnings,
         ],
@@ -157,6 +159,12 @@ def build_plan(
         census=take_census(members, alignment, tensors),
         permutation=permutation,
     )
+
+
+def _configs(ending: Ending) -> list[str]:
+    """Return the names of the configs that are written, rather than copied."""
+    written = {"config.json": ending.config, "generation_config.json": ending.generation_config}
+    return [name for name, content in written.items() if content]
 
 
 def _share_memory(

@@ -37,6 +37,7 @@ class Plan:
         shards: Weight files of the output, with their headers.
         config: config.json of the output; empty if the donor has none.
         side_files: Files to copy: source by path relative to the output.
+        origins: Names of the output's files besides weights, by the model that gives them, or "the recipe".
         chat_template: Jinja text to write; None if it is copied with the donor's files, or there is none.
         generation_config: generation_config.json to write; None if the donor's is copied, or there is none.
         fused: Whether operations are fused, for methods where that helps.
@@ -87,6 +88,7 @@ class Plan:
     permutation: Permutation | None = None
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
     mixture: MixtureSummary | ShrinkingSummary | None = None
+    origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Plan: {self._facts()}>"
@@ -165,10 +167,13 @@ class Plan:
 
     @property
     def moving_seconds(self) -> float:
-        """Rough time of reading and writing, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
+        """Rough time of starting, reading and writing, seconds.
+
+        Fitted to processor times of merges of files in the page cache; a disk below about 2 GB/s takes longer.
+        """
         once = sum(t.nbytes_read for t in self.tensors)
-        beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
-        return 2 + once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + beside
+        beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.9e9 if self.sidecars else 0
+        return 2 + once / 2e9 + self.bytes_read / 8e9 + self.bytes_written / 0.9e9 + beside
 
     @property
     def seconds(self) -> float:
