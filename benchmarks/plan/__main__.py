@@ -44,7 +44,7 @@ RECIPES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], bool, bool]] =
     "regmean": ({}, {}, True, True),
     "regmean_plus": ({}, {}, True, True),
     "fisher": ({}, {}, True, True),
-    "expert_merging": ({}, {"steps": 10}, True, True),
+    "expert_merging": ({}, {"steps": 5}, True, True),
 }
 
 
@@ -122,7 +122,7 @@ def recipe(name: str, models: Path, texts: Path) -> dict[str, Any]:
     ]
     document |= {"base_model": str(models / "base")} if with_base else {}
     document |= {"parameters": dict(shared)} if shared else {}
-    return document | ({"data": {"sequences": 8, "length": 256}} if with_data else {})
+    return document | ({"data": {"sequences": 4, "length": 256}} if with_data else {})
 
 
 def make_smaller(zoo: Path, folder: Path) -> Path:
