@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from merganser.engine.plan.memory import default_memory
-from merganser.process import memory_here, peak_memory
+from merganser.process import count_peak, memory_here, peak_memory
 
 CHILD = "from merganser.process import peak_memory; print(peak_memory())"
 
@@ -27,6 +27,16 @@ def test_a_large_parent_does_not_count():
     child = int(subprocess.run([sys.executable, "-c", CHILD], capture_output=True, check=True, text=True).stdout)
     assert len(held) == 300_000_000
     assert 1_000_000 < child < 200_000_000
+
+
+def test_processes_that_work_for_this_one_count(monkeypatch):
+    monkeypatch.setattr("merganser.process._others", {})
+    alone = peak_memory()
+    count_peak("one", 3_000_000_000)
+    count_peak("two", 1_000_000_000)
+    # a successor of the first
+    count_peak("one", 2_000_000_000)
+    assert 4_000_000_000 + alone <= peak_memory() < 4_100_000_000 + alone
 
 
 FREEING = """

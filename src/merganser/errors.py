@@ -18,7 +18,10 @@ Messages read `where: what is wrong, what was found, what is allowed or what to 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 __all__ = [
     "CheckpointError",
@@ -33,7 +36,11 @@ __all__ = [
     "TaskError",
     "UnsupportedError",
     "did_you_mean",
+    "suggest_keywords",
 ]
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 class MergeError(Exception):
@@ -85,6 +92,27 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     spellings = {_folded(each): each for each in known}
     near = difflib.get_close_matches(_folded(str(word)), list(spellings), n=1, cutoff=0.6)
     return f" Did you mean {spellings[near[0]]!r}?" if near else ""
+
+
+def suggest_keywords(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Answer an unknown keyword argument of a public function with the one that was probably meant.
+
+    Raises:
+        TypeError: When the function is called with one.
+    """
+    known = [name for name, p in inspect.signature(function).parameters.items() if p.kind is not p.POSITIONAL_ONLY]
+
+    @wraps(function)
+    def checked(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(
+                    f"{function.__name__}: unknown argument {name!r}.{did_you_mean(name, known)} "
+                    f"{function.__name__} takes {', '.join(known)}"
+                )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def _folded(word: str) -> str:

@@ -12,15 +12,40 @@ from pathlib import Path
 
 from .errors import MemoryLimitError
 
-__all__ = ["data_limit", "memory_here", "one_thread", "peak_memory", "release_freed_memory", "reuse_freed_memory"]
+__all__ = [
+    "count_peak",
+    "data_limit",
+    "memory_here",
+    "one_thread",
+    "peak_memory",
+    "release_freed_memory",
+    "reuse_freed_memory",
+]
 
 # option numbers of mallopt, from malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
 _LARGEST_KEPT = 32 << 20
 
 
+_others: dict[str, int] = {}
+
+
+def count_peak(worker: str, nbytes: int) -> None:
+    """Count the peak memory of another process that works for this one.
+
+    Args:
+        worker: Its name; of processes with the same name, one after the other, the largest counts.
+        nbytes: Its peak resident memory so far, bytes.
+    """
+    _others[worker] = max(nbytes, _others.get(worker, 0))
+
+
 def peak_memory() -> int:
-    """Return the peak resident memory of this process so far, in bytes."""
+    """Return the peak resident memory of this process and of those that work for it (`count_peak`), in bytes."""
+    return _own_peak() + sum(_others.values())
+
+
+def _own_peak() -> int:
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))

@@ -86,7 +86,7 @@ def test_zip_files_are_mapped_not_loaded(tmp_path: Path) -> None:
     assert buffer == b"\x00\x00\x80\x3f", "what is on disk now is what is read"
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
 def test_wrapped_state_dict(key: str, tmp_path: Path) -> None:
     torch.save({"epoch": 3, key: OrderedDict(some_tensors()), "optimizer": {"lr": 0.1}}, tmp_path / "x.pt")
     check_equal(open_checkpoint(str(tmp_path / "x.pt")), some_tensors())

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from merganser import __version__
-from merganser.cli._mergekit import OPTIONS
-from tests.cli.tiny import run
+from merganser.cli._mergekit import COMMANDS, OPTIONS, OPTIONS_OF, answer
+from tests.cli.tiny import run, write
 
 VERBS = [
     "merge",
@@ -125,20 +126,37 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     assert "Traceback" not in found.err
 
 
-@pytest.mark.parametrize("verb", ["merge", "plan"])
-@pytest.mark.parametrize("option", sorted(OPTIONS))
-def test_options_of_mergekit_are_answered(verb: str, option: str) -> None:
+@pytest.mark.parametrize("verb", sorted(OPTIONS_OF))
+def test_options_of_mergekit_are_answered(verb: str) -> None:
+    known = run(verb, "--help").out
+    hints = {option: answer(verb, option) for option in OPTIONS_OF[verb]}
+    assert all(
+        hint == f"{option} is an option of mergekit; {OPTIONS_OF[verb][option]}" for option, hint in hints.items()
+    )
+    ours = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", known))
+    assert [hint for hint in hints.values() if set(re.findall(r"use (--[a-z-]+)", str(hint))) - ours] == []
+    # options that our verb has, too, are never asked for
+    option = next(option for option in OPTIONS_OF[verb] if option not in ours)
     found = run(verb, "r.yaml", "out", option, "x")
     assert (found.code, found.out) == (2, "")
-    assert f"Error: {option} is an option of mergekit; " in found.err
+    assert f"Error: {hints[option]}\n" in found.err
+
+
+def test_negated_options_of_mergekit_are_answered() -> None:
+    (line,) = [line for line in run("merge", "r.yaml", "out", "--no-cuda").err.splitlines() if line.startswith("Error")]
+    assert line == "Error: --no-cuda is an option of mergekit; leave it out, as --cuda is not an option here"
+    assert answer("merge", "--no-nothing") is None
+
+
+@pytest.mark.parametrize("tool", sorted(COMMANDS))
+def test_commands_of_mergekit_are_answered(tool: str) -> None:
+    name = tool if tool == "bakllama" else f"mergekit-{tool}"
+    found = run(name, "recipe.yml", "out")
+    assert (found.code, found.out) == (2, "")
     (line,) = [line for line in found.err.splitlines() if line.startswith("Error")]
-    known = run("merge", "--help").out
-    assert all(name in known for name in re.findall(r"use (--[a-z-]+)", line))
-
-
-def test_our_own_options_are_not_answered() -> None:
-    known = run("merge", "--help").out
-    assert not [option for option in OPTIONS if re.search(rf"(?<![\w-]){option}(?![\w-])", known)]
+    assert line.startswith(f"Error: {name} is a command of mergekit; ")
+    (verb,) = re.findall(r"merganser ([a-z]+)", line) or ["merge"]
+    assert run(verb, "--help").code == 0
 
 
 def test_options_of_nobody_are_refused() -> None:
@@ -149,6 +167,59 @@ def test_options_of_nobody_are_refused() -> None:
 def test_the_documents_list_the_options_of_mergekit() -> None:
     text = (Path(__file__).parents[2] / "docs" / "coming-from-mergekit.md").read_text(encoding="utf-8")
     assert [option for option in OPTIONS if f"`{option}`" not in text and option.startswith("--")] == []
+    assert [tool for tool in COMMANDS if tool not in text] == []
+
+
+HEAVY = "torch, transformers, safetensors.torch, pandas, scipy, huggingface_hub, rich"
+RECIPES = [
+    ("typo", "merge_method: linear\nmodles: [a]\n"),
+    ("method", "merge_method: tiees\nmodels: [{model: a}]\n"),
+    ("parameter", "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\nparameters: {denisty: 1}\n"),
+    ("place", "merge_method: ties\nbase_model: b\nmodels: [{model: a}]\ndensity: 1\n"),
+    ("empty", ""),
+]
+WITHOUT_TORCH = [
+    ["--help"],
+    ["methods"],
+    ["methods", "ties"],
+    ["methods", "tiees"],
+    ["merge", "--help"],
+    ["merge", "nothing.yaml", "out"],
+    *(["plan", f"{name}.yaml"] for name, _ in RECIPES),
+    ["mix", "nothing.yaml", "out"],
+    ["search", "nothing.yaml", "out", "--tasks", "t.txt"],
+    ["merge", "r.yaml", "out", "--cuda"],
+    ["merge", "r.yaml", "out", "--threads", "0"],
+    ["mergekit-moe"],
+    ["inspect", "here"],
+    ["verify", "nothing"],
+    ["report", "nothing"],
+    ["restore", "nothing", "--task", "a", "--out", "b"],
+]
+
+
+def test_torch_is_not_imported_where_no_tensor_is_needed(tmp_path: Path) -> None:
+    """Importing it takes most of a second; one process runs all of these."""
+    write(tmp_path / "here", {"weight": torch.ones(2, 2)})
+    for name, text in RECIPES:
+        (tmp_path / f"{name}.yaml").write_text(text)
+    code = f"""
+import sys
+from merganser.cli import main
+for arguments in {WITHOUT_TORCH!r}:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        loaded = [name for name in "{HEAVY}".split(", ") if name in sys.modules]
+        print("###", end.code, arguments, loaded)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, env=os.environ
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("###")]
+    assert len(lines) == len(WITHOUT_TORCH)
+    assert [line for line in lines if not line.endswith("[]")] == []
+    assert "defect" not in done.stderr
 
 
 def test_the_shell_completes_verbs_and_options() -> None:

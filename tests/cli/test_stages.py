@@ -36,6 +36,15 @@ def test_a_folder_of_the_name_of_a_stage_is_said(models: Path) -> None:
     ) in " ".join(found.out.split()) + " ".join(found.err.split())
 
 
+def test_a_difference_from_mergekit_is_said_once(models: Path) -> None:
+    documents = [linear("a", "b", name="first"), linear("first", "c")]
+    for document in documents:
+        document["models"][0]["parameters"]["weight"] = [0.2, 0.8]
+    found = run("merge", recipe(models / "r.yaml", *documents), "out")
+    assert found.err.count("note: first: differs from mergekit: weight: tensors after the layers") == 1
+    assert found.err.count("differs from mergekit") == 1
+
+
 def test_a_stage_that_is_named_like_a_model_on_the_hub_is_said(models: Path) -> None:
     recipe(models / "r.yaml", linear("a", "b", name="org/model"), linear("org/model", "c"))
     (warning,) = plan(models / "r.yaml").warnings

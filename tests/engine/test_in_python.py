@@ -31,6 +31,24 @@ def test_a_misspelt_argument_is_answered() -> None:
     with pytest.raises(TypeError, match=r"merge: unknown argument 'overwrit'\. Did you mean 'overwrite'\?"):
         merganser.merge(RECIPE, "out", overwrit=True)
     assert not Path("out").exists()
+    for call, given in (
+        (merganser.evaluate, {"taks": []}),
+        (merganser.calibrate, {"statistic": ()}),
+        (merganser.diff, {"cachedir": None}),
+        (merganser.inspect, {"cachedir": None}),
+        (merganser.kinship, {"cachedir": None}),
+        (merganser.restore, {"overwrit": True}),
+        (merganser.verify, {"progres": None}),
+        (merganser.write_report, {"overwrit": True}),
+    ):
+        (name,) = given
+        with pytest.raises(
+            TypeError,
+            match=rf"^{call.__name__}: unknown argument '{name}'\. Did you mean '\w+'\? {call.__name__} takes ",
+        ):
+            call("one", **given)
+    with pytest.raises(TypeError, match="the first argument is the name of a method, got list"):
+        merganser.merge_state_dicts([{}, {}], "linear")
 
 
 def test_objects_have_short_texts() -> None:

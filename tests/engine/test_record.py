@@ -18,7 +18,7 @@ from merganser.method.registry import get_method
 from merganser.record.format import record_text
 from merganser.record.verification import verify
 from tests.engine.interrupting import BLOCK
-from tests.making import llama, llama_config, make_recipe, read_json, read_model, write_llamas, write_model
+from tests.making import SIDE_FILES, llama, llama_config, make_recipe, read_json, read_model, write_llamas, write_model
 
 
 def test_outputs_are_listed_with_size_and_sha256(tmp_path):
@@ -160,6 +160,47 @@ parameters: {{weight: 1}}
     assert "\n# my-merge\n" in body
     assert f"```yaml\n{text}```\n" in body
     assert "other files are those of `m1`" in body
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ({}, "Config, tokenizer and other files are those of `m0`."),
+        (
+            {"tokenizer_source": "m1"},
+            "Config and other files are those of `m0`.\n"
+            "chat_template.jinja, tokenizer.json and tokenizer_config.json are those of `m1`.",
+        ),
+        (
+            {"chat_template": "chatml"},
+            "Config and other files are those of `m0`.\nchat_template.jinja is that of the recipe.",
+        ),
+        ({"chat_template": "auto"}, "Config and other files are those of `m0`.\nchat_template.jinja is that of `m1`."),
+    ],
+)
+def test_plan_and_card_name_the_model_that_gives_each_file(tmp_path, extra, said):
+    paths = write_llamas(tmp_path, 2)
+    for path in paths:
+        for name, text in SIDE_FILES.items():
+            if name.startswith(("token", "chat", "gen")):
+                (path / name).write_text(text)
+    (paths[1] / "tokenizer_config.json").write_text('{"a": 1}')
+    if extra.get("chat_template") == "auto":
+        (paths[0] / "chat_template.jinja").unlink()
+    if "tokenizer_source" in extra:
+        extra = {"tokenizer_source": str(paths[1])}
+    result = merge(make_recipe("linear", paths, parameters={"weight": 1}, **extra), tmp_path / "out")
+    assert f"\n{said}\n\n## Recipe" in (result.out / "README.md").read_text()
+    plan = merganser.plan(make_recipe("linear", paths, parameters={"weight": 1}, **extra))
+    origins = {name: model for model, names in plan.origins.items() for name in names}
+    assert origins.keys() == {path.name for path in result.out.iterdir()} - {
+        "README.md",
+        "merge.json",
+        "model.safetensors",
+    }
+    for name, model in origins.items():
+        if name in SIDE_FILES and model != "the recipe":
+            assert (result.out / name).read_bytes() == (tmp_path / model / name).read_bytes()
 
 
 def test_a_recipe_with_a_fence_does_not_end_the_block(tmp_path):

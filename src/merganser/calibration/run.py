@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import suggest_keywords
 from ..process import release_freed_memory
 from ..statistics import Choice, Statistics, open_statistics, sum_name
 from ..statistics.choice import BATCH_TOKENS
@@ -27,6 +28,7 @@ Progress = Callable[[int, int], None]
 """Called with the number of finished blocks and the number of all blocks."""
 
 
+@suggest_keywords
 def calibrate(
     model: str | Path,
     data: Data,

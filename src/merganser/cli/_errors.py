@@ -20,7 +20,7 @@ from ..errors import MemoryLimitError, MergeError, NotFoundError
 from ..process import NO_THREADS, data_limit
 from ..version import __version__
 from ..wording import printable
-from ._mergekit import answer
+from ._mergekit import answer, command
 from ._text import complain, complain_at_length, discard, writing
 
 STOPPED = 130
@@ -61,12 +61,13 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 @contextmanager
-def _wrong_usage(verb: str) -> Iterator[None]:
+def _wrong_usage(verb: str, arguments: list[str]) -> Iterator[None]:
     """Explain options of mergekit, and escape the user's text in the error message."""
+    given = list(arguments)
     try:
         yield
     except _UsageError as error:
-        answered = answer(verb, getattr(error, "option_name", None))
+        answered = answer(verb, getattr(error, "option_name", None), given)
         if answered is not None:
             error.message, error.possibilities = answered, None
         error.message = printable(error.message)
@@ -78,8 +79,19 @@ class Verbs(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments before the verb."""
-        with _wrong_usage(""):
+        with _wrong_usage("", args):
             return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the verb; a command of mergekit is answered by the verb that does the same.
+
+        Raises:
+            typer.BadParameter: It is a command of mergekit.
+        """
+        answered = command(args[0]) if self.get_command(ctx, args[0]) is None else None
+        if answered is not None:
+            raise _UsageError(answered, ctx)
+        return super().resolve_command(ctx, args)
 
 
 @contextmanager
@@ -130,7 +142,7 @@ class Verb(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse options and arguments."""
-        with _wrong_usage(str(ctx.info_name)):
+        with _wrong_usage(str(ctx.info_name), args):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import NotFoundError
 from ._errors import Verb
 from ._text import on_terminal, parse_size
 
@@ -126,3 +127,25 @@ def _spread(args: Sequence[str], names: Sequence[str]) -> list[str]:
             current = None
         found += [arg] if current is None else [current, arg]
     return found
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output that is not there before torch is imported, which takes seconds.
+
+    Raises:
+        NotFoundError: There is no such folder.
+    """
+    if not folder.is_dir():
+        raise NotFoundError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+
+
+def check_recipe_file(recipe: Path) -> None:
+    """Refuse a recipe that cannot be read before torch is imported, which takes seconds; standard input is not touched.
+
+    Raises:
+        MergeError: There is no such file, or it is not YAML.
+    """
+    if str(recipe) != "-":
+        from ..recipe.load import read_documents
+
+        read_documents(recipe)

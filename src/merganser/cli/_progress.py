@@ -116,6 +116,7 @@ class MergeProgress:
         self._tensors = 0
         self._total = 0
         self._steps: Progress | None = None
+        self._told: set[str] = set()
         self.plans: list[Plan] = []
 
     def __enter__(self) -> MergeProgress:
@@ -150,7 +151,10 @@ class MergeProgress:
         for warning in plan.warnings:
             complain("warning", f"{stage}{warning}")
         for difference in plan.differences:
-            complain("note", f"{stage}differs from mergekit: {difference}")
+            # stages of one recipe often differ in the same way
+            if difference not in self._told:
+                complain("note", f"{stage}differs from mergekit: {difference}")
+            self._told.add(difference)
         if continued:
             tensors = plural(self._tensors, "tensor")
             complain("note", f"{stage}continuing an interrupted run: {tensors}, {size_text(before)} are there already")

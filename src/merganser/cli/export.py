@@ -39,6 +39,7 @@ def export(
 ) -> None:
     """Write the sidecars of a merge as LoRA adapters."""
     options.quieten_hub(quiet)
+    options.check_output(out)
     if to != "peft":
         complain("error", f"export: --to: must be peft, got {to!r}")
         raise typer.Exit(2)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..catalogue import FIRST, canonical_name, described, factor_names, own_names, third_party
+from ..catalogue import FIRST, canonical_name, described, factor_names, own_names, third_party, unknown_method
+from ..errors import RecipeError
 from ._options import Json
 from ._text import head, say, say_json, table
 
@@ -45,9 +46,7 @@ def methods(
     if name is not None:
         name = canonical_name(name)
         if name not in every:
-            from ..method.registry import get_method
-
-            get_method(name)  # says which names there are
+            raise RecipeError(unknown_method(name))
         found, how = every[name], _passes(name)
         if json:
             say_json({**asdict(found), "passes": how})

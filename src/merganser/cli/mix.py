@@ -34,6 +34,7 @@ def mix(
     RECIPE names a base and experts; recipes of mergekit-moe run unchanged.
     """
     options.quieten_hub(quiet)
+    options.check_recipe_file(recipe)
     from ..engine.output.staging import check_target
     from ..engine.run import run_plan
     from ..mixture import load_mixture, plan_mixture

@@ -72,6 +72,7 @@ def _as_json(stage: Plan | AdapterPlan, *, tensors: bool) -> dict[str, Any]:
         return adapter_plan_json(stage)
     found = asdict(summarise(stage))
     found["donor"] = stage.shown(found["donor"])
+    found["side_files"] = {stage.shown(model): names for model, names in found["side_files"].items()}
     for entry in found["census"]:
         entry["model"] = stage.shown(entry["model"])
     for entry in found["inputs"]:
@@ -94,8 +95,10 @@ def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> Non
     say("reads")
     for line in table([_input(stage, entry) for entry in found.inputs], right=(2, 3, 4)):
         say(line)
-    files = f"gives {some(found.donor_files, 6)}" if found.donor_files else "the donor, has no files to give"
-    say(f"  {stage.shown(found.donor)} {files}")
+    if found.donor not in found.side_files:
+        say(f"  {stage.shown(found.donor)} the donor, has no files to give")
+    for model, names in found.side_files.items():
+        say(f"  {stage.shown(model)} gives {some(names, 6)}")
     if found.vocabulary is not None:
         say("matches tokens")
         for line in vocabulary_lines(found.vocabulary):

@@ -39,6 +39,7 @@ def report(
     The page is one HTML file that opens without a network.
     """
     options.quieten_hub()
+    options.check_output(out)
     from ..report import read_report, write_report
 
     with byte_progress("spectra") as progress:

@@ -37,6 +37,7 @@ def restore(
 ) -> None:
     """Write a task's own checkpoint back from a merge with sidecars."""
     options.quieten_hub(quiet)
+    options.check_output(out)
     from ..engine.sidecars.restoration import restore as bring_back
 
     started = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,8 @@ def route(
 ) -> None:
     """Make the router that chooses a task or an adapter per text."""
     options.quieten_hub(quiet)
+    if "+" not in out:
+        options.check_output(Path(out))
     files: dict[str, list[str]] = {}
     for each in data:
         name, sign, file = each.partition("=")

@@ -149,6 +149,7 @@ def search(
     Half of the items of each task choose, and the other half proves what was chosen. A search that was stopped, or killed, continues with the same command; the same command elsewhere joins it.
     """
     options.quieten_hub(quiet)
+    options.check_recipe_file(recipe)
     from ..search import Interrupted
     from ..search import search as run
     from ._found import SearchProgress, print_found

@@ -17,9 +17,9 @@ from ..errors import MergeError
 from ..method import MergeMethod
 from ..recipe import ModelReference, Recipe, check_recipe
 from .agreement.configs import compare_configs
-from .agreement.ending import agree_on_ending
+from .agreement.ending import Ending, agree_on_ending
 from .agreement.quantisation import check_quantised, refuse_unreadable
-from .agreement.side_files import chat_template, side_file_warnings, side_files, unread_warnings
+from .agreement.side_files import chat_template, file_origins, side_file_warnings, side_files, unread_warnings
 from .agreement.vocabularies import compare_tokens
 from .alignment.alignment import Alignment, Member
 from .alignment.complete import check_complete
@@ -107,18 +107,19 @@ def build_plan(
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
     drafts, config, quantise_warnings = quantise_output(recipe, drafts, config)
-    template = chat_template(recipe, members, matched.owner)
+    template, template_of, template_warnings = chat_template(recipe, members, matched.owner)
     drafts, shards, gguf = gguf_output(
         recipe,
         drafts,
         members[recipe.donor].checkpoint,
         moved_tokens=matched.change is not None,
-        chat_template=template[0],
+        chat_template=template,
         block=BLOCK,
     )
     shards = shards or plan_shards([each for draft in drafts for each in draft.described], out_shard_size, {})
     donor, owner = members[recipe.donor], matched.owner
-    ending = agree_on_ending(donor, owner, config, template[0], matched.vocabulary, matched.moved)
+    ending = agree_on_ending(donor, owner, config, template, matched.vocabulary, matched.moved)
+    files = side_files(donor, owner, matched.change)
     fused, fusion_warnings = _fuses(drafts, devices)
     tensors = place(drafts, shards)
     wanted = threads or min(os.cpu_count() or 1, 8)
@@ -132,8 +133,9 @@ def build_plan(
         tensors=tensors,
         shards=shards,
         config=ending.config,
-        side_files=side_files(members[recipe.donor], matched.owner, matched.change),
-        chat_template=template[0],
+        side_files=files,
+        origins=file_origins(donor, owner, files, _configs(ending), template_of, matched.change),
+        chat_template=template,
         generation_config=ending.generation_config,
         fused=fused,
         seed=seed,
@@ -152,7 +154,7 @@ def build_plan(
             *agreement,
             *config_warnings,
             *quantise_warnings,
-            *template[1],
+            *template_warnings,
             *ending.warnings,
             *fusion_warnings,
         ],
@@ -164,6 +166,12 @@ def build_plan(
         permutation=permutation,
         gguf=gguf,
     )
+
+
+def _configs(ending: Ending) -> list[str]:
+    """Return the names of the configs that are written, rather than copied."""
+    written = {"config.json": ending.config, "generation_config.json": ending.generation_config}
+    return [name for name, content in written.items() if content]
 
 
 def _share_memory(

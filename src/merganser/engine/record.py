@@ -23,6 +23,7 @@ from ..recipe import ModelReference
 from ..record.format import RECORD_FORMAT, RECORD_NAME
 from ..statistics import Statistics
 from ..version import __version__
+from .agreement.side_files import RECIPE
 from .output.digests import Digests, digest
 from .plan.census import census_entry
 from .plan.plan import Plan
@@ -321,15 +322,24 @@ def _made(plan: Plan) -> str:
 
 
 def _given(plan: Plan, hub: Sequence[str]) -> str:
-    """Return the card's sentence on where the files besides the weights come from."""
+    """Return the card's sentences on where the files besides the weights come from."""
+    shown = {str(reference): _shown(reference, hub) for reference in plan.checkpoints}
+    others = {model: names for model, names in plan.origins.items() if model != str(plan.donor)}
     found = plan.vocabulary
-    if found is None:
+    if not others and found is None:
         return f"Config, tokenizer and other files are those of {_shown(plan.donor, hub)}."
-    more = f", with {found.added:,} more tokens" if found.added else ""
-    return (
-        f"Config and other files are those of {_shown(plan.donor, hub)}. The tokenizer is that of "
-        f"`{Path(found.owner).name}`{more}; rows of the embedding were matched by token, as `{REPORT_NAME}` lists."
-    )
+    sentences = [f"Config and other files are those of {_shown(plan.donor, hub)}."]
+    for model, names in others.items():
+        listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        which = shown.get(model, model if model == RECIPE else f"`{Path(model).name}`")
+        sentences.append(f"{listed} {'is that' if len(names) == 1 else 'are those'} of {which}.")
+    if found is not None:
+        more = f", with {found.added:,} more tokens" if found.added else ""
+        sentences.append(
+            f"The tokenizer is that of `{Path(found.owner).name}`{more}; rows of the embedding were matched by token, as "
+            f"`{REPORT_NAME}` lists."
+        )
+    return "\n".join(sentences)
 
 
 def _restoring(plan: Plan) -> str:

@@ -22,7 +22,7 @@ from .kernels.devices import resolve_devices
 from .output.publish import replaced_folder, working_names, working_parent
 from .output.staging import Staging, lies_in, resolve_target
 from .plan.plan import Plan
-from .plan.work import keep_rate
+from .plan.work import keep_speeds
 from .record import fingerprint, input_files
 from .sidecars.make import Errors, make_sidecars
 from .stream.buffers import InputCache
@@ -102,7 +102,7 @@ def run_plan(
         Interrupted: Ctrl-C was pressed.
     """
     devices = resolve_devices(plan.device)
-    started = time.monotonic()
+    started, worked = time.monotonic(), time.process_time()
     _refuse_inputs(plan, out)
     inputs = input_files(plan)
     staging = Staging(
@@ -119,7 +119,7 @@ def run_plan(
         entries = run.execute()
         merged = time.monotonic()
         if not staging.continued and cluster is None and plan.device == "cpu":
-            keep_rate(plan.tensors, plan.workers, merged - started, plan.moving_seconds)
+            keep_speeds(plan.tensors, time.process_time() - worked, plan.moving_seconds, fused=plan.fused)
         hashes = run.hasher.result()
         errors = run.sidecars()
         record = write_rest(

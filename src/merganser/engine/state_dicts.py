@@ -65,6 +65,11 @@ def merge_state_dicts(
         UnsupportedError: The parameters ask for a statistic over the whole model.
         TypeError: Something is neither a state dict nor a module.
     """
+    if not isinstance(method, str):
+        raise TypeError(
+            f"merge_state_dicts: the first argument is the name of a method, got {type(method).__name__}: "
+            "merge_state_dicts('linear', models)"
+        )
     merge_method = get_method(method)
     if merge_method.from_data:
         raise UnsupportedError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..engine.kernels.devices import resolve_devices
-from ..errors import CheckpointError, MergeError, OutputError, TaskError
+from ..errors import CheckpointError, MergeError, OutputError, TaskError, suggest_keywords
 from ..inference.language_model import LanguageModel, Tokenizer, open_model
 from ..inference.sources import Reference, open_source
 from ..jsonfile import os_reason, read_object
@@ -53,6 +53,7 @@ class _Silent:
         """Do nothing."""
 
 
+@suggest_keywords
 def evaluate(
     models: Models,
     tasks: Sequence[str | Path] | Mapping[str, str | Path],

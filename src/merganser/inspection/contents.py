@@ -12,6 +12,7 @@ from ..anatomy import Anatomy, infer_anatomy, is_tied
 from ..anatomy.sizes import size_warnings
 from ..checkpoint import Checkpoint, TensorInfo
 from ..checkpoint.weights import PICKLED_SUFFIXES
+from ..errors import suggest_keywords
 from ..wording import some
 
 __all__ = [
@@ -163,6 +164,7 @@ def inspect_adapter(
     )
 
 
+@suggest_keywords
 def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspection:
     """Describe a checkpoint from its headers; no weights are read.
 

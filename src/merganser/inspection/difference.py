@@ -12,7 +12,7 @@ import numpy as np
 
 from ..adapters import open_reference
 from ..checkpoint import Reader, TensorInfo
-from ..errors import CheckpointError
+from ..errors import CheckpointError, suggest_keywords
 from ..process import one_thread
 from .side_by_side import Blocks, anatomy_of, widen, with_ties
 from .task_vectors import FAR
@@ -146,6 +146,7 @@ class _Sums:
         return Distance(self.identical, change, cosine, self.largest)
 
 
+@suggest_keywords
 def diff(
     a: str | Path,
     b: str | Path,

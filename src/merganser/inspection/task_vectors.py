@@ -15,7 +15,7 @@ import numpy as np
 from ..adapters import open_reference
 from ..anatomy import Part
 from ..checkpoint import Checkpoint, Reader, TensorInfo
-from ..errors import CheckpointError
+from ..errors import CheckpointError, suggest_keywords
 from ..process import one_thread
 from .side_by_side import Blocks, anatomy_of, widen, with_ties
 
@@ -115,6 +115,7 @@ class Kinship:
     left_out: Sequence[LeftOut]
 
 
+@suggest_keywords
 def kinship(
     models: Sequence[str | Path],
     base: str | Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from ..catalogue import described
 from ..errors import RecipeError, UnsupportedError, did_you_mean
 from .align import ALIGN_KEYS
 from .data import DATA_KEYS
@@ -66,11 +67,22 @@ _PLACES = {
 
 _FOREIGN = {
     **dict.fromkeys(
-        ("experts", "gate_mode", "experts_per_token", "shared_experts", "positive_prompts", "residual_gate"),
+        (
+            "experts",
+            "gate_mode",
+            "experts_per_token",
+            "shared_experts",
+            "source_model",
+            "positive_prompts",
+            "negative_prompts",
+            "noise_scale",
+            "residual_scale",
+            "residual_gate",
+        ),
         "a recipe of mergekit-moe, which builds a mixture of experts; merganser mix runs it",
     ),
     **dict.fromkeys(
-        ("genome", "layer_granularity", "tasks"),
+        ("genome", "layer_granularity", "tasks", "smooth", "filters", "random_init", "num_fewshot"),
         "a recipe of mergekit-evolve, which searches for parameters: merganser search reads it",
     ),
     **dict.fromkeys(
@@ -123,14 +135,22 @@ class UnknownKeys:
         """Return where a key belongs, or which key was probably meant."""
         if key in _PLACES:
             return f" Write it {_PLACES[key]}."
+        if key in _FOREIGN:
+            return f" It is a key of {_FOREIGN[key]}."
         if "parameters" in allowed and self._is_parameter(key):
             return f" It is a parameter of {self.method}: write it below 'parameters'."
         return did_you_mean(key, allowed)
 
     def _is_parameter(self, key: str) -> bool:
+        if self.method is None:
+            return False
+        descriptions, _ = described()
+        if self.method in descriptions:
+            return key in {parameter.name for parameter in descriptions[self.method].parameters}
+        # a method of another package, whose parameters only its code says
         from ..method.registry import get_method
 
         try:
-            return self.method is not None and key in get_method(self.method).parameters
+            return key in get_method(self.method).parameters
         except RecipeError:
             return False

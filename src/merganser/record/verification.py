@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 
 from ..checkpoint.links import inside, link_target
 from ..checkpoint.sidefiles import TEMPLATE_FOLDERS, is_tokenizer_file
-from ..errors import CheckpointError, NotFoundError
+from ..errors import CheckpointError, NotFoundError, suggest_keywords
 from ..files import sha256_of_file
 from ..jsonfile import os_reason, read_object
 from ..wording import brief
@@ -76,6 +76,7 @@ class Verification:
         return not self.extra and all(file.problem is None for file in self.files)
 
 
+@suggest_keywords
 def verify(
     out: str | Path, *, files: Collection[str] | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Verification:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import OutputError, UnsupportedError
+from ..errors import OutputError, UnsupportedError, suggest_keywords
 from ..evaluation.stored import read_evaluation
 from ..files import write_whole
 from ..inference.sources import open_source
@@ -80,6 +80,7 @@ def read_report(
     return Report(Path(out).resolve().name, summary(record), [folded(section) for section in found])
 
 
+@suggest_keywords
 def write_report(
     out: str | Path,
     file: str | Path | None = None,

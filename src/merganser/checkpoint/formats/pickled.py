@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["PickledFile", "read_pickled"]
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_WRAPPERS = ("state_dict", "model", "module")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _REMEDY = "convert it to safetensors with the program that wrote it"
 
 

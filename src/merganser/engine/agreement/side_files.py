@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...checkpoint import Checkpoint
@@ -16,6 +16,8 @@ from ...recipe.templates import AUTO
 from ...wording import some
 from ..alignment.alignment import Member
 from ..plan.vocabulary import VocabularyChange
+
+TEMPLATE = "chat_template.jinja"
 
 _MAX_TEMPLATE_BYTES = 10_000_000
 
@@ -33,6 +35,42 @@ def side_files(donor: Member, owner: Member, change: VocabularyChange | None) ->
         files = {name: path for name, path in files.items() if not is_tokenizer_file(name)}
         files |= {name: path for name, path in _relative(owner.checkpoint).items() if is_tokenizer_file(name)}
     return {name: path for name, path in files.items() if change is None or name not in change.stale}
+
+
+RECIPE = "the recipe"
+"""Origin of a chat template that the recipe holds."""
+
+
+def file_origins(
+    donor: Member,
+    owner: Member,
+    files: Mapping[str, Path],
+    written: Sequence[str],
+    template_of: str | None,
+    change: VocabularyChange | None,
+) -> dict[str, list[str]]:
+    """Return the names of the output's files besides weights, by the model that gives them; the donor first.
+
+    A file that is written anew, such as a config with another number of layers, counts as that of the model whose file was
+    changed.
+
+    Args:
+        donor: As in `side_files`.
+        owner: As in `side_files`.
+        files: From `side_files`.
+        written: Names of the configs of the donor that are written.
+        template_of: The model whose chat template is written, or `RECIPE`; None if none is written.
+        change: What is written in place of the tokenizer's files.
+    """
+    giver, tokens = str(donor.reference), str(owner.reference)
+    found: dict[str, list[str]] = {giver: [*written]}
+    named = [*files, *([] if change is None else change.texts)]
+    for name in dict.fromkeys(named):
+        if name not in written and (name != TEMPLATE or template_of is None):
+            found.setdefault(tokens if is_tokenizer_file(name) else giver, []).append(name)
+    if template_of is not None:
+        found.setdefault(template_of, []).append(TEMPLATE)
+    return {model: names for model, names in found.items() if names}
 
 
 def _relative(checkpoint: Checkpoint) -> dict[str, Path]:
@@ -64,8 +102,8 @@ def unread_warnings(members: Mapping[ModelReference, Member]) -> list[str]:
 
 def chat_template(
     recipe: Recipe, members: Mapping[ModelReference, Member], owner: Member
-) -> tuple[str | None, list[str]]:
-    """Return the chat template to write, and warnings about the choice.
+) -> tuple[str | None, str | None, list[str]]:
+    """Return the chat template to write, the model or `RECIPE` that has it, and warnings about the choice.
 
     `auto` is the template that most models have; of equally frequent ones, the first in the recipe's order. A union of
     tokenizers gets it, too, if the model whose tokenizer it extends has no template.
@@ -73,21 +111,23 @@ def chat_template(
     union = recipe.chat_template is None and recipe.tokenizer_union is not None
     if union and read_chat_template(owner.checkpoint) is None:
         if all(read_chat_template(member.checkpoint) is None for member in members.values()):
-            return None, []
+            return None, None, []
     elif recipe.chat_template != AUTO:
-        return recipe.chat_template, []
+        return recipe.chat_template, None if recipe.chat_template is None else RECIPE, []
     found = {reference: read_chat_template(member.checkpoint) for reference, member in members.items()}
     counts = Counter(text for text in found.values() if text is not None)
     if not counts:
-        return None, ["chat_template: auto: no model has a chat template, so the output has none"]
+        return None, None, ["chat_template: auto: no model has a chat template, so the output has none"]
     # most_common keeps the order of first appearance among equal counts
     chosen, count = counts.most_common(1)[0]
     first = next(reference for reference, text in found.items() if text == chosen)
     if len(counts) == 1:
-        return chosen, []
-    return chosen, [
-        f"chat_template: auto: the models have {len(counts)} different ones; taken that of {first} ({count} have it)"
-    ]
+        return chosen, str(first), []
+    return (
+        chosen,
+        str(first),
+        [f"chat_template: auto: the models have {len(counts)} different ones; taken that of {first} ({count} have it)"],
+    )
 
 
 def read_chat_template(checkpoint: Checkpoint) -> str | None:
@@ -97,7 +137,7 @@ def read_chat_template(checkpoint: Checkpoint) -> str | None:
         CheckpointError: A file that may hold it cannot be read, is a link out of the checkpoint, or has no valid
             template.
     """
-    own = checkpoint.side_file("chat_template.jinja")
+    own = checkpoint.side_file(TEMPLATE)
     if own is not None:
         return _checked(own, _read_text(own))
     for name in ("chat_template.json", "tokenizer_config.json"):

@@ -38,6 +38,7 @@ class Plan:
         shards: Weight files of the output, with their headers.
         config: config.json of the output; empty if the donor has none.
         side_files: Files to copy: source by path relative to the output.
+        origins: Names of the output's files besides weights, by the model that gives them, or "the recipe".
         chat_template: Jinja text to write; None if it is copied with the donor's files, or there is none.
         generation_config: generation_config.json to write; None if the donor's is copied, or there is none.
         fused: Whether operations are fused, for methods where that helps.
@@ -90,6 +91,7 @@ class Plan:
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
     mixture: MixtureSummary | ShrinkingSummary | None = None
     gguf: GgufSummary | None = None
+    origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Plan: {self._facts()}>"
@@ -173,9 +175,12 @@ class Plan:
 
     @property
     def moving_seconds(self) -> float:
-        """Rough time of reading and writing, seconds: first read at 1 GB/s, passes at 4 GB/s, writes at 0.5 GB/s."""
-        beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.5e9 if self.sidecars else 0
-        return 2 + self._bytes_once / 1e9 + self.bytes_read / 4e9 + self.bytes_written / 0.5e9 + beside
+        """Rough time of starting, reading and writing, seconds.
+
+        Fitted to processor times of merges of files in the page cache; a disk below about 2 GB/s takes longer.
+        """
+        beside = self.sidecars.bytes_read / 2e9 + self.sidecars.bytes_written / 0.9e9 if self.sidecars else 0
+        return 2 + self._bytes_once / 2e9 + self.bytes_read / 8e9 + self.bytes_written / 0.9e9 + beside
 
     @property
     def seconds(self) -> float:

@@ -138,8 +138,8 @@ class PlanSummary:
         method: Name of the merge method.
         methods: Number of tensors per method: that method first, then others.
         inputs: The inputs; the donor first.
-        donor: Model from which config, tokenizer and other files are taken.
-        donor_files: Names of those files.
+        donor: Model from which config, tensor names and other files are taken.
+        side_files: Names of the output's files besides weights, by the model that gives them, or "the recipe".
         files: Sizes in bytes of the weight files that are written, by name.
         dtypes: Dtypes of the output, the most common first.
         tensors: Number of tensors of the output.
@@ -169,7 +169,7 @@ class PlanSummary:
     methods: Mapping[str, int]
     inputs: Sequence[InputSummary]
     donor: str
-    donor_files: Sequence[str]
+    side_files: Mapping[str, Sequence[str]]
     files: Mapping[str, int]
     dtypes: tuple[str, ...]
     tensors: int
@@ -202,7 +202,7 @@ def summarise(plan: Plan) -> PlanSummary:
         methods={method.name: count for method, count in plan.methods.items()},
         inputs=[_input(plan, reference) for reference in plan.checkpoints],
         donor=str(plan.donor),
-        donor_files=[*(["config.json"] if plan.config else []), *plan.side_files],
+        side_files=plan.origins,
         files={shard.name: shard.size for shard in plan.shards},
         dtypes=_most_common(t.stored_as for t in plan.tensors),
         tensors=len(plan.tensors),

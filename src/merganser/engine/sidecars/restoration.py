@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.sidefiles import copy_file
-from ...errors import CheckpointError, NotFoundError, OutputError
+from ...errors import CheckpointError, NotFoundError, OutputError, suggest_keywords
 from ...files import sha256_of_file
 from ...jsonfile import Entry, read_object
 from ...process import one_thread
@@ -42,6 +42,7 @@ class Restored:
     warnings: tuple[str, ...] = ()
 
 
+@suggest_keywords
 def restore(
     out: str | Path,
     task: str,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch import Tensor
 from ...checkpoint import Reader, Shard
 from ...checkpoint.descriptors import Descriptors
 from ...errors import MergeError, OutputError, UnsupportedError
-from ...process import reuse_freed_memory
+from ...process import count_peak, peak_memory, reuse_freed_memory
 from ...system import open_binary, write_at
 from ..plan.plan import Plan
 from .groups import Task, make_groups
@@ -72,15 +73,15 @@ class Node:
         """Return True: an answer shows that the cluster has started this worker."""
         return True
 
-    def do(self, task: Task, known: list[dict[str, Tensor]]) -> tuple[Done | MergeError, list[int]]:
-        """Run a task; return its result or a MergeError, and the amounts for `advance`."""
+    def do(self, task: Task, known: list[dict[str, Tensor]]) -> tuple[Done | MergeError, list[int], int]:
+        """Run a task; return its result or a MergeError, the amounts for `advance`, and the peak memory of this process."""
         self._read = [0, 0, 0]
         state = start_group(self._groups[task.group], self._kernels)
         state.known = known
         try:
-            return self._worker.do(state, task), self._read
+            return self._worker.do(state, task), self._read, peak_memory()
         except MergeError as error:
-            return error, self._read
+            return error, self._read, peak_memory()
 
     def _advance(self, read: int, written: int, tensors: int) -> None:
         for i, more in enumerate((read, written, tensors)):
@@ -162,7 +163,9 @@ class Cluster:
                 if taken is None:
                     return
                 state, task = taken
-                result, amounts = self._wait(node.do.remote(task, state.known), schedule)
+                result, amounts, peak = self._wait(node.do.remote(task, state.known), schedule)
+                # one worker at a time per thread, and its successors
+                count_peak(f"cluster {threading.get_ident()}", peak)
             except lost_errors(ray) as error:
                 if task is not None:
                     schedule.give_back(task)
