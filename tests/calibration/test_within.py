@@ -23,6 +23,7 @@ from tests.evaluation.tiny import add_tokenizer
 from tests.reference.featcal import featcal_walk
 from tests.reference.pleas import pleas_walk
 from tests.reference.regmean_plus import regmean_plus as literal
+from tests.reference.zipit import zipit_walk
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +266,21 @@ def test_models_on_other_tokens_are_not_compared(llama: Family, tmp_path: Path) 
     with pytest.raises(RecipeError, match=r"pleas compares the models token by token, and .*model1 reads other tokens"):
         llama.calibrate("pleas", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_hidden_units_are_zipped_by_what_they_compute(name: str, tmp_path: Path) -> None:
+    """Compared with whole models in memory; what is no hidden unit is averaged."""
+    family = make_family(tmp_path, name)
+    written = family.recipe("zipit", beta=0.5) | {"data": {"files": str(family.data[0]), "length": LENGTH}}
+    del written["base_model"]
+    merge(written, tmp_path / "out")
+    found = load_file(tmp_path / "out/model.safetensors")
+    models = [family.open(model) for model in family.models]
+    expected = zipit_walk(models, family.sequences(0), BLOCKS[name], alpha=0.3, beta=0.5)
+    moved = 0.0
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), expected[key], rtol=0, atol=1e-6, msg=key)
+        average = sum(model.state_dict()[key].double() for model in models) / 2
+        moved = max(moved, float((expected[key] - average).abs().max()))
+    assert moved > 0.01

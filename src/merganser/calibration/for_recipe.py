@@ -22,6 +22,7 @@ from .reverse import GRADIENTS
 from .run import Progress, run_prepared
 from .within.fitting import COEFFICIENTS
 from .within.pairs import CROSS_GRAM
+from .within.zipping import GROUPS
 
 __all__ = [
     "Wanted",
@@ -266,7 +267,7 @@ def prepared_for(wanted: Wanted, cache_dir: Path | None) -> Iterator[Prepared]:
         with prepare(
             wanted.model,
             data.source,
-            statistics=[name for name in wanted.statistics if name not in (CROSS_GRAM, COEFFICIENTS)],
+            statistics=[name for name in wanted.statistics if name not in (CROSS_GRAM, COEFFICIENTS, GROUPS)],
             choice=data.choice,
             labels=data.labels or LABELS[0],
             batch_tokens=data.batch_tokens,

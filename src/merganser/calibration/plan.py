@@ -28,6 +28,7 @@ from .skeleton import Skeleton
 from .taps import Tapped, Taps
 from .within.fitting import COEFFICIENTS, planned_coefficients
 from .within.pairs import CROSS_GRAM, planned_pairs
+from .within.zipping import GROUPS, planned_groups
 from .writer import Sum, file_name, write_about
 
 __all__ = ["lay_out", "plan_calibration", "plan_prepared", "rate_of_sums"]
@@ -38,7 +39,7 @@ _RUNTIME = 500_000_000
 _BESIDE_PRODUCTS = 1.3
 _READ_RATE = 1e9
 # within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
-_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "mean": 1.0, "end_to_end": 1.0}
+_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "mean": 1.0, "zipped": 1.0, "end_to_end": 1.0}
 # forward and backward, with the default number of steps, each on one batch
 _FIT_PASSES, _FIT_STEPS = 3.0, 30
 _STARTING = 4.0
@@ -106,6 +107,8 @@ def plan_prepared(
         found = planned_learnt(skeleton, descent)
     if inputs == "fitted":
         found = [planned_coefficients(skeleton, block) for block in skeleton.blocks]
+    if inputs == "zipped":
+        found = [planned_groups(skeleton, block) for block in skeleton.blocks]
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
     outside = skeleton.outside(head=prepared.labels is not None)
     forward = _forward_operations(prepared)
@@ -163,6 +166,8 @@ def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
         extra = (CROSS_GRAM,)
     elif inputs in ("fitted", "end_to_end"):
         extra = (COEFFICIENTS,)
+    elif inputs == "zipped":
+        extra = (GROUPS,)
     return (*prepared.statistics, *extra)
 
 
@@ -279,6 +284,7 @@ def _peak_memory(
         "merged": (2, 3),
         "fitted": (2, 2 + wide),
         "mean": (together, together),
+        "zipped": (together, together),
         "end_to_end": (1, 1),
     }[inputs]
     largest = max(_loaded(skeleton, block.sources) for block in skeleton.blocks)

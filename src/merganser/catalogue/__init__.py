@@ -77,7 +77,7 @@ class MethodDescription:
         from_data_of_base: Those that it needs of the base, on the data of every model.
         data_of: Of what it needs the former: "models" (every one), "base" or "first" (the first model).
         data_inputs: What computes the inputs that they are of, as in `FromData`: "own", "prefix", "merged", "fitted",
-            "mean" or "end_to_end".
+            "mean", "zipped" or "end_to_end".
         sidecar: Whether it stores data for each model from which the model can be restored.
         parameters: Its parameters, in order.
         differs: Where it differs from the paper; empty if it does not.

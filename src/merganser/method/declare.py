@@ -174,6 +174,13 @@ def _matrix_complaint(
     return f"a method of scope 'matrix' has whole matrices at hand; let it compute {other} itself" if other else None
 
 
+_SETTINGS = {
+    "coefficients": {"weight", "start", "chunks", "steps", "rate", "regulariser"},
+    "groups": {"alpha", "beta"},
+}
+"""Parameters that statistics are made with within a merge."""
+
+
 def _data_complaint(scope: Scope, from_data: Mapping[str, FromData], parameters: Mapping[str, Parameter]) -> str | None:
     """Return why a method cannot take one of its statistics from data; None if it can take all."""
     for name, own in from_data.items():
@@ -182,11 +189,11 @@ def _data_complaint(scope: Scope, from_data: Mapping[str, FromData], parameters:
                 return f"{name} is of a whole matrix, which only methods of scope 'matrix' are handed"
             continue
         if scope != "tensor":
-            return f"{name} are of chunks of a whole tensor, which only methods of scope 'tensor' are handed"
-        fit = {"weight", "start", "chunks", "steps", "rate", "regulariser"}
-        lacking = sorted((fit if own.learning is None else {*LEARNING_PARAMETERS}) - parameters.keys())
+            return f"{name} are of a whole tensor, which only methods of scope 'tensor' are handed"
+        needed = _SETTINGS[own.statistic] if own.learning is None else {*LEARNING_PARAMETERS}
+        lacking = sorted(needed - parameters.keys())
         if lacking:
-            return f"{name} are fitted with the parameters {', '.join(lacking)}, which it does not declare"
+            return f"{name} are made with the parameters {', '.join(lacking)}, which it does not declare"
     return None
 
 

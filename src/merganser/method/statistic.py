@@ -83,11 +83,13 @@ class Statistic:
         return str(parameters.get(self.over, self.over))
 
 
-_OF_INPUTS = ("gram", "cross_gram", "second_moment", "magnitude", "coefficients")
+_OF_INPUTS = ("gram", "cross_gram", "second_moment", "magnitude", "coefficients", "groups")
+_NO_SUMS = {"coefficients": ("fitted", "end_to_end"), "groups": ("zipped",)}
+_ALONE = tuple(inputs for needed in _NO_SUMS.values() for inputs in needed)
 _ELEMENTWISE = ("fisher", "gradient", "absolute_gradient")
 
 
-Inputs = Literal["own", "prefix", "merged", "fitted", "mean", "end_to_end"]
+Inputs = Literal["own", "prefix", "merged", "fitted", "mean", "zipped", "end_to_end"]
 """What computes the inputs that statistics are of: see `FromData`."""
 
 
@@ -120,21 +122,26 @@ class FromData:
 
         coefficients         of the task vector, one for each chunk of consecutive elements, shape [chunks]
 
-    which are fitted block by block within the merge, before the method runs. It declares the parameters `weight` (per
-    model), `start`, `chunks`, `steps`, `rate` and `regulariser` of the fit, as `expert_merging` explains them. With
+    which are fitted block by block within the merge, before the method runs. For these it declares the parameters `weight`
+    (per model), `start`, `chunks`, `steps`, `rate` and `regulariser` of the fit, as `expert_merging` explains them. With
     `learning` they are instead learnt by gradients of the whole merged model, and of the shape [1], or where every column
     has its own, of a shape that is multiplied with the tensor entry by entry. The method then declares `weight` (per
-    model), `steps`, `rate` and `batch`, as `adamerging` explains them.
+    model), `steps`, `rate` and `batch`, as `adamerging` explains them. Or
+
+        groups               the group of every output and every input of a tensor that holds hidden units, for each axis in
+                             turn, shape [rows + columns]; inputs are numbered from -1 downwards
+
+    for which it declares `alpha` and `beta`, as `zipit` explains them.
 
     Args:
         statistic: Which of them.
         inputs: What computes x on the model's data: "own", the model itself; "prefix", the model's block behind the
             merged blocks before it; "merged", the block as the method merges it without statistics, behind the merged
             blocks before it; "fitted", the block while coefficients are fitted, behind the merged blocks before it;
-            "mean", all models themselves on the same data, of which the mean is taken; "end_to_end", the whole merged model
-            while coefficients are learnt. All statistics of a method have the same; but for "own", all models are calibrated
-            together, within the merge. `cross_gram` needs "merged" or "mean", "mean" has nothing else, and `coefficients`
-            need "fitted" or "end_to_end".
+            "mean", all models themselves on the same data, of which the mean is taken; "zipped", the same, of which units are
+            joined; "end_to_end", the whole merged model while coefficients are learnt. All statistics of a method have the
+            same; but for "own", all models are calibrated together, within the merge. `cross_gram` needs "merged" or
+            "mean", "mean" has nothing else, `coefficients` need "fitted" or "end_to_end", and `groups` "zipped".
         of: Whose statistics they are: a tensor for each of the "models"; one, for the "base" or the "first" model; or a
             tensor for each model, of the base on the data of that model: "base_on_models". All statistics of a method
             have the same, but that "models" goes with "base_on_models"; those of one are of its own inputs.
@@ -151,6 +158,7 @@ class FromData:
         "gradient",
         "absolute_gradient",
         "coefficients",
+        "groups",
     ]
     inputs: Inputs = "own"
     of: Literal["models", "base", "first", "base_on_models"] = "models"
@@ -169,13 +177,15 @@ class FromData:
     @property
     def summed(self) -> bool:
         """Whether it is a sum, of which the method gets the mean; otherwise it gets the numbers themselves."""
-        return self.statistic != "coefficients"
+        return self.statistic not in _NO_SUMS
 
     def shape(self, block: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of one model's tensor, given that of the block that a method gets; of coefficients, of one chunk."""
         if self.elementwise:
             return tuple(block)
         if not self.summed:
+            if self.statistic == "groups":
+                return (sum(block),)
             of_columns = self.learning is not None and self.learning.over == "column" and len(block) > 1
             return (*[1] * (len(block) - 1), block[-1]) if of_columns else (1,)
         rows, columns = block[-2:]
@@ -225,9 +235,10 @@ def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
     odd = next((name for name, own in wanted.items() if own.statistic != "cross_gram" and own.inputs == "mean"), None)
     if odd is not None:
         return f"{odd}: inputs='mean' are compared with those of the models, as cross_gram, and nothing else"
-    odd = next((name for name, own in wanted.items() if (own.inputs in ("fitted", "end_to_end")) == own.summed), None)
-    if odd is not None:
-        return f"{odd}: coefficients are fitted, and nothing else: they need inputs='fitted' or 'end_to_end'"
+    for name, own in wanted.items():
+        needed = _NO_SUMS.get(own.statistic, ())
+        if (own.inputs in needed) == own.summed or (own.summed and own.inputs in _ALONE):
+            return f"{name}: coefficients need inputs='fitted' or 'end_to_end', groups 'zipped', which are for nothing else"
     odd = next((name for name, own in wanted.items() if (own.inputs == "end_to_end") == (own.learning is None)), None)
     return None if odd is None else f"{odd}: inputs='end_to_end' and learning belong together"
 

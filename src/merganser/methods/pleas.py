@@ -47,9 +47,7 @@ def pleas(
         The paper is about two networks for images; here any number of models, and blocks of a transformer. It takes 400
         steps of Adam; this is the minimum itself, but for ridge and limit, which are ours.
         The permutation is not part of this method but of the recipe's `align`. All units are merged, so that the model
-        keeps its width; the paper can also leave a share of the units of every layer separate, which makes every layer
-        wider. Here `align: {separate: ...}` does so for hidden units of MLPs, and these keep the rows that compute them,
-        which the paper fits, too.
+        keeps its width; the paper can also keep a share of the units of every layer apart, which makes layers wider.
         Biases, norms, embeddings and head are averaged; the paper fits biases, and resets the statistics of norms.
         Experts of a mixture are averaged: the models may choose different experts for a token.
     """

@@ -16,10 +16,15 @@ Of coefficients that were fitted within a merge, for every tensor of a block,
 
     coefficients    of the task vector, float32, shape [chunks]: no sum; `count` is the number of tokens they were fitted to
 
+Of hidden units that were joined within a merge, for every tensor that holds some,
+
+    groups          of each output and each input, axis after axis, float32, shape [rows + columns]: no sum; inputs are
+                    numbered from -1 downwards
+
 Matrices that receive the same inputs share their sums. `x` is computed by the model itself, or within a merge: by its
 block behind merged blocks, or by merged blocks alone, or it is the mean over all models (`inputs` in statistics.json:
-"own", "prefix", "merged", "mean"; "fitted" for coefficients, and "end_to_end" for those that were learnt with the whole
-merged model). All but "own" belong to one merge, whose hash is stored as `merge`.
+"own", "prefix", "merged", "mean"; "fitted" for coefficients, "end_to_end" for those that were learnt with the whole merged
+model, and "zipped" for groups). All but "own" belong to one merge, whose hash is stored as `merge`.
 
 With `g` the gradient of the loss of one sequence, which is the negative log-likelihood of its tokens that count, the sums
 over sequences are
@@ -80,7 +85,7 @@ PREDICTIONS = "predictions"
 LOSSES = "losses"
 """The loss of each sequence; statistics of parts of the data are joined, not added."""
 
-_OF_INPUTS = (COUNT, "magnitude", "second_moment", "gram", "cross_gram", "coefficients")
+_OF_INPUTS = (COUNT, "magnitude", "second_moment", "gram", "cross_gram", "coefficients", "groups")
 
 
 def sum_name(statistic: str, tensor: str) -> str:
@@ -128,7 +133,7 @@ class Statistics:
 
     @property
     def inputs(self) -> str:
-        """What computed the inputs: "own", "prefix", "merged", "mean", "fitted" or "end_to_end"."""
+        """What computed the inputs: "own", "prefix", "merged", "mean", "fitted", "zipped" or "end_to_end"."""
         return str(self.about.get("inputs", "own"))
 
     @property

@@ -199,12 +199,21 @@ def make_data(method: MergeMethod, shape: Sequence[int], count: int) -> dict[str
                 "coefficients": torch.rand(
                     own.shape(shape) if own.learning else min(3, max(math.prod(shape), 1)), generator=generator
                 ),
+                "groups": _groups(shape, generator),
             }
             tensor = made[own.statistic]
             # packed experts have one each; here all have the same
             packed = len(shape) == 3 and own.summed and not own.elementwise
             found[name].append(tensor.expand(shape[0], *tensor.shape) if packed else tensor)
     return found
+
+
+def _groups(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return groups of all outputs, the first axis, in any order; other axes are inputs, each in its own group."""
+    order = [torch.randperm(length, generator=generator) for length in shape[:1]]
+    return torch.cat(
+        [*order, *(-1 - torch.arange(length) for length in shape[1:]), torch.zeros(int(not shape))]
+    ).float()
 
 
 def _vectors(width: int, generator: torch.Generator) -> Tensor:

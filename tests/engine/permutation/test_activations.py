@@ -164,14 +164,14 @@ def test_a_constant_feature_and_a_large_mean() -> None:
     second = first[:, [2, 0, 1]] + 0.5 * torch.randn(400, 3, generator=draw)
     first, second = first * 0.01 + 1000.0, second.contiguous()
     second[:, 1] = 7.3
-    own = Correlation(Feature("units", 3, 0, 1))
+    own = Correlation(Feature("units", "down", 3, 0, 1))
     for at in range(0, 400, 100):
         own.add(first[at : at + 100], second[at : at + 100])
     expected = np.corrcoef(first.double().T, second[:, [0, 2]].double().T)[:3, 3:]
     found = own.result()
     np.testing.assert_allclose(found[:, [0, 2]], expected, rtol=0, atol=1e-4)
     assert torch.equal(found[:, 1], torch.zeros(3))
-    assert torch.equal(Correlation(Feature("units", 2, 0, 1)).result(), torch.zeros(2, 2))
+    assert torch.equal(Correlation(Feature("units", "down", 2, 0, 1)).result(), torch.zeros(2, 2))
 
 
 def test_the_plan_says_what_comparing_takes(zoo: Path, tmp_path: Path) -> None:

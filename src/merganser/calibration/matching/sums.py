@@ -25,12 +25,14 @@ class Feature:
 
     Args:
         units: Name of the group.
+        tensor: The tensor of the checkpoint that receives them.
         size: Number of units.
         start: The first feature of the first unit.
         width: Number of features of a unit.
     """
 
     units: str
+    tensor: str
     size: int
     start: int
     width: int
@@ -65,7 +67,7 @@ def features(skeleton: Skeleton, block: Block, units: Sequence[Units]) -> dict[s
         own = None if axis is None or parameter not in names else held.get((names[parameter], axis))
         if own is not None:
             one, use = own
-            found[parameter] = Feature(one.name, one.size, use.start, use.width)
+            found[parameter] = Feature(one.name, use.tensor, one.size, use.start, use.width)
     return found
 
 

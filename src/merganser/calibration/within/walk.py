@@ -42,11 +42,15 @@ from ..writer import file_name, write_about, write_sums
 from .fitting import Pupil, fit_block
 from .pairs import CROSS_GRAM, Pairs
 from .weights import MergedTensors, ModelTensors
+from .zipping import Zipper, zip_settings
 
 __all__ = ["Progress", "calibrate_within", "merge_identity", "merged_skeleton", "merged_sources"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished blocks and the number of all blocks."""
+
+# inputs for which all models themselves run on the same tokens
+_TOGETHER = ("mean", "zipped")
 
 # folders of hidden states; no folder of a model begins with a dot
 _HIDDEN, _OWN = ".hidden", ".own"
@@ -123,7 +127,7 @@ def _check(plan: Plan, models: Sequence[Prepared]) -> None:
     if len(models) != count:
         raise RecipeError(f"{place}: {count} models are merged, {len(models)} have data")
     for source, model in zip(merged_sources(plan), models, strict=True):
-        if method.data_inputs == "mean" and not _same_tokens(models[0], model):
+        if method.data_inputs in _TOGETHER and not _same_tokens(models[0], model):
             raise RecipeError(
                 f"{source.place}: {method.name} compares the models token by token, and {source.model} reads other tokens "
                 "than the first model; give 'data' once, at the top of the recipe, for models with the same tokenizer"
@@ -225,7 +229,7 @@ class _Walk:
                 key = "merged" if kind == _HIDDEN else "own"
                 return Stream(self._skeleton, batches, spool, StreamState.from_json(state[key]) if state else None)
 
-            compared = CROSS_GRAM in self._statistics or self._plan.method.data_inputs == "fitted"
+            compared = CROSS_GRAM in self._statistics or self._plan.method.data_inputs in ("fitted", *_TOGETHER)
             own = stream(_OWN) if compared else None
             self._models.append(_Model(source, folder, stream(_HIDDEN), own, dict(state["tensors"]) if state else {}))
 
@@ -236,6 +240,7 @@ class _Walk:
             "merged": self._measure_merged,
             "fitted": self._measure_fitted,
             "mean": self._measure_mean,
+            "zipped": self._measure_zipped,
         }[self._plan.method.data_inputs]
         for index in range(int(self._target.state.get("done", 0)), self._count):
             if progress is not None:
@@ -245,7 +250,7 @@ class _Walk:
                 model.latest = self._write(model.folder / file_name(index + 1, self._count), collected)
                 model.tensors |= model.latest
             # nothing reads what the last block computes; models that are compared with each other read their own
-            if index + 1 < self._count and self._plan.method.data_inputs != "mean":
+            if index + 1 < self._count and self._plan.method.data_inputs not in _TOGETHER:
                 self._merge(index, block)
             self._target.note({"done": index + 1, "models": [model.to_json() for model in self._models]})
             release_freed_memory()
@@ -311,15 +316,35 @@ class _Walk:
         yield from zip(self._models, found, strict=True)
 
     def _measure_mean(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
-        """Run the block of every model on its own data, and compare what its matrices get with the mean over all models."""
+        """Compare what the matrices of the block get in every model with the mean over all models."""
+        pairs = [Pairs() for _ in self._models]
+        seen: list[dict[str, Tensor]] = [{} for _ in self._models]
+        taps = [Taps(self._skeleton, block, [], own.__setitem__) for own in seen]
+        for _ in self._run_together(block, taps):
+            for parameter in seen[0]:
+                mean = torch.stack([rows[parameter].float() for rows in seen]).mean(0)
+                for pair, rows in zip(pairs, seen, strict=True):
+                    pair.add(parameter, mean, rows[parameter])
+        for model, pair, tap in zip(self._models, pairs, taps, strict=True):
+            yield model, pair.added_to(self._skeleton, tap.results())
+
+    def _measure_zipped(self, block: Block) -> Iterator[tuple[_Model, list[Tapped]]]:
+        """Put the hidden units of the block of all models in groups."""
+        zipper = Zipper(self._skeleton, block, len(self._models))
+        seen: list[dict[str, Tensor]] = [{} for _ in self._models]
+        taps = [Taps(self._skeleton, block, [], own.__setitem__) for own in seen]
+        for _ in self._run_together(block, taps):
+            zipper.add(seen)
+        alpha, beta = zip_settings(self._plan, block)
+        yield from zip(self._models, zipper.result(alpha, beta), strict=True)
+
+    def _run_together(self, block: Block, taps: Sequence[Taps]) -> Iterator[None]:
+        """Run the block of every model on what its own blocks before compute of the same tokens; yield after each batch."""
         outside, weights = self._skeleton.loaded(), []
         for model in self._models:
             with self._skeleton.filled(block, model.source):
                 self._skeleton.fill_outside(source=model.source)
                 weights.append(self._skeleton.loaded())
-        pairs = [Pairs() for _ in self._models]
-        seen: list[dict[str, Tensor]] = [{} for _ in self._models]
-        taps = [Taps(self._skeleton, block, [], own.__setitem__) for own in seen]
         with self._skeleton.filled(block, self._models[0].source):
             for number in range(len(self._models[0].batches)):
                 for model, own, tap in zip(self._models, weights, taps, strict=True):
@@ -328,16 +353,11 @@ class _Walk:
                     with tap.watching():
                         tap.begin(model.batches[number])
                         model.own.store(number, model.own.output(number))
-                for parameter in seen[0]:
-                    mean = torch.stack([rows[parameter].float() for rows in seen]).mean(0)
-                    for pair, rows in zip(pairs, seen, strict=True):
-                        pair.add(parameter, mean, rows[parameter])
+                yield
         for model in self._models:
             assert model.own is not None
             model.own.finish()
         self._skeleton.use(outside)
-        for model, pair, tap in zip(self._models, pairs, taps, strict=True):
-            yield model, pair.added_to(self._skeleton, tap.results())
 
     def _merge(self, index: int, block: Block) -> None:
         """Merge the block with the statistics of all models, and run it on all data."""

@@ -139,7 +139,8 @@ def _measure(
     data = {
         name: PerModel(
             1 if own.of in ("base", "first") else len(models),
-            lambda _, own=own: torch.ones(own.shape(shape)),  # type: ignore[misc]
+            # any group but the first may not exist
+            lambda _, own=own: torch.full(own.shape(shape), float(own.statistic != "groups")),  # type: ignore[misc]
         )
         for name, own in method.from_data.items()
     }

@@ -25,6 +25,7 @@ _INPUTS = {
     "fitted": "coefficients that were fitted within a merge",
     "end_to_end": "coefficients that were learnt with a whole merged model",
     "mean": "the mean of what all models of a merge compute",
+    "zipped": "units that were joined within a merge",
 }
 
 
