@@ -16,6 +16,7 @@ from .evidence import SETTINGS_KEYS, why_quantised
 from .four_bit_floats import read_four_bit_floats
 from .fp8 import read_fp8
 from .gptq import read_gptq
+from .hqq import read_hqq
 from .integers import read_integers
 from .mlx import read_mlx
 from .pool import Pool
@@ -24,7 +25,7 @@ from .torchao import read_torchao
 __all__ = ["Quantisation", "declared_dtype", "dequantise"]
 
 _READERS = (
-    *(read_bitsandbytes, read_four_bit_floats, read_gptq, read_mlx, read_torchao),
+    *(read_bitsandbytes, read_four_bit_floats, read_gptq, read_mlx, read_torchao, read_hqq),
     *(read_integers, read_fp8),
 )
 
@@ -41,6 +42,7 @@ _KNOWN = frozenset(
         "modelopt",
         "modelopt_fp4",
         "torchao",
+        "hqq",
         "auto-round",
         "auto_round",
         "intel/auto-round",
@@ -100,7 +102,7 @@ def dequantise(
         return dict(tensors), Quantisation(
             evidence,
             unreadable=f"the method {method!r} cannot be read; fp8, compressed-tensors, mxfp4, "
-            "bitsandbytes, gptq, awq, modelopt, torchao and MLX can",
+            "bitsandbytes, gptq, awq, modelopt, torchao, hqq and MLX can",
         )
     pool = Pool(where, settings, tensors, declared_dtype(config) or DTYPE_BY_NAME["bfloat16"], metadata)
     try:
