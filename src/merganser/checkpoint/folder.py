@@ -145,7 +145,7 @@ def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: P
     tensors, wrappers = unwrap(reference, found.tensors)
     quantisation = found.quantisation
     if quantisation is None:
-        tensors, quantisation = dequantise(reference, found.config, tensors)
+        tensors, quantisation = dequantise(reference, found.config, tensors, found.metadata)
     left_out = {**found.left_out, **(quantisation.left_out if quantisation is not None else {})}
     return replace(found, tensors=tensors, wrappers=tuple(wrappers), quantisation=quantisation, left_out=left_out)
 

@@ -16,6 +16,7 @@ _HOW = {
     "mean of all rows": "set to the mean of all rows",
     "zero": "set to zero",
     "combined": "combined from shared tokens",
+    "romanised": "of tokens in Latin letters",
 }
 
 

@@ -12,7 +12,7 @@ import typer
 from ..wording import count_text, plural, size_text, time_text
 from . import _options as options
 from ._progress import merge_progress, step_progress
-from ._text import head, say, say_json
+from ._text import complain, head, say, say_json
 from ._vocabulary import vocabulary_lines
 
 
@@ -23,13 +23,21 @@ def transplant(
             metavar="MODEL", help="The model: a folder, a file of weights, or a Hub id.", show_default=False
         ),
     ],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.", show_default=False)],
     tokenizer: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="DONOR", help="The model whose tokenizer the output gets, with its weights.", show_default=False
         ),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.", show_default=False)],
+    ] = None,
+    romanise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="max|min|average",
+            help="Instead of another tokenizer: add the model's own pieces in Latin letters.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -55,23 +63,41 @@ def transplant(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Give a model the tokenizer of another one."""
+    """Give a model the tokenizer of another one.
+
+    Or, with --romanise, more tokens: its own ones in Latin letters.
+    """
     options.quieten_hub(quiet)
     from ..engine.output.staging import check_target
     from ..engine.run import run_plan
-    from ..transplant import plan_transplant
+    from ..transplant import plan_romanised, plan_transplant
 
+    if (tokenizer is None) is (romanise is None):
+        complain("error", "transplant: give --tokenizer or --romanise, one of the two")
+        raise typer.Exit(2)
+    if romanise is not None and (method != "omp" or k is not None):
+        complain("error", "transplant: --method and --k are for --tokenizer; leave them out with --romanise")
+        raise typer.Exit(2)
     started = time.monotonic()
     given = options.chosen(threads=threads, out_shard_size=out_shard_size, max_memory=max_memory, cache_dir=cache_dir)
     check_target(out, overwrite=overwrite)
     with step_progress("new tokens", quiet) as advance:
-        plan = plan_transplant(model, tokenizer, method=method, k=k, advance=advance, **given)
+        if romanise is not None:
+            plan = plan_romanised(model, romanise, advance=advance, **given)
+        else:
+            assert tokenizer is not None
+            plan = plan_transplant(model, tokenizer, method=method, k=k, advance=advance, **given)
     with merge_progress(quiet) as progress:
         result = run_plan(plan, out, overwrite=overwrite, fresh=fresh, progress=progress)
     if json:
         say_json({"out": str(result.out), "record": result.record})
     elif not quiet:
-        _summary(result.out, result.record, method, time.monotonic() - started)
+        _summary(
+            result.out,
+            result.record,
+            method if romanise is None else f"romanised ({romanise})",
+            time.monotonic() - started,
+        )
 
 
 def _summary(out: Path, record: Mapping[str, Any], method: str, seconds: float) -> None:

@@ -25,7 +25,9 @@ def published_card(card: str, licences: Sequence[InputLicence], licence: str | N
     """
     told, text = front_matter(card)
     told.setdefault("tags", ["merge", "merganser"])
-    if bases := [each.model for each in licences if each.on_hub]:
+    bases = [each.model for each in licences if each.on_hub]
+    # the card of an adapter names the model that it is for
+    if bases and told.get("library_name") != "peft":
         told |= {"base_model": bases, "base_model_relation": "merge"}
     if licence is not None:
         told["license"] = licence

@@ -1,5 +1,5 @@
 """Give a model the tokenizer of another one: rows of new tokens are made from rows that the model has."""
 
-from .run import plan_transplant, transplant
+from .run import plan_romanised, plan_transplant, transplant
 
-__all__ = ["plan_transplant", "transplant"]
+__all__ = ["plan_romanised", "plan_transplant", "transplant"]

@@ -29,7 +29,7 @@ from .approximate import METHODS
 from .pieces import cut_into_pieces
 from .shared import shared_rows
 
-__all__ = ["match_tokenizer"]
+__all__ = ["match_tokenizer", "tokens_of"]
 
 _FEWEST = 16
 """Shared tokens that an approximation needs at least."""
@@ -65,7 +65,7 @@ def match_tokenizer(
     assert recipe.tokenizer_donor is not None
     own_tokenizer = recipe.tokenizer_donor == member.reference
     owner = member if own_tokenizer else open_owner(recipe.tokenizer_donor, "--tokenizer", cache_dir)
-    donor, model = _tokens(owner), _tokens(member)
+    donor, model = tokens_of(owner), tokens_of(member)
     shared = shared_rows(donor, model)
     rows = max(donor.rows, donor.last + 1)
     new = {
@@ -110,7 +110,12 @@ def match_tokenizer(
     return Matched({member.reference: changed}, owner, replace(change, digest=digest.hexdigest()), moved=moved)
 
 
-def _tokens(member: Member) -> Tokens:
+def tokens_of(member: Member) -> Tokens:
+    """Return the tokens of a model.
+
+    Raises:
+        CheckpointError: It has no tokenizer that can be read.
+    """
     found = read_tokens(member)
     if found is None:
         raise CheckpointError(

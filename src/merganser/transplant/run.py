@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.planner import build_plan
 from ..engine.run import Progress, Result, run_plan
-from ..errors import MergeError, ParameterError
+from ..errors import MergeError, ParameterError, did_you_mean
 from ..recipe import load_recipe
 from .approximate import method_named
 from .match import match_tokenizer
+from .romanised import MODES, match_romanised
 
 if TYPE_CHECKING:
     from ..engine.plan.plan import Plan
 
-__all__ = ["plan_transplant", "transplant"]
+__all__ = ["plan_romanised", "plan_transplant", "transplant"]
 
 _PLACE = re.compile(r"^<recipe>[^ ]*( [\w.\[\]]+)?: ")
 
@@ -67,6 +68,41 @@ def plan_transplant(
         return build_plan(load_recipe(text), threads=threads, match=match, **options)
     except MergeError as error:
         # the recipe is ours, so its lines say nothing to the user
+        raise type(error)(_PLACE.sub("", str(error))) from None
+
+
+def plan_romanised(
+    model: str,
+    mode: str,
+    *,
+    threads: int | None = None,
+    advance: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """Plan a model that also has the pieces of its vocabulary in Latin letters; nothing is written.
+
+    Args:
+        model: Folder or Hub id of the model, whose tokenizer is of SentencePiece's Unigram kind.
+        mode: Which of several pieces of one spelling counts, one of `MODES`.
+        threads: Threads that write; by default one per core, at most 8.
+        advance: Called with the number of pieces romanised, and of all.
+        **options: As for `merganser.engine.planner.build_plan`.
+
+    Raises:
+        ParameterError: The mode is not known.
+        UnsupportedError: The model's vocabulary is of another kind, or the package uroman is not installed.
+        MergeError: The model cannot be read.
+    """
+    if mode not in MODES:
+        raise ParameterError(f"--romanise {mode}: is not known.{did_you_mean(mode, MODES)} Known: {', '.join(MODES)}")
+    text = (
+        f"# merganser transplant: romanise {mode}\n"
+        f"merge_method: passthrough\nmodels: [{{model: {{path: {json.dumps(model)}}}}}]\n"
+    )
+    match = partial(match_romanised, mode=mode, advance=advance)
+    try:
+        return build_plan(load_recipe(text), threads=threads, match=match, **options)
+    except MergeError as error:
         raise type(error)(_PLACE.sub("", str(error))) from None
 
 

@@ -15,7 +15,7 @@ from ...tokenizer.union import Extension, plan_union, token_entry
 from ...wording import some
 from .tokens import Tokens, shown_token
 
-__all__ = ["OutputVocabulary", "output_vocabulary"]
+__all__ = ["OutputVocabulary", "extended", "output_vocabulary"]
 
 _STALE = ("vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "tokenizer.model", "spiece.model")
 _STALE_SUFFIXES = (".model", ".spm", ".bpe", ".vocab", ".tiktoken", ".merges")
@@ -79,6 +79,22 @@ def output_vocabulary(recipe: Recipe, owner: Tokens, models: Sequence[Tokens]) -
     if recipe.compat == "mergekit":
         rows = start + len(extension.tokens)
     rows = -(-rows // recipe.row_multiple) * recipe.row_multiple
+    return extended(owner, extension, rows)
+
+
+def extended(owner: Tokens, extension: Extension, rows: int) -> OutputVocabulary:
+    """Return the vocabulary of a tokenizer with more tokens.
+
+    Args:
+        owner: The tokenizer.
+        extension: What it gets in addition.
+        rows: Rows of the output's embedding.
+
+    Raises:
+        UnsupportedError: The file that would be changed does not exist.
+        CheckpointError: It is damaged, or has no place for the tokens.
+    """
+    known = owner.ids
     if not extension.tokens:
         return OutputVocabulary(owner.reference, known, rows)
     texts = _texts(owner, extension)

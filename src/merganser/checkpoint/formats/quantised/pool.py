@@ -27,15 +27,22 @@ class Pool:
         settings: `quantization_config` of config.json, or an empty mapping.
         tensors: All tensors of the files.
         natural: The dtype in which an output stores dequantised weights by default.
+        metadata: The `__metadata__` of the files' headers.
     """
 
     def __init__(
-        self, where: str, settings: Mapping[str, Any], tensors: Mapping[str, TensorInfo], natural: DType
+        self,
+        where: str,
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        natural: DType,
+        metadata: Mapping[str, str],
     ) -> None:
         self.where = where
         self.settings = settings
         self.stored = tensors
         self.natural = natural
+        self.metadata = metadata
         self.schemes: set[str] = set()
         self._made: dict[str, TensorInfo] = {}
         self._taken: dict[str, str] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ....errors import MergeError
@@ -15,13 +16,18 @@ from .evidence import SETTINGS_KEYS, why_quantised
 from .four_bit_floats import read_four_bit_floats
 from .fp8 import read_fp8
 from .gptq import read_gptq
+from .hqq import read_hqq
 from .integers import read_integers
 from .mlx import read_mlx
 from .pool import Pool
+from .torchao import read_torchao
 
 __all__ = ["Quantisation", "declared_dtype", "dequantise"]
 
-_READERS = (read_bitsandbytes, read_four_bit_floats, read_gptq, read_mlx, read_integers, read_fp8)
+_READERS = (
+    *(read_bitsandbytes, read_four_bit_floats, read_gptq, read_mlx, read_torchao, read_hqq),
+    *(read_integers, read_fp8),
+)
 
 _KNOWN = frozenset(
     [
@@ -35,6 +41,8 @@ _KNOWN = frozenset(
         "awq",
         "modelopt",
         "modelopt_fp4",
+        "torchao",
+        "hqq",
         "auto-round",
         "auto_round",
         "intel/auto-round",
@@ -69,7 +77,10 @@ class Quantisation:
 
 
 def dequantise(
-    where: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    where: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, TensorInfo], Quantisation | None]:
     """Return the weights of a checkpoint by the names of the unquantised model, dequantised when they are read.
 
@@ -77,6 +88,7 @@ def dequantise(
         where: The checkpoint, for messages.
         config: config.json.
         tensors: The tensors of its files.
+        metadata: The `__metadata__` of the files' headers.
 
     Returns:
         The tensors, those of the files if they are not quantised or cannot be read; and how they are quantised.
@@ -90,9 +102,9 @@ def dequantise(
         return dict(tensors), Quantisation(
             evidence,
             unreadable=f"the method {method!r} cannot be read; fp8, compressed-tensors, mxfp4, "
-            "bitsandbytes, gptq, awq, modelopt and MLX can",
+            "bitsandbytes, gptq, awq, modelopt, torchao, hqq and MLX can",
         )
-    pool = Pool(where, settings, tensors, declared_dtype(config) or DTYPE_BY_NAME["bfloat16"])
+    pool = Pool(where, settings, tensors, declared_dtype(config) or DTYPE_BY_NAME["bfloat16"], metadata)
     try:
         for read in _READERS:
             read(pool)
