@@ -100,10 +100,10 @@ def write_study(folder: Path, found: dict[str, Any], tasks: int = 1) -> Path:
             for i, name in enumerate(["base", "trial-0001", "trial-0002", "trial-0003"]):
                 columns = {"correct": [i > 0, i > 1, False, True]}
                 if k == 1:
-                    columns = {"bits": [8 - i, 4, 4, 2], "bytes": [1, 2, 4, 0]}
+                    columns |= {"bits": [8 - i, 4, 4, 2], "bytes": [1, 2, 4, 0]}
                 journal.add(f"k{i}/t{k}", 0, {"items": [5, 1, 3, 2], "columns": columns}, model=name, task=f"t{k}")
                 if name != "trial-0002":
-                    more = {"correct": [True]} if k == 0 else {"bits": [1], "bytes": [2]}
+                    more = {"correct": [True]} if k == 0 else {"correct": [True], "bits": [1], "bytes": [2]}
                     journal.add(f"k{i}/t{k}", 1, {"items": [4], "columns": more}, model=name, task=f"t{k}")
             journal.add(f"k0/t{k}", -1, {"items": [9], "columns": {"correct": [True]}}, model="base", task=f"t{k}")
     return folder

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, UnsupportedError
+from .dimension import Dimension
 from .many.claims import Claims
 from .many.storage import open_storage, shown, storage_errors
 from .objectives import Direction
 from .samplers import OWN, wrap
-from .space import Dimension
 
 SAMPLERS = ("auto", "cma", "tpe", "gp", "random", "nsga2", "nsga3", *OWN)
 
@@ -138,13 +138,14 @@ class Study:
             return None if busy and recipe(found.point) in busy else self._owned(found)
 
     def _asked(self, number: int, left: int | None) -> Asked:
-        """Return a new trial, or with `left`, its id, one that somebody left."""
+        """Return trial `number`: a new one, or with `left`, its id, one that somebody left."""
         self._study.sampler = self._new_sampler(number)
-        if left is None:
-            new = self._study.ask(fixed_distributions=self._spaces)
-            return Asked(new.number, dict(new.params), new)
-        trial = self._optuna.trial.Trial(self._study, left)
-        return Asked(number, {name: _suggest(trial, name, space) for name, space in self._spaces.items()}, trial)
+        trial = self._study.ask() if left is None else self._optuna.trial.Trial(self._study, left)
+        point: dict[str, float | int] = {}
+        for dimension in self._dimensions:
+            if dimension.is_open(point):
+                point[dimension.name] = _suggest(trial, dimension.name, self._spaces[dimension.name])
+        return Asked(trial.number, point, trial)
 
     def _owned(self, asked: Asked) -> Asked:
         if self._claims is not None:
