@@ -21,7 +21,7 @@ from .dimension import Dimension
 from .many.claims import Claims
 from .many.storage import open_storage, shown, storage_errors
 from .objectives import Direction
-from .samplers import OWN, wrap
+from .samplers import OWN, is_nestable, wrap
 
 SAMPLERS = ("auto", "cma", "tpe", "gp", "random", "nsga2", "nsga3", *OWN)
 
@@ -285,10 +285,19 @@ def choose_sampler(
             raise UnsupportedError("sampler: cma takes one objective without bounds; take tpe, or nsga2")
         if len(dimensions) < 2:
             raise UnsupportedError("sampler: cma needs at least two free values; take tpe, or gp")
-    if wanted in ("greedy", "particles") and objectives > 1:
+    if wanted in ("greedy", "particles", "genome", "nested") and objectives > 1:
         raise UnsupportedError(f"sampler: {wanted} takes one objective; take tpe, quadratic, nsga2 or nsga3")
-    if wanted in ("particles", "quadratic") and not numbers:
+    if wanted in ("particles", "quadratic", "bayesian") and not numbers:
         raise UnsupportedError(f"sampler: {wanted} searches numbers, and this recipe has choices; take tpe, or greedy")
+    if wanted == "bayesian" and not 2 <= len(dimensions) <= 6:
+        raise UnsupportedError(
+            f"sampler: bayesian takes two to six free values, and this recipe has {len(dimensions)}; take quadratic, or gp"
+        )
+    if wanted == "nested" and not is_nestable(dimensions):
+        raise UnsupportedError(
+            "sampler: nested merges two models at a time, so the free values must be one weight for each model, from 0 or "
+            "below, and nothing else: weight: {search: [0, 1], per: model}; take quadratic, or tpe"
+        )
     if wanted != "auto":
         return wanted
     if objectives > 1 or bounds or not numbers:
