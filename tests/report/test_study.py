@@ -192,15 +192,15 @@ def test_in_the_terminal(tmp_path: Path) -> None:
 def test_a_large_search_stays_below_two_megabytes(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     found = result()
-    found["trials"] = [trial(i, [float(chance.random())]) for i in range(400)]
+    found["trials"] = [trial(i, [float(chance.random())]) for i in range(240)]
     for each in found["trials"]:
         each["settings"] = {f"parameters.weight[model-{k}][{k}/9]": float(chance.random()) for k in range(24)}
     folder = write_study(tmp_path / "study", found)
     with SharedJournal(folder / "items.jsonl") as journal:
         for task in ("p", "q"):
-            for i in range(400):
-                correct = (chance.random(500) < 0.5).tolist()
-                journal.add(f"t{i}/{task}", 0, {"items": [*range(500)], "columns": {"correct": correct}}, model=f"trial-{i + 1:04d}", task=task)  # fmt: skip
+            for i in range(240):
+                correct = (chance.random(300) < 0.5).tolist()
+                journal.add(f"t{i}/{task}", 0, {"items": [*range(300)], "columns": {"correct": correct}}, model=f"trial-{i + 1:04d}", task=task)  # fmt: skip
     assert write_report(folder).stat().st_size < 2_000_000
 
 

@@ -127,7 +127,7 @@ class Study:
             busy = {recipe(dict(trial.params)) for trial in running if trial.number in taken}
             for trial in running:
                 if trial.number not in taken:
-                    found = self._asked(trial.number, trial._trial_id)
+                    found = self._asked(trial.number, trial)
                     if not busy or recipe(found.point) not in busy:
                         return self._owned(found)
             if len(taken) < len(running) or (most is not None and len(trials) >= most):
@@ -137,14 +137,20 @@ class Study:
             found = self._asked(len(trials), None)
             return None if busy and recipe(found.point) in busy else self._owned(found)
 
-    def _asked(self, number: int, left: int | None) -> Asked:
-        """Return trial `number`: a new one, or with `left`, its id, one that somebody left."""
+    def _asked(self, number: int, left: Any) -> Asked:
+        """Return trial `number`: a new one, or one that somebody left."""
         self._study.sampler = self._new_sampler(number)
-        trial = self._study.ask() if left is None else self._optuna.trial.Trial(self._study, left)
+        trial = self._study.ask() if left is None else self._optuna.trial.Trial(self._study, left._trial_id)
+        known = {} if left is None else dict(left.params)
         point: dict[str, float | int] = {}
         for dimension in self._dimensions:
-            if dimension.is_open(point):
-                point[dimension.name] = _suggest(trial, dimension.name, self._spaces[dimension.name])
+            if not dimension.is_open(point):
+                continue
+            name, space = dimension.name, self._spaces[dimension.name]
+            if name in known and name not in trial.relative_params:
+                # its process was killed between two values: the next one is drawn after this one, as it would have been
+                self._study.sampler.sample_independent(self._study, left, name, space)
+            point[name] = _suggest(trial, name, space)
         return Asked(trial.number, point, trial)
 
     def _owned(self, asked: Asked) -> Asked:
