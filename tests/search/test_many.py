@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from merganser.errors import MergeError, OutputError
 from merganser.evaluation.scoring.journal import SharedJournal
 from merganser.search import Found, search
 from merganser.search import run as search_run
+from merganser.search import study as study_module
 from merganser.search.many import claims as claims_module
 from merganser.search.many.claims import Claims
 from merganser.search.many.cluster import Worker, find_places
@@ -116,6 +119,33 @@ def test_a_trial_whose_process_is_dead_is_taken_over(tmp_path: Path) -> None:
     for each in claims[1:]:
         each.close()
     assert not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_killed_between_two_values_of_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str) -> None:
+    space = [Dimension(name, 0.0, 1.0) for name in "xyz"]
+
+    def told(path: Path, cut: tuple[int, int]) -> list[Any]:
+        study = Study(path, space, ["maximize"], sampler, 3, dict.fromkeys("xyz", 0.5))
+        for number in range(4):
+            for left in range(*(cut if number == 2 else (0, 0))):
+                drawn = iter([True] * left)
+
+                def failing(trial: Any, name: str, space: Any, drawn: Any = drawn) -> Any:
+                    next(drawn)
+                    return suggest(trial, name, space)
+
+                monkeypatch.setattr(study_module, "_suggest", failing)
+                with pytest.raises(StopIteration):
+                    study.ask()
+            monkeypatch.setattr(study_module, "_suggest", suggest)
+            asked = study.ask()
+            assert asked is not None
+            study.tell(asked, [float(sum(asked.point.values()))], {}, {})
+        return [(each.number, each.point) for each in study.told]
+
+    suggest = study_module._suggest
+    assert told(tmp_path / "cut.log", (0, 3)) == told(tmp_path / "whole.log", (0, 0))
 
 
 def test_no_two_processes_have_trials_of_one_recipe(tmp_path: Path) -> None:
@@ -274,3 +304,33 @@ def test_places_of_a_cluster() -> None:
     assert [(p.node, p.threads) for p in find_places(nodes, gpu=True)] == [("a", 8), ("a", 8)]
     with pytest.raises(MergeError, match="no node has a GPU for a worker"):
         find_places(nodes[1:], gpu=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_three_processes_killed_ten_times(tmp_path: Path) -> None:
+    given = {**GIVEN, "trials": 24}
+    whole = search(RECIPE, tmp_path / "whole", TASKS, **given)
+    out = tmp_path / "out"
+    chance = random.Random(0)
+    context = multiprocessing.get_context("fork")
+
+    def begin() -> Any:
+        process = context.Process(target=search, args=(RECIPE, out, TASKS), kwargs=given, daemon=True)
+        process.start()
+        return process
+
+    running = [begin() for _ in range(3)]
+    for _ in range(10):
+        time.sleep(chance.uniform(0.05, 1.0))
+        victim = running.pop(chance.randrange(len(running)))
+        victim.kill()
+        victim.join()
+        running.append(begin())
+    for process in running:
+        process.join(300)
+        assert process.exitcode == 0
+    found = search(RECIPE, out, TASKS, **given)
+    assert figures(found) == figures(whole)
+    assert lines(out) == lines(tmp_path / "whole")
+    assert not (out / "claims").exists()

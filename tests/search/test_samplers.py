@@ -38,7 +38,7 @@ def told(sampler: str, seed: int, trials: int, path: Path | None = None, cuts: t
     return [(each.point, each.values) for each in study.told]
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "particles", "quadratic"])
+@pytest.mark.parametrize("sampler", ["greedy", "particles", "quadratic", "genome", "bayesian"])
 def test_better_than_the_best_of_as_many_random_ones(sampler: str) -> None:
     wins = 0
     for seed in range(5):
@@ -52,7 +52,7 @@ def test_better_than_the_best_of_as_many_random_ones(sampler: str) -> None:
     assert wins >= 4
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "particles", "quadratic"])
+@pytest.mark.parametrize("sampler", ["greedy", "particles", "quadratic", "genome", "bayesian"])
 def test_killed_ten_times_and_continued(tmp_path: Path, sampler: str) -> None:
     cuts = tuple(random.Random(3).sample(range(40), 10))
     assert told(sampler, 1, 40, tmp_path / "cut.log", cuts) == told(sampler, 1, 40)
@@ -103,7 +103,7 @@ def test_coordinates(dimension: Dimension) -> None:
     assert dimension.choices is not None or (values[0] == dimension.low and values[-1] <= dimension.high)
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "particles"])
+@pytest.mark.parametrize("sampler", ["greedy", "particles", "genome"])
 def test_several_objectives_are_refused(sampler: str) -> None:
     with pytest.raises(UnsupportedError, match=f"{sampler} takes one objective"):
         choose_sampler(sampler, SPACE, 2, 0, 10)

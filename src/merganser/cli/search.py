@@ -67,7 +67,7 @@ Hours = Annotated[float | None, typer.Option(metavar="H", help="No trial begins 
 Sampler = Annotated[
     str,
     typer.Option(
-        metavar="auto|cma|tpe|gp|random|nsga2|nsga3|greedy|particles|quadratic|m2n2",
+        metavar="auto|cma|tpe|gp|random|nsga2|nsga3|greedy|particles|quadratic|m2n2|genome|nested|bayesian",
         help="What chooses the next values.",
     ),
 ]

@@ -65,7 +65,7 @@ def free_values(root: Node, file: str) -> list[FreeValue]:
     Raises:
         RecipeError: A free value is malformed.
     """
-    return [_read(path, entry) for path, entry in _find((), Entry(root, Place(file, root.line, "")))]
+    return [read_free(path, entry) for path, entry in _find((), Entry(root, Place(file, root.line, "")))]
 
 
 def refuse_free_values(root: Entry) -> None:
@@ -74,6 +74,11 @@ def refuse_free_values(root: Entry) -> None:
     Raises:
         RecipeError: There is one.
     """
+    if isinstance(root.value, dict) and "path" in root.value:
+        raise root.error(
+            f"'path' leaves open which layers follow each other; find it with: merganser search {root.place.file} OUT "
+            "--tasks ..."
+        )
     for _, entry in _find((), root):
         raise entry.error(
             f"this value is left open, and a merge needs it; find it with: merganser search {root.place.file} OUT "
@@ -98,7 +103,16 @@ def _find(path: Path, entry: Entry) -> Iterator[tuple[Path, Entry]]:
             yield from _find((*path, index), Entry(node, place))
 
 
-def _read(path: Path, entry: Entry) -> FreeValue:
+def read_free(path: Path, entry: Entry) -> FreeValue:
+    """Read a free value.
+
+    Args:
+        path: Keys and indices from the root of its document.
+        entry: The value.
+
+    Raises:
+        RecipeError: It is malformed.
+    """
     fields = entry.mapping(_KEYS)
     if "search" in fields and "choices" in fields:
         raise entry.error("give 'search' with a range, or 'choices', not both")

@@ -84,7 +84,8 @@ def search(
         experts: The model trained for a task, as for `evaluate`.
         trials: Number of trials, those of earlier calls included; by default 50, with `hours` as many as they allow.
         hours: Time after which no trial begins.
-        sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic or m2n2.
+        sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic, m2n2, genome,
+            nested or bayesian.
         seed: Seed of the sampler and of the division of the items.
         limit: Number of items of each task, both halves together.
         context: As for `evaluate`.

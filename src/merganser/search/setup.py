@@ -157,7 +157,11 @@ def prepare(request: Request, space: Space, start: Sequence[Recipe], folder: Fol
     Raises:
         MergeError: Something is wrong, or was different when the search was begun.
     """
-    setup = _by_command(request, start, folder) if request.command is not None else _by_items(request, start, folder)
+    setup = (
+        _by_command(request, space, start, folder)
+        if request.command is not None
+        else _by_items(request, space, start, folder)
+    )
     judge = setup.judge
     with folder.claims.turn("settings"):
         known = folder.settings() or {}
@@ -187,7 +191,7 @@ def prepare(request: Request, space: Space, start: Sequence[Recipe], folder: Fol
     return Prepared(Trials(study, space, judge, folder), setup, start, chosen)
 
 
-def _by_command(request: Request, start: Sequence[Recipe], folder: Folder) -> Setup:
+def _by_command(request: Request, space: Space, start: Sequence[Recipe], folder: Folder) -> Setup:
     """Return the judge that runs a command."""
     assert request.command is not None
     words = parse_command(request.command)
@@ -195,16 +199,18 @@ def _by_command(request: Request, start: Sequence[Recipe], folder: Folder) -> Se
     objectives = parse_objectives(request.objectives, None, None)
     judge = CommandJudge(words, request.timeout, folder, objectives, bounds)
     # the command reads folders
-    inputs = tuple(Model(f"model {path}", name, path) for name, path in _inputs(start).items() if Path(path).is_dir())
+    inputs = tuple(
+        Model(f"model {path}", name, path) for name, path in _inputs(space, start).items() if Path(path).is_dir()
+    )
     return Setup(judge, inputs, {"command": request.command}, 0)
 
 
-def _by_items(request: Request, start: Sequence[Recipe], folder: Folder) -> Setup:
+def _by_items(request: Request, space: Space, start: Sequence[Recipe], folder: Folder) -> Setup:
     """Open the models and the items, and return the judge that scores them."""
     tasks, wanted, cache_dir = load_tasks(request.tasks), request.wanted, request.cache_dir
     refuse_harness(tasks)
     the_model(plan(start, keep_stages=False, **({"cache_dir": cache_dir} if cache_dir else {})))
-    roster = make_roster(_inputs(start), request.base, request.experts, [task.name for task in tasks])
+    roster = make_roster(_inputs(space, start), request.base, request.experts, [task.name for task in tasks])
     references = {entry.name: entry.reference for entry in roster.entries}
     bench, models = open_bench(references, tasks, wanted, folder.journal, request.seed, cache_dir)
     own = {task: models[name] for task, name in roster.experts.items()}
@@ -234,10 +240,11 @@ def _by_items(request: Request, start: Sequence[Recipe], folder: Folder) -> Setu
     return setup.with_objectives(request.objectives, request.at_least, request.at_most)
 
 
-def _inputs(start: Sequence[Recipe]) -> dict[str, str]:
-    """Return the models that a recipe names, by a short name."""
+def _inputs(space: Space, start: Sequence[Recipe]) -> dict[str, str]:
+    """Return the models that recipes of the space name, by a short name."""
     stages = {recipe.name for recipe in start[:-1]}
-    found = [*dict.fromkeys(str(m) for recipe in start for m in recipe.references() if m.path not in stages)]
+    named = [str(m) for recipe in start for m in recipe.references() if m.path not in stages]
+    found = [*dict.fromkeys([*named, *(model for model in space.models if model not in stages)])]
     return dict(zip(default_names(found), found, strict=True))
 
 

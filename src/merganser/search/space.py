@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,60 +16,12 @@ from ..recipe.document import Document, parse_mapping, plain
 from ..recipe.free import FreeValue, check_within, free_values
 from ..recipe.load import RecipeSource, read_documents
 from ..recipe.scalar import shown
-
-Point: TypeAlias = "Mapping[str, float | int]"
-"""A value of each dimension by its name; of a choice, its index."""
+from .dimension import Dimension, Point
+from .paths import KEY as PATH
+from .paths import LayerPath
 
 _ROLES = {"attention": "attn", "mlp": "mlp", "others": None}
 """The filter of each role; the names of attention weights contain `attn` in all common architectures."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dimension:
-    """One free number, or one free choice.
-
-    Args:
-        name: Where it stands in the recipe, such as `models[0].parameters.weight`.
-        low: Lowest value.
-        high: Highest value.
-        log: Whether ratios matter and not differences.
-        step: Distance between values of a grid; None for any value.
-        integer: Whether values are whole numbers.
-        choices: Values to choose from; None for a number.
-        parameter: Name of the method's parameter; None for another key.
-        per_model: Whether other models have a dimension of the same parameter.
-    """
-
-    name: str
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = None
-    integer: bool = False
-    choices: tuple[Any, ...] | None = None
-    parameter: str | None = None
-    per_model: bool = False
-
-    def value(self, point: Point) -> Any:
-        """Return the value at a point, as it stands in a recipe."""
-        found = point[self.name]
-        return self.choices[int(found)] if self.choices is not None else found
-
-    def start(self, models: int) -> float | int:
-        """Return where a search begins: the middle; of a weight, an equal share of the models; of choices, the first.
-
-        Args:
-            models: Number of models of the recipe.
-        """
-        if self.choices is not None:
-            return 0
-        middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
-        if self.parameter == "weight" and self.per_model and self.low <= 1 / models <= self.high:
-            middle = 1 / models
-        if self.step is not None:
-            middle = self.low + self.step * round((middle - self.low) / self.step)
-        middle = min(max(middle, self.low), self.high)
-        return round(middle) if self.integer else middle
 
 
 Make: TypeAlias = "Callable[[Point], Any]"
@@ -95,10 +46,16 @@ class Space:
         self._documents = [plain(document.root) for document in documents]
         self.dimensions: list[Dimension] = []
         self._set: list[tuple[int, FreeValue, tuple[str | int, ...], Make]] = []
+        self._paths: dict[int, LayerPath] = {}
         for number, document in enumerate(documents):
             prefix = f"{number + 1}: " if len(documents) > 1 else ""
+            root = document.root.value
+            if isinstance(root, dict) and PATH in root:
+                self._paths[number] = LayerPath(root, document.file, prefix)
+                self.dimensions += self._paths[number].dimensions
             for free in free_values(document.root, document.file):
-                self._add(number, free, prefix)
+                if not (number in self._paths and free.path[0] == PATH):
+                    self._add(number, free, prefix)
         if not self.dimensions:
             raise RecipeError(
                 f"{self._file}: leaves nothing open; write a value to find as {{search: [low, high]}} or "
@@ -115,16 +72,32 @@ class Space:
                 _drop(documents[number], free.path)
             else:
                 _put(documents[number], path, make(point))
+        for number, way in self._paths.items():
+            documents[number] = {**documents[number], "slices": way.slices(point)}
+            del documents[number][PATH]
         return "---\n".join(parse_mapping(document, self._file).text for document in documents)
 
     def start(self) -> dict[str, float | int]:
         """Return the point where a search begins."""
         count = max(1, *(len(_models(document)) for document in self._documents))
-        return {dimension.name: dimension.start(count) for dimension in self.dimensions}
+        point: dict[str, float | int] = {}
+        for dimension in self.dimensions:
+            if dimension.is_open(point):
+                point[dimension.name] = dimension.start(count)
+        return point
+
+    @property
+    def models(self) -> list[str]:
+        """The models that a recipe of this space may name where the one at the start does not."""
+        found = [model for way in self._paths.values() for model in way.models]
+        for dimension in self.dimensions:
+            if dimension.choices is not None and dimension.name.endswith(".model"):
+                found += [str(choice) for choice in dimension.choices]
+        return found
 
     def describe(self, point: Point) -> dict[str, Any]:
         """Return the values at a point by name, as they stand in the recipe."""
-        return {dimension.name: dimension.value(point) for dimension in self.dimensions}
+        return {dimension.name: dimension.value(point) for dimension in self.dimensions if dimension.name in point}
 
     def _add(self, number: int, free: FreeValue, prefix: str) -> None:
         document = self._documents[number]

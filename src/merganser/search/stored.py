@@ -250,11 +250,11 @@ def read_items(folder: Path) -> list[StoredItems]:
         if task is None or model is None or entry.get("batch", -1) < 0 or "columns" not in content:
             continue
         columns = content["columns"]
-        if "correct" in columns:
-            kinds[task], scores = "correct", [float(value) for value in columns["correct"]]
-        elif "bits" in columns and "bytes" in columns:
+        if "bits" in columns and "bytes" in columns:
             kinds[task] = "bits per byte"
             scores = [-bits / max(size, 1) for bits, size in zip(columns["bits"], columns["bytes"], strict=True)]
+        elif "correct" in columns:
+            kinds[task], scores = "correct", [float(value) for value in columns["correct"]]
         else:
             continue
         found.setdefault(task, {}).setdefault(model, {}).update(zip(content["items"], scores, strict=True))

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, UnsupportedError
+from .dimension import Dimension
 from .many.claims import Claims
 from .many.storage import open_storage, shown, storage_errors
 from .objectives import Direction
-from .samplers import OWN, wrap
-from .space import Dimension
+from .samplers import OWN, is_nestable, wrap
 
 SAMPLERS = ("auto", "cma", "tpe", "gp", "random", "nsga2", "nsga3", *OWN)
 
@@ -127,7 +127,7 @@ class Study:
             busy = {recipe(dict(trial.params)) for trial in running if trial.number in taken}
             for trial in running:
                 if trial.number not in taken:
-                    found = self._asked(trial.number, trial._trial_id)
+                    found = self._asked(trial.number, trial)
                     if not busy or recipe(found.point) not in busy:
                         return self._owned(found)
             if len(taken) < len(running) or (most is not None and len(trials) >= most):
@@ -137,14 +137,21 @@ class Study:
             found = self._asked(len(trials), None)
             return None if busy and recipe(found.point) in busy else self._owned(found)
 
-    def _asked(self, number: int, left: int | None) -> Asked:
-        """Return a new trial, or with `left`, its id, one that somebody left."""
+    def _asked(self, number: int, left: Any) -> Asked:
+        """Return trial `number`: a new one, or one that somebody left."""
         self._study.sampler = self._new_sampler(number)
-        if left is None:
-            new = self._study.ask(fixed_distributions=self._spaces)
-            return Asked(new.number, dict(new.params), new)
-        trial = self._optuna.trial.Trial(self._study, left)
-        return Asked(number, {name: _suggest(trial, name, space) for name, space in self._spaces.items()}, trial)
+        trial = self._study.ask() if left is None else self._optuna.trial.Trial(self._study, left._trial_id)
+        known = {} if left is None else dict(left.params)
+        point: dict[str, float | int] = {}
+        for dimension in self._dimensions:
+            if not dimension.is_open(point):
+                continue
+            name, space = dimension.name, self._spaces[dimension.name]
+            if name in known and name not in trial.relative_params:
+                # its process was killed between two values: the next one is drawn after this one, as it would have been
+                self._study.sampler.sample_independent(self._study, left, name, space)
+            point[name] = _suggest(trial, name, space)
+        return Asked(trial.number, point, trial)
 
     def _owned(self, asked: Asked) -> Asked:
         if self._claims is not None:
@@ -284,10 +291,19 @@ def choose_sampler(
             raise UnsupportedError("sampler: cma takes one objective without bounds; take tpe, or nsga2")
         if len(dimensions) < 2:
             raise UnsupportedError("sampler: cma needs at least two free values; take tpe, or gp")
-    if wanted in ("greedy", "particles") and objectives > 1:
+    if wanted in ("greedy", "particles", "genome", "nested") and objectives > 1:
         raise UnsupportedError(f"sampler: {wanted} takes one objective; take tpe, quadratic, nsga2 or nsga3")
-    if wanted in ("particles", "quadratic") and not numbers:
+    if wanted in ("particles", "quadratic", "bayesian") and not numbers:
         raise UnsupportedError(f"sampler: {wanted} searches numbers, and this recipe has choices; take tpe, or greedy")
+    if wanted == "bayesian" and not 2 <= len(dimensions) <= 6:
+        raise UnsupportedError(
+            f"sampler: bayesian takes two to six free values, and this recipe has {len(dimensions)}; take quadratic, or gp"
+        )
+    if wanted == "nested" and not is_nestable(dimensions):
+        raise UnsupportedError(
+            "sampler: nested merges two models at a time, so the free values must be one weight for each model, from 0 or "
+            "below, and nothing else: weight: {search: [0, 1], per: model}; take quadratic, or tpe"
+        )
     if wanted != "auto":
         return wanted
     if objectives > 1 or bounds or not numbers:

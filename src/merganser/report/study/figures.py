@@ -10,7 +10,7 @@ from ...search.stored import StoredStudy, StoredTrial
 from ..blocks import Block, Figure
 from ..palette import COLOURS, bounds, cut, escape, layout, ramp
 
-__all__ = ["front_figures", "history_figures", "importance_figure", "parallel_figure"]
+__all__ = ["front_figures", "history_figures", "importance_figure", "parallel_figure", "value_names"]
 
 _MOST_LINES = 80
 _MOST_VALUES = 12
@@ -157,7 +157,8 @@ def parallel_figure(study: StoredStudy) -> list[Block]:
         return []
     sign = 1.0 if study.objectives[0][1] == "maximize" else -1.0
     ordered = sorted(trials, key=lambda t: -sign * t.values[0] if t.values else 0.0)[:_MOST_LINES]
-    scales = {name: _scale([t.settings.get(name) for t in trials]) for name in names}
+    # a scale of what is not used is no value
+    scales = {name: _scale([t.settings[name] for t in trials if name in t.settings]) for name in names}
     labels = _labels(names)
     data = []
     for rank, trial in reversed([*enumerate(ordered)]):
@@ -168,7 +169,7 @@ def parallel_figure(study: StoredStudy) -> list[Block]:
                 "type": "scatter",
                 "mode": "lines+markers" if len(names) < 2 or best else "lines",
                 "x": labels,
-                "y": [scales[name][_key(trial.settings.get(name))] for name in names],
+                "y": [scales[name].get(_key(trial.settings.get(name))) for name in names],
                 "line": {"color": COLOURS[1] if best else ramp(share), "width": 3 if best else 1},
                 "opacity": 1 if best else 0.35 + 0.4 * share,
                 "text": [_said(trial, study)] * len(names),
@@ -177,23 +178,30 @@ def parallel_figure(study: StoredStudy) -> list[Block]:
         )
     drawn = layout(
         420,
-        margin={"l": 40, "r": 12, "t": 30, "b": 110},
+        margin={"l": 40, "r": 56, "t": 30, "b": 110},
         xaxis={"fixedrange": True, "type": "category", "tickangle": 40, "tickfont": {"size": 10}},
         yaxis={"fixedrange": True, "range": [-0.04, 1.04], "tickvals": [0, 1], "ticktext": ["low", "high"]},
     )
     said = "" if len(ordered) == len(trials) else f" (the best {len(ordered)} of {len(trials)})"
-    left = len(study.trials[0].settings) - len(names)
+    left = len(value_names(trials)) - len(names)
     said += f"; {left} values that matter less are left out" if left else ""
     title = f"values by trial{said}: from dark (bad) to bright (good), red the best"
-    lines = [f"  {name}: {_ends_text([t.settings.get(name) for t in ordered[:10]])}" for name in names]
+    lines = [
+        f"  {name}: {_ends_text([t.settings[name] for t in ordered[:10] if name in t.settings])}" for name in names
+    ]
     return [Figure(title, data, drawn, 420, ["  in the ten best trials:", *lines], _SOURCE)]
+
+
+def value_names(trials: Sequence[StoredTrial]) -> list[str]:
+    """Return the names of the values that trials have."""
+    return [*dict.fromkeys(name for trial in trials for name in trial.settings)]
 
 
 def _shown_values(study: StoredStudy, trials: Sequence[StoredTrial]) -> list[str]:
     """Return the values that a figure shows: those that matter most, in the order of the recipe, if there are many."""
     if not trials:
         return []
-    names = [*trials[0].settings]
+    names = value_names(trials)
     if len(names) <= _MOST_VALUES:
         return names
     shares = next(iter(study.importance.values()), {})
@@ -201,10 +209,11 @@ def _shown_values(study: StoredStudy, trials: Sequence[StoredTrial]) -> list[str
     return [name for name in names if name in kept]
 
 
-def _labels(names: Sequence[str]) -> list[str]:
+def _labels(names: Sequence[str], most: int = 18) -> list[str]:
     """Return names without what all begin with, each cut, and none twice."""
     short = [name.removeprefix("parameters.") for name in names]
-    cuts = [escape(name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}") for name in short]
+    half = most // 2
+    cuts = [escape(name if len(name) <= most else f"{name[: half - 1]}…{name[-half:]}") for name in short]
     return [text if cuts.count(text) == 1 else f"{text} {i + 1}" for i, text in enumerate(cuts)]
 
 
@@ -240,7 +249,7 @@ def importance_figure(study: StoredStudy) -> list[Block]:
     names = [*dict.fromkeys(name for shares in study.importance.values() for name in shares)]
     most = {name: max(shares.get(name, 0.0) for shares in study.importance.values()) for name in names}
     names = sorted(names, key=lambda name: most[name])[-2 * _MOST_VALUES :]
-    labels = [escape(cut(name)) for name in names]
+    labels = _labels(names, 22)
     data = [
         {
             "type": "bar",

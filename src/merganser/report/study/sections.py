@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ...search.stored import StoredEnd, StoredItems, StoredStudy, StoredTrial
 from ...wording import plural, time_text
 from ..blocks import Block, Cell, Code, List, Number, Paragraph, Section, Table
-from .figures import front_figures, history_figures, importance_figure, parallel_figure
+from .figures import front_figures, history_figures, importance_figure, parallel_figure, value_names
 from .heat import heat_section
 
 __all__ = ["study_sections", "study_summary"]
@@ -127,7 +127,7 @@ def setting_text(value: object) -> str:
 def _settings(best: Sequence[StoredTrial]) -> Table:
     shown = best[:8]
     rows: list[list[Cell]] = [
-        [name, *(setting_text(trial.settings.get(name)) for trial in shown)] for name in shown[0].settings
+        [name, *(setting_text(trial.settings.get(name, "")) for trial in shown)] for name in value_names(shown)
     ]
     return Table(["value", *(trial.name for trial in shown)], rows, f"{_SOURCE}: trials[].settings", "what they are")
 
@@ -145,14 +145,14 @@ def _trials(study: StoredStudy) -> Table:
         enumerate(study.trials),
         key=lambda each: (not each[1].whole, -sign * each[1].values[0] if each[1].values else 0.0, each[1].number),
     )
-    rows = [_row(i, trial, study) for i, trial in ordered[:_MOST_ROWS]]
+    names = value_names(study.trials)
+    rows = [_row(i, trial, study, names) for i, trial in ordered[:_MOST_ROWS]]
     caption = "all trials, the best first" if len(rows) == len(study.trials) else f"the best {len(rows)} trials"
-    names = [*(study.trials[0].settings if study.trials else ())]
     head = ["trial", *(name for name, _ in study.objectives), "items", "", *names]
     return Table(head, rows, f"{_SOURCE}: trials", caption, folded=True)
 
 
-def _row(i: int, trial: StoredTrial, study: StoredStudy) -> list[Cell]:
+def _row(i: int, trial: StoredTrial, study: StoredStudy, names: Sequence[str]) -> list[Cell]:
     values: list[Cell] = [""] * len(study.objectives)
     if trial.values is not None:
         values = [Number(v, f"{v:.4f}", f"trials[{i}].values[{k}]") for k, v in enumerate(trial.values)]
@@ -164,4 +164,4 @@ def _row(i: int, trial: StoredTrial, study: StoredStudy) -> list[Cell]:
     ]
     items = Number(trial.items, str(trial.items), f"trials[{i}].items")
     number = Number(trial.number + 1, str(trial.number + 1))
-    return [number, *values, items, ", ".join(said), *(setting_text(value) for value in trial.settings.values())]
+    return [number, *values, items, ", ".join(said), *(setting_text(trial.settings.get(name, "")) for name in names)]

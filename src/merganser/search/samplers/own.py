@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from ..space import Dimension
+from ..dimension import Dimension
 
 Point: TypeAlias = "Mapping[str, float | int]"
 
@@ -126,7 +126,8 @@ def _past(optuna: Any, study: Any, dimensions: Sequence[Dimension]) -> dict[int,
     found = {}
     for trial in study.get_trials(deepcopy=False, states=(states.COMPLETE, states.FAIL)):
         counts = trial.state == states.COMPLETE and all(by <= 0 for by in trial.constraints.values())
-        at = tuple(to_unit(dimension, trial.params[dimension.name]) for dimension in dimensions)
+        # where a value has no meaning, such as the scale of what is not used, any will do
+        at = tuple(to_unit(d, trial.params[d.name]) if d.name in trial.params else 0.5 for d in dimensions)
         values = tuple(s * value for s, value in zip(signs, trial.values, strict=True)) if counts else None
         items = trial.user_attrs.get(SCORES)
         found[trial.number] = Past(trial.number, at, values, None if items is None else tuple(items))

@@ -2,14 +2,14 @@
 
 Source: the succession step of GENOME+ (Zhang et al. 2025, arXiv 2503.01155, and its published code), here over the free values of a
 recipe, and not over the weights of adapters; the random factors are drawn anew for each step and dimension, and the step decays once in a
-generation. Crossover, mutation and selection of GENOME are not part of this.
+generation. Crossover, mutation and selection of GENOME are the sampler `genome`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..space import Dimension
+from ..dimension import Dimension
 from .own import Past, chance
 
 _PARTICLES = 8
