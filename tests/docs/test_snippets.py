@@ -64,8 +64,8 @@ def test_recipe(text: str) -> None:
     if "{search:" in text:
         space = Space(text)
         text = space.resolve(space.start())
-    if "\nexperts:\n" in text:
-        assert load_mixture(text).experts
+    if "\nexperts:\n" in text or re.search(r"^join:$", text, re.MULTILINE):
+        assert load_mixture(text)
         return
     recipes = load_recipes(text)
     assert recipes

@@ -20,6 +20,8 @@ from merganser.inference.stored import open_stored
 from merganser.runtime.routed import RoutedModel, open_tasks
 from merganser.runtime.routed.making import make_router
 from merganser.runtime.routed.opened import routed_name
+from merganser.runtime.routed.router import mix_of
+from merganser.runtime.routed.tasks import Weights, blended
 from tests.cli.tiny import run
 from tests.evaluation.tiny import make_model
 
@@ -136,8 +138,67 @@ def test_by_perplexity_the_likeliest_model_is_chosen(root: Path) -> None:
         model.choose(IDS, torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]]))
     with pytest.raises(MergeError, match="must be 'router' or 'perplexity'"):
         RoutedModel(out, by="chance")  # type: ignore[arg-type]
+    with pytest.raises(MergeError, match="at least 1, found 0"):
+        RoutedModel(out, blend=0)
     found = measure(root, [f"{out}#perplexity"], limit=3)
     assert sum(found.outcomes["out#perplexity"]["a"].chosen.values()) == 3
+
+
+def test_tasks_in_shares(root: Path) -> None:
+    """The weights are the sum of the tasks' weights; one task in full is that task."""
+    out = root / "out"
+    model = RoutedModel(out, blend=2)
+    opened = [open_stored(f"{out}#{name}").read() for name in "ab"]
+    found = dict(model.model((("b", 0.75), ("a", 0.25))).named_parameters())
+    for name, parameter in found.items():
+        wanted = 0.25 * opened[0][name].float() + 0.75 * opened[1][name].float()
+        torch.testing.assert_close(parameter.data, wanted.to(opened[0][name].dtype).float(), rtol=1e-5, atol=1e-6)
+    model.task = "a"
+    assert torch.equal(model.logits(IDS), weights_of(f"{out}#a"))
+    model.task = None
+    ids = torch.tensor([model.tokenizer(TEXTS["a"])["input_ids"][:6]])
+    [mix] = model.mixes(ids)
+    assert mix[0][0] == "a"
+    assert sum(share for _, share in mix) == 1.0
+    router = model.router
+    assert router is not None
+    with torch.inference_mode():
+        states = model.shared.base_model(input_ids=ids).last_hidden_state[0].mean(0)
+    scores = dict(zip("ab", (router.rows @ states).tolist(), strict=True))
+    above = {name: max(0.0, score) for name, score in scores.items()}
+    for name, share in mix:
+        assert abs(share - above[name] / sum(above.values())) < 0.051
+    found_by = measure(root, [f"{out}#blend"], limit=3)
+    assert found_by.outcomes["out#blend"]["a"].chosen == {"a": 3}
+    likely = RoutedModel(out, by="perplexity", blend=2).mixes(IDS)
+    for row, mix in enumerate(likely):
+        alpha = torch.tensor([math.exp(-float(nats)) for nats in model._surprise(IDS, torch.ones_like(IDS))[:, row]])
+        assert abs(dict(mix)["a"] - float(alpha.softmax(0)[0])) < 0.026
+
+
+@pytest.mark.parametrize(
+    ("scores", "most", "mix"),
+    [
+        ([0.6, 0.3, 0.1], 3, (("x", 0.6), ("y", 0.3), ("z", 0.1))),
+        ([0.6, 0.3, 0.1], 2, (("x", 0.65), ("y", 0.35))),
+        ([0.1, 0.9, -0.5], 3, (("y", 0.9), ("x", 0.1))),
+        ([0.001, 1.0, 0.0], 3, (("y", 1.0),)),
+        ([-0.3, -0.1, -0.2], 2, (("y", 1.0),)),
+        ([0.5, 0.5, 0.5], 1, (("x", 1.0),)),
+    ],
+)
+def test_shares_are_twentieths(scores: list[float], most: int, mix: tuple[tuple[str, float], ...]) -> None:
+    assert mix_of(["x", "y", "z"], scores, most) == mix
+
+
+def test_tasks_that_cannot_be_blended() -> None:
+    def made(**shapes: int) -> Weights:
+        return Weights(tuple(shapes), lambda name: torch.ones(shapes[name]), frozenset())
+
+    with pytest.raises(MergeError, match="q: only some of the tasks have this tensor"):
+        blended([(made(p=2), 0.5), (made(p=2, q=1), 0.5)])
+    with pytest.raises(MergeError, match="p: the tasks have different shapes here"):
+        blended([(made(p=2), 0.5), (made(p=3), 0.5)])["p"]
 
 
 def test_measurements_belong_to_a_router(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

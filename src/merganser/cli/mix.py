@@ -29,9 +29,10 @@ def mix(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Build a mixture of experts from dense models of one shape.
+    """Build a mixture of experts from dense models of one shape, or join mixtures.
 
-    RECIPE names a base and experts; recipes of mergekit-moe run unchanged.
+    RECIPE names a base and experts; recipes of mergekit-moe run unchanged. With the key join it names mixtures of one shared
+    part, such as FlexOlmo's contributors.
     """
     options.quieten_hub(quiet)
     options.check_recipe_file(recipe)
@@ -62,7 +63,10 @@ def _summary(out: Path, record: Mapping[str, Any]) -> None:
         f"{count_text(record['parameters'])} parameters · {time_text(record['timings']['seconds'])} · "
         f"peak {size_text(peak_memory())}"
     )
-    say(f"shared parts: {record['method']}; routers: {mixture['gate_mode']}")
+    if mixture["gate_mode"] == "joined":
+        say(f"compared {plural(mixture['router']['compared'], 'shared tensor')}, bit for bit")
+    else:
+        say(f"shared parts: {record['method']}; routers: {mixture['gate_mode']}")
     for line in _router_lines(mixture["router"]):
         say(line)
     say(f"wrote {out} and {out / 'merge.json'}")

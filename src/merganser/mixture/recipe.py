@@ -14,6 +14,8 @@ from ..recipe.document import Document, parse_mapping, parse_text
 from ..recipe.load import DTYPE_ALIASES, DTYPES
 from ..recipe.place import Entry, Node
 from ..recipe.reading import read_text, shown_path
+from .joining import JoinRecipe, read_join
+from .written import written
 
 __all__ = ["GATE_MODES", "PROMPTED", "Expert", "MixtureRecipe", "load_mixture"]
 
@@ -100,8 +102,8 @@ class MixtureRecipe:
         return self.places.get(key, self.place)
 
 
-def load_mixture(source: str | Path | Mapping[str, Any]) -> MixtureRecipe:
-    """Load the recipe of a mixture.
+def load_mixture(source: str | Path | Mapping[str, Any]) -> MixtureRecipe | JoinRecipe:
+    """Load the recipe of a mixture: of experts from dense models, or of mixtures that are joined.
 
     Args:
         source: A path, `-` for standard input, a YAML text with a line break, or a mapping.
@@ -115,6 +117,8 @@ def load_mixture(source: str | Path | Mapping[str, Any]) -> MixtureRecipe:
     root = Entry(document.root, Place(document.file, document.root.line, ""))
     if isinstance(root.value, dict) and "merge_method" in root.value and "experts" not in root.value:
         raise root.error("this recipe has a merge_method and no experts; merganser merge runs it")
+    if isinstance(root.value, dict) and "join" in root.value:
+        return read_join(root, document.text)
     fields = root.mapping(KEYS, required=["base_model", "experts"])
     common = fields.get("data")
     experts = tuple(_expert(entry, common) for entry in fields["experts"].items())
@@ -254,14 +258,14 @@ def _dense(
     fields: Mapping[str, Entry],
 ) -> Recipe:
     """Return the recipe of everything but the experts: the base copied, or all models merged."""
-    found: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": _written(base)}]}
+    found: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": written(base)}]}
     if shared is not None:
         own = shared.mapping(SHARED_KEYS, required=["merge_method"])
         models = dict.fromkeys(expert.model for expert in experts)
         found = {
             "merge_method": own["merge_method"].text(),
-            "base_model": _written(base),
-            "models": [{"model": _written(model)} for model in models],
+            "base_model": written(base),
+            "models": [{"model": written(model)} for model in models],
         }
         if "parameters" in own:
             found["parameters"] = _plain(own["parameters"].node)
@@ -270,17 +274,6 @@ def _dense(
     if "random_seed" in fields:
         found["random_seed"] = fields["random_seed"].whole_number()
     return load_recipe(found)
-
-
-def _written(model: ModelReference) -> dict[str, Any]:
-    """Return a reference as a recipe writes it."""
-
-    def part(path: str, revision: str | None) -> dict[str, str]:
-        return {"path": path, **({"revision": revision} if revision else {})}
-
-    if model.lora is None:
-        return part(model.path, model.revision)
-    return {"model": part(model.path, model.revision), "lora": part(model.lora, model.lora_revision)}
 
 
 def _plain(node: Node) -> Any:

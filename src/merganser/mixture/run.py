@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,18 +28,21 @@ from ..errors import CheckpointError, MergeError, UnsupportedError
 from ..recipe import ModelReference
 from .architectures import Layout, choose_layout
 from .fitted import Advance, cheap_routers, prompt_routers, ridge_routers
+from .joining import JoinRecipe, plan_joined
 from .models import DenseTensors, Layer, check_expert, find_layers, open_expert
 from .noise import noisy
 from .recipe import DEEPSEEK, Expert, MixtureRecipe, load_mixture
 from .routers import Routers, random_rows
+from .written import replaced
 
 __all__ = ["mix", "plan_mixture"]
 
-_PLACE = re.compile(r"^<recipe>[^ ]*( [\w.\[\]]+)?: ")
-
 
 def plan_mixture(
-    recipe: str | Path | Mapping[str, Any] | MixtureRecipe, *, advance: Advance | None = None, **options: Any
+    recipe: str | Path | Mapping[str, Any] | MixtureRecipe | JoinRecipe,
+    *,
+    advance: Advance | None = None,
+    **options: Any,
 ) -> Plan:
     """Plan a mixture of experts; its routers are computed, and nothing is written.
 
@@ -52,14 +54,15 @@ def plan_mixture(
     Raises:
         MergeError: The recipe or a model is not valid, or they do not fit; the message says why.
     """
-    found = recipe if isinstance(recipe, MixtureRecipe) else load_mixture(recipe)
+    found = recipe if isinstance(recipe, MixtureRecipe | JoinRecipe) else load_mixture(recipe)
+    if isinstance(found, JoinRecipe):
+        return plan_joined(found, **options)
     if found.dense.random_seed is not None:
         options.setdefault("seed", found.dense.random_seed)
     try:
         dense = build_plan(found.dense, **options)
     except MergeError as error:
-        # the recipe of the shared parts is ours, so its lines say nothing to the user
-        raise type(error)(_PLACE.sub(f"{found.place_of('base_model')}: ", str(error))) from None
+        raise type(error)(replaced(str(error), found.place_of("base_model"))) from None
     if dense.sidecars is not None:
         raise UnsupportedError(
             f"{found.place_of('shared')}: {dense.method.name} keeps sidecars, which a mixture cannot"
@@ -76,7 +79,7 @@ def plan_mixture(
 
 
 def mix(
-    recipe: str | Path | Mapping[str, Any] | MixtureRecipe,
+    recipe: str | Path | Mapping[str, Any] | MixtureRecipe | JoinRecipe,
     out: str | Path,
     *,
     overwrite: bool = False,
@@ -85,7 +88,7 @@ def mix(
     advance: Advance | None = None,
     **options: Any,
 ) -> Result:
-    """Build a mixture of experts from dense models of one shape.
+    """Build a mixture of experts from dense models of one shape, or join mixtures.
 
     Args:
         recipe: As for `plan_mixture`.

@@ -17,7 +17,7 @@ class MixtureSummary:
         architecture: Name of the model's class in transformers.
         experts: The models whose MLPs are its experts, in their order.
         experts_per_token: How many of them compute each token.
-        gate_mode: How the routers were made.
+        gate_mode: How the routers were made; "joined" if all of them come from the models.
         router: What is known of the routers, as plain data.
         digest: Hash of the routers' values.
     """
@@ -31,6 +31,11 @@ class MixtureSummary:
 
     def sentence(self, tool: str, method: str) -> str:
         """Return the model card's sentence on how the model was made, by `tool`, with the shared parts by `method`."""
+        if self.gate_mode == "joined":
+            return (
+                f"A mixture of {len(self.experts)} experts, {self.experts_per_token} per token, joined with {tool} from the experts\n"
+                "of the mixtures below, which share everything else."
+            )
         return (
             f"A mixture of {len(self.experts)} experts, {self.experts_per_token} per token, built with {tool} from the MLPs of\n"
             f"the models below; the shared parts by `{method}`, the routers by `{self.gate_mode}`."

@@ -13,7 +13,7 @@ from .batches import Prepared
 __all__ = ["CHOSEN", "chosen_of", "measure_routed"]
 
 CHOSEN = "chosen"
-"""The column with the task of each row."""
+"""The column with the task of each row; of several, that with the largest share."""
 
 
 def measure_routed(
@@ -31,16 +31,16 @@ def measure_routed(
     Raises:
         Refused: The output of a task's model cannot be scored.
     """
-    chosen = opened.chosen(loaded, measured, [prepared.prompt(row) for row in rows])
+    mixes = opened.mixes(loaded, measured, [prepared.prompt(row) for row in rows])
     columns: dict[str, list[Any]] = {}
-    for task in sorted(set(chosen), key=lambda name: (name != loaded.loaded, name)):
-        own = [place for place, name in enumerate(chosen) if name == task]
-        model = loaded.shared if task == SHARED else loaded.model(task)
+    for mix in sorted(set(mixes), key=loaded.loaded_first):
+        own = [place for place, other in enumerate(mixes) if other == mix]
+        model = loaded.shared if mix[0][0] == SHARED else loaded.model(mix)
         for name, values in prepared.measure(model, [rows[place] for place in own]).items():
             column = columns.setdefault(name, [None] * len(rows))
             for place, value in zip(own, values, strict=True):
                 column[place] = value
-    return {**columns, CHOSEN: chosen}
+    return {**columns, CHOSEN: [mix[0][0] for mix in mixes]}
 
 
 def chosen_of(contents: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...errors import CheckpointError, NotFoundError, ParameterError, did_you_mean
 from ...inference.language_model import Reused, open_model
 from .finding import open_tasks
-from .router import TaskRouter, fit_router, read_router, store_router
-from .tasks import TaskSet
+from .router import TaskRouter, fit_router, mix_of, read_router, store_router
+from .tasks import Mix, TaskSet, Weights, blended
 
 __all__ = ["RoutedModel"]
 
@@ -33,6 +33,8 @@ class RoutedModel:
         stored_router: Whether to read the router that is stored with the tasks, if there is one.
         by: What chooses a task: the router, or the perplexity that the text has under the model of each task. The latter
             needs no router, and runs every model on every text.
+        blend: Most tasks of a row. With more than 1, its weights are the sum of the tasks' weights in shares: by the router's
+            predictions above zero, or by the softmax of the inverse perplexities; rounded to twentieths.
 
     Raises:
         NotFoundError: There are no sidecars and no adapters.
@@ -47,13 +49,17 @@ class RoutedModel:
         device: str | torch.device = "cpu",
         stored_router: bool = True,
         by: Literal["router", "perplexity"] = "router",
+        blend: int = 1,
     ) -> None:
+        if blend < 1:
+            raise ParameterError(f"blend: must be a number of tasks, at least 1, found {blend}")
         if by not in _BY:
             raise ParameterError(f"by: must be {' or '.join(map(repr, _BY))}, found {by!r}")
         self._set = out if isinstance(out, TaskSet) else open_tasks(out)
         self.out = self._set.name
         self.tasks = self._set.tasks
         self.by = by
+        self.blend = blend
         self.device = torch.device(device)
         shared = open_model(self._set.shared)
         self.tokenizer = shared.tokenizer.encoder
@@ -67,7 +73,7 @@ class RoutedModel:
         self.shared: Any = shared.load(shared.source.read(), dtype, self.device)
         self._hidden = self.shared.get_input_embeddings().weight.shape[1]
         self._reused = Reused(dtype, self.device)
-        self._loaded: tuple[str, Any] | None = None
+        self._loaded: tuple[Mix, Weights, Any] | None = None
         self._task: str | None = None
         self.router: TaskRouter | None = None
         self.positions = shared.positions
@@ -116,6 +122,8 @@ class RoutedModel:
     def choose(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """Return the task of each row: `task` if it is set, else what the router or the perplexity chooses.
 
+        Where tasks are blended, that with the largest share.
+
         Args:
             input_ids: Tokens, shape [rows, length].
             attention_mask: 1 for tokens and 0 for padding, in the same shape; None without padding.
@@ -124,15 +132,22 @@ class RoutedModel:
             NotFoundError: No task is set, and a router is needed and there is none.
             ParameterError: The perplexity is to choose, and a row has fewer than two tokens.
         """
+        return [mix[0][0] for mix in self.mixes(input_ids, attention_mask)]
+
+    def mixes(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Mix]:
+        """Return the tasks of each row with their shares, as `choose` does; one task unless tasks are blended."""
         if self._task is not None:
-            return [self._task] * len(input_ids)
+            return [((self._task, 1.0),)] * len(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.by == "perplexity":
-            return [self.tasks[index] for index in self._surprise(input_ids, mask).argmin(0).tolist()]
+            likely = self._surprise(input_ids, mask).neg().T
+            # MergeME: the softmax of the inverse perplexities
+            scores = likely.exp().softmax(1)
+            return [mix_of(self.tasks, row, self.blend) for row in scores.tolist()]
         router = self._router()
         weights = mask.unsqueeze(-1).to(self.device, torch.float32)
         hidden = self._hidden_states(input_ids, mask).float()
-        return router.choose((hidden * weights).sum(1) / weights.sum(1).clamp_min(1))
+        return router.mixes((hidden * weights).sum(1) / weights.sum(1).clamp_min(1), self.blend)
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -166,37 +181,37 @@ class RoutedModel:
         padding: float = 0,
     ) -> Tensor:
         """Run the rows of each task together, and put the results into the order of the batch."""
-        chosen = self.choose(input_ids, mask)
+        chosen = self.mixes(input_ids, mask)
         found: list[Tensor] = [torch.empty(0)] * len(chosen)
-        for task in sorted(set(chosen), key=self._loaded_first):
-            rows = [row for row, own in enumerate(chosen) if own == task]
+        for mix in sorted(set(chosen), key=self.loaded_first):
+            rows = [row for row, own in enumerate(chosen) if own == mix]
             given = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids) if mask is None else mask}
-            results = run(self.model(task), {name: t[rows].to(self.device) for name, t in given.items()})
+            results = run(self.model(mix), {name: t[rows].to(self.device) for name, t in given.items()})
             for row, result in zip(rows, results, strict=True):
                 found[row] = result
         return torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=padding)
 
-    def model(self, task: str) -> Any:
-        """Return the model of a task; it is valid until that of another one is asked for.
+    def model(self, task: str | Mix) -> Any:
+        """Return the model of a task, or of several in shares; it is valid until that of others is asked for.
 
         Raises:
-            CheckpointError: A file is damaged.
+            CheckpointError: A file is damaged, or the tasks cannot be blended.
         """
-        self._known(task)
-        if self._loaded is None or self._loaded[0] != task:
-            weights = self._set.weights(task)
+        mix = ((task, 1.0),) if isinstance(task, str) else task
+        for name, _ in mix:
+            self._known(name)
+        if self._loaded is None or self._loaded[0] != mix:
+            parts = [(self._set.weights(name), share) for name, share in mix]
+            weights = parts[0][0] if len(parts) == 1 else blended(parts)
             # what both have from the shared model is in memory
-            same = (
-                frozenset[str]() if self._loaded is None else weights.shared & self._set.weights(self._loaded[0]).shared
-            )
+            same = frozenset[str]() if self._loaded is None else weights.shared & self._loaded[1].shared
             self._loaded = None  # a failure half-way leaves weights of no task
-            self._loaded = task, self._reused.load(self._opened[task], weights, same)
-        return self._loaded[1]
+            self._loaded = mix, weights, self._reused.load(self._opened[mix[0][0]], weights, same)
+        return self._loaded[2]
 
-    @property
-    def loaded(self) -> str | None:
-        """The task whose weights are in memory; None before the first."""
-        return None if self._loaded is None else self._loaded[0]
+    def loaded_first(self, mix: Mix) -> tuple[bool, Mix]:
+        """Return a key by which what is loaded comes first, as it needs no change of weights."""
+        return self._loaded is None or mix != self._loaded[0], mix
 
     def num_parameters(self) -> int:
         """Return the number of weights of the shared model."""
@@ -210,15 +225,11 @@ class RoutedModel:
             raise ParameterError("by perplexity: a row has fewer than two tokens, so no model has a perplexity on it")
         found: dict[str, Tensor] = {}
         ids = input_ids.to(self.device)
-        for task in sorted(self.tasks, key=self._loaded_first):
+        for task in sorted(self.tasks, key=lambda name: self.loaded_first(((name, 1.0),))):
             logits = self.model(task)(input_ids=ids, attention_mask=mask.to(self.device)).logits[:, :-1].float()
             nats = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
             found[task] = (nats * counted).sum(1) / counted.sum(1)
         return torch.stack([found[task] for task in self.tasks]).cpu()
-
-    def _loaded_first(self, task: str) -> tuple[bool, str]:
-        """Return a key by which the loaded task comes first, as it needs no change of weights."""
-        return self._loaded is None or task != self._loaded[0], task
 
     @torch.inference_mode()
     def _hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import NotFoundError
 from ...inference.language_model import LanguageModel, Tokenizer, open_model
@@ -13,7 +13,7 @@ from ...inference.stored import hash_of, xxh3_of_file
 from ...jsonfile import exists
 from .finding import open_tasks
 from .model import RoutedModel
-from .tasks import TaskSet
+from .tasks import Mix, TaskSet
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 
 __all__ = ["CHOICES", "SHARED", "RoutedLanguageModel", "open_routed", "routed_name"]
 
-CHOICES = ("auto", "perplexity", "told")
-"""How a task is chosen: by the router, by the perplexity of each task's model, or by the name of what is measured."""
+CHOICES = ("auto", "blend", "perplexity", "told")
+"""How a task is chosen: by the router, one or two in shares; by the perplexity of each task's model; or by the name of what is
+measured."""
 
 SHARED = "(shared)"
 """What is said to be chosen where no task is: the shared model."""
 
 
 def routed_name(reference: Any) -> tuple[str, str] | None:
-    """Split `OUT#auto`, `OUT#perplexity` or `OUT#told`; None for anything else, and where a task has this name."""
+    """Split `OUT#auto` and what else is in `CHOICES`; None for anything else, and where a task has this name."""
     text = str(reference)
     out, sign, choice = text.rpartition("#")
     if not (sign and out and choice in CHOICES) or exists(text):
@@ -60,12 +61,11 @@ class RoutedLanguageModel(LanguageModel):
         Raises:
             CheckpointError: As `RoutedModel`.
         """
-        return RoutedModel(
-            self.tasks, dtype=dtype, device=device, by="perplexity" if self.choice == "perplexity" else "router"
-        )
+        by: Literal["router", "perplexity"] = "perplexity" if self.choice == "perplexity" else "router"
+        return RoutedModel(self.tasks, dtype=dtype, device=device, by=by, blend=2 if self.choice == "blend" else 1)
 
-    def chosen(self, loaded: RoutedModel, measured: str, texts: Sequence[Sequence[int]]) -> list[str]:
-        """Return the task of each text; `SHARED` where there is none.
+    def mixes(self, loaded: RoutedModel, measured: str, texts: Sequence[Sequence[int]]) -> list[Mix]:
+        """Return the tasks of each text with their shares; `SHARED` where there is none.
 
         Args:
             loaded: What `load` returned.
@@ -73,13 +73,13 @@ class RoutedLanguageModel(LanguageModel):
             texts: Tokens of each text.
         """
         if self.choice == "told":
-            return [self.told.get(measured, SHARED)] * len(texts)
+            return [((self.told.get(measured, SHARED), 1.0),)] * len(texts)
         import torch
 
         width = max(map(len, texts))
         ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
         mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
-        return loaded.choose(ids, mask)
+        return loaded.mixes(ids, mask)
 
 
 def open_routed(
@@ -104,9 +104,9 @@ def open_routed(
         CheckpointError: They are damaged.
     """
     tasks = open_tasks(reference, cache_dir=cache_dir)
-    if choice == "auto" and not tasks.router.exists():
+    if choice in ("auto", "blend") and not tasks.router.exists():
         raise NotFoundError(
-            f"{reference}#auto: has no router ({tasks.router}); make one: merganser route {reference} --data TASK=FILE ..."
+            f"{reference}#{choice}: has no router ({tasks.router}); make one: merganser route {reference} --data TASK=FILE ..."
         )
     shared = open_model(tasks.shared, tokenizers)
     own = {
@@ -129,6 +129,6 @@ def open_routed(
 def _hash(tasks: TaskSet, choice: str, told: Mapping[str, str]) -> str:
     """Return a hash of everything that decides what is computed: all tasks, and the router or what is told."""
     models = [tasks.shared.hash, *(f"{task} {source.hash}" for task, source in tasks.sources.items())]
-    router = xxh3_of_file(tasks.router) if choice == "auto" else ""
+    router = xxh3_of_file(tasks.router) if choice in ("auto", "blend") else ""
     named = [f"{name}={task}" for name, task in sorted(told.items())] if choice == "told" else []
     return hash_of(choice, router, *models, *named)

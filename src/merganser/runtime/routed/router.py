@@ -19,10 +19,13 @@ from ...jsonfile import os_reason, read_object
 from ...mixture.fitted import ridge_rows
 from ...record.format import RECORD_NAME, record_text
 from ...system import sync
+from .tasks import Mix
 
-__all__ = ["TaskRouter", "fit_router", "read_router", "store_router"]
+__all__ = ["TaskRouter", "fit_router", "mix_of", "read_router", "store_router"]
 
 FORMAT = "1"
+_PARTS = 20
+"""Shares are multiples of one of so many parts."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,39 @@ class TaskRouter:
         """
         return [self.tasks[index] for index in (means.float().cpu() @ self.rows.T).argmax(1).tolist()]
 
+    def mixes(self, means: Tensor, most: int) -> list[Mix]:
+        """Return the tasks of each text with their shares: of the predictions above zero, the largest.
+
+        Shares are rounded to twentieths, so that texts which need almost the same weights share them.
+
+        Args:
+            means: Mean of the hidden states of each text, shape [texts, hidden].
+            most: Most tasks of a text.
+        """
+        return [mix_of(self.tasks, row, most) for row in (means.float().cpu() @ self.rows.T).tolist()]
+
     def to_bytes(self) -> bytes:
         """Return the router as a file of safetensors."""
         metadata = {"format": FORMAT, "tasks": json.dumps(self.tasks), "shared": self.shared}
         return save({"rows": self.rows}, metadata)
+
+
+def mix_of(tasks: Sequence[str], scores: Sequence[float], most: int) -> Mix:
+    """Return the tasks of the largest scores with their shares, in twentieths; the best alone if no other is above zero.
+
+    Args:
+        tasks: Names of the tasks.
+        scores: A score per task; shares are proportional to those above zero.
+        most: Most tasks.
+    """
+    order = sorted(range(len(tasks)), key=lambda task: (-scores[task], task))[:most]
+    above = [max(0.0, scores[task]) for task in order]
+    if sum(above) <= 0:
+        return ((tasks[order[0]], 1.0),)
+    parts = [round(_PARTS * each / sum(above)) for each in above]
+    # what rounding adds or takes away belongs to the best
+    parts[0] += _PARTS - sum(parts)
+    return tuple((tasks[task], part / _PARTS) for task, part in zip(order, parts, strict=True) if part)
 
 
 def fit_router(tasks: Sequence[str], states: Sequence[Tensor], shared: str, ridge: float = 0.1) -> TaskRouter:

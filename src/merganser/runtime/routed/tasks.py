@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...errors import CheckpointError
 from ...inference.stored import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TaskSet", "Weights"]
+__all__ = ["Mix", "TaskSet", "Weights", "blended"]
+
+Mix = tuple[tuple[str, float], ...]
+"""Tasks with their shares, the largest first; the shares add up to 1."""
 
 
 class Weights(Mapping[str, "Tensor"]):
@@ -39,6 +43,37 @@ class Weights(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def blended(parts: Sequence[tuple[Weights, float]]) -> Weights:
+    """Return the weighted sum of several tasks' tensors, computed in float32 and rounded once.
+
+    Args:
+        parts: The tensors of each task, and its share; the shares add up to 1.
+
+    Raises:
+        CheckpointError: The tasks have different tensors.
+    """
+    first = parts[0][0]
+    for own, _ in parts[1:]:
+        if own.keys() != first.keys():
+            name = min(own.keys() ^ first.keys())
+            raise CheckpointError(f"{name}: only some of the tasks have this tensor, so they cannot be blended")
+    shared = frozenset.intersection(*(own.shared for own, _ in parts))
+
+    def read(name: str) -> Tensor:
+        values = first[name]
+        if name in shared:
+            return values
+        total = values.float() * parts[0][1]
+        for own, share in parts[1:]:
+            more = own[name]
+            if more.shape != values.shape:
+                raise CheckpointError(f"{name}: the tasks have different shapes here, so they cannot be blended")
+            total += more.float() * share
+        return total.to(values.dtype)
+
+    return Weights(tuple(first), read, shared)
 
 
 @dataclass(frozen=True)
