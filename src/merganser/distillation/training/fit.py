@@ -72,7 +72,7 @@ def fit(
 
     torch.manual_seed(recipe.seed)
     if recipe.lora is not None:
-        model = _with_lora(model, recipe.lora.rank, recipe.lora.alpha)
+        model = _with_lora(model, recipe.lora.rank, recipe.lora.alpha, folder)
     if recipe.training.gradient_checkpointing:
         # the form that needs no input with a gradient, which low-rank updates have not; transformers 5 has a new name for it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -97,8 +97,11 @@ def fit(
     return Fitted(found.eval(), history)
 
 
-def _with_lora(model: Any, rank: int, alpha: float) -> Any:
+def _with_lora(model: Any, rank: int, alpha: float, folder: Path) -> Any:
     peft = libraries.peft()
+    # peft looks for the config where the model says it comes from, and asks the Hub if it is not there
+    model.config.save_pretrained(folder)
+    model.name_or_path = str(folder)
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, settings)
 
