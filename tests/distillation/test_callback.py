@@ -13,7 +13,10 @@ import merganser
 from merganser.distillation.callback import MergeCallback
 from merganser.errors import MergeError, NotFoundError, ParameterError, UnsupportedError
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    pytest.mark.usefixtures("little_to_collect"),
+]
 
 
 class Model(nn.Module):

@@ -22,7 +22,10 @@ from tests.evaluation.tiny import literal_bits_per_byte, load, make_model, text
 from tests.making import read_model
 
 # torch warns about accelerate's own use of it, when a state is loaded
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    pytest.mark.usefixtures("little_to_collect"),
+]
 
 
 @lru_cache
