@@ -237,6 +237,22 @@ def test_low_rank_updates_are_added(folder: Path, tmp_path: Path) -> None:
     assert changed == {name for name in before if "proj" in name}
 
 
+@pytest.mark.slow
+def test_a_merge_is_taught_by_its_experts(folder: Path, tmp_path: Path) -> None:
+    models = [{"model": str(folder / name), "parameters": {"weight": 0.5}} for name in ("student", "source")]
+    merge = {"merge_method": "linear", "models": models}
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(merge))
+    sources = [
+        {"model": str(folder / name), "data": {"files": [str(folder / f"{text}.txt")], "sequences": 4, "length": 24}}
+        for name, text in (("student", "a"), ("source", "b"))
+    ]
+    own = recipe(folder, student=str(tmp_path / "merge.yaml"), sources=sources, data=None)
+    found = fuse(own, tmp_path / "out", control=False).record["fused"]
+    assert [entry["tokens_taught"] for entry in found["sources"]] == [4 * 23, 4 * 23]
+    assert found["history"]["fused"][-1]["taught"] < found["history"]["fused"][0]["taught"]
+    assert sorted(read_model(tmp_path / "out")) == sorted(read_model(folder / "student"))
+
+
 def test_what_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(kind: type[MergeError], match: str, **changes: Any) -> None:
         with pytest.raises(kind, match=match):
