@@ -226,7 +226,6 @@ def test_answers_within_other_templates(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_low_rank_updates_are_added(folder: Path, tmp_path: Path) -> None:
     own = recipe(folder, lora=2)
     own["training"] = {"steps": 2, "batch": 4, "accumulate": 2, "gradient_checkpointing": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,23 @@ def fit(
     """
     from .trainer import FusionTrainer, Reporter
 
+    with warnings.catch_warnings():
+        # peft uses names that transformers 5 calls deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        return _fit(model, examples, recipe, folder, control, device, resume, FusionTrainer, Reporter(step, saved))
+
+
+def _fit(
+    model: Any,
+    examples: Sequence[Example],
+    recipe: FusionRecipe,
+    folder: Path,
+    control: bool,
+    device: torch.device,
+    resume: Path | None,
+    make_trainer: Callable[..., Any],
+    reporter: Any,
+) -> Fitted:
     torch.manual_seed(recipe.seed)
     if recipe.lora is not None:
         model = _with_lora(model, recipe.lora.rank, recipe.lora.alpha, folder)
@@ -80,13 +98,13 @@ def fit(
     gate = FusionGate(len(recipe.sources)) if recipe.choice == GATE and not control else None
     objective = Objective(1.0 if control else recipe.lambda_, recipe.loss, recipe.choice, recipe.temperature, gate)
     with quiet():
-        trainer = FusionTrainer(
+        trainer = make_trainer(
             model,
             _arguments(recipe, folder, steps_of(recipe, len(examples)), device),
             Lessons(examples),
             len(recipe.sources),
             objective,
-            [Reporter(step, saved)],
+            [reporter],
         )
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     found = trainer.model
