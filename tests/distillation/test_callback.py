@@ -13,7 +13,10 @@ import merganser
 from merganser.distillation.callback import MergeCallback
 from merganser.errors import MergeError, NotFoundError, ParameterError, UnsupportedError
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    pytest.mark.usefixtures("little_to_collect"),
+]
 
 
 class Model(nn.Module):
@@ -84,6 +87,7 @@ def test_with_a_reference(tmp_path: Path) -> None:
             torch.testing.assert_close(after[name], wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_average_and_its_continuation(tmp_path: Path) -> None:
     callback = Watch(2)
     model = train(tmp_path / "whole", callback)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ import torch
 import yaml
 
 from merganser.distillation import cache_logits, fuse, load_fusion
+from merganser.distillation.training.student import load_held_out, open_student
 from merganser.errors import DataError, MergeError, NonFiniteError, OutputError, TaskError, UnsupportedError
 from merganser.record import verify
 from merganser.record.reading import read_record
 from tests.cli.tiny import run
-from tests.evaluation.tiny import load, make_model, text
+from tests.evaluation.tiny import literal_bits_per_byte, load, make_model, text
 from tests.making import read_model
 
 # torch warns about accelerate's own use of it, when a state is loaded
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    pytest.mark.usefixtures("little_to_collect"),
+]
 
 
 @lru_cache
@@ -80,7 +85,7 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def test_a_student_is_taught_and_written(folder: Path, tmp_path: Path) -> None:
     data = {"files": [str(folder / "a.txt")], "sequences": 6, "length": 24}
-    own = recipe(folder, held_out={"held": str(folder / "held.txt")}, data=data)
+    own = recipe(folder, held_out={"held": str(folder / "held.txt")}, held_out_windows=2, data=data)
     found = fuse(own, tmp_path / "out")
     about = found.record["fused"]
     assert about["sources"][0]["tokens_taught"] == about["tokens"] > 100
@@ -100,17 +105,22 @@ def test_a_student_is_taught_and_written(folder: Path, tmp_path: Path) -> None:
     before, after = read_model(folder / "student"), read_model(tmp_path / "out")
     assert sorted(before) == sorted(after)
     assert all(not torch.equal(before[name], after[name]) for name in before)
-    done = run("eval", tmp_path / "out", "--tasks", folder / "held.txt", "--dtype", "float32", "--json", tmp_path / "e")
-    assert done.code == 0
-    value = json.loads((tmp_path / "e").read_text())["results"]
-    assert str(round(scores["fused"]["held"], 4)) in json.dumps(value) or f"{scores['fused']['held']:.4f}" in done.out
-    load(tmp_path / "out")
+    model, _ = load(tmp_path / "out")
+    student = open_student(str(tmp_path / "out"), ExitStack())
+    held_out = load_held_out({"held": str(folder / "held.txt")}, 2)
+    assert held_out.bits_per_byte(model, student.opened) == scores["fused"]
+    expected = literal_bits_per_byte(tmp_path / "out", (folder / "held.txt").read_text(), 64, 32)[0]
+    assert load_held_out(dict(own["held_out"]), 99).bits_per_byte(model, student.opened)["held"] == pytest.approx(
+        expected, rel=1e-5
+    )
     with pytest.raises(UnsupportedError, match="out: holds a model that was trained"):
         read_record(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss": "alm", "top": None, "temperature": 10}])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"loss": "alm", "top": None, "temperature": 10}, marks=pytest.mark.slow)]
+)
 def test_a_source_equal_to_the_student_has_no_gradient(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     own = recipe(folder, sources=[{"model": str(folder / "student")}], **changes)
     own["training"] = {"steps": 1, "batch": 2}
@@ -122,7 +132,7 @@ class _Stop(BaseException):
     """As a kill: no code of ours runs after it but `finally`."""
 
 
-@pytest.mark.parametrize("calls", [3, 7])
+@pytest.mark.parametrize("calls", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_killed_run_continues(calls: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from merganser.distillation.training.trainer import FusionTrainer
 
@@ -130,7 +140,9 @@ def test_a_killed_run_continues(calls: int, folder: Path, tmp_path: Path, monkey
     own["lambda"] = 0.5
     own["sources"] = [{"model": str(folder / "source")}, {"model": str(folder / "student")}]
     own["training"] |= {"save_every": 1}
-    whole = fuse(own, tmp_path / "whole")
+    # the first kill is in the training of the model, the second one in that of the control
+    control = calls > 4
+    whole = fuse(own, tmp_path / "whole", control=control)
     original, seen = FusionTrainer.compute_loss, []
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,16 +153,16 @@ def test_a_killed_run_continues(calls: int, folder: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(FusionTrainer, "compute_loss", counting)
     with pytest.raises(_Stop):
-        fuse(own, tmp_path / "cut")
+        fuse(own, tmp_path / "cut", control=control)
     assert not (tmp_path / "cut").exists()
-    again = fuse(own, tmp_path / "cut")
-    # of two trainings of four steps, only the step that was cut short is repeated
-    assert len(seen) == 9
+    again = fuse(own, tmp_path / "cut", control=control)
+    # only the step that was cut short is repeated
+    assert len(seen) == 4 * (1 + control) + 1
     assert again.record["continued"]
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
-    for name in ("fused", "control"):
+    for name in whole.record["fused"]["history"]:
         losses = [[entry["loss"] for entry in one.record["fused"]["history"][name]] for one in (whole, again)]
         assert losses[0] == losses[1]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -177,6 +189,10 @@ def test_sources_with_other_tokens(folder: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     # every byte but those of the tokens that nothing predicts is in a chunk
     assert found["sources"][0]["tokens_taught"] >= 0.9 * found["tokens"]
+
+
+@pytest.mark.slow
+def test_alignment_by_edit_distance(folder: Path, tmp_path: Path) -> None:
     own = recipe(folder, sources=[{"model": str(folder / "other")}], align="edit_distance")
     own["training"] |= {"steps": 1}
     assert fuse(own, tmp_path / "warped", control=False).record["fused"]["sources"][0]["tokens_taught"] > 0
@@ -209,7 +225,7 @@ def test_answers_within_other_templates(folder: Path, tmp_path: Path) -> None:
         fuse(recipe(folder, sources=[{"cache": str(tmp_path / "cache")}], data=None, top=None), tmp_path / "o")
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.slow
 def test_low_rank_updates_are_added(folder: Path, tmp_path: Path) -> None:
     own = recipe(folder, lora=2)
     own["training"] = {"steps": 2, "batch": 4, "accumulate": 2, "gradient_checkpointing": True}
@@ -218,6 +234,22 @@ def test_low_rank_updates_are_added(folder: Path, tmp_path: Path) -> None:
     assert sorted(before) == sorted(after)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "proj" in name}
+
+
+@pytest.mark.slow
+def test_a_merge_is_taught_by_its_experts(folder: Path, tmp_path: Path) -> None:
+    models = [{"model": str(folder / name), "parameters": {"weight": 0.5}} for name in ("student", "source")]
+    merge = {"merge_method": "linear", "models": models}
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(merge))
+    sources = [
+        {"model": str(folder / name), "data": {"files": [str(folder / f"{text}.txt")], "sequences": 4, "length": 24}}
+        for name, text in (("student", "a"), ("source", "b"))
+    ]
+    own = recipe(folder, student=str(tmp_path / "merge.yaml"), sources=sources, data=None)
+    found = fuse(own, tmp_path / "out", control=False).record["fused"]
+    assert [entry["tokens_taught"] for entry in found["sources"]] == [4 * 23, 4 * 23]
+    assert found["history"]["fused"][-1]["taught"] < found["history"]["fused"][0]["taught"]
+    assert sorted(read_model(tmp_path / "out")) == sorted(read_model(folder / "student"))
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

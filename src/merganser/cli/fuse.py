@@ -83,6 +83,38 @@ def cache(
     say(f"wrote {found.path} ({size_text(found.nbytes)})")
 
 
+@fuse.command(cls=options.many_values("--data"))
+def disperse(
+    model: options.Model,
+    data: options.DataFiles = None,
+    out: options.NewFolder = None,
+    clusters: Annotated[int, typer.Option(min=1, metavar="K", help="Number of clusters.")] = 4,
+    length: options.SequenceLength = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the first centres.")] = 0,
+    cache_dir: options.CacheDir = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Divide records into clusters of similar ones, to train a model on each.
+
+    MODEL embeds the records; its last hidden states are averaged over each.
+    """
+    options.quieten_hub(quiet)
+    from ..distillation import disperse as run
+
+    if out is None:
+        raise DataError("--out is missing: give the folder to write")
+    with step_progress("embedding", quiet) as progress:
+        found = run(
+            model, data or [], out, clusters=clusters, length=length, seed=seed, cache_dir=cache_dir, progress=progress
+        )
+    if json:
+        say_json({"out": str(found.path), "clusters": found.sizes})
+    elif not quiet:
+        for name, size in found.sizes.items():
+            say(f"{found.path / name}: {plural(size, 'record')}")
+
+
 @fuse.command(cls=Verb)
 def train(
     recipe: options.RecipeFile,

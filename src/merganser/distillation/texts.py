@@ -14,16 +14,17 @@ from ..inference.language_model import Tokenizer
 from ..statistics import Choice
 from .token_bytes import TokenBytes
 
-__all__ = ["cut_texts", "plain", "record_number", "trimmed"]
+__all__ = ["contents", "cut_texts", "plain", "record_number", "trimmed"]
 
 
 def record_number(record: Record) -> int:
     """Return a hash of what a record holds, from -2^63 to 2^63 - 1; it does not depend on its file."""
-    number = xxhash.xxh3_64_intdigest(json.dumps(_contents(record), ensure_ascii=False).encode())
+    number = xxhash.xxh3_64_intdigest(json.dumps(contents(record), ensure_ascii=False).encode())
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def _contents(record: Record) -> dict[str, Any]:
+def contents(record: Record) -> dict[str, Any]:
+    """Return what a record holds, as a line of a .jsonl file does."""
     if isinstance(record, Text):
         return {"text": record.text}
     if isinstance(record, Pair):
@@ -60,7 +61,7 @@ def cut_texts(
                 yield json.dumps({"text": text})
         elif record.where not in taken:
             taken.add(record.where)
-            yield json.dumps(_contents(record))
+            yield json.dumps(contents(record))
 
 
 def plain(line: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,9 +71,26 @@ def fit(
     """
     from .trainer import FusionTrainer, Reporter
 
+    with warnings.catch_warnings():
+        # peft uses names that transformers 5 calls deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        return _fit(model, examples, recipe, folder, control, device, resume, FusionTrainer, Reporter(step, saved))
+
+
+def _fit(
+    model: Any,
+    examples: Sequence[Example],
+    recipe: FusionRecipe,
+    folder: Path,
+    control: bool,
+    device: torch.device,
+    resume: Path | None,
+    make_trainer: Callable[..., Any],
+    reporter: Any,
+) -> Fitted:
     torch.manual_seed(recipe.seed)
     if recipe.lora is not None:
-        model = _with_lora(model, recipe.lora.rank, recipe.lora.alpha)
+        model = _with_lora(model, recipe.lora.rank, recipe.lora.alpha, folder)
     if recipe.training.gradient_checkpointing:
         # the form that needs no input with a gradient, which low-rank updates have not; transformers 5 has a new name for it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -80,13 +98,13 @@ def fit(
     gate = FusionGate(len(recipe.sources)) if recipe.choice == GATE and not control else None
     objective = Objective(1.0 if control else recipe.lambda_, recipe.loss, recipe.choice, recipe.temperature, gate)
     with quiet():
-        trainer = FusionTrainer(
+        trainer = make_trainer(
             model,
             _arguments(recipe, folder, steps_of(recipe, len(examples)), device),
             Lessons(examples),
             len(recipe.sources),
             objective,
-            [Reporter(step, saved)],
+            [reporter],
         )
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     found = trainer.model
@@ -97,8 +115,11 @@ def fit(
     return Fitted(found.eval(), history)
 
 
-def _with_lora(model: Any, rank: int, alpha: float) -> Any:
+def _with_lora(model: Any, rank: int, alpha: float, folder: Path) -> Any:
     peft = libraries.peft()
+    # peft looks for the config where the model says it comes from, and asks the Hub if it is not there
+    model.config.save_pretrained(folder)
+    model.name_or_path = str(folder)
     settings = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, settings)
 

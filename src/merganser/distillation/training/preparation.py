@@ -79,7 +79,6 @@ class Preparation:
         texts: The lines of each set of data, if it names models.
         sets: For each source the number of its set.
         choices: How each set was drawn.
-        hashes: Of the sources: what they are, and what they read.
         cache_dir: Folder for models from the Hub.
     """
 
@@ -90,8 +89,13 @@ class Preparation:
     texts: tuple[tuple[str, ...], ...]
     sets: tuple[int, ...]
     choices: tuple[Choice, ...]
-    hashes: tuple[str, ...]
     cache_dir: Path | None
+
+    def hashes(self) -> list[str]:
+        """Return a hash of each source: of the cache, or of the model's files, which are read for it."""
+        if self.recipe.from_caches:
+            return [_hash(cache.about) for cache in self.caches]
+        return [open_stored(own.name, cache_dir=self.cache_dir).hash for own in self.recipe.sources]
 
     def examples_of(self, files: list[Path]) -> list[Example]:
         """Return the sequences of the student, without lessons.
@@ -245,8 +249,7 @@ def prepare_fusion(recipe: FusionRecipe, stack: ExitStack, *, cache_dir: Path | 
     held_out = load_held_out(recipe.held_out, recipe.held_out_windows)
     if recipe.from_caches:
         caches = tuple(open_cache(source.name) for source in recipe.sources)
-        hashes = tuple(_hash(cache.about) for cache in caches)
-        return Preparation(recipe, student, held_out, caches, (), (), (), hashes, cache_dir)
+        return Preparation(recipe, student, held_out, caches, (), (), (), cache_dir)
     distinct: list[Data] = []
     sets: list[int] = []
     for source in recipe.sources:
@@ -260,8 +263,10 @@ def prepare_fusion(recipe: FusionRecipe, stack: ExitStack, *, cache_dir: Path | 
     choices = tuple(own.choice.for_model(student.opened.positions) for own in distinct)
     files = [read(own.source) for own in distinct]
     texts = tuple(tuple(_cut(student, own, choice)) for own, choice in zip(files, choices, strict=True))
-    hashes = tuple(open_stored(source.name, cache_dir=cache_dir).hash for source in recipe.sources)
-    return Preparation(recipe, student, held_out, (), texts, tuple(sets), choices, hashes, cache_dir)
+    for own in recipe.sources:
+        # what is missing is told before anything runs
+        open_stored(own.name, cache_dir=cache_dir)
+    return Preparation(recipe, student, held_out, (), texts, tuple(sets), choices, cache_dir)
 
 
 def _cut(student: Student, files: list[DataFile], choice: Choice) -> list[str]:

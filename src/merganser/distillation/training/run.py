@@ -17,6 +17,7 @@ from ...calibration.preparation import fingerprint
 from ...calibration.target import Target, check_absent
 from ...engine.kernels.devices import resolve_devices
 from ...engine.output.failure import failures_of
+from ...errors import UnsupportedError
 from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
 from ...version import __version__
 from . import libraries
@@ -79,6 +80,10 @@ def fuse(
     if loaded.lora is not None:
         libraries.peft()
     where = resolve_devices(device)[0]
+    if where.index:
+        raise UnsupportedError(
+            f"device {device}: the Trainer takes the first one it sees; choose with CUDA_VISIBLE_DEVICES={where.index}"
+        )
     with ExitStack() as stack:
         prepared = prepare_fusion(loaded, stack, cache_dir=cache_dir)
         about = _about(prepared, control=control)
@@ -100,7 +105,7 @@ def _about(prepared: Preparation, *, control: bool) -> dict[str, Any]:
         },
         "recipe": prepared.recipe.text,
         "student": prepared.student.opened.source.hash,
-        "sources": list(prepared.hashes),
+        "sources": prepared.hashes(),
         "texts": [list(own) for own in prepared.texts],
         "held_out": [task.hash for task in prepared.held_out.tasks],
         "control": control,
@@ -129,9 +134,10 @@ class _Run:
         self._target.claim(["caches/", *names, *(f".{name}.new" for name in names), f"{FUSED}/", f"{CONTROL}/"])
         self._note()
         if "student" not in self._state:
-            model, _ = self._student.load(self._device)
-            self._note(student=self._bits(model))
-            del model
+            bits: dict[str, float] = {}
+            if self._prepared.held_out.tasks:
+                bits = self._bits(self._student.load(self._device)[0])
+            self._note(student=bits)
         with failures_of(self._target.out):
             (folder / "caches").mkdir(exist_ok=True)
             files = self._prepared.write_texts(folder)

@@ -1,0 +1,16 @@
+"""Settings of the tests of fusion."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def little_to_collect() -> Iterator[None]:
+    """Have the garbage collector skip what is loaded already: accelerate calls it whenever a training begins."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
