@@ -246,6 +246,8 @@ def bibliography() -> dict[str, dict[str, str]]:
     works = {}
     for entry in re.split(r"^@", text, flags=re.MULTILINE)[1:]:
         key = entry.partition("{")[2].partition(",")[0].strip()
+        if key in works:
+            raise SystemExit(f"references.bib: {key} is there twice")
         fields = re.findall(r"^\s*(\w+)\s*=\s*[{\"](.*?)[}\"],?\s*$", entry, flags=re.MULTILINE)
         works[key] = {name.lower(): re.sub(r"[{}]", "", value) for name, value in fields}
     return works

@@ -62,7 +62,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  restore     Write a task's own checkpoint back from a merge with sidecars.\n"
         "  route       Make the router that chooses a task or an adapter per text.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
-        "  mix         Build a mixture of experts from dense models of one shape.\n"
+        "  mix         Build a mixture of experts from dense models, or join mixtures.\n"
         "  shrink      Make a mixture of experts smaller.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"
         "  export      Write the sidecars of a merge as LoRA adapters.\n"
