@@ -21,6 +21,7 @@ from merganser.errors import MergeError
 from merganser.recipe import load_recipes
 from merganser.recipe.gguf import GGUF_TYPES
 from merganser.record import verify
+from tests.adapters.test_apply import Q, pair, write_adapter
 from tests.checkpoint.gguf.making import written
 from tests.engine.interrupting import in_a_process, merge_and_die
 from tests.making import Tensors, llama, llama_config, make_recipe, read_files, read_json, read_model, write_model
@@ -228,6 +229,17 @@ def test_metadata_of_a_file_that_is_not_merged(tmp_path: Path) -> None:
     again = plan(make_recipe("linear", [file], None, {"weight": 1}, gguf="F16"))
     (census,) = again.census.values()
     assert (census.copied, census.left_out) == (1, {})
+
+
+def test_an_adapter_on_a_gguf_file(tmp_path: Path) -> None:
+    """A model with an adapter lends its metadata as well, and its rows are reordered after the adapter was added."""
+    donor = write_gguf(tmp_path / "base", llama(0, hidden=32), llama_config(hidden=32))
+    adapter = write_adapter(tmp_path / "adapter", pair(out=32, into=32), target_modules=["q_proj"])
+    recipe = make_recipe("linear", [Path(f"{donor}+{adapter}")], None, {"weight": 1}, gguf="F32")
+    out = merge(recipe, tmp_path / "out").out
+    values = merged(recipe, tmp_path / "wide")
+    assert not torch.equal(values[f"{Q}.weight"], llama(0, hidden=32)[f"{Q}.weight"])
+    check(out / "model-F32.gguf", values, "F32")
 
 
 def test_layers_of_a_stack_are_counted(tmp_path: Path) -> None:

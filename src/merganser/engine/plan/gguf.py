@@ -126,8 +126,9 @@ def _open(recipe: Recipe, donor: Checkpoint) -> _Like:
         if not files[0].name.endswith(GGUF_SUFFIX):
             raise RecipeError(f"{place}: metadata: {files[0]} is no GGUF file; its name must end in {GGUF_SUFFIX}")
     else:
-        files = donor.weight_files
-        if not files[0].name.endswith(GGUF_SUFFIX):
+        # the files of an adapter may follow
+        files = [file for file in donor.weight_files if file.name.endswith(GGUF_SUFFIX)]
+        if not files:
             raise RecipeError(
                 f"{place}: {donor.reference}, which lends config and tokenizer, is no GGUF file. Name one of this "
                 f"architecture and vocabulary, whose metadata are copied: gguf: {{type: {recipe.gguf.type}, metadata: "
