@@ -260,20 +260,28 @@ def test_the_table_that_several_write(tmp_path: Path) -> None:
     assert path.read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "{}/study.log"])
-def test_trials_are_stored_where_it_is_said(tmp_path: Path, storage: str) -> None:
-    address = storage.format(tmp_path)
+def test_trials_are_stored_where_it_is_said(tmp_path: Path) -> None:
+    address = f"sqlite:///{tmp_path}/study.db"
     given = {**GIVEN, "trials": 3, "limit": 4}
-    whole = search(RECIPE, tmp_path / "whole", TASKS[:1], **given)
-    search(RECIPE, tmp_path / "out", TASKS[:1], storage=address, **{**given, "trials": 2})
+    first = search(RECIPE, tmp_path / "out", TASKS[:1], storage=address, **{**given, "trials": 2})
     # another search in the same place, and the first one continued
     other = search(RECIPE, tmp_path / "two", TASKS[:1], storage=address, **{**given, "trials": 1, "seed": 1})
     found = search(RECIPE, tmp_path / "out", TASKS[:1], storage=address, **given)
-    assert figures(found) == figures(whole)
+    assert figures(found)[:2] == figures(first)
+    assert [trial.number for trial in found.trials] == [0, 1, 2]
     assert len(other.trials) == 1
     assert not (tmp_path / "out" / "trials.log").exists()
     with pytest.raises(MergeError, match=r"begun with another storage: it was .*, and is nothing"):
         search(RECIPE, tmp_path / "out", TASKS[:1], **given)
+
+
+def test_another_journal(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        study = Study(str(tmp_path / "study.log"), SPACE[:1], ["maximize"], "random", 0, {"x": 0.5}, name=name)
+        asked = study.ask()
+        assert asked is not None
+        study.tell(asked, [1.0], {}, {})
+        assert [told.number for told in study.told] == [0]
 
 
 def test_a_worker_of_a_cluster_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
