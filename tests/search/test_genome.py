@@ -42,11 +42,15 @@ def test_against_the_reference() -> None:
 
 
 def test_it_begins_with_pairs() -> None:
-    places = [propose_genome(SPACE, {}, number, 5) for number in range(1, SIZE)]
-    assert all(sorted(place) == [0.0, 0.0, 0.5, 0.5] for place in places)
-    assert len({tuple(place) for place in places}) > 3
-    # two models have one pair
+    places = [tuple(propose_genome(SPACE, {}, number, 5)) for number in range(1, SIZE)]
+    assert all(sorted(place) == [0.0, 0.0, 0.5, 0.5] for place in places[:6])
+    assert len(set(places)) == SIZE - 1
+    # of four models there are six pairs; then all have shares
+    assert [sum(place) for place in places[6:]] == pytest.approx([1.0] * 3)
+    # two models have one pair, which is the start of a search
     assert len({tuple(propose_genome(SPACE[:2], {}, number, 5)) for number in range(1, SIZE)}) == SIZE - 1
+    other = propose_genome([*SPACE, *MIXED], {}, 3, 5)
+    assert sorted(other[:4]) == [0.0, 0.0, 0.5, 0.5]
 
 
 def test_mutants_differ_and_stay_inside() -> None:

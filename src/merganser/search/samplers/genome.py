@@ -11,6 +11,7 @@ GENOME+ that transfers experience between individuals is the sampler `particles`
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 
@@ -36,11 +37,12 @@ def propose_genome(
 ) -> Sequence[float]:
     """Return the next place: as `Propose`.
 
-    The first trials give two models equal shares where there are weights of three or more models, and are at random elsewhere.
+    Of weights of models, the first trials give equal shares to two of them, another two each time, and random shares to all when there
+    are no more pairs; other values begin at random.
     """
-    draws = chance(seed, number)
     if number < SIZE:
-        return _first(dimensions, draws)
+        return _first(dimensions, number, seed)
+    draws = chance(seed, number)
     generation, slot = divmod(number - SIZE, CHILDREN)
     people = population(past, generation, seed)
     if len(people) < 2:
@@ -118,17 +120,20 @@ def _worth(trial: Past) -> float:
     return float("-inf") if trial.value is None else trial.value
 
 
-def _first(dimensions: Sequence[Dimension], draws: random.Random) -> list[float]:
+def _first(dimensions: Sequence[Dimension], number: int, seed: int) -> list[float]:
     weights = [d.parameter == "weight" and d.per_model and d.choices is None for d in dimensions]
     # of `parameters.weight[a][1/3]` and `models[0].parameters.weight` what names the model
     models = [d.name.partition("]")[0] for d in dimensions]
     known = [*dict.fromkeys(model for model, weight in zip(models, weights, strict=True) if weight)]
-    pair = draws.sample(known, 2) if len(known) > 2 else []
+    pairs = [*itertools.combinations(known, 2)] if len(known) > 2 else []
+    chance(seed, 0).shuffle(pairs)
+    draws = chance(seed, number)
+    drawn = [draws.expovariate(1.0) for _ in known]
+    shares = {model: each / sum(drawn) for model, each in zip(known, drawn, strict=True)}
+    if number <= len(pairs):
+        shares = dict.fromkeys(known, 0.0) | dict.fromkeys(pairs[number - 1], 0.5)
     found = []
     for dimension, model, weight in zip(dimensions, models, weights, strict=True):
-        if weight and pair:
-            value = min(max(0.5 if model in pair else 0.0, dimension.low), dimension.high)
-            found.append(to_unit(dimension, value))
-        else:
-            found.append(draws.random())
+        value = min(max(shares[model], dimension.low), dimension.high) if weight else 0.0
+        found.append(to_unit(dimension, value) if weight else draws.random())
     return found
