@@ -178,12 +178,14 @@ def example(method) -> str:
     needs_base = method.base == "required"
     lines = [f"merge_method: {method.name}"] + ["base_model: path/to/base"] * needs_base + ["models:"]
     count = max(method.min_models, min(2, method.max_models or 2))
+    # models that are compared token by token read the same text
+    together = method.data_inputs in ("mean", "zipped")
     if method.from_data and method.data_of == "base":
         lines += ["  - model: path/to/base", "    statistics: path/to/statistics"]
     for i in range(count):
         kind = "adapter" if method.scope == "factors" else "expert"
         lines.append(f"  - model: path/to/{kind}-{'abcdefgh'[i]}")
-        if method.from_data and (method.data_of == "models" or (method.data_of == "first" and i == 0)):
+        if method.from_data and not together and (method.data_of == "models" or (method.data_of == "first" and i == 0)):
             key, name = ("statistics", "statistics-{}") if method.data_inputs == "own" else ("data", "text-{}.txt")
             lines.append(f"    {key}: path/to/{name.format('abcdefgh'[i])}")
         each = [p for p in method.parameters.values() if p.per_model and p.required]
@@ -194,7 +196,7 @@ def example(method) -> str:
     if shared:
         lines.append("parameters:")
         lines += [f"  {p.name}: {suggestion(p)}" for p in shared]
-    return "\n".join([*lines, "dtype: bfloat16"])
+    return "\n".join([*lines, *["data: path/to/text.txt"] * together, "dtype: bfloat16"])
 
 
 def suggestion(parameter) -> float:

@@ -31,14 +31,15 @@ def zipit(
     The groups of the n hidden units of an MLP: of all K n units of the K models, the two with the highest correlation of
     what they compute become one, again and again, until n are left. One that was made of two has with any other the
     smaller of their correlations, times alpha. Of all steps that could be taken for a model, n (K - 1) / K, at most a
-    share of beta joins two units of that model, while others can be joined. Any other input or output is in one group with its namesakes.
+    share of beta joins two units of that model, while others can be joined. Any other input or output is in one group with
+    its namesakes.
 
     All models read the same tokens.
 
     Use when:
         The models do not hold the same units, so that no permutation matches them: after other tasks, or from other
-        starts. Then heads and channels need `align` (units: [heads, residual]) before. Where units match one to one, as in
-        fine-tunes of one base, this is the average.
+        starts. Then heads and channels need `align` (units: [heads, residual]) before. Fine-tunes of one base match nearly
+        one to one, and little differs from their average.
 
     Args:
         alpha: Factor of the correlations of a unit that was made of two: small values spread units over more groups.
