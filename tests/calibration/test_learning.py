@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from merganser.calibration.learning import learn_coefficients, learner
 from merganser.calibration.learning.sequences import of_step
 from merganser.calibration.preparation import prepare
+from merganser.cli import main
 from merganser.engine.merge import merge, plan
 from merganser.engine.planner import build_plan
 from merganser.engine.run import Interrupted
@@ -125,16 +128,27 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_recipe_with_data_gives_the_merge_by_hand(llama: Family, tmp_path: Path) -> None:
+def test_a_recipe_with_data_gives_the_merge_by_hand(
+    llama: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = {"steps": 2, "rate": 0.05}
     found = learn(llama, "dam", tmp_path / "hand", **given)
     by_hand = llama.recipe("dam", found, **given)
     del by_hand["base_model"]
     merge(by_hand, tmp_path / "one")
-    result = merge(written(llama, "dam", **given), tmp_path / "two")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written(llama, "dam", **given)))
+    with pytest.raises(SystemExit, match="0"):
+        main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "two")])
+    learning = [own.about["learning"] for own in found]
+    told = [f"model{k} {own['before']:.4g} to {own['after']:.4g}" for k, own in enumerate(learning)]
+    assert (
+        "learnt in 2 steps; loss of a token, on the first step's sequences: " + ", ".join(told)
+        in capsys.readouterr().out
+    )
+    record = json.loads((tmp_path / "two/merge.json").read_text())
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
-    assert [own["learning"] for own in result.record["calibrations"]] == [own.about["learning"] for own in found]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hand", "one", "two"]
+    assert [own["learning"] for own in record["calibrations"]] == learning
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hand", "one", "recipe.yaml", "two"]
     merged, learnt = load_file(tmp_path / "one/model.safetensors"), coefficients(found)
     models = [load_file(model / "model.safetensors") for model in llama.models]
     for name, tensor in merged.items():

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merganser
+from merganser.calibration.preparation import prepare
 from merganser.engine.merge import merge, plan
 from merganser.errors import DataError, RecipeError
-from tests.calibration.merging import LENGTH, Family, make_family
+from tests.calibration.merging import LENGTH, Family, choice, make_family
 from tests.reference.btm import posterior_of
 
 
@@ -32,14 +33,16 @@ def test_the_models_are_weighted_by_their_losses_on_the_text(llama: Family, tmp_
     found = merge(recipe(llama, data=data, keep_statistics=str(tmp_path / "kept")), tmp_path / "out")
     statistics = [merganser.statistics.open_statistics(tmp_path / "kept" / own.name) for own in llama.models]
     # each sequence by itself, in the order of the draw
-    sequences = llama.sequences(0)
+    with prepare(llama.models[0], [llama.data[0]], choice=choice()) as prepared:
+        sequences = [{"input_ids": torch.tensor([sample.stacks[0].ids])} for sample in prepared.samples]
+    assert len({s["input_ids"].shape for s in sequences}) > 1
     for own, folder in zip(statistics, llama.models, strict=True):
         model = llama.open(folder).requires_grad_(False)
         expected = [
             float(torch.nn.functional.cross_entropy(model(**s).logits[0, :-1], s["input_ids"][0, 1:], reduction="sum"))
             for s in sequences
         ]
-        assert sorted(own.losses) == pytest.approx(sorted(expected), rel=1e-5)
+        assert own.losses == pytest.approx(tuple(expected), rel=1e-5)
         assert sum(own.losses) == pytest.approx(own.loss * own.predictions)
     share = posterior_of([own.losses for own in statistics], [1.0, 1.0], 0.3)
     assert 0.001 < share[0] < 0.999

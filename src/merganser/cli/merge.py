@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..wording import count_text, number_text, plural, size_text, time_text
+from ..wording import count_text, number_text, plural, printable, size_text, time_text
 from . import _options as options
 from ._adapters import print_merged_adapter
 from ._permutation import permutation_lines
@@ -95,6 +95,7 @@ def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str 
     )
     say(census_text(plan.census.values()))
     _lengths(record["movement"]["total"])
+    _learnt(record["calibrations"])
     for warning in record["warnings"][len(plan.warnings) :]:
         complain("warning", warning)
     written = f"{plural(len(plan.shards), 'file')}, {size_text(plan.bytes_written)}"
@@ -130,6 +131,16 @@ def _loader(config: Mapping[str, Any]) -> str:
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "AutoModelForCausalLM"
     return name if name.isidentifier() else "AutoModel"
+
+
+def _learnt(calibrations: Sequence[Mapping[str, Any]]) -> None:
+    """Say how far the loss of each model's data fell, where coefficients were learnt."""
+    found = {Path(own["folder"]).name: own["learning"] for own in calibrations if "learning" in own}
+    counted = {name: own for name, own in found.items() if own["before"] is not None}
+    if counted:
+        steps = plural(next(iter(counted.values()))["steps"], "step")
+        each = [f"{printable(name)} {own['before']:.4g} to {own['after']:.4g}" for name, own in counted.items()]
+        say(f"learnt in {steps}; loss of a token, on the first step's sequences: {', '.join(each)}")
 
 
 def _lengths(total: Mapping[str, Any]) -> None:

@@ -81,7 +81,8 @@ def dam(
         similarity: Penalty on coefficients of two models that have the same direction.
         overlap: Penalty on columns that two models share.
         steps: Steps of the optimiser.
-        rate: Step size of the optimiser: about how far a coefficient moves in one step.
+        rate: Step size of the optimiser: about how far a coefficient moves in one step. Columns of one matrix move by as
+            much in different directions, so far larger steps than the default harm the model.
         batch: Sequences of every model in a step.
 
     Differs from the paper:
