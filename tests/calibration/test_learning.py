@@ -76,8 +76,9 @@ def coefficients(found: list[Statistics]) -> dict[str, torch.Tensor]:
 
 
 def losses(found: list[Statistics]) -> list[list[float]]:
-    """By step and model."""
-    return [list(step) for step in zip(*(own.about["learning"]["losses"] for own in found), strict=True)]
+    """By step and model, and after all of them."""
+    told = [own.about["learning"] for own in found]
+    return [list(step) for step in zip(*([*own["losses"], own["after"]] for own in told), strict=True)]
 
 
 def double(family: Family) -> tuple[Any, list[Any], list[Any]]:
@@ -226,6 +227,8 @@ def test_what_cannot_be_learnt_is_refused(llama: Family, tmp_path: Path) -> None
         learn(llama, "adamerging", tmp_path / "out", weight=[0.0, 0.0])
     with pytest.raises(RecipeError, match=r"expert_merging learns no coefficients with the whole"):
         learn(llama, "expert_merging", tmp_path / "out")
+    with pytest.raises(RecipeError, match="different steps"):
+        plan(written(llama, "adamerging", steps=uneven))
     recipe = written(llama, "adamerging", steps=1)
     (tmp_path / "short.jsonl").write_text('{"prompt": "a b c", "completion": ""}\n')
     recipe["models"][1]["data"]["files"] = str(tmp_path / "short.jsonl")

@@ -19,7 +19,7 @@ def entropy(logits):
 def adamerging_steps(
     base, models, data, *, group=lambda name: name, objective="entropy", start=0.3, steps=3, rate=0.001, weight=None
 ):
-    """Return the coefficients by tensor, shape [models], and the losses of each step, by model; models of float64.
+    """Return the coefficients by tensor, shape [models], and the losses of each step, by model, and after the last on the first one's data; models of float64.
 
     Args:
         base: The base.
@@ -38,13 +38,13 @@ def adamerging_steps(
     raw = {group(name): torch.full((len(models),), start, dtype=torch.float64, requires_grad=True) for name in bases}
     optimiser = torch.optim.Adam(raw.values(), lr=rate)
     history = []
-    for step in range(steps):
+    for step in range(steps + 1):
         weights = {
             name: own + sum(c.clamp(0, 1) * d for c, d in zip(raw[group(name)], deltas[name], strict=True))
             for name, own in bases.items()
         }
         means = []
-        for sequences in data[step]:
+        for sequences in data[step if step < steps else 0]:
             terms = []
             for sequence in sequences:
                 logits = torch.func.functional_call(base, weights, kwargs=sequence).logits[0, :-1]
@@ -53,6 +53,8 @@ def adamerging_steps(
                 terms.append(entropy(logits) if objective == "entropy" else likely)
             means.append(torch.cat(terms).mean())
         history.append([float(own.detach()) for own in means])
+        if step == steps:
+            break
         optimiser.zero_grad()
         sum(w * own for w, own in zip(weight, means, strict=True)).backward()
         optimiser.step()

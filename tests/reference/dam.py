@@ -27,7 +27,7 @@ def shapes_of(model):
 
 
 def dam_steps(models, data, *, steps=3, rate=0.001, temperature=2.0, similarity=0.01, overlap=0.0):
-    """Return the coefficients by tensor, shape [models, ...], and the losses of each step, by model; models of float64.
+    """Return the coefficients by tensor, shape [models, ...], and the losses of each step, by model, and after the last on the first one's data; models of float64.
 
     Args:
         models: The models.
@@ -45,13 +45,13 @@ def dam_steps(models, data, *, steps=3, rate=0.001, temperature=2.0, similarity=
     }
     optimiser = torch.optim.Adam(raw.values(), lr=rate)
     history = []
-    for step in range(steps):
+    for step in range(steps + 1):
         weights = {
             name: sum(c * model.get_parameter(name).detach() for c, model in zip(own, models, strict=True))
             for name, own in raw.items()
         }
         means = []
-        for model, sequences in zip(models, data[step], strict=True):
+        for model, sequences in zip(models, data[step if step < steps else 0], strict=True):
             terms = []
             for sequence in sequences:
                 merged = torch.func.functional_call(models[0], weights, kwargs=sequence).logits[0, :-1] / temperature
@@ -60,6 +60,8 @@ def dam_steps(models, data, *, steps=3, rate=0.001, temperature=2.0, similarity=
                 terms.append(temperature**2 * (wanted * (wanted.log() - merged.softmax(-1).log())).sum(-1))
             means.append(torch.cat(terms).mean())
         history.append([float(own.detach()) for own in means])
+        if step == steps:
+            break
         penalty = 0
         for own in raw.values():
             pairs = list(combinations([each.flatten() for each in own], 2))

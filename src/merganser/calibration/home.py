@@ -25,6 +25,7 @@ from .for_recipe import (
     wanted_by,
     with_statistics,
 )
+from .learning import check_learning
 from .matching.for_recipe import WantedMatch, make_match, matches_wanted_by, plan_match, with_matches
 from .target import working_names
 from .within.for_recipe import make_within
@@ -67,6 +68,8 @@ class StatisticsHome:
         plans = [plan_match(each, self._kept(recipe, each), self._cache_dir) for each in matches]
         recipe = with_matches(recipe, dict.fromkeys(matches))
         wanted = self._wanted(recipe)
+        if wanted and wanted[0].descent is not None:
+            check_learning(self._plan_merge(recipe))
         folders = {each: self.folder / each.name for each in wanted}
         kept = {each: self._kept(recipe, each) for each in wanted}
         plans += [plan_statistics(each, folders[each], kept[each], self._cache_dir) for each in wanted]

@@ -7,11 +7,12 @@ every model's data through it, visits the blocks from the last to the first for 
 """
 
 from .plan import Descent, LearningPlan, descent_of, plan_learning, planned_coefficients
-from .run import learn_coefficients
+from .run import check_learning, learn_coefficients
 
 __all__ = [
     "Descent",
     "LearningPlan",
+    "check_learning",
     "descent_of",
     "learn_coefficients",
     "plan_learning",

@@ -29,7 +29,7 @@ from .field import Field, Weights, chosen
 from .learner import Learner
 from .sequences import usable
 
-__all__ = ["learn_coefficients"]
+__all__ = ["check_learning", "learn_coefficients"]
 
 
 def learn_coefficients(
@@ -63,7 +63,10 @@ def learn_coefficients(
         NonFiniteError: The merged model, its loss or a gradient is NaN or infinite.
         OutputError: `out` exists or cannot be written.
     """
-    learning = _check(plan, models)
+    learning = check_learning(plan)
+    count = len(merged_sources(plan))
+    if len(models) != count:
+        raise RecipeError(f"{plan.recipe.place}: {count} models are merged, {len(models)} have data")
     folders = names or [f"model-{k + 1}" for k in range(len(models))]
     with tempfile.TemporaryDirectory(prefix="merganser-") as root, Reader() as reader:
         checkpoints = [plan.checkpoints[source.model] for source in merged_sources(plan)]
@@ -87,8 +90,11 @@ def learn_coefficients(
     return [open_statistics(Path(out, name)) for name in folders]
 
 
-def _check(plan: Plan, models: Sequence[Prepared]) -> Learning:
+def check_learning(plan: Plan) -> Learning:
     """Return how the method of a plan learns.
+
+    Args:
+        plan: The merge, planned without its statistics from data.
 
     Raises:
         RecipeError: It does not, or its tensors have different parameters.
@@ -97,9 +103,6 @@ def _check(plan: Plan, models: Sequence[Prepared]) -> Learning:
     learning = next((own.learning for own in method.from_data.values()), None)
     if learning is None:
         raise RecipeError(f"{place}: {method.name} learns no coefficients with the whole merged model")
-    count = len(merged_sources(plan))
-    if len(models) != count:
-        raise RecipeError(f"{place}: {count} models are merged, {len(models)} have data")
     tensors = chosen(plan)
     if not tensors:
         raise RecipeError(f"{place}: {method.name} merges no tensor, so there are no coefficients to learn")
