@@ -30,6 +30,8 @@ def recipe(family: Family, **keys: Any) -> dict[str, Any]:
 
 def test_the_models_are_weighted_by_their_losses_on_the_text(llama: Family, tmp_path: Path) -> None:
     data = {"files": str(llama.data[0]), "length": LENGTH}
+    # the plan claims no probabilities before they are measured
+    assert plan(recipe(llama, data=data)).tensors[0].located == {}
     found = merge(recipe(llama, data=data, keep_statistics=str(tmp_path / "kept")), tmp_path / "out")
     statistics = [merganser.statistics.open_statistics(tmp_path / "kept" / own.name) for own in llama.models]
     # each sequence by itself, in the order of the draw

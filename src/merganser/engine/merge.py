@@ -84,11 +84,27 @@ def _plan(recipe: RecipeLike, *, keep_stages: bool, **options: Any) -> Plan | Ad
             except MergeError as error:
                 raise type(error)(str(error).replace(f"{root}{os.sep}", "stage ")) from None
             made = {str(path): name for name, path in folders.items()}
-            planned.append(replace(found, recipe=with_stages, made=made, calibrations=calibrations))
+            shown = _unmeasured(the_model(found)) if calibrations else found
+            planned.append(replace(shown, recipe=with_stages, made=made, calibrations=calibrations))
             if stage.name is not None and stage is not needed[-1]:
                 folders[stage.name] = Path(root, _folder_name(stage.name))
                 lay_out_either(found, folders[stage.name])
     return replace(planned[-1], stages=tuple(planned[:-1]))
+
+
+def _unmeasured(plan: Plan) -> Plan:
+    """Return a plan without the numbers that follow from data, which are not measured yet."""
+    from ..method import takes
+
+    method = plan.method
+    numbers = {name for name, own in method.located.items() if method.numbers.keys() & {*takes(own)}}
+    if not numbers:
+        return plan
+    tensors = [
+        replace(tensor, located={name: own for name, own in tensor.located.items() if name not in numbers})
+        for tensor in plan.tensors
+    ]
+    return replace(plan, tensors=tensors)
 
 
 def merge(

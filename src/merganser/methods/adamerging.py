@@ -58,7 +58,7 @@ def adamerging(
 
     Use when:
         The merged model has to get along with texts of all domains that nobody has labelled, and steps through the whole
-        model can be paid: each costs about five forward passes of the merged model. `expert_merging` learns the same
+        model can be paid: each costs about four forward passes of the merged model. `expert_merging` learns the same
         numbers block by block from what the models compute, for a fraction of that. On open text `objective: likelihood` is
         the safer one.
 
@@ -80,7 +80,7 @@ def adamerging(
         and a degenerate model is certain of itself. So there is `objective: likelihood`, which needs no labels either, as a
         text is its own. (Published code for Llama takes it, too.)
         As in the authors' code, coefficients are clamped to [0, 1], Adam has the step size 0.001, and there are 500 steps.
-        One coefficient moves by 0.001 in a step at most; with few steps a larger `rate`, such as 0.02, gets somewhere.
+        A coefficient moves by about 0.001 in a step; with few steps a larger `rate`, such as 0.02, gets somewhere.
         "Layer-wise" is by tensor in that code, as with `by: tensor` here. AdaMerging++, which first takes from the task
         vectors what TIES does, is not offered.
         Gradients are exact, in float32, block by block, with weights made anew in each step; nothing whole is in memory.

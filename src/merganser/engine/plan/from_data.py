@@ -251,7 +251,7 @@ def _missing(method: MergeMethod, source: Source, wanted: str) -> str:
     of = "the base" if method.data_of == "base" else "this model"
     needed = f"{source.place}: {method.name} needs statistics of {of} from data ({wanted})"
     if method.data_inputs != "own":
-        return f"{needed}, measured within the merge"
+        return f"{needed}, measured within the merge; name a text of its field as 'data'"
     listed = ", with the base listed among the models" if method.data_of == "base" else ""
     return (
         f"{needed}; write them with merganser calibrate {source.model} --data FILE --statistics {wanted} --out FOLDER, "
