@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from merganser.checkpoint import DTYPES
+from merganser.checkpoint.formats.safetensors import read_header
 from merganser.engine.kernels import kernels as kernels_of
 from merganser.engine.kernels.blocks import BLOCK, TensorRun, block_ranges
 from merganser.engine.kernels.kernels import Kernels
@@ -135,12 +139,12 @@ def test_neither_files_nor_neighbours_matter(tmp_path, monkeypatch, name):
     assert all(torch.equal(whole[key], parted[key]) for key in names)
 
 
-def small(folder, *, order=1, spoilt=None, dtypes=(torch.bfloat16, torch.bfloat16)):
-    """A checkpoint of eight tensors of one size in two shapes; in `order`; one of them may hold infinity."""
+def small(folder, *, order=1, spoilt=None, wide=0):
+    """A checkpoint of eight tensors of one size in two shapes; in `order`; one may hold infinity, the first be float32."""
     generator = torch.Generator().manual_seed(int(folder.name[-1]))
     shapes = {f"layers.{i}.{'weight' if i % 2 else 'bias'}": (7, 3) if i % 2 else (21,) for i in range(8)}
     tensors = {
-        name: torch.randn(shape, generator=generator).to(dtypes[i % 2])
+        name: torch.randn(shape, generator=generator).to(torch.float32 if i < wide else torch.bfloat16)
         for i, (name, shape) in enumerate(shapes.items())
     }
     if spoilt is not None:
@@ -163,6 +167,11 @@ def test_tensors_of_one_size_are_merged_as_they_lie(tmp_path, monkeypatch, name,
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert whole.record["inputs"] == parted.record["inputs"]
+    for entry in whole.record["inputs"]:
+        content = Path(entry["path"]).read_bytes()
+        tensors, _ = read_header(Path(entry["path"]))
+        each = [xxh3_128_digest(content[own.offset : own.offset + own.nbytes]) for own in tensors]
+        assert entry["xxh3_128_of_tensors"] == xxh3_128_hexdigest(b"".join(map(xxh3_128_digest, each)))
     entries = [{each["name"]: each for each in found.record["movement"]["tensors"]} for found in (whole, parted)]
     assert entries[0].keys() == entries[1].keys()
     for key, entry in entries[0].items():
@@ -175,7 +184,7 @@ def test_tensors_of_one_size_are_merged_as_they_lie(tmp_path, monkeypatch, name,
     "last",
     [
         pytest.param({"order": -1}, id="in another order"),
-        pytest.param({"dtypes": (torch.bfloat16, torch.float32)}, id="in two dtypes"),
+        pytest.param({"wide": 4}, id="in two dtypes"),
     ],
 )
 def test_inputs_that_do_not_lie_alike_give_the_same(tmp_path, last):
