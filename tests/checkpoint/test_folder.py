@@ -430,3 +430,20 @@ def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, {"model.safetensors": A})
     with pytest.raises(CheckpointError, match="revision 'main' is given, but the model is a folder"):
         open_checkpoint(str(tmp_path), revision="main")
+
+
+def test_an_index_that_two_folders_share_is_compared_with_the_files_of_each(tmp_path: Path) -> None:
+    for name in ("whole", "swapped", "lacking"):
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, SHARDS, INDEX)
+    check_equal(open_checkpoint(str(tmp_path / "whole")), A | B)
+    one, two = (tmp_path / "swapped" / name for name in SHARDS)
+    one.rename(two.with_name("aside"))
+    two.rename(one)
+    two.with_name("aside").rename(two)
+    next((tmp_path / "lacking" / name) for name in SHARDS).unlink()
+    with pytest.raises(CheckpointError, match=r"should be in \S+, but is in \S+"):
+        open_checkpoint(str(tmp_path / "swapped"))
+    with pytest.raises(NotFoundError, match="no such file, but"):
+        open_checkpoint(str(tmp_path / "lacking"))
+    check_equal(open_checkpoint(str(tmp_path / "whole")), A | B)

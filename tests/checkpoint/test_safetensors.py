@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from merganser.checkpoint import DTYPES
+from merganser.checkpoint.formats import safetensors as safetensors_file
 from merganser.checkpoint.formats.safetensors import read_header
 from merganser.errors import CheckpointError, MergeError, NotFoundError
 from tests.checkpoint.making import entry, raw_file, some_tensors, tensor_bytes
@@ -257,3 +258,38 @@ def test_only_tight_layouts_are_read(sizes: list[tuple[str, list[int]]], shift: 
     theirs = peer_outcome(scratch)
     assert (ours is None) == (theirs is None)
     assert sorted(ours or []) == sorted(theirs or [])
+
+
+def test_a_header_that_two_files_share_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.dumps({"a": entry("U8", [2], [0, 2]), "__metadata__": {"by": "me"}}).encode()
+    first, second, short = (tmp_path / name for name in ("first", "second", "short"))
+    first.write_bytes(raw_file(text, b"12"))
+    second.write_bytes(raw_file(text, b"34"))
+    short.write_bytes(raw_file(text, b"5"))
+    (own,), metadata = read_header(first)
+    monkeypatch.setattr(safetensors_file, "parse_object", None)
+    (other,), again = read_header(second)
+    assert (own.file, other.file) == (first, second)
+    assert own.name is other.name
+    # what a caller does with the metadata of one file is not seen by others
+    metadata.clear()
+    assert again == read_header(first)[1] == {"by": "me"}
+    # the length of each file is checked all the same
+    with pytest.raises(
+        CheckpointError,
+        match=r"short: truncated: header promises \d+ bytes, file has \d+; tensor 'a' runs past the end",
+    ):
+        read_header(short)
+    monkeypatch.undo()
+    longer = tmp_path / "longer"
+    longer.write_bytes(raw_file(text, b"678"))
+    with pytest.raises(CheckpointError, match="longer: 1 bytes after the last tensor"):
+        read_header(longer)
+
+
+def test_not_all_headers_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "_MOST_KEPT", 2)
+    for name in "abcde":
+        (tmp_path / name).write_bytes(raw_file({name: entry("U8", [1], [0, 1])}, b"1"))
+        assert [tensor.name for tensor in read_header(tmp_path / name)[0]] == [name]
+        assert len(safetensors_file._parsed) <= 2
