@@ -38,6 +38,7 @@ __all__ = [
     "load_tensors",
     "observed_experts",
     "parameters_of",
+    "router_modules",
     "tie",
     "zero_tensors",
 ]
@@ -268,6 +269,28 @@ class ExpertInputs:
 def expert_modules(module: nn.Module) -> dict[str, nn.Module]:
     """Return the modules within `module` that hold a mixture's experts as stacked parameters, by name."""
     return {name: each for name, each in module.named_modules() if hasattr(each, "_apply_gate")}
+
+
+def router_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the routers within `module` that are no linear layers of their own class, by name.
+
+    A router stands beside the experts, and has a row of its weight for each of them.
+    """
+    found = {}
+    modules = dict(module.named_modules())
+    for name, experts in expert_modules(module).items():
+        parent = name.rpartition(".")[0]
+        for own in ("gate", "router"):
+            router = modules.get(f"{parent}.{own}" if parent else own)
+            weight = getattr(router, "weight", None)
+            if (
+                router is not None
+                and isinstance(weight, Tensor)
+                and weight.dim() == 2
+                and len(weight) == experts.num_experts
+            ):
+                found[f"{parent}.{own}" if parent else own] = router
+    return found
 
 
 def expert_matrices(experts: Any) -> dict[str, int]:

@@ -105,9 +105,12 @@ class Taps:
     def watching(self) -> Iterator[None]:
         """Observe the block's forward within the context."""
         axes = internals.linear_classes()
+        routers = internals.router_modules(self._block.module)
         with ExitStack() as stack:
             for name, module in self._block.module.named_modules():
                 axis = next((axis for kind, axis in axes.items() if isinstance(module, kind)), None)
+                # a router is a matrix of shape [experts, in] with a class of its own
+                axis = 1 if axis is None and name in routers else axis
                 parameter = f"{self._block.name}.{name}.weight"
                 if axis is not None and (parameter, None) in self._sources:
                     self._axes[parameter] = axis

@@ -47,7 +47,7 @@ def aim(
     Differs from the paper:
         The paper also treats the weights of norms and the head by their inputs; here `others` applies to norms, and the
         head stays as merged. The quantile is ours; 1 is the paper's maximum.
-        Matrices without statistics (routers, embeddings, the head) stay as merged.
+        Matrices without statistics (embeddings, the head) stay as merged.
     """
     (delta,) = deltas(base, models)
     if magnitude is None:

@@ -93,7 +93,7 @@ def gram_coefficients(
         Every Gram matrix is a mean over tokens, so that a model counts the same however many tokens it was measured on;
         padding is not among them.
         A model whose matrix received no token (an expert of a mixture that was never chosen) adds nothing to the sum;
-        where none received any, c is r. Matrices without statistics (routers, embeddings, the head) are averaged.
+        where none received any, c is r. Matrices without statistics (embeddings, the head) are averaged.
     """
     vectors = [delta.double() for delta in deltas(base, models)]
     average = shares(weight.double())

@@ -59,7 +59,8 @@ def regmean(
         Every Gram matrix is a mean over tokens, so that a model counts the same however many tokens it was measured on;
         padding is not among them.
         A model whose matrix received no token (an expert of a mixture that was never chosen) has no say in it; where
-        none received any, R remains. Matrices without statistics (routers, embeddings, the head) are averaged.
+        none received any, R remains. Matrices without statistics (embeddings, the head) are averaged.
+        Routers of mixtures are matrices like others: the merged one is fitted to what each model's gives on its own inputs.
         LOT merging (Sun et al., arXiv 2505.23859) is `alpha: 1` with `reference: base`, but for three things: it inverts
         the sum by a pseudoinverse where there is a small ridge here; it adds up the inputs of all tokens (give every
         model's number of tokens as its weight); and it averages the weights of norms by the energy of their inputs,
