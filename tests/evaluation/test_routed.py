@@ -246,10 +246,12 @@ def test_the_task_of_an_expert_is_told(root: Path, tmp_path: Path) -> None:
 
 
 def test_command_prints_the_choices(root: Path) -> None:
-    found = run("eval", f"{root / 'out'}#auto", "--tasks", root / "a.txt", "--limit", 4, "--dtype", "float32")
+    out = root / "out"
+    found = run("eval", f"{out}#auto", f"{out}#told", "--tasks", root / "a.txt", "--limit", 4, "--dtype", "float32")
     assert found.code == 0, found
     assert "choices of out#auto" in found.out
-    assert "100.0%" in found.out
+    assert "100.0 %" in found.out
+    assert "choices of out#told" not in found.out
 
 
 def test_adapters_of_any_folder_are_routed(root: Path, tmp_path: Path) -> None:

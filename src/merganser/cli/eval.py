@@ -138,7 +138,8 @@ def _print(found: Evaluation, out: str | None) -> None:
     while _figures(found, rank):
         rank += 1
     for model, own in found.outcomes.items():
-        if any(outcome.chosen for outcome in own.values()):
+        told = found.models[model].reference.endswith("#told")
+        if not told and any(outcome.chosen for outcome in own.values()):
             _choices(found, model)
     if found.retention is not None:
         _retention(found, found.retention)
@@ -177,7 +178,9 @@ def _choices(found: Evaluation, model: str) -> None:
     rows = [["text of", "right", *(f"-> {name}" for name in names)]]
     for task, counts in chosen.items():
         right = found.right(model, task)
-        rows.append([task, "-" if right is None else f"{right:.1%}", *(str(counts.get(name, 0)) for name in names)])
+        rows.append(
+            [task, "-" if right is None else f"{100 * right:.1f} %", *(str(counts.get(name, 0)) for name in names)]
+        )
     say(f"choices of {model}: windows or questions by the task that was chosen for them")
     for line in table(rows):
         say(line)
