@@ -16,7 +16,6 @@ from tests.evaluation.tiny import add_tokenizer, text
 
 ROUTERS = {
     "mixtral": "model.layers.{}.block_sparse_moe.gate.weight",
-    "deepseek-v3": "model.layers.{}.mlp.gate.weight",
     "gpt-oss": "model.layers.{}.mlp.router.weight",
 }
 
@@ -42,8 +41,7 @@ def test_a_router_reads_every_token_and_its_experts_two_of_each(tmp_path: Path, 
     if family == "gpt-oss":
         experts, counts = (read(found, kind, f"{parent}.experts.gate_up_proj").sum(0) for kind in ("gram", "count"))
     else:
-        leaf = "w1" if family == "mixtral" else "gate_proj"
-        names = [f"{parent}.experts.{expert}.{leaf}.weight" for expert in range(4)]
+        names = [f"{parent}.experts.{expert}.w1.weight" for expert in range(4)]
         grams = [read(found, "gram", name) for name in names]
         experts = torch.stack(grams).sum(0)
         counts = torch.stack([read(found, "count", name) for name in names]).sum()
