@@ -32,7 +32,7 @@ _FULL: _Listed = (
     ("task_arithmetic", {"weight": 1.0, "lambda": 1.0}),
     ("tsv_m", {"lambda": 0.5}),
     ("wudi", {"lambda": 0.5}),
-    ("gram_coefficients", {}),
+    ("column_coefficients", {"weight": 1.0}),
     ("task_arithmetic", {"weight": 1.0, "lambda": 0.3}),
 )
 """Methods that hold up on all sets of models there come first, then those that keep most on some."""
