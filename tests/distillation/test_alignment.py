@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merganser.distillation.alignment.answers import Reading, answer_groups
@@ -43,7 +43,8 @@ def reading(
     )
 
 
-quick = settings(max_examples=40)
+# a machine that does much else is slow to make examples
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 cuts = st.sets(st.integers(1, 30))
 texts = st.binary(min_size=1, max_size=30)

@@ -250,6 +250,12 @@ def test_a_merge_is_taught_by_its_experts(folder: Path, tmp_path: Path) -> None:
     assert [entry["tokens_taught"] for entry in found["sources"]] == [4 * 23, 4 * 23]
     assert found["history"]["fused"][-1]["taught"] < found["history"]["fused"][0]["taught"]
     assert sorted(read_model(tmp_path / "out")) == sorted(read_model(folder / "student"))
+    # texts that both were given are trained on once, and both teach them
+    sources[1]["data"] = {"files": [str(folder / "a.txt")], "sequences": 4, "length": 24, "tokens": "all", "seed": 0}
+    sources[0]["data"] = {"files": [str(folder / "a.txt"), str(folder / "b.txt")], "sequences": 12, "length": 24}
+    own = {**own, "sources": sources, "training": {"steps": 1}}
+    found = fuse(own, tmp_path / "both", control=False).record["fused"]
+    assert 12 <= found["sequences"] < 16
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

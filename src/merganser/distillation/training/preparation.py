@@ -106,15 +106,17 @@ class Preparation:
         if self.recipe.from_caches:
             vocabulary = self.student.token_bytes.vocabulary()
             return [own for own in cached_examples(self.caches, vocabulary, self._read) if (own.labels >= 0).any()]
-        found: list[Example] = []
+        # two sets may hold the same record
+        found: dict[tuple[int, tuple[bytes, ...]], Example] = {}
         opened = self.student.opened
         for file, choice in zip(files, self.choices, strict=True):
             data = read([file])
-            records = {own.where: record_number(own) for each in data for own in each.records}
+            records = {record.where: record_number(record) for each in data for record in each.records}
             for sample in first_samples(data, opened.tokenizer, opened.config, choice):
                 reading = reading_of(sample, self.student.token_bytes.text_and_ends)
-                found.append(Example(records[sample.where], reading))
-        return [own for own in found if (own.labels >= 0).any()]
+                own = Example(records[sample.where], reading)
+                found.setdefault((own.record, reading.answers()), own)
+        return [own for own in found.values() if (own.labels >= 0).any()]
 
     def _read(self, said: Cached) -> Reading | None:
         """Read the text of a cached sequence as the student does.

@@ -18,7 +18,7 @@ from ...errors import DataError
 from ..alignment.answers import Reading
 from ..alignment.chunks import Chunks, chunks
 from ..alignment.tables import Table, byte_table, edit_table
-from ..alignment.transfer import Lesson, Predictions, lesson_by_bytes, lesson_by_warping, same_reading
+from ..alignment.transfer import Lesson, Predictions, lesson_by_bytes, lesson_by_warping
 from ..format import LogitCache
 from ..vocabulary import Vocabulary
 
@@ -197,8 +197,7 @@ class Teacher:
 
     def _distributions(self, student: Reading, said: Cached) -> Lesson:
         if self._alignment.by == "bytes":
-            same = self._identical and same_reading(student, said.reading) > 0
-            return lesson_by_bytes(student, said.reading, said.predictions, self._table, same=same)
+            return lesson_by_bytes(student, said.reading, said.predictions, self._table, same=self._identical)
         tokens = [self._alignment.vocabulary.tokens, self._tokens]
         spoken = tuple(
             [own[i] or b"" if i < len(own) else b"" for i in reading.ids.tolist()]
