@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from merganser.distillation import cache_logits, fuse, load_fusion
 from merganser.distillation.training.student import load_held_out, open_student
@@ -19,7 +20,7 @@ from merganser.record import verify
 from merganser.record.reading import read_record
 from tests.cli.tiny import run
 from tests.evaluation.tiny import literal_bits_per_byte, load, make_model, text
-from tests.making import read_model
+from tests.making import read_json, read_model
 
 # torch warns about accelerate's own use of it, when a state is loaded
 pytestmark = [
@@ -47,12 +48,21 @@ def other_tokenizer() -> str:
     return tokenizer.to_str()
 
 
+def in_bfloat16(folder: Path) -> None:
+    tensors = {name: tensor.bfloat16() for name, tensor in read_model(folder).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "temperature": 0.7, "do_sample": True}))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student, a source like it, one with other tokens, and texts."""
     found = tmp_path_factory.mktemp("fusion")
-    make_model(found / "student", 1)
-    make_model(found / "source", 2)
+    for name, seed in (("student", 1), ("source", 2)):
+        in_bfloat16(make_model(found / name, seed, tie_word_embeddings=True))
     make_model(found / "other", 3)
     (found / "other" / "tokenizer.json").write_text(other_tokenizer())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<begin>", "eos_token": "<end>"}
@@ -104,7 +114,11 @@ def test_a_student_is_taught_and_written(folder: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "out").ok
     before, after = read_model(folder / "student"), read_model(tmp_path / "out")
     assert sorted(before) == sorted(after)
-    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert "lm_head.weight" not in before
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) - 3
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert read_json(tmp_path / "out", name) == read_json(folder / "student", name)
     model, _ = load(tmp_path / "out")
     student = open_student(str(tmp_path / "out"), ExitStack())
     held_out = load_held_out({"held": str(folder / "held.txt")}, 2)
@@ -300,7 +314,7 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plan = run("fuse", "train", "r.yaml", "out", "--dry-run")
     assert plan.code == 0, plan.err
     lines = plan.out.splitlines()
-    assert lines[0].endswith("student: 36.0 K parameters, 36.0 K trained")
+    assert lines[0].endswith("student: 25.8 K parameters, 25.8 K trained")
     assert lines[1] == "6 sequences, 144 tokens"
     assert lines[2] == "to run: 1 source, 144 tokens in all"
     assert lines[3] == (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from ..token_bytes import TokenBytes
 __all__ = ["HeldOut", "Student", "hashed", "load_held_out", "open_student", "rounded", "write_model"]
 
 _CONTEXT, _BATCH_TOKENS = 512, 2048
-_WRITTEN = ("config.json", "generation_config.json", "README.md")
+_OWN = ("config.json", "README.md")
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,18 @@ def open_student(reference: str, stack: ExitStack, *, cache_dir: Path | None = N
 def rounded(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Round a model's weights once to the dtypes in which they are stored, and return them in these.
 
-    The model itself gets the rounded values, so that what is measured is what is written.
+    The model itself gets the rounded values, so that what is measured is what is written. A weight that is another one, as a
+    head that is tied to the embedding, is returned once, under the name that is stored.
     """
     kinds = [own for own in dtypes.values() if own.is_floating_point]
     usual = max(set(kinds), key=kinds.count)
+    own = model.state_dict()
+    stored = {tensor.data_ptr() for name, tensor in own.items() if name in dtypes}
     state: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for name, tensor in own.items():
+            if name not in dtypes and tensor.data_ptr() in stored:
+                continue
             dtype = dtypes.get(name, usual)
             state[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
             tensor.copy_(state[name])
@@ -97,7 +104,7 @@ def rounded(model: Any, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
 def write_model(
     student: Student, model: Any, state: Mapping[str, Tensor], folder: Path, claim: Callable[[Iterable[str]], None]
 ) -> list[str]:
-    """Write weights, config, tokenizer and other files of the student; return their names.
+    """Write the weights, and config, tokenizer and other files as the student has them; return their names.
 
     Args:
         student: The student.
@@ -109,24 +116,24 @@ def write_model(
     Raises:
         CheckpointError: transformers cannot write the model, or a file to copy cannot be read.
     """
-    beside = folder / "model"
+    beside, source = folder / "model", student.opened.source
     claim(["model/"])
     beside.mkdir(exist_ok=True)
-    model.config.dtype = next(own.dtype for own in state.values() if own.is_floating_point())
-    with explained(CheckpointError, f"{student.opened.source.reference}: transformers cannot write the model"), quiet():
+    with explained(CheckpointError, f"{source.reference}: transformers cannot write the model"), quiet():
         model.save_pretrained(beside, state_dict=dict(state), max_shard_size="5GB")
-    names = sorted(path.name for path in beside.iterdir())
-    source = student.opened.source
-    copied = [name for name in source.files if name not in (*names, *_WRITTEN)]
-    claim([*names, *copied, *source.texts])
-    for name in names:
+    # the Trainer changes the config that transformers writes beside the weights
+    weights = sorted(path.name for path in beside.iterdir() if path.name.startswith("model"))
+    copied = [name for name in source.files if name not in (*weights, *source.texts, *_OWN)]
+    claim([*weights, *copied, *source.texts, "config.json"])
+    for name in weights:
         (beside / name).replace(folder / name)
-    beside.rmdir()
+    shutil.rmtree(beside)
     for name in copied:
         copy_file(source.files[name], folder / name)
     for name, text in source.texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    return [*names, *copied, *(name for name in source.texts if name not in copied)]
+    (folder / "config.json").write_text(json.dumps(dict(source.config), indent=2) + "\n", encoding="utf-8")
+    return [*weights, *copied, *source.texts, "config.json"]
 
 
 def hashed(folder: Path, names: Iterable[str]) -> list[dict[str, Any]]:
