@@ -196,6 +196,6 @@ def _summary(out: Path, record: Mapping[str, Any]) -> None:
         for line in table(rows, right=range(1, len(texts) + 1)):
             say(line)
     else:
-        say("the recipe names no held_out text: whether this is better than the control was not measured")
+        say("the recipe names no held_out text, so nothing was measured")
     say(f"wrote {out} and {out / 'merge.json'}")
     say(f'load it:   transformers.AutoModelForCausalLM.from_pretrained("{out}")')

@@ -133,7 +133,8 @@ def _arguments(recipe: FusionRecipe, folder: Path, steps: int, device: torch.dev
         gradient_accumulation_steps=own.accumulate,
         learning_rate=own.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(own.warmup * steps),
+        # rounded down: in a step of warmup the first learning rate is 0
+        warmup_steps=int(own.warmup * steps),
         weight_decay=own.weight_decay,
         # as FuseLLM has it
         adam_beta2=0.95,
