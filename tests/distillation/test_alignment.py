@@ -44,7 +44,7 @@ def reading(
 
 
 # a machine that does much else is slow to make examples
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 cuts = st.sets(st.integers(1, 30))
 texts = st.binary(min_size=1, max_size=30)
