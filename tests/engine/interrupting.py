@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from merganser.engine import planner, run
+from merganser.engine import drafts, planner, run
 from merganser.engine.kernels import merge_tensor
 from merganser.engine.merge import merge
 from merganser.engine.output import staging
@@ -25,7 +25,7 @@ BLOCK, SEGMENT_BLOCKS = 144, 2
 
 def shrink_blocks(patch: pytest.MonkeyPatch) -> None:
     """Make blocks so small that tiny models have large tensors."""
-    for module in (planner, merge_tensor, read):
+    for module in (planner, drafts, merge_tensor, read):
         patch.setattr(module, "BLOCK", BLOCK)
     patch.setattr(groups, "SEGMENT_BLOCKS", SEGMENT_BLOCKS)
 
