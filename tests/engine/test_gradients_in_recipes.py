@@ -69,6 +69,14 @@ def _by_hand(zoo: Path, folder: Path, own: str, of_base: str) -> list[dict[str, 
     return entries
 
 
+@pytest.fixture(scope="module")
+def by_hand(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """All statistics that the methods below take, made once: what is measured together is the same as alone."""
+    folder = tmp_path_factory.mktemp("statistics")
+    own = "fisher gram gradient_gram absolute_gradient sensitivity loss"
+    return _by_hand(zoo, folder, own, "absolute_gradient gradient")
+
+
 @pytest.mark.parametrize(
     ("method", "own", "of_base"),
     [
@@ -80,22 +88,25 @@ def _by_hand(zoo: Path, folder: Path, own: str, of_base: str) -> list[dict[str, 
         ("lm_cocktail", "loss", ""),
     ],
 )
-def test_a_merge_makes_statistics_of_gradients(method: str, own: str, of_base: str, zoo: Path, tmp_path: Path) -> None:
+def test_a_merge_makes_statistics_of_gradients(
+    method: str, own: str, of_base: str, zoo: Path, by_hand: list[dict[str, str]], tmp_path: Path
+) -> None:
     """The plan says what it will make, and the merge gives what it gives with folders that were made before."""
     plan = merganser.plan(_recipe(zoo, method))
     names = [f"expert{i}" for i in (1, 2) if own] + [f"base-on-expert{i}" for i in (1, 2) if of_base]
     assert sorted(each.name for each in plan.calibrations) == sorted(names)
-    entries = _by_hand(zoo, tmp_path, own, of_base)
-    merge(_recipe(zoo, method), tmp_path / "out")
+    kinds = [kind for kind, wanted in (("statistics", own), ("base_statistics", of_base)) if wanted]
+    entries = [{kind: each[kind] for kind in kinds} for each in by_hand]
+    kept = tmp_path / "kept"
+    merge(_recipe(zoo, method, keep_statistics=str(kept)), tmp_path / "out")
     merge(_recipe(zoo, method, *entries), tmp_path / "expected")
     assert _weights(tmp_path / "out") == _weights(tmp_path / "expected")
+    assert {path.name for path in kept.iterdir() if path.is_dir()} == {each.name for each in plan.calibrations}
     for each in plan.calibrations:
-        number = each.name[-1]
-        made = tmp_path / ("base_statistics" if each.name.startswith("base") else "statistics")
-        made = made.with_name(made.name + number)
-        assert set(each.files) == {path.name for path in made.iterdir()}
-        found = merganser.statistics.open_statistics(made)
+        assert set(each.files) == {path.name for path in (kept / each.name).iterdir()}
+        found = merganser.statistics.open_statistics(kept / each.name)
         assert each.statistics == found.statistics
+        assert {*(of_base if each.name.startswith("base") else own).split()} <= {*found.statistics}
         assert each.statistics_bytes == found.nbytes
 
 

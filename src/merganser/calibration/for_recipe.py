@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import MergeError, OutputError, RecipeError
 from ..method import MergeMethod
@@ -54,6 +55,7 @@ class Wanted:
             measured together, and the name of the folder has two parts, the first of which they share.
         together: Number of the models that are measured together.
         descent: The steps in which coefficients are learnt; None if none are.
+        steps: The number of steps in which coefficients are fitted, block by block.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Wanted:
     inputs: str = "own"
     together: int = 1
     descent: Descent | None = None
+    steps: int = 0
 
 
 def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
@@ -106,14 +109,20 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
     _check_labels(method, list(found.values()))
     together = 1 if method.data_inputs == "own" else len(found)
     descent = _descent(resolver) if found else None
-    return [replace(each, together=together, descent=descent) for each in found.values()]
+    steps = int(_parameters(resolver)["steps"]) if found and method.data_inputs == "fitted" else 0
+    return [replace(each, together=together, descent=descent, steps=steps) for each in found.values()]
+
+
+def _parameters(resolver: Resolver) -> Mapping[str, Any]:
+    """Return the parameters that all tensors share."""
+    return resolver.parameters(0, "", [""] * len(resolver.sources(0).models), 0.0)
 
 
 def _descent(resolver: Resolver) -> Descent | None:
     """Return the steps in which the method learns coefficients, which all tensors share; None if it learns none."""
     if resolver.method.data_inputs != "end_to_end":
         return None
-    return descent_of(resolver.method, resolver.parameters(0, "", [""] * len(resolver.sources(0).models), 0.0))
+    return descent_of(resolver.method, _parameters(resolver))
 
 
 def _statistics(method: MergeMethod) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -221,7 +230,7 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
     """
     with prepared_for(wanted, cache_dir) as prepared:
         plan, blocks = plan_prepared(
-            prepared, wanted.model, wanted.name, wanted.inputs, wanted.together, wanted.descent
+            prepared, wanted.model, wanted.name, wanted.inputs, wanted.together, wanted.descent, wanted.steps
         )
         lay_out(prepared, blocks, folder, wanted.inputs)
         present = kept is not None and (kept / STATISTICS_NAME).exists()

@@ -40,8 +40,8 @@ _BESIDE_PRODUCTS = 1.3
 _READ_RATE = 1e9
 # within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
 _FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "mean": 1.0, "zipped": 1.0, "end_to_end": 1.0}
-# forward and backward, with the default number of steps, each on one batch
-_FIT_PASSES, _FIT_STEPS = 3.0, 30
+# forward and backward of a step on one batch, and the weights made anew of all task vectors, as measured
+_FIT_PASSES = 5.0
 _STARTING = 4.0
 
 
@@ -77,6 +77,7 @@ def plan_prepared(
     inputs: str = "own",
     together: int = 1,
     descent: Descent | None = None,
+    steps: int = 0,
 ) -> tuple[CalibrationPlan, list[list[Tapped]]]:
     """Plan a prepared calibration.
 
@@ -89,6 +90,7 @@ def plan_prepared(
         inputs: What computes the inputs, as in `FromData`.
         together: Number of models that are measured together.
         descent: The steps in which coefficients are learnt; None if none are.
+        steps: The number of steps in which coefficients are fitted, block by block.
 
     Returns:
         The plan, and for every block the tensors that will have statistics; their sums have shapes, but no values.
@@ -112,7 +114,7 @@ def plan_prepared(
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
     outside = skeleton.outside(head=prepared.labels is not None)
     forward = _forward_operations(prepared)
-    forward *= _FORWARDS[inputs] + (inputs == "fitted") * _FIT_PASSES * _FIT_STEPS / len(prepared.batches())
+    forward *= _FORWARDS[inputs] + _FIT_PASSES * steps / len(prepared.batches())
     sums = sum(_sum_operations(prepared, tapped) for block in found for tapped in block)
     read = skeleton.checkpoint.nbytes + 2 * inside + _nbytes(skeleton, outside)
     memory, spool = _peak_memory(prepared, _loaded(skeleton, outside), found, inputs, together), _spool_bytes(prepared)

@@ -28,7 +28,7 @@ _SMALLEST = 64
 _WEIGHT, _CHANGE = 0.02, 0.001
 """Standard deviations of the base and the task vectors: a few units in the last place of bfloat16, as in fine-tunes."""
 
-_RANK = 4
+_RANK = 8
 """The smaller side over the rank of task vectors: between adapters and full fine-tunes, of which spectral methods keep more."""
 
 
