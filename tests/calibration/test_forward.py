@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,13 @@ def test_keys_that_blocks_share_are_found_out(tmp_path: Path) -> None:
         skeleton.fill_outside()
         with pytest.raises(UnsupportedError, match=r"Gemma3nForCausalLM"):
             check_streamable(skeleton, _probe(1))
+
+
+def test_an_older_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    monkeypatch.delattr(transformers, "conversion_mapping", raising=False)
+    with pytest.raises(UnsupportedError, match=r"^calibrating needs transformers 5\.2 or newer, installed is"):
+        internals.build_skeleton(transformers.LlamaConfig(), torch.float32)
 
 
 def test_a_model_without_a_stack_is_refused(tmp_path: Path) -> None:

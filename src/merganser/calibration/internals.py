@@ -85,8 +85,9 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> Any:
         dtype: Dtype of the parameters, except those that the class keeps in float32.
 
     Raises:
-        UnsupportedError: transformers has no such model, or cannot build it.
+        UnsupportedError: transformers has no such model, cannot build it, or is too old.
     """
+    _conversion()
     kind = _model_class(config)
     config.use_cache = False
     try:
@@ -167,10 +168,14 @@ def parameters_of(model: Any, names: Iterable[str]) -> dict[str, Target]:
     return found
 
 
-def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+def _conversion() -> tuple[Any, Any]:
+    """Return the modules of transformers that turn a checkpoint's tensors into parameters.
+
+    Raises:
+        UnsupportedError: transformers is too old to have them.
+    """
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers import conversion_mapping, core_model_loading
     except ImportError:
         import transformers
 
@@ -178,10 +183,15 @@ def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
             f"calibrating needs transformers 5.2 or newer, installed is {transformers.__version__}: "
             "pip install --upgrade transformers"
         ) from None
-    mapping = get_model_conversion_mapping(model)
+    return conversion_mapping, core_model_loading
+
+
+def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+    conversion, loading = _conversion()
+    mapping = conversion.get_model_conversion_mapping(model)
     return (
-        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
-        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+        [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)],
+        [entry for entry in mapping if isinstance(entry, loading.WeightConverter)],
     )
 
 
