@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -168,14 +169,14 @@ def parameters_of(model: Any, names: Iterable[str]) -> dict[str, Target]:
     return found
 
 
-def _conversion() -> tuple[Any, Any]:
+def _conversion() -> tuple[Any, ...]:
     """Return the modules of transformers that turn a checkpoint's tensors into parameters.
 
     Raises:
         UnsupportedError: transformers is too old to have them.
     """
     try:
-        from transformers import conversion_mapping, core_model_loading
+        return tuple(import_module(f"transformers.{name}") for name in ("conversion_mapping", "core_model_loading"))
     except ImportError:
         import transformers
 
@@ -183,7 +184,6 @@ def _conversion() -> tuple[Any, Any]:
             f"calibrating needs transformers 5.2 or newer, installed is {transformers.__version__}: "
             "pip install --upgrade transformers"
         ) from None
-    return conversion_mapping, core_model_loading
 
 
 def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
