@@ -170,6 +170,7 @@ def _prepared(layer: RunningLayer, attention: Any, kwargs: dict[str, Any]) -> di
     """Give a layer the queries of a call, and return the call's arguments with the layer's mask."""
     hidden = kwargs["hidden_states"]
     new = hidden.shape[1]
+    layer.meet(attention)
     with torch.no_grad():
         bias = layer.bias()
         if layer.queries_wanted():

@@ -52,6 +52,9 @@ class RunningLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
         """Return the layers of a model's cache."""
         return [cls(**options) for _ in range(layers)]
 
+    def meet(self, attention: Any) -> None:
+        """Take what the method needs of the layer's attention module, before each call."""
+
     def queries_wanted(self) -> int:
         """Return of how many last tokens of a call queries are needed."""
         return 0
