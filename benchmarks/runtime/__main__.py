@@ -2,7 +2,7 @@
 
 A prompt is run through the model once; each cache is given the same keys, values and queries, which are those that it
 would see in `generate`, and goes on from there. A method that holds numbers beside keys and values gets as many entries
-fewer. A cache without a budget (MiniCache and, with `--heads`, RazorAttention) is compared with a SnapKV that
+fewer. A cache without a budget (MiniCache, Task-KV and, with `--heads`, RazorAttention) is compared with a SnapKV that
 takes its bytes behind that prompt.
 
 Scales: `likelihood`, bits per token of what follows, one call; `needles`, a number hidden at depths of prompts of several
@@ -66,7 +66,10 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 def unbounded(model: Any, options: argparse.Namespace) -> dict[str, Make]:
     """The caches without a budget."""
-    made: dict[str, Make] = {"minicache": lambda: MergedCache("minicache", model)}
+    made: dict[str, Make] = {
+        "minicache": lambda: MergedCache("minicache", model),
+        "task_kv": lambda: MergedCache("task_kv", model),
+    }
     if options.heads:
         heads = RetrievalHeads.load(options.heads)
         made["razor_attention"] = lambda: MergedCache("razor_attention", model, heads=heads, window=options.budget)

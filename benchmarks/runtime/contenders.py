@@ -18,7 +18,7 @@ Make = Callable[[], MergedCache]
 
 def budget(method: str, entries: int, width: int) -> int:
     """Entries that take the bytes of SnapKV's `entries`; `width` is the bytes of a key and a value."""
-    beside = LAYERS[method](budget=99).first(torch.zeros(1, 1, 1, 1))  # type: ignore[attr-defined]
+    beside = LAYERS[method](budget=99).first(torch.zeros(1, 1, 1, 1))
     return entries * width // (width + 4 * len(beside))
 
 
@@ -34,7 +34,7 @@ def caches(model: Any, entries: int, methods: Iterable[str]) -> dict[str, Make]:
     made: dict[str, Make] = {"whole": lambda: MergedCache("snapkv", model, budget=10**9)}
     for method in methods:
         own = budget(method, entries, width(model))
-        made[method] = lambda method=method, own=own: MergedCache(method, model, budget=own)  # type: ignore[misc]
+        made[method] = lambda method=method, own=own: MergedCache(method, model, budget=own)
     return made
 
 
@@ -60,7 +60,7 @@ class Field:
         entry = config.num_hidden_layers * config.num_key_value_heads * width(self.model)
         for name, make in self.free.items():
             entries = prompt.into(make()).stored_bytes() // entry
-            made[rival(name)] = lambda entries=entries: MergedCache("snapkv", self.model, budget=max(entries, 37))  # type: ignore[misc]
+            made[rival(name)] = lambda entries=entries: MergedCache("snapkv", self.model, budget=max(entries, 37))
         return made
 
     def against(self, name: str) -> str:

@@ -10,7 +10,7 @@ from merganser.errors import MergeError, ParameterError, UnsupportedError
 from merganser.runtime import LAYERS, MergedCache
 from tests.runtime.making import model, text
 
-BOUNDED = sorted(set(LAYERS) - {"minicache", "razor_attention"})
+BOUNDED = sorted(set(LAYERS) - {"minicache", "razor_attention", "task_kv"})
 
 SMALL = {"budget": 16, "sinks": 2, "window": 4}
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["causal_mask", "chunks", "probabilities", "queries_of", "weights"]
+__all__ = ["causal_mask", "chunks", "outputs", "probabilities", "queries_of", "weights"]
 
 _AT_ONCE = 64
 """Queries whose weights are in memory at once."""
@@ -48,6 +48,22 @@ def weights(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None =
     for part, at in chunks(queries):
         total += probabilities(part, keys, scaling, bias, queries.shape[-2] - at).mean(2).sum(2)
     return total
+
+
+def outputs(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """Return the output of each query head before the projection, averaged over queries: [batch, query heads, head_dim].
+
+    Args:
+        queries: Queries of the last n tokens, shape [batch, query heads, n, head_dim].
+        keys: All keys, shape [batch, key heads, keys, head_dim].
+        values: All values, of the same shape.
+        scaling: Factor of the products.
+    """
+    total = torch.zeros(*queries.shape[:2], values.shape[-1], device=keys.device)
+    for part, at in chunks(queries):
+        weight = probabilities(part, keys, scaling, None, queries.shape[-2] - at).sum(3)
+        total += (weight @ values.float()).flatten(1, 2)
+    return total / queries.shape[-2]
 
 
 def chunks(queries: Tensor) -> list[tuple[Tensor, int]]:

@@ -11,6 +11,7 @@ from .minicache import MiniCache
 from .razor_attention import RazorAttention
 from .snapkv import SnapKV
 from .streaming_llm import StreamingLLM
+from .task_kv import TaskKV
 
 __all__ = ["LAYERS"]
 
@@ -23,4 +24,5 @@ LAYERS: dict[str, type[RunningLayer]] = {
     "razor_attention": RazorAttention,
     "snapkv": SnapKV,
     "streaming_llm": StreamingLLM,
+    "task_kv": TaskKV,
 }

@@ -1,0 +1,153 @@
+"""Task-KV: heads that keep everything, chosen for each text, and heads that keep little."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from merganser.errors import ParameterError, UnsupportedError
+from merganser.runtime import MergedCache
+from merganser.runtime.caches.task_kv import TaskKV
+from tests.reference.task_kv import other_head, separator
+from tests.runtime.making import model, text
+
+SMALL = {"sinks": 2, "middle": 5, "window": 6}
+
+
+def made_of(attention="sdpa"):
+    return model(attention=attention, hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+
+
+def test_the_separator_and_what_stays():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 3, 30, 8, generator=generator)
+    queries = torch.randn(2, 6, 30, 8, generator=generator)
+    attention = torch.nn.Module()
+    attention.o_proj = torch.nn.Linear(48, 20)
+    layer = TaskKV(share=0.34, **SMALL)
+    layer.meet(attention)
+    layer.observe(queries, 0.4)
+    layer.update(keys, values)
+    assert layer.held["whole keys"].shape[1] == 1
+    projection = attention.o_proj.weight.detach().double()
+    chosen = set()
+    for row in range(2):
+        last = queries[row, :, -6:].double()
+        distance = separator(last, keys[row].double(), values[row].double(), 0.4, projection)
+        far = [max(distance[2 * head : 2 * head + 2]) for head in range(3)]
+        order = sorted(range(3), key=lambda head: -far[head])
+        assert layer.order[row].tolist() == order
+        chosen.add(order[0])
+        assert torch.equal(layer.held["whole keys"][row, 0], keys[row, order[0]])
+        for place, head in enumerate(order[1:]):
+            stays = other_head(last[2 * head : 2 * head + 2], keys[row, head].double(), 0.4, **SMALL)
+            assert torch.equal(layer.held["near keys"][row, place], keys[row, head, stays])
+            assert torch.equal(layer.held["near values"][row, place], values[row, head, stays])
+    # the rows of this batch differ in it, so that a choice for the whole batch would be seen
+    assert len(chosen) == 2
+
+
+def test_attention_sees_what_stays():
+    """A query's output from what `update` and `bias` return is that over the entries that each head holds."""
+    generator = torch.Generator().manual_seed(3)
+    layer = TaskKV(share=0.34, **SMALL)
+    attention = torch.nn.Module()
+    attention.o_proj = torch.nn.Linear(48, 20)
+    layer.meet(attention)
+    layer.observe(torch.randn(2, 6, 30, 8, generator=generator), 0.4)
+    layer.update(*torch.randn(2, 2, 3, 30, 8, generator=generator))
+    bias, order, held = layer.bias(), layer.order, dict(layer.held)
+    new = torch.randn(2, 2, 3, 1, 8, generator=generator)
+    layer.observe(torch.randn(2, 6, 1, 8, generator=generator), 0.4)
+    keys, values = layer.update(*new)
+    query = torch.randn(8, generator=generator)
+    logits = keys @ query
+    logits[..., :-1] += bias
+    found = (logits.softmax(-1)[..., None] * values).sum(-2)
+    for row in range(2):
+        for place, head in enumerate(order[row].tolist()):
+            part, at = ("whole", 0) if place == 0 else ("near", place - 1)
+            own_keys = torch.cat((held[f"{part} keys"][row, at], new[0][row, head]))
+            own_values = torch.cat((held[f"{part} values"][row, at], new[1][row, head]))
+            torch.testing.assert_close(found[row, head], (own_keys @ query).softmax(-1) @ own_values)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("share", "length"), [(0.4, 20), (1.0, 40)])
+def test_nothing_dropped_nothing_changed(share, length, attention):
+    made, tokens = made_of(attention), text(length, rows=2)
+    plain = DynamicCache(config=made.config)
+    cache = MergedCache("task_kv", made, share=share, sinks=2, middle=14 if length == 20 else 5, window=4)
+    for part in tokens.split([length - 8, 1, 7], dim=1):
+        found = made(part, past_key_values=cache).logits
+        torch.testing.assert_close(found, made(part, past_key_values=plain).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0, 0.4])
+def test_what_is_held(share):
+    tokens, found, count = text(40, rows=2), [], round(3 * share)
+    for made in (made_of(), made_of("eager")):
+        cache = MergedCache("task_kv", made, share=share, **SMALL)
+        for part in tokens.split([30, 1, 9], dim=1):
+            logits = made(part, past_key_values=cache).logits
+        found.append(logits)
+        assert cache.kept() == [40 if count else 13] * 2
+        assert cache.get_seq_length() == 40
+        assert cache.stored_bytes() == 2 * 2 * 2 * 8 * 4 * (count * 40 + (3 - count) * 13)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    for part in tokens.split([30, 1, 9], dim=1):
+        logits = made(part, past_key_values=cache).logits
+    assert torch.equal(logits, found[1])
+
+
+def test_rows_and_beams():
+    made, tokens = made_of(), text(40, rows=2)
+    step = text(1, rows=2, seed=3)
+    cache, other = (MergedCache("task_kv", made, **SMALL) for _ in range(2))
+    made(tokens, past_key_values=cache)
+    made(tokens.flip(0), past_key_values=other)
+    alone = MergedCache("task_kv", made, **SMALL)
+    made(tokens[1:], past_key_values=alone)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    for _ in range(2):
+        one, two = (made(step, past_key_values=each).logits for each in (cache, other))
+        torch.testing.assert_close(one, two)
+        torch.testing.assert_close(one[:1], made(step[:1], past_key_values=alone).logits, rtol=1e-4, atol=1e-4)
+    tokens = text(20, rows=2)
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    expected = made.generate(tokens, **options)
+    whole = MergedCache("task_kv", made, share=1.0, **SMALL)
+    assert torch.equal(made.generate(tokens, past_key_values=whole, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 1.5}, "share: must be a number from 0 to 1, not 1.5"),
+        ({"share": True}, "share: must be a number from 0 to 1, not True"),
+        ({"middle": -1}, "middle: must be a whole number of at least 0, not -1"),
+        ({"window": 0}, "window: must be a whole number of at least 1, not 0"),
+        ({"budget": 99}, "task_kv: 'budget' is no option"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ParameterError) as error:
+        MergedCache("task_kv", made_of(), **options)
+    assert message in str(error.value)
+
+
+def test_what_is_refused():
+    made = made_of()
+    cache = MergedCache("task_kv", made, **SMALL)
+    mask = torch.ones(2, 20)
+    mask[0, :3] = 0
+    with pytest.raises(UnsupportedError, match="task_kv: rows are padded"):
+        made(text(20, rows=2), attention_mask=mask, past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="layers with a sliding window"):
+        MergedCache("task_kv", model("mistral", sliding_window=16))
+    made(text(20), past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="cannot go back 2 tokens"):
+        cache.crop(-2)
+    with pytest.raises(UnsupportedError, match="heads are told apart by the queries of a model"):
+        TaskKV(**SMALL).update(*torch.zeros(2, 1, 3, 20, 8))
