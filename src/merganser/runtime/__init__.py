@@ -5,6 +5,15 @@ from __future__ import annotations
 from .cache import MergedCache
 from .caches import LAYERS
 from .heads import RetrievalHeads, find_retrieval_heads
-from .tokens import merge_tokens
+from .tokens import aim, holitom, merge_frames, merge_tokens
 
-__all__ = ["LAYERS", "MergedCache", "RetrievalHeads", "find_retrieval_heads", "merge_tokens"]
+__all__ = [
+    "LAYERS",
+    "MergedCache",
+    "RetrievalHeads",
+    "aim",
+    "find_retrieval_heads",
+    "holitom",
+    "merge_frames",
+    "merge_tokens",
+]

@@ -14,9 +14,14 @@ from ..merging import fold, shares
 from .pitome import pitome
 from .tome import tome
 
-__all__ = ["TokenMerging", "merge_tokens"]
+__all__ = ["Plan", "TokenMerging", "installed", "merge_tokens", "parts"]
 
 _METHODS = {"tome": tome, "pitome": pitome}
+_ELSEWHERE = {
+    "tempme": "it joins the frames of a video: use merge_frames(model, frames=...)",
+    "aim": "it merges what an encoder returns: use aim(features)",
+    "holitom": "it merges what an encoder returns for the frames of a video: use holitom(features)",
+}
 # by name: each of these is one class of transformers, and others of the same families pool tokens in other ways
 _CLIP = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
 _SIGLIP = ("SiglipModel", "SiglipVisionModel")
@@ -46,15 +51,24 @@ class TokenMerging:
         """Return the logarithms of the sizes, shape [batch, tokens], which attention adds to logits; None if all are 1."""
         return self.sizes.log() if self.sizes is not None and (self.sizes > 1).any() else None
 
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Return the tokens that a layer gets, shape [batch, tokens, hidden size]."""
+        return hidden
+
     def merge(self, hidden: Tensor, metric: Tensor) -> Tensor:
         """Return the tokens behind a layer's attention, merged: shape [batch, fewer tokens, hidden size]."""
-        assert self.sizes is not None
         layer, tokens = len(self.counts), hidden.shape[1]
         r = min(self._plan.number(layer, tokens), (tokens - self._first) // 2)
         self.counts.append(tokens - r)
+        return self._without(hidden, metric, r, layer / self._layers)
+
+    def _without(self, hidden: Tensor, metric: Tensor, r: int, depth: float) -> Tensor:
+        """Merge `r` tokens into others, and add up sizes."""
+        assert self.sizes is not None
         if r == 0:
             return hidden
-        gone, into = self._choose(metric, r, self._first, layer / self._layers)
+        tokens = hidden.shape[1]
+        gone, into = self._choose(metric, r, self._first, depth)
         stays = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device).scatter(1, gone, False)
         kept = torch.arange(tokens, device=hidden.device).expand_as(stays)[stays].reshape(len(hidden), -1)
         target = (stays.cumsum(1) - 1).gather(1, into)
@@ -114,10 +128,20 @@ def merge_tokens(
         ParameterError: The method or a number is not valid.
         UnsupportedError: The model is another one, or already merges tokens.
     """
+    if method in _ELSEWHERE:
+        raise ParameterError(f"method: {method!r} does not merge within each image; {_ELSEWHERE[method]}")
     if method not in _METHODS:
         raise ParameterError(f"method: {method!r} merges no tokens.{did_you_mean(method, _METHODS)} tome and pitome do")
-    encoder, head, first = _parts(model)
+    encoder, _, first = parts(model)
     merging = TokenMerging(method, Plan(r, ratio, len(encoder.layers)), first, len(encoder.layers))
+    with installed(model, merging):
+        yield merging
+
+
+@contextmanager
+def installed(model: Any, merging: TokenMerging) -> Iterator[None]:
+    """Let the layers of a model's vision encoder, and the head that pools, ask `merging`."""
+    encoder, head, _ = parts(model)
 
     def on_encoder(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         merging.begin(kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0])
@@ -128,7 +152,7 @@ def merge_tokens(
     try:
         for layer in encoder.layers:
             layer.forward = _forward(layer, merging)
-        yield merging
+        yield
     finally:
         for layer in encoder.layers:
             layer.__dict__.pop("forward", None)
@@ -136,7 +160,7 @@ def merge_tokens(
             handle.remove()
 
 
-def _parts(model: Any) -> tuple[Any, Any, int]:
+def parts(model: Any) -> tuple[Any, Any, int]:
     """Return the encoder, the head that pools by attention if there is one, and the number of class tokens."""
     name = type(model).__name__
     if name not in (*_CLIP, *_SIGLIP):
@@ -160,6 +184,7 @@ def _forward(layer: Any, merging: TokenMerging) -> Any:
     def forward(hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if attention_mask is not None:
             raise UnsupportedError("merge_tokens: attention masks over patches are not supported")
+        hidden_states = merging.enter(hidden_states)
         attention = layer.self_attn
         normed = layer.layer_norm1(hidden_states)
         bias = merging.bias()

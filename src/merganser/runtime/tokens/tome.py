@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -17,15 +16,15 @@ def tome(metric: Tensor, r: int, first: int, depth: float) -> tuple[Tensor, Tens
     Args:
         metric: Keys, averaged over heads, shape [batch, tokens, head_dim].
         r: Number of tokens that go, at most half of those that may.
-        first: 1 if the first token is a class token, which is never merged; else 0.
+        first: Number of class tokens, which come first and are never merged.
         depth: Not used.
 
     Returns:
         Indices of the tokens that go and of those that they go into, both of the shape [batch, r].
     """
-    metric = normalize(metric.float(), dim=-1)
-    scores = metric[:, ::2] @ metric[:, 1::2].mT
-    scores[:, :first] = float("-inf")
-    best = scores.max(dim=-1)
-    chosen = best.values.argsort(dim=-1, descending=True)[:, :r]
-    return 2 * chosen, 2 * torch.gather(best.indices, 1, chosen) + 1
+    metric = normalize(metric[:, first:].float(), dim=-1)
+    # places are even or odd among all tokens
+    even, odd = first % 2, 1 - first % 2
+    best = (metric[:, even::2] @ metric[:, odd::2].mT).max(dim=-1)
+    chosen = best.values.argsort(dim=-1, descending=True, stable=True)[:, :r]
+    return first + even + 2 * chosen, first + odd + 2 * best.indices.gather(1, chosen)
