@@ -15,7 +15,7 @@ from .caches import LAYERS
 from .layer import RunningLayer
 from .libraries import cache_utils
 
-__all__ = ["MergedCache"]
+__all__ = ["MergedCache", "check_model"]
 
 # their attention was compared with what is recomputed here
 _MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -50,7 +50,7 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
             )
         kind = LAYERS[method]
         _check_options(method, kind, options)
-        _check_model(method, model)
+        check_model(method, model)
         self.method = method
         super().__init__(layers=kind.build(model.config.num_hidden_layers, options))
         self._announced: set[int] = set()
@@ -91,7 +91,12 @@ def _check_options(method: str, kind: type[RunningLayer], options: dict[str, Any
             raise ParameterError(f"{method}: {name} is missing")
 
 
-def _check_model(method: str, model: Any) -> None:
+def check_model(method: str, model: Any) -> None:
+    """Refuse a model whose attention is not that of Llama over all tokens.
+
+    Raises:
+        UnsupportedError: It is another one; `method` begins the message.
+    """
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
     if name not in _MODELS:
@@ -108,7 +113,7 @@ def _check_model(method: str, model: Any) -> None:
     if others:
         raise UnsupportedError(
             f"{method}: the model has layers with a sliding window or without attention ({', '.join(sorted(others))}); "
-            "only layers that attend to all tokens can be compressed"
+            "only layers that attend to all tokens are supported"
         )
     attention = getattr(config, "_attn_implementation", None)
     if attention not in _ATTENTION:
