@@ -153,7 +153,7 @@ def test_a_compressed_text_is_learned():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert bool(there.all())
     assert all(torch.equal(each, before[name]) for name, each in made.state_dict().items())
