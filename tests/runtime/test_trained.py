@@ -72,6 +72,8 @@ def test_softmax1():
     torch.testing.assert_close(softmax1(logits), torch.tensor(expected))
     assert softmax1(torch.full((3,), -1e4)).tolist() == [0, 0, 0]
     assert softmax1(torch.full((4,), 1e4)).tolist() == [0.25] * 4
+    small = softmax1(torch.full((1,), -12.0, dtype=torch.float16))
+    torch.testing.assert_close(small.float(), torch.tensor([-12.0]).exp(), rtol=0.02, atol=0)
 
 
 def test_the_controller():

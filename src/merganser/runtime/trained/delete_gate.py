@@ -145,8 +145,7 @@ class RateController:
 def softmax1(logits: Tensor) -> Tensor:
     """Return exp(x_t) / (1 + sum exp(x)) over the last axis: a softmax that can give nothing to all.
 
-    The largest exponent is at least 0, so that no logits overflow; the authors' code divides infinities where all logits
-    are far below 0.
+    No exponent is above 0, so nothing overflows, in float16 either.
     """
     most = logits.detach().amax(-1, keepdim=True).clamp(min=0)
     mass = (logits - most).exp()
