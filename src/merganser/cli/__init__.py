@@ -52,8 +52,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (merge, plan, methods, inspect, diff):
+for verb in (merge, plan, methods):
     app.command(cls=Verb)(verb)
+app.command(cls=many_values("--data"))(inspect)
+app.command(cls=Verb)(diff)
 app.command(cls=many_values("--data"))(calibrate)
 app.command(cls=Verb)(verify)
 app.command(cls=Verb)(restore)
