@@ -26,6 +26,7 @@ from .eval import evaluate
 from .export import export
 from .extract import extract
 from .fuse import fuse
+from .heal import heal
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -63,6 +64,7 @@ app.command(cls=many_values("--data"))(route)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(mix)
 app.command(cls=many_values("--data"))(shrink)
+app.command(cls=many_values("--data"))(heal)
 app.command(cls=Verb)(extract)
 app.command(cls=Verb)(export)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)

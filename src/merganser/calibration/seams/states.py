@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..skeleton import Block, Skeleton
 from ..spool import Spool
 from ..stream import Stream
 
-__all__ = ["Kept", "Likelihood", "likelihood", "received", "run_and_keep", "start"]
+__all__ = ["Kept", "Likelihood", "blocks_to", "likelihood", "received", "run_and_keep", "start"]
 
 
 @dataclass
@@ -102,7 +102,12 @@ def start(prepared: Prepared) -> None:
 
 
 def run_and_keep(
-    prepared: Prepared, boundaries: Collection[int], folder: Path, *, to_end: bool = True, progress: Any = None
+    prepared: Prepared,
+    boundaries: Collection[int],
+    folder: Path,
+    *,
+    to_end: bool = True,
+    progress: Callable[[], None] | None = None,
 ) -> Kept:
     """Run text through a model, and keep its hidden states at some boundaries.
 
@@ -122,7 +127,7 @@ def run_and_keep(
     kept = Kept(folder)
     stream = Stream(skeleton, batches, folder)
     count = len(skeleton.blocks)
-    for index in range(count if to_end else min(max(boundaries, default=0), count - 1) + 1):
+    for index in range(count if to_end else blocks_to(prepared, boundaries)):
         block = skeleton.blocks[index]
         with skeleton.filled(block), received(block) as inputs:
             for number, batch in enumerate(batches):
@@ -140,6 +145,11 @@ def run_and_keep(
     if to_end:
         kept.likelihood = likelihood(skeleton, batches, stream)
     return kept
+
+
+def blocks_to(prepared: Prepared, boundaries: Collection[int]) -> int:
+    """Return how many blocks of a model must run until hidden states at all these boundaries are known."""
+    return min(max(boundaries) + 1, len(prepared.skeleton.blocks))
 
 
 @contextmanager
