@@ -41,7 +41,7 @@ def heal(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Fit layers of a stacked model at its seams to the models that they came from.
+    """Fit layers of a stacked model to the models they came from.
 
     Matrices are fitted on text; one in four sequences is held out, and nothing is written unless the model predicts these
     better than before.

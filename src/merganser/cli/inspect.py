@@ -53,7 +53,10 @@ def inspect(
     tensors: options.AllTensors = False,
     json: options.Json = False,
 ) -> None:
-    """Describe a checkpoint, how models of one base are related, or how well the layers of a stacked model fit."""
+    """Describe a checkpoint, or how models of one base are related.
+
+    Or, with --seams, how far what layers of a stacked model receive is from what they received in their own models.
+    """
     options.quieten_hub()
     drawn = options.chosen(sequences=sequences, length=length, seed=seed or None)
     if seams:
