@@ -28,6 +28,7 @@ VERBS = [
     "transplant",
     "mix",
     "shrink",
+    "heal",
     "extract",
     "export",
     "eval",
@@ -64,6 +65,7 @@ def test_help_lists_every_verb_in_the_order_of_work() -> None:
         "  transplant  Give a model the tokenizer of another one.\n"
         "  mix         Build a mixture of experts from dense models, or join mixtures.\n"
         "  shrink      Make a mixture of experts smaller.\n"
+        "  heal        Fit layers of a stacked model to the models they came from.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"
         "  export      Write the sidecars of a merge as LoRA adapters.\n"
         "  eval        Measure models on tasks, and what merges kept of their experts.\n"

@@ -26,6 +26,7 @@ from .eval import evaluate
 from .export import export
 from .extract import extract
 from .fuse import fuse
+from .heal import heal
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -52,8 +53,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (merge, plan, methods, inspect, diff):
+for verb in (merge, plan, methods):
     app.command(cls=Verb)(verb)
+app.command(cls=many_values("--data"))(inspect)
+app.command(cls=Verb)(diff)
 app.command(cls=many_values("--data"))(calibrate)
 app.command(cls=Verb)(verify)
 app.command(cls=Verb)(restore)
@@ -61,6 +64,7 @@ app.command(cls=many_values("--data"))(route)
 app.command(cls=Verb)(transplant)
 app.command(cls=Verb)(mix)
 app.command(cls=many_values("--data"))(shrink)
+app.command(cls=many_values("--data"))(heal)
 app.command(cls=Verb)(extract)
 app.command(cls=Verb)(export)
 app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)

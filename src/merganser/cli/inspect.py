@@ -11,7 +11,8 @@ import typer
 from ..wording import count_text, plural, size_text, some
 from . import _options as options
 from ._kinship import kinship_json, print_kinship
-from ._progress import byte_progress
+from ._progress import byte_progress, step_progress
+from ._seams import print_seams, seams_json
 from ._text import complain, head, say, say_json, table
 
 if TYPE_CHECKING:
@@ -39,11 +40,35 @@ def inspect(
         ),
     ] = None,
     cache_dir: options.CacheDir = None,
+    seams: Annotated[
+        bool,
+        typer.Option(
+            "--seams", help="Look at the seams of a stacked model that merganser wrote, on the text of --data."
+        ),
+    ] = False,
+    data: options.DataFiles = None,
+    sequences: options.Sequences = None,
+    length: options.SequenceLength = None,
+    seed: options.DrawSeed = 0,
     tensors: options.AllTensors = False,
     json: options.Json = False,
 ) -> None:
-    """Describe a checkpoint, or how models of one base are related."""
+    """Describe a checkpoint, or how models of one base are related.
+
+    Or, with --seams, how far what layers of a stacked model receive is from what they received in their own models.
+    """
     options.quieten_hub()
+    drawn = options.chosen(sequences=sequences, length=length, seed=seed or None)
+    if seams:
+        refused = "--base" if base is not None else "--tensors" if tensors else None
+        if refused:
+            complain("error", f"inspect: {refused} is for inspecting without --seams; leave one of the two out")
+            raise typer.Exit(2)
+        _seams(checkpoints, data, cache_dir, drawn, json=json)
+        return
+    if data or drawn:
+        complain("error", "inspect: --data, --sequences, --length and --seed are for --seams, which is missing")
+        raise typer.Exit(2)
     if base is not None:
         _compare(checkpoints, base, cache_dir, tensors=tensors, json=json)
         return
@@ -65,6 +90,26 @@ def _compare(models: list[str], base: str, cache_dir: Path | None, *, tensors: b
         say_json(kinship_json(found, every=tensors))
     else:
         print_kinship(found, every=tensors)
+
+
+def _seams(
+    checkpoints: list[str], data: list[str] | None, cache_dir: Path | None, drawn: dict[str, int], *, json: bool
+) -> None:
+    if len(checkpoints) > 1:
+        complain("error", f"inspect: --seams looks at one stacked model, got {len(checkpoints)}")
+        raise typer.Exit(2)
+    if not data:
+        complain("error", "inspect: --seams needs text: name files with --data")
+        raise typer.Exit(2)
+    options.check_output(Path(checkpoints[0]))
+    from ..calibration.seams import inspect_seams
+
+    with step_progress("seams") as progress:
+        found = inspect_seams(checkpoints[0], data, cache_dir=cache_dir, progress=progress, **drawn)
+    if json:
+        say_json(seams_json(found))
+    else:
+        print_seams(found)
 
 
 def _describe(checkpoint: str, cache_dir: Path | None, *, tensors: bool, json: bool) -> None:

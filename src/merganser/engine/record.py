@@ -63,6 +63,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "tensors": _treatment(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.digest,
         "mixture": None if plan.mixture is None else plan.mixture.as_json(),
+        "healing": None if plan.healing is None else plan.healing.as_json(),
         "permutation": None if plan.permutation is None else plan.permutation.digest,
         "config": plan.config,
         "generation_config": plan.generation_config,
@@ -251,6 +252,7 @@ def make_record(
         "adapters": adapters(plan),
         "vocabulary": None if plan.vocabulary is None else plan.vocabulary.as_json(),
         **({} if plan.mixture is None else {"mixture": plan.mixture.as_json()}),
+        **({} if plan.healing is None else {"healed": plan.healing.as_json()}),
         **({} if plan.gguf is None else {"gguf": plan.gguf.as_json()}),
         "permutation": None if plan.permutation is None else plan.permutation.as_json(),
         "statistics_from_data": [_sized(file) for file in data_files(plan)],
@@ -315,6 +317,8 @@ def model_card(plan: Plan, title: str) -> str:
 def _made(plan: Plan) -> str:
     """Return the card's sentence on how the model was made."""
     tool = f"[Merganser](https://pypi.org/project/merganser/) {__version__}"
+    if plan.healing is not None:
+        return plan.healing.sentence(tool)
     mixed = plan.mixture
     if mixed is None:
         return f"Merged with {tool}, method `{plan.method.name}`\n({plan.method.doc.summary.rstrip('.')})."

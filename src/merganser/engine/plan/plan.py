@@ -16,6 +16,7 @@ from ...statistics import CalibrationPlan, Statistics
 from ...wording import html_table, plural, size_text
 from .census import InputCensus
 from .gguf import GgufSummary
+from .healing import HealingSummary
 from .memory import estimate_memory
 from .mixture import MixtureSummary, ShrinkingSummary
 from .permutation import Permutation
@@ -57,6 +58,7 @@ class Plan:
         statistics: The statistics from data that the merge takes, each folder once.
         census: What becomes of the tensors of each input.
         mixture: The mixture of experts that the output is; None for other models.
+        healing: How the seams of a stacked model were healed; None for other outputs.
         permutation: How models are permuted to a reference before they are merged; None if they are merged as they are.
         gguf: How the output is written as GGUF; None if it is not.
         made: Names of the earlier stages whose outputs are inputs here, by their path in this plan.
@@ -90,6 +92,7 @@ class Plan:
     permutation: Permutation | None = None
     census: Mapping[ModelReference, InputCensus] = field(default_factory=dict)
     mixture: MixtureSummary | ShrinkingSummary | None = None
+    healing: HealingSummary | None = None
     gguf: GgufSummary | None = None
     origins: Mapping[str, Sequence[str]] = field(default_factory=dict)
 

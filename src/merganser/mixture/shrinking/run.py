@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ...calibration.preparation import Data, Prepared, prepare
-from ...checkpoint import DTYPE_BY_NAME, Checkpoint, TensorInfo, plan_shards
+from ...checkpoint import Checkpoint, plan_shards
 from ...engine.alignment.complete import check_complete
-from ...engine.kernels.assignment import untouched
+from ...engine.new_tensors import TensorSpool, copied_from
 from ...engine.output.staging import check_target
 from ...engine.plan.census import InputCensus
 from ...engine.plan.mixture import ShrinkingSummary
@@ -34,7 +34,6 @@ from .layers import Layer, find_layers
 from .method import Reduced, ShrinkingMethod
 from .methods import METHODS
 from .observe import observe
-from .spool import TensorSpool
 
 __all__ = ["Shrinking", "plan_shrinking", "shrink"]
 
@@ -265,7 +264,7 @@ def _planned(
             drafts.append(tensor)
         elif tensor.name in spool.tensors:
             info = found.checkpoint.tensors[tensor.name]
-            drafts.append(_copied(tensor, spool.planned(tensor.name, info, tensor.dtype)))
+            drafts.append(copied_from(tensor, spool.planned(tensor.name, info, tensor.dtype, "of fewer experts")))
             used.add(tensor.name)
     assert used == spool.tensors.keys()
     shards = plan_shards([(draft.name, draft.dtype, draft.shape) for draft in drafts], shard_size, {})
@@ -290,24 +289,6 @@ def _planned(
         warnings=[*plan.warnings, *unsure, *found.sizes.notes],
         census={reference: _census(own, of_layer, found, groups) for reference, own in plan.checkpoints.items()},
         mixture=summary,
-    )
-
-
-def _copied(like: PlannedTensor, info: TensorInfo) -> PlannedTensor:
-    """Return a planned tensor that takes the values of another one."""
-    same = untouched()
-    wide = "float64" in (like.dtype.name, info.dtype.name)
-    return replace(
-        like,
-        compute_dtype=DTYPE_BY_NAME["float64" if wide else "float32"],
-        shape=info.shape,
-        copy=False,
-        method=same.method,
-        base=None,
-        models=(info,),
-        parameters=same.parameters,
-        located={},
-        nbytes=like.dtype.nbytes(info.numel),
     )
 
 

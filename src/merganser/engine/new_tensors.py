@@ -1,22 +1,24 @@
-"""New tensors on disk until the output is written, and as tensors that a plan copies."""
+"""Tensors that take the place of others: on disk until the output is written, and as tensors that a plan copies."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...checkpoint import DType, TensorInfo, derive, open_checkpoint
-from ...checkpoint.derived import read_rows
-from ...checkpoint.tensor import ByteReader
-from ...errors import OutputError
-from ...jsonfile import os_reason
+from ..checkpoint import DTYPE_BY_NAME, DType, TensorInfo, derive, open_checkpoint
+from ..checkpoint.derived import read_rows
+from ..checkpoint.tensor import ByteReader
+from ..errors import OutputError
+from ..jsonfile import os_reason
+from .kernels.assignment import untouched
+from .plan.tensor import PlannedTensor
 
-__all__ = ["TensorSpool"]
+__all__ = ["TensorSpool", "copied_from"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +73,39 @@ class TensorSpool:
         """The stored tensors by name."""
         return self._tensors
 
-    def planned(self, name: str, beside: TensorInfo, dtype: DType) -> TensorInfo:
+    def planned(self, name: str, beside: TensorInfo, dtype: DType, what: str) -> TensorInfo:
         """Return a stored tensor for a plan.
 
         Args:
             name: Its name.
             beside: A tensor of the model that it is made of.
             dtype: Its dtype.
+            what: What it is, such as "of fewer experts"; it is named so in the record.
         """
         stored = self._tensors[name]
         # a name of its own tells it apart from the tensors of the file that it counts to
-        own = f"{name} of fewer experts"
+        own = f"{name} {what}"
         return derive(own, stored.shape, [beside], _Stored(stored), natural=dtype, dtype=stored.dtype)
+
+
+def copied_from(like: PlannedTensor, info: TensorInfo) -> PlannedTensor:
+    """Return a planned tensor like another one that takes the values of a tensor as they are.
+
+    Args:
+        like: Gives name, dtype and place in the model.
+        info: Gives shape and values.
+    """
+    same = untouched()
+    wide = "float64" in (like.dtype.name, info.dtype.name)
+    return replace(
+        like,
+        compute_dtype=DTYPE_BY_NAME["float64" if wide else "float32"],
+        shape=info.shape,
+        copy=False,
+        method=same.method,
+        base=None,
+        models=(info,),
+        parameters=same.parameters,
+        located={},
+        nbytes=like.dtype.nbytes(info.numel),
+    )
