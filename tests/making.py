@@ -145,17 +145,29 @@ def make_recipe(
 
 
 def write_statistics(
-    folder: Path, means: Mapping[str, Tensors], inputs: str = "own", *, loss: float | None = None
+    folder: Path,
+    means: Mapping[str, Tensors],
+    inputs: str = "own",
+    *,
+    loss: float | None = None,
+    losses: Sequence[float] | None = None,
 ) -> Path:
-    """Write statistics of one token: by the tensor's name, its means by the name of the statistic; and the loss."""
+    """Write statistics of one token: by the tensor's name, its means by the name of the statistic; and the loss.
+
+    `losses` are those of single sequences.
+    """
     folder.mkdir(parents=True)
     kinds = list(dict.fromkeys(kind for each in means.values() for kind in each))
-    of_inputs = [kind for kind in kinds if kind in ("gram", "cross_gram", "second_moment", "magnitude", "coefficients")]
+    of_inputs = [
+        kind for kind in kinds if kind in ("gram", "cross_gram", "second_moment", "magnitude", "coefficients", "groups")
+    ]
     sums = {f"{kind}/{name}": own.contiguous() for name, each in means.items() for kind, own in each.items()}
     sums |= {f"count/{name}": torch.tensor(1) for name in means} if of_inputs else {}
-    if len(of_inputs) < len(kinds) or loss is not None:
+    if len(of_inputs) < len(kinds) or loss is not None or losses is not None:
         kinds.append("loss")
         sums |= {"loss": torch.tensor(loss or 0.0, dtype=torch.float64), "predictions": torch.tensor(1)}
+    if losses is not None:
+        sums["losses"] = torch.tensor(losses, dtype=torch.float64)
     save_file(sums, folder / "s.safetensors")
     about = {
         "kind": "statistics",

@@ -174,8 +174,8 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"a": FromData("magnitude", of="base"), "b": FromData("magnitude")}, "of different inputs or models"),
         ({"a": FromData("gram", inputs="merged", of="first")}, "first model alone are of its own inputs"),
         ({"a": FromData("cross_gram", inputs="prefix")}, "a compares inputs of the merged model with others"),
-        ({"a": FromData("coefficients")}, "they need inputs='fitted'"),
-        ({"a": FromData("gram", inputs="fitted")}, "a: coefficients are fitted, and nothing else"),
+        ({"a": FromData("coefficients")}, "a: coefficients need inputs='fitted' or 'end_to_end'"),
+        ({"a": FromData("gram", inputs="fitted")}, "a: with inputs='fitted' there are no sums, and gram is one"),
     ],
 )
 def test_declarations_that_contradict_themselves_are_refused(wanted: dict[str, FromData], message: str) -> None:
@@ -200,7 +200,7 @@ def test_declarations_that_contradict_themselves_are_refused(wanted: dict[str, F
 @pytest.mark.parametrize(
     ("scope", "message"),
     [
-        ("element", "a are of chunks of a whole tensor"),
+        ("element", "a are of a whole tensor"),
         ("tensor", "parameters chunks, rate, regulariser, start, steps, weight"),
     ],
 )

@@ -97,17 +97,17 @@ def _hand_in(recipe, method, folder, tensors):
             means = {
                 name: {own.statistic: data[k][i] for k, own in wanted.items()} for name, data in found.items() if data
             }
-            loss = None
+            whole = {}
             for k, own in () if of_base else method.numbers.items():
-                if own.statistic == "loss":
-                    loss = numbers[k][i]
+                if own.statistic in ("loss", "losses"):
+                    whole[own.statistic] = numbers[k][i]
                     continue
                 # what a layer has is the sum of what its tensors have
                 for layer, value in numbers[k][i].items():
                     first = next(name for name in tensors if location_of(name, anatomy).layer == layer)
                     means[first] = {own.statistic: torch.tensor(value, dtype=torch.float64)}
-            if any(means.values()) or loss is not None:
-                entry[key] = str(write_statistics(folder / f"{key}{i}", means, method.data_inputs, loss=loss))
+            if any(means.values()) or whole:
+                entry[key] = str(write_statistics(folder / f"{key}{i}", means, method.data_inputs, **whole))
     return recipe
 
 

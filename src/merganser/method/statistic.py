@@ -237,8 +237,10 @@ def from_data_complaint(wanted: Mapping[str, FromData]) -> str | None:
         return f"{odd}: inputs='mean' are compared with those of the models, as cross_gram, and nothing else"
     for name, own in wanted.items():
         needed = _NO_SUMS.get(own.statistic, ())
-        if (own.inputs in needed) == own.summed or (own.summed and own.inputs in _ALONE):
-            return f"{name}: coefficients need inputs='fitted' or 'end_to_end', groups 'zipped', which are for nothing else"
+        if not own.summed and own.inputs not in needed:
+            return f"{name}: {own.statistic} need inputs={' or '.join(map(repr, needed))}"
+        if own.summed and own.inputs in _ALONE:
+            return f"{name}: with inputs={own.inputs!r} there are no sums, and {own.statistic} is one"
     odd = next((name for name, own in wanted.items() if (own.inputs == "end_to_end") == (own.learning is None)), None)
     return None if odd is None else f"{odd}: inputs='end_to_end' and learning belong together"
 
