@@ -103,7 +103,8 @@ def stop(recipe: Any, out: Path, after: int, **options: Any) -> Stopper:
 def in_a_process(target: Any, *arguments: Any) -> multiprocessing.Process:
     """Start a function in a fresh process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["merganser.engine.run", "merganser.engine.merge", "pytest"])
+    calibrating = ["merganser.calibration.home", "transformers.models.llama.modeling_llama"]
+    context.set_forkserver_preload(["merganser.engine.run", "merganser.engine.merge", "pytest", *calibrating])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process  # type: ignore[return-value]
