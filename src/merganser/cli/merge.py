@@ -134,7 +134,7 @@ def _loader(config: Mapping[str, Any]) -> str:
 
 
 def _learnt(calibrations: Sequence[Mapping[str, Any]]) -> None:
-    """Say how far the loss of each model's data fell, where coefficients were learnt."""
+    """Print how far the loss of each model's data fell, where coefficients were learnt."""
     found = {Path(own["folder"]).name: own["learning"] for own in calibrations if "learning" in own}
     counted = {name: own for name, own in found.items() if own["before"] is not None}
     if counted:

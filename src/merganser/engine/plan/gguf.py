@@ -76,7 +76,7 @@ def gguf_output(
     chat_template: str | None,
     block: int,
 ) -> tuple[list[PlannedTensor], list[Shard], GgufSummary | None]:
-    """Say how each tensor is stored in the GGUF file that the recipe asks for.
+    """Plan how each tensor is stored in the GGUF file that the recipe asks for.
 
     Args:
         recipe: The recipe.
