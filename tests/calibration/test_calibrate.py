@@ -15,9 +15,11 @@ from torch import Tensor
 
 import merganser
 from merganser.calibration import run, stream
+from merganser.calibration.preparation import prepare
 from merganser.checkpoint import Reader
 from merganser.errors import DataError, NonFiniteError, OutputError
-from merganser.statistics import Statistics, open_statistics
+from merganser.inference.language_model import Tokenizer
+from merganser.statistics import Choice, Statistics, open_statistics
 from tests.calibration.families import FAMILIES, save
 from tests.calibration.literal import gram, rows_of
 from tests.evaluation.tiny import add_tokenizer, text
@@ -249,6 +251,26 @@ def test_the_seed_draws_sequences(tmp_path: Path) -> None:
     grams = [_read(own)["gram", "model.layers.0.mlp.up_proj.weight"] for own in found]
     assert torch.equal(grams[0], grams[1])
     assert not torch.allclose(grams[0], grams[2])
+
+
+def test_texts_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by every step that draws the same sequences; a changed text, choice or tokenizer is tokenised anew."""
+    model, other, data = _model(tmp_path / "model"), _model(tmp_path / "other"), tmp_path / "data.txt"
+    _add_template(other)
+    data.write_text(text(3, 300))
+    seen: list[str] = []
+    whole = Tokenizer.ids_and_ends
+    monkeypatch.setattr(Tokenizer, "ids_and_ends", lambda self, given: seen.append(given) or whole(self, given))  # type: ignore[func-returns-value]
+
+    def tokenised(own: Path, **options: Any) -> int:
+        before = len(seen)
+        with prepare(own, [data], choice=Choice(4, 16, **options)) as found:
+            assert len(found.samples) == 4
+        return len(seen) - before
+
+    assert [tokenised(model), tokenised(model), tokenised(model, seed=1), tokenised(other)] == [1, 0, 1, 1]
+    data.write_text(text(4, 300))
+    assert [tokenised(model), tokenised(model), seen[-1]] == [1, 0, text(4, 300)]
 
 
 CHAT = (

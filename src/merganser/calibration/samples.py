@@ -14,6 +14,10 @@ from .data import Conversation, DataFile, Pair, Record, Text
 
 __all__ = ["choose_samples", "first_samples"]
 
+_MOST_DRAWN = 16
+_drawn: dict[tuple[Any, ...], tuple[Sample, ...]] = {}
+"""The sequences that were drawn last, by what determines them: hashes of data and tokenizer, and the choice."""
+
 
 class _Cutter:
     """Cuts records into samples."""
@@ -145,6 +149,20 @@ def choose_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any,
         DataError: There are fewer sequences than asked for, none has a token that counts, or they do not fit the model.
     """
     choice.check()
+    # planning, calibrating and checking what is kept draw the same sequences, and long texts take seconds to tokenise
+    given = tuple((file.path, file.hash) for file in files)
+    start = getattr(config, "decoder_start_token_id", None)
+    key = (given, tokenizer.hash, config.is_encoder_decoder, start, choice)
+    if key not in _drawn:
+        while len(_drawn) >= _MOST_DRAWN:
+            _drawn.pop(next(iter(_drawn)))
+        _drawn[key] = _draw(files, tokenizer, config, choice)
+    taken = list(_drawn[key])
+    _check_vocabulary(taken, config)
+    return taken
+
+
+def _draw(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice) -> tuple[Sample, ...]:
     length = choice.length or DEFAULT_LENGTH
     cutter = _Cutter(tokenizer, length, choice.tokens, config)
     draw = random.Random(choice.seed)
@@ -170,8 +188,7 @@ def choose_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any,
             f"sequences: {choice.sequences} of at most {length} tokens are asked for, the data have "
             f"{len(taken)}; ask for fewer, or give more data"
         )
-    _check_vocabulary(taken, config)
-    return taken
+    return tuple(taken)
 
 
 def first_samples(files: Sequence[DataFile], tokenizer: Tokenizer, config: Any, choice: Choice) -> list[Sample]:
