@@ -45,12 +45,19 @@ def made_best(out: Path, **options: Any) -> Choice:
 
 
 @pytest.mark.parametrize("experts", [["a", "b"], ["base+a", "base+b"]])
-@pytest.mark.parametrize("texts", [[], [Path("/a.txt"), Path("/b.txt")]])
-def test_every_recipe_suits_its_method(experts: list[str], texts: list[Path]) -> None:
+@pytest.mark.parametrize("sizes", [(), (10, 65_536)])
+def test_every_recipe_suits_its_method(experts: list[str], sizes: tuple[int, ...], tmp_path: Path) -> None:
+    texts = [tmp_path / f"{size}.txt" for size in sizes]
+    for text, size in zip(texts, sizes, strict=True):
+        text.write_text("a" * size)
     listed = candidates("base", experts, texts=texts, kept=Path("/kept"))
     assert len({each.recipe for each in listed}) == len(listed)
     assert len({each.name for each in listed}) == len(listed)
-    assert any(each.method == "regmean" for each in listed) == bool(texts)
+    measured = [each.about["models"] for each in listed if each.method == "regmean"]
+    # of long texts fewer sequences are read than by default
+    assert [[own["data"] for own in models] for models in measured] == (
+        [[str(texts[0]), {"files": str(texts[1]), "sequences": 16}]] if sizes else []
+    )
     for candidate in listed:
         check_recipe(load_recipe(candidate.recipe))
         space = Space(around(candidate))
