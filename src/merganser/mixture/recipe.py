@@ -10,10 +10,9 @@ from typing import Any
 from ..errors import RecipeError, UnsupportedError
 from ..recipe import ModelReference, Place, Recipe, load_recipe
 from ..recipe.data import Data, make_data, read_data_fields
-from ..recipe.document import Document, parse_mapping, parse_text
+from ..recipe.document import read_one
 from ..recipe.load import DTYPE_ALIASES, DTYPES
 from ..recipe.place import Entry, Node
-from ..recipe.reading import read_text, shown_path
 from .joining import JoinRecipe, read_join
 from .written import written
 
@@ -113,7 +112,7 @@ def load_mixture(source: str | Path | Mapping[str, Any]) -> MixtureRecipe | Join
         NotFoundError: There is no such file.
         UnsupportedError: It asks for something that is not built.
     """
-    document = _document(source)
+    document = read_one(source, "a mixture")
     root = Entry(document.root, Place(document.file, document.root.line, ""))
     if isinstance(root.value, dict) and "merge_method" in root.value and "experts" not in root.value:
         raise root.error("this recipe has a merge_method and no experts; merganser merge runs it")
@@ -142,19 +141,6 @@ def load_mixture(source: str | Path | Mapping[str, Any]) -> MixtureRecipe | Join
     )
     _check_routers(found)
     return found
-
-
-def _document(source: str | Path | Mapping[str, Any]) -> Document:
-    if isinstance(source, Mapping):
-        return parse_mapping(source, "<recipe>")
-    if isinstance(source, str) and "\n" in source:
-        file, text = "<recipe>", source
-    else:
-        file, text = shown_path(Path(source)), read_text(Path(source))
-    documents = parse_text(text, file)
-    if len(documents) != 1:
-        raise RecipeError(f"{file}: expected one recipe of a mixture, got {len(documents)} documents")
-    return documents[0]
 
 
 def _expert(entry: Entry, common: Entry | None) -> Expert:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from ..errors import RecipeError
 from .place import Node, Place
-from .reading import MAX_BYTES
+from .reading import MAX_BYTES, read_text, shown_path
 from .scalar import FLOAT, Scalar, finite, read_scalar, shown, why_no_text
 
 MAX_NODES = 100_000
@@ -106,6 +107,28 @@ def parse_mapping(value: Mapping[Any, Any], file: str) -> Document:
     builder = _Builder(file)
     root = builder.convert(value, 1)
     return Document(root, file, yaml.dump(plain(root), Dumper=_Dumper, sort_keys=False))
+
+
+def read_one(source: str | Path | Mapping[str, Any], of: str) -> Document:
+    """Read a recipe that has one document.
+
+    Args:
+        source: Its path, its text (of more than one line), or the recipe as a mapping.
+        of: What the recipe is of, for messages: "a mixture".
+
+    Raises:
+        RecipeError: It cannot be read, is not YAML, or has another number of documents.
+    """
+    if isinstance(source, Mapping):
+        return parse_mapping(source, "<recipe>")
+    if isinstance(source, str) and "\n" in source:
+        file, text = "<recipe>", source
+    else:
+        file, text = shown_path(Path(source)), read_text(Path(source))
+    documents = parse_text(text, file)
+    if len(documents) != 1:
+        raise RecipeError(f"{file}: expected one recipe of {of}, got {len(documents)} documents")
+    return documents[0]
 
 
 def plain(node: Node) -> Any:

@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import RecipeError
 from ...recipe.data import Data, DataFields, make_data, read_data_fields
-from ...recipe.document import Document, parse_mapping, parse_text
+from ...recipe.document import read_one
 from ...recipe.place import Entry, Place
-from ...recipe.reading import read_text, shown_path
 from ...recipe.scalar import shown
 from ..losses.choice import CHOICES
 
@@ -171,7 +169,7 @@ def load_fusion(source: str | Path | Mapping[str, Any]) -> FusionRecipe:
         RecipeError: It is not valid.
         NotFoundError: There is no such file.
     """
-    document = _document(source)
+    document = read_one(source, "a fusion")
     root = Entry(document.root, Place(document.file, document.root.line, ""))
     if isinstance(root.value, dict) and "merge_method" in root.value:
         raise root.error("this recipe has a merge_method; merganser merge runs it")
@@ -197,19 +195,6 @@ def load_fusion(source: str | Path | Mapping[str, Any]) -> FusionRecipe:
         place=root.place,
         text=document.text,
     )
-
-
-def _document(source: str | Path | Mapping[str, Any]) -> Document:
-    if isinstance(source, Mapping):
-        return parse_mapping(source, "<recipe>")
-    if isinstance(source, str) and "\n" in source:
-        file, text = "<recipe>", source
-    else:
-        file, text = shown_path(Path(source)), read_text(Path(source))
-    documents = parse_text(text, file)
-    if len(documents) != 1:
-        raise RecipeError(f"{file}: expected one recipe of a fusion, got {len(documents)} documents")
-    return documents[0]
 
 
 def _check_of_loss(fields: Mapping[str, Entry], loss: str) -> None:
