@@ -7,8 +7,9 @@ and each recipe will take.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from ...engine.either import the_model
 from ...engine.merge import plan
@@ -62,12 +63,14 @@ class Budget:
         until: When everything is to be over, on `time.monotonic()`.
         item: Seconds to score a model on one item.
         finals: Number of models in the proof.
+        options: Keyword arguments of `plan`.
     """
 
     bench: Bench
     until: float
     item: float
     finals: int
+    options: Mapping[str, Any] = field(default_factory=dict)
     _portfolio: float | None = None
 
     @property
@@ -90,7 +93,7 @@ class Budget:
         """Return the seconds that merging a recipe and scoring it takes, from its plan."""
         scoring = self.item * self.bench.table.count(self.bench.table.waves)
         try:
-            planned = the_model(plan(recipe))
+            planned = the_model(plan(recipe, **self.options))
         except MergeError:
             # what is wrong with it shows when it is tried
             return scoring

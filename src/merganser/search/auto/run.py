@@ -118,7 +118,7 @@ def auto(
         given |= {"data": {name: xxh3_of_file(path) for name, path in texts.items()}}
         waves = _waves(folder, given, bench, models, minutes, progress)
         bench.table.shorten(waves)
-        search = _Search(base, experts, bench, folder, seed, progress, models, begin + 60 * minutes)
+        search = _Search(base, experts, bench, folder, seed, progress, models, begin + 60 * minutes, options)
         search.try_all(candidates(base, experts, texts=[*texts.values()], kept=folder.path.absolute() / "statistics"))
         search.try_around()
         return search.prove()
@@ -137,16 +137,18 @@ class _Search:
         progress: Progress,
         models: Sequence[Model],
         until: float,
+        options: Mapping[str, Any],
     ) -> None:
         self.base, self.experts, self.seed = base, experts, seed
         self.bench, self.folder, self.progress, self.models = bench, folder, progress, models
+        self.options = options
         begin = time.monotonic()
         self.judge, self.domains = _judge(bench, models)
         for note in self.judge.notes:
             progress.note(note)
         scored = len(models) * bench.table.count(bench.table.waves)
         # every model, the winner and the average are in the proof
-        self.budget = Budget(bench, until, (time.monotonic() - begin) / scored, len(models) + 2)
+        self.budget = Budget(bench, until, (time.monotonic() - begin) / scored, len(models) + 2, options)
         self.tried: list[Tried] = []
         self.around: list[Trial] = []
         self.best: tuple[float, str, str] | None = None
@@ -226,7 +228,7 @@ class _Search:
         merged = None
         if recommended == "winner":
             merged = self.folder.path / "merged"
-            merge(self.folder.winner, merged, overwrite=True)
+            merge(self.folder.winner, merged, overwrite=True, **self.options)
         choice = Choice(
             self.folder.path,
             self.objective,
