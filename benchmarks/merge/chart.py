@@ -28,7 +28,7 @@ def draw(results: Path, images: Path, page: Path | None = None) -> None:
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.glob("*.json"))}
     for name in ("methods", "peer"):
         if name in found:
-            draw_speed(found[name]).save(images / f"merge-speed-{name}.svg")
+            draw_speed(found[name], first=name == "peer").save(images / f"merge-speed-{name}.svg")
             draw_memory(found[name]).save(images / f"merge-memory-{name}.svg")
     if "scaling" in found:
         draw_scaling(found["scaling"], "time").save(images / "scaling-time.svg")
@@ -39,17 +39,30 @@ def draw(results: Path, images: Path, page: Path | None = None) -> None:
         page.write_text(_between_markers(page.read_text(encoding="utf-8"), text, page), encoding="utf-8")
 
 
-def draw_speed(result: Entry) -> Drawing:
-    """Draw the time of each method above start-up, the floor, and mergekit's time."""
+def draw_speed(result: Entry, *, first: bool = False) -> Drawing:
+    """Draw the time of each method, the floor, and mergekit's time.
+
+    Args:
+        result: The contents of a result file.
+        first: Whole commands, the first run of ours, rather than the median of later runs above start-up.
+    """
     entries = _measured(result)
+
+    def ours_of(entry: Entry) -> float:
+        return float(entry["first"]["seconds"]) if first else _time(entry)
+
+    def theirs_of(entry: Entry) -> float:
+        return float(entry["peer"]["seconds"]["median"]) if first else _time(entry["peer"])
+
     times = [
         value
         for entry in entries
-        for value in (entry["floor"]["median"], _time(entry), *([_time(entry["peer"])] if "peer" in entry else []))
+        for value in (entry["floor"]["median"], ours_of(entry), *([theirs_of(entry)] if "peer" in entry else []))
     ]
     left, right, top = 140, 560, 92
     bottom = top + 26 * len(entries)
-    drawing = Drawing(760, bottom + 44, "Seconds to merge, above start-up", _setting(result))
+    title = "Seconds to merge, whole command, first run" if first else "Seconds to merge, above start-up"
+    drawing = Drawing(760, bottom + 44, title, _setting(result))
     with_peer = any("peer" in entry for entry in entries)
     drawing.legend(
         left,
@@ -68,13 +81,13 @@ def draw_speed(result: Entry) -> Drawing:
     for row, entry in enumerate(entries):
         y = top + 26 * row + 9
         drawing.text(left - 14, y + 4, entry["method"], anchor="end")
-        ours = place(_time(entry))
-        note = f"{_time(entry):.1f} s"
+        ours = place(ours_of(entry))
+        note = f"{ours_of(entry):.1f} s"
         if "peer" in entry:
-            theirs = place(_time(entry["peer"]))
+            theirs = place(theirs_of(entry))
             drawing.line([(ours, y), (theirs, y)], "rule", width=3)
             drawing.dot(theirs, y, "b")
-            note += f", {_seconds(_time(entry['peer']))} with mergekit"
+            note += f", {_seconds(theirs_of(entry))} with mergekit"
         floor = place(entry["floor"]["median"])
         drawing.line([(floor, y - 7), (floor, y + 7)], "floor", width=3)
         drawing.dot(ours, y, "a")

@@ -18,6 +18,8 @@ def tables(found: Mapping[str, Entry]) -> str:
     makers = {
         "methods": _methods,
         "peer": _beside,
+        "peer-small": _beside,
+        "peer-large": _beside,
         "max-memory": _max_memory,
         "many-tensors": _many_tensors,
         "plan-70b": _plan,
@@ -45,25 +47,26 @@ def _methods(result: Entry) -> str:
                 _range(entry["ratio"]),
                 f"{entry['bar']:g}",
                 f"{entry['peak_mb']:.0f}",
-                f"{entry['first']['seconds']:.0f}",
+                f"{entry['first']['seconds']:.1f}",
+                f"{entry['seconds']['median']:.1f}",
                 *(_peer(entry) if with_peer else []),
                 *([_range(entry["cold"]["ratio"])] if "cold" in entry else []),
             ]
         )
-    head = ["method", "floor, s", "merge, s", "x floor", "bar", "peak, MB", "first run, s"]
+    head = ["method", "floor, s", "merge, s", "x floor", "bar", "peak, MB", "first run, whole, s", "later runs, whole, s"]
     if with_peer:
-        head += ["mergekit, s", "merganser is faster by", "mergekit's peak, MB"]
+        head += ["mergekit, whole, s", "merganser is faster by", "mergekit's peak, MB"]
     if any("cold" in entry for entry in entries):
         head.append("cold, x floor")
     starts = [entry["startup"]["median"] for entry in entries if "startup" in entry]
     start = f"; start-up, {min(starts):.1f} to {max(starts):.1f} s, is not in `merge`" if starts else ""
     text = (
         f"Up to {config['models']} models and a base of {size:.2f} B parameters, bfloat16, inputs in the page cache, "
-        f"median (least–largest) of {config['runs']} {'run' if config['runs'] == 1 else 'runs'}{start}. The first run includes "
-        f"everything. {_machine(result)}"
+        f"median (least–largest) of {config['runs']} {'run' if config['runs'] == 1 else 'runs'}{start}. Whole commands "
+        f"include it. {_machine(result)}"
     )
     if with_peer:
-        text += " mergekit's column is above its own start-up; the factor compares whole commands."
+        text += " The factor compares whole commands, later runs."
     return f"{text}\n\n{_table(head, rows)}"
 
 
@@ -78,7 +81,7 @@ def _peer(entry: Entry) -> list[str]:
     if "peer" not in entry:
         return ["", "", ""]
     peer = entry["peer"]
-    return [f"{peer['above_startup']['median']:.1f}", f"{entry['faster']:.1f} x", f"{peer['peak_mb']:.0f}"]
+    return [f"{peer['seconds']['median']:.1f}", f"{entry['faster']:.1f} x", f"{peer['peak_mb']:.0f}"]
 
 
 def _max_memory(result: Entry) -> str:
