@@ -112,3 +112,20 @@ def test_a_command_ends_without_process_groups(monkeypatch: pytest.MonkeyPatch) 
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     system.end_session(process)
     assert process.wait() != 0
+
+
+def test_flushing_early_changes_nothing_and_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    path = tmp_path / "data"
+    path.write_bytes(bytes(range(256)) * 64)
+    for found in (
+        system._sync_file_range(),
+        None,
+        lambda *given: calls.append([getattr(g, "value", g) for g in given]),
+    ):
+        monkeypatch.setattr(system, "_sync_file_range", lambda found=found: found)
+        descriptor = os.open(path, os.O_RDONLY)
+        system.start_flush(descriptor, 4096, 1 << 33)
+        os.close(descriptor)
+    assert [given[1:] for given in calls] == [[4096, 1 << 33, 2]]
+    assert path.read_bytes() == bytes(range(256)) * 64

@@ -13,7 +13,7 @@ from typing import Any
 from ...checkpoint import Shard
 from ...checkpoint.descriptors import Descriptors
 from ...errors import OutputError
-from ...system import NO_FOLLOW, open_binary, read_at, sync, write_at
+from ...system import NO_FOLLOW, open_binary, read_at, start_flush, sync, write_at
 from ...wording import size_text
 from .failure import failures_of, write_error
 from .journal import JOURNAL, Finished, Journal, read_journal
@@ -89,6 +89,11 @@ class Staging:
             if read_at(descriptor, view, offset) < len(view):
                 name = self._shards[shard].name
                 raise OutputError(f"{self.folder}: {name} became shorter while it was written")
+
+    def start_flush(self, shard: int, offset: int, nbytes: int) -> None:
+        """Let the system begin to write bytes of a shard to disk, so that `publish` has less to wait for."""
+        with failures_of(self.out), self._file(shard) as descriptor:
+            start_flush(descriptor, offset, nbytes)
 
     def claim(self, names: Iterable[str]) -> None:
         """Register other files than the shards before they are created; "name/" is a folder with all contents.

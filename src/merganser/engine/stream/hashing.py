@@ -14,6 +14,8 @@ from ..plan.plan import Plan
 from .groups import Group
 
 _PIECE = 1 << 22
+# bytes of a file after which the system is told to write them to disk
+_FLUSHED = 1 << 26
 
 
 def spans(group: Group, segment: int) -> list[tuple[int, int, int]]:
@@ -106,7 +108,7 @@ class Hasher:
         try:
             for index, shard in enumerate(self._shards):
                 found = hashlib.sha256()
-                position = 0
+                position = flushed = 0
                 while position < shard.size:
                     end = self._wait(index, position)
                     if end is None:
@@ -118,6 +120,9 @@ class Hasher:
                         self._staging.read(index, position, piece)
                         found.update(piece)
                         position += len(piece)
+                        if position - flushed >= _FLUSHED or position == shard.size:
+                            self._staging.start_flush(index, flushed, position - flushed)
+                            flushed = position
                 self._hashes.append(found.hexdigest())
         except BaseException as error:
             self._error = error
