@@ -7,7 +7,7 @@ from typing import Any
 
 from merganser.method.registry import methods
 
-from . import plots, settings
+from . import plots, routed_table, settings
 
 Result = Mapping[str, Any]
 
@@ -60,6 +60,7 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     parts += [_tuned({name: own for name, own in tuned.items() if own})] if any(tuned.values()) else []
     restored = {name: [entry for entry in own if entry["label"] == "restored"] for name, own in every.items()}
     parts += [_restored({name: own for name, own in restored.items() if own})] if any(restored.values()) else []
+    parts += routed_table.tables({name: read(results / routed_table.FOLDER / f"{name}.jsonl") for name in _SETS}, _SETS)
     fewer = {name: _by_tokens(rows[name]) for name in found}
     parts += [_tokens({name: own for name, own in fewer.items() if own})] if any(fewer.values()) else []
     most = max(found, key=lambda name: plots.count_of(found[name]))

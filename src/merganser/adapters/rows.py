@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import TensorInfo
-from ..checkpoint.derived import read_rows, read_whole
+from ..checkpoint.derived import read_rows, read_whole, rows_of
 from ..checkpoint.tensor import ByteReader
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["AddedRows", "Product", "ScaledRows"]
+__all__ = ["AddedRows", "Product", "ScaledRows", "added_factors"]
 
 _SLAB = 1 << 19
 
@@ -154,3 +154,23 @@ class ScaledRows:
         rows = read_rows(reader, self.base, first, end).to(self.dtype)
         factors = read_whole(reader, self.factors).to(self.dtype).view(-1)
         return rows * (factors[first:end].unsqueeze(1) if self.by_row else factors)
+
+
+def added_factors(tensor: TensorInfo, base: TensorInfo, reader: ByteReader) -> tuple[Tensor, Tensor] | None:
+    """Return the factors of a product that is added to a matrix of the base, if the tensor is that sum and nothing else.
+
+    Args:
+        tensor: A tensor of a model with an adapter.
+        base: The tensor of the model without it.
+        reader: Reads the factors.
+
+    Returns:
+        Left factor with the scale, and right factor, float32, shapes [rows, r] and [r, columns].
+    """
+    import torch
+
+    rows = rows_of(tensor)
+    if not isinstance(rows, AddedRows) or rows.base != base or rows.lengths is not None or rows.product.experts > 1:
+        return None
+    left, right = rows.product.factors(reader, torch.float32)
+    return left[0] * rows.product.scale, right[0]

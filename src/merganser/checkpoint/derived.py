@@ -17,7 +17,7 @@ from .tensor import ByteReader, Noise, TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Rows", "derive", "read_columns", "read_elements", "read_rows", "read_whole"]
+__all__ = ["Rows", "derive", "read_columns", "read_elements", "read_rows", "read_whole", "rows_of"]
 
 _SLAB = 1 << 19
 """Elements computed at a time: the size of the engine's blocks."""
@@ -105,6 +105,11 @@ def derive(
         natural=natural,
         noise=noise,
     )
+
+
+def rows_of(tensor: TensorInfo) -> Rows | None:
+    """Return what computes the rows of a derived tensor; None for any other."""
+    return tensor.source.rows if isinstance(tensor.source, _Computed) else None
 
 
 def read_rows(reader: ByteReader, tensor: TensorInfo, first: int, end: int) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ParameterError
-from ..wording import plural, time_text
+from ..wording import plural, size_text, time_text
 from . import _options as options
 from ._text import head, say, say_json, table
+
+if TYPE_CHECKING:
+    from ..runtime.routed.gated.making import GateReport
 
 
 def route(
@@ -19,7 +23,7 @@ def route(
         str,
         typer.Argument(
             metavar="OUT",
-            help="Folder that a merge with sidecars wrote, a folder of adapters, or BASE+FOLDER.",
+            help="Folder that a merge with sidecars wrote, a folder of adapters, or BASE+FOLDER of adapters or fine-tunes.",
             show_default=False,
         ),
     ],
@@ -36,11 +40,27 @@ def route(
         typer.Option(min=2, metavar="N", help="Tokens of a window of text.  [default: 256]", show_default=False),
     ] = None,
     windows: Annotated[int, typer.Option(min=2, metavar="N", help="Most windows of a task.")] = 200,
+    gates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Make gates that add parts of all tasks in shares: wemoe, e-wemoe, mole, self-moe or smile.",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Gates: cut parts to this rank.", show_default=False)
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Gates: keep the largest elements.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, metavar="N", help="Gates: steps of training.")] = 0,
+    objective: Annotated[str, typer.Option(metavar="NAME", help="Gates: train on loss or entropy.")] = "loss",
     device: options.Device = "cpu",
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make the router that chooses a task or an adapter per text."""
+    """Make the router that chooses a task or an adapter per text, or gates that add all in shares."""
     options.quieten_hub(quiet)
     if "+" not in out:
         options.check_output(Path(out))
@@ -54,7 +74,23 @@ def route(
     from ..runtime.routed.making import make_router
 
     started = time.monotonic()
-    found = make_router(out, files, length=length, windows=windows, device=resolve_devices(device)[0])
+    chosen_device = resolve_devices(device)[0]
+    if gates is not None:
+        from ..runtime.routed.gated.fitting import Training
+        from ..runtime.routed.gated.making import make_gates
+        from ..runtime.routed.gated.settings import settings_of
+
+        settings = settings_of(gates, rank=rank, density=density)
+        training = Training(steps, objective=objective)
+        report = make_gates(
+            out, files, settings, length=length, windows=windows, training=training, device=chosen_device
+        )
+        _print_gates(report, gates, time.monotonic() - started, quiet=quiet, json=json)
+        return
+    for name, given in (("rank", rank), ("density", density), ("steps", steps or None)):
+        if given is not None:
+            raise ParameterError(f"--{name}: is for gates; name a kind with --gates")
+    found = make_router(out, files, length=length, windows=windows, device=chosen_device)
     if json:
         say_json(
             {
@@ -80,3 +116,31 @@ def route(
     for line in table(rows):
         say(line)
     say(f"wrote {found.file}")
+
+
+def _print_gates(report: GateReport, kind: str, seconds: float, *, quiet: bool, json: bool) -> None:
+    """Print what gates do on held-out text."""
+    if json:
+        say_json({**asdict(report), "file": str(report.file)})
+        return
+    if quiet:
+        return
+    head(f"{kind} gates of {plural(len(report.right), 'task')} · {time_text(seconds)}")
+    say(f"parts in {plural(report.layers, 'linear layer')}, {size_text(report.part_bytes)}")
+    if report.unused:
+        say(f"{plural(report.unused, 'other tensor')} of the tasks are not used: those of the shared model stay")
+    if report.trained:
+        tenth = max(1, len(report.trained) // 10)
+        first, last = (sum(own) / tenth for own in (report.trained[:tenth], report.trained[-tenth:]))
+        say(f"{plural(len(report.trained), 'step')} of training: from {first:.3f} to {last:.3f}")
+    say(f"held-out windows of {report.length} tokens; nats per token")
+    rows = [
+        ["text of", "made from", "right", "shared", "told", "gates", *(f"share of {task}" for task in report.right)]
+    ]
+    for task, right in report.right.items():
+        losses = [f"{report.loss[task][name]:.3f}" for name in ("shared", "told", "gates")]
+        shares = [f"{share:.2f}" for share in report.shares[task].values()]
+        rows.append([task, str(report.fitted[task]), f"{100 * right:.1f} %", *losses, *shares])
+    for line in table(rows):
+        say(line)
+    say(f"wrote {report.file}")

@@ -16,6 +16,7 @@ from ..checkpoint.tensor import ByteReader
 from ..errors import OutputError
 from ..jsonfile import os_reason
 from .kernels.assignment import untouched
+from .kernels.blocks import BLOCK
 from .plan.tensor import PlannedTensor
 
 __all__ = ["TensorSpool", "copied_from"]
@@ -88,24 +89,42 @@ class TensorSpool:
         return derive(own, stored.shape, [beside], _Stored(stored), natural=dtype, dtype=stored.dtype)
 
 
-def copied_from(like: PlannedTensor, info: TensorInfo) -> PlannedTensor:
+def copied_from(
+    like: PlannedTensor,
+    info: TensorInfo,
+    *,
+    name: str | None = None,
+    dtype: DType | None = None,
+    role: str | None = None,
+    scale: float = 1.0,
+) -> PlannedTensor:
     """Return a planned tensor like another one that takes the values of a tensor as they are.
 
     Args:
-        like: Gives name, dtype and place in the model.
+        like: Gives name, dtype, role and place in the model.
         info: Gives shape and values.
+        name: Another name. What `like` says of how its own bytes are stored does not hold for it.
+        dtype: Another dtype.
+        role: Another role.
+        scale: A factor of the values.
     """
     same = untouched()
-    wide = "float64" in (like.dtype.name, info.dtype.name)
-    return replace(
+    out = dtype or like.dtype
+    wide = "float64" in (out.name, info.dtype.name)
+    found = replace(
         like,
+        dtype=out,
         compute_dtype=DTYPE_BY_NAME["float64" if wide else "float32"],
         shape=info.shape,
         copy=False,
         method=same.method,
         base=None,
         models=(info,),
-        parameters=same.parameters,
+        parameters=same.parameters if scale == 1.0 else {**same.parameters, "scale": (scale,)},
         located={},
-        nbytes=like.dtype.nbytes(info.numel),
+        role=role or like.role,
+        nbytes=out.nbytes(info.numel),
     )
+    if name is None:
+        return found
+    return replace(found, name=name, data={}, turned=False, block_limit=BLOCK, quantised=None, gguf=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -14,10 +14,8 @@ from .factors import Factors
 from .learning import LEARNING_PARAMETERS
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
+from .sidecar import Sidecar, for_all_sidecars
 from .statistic import FromData, NumbersFromData, Statistic, When, from_data_complaint
-
-if TYPE_CHECKING:
-    from .sidecar import Sidecar
 
 
 def merge_method(
@@ -81,7 +79,10 @@ def merge_method(
         doc = parse_docstring(function.__doc__ or "")
         hints = typing.get_type_hints(function, include_extras=True)
         signature = inspect.signature(function).parameters
-        parameters = _parameters([function] if sidecar is None else [function, sidecar.encode], doc)
+        declaring: list[Callable[..., Any]] = [function]
+        if sidecar is not None:
+            declaring += [sidecar.encode, for_all_sidecars]
+        parameters = _parameters(declaring, doc)
         base = "unused"
         if "base" in signature:
             base = "optional" if type(None) in typing.get_args(hints["base"]) else "required"

@@ -40,6 +40,20 @@ Kept = Annotated[
 """What a sidecar of matrices does with tensors that are not matrices."""
 
 
+Keep = Annotated[
+    Literal["parts", "own", "merged"],
+    Meaning(
+        "What the tensors of a task are restored from: the parts of the method; a copy of the task's own tensor, stored as it "
+        "is; or the shared model's tensor, for which nothing is stored."
+    ),
+]
+"""Which tensors of tasks are stored by a sidecar's parts; with filters, each part of a model in its own way."""
+
+
+def for_all_sidecars(*, keep: Keep = "parts") -> None:
+    """Declare the parameters that every method with a sidecar has; the engine reads them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A tensor that the sidecar stores for one tensor of the model.

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..anatomy.experts import ExpertUnits, find_experts
-from ..checkpoint import DTYPE_BY_NAME, Checkpoint, Reader, TensorInfo, plan_shards
+from ..checkpoint import Checkpoint, Reader, TensorInfo, plan_shards
 from ..checkpoint.derived import read_elements
 from ..checkpoint.gathered import MadeRows, RowMap, gathered
 from ..checkpoint.tensor import renamed
 from ..engine.alignment.complete import check_complete
-from ..engine.kernels.assignment import untouched
+from ..engine.new_tensors import copied_from
 from ..engine.plan.census import InputCensus
 from ..engine.plan.mixture import MixtureSummary
 from ..engine.plan.part import place
@@ -336,27 +336,7 @@ def _stacked(name: str, opened: Sequence[_Opened], odd: Sequence[int]) -> Tensor
 
 
 def _copied(like: PlannedTensor, name: str, info: TensorInfo, role: str) -> PlannedTensor:
-    """Return a tensor of the output that has the values of one tensor; `like` stands in its layer."""
-    same = untouched()
-    natural = info.natural or info.dtype
-    wide = "float64" in (natural.name, info.dtype.name)
-    return PlannedTensor(
-        name=name,
-        dtype=natural,
-        compute_dtype=DTYPE_BY_NAME["float64" if wide else "float32"],
-        shape=info.shape,
-        copy=False,
-        method=same.method,
-        base=None,
-        models=(info,),
-        parameters=same.parameters,
-        located={},
-        layer=like.layer,
-        role=role,
-        shard=0,
-        offset=0,
-        nbytes=natural.nbytes(info.numel),
-    )
+    return copied_from(like, info, name=name, dtype=info.natural or info.dtype, role=role)
 
 
 def _config(recipe: JoinRecipe, config: Mapping[str, Any], experts: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo, d
 from ..checkpoint.tensor import ByteReader
 from ..engine.alignment.complete import check_complete
 from ..engine.drafts import promote
-from ..engine.kernels.assignment import untouched
+from ..engine.new_tensors import copied_from
 from ..engine.plan.census import InputCensus
 from ..engine.plan.mixture import MixtureSummary
 from ..engine.plan.part import place
@@ -275,7 +275,7 @@ def _projection(
     scale = expert.residual_scale if kind == "down_proj" else 1.0
     if expert.noise_scale:
         info = noisy(info, name, expert.noise_scale, seed)
-    return _copied(like, name, info, dtype, scale)
+    return copied_from(like, info, name=name, dtype=dtype, role="expert", scale=scale)
 
 
 def _each(recipe: MixtureRecipe, members: _Members) -> list[Checkpoint]:
@@ -290,31 +290,7 @@ def _natural(tensor: TensorInfo) -> DType:
 def _router(name: str, values: Tensor, like: PlannedTensor, beside: TensorInfo) -> PlannedTensor:
     shape = tuple(values.shape)
     info = derive(name, shape, [beside], _Values(values.to(torch.float32).contiguous()), natural=like.dtype)
-    return _copied(like, name, info, like.dtype, 1.0)
-
-
-def _copied(like: PlannedTensor, name: str, info: TensorInfo, dtype: DType, scale: float) -> PlannedTensor:
-    """Return a tensor of the output that is copied from one tensor; `like` stands in its layer."""
-    same = untouched()
-    parameters = same.parameters if scale == 1.0 else {**same.parameters, "scale": (scale,)}
-    wide = "float64" in (dtype.name, info.dtype.name, like.compute_dtype.name)
-    return PlannedTensor(
-        name=name,
-        dtype=dtype,
-        compute_dtype=DTYPE_BY_NAME["float64" if wide else "float32"],
-        shape=info.shape,
-        copy=False,
-        method=same.method,
-        base=None,
-        models=(info,),
-        parameters=parameters,
-        located={},
-        layer=like.layer,
-        role="expert" if ".experts." in name or ".shared_expert" in name else "router",
-        shard=0,
-        offset=0,
-        nbytes=dtype.nbytes(info.numel),
-    )
+    return copied_from(like, info, name=name, role="router")
 
 
 def _warnings(recipe: MixtureRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> list[str]:

@@ -81,6 +81,8 @@ def keeps(
     """
     if not math.prod(shape):
         return "merged"
+    if parameters["keep"] != "parts":
+        return str(parameters["keep"])
     if not sidecar_of(method).matrices or is_matrix(name, shape, role, tables=parameters["embeddings"] == "matrix"):
         return None
     return str(parameters["others"])

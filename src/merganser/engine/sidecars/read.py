@@ -174,7 +174,9 @@ def _checked(method: MergeMethod, given: Mapping[str, Any], n_tasks: int) -> dic
     values: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
         if not parameter.per_model:
-            values[name] = parameter.check(given[name], method.name)
+            # indices of before 0.1 do not have it
+            value = given.get(name, parameter.default) if name == "keep" else given[name]
+            values[name] = parameter.check(value, method.name)
         elif len(given[name]) != n_tasks:
             raise ValueError(f"{name} has {len(given[name])} values for {n_tasks} tasks")
         else:

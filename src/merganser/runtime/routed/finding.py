@@ -1,4 +1,4 @@
-"""Find what a routed model chooses among: the tasks of a merge with sidecars, or adapters of one base."""
+"""Find what a routed model chooses among: the tasks of a merge with sidecars, adapters of one base, or fine-tunes of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...adapters import is_adapter, split_reference
 from ...engine.plan.sidecars import INDEX_FILE
 from ...errors import NotFoundError
 from ...jsonfile import exists
-from .adapters import adapter_tasks
+from .folders import folder_tasks, is_model
 from .sidecars import sidecar_tasks
 from .tasks import TaskSet
 
@@ -20,7 +20,7 @@ def open_tasks(reference: str | Path, *, cache_dir: Path | None = None) -> TaskS
 
     Args:
         reference: A merge with sidecars; a folder with a folder for each adapter, all of one base; or `BASE+FOLDER`, if
-            the base is not where the adapters say.
+            the base is not where the adapters say, or if the folder holds fine-tunes in place of adapters.
         cache_dir: Folder for models from the Hub.
 
     Raises:
@@ -36,10 +36,14 @@ def open_tasks(reference: str | Path, *, cache_dir: Path | None = None) -> TaskS
         return sidecar_tasks(path, cache_dir)
     if not path.is_dir():
         raise NotFoundError(f"{path}: {'is not a folder' if path.exists() else 'no such folder'}")
-    found = sorted(each.name for each in path.iterdir() if each.is_dir() and is_adapter(str(each)))
+    each = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    found = [entry.name for entry in each if is_adapter(str(entry))]
+    if not found and base is not None:
+        found = [entry.name for entry in each if is_model(entry)]
     if not found:
+        model = next((entry.name for entry in each if is_model(entry)), None)
         raise NotFoundError(
             f"{path}: has no sidecars (sidecars/index.json) and no folders of adapters (adapter_config.json), so there are "
-            "no tasks to choose from"
+            f"no tasks to choose from{'' if model is None else f'; to choose among models such as {model}, name their base: BASE+{path}'}"
         )
-    return adapter_tasks(path, tuple(found), base, text, cache_dir)
+    return folder_tasks(path, tuple(found), base, text, cache_dir)

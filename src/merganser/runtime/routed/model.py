@@ -12,7 +12,8 @@ from torch import Tensor
 from ...errors import CheckpointError, NotFoundError, ParameterError, did_you_mean
 from ...inference.language_model import Reused, open_model
 from .finding import open_tasks
-from .router import TaskRouter, fit_router, mix_of, read_router, store_router
+from .router import TaskRouter, fit_router, mix_of, read_router
+from .storing import store_beside
 from .tasks import Mix, TaskSet, Weights, blended
 
 __all__ = ["RoutedModel"]
@@ -21,7 +22,7 @@ _BY = ("router", "perplexity")
 
 
 class RoutedModel:
-    """The tasks of a merge with sidecars, or adapters of one base, and what chooses among them.
+    """The tasks of a merge with sidecars, adapters of one base, or fine-tunes of it, and what chooses among them.
 
     Memory holds two models whatever the number of tasks: the shared one, which the router reads, and that of one task. A
     change of task overwrites the weights that differ, one tensor at a time, with those that the parts give.
@@ -116,7 +117,7 @@ class RoutedModel:
             NotFoundError: There is no router.
             OutputError: The file cannot be written, or another one of that name is in its place.
         """
-        store_router(self._set.router, self._router(), self._set.recorded)
+        store_beside(self._set.router, self._router().to_bytes(), self._set.recorded)
         return self._set.router
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:

@@ -12,6 +12,7 @@ from ...inference.language_model import LanguageModel, Tokenizer, open_model
 from ...inference.stored import hash_of, xxh3_of_file
 from ...jsonfile import exists
 from .finding import open_tasks
+from .gated.evaluated import open_gated
 from .model import RoutedModel
 from .tasks import Mix, TaskSet
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CHOICES", "SHARED", "RoutedLanguageModel", "open_routed", "routed_name"]
 
-CHOICES = ("auto", "blend", "perplexity", "told")
+CHOICES = ("auto", "blend", "gates", "perplexity", "told")
 """How a task is chosen: by the router, one or two in shares; by the perplexity of each task's model; or by the name of what is
-measured."""
+measured. With gates, none is: parts of all are added in shares."""
 
 SHARED = "(shared)"
 """What is said to be chosen where no task is: the shared model."""
@@ -89,8 +90,8 @@ def open_routed(
     tokenizers: dict[str, Tokenizer] | None = None,
     *,
     cache_dir: Path | None = None,
-) -> RoutedLanguageModel:
-    """Open a routed model for an evaluation.
+) -> LanguageModel:
+    """Open a routed model, or one with gates, for an evaluation.
 
     Args:
         reference: As for `open_tasks`.
@@ -100,9 +101,11 @@ def open_routed(
         cache_dir: Folder for models from the Hub.
 
     Raises:
-        NotFoundError: There are no tasks, or no router and one is needed.
+        NotFoundError: There are no tasks, or no router or gates and they are needed.
         CheckpointError: They are damaged.
     """
+    if choice == "gates":
+        return open_gated(reference, tokenizers, cache_dir=cache_dir)
     tasks = open_tasks(reference, cache_dir=cache_dir)
     if choice in ("auto", "blend") and not tasks.router.exists():
         raise NotFoundError(

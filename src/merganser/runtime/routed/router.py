@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ...errors import CheckpointError, NonFiniteError, NotFoundError, OutputError, ParameterError, UnsupportedError
-from ...files import sha256_of_file, write_whole
-from ...jsonfile import os_reason, read_object
+from ...errors import CheckpointError, NonFiniteError, NotFoundError, ParameterError, UnsupportedError
 from ...mixture.fitted import ridge_rows
-from ...record.format import RECORD_NAME, record_text
-from ...system import sync
 from .tasks import Mix
 
-__all__ = ["TaskRouter", "fit_router", "mix_of", "read_router", "store_router"]
+__all__ = ["TaskRouter", "fit_router", "mix_of", "read_router"]
 
 FORMAT = "1"
 _PARTS = 20
@@ -148,43 +143,3 @@ def read_router(path: Path, tasks: Sequence[str], hidden: int, shared: str) -> T
     if not rows.isfinite().all():
         raise CheckpointError(f"{path}: rows contain NaN or infinity; {again}")
     return TaskRouter(tuple(tasks), rows, shared)
-
-
-def store_router(path: Path, router: TaskRouter, recorded: Path | None) -> None:
-    """Write a router, and list it in the run record if there is one, so that `verify` and `--overwrite` know it.
-
-    Args:
-        path: The file; an older router is replaced.
-        router: The router.
-        recorded: The folder whose run record lists it; None without a record.
-
-    Raises:
-        NotFoundError: The folder has no run record.
-        OutputError: A file of that name is no router and not of merganser, or the file cannot be written.
-    """
-    record = None if recorded is None else read_object(recorded / RECORD_NAME)
-    name = path.name if recorded is None else path.relative_to(recorded).as_posix()
-    listed = [] if record is None else record["outputs"]
-    others = [entry for entry in listed if entry["file"] != name]
-    if os.path.lexists(path) and len(others) == len(listed) and not _is_router(path):
-        raise OutputError(f"{path}: exists, and merganser did not write it; move it away")
-    write_whole(path, router.to_bytes())
-    if record is None or recorded is None:
-        return
-    try:
-        sync(path)
-        entry = {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {os_reason(error)}") from None
-    # a kill between the two files leaves a router that is not listed: making it again lists it
-    write_whole(recorded / RECORD_NAME, record_text({**record, "outputs": [*others, entry]}))
-
-
-def _is_router(path: Path) -> bool:
-    if path.is_symlink():
-        return False
-    try:
-        with safe_open(path, "pt") as file:
-            return {"format", "tasks", "shared"} <= (file.metadata() or {}).keys()
-    except (SafetensorError, OSError):
-        return False

@@ -13,7 +13,10 @@ from ...inference.stored import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Mix", "TaskSet", "Weights", "blended"]
+__all__ = ["Factors", "Mix", "TaskSet", "Weights", "blended", "no_factors"]
+
+Factors = tuple["Tensor", "Tensor"]
+"""Left and right factors of a change of a weight: shapes [out, r] and [r, in]."""
 
 Mix = tuple[tuple[str, float], ...]
 """Tasks with their shares, the largest first; the shares add up to 1."""
@@ -76,19 +79,26 @@ def blended(parts: Sequence[tuple[Weights, float]]) -> Weights:
     return Weights(tuple(first), read, shared)
 
 
+def no_factors(task: str, name: str) -> Factors | None:
+    """Return None: nothing is stored as factors."""
+    return None
+
+
 @dataclass(frozen=True)
 class TaskSet:
     """Tasks that a routed model chooses among.
 
     Args:
         name: What the user calls it.
-        kind: "sidecars" or "adapters".
+        kind: "sidecars", "adapters" or "models".
         tasks: Names of the tasks.
-        shared: The model whose hidden states a router reads: the merged model, or the base of the adapters.
+        shared: The model whose hidden states a router reads: the merged model, or the base of adapters or models.
         sources: The model of each task.
         weights: Returns the tensors of a task.
         router: The file of the router.
         recorded: The folder whose run record lists the router; None if there is no record.
+        factors: Returns what a task adds to a weight of the shared model, by its name, where that is stored as factors;
+            else None.
     """
 
     name: str
@@ -99,3 +109,4 @@ class TaskSet:
     weights: Callable[[str], Weights]
     router: Path
     recorded: Path | None
+    factors: Callable[[str, str], Factors | None] = no_factors

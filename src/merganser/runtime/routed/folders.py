@@ -1,4 +1,4 @@
-"""A base with several adapters as tasks: each tensor is computed when it is asked for."""
+"""A base with several adapters, or several fine-tunes of it, as tasks: each tensor is computed when it is asked for."""
 
 from __future__ import annotations
 
@@ -6,44 +6,53 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...adapters import open_reference
+from ...adapters import is_adapter, open_reference
+from ...adapters.rows import added_factors
 from ...checkpoint import Reader
 from ...errors import CheckpointError
 from ...inference.stored import open_stored
 from ...jsonfile import Entry, read_object
 from ...record.format import RECORD_NAME
-from .tasks import TaskSet, Weights
+from .tasks import Factors, TaskSet, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["adapter_tasks"]
+__all__ = ["folder_tasks", "is_model"]
 
 ROUTER_FILE = "router.safetensors"
 
 
-def adapter_tasks(folder: Path, tasks: tuple[str, ...], base: str | None, name: str, cache_dir: Path | None) -> TaskSet:
-    """Open adapters as tasks; each is named after its folder.
+def is_model(folder: Path) -> bool:
+    """Return whether a folder holds a model of its own."""
+    return (folder / "config.json").is_file() and not is_adapter(str(folder))
+
+
+def folder_tasks(folder: Path, tasks: tuple[str, ...], base: str | None, name: str, cache_dir: Path | None) -> TaskSet:
+    """Open adapters, or fine-tunes of one base, as tasks; each is named after its folder.
 
     Args:
         folder: The folder that holds theirs.
         tasks: The names of their folders.
-        base: The model that they are applied to; None for the one that they name.
+        base: The shared model; None for the one that the adapters name.
         name: What the user calls them.
         cache_dir: Folder for models from the Hub.
 
     Raises:
         CheckpointError: They name different bases, or none, or do not fit the base.
     """
+    models = is_model(folder / tasks[0])
     if base is None:
         base = _base(folder, tasks)
-    sources = {task: open_stored(f"{base}+{folder / task}", cache_dir=cache_dir) for task in tasks}
+    references = {task: str(folder / task) if models else f"{base}+{folder / task}" for task in tasks}
+    sources = {task: open_stored(reference, cache_dir=cache_dir) for task, reference in references.items()}
     # files stay open while tasks change
     reader = Reader()
     shared = open_reference(base, cache_dir=cache_dir)
+    opened = lru_cache(maxsize=None)(lambda task: open_reference(references[task], cache_dir=cache_dir).tensors)
 
     def weights(task: str) -> Weights:
-        tensors = open_reference(f"{base}+{folder / task}", cache_dir=cache_dir).tensors
+        tensors = opened(task)
 
         def read(name: str) -> Tensor:
             return reader.tensor(tensors[name])
@@ -53,15 +62,20 @@ def adapter_tasks(folder: Path, tasks: tuple[str, ...], base: str | None, name: 
         )
         return Weights(tuple(tensors), read, same)
 
+    def factors(task: str, name: str) -> Factors | None:
+        tensor, plain = opened(task).get(name), shared.tensors.get(name)
+        return None if tensor is None or plain is None else added_factors(tensor, plain, reader)
+
     return TaskSet(
         name,
-        "adapters",
+        "models" if models else "adapters",
         tasks,
         open_stored(base, cache_dir=cache_dir),
         sources,
         lru_cache(maxsize=None)(weights),
         folder / ROUTER_FILE,
         folder if (folder / RECORD_NAME).exists() else None,
+        factors,
     )
 
 

@@ -1,0 +1,1 @@
+"""What building a mixture of experts takes, beside a plain merge of the same models."""

@@ -1,0 +1,216 @@
+"""A model whose linear layers add the parts of several tasks, weighted by gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....anatomy import infer_anatomy
+from ....errors import NotFoundError, ParameterError, UnsupportedError, did_you_mean
+from ....inference.language_model import open_model
+from ..storing import store_beside
+from ..tasks import TaskSet
+from .belonging import Belonging, open_belonging
+from .fitting import Training, ridge_gates, train_gates
+from .layers import GatedLayers
+from .parts import Part, collect_parts
+from .settings import GateSettings, settings_of
+from .stored import StoredGates, fits, gates_to_bytes, read_gates
+
+__all__ = ["GatedModel"]
+
+
+class GatedModel:
+    """A shared model and the parts of tasks, which gates weight for every token.
+
+    Memory holds the shared model and the parts. `model` is a model of transformers with hooks in its linear layers: it can be
+    called and can generate as any other, with batches that are padded on either side.
+
+    Args:
+        out: A merge with sidecars, a folder of adapters, `BASE+FOLDER` of adapters or of fine-tunes, or a folder with gates
+            that hold the parts; or what `open_tasks` returned.
+        gates: The name of a kind of gates or their settings, which then are made with `fit`; None reads those that are
+            stored.
+        dtype: Dtype of the weights in memory.
+        device: Where the model runs.
+
+    Raises:
+        NotFoundError: There are no tasks, or no gates and none are named.
+        CheckpointError: They are damaged, or do not fit each other.
+        UnsupportedError: No linear layer differs between the tasks.
+    """
+
+    def __init__(
+        self,
+        out: str | Path | TaskSet | Belonging,
+        gates: str | GateSettings | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._to = out if isinstance(out, Belonging) else open_belonging(out)
+        self.out, self.tasks = self._to.name, self._to.names
+        stored = read_gates(self._to.file) if gates is None else None
+        if stored is not None:
+            self.settings = stored.settings
+        else:
+            self.settings = gates if isinstance(gates, GateSettings) else settings_of(str(gates))
+        self.device = torch.device(device)
+        shared = open_model(self._to.shared)
+        self.tokenizer = shared.tokenizer.encoder
+        self.positions = shared.positions
+        tensors = shared.source.read()
+        self.model: Any = shared.load(tensors, dtype, self.device)
+        self._task: str | None = None
+        self.unused = 0
+        self.parts = self._parts(stored, tensors)
+        del tensors
+        moved = {layer: part.to(dtype, self.device) for layer, part in self.parts.items()}
+        self.layers = GatedLayers(self.model, moved, self.settings, len(self.tasks))
+        if stored is not None:
+            fits(stored, self.tasks, shared.source.hash, self.layers.keys(), self._to.file)
+            self.layers.gates = stored.gates
+        elif not self.layers.keys():
+            self.layers.gates = self.layers.zeros()
+
+    def _parts(self, stored: StoredGates | None, shared: Mapping[str, Tensor]) -> Mapping[str, Part]:
+        if stored is not None and stored.parts is not None:
+            return stored.parts
+        if self._to.tasks is None:
+            raise NotFoundError(f"{self.out}: the tasks are not there, only gates that were made of them")
+        names = list(_linear_layers(self.model, self.settings.where))
+        found, self.unused = collect_parts(self._to.tasks, shared, names, self.settings)
+        if not found:
+            raise UnsupportedError(
+                f"{self.out}: no task changes a linear layer that may have parts (where: {self.settings.where})"
+            )
+        return found
+
+    @property
+    def task(self) -> str | None:
+        """The task that has all the weight; None where the gates decide."""
+        return self._task
+
+    @task.setter
+    def task(self, task: str | None) -> None:
+        if task is None:
+            self.layers.ask()
+        elif task in self.tasks:
+            self.layers.tell(self.tasks.index(task))
+        else:
+            raise ParameterError(
+                f"{self.out}: no task {task!r}.{did_you_mean(task, self.tasks)} Tasks: {', '.join(self.tasks)}"
+            )
+        self._task = task
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of the parts, as they are stored."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    def fit(
+        self,
+        texts: Mapping[str, Sequence[str]],
+        *,
+        ridge: float = 0.1,
+        training: Training | None = None,
+        length: int = 512,
+        advance: Callable[[int, int], None] | None = None,
+    ) -> list[float]:
+        """Make the gates from texts of each task: by ridge regression, then by training if that is asked for.
+
+        Args:
+            texts: Texts by the name of their task; every task has some.
+            ridge: Regularisation, relative to the mean square of what the gates read.
+            training: How the gates are trained from there; those that read outputs begin with weights that are alike.
+            length: Most tokens of a text that are read.
+            advance: Called with the number of texts or steps done, and of all.
+
+        Returns:
+            What became less in training, before each step.
+
+        Raises:
+            ParameterError: A task is unknown, or has no text of two tokens.
+            UnsupportedError: The gates read outputs, and are not to be trained.
+        """
+        for name in texts:
+            if name not in self.tasks:
+                raise ParameterError(
+                    f"{self.out}: no task {name!r}.{did_you_mean(name, self.tasks)} Tasks: {', '.join(self.tasks)}"
+                )
+        tokens = [self._tokens(texts.get(task, ()), length) for task in self.tasks]
+        if empty := [task for task, own in zip(self.tasks, tokens, strict=True) if not own]:
+            raise ParameterError(f"gates need text of every task; that of {empty[0]!r} is empty")
+        trained = training is not None and training.steps > 0
+        if trained and not self.layers.keys():
+            raise UnsupportedError("gates that read a projection (smile) have nothing that could be trained")
+        if self.settings.reads == "outputs" and trained:
+            self.layers.gates = self.layers.zeros()
+        else:
+            self.layers.gates = ridge_gates(self.model, self.layers, tokens, ridge, advance)
+        self.task = None
+        if training is None or not trained:
+            return []
+        return train_gates(self.model, self.layers, tokens, training, advance)
+
+    def save(self) -> Path:
+        """Write the gates beside the tasks, with the parts where those are smaller than what the tasks have.
+
+        Returns:
+            The file.
+
+        Raises:
+            NotFoundError: There are no gates.
+            OutputError: The file cannot be written, or another one of that name is in its place.
+        """
+        if self.layers.gates is None:
+            raise NotFoundError(f"{self.out}: has no gates; make them from text with fit()")
+        parts = self.parts if self.settings.reduced else None
+        shared = self._to.shared
+        stored = StoredGates(self.tasks, self.settings, self.layers.gates, parts, shared.hash, shared.reference)
+        store_beside(self._to.file, gates_to_bytes(stored), self._to.recorded)
+        return self._to.file
+
+    @torch.inference_mode()
+    def shares(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the mean weight of each task over all gates and tokens of each row, shape [rows, tasks]."""
+        self.layers.noted = {}
+        try:
+            self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return torch.stack(list(self.layers.noted.values())).mean(0).cpu()
+        finally:
+            self.layers.noted = None
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the logits of every row, shape [rows, length, vocabulary]."""
+        found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return found
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        """Return what `generate` of transformers does; prompts are padded on the left."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.model.generate(input_ids=input_ids, attention_mask=mask, **options)
+
+    def _tokens(self, texts: Sequence[str], length: int) -> list[Tensor]:
+        ids = [self.tokenizer(text, verbose=False)["input_ids"][:length] for text in texts]
+        return [torch.tensor([own], device=self.device) for own in ids if len(own) > 1]
+
+
+def _linear_layers(model: Any, where: str) -> Sequence[str]:
+    """Return the linear layers of the model's layers that may have parts."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    anatomy = infer_anatomy(shapes, model.config.to_dict())
+    roles = ("attention", "mlp") if where == "all" else (where,)
+    found = []
+    for name, module in model.named_modules():
+        part = anatomy.parts.get(f"{name}.weight")
+        if part is None or not isinstance(module, torch.nn.Linear):
+            continue
+        if part.layer is not None and part.stack == anatomy.main and part.role in roles:
+            found.append(name)
+    return found

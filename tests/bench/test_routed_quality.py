@@ -1,0 +1,58 @@
+"""Rows of mixtures and routed models: the table, and a run over tiny models that continues."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from benchmarks.quality import routed, table
+from benchmarks.quality.routed_table import tables
+from merganser.errors import MergeError
+from tests.bench.test_quality import CONFIG, result, write
+
+
+def line(model, mean, **extra):
+    retention = mean and {"mean": {"value": mean}, "worst": {"value": mean - 0.1}}
+    return {"model": model, "retention": retention, **extra}
+
+
+def test_the_table_has_a_column_for_each_set(tmp_path):
+    rows = {
+        "two": [line("mixture", 0.5), line("mixture", 0.934, router_right=0.987)],
+        "four": [line("twin, routed", 0.9, right={"a": 1.0, "b": 0.9}, stored_share=0.12), line("mixture", None)],
+        "eight": [],
+    }
+    titles = {"two": "2 experts", "four": "4 experts", "eight": "8 experts"}
+    [text] = tables(rows, titles)
+    assert [row for row in text.splitlines() if row.startswith("| ")] == [
+        "| | 2 experts | 4 experts |",
+        "| mixture | 93 / 83; 99 right | failed |",
+        "| twin, routed |  | 90 / 80; 95 right; 12 stored |",
+    ]
+    assert tables({"two": []}, titles) == []
+    write(tmp_path / "two.jsonl", result("linear", 0.4))
+    write(tmp_path / "routed" / "two.jsonl", *rows["two"])
+    (tmp_path / "quality.md").write_text("<!-- quality:start --><!-- quality:end -->")
+    table.write(tmp_path, tmp_path, CONFIG)
+    assert "| mixture | 93 / 83; 99 right |" in (tmp_path / "quality.md").read_text(encoding="utf-8")
+
+
+def test_a_run_continues_and_keeps_what_failed(tmp_path, monkeypatch):
+    made = []
+
+    def make(out, zoo, experts, data, drawn):
+        made.append((sorted(data), drawn))
+        if len(made) == 2:
+            raise MergeError(f"{zoo.folder}/base: is damaged")
+        out.mkdir()
+        return str(out), {"stored_share": 0.5}
+
+    monkeypatch.setattr(routed, "MODELS", {"one": make, "two": make})
+    monkeypatch.setattr(routed, "_evaluated", lambda reference, *rest: {"retention": None, "failed": None})
+    zoo = SimpleNamespace(folder=Path("/somewhere"), texts={"maths": {"train": "t"}}, base="b")
+    for _ in range(2):
+        routed.run(["one", "two"], CONFIG, zoo, {"maths": Path("e")}, tmp_path / "r" / "two.jsonl", tmp_path / "work")
+    lines = [json.loads(text) for text in (tmp_path / "r" / "two.jsonl").read_text().splitlines()]
+    assert [(each["model"], each["failed"]) for each in lines] == [("one", None), ("two", "zoo/base: is damaged")]
+    assert made == [(["maths"], {"sequences": 64, "length": 256})] * 2
+    assert lines[0]["stored_share"] == 0.5
+    assert not (tmp_path / "work" / "out").exists()
