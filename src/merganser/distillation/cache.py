@@ -24,7 +24,7 @@ from ..inference.language_model import positions_of
 from ..process import release_freed_memory
 from ..statistics import Choice
 from .format import CACHE_FORMAT, CACHE_KIND, CACHE_NAME, DTYPES, VOCABULARY_NAME, LogitCache, open_cache
-from .likelihoods import likelihoods
+from .likelihoods import likelihoods, share_of
 from .texts import record_number
 from .token_bytes import TokenBytes
 
@@ -156,6 +156,7 @@ class _Run:
         self._prepared, self._k = prepared, k
         self._vocabulary = _check_head(prepared, k)
         self._token_bytes = TokenBytes(prepared.tokenizer, prepared.source.reference)
+        self._words = torch.from_numpy(self._token_bytes.vocabulary().begin_words(self._vocabulary))
         self._records = {own.where: record_number(own) for file in prepared.files for own in file.records}
         self._batches = prepared.batches()
         self._shards = _grouped(self._batches)
@@ -261,6 +262,7 @@ class _Run:
             "log_probabilities": found.log_probabilities,
             "rest": found.rest,
             "log_sum_exp": found.log_sum_exp,
+            "word_log_probabilities": share_of(own, self._words),
             "text": torch.tensor(list(text), dtype=torch.uint8),
         }
 

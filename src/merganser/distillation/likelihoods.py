@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Likelihoods", "likelihoods"]
+__all__ = ["Likelihoods", "likelihoods", "share_of"]
 
 # rows that are converted to float64 at once
 _ROWS = 64
@@ -52,6 +52,22 @@ def likelihoods(logits: Tensor, k: int, tokens: Tensor) -> tuple[Likelihoods, Te
     ]
     ids, top, rest, total, given = (torch.cat(each) for each in zip(*parts, strict=True))
     return Likelihoods(ids.int(), top.float(), rest.float(), total.float()), given.float()
+
+
+def share_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the logarithm of the probability of some tokens together, computed in float64.
+
+    Args:
+        logits: Floating, shape [positions, vocabulary].
+        tokens: Which tokens, bool, shape [vocabulary].
+
+    Returns:
+        float32, shape [positions]; minus infinity if there are no such tokens.
+    """
+    parts = [
+        rows[:, tokens].double().logsumexp(-1) - rows.double().logsumexp(-1) for rows in torch.split(logits, _ROWS)
+    ]
+    return torch.cat(parts).float()
 
 
 def _some(logits: Tensor, k: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
