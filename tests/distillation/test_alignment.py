@@ -331,6 +331,14 @@ def test_a_chunk_with_the_first_token_of_a_sequence_is_left_out() -> None:
     found = chunks(reading([b"ab", b"c", b"d"]), reading([b"a", b"b", b"cd"]), np.array([0.0, -1.0, -2.0], np.float32))
     assert found.numbers.tolist() == [-1, 0, 0]
     assert found.log_probabilities.tolist() == [-2.0]
+    # no word begins with enough probability before the end, so that all else is one chunk
+    words = np.log(np.array([0.01, 0.01, 0.01, 0.02], np.float32))
+    spoken = np.array([0.0, -1.0, -2.0, -4.0], np.float32)
+    found = chunks(reading([b"a", b"b", b"cd"]), reading([b"a", b"b", b"c", b"d"]), spoken, words=words)
+    assert found.numbers.tolist() == [-1, 0, 0]
+    assert found.ends is not None
+    assert found.ends.tolist() == [2]
+    np.testing.assert_allclose(found.log_probabilities, [-7.0 + np.log(0.02)], rtol=1e-6)
 
 
 @quick

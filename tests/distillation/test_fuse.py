@@ -203,7 +203,7 @@ def test_caches_teach_their_own_texts(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunks", ["finest", "debiased"])
 def test_sources_with_other_tokens(chunks: str, folder: Path, tmp_path: Path) -> None:
     own = recipe(folder, sources=[{"model": str(folder / "other")}], loss="alm", top=None, chunks=chunks)
-    own["training"] |= {"steps": 6}
+    own["training"] |= {"steps": 6, "batch": 6}
     found = fuse(own, tmp_path / "alm", control=False).record["fused"]
     losses = [entry["taught"] for entry in found["history"]["fused"]]
     assert losses[-1] < losses[0]

@@ -24,7 +24,7 @@ from ..inference.language_model import positions_of
 from ..process import release_freed_memory
 from ..statistics import Choice
 from .format import CACHE_FORMAT, CACHE_KIND, CACHE_NAME, DTYPES, VOCABULARY_NAME, LogitCache, open_cache
-from .likelihoods import likelihoods, share_of
+from .likelihoods import likelihoods
 from .texts import record_number
 from .token_bytes import TokenBytes
 
@@ -251,7 +251,7 @@ class _Run:
         if not bool(own.isfinite().all()):
             raise NonFiniteError(f"{where}: the model's logits are NaN or infinite for this text")
         # nothing follows the last token, so that the log-probability of any token will do there
-        found, following = likelihoods(own, self._k, torch.cat([tokens[1:], tokens[:1]]))
+        found, following = likelihoods(own, self._k, torch.cat([tokens[1:], tokens[:1]]), self._words)
         text, ends = self._token_bytes.text_and_ends(tokens.tolist())
         return {
             "token_ids": tokens.int(),
@@ -262,7 +262,7 @@ class _Run:
             "log_probabilities": found.log_probabilities,
             "rest": found.rest,
             "log_sum_exp": found.log_sum_exp,
-            "word_log_probabilities": share_of(own, self._words),
+            "word_log_probabilities": found.words,
             "text": torch.tensor(list(text), dtype=torch.uint8),
         }
 

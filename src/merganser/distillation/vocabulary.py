@@ -40,7 +40,7 @@ class Vocabulary:
             size: Number of logits; those without a token begin none.
         """
         found = np.zeros(max(size, len(self)), np.bool_)
-        found[: len(self)] = [bool(token) and token[:1] in _WHITE for token in self.tokens]
+        found[: len(self)] = [(token or b"")[:1] in _WHITE for token in self.tokens]
         found[[*self.special.values()]] = True
         return found[:size]
 

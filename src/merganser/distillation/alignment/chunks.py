@@ -41,7 +41,7 @@ def chunks(
 ) -> Chunks:
     """Divide a sequence into the finest chunks that are whole tokens in both models.
 
-    A chunk with a first token of a sequence, which nothing predicts, is left out.
+    Chunks begin behind the first token of a sequence, which nothing predicts.
 
     The likelihood of a token is also the likelihood that it is not a longer one, which another tokenizer may have. With
     `words`, chunks end only where the source thinks that a word may begin, and that one does is part of their likelihoods:
@@ -70,6 +70,9 @@ def chunks(
             stop, other_stop = int(groups.stops[number]) + start, int(groups.other_stops[number]) + other_start
             if opened is None:
                 opened = int(groups.starts[number]) + start, int(groups.other_starts[number]) + other_start
+            if 0 in opened:
+                opened = None
+                continue
             end = int(student.ends[stop - 1])
             more = number + 1 < len(groups)
             if at_spaces and more and student.text[end : end + 1] != _SPACE:
@@ -77,13 +80,12 @@ def chunks(
             if words is not None and more and np.exp(np.float64(words[other_stop - 1])) <= threshold:
                 continue
             (first, other_first), opened = opened, None
-            if first and other_first:
-                inside = np.arange(first, stop)
-                numbers[inside[own[first:stop]]] = len(found)
-                spoken = token_log_probabilities[other_first:other_stop][others[other_first:other_stop]]
-                behind = 0.0 if words is None else float(words[other_stop - 1])
-                found.append(float(spoken.astype(np.float64).sum()) + behind)
-                ends.append(stop - 1)
+            inside = np.arange(first, stop)
+            numbers[inside[own[first:stop]]] = len(found)
+            spoken = token_log_probabilities[other_first:other_stop][others[other_first:other_stop]]
+            behind = 0.0 if words is None else float(words[other_stop - 1])
+            found.append(float(spoken.astype(np.float64).sum()) + behind)
+            ends.append(stop - 1)
     return Chunks(numbers, np.array(found, np.float32), None if words is None else np.array(ends, np.int64))
 
 

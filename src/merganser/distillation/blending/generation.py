@@ -123,7 +123,7 @@ class Speaker:
         Raises:
             CheckpointError: The model cannot answer, as its logits are NaN.
         """
-        from transformers import GenerationConfig
+        import transformers
 
         room = sampling.max_tokens
         if self._opened.positions is not None:
@@ -132,7 +132,8 @@ class Speaker:
         if sampling.temperature > 0:
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         # as an argument it would be mixed with the model's own, which may have penalties and other values
-        self._model.generation_config = GenerationConfig(
+        library: Any = transformers
+        self._model.generation_config = library.GenerationConfig(
             max_new_tokens=room,
             num_return_sequences=sampling.each,
             eos_token_id=self._ends or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shlex
@@ -101,8 +102,11 @@ class RewardModel:
                 f"{prompt.where}: with an answer it has {count:,} tokens for {self.name}, which can see {most:,} at once; "
                 "give a shorter prompt, or less max_tokens"
             )
-        with torch.inference_mode():
-            found = float(model(**given.to(self._device)).logits[0, 0])
+        # tokenizers also mark which text of a pair a token is from, and not all models take that
+        known = inspect.signature(model.forward).parameters
+        inputs = {name: tensor.to(self._device) for name, tensor in given.items() if name in known}
+        with torch.inference_mode(), explained(CheckpointError, f"{prompt.where}: {self.name} cannot score an answer"):
+            found = float(model(**inputs).logits[0, 0])
         if not math.isfinite(found):
             raise NonFiniteError(f"{prompt.where}: the score of {self.name} is {found}")
         return found
@@ -150,7 +154,7 @@ def _config(source: Source) -> Any:
         raise UnsupportedError(
             "a reward model needs transformers, which is not installed: pip install 'merganser[transformers]'"
         ) from None
-    kind = source.config.get("model_type")
+    kind = str(source.config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise UnsupportedError(f"{source.reference}: transformers has no models of the type {kind!r}")
     with explained(CheckpointError, f"{source.reference}: transformers cannot load config.json"), quiet():
