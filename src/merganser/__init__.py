@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from . import errors, methods
     from .calibration import add_statistics, calibrate
     from .checkpoint import open_checkpoint
-    from .distillation import cache_logits, fuse
+    from .distillation import blend_answers, cache_logits, fuse
     from .distillation.callback import MergeCallback
     from .engine.merge import merge, plan
     from .engine.running import EMA, LAWA, Average
@@ -41,6 +41,7 @@ __all__ = [
     "MergeCallback",
     "MergeError",
     "add_statistics",
+    "blend_answers",
     "cache_logits",
     "calibrate",
     "diff",
@@ -69,6 +70,7 @@ _HOMES = {
     "MergeCallback": "distillation.callback",
     "MergeError": "errors",
     "add_statistics": "calibration",
+    "blend_answers": "distillation",
     "cache_logits": "distillation",
     "calibrate": "calibration",
     "diff": "inspection",

@@ -15,6 +15,7 @@ from merganser.distillation.alignment.answers import Reading, answer_groups
 from merganser.distillation.alignment.chunks import chunks
 from merganser.distillation.alignment.edit_distance import Nearest, edit_distances
 from merganser.distillation.alignment.groups import byte_groups
+from merganser.distillation.alignment.pairing import PairCounts, lesson_by_pairs
 from merganser.distillation.alignment.tables import byte_table, edit_table
 from merganser.distillation.alignment.transfer import Predictions, lesson_by_bytes, lesson_by_warping
 from merganser.distillation.alignment.warping import partners, warp
@@ -244,6 +245,63 @@ def test_warping_teaches_behind_equal_tokens() -> None:
     assert again.positions.tolist() == [0]
 
 
+def counted(*pairs: tuple[list[int], list[int], list[bytes], list[bytes]]) -> PairCounts:
+    found = PairCounts()
+    for own, others, tokens, other_tokens in pairs:
+        found.add(reading(tokens, ids=own), reading(other_tokens, ids=others), (tokens, other_tokens))
+    return found
+
+
+def test_tokens_are_paired_by_statistics() -> None:
+    student = Vocabulary((b"go", b"ing", b"going", b"c", b"d", b"ne"))
+    source = Vocabulary((b"go", b"goi", b"ng", b"c", b"xyz", b"gone"))
+    counts = counted(
+        # "going" is "goi" and "ng"; once "go" and "ing" are, so that "goi" is paired with "going" more often
+        ([2], [1, 2], [b"going"], [b"goi", b"ng"]),
+        ([2], [1, 2], [b"going"], [b"goi", b"ng"]),
+        ([0, 1], [1, 2], [b"go", b"ing"], [b"goi", b"ng"]),
+        ([0, 5], [5], [b"go", b"ne"], [b"gone"]),
+    )
+    assert [counts.of(2, 1), counts.of(2, 2), counts.of(0, 1), counts.of(1, 2), counts.of(3, 1)] == [2, 2, 1, 1, 0]
+    # the same bytes first; "gone" is paired with "go" and "ne" once each, and "go" has the lower number; never: none
+    assert counts.table(source, student).tolist() == [0, 2, 2, 3, -1, 0]
+
+
+def test_statistics_teach_as_in_the_reference() -> None:
+    vocabulary = (b"go", b"ing", b"going", b"c", b"d", b" ", b"")
+    others = (b"go", b"goi", b"ng", b"c", b"d c", b" ", b"")
+    for seed, (own, theirs) in enumerate(
+        (
+            ([2, 3, 4], [1, 2, 3, 4]),
+            ([6, 0, 3, 4, 3], [6, 0, 3, 4]),
+            ([0, 1, 3, 4, 3], [1, 2, 3, 4]),
+            ([2, 5, 3, 4], [0, 5, 3, 4]),
+        )
+    ):
+        tokens, other_tokens = [vocabulary[i] for i in own], [others[i] for i in theirs]
+        student, source = reading(tokens, ids=own), reading(other_tokens, ids=theirs)
+        said = predictions(len(theirs), 4, 7, seed)
+        counts = counted((own, theirs, tokens, other_tokens), ([2], [1, 2], [b"going"], [b"goi", b"ng"]))
+        table = np.array([0, 0, 2, 3, -1, 5, 6])
+        found = lesson_by_pairs(student, source, said, table, (tokens, other_tokens), counts)
+        pairs = partners(tokens, other_tokens, contained=0.1)
+        probabilities = np.exp(said.log_probabilities.astype(np.float64)).tolist()
+        expected = reference.taught_by_pairs(
+            own, theirs, tokens, other_tokens, pairs, said.ids.tolist(), probabilities, table.tolist(), counts.of
+        )
+        assert found.positions.tolist() == [*expected]
+        assert (found.rest == -np.inf).all()
+        for ids, logs, wanted in zip(found.ids.tolist(), found.log_probabilities, expected.values(), strict=True):
+            known = {i: p for i, p in zip(ids, np.exp(logs).tolist(), strict=True) if i >= 0}
+            assert known == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_cost_of_a_token_within_another() -> None:
+    # one edit either way without the factor; with it "ab" goes to the token that holds it
+    assert partners([b"ab", b"abcdef"], [b"xb", b"abcdef"]) == [(0,), (1,)]
+    assert partners([b"ab", b"zz"], [b"abcd", b"zz"], contained=0.1) == [(0,), (1,)]
+
+
 @quick
 @given(texts, cuts, cuts, st.booleans())
 def test_chunks_hold_the_likelihood_of_their_bytes(
@@ -273,3 +331,46 @@ def test_a_chunk_with_the_first_token_of_a_sequence_is_left_out() -> None:
     found = chunks(reading([b"ab", b"c", b"d"]), reading([b"a", b"b", b"cd"]), np.array([0.0, -1.0, -2.0], np.float32))
     assert found.numbers.tolist() == [-1, 0, 0]
     assert found.log_probabilities.tolist() == [-2.0]
+    # no word begins with enough probability before the end, so that all else is one chunk
+    words = np.log(np.array([0.01, 0.01, 0.01, 0.02], np.float32))
+    spoken = np.array([0.0, -1.0, -2.0, -4.0], np.float32)
+    found = chunks(reading([b"a", b"b", b"cd"]), reading([b"a", b"b", b"c", b"d"]), spoken, words=words)
+    assert found.numbers.tolist() == [-1, 0, 0]
+    assert found.ends is not None
+    assert found.ends.tolist() == [2]
+    np.testing.assert_allclose(found.log_probabilities, [-7.0 + np.log(0.02)], rtol=1e-6)
+
+
+@quick
+@given(texts, cuts, cuts, st.sampled_from([0.0, 0.3, 1.0]))
+def test_debiased_chunks_are_those_of_the_authors(
+    text: bytes, one: set[int], other: set[int], threshold: float
+) -> None:
+    own, others = divide(text, one), divide(text, other)
+    draw = np.random.default_rng(len(text))
+    spoken = draw.normal(-2, 0.5, len(others) + 1).astype(np.float32)
+    words = np.log(draw.uniform(0.01, 0.99, len(others) + 1)).astype(np.float32)
+    student, source = reading([b"", *own]), reading([b"", *others])
+    found = chunks(student, source, spoken, words=words, threshold=threshold)
+    assert found.ends is not None
+    edges = np.cumsum([0, *(len(piece) for piece, _ in reference.groups(own, others))]).tolist()
+    pieces = [
+        tuple([i for i, end in enumerate(side.ends.tolist()) if i and a < end <= b] for side in (student, source))
+        for a, b in pairwise(edges)
+    ]
+    mine = draw.normal(-2, 0.5, len(own) + 1).tolist()
+    mine_words = draw.normal(-2, 0.5, len(own) + 1).tolist()
+    expected = reference.debiased_chunks(pieces, mine, spoken.tolist(), mine_words, words.tolist(), threshold)
+    np.testing.assert_allclose(found.log_probabilities, [heard for _, heard in expected], rtol=1e-5)
+    sums = [sum(mine[i] for i in np.flatnonzero(found.numbers == chunk)) for chunk in range(len(expected))]
+    both = [total + mine_words[end] for total, end in zip(sums, found.ends.tolist(), strict=True)]
+    np.testing.assert_allclose(both, [said for said, _ in expected], rtol=1e-5)
+    if threshold == 1.0 and text:
+        assert len(expected) == 1
+
+
+def test_which_tokens_begin_words() -> None:
+    tokens = (b"", b" the", b"the", b"\n", b"\tx", None, b" ", b"")
+    own = Vocabulary(tokens, {"<s>": 0}, {})
+    assert own.begin_words(10).tolist() == [True, True, False, True, True, False, True, False, False, False]
+    assert own.begin_words(2).tolist() == [True, True]

@@ -56,6 +56,10 @@ def test_values_are_those_of_the_whole_model(model: Path, data: Path, tmp_path: 
         torch.testing.assert_close(own["log_probabilities"], expected.topk(7).values.float(), rtol=1e-5, atol=1e-5)
         left = 1 - expected.topk(7).values.exp().sum(-1)
         torch.testing.assert_close(own["rest"].exp(), left.float(), rtol=1e-4, atol=1e-6)
+        # a space and a line break begin words, and so do the special tokens
+        begins = [i for i in range(300) if i < 2 or tokenizer.decode([i])[:1] in (" ", "\t", "\n")]
+        words = expected[:, begins].logsumexp(-1).float()
+        torch.testing.assert_close(own["word_log_probabilities"], words, rtol=1e-5, atol=1e-5)
         following = expected[:-1].gather(1, ids[1:, None])[:, 0]
         torch.testing.assert_close(own["token_log_probabilities"][1:], following.float(), rtol=1e-5, atol=1e-5)
         assert own["token_log_probabilities"][0] == 0
@@ -185,7 +189,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no description": (lambda f: (f / "logits.json").unlink(), "is no logit cache (no logits.json); merganser fuse"),
     "no JSON": (lambda f: (f / "logits.json").write_text("{"), "logits.json: "),
     "another kind": (edit(lambda a: a.update(kind="x")), "is no description of a logit cache"),
-    "another version": (edit(lambda a: a.update(format=9)), "has format 9, this version reads 2"),
+    "another version": (edit(lambda a: a.update(format=9)), "has format 9, this version reads 3"),
     "no vocabulary": (edit(lambda a: a.pop("vocabulary")), "logits.json: has no 'vocabulary'"),
     "no k": (edit(lambda a: a.pop("k")), "logits.json: has no 'k'"),
     "a number that is text": (edit(lambda a: a["shards"][0].update(nats="x")), "nats"),

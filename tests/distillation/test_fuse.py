@@ -133,7 +133,12 @@ def test_a_student_is_taught_and_written(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, pytest.param({"loss": "alm", "top": None, "temperature": 10}, marks=pytest.mark.slow)]
+    "changes",
+    [
+        {},
+        {"loss": "alm", "top": None, "temperature": 10, "chunks": "debiased"},
+        pytest.param({"loss": "alm", "top": None, "temperature": 10}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_source_equal_to_the_student_has_no_gradient(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     own = recipe(folder, sources=[{"model": str(folder / "student")}], **changes)
@@ -195,9 +200,10 @@ def test_caches_teach_their_own_texts(folder: Path, tmp_path: Path) -> None:
     assert 20 < both[1] <= found["tokens"] - both[0]
 
 
-def test_sources_with_other_tokens(folder: Path, tmp_path: Path) -> None:
-    own = recipe(folder, sources=[{"model": str(folder / "other")}], loss="alm", top=None)
-    own["training"] |= {"steps": 6}
+@pytest.mark.parametrize("chunks", ["finest", "debiased"])
+def test_sources_with_other_tokens(chunks: str, folder: Path, tmp_path: Path) -> None:
+    own = recipe(folder, sources=[{"model": str(folder / "other")}], loss="alm", top=None, chunks=chunks)
+    own["training"] |= {"steps": 6, "batch": 6}
     found = fuse(own, tmp_path / "alm", control=False).record["fused"]
     losses = [entry["taught"] for entry in found["history"]["fused"]]
     assert losses[-1] < losses[0]
@@ -205,9 +211,9 @@ def test_sources_with_other_tokens(folder: Path, tmp_path: Path) -> None:
     assert found["sources"][0]["tokens_taught"] >= 0.9 * found["tokens"]
 
 
-@pytest.mark.slow
-def test_alignment_by_edit_distance(folder: Path, tmp_path: Path) -> None:
-    own = recipe(folder, sources=[{"model": str(folder / "other")}], align="edit_distance")
+@pytest.mark.parametrize("align", ["statistics", pytest.param("edit_distance", marks=pytest.mark.slow)])
+def test_other_alignments(align: str, folder: Path, tmp_path: Path) -> None:
+    own = recipe(folder, sources=[{"model": str(folder / "other")}], align=align)
     own["training"] |= {"steps": 1}
     assert fuse(own, tmp_path / "warped", control=False).record["fused"]["sources"][0]["tokens_taught"] > 0
 
@@ -230,6 +236,11 @@ def test_answers_within_other_templates(folder: Path, tmp_path: Path) -> None:
     found = fuse(own, tmp_path / "out", control=False).record["fused"]
     assert found["sequences"] == 2
     # in the student's template each answer ends with a token and a line break, which the other has not
+    assert 0.3 < found["sources"][0]["tokens_taught"] / found["tokens"] < 1
+    debiased = {**own, "loss": "alm", "chunks": "debiased", "lambda": 0.0}
+    del debiased["top"]
+    found = fuse(debiased, tmp_path / "debiased", control=False).record["fused"]
+    # all bytes of the answers, within the templates of both; what surrounds them is in no chunk
     assert 0.3 < found["sources"][0]["tokens_taught"] / found["tokens"] < 1
     with pytest.raises(DataError, match=r"other teaches nothing: .* set tokens: completions"):
         fuse({**own, "data": {**data, "tokens": "all"}}, tmp_path / "all")

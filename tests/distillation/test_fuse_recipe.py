@@ -21,6 +21,9 @@ def test_defaults() -> None:
     assert found.sources[0].data is not None
     assert found.sources[0].data.source == ("a.txt",)
     assert not found.from_caches
+    assert (found.chunks, found.threshold) == ("finest", 0.1)
+    debiased = load_fusion({**PLAIN, "loss": "alm", "chunks": "debiased", "threshold": 1e-4})
+    assert (debiased.chunks, debiased.threshold) == ("debiased", 1e-4)
     lora = load_fusion({**PLAIN, "lora": 8})
     assert (lora.lora, lora.training.learning_rate) == (Lora(8, 16.0), 2e-4)
     assert load_fusion({**PLAIN, "lora": {"rank": 4, "alpha": 4}}).lora == Lora(4, 4.0)
@@ -58,6 +61,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another alignment": ({"align": "byte"}, "'byte' is not known. Did you mean 'bytes'?"),
     "chunks of tokens": ({"chunks": "finest"}, "chunks: belongs to loss: alm, and the loss is cross_entropy"),
     "tokens of chunks": ({"loss": "alm", "top": 3}, "top: belongs to loss: cross_entropy, and the loss is alm"),
+    "a threshold of plain chunks": (
+        {"loss": "alm", "threshold": 0.2},
+        "threshold: belongs to chunks: debiased, and chunks are finest; leave it out",
+    ),
+    "a threshold of tokens": ({"threshold": 0.2}, "threshold: belongs to loss: alm, and the loss is cross_entropy"),
+    "a threshold": (
+        {"loss": "alm", "chunks": "debiased", "threshold": 2},
+        "threshold: expected a number from 0 to 1, got 2",
+    ),
     "lambda": ({"lambda": 1.5}, "lambda: expected a number from 0 to 1, got 1.5"),
     "lambda as text": ({"lambda": "much"}, "lambda: expected a number, got 'much'"),
     "temperature": ({"loss": "alm", "temperature": 0}, "temperature: expected a number above 0, got 0"),

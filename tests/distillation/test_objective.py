@@ -175,6 +175,28 @@ def test_likelihoods_of_chunks_are_those_of_their_source() -> None:
         assert float(objective.total(terms)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_follows_a_debiased_chunk_is_part_of_it() -> None:
+    examples = [example(4, 7, {0: 1.0}, alm=True), example(5, 6, {0: 0.3}, alm=True)]
+    for own in examples:
+        said = own.lessons[0]
+        assert isinstance(said, Chunks)
+        own.lessons[0] = Chunks(said.numbers, said.log_probabilities, np.array([2, len(own.labels) - 1]))
+    batch = collate(examples, 1)
+    logits = logits_of(batch)
+    words = torch.tensor([i in (0, 4) for i in range(VOCABULARY)])
+    objective = Objective(0.0, "alm", temperature=10.0, words=words)
+    terms = objective(logits, batch["input_ids"], batch["labels"], batch["lesson"])
+    total = 0.0
+    for b, own in enumerate(examples):
+        logs = [reference.log_softmax(row) for row in logits[b].tolist()]
+        for number, (inside, end) in enumerate((([1, 2], 2), ([len(own.labels) - 1], len(own.labels) - 1))):
+            spoken = sum(logs[p - 1][int(own.reading.ids[p])] for p in inside)
+            spoken += math.log(sum(math.exp(logs[end][i]) for i in (0, 4)))
+            said = own.lessons[0].log_probabilities.tolist()
+            total += reference.likelihood_loss(spoken, said[number], 10.0)
+    assert float(objective.total(terms)) == pytest.approx(total / 4, rel=1e-5)
+
+
 def test_the_gate_learns_with_the_model() -> None:
     torch.manual_seed(3)
     gate = FusionGate(2)

@@ -92,3 +92,64 @@ def variation(sums: Sequence[float]) -> float:
     mean = sum(sums) / len(sums)
     pairs = sum((a - b) ** 2 for a, b in combinations(sums, 2))
     return pairs / len(sums) / (len(sums) - 1) / mean**2
+
+
+def debiased_chunks(
+    pieces: Sequence[tuple[Sequence[int], Sequence[int]]],
+    student: Sequence[float],
+    source: Sequence[float],
+    student_words: Sequence[float],
+    source_words: Sequence[float],
+    threshold: float,
+) -> list[tuple[float, float]]:
+    """Log-probabilities of chunks by both models, as ALM's authors debias them, with their matrices.
+
+    Args:
+        pieces: For each of the finest chunks the tokens of the student, and those of the source.
+        student, source: The log-probability of each token, given those before it.
+        student_words, source_words: Behind each token the log-probability that a word begins.
+        threshold: A chunk ends where a word begins with more than this probability, by the source.
+    """
+    own = [sum(student[i] for i in mine) for mine, _ in pieces]
+    others = [sum(source[i] for i in theirs) for _, theirs in pieces]
+    own_words, other_words = [student_words[mine[-1]] for mine, _ in pieces], [source_words[t[-1]] for _, t in pieces]
+    # the number of ends from here to the last one, counted from behind, and turned into a number from the front
+    ends = [math.exp(words) > threshold for words in other_words]
+    left = [sum(ends[i:]) for i in range(len(ends))]
+    merged = [max(left) - number for number in left]
+    found = []
+    for column in range(max(merged, default=-1) + 1):
+        rows = [i for i, number in enumerate(merged) if number == column]
+        last = rows[-1]
+        found.append((sum(own[i] for i in rows) + own_words[last], sum(others[i] for i in rows) + other_words[last]))
+    return found
+
+
+def taught_by_pairs(
+    own, theirs, tokens, others, pairs, ids, probabilities, table, count
+) -> dict[int, dict[int, float]]:
+    """What FuseChat teaches at each position of the student, as probabilities of its tokens."""
+    found = {}
+    for position in range(len(own) - 1):
+        token, places = tokens[position], pairs[position]
+        if token:
+            equal = [j for j in places if others[j] == token]
+            holding = [j for j in places if token in others[j]]
+            rest, pieces = token, []
+            for j in places:
+                if others[j] and rest.startswith(others[j]):
+                    rest, pieces = rest[len(others[j]) :], [*pieces, j]
+            places = equal[:1] or holding[:1] or ([] if rest else pieces)
+        else:
+            places = [j for j in places if len(pairs[position]) == 1 and not others[j]]
+        weights = [math.exp(count(own[position], theirs[j])) for j in places]
+        best: dict[int, float] = {}
+        for weight, j in zip(weights, places, strict=True):
+            for token_id, p in zip(ids[j], probabilities[j], strict=True):
+                if table[token_id] >= 0:
+                    best[table[token_id]] = max(best.get(table[token_id], 0.0), p * weight / sum(weights))
+        top = sorted(best.values(), reverse=True)[: len(ids[0])]
+        kept = {token_id: p for token_id, p in best.items() if p >= top[-1]} if top else {}
+        if kept:
+            found[position] = {token_id: p / sum(kept.values()) for token_id, p in kept.items()}
+    return found

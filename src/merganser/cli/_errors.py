@@ -42,6 +42,7 @@ _LESS = {
     "merge": "the same command continues, with fewer --threads or a lower --max-memory it takes less",
     "calibrate": "the same command continues; with fewer --batch-tokens, or without gram, it begins again and takes less",
     "cache": "the same command continues; with fewer --batch-tokens it begins again and takes less",
+    "answer": "the same command continues, with less --max-tokens it takes less",
     "eval": "the same command continues, with fewer --batch-tokens it takes less",
     "train": "with more accumulate, lora or gradient_checkpointing in the recipe it begins again and takes less",
     "search": "the same command continues",

@@ -19,14 +19,15 @@ from ._progress import named_progress, step_progress
 from ._text import count_text, head, number_text, plural, say, say_json, size_text, table, time_text
 
 if TYPE_CHECKING:
+    from ..distillation import Blended
     from ..distillation.training.preparation import FusionPlan
 
-fuse = typer.Typer(cls=Verbs, help="Teach one model what others say.", no_args_is_help=True)
+fuse = typer.Typer(cls=Verbs, help="Teach one model what others say, or blend their answers.", no_args_is_help=True)
 
 
 @fuse.callback()
 def _group() -> None:
-    """Teach one model what others say."""
+    """Teach one model what others say, or blend their answers."""
 
 
 @fuse.command(cls=options.many_values("--data"))
@@ -155,6 +156,117 @@ def train(
         say_json({"out": str(result.out), "record": result.record})
     elif not quiet:
         _summary(result.out, result.record)
+
+
+@fuse.command(cls=Verb)
+def answer(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Models that answer: checkpoints, MODEL+ADAPTER, or recipes (merged in memory); NAME=MODEL names one.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE", help="Lines of JSON with a prompt, or with messages.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The file to write, a line per prompt.", show_default=False)
+    ],
+    ranker: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A reward model, which scores every answer.", show_default=False),
+    ] = None,
+    rank_command: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="A command that scores instead: it reads a line of JSON per prompt, and prints a list of numbers.",
+            show_default=False,
+        ),
+    ] = None,
+    fuser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="A model that is shown the best answers, and writes another.", show_default=False
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Answers that the fuser is shown.")] = 3,
+    each: Annotated[int, typer.Option(min=1, metavar="K", help="Answers of each model to each prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="Of the draws; 0 takes the likeliest token.")
+    ] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from the likeliest tokens with this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draws.")] = 0,
+    device: options.Device = "auto",
+    cache_dir: options.CacheDir = None,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+) -> None:
+    """Let several models answer, rank the answers, and have one written from the best.
+
+    Answers are kept beside the file: a killed run continues, and one with another ranker or fuser does not ask again.
+    """
+    options.quieten_hub(quiet)
+    from ..distillation import blend_answers
+
+    started = time.monotonic()
+    with named_progress(quiet) as progress:
+        found = blend_answers(
+            models,
+            prompts,
+            out,
+            ranker=ranker,
+            rank_command=rank_command,
+            fuser=fuser,
+            top=top,
+            each=each,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            device=device,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    if json:
+        say_json(found.to_json())
+    elif not quiet:
+        _blended(found, each, time.monotonic() - started)
+
+
+def _blended(found: Blended, each: int, seconds: float) -> None:
+    from ..process import peak_memory
+
+    count = len(found.one)
+    head(
+        f"{plural(count, 'model')} · {plural(found.prompts, 'prompt')} · {plural(each, 'answer')} each · "
+        f"{time_text(seconds)} · peak {size_text(peak_memory())}"
+    )
+    if found.chosen is not None:
+        say("mean score")
+        rows = [["", "an answer", f"best of {each}", "chosen"]]
+        rows += [
+            [name, _score(one), _score(found.best[name]), str(found.times[name])] for name, one in found.one.items()
+        ]
+        rows.append([f"best of {each * count}", "", _score(found.chosen), str(found.prompts)])
+        if found.fused is not None:
+            rows.append(["fused", _score(found.fused), "", ""])
+        for line in table(rows, right=range(1, 4)):
+            say(line)
+    if found.cut:
+        say(f"cut at the most tokens: {found.cut} of {plural(found.prompts * each * count, 'answer')}")
+    if found.unwritten:
+        say(f"not fused, as not even one answer fits into what the fuser can see: {plural(found.unwritten, 'prompt')}")
+    say(f"wrote {found.out}; the answers are kept in {found.kept}")
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _show(plan: FusionPlan, *, json: bool) -> None:

@@ -156,6 +156,7 @@ class _Run:
         self._prepared, self._k = prepared, k
         self._vocabulary = _check_head(prepared, k)
         self._token_bytes = TokenBytes(prepared.tokenizer, prepared.source.reference)
+        self._words = torch.from_numpy(self._token_bytes.vocabulary().begin_words(self._vocabulary))
         self._records = {own.where: record_number(own) for file in prepared.files for own in file.records}
         self._batches = prepared.batches()
         self._shards = _grouped(self._batches)
@@ -250,7 +251,7 @@ class _Run:
         if not bool(own.isfinite().all()):
             raise NonFiniteError(f"{where}: the model's logits are NaN or infinite for this text")
         # nothing follows the last token, so that the log-probability of any token will do there
-        found, following = likelihoods(own, self._k, torch.cat([tokens[1:], tokens[:1]]))
+        found, following = likelihoods(own, self._k, torch.cat([tokens[1:], tokens[:1]]), self._words)
         text, ends = self._token_bytes.text_and_ends(tokens.tolist())
         return {
             "token_ids": tokens.int(),
@@ -261,6 +262,7 @@ class _Run:
             "log_probabilities": found.log_probabilities,
             "rest": found.rest,
             "log_sum_exp": found.log_sum_exp,
+            "word_log_probabilities": found.words,
             "text": torch.tensor(list(text), dtype=torch.uint8),
         }
 

@@ -10,6 +10,7 @@ ids                     int32   [n, k]  the likeliest tokens to follow, the like
 log_probabilities       float32 [n, k]  theirs
 rest                    float32 [n]     logarithm of the probability of all other tokens together
 log_sum_exp             float32 [n]     of all logits
+word_log_probabilities  float32 [n]     logarithm of the probability that a word begins, as `Vocabulary.begin_words` says
 sequence_ends           int64   [m]     positions up to the end of each sequence
 records                 int64   [m]     a hash of the record that the sequence is from: `distillation.texts.record_number`
 text                    uint8   [bytes] the bytes of all sequences, one behind the other
@@ -45,7 +46,7 @@ __all__ = [
 
 CACHE_NAME = "logits.json"
 CACHE_KIND = "merganser logit cache"
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 VOCABULARY_NAME = "vocabulary.safetensors"
 
 DTYPES = {
@@ -57,6 +58,7 @@ DTYPES = {
     "log_probabilities": "float32",
     "rest": "float32",
     "log_sum_exp": "float32",
+    "word_log_probabilities": "float32",
     "sequence_ends": "int64",
     "records": "int64",
     "text": "uint8",

@@ -24,15 +24,17 @@ class Likelihoods:
             there are none.
         log_sum_exp: Logarithm of the sum of the exponentials of all logits, float32, shape [positions]; with it, the
             logits are `log_probabilities + log_sum_exp`.
+        words: Logarithm of the probability that one of some given tokens follows, float32, shape [positions].
     """
 
     ids: Tensor
     log_probabilities: Tensor
     rest: Tensor
     log_sum_exp: Tensor
+    words: Tensor
 
 
-def likelihoods(logits: Tensor, k: int, tokens: Tensor) -> tuple[Likelihoods, Tensor]:
+def likelihoods(logits: Tensor, k: int, tokens: Tensor, words: Tensor | None = None) -> tuple[Likelihoods, Tensor]:
     """Return the k likeliest tokens of each position, and the log-probability of one given token of each.
 
     Sums are computed in float64. Of equal logits the lower token comes first, so that the result does not depend on the
@@ -42,25 +44,28 @@ def likelihoods(logits: Tensor, k: int, tokens: Tensor) -> tuple[Likelihoods, Te
         logits: Floating, shape [positions, vocabulary].
         k: From 1 to the size of the vocabulary.
         tokens: One token of each position, int64, shape [positions].
+        words: The tokens whose probability together is returned, bool, shape [vocabulary]; None for all.
 
     Returns:
         The likeliest tokens, and the log-probabilities of `tokens`, float32, shape [positions].
     """
     parts = [
-        _some(rows.double(), k, own)
+        _some(rows.double(), k, own, words)
         for rows, own in zip(torch.split(logits, _ROWS), torch.split(tokens, _ROWS), strict=True)
     ]
-    ids, top, rest, total, given = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Likelihoods(ids.int(), top.float(), rest.float(), total.float()), given.float()
+    ids, *others = (torch.cat(each) for each in zip(*parts, strict=True))
+    top, rest, total, begins, given = (own.float() for own in others)
+    return Likelihoods(ids.int(), top, rest, total, begins), given
 
 
-def _some(logits: Tensor, k: int, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _some(logits: Tensor, k: int, tokens: Tensor, words: Tensor | None) -> tuple[Tensor, ...]:
     total = logits.logsumexp(-1)
     ids = _likeliest(logits, k)
     top = logits.gather(1, ids) - total[:, None]
     rest = logits.scatter(1, ids, -torch.inf).logsumexp(-1) - total
     given = logits.gather(1, tokens[:, None])[:, 0] - total
-    return ids, top, rest, total, given
+    begins = torch.zeros_like(total) if words is None else logits[:, words].logsumexp(-1) - total
+    return ids, top, rest, total, begins, given
 
 
 def _likeliest(logits: Tensor, k: int) -> Tensor:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 __all__ = ["Vocabulary"]
 
 _UNKNOWN, _TEXT, _SPECIAL = 0, 1, 2
+_WHITE = (b" ", b"\t", b"\n")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,17 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def begin_words(self, size: int) -> NDArray[np.bool_]:
+        """Return which tokens begin a word: with a space, a tab or a line break, or as special tokens do.
+
+        Args:
+            size: Number of logits; those without a token begin none.
+        """
+        found = np.zeros(max(size, len(self)), np.bool_)
+        found[: len(self)] = [(token or b"")[:1] in _WHITE for token in self.tokens]
+        found[[*self.special.values()]] = True
+        return found[:size]
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Return the tokens as arrays: `bytes` (uint8), `ends` (int64) and `kinds` (uint8)."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..vocabulary import Vocabulary
 from .edit_distance import Nearest
 
-__all__ = ["byte_table", "edit_table"]
+__all__ = ["Table", "byte_table", "edit_table", "table_of"]
 
 Table = NDArray[np.int64]
 """For each token of the source the token of the target, -1 for none; int64, shape [tokens of the source]."""
@@ -25,13 +25,14 @@ def byte_table(source: Vocabulary, target: Vocabulary) -> Table:
     by_bytes = _by_bytes(target)
     longest = max(map(len, by_bytes), default=0)
 
-    def find(token: bytes) -> int:
+    def find(number: int) -> int:
+        token = source.tokens[number] or b""
         for size in range(min(len(token), longest), 0, -1):
             if (found := by_bytes.get(token[:size])) is not None:
                 return found
         return -1
 
-    return _table(source, target, by_bytes, find)
+    return table_of(source, target, find)
 
 
 def edit_table(source: Vocabulary, target: Vocabulary, advance: Callable[[int, int], None] | None = None) -> Table:
@@ -48,14 +49,15 @@ def edit_table(source: Vocabulary, target: Vocabulary, advance: Callable[[int, i
     # the search takes time for tokens that the target lacks
     wanted = len({token for token in source.tokens if token and token not in by_bytes})
 
-    def find(token: bytes) -> int:
+    def find(number: int) -> int:
+        token = source.tokens[number] or b""
         if token not in known:
             known[token] = nearest.find(token)
             if advance is not None:
                 advance(len(known), wanted)
         return known[token]
 
-    return _table(source, target, by_bytes, find)
+    return table_of(source, target, find)
 
 
 def _by_bytes(target: Vocabulary) -> dict[bytes, int]:
@@ -66,7 +68,12 @@ def _by_bytes(target: Vocabulary) -> dict[bytes, int]:
     return found
 
 
-def _table(source: Vocabulary, target: Vocabulary, by_bytes: dict[bytes, int], find: Callable[[bytes], int]) -> Table:
+def table_of(source: Vocabulary, target: Vocabulary, find: Callable[[int], int]) -> Table:
+    """Map each token to the target's token of the same bytes, else to what `find` returns for its number.
+
+    Special tokens go to those of the same name, else to the one that begins or ends a text if they do.
+    """
+    by_bytes = _by_bytes(target)
     if source == target:
         return np.arange(len(source), dtype=np.int64)
     table = np.full(len(source), -1, np.int64)
@@ -78,7 +85,7 @@ def _table(source: Vocabulary, target: Vocabulary, by_bytes: dict[bytes, int], f
             table[number] = number
         else:
             equal = by_bytes.get(token)
-            table[number] = find(token) if equal is None else equal
+            table[number] = find(number) if equal is None else equal
     for role, number in source.roles.items():
         table[number] = target.roles.get(role, -1)
     for name, number in source.special.items():

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 
 from .edit_distance import edit_distances
 
-__all__ = ["partners", "warp"]
+__all__ = ["Pairs", "partners", "warp"]
+
+Pairs = tuple[int, ...]
+"""The tokens that a token is paired with."""
 
 
 def warp(costs: NDArray[np.float64]) -> list[tuple[int, int]]:
@@ -46,20 +49,30 @@ def warp(costs: NDArray[np.float64]) -> list[tuple[int, int]]:
     return path[::-1]
 
 
-def partners(tokens: Sequence[bytes], others: Sequence[bytes]) -> list[tuple[int, ...]]:
+def partners(tokens: Sequence[bytes], others: Sequence[bytes], *, contained: float = 1.0) -> list[Pairs]:
     """Return for each token the others that the cheapest path pairs it with.
 
     The cost of a pair is the edit distance of their bytes without the spaces around them. The time is proportional to the
     product of both lengths.
+
+    Args:
+        tokens: The bytes of each token.
+        others: Those of the other sequence.
+        contained: Factor of the cost of two tokens of which one holds the other.
     """
     if not tokens or not others:
         return [()] * len(tokens)
     bare, other_bare = [token.strip(b" ") for token in tokens], [token.strip(b" ") for token in others]
-    costs = np.array([[_distance(one, other) for other in other_bare] for one in bare], np.float64)
+    costs = np.array([[_cost(one, other, contained) for other in other_bare] for one in bare], np.float64)
     found: list[list[int]] = [[] for _ in tokens]
     for i, j in warp(costs):
         found[i].append(j)
     return [tuple(each) for each in found]
+
+
+def _cost(one: bytes, other: bytes, contained: float) -> float:
+    distance = _distance(one, other)
+    return contained * distance if contained != 1 and (one in other or other in one) else distance
 
 
 @lru_cache(maxsize=1 << 18)

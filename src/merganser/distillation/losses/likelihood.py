@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["chunk_log_probabilities", "likelihood_loss"]
+__all__ = ["chunk_log_probabilities", "likelihood_loss", "word_log_probabilities"]
 
 # a likelihood that differs from 1 by less than this has no gradient
 _LEAST = 1e-6
@@ -60,3 +60,17 @@ def chunk_log_probabilities(logits: Tensor, ids: Tensor, numbers: Tensor, count:
     spoken = logits[:, :-1][kept]
     own = spoken.gather(1, ids[:, 1:][kept][:, None])[:, 0] - spoken.logsumexp(-1)
     return own.new_zeros(count).index_add(0, numbers[:, 1:][kept], own)
+
+
+def word_log_probabilities(logits: Tensor, words: Tensor) -> Tensor:
+    """Return the log-probability that one of some tokens follows.
+
+    Args:
+        logits: Shape [positions, vocabulary].
+        words: Which tokens begin a word, bool, shape [vocabulary]; at least one does.
+
+    Returns:
+        Shape [positions], float32, or float64 if the logits are.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits[:, words].logsumexp(-1) - logits.logsumexp(-1)

@@ -45,6 +45,7 @@ def collate(sequences: Sequence[Example], sources: int) -> dict[str, Any]:
         numbers            int64 [S, B, T] chunk of each token, -1 for none
         chunk_shares       int64 [c]       whose chunk it is: b * S + s
         chunks             float32 [c]     the source's log-probability of it
+        chunk_ends         int64 [c]       its last token, b * T + t, if chunks are debiased; else -1
     """
     width = max(len(own.labels) for own in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -90,6 +91,7 @@ def _chunks(sequences: Sequence[Example], width: int, sources: int) -> dict[str,
     numbers = torch.full((sources, len(sequences), width), -1)
     shares: list[int] = []
     found: list[float] = []
+    ends: list[int] = []
     for b, each in enumerate(sequences):
         for s, own in each.lessons.items():
             if isinstance(own, Chunks):
@@ -97,8 +99,10 @@ def _chunks(sequences: Sequence[Example], width: int, sources: int) -> dict[str,
                 numbers[s, b, : len(own_numbers)] = torch.where(own_numbers >= 0, own_numbers + len(found), -1)
                 shares += [b * sources + s] * len(own.log_probabilities)
                 found += own.log_probabilities.tolist()
+                ends += [-1] * len(own.log_probabilities) if own.ends is None else (own.ends + b * width).tolist()
     return {
         "numbers": numbers,
         "chunk_shares": torch.tensor(shares, dtype=torch.long),
         "chunks": torch.tensor(found, dtype=torch.float32),
+        "chunk_ends": torch.tensor(ends, dtype=torch.long),
     }

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def fit(
     control: bool,
     device: torch.device,
     resume: Path | None = None,
+    words: torch.Tensor | None = None,
     step: Callable[[int, int], None],
     saved: Callable[[Path], None],
 ) -> Fitted:
@@ -62,6 +64,7 @@ def fit(
         control: Whether the sources have no say (lambda = 1); everything else is the same.
         device: Where to train.
         resume: State from which to go on; None to start.
+        words: Which logits begin a word, if chunks are debiased.
         step: Called with the number of finished steps and of all.
         saved: Called with the folder of each state that is complete.
 
@@ -74,7 +77,8 @@ def fit(
     with warnings.catch_warnings():
         # peft uses names that transformers 5 calls deprecated
         warnings.simplefilter("ignore", FutureWarning)
-        return _fit(model, examples, recipe, folder, control, device, resume, FusionTrainer, Reporter(step, saved))
+        make = partial(FusionTrainer, callbacks=[Reporter(step, saved)])
+        return _fit(model, examples, recipe, folder, control, device, resume, words, make)
 
 
 def _fit(
@@ -85,8 +89,8 @@ def _fit(
     control: bool,
     device: torch.device,
     resume: Path | None,
+    words: torch.Tensor | None,
     make_trainer: Callable[..., Any],
-    reporter: Any,
 ) -> Fitted:
     torch.manual_seed(recipe.seed)
     if recipe.lora is not None:
@@ -96,7 +100,9 @@ def _fit(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     gate = FusionGate(len(recipe.sources)) if recipe.choice == GATE and not control else None
-    objective = Objective(1.0 if control else recipe.lambda_, recipe.loss, recipe.choice, recipe.temperature, gate)
+    objective = Objective(
+        1.0 if control else recipe.lambda_, recipe.loss, recipe.choice, recipe.temperature, gate, words
+    )
     with quiet():
         trainer = make_trainer(
             model,
@@ -104,7 +110,6 @@ def _fit(
             Lessons(examples),
             len(recipe.sources),
             objective,
-            [reporter],
         )
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     found = trainer.model

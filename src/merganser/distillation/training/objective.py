@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from ..losses.choice import CHOICES
 from ..losses.cross_entropy import taught_cross_entropy
 from ..losses.gate import FEEDBACK, FusionGate
-from ..losses.likelihood import chunk_log_probabilities, likelihood_loss
+from ..losses.likelihood import chunk_log_probabilities, likelihood_loss, word_log_probabilities
 
 __all__ = ["Objective", "Terms"]
 
@@ -44,6 +44,7 @@ class Objective:
         choice: How sources share a sequence, one of `CHOICES`; a gate comes first.
         temperature: Of ALM.
         gate: The gate of Fusion-X, which is trained with the model; None without one.
+        words: Which of the student's logits begin a word, bool, shape [vocabulary], if chunks are debiased; else None.
     """
 
     lambda_: float
@@ -51,6 +52,7 @@ class Objective:
     choice: str = "min_ce"
     temperature: float = 100.0
     gate: FusionGate | None = None
+    words: Tensor | None = None
 
     def __call__(self, logits: Tensor, ids: Tensor, labels: Tensor, lesson: Mapping[str, Tensor]) -> Terms:
         """Return the terms for a batch.
@@ -99,6 +101,9 @@ class Objective:
         own = logits.new_zeros(count, dtype=torch.promote_types(logits.dtype, torch.float32))
         for numbers in lesson["numbers"]:
             own = own + chunk_log_probabilities(logits, ids, numbers, count)
+        if self.words is not None and count:
+            behind = logits.flatten(0, 1)[lesson["chunk_ends"]]
+            own = own + word_log_probabilities(behind, self.words.to(logits.device))
         share = weights[lesson["chunk_shares"]]
         losses = likelihood_loss(own, lesson["chunks"], self.temperature)
         return (share * losses).sum() / share.detach().sum().clamp(min=1e-8)

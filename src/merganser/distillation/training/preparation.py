@@ -25,7 +25,7 @@ from ..cache import cache_beginnings
 from ..format import LogitCache, open_cache
 from ..texts import cut_texts, plain, record_number, trimmed
 from .fit import steps_of
-from .recipe import FusionRecipe
+from .recipe import DEBIASED, FusionRecipe
 from .sequences import Alignment, Cached, Example, Teacher, cached_examples, reading_of, summary, teach
 from .student import HeldOut, Student, load_held_out, open_student
 
@@ -90,6 +90,13 @@ class Preparation:
     sets: tuple[int, ...]
     choices: tuple[Choice, ...]
     cache_dir: Path | None
+
+    @property
+    def words(self) -> torch.Tensor | None:
+        """Which of the student's logits begin a word, bool, if chunks are debiased."""
+        if self.recipe.chunks != DEBIASED:
+            return None
+        return torch.from_numpy(self.student.token_bytes.vocabulary().begin_words(self.student.size))
 
     def hashes(self) -> list[str]:
         """Return a hash of each source: of the cache, or of the model's files, which are read for it."""
@@ -183,7 +190,12 @@ class Preparation:
         """
         recipe = self.recipe
         alignment = Alignment(
-            recipe.loss, recipe.align, recipe.at_spaces, self.student.token_bytes.vocabulary(), self.student.size
+            recipe.loss,
+            recipe.align,
+            recipe.chunks,
+            recipe.threshold,
+            self.student.token_bytes.vocabulary(),
+            self.student.size,
         )
         teachers = [
             Teacher(number, cache, alignment, lambda done, count: progress("comparing tokens", done, count))

@@ -24,6 +24,7 @@ _KEYS = (
     "choice",
     "align",
     "chunks",
+    "threshold",
     "temperature",
     "lambda",
     "top",
@@ -47,7 +48,10 @@ _TRAINING_KEYS = (
 )
 LOSSES = ("cross_entropy", "alm")
 GATE = "gate"
-ALIGNMENTS = ("bytes", "edit_distance")
+STATISTICS = "statistics"
+ALIGNMENTS = ("bytes", "edit_distance", STATISTICS)
+SPACES, DEBIASED = "spaces", "debiased"
+CHUNKS = ("finest", SPACES, DEBIASED)
 _LEARNING_RATE, _LORA_LEARNING_RATE = 1e-5, 2e-4
 
 
@@ -122,8 +126,9 @@ class FusionRecipe:
         sources: Who teaches: caches alone, or models with data.
         loss: `cross_entropy` with distributions over tokens, or `alm`, likelihoods of chunks of text.
         choice: How sources share a sequence, one of `CHOICES` or `gate`.
-        align: `bytes`, or `edit_distance` as FuseLLM aligns.
-        at_spaces: Whether chunks end only before spaces.
+        align: `bytes`, `edit_distance` as FuseLLM aligns, or `statistics` as FuseChat does.
+        chunks: `finest`, `spaces` (they end only before a space), or `debiased`.
+        threshold: Debiased chunks end only where a word begins with a probability above it.
         temperature: Of ALM.
         lambda_: Share of the text's own tokens in the loss; the rest is the sources'.
         top: Number of likeliest tokens that are asked of models.
@@ -141,7 +146,8 @@ class FusionRecipe:
     loss: str
     choice: str
     align: str
-    at_spaces: bool
+    chunks: str
+    threshold: float
     temperature: float
     lambda_: float
     top: int
@@ -177,13 +183,17 @@ def load_fusion(source: str | Path | Mapping[str, Any]) -> FusionRecipe:
     lora = _lora(fields["lora"]) if "lora" in fields else None
     loss = fields["loss"].choice(LOSSES) if "loss" in fields else LOSSES[0]
     _check_of_loss(fields, loss)
+    chunks = fields["chunks"].choice(CHUNKS) if "chunks" in fields else CHUNKS[0]
+    if "threshold" in fields and chunks != DEBIASED:
+        raise fields["threshold"].error(f"belongs to chunks: {DEBIASED}, and chunks are {chunks}; leave it out")
     return FusionRecipe(
         student=fields["student"].text(),
         sources=_sources(root, fields),
         loss=loss,
         choice=fields["choice"].choice((*CHOICES, GATE)) if "choice" in fields else next(iter(CHOICES)),
         align=fields["align"].choice(ALIGNMENTS) if "align" in fields else ALIGNMENTS[0],
-        at_spaces="chunks" in fields and fields["chunks"].choice(("finest", "spaces")) == "spaces",
+        chunks=chunks,
+        threshold=_number(fields.get("threshold"), 0.1, least=0.0, most=1.0),
         temperature=_number(fields.get("temperature"), 100.0, above=0.0),
         lambda_=_number(fields.get("lambda"), 0.9, least=0.0, most=1.0),
         top=fields["top"].whole_number(1) if "top" in fields else 32,
@@ -199,7 +209,13 @@ def load_fusion(source: str | Path | Mapping[str, Any]) -> FusionRecipe:
 
 def _check_of_loss(fields: Mapping[str, Entry], loss: str) -> None:
     """Refuse keys that mean nothing for the loss."""
-    for key, owner in (("align", LOSSES[0]), ("top", LOSSES[0]), ("chunks", LOSSES[1]), ("temperature", LOSSES[1])):
+    for key, owner in (
+        ("align", LOSSES[0]),
+        ("top", LOSSES[0]),
+        ("chunks", LOSSES[1]),
+        ("temperature", LOSSES[1]),
+        ("threshold", LOSSES[1]),
+    ):
         if key in fields and loss != owner:
             raise fields[key].error(f"belongs to loss: {owner}, and the loss is {loss}; leave it out")
 

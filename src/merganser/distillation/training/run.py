@@ -182,6 +182,7 @@ class _Run:
                 control=name == CONTROL,
                 device=self._device,
                 resume=resume,
+                words=self._prepared.words,
                 step=self._step(name),
                 saved=lambda path: self._note(**{key: path.name}),
             )

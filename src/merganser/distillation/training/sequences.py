@@ -17,10 +17,12 @@ from ...calibration.batches import Sample
 from ...errors import DataError
 from ..alignment.answers import Reading
 from ..alignment.chunks import Chunks, chunks
+from ..alignment.pairing import PairCounts, lesson_by_pairs
 from ..alignment.tables import Table, byte_table, edit_table
 from ..alignment.transfer import Lesson, Predictions, lesson_by_bytes, lesson_by_warping
 from ..format import LogitCache
 from ..vocabulary import Vocabulary
+from .recipe import DEBIASED, SPACES, STATISTICS
 
 __all__ = [
     "Alignment",
@@ -69,6 +71,7 @@ class Cached:
     reading: Reading
     predictions: Predictions
     token_log_probabilities: NDArray[np.float32]
+    words: NDArray[np.float32]
 
 
 def read_cache(cache: LogitCache) -> Iterator[Cached]:
@@ -92,7 +95,13 @@ def read_cache(cache: LogitCache) -> Iterator[Cached]:
             )
             done += sizes[row]
             said = Predictions(own["ids"], own["log_probabilities"], own["rest"])
-            yield Cached(int(arrays["records"][row]), reading, said, own["token_log_probabilities"])
+            yield Cached(
+                int(arrays["records"][row]),
+                reading,
+                said,
+                own["token_log_probabilities"],
+                own["word_log_probabilities"],
+            )
 
 
 _OF_SEQUENCES = ("text", "sequence_ends", "records")
@@ -136,15 +145,17 @@ class Alignment:
 
     Args:
         loss: `cross_entropy` or `alm`.
-        by: `bytes` or `edit_distance`.
-        at_spaces: Whether chunks end only before spaces.
+        by: `bytes`, `edit_distance` or `statistics`.
+        chunks: `finest`, `spaces` or `debiased`.
+        threshold: Of debiased chunks.
         vocabulary: Of the student.
         size: Number of its logits.
     """
 
     loss: str
     by: str
-    at_spaces: bool
+    chunks: str
+    threshold: float
     vocabulary: Vocabulary
     size: int
 
@@ -164,7 +175,8 @@ class Teacher:
         self._alignment = alignment
         source = cache.vocabulary()
         self._same = source == alignment.vocabulary
-        self._tokens = source.tokens
+        self._counts = PairCounts() if alignment.by == STATISTICS and not self._same else None
+        self._source = source
         self._table = self._make_table(source, advance)
         # a source may have logits that the student lacks: rows that fill up its vocabulary
         self._identical = self._same and cache.size <= alignment.size
@@ -174,9 +186,12 @@ class Teacher:
         if self._alignment.loss == "alm":
             return table
         target = self._alignment.vocabulary
-        made = (
-            edit_table(source, target, advance) if self._alignment.by == "edit_distance" else byte_table(source, target)
-        )
+        if self._counts is not None:
+            made = self._counts.table(source, target)
+        elif self._alignment.by == "edit_distance":
+            made = edit_table(source, target, advance)
+        else:
+            made = byte_table(source, target)
         table[: len(made)] = made[: len(table)]
         table[table >= self._alignment.size] = -1
         if self._same:
@@ -184,10 +199,32 @@ class Teacher:
             table[extra] = extra
         return table
 
+    @property
+    def counts(self) -> bool:
+        """Whether pairs of tokens are counted before anything is taught."""
+        return self._counts is not None
+
+    def count(self, student: Reading, said: Cached) -> None:
+        """Count the pairs of tokens of a sequence."""
+        assert self._counts is not None
+        self._counts.add(student, said.reading, self._spoken(student, said))
+
+    def settle(self) -> None:
+        """Map the source's tokens by the pairs that were counted."""
+        self._table = self._make_table(self._source, None)
+
     def lesson(self, student: Reading, said: Cached) -> Lesson | Chunks | None:
         """Return what is taught on a sequence; None if nothing is."""
         if self._alignment.loss == "alm":
-            found = chunks(student, said.reading, said.token_log_probabilities, at_spaces=self._alignment.at_spaces)
+            own = self._alignment
+            found = chunks(
+                student,
+                said.reading,
+                said.token_log_probabilities,
+                at_spaces=own.chunks == SPACES,
+                words=said.words if own.chunks == DEBIASED else None,
+                threshold=own.threshold,
+            )
             return found if len(found.log_probabilities) else None
         lesson = self._distributions(student, said)
         counted = student.counted[lesson.positions + 1]
@@ -196,14 +233,21 @@ class Teacher:
         return lesson if counted.all() else lesson.only(counted)
 
     def _distributions(self, student: Reading, said: Cached) -> Lesson:
-        if self._alignment.by == "bytes":
-            return lesson_by_bytes(student, said.reading, said.predictions, self._table, same=self._identical)
-        tokens = [self._alignment.vocabulary.tokens, self._tokens]
-        spoken = tuple(
-            [own[i] or b"" if i < len(own) else b"" for i in reading.ids.tolist()]
-            for own, reading in zip(tokens, (student, said.reading), strict=True)
-        )
-        return lesson_by_warping(student, said.reading, said.predictions, self._table, (spoken[0], spoken[1]))
+        if self._alignment.by == "edit_distance":
+            spoken = self._spoken(student, said)
+            return lesson_by_warping(student, said.reading, said.predictions, self._table, spoken)
+        if self._counts is not None:
+            spoken = self._spoken(student, said)
+            return lesson_by_pairs(student, said.reading, said.predictions, self._table, spoken, self._counts)
+        return lesson_by_bytes(student, said.reading, said.predictions, self._table, same=self._identical)
+
+    def _spoken(self, student: Reading, said: Cached) -> tuple[list[bytes], list[bytes]]:
+        """Return the bytes of the tokens of both readings."""
+        return _bytes_of(self._alignment.vocabulary.tokens, student), _bytes_of(self._source.tokens, said.reading)
+
+
+def _bytes_of(tokens: Sequence[bytes | None], reading: Reading) -> list[bytes]:
+    return [tokens[i] or b"" if i < len(tokens) else b"" for i in reading.ids.tolist()]
 
 
 def teach(sequences: Sequence[Example], teachers: Sequence[Teacher], advance: Progress | None = None) -> None:
@@ -219,6 +263,12 @@ def teach(sequences: Sequence[Example], teachers: Sequence[Teacher], advance: Pr
         by_record[own.record].append(own)
     total, done = sum(int(teacher.cache.total("sequences")) for teacher in teachers), 0
     for teacher in teachers:
+        if teacher.counts:
+            for said in read_cache(teacher.cache):
+                for own in by_record.get(said.record, ()):
+                    if _alike(own.reading, said.reading):
+                        teacher.count(own.reading, said)
+            teacher.settle()
         for said in read_cache(teacher.cache):
             for own in by_record.get(said.record, ()):
                 if _alike(own.reading, said.reading):

@@ -1,0 +1,1 @@
+"""Blend answers: several models answer, a ranker orders the answers, and a fuser writes one from the best of them."""
