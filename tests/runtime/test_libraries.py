@@ -1,4 +1,4 @@
-"""What is said where transformers is missing or has other cache layers."""
+"""What is said where transformers is missing or too old."""
 
 import sys
 
@@ -20,12 +20,10 @@ def test_missing(monkeypatch):
         cache_utils()
 
 
-def test_other_layers(monkeypatch):
-    class DynamicLayer:
-        def get_mask_sizes(self, cache_position):
-            pass
-
-    monkeypatch.setattr(library, "DynamicLayer", DynamicLayer)
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
-    with pytest.raises(UnsupportedError, match=r"transformers 4\.57\.6 has other cache layers .*transformers>=5\.23"):
+def test_other_caches(monkeypatch):
+    monkeypatch.delattr(library, "DynamicLayer")
+    monkeypatch.setattr(transformers, "__version__", "4.50.0")
+    with pytest.raises(
+        UnsupportedError, match=r"the caches of transformers 4\.50\.0 have no layers; .*4\.57\.1 and later"
+    ):
         cache_utils()

@@ -89,7 +89,7 @@ def test_rows_are_reordered():
 def test_a_share_of_a_long_text_stays():
     layer = RazorAttention.build(3, {"heads": HEADS, "sinks": 2, "window": 4, "share": 0.5})[0]
     layer.update(*torch.zeros(2, 1, 2, 40, 8))
-    assert (layer.kept(), layer.dropped) == (23, 18)
+    assert (layer.kept(), layer.far) == (23, 18)
 
 
 def test_heads_that_look_back_are_found():
@@ -150,7 +150,7 @@ def test_options_are_checked(tmp_path):
     for options, message in [
         ({"heads": "heads.json"}, "heads: must be what find_retrieval_heads returns, not str"),
         ({"heads": RetrievalHeads(2, ((),))}, "heads: they are those of 1 layers, and the model has 3"),
-        ({"heads": HEADS, "share": 2}, "share: must be a number from 0 to 1, not 2"),
+        ({"heads": HEADS, "share": 2}, "share: must be a share from 0 to 1, not 2"),
         ({}, "razor_attention: heads is missing"),
     ]:
         with pytest.raises(ParameterError, match=message):

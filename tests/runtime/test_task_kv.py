@@ -124,8 +124,8 @@ def test_rows_and_beams():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 1.5}, "share: must be a number from 0 to 1, not 1.5"),
-        ({"share": True}, "share: must be a number from 0 to 1, not True"),
+        ({"share": 1.5}, "share: must be a share from 0 to 1, not 1.5"),
+        ({"share": True}, "share: must be a share from 0 to 1, not True"),
         ({"middle": -1}, "middle: must be a whole number of at least 0, not -1"),
         ({"window": 0}, "window: must be a whole number of at least 1, not 0"),
         ({"budget": 99}, "task_kv: 'budget' is no option"),

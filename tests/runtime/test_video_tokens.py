@@ -20,14 +20,16 @@ def features(*shape, seed=0):
 @pytest.mark.parametrize(("tokens", "keep"), [(16, 0.25), (15, 0.3), (15, 0.01), (7, 1.0)])
 def test_aim(tokens, keep):
     given = features(2, tokens, 6)
-    found, sizes = aim(given, keep)
+    found = aim(given, keep)
     least = max(1, -int(-tokens * keep // 1))
-    assert found.shape == (2, least, 6)
+    assert found.features.shape == (2, least, 6)
     for row in range(2):
         expected, groups = aim_reference.aim(list(given[row].double()), least)
-        torch.testing.assert_close(found[row], torch.stack(expected).float())
-        assert sizes[row].tolist() == [len(group) for group in groups]
-    assert sizes.sum(1).tolist() == [tokens] * 2
+        torch.testing.assert_close(found.features[row], torch.stack(expected).float())
+        assert found.sizes[row].tolist() == [len(group) for group in groups]
+        assert all(place in group for place, group in zip(found.places[row].tolist(), groups, strict=True))
+    assert found.sizes.sum(1).tolist() == [tokens] * 2
+    assert bool((found.places.diff(dim=1) > 0).all())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -118,8 +120,8 @@ def test_holitom_at_its_ends():
         (lambda: aim(torch.zeros(1, 3, 4), True), "keep: must be a share above 0 and up to 1, not True"),
         (lambda: holitom(torch.zeros(3, 4)), "features: must have the shape [frames, tokens, d], not [3, 4]"),
         (lambda: holitom(torch.zeros(0, 3, 4)), "features: must have the shape [frames, tokens, d], not [0, 3, 4]"),
-        (lambda: holitom(torch.ones(2, 3, 4), 0), "keep: must be above 0 and up to 1, not 0"),
-        (lambda: holitom(torch.ones(2, 3, 4), similarity=2), "similarity: must be from -1 and up to 1, not 2"),
+        (lambda: holitom(torch.ones(2, 3, 4), 0), "keep: must be a share above 0 and up to 1, not 0"),
+        (lambda: holitom(torch.ones(2, 3, 4), similarity=2), "similarity: must be a cosine from -1 to 1, not 2"),
         (lambda: holitom(torch.ones(2, 3, 4), neighbours=0), "neighbours: must be a whole number of at least 1, not 0"),
         (lambda: holitom(torch.ones(2, 3, 4), merged=0.5), "merged: says what is merged beside attended tokens"),
         (

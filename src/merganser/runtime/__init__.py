@@ -5,7 +5,7 @@ from __future__ import annotations
 from .cache import MergedCache
 from .caches import LAYERS
 from .heads import RetrievalHeads, find_retrieval_heads
-from .tokens import aim, holitom, merge_frames, merge_tokens
+from .tokens import aim, holitom, merge_frames, merge_tokens, merged_prompt
 
 __all__ = [
     "LAYERS",
@@ -16,4 +16,5 @@ __all__ = [
     "holitom",
     "merge_frames",
     "merge_tokens",
+    "merged_prompt",
 ]

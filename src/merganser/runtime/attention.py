@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["causal_mask", "chunks", "outputs", "probabilities", "queries_of", "weights"]
+__all__ = ["causal_mask", "chunks", "outputs", "probabilities", "queries_of", "rotated", "weights"]
 
 _AT_ONCE = 64
 """Queries whose weights are in memory at once."""
@@ -28,9 +28,13 @@ def queries_of(attention: Any, hidden: Tensor, position_embeddings: tuple[Tensor
         queries = attention.q_norm(queries)
     queries = queries.transpose(1, 2)
     cos, sin = (each[:, None, -last:].to(queries.dtype) for each in position_embeddings)
-    left, right = queries.chunk(2, dim=-1)
-    rotated: Tensor = queries * cos + torch.cat((-right, left), dim=-1) * sin
-    return rotated
+    return rotated(queries, cos, sin)
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return queries or keys rotated by their positions, all of the shape [..., head_dim]."""
+    left, right = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def weights(queries: Tensor, keys: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:

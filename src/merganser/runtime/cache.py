@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from typing import Any
@@ -40,7 +41,8 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
     Raises:
         ParameterError: The method, or an option, is unknown or out of range.
         UnsupportedError: The model has other attention than these methods are right for. Calls raise it where rows of a
-            batch are padded, positions do not follow each other, or decoding goes back (assisted decoding).
+            batch are padded, their number changes, positions do not follow each other, or decoding goes back (assisted
+            decoding).
     """
 
     def __init__(self, method: str, model: Any, **options: Any):
@@ -53,9 +55,24 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         check_model(method, model)
         self.method = method
         super().__init__(layers=kind.build(model.config.num_hidden_layers, options))
+        self._install(model)
+
+    def _install(self, model: Any) -> None:
         self._announced: set[int] = set()
-        self._handles = _hooks(self, model)
-        self._finalizer = weakref.finalize(self, _remove, self._handles)
+        self._model = weakref.ref(model)
+        self._finalizer = weakref.finalize(self, _remove, _hooks(self, model))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergedCache:
+        """Return a cache of the same model that goes on from the same tokens, with hooks of its own."""
+        model = self._model()
+        if model is None or not self._finalizer.alive:
+            raise UnsupportedError(f"{self.method}: this cache was closed, or its model is gone; it cannot be copied")
+        # a layer may hold a part of the model, which is not copied
+        memo.update((id(each), each) for each in (*model.modules(), *model.parameters()))
+        made = copy.copy(self)
+        made.layers = copy.deepcopy(self.layers, memo)
+        made._install(model)
+        return made
 
     def close(self) -> None:
         """Take the hooks out of the model; the cache can no longer be used."""
@@ -115,6 +132,10 @@ def check_model(method: str, model: Any) -> None:
             f"{method}: the model has layers with a sliding window or without attention ({', '.join(sorted(others))}); "
             "only layers that attend to all tokens are supported"
         )
+    _check_attention(method, config)
+
+
+def _check_attention(method: str, config: Any) -> None:
     attention = getattr(config, "_attn_implementation", None)
     if attention not in _ATTENTION:
         raise UnsupportedError(
@@ -129,7 +150,8 @@ def _hooks(cache: MergedCache, model: Any) -> list[Any]:
     def on_model(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         own = mine()
         if own is not None and _cache(kwargs) is own:
-            _check_call(own, kwargs)
+            _check_attention(own.method, module.config)
+            _check_call(own, _tokens(args, kwargs), kwargs)
 
     def on_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         own = mine()
@@ -145,7 +167,15 @@ def _hooks(cache: MergedCache, model: Any) -> list[Any]:
 
 
 def _cache(kwargs: dict[str, Any]) -> Any:
-    return kwargs.get("past_key_values", kwargs.get("cache"))
+    # its name from transformers 5.24 on is `cache`
+    return next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
+
+
+def _tokens(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the tokens of a call, or their embeddings: shape [batch, new, ...]."""
+    given = (args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    found: Tensor = next(each for each in given if each is not None)
+    return found
 
 
 def _remove(handles: list[Any]) -> None:
@@ -153,22 +183,40 @@ def _remove(handles: list[Any]) -> None:
         handle.remove()
 
 
-def _check_call(cache: MergedCache, kwargs: dict[str, Any]) -> None:
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() != 2):
-        raise UnsupportedError(f"{cache.method}: attention masks other than one number per token are not supported")
-    if isinstance(mask, Tensor) and not bool(mask.all()):
+def _check_call(cache: MergedCache, tokens: Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuse a call that a compressed cache would answer wrongly."""
+    rows, new = tokens.shape[:2]
+    held, seen = cache.layers[0].rows(), cache.get_seq_length()
+    if held not in (0, rows):
         raise UnsupportedError(
-            f"{cache.method}: rows are padded, and a compressed cache no longer knows where; use texts of equal length, or a "
-            "batch of one"
+            f"{cache.method}: the cache holds {held} {'row' if held == 1 else 'rows'}, and this call has {rows}; repeat or "
+            "choose rows with batch_repeat_interleave or batch_select_indices, or begin with reset"
         )
+    _check_mask(cache.method, kwargs.get("attention_mask"), seen + new)
+    positions = kwargs.get("position_ids")
     if isinstance(positions, Tensor):
-        start = cache.get_seq_length()
-        expected = torch.arange(start, start + positions.shape[-1], device=positions.device)
+        expected = torch.arange(seen, seen + positions.shape[-1], device=positions.device)
         if not bool((positions == expected).all()):
             raise UnsupportedError(
-                f"{cache.method}: positions must go on from the {start} tokens seen, one by one, in every row"
+                f"{cache.method}: positions must go on from the {seen} tokens seen, one by one, in every row"
             )
+
+
+def _check_mask(method: str, mask: Any, tokens: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UnsupportedError(f"{method}: attention masks other than one number per token are not supported")
+    if not bool(mask.all()):
+        raise UnsupportedError(
+            f"{method}: rows are padded, and a compressed cache no longer knows where; use texts of equal length, or a batch "
+            "of one"
+        )
+    if mask.shape[1] != tokens:
+        raise UnsupportedError(
+            f"{method}: the attention mask is for {mask.shape[1]} tokens, and with those of this call {tokens} were seen; "
+            "leave it out, or give one number for each"
+        )
 
 
 def _prepared(layer: RunningLayer, attention: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

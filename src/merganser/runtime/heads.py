@@ -11,11 +11,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..errors import DataError, OutputError, ParameterError
+from ..errors import DataError, OutputError
 from ..jsonfile import os_reason, read_object
 from .attention import chunks, probabilities
 from .cache import MergedCache
-from .layer import at_least
+from .options import at_least, in_range
 
 __all__ = ["RetrievalHeads", "find_retrieval_heads"]
 
@@ -95,8 +95,7 @@ def find_retrieval_heads(
     at_least("tokens", tokens, 2)
     at_least("repeats", repeats, 2)
     for name, share in (("induction", induction), ("echo", echo)):
-        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ParameterError(f"{name}: must be a share from 0 to 1, not {share!r}")
+        in_range(name, share, 0, 1)
     length = tokens * repeats
     cache = MergedCache("snapkv", model, budget=length + length + 5, window=length)
     generator = torch.Generator().manual_seed(seed)

@@ -10,19 +10,9 @@ from torch import Tensor
 from ..errors import ParameterError, UnsupportedError
 from .attention import weights
 from .libraries import cache_utils
+from .options import at_least
 
-__all__ = ["CompressedLayer", "RunningLayer", "at_least", "taken"]
-
-
-def at_least(name: str, value: object, least: int) -> int:
-    """Return a whole number that is not too small.
-
-    Raises:
-        ParameterError: It is something else.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ParameterError(f"{name}: must be a whole number of at least {least}, not {value!r}")
-    return value
+__all__ = ["CompressedLayer", "RunningLayer", "taken"]
 
 
 class RunningLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
@@ -39,6 +29,12 @@ class RunningLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._clear()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Start with no entries; transformers 4 gives keys alone."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states.new_empty(0), key_states.new_empty(0)
+        self.is_initialized = True
 
     def _clear(self) -> None:
         self.seen = 0
@@ -74,9 +70,18 @@ class RunningLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
         """Return the number of tokens seen, from which models derive positions."""
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys attention will see, and how many tokens before them are gone."""
-        return self.kept() + query_length, self.seen - self.kept()
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Return how many keys attention will see, and how many tokens before them are gone.
+
+        Args:
+            query_length: Number of new tokens; transformers 4 gives their places, shape [new].
+        """
+        new = len(query_length) if isinstance(query_length, Tensor) else query_length
+        return self.kept() + new, self.seen - self.kept()
+
+    def rows(self) -> int:
+        """Return the rows of the batch that are held, 0 if nothing is."""
+        return next((each.shape[0] for each in self._held().values()), 0)
 
     def stored_bytes(self) -> int:
         """Return the bytes of everything that is held per entry."""
@@ -112,15 +117,22 @@ class RunningLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
+        if self.is_initialized:
+            self.lazy_initialization(self.keys)
+        self.is_initialized = False
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to go back: what was merged cannot be taken apart."""
-        if tokens_to_remove:
+        """Refuse to go back: what was merged cannot be taken apart.
+
+        Args:
+            tokens_to_remove: At most 0; transformers 4 gives the number of tokens that stay, above 0.
+        """
+        back = max(self.seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
+        if back:
             raise UnsupportedError(
-                f"{type(self).__name__}: a compressed cache cannot go back {abs(tokens_to_remove)} tokens, as assisted and "
-                "contrastive decoding do; use greedy decoding, sampling or beam search"
+                f"{type(self).__name__}: a compressed cache cannot go back {back} tokens, as assisted and contrastive "
+                "decoding do; use greedy decoding, sampling or beam search"
             )
 
 

@@ -1,8 +1,7 @@
-"""transformers, in a version whose caches are made of layers that know how long a mask must be."""
+"""transformers, in a version whose caches are made of layers."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from ..errors import UnsupportedError
@@ -14,17 +13,16 @@ def cache_utils() -> Any:
     """Return the module `cache_utils` of transformers.
 
     Raises:
-        UnsupportedError: transformers is not installed, or its cache layers have another interface.
+        UnsupportedError: transformers is not installed, or its caches have no layers.
     """
     try:
         import transformers
         from transformers import cache_utils
     except ImportError:
         raise UnsupportedError("merganser.runtime needs transformers: pip install 'merganser[transformers]'") from None
-    layer = getattr(cache_utils, "DynamicLayer", None)
-    if layer is None or "query_length" not in inspect.signature(layer.get_mask_sizes).parameters:
+    if not hasattr(cache_utils, "DynamicLayer"):
         raise UnsupportedError(
-            f"merganser.runtime: transformers {transformers.__version__} has other cache layers (their get_mask_sizes takes "
-            "no query_length); it was written for transformers 5.23: pip install 'transformers>=5.23'"
+            f"merganser.runtime: the caches of transformers {transformers.__version__} have no layers; those of 4.57.1 and "
+            "later do: pip install --upgrade transformers"
         )
     return cache_utils

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-__all__ = ["fold", "nearest", "shares"]
+__all__ = ["absorb", "added", "fold", "nearest", "shares"]
 
 
 def nearest(keys: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,3 +46,30 @@ def fold(stay: Tensor, go: Tensor, own: Tensor, other: Tensor, target: Tensor) -
     sums = stay.float() * own[..., None]
     index = target[..., None].expand_as(go)
     return sums.scatter_add(-2, index, go.float() * other[..., None]).to(stay.dtype)
+
+
+def absorb(tokens: Tensor, weights: Tensor, gone: Tensor, into: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge tokens into others: each that stays becomes the weighted mean of itself and of those that go into it.
+
+    Args:
+        tokens: Shape [batch, tokens, d].
+        weights: Above 0, shape [batch, tokens].
+        gone: The tokens that go, shape [batch, r].
+        into: The token that each goes into, which stays, shape [batch, r].
+
+    Returns:
+        What stays, in order, [batch, tokens - r, d]; which tokens those are, [batch, tokens - r]; and for each token that
+        goes, the place among them that it went into, [batch, r].
+    """
+    stays = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter(1, gone, False)
+    every = torch.arange(tokens.shape[1], device=tokens.device).expand_as(stays)
+    kept = every[stays].reshape(len(tokens), -1)
+    target = (stays.cumsum(1) - 1).gather(1, into)
+    own, other = shares(weights.gather(1, kept), weights.gather(1, gone), target)
+    left, lost = (tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1])) for index in (kept, gone))
+    return fold(left, lost, own, other, target), kept, target
+
+
+def added(sizes: Tensor, gone: Tensor, kept: Tensor, target: Tensor) -> Tensor:
+    """Return the sizes of what stays, with those of what went into it: `absorb` says what did."""
+    return sizes.gather(1, kept).scatter_add(1, target, sizes.gather(1, gone))

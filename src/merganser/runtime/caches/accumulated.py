@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..attention import weights
-from ..layer import CompressedLayer, at_least
+from ..layer import CompressedLayer
+from ..options import at_least
 
 __all__ = ["AccumulatedLayer"]
 

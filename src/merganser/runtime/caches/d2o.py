@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...errors import ParameterError
 from ..layer import taken
 from ..merging import fold, nearest, shares
+from ..options import in_range
 from .accumulated import AccumulatedLayer
 
 __all__ = ["D2O"]
@@ -38,9 +38,7 @@ class D2O(AccumulatedLayer):
 
     def __init__(self, *, budget: int, sinks: int = 4, window: int = 32, history: int = 512, beta: float = 0.7):
         super().__init__(budget=budget, sinks=sinks, window=window, history=history)
-        if not isinstance(beta, (int, float)) or not 0 < beta <= 1:
-            raise ParameterError(f"beta: must be a number above 0 and up to 1, not {beta!r}")
-        self.beta = beta
+        self.beta = in_range("beta", beta, 0, 1, above=True)
 
     def _clear(self) -> None:
         super()._clear()

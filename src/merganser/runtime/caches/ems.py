@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import ParameterError
 from ..layer import taken
 from ..merging import fold, nearest, shares
+from ..options import in_range
 from .accumulated import AccumulatedLayer
 
 __all__ = ["EMS"]
@@ -45,9 +45,8 @@ class EMS(AccumulatedLayer):
         merge_keys: bool = True,
     ):
         super().__init__(budget=budget, sinks=sinks, window=window, history=history)
-        if not isinstance(similarity, (int, float)) or not -1 <= similarity <= 1:
-            raise ParameterError(f"similarity: must be a cosine, from -1 to 1, not {similarity!r}")
-        self.similarity, self.merge_keys = similarity, merge_keys
+        self.similarity = in_range("similarity", similarity, -1, 1, what="cosine")
+        self.merge_keys = merge_keys
 
     def compress(self) -> None:
         """Merge or drop the entries of the lowest scores."""

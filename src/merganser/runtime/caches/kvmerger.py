@@ -8,6 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 from ...errors import ParameterError
 from ..layer import CompressedLayer, taken
+from ..options import in_range
 
 __all__ = ["KVMerger"]
 
@@ -38,8 +39,7 @@ class KVMerger(CompressedLayer):
 
     def __init__(self, *, budget: int, sinks: int = 4, window: int = 32, heavy: float = 0.25, mass: str = "logits"):
         super().__init__(budget=budget, sinks=sinks, window=window)
-        if not isinstance(heavy, (int, float)) or not 0 <= heavy <= 0.5:
-            raise ParameterError(f"heavy: must be a share from 0 to 0.5, not {heavy!r}")
+        in_range("heavy", heavy, 0, 0.5)
         if mass not in ("logits", "values"):
             raise ParameterError(f"mass: must be 'logits' or 'values', not {mass!r}")
         # h entries cut what may be merged into at most h + 1 runs, each of which leaves one entry: 2 h + 1 must fit

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ParameterError
-from ..layer import RunningLayer, at_least, taken
+from ..layer import RunningLayer, taken
+from ..options import at_least, in_range
 
 __all__ = ["MiniCache"]
 
@@ -37,8 +37,7 @@ class MiniCache(RunningLayer):
     def __init__(self, *, t: float = 0.6, retained: float = 0.05, start: int | None = None):
         super().__init__()
         for name, value in (("t", t), ("retained", retained)):
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise ParameterError(f"{name}: must be a number from 0 to 1, not {value!r}")
+            in_range(name, value, 0, 1)
         self.pair: tuple[_Shared, _Shared] | None = None
         self.upper = False
 

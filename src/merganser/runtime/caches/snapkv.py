@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch.nn.functional import max_pool1d
 
 from ...errors import ParameterError
-from ..layer import CompressedLayer, at_least
+from ..layer import CompressedLayer
+from ..options import at_least
 
 __all__ = ["SnapKV"]
 

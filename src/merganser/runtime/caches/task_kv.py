@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ParameterError, UnsupportedError
+from ...errors import UnsupportedError
 from ..attention import outputs, weights
-from ..layer import RunningLayer, at_least, taken
+from ..layer import taken
+from ..options import at_least, in_range
+from .uneven import UnevenLayer, by_order
 
 __all__ = ["TaskKV", "distances"]
 
 
-class TaskKV(RunningLayer):
+class TaskKV(UnevenLayer):
     """Keep all tokens of heterogeneous heads; of other heads sinks, the last tokens, and the most attended ones between.
 
         s_h = W_h mean over the last queries of sum_t softmax(q k_t) v_t,   c = mean_h s_h,   d_h = |s_h - c|
@@ -25,8 +27,7 @@ class TaskKV(RunningLayer):
     leaves more than `sinks` + `middle` + `window` tokens; later calls keep the choice. In the other heads the entries
     between that the last `window` queries attend to most stay, the middle activations.
 
-    There is no budget: what is held grows with the text in heterogeneous heads. Keys and values of all heads are put
-    together for each call, and exist as one tensor, with padding, in one layer at a time.
+    There is no budget: what is held grows with the text in heterogeneous heads.
 
     Differs from the paper:
         Written from its abstract and formulas; no code of the authors was compared, and `share` and `middle` are
@@ -41,22 +42,14 @@ class TaskKV(RunningLayer):
 
     def __init__(self, *, share: float = 0.4, sinks: int = 4, middle: int = 64, window: int = 32):
         super().__init__()
-        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 1:
-            raise ParameterError(f"share: must be a number from 0 to 1, not {share!r}")
-        self.share = share
+        self.share = in_range("share", share, 0, 1)
         self.sinks, self.middle = at_least("sinks", sinks, 0), at_least("middle", middle, 0)
         self.window = at_least("window", window, 1)
-        self.projection: Tensor | None = None
-
-    def _clear(self) -> None:
-        super()._clear()
-        # heads by distance, heterogeneous ones first, shape [batch, key heads]; None before they are chosen
-        self.order: Tensor | None = None
-        self.held: dict[str, Tensor] = {}
+        self.projection: Callable[[Tensor], Tensor] | None = None
 
     def meet(self, attention: Any) -> None:
         """Take the output projection, whose columns belong to heads."""
-        self.projection = attention.o_proj.weight
+        self.projection = attention.o_proj
 
     def queries_wanted(self) -> int:
         """Return of how many last tokens of a call queries are needed."""
@@ -68,29 +61,14 @@ class TaskKV(RunningLayer):
         both = queries if self.queries is None else torch.cat((self.queries, queries), dim=-2)
         self.queries = both[:, :, -self.window :]
 
-    def kept(self) -> int:
-        """Return the entries that attention sees of the tokens so far, in the heads that have most."""
-        if self.order is None:
-            return super().kept()
-        return int(self.held["whole keys" if self.held["whole keys"].shape[1] else "near keys"].shape[-2])
-
-    def bias(self) -> Tensor | None:
-        """Return what hides the padding of heads that dropped tokens."""
-        if self.order is None or self.held["near keys"].shape[-2] == self.kept() or not self.held["near keys"].shape[1]:
-            return None
-        whole, near = (self.held[f"{name} keys"].shape[1] for name in ("whole", "near"))
-        bias = self.keys.new_zeros(len(self.order), whole + near, self.kept(), dtype=torch.float32)
-        bias[:, whole:, : self.kept() - self.held["near keys"].shape[-2]] = float("-inf")
-        return self._by_head(bias)
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add a call's keys and values, return what its attention sees, and drop what is far in most heads."""
         self.seen += key_states.shape[-2]
         if self.order is None:
             found = super().update(key_states, value_states, *args, **kwargs)
         else:
-            self._append(key_states, value_states)
-            found = self._together("keys"), self._together("values")
+            self.append(key_states, value_states)
+            found = self.together("keys"), self.together("values")
         with torch.no_grad():
             if self.order is None and self.seen > self.sinks + self.middle + self.window:
                 self._choose()
@@ -102,36 +80,11 @@ class TaskKV(RunningLayer):
         """Find the heterogeneous heads, and part the heads."""
         if self.queries is None or self.projection is None:
             raise UnsupportedError("TaskKV: heads are told apart by the queries of a model, which MergedCache collects")
-        mean = outputs(self.queries, self.keys, self.values, self.scaling)
+        mean = outputs(self.queries, self.keys, self.values, self.scaling).to(self.queries.dtype)
         distance = distances(mean, self.projection).reshape(*self.keys.shape[:2], -1).amax(-1)
-        self.order = distance.argsort(dim=-1, descending=True, stable=True)
-        count = int(self.share * self.keys.shape[1] + 0.5)
-        for name, states in (("keys", self.keys), ("values", self.values)):
-            sorted_ = _heads(states, self.order)
-            self.held[f"whole {name}"] = sorted_[:, :count].contiguous()
-            self.held[f"near {name}"] = sorted_[:, count:].contiguous()
+        order = distance.argsort(dim=-1, descending=True, stable=True)
+        self.part(self.keys, self.values, order, int(self.share * self.keys.shape[1] + 0.5))
         self.keys = self.values = self.keys.new_zeros(0)
-
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        assert self.order is not None
-        count = self.held["whole keys"].shape[1]
-        for name, new in (("keys", keys), ("values", values)):
-            sorted_ = _heads(new, self.order)
-            for part, some in (("whole", sorted_[:, :count]), ("near", sorted_[:, count:])):
-                self.held[f"{part} {name}"] = torch.cat((self.held[f"{part} {name}"], some), dim=-2)
-
-    def _together(self, name: str) -> Tensor:
-        """Return all heads in the model's order, shape [batch, key heads, entries, d]: near ones end with the last token."""
-        whole, near = self.held[f"whole {name}"], self.held[f"near {name}"]
-        if not whole.shape[1]:
-            return self._by_head(near)
-        padding = near.new_zeros(*near.shape[:2], whole.shape[-2] - near.shape[-2], near.shape[-1])
-        return self._by_head(torch.cat((whole, torch.cat((padding, near), dim=-2)), dim=1))
-
-    def _by_head(self, sorted_: Tensor) -> Tensor:
-        """Bring heads from the order of their distances into that of the model."""
-        assert self.order is not None
-        return _heads(sorted_, self.order.argsort(-1))
 
     def _drop(self) -> None:
         """Drop the least attended entries between sinks and window of the heads that are not heterogeneous."""
@@ -143,7 +96,7 @@ class TaskKV(RunningLayer):
         assert self.order is not None
         count = self.held["whole keys"].shape[1]
         by_head = self.queries.reshape(*self.order.shape, -1, *self.queries.shape[-2:])
-        queries = _heads(by_head, self.order)[:, count:].flatten(1, 2)
+        queries = by_order(by_head, self.order)[:, count:].flatten(1, 2)
         score = weights(queries, near, self.scaling)
         length = near.shape[-2]
         score[..., : self.sinks] = float("inf")
@@ -152,33 +105,16 @@ class TaskKV(RunningLayer):
         for name in ("near keys", "near values"):
             self.held[name] = taken(self.held[name], kept)
 
-    def _held(self) -> dict[str, Tensor]:
-        return super()._held() if self.order is None else self.held
 
-    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.order is None:
-            super()._rows(change)
-            return
-        self.order = change(self.order)
-        self.queries = None if self.queries is None else change(self.queries)
-        self.held = {name: change(each) for name, each in self.held.items()}
-
-
-def distances(mean: Tensor, projection: Tensor) -> Tensor:
+def distances(mean: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
     """Return how far the projected outputs of heads are from their mean, Euclidean: shape [batch, query heads], float32.
 
     Args:
         mean: Outputs of heads before the projection, shape [batch, query heads, head_dim].
-        projection: Shape [hidden size, query heads * head_dim].
+        projection: Takes [..., query heads * head_dim] to [..., hidden size]; called, so that adapters and quantised weights
+            count.
     """
-    by_head = projection.float().reshape(len(projection), *mean.shape[1:])
-    said: Tensor = torch.einsum("bhd,ohd->bho", mean.float(), by_head)
+    # each head alone, the others 0; a bias is the same for all, and falls out
+    said = projection(torch.diag_embed(mean.movedim(1, -1)).permute(0, 2, 3, 1).flatten(2)).float()
     distance: Tensor = (said - said.mean(1, keepdim=True)).norm(dim=-1)
     return distance
-
-
-def _heads(states: Tensor, order: Tensor) -> Tensor:
-    """Return heads in another order for each row: states [batch, heads, ...], order [batch, heads]."""
-    index = order.reshape(*order.shape, *[1] * (states.dim() - 2)).expand_as(states)
-    result: Tensor = states.gather(1, index)
-    return result

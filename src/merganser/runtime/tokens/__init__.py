@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from .aim import aim
-from .encoder import TokenMerging, merge_tokens
+from .aim import ImageTokens, aim
+from .encoder import TokenMerging
 from .holitom import VideoTokens, holitom
+from .merge import merge_tokens
+from .prompt import merged_prompt
+from .qwen import CellMerging
 from .tempme import FrameMerging, merge_frames
 
-__all__ = ["FrameMerging", "TokenMerging", "VideoTokens", "aim", "holitom", "merge_frames", "merge_tokens"]
+__all__ = [
+    "CellMerging",
+    "FrameMerging",
+    "ImageTokens",
+    "TokenMerging",
+    "VideoTokens",
+    "aim",
+    "holitom",
+    "merge_frames",
+    "merge_tokens",
+    "merged_prompt",
+]

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ...errors import ParameterError
-from ..merging import fold, shares
+from ..merging import absorb, added
+from ..options import in_range
 from .tome import tome
 
-__all__ = ["aim"]
+__all__ = ["ImageTokens", "aim"]
 
 
-def aim(features: Tensor, keep: float = 0.25) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens that are left of images, in the order of their places.
+
+    Attributes:
+        features: Shape [images, fewer, d].
+        places: The place of each within its image; of a merged token, that of the one that others went into. Shape
+            [images, fewer], int64.
+        sizes: How many tokens each stands for. Shape [images, fewer], int64.
+    """
+
+    features: Tensor
+    places: Tensor
+    sizes: Tensor
+
+
+def aim(features: Tensor, keep: float = 0.25) -> ImageTokens:
     """Merge the features of images, round by round, until a share of them is left.
 
     In each round tokens at even places look for the most similar one at an odd place, by the cosine of the features; of
@@ -27,27 +46,18 @@ def aim(features: Tensor, keep: float = 0.25) -> tuple[Tensor, Tensor]:
         features: What an encoder or projector returned, without class tokens: shape [images, tokens, d].
         keep: Share of the tokens that stays, above 0 and up to 1; rounded up.
 
-    Returns:
-        The features that are left, [images, fewer, d], and how many tokens each stands for, int64.
-
     Raises:
         ParameterError: The features have another shape, or `keep` is out of range.
     """
-    if features.dim() != 3:
+    if features.dim() != 3 or not features.shape[1]:
         raise ParameterError(f"features: must have the shape [images, tokens, d], not {list(features.shape)}")
-    if not isinstance(keep, (int, float)) or isinstance(keep, bool) or not 0 < keep <= 1:
-        raise ParameterError(f"keep: must be a share above 0 and up to 1, not {keep!r}")
+    in_range("keep", keep, 0, 1, above=True)
     least = -int(-features.shape[1] * keep // 1)
-    sizes = torch.ones(features.shape[:2], dtype=torch.int64, device=features.device)
+    places = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
+    sizes = torch.ones_like(places)
     while features.shape[1] > least:
         tokens = features.shape[1]
         gone, into = tome(features, min(tokens - least, tokens // 2), 0, 0.0)
-        stays = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device).scatter(1, gone, False)
-        target = (stays.cumsum(1) - 1).gather(1, into)
-        left = features[stays].reshape(len(features), -1, features.shape[-1])
-        other = features.gather(1, gone[..., None].expand(-1, -1, features.shape[-1]))
-        ones = torch.ones(left.shape[:2], device=features.device)
-        own, shared = shares(ones, torch.ones(gone.shape, device=features.device), target)
-        features = fold(left, other, own, shared, target)
-        sizes = sizes[stays].reshape(len(sizes), -1).scatter_add(1, target, sizes.gather(1, gone))
-    return features, sizes
+        features, kept, target = absorb(features, torch.ones(sizes.shape, device=sizes.device), gone, into)
+        places, sizes = places.gather(1, kept), added(sizes, gone, kept, target)
+    return ImageTokens(features, places, sizes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ...errors import ParameterError
-from ..layer import at_least
+from ..options import at_least, in_range
 
 __all__ = ["VideoTokens", "holitom", "segments"]
 
@@ -174,16 +174,9 @@ def _clustered(own: Tensor, places: Tensor, count: int, neighbours: int) -> tupl
 def _check(features: Tensor, keep: float, similarity: float, merged: float, attention: Tensor | None) -> None:
     if features.dim() != 3 or not features.shape[0] or not features.shape[1]:
         raise ParameterError(f"features: must have the shape [frames, tokens, d], not {list(features.shape)}")
-    for name, value, low, high in (
-        ("keep", keep, 0, 1),
-        ("similarity", similarity, -1, 1),
-        ("merged", merged, 0, 1),
-    ):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not low <= value <= high or (name == "keep" and value == 0):
-            raise ParameterError(
-                f"{name}: must be {'above' if name == 'keep' else 'from'} {low} and up to {high}, not {value!r}"
-            )
+    in_range("keep", keep, 0, 1, above=True)
+    in_range("similarity", similarity, -1, 1, what="cosine")
+    in_range("merged", merged, 0, 1)
     if attention is not None and attention.shape != features.shape[:2]:
         raise ParameterError(
             f"attention: must have the shape {list(features.shape[:2])} of frames and tokens, not {list(attention.shape)}"

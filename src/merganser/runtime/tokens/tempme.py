@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ParameterError, UnsupportedError
-from ..layer import at_least
-from .encoder import Plan, TokenMerging, installed, parts
+from ..options import at_least, in_range
+from .encoder import QWEN, TokenMerging, installed, parts
+from .plan import Plan
+from .tome import tome
 
 __all__ = ["FrameMerging", "merge_frames"]
 
@@ -30,7 +32,7 @@ class FrameMerging(TokenMerging):
         self, frames: int, joins: Mapping[int, int], across: float, within: float, r: int, start: tuple[int, int]
     ):
         first, layers = start
-        super().__init__("tome", Plan(r, None, layers), first, layers)
+        super().__init__(tome, Plan(r, None, layers), first, layers)
         self.clips: list[int] = []
         self._frames, self._joins, self._across, self._within = frames, joins, across, within
         self._each = first
@@ -119,12 +121,16 @@ def merge_frames(
         UnsupportedError: The model is another one, or already merges tokens. Calls raise it where the images are no whole
             videos.
     """
-    encoder, _, first = parts(model)
+    if type(model).__name__ in QWEN:
+        raise UnsupportedError(
+            "merge_frames: a token that stands for several frames has no place in the prompt of Qwen-VL, which gives each "
+            "the position of its frame; use merge_tokens(model), and holitom(features) over the frames"
+        )
+    encoder, _, first = parts(model, "merge_frames")
     layers = len(encoder.layers)
     joins = _checked(frames, joins, layers)
     for name, share in (("across", across), ("within", within)):
-        if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 0.5:
-            raise ParameterError(f"{name}: must be a share from 0 to 0.5, not {share!r}")
+        in_range(name, share, 0, 0.5)
     merging = FrameMerging(frames, joins, across, within, at_least("r", r, 0), (first, layers))
     kept: list[Tensor] = []
     handles = []

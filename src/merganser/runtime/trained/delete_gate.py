@@ -111,7 +111,7 @@ class DeleteGate(nn.Module):
         # a stable sort puts what stays first, in order
         places = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, : mask.shape[1]]
         left = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-        return left * mask[..., None].to(left.dtype), mask, places.masked_fill(~mask, 0)
+        return left.masked_fill(~mask[..., None], 0.0), mask, places.masked_fill(~mask, 0)
 
 
 class RateController:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import ParameterError
 from ..cache import check_model
-from ..layer import at_least
+from ..options import at_least
 
 __all__ = ["GroupMerging", "SemanticAlignment"]
 
