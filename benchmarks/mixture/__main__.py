@@ -36,7 +36,7 @@ sys.exit(code)
 
 def main() -> int:
     """Measure, and print a line per run."""
-    parser = argparse.ArgumentParser(prog="scripts/bench mix", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="scripts/bench mixture", description=__doc__, allow_abbrev=False)
     parser.add_argument("--models", type=int, default=8, metavar="N")
     parser.add_argument(
         "--layers", type=int, default=12, metavar="N", help="of 6.6 million weights each, beside 12 million"

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality [run|check|table] [--set NAME] [--methods NAME,...] [--tune] [--restored] [--tokens]`.
+"""`python -m benchmarks.quality [run|check|auto|table] [--set NAME] [--methods NAME,...] [--tune] [--restored] [--tokens]`.
 
 `run` merges the real zoo (`python -m benchmarks.zoo real`) by every method at its published settings and measures what is
 kept. `--tune` then tries each value of a method's grid on the tune texts (and others beyond it, while the best lies at its edge),
@@ -6,8 +6,9 @@ and the best of them on the test texts. `--restored`
 measures, of methods with sidecars, the model of each task on its own domain. Methods that take statistics from data get those
 of each expert on its train text, which are made once and kept; `--tokens` also measures them with statistics of fewer tokens.
 `--shipped` takes the adapters of the repository, unpacked by `scripts/demo`, for the real zoo's. Each result is a line of results/SET.jsonl; what is
-there is not measured again. `check` measures the same anew, beside them, and prints both figures. `table` writes
-docs/quality.md and its plots.
+there is not measured again. `check` measures the same anew, beside them, and prints both figures. `auto` lets `merganser auto`
+choose within `--minutes` (and `--by search`, or both, a search over weights), and adds what it keeps to results/auto.jsonl. `table`
+writes docs/quality.md and its plots.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from merganser import MergeError, evaluate, merge
 from merganser.errors import OutputError
 from merganser.method.registry import method_names, methods
 
+from . import chosen as choices
 from . import restored, settings, table
 from .calibrated import Statistics
 from .settings import Setting
@@ -38,12 +40,14 @@ _HERE = Path(__file__).parent
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__, allow_abbrev=False)
-    parser.add_argument("what", choices=["run", "check", "table"], nargs="?", default="run")
+    parser.add_argument("what", choices=["run", "check", "auto", "table"], nargs="?", default="run")
     parser.add_argument("--set", default="four", help="which experts (see config.json)")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=None, help="some methods only")
     parser.add_argument("--tune", action="store_true", help="tune, too")
     parser.add_argument("--restored", action="store_true", help="measure restored tasks, too")
     parser.add_argument("--tokens", action="store_true", help="measure methods with data on fewer tokens, too")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time of auto, and of search")
+    parser.add_argument("--by", type=lambda text: text.split(","), default=["auto"], help="auto, search")
     parser.add_argument("--shipped", action="store_true", help="take the unpacked adapters of the repository")
     parser.add_argument("--work", type=Path, help="folder for what is kept meanwhile (default: in the zoo)")
     parser.add_argument("--threads", type=int, default=None, help="threads (default: as torch and merganser choose)")
@@ -61,7 +65,9 @@ def main(arguments: list[str]) -> int:
     work = options.work or zoo.folder / "quality"
     wanted = {"tune": options.tune, "restored_too": options.restored, "fewer_too": options.tokens}
     try:
-        if options.what == "run":
+        if options.what == "auto":
+            _choose(options, config, zoo, results, work)
+        elif options.what == "run":
             run(options.set, config, chosen, zoo, results, work, **wanted)
         else:
             again = work / "check"
@@ -108,6 +114,28 @@ def run(
             bench.measure_restored(method, default)
         sys.stdout.write(f"{name} {method}: {time.monotonic() - started:.0f} s\n")
         sys.stdout.flush()
+
+
+def _choose(options: argparse.Namespace, config: Mapping[str, Any], zoo: Zoo, results: Path, work: Path) -> None:
+    """Let auto, or a search, choose for a set of experts, and measure what it chose."""
+    results.mkdir(parents=True, exist_ok=True)
+    name, experts = options.set, experts_of(zoo, config["sets"][options.set])
+    bench = _Bench(
+        config, zoo, experts, Statistics(config, zoo, experts, work / "statistics"), results / choices.FILE, work / name
+    )
+    found = choices.measure(
+        name,
+        zoo,
+        experts,
+        bench.evaluate,
+        results,
+        work,
+        minutes=options.minutes,
+        context=config["context"],
+        kinds=options.by,
+    )
+    for line in found:
+        sys.stdout.write(f"{name} {line['kind']}: {table.figures(line)}\n")
 
 
 def experts_of(zoo: Zoo, chosen: Mapping[str, Sequence[str]]) -> dict[str, Path]:
@@ -226,19 +254,20 @@ class _Bench:
         return _score(result)
 
     def _evaluate_merge(self, recipe: Path, split: str) -> dict[str, Any]:
-        return self._evaluate(str(recipe), self._experts, split)
+        return self.evaluate(str(recipe), self._experts, split)
 
     def _evaluate_restored(self, recipe: Path, split: str) -> dict[str, Any]:
         out = self._folder / "restored"
         stored = merge(recipe, out, overwrite=True).record["sidecars"]
         parts = {
-            domain: self._evaluate(f"{out}#{task['name']}", {domain: self._experts[domain]}, split)
+            domain: self.evaluate(f"{out}#{task['name']}", {domain: self._experts[domain]}, split)
             for domain, task in zip(self._experts, stored["tasks"], strict=True)
         }
         shutil.rmtree(out)
         return restored.combined(parts, stored)
 
-    def _evaluate(self, model: str, experts: Mapping[str, Path], split: str) -> dict[str, Any]:
+    def evaluate(self, model: str, experts: Mapping[str, Path], split: str) -> dict[str, Any]:
+        """Measure a model on texts, and what it keeps of the experts."""
         domains = [*experts, self._zoo.retained]
         # base and experts are measured once per split: the journal beside the file knows them
         journal = self._folder / f"{split}.json"

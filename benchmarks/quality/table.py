@@ -7,6 +7,7 @@ from typing import Any
 
 from merganser.method.registry import methods
 
+from . import chosen as choices
 from . import plots, routed_table, settings
 
 Result = Mapping[str, Any]
@@ -70,6 +71,8 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     if len(sizes) > 1:
         plots.by_number(sizes, _STAND_OUT).save(images / "quality-number.svg")
         parts.append(f"![the number of experts]({_IMAGES}number.svg)\n")
+    by_itself = choices.section(read(results / choices.FILE), every, _SETS)
+    parts += [by_itself] if by_itself else []
     parts += [_section(name, own) for name, own in found.items()]
     page = docs / "quality.md"
     text = page.read_text(encoding="utf-8")
@@ -200,10 +203,10 @@ def compared(before: Path, now: Path) -> str:
     lines = []
     for found in read(now):
         method, label, _, seed = _key(found)
-        figures = " · ".join(
-            f"{name} {_figures(result)}" for name, result in (("now", found), ("before", known.get(_key(found))))
+        both = " · ".join(
+            f"{name} {figures(result)}" for name, result in (("now", found), ("before", known.get(_key(found))))
         )
-        lines.append(f"{method}, {label}, seed {seed}: mean / worst in percent: {figures}")
+        lines.append(f"{method}, {label}, seed {seed}: mean / worst in percent: {both}")
     return "\n".join(lines)
 
 
@@ -211,7 +214,8 @@ def _key(found: Result) -> tuple[Any, ...]:
     return found["method"], found["label"], json.dumps(found["setting"]), found["seed"]
 
 
-def _figures(found: Result | None) -> str:
+def figures(found: Result | None) -> str:
+    """Return mean and worst domain, in percent."""
     if found is None:
         return "not measured"
     mean = mean_recovered(found)

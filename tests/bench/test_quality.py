@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import calibrated, restored, settings, table
+from benchmarks.quality import calibrated, chosen, restored, settings, table
 from benchmarks.quality.calibrated import Statistics
 from merganser.errors import NonFiniteError, OutputError
 from merganser.method.registry import method_names, methods
@@ -426,3 +426,44 @@ def test_an_adapter_is_put_on_its_base_again_when_it_was_trained_anew(tmp_path, 
     os.utime(adapter / "weights", (2**33, 2**33))
     assert quality.experts_of(zoo, {"adapters": ["maths"]}) == expected
     assert len(applied) == 2
+
+
+def test_what_auto_and_search_keep():
+    entries = [
+        {"method": "iso_c", "label": "default", "mean": 0.68, "worst": {"value": 0.54}},
+        {"method": "iso_c", "label": "tuned", "mean": 0.9, "worst": {"value": 0.8}},
+        {"method": "linear", "label": "default", "mean": 0.49, "worst": {"value": 0.45}},
+        {"method": "twin", "label": "default", "mean": None},
+    ]
+    line = {
+        "set": "adapters",
+        "kind": "auto",
+        "minutes": 60.0,
+        "items": 420,
+        "winner": "regmean",
+        "method": "regmean",
+        "recommended": "winner",
+        "failed": None,
+        "retention": {"mean": {"value": 0.85, "stderr": 0.02}, "worst": {"value": 0.74, "stderr": 0.03}},
+    }
+    other = line | {"kind": "search", "winner": "trial-0007", "method": "task_arithmetic", "recommended": "maths"}
+    failed = line | {"minutes": 5.0, "retention": None, "failed": "no memory"}
+    text = chosen.section([line | {"items": 1}, other, line, failed], {"adapters": entries}, table._SETS)
+    rows = [row for row in text.splitlines() if row.startswith("| 4 adapters")]
+    assert rows == [
+        "| 4 adapters | auto | 5 | 420 | regmean | failed: no memory | 49 / 45 | iso_c 68 / 54 |",
+        "| 4 adapters | auto | 60 | 420 | regmean | 85 ± 2 / 74 ± 3 | 49 / 45 | iso_c 68 / 54 |",
+        "| 4 adapters | search | 60 | 420 | trial-0007 (task_arithmetic) | 85 ± 2 / 74 ± 3 (maths was recommended) | 49 / 45 | "
+        "iso_c 68 / 54 |",
+    ]
+    assert chosen.section([], {}, table._SETS) == ""
+
+
+def test_where_auto_finds_what_it_recommends(tmp_path):
+    zoo = SimpleNamespace(base=tmp_path / "base")
+    experts = {"maths": tmp_path / "m", "haskell": tmp_path / "h"}
+    where = lambda name, merged=None: chosen._recommended(name, merged, tmp_path / "out", zoo, experts)  # noqa: E731
+    assert where("winner", tmp_path / "out" / "merged") == str(tmp_path / "out" / "merged")
+    assert where("average") == str(tmp_path / "out" / "recipes" / "average.yaml")
+    assert where("h") == str(tmp_path / "h")
+    assert where("base") == str(tmp_path / "base")

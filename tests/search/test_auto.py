@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from merganser.search.auto.budget import Budget, keep_waves
 from merganser.search.auto.choice import recommend
 from merganser.search.auto.portfolio import around, candidates
 from merganser.search.auto.texts import halve, read_texts
+from merganser.search.bench import Model
 from merganser.search.ends import End
 from merganser.search.objectives import Objective
 from merganser.search.space import Space
@@ -70,7 +72,7 @@ def test_every_recipe_suits_its_method(experts: list[str], sizes: tuple[int, ...
 
 
 @pytest.mark.usefixtures("short")
-def test_it_finds_merges_and_proves(tmp_path: Path) -> None:
+def test_it_finds_merges_and_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     found = made_best(out)
     assert set(found.domains) == {"one", "two"}
@@ -91,10 +93,21 @@ def test_it_finds_merges_and_proves(tmp_path: Path) -> None:
     assert found.recommended == "winner"
     assert found.merged == out / "merged"
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(found.to_json()))
+    assert found.chosen_from == 3 + len(found.around)
+    assert set(found.kept) == {end.name for end in found.ends}
+    assert {"recovered/mean", "recovered/worst", "recovered/one"} <= found.kept["winner"].keys()
     before = (out / "items.jsonl").read_bytes()
+    lines = [json.loads(line) for line in before.splitlines()]
+    spent = [(e["seconds"], len(e["content"]["items"])) for e in lines if e.get("key", "").startswith("model ")]
+    # a call that continues scores nothing: it takes over the time that items took, and the recipes that were judged
+    budgets: list[Budget] = []
+    monkeypatch.setattr(auto_run, "Budget", lambda *given: budgets.append(Budget(*given)) or budgets[-1])
+    monkeypatch.setattr(Budget, "fits", lambda *_: False)
     again = made_best(out)
     assert (out / "items.jsonl").read_bytes() == before
-    assert again.to_json()["ends"] == found.to_json()["ends"]
+    assert again.to_json() == found.to_json()
+    assert budgets[0].item == pytest.approx(sum(s for s, _ in spent) / sum(n for _, n in spent))
+    assert budgets[0].item > 0
     (out / "merged" / "mine.txt").write_text("mine")
     with pytest.raises(MergeError, match=r"mine\.txt"):
         made_best(out)
@@ -145,10 +158,14 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert lines[0].startswith("trial 1/3  linear  ")
     assert "note: not tried, for lack of time: ties, task_arithmetic-1; more --minutes try them" in found.err
     start = lines.index("1 recipe and 0 trials around the best of them")
+    assert lines[start + 1] == "the winner is linear, chosen from 1 recipe"
+    start += 1
     assert lines[start + 1].startswith(
         "share of the gain of the best model of each task over the base that is kept: one ("
     )
     assert lines[start + 2] == "measured on 6 items that nothing was chosen on (± standard error)"
+    head = ["model", "kept, mean", "kept, worst task", "the winner keeps more by (95 % interval)"]
+    assert re.split("  +", lines[start + 3].strip()) == head
     assert "note: a quarter of the items is scored, since all would take more than half of the minutes" in found.err
     assert "note: scoring 5 models takes about 0 minutes of the 0.001 even on a part of the items" in found.err
     assert [line.split()[0] for line in lines[start + 4 : start + 8]] == ["winner", "base", "calm", "cool"]
@@ -156,7 +173,12 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert lines[start + 8 :] == [
         f"worse than {single}, the best single model, beyond the interval: take that instead",
         f"take {single}: nothing that was tried is better; nothing was merged",
+        f"wrote {out / 'report.html'}; open it in a browser",
     ]
+    assert "a merge with a sidecar gives each model back: merge_method: skillpack, and merganser restore" in found.err
+    text = run("report", out, "--text").out
+    assert "1 recipe · auto · " in text
+    assert f"Take {single}: linear, chosen from 1 recipe, is worse, so nothing was merged." in text
     assert single in ("calm", "cool")
     assert not (out / "merged").exists()
     assert yaml.safe_load((out / "winner.yaml").read_text())["merge_method"] == "linear"
@@ -217,25 +239,23 @@ def test_which_texts_are_refused(given: list[str], message: str) -> None:
 
 
 class _Table:
-    """A quarter, a quarter and half of 80 items for trials, and 80 held out."""
+    """A quarter, a quarter and half of 80 items for trials, and 80 held out, of which 20 take a second."""
 
     waves = (0, 1, 2)
 
     def count(self, waves: Sequence[int]) -> int:
         return sum({0: 20, 1: 20, 2: 40, -1: 80}[wave] for wave in waves)
 
+    def pace(self, keys: Sequence[str]) -> float:
+        assert keys == ["base"]
+        return 0.05
+
 
 class _Bench:
-    """Takes a second to score 20 items."""
-
     table = _Table()
 
-    def __init__(self, clock: list[float]) -> None:
-        self._clock = clock
-
-    def score(self, model: object, waves: Sequence[int]) -> None:
-        assert waves == [0]
-        self._clock[0] += 1.0
+    def score(self, model: Model, waves: Sequence[int]) -> None:
+        assert (model.key, waves) == ("base", [0])
 
 
 @pytest.fixture
@@ -246,15 +266,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize(("seconds", "kept", "told"), [(80, 3, False), (79, 2, False), (39, 1, False), (19, 1, True)])
-def test_how_many_items_fit_into_the_minutes(clock: list[float], seconds: float, kept: int, told: bool) -> None:
+def test_how_many_items_fit_into_the_minutes(seconds: float, kept: int, told: bool) -> None:
     # three models, the winner and the average on 160 items take 40 seconds: half of 80
-    waves, note = keep_waves(_Bench(clock), [None] * 3, seconds / 60)  # type: ignore[arg-type, list-item]
+    models = [Model(name, name, name) for name in ("base", "calm", "cool")]
+    waves, note = keep_waves(_Bench(), models, seconds / 60)  # type: ignore[arg-type]
     assert waves == kept
     assert (note is not None) == told
 
 
 def test_what_may_still_begin(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = Budget(_Bench(clock), 200.0, 0.05, 5)  # type: ignore[arg-type]
+    budget = Budget(_Bench(), 200.0, 0.05, 5)  # type: ignore[arg-type]
     assert budget.proof == 20.0
     monkeypatch.setattr(Budget, "seconds", lambda _, recipe: float(recipe))
     # 80 seconds are left for trials, 52 of them for the portfolio
@@ -268,6 +289,6 @@ def test_what_may_still_begin(clock: list[float], monkeypatch: pytest.MonkeyPatc
 
 def test_a_recipe_takes_what_its_plan_says_and_the_scoring() -> None:
     (first, *_) = candidates("base", ["calm", "cool"])
-    budget = Budget(_Bench([0.0]), 0.0, 0.05, 5)  # type: ignore[arg-type]
+    budget = Budget(_Bench(), 0.0, 0.05, 5)  # type: ignore[arg-type]
     assert budget.seconds(first.recipe) > 4.0
     assert budget.seconds("merge_method: none") == 4.0

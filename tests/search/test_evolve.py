@@ -30,7 +30,7 @@ tasks:
 def space_of(text: str) -> Space:
     found = read_evolve(read_documents(text)[0])
     assert found is not None
-    return Space(found[0])
+    return Space(found.recipe)
 
 
 def resolved(text: str, value: float | None = None) -> Any:
@@ -85,7 +85,10 @@ def test_negative_weights() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GENOME, "tasks: those of this file (gsm8k_train, hellaswag_train) are of lm-eval, which mergekit-evolve runs"),
+        (GENOME, "gsm8k_train: no such file"),
+        (GENOME[: GENOME.index("tasks")], "tasks: give --tasks, whose items are scored, or --command"),
+        (GENOME.replace("0.5", "-1"), ":7 tasks[0].weight: must be a number above 0, got -1: metrics of which less is better"),
+        (GENOME.replace("tasks", "limit: 0\ntasks"), "limit: expected a whole number of at least 1, got 0"),
         (GENOME.replace("ties", "della"), "<recipe>:3 genome.merge_method: 'della' is not known."),
         (GENOME.replace("models: [a, b]", "model: [a, b]"), "unknown key 'model'. Did you mean 'models'?"),
         (GENOME.replace("tasks", "task"), "unknown key 'task'. Did you mean 'tasks'?"),
@@ -97,6 +100,21 @@ def test_what_is_refused(tmp_path: Any, text: str, message: str) -> None:
     with pytest.raises(MergeError) as caught:
         search(text, tmp_path / "out")
     assert message in str(caught.value)
+
+
+def test_tasks_of_lm_eval() -> None:
+    text = GENOME + "limit: 40\nnum_fewshot: 5\napply_chat_template: true\nshuffle: true\n"
+    found = read_evolve(read_documents(text)[0])
+    assert found is not None
+    assert found.tasks == ("gsm8k_train", "hellaswag_train")
+    assert found.objective == "0.5*gsm8k_train/exact_match+hellaswag_train/acc"
+    assert (found.limit, found.arguments) == (40, {"num_fewshot": 5, "apply_chat_template": True})
+    named = read_evolve(read_documents(GENOME.replace("exact_match", "'exact_match,strict-match'"))[0])
+    assert named is not None
+    assert named.objective == "0.5*gsm8k_train/exact_match,strict-match+hellaswag_train/acc"
+    plain = read_evolve(read_documents(GENOME.replace("exact_match", "'acc,none'"))[0])
+    assert plain is not None
+    assert plain.objective == "0.5*gsm8k_train/acc+hellaswag_train/acc"
 
 
 def test_another_recipe() -> None:

@@ -122,6 +122,31 @@ def test_killed_within_a_trial_and_continued(tmp_path: Path, monkeypatch: pytest
     assert table(tmp_path / "cut") == table(tmp_path / "whole")
 
 
+def test_a_continued_search_has_its_hours_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("merganser.search.run.time.monotonic", lambda: now[0])
+
+    class Slow(Silent):
+        """Half an hour for each trial."""
+
+        def over(self, trial: Trial, best: Trial | None) -> None:
+            now[0] += 1800
+
+    given: dict[str, Any] = {"trials": None, "hours": 1, "limit": 8, "progress": Slow()}
+    assert len(searched(tmp_path / "out", **given).trials) == 2
+    assert len(searched(tmp_path / "out", **given).trials) == 4
+
+
+def test_what_was_spent_on_a_trial_that_was_stopped_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        searched(tmp_path / "out", limit=8, trials=1, progress=Stop(0, ZeroDivisionError))
+    (tmp_path / "out" / "trials.log").unlink()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    spent = sum(line["seconds"] for line in lines if line.get("model") == "trial-0001")
+    (trial,) = searched(tmp_path / "out", limit=8, trials=1).trials
+    assert trial.seconds >= round(spent, 3) > 0
+
+
 def test_interrupted(tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
         searched(tmp_path / "out", progress=Stop(3, KeyboardInterrupt))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import MergeError
 from ..search.ends import Difference, difference
 from ..wording import plural, time_text
 from ._text import complain, head, say, table
 
 if TYPE_CHECKING:
+    from ..evaluation import Estimate
     from ..search import Found, Trial
     from ..search.auto import Choice
     from ..search.ends import End
+
+_KEPT = {"recovered/mean": "kept, mean", "recovered/worst": "kept, worst task", "forgotten/mean": "forgotten"}
+"""Figures of the proof of `auto`, and what they are called."""
 
 
 class SearchProgress:
@@ -148,21 +154,10 @@ def _setting(value: object) -> str:
 def print_choice(found: Choice) -> None:
     """Print what `auto` made of some models."""
     head(f"{plural(len(found.tried), 'recipe')} and {plural(len(found.around), 'trial')} around the best of them")
+    say(f"the winner is {found.winner}, chosen from {plural(found.chosen_from, 'recipe')}")
     say("share of the gain of the best model of each task over the base that is kept: " + _domains(found))
     say(f"measured on {plural(found.held_out, 'item')} that nothing was chosen on (± standard error)")
-    rows = [["model", found.objective.text, "the winner is better by (95 % interval)"]]
-    winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
-    for end in found.ends:
-        if end.values is None:
-            rows.append([end.name, f"failed: {end.failed}"])
-            continue
-        value = end.values[0]
-        better = ""
-        if winner is not None and winner.values and end is not winner:
-            better = _difference(difference(winner.values[0], value, found.objective))
-        error = "" if value.stderr is None else f" ±{value.stderr:.4f}"
-        rows.append([end.name, f"{value.value:.4f}{error}", better])
-    for line in table(rows):
+    for line in table(_kept(found)):
         say(line)
     for end, gap in found.against:
         say(_compared(gap, "the average" if end.role == "average" else f"{end.name}, the best single model,"))
@@ -170,6 +165,43 @@ def print_choice(found: Choice) -> None:
         say(f"wrote {found.merged}, by the recipe {found.folder / 'winner.yaml'}")
     else:
         say(f"take {found.recommended}: nothing that was tried is better; nothing was merged")
+    if found.advice is not None:
+        complain("note", found.advice)
+
+
+def _kept(found: Choice) -> list[list[str]]:
+    """Return the proof as rows: what each model keeps and forgets on the items held out."""
+    shown = [name for name in _KEPT if any(name in figures for figures in found.kept.values())]
+    rows = [["model", *(_KEPT[name] for name in shown), "the winner keeps more by (95 % interval)"]]
+    winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
+    for end in found.ends:
+        if end.values is None:
+            rows.append([end.name, f"failed: {end.failed}"])
+            continue
+        figures = found.kept[end.name]
+        cells = [_estimate(figures[name]) if name in figures else "" for name in shown]
+        better = ""
+        if winner is not None and winner.values and end is not winner:
+            better = _difference(difference(winner.values[0], end.values[0], found.objective))
+        rows.append([end.name, *cells, better])
+    return rows
+
+
+def _estimate(found: Estimate) -> str:
+    return f"{found.value:.4f}" + ("" if found.stderr is None else f" ±{found.stderr:.4f}")
+
+
+def write_page(folder: Path, *, quiet: bool) -> None:
+    """Write the page of a search; what is found does not depend on it."""
+    from ..report import write_report
+
+    try:
+        page = write_report(folder, overwrite=True)
+    except MergeError as error:
+        complain("note", f"no page was written: {error}")
+        return
+    if not quiet:
+        say(f"wrote {page}; open it in a browser")
 
 
 def _domains(found: Choice) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from . import _options as options
 from ._text import complain, say_json
-from .eval import Context, DType
+from .eval import Context, DType, LmEval
 from .search import Limit, Seed, Tasks
 
 BaseModel = Annotated[
@@ -29,7 +29,7 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-Minutes = Annotated[float, typer.Option(metavar="N", help="Time for all of it.")]
+Minutes = Annotated[float, typer.Option(metavar="N", help="Time for all of it, anew with each call.")]
 
 
 def auto(
@@ -45,6 +45,7 @@ def auto(
     dtype: DType = None,
     device: options.Device = "cpu",
     batch_tokens: options.BatchTokens = 4096,
+    lm_eval: LmEval = None,
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -56,7 +57,7 @@ def auto(
     """
     options.quieten_hub(quiet)
     from ..search.auto import auto as run
-    from ._found import SearchProgress, print_choice
+    from ._found import SearchProgress, print_choice, write_page
 
     try:
         found = run(
@@ -72,6 +73,7 @@ def auto(
             dtype=dtype,
             device=device,
             batch_tokens=batch_tokens,
+            lm_eval=lm_eval or (),
             cache_dir=cache_dir,
             progress=SearchProgress(quiet=quiet or json),
         )
@@ -82,3 +84,4 @@ def auto(
         say_json(found.to_json())
     elif not quiet:
         print_choice(found)
+    write_page(found.folder, quiet=quiet or json)

@@ -68,6 +68,15 @@ DType = Annotated[
         show_default=False,
     ),
 ]
+LmEval = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="NAME=VALUE...",
+        help="Arguments of lm-eval: num_fewshot=5, apply_chat_template=true, max_length=2048, ...",
+        show_default=False,
+    ),
+]
 JsonFile = Annotated[
     str | None,
     typer.Option(
@@ -89,6 +98,7 @@ def evaluate(
     dtype: DType = None,
     device: options.Device = "cpu",
     batch_tokens: options.BatchTokens = 4096,
+    lm_eval: LmEval = None,
     json: JsonFile = None,
     cache_dir: options.CacheDir = None,
     quiet: options.Quiet = False,
@@ -112,6 +122,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             batch_tokens=batch_tokens,
+            lm_eval=lm_eval or (),
             json=None if json == "-" else json,
             cache_dir=cache_dir,
             progress=progress,

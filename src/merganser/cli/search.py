@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import MergeError
 from ..wording import plural
 from . import _options as options
-from ._text import complain, say, say_json
-from .eval import Base, Context, DType, Experts, Stride
+from ._text import complain, say_json
+from .eval import Base, Context, DType, Experts, LmEval, Stride
 
 if TYPE_CHECKING:
     from ..search import Found
@@ -31,7 +30,8 @@ Tasks = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TASK...",
-        help="Texts (.txt), questions or documents (.jsonl); NAME=TASK names one. Half of each is held out.",
+        help="Texts (.txt), questions or documents (.jsonl), tasks of lm-eval (.yaml or a name); NAME=TASK names one. Half of "
+        "each is held out.",
         show_default=False,
     ),
 ]
@@ -63,7 +63,10 @@ NumberOfTrials = Annotated[
     int | None,
     typer.Option("--trials", min=1, metavar="N", help="Trials in all.  [default: 50, or no limit with --hours]"),
 ]
-Hours = Annotated[float | None, typer.Option(metavar="H", help="No trial begins after this time.", show_default=False)]
+Hours = Annotated[
+    float | None,
+    typer.Option(metavar="H", help="No trial begins after this time, anew with each call.", show_default=False),
+]
 Sampler = Annotated[
     str,
     typer.Option(
@@ -135,6 +138,7 @@ def search(
     dtype: DType = None,
     device: options.Device = "cpu",
     batch_tokens: options.BatchTokens = 4096,
+    lm_eval: LmEval = None,
     early_stopping: Early = True,
     estimator: Estimator = None,
     item_parameters: ItemParameters = None,
@@ -152,7 +156,7 @@ def search(
     options.check_recipe_file(recipe)
     from ..search import Interrupted
     from ..search import search as run
-    from ._found import SearchProgress, print_found
+    from ._found import SearchProgress, print_found, write_page
 
     progress = SearchProgress(quiet=quiet or json)
     try:
@@ -177,6 +181,7 @@ def search(
             dtype=dtype,
             device=device,
             batch_tokens=batch_tokens,
+            lm_eval=lm_eval or (),
             early_stopping=early_stopping,
             estimator=estimator,
             item_parameters=item_parameters,
@@ -187,29 +192,16 @@ def search(
         )
     except Interrupted as stopped:
         _say_best(stopped.found)
-        _write_page(stopped.found, quiet=True)
+        write_page(stopped.found.folder, quiet=True)
         raise
     if json:
         say_json(found.to_json())
     elif not quiet:
         print_found(found)
-    _write_page(found, quiet=quiet or json)
+    write_page(found.folder, quiet=quiet or json)
     if found.best is None:
         complain("error", _without_winner(found))
         raise typer.Exit(2)
-
-
-def _write_page(found: Found, *, quiet: bool) -> None:
-    """Write the page of a search; what is found does not depend on it."""
-    from ..report import write_report
-
-    try:
-        page = write_report(found.folder, overwrite=True)
-    except MergeError as error:
-        complain("note", f"no page was written: {error}")
-        return
-    if not quiet:
-        say(f"wrote {page}; open it in a browser")
 
 
 def _say_best(found: Found) -> None:

@@ -24,7 +24,8 @@ from ..runtime.routed.opened import RoutedLanguageModel, open_routed, routed_nam
 from ..version import __version__
 from .result import Evaluation, ModelInfo, TaskInfo
 from .roster import Models, Roster, make_roster
-from .scoring.harness import Harness
+from .scoring.harness import Harness, open_harness
+from .scoring.harness_arguments import NO_ARGUMENTS, HarnessArguments, parse_arguments
 from .scoring.journal import Journal, journal_path
 from .scoring.outcome import Outcome
 from .scoring.precision import DTYPES, choose_formats, given_format
@@ -66,6 +67,7 @@ def evaluate(
     dtype: str | None = None,
     device: str = "cpu",
     batch_tokens: int = BATCH_TOKENS,
+    lm_eval: Mapping[str, Any] | Sequence[str] = (),
     json: str | Path | None = None,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
@@ -89,6 +91,8 @@ def evaluate(
             questions in float32, and tasks of lm-eval in the dtype of each checkpoint.
         device: As for `merge`; the first one is used.
         batch_tokens: Largest number of input tokens of a batch.
+        lm_eval: Arguments that are passed on to lm-eval, by name or as `NAME=VALUE`: `num_fewshot`, `apply_chat_template`,
+            `max_length`, ...
         json: File for the result. The measurements of every item are stored next to it in `JSON.items.jsonl`, from
             which an interrupted evaluation continues.
         cache_dir: Folder for models from the Hub.
@@ -98,7 +102,8 @@ def evaluate(
         TaskError: A task is missing, malformed, or does not suit a model.
         MergeError: A model cannot be opened.
     """
-    wanted = Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0])
+    arguments = parse_arguments(lm_eval)
+    wanted = Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0], arguments)
     loaded = load_tasks(tasks)
     roster = make_roster(models, base, experts, [task.name for task in loaded])
     out = None if json is None else Path(json)
@@ -120,6 +125,7 @@ class Wanted:
     dtype: str | None
     batch_tokens: int
     device: torch.device
+    harness: HarnessArguments = NO_ARGUMENTS
 
     def __post_init__(self) -> None:
         for name in ("limit", "context", "stride", "batch_tokens"):
@@ -171,8 +177,7 @@ def _measure(
         }
         journal = stack.enter_context(Journal(None if out is None else journal_path(out)))
         settings = wanted.settle(opened, tasks, journal)
-        named = [task for task in tasks if isinstance(task, HarnessTask)]
-        harness = Harness(named) if named else None
+        harness = open_harness(tasks, wanted.harness)
         scorer = Scorer(settings, journal, harness, progress.scoring)
         outcomes, infos = _score(scorer, roster, opened, tasks, progress)
     return Evaluation(
@@ -181,7 +186,7 @@ def _measure(
         outcomes=outcomes,
         base=roster.base,
         experts=roster.experts,
-        settings=_shown(settings, tasks),
+        settings=_shown(settings, tasks) | ({"lm_eval": wanted.harness.to_json()} if wanted.harness else {}),
         versions=_versions(harness),
         hardware={
             "device": str(settings.device),

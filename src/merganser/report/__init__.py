@@ -19,12 +19,14 @@ from ..inference.sources import open_source
 from ..inspection.spectra import Spectra, measure_spectra
 from ..record.format import PAGE_NAME, is_page
 from ..record.reading import Record, read_record
-from ..search.stored import is_study, read_items, read_study
+from ..search.auto.choice import KIND as CHOICE
+from ..search.auto.stored import read_choice
+from ..search.stored import is_study, read_items, read_study, result_kind
 from .blocks import Section
 from .folding import folded
 from .page import render
 from .sections import sections, summary
-from .study import study_sections, study_summary
+from .study import choice_sections, choice_summary, study_sections, study_summary
 
 __all__ = ["PAGE_NAME", "Report", "read_report", "write_report"]
 
@@ -122,6 +124,9 @@ def _study(folder: Path, evaluation: str | Path | None, spectra: bool) -> Report
     for name, given in (("--eval", evaluation is not None), ("--spectra", spectra)):
         if given:
             raise UnsupportedError(f"{folder}: {name} is for the report of a merge, and this is the folder of a search")
+    if result_kind(folder) == CHOICE:
+        choice = read_choice(folder)
+        return Report(folder.resolve().name, choice_summary(choice), choice_sections(choice, read_items(folder)))
     study = read_study(folder)
     return Report(folder.resolve().name, study_summary(study), study_sections(study, read_items(folder)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ import torch
 
 from ..errors import MergeError, TaskError
 from ..evaluation.run import Wanted
-from ..evaluation.scoring.batches import Refused
+from ..evaluation.scoring.batches import Refused, Scorable
 from ..evaluation.scoring.estimate import Estimate
+from ..evaluation.scoring.harness import open_harness, rows_of
 from ..evaluation.scoring.journal import Journal
 from ..evaluation.scoring.scorer import Scorer, Settings
-from ..evaluation.scoring.tasks import Task
+from ..evaluation.scoring.tasks import HarnessTask, Task
 from ..inference.language_model import LanguageModel, Reused, Tokenizer, open_model
 from ..inference.sources import Reference, open_source
 from .items import Split, Table, split_task
@@ -57,7 +59,7 @@ class Bench:
     ) -> None:
         self.table = table
         self.settings = settings
-        self._tokenizers = tokenizers
+        self.tokenizers = tokenizers
         self._cache_dir = cache_dir
         self._loaded: dict[str, Reused] = {}
         self._current: tuple[str, dict[str, object]] | None = None
@@ -71,13 +73,14 @@ class Bench:
         for wave in waves:
             for task in self.table.missing(model.key, wave):
                 split = self.table.splits[task]
+                begin = time.monotonic()
                 try:
                     loaded = self._load(model, split)
                     columns = split.prepared.measure_items(loaded, split.items(wave))
                 except (MergeError, Refused) as error:
                     self._current = None
                     raise Failed(str(error)) from error
-                self.table.add(model.key, task, wave, columns, model.name)
+                self.table.add(model.key, task, wave, columns, model.name, time.monotonic() - begin)
         return self.table.figures(model.key, waves)
 
     @property
@@ -88,24 +91,21 @@ class Bench:
     def _load(self, model: Model, split: Split) -> object:
         if self._current is None or self._current[0] != model.key:
             self._current = (model.key, self._read(model))
-        return self._current[1][self._dtype(split)]
+        return self._current[1][split.dtype]
 
     def _read(self, model: Model) -> dict[str, object]:
         """Return the model with its weights, by dtype."""
         with ExitStack() as stack:
             opened = open_model(
-                open_source(model.reference, stack, cache_dir=self._cache_dir), self._tokenizers
+                open_source(model.reference, stack, cache_dir=self._cache_dir), self.tokenizers
             )  # fmt: skip
-            _check_tokenizer(opened, self._tokenizers)
+            _check_tokenizer(opened, self.tokenizers)
             tensors = opened.source.read()
         found = {}
-        for dtype in {self._dtype(split) for split in self.table.splits.values()}:
+        for dtype in {split.dtype for split in self.table.splits.values()}:
             reused = self._loaded.setdefault(dtype, Reused(getattr(torch, dtype), self.settings.device))
             found[dtype] = reused.load(opened, tensors)
         return found
-
-    def _dtype(self, split: Split) -> str:
-        return self.settings.formats.of(split.task.kind, None)
 
 
 def open_bench(
@@ -120,7 +120,7 @@ def open_bench(
 
     Args:
         references: Models by name.
-        tasks: Tasks, of questions and texts.
+        tasks: The tasks.
         wanted: How to score, as the user said.
         journal: Takes the scores.
         seed: Seed of the division.
@@ -142,16 +142,30 @@ def open_bench(
         for model in opened.values():
             _check_tokenizer(model, tokenizers)
         settings = wanted.settle(opened, tasks, journal)
-        scorer = Scorer(settings, Journal(None), None, lambda *_: None)
-        splits = {}
-        for task in tasks:
-            prepared = scorer.job(next(iter(opened.values())), task).prepared
-            assert prepared is not None
-            splits[task.name] = split_task(task, prepared, seed)
+        splits = _splits(tasks, next(iter(opened.values())), settings, wanted, seed)
         models = {
             name: Model(f"model {model.source.hash}", name, references[name]) for name, model in opened.items()
         }  # fmt: skip
     return Bench(Table(journal, splits), settings, tokenizers, cache_dir), models
+
+
+def _splits(
+    tasks: Sequence[Task], model: LanguageModel, settings: Settings, wanted: Wanted, seed: int
+) -> dict[str, Split]:
+    """Divide the items of the tasks, as the tokenizer of a model makes them."""
+    harness = open_harness(tasks, wanted.harness)
+    scorer = Scorer(settings, Journal(None), harness, lambda *_: None)
+    splits = {}
+    for task in tasks:
+        job = scorer.job(model, task)
+        prepared: Scorable | None = job.prepared
+        if isinstance(task, HarnessTask):
+            assert harness is not None
+            rows = rows_of(settings.batch_tokens)
+            prepared = harness.items(task, model.tokenizer, limit=settings.limit, rows=rows)
+        assert prepared is not None
+        splits[task.name] = split_task(task, prepared, seed, job.dtype)
+    return splits
 
 
 def _check_tokenizer(model: LanguageModel, tokenizers: Mapping[str, Tokenizer]) -> None:

@@ -65,8 +65,8 @@ class Estimated:
         for split in table.splits.values():
             if not isinstance(split.task, ChoiceTask):
                 raise TaskError(
-                    f"estimator: {name} is for right and wrong answers, and {split.task.source} is a text; leave out "
-                    "--estimator, or the text"
+                    f"estimator: {name} is for right and wrong answers, and {split.task.source} is a "
+                    f"{'text' if split.task.kind == 'text' else 'task of lm-eval'}; leave out --estimator, or that task"
                 )
         self.parents = tuple(parents)
         self._estimate, self._table = ESTIMATORS[name], table
@@ -119,7 +119,7 @@ class Estimated:
         return self._fitted[1]
 
     def _answers(self, key: str, task: str, waves: Sequence[int] | None = None) -> Numbers:
-        return self._table.column(key, task, _COLUMN, self._table.waves if waves is None else waves)
+        return self._table.columns(key, task, self._table.waves if waves is None else waves)[_COLUMN]
 
     def _order(self, task: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         split = self._table.splits[task]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..anatomy.config import layer_counts
 from ..errors import UnsupportedError
 from ..recipe.document import Document
 from ..recipe.place import Entry, Place
+from ..wording import brief
 
 _KEYS = (
     "genome",
@@ -42,11 +44,37 @@ _OPEN = {
 }
 """Parameters that mergekit-evolve searches, by method."""
 
+_METRIC = "acc"
+"""What a task is judged by where nothing is said."""
+
 _NORMALISED = ("linear", "ties", "dare_ties")
 
 
-def read_evolve(document: Document, cache_dir: Path | None = None) -> tuple[dict[str, Any], list[str]] | None:
-    """Return the recipe of a genome, and the names of the tasks of lm-eval that it was to be judged by.
+_PASSED = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn")
+"""Keys that are arguments of lm-eval."""
+
+
+@dataclass(frozen=True)
+class Evolve:
+    """What a file of mergekit-evolve says.
+
+    Args:
+        recipe: The genome, as a recipe with open values.
+        tasks: Names of tasks of lm-eval.
+        objective: The weighted sum of their metrics; None without tasks.
+        limit: Number of items of each task; None for all.
+        arguments: Arguments of lm-eval.
+    """
+
+    recipe: dict[str, Any]
+    tasks: tuple[str, ...] = ()
+    objective: str | None = None
+    limit: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_evolve(document: Document, cache_dir: Path | None = None) -> Evolve | None:
+    """Return what a file of mergekit-evolve says.
 
     Args:
         document: What may be the YAML of mergekit-evolve.
@@ -65,13 +93,33 @@ def read_evolve(document: Document, cache_dir: Path | None = None) -> tuple[dict
     fields = Entry(root, Place(document.file, root.line, "")).mapping(_KEYS, required=["genome"])
     tasks = [_task(item) for item in fields["tasks"].items()] if "tasks" in fields else []
     genome = fields["genome"].mapping(_GENOME, required=["models", "merge_method"])
-    return _recipe(genome, cache_dir), tasks
+    return Evolve(
+        _recipe(genome, cache_dir),
+        tuple(dict.fromkeys(name for name, _ in tasks)),
+        "+".join(term for _, term in tasks) or None,
+        fields["limit"].whole_number(1) if "limit" in fields else None,
+        {name: _argument(name, fields[name]) for name in _PASSED if name in fields},
+    )
 
 
-def _task(entry: Entry) -> str:
+def _argument(name: str, entry: Entry) -> Any:
+    return entry.whole_number() if name == "num_fewshot" else entry.flag()
+
+
+def _task(entry: Entry) -> tuple[str, str]:
+    """Return the name of a task, and its term of the objective."""
     if isinstance(entry.value, str):
-        return entry.value
-    return entry.mapping(("name", "weight", "metric"), required=["name"])["name"].text()
+        return entry.text(), f"{entry.text()}/{_METRIC}"
+    fields = entry.mapping(("name", "weight", "metric"), required=["name"])
+    name, metric = fields["name"].text(), fields["metric"].text() if "metric" in fields else _METRIC
+    weight = fields["weight"].value if "weight" in fields else 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+        raise fields["weight"].error(
+            f"must be a number above 0, got {brief(weight)}: metrics of which less is better are known as such; for others give "
+            "--tasks and --objective"
+        )
+    # a filter without a name is not written
+    return name, f"{weight:g}*{name}/{metric.removesuffix(',none')}"
 
 
 def _recipe(genome: Mapping[str, Entry], cache_dir: Path | None) -> dict[str, Any]:

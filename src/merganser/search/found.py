@@ -63,11 +63,7 @@ class Found:
             "format": FORMAT,
             "objectives": [{"objective": o.text, "direction": o.direction} for o in self.objectives],
             "sampler": self.sampler,
-            "trials": [
-                {key: value for key, value in vars(trial).items() if key not in ("recipe", "label")}
-                | {"recipe": trial.name}
-                for trial in self.trials
-            ],
+            "trials": [trial.to_json() for trial in self.trials],
             "front": [trial.number for trial in self.front],
             "held_out": self.held_out,
             "ends": to_json(self.ends, self.objectives),

@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import TaskError
 from ..evaluation.scoring import choices, text
-from ..evaluation.scoring.batches import Prepared
+from ..evaluation.scoring.batches import Scorable
 from ..evaluation.scoring.estimate import Estimate
+from ..evaluation.scoring.harness_items import HarnessItems
 from ..evaluation.scoring.journal import Journal
-from ..evaluation.scoring.tasks import ChoiceTask, Task, TextTask
+from ..evaluation.scoring.tasks import Task, TextTask
 
 LEAST = 4
 """Fewest items of a task: two to choose with, and two to prove with."""
@@ -39,16 +40,25 @@ class Split:
         prepared: The task, tokenised.
         waves: Items that trials are scored on, wave by wave; the waves after the first may be empty.
         held: Items that only the end of the search is scored on.
+        dtype: Dtype in which models are scored on it.
     """
 
-    task: TextTask | ChoiceTask
-    prepared: Prepared
+    task: Task
+    prepared: Scorable
     waves: tuple[tuple[int, ...], ...]
     held: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def hash(self) -> str:
+        """Hash of the file, or of the settings and items of a task of lm-eval."""
+        return self.prepared.hash if isinstance(self.prepared, HarnessItems) else self.task.hash
 
     @property
     def higher(self) -> Mapping[str, bool]:
         """Whether higher is better, by metric; the main metric first."""
+        if isinstance(self.prepared, HarnessItems):
+            return self.prepared.higher
         return text.HIGHER if isinstance(self.task, TextTask) else choices.HIGHER
 
     @property
@@ -56,12 +66,34 @@ class Split:
         """Name of the main metric."""
         return next(iter(self.higher))
 
+    def metrics(self, columns: Mapping[str, ArrayLike], items: Hashable) -> dict[str, Estimate]:
+        """Return the metrics from what was measured of items.
+
+        Args:
+            columns: What `Scorable.measure_items` returns.
+            items: Key of this set of items.
+        """
+        if isinstance(self.prepared, HarnessItems):
+            return self.prepared.metrics(columns, items)
+        if isinstance(self.task, TextTask):
+            return text.text_metrics(columns, items)
+        return choices.choice_metrics(columns, items)
+
+    def scores(self, columns: Mapping[str, ArrayLike]) -> list[float]:
+        """Return the score of each item, at least 0, where higher is better: of texts the probability of a byte."""
+        if isinstance(self.prepared, HarnessItems):
+            return self.prepared.known[0].scores(columns)
+        if isinstance(self.task, TextTask):
+            bits, size = np.asarray(columns["bits"], np.float64), np.asarray(columns["bytes"], np.float64)
+            return [float(value) for value in np.exp2(-bits / np.maximum(size, 1))]
+        return [float(value) for value in np.asarray(columns["correct"], np.float64)]
+
     def items(self, wave: int) -> tuple[int, ...]:
         """Return the items of a wave; those held out are the wave `HELD`."""
         return self.held if wave == HELD else self.waves[wave]
 
 
-def split_task(task: Task, prepared: Prepared, seed: int) -> Split:
+def split_task(task: Task, prepared: Scorable, seed: int, dtype: str) -> Split:
     """Divide the items of a task: half of them for trials, in waves, and half held out.
 
     Documents and questions are divided at random. A single text is cut in the middle: windows of one passage are alike,
@@ -69,14 +101,14 @@ def split_task(task: Task, prepared: Prepared, seed: int) -> Split:
     second as much, the third the rest; with fewer than 15 items there is one wave.
 
     Args:
-        task: The task, of questions or texts.
+        task: The task.
         prepared: The same, tokenised.
         seed: Seed of the random order.
+        dtype: Dtype in which models are scored on it.
 
     Raises:
         TaskError: There are fewer than `LEAST` items.
     """
-    assert isinstance(task, TextTask | ChoiceTask)
     count = len(prepared.items)
     if count < LEAST:
         raise TaskError(
@@ -92,21 +124,7 @@ def split_task(task: Task, prepared: Prepared, seed: int) -> Split:
     first = math.ceil(len(tune) / 4)
     cuts = [0, first, 2 * first, len(tune)] if len(tune) >= _LEAST_FOR_WAVES else [0, *[len(tune)] * _WAVES]
     waves = tuple(tuple(sorted(tune[a:b])) for a, b in itertools.pairwise(cuts))
-    return Split(task, prepared, waves, tuple(sorted(held)))
-
-
-def refuse_harness(tasks: Sequence[Task]) -> None:
-    """Refuse tasks of lm-eval, whose items cannot be scored in parts.
-
-    Raises:
-        TaskError: There is one.
-    """
-    for task in tasks:
-        if not isinstance(task, TextTask | ChoiceTask):
-            raise TaskError(
-                f"{task.source}: a search scores texts (.txt) and questions or documents (.jsonl); for lm-eval give a "
-                "command that runs it: --command 'CMD {model}'"
-            )
+    return Split(task, prepared, waves, tuple(sorted(held)), dtype)
 
 
 class Table:
@@ -148,18 +166,17 @@ class Table:
         keys = {key.partition("/")[0] for key, _ in self.journal.keys}
         return sorted(key for key in keys if not any(self.missing(key, wave) for wave in self.waves))
 
-    def column(self, key: str, task: str, name: str, waves: Sequence[int]) -> NDArray[np.float64]:
-        """Return what was measured of a model on its items of some waves, in their order, shape [items].
+    def columns(self, key: str, task: str, waves: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+        """Return what was measured of a model on its items of some waves, in their order, by name, shape [items] each.
 
         Args:
             key: Key of the model; it was scored on all of them.
             task: The task.
-            name: Name of the measurement.
             waves: The waves.
         """
         found = [self.journal.get(f"{key}/{task}", wave) for wave in waves if self.splits[task].items(wave)]
-        parts = [np.asarray(content["columns"][name], np.float64) for content in found if content is not None]
-        return np.concatenate(parts)
+        contents = [content["columns"] for content in found if content is not None]
+        return {name: np.concatenate([np.asarray(own[name], np.float64) for own in contents]) for name in contents[0]}
 
     def missing(self, key: str, wave: int) -> list[str]:
         """Return the tasks on whose items of a wave a model was not scored yet."""
@@ -169,10 +186,33 @@ class Table:
             if split.items(wave) and self.journal.get(f"{key}/{task}", wave) is None
         ]
 
-    def add(self, key: str, task: str, wave: int, columns: Mapping[str, Any], name: str) -> None:
-        """Store the scores of a model on the items of a wave of a task."""
-        content = {"items": self.splits[task].items(wave), "columns": dict(columns)}
-        self.journal.add(f"{key}/{task}", wave, content, model=name, task=task)
+    def add(
+        self, key: str, task: str, wave: int, columns: Mapping[str, Any], name: str, seconds: float | None = None
+    ) -> None:
+        """Store the scores of a model on the items of a wave of a task, and how long they took."""
+        split = self.splits[task]
+        content = {"items": split.items(wave), "columns": dict(columns)}
+        about = {"model": name, "task": task}
+        if isinstance(split.prepared, HarnessItems) and split.prepared.known[0].rising:
+            about["metric"] = split.main
+        self.journal.add(f"{key}/{task}", wave, content, seconds, **about)
+
+    def seconds(self, keys: Iterable[str]) -> float:
+        """Return how long it took to make and score models, in this process or in earlier ones."""
+        return sum(self.journal.seconds(f"{key}/{task}", wave) for key in keys for task, wave in self._places())
+
+    def pace(self, keys: Sequence[str]) -> float:
+        """Return the seconds that an item of some models took, in this process or in earlier ones; 0 if none was scored."""
+        items = sum(
+            len(self.splits[task].items(wave))
+            for key in keys
+            for task, wave in self._places()
+            if self.journal.get(f"{key}/{task}", wave) is not None
+        )
+        return self.seconds(keys) / max(items, 1)
+
+    def _places(self) -> list[tuple[str, int]]:
+        return [(task, wave) for task in self.splits for wave in (*range(_WAVES), HELD)]
 
     def figures(self, key: str, waves: Sequence[int]) -> dict[str, Estimate]:
         """Return the metrics of a model over its items of some waves, by `TASK/METRIC`.
@@ -185,13 +225,6 @@ class Table:
         """
         found: dict[str, Estimate] = {}
         for task, split in self.splits.items():
-            found_here = [self.journal.get(f"{key}/{task}", wave) for wave in waves if split.items(wave)]
-            contents = [content for content in found_here if content is not None]
-            columns = {
-                name: np.concatenate([np.asarray(content["columns"][name], np.float64) for content in contents])
-                for name in contents[0]["columns"]
-            }
-            own = text.text_metrics if isinstance(split.task, TextTask) else choices.choice_metrics
-            metrics = own(columns, (task, tuple(waves)))
+            metrics = split.metrics(self.columns(key, task, waves), (task, tuple(waves)))
             found |= {f"{task}/{metric}": estimate for metric, estimate in metrics.items()}
         return found

@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from ..engine.merge import merge
 from ..errors import MergeError, TaskError
 from ..evaluation.retention import SURE
 from ..evaluation.scoring.estimate import Estimate
-from ..evaluation.scoring.tasks import TextTask
 from .bench import Bench, Failed, Model
 from .command import run_command
 from .estimated import Estimated
@@ -78,6 +75,9 @@ class Judge(Protocol):
 
     def scores(self, model: Model) -> list[float] | None:
         """Return the score of a judged model on each item, at least 0, where higher is better; None without items."""
+
+    def spent(self, model: Model) -> float:
+        """Return the seconds that were spent on a model already, in processes that were stopped, too."""
 
 
 class ItemJudge:
@@ -224,14 +224,14 @@ class ItemJudge:
 
     def scores(self, model: Model) -> list[float] | None:
         """Return the score of a model on each item of trials: 1 for a right answer, of texts the probability of a byte."""
-        table, found = self._bench.table, []
+        table, found = self._bench.table, list[float]()
         for task, split in table.splits.items():
-            if isinstance(split.task, TextTask):
-                bits, size = (table.column(model.key, task, name, table.waves) for name in ("bits", "bytes"))
-                found += np.exp2(-bits / np.maximum(size, 1)).tolist()
-            else:
-                found += table.column(model.key, task, "correct", table.waves).tolist()
+            found += split.scores(table.columns(model.key, task, table.waves))
         return found
+
+    def spent(self, model: Model) -> float:
+        """Return how long it took so far to make and score a model."""
+        return self._bench.table.seconds([model.key])
 
     def _excess(self, figures: Figures) -> dict[str, float]:
         return {str(bound): bound.excess(figures) for bound in self.bounds}
@@ -291,6 +291,10 @@ class CommandJudge:
     def scores(self, model: Model) -> list[float] | None:
         """Return None: the items are the command's own."""
         return None
+
+    def spent(self, model: Model) -> float:
+        """Return 0: a command that was ended gave nothing, and is run anew."""
+        return 0.0
 
     def _figures(self, model: Model) -> Figures:
         # a recipe with its inputs is what the key says; a folder may have changed since

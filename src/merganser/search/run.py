@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..engine.kernels.devices import resolve_devices
 from ..evaluation.run import BATCH_TOKENS, Wanted
+from ..evaluation.scoring.harness_arguments import parse_arguments
 from ..inference.sources import Reference
 from ..recipe import Recipe
 from ..recipe.load import RecipeSource
@@ -58,6 +60,7 @@ def search(
     dtype: str | None = None,
     device: str = "cpu",
     batch_tokens: int = BATCH_TOKENS,
+    lm_eval: Mapping[str, Any] | Sequence[str] = (),
     early_stopping: bool = True,
     estimator: str | None = None,
     item_parameters: str | Path | None = None,
@@ -71,7 +74,8 @@ def search(
     Args:
         recipe: The recipe, with values such as `{search: [0, 1]}`: a path, a YAML text, a mapping.
         out: Folder of the search; the same call continues one that was stopped.
-        tasks: Texts, and questions or documents, as for `evaluate`; half of the items of each are held out.
+        tasks: Texts, questions or documents, and tasks of lm-eval, as for `evaluate`; half of the items of each are held
+            out.
         command: An external command instead of tasks; it gets the folder of a merge for `{model}`, and prints a JSON
             object of numbers.
         timeout: Seconds after which the command is ended.
@@ -83,7 +87,7 @@ def search(
         base: The base, for what a merge recovers and forgets.
         experts: The model trained for a task, as for `evaluate`.
         trials: Number of trials, those of earlier calls included; by default 50, with `hours` as many as they allow.
-        hours: Time after which no trial begins.
+        hours: Time after which no trial begins, from the beginning of this call: a search that is continued has it anew.
         sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic, m2n2, genome,
             nested or bayesian.
         seed: Seed of the sampler and of the division of the items.
@@ -93,6 +97,7 @@ def search(
         dtype: As for `evaluate`.
         device: As for `evaluate`.
         batch_tokens: As for `evaluate`.
+        lm_eval: As for `evaluate`.
         early_stopping: Whether a trial ends once it is worse than the best one beyond chance; only with one objective.
         estimator: p_irt, gp_irt, mp_irt or gmp_irt: a trial that is not better than the best one by this estimate ends after
             the first wave of items; None for a test of the difference.
@@ -122,13 +127,13 @@ def search(
         hours,
         sampler,
         seed,
-        Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0]),
+        Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval)),
         early_stopping,
         estimator,
         None if item_parameters is None else Path(item_parameters),
         None if storage is None else str(storage),
         cache_dir,
-    )
+    ).completed()
     space, start = request.check()
     deadline = None if hours is None else time.monotonic() + 3600 * hours
     with connect(cluster) as connected, open_folder(Path(out), shared=True) as folder:

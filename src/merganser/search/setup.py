@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..engine.merge import plan
 from ..errors import RecipeError, TaskError, UnsupportedError
 from ..evaluation.roster import make_roster
 from ..evaluation.run import Wanted
+from ..evaluation.scoring.harness_arguments import parse_arguments
 from ..evaluation.scoring.tasks import load_tasks
 from ..inference.sources import Reference
 from ..recipe import Recipe, check_recipe, load_recipes
@@ -25,7 +26,7 @@ from .command import parse_command
 from .estimated import Estimated, check_estimator
 from .evolve import read_evolve
 from .folder import Folder
-from .items import HELD, refuse_harness
+from .items import HELD
 from .judge import CommandJudge, ItemJudge, Judge
 from .many.storage import shown
 from .objectives import parse_bounds, parse_objectives
@@ -58,6 +59,27 @@ class Request:
     storage: str | None
     cache_dir: Path | None
 
+    def completed(self) -> Request:
+        """Return the request with what a file of mergekit-evolve says, where tasks or a command are not given.
+
+        Raises:
+            MergeError: The file is wrong.
+        """
+        if self.command is not None or self.tasks:
+            return self
+        evolve = read_evolve(read_documents(self.recipe)[0], self.cache_dir)
+        if evolve is None or evolve.objective is None:
+            return self
+        wanted = self.wanted
+        limit = evolve.limit if wanted.limit is None else wanted.limit
+        arguments = wanted.harness or parse_arguments(evolve.arguments)
+        return replace(
+            self,
+            tasks=evolve.tasks,
+            objectives=self.objectives or [evolve.objective],
+            wanted=replace(wanted, limit=limit, harness=arguments),
+        )
+
     def check(self) -> tuple[Space, list[Recipe]]:
         """Check what can be checked without models, and return the space and the recipe at its start.
 
@@ -66,12 +88,7 @@ class Request:
         """
         documents = read_documents(self.recipe)
         evolve = read_evolve(documents[0], self.cache_dir)
-        if evolve is not None and self.command is None and not self.tasks:
-            raise TaskError(
-                f"tasks: those of this file ({', '.join(evolve[1]) or 'none'}) are of lm-eval, which mergekit-evolve runs; give "
-                "--tasks of your own, or a --command that runs lm-eval"
-            )
-        space = Space(documents if evolve is None else evolve[0])
+        space = Space(documents if evolve is None else evolve.recipe)
         for name, value in (("trials", self.trials), ("hours", self.hours), ("timeout", self.timeout)):
             if value is not None and not value > 0:
                 raise RecipeError(f"{name}: must be above 0, got {value:g}")
@@ -208,7 +225,6 @@ def _by_command(request: Request, space: Space, start: Sequence[Recipe], folder:
 def _by_items(request: Request, space: Space, start: Sequence[Recipe], folder: Folder) -> Setup:
     """Open the models and the items, and return the judge that scores them."""
     tasks, wanted, cache_dir = load_tasks(request.tasks), request.wanted, request.cache_dir
-    refuse_harness(tasks)
     the_model(plan(start, keep_stages=False, **({"cache_dir": cache_dir} if cache_dir else {})))
     roster = make_roster(_inputs(space, start), request.base, request.experts, [task.name for task in tasks])
     references = {entry.name: entry.reference for entry in roster.entries}
@@ -221,7 +237,7 @@ def _by_items(request: Request, space: Space, start: Sequence[Recipe], folder: F
     judge = ItemJudge(bench, origin, own, stopping=request.early_stopping, estimated=estimated)
     given = {
         "input": {name: model.key for name, model in models.items()},
-        "task": {task.name: task.hash for task in tasks},
+        "task": {name: split.hash for name, split in bench.table.splits.items()},
         "base": roster.base,
         "expert": dict(roster.experts),
         "limit": wanted.limit,
@@ -232,6 +248,8 @@ def _by_items(request: Request, space: Space, start: Sequence[Recipe], folder: F
         "batch of tokens": wanted.batch_tokens,
         "early stopping": request.early_stopping,
     }
+    if wanted.harness:
+        given |= {"lm-eval": wanted.harness.to_json()}
     if request.estimator is not None:
         given |= {"estimator": request.estimator}
     if parameters is not None:

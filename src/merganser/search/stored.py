@@ -21,8 +21,12 @@ __all__ = [
     "StoredStudy",
     "StoredTrial",
     "is_study",
+    "open_result",
+    "read_end",
     "read_items",
     "read_study",
+    "read_trial",
+    "result_kind",
 ]
 
 KIND = "search result"
@@ -121,7 +125,8 @@ class StoredItems:
 
     Args:
         task: The task.
-        score: What a score is: "correct" (1 or 0), or "bits per byte", of which the negative is kept, so that higher is better.
+        score: What a score is: "correct" (1 or 0), or "bits per byte", of which the negative is kept, so that higher is better;
+            of a task of lm-eval its main metric: its value, or of likelihoods the logarithm.
         models: Names of the models.
         items: Number of each item in its task.
         scores: Scores, float64, shape [models, items]; NaN where a model was not scored.
@@ -139,6 +144,27 @@ def is_study(folder: Path) -> bool:
     return (folder / SETTINGS).is_file()
 
 
+def result_kind(folder: Path) -> str:
+    """Return the kind of what was found in the folder of a search; for the errors see `open_result`."""
+    return open_result(folder)["kind"].text()
+
+
+def open_result(folder: Path) -> Entry:
+    """Return the content of `result.json`.
+
+    Args:
+        folder: The folder of the search.
+
+    Raises:
+        NotFoundError: There is none.
+        CheckpointError: It is damaged.
+    """
+    file = folder / RESULT
+    if not file.exists():
+        raise NotFoundError(f"{file}: no such file; the search in {folder} was stopped before it found something")
+    return Entry(read_object(file), str(file))
+
+
 def read_study(folder: Path) -> StoredStudy:
     """Read what a search found.
 
@@ -150,19 +176,14 @@ def read_study(folder: Path) -> StoredStudy:
         CheckpointError: The file is damaged.
         UnsupportedError: It is of a later version, or of `merganser auto`.
     """
-    file = folder / RESULT
-    if not file.exists():
-        raise NotFoundError(f"{file}: no such file; the search in {folder} was stopped before it found something")
-    root = Entry(read_object(file), str(file))
+    root, file = open_result(folder), folder / RESULT
     kind = root["kind"].text()
     if kind != KIND:
-        raise UnsupportedError(
-            f"{file}: is the {kind}, of which no page is made; pages show what merganser search found"
-        )
+        raise UnsupportedError(f"{file}: is the {kind}, and none of merganser search")
     if root["format"].whole() > FORMAT:
         raise UnsupportedError(f"{file}: is of a later version of merganser (format {root['format'].whole()})")
     objectives = tuple(root["objectives"].each(lambda e: (e["objective"].text(), e["direction"].text())))
-    trials = tuple(root["trials"].each(_trial))
+    trials = tuple(root["trials"].each(read_trial))
     for trial in trials:
         if trial.values is not None and len(trial.values) != len(objectives):
             raise CheckpointError(
@@ -180,13 +201,14 @@ def read_study(folder: Path) -> StoredStudy:
         trials,
         front,
         root["held_out"].whole(),
-        tuple(root["ends"].each(_end)),
+        tuple(root["ends"].each(read_end)),
         {} if importance is None else {name: {k: v.number() for k, v in e.items()} for name, e in importance.items()},
         tuple(root["notes"].each(Entry.text)),
     )
 
 
-def _trial(entry: Entry) -> StoredTrial:
+def read_trial(entry: Entry) -> StoredTrial:
+    """Return a trial from its plain data."""
     values, same_as, failed = entry.get("values"), entry.get("same_as"), entry.get("failed")
     return StoredTrial(
         entry["number"].whole(),
@@ -203,7 +225,8 @@ def _trial(entry: Entry) -> StoredTrial:
     )
 
 
-def _end(entry: Entry) -> StoredEnd:
+def read_end(entry: Entry) -> StoredEnd:
+    """Return a measurement on items held out from its plain data."""
     values, better, failed = entry.get("values"), entry.get("winner_better_by"), entry.get("failed")
     return StoredEnd(
         entry["name"].text(),
@@ -255,6 +278,10 @@ def read_items(folder: Path) -> list[StoredItems]:
             scores = [-bits / max(size, 1) for bits, size in zip(columns["bits"], columns["bytes"], strict=True)]
         elif "correct" in columns:
             kinds[task], scores = "correct", [float(value) for value in columns["correct"]]
+        elif (metric := str(entry.get("metric"))) in columns:
+            weights = columns.get(f"{metric} weight", [1.0] * len(columns[metric]))
+            kinds[task] = metric
+            scores = [value / max(weight, 1.0) for value, weight in zip(columns[metric], weights, strict=True)]
         else:
             continue
         found.setdefault(task, {}).setdefault(model, {}).update(zip(content["items"], scores, strict=True))

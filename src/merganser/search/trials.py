@@ -59,6 +59,11 @@ class Trial:
         """Name of its recipe file."""
         return self.label or f"trial-{self.number + 1:04d}"
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data, with the name of its recipe file in place of the recipe."""
+        own = {key: value for key, value in vars(self).items() if key not in ("recipe", "label")}
+        return own | {"recipe": self.name}
+
     @property
     def model(self) -> Model:
         """Key and name of the model; the reference is empty until the recipe is written."""
@@ -233,6 +238,8 @@ class Trials:
             name = f"trial-{asked.number + 1:04d}"
             model = Model(key_of(recipe), name, self._folder.write_recipe(name, recipe))
             best = self.best
+            # a trial that was stopped is finished: what it took before counts
+            begin -= self._judge.spent(model)
             try:
                 verdict = self._judge.judge(model, None if best is None else self.written(best))
             except Failed as error:

@@ -19,19 +19,12 @@ class Refused(Exception):
     """A model's output cannot be scored; the message says why."""
 
 
-class Prepared(Protocol):
-    """A task, tokenised for a model."""
-
-    @property
-    def batches(self) -> Sequence[Sequence[int]]:
-        """Indices of rows, batch by batch."""
+class Scorable(Protocol):
+    """A task of which some items can be scored without the others."""
 
     @property
     def items(self) -> Sequence[Any]:
         """Identifier of each item."""
-
-    def prompt(self, row: int) -> Sequence[int]:
-        """Return the tokens of a row that a model gets before it is asked: those by which a task is chosen for it."""
 
     def measure_items(self, model: Any, items: Sequence[int]) -> dict[str, list[float]]:
         """Score some items on a loaded model; return their measurements by name, in the order of `items`.
@@ -39,6 +32,17 @@ class Prepared(Protocol):
         Raises:
             Refused: The model's output cannot be scored.
         """
+
+
+class Prepared(Scorable, Protocol):
+    """A task, tokenised for a model."""
+
+    @property
+    def batches(self) -> Sequence[Sequence[int]]:
+        """Indices of rows, batch by batch."""
+
+    def prompt(self, row: int) -> Sequence[int]:
+        """Return the tokens of a row that a model gets before it is asked: those by which a task is chosen for it."""
 
     def measure(self, model: Any, rows: Sequence[int]) -> dict[str, Any]:
         """Score rows on a loaded model; the result can be written to the journal as JSON.

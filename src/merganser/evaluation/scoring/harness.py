@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
-import logging
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +18,16 @@ from ...inference.language_model import Tokenizer
 from ...inference.libraries import explained
 from ...jsonfile import exists
 from .estimate import Estimate
+from .harness_arguments import NO_ARGUMENTS, HarnessArguments
+from .harness_items import HarnessItems, metrics_of
 from .outcome import Outcome
-from .tasks import HarnessTask
+from .quiet import quiet
+from .tasks import HarnessTask, Task
 
 _INSTALL = "pip install 'merganser[eval]'"
 _REFUSED = "lm-eval cannot run it"
-_LOGGERS = ("lm_eval", "lm-eval", "datasets")
+_ROW = 512
+"""Assumed length of a row in tokens, because batch sizes of lm-eval are in rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Opened:
         hash: Hash of its settings and items, and of lm-eval's version.
         parts: Names of the tasks that it consists of.
         metrics: Names of its metrics, in the order of its file; the first is the main metric.
+        tasks: The objects of lm-eval, by name.
     """
 
     spec: str
@@ -47,6 +48,31 @@ class Opened:
     hash: str
     parts: tuple[str, ...]
     metrics: tuple[str, ...]
+    tasks: Mapping[str, Any]
+
+
+def open_harness(tasks: Sequence[Task], arguments: HarnessArguments) -> Harness | None:
+    """Return the interface to lm-eval; None if no task is of lm-eval.
+
+    Args:
+        tasks: All tasks.
+        arguments: Arguments of lm-eval.
+
+    Raises:
+        TaskError: As `Harness`, or there are arguments and no task of lm-eval.
+    """
+    named = [task for task in tasks if isinstance(task, HarnessTask)]
+    if arguments and not named:
+        raise TaskError(
+            f"lm-eval: arguments are given ({', '.join(arguments.to_json())}), and no task is of lm-eval: name one, or give its "
+            ".yaml"
+        )
+    return Harness(named, arguments) if named else None
+
+
+def rows_of(batch_tokens: int) -> int:
+    """Return the number of rows of a batch of lm-eval, for a number of tokens."""
+    return max(1, batch_tokens // _ROW)
 
 
 class Harness:
@@ -54,17 +80,19 @@ class Harness:
 
     Args:
         tasks: The tasks.
+        arguments: Arguments that are passed on.
 
     Raises:
         TaskError: lm-eval is not installed, has no such task, or cannot load one.
     """
 
-    def __init__(self, tasks: Sequence[HarnessTask]) -> None:
+    def __init__(self, tasks: Sequence[HarnessTask], arguments: HarnessArguments = NO_ARGUMENTS) -> None:
+        self._arguments = arguments
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise TaskError(_missing(tasks)) from None
-        with _quiet():
+        with quiet():
             self._manager = TaskManager()
             self._opened = {task.name: self._open(task) for task in tasks}
 
@@ -76,6 +104,36 @@ class Harness:
     def hash(self, task: HarnessTask) -> str:
         """Return the hash of the settings and items of a task."""
         return self._opened[task.name].hash
+
+    def items(self, task: HarnessTask, tokenizer: Tokenizer, *, limit: int | None, rows: int) -> HarnessItems:
+        """Return the items of a task, to be scored part by part.
+
+        Args:
+            task: The task.
+            tokenizer: Tokenizer of the models.
+            limit: Number of items; None for all.
+            rows: Number of rows of a batch.
+
+        Raises:
+            TaskError: It is a group, or its main metric does not follow from values of its items.
+        """
+        opened = self._opened[task.name]
+        if len(opened.parts) > 1:
+            raise TaskError(
+                f"{task.source}: is a group of {len(opened.parts)} tasks, and a search scores tasks one by one; name some of "
+                f"them: {', '.join(opened.parts[:6])}{', ...' if len(opened.parts) > 6 else ''}"
+            )
+        own = opened.tasks[opened.parts[0]]
+        with explained(TaskError, f"{task.source}: {_REFUSED}"):
+            metrics = metrics_of(own, opened.metrics)
+            if not metrics:
+                raise TaskError(
+                    f"{task.source}: none of its metrics ({', '.join(own.aggregation())}) is a mean over its items, so parts of it "
+                    "have no figure; score it with a command: --command 'CMD {model}'"
+                )
+            return HarnessItems(
+                task.source, opened.parts[0], opened.hash, own, metrics, self._arguments, tokenizer, limit, rows
+            )
 
     def _open(self, task: HarnessTask) -> Opened:
         is_file = exists(task.source)
@@ -96,6 +154,8 @@ class Harness:
                     f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
                 )
             digest = xxhash.xxh3_128(_version().encode())
+            if self._arguments:
+                digest.update(json.dumps(self._arguments.to_json(), sort_keys=True).encode())
             for name, each in sorted(loaded["tasks"].items()):
                 digest.update(json.dumps([name, each.dump_config()], default=str, sort_keys=True).encode())
                 for document in each.eval_docs:
@@ -103,9 +163,8 @@ class Harness:
         first = next(iter(loaded["tasks"].values()))
         listed = first.dump_config().get("metric_list") or []
         metrics = tuple(str(entry.get("metric")) for entry in listed)
-        return Opened(
-            spec, groups[0] if groups else first.task_name, digest.hexdigest(), tuple(loaded["tasks"]), metrics
-        )
+        key = groups[0] if groups else first.task_name
+        return Opened(spec, key, digest.hexdigest(), tuple(loaded["tasks"]), metrics, loaded["tasks"])
 
     def score(
         self, tasks: Sequence[HarnessTask], model: Any, tokenizer: Tokenizer, *, limit: int | None, rows: int
@@ -128,12 +187,19 @@ class Harness:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        with _quiet(), explained(TaskError, f"{', '.join(task.source for task in tasks)}: {_REFUSED}"):
+        with quiet(), explained(TaskError, f"{', '.join(task.source for task in tasks)}: {_REFUSED}"):
             # a copy, because lm-eval adds a padding token to the tokenizer
-            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer.encoder), batch_size=rows)
+            encoder = copy.deepcopy(tokenizer.encoder)
+            wrapped = HFLM(pretrained=model, tokenizer=encoder, batch_size=rows, **self._arguments.model)
             specs = [self._opened[task.name].spec for task in tasks]
             results = simple_evaluate(
-                wrapped, tasks=specs, limit=limit, task_manager=self._manager, log_samples=True, batch_size=rows
+                wrapped,
+                tasks=specs,
+                limit=limit,
+                task_manager=self._manager,
+                log_samples=True,
+                batch_size=rows,
+                **self._arguments.evaluation,
             )
         return {task.name: _content(task, self._opened[task.name], results) for task in tasks}
 
@@ -225,20 +291,3 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("lm_eval")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide lm-eval's log messages below errors; show its progress only if stderr is a terminal."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    # stdout is reserved for our results
-    elsewhere = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    try:
-        with redirect_stderr(elsewhere), redirect_stdout(elsewhere):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

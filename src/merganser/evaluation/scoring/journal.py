@@ -52,6 +52,7 @@ class Journal:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._found: dict[tuple[str, int], Mapping[str, Any]] = {}
+        self._seconds: dict[tuple[str, int], float] = {}
         self.notes: dict[str, Any] = {}
         self._file: Any = None
         if path is None:
@@ -81,25 +82,33 @@ class Journal:
         """Return the measurements of a batch, or None."""
         return self._found.get((key, batch))
 
+    def seconds(self, key: str, batch: int) -> float:
+        """Return how long a batch took to measure, in this run or an earlier one; 0 where it is not known."""
+        return self._seconds.get((key, batch), 0.0)
+
     @property
     def keys(self) -> list[tuple[str, int]]:
         """Key and number of every batch."""
         return [*self._found]
 
-    def add(self, key: str, batch: int, content: Mapping[str, Any], **about: str) -> None:
+    def add(self, key: str, batch: int, content: Mapping[str, Any], seconds: float | None = None, **about: str) -> None:
         """Store the measurements of a batch.
 
         Args:
             key: Hash of model, task and settings.
             batch: Number of the batch.
             content: The measurements, as plain data.
+            seconds: How long they took; None where nobody will ask.
             **about: Additional text, only for human readers of the file.
 
         Raises:
             OutputError: The file cannot be written, such as when the disk is full.
         """
-        self._found[key, batch] = content
-        self._write({"key": key, **about, "batch": batch, "content": content})
+        line: dict[str, Any] = {"key": key, **about, "batch": batch, "content": content}
+        if seconds is not None:
+            line["seconds"] = round(seconds, 4)
+        self._take(line)
+        self._write(line)
 
     def note(self, name: str, value: Any) -> None:
         """Store a decision that a continued evaluation must take over."""
@@ -166,7 +175,10 @@ class Journal:
         if "note" in entry:
             self.notes[entry["note"]] = entry["value"]
         elif "key" in entry:
-            self._found[entry["key"], entry["batch"]] = entry["content"]
+            place = entry["key"], entry["batch"]
+            self._found[place] = entry["content"]
+            if "seconds" in entry:
+                self._seconds[place] = entry["seconds"]
 
 
 class SharedJournal(Journal):

@@ -14,7 +14,7 @@ from ...inference.language_model import LanguageModel
 from ...runtime.routed.opened import RoutedLanguageModel
 from .batches import Prepared, Refused
 from .choices import prepare_choices
-from .harness import Harness, outcome
+from .harness import Harness, outcome, rows_of
 from .journal import Journal
 from .outcome import Outcome
 from .precision import Formats
@@ -23,7 +23,6 @@ from .tasks import ChoiceTask, HarnessTask, Task, TextTask
 from .text import prepare_text
 
 _VERSION = 1  # raised when results change: measurements of another version in a journal are not used
-_HARNESS_TOKENS = 512  # assumed length of a row, because batch sizes of lm-eval are in rows, not tokens
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class Scorer:
         s = self.settings
         tasks = [job.task for job in left.values() if isinstance(job.task, HarnessTask)]
         self.tell(name, ", ".join(left), 0, 1)
-        rows = max(1, s.batch_tokens // _HARNESS_TOKENS)
+        rows = rows_of(s.batch_tokens)
         contents = self.harness.score(tasks, loaded, model.tokenizer, limit=s.limit, rows=rows)
         failed = {}
         for task, content in contents.items():

@@ -38,7 +38,13 @@ def _said(trial: StoredTrial, study: StoredStudy) -> str:
         f"<br>{escape(cut(name))} = {escape(f'{v:.4g}' if isinstance(v, float) else cut(str(v)))}"
         for name, v in [*trial.settings.items()][:_MOST_VALUES]
     )
-    return f"<b>trial {trial.number + 1}</b>{values}{settings}"
+    return f"<b>{escape(_title(trial))}</b>{values}{settings}"
+
+
+def _title(trial: StoredTrial) -> str:
+    """Return what a trial is called: by its number, or by the name of its recipe."""
+    number = trial.name.removeprefix("trial-")
+    return f"trial {int(number)}" if number.isdecimal() else cut(trial.name)
 
 
 def history_figures(study: StoredStudy) -> list[Block]:

@@ -17,6 +17,8 @@ _MOST_CELLS = 30_000
 """Cells of all tasks together; a page stays below 2 MB with them."""
 _MOST_COLUMNS = 240
 _STEPS = 100
+_BITS = "bits per byte"
+"""Kind of the scores of texts, which are kept with the opposite sign."""
 
 
 def heat_section(study: StoredStudy, items: Sequence[StoredItems]) -> Section:
@@ -59,7 +61,7 @@ def _heat(study: StoredStudy, items: StoredItems, most: int) -> Figure:
     ]
     names = [f"items {_numbers(items, group)}: mean {_number(items, float(mean[group].mean()))}" for group in groups]
     height = 130 + max(9 * len(rows), 60)
-    unit = "share of right answers" if items.score == "correct" else "bits per byte, fewer are better"
+    unit = {"correct": "share of right answers", _BITS: f"{_BITS}, fewer are better"}.get(items.score, items.score)
     figure = {
         "type": "heatmap",
         "x": [f"{i + 1}. {name}" for i, name in enumerate(names)],
@@ -124,4 +126,4 @@ def _numbers(items: StoredItems, group: NDArray[np.int64]) -> str:
 
 
 def _number(items: StoredItems, value: float, *, plain: bool = False) -> str:
-    return f"{value:.2g}" if items.score == "correct" or plain else f"{-value:.3g}"
+    return f"{-value:.3g}" if items.score == _BITS and not plain else f"{value:.2g}"

@@ -10,7 +10,7 @@ from ..blocks import Block, Cell, Code, List, Number, Paragraph, Section, Table
 from .figures import front_figures, history_figures, importance_figure, parallel_figure, value_names
 from .heat import heat_section
 
-__all__ = ["study_sections", "study_summary"]
+__all__ = ["compared", "study_sections", "study_summary"]
 
 _MOST_ROWS = 100
 _SOURCE = "result.json"
@@ -73,10 +73,11 @@ def _sentences(study: StoredStudy) -> list[str]:
         lines.append(f"Measured on {plural(study.held_out, 'item')} that no trial saw; ± is one standard error.")
     else:
         lines.append("Measured by the command that scored the trials, too: nothing was held out.")
-    return [*lines, *_compared(study)] if len(study.objectives) == 1 else lines
+    return [*lines, *compared(study)] if len(study.objectives) == 1 else lines
 
 
-def _compared(study: StoredStudy) -> list[str]:
+def compared(study: StoredStudy) -> list[str]:
+    """Return what the proof says of the winner beside the best single model and the average, in sentences."""
     sign = 1.0 if study.objectives[0][1] == "maximize" else -1.0
     inputs = [end for end in study.ends if end.role == "input" and end.values]
     single = max(inputs, key=lambda end: sign * end.values[0][0] if end.values else 0.0, default=None)

@@ -1,7 +1,7 @@
 """The minutes of a call: how many items fit into them, and what may still begin.
 
 Scoring takes most of the time. How long one item takes is measured on the base; with it follows what the models, the proof
-and each recipe will take.
+and each recipe will take. A call that continues another one takes over what that measured, from the table of items.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ def keep_waves(bench: Bench, models: Sequence[Model], minutes: float) -> tuple[i
     Raises:
         Failed: The base cannot be scored.
     """
-    begin = time.monotonic()
     bench.score(models[0], [0])
     table = bench.table
-    seconds = (time.monotonic() - begin) / max(table.count([0]), 1)
+    seconds = table.pace([models[0].key])
     for kept in range(len(table.waves), 0, -1):
         # every model, the average and the winner, on the items of trials and on as many that are held out
         needed = seconds * 2 * table.count(table.waves[:kept]) * (len(models) + 2)
@@ -61,7 +60,7 @@ class Budget:
     Args:
         bench: Scores the models; those to merge were scored.
         until: When everything is to be over, on `time.monotonic()`.
-        item: Seconds to score a model on one item.
+        item: Seconds to score a model on one item, `Table.pace` of the models that are merged.
         finals: Number of models in the proof.
         options: Keyword arguments of `plan`.
     """

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..ends import Difference, End, best_single, difference, to_json
 from ..judge import Verdict
-from ..objectives import Objective
+from ..objectives import Figures, Objective
 from ..trials import Trial
+
+_MUCH = 0.5
+"""Share of the gain of its worst task that a merge must keep, or a sidecar is mentioned."""
+
+KIND = "auto result"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class Tried:
         recipe: The recipe, as YAML.
         verdict: What it was worth; None if it failed.
         failed: Why it has no figure.
-        seconds: How long it took.
+        seconds: How long it took, in an earlier call if it was tried there.
+        figures: What it keeps and forgets on the items that it was scored on, by the names of objectives.
     """
 
     name: str
@@ -30,6 +37,7 @@ class Tried:
     verdict: Verdict | None
     failed: str | None
     seconds: float
+    figures: Figures = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -48,7 +56,9 @@ class Choice:
         tried: The recipes of the portfolio.
         around: Trials around the best of them.
         ends: The winner, the models and the average, on items that nothing was chosen on.
+        kept: What each of them keeps and forgets there, by its name and the names of objectives.
         held_out: Number of these items.
+        winner: Name of the recipe that was the best on the items of trials.
         recommended: Name of what to use: "winner", a model, or "average".
         merged: Folder of the merge; None where it is not recommended.
         notes: What the user should know.
@@ -60,7 +70,9 @@ class Choice:
     tried: tuple[Tried, ...]
     around: tuple[Trial, ...]
     ends: tuple[End, ...]
+    kept: Mapping[str, Figures]
     held_out: int
+    winner: str
     recommended: str
     merged: Path | None
     notes: tuple[str, ...]
@@ -70,17 +82,40 @@ class Choice:
         """The best single model and the average, each with how much better the winner is."""
         return _against(self.ends, self.objective)
 
+    @property
+    def advice(self) -> str | None:
+        """What else would help where a merge of all models loses much; None where it does not."""
+        worst = self.kept.get("winner", {}).get("recovered/worst")
+        if self.recommended == "winner" and (worst is None or worst.value >= _MUCH):
+            return None
+        lost = (
+            "no merge that was tried is better"
+            if worst is None
+            else f"of its worst task the merge keeps {worst.value:.0%}"
+        )
+        return (
+            f"{lost[0].upper()}{lost[1:]}. If it is known which task a text is of when the model is used, a merge with a sidecar "
+            "gives each model back: merge_method: skillpack, and merganser restore"
+        )
+
+    @property
+    def chosen_from(self) -> int:
+        """Number of recipes that were scored, of which the winner is the best."""
+        around = sum(trial.same_as is None and trial.failed is None for trial in self.around)
+        return around + sum(tried.verdict is not None for tried in self.tried)
+
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain data: format 1 of docs/search.md."""
+        """Return it as plain data: format 1 of docs/auto.md."""
         return {
-            "kind": "auto result",
-            "format": 1,
+            "kind": KIND,
+            "format": FORMAT,
             "objective": self.objective.text,
             "domains": dict(self.domains),
             "tried": [
                 {
                     "name": tried.name,
                     "value": None if tried.verdict is None else tried.verdict.values[0],
+                    "figures": _figures(tried.figures),
                     "items": 0 if tried.verdict is None else tried.verdict.items,
                     "stopped": tried.verdict is not None and tried.verdict.stopped,
                     "failed": tried.failed,
@@ -88,16 +123,27 @@ class Choice:
                 }
                 for tried in self.tried
             ],
-            "around": [
-                {"name": t.name, "value": t.values and t.values[0], "items": t.items, "stopped": t.stopped}
-                for t in self.around
-            ],
+            "around": [trial.to_json() for trial in self.around],
+            "winner": self.winner,
+            "chosen_from": self.chosen_from,
             "held_out": self.held_out,
+            "kept": {name: _figures(figures) for name, figures in self.kept.items()},
+            "advice": self.advice,
             "ends": to_json(self.ends, [self.objective]),
             "recommended": self.recommended,
             "merged": None if self.merged is None else str(self.merged),
             "notes": list(self.notes),
         }
+
+
+def _figures(figures: Figures) -> dict[str, dict[str, Any]]:
+    """Return what is kept and forgotten, on the whole, at worst and of each task, as plain data."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, figure in figures.items():
+        group, _, rest = name.partition("/")
+        if group in ("recovered", "forgotten"):
+            found.setdefault(group, {})[rest] = {"value": figure.value, "stderr": figure.stderr}
+    return found
 
 
 def _against(ends: Sequence[End], objective: Objective) -> list[tuple[End, Difference]]:

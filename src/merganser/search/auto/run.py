@@ -11,9 +11,10 @@ from typing import Any
 
 from ...engine.kernels.devices import resolve_devices
 from ...engine.merge import merge, plan
-from ...errors import MergeError, OutputError, TaskError
+from ...errors import TaskError
 from ...evaluation.run import BATCH_TOKENS, Wanted
-from ...evaluation.scoring.tasks import Task, load_tasks
+from ...evaluation.scoring.harness_arguments import parse_arguments
+from ...evaluation.scoring.tasks import load_tasks
 from ...files import write_whole
 from ...inference.stored import xxh3_of_file
 from ...version import __version__
@@ -21,22 +22,24 @@ from ...wording import default_names
 from ..bench import Bench, Failed, Model, open_bench
 from ..ends import measure_ends
 from ..folder import Folder, key_of, open_folder
-from ..items import HELD, refuse_harness
-from ..judge import ItemJudge
-from ..objectives import Objective, parse_objectives
+from ..items import HELD
+from ..objectives import Objective
 from ..space import Space
 from ..study import Study
 from ..trials import Progress, Silent, Trial, Trials
-from .budget import Budget, keep_waves
+from .begin import check_merged, open_judge, refuse_same, settle_waves
+from .budget import Budget
 from .choice import Choice, Tried, recommend
 from .portfolio import Candidate, around, candidates
 from .texts import halve, read_texts
 
 MINUTES = 60.0
 
-_SURE = 3.0
-"""Standard errors by which a model must beat the base on a task: more than for an expert that is named, since the best of
-several models is taken, and a share of a gain that is noise has no meaning."""
+_NARROW = 12
+"""Numbers up to which a Gaussian process searches around the best."""
+
+_JUDGED = "judged "
+"""What the note of a recipe that was judged begins with, before its key: how long that took."""
 
 
 def auto(
@@ -53,6 +56,7 @@ def auto(
     dtype: str | None = None,
     device: str = "cpu",
     batch_tokens: int = BATCH_TOKENS,
+    lm_eval: Mapping[str, Any] | Sequence[str] = (),
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Choice:
@@ -66,18 +70,19 @@ def auto(
         base: The common ancestor.
         experts: Two or more models trained from it.
         out: Folder of the result; the same call continues one that was stopped.
-        tasks: Texts, and questions or documents, as for `evaluate`. Without them the second half of each file of `data` is
-            a task.
+        tasks: Texts, questions or documents, and tasks of lm-eval, as for `evaluate`. Without them the second half of each
+            file of `data` is a task.
         data: Text of the field of each expert, `NAME=FILE` or by name of the expert, which methods with data are calibrated
             on; without it none is tried.
         minutes: Time for everything. Where it is short, fewer items are scored, and recipes are left out; the first recipe,
-            the proof and the merge take place in any case.
+            the proof and the merge take place in any case. A call that continues another one has the time anew.
         seed: Seed of the division of the items, and of the search.
         limit: Number of items of each task, both halves together.
         context: As for `evaluate`.
         dtype: As for `evaluate`.
         device: As for `evaluate`.
         batch_tokens: As for `evaluate`.
+        lm_eval: As for `evaluate`.
         cache_dir: Folder for models from the Hub.
         progress: Receives the progress.
 
@@ -99,24 +104,25 @@ def auto(
         )
     begin = time.monotonic()
     loaded = load_tasks(tasks) if tasks else []
-    refuse_harness(loaded)
     options = {"cache_dir": cache_dir} if cache_dir else {}
     plan(candidates(base, experts)[0].recipe, keep_stages=False, **options)
     with open_folder(Path(out)) as folder:
-        _check_merged(folder)
+        check_merged(folder)
         if texts and not tasks:
             texts, halves = halve(texts, folder.path / "texts")
             loaded = load_tasks(halves)
-        _refuse_same(texts, loaded)
-        wanted = Wanted(limit, context, None, dtype, batch_tokens, resolve_devices(device)[0])
+        refuse_same(texts, loaded)
+        wanted = Wanted(limit, context, None, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval))
         bench, found = open_bench(names, loaded, wanted, folder.journal, seed, cache_dir)
         models = [*found.values()]
         given: dict[str, Any] = {"command": "auto", "seed": seed, "version of merganser": __version__}
         given |= {"input": {name: model.key for name, model in found.items()}}
-        given |= {"task": {task.name: task.hash for task in loaded}, "limit": limit, "context": context}
+        given |= {"task": {name: split.hash for name, split in bench.table.splits.items()}}
+        given |= {"limit": limit, "context": context}
+        given |= {"lm-eval": wanted.harness.to_json()} if wanted.harness else {}
         given |= {"dtype": dtype, "device": str(wanted.device), "batch of tokens": batch_tokens}
         given |= {"data": {name: xxh3_of_file(path) for name, path in texts.items()}}
-        waves = _waves(folder, given, bench, models, minutes, progress)
+        waves = settle_waves(folder, given, bench, models, minutes, progress)
         bench.table.shorten(waves)
         search = _Search(base, experts, bench, folder, seed, progress, models, begin + 60 * minutes, options)
         search.try_all(candidates(base, experts, texts=[*texts.values()], kept=folder.path.absolute() / "statistics"))
@@ -142,13 +148,14 @@ class _Search:
         self.base, self.experts, self.seed = base, experts, seed
         self.bench, self.folder, self.progress, self.models = bench, folder, progress, models
         self.options = options
-        begin = time.monotonic()
-        self.judge, self.domains = _judge(bench, models)
-        for note in self.judge.notes:
+        self.judge, self.domains = open_judge(bench, models)
+        self.notes = [*self.judge.notes]
+        for note in self.notes:
             progress.note(note)
-        scored = len(models) * bench.table.count(bench.table.waves)
+        pace = bench.table.pace([model.key for model in models])
         # every model, the winner and the average are in the proof
-        self.budget = Budget(bench, until, (time.monotonic() - begin) / scored, len(models) + 2, options)
+        self.budget = Budget(bench, until, pace, len(models) + 2, options)
+        self._listed: tuple[Candidate, ...] = ()
         self.tried: list[Tried] = []
         self.around: list[Trial] = []
         self.best: tuple[float, str, str] | None = None
@@ -161,19 +168,24 @@ class _Search:
 
     def try_all(self, listed: Sequence[Candidate]) -> None:
         """Try the portfolio: the first candidate in any case, and those that fit into the time."""
+        self._listed = tuple(listed)
         left: list[str] = []
         for candidate in listed:
-            if self.tried and not self.budget.fits(candidate.recipe):
+            known = self._seconds_of(candidate) is not None
+            if self.tried and not known and not self.budget.fits(candidate.recipe):
                 left.append(candidate.name)
             else:
                 self._try(candidate, len(listed))
         if left:
-            self.progress.note(f"not tried, for lack of time: {', '.join(left)}; more --minutes try them")
+            self.notes.append(f"not tried, for lack of time: {', '.join(left)}; more --minutes try them")
+            self.progress.note(self.notes[-1])
         if self.best is None:
             raise TaskError(f"auto: no recipe of the portfolio could be scored; the last: {self.tried[-1].failed}")
 
     def _try(self, candidate: Candidate, count: int) -> None:
-        begin = time.monotonic()
+        key = key_of(candidate.recipe)
+        # what a call that was stopped spent on it counts
+        begin = time.monotonic() - self.bench.table.seconds([key])
         self.progress.begin(len(self.tried), count)
         best = None if self.best is None else self._model(*self.best[1:])
         verdict, failed = None, None
@@ -181,8 +193,17 @@ class _Search:
             verdict = self.judge.judge(self._model(candidate.name, candidate.recipe), best)
         except Failed as error:
             failed = str(error)
-        seconds = round(time.monotonic() - begin, 3)
-        tried = Tried(candidate.name, candidate.recipe, verdict, failed, seconds)
+        seconds = self._seconds_of(candidate)
+        if seconds is None:
+            seconds = round(time.monotonic() - begin, 3)
+            if verdict is not None:
+                self.folder.journal.note(_JUDGED + key, seconds)
+        figures = (
+            {}
+            if verdict is None
+            else self.judge.figures(self._model(candidate.name, candidate.recipe), self._seen(key))
+        )
+        tried = Tried(candidate.name, candidate.recipe, verdict, failed, seconds, figures)
         self.tried.append(tried)
         if verdict is not None and tried.whole and (self.best is None or verdict.values[0] > self.best[0]):
             self.best = (verdict.values[0], candidate.name, candidate.recipe)
@@ -191,6 +212,14 @@ class _Search:
         shown = _shown(tried, number)
         self.progress.over(shown, shown if number == best_number else None)
 
+    def _seconds_of(self, candidate: Candidate) -> float | None:
+        """Return how long a candidate took in an earlier call; None if it was not judged in one."""
+        return self.folder.journal.notes.get(_JUDGED + key_of(candidate.recipe))
+
+    def _seen(self, key: str) -> list[int]:
+        """Return the waves that a model was scored on."""
+        return [wave for wave in self.bench.table.waves if not self.bench.table.missing(key, wave)]
+
     def _number_of_best(self) -> int:
         return next(i for i, t in enumerate(self.tried) if self.best is None or t.recipe == self.best[2])
 
@@ -198,20 +227,40 @@ class _Search:
         """Search factors by depth around the best of the portfolio."""
         assert self.best_candidate is not None
         assert self.best is not None
-        space = Space(around(self.best_candidate))
         deadline = self.budget.last_trial(self.best_seconds)
-        sampler = "gp" if len(space.dimensions) <= 12 else "cma"
-        path = self.folder.path / f"trials-{self.best_candidate.name}.log"
-        if not path.exists() and time.monotonic() > deadline:
+        if not self._journal_of(self.best_candidate).exists() and time.monotonic() > deadline:
+            self._recall()
             return
         self.progress.note(f"searching factors by depth around {self.best_candidate.name}")
-        study = Study(path, space.dimensions, [self.objective.direction], sampler, self.seed, space.start())
-        trials = Trials(study, space, self.judge, self.folder)
+        trials = self._around(self.best_candidate)
         trials.run(None, deadline, self.progress)
         self.around = trials.over
         found = trials.best
         if found is not None and found.values and found.values[0] > self.best[0]:
             self.best = (found.values[0], found.name, found.recipe)
+        self._recall()
+
+    def _recall(self) -> None:
+        """Take the best of what earlier calls found around other recipes, if it is better."""
+        for candidate in self._listed:
+            path = self._journal_of(candidate)
+            if candidate is self.best_candidate or not path.exists():
+                continue
+            found = self._around(candidate).best
+            if self.best is not None and found is not None and found.values and found.values[0] > self.best[0]:
+                self.best = (found.values[0], f"{candidate.name}-{found.name}", found.recipe)
+
+    def _journal_of(self, candidate: Candidate) -> Path:
+        return self.folder.path / f"trials-{candidate.name}.log"
+
+    def _around(self, candidate: Candidate) -> Trials:
+        """Return the search around a candidate, with the trials that were made already."""
+        space = Space(around(candidate))
+        sampler = "gp" if len(space.dimensions) <= _NARROW else "cma"
+        study = Study(
+            self._journal_of(candidate), space.dimensions, [self.objective.direction], sampler, self.seed, space.start()
+        )
+        return Trials(study, space, self.judge, self.folder)
 
     def prove(self) -> Choice:
         """Measure on the other half, and merge what is worth it."""
@@ -222,6 +271,8 @@ class _Search:
         if average.recipe != self.best[2]:
             contenders.append((self._model("average", average.recipe), "average"))
         ends = measure_ends(contenders, self.judge, self.progress)
+        measured = {end.name for end in ends if end.values}
+        kept = {model.name: self.judge.figures(model, [HELD]) for model, _ in contenders if model.name in measured}
         recommended = recommend(ends, self.objective)
         about = f"# found by merganser auto: {self.best[1]}\n"
         write_whole(self.folder.winner, about + self.best[2])
@@ -236,99 +287,18 @@ class _Search:
             tuple(self.tried),
             tuple(self.around),
             tuple(ends),
+            kept,
             self.bench.table.count([HELD]),
+            self.best[1],
             recommended,
             merged,
-            tuple(self.judge.notes),
+            tuple(self.notes),
         )
         write_whole(self.folder.result, json.dumps(choice.to_json(), indent=1, ensure_ascii=False) + "\n")
         return choice
 
     def _model(self, name: str, recipe: str) -> Model:
         return Model(key_of(recipe), name, self.folder.write_recipe(name, recipe))
-
-
-def _judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[str, str]]:
-    """Return a judge of what is recovered of the best model of each task, and the names of these models.
-
-    Raises:
-        TaskError: A model cannot be scored, or none beats the base on any task.
-    """
-    base, *experts = models
-    waves = bench.table.waves
-    best: dict[str, Model] = {}
-    try:
-        figures = {model.name: bench.score(model, waves) for model in models}
-    except Failed as error:
-        raise TaskError(str(error)) from error
-    for task, split in bench.table.splits.items():
-        sign = 1.0 if split.higher[split.main] else -1.0
-        best[task] = max(experts, key=lambda m: sign * figures[m.name][f"{task}/{split.main}"].value)
-    judge = ItemJudge(bench, base, best, stopping=True)
-    try:
-        judge.measure_references(_SURE)
-    except TaskError:
-        raise TaskError(
-            "auto: on none of these tasks one of the models beats the base by three standard errors, so there is nothing "
-            f"to keep; give more items, or tasks that the models were trained for. {'; '.join(judge.notes)}"
-        ) from None
-    judge.objectives = parse_objectives((), judge.known, judge.default)
-    counted = {name.partition("/")[2] for name in judge.known if name.startswith("recovered/")}
-    return judge, {task: model.name for task, model in best.items() if task in counted}
-
-
-def _waves(
-    folder: Folder,
-    given: dict[str, Any],
-    bench: Bench,
-    models: Sequence[Model],
-    minutes: float,
-    progress: Progress,
-) -> int:
-    """Return how many waves of items are scored, as at the first call of the folder, which is begun with it."""
-    known = folder.settings() or {}
-    waves, note = known.get("waves of items"), None
-    folder.check({**given, "waves of items": waves} if known else given)
-    if waves is None:
-        try:
-            waves, note = keep_waves(bench, models, minutes)
-        except Failed as error:
-            raise TaskError(str(error)) from error
-    folder.begin({**given, "waves of items": waves})
-    of = len(bench.table.waves)
-    if waves < of:
-        progress.note(
-            f"{'a quarter' if waves == 1 else 'half'} of the items is scored, since all would take more than half of the "
-            "minutes; with more minutes, and another folder, all are"
-        )
-    if note:
-        progress.note(note)
-    return int(waves)
-
-
-def _refuse_same(texts: Mapping[str, Path], tasks: Sequence[Task]) -> None:
-    """Refuse a text that is both calibrated on and scored.
-
-    Raises:
-        TaskError: There is one.
-    """
-    sources = {Path(task.source).expanduser().absolute(): task.name for task in tasks}
-    for name, path in texts.items():
-        if path in sources:
-            raise TaskError(
-                f"data: {path} is the text of {name} and the task {sources[path]}; a merge that was calibrated on what it "
-                "is scored on proves nothing: give other texts, or leave the tasks out, so that it is divided"
-            )
-
-
-def _check_merged(folder: Folder) -> None:
-    """Refuse a folder `merged` that is not ours, before anything is tried."""
-    from ...engine.output.staging import check_target
-
-    try:
-        check_target(folder.path / "merged", overwrite=True)
-    except MergeError as error:
-        raise OutputError(str(error)) from error
 
 
 def _shown(tried: Tried, number: int) -> Trial:

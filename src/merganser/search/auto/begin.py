@@ -1,0 +1,105 @@
+"""What `auto` settles before anything is tried: what it improves, and how many items it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import MergeError, OutputError, TaskError
+from ...evaluation.scoring.tasks import Task
+from ..bench import Bench, Failed, Model
+from ..folder import Folder
+from ..judge import ItemJudge
+from ..objectives import parse_objectives
+from ..trials import Progress
+from .budget import keep_waves
+
+__all__ = ["check_merged", "open_judge", "refuse_same", "settle_waves"]
+
+_SURE = 3.0
+"""Standard errors by which a model must beat the base on a task: more than for an expert that is named, since the best of
+several models is taken, and a share of a gain that is noise has no meaning."""
+
+
+def open_judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[str, str]]:
+    """Return a judge of what is recovered of the best model of each task, and the names of these models.
+
+    Raises:
+        TaskError: A model cannot be scored, or none beats the base on any task.
+    """
+    base, *experts = models
+    waves = bench.table.waves
+    best: dict[str, Model] = {}
+    try:
+        figures = {model.name: bench.score(model, waves) for model in models}
+    except Failed as error:
+        raise TaskError(str(error)) from error
+    for task, split in bench.table.splits.items():
+        sign = 1.0 if split.higher[split.main] else -1.0
+        best[task] = max(experts, key=lambda m: sign * figures[m.name][f"{task}/{split.main}"].value)
+    judge = ItemJudge(bench, base, best, stopping=True)
+    try:
+        judge.measure_references(_SURE)
+    except TaskError:
+        raise TaskError(
+            "auto: on none of these tasks one of the models beats the base by three standard errors, so there is nothing "
+            f"to keep; give more items, or tasks that the models were trained for. {'; '.join(judge.notes)}"
+        ) from None
+    judge.objectives = parse_objectives((), judge.known, judge.default)
+    counted = {name.partition("/")[2] for name in judge.known if name.startswith("recovered/")}
+    return judge, {task: model.name for task, model in best.items() if task in counted}
+
+
+def settle_waves(
+    folder: Folder,
+    given: dict[str, Any],
+    bench: Bench,
+    models: Sequence[Model],
+    minutes: float,
+    progress: Progress,
+) -> int:
+    """Return how many waves of items are scored, as at the first call of the folder, which is begun with it."""
+    known = folder.settings() or {}
+    waves, note = known.get("waves of items"), None
+    folder.check({**given, "waves of items": waves} if known else given)
+    if waves is None:
+        try:
+            waves, note = keep_waves(bench, models, minutes)
+        except Failed as error:
+            raise TaskError(str(error)) from error
+    folder.begin({**given, "waves of items": waves})
+    of = len(bench.table.waves)
+    if waves < of:
+        progress.note(
+            f"{'a quarter' if waves == 1 else 'half'} of the items is scored, since all would take more than half of the "
+            "minutes; with more minutes, and another folder, all are"
+        )
+    if note:
+        progress.note(note)
+    return int(waves)
+
+
+def refuse_same(texts: Mapping[str, Path], tasks: Sequence[Task]) -> None:
+    """Refuse a text that is both calibrated on and scored.
+
+    Raises:
+        TaskError: There is one.
+    """
+    sources = {Path(task.source).expanduser().absolute(): task.name for task in tasks}
+    for name, path in texts.items():
+        if path in sources:
+            raise TaskError(
+                f"data: {path} is the text of {name} and the task {sources[path]}; a merge that was calibrated on what it "
+                "is scored on proves nothing: give other texts, or leave the tasks out, so that it is divided"
+            )
+
+
+def check_merged(folder: Folder) -> None:
+    """Refuse a folder `merged` that is not ours, before anything is tried."""
+    from ...engine.output.staging import check_target
+
+    try:
+        check_target(folder.path / "merged", overwrite=True)
+    except MergeError as error:
+        raise OutputError(str(error)) from error

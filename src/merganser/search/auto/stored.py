@@ -1,0 +1,170 @@
+"""Read back what `auto` found: its `result.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ...errors import CheckpointError, UnsupportedError
+from ...jsonfile import Entry
+from ..stored import StoredEnd, StoredStudy, StoredTrial, open_result, read_end, read_trial
+from .choice import FORMAT, KIND
+
+__all__ = ["StoredChoice", "StoredTried", "read_choice"]
+
+Figure = tuple[float, float | None]
+"""A value and its standard error."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTried:
+    """A recipe of the portfolio; for the fields see `Tried`.
+
+    Args:
+        name: Name of its recipe file.
+        value: The objective, as it was compared; None if it failed.
+        figures: What it keeps and forgets on the items that it was scored on.
+        items: Number of these items.
+        stopped: Whether it was ended early.
+        failed: Why it has no figures.
+        seconds: How long it took.
+    """
+
+    name: str
+    value: float | None
+    figures: Mapping[str, Figure]
+    items: int
+    stopped: bool
+    failed: str | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChoice:
+    """What `auto` found; for the fields see `Choice`.
+
+    Args:
+        folder: The folder.
+        objective: What was improved.
+        domains: The best model of each task whose gain over the base counts.
+        tried: The recipes of the portfolio.
+        around: Trials around the best of them.
+        ends: The winner, the models and the average, on items that nothing was chosen on.
+        kept: What each of them keeps and forgets there, by its name.
+        held_out: Number of these items.
+        winner: Name of the best recipe.
+        chosen_from: Number of recipes that were scored.
+        recommended: Name of what to use.
+        merged: Folder of the merge; None where it is not recommended.
+        advice: What else would help; None if nothing.
+        notes: What the user should know.
+    """
+
+    folder: Path
+    objective: str
+    domains: Mapping[str, str]
+    tried: tuple[StoredTried, ...]
+    around: tuple[StoredTrial, ...]
+    ends: tuple[StoredEnd, ...]
+    kept: Mapping[str, Mapping[str, Figure]]
+    held_out: int
+    winner: str
+    chosen_from: int
+    recommended: str
+    merged: str | None
+    advice: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def study(self) -> StoredStudy:
+        """The portfolio and the trials around its best as one search, in the order in which they were made."""
+        listed = [
+            StoredTrial(
+                i,
+                tried.name,
+                {},
+                None if tried.value is None else (tried.value,),
+                (tried.figures.get(self.objective, (0.0, None))[1],),
+                True,
+                tried.items,
+                tried.stopped,
+                None,
+                tried.failed,
+                tried.seconds,
+            )
+            for i, tried in enumerate(self.tried)
+        ]
+        first = len(listed)
+        listed += [
+            replace(t, number=first + t.number, same_as=None if t.same_as is None else first + t.same_as)
+            for t in self.around
+        ]
+        front = tuple(trial.number for trial in listed if trial.name == self.winner)
+        objectives = ((self.objective, "maximize"),)
+        return StoredStudy(
+            self.folder, objectives, "auto", tuple(listed), front, self.held_out, self.ends, {}, self.notes
+        )
+
+
+def read_choice(folder: Path) -> StoredChoice:
+    """Read what `auto` found.
+
+    Args:
+        folder: Its folder.
+
+    Raises:
+        NotFoundError: It found nothing yet.
+        CheckpointError: The file is damaged.
+        UnsupportedError: It is of a later version, or of a search.
+    """
+    root = open_result(folder)
+    if root["kind"].text() != KIND:
+        raise UnsupportedError(f"{root.where}: is the {root['kind'].text()}, and none of merganser auto")
+    if root["format"].whole() > FORMAT:
+        raise UnsupportedError(f"{root.where}: is of a later version of merganser (format {root['format'].whole()})")
+    merged, advice = root.get("merged"), root.get("advice")
+    around = tuple(root["around"].each(read_trial))
+    for trial in around:
+        if trial.values is not None and len(trial.values) != 1:
+            raise CheckpointError(
+                f"{root.where}: trial {trial.number} has {len(trial.values)} values for one objective"
+            )
+    return StoredChoice(
+        folder,
+        root["objective"].text(),
+        {task: name.text() for task, name in root["domains"].items()},
+        tuple(root["tried"].each(_tried)),
+        around,
+        tuple(root["ends"].each(read_end)),
+        {name: _figures(entry) for name, entry in root["kept"].items()},
+        root["held_out"].whole(),
+        root["winner"].text(),
+        root["chosen_from"].whole(),
+        root["recommended"].text(),
+        None if merged is None else merged.text(),
+        None if advice is None else advice.text(),
+        tuple(root["notes"].each(Entry.text)),
+    )
+
+
+def _tried(entry: Entry) -> StoredTried:
+    value, failed = entry.get("value"), entry.get("failed")
+    return StoredTried(
+        entry["name"].text(),
+        None if value is None else value.number(),
+        _figures(entry["figures"]),
+        entry["items"].whole(),
+        entry["stopped"].flag(),
+        None if failed is None else failed.text(),
+        entry["seconds"].number(),
+    )
+
+
+def _figures(entry: Entry) -> dict[str, Figure]:
+    found = {}
+    for group, own in entry.items():
+        for name, figure in own.items():
+            stderr = figure.get("stderr")
+            found[f"{group}/{name}"] = (figure["value"].number(), None if stderr is None else stderr.number())
+    return found
