@@ -53,7 +53,16 @@ def _methods(result: Entry) -> str:
                 *([_range(entry["cold"]["ratio"])] if "cold" in entry else []),
             ]
         )
-    head = ["method", "floor, s", "merge, s", "x floor", "bar", "peak, MB", "first run, whole, s", "later runs, whole, s"]
+    head = [
+        "method",
+        "floor, s",
+        "merge, s",
+        "x floor",
+        "bar",
+        "peak, MB",
+        "first run, whole, s",
+        "later runs, whole, s",
+    ]
     if with_peer:
         head += ["mergekit, whole, s", "merganser is faster by", "mergekit's peak, MB"]
     if any("cold" in entry for entry in entries):
