@@ -5,7 +5,8 @@
     │   └── ParameterError                    a method's parameter: name, type, range, count
     ├── CheckpointError        (ValueError)   a checkpoint: header, index, config, shapes, dtypes
     │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that is not there
-    │   └── NonFiniteError                    NaN or infinity in an input or result
+    │   ├── NonFiniteError                    NaN or infinity in an input or result
+    │   └── UnreachableError                  the Hub stopped answering; the same command continues
     ├── TaskError              (ValueError)   an evaluation's task: file, line, name
     ├── DataError              (ValueError)   calibration data and statistics of it: file, line, key
     ├── OutputError            (OSError)      the target: exists, locked, no room, not writable
@@ -34,6 +35,7 @@ __all__ = [
     "ParameterError",
     "RecipeError",
     "TaskError",
+    "UnreachableError",
     "UnsupportedError",
     "did_you_mean",
     "suggest_keywords",
@@ -65,6 +67,10 @@ class NotFoundError(CheckpointError, FileNotFoundError):
 
 class NonFiniteError(CheckpointError):
     """A tensor holds NaN or infinity."""
+
+
+class UnreachableError(CheckpointError):
+    """The Hub stopped answering while a model was read from it; what was merged by then is kept."""
 
 
 class TaskError(MergeError, ValueError):

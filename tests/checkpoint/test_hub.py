@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -18,101 +14,18 @@ from merganser.checkpoint import Checkpoint, open_checkpoint
 from merganser.checkpoint.hub import is_hub_id
 from merganser.errors import CheckpointError, MergeError, NotFoundError, UnsupportedError
 from tests.checkpoint.making import Tensors, check_equal, write_shards
+from tests.hub import SHA, TOKEN, Hub, serving
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_thisIsASecretThatMustNotBeShown"
 A: Tensors = {"a": torch.arange(4.0)}
 B: Tensors = {"b": torch.ones(2, 3)}
 SHARDS = {"model-00001-of-00002.safetensors": A, "model-00002-of-00002.safetensors": B}
 INDEX = "model.safetensors.index.json"
 
 
-class Hub:
-    """What the Hub answers for the models under a folder, and which files were fetched from it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.fetched: list[str] = []
-        self.revisions: set[str] = set()
-        self.refusal: tuple[int, str] | None = None
-
-    def answer(self, path: str, revisions: tuple[str, ...] = ("main", "v1", SHA)) -> tuple[int, dict[str, str], bytes]:
-        parts = [unquote(part) for part in urlsplit(path).path.strip("/").split("/")]
-        api = parts[:2] == ["api", "models"]
-        parts = parts[2:] if api else parts
-        model, verb, revision = "/".join(parts[:2]), *(parts[2:4] or ["revision", "main"])
-        if self.refusal is not None:
-            return self.refusal[0], {"X-Error-Code": self.refusal[1], "X-Error-Message": f"token {TOKEN}"}, b"{}"
-        if not (self.folder / model).is_dir():
-            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
-        if revision not in revisions:
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
-        self.revisions.add(revision)
-        files = {path.relative_to(self.folder / model).as_posix(): path for path in (self.folder / model).rglob("*")}
-        files = {name: path for name, path in files.items() if path.is_file()}
-        if verb == "resolve":
-            return self.content("/".join(parts[4:]), files)
-        if verb == "tree":
-            listing = [
-                {"type": "file", "path": name, "size": path.stat().st_size, "oid": self.oid(path)}
-                for name, path in files.items()
-            ]
-            return 200, {}, json.dumps(listing).encode()
-        info = {
-            "id": model,
-            "sha": SHA,
-            "siblings": [{"rfilename": name} for name in files],
-            "tags": [],
-            "private": False,
-        }
-        return 200, {}, json.dumps(info).encode()
-
-    def content(self, name: str, files: dict[str, Path]) -> tuple[int, dict[str, str], bytes]:
-        if name not in files:
-            return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        self.fetched.append(name)
-        return 200, {"X-Repo-Commit": SHA, "ETag": f'"{self.oid(files[name])}"'}, files[name].read_bytes()
-
-    @staticmethod
-    def oid(path: Path) -> str:
-        return hashlib.sha1(path.read_bytes()).hexdigest()
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub on this machine that huggingface_hub talks to in place of the real one."""
-    hub = Hub(tmp_path / "hub")
-    hub.folder.mkdir()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, headers, body = hub.answer(self.path)
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield hub
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(tmp_path / "hub", monkeypatch) as found:
+        yield found
 
 
 def fill(folder: Path, shards: dict[str, Tensors], index: str | None = None, **others: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,66 @@ def test_memory_and_later_stages_see_the_rounded_values(tmp_path: Path, name: st
     again = read_model(out)
     assert all(torch.equal(again[key], values[key].to(again[key].dtype)) for key in values)
     assert "quantization_config" not in read_json(out, "config.json")
+
+
+def mixture(folder: Path, seed: int, *, stacked: bool, hidden: int = 16, **changes: Any) -> Path:
+    """A model of two layers with three experts, in one tensor each or one by one."""
+    config = {**llama_config(), "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3}
+    config |= {"hidden_size": hidden, "moe_intermediate_size": 24, **changes}
+    tensors: Tensors = {}
+    for name, tensor in llama(seed, hidden=hidden).items():
+        home, _, leaf = name.partition(".mlp.")
+        if not leaf:
+            tensors[name] = tensor
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        for number in range(3):
+            tensors[f"{home}.mlp.experts.{number}.{leaf}"] = tensor + torch.rand(tensor.shape, generator=generator)
+    for home in [f"model.layers.{layer}.mlp" for layer in range(2)]:
+        tensors[f"{home}.gate.weight"] = torch.ones(3, hidden)
+        if stacked:
+            each = [
+                {leaf: tensors.pop(f"{home}.experts.{n}.{leaf}_proj.weight") for leaf in ("gate", "up", "down")}
+                for n in range(3)
+            ]
+            both = [torch.cat([own["gate"], own["up"]]) for own in each]
+            tensors[f"{home}.experts.gate_up_proj"] = torch.stack(both)
+            tensors[f"{home}.experts.down_proj"] = torch.stack([own["down"] for own in each])
+    return write_model(folder, tensors, config)
+
+
+@pytest.mark.parametrize("name", FLOAT8_SCHEMES)
+def test_stacked_experts_are_written_one_by_one(tmp_path: Path, name: str) -> None:
+    single = [mixture(tmp_path / f"single{n}", n, stacked=False) for n in range(3)]
+    stacked = [mixture(tmp_path / f"stacked{n}", n, stacked=True) for n in range(3)]
+    expected = merge(recipe_of(single, name), tmp_path / "expected").out
+    planned = plan(recipe_of(stacked, name))
+    assert (
+        f"{stacked[0]}: 4 stacks of experts such as model.layers.0.mlp.experts.gate_up_proj are merged and written one"
+        in "\n".join(planned.warnings)
+    )
+    out = merge(recipe_of(stacked, name), tmp_path / "out").out
+    found, wanted = read_model(out), read_model(expected)
+    assert {n: t.view(torch.uint8).tolist() for n, t in found.items() if t.dim()} == {
+        n: t.view(torch.uint8).tolist() for n, t in wanted.items() if t.dim()
+    }
+    assert read_json(out, "config.json") == read_json(expected, "config.json")
+    assert verify(out).ok
+    # a model of each kind
+    assert read_model(merge(recipe_of([stacked[0], *single[1:]], name), tmp_path / "both").out).keys() == wanted.keys()
+    # quantised stacks, and those with an adapter, are computed while they are read
+    again = merge(make_recipe("passthrough", [out], quantize=name), tmp_path / "again").out
+    assert read_model(again).keys() == wanted.keys()
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "gpt_oss"}, {"hidden_size": 17}])
+def test_other_stacks_keep_their_precision(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = mixture(tmp_path / "a", 0, stacked=True)
+    config = read_json(path, "config.json") | {"architectures": ["X"], **changes}
+    (path / "config.json").write_text(json.dumps(config))
+    planned = plan(make_recipe("passthrough", [path], quantize="fp8_channel"))
+    assert any(
+        "4 stacks of experts such as" in w and "keep their precision: no program is known" in w
+        for w in planned.warnings
+    )
+    assert "model.layers.0.mlp.experts.gate_up_proj" in {tensor.name for tensor in planned.tensors}

@@ -21,6 +21,7 @@ def open_model(
     revision: str | None = None,
     adapter_revision: str | None = None,
     cache_dir: Path | None = None,
+    stream: bool = False,
 ) -> Checkpoint:
     """Open a model from its headers, with an adapter if one is given.
 
@@ -30,13 +31,14 @@ def open_model(
         revision: Revision of the model on the Hub.
         adapter_revision: Revision of the adapter on the Hub.
         cache_dir: Folder for files from the Hub.
+        stream: Read the model's weights from the Hub by ranges; an adapter is fetched.
 
     Raises:
         NotFoundError: One of them does not exist.
         CheckpointError: One of them is damaged, or they do not fit each other.
         UnsupportedError: The adapter is of a kind that cannot be read here.
     """
-    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir)
+    checkpoint = open_checkpoint(model, revision=revision, cache_dir=cache_dir, stream=stream)
     if adapter is None:
         return checkpoint
     opened = open_adapter(adapter, revision=adapter_revision, cache_dir=cache_dir)
@@ -51,14 +53,14 @@ def split_reference(text: str) -> tuple[str, str | None]:
     return (model, adapter) if plus and model and adapter else (text, None)
 
 
-def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:
+def open_reference(text: str, *, cache_dir: Path | None = None, stream: bool = False) -> Checkpoint:
     """Open a model by what a user writes: `path[@revision][+adapter[@revision]]`.
 
     Raises:
         MergeError: As for `open_model`.
     """
     model, adapter = split_reference(text)
-    checkpoint = checkpoints.open_reference(model, cache_dir=cache_dir)
+    checkpoint = checkpoints.open_reference(model, cache_dir=cache_dir, stream=stream)
     if adapter is None:
         return checkpoint
     path, at, revision = adapter.rpartition("@")

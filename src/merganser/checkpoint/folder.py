@@ -1,10 +1,9 @@
-"""A checkpoint on disk, opened from its headers."""
+"""Open a checkpoint from its headers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from .formats.gguf.read import parts_of, read_gguf
 from .formats.original import has_original_names, read_original
 from .formats.pickled import read_pickled
 from .formats.quantised.read import Quantisation, declared_dtype, dequantise
-from .formats.safetensors import read_header
-from .hub import is_hub_id, snapshot
+from .formats.safetensors import read_header, read_remote_header
+from .hub import Partial, is_hub_id, partial_snapshot, snapshot
 from .index import check_index, check_shard_name, read_weight_map
 from .links import inside
-from .reader import Reader
-from .sidefiles import list_side_files
+from .opened import Checkpoint
+from .ranges.fetch import open_remote
+from .ranges.file import RemoteFile
 from .tensor import TensorInfo
 from .weights import GGUF_SUFFIX, PICKLED_SUFFIXES, Weights, choose_weights, may_be_weights, refuse_name
 from .wrappers import unwrap
@@ -39,83 +39,9 @@ _MAX_NAME = 500
 """Largest number of characters in a tensor's name; published models have at most about 150."""
 
 
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """A model on disk: its config, and the names, shapes, dtypes and places of its tensors, but not their values.
-
-    Attributes:
-        reference: the path or Hub id as the user wrote it.
-        path: the local folder.
-        config: the contents of `config.json`; empty if there is none.
-        tensors: by name, in the order of the files and of the bytes within each; quantised weights by the names of the
-            unquantised model, and dequantised when they are read.
-        weight_files: the files that hold the tensors.
-        metadata: the `__metadata__` of the safetensors headers.
-        wrappers: prefixes of training frameworks, such as `_orig_mod.`, that were stripped from the names of tensors.
-        unread: names of files in the folder that may also hold weights and are not read.
-        quantisation: how the weights are quantised; None if they are not.
-        left_out: tensors of the files that are not among `tensors`, and why, by name.
-        loose: whether it is a single file in a folder without config.json; other files there are not the model's.
-        adapter: the files of an adapter that its tensors are read with: config and weights; empty without one.
-        notes: what a user should know of an adapter and this model, or of how its config was made.
-    """
-
-    reference: str
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    weight_files: list[Path]
-    metadata: dict[str, str]
-    wrappers: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
-    loose: bool = False
-    quantisation: Quantisation | None = None
-    adapter: tuple[Path, ...] = ()
-    notes: tuple[str, ...] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, by name."""
-        return {name: tensor.shape for name, tensor in self.tensors.items()}
-
-    @cached_property
-    def side_files(self) -> list[Path]:
-        """The files to copy to an output in addition to weights and config: tokenizer, templates, code, licence.
-
-        A copy keeps its path relative to `path`.
-
-        Raises:
-            CheckpointError: one is a pipe, a device, or a link that is broken or leaves the folder.
-        """
-        return [] if self.loose else list_side_files(self.path)
-
-    def side_file(self, name: str) -> Path | None:
-        """Return the side file of this name, or None if there is none.
-
-        Raises:
-            CheckpointError: the file is a link that is broken or leaves the folder.
-        """
-        file = self.path / name
-        there = not self.loose and (file.is_symlink() or file.exists())
-        return inside(self.path, name, str(self.path)) if there else None
-
-    @property
-    def quantised(self) -> str | None:
-        """Why the weights count as quantised, as in `fp8 (config.json quantization_config.quant_method)`, or None."""
-        return None if self.quantisation is None else self.quantisation.evidence
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors in their files."""
-        return sum(tensor.nbytes_stored for tensor in self.tensors.values())
-
-    def reader(self) -> Reader:
-        """Return a new reader, which can read the tensors of any checkpoint."""
-        return Reader()
-
-
-def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    reference: str, *, revision: str | None = None, cache_dir: Path | None = None, stream: bool = False
+) -> Checkpoint:
     """Open a checkpoint: read its headers, index and config, but no weights.
 
     Args:
@@ -123,21 +49,28 @@ def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: P
             exists, or that cannot be a Hub id, is never looked up on the Hub.
         revision: the branch, tag or commit on the Hub.
         cache_dir: the folder for models from the Hub; by default the one that huggingface_hub uses.
+        stream: read weight files of the Hub by ranges, whenever tensors are read, rather than fetch them; files that are in
+            `cache_dir` are read from there.
 
     Raises:
         NotFoundError: there is no such model, or one of its files is missing.
         CheckpointError: a file is damaged, contradicts another, or is not a checkpoint.
-        UnsupportedError: a GGUF file or a LoRA adapter.
+        UnsupportedError: a LoRA adapter, or weights that cannot be read by ranges.
+        UnreachableError: the Hub stopped answering while headers were read by ranges.
     """
     path = _existing(reference)
-    if path is None and is_hub_id(reference):
+    partial: Partial | None = None
+    if path is None and is_hub_id(reference) and stream:
+        partial = partial_snapshot(reference, revision=revision, cache_dir=cache_dir)
+        path = partial.folder
+    elif path is None and is_hub_id(reference):
         path = snapshot(reference, revision=revision, cache_dir=cache_dir)
     elif path is None:
         raise NotFoundError(f"model {reference!r} not found: no such file or folder")
     elif revision is not None:
         raise CheckpointError(f"{reference}: revision {revision!r} is given, but the model is a folder on this machine")
     try:
-        found = _open_folder(reference, path) if path.is_dir() else _open_file(reference, path)
+        found = _open_folder(reference, path, partial) if path.is_dir() else _open_file(reference, path)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -150,13 +83,16 @@ def open_checkpoint(reference: str, *, revision: str | None = None, cache_dir: P
     return replace(found, tensors=tensors, wrappers=tuple(wrappers), quantisation=quantisation, left_out=left_out)
 
 
-def open_tokenizer(reference: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+def open_tokenizer(
+    reference: str, *, revision: str | None = None, cache_dir: Path | None = None, stream: bool = False
+) -> Checkpoint:
     """Open a checkpoint, or a folder that holds a tokenizer but no weights; then the checkpoint has no tensors.
 
     Args:
         reference: As for `open_checkpoint`.
         revision: The branch, tag or commit on the Hub.
         cache_dir: The folder for models from the Hub.
+        stream: As for `open_checkpoint`.
 
     Raises:
         NotFoundError: There is no such model or folder.
@@ -167,7 +103,7 @@ def open_tokenizer(reference: str, *, revision: str | None = None, cache_dir: Pa
         names = [each.name for each in path.iterdir()]
         if not any(name.endswith((".safetensors", *PICKLED_SUFFIXES, ".index.json", ".gguf")) for name in names):
             return Checkpoint(reference, path, _read_config(path), {}, [], {})
-    return open_checkpoint(reference, revision=revision, cache_dir=cache_dir)
+    return open_checkpoint(reference, revision=revision, cache_dir=cache_dir, stream=stream)
 
 
 def _existing(reference: str) -> Path | None:
@@ -195,23 +131,24 @@ def _open_file(reference: str, file: Path) -> Checkpoint:
     return replace(opened, loose=not (file.parent / "config.json").exists())
 
 
-def _open_folder(reference: str, folder: Path) -> Checkpoint:
-    names = [path.name for path in folder.iterdir()]
+def _open_folder(reference: str, folder: Path, partial: Partial | None = None) -> Checkpoint:
+    missing = () if partial is None else partial.missing
+    names = [*(path.name for path in folder.iterdir()), *missing]
     if METADATA_NAME in names and not any(name.endswith((".safetensors", *PICKLED_SUFFIXES)) for name in names):
         tensors, files, left_out = read_distributed(folder)
         by_name = {tensor.name: tensor for tensor in tensors}
         return Checkpoint(reference, folder, _read_config(folder), by_name, files, {}, left_out=left_out)
-    weights = _named_weights(folder) or choose_weights(str(folder), names)
+    weights = _named_weights(folder, missing) or choose_weights(str(folder), names)
     if weights.rival is not None:
         _check_rival(folder, weights.files[0], weights.rival)
     if weights.files and weights.files[0].endswith(GGUF_SUFFIX):
         return _open_gguf(reference, folder, *weights.files)
     if weights.index is not None:
-        opened = _open_index(reference, folder, folder / weights.index)
+        opened = _open_index(reference, folder, folder / weights.index, partial)
     elif weights.cut:
         return _open_cut(reference, folder, [folder / name for name in weights.files])
     else:
-        opened = _assemble(reference, folder, [folder / name for name in weights.files])
+        opened = _assemble(reference, folder, [folder / name for name in weights.files], partial)
     return replace(_renamed(opened), unread=_unread(names, opened.weight_files))
 
 
@@ -264,7 +201,7 @@ def _open_gguf(reference: str, folder: Path, *names: str) -> Checkpoint:
     return Checkpoint(reference, folder, config, tensors, files, {}, quantisation=quantisation, left_out=found.left_out)
 
 
-def _named_weights(folder: Path) -> Weights | None:
+def _named_weights(folder: Path, missing: Sequence[str]) -> Weights | None:
     """Return the weights that config.json names; transformers loads these, whatever other files exist."""
     name = _read_config(folder).get(WEIGHTS_KEY)
     if name is None:
@@ -273,7 +210,7 @@ def _named_weights(folder: Path) -> Weights | None:
     if not isinstance(name, str):
         raise CheckpointError(f"{config}: {WEIGHTS_KEY} must be the name of a file, found {brief(name)}")
     check_shard_name(config, name.removesuffix(".index.json"))
-    if not (folder / name).exists():
+    if not (folder / name).exists() and name not in missing:
         raise NotFoundError(f"{folder / name}: no such file, but {config} names it in {WEIGHTS_KEY}")
     return Weights(name, ()) if name.endswith(".index.json") else Weights(None, (name,))
 
@@ -297,25 +234,26 @@ def _unread(names: Iterable[str], files: Sequence[Path]) -> tuple[str, ...]:
     )
 
 
-def _open_index(reference: str, folder: Path, index: Path) -> Checkpoint:
+def _open_index(reference: str, folder: Path, index: Path, partial: Partial | None = None) -> Checkpoint:
     weight_map = read_weight_map(index)
     files = []
     for name in sorted(set(weight_map.values())):
         file = inside(folder, name, str(index))
-        if not file.exists():
+        if not file.exists() and (partial is None or name not in partial.missing):
             count = sum(target == name for target in weight_map.values())
             raise NotFoundError(f"{file}: no such file, but {index} says that it holds {count} tensors")
         files.append(file)
-    checkpoint = _assemble(reference, folder, files)
+    checkpoint = _assemble(reference, folder, files, partial)
     check_index(index, weight_map, checkpoint.tensors)
     return checkpoint
 
 
-def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
+def _assemble(reference: str, folder: Path, files: list[Path], partial: Partial | None = None) -> Checkpoint:
+    remote = {} if partial is None else _remote(reference, folder, files, partial)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        for tensor in _read(file, metadata):
+        for tensor in _read(file, metadata, remote.get(file)):
             _check_name(tensor)
             if tensor.name in tensors:
                 raise CheckpointError(
@@ -324,7 +262,13 @@ def _assemble(reference: str, folder: Path, files: list[Path]) -> Checkpoint:
             tensors[tensor.name] = tensor
     if not tensors:
         raise CheckpointError(f"{files[0]}: holds no tensors")
-    return Checkpoint(reference, folder, _read_config(folder), tensors, files, metadata)
+    return Checkpoint(reference, folder, _read_config(folder), tensors, files, metadata, remote=remote)
+
+
+def _remote(reference: str, folder: Path, files: Sequence[Path], partial: Partial) -> dict[Path, RemoteFile]:
+    """Return those of the files that are on the Hub only."""
+    names = {file: file.relative_to(folder).as_posix() for file in files}
+    return {file: open_remote(reference, partial.commit, n) for file, n in names.items() if n in partial.missing}
 
 
 def _check_name(tensor: TensorInfo) -> None:
@@ -364,7 +308,11 @@ def _require_file(file: Path) -> None:
         raise CheckpointError(f"{file}: is {kind}, a file with weights is needed")
 
 
-def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
+def _read(file: Path, metadata: dict[str, str], remote: RemoteFile | None = None) -> Iterable[TensorInfo]:
+    if remote is not None:
+        tensors, found = read_remote_header(file, remote)
+        metadata.update(found)
+        return tensors
     _require_file(file)
     if not file.name.endswith(".safetensors"):
         return read_pickled(file)
@@ -373,7 +321,7 @@ def _read(file: Path, metadata: dict[str, str]) -> Iterable[TensorInfo]:
     return tensors
 
 
-def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:
+def open_reference(text: str, *, cache_dir: Path | None = None, stream: bool = False) -> Checkpoint:
     """Open a checkpoint by what a user writes: a path, or a Hub id that may end in `@revision`.
 
     Raises:
@@ -382,5 +330,5 @@ def open_reference(text: str, *, cache_dir: Path | None = None) -> Checkpoint:
     """
     path, at, revision = text.rpartition("@")
     if at and revision and is_hub_id(path) and not exists(text):
-        return open_checkpoint(path, revision=revision, cache_dir=cache_dir)
-    return open_checkpoint(text, cache_dir=cache_dir)
+        return open_checkpoint(path, revision=revision, cache_dir=cache_dir, stream=stream)
+    return open_checkpoint(text, cache_dir=cache_dir, stream=stream)

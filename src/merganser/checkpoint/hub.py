@@ -6,15 +6,16 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import CheckpointError, NotFoundError
+from ..errors import CheckpointError, NotFoundError, UnsupportedError
 from ..jsonfile import os_reason, read_object
 from .sidefiles import is_module_file, is_side_file, module_folders
-from .weights import PICKLED_SUFFIXES, choose_weights, is_weight_file
+from .weights import PICKLED_SUFFIXES, Weights, choose_weights, is_weight_file
 
-__all__ = ["adapter_snapshot", "is_hub_id", "snapshot"]
+__all__ = ["Partial", "adapter_snapshot", "is_hub_id", "is_network", "partial_snapshot", "refuse", "snapshot"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _TIMEOUT_SECONDS = 10.0
@@ -35,26 +36,85 @@ def snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Pat
         NotFoundError: the Hub has no such model or revision, or it is not in the cache and there is no network.
         CheckpointError: access is refused, or fetching failed.
     """
-    names = None if _offline() else _list_files(model, revision)
-    if names is None:
+    listed = None if _offline() else _list_files(model, revision)
+    if listed is None:
         return _cached(model, revision, cache_dir)
+    names = listed.names
     weights = choose_weights(f"{model} on the Hub", names)
+    folder = _fetch(model, revision, cache_dir, [*_beside(weights, names), *weights.files])
+    # The folder is named after the commit, so all shards come from one commit even if the branch moves meanwhile.
+    if shards := _shards(folder, weights, names):
+        _fetch(model, folder.name, cache_dir, shards)
+    _fetch_modules(model, folder, cache_dir, names)
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A model of the Hub without its weights.
+
+    Args:
+        folder: The folder of a commit, with all files that a merge needs but the weights; some of these may be there from
+            before.
+        commit: The commit.
+        missing: Names of the weight files that are not in the folder.
+    """
+
+    folder: Path
+    commit: str
+    missing: tuple[str, ...]
+
+
+def partial_snapshot(model: str, *, revision: str | None, cache_dir: Path | None) -> Partial:
+    """Fetch the files of a Hub model that a merge needs, but for its weights, which are to be read by ranges.
+
+    Raises:
+        NotFoundError: As for `snapshot`.
+        CheckpointError: As for `snapshot`.
+        UnsupportedError: The weights are no safetensors.
+    """
+    listed = None if _offline() else _list_files(model, revision)
+    if listed is None or listed.commit is None:
+        folder = _cached(model, revision, cache_dir)
+        return Partial(folder, folder.name, ())
+    names, commit = listed.names, listed.commit
+    weights = choose_weights(f"{model} on the Hub", names)
+    folder = _fetch(model, commit, cache_dir, _beside(weights, names))
+    # nothing is fetched of a model that has weights alone
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [*weights.files, *_shards(folder, weights, names)]
+    other = next((name for name in files if not name.endswith(".safetensors")), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"model {model!r}: {other} cannot be read by ranges, only safetensors can; leave --stream out"
+        )
+    _fetch_modules(model, folder, cache_dir, names)
+    return Partial(folder, commit, tuple(name for name in files if not (folder / name).exists()))
+
+
+def _beside(weights: Weights, names: Sequence[str]) -> list[str]:
+    """Return the files beside the weights that a merge needs: config, tokenizer, indexes."""
     configs = [
         "config.json",
         *(["params.json"] if any(file.startswith("consolidated") for file in weights.files) else []),
     ]
-    first = [name for name in names if name in configs or is_side_file(name)]
-    indexes = [name for name in (weights.index, weights.rival) if name]
-    folder = _fetch(model, revision, cache_dir, [*first, *weights.files, *indexes])
-    if weights.index is not None:
-        shards = read_object(folder / weights.index).get("weight_map")
-        wanted = {file for file in shards.values() if isinstance(file, str)} if isinstance(shards, dict) else set()
-        # The folder is named after the commit, so all shards come from one commit even if the branch moves meanwhile.
-        _fetch(model, folder.name, cache_dir, sorted(wanted & set(names)))
+    found = [name for name in names if name in configs or is_side_file(name)]
+    return [*found, *(name for name in (weights.index, weights.rival) if name)]
+
+
+def _shards(folder: Path, weights: Weights, names: Sequence[str]) -> list[str]:
+    """Return the files that the index names; empty if there is none."""
+    if weights.index is None:
+        return []
+    shards = read_object(folder / weights.index).get("weight_map")
+    wanted = {file for file in shards.values() if isinstance(file, str)} if isinstance(shards, dict) else set()
+    return sorted(wanted & set(names))
+
+
+def _fetch_modules(model: str, folder: Path, cache_dir: Path | None, names: Sequence[str]) -> None:
     modules = module_folders(folder)
     if more := [name for name in names if is_module_file(name, modules)]:
         _fetch(model, folder.name, cache_dir, more)
-    return folder
 
 
 def adapter_snapshot(adapter: str, wanted: Sequence[str], *, revision: str | None, cache_dir: Path | None) -> Path:
@@ -70,11 +130,11 @@ def adapter_snapshot(adapter: str, wanted: Sequence[str], *, revision: str | Non
         NotFoundError: As for `snapshot`.
         CheckpointError: As for `snapshot`.
     """
-    names = None if _offline() else _list_files(adapter, revision)
+    listed = None if _offline() else _list_files(adapter, revision)
     config, *weights = wanted
-    if names is None:
+    if listed is None:
         return _cached(adapter, revision, cache_dir, config)
-    return _fetch(adapter, revision, cache_dir, [config, *[name for name in weights if name in names][:1]])
+    return _fetch(adapter, revision, cache_dir, [config, *[name for name in weights if name in listed.names][:1]])
 
 
 def _offline() -> bool:
@@ -83,7 +143,15 @@ def _offline() -> bool:
     return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _list_files(model: str, revision: str | None) -> list[str] | None:
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """The files of a model, and the commit that they are of."""
+
+    names: list[str]
+    commit: str | None
+
+
+def _list_files(model: str, revision: str | None) -> _Listed | None:
     """Return the names of the model's files, or None if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -91,15 +159,15 @@ def _list_files(model: str, revision: str | None) -> list[str] | None:
     try:
         # Not `list_repo_files`: without a network, that retries for half a minute.
         info = HfApi().model_info(model, revision=revision, timeout=_TIMEOUT_SECONDS)
-        return [file.rfilename for file in info.siblings or ()]
+        return _Listed([file.rfilename for file in info.siblings or ()], info.sha)
     except HfHubHTTPError as error:
         if error.response.status_code >= 500:
             return None
-        _refuse(model, revision, error)
+        refuse(model, revision, error)
     except Exception as error:
-        if _is_network(error):
+        if is_network(error):
             return None
-        _refuse(model, revision, error)
+        refuse(model, revision, error)
 
 
 def _cached(model: str, revision: str | None, cache_dir: Path | None, config: str = "config.json") -> Path:
@@ -117,7 +185,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, config: st
             f"model {model!r} not found: no such folder, the cache does not have it{at}, and {unreachable}"
         ) from None
     except Exception as error:
-        _refuse(model, revision, error)
+        refuse(model, revision, error)
     folder = Path(found)
     if not any(is_weight_file(path.name) for path in folder.iterdir()):
         raise NotFoundError(f"model {model!r}: the cache has no weights of it ({folder}), and {unreachable}")
@@ -134,10 +202,11 @@ def _fetch(model: str, revision: str | None, cache_dir: Path | None, names: list
             )
         )
     except Exception as error:
-        _refuse(model, revision, error)
+        refuse(model, revision, error)
 
 
-def _is_network(error: Exception) -> bool:
+def is_network(error: Exception) -> bool:
+    """Return whether an error is that of a connection, so that another try may help."""
     # Recognise errors by module: huggingface_hub has changed its HTTP library more than once.
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in (
         "httpx",
@@ -148,7 +217,7 @@ def _is_network(error: Exception) -> bool:
     )
 
 
-def _refuse(model: str, revision: str | None, error: Exception) -> NoReturn:
+def refuse(model: str, revision: str | None, error: Exception) -> NoReturn:
     """Raise our own error, without the library's message, which contains signed URLs."""
     from huggingface_hub import errors
 

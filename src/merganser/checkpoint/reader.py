@@ -12,6 +12,7 @@ from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import os_reason
 from ..system import open_binary, read_at
 from .descriptors import MAX_OPEN, Descriptors
+from .ranges.pieces import Pieces
 from .tensor import TensorInfo
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ class Reader:
 
     Args:
         max_open_files: The largest number of files that stay open between reads.
+        fetched: Bytes of remote tensors that are kept in memory between reads, about; 0 if most is read once and whole.
     """
 
-    def __init__(self, max_open_files: int = MAX_OPEN) -> None:
+    def __init__(self, max_open_files: int = MAX_OPEN, *, fetched: int = 0) -> None:
         self._files: Descriptors[Path] = Descriptors(max_open_files)
+        self._pieces = Pieces(fetched)
 
     def __enter__(self) -> Reader:
         return self
@@ -51,6 +54,7 @@ class Reader:
 
         Raises:
             CheckpointError: the file is shorter than its header promised, or cannot be read.
+            UnreachableError: the Hub stopped answering.
             ValueError: the range is not inside the tensor.
         """
         if not buffer.nbytes:
@@ -60,6 +64,9 @@ class Reader:
             raise ValueError(f"{tensor.name!r}: bytes {start}..{start + len(target)} of a tensor of {tensor.nbytes}")
         if tensor.source is not None:
             tensor.source.read_into(self, tensor.name, start, target)
+            return
+        if tensor.remote is not None:
+            self._pieces.read_into(tensor.remote, tensor.offset, tensor.nbytes, start, target)
             return
         offset = tensor.offset + start
         with self._files.lend(tensor.file, lambda: _descriptor(tensor)) as file:
@@ -97,7 +104,7 @@ class Reader:
                 at = start * part.nbytes // tensor.nbytes
                 self.will_need(part, at, -(-nbytes * part.nbytes // tensor.nbytes))
             return
-        if tensor.source is not None:
+        if tensor.source is not None or tensor.remote is not None:
             return
         # This is only advice: if the file cannot be read, the read itself raises the error.
         with (

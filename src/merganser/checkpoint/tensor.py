@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .dtypes import DType
+from .ranges.file import RemoteFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +60,7 @@ class TensorInfo:
         stored: the tensors of the files that it is computed from; empty if it is stored as it is.
         natural: the dtype in which the model's weights are usually stored, if `dtype` is that of a computation.
         noise: for dequantised values, how far rounding to the grid may have moved them.
+        remote: the file of the Hub that the bytes at `offset` are fetched from; `file` is where a copy of it would be.
     """
 
     name: str
@@ -70,6 +73,7 @@ class TensorInfo:
     stored: tuple[TensorInfo, ...] = field(default=(), repr=False, compare=False)
     natural: DType | None = field(default=None, repr=False, compare=False)
     noise: Noise | None = field(default=None, repr=False, compare=False)
+    remote: RemoteFile | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -87,6 +91,11 @@ class TensorInfo:
     def nbytes_stored(self) -> int:
         """The bytes that the files hold for it."""
         return sum(part.nbytes for part in self.stored) if self.stored else self.nbytes
+
+    @property
+    def remotes(self) -> Sequence[TensorInfo]:
+        """The tensors of remote files that it is read from."""
+        return [part for part in self.stored or (self,) if part.remote is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,13 @@ CacheDir = Annotated[
         metavar="DIR", help="Folder for models from the Hub.  [default: huggingface_hub's]", show_default=False
     ),
 ]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read models of the Hub by ranges of their files whenever weights are needed; no weights are kept on disk.",
+    ),
+]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a file of weights, or a Hub id.", show_default=False)
 ]

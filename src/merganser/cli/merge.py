@@ -36,6 +36,7 @@ def merge(
     ] = False,
     max_memory: options.MaxMemory = None,
     cache_dir: options.CacheDir = None,
+    stream: options.Stream = False,
     keep_stages: options.KeepStages = False,
     cluster: Annotated[
         str | None,
@@ -60,7 +61,7 @@ def merge(
     from ..engine.merge import merge as merge_recipes
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
-    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, stream=stream or None)
     with merge_progress(quiet) as progress:
         result = merge_recipes(
             recipes,

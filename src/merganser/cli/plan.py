@@ -31,6 +31,7 @@ def plan(
     seed: options.Seed = None,
     max_memory: options.MaxMemory = None,
     cache_dir: options.CacheDir = None,
+    stream: options.Stream = False,
     keep_stages: options.KeepStages = False,
     tensors: options.AllTensors = False,
     json: options.Json = False,
@@ -46,7 +47,7 @@ def plan(
     from ..engine.plan.summary import summarise, tensor_summaries
 
     given = options.chosen(threads=threads, device=device, out_shard_size=out_shard_size, seed=seed)
-    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir)
+    given |= options.chosen(max_memory=max_memory, cache_dir=cache_dir, stream=stream or None)
     target = plan_recipes(recipes, keep_stages=keep_stages, **given)
     stages = [*target.stages, target]
     if json:
@@ -142,6 +143,8 @@ def _input(stage: Plan, entry: InputSummary) -> list[str]:
     if entry.tensors_read not in (0, entry.tensors):
         tensors = f"{entry.tensors_read:,} of {tensors}"
     made = " (made by an earlier stage; planned from its headers)" if entry.path in stage.made else ""
+    if entry.fetched:
+        made = f" ({size_text(entry.fetched)} fetched by ranges)"
     return [
         entry.used_as,
         f"{stage.shown(entry.reference)}",
@@ -248,12 +251,22 @@ def _costs(found: PlanSummary) -> list[list[str]]:
     work = f"{found.device}, {plural(found.threads, 'thread')}"
     rows = [
         ["read", f"{size_text(found.bytes_read)} in {passes_text(found.passes)}"],
+        *_fetched(found),
         ["written", size_text(found.bytes_written)],
         *_beside(found.sidecars),
         ["peak memory", f"about {size_text(found.peak_memory)}, at most {size_text(found.max_memory)}"],
         ["time", f"about {time_text(max(1, round(found.seconds)))} on {work}"],
     ]
     return rows if found.seed is None else [*rows, ["seed", str(found.seed)]]
+
+
+def _fetched(found: PlanSummary) -> list[list[str]]:
+    """Return a row that says what comes over the network while the merge runs."""
+    fetched = sum(entry.fetched for entry in found.inputs)
+    if not fetched:
+        return []
+    again = " at most, as every pass that does not fit into memory fetches again" if found.passes > 1 else ""
+    return [["fetched", f"{size_text(fetched)} from the Hub by ranges{again}; its time is not counted below"]]
 
 
 def _beside(found: SidecarSummary | None) -> list[list[str]]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RecipeLike", "merge", "plan", "plan_with_stages_made"]
 
-_OPTIONS = ("seed", "out_shard_size", "threads", "device", "max_memory", "cache_dir")
+_OPTIONS = ("seed", "out_shard_size", "threads", "device", "max_memory", "cache_dir", "stream")
 """Keyword arguments that are passed on to `build_plan`."""
 
 _STATISTICS = ".statistics"
@@ -50,7 +50,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
         recipe: A recipe of one document or several: its path, its YAML text, a mapping, or loaded recipes.
         keep_stages: Also plan stages that no later one uses.
         **options: As for `merganser.engine.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
-            `max_memory`, `cache_dir`.
+            `max_memory`, `cache_dir`, `stream`.
 
     Returns:
         The plan of the target, a model or an adapter; its `stages` are the plans of the other documents, whose outputs it reads.
@@ -65,6 +65,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
 def _plan(recipe: RecipeLike, *, keep_stages: bool, **options: Any) -> Plan | AdapterPlan:
     """Plan as `plan` does, also with the options that are not for users, such as `permutations`."""
     needed = needed_stages(_load(recipe), keep_stages)
+    _check_stream(needed, options)
     if len(needed) == 1 and not needed[0].names_data:
         return _plan_one(needed[0], **options)
     planned: list[Plan | AdapterPlan] = []
@@ -143,6 +144,7 @@ def merge(
     if progress is None and in_notebook():
         progress = NotebookProgress()
     out, recipes = Path(out), _load(recipe)
+    _check_stream(recipes, options)
     given: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "cluster": cluster, "progress": progress}
     with contextlib.ExitStack() as stack:
         if any(each.align for each in recipes):
@@ -220,6 +222,14 @@ def _statistics(
         yield home
 
 
+def _check_stream(recipes: Sequence[Recipe], options: Mapping[str, Any]) -> None:
+    if options.get("stream"):
+        # imports torch, which errors of the recipe need not wait for
+        from .plan.remote import refuse_calibration
+
+        refuse_calibration(recipes)
+
+
 def _check_options(function: Callable[..., object], options: Mapping[str, Any]) -> None:
     """Refuse keyword arguments that `build_plan` does not take, with a suggestion.
 
@@ -264,5 +274,7 @@ def _plan_one(recipe: Recipe, **options: Any) -> Plan | AdapterPlan:
     if recipe.random_seed is not None:
         options.setdefault("seed", recipe.random_seed)
     if merges_adapters(recipe):
-        return plan_adapters(recipe, **{key: value for key, value in options.items() if key in ("seed", "cache_dir")})
+        return plan_adapters(
+            recipe, **{key: value for key, value in options.items() if key in ("seed", "cache_dir", "stream")}
+        )
     return build_plan(recipe, **options)

@@ -27,6 +27,7 @@ from .alignment.leftovers import without_leftovers
 from .alignment.loadable import check_layers_load
 from .alignment.modules import as_language_parts
 from .alignment.renaming import named_alike
+from .alignment.unstacking import unstacked
 from .census import take_census
 from .drafts import plan_tensors
 from .fusion.machine import why_not
@@ -40,6 +41,7 @@ from .plan.gguf import gguf_output
 from .plan.memory import default_memory, fit_workers, kept_memory, memory_needs
 from .plan.part import place
 from .plan.plan import Plan
+from .plan.remote import check_stream
 from .plan.tensor import PlannedTensor
 from .sidecars.plan import plan_sidecars, sidecar_memory
 from .vocabulary.match import Matched, match_vocabularies
@@ -61,7 +63,8 @@ def build_plan(
     max_memory: int | None = None,
     device: str = "cpu",
     cache_dir: Path | None = None,
-    match: Match = match_vocabularies,
+    stream: bool = False,
+    match: Match | None = None,
     measured: bool = True,
     permutations: Path | None = None,
     unmade: Collection[str] = (),
@@ -76,8 +79,8 @@ def build_plan(
         max_memory: Largest resident memory, bytes; by default a quarter of the machine's or container's, at most 4 GB.
         device: "cpu", "cuda" (every GPU), "cuda:1", "cuda:0,cuda:2", or "auto" (every GPU, else the CPU).
         cache_dir: Folder for models from the Hub.
-        match: Gives the models of the recipe one vocabulary; another one than the default makes rows of new tokens in
-            another way.
+        stream: Read weights of models from the Hub by ranges while they are merged, and keep no copy of them.
+        match: Gives the models of the recipe one vocabulary in another way than `match_vocabularies`.
         measured: Whether the statistics from data that the method takes are there. If not, the plan is of the merge
             without them; `with_data` adds them.
         permutations: Folder that keeps the permutations of models that are aligned, until the merge is done.
@@ -93,16 +96,21 @@ def build_plan(
     _check_options(out_shard_size, threads, max_memory)
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
-    members, input_warnings = _open_all(recipe, cache_dir)
+    if stream:
+        check_stream(recipe, resolver.method)
+    members, input_warnings = _open_all(recipe, cache_dir, stream)
     check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
-    matched = match(recipe, members, cache_dir)
+    if match is None:
+        matched = match_vocabularies(recipe, members, cache_dir, stream=stream)
+    else:
+        matched = match(recipe, members, cache_dir)
     limit = max_memory or default_memory()
     members, permutation = permute_members(
         recipe, resolver.method, matched.members, folder=permutations, unmade=unmade, max_memory=limit
     )
     alignment, drafts, data = plan_tensors(recipe, resolver, members, permutation, measured)
     if recipe.check_statistics:
-        check_weights(data, cache_dir)
+        check_weights(data, cache_dir, stream)
     agreement = compare_configs(members[recipe.donor], members.values(), alignment)
     agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
     config, config_warnings = _config(members[recipe.donor], alignment, drafts)
@@ -192,7 +200,7 @@ def _check_options(out_shard_size: int, threads: int | None, max_memory: int | N
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None) -> Checkpoint:
+def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None, stream: bool) -> Checkpoint:
     """Open a checkpoint, with its adapter if it has one; errors get the place in the recipe that names it."""
     try:
         return open_model(
@@ -201,17 +209,18 @@ def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None) -> 
             revision=reference.revision,
             adapter_revision=reference.lora_revision,
             cache_dir=cache_dir,
+            stream=stream,
         )
     except MergeError as error:
         raise type(error)(f"{recipe.place_of_model(reference)}: {error}") from None
 
 
-def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReference, Member], list[str]]:
+def _open_all(recipe: Recipe, cache_dir: Path | None, stream: bool) -> tuple[dict[ModelReference, Member], list[str]]:
     """Open every checkpoint; also return warnings about changed names and tensors left out."""
     members: dict[ModelReference, Member] = {}
     warnings: list[str] = []
     for reference in recipe.references():
-        checkpoint = _open(recipe, reference, cache_dir)
+        checkpoint = _open(recipe, reference, cache_dir, stream)
         warnings += checkpoint.notes
         refuse_unreadable(recipe, reference, checkpoint)
         if checkpoint.wrappers:
@@ -221,6 +230,9 @@ def _open_all(recipe: Recipe, cache_dir: Path | None) -> tuple[dict[ModelReferen
             )
         checkpoint, left_out = without_leftovers(recipe, reference, checkpoint)
         warnings += left_out
+        if recipe.quantize is not None:
+            checkpoint, apart = unstacked(str(reference), checkpoint)
+            warnings += apart
         if members and (recipe.models or recipe.modules):
             checkpoint, old_names = named_alike(str(reference), checkpoint, members[recipe.donor].checkpoint)
             warnings += old_names

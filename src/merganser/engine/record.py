@@ -57,7 +57,7 @@ def fingerprint(plan: Plan, settings: Mapping[str, Any]) -> str:
         "device": plan.device.partition(":")[0],
         "settings": dict(settings),
         "headers": [hashlib.sha256(shard.header).hexdigest() for shard in plan.files],
-        "inputs": [[file["path"], file["bytes"], file["mtime_ns"]] for file in input_files(plan)],
+        "inputs": [[file["path"], file["bytes"], file.get("mtime_ns", file.get("etag"))] for file in input_files(plan)],
         "adapters": [_state(file) for checkpoint in plan.checkpoints.values() for file in checkpoint.adapter],
         "statistics": [_state(file) for file in data_files(plan)],
         "tensors": _treatment(plan),
@@ -143,7 +143,7 @@ def versions(plan: Plan) -> dict[str, str]:
 
 
 def input_files(plan: Plan) -> list[dict[str, Any]]:
-    """Return the weight files of the inputs, with size and modification time.
+    """Return the weight files of the inputs, with size, and modification time or what the Hub calls the contents.
 
     Raises:
         NotFoundError: A file no longer exists.
@@ -151,6 +151,11 @@ def input_files(plan: Plan) -> list[dict[str, Any]]:
     found: dict[Path, dict[str, Any]] = {}
     for reference, checkpoint in plan.checkpoints.items():
         for file in checkpoint.weight_files:
+            remote = checkpoint.remote.get(file)
+            if remote is not None:
+                entry = {"model": str(reference), "path": str(file), "bytes": remote.size}
+                found.setdefault(file, entry | {"address": remote.address, "etag": remote.etag})
+                continue
             path, size, time_of_change = _state(file)
             # models of one base with adapters share its files
             found.setdefault(file, {"model": str(reference), "path": path, "bytes": size, "mtime_ns": time_of_change})
@@ -208,7 +213,9 @@ def input_hashes(plan: Plan, digests: Digests) -> list[dict[str, Any]]:
     for entry in files:
         each = tensors[Path(entry["path"])].values()
         read = [found for found in each if found is not None]
-        del entry["mtime_ns"]
+        entry.pop("mtime_ns", None)
+        # what was read by ranges is nowhere but on the Hub
+        entry["path"] = entry.pop("address", entry["path"])
         entry["tensors"] = len(each)
         entry["tensors_read"] = len(read)
         entry["xxh3_128_of_tensors"] = digest(b"".join(read)).hex()

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import torch
 
 from ..checkpoint import Reader
-from ..errors import MergeError, OutputError
+from ..errors import MergeError, OutputError, UnreachableError, UnsupportedError
 from ..wording import html_table, plural, size_text
 from .finish import side_file_bytes, write_rest
 from .kernels.devices import resolve_devices
 from .output.publish import replaced_folder, working_names, working_parent
 from .output.staging import Staging, lies_in, resolve_target
+from .plan.memory import fetched_memory
 from .plan.plan import Plan
 from .plan.work import keep_speeds
 from .record import fingerprint, input_files
@@ -99,8 +100,11 @@ def run_plan(
     Raises:
         OutputError: The target cannot be written.
         CheckpointError: An input is damaged or not finite, or integer buffers differ.
+        UnreachableError: The Hub stopped answering; the same call continues the run.
         Interrupted: Ctrl-C was pressed.
     """
+    if cluster is not None and any(checkpoint.remote for checkpoint in plan.checkpoints.values()):
+        raise UnsupportedError("--stream: not with --cluster, whose nodes read inputs from storage that they share")
     devices = resolve_devices(plan.device)
     started, worked = time.monotonic(), time.process_time()
     _refuse_inputs(plan, out)
@@ -153,8 +157,8 @@ def _keep_or_remove(staging: Staging) -> Iterator[None]:
         staging.keep()
         raise Interrupted(f"{staging.out}: stopped; run the same command again to continue") from None
     except MergeError as error:
-        # keep the folder after a disk error, so that the run can continue; other user errors would repeat
-        (staging.keep if isinstance(error, OutputError) else staging.remove)()
+        # keep the folder after an error of the disk or the network, so that the run can continue; others would repeat
+        (staging.keep if isinstance(error, OutputError | UnreachableError) else staging.remove)()
         raise
     except OSError as error:
         staging.keep()
@@ -247,7 +251,7 @@ class _Run:
 
     def _locally(self, schedule: Schedule) -> None:
         """Run all tasks on threads of this process."""
-        with Reader() as reader:
+        with Reader(fetched=self._plan.workers * fetched_memory(self._plan.tensors)) as reader:
             contexts = [
                 Context(reader, self._staging, device, self._advance, lambda: schedule.stopping, self._allow)
                 for device in self._devices

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.hub import is_hub_id
-from ..errors import MergeError, OutputError, RecipeError
+from ..errors import MergeError, OutputError, RecipeError, UnreachableError
 from ..jsonfile import exists, read_object
 from ..recipe import ModelReference, Recipe, Slice, Source
 from .either import run_either
@@ -146,7 +146,7 @@ def made_stages(out: Path, *, keep: bool, fresh: bool) -> Iterator[Stages]:
         try:
             yield stages
         except MergeError as error:
-            if not keep and not isinstance(error, OutputError):
+            if not keep and not isinstance(error, OutputError | UnreachableError):
                 stages.remove()
             raise
         if not keep:

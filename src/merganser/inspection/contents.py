@@ -185,7 +185,7 @@ def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspect
         reference=opened.reference,
         path=opened.path,
         architecture=_architecture(opened),
-        files=[InspectedFile(_name(opened, f), f.stat().st_size, held[f]) for f in opened.weight_files],
+        files=[InspectedFile(_name(opened, f), _size(opened, f), held[f]) for f in opened.weight_files],
         side_files=[path.relative_to(opened.path).as_posix() for path in opened.side_files],
         bytes=opened.nbytes,
         parameters=sum(tensor.numel for tensor in opened.tensors.values() if tensor.dtype.kind in _WEIGHTS),
@@ -202,6 +202,11 @@ def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspect
         tensors=tensors,
         adapter=inspect_adapter(opened.adapter[0].parent) if opened.adapter else None,
     )
+
+
+def _size(checkpoint: Checkpoint, file: Path) -> int:
+    remote = checkpoint.remote.get(file)
+    return file.stat().st_size if remote is None else remote.size
 
 
 def _name(checkpoint: Checkpoint, file: Path) -> str:

@@ -62,6 +62,22 @@ def test_values(tmp_path: Path, kind: str, block: list[int]) -> None:
     check_parts(checkpoint, f"{NAME}.weight")
 
 
+@pytest.mark.parametrize(("shape", "size"), [((10, 96), 32), ((10, 96), 96), ((3, 6, 64), 16)])
+def test_int4(tmp_path: Path, shape: tuple[int, ...], size: int) -> None:
+    """Two numbers per byte, the first in the lower half; scales and zeros transposed, in the dtype of the model."""
+    numbers = whole(-8, 8, *shape).to(torch.int8)
+    groups = shape[-1] // size
+    scale, zero = (randn(*shape[:-2], groups, shape[-2], seed=seed).bfloat16() for seed in (1, 2))
+    packed = (numbers[..., ::2] & 15) | (numbers[..., 1::2] << 4)
+    about = {"_type": "Int4Tensor", "_data": {"block_size": [1] * (len(shape) - 1) + [size], "activation_dtype": None}}
+    found = opened(
+        put(tmp_path / "m", {"qdata": packed, "scale": scale, "zero_point": zero}, {f"{NAME}.weight": about})
+    )
+    spread = [each.float().mT.repeat_interleave(size, -1) for each in (scale, zero)]
+    assert torch.equal(values(found)[f"{NAME}.weight"], numbers.float() * spread[0] + spread[1])
+    check_parts(found, f"{NAME}.weight")
+
+
 def bad(changes: Tensors | None = None, without: str = "", about: Any = None) -> tuple[Tensors, dict[str, Any]]:
     own = parts("Int8Tensor", [1, 96]) | (changes or {})
     own.pop(without, None)
@@ -69,11 +85,31 @@ def bad(changes: Tensors | None = None, without: str = "", about: Any = None) ->
     return own, {f"{NAME}.weight": entry}
 
 
+def int4(changes: Tensors | None = None, without: str = "", block: Any = (1, 32)) -> tuple[Tensors, dict[str, Any]]:
+    own = {"qdata": torch.ones(10, 48, dtype=torch.int8), "scale": torch.ones(3, 10), "zero_point": torch.ones(3, 10)}
+    own |= changes or {}
+    own.pop(without, None)
+    block = list(block) if isinstance(block, tuple) else block
+    return own, {f"{NAME}.weight": {"_type": "Int4Tensor", "_data": {"block_size": block}}}
+
+
 BAD: dict[str, tuple[tuple[Tensors, dict[str, Any]], str]] = {
     "no metadata": ((bad()[0], {}), "the header of the file says nothing of"),
     "no JSON": (bad(about="{"), "metadata of"),
     "no class": (bad(about={"_data": {}}), "must give _type and _data"),
-    "packed": (bad(about={"_type": "Int4Tensor", "_data": {}}), "torchao's Int4Tensor are packed"),
+    "class": (bad(about={"_type": "MXTensor", "_data": {}}), "torchao's MXTensor cannot be read: its numbers are packed"),
+    "tiles": (bad(about={"_type": "Int4TilePackedTo4dTensor", "_data": {}}), "the order of a GPU's matrix unit, which is another one on AMD"),
+    "words": (bad(about={"_type": "Int4PlainInt32Tensor", "_data": {}}), "the file does not say which"),
+    "int4: numbers": (int4({"qdata": torch.ones(10, 48)}), "must be a matrix of bytes"),
+    "int4: no scale": (int4(without="scale"), "its scales"),
+    "int4: no zero": (int4(without="zero_point"), "its zeros"),
+    "int4: scale": (int4({"scale": torch.ones(10, 3)}), "must be floats of shape [3, 10], found float32 [10, 3]"),
+    "int4: zero": (int4({"zero_point": torch.ones(3, 10).int()}), "must be floats of shape [3, 10], found int32"),
+    "int4: group of zero": (int4(block=[1, 0]), "a divisor of 96 columns, found [1, 0]"),
+    "int4: group": (int4(block=[1, 7]), "a divisor of 96 columns, found [1, 7]"),
+    "int4: rows": (int4(block=[2, 32]), "a divisor of 96 columns, found [2, 32]"),
+    "int4: block": (int4(block="x"), "a divisor of 96 columns, found 'x'"),
+    "int4: scaled inputs": (int4({"act_pre_scale": torch.ones(96)}), "this part of torchao's Int4Tensor is not known"),
     "block": (bad(about={"_type": "Int8Tensor", "_data": {"block_size": [0, 96]}}), "block_size of its metadata"),
     "dims": (bad(about={"_type": "Int8Tensor", "_data": {"block_size": [96]}}), "block_size of its metadata"),
     "no scale": (bad(without="scale"), "its scales"),
@@ -83,7 +119,7 @@ BAD: dict[str, tuple[tuple[Tensors, dict[str, Any]], str]] = {
     "dtype": (bad({"qdata": torch.ones(10, 96)}), "must be a matrix of int8"),
     "vector": (bad({"qdata": torch.ones(96, dtype=torch.int8)}), "must be a matrix of int8"),
     "more parts": (bad({"act_pre_scale": torch.ones(96)}), "this part of torchao's Int8Tensor is not known"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -21,6 +21,7 @@ from ...wording import brief
 from ..derived import derive, read_columns, read_elements
 from ..dtypes import DTYPE_BY_NAME, DType
 from ..tensor import ByteReader, TensorInfo
+from .pickle_cost import why_costly_pickle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,12 @@ SUFFIX = ".distcp"
 """Ending of the names of files with chunks."""
 
 _MOST_BYTES = 1 << 30
+_MOST_VALUES = 300_000_000
+"""Largest number of values of the metadata; those of a large model on hundreds of processes have tens of millions."""
+
+_MOST_LAYOUT = 1 << 20
+"""Largest size of a pickle that says how a chunk is stored, bytes; it has a few hundred."""
+
 _OF_TRAINING = ("optim", "optimizer", "optimizers", "optimizer_state", "scheduler", "lr_scheduler")
 _CONVERT = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin converts it"
 _METADATA, _FILES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
@@ -162,6 +169,8 @@ def _metadata(file: Path) -> Any:
         raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
     if len(data) > _MOST_BYTES:
         raise CheckpointError(f"{file}: has more than {_MOST_BYTES:,} bytes")
+    if why := why_costly_pickle(io.BytesIO(data), _MOST_VALUES):
+        raise CheckpointError(f"{file}: cannot be read: {why}; {_CONVERT}")
     try:
         found = _Restricted(io.BytesIO(data)).load()
     # a damaged pickle may raise any type
@@ -263,7 +272,12 @@ def _chunk(folder: Path, name: str, dtype: DType, sizes: tuple[int, ...], place:
         with open_regular(file) as handle, zipfile.ZipFile(_Window(handle, place.offset, place.length)) as archive:
             pickled = next(each for each in archive.infolist() if each.filename.endswith("/data.pkl"))
             values = next(each for each in archive.infolist() if each.filename.endswith("/data/0"))
-            layout = _Storage(io.BytesIO(archive.read(pickled))).load()
+            if pickled.file_size > _MOST_LAYOUT:
+                raise ValueError(f"its layout has {pickled.file_size:,} bytes")
+            text = archive.read(pickled)
+            if why := why_costly_pickle(io.BytesIO(text)):
+                raise ValueError(why)
+            layout = _Storage(io.BytesIO(text)).load()
             handle.seek(place.offset + values.header_offset)
             head = handle.read(30)
             size = handle.seek(0, io.SEEK_END)

@@ -236,7 +236,8 @@ def _check_heads(file: Path, params: Mapping[str, Any], tensors: Mapping[str, Te
         found = "no tok_embeddings.weight" if embedding is None else f"tok_embeddings.weight of {list(embedding.shape)}"
         raise CheckpointError(f"{file}: dim is {params['dim']}, and the files hold {found}")
     layers = {int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")}
-    if layers != set(range(params["n_layers"])):
+    # the number is compared first: a set of as many as a damaged file says might not fit into memory
+    if len(layers) != params["n_layers"] or layers != set(range(params["n_layers"])):
         raise CheckpointError(
             f"{file}: n_layers is {params['n_layers']}, and the files hold {plural(len(layers), 'layer')}"
         )

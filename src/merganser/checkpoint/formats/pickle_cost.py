@@ -12,10 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Protocol
 
-__all__ = ["why_costly"]
+__all__ = ["why_costly", "why_costly_pickle"]
 
 _MOST_VALUES = 10_000_000
 """Largest number of values that one may consist of, repeats counted; the largest checkpoints have about a million."""
+
+_MOST_REMEMBERED = 100_000_000
+"""Largest number under which a value is kept for later use: Python's unpickler makes room for all below it."""
 
 _MOST_BYTES = 1 << 30
 """Largest size of the pickle in a zip file, which does not hold the weights."""
@@ -66,6 +69,16 @@ def why_costly(file: Path, *, zipped: bool) -> str | None:
     return None
 
 
+def why_costly_pickle(handle: IO[bytes], most: int = _MOST_VALUES) -> str | None:
+    """Return why reading a pickle would take too long, or None; as `why_costly`, for a pickle that is no file of torch.
+
+    Args:
+        handle: The pickle.
+        most: Largest number of values that one may consist of.
+    """
+    return _why_costly(handle, most)
+
+
 class _Value:
     """A value on the stack: the number of values that it consists of, repeats counted."""
 
@@ -79,7 +92,7 @@ class _Opcode(Protocol):
     name: str
 
 
-def _why_costly(handle: IO[bytes]) -> str | None:
+def _why_costly(handle: IO[bytes], most: int = _MOST_VALUES) -> str | None:
     opcodes: Iterable[tuple[_Opcode, object, int | None]] = pickletools.genops(handle)
     stack: list[_Value] = []
     marks: list[int] = []
@@ -92,7 +105,9 @@ def _why_costly(handle: IO[bytes]) -> str | None:
                 longest = max(longest, len(argument))
                 encodes |= name == "GLOBAL" and argument == "_codecs encode"
             _follow(name, argument, stack, marks, memo)
-            if stack and stack[-1].count > _MOST_VALUES:
+            if name in _PUTS and isinstance(argument, int) and argument > _MOST_REMEMBERED:
+                return f"it keeps a value under the number {argument:,}"
+            if stack and stack[-1].count > most:
                 return "its values are nested so that reading them would take practically forever"
     except (IndexError, KeyError, ValueError, OverflowError):
         # not a valid pickle

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,18 @@ from ...errors import CheckpointError, NotFoundError
 from ...jsonfile import LFS_MAGIC, LFS_POINTER, MAX_JSON_BYTES, open_regular, os_reason, parse_object
 from ...wording import brief
 from ..dtypes import DTYPES, DType
+from ..ranges.fetch import Fetcher
+from ..ranges.file import RemoteFile
 from ..tensor import TensorInfo
 
-__all__ = ["read_header"]
+__all__ = ["read_header", "read_remote_header"]
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 _MAX_NUMEL = 2**63
+_FIRST = 1 << 17
+"""Bytes of a remote file that are fetched first; most headers are shorter."""
+
 _MOST_KEPT = 256
 """Parsed headers that are kept."""
 
@@ -44,7 +51,46 @@ def read_header(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
         NotFoundError: there is no such file.
         CheckpointError: the file is malformed; the message names the file and, for a faulty entry, the tensor.
     """
-    raw, size = _read_raw(file)
+    return _described(file, *_read_raw(file))
+
+
+def read_remote_header(file: Path, remote: RemoteFile) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Read only the header of a safetensors file on the Hub.
+
+    Args:
+        file: Where a copy of it would be, for messages and as its name in tensors.
+        remote: The file.
+
+    Returns:
+        As for `read_header`.
+
+    Raises:
+        CheckpointError: As for `read_header`.
+        UnreachableError: The Hub stopped answering.
+    """
+    fetcher = Fetcher()
+    position = 0
+
+    def fetch(start: int, count: int) -> bytes:
+        found = bytearray(count)
+        fetcher.fetch(remote, start, memoryview(found))
+        return bytes(found)
+
+    known = fetch(0, min(_FIRST, remote.size))
+
+    def read(count: int) -> bytes:
+        nonlocal position
+        start, position = position, position + count
+        end = min(position, remote.size)
+        missing = fetch(max(start, len(known)), end - max(start, len(known))) if end > len(known) else b""
+        return known[start:end] + missing
+
+    tensors, metadata = _described(file, _raw(file, remote.size, read), remote.size)
+    return [replace(tensor, remote=remote) for tensor in tensors], metadata
+
+
+def _described(file: Path, raw: bytes, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Return the tensors and the metadata of a header, for a file of `size` bytes."""
     key = hashlib.sha256(raw).digest()
     if key not in _parsed:
         found = _parse(file, raw)
@@ -73,36 +119,39 @@ def _read_raw(file: Path) -> tuple[bytes, int]:
     try:
         with open_regular(file) as handle:
             size = os.fstat(handle.fileno()).st_size
-            if size == 0:
-                raise CheckpointError(f"{file}: the file is empty; fetch it again")
-            if size < _LENGTH_BYTES:
-                raise CheckpointError(
-                    f"{file}: not a safetensors file: it has {size} bytes, the format needs 8 or more"
-                )
-            first = handle.read(_LENGTH_BYTES)
-            if first == LFS_MAGIC:
-                raise CheckpointError(f"{file}: {LFS_POINTER}")
-            length = int.from_bytes(first, "little")
-            if length > MAX_JSON_BYTES:
-                raise CheckpointError(
-                    f"{file}: not a safetensors file, or damaged: "
-                    f"the header's length reads {length:,} bytes, at most {MAX_JSON_BYTES:,} are allowed"
-                )
-            if _LENGTH_BYTES + length > size:
-                raise CheckpointError(
-                    f"{file}: truncated, or not a safetensors file: "
-                    f"the header's length reads {length} bytes, the file has {size} bytes in all; fetch it again"
-                )
-            raw = handle.read(length)
+            return _raw(file, size, handle.read), size
     except FileNotFoundError:
         raise NotFoundError(f"{file}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {os_reason(error)}") from None
+
+
+def _raw(file: Path, size: int, read: Callable[[int], bytes]) -> bytes:
+    """Return the header's bytes, from a function that reads the next bytes of a file of `size` bytes."""
+    if size == 0:
+        raise CheckpointError(f"{file}: the file is empty; fetch it again")
+    if size < _LENGTH_BYTES:
+        raise CheckpointError(f"{file}: not a safetensors file: it has {size} bytes, the format needs 8 or more")
+    first = read(_LENGTH_BYTES)
+    if first == LFS_MAGIC:
+        raise CheckpointError(f"{file}: {LFS_POINTER}")
+    length = int.from_bytes(first, "little")
+    if length > MAX_JSON_BYTES:
+        raise CheckpointError(
+            f"{file}: not a safetensors file, or damaged: "
+            f"the header's length reads {length:,} bytes, at most {MAX_JSON_BYTES:,} are allowed"
+        )
+    if _LENGTH_BYTES + length > size:
+        raise CheckpointError(
+            f"{file}: truncated, or not a safetensors file: "
+            f"the header's length reads {length} bytes, the file has {size} bytes in all; fetch it again"
+        )
+    raw = read(length)
     if len(raw) != length:
         raise CheckpointError(f"{file}: truncated while it was read: the header has {length} bytes, {len(raw)} came")
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{file}: not a safetensors file, or damaged: the header must begin with '{{'")
-    return raw, size
+    return raw
 
 
 def _metadata(file: Path, entry: Any) -> dict[str, str]:

@@ -152,13 +152,14 @@ def merges_adapters(recipe: Recipe) -> bool:
     return True
 
 
-def plan_adapters(recipe: Recipe, *, seed: int = 0, cache_dir: Path | None = None) -> AdapterPlan:
+def plan_adapters(recipe: Recipe, *, seed: int = 0, cache_dir: Path | None = None, stream: bool = False) -> AdapterPlan:
     """Plan a merge of adapters from their headers.
 
     Args:
         recipe: One for which `merges_adapters` is true.
         seed: Seed of random draws.
         cache_dir: Folder for a base from the Hub.
+        stream: Whether the weights of such a base are left there.
 
     Raises:
         RecipeError: The recipe does not suit the method or the adapters.
@@ -185,7 +186,7 @@ def plan_adapters(recipe: Recipe, *, seed: int = 0, cache_dir: Path | None = Non
     adapters = [_open(recipe, source.model) for source in resolver.sources(0).models]
     names = [str(source.model) for source in resolver.sources(0).models]
     _check_kinds(adapters, names)
-    warnings = [*resolver.warnings, *_check_base(recipe, adapters, cache_dir)]
+    warnings = [*resolver.warnings, *_check_base(recipe, adapters, cache_dir, stream)]
     anatomy = _anatomy(adapters)
     modules = [_module(name, adapters, names, resolver, anatomy) for name in _module_names(adapters)]
     kind = None
@@ -235,13 +236,18 @@ def _check_kinds(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
             raise CheckpointError(f"{config.file}: fan_in_fan_out differs from that of {names[0]}")
 
 
-def _check_base(recipe: Recipe, adapters: Sequence[Adapter], cache_dir: Path | None) -> list[str]:
+def _check_base(recipe: Recipe, adapters: Sequence[Adapter], cache_dir: Path | None, stream: bool) -> list[str]:
     """Check that adapters fit the recipe's base, if it names one; return notes about bases that differ."""
     if recipe.base_model is not None:
         base = recipe.base_model
         try:
             checkpoint = open_model(
-                base.path, base.lora, revision=base.revision, adapter_revision=base.lora_revision, cache_dir=cache_dir
+                base.path,
+                base.lora,
+                revision=base.revision,
+                adapter_revision=base.lora_revision,
+                cache_dir=cache_dir,
+                stream=stream,
             )
         except MergeError as error:
             raise type(error)(f"{recipe.place_of('base_model')}: {error}") from None

@@ -108,7 +108,8 @@ def _warnings(tensors: Sequence[PlannedTensor], scheme: Float8) -> list[str]:
     if packed:
         warnings.append(
             f"quantize: {plural(len(packed), 'stack')} of experts such as {packed[0]} "
-            f"{'keeps its' if len(packed) == 1 else 'keep their'} precision: only experts that are stored one by one become float8"
+            f"{'keeps its' if len(packed) == 1 else 'keep their'} precision: no program is known to read stacks of this family as "
+            "float8; only experts that are stored one by one, or can be taken apart, become float8"
         )
     return warnings
 

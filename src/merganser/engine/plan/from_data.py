@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...adapters import open_reference
-from ...checkpoint import TensorInfo
+from ...checkpoint import Checkpoint, TensorInfo
 from ...errors import RecipeError
 from ...method import FromData, MergeMethod, NumbersFromData
 from ...recipe import Inputs, ModelReference, Source
@@ -272,35 +273,41 @@ def with_data(tensor: PlannedTensor, data: DataOfModels | None) -> PlannedTensor
     return replace(tensor, data=sums, turned=turned and tensor.method.scope == "matrix")
 
 
-def check_weights(data: Sequence[DataOfModels | None], cache_dir: Path | None) -> None:
+def check_weights(data: Sequence[DataOfModels | None], cache_dir: Path | None, stream: bool = False) -> None:
     """Check that statistics are of the weights that are merged, by a sample of these.
 
     Args:
         data: The statistics of each slice.
         cache_dir: Folder for models from the Hub.
+        stream: Whether weights of models from the Hub are read by ranges.
 
     Raises:
         RecipeError: Some are of other weights.
     """
     samples: dict[ModelReference, str] = {}
+    opened = partial(open_reference, cache_dir=cache_dir, stream=stream)
     for own in data:
         if own is None:
             continue
         for source, folder in zip(own.sources, own.folders, strict=bool(own.folders)):
-            _check_weights(f"{source.place} statistics", folder, source.model, samples, cache_dir)
+            _check_weights(f"{source.place} statistics", folder, source.model, samples, opened)
         for source, folder in zip(own.sources, own.base_folders, strict=bool(own.base_folders)):
             if own.base is not None:
-                _check_weights(f"{source.place} base_statistics", folder, own.base.model, samples, cache_dir)
+                _check_weights(f"{source.place} base_statistics", folder, own.base.model, samples, opened)
 
 
 def _check_weights(
-    key: str, folder: Statistics, model: ModelReference, samples: dict[ModelReference, str], cache_dir: Path | None
+    key: str,
+    folder: Statistics,
+    model: ModelReference,
+    samples: dict[ModelReference, str],
+    opened: Callable[[str], Checkpoint],
 ) -> None:
     """Check the statistics that one key names; `samples` are those of models that were opened before."""
     found = folder.about["model"]
     if model not in samples:
         # opened as calibrate does, since planning may rename tensors or leave some out
-        samples[model] = weights_sample(open_reference(str(model), cache_dir=cache_dir))
+        samples[model] = weights_sample(opened(str(model)))
     # statistics of an earlier version have no sample
     if found.get("sample", samples[model]) != samples[model]:
         raise RecipeError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ...checkpoint.ranges.pieces import PIECE
 from ...errors import MemoryLimitError
 from ...process import memory_here
 from ...wording import size_text
@@ -39,6 +40,9 @@ _COMPUTED = 24 * BLOCK
 
 # bytes per element of temporaries while values are rounded to float8, or to a type of GGUF
 _ENCODING = 14
+
+# pieces of a stored remote tensor that a worker keeps while values are computed from it: those of columns lie far apart
+_PIECES_OF_COMPUTED = 8
 
 # bytes of inputs that a worker may cache; enough for most layers of most models
 _KEEP_INPUTS = 64 << 20
@@ -121,7 +125,21 @@ def memory_needs(tensors: Sequence[PlannedTensor], fused: bool) -> Needs:
     needed = max(largest, _largest_bundle(tensors) * bundle)
     loops = fused and any(tensor.method.fuse and not tensor.copy for tensor in kinds)
     listed = sum(_LISTED * (1 + len(tensor.inputs)) + _RECORDED + _NUMBER * _numbers(tensor) for tensor in tensors)
-    return Needs(_PYTHON_AND_TORCH + listed + (_LLVM if loops else 0), needed)
+    return Needs(_PYTHON_AND_TORCH + listed + (_LLVM if loops else 0), needed + fetched_memory(tensors))
+
+
+def fetched_memory(tensors: Sequence[PlannedTensor]) -> int:
+    """Return how many bytes of remote files a worker keeps in memory between reads."""
+    return max((_fetched(tensor) for tensor in tensors), default=0) * 3 // 2
+
+
+def _fetched(tensor: PlannedTensor) -> int:
+    """Return the bytes of the pieces of remote files that a worker reads a tensor's blocks from."""
+    found = 0
+    for source in tensor.inputs:
+        pieces = _PIECES_OF_COMPUTED if source.stored else 1
+        found += sum(min(part.nbytes, pieces * PIECE) for part in source.remotes)
+    return found
 
 
 def _largest_bundle(tensors: Sequence[PlannedTensor]) -> int:

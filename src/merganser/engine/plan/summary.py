@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .census import census_entry
+from .remote import fetched_bytes
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -46,6 +47,7 @@ class InputSummary:
         tensors: Number of its tensors.
         tensors_read: How many of them are read.
         dtypes: Their dtypes, the most common first.
+        fetched: Bytes that are fetched from the Hub by ranges in all passes together, at most; 0 if its files are here.
     """
 
     used_as: str
@@ -56,6 +58,7 @@ class InputSummary:
     tensors: int
     tensors_read: int
     dtypes: tuple[str, ...]
+    fetched: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +284,7 @@ def _input(plan: Plan, reference: ModelReference) -> InputSummary:
         tensors=len(checkpoint.tensors),
         tensors_read=len(read),
         dtypes=_stored_as(checkpoint),
+        fetched=fetched_bytes(plan, reference) if checkpoint.remote else 0,
     )
 
 

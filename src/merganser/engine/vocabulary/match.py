@@ -44,7 +44,7 @@ class Matched:
 
 
 def match_vocabularies(
-    recipe: Recipe, members: Mapping[ModelReference, Member], cache_dir: Path | None = None
+    recipe: Recipe, members: Mapping[ModelReference, Member], cache_dir: Path | None = None, *, stream: bool = False
 ) -> Matched:
     """Match the rows of the models' embeddings and heads by token, if the recipe chooses a tokenizer.
 
@@ -52,13 +52,14 @@ def match_vocabularies(
         recipe: The recipe.
         members: All inputs.
         cache_dir: Folder for models from the Hub.
+        stream: Whether weights of models from the Hub are left there.
 
     Raises:
         CheckpointError: A tokenizer is missing or damaged.
         UnsupportedError: The vocabularies cannot be united, or a model's rows cannot be told.
         RecipeError: A rule for a token does not fit the models.
     """
-    owner = _owner(recipe, members, cache_dir)
+    owner = _owner(recipe, members, cache_dir, stream)
     plain = Matched(dict(members), owner)
     if not recipe.by_token:
         return plain
@@ -90,19 +91,20 @@ def match_vocabularies(
     )
 
 
-def open_owner(reference: ModelReference, where: str, cache_dir: Path | None) -> Member:
+def open_owner(reference: ModelReference, where: str, cache_dir: Path | None, *, stream: bool = False) -> Member:
     """Open the donor of a tokenizer, which is not one of the models that are merged.
 
     Args:
         reference: The donor.
         where: What names it, for messages.
         cache_dir: Folder for models from the Hub.
+        stream: Whether weights of models from the Hub are left there.
 
     Raises:
         CheckpointError: It cannot be opened, or has no tokenizer.
     """
     try:
-        checkpoint = open_tokenizer(reference.path, revision=reference.revision, cache_dir=cache_dir)
+        checkpoint = open_tokenizer(reference.path, revision=reference.revision, cache_dir=cache_dir, stream=stream)
     except MergeError as error:
         raise type(error)(f"{where}: {error}") from None
     if not tokenizer_files(checkpoint):
@@ -110,13 +112,13 @@ def open_owner(reference: ModelReference, where: str, cache_dir: Path | None) ->
     return Member.of(reference, checkpoint)
 
 
-def _owner(recipe: Recipe, members: Mapping[ModelReference, Member], cache_dir: Path | None) -> Member:
+def _owner(recipe: Recipe, members: Mapping[ModelReference, Member], cache_dir: Path | None, stream: bool) -> Member:
     """Return the model whose tokenizer the output gets."""
     wanted = recipe.tokenizer_donor or recipe.donor
     if wanted in members:
         return members[wanted]
     place = recipe.places.get("tokenizer_source") or recipe.place_of("tokenizer")
-    return open_owner(wanted, str(place), cache_dir)
+    return open_owner(wanted, str(place), cache_dir, stream=stream)
 
 
 def with_ids(member: Member, moved: Mapping[int, int | None], recipe: Recipe) -> Member:

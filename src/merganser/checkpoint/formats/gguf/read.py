@@ -33,6 +33,7 @@ from .values import (
 __all__ = ["GgufModel", "head_rows", "parts_of", "read_gguf"]
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_MOST_EXPERTS = 10_000
 _BYTES = DTYPE_BY_NAME["uint8"]
 
 
@@ -208,6 +209,10 @@ def _experts(name: str, tensor: GgufTensor, stored: TensorInfo, rows: Rows, natu
     if len(tensor.shape) != 3:
         raise CheckpointError(f"{stored.file}: tensor {tensor.name!r}: must be a stack of matrices")
     count, height, width = tensor.shape
+    if count > _MOST_EXPERTS:
+        raise CheckpointError(
+            f"{stored.file}: tensor {tensor.name!r}: stacks {count:,} matrices; at most {_MOST_EXPERTS:,} are accepted"
+        )
     found = []
     for expert in range(count):
         size = stored.nbytes // count
@@ -242,7 +247,7 @@ def head_rows(file: Path, header: GgufHeader, name: str, rows: int) -> int:
     heads = header.number("attention.head_count")
     if "attn_k" in name:
         heads = header.number("attention.head_count_kv") or heads
-    if not heads or rows % heads or rows // heads % 2:
+    if not heads or heads < 0 or rows % heads or rows // heads % 2:
         raise CheckpointError(
             f"{file}: tensor {name!r}: its {rows} rows are not those of {heads} heads ({header.architecture}."
             "attention.head_count); the order of rows is not known"

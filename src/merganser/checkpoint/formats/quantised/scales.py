@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...derived import read_rows
@@ -47,15 +47,7 @@ class Scales:
         within = (places % self.rows) // self.block[0]
         lines = within if self.shared else places // self.rows * self.grid[0] + within
         low, high = int(lines.min()), int(lines.max())
-        flat = TensorInfo(
-            self.tensor.name,
-            self.tensor.dtype,
-            (self.tensor.numel // self.grid[1], self.grid[1]),
-            self.tensor.file,
-            self.tensor.offset,
-            self.tensor.nbytes,
-            self.tensor.source,
-        )
+        flat = replace(self.tensor, shape=(self.tensor.numel // self.grid[1], self.grid[1]))
         found = to_float(read_rows(reader, flat, low, high + 1))[lines - low]
         if self.grid[1] == 1 or self.block[1] == 1:
             return found
