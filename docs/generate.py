@@ -64,6 +64,7 @@ def documents() -> dict[Path, str]:
     pages[docs / "methods" / "README.md"] = method_index(found, alone)
     pages[docs / "errors.md"] = errors_page()
     pages[docs / "cli.md"] = cli_page()
+    pages[docs / "merganser.1"] = manual_page()
     pages[ROOT / "src" / "merganser" / "recipe" / "recipe.schema.json"] = compact_json(json_schema()) + "\n"
     pages[ROOT / "src" / "merganser" / "catalogue" / "catalogue.json"] = compact_json(catalogue(found | alone)) + "\n"
     return pages
@@ -206,13 +207,19 @@ def suggestion(parameter) -> float:
 
 
 def method_index(found, alone) -> str:
-    """Make the index: grouped by family, with what was probed rather than typed."""
-    from merganser.testing import probe
+    """Make the index: grouped by family, with what methods declare and the contract suite checks."""
+    from merganser.testing.breakable import applies
+    from merganser.testing.laws import peak_memory
+
+    def holds(method, *laws: str) -> str:
+        known = [law for law in laws if applies(law, method)]
+        return "unknown" if not known else "no" if known[0] in method.breaks else "yes"
 
     lines = ["# Merge methods", "", "Every method is one file; its page says the formula, when to use it, and where it"]
-    lines += ["differs from its paper. The columns are probed on small tensors by the contract suite; memory is the"]
+    lines += ["differs from its paper. What the columns say is checked by the contract suite; memory is measured: the"]
     lines += ["most that is held of a block, tensor or matrix at a time, in multiples of the inputs in float32.", ""]
     plural = {"element": "elements", "row": "rows", "tensor": "tensors", "matrix": "matrices"}
+    yes = {True: "yes", False: "no"}
     families = dict.fromkeys([*FAMILIES, *sorted({m.family for m in found.values()})])
     for family in families:
         members = [m for m in found.values() if m.family == family]
@@ -224,11 +231,10 @@ def method_index(found, alone) -> str:
         ]
         lines += ["|---|---|---|---|---|---|---|---|"]
         for m in members:
-            facts = probe(m)
-            yes = {True: "yes", False: "no", None: "unknown"}
+            order = "order" in m.breaks or m.random
             lines.append(
-                f"| [{m.name}]({m.name}.md) | {m.doc.summary} | {m.models_text()} | {plural[m.scope]} | {facts['peak_memory']:g} | "
-                f"{yes[facts['order_matters']]} | {yes[facts['identical_models_return_the_model']]} | {yes[m.random]} |"
+                f"| [{m.name}]({m.name}.md) | {m.doc.summary} | {m.models_text()} | {plural[m.scope]} | {peak_memory(m):g} | "
+                f"{yes[order]} | {holds(m, 'identical', 'zero_delta')} | {yes[m.random]} |"
             )
         lines.append("")
     lines += [
@@ -278,34 +284,119 @@ def errors_page() -> str:
     )
 
 
-def cli_page() -> str:
-    """Make the page of the command line from its own help."""
-    import click
+def verbs() -> list[tuple[str, str, list]]:
+    """Return the name, help and parameters of every verb; one with parts, such as `fuse cache`, is told by its parts."""
     import typer.main
 
     from merganser.cli import app
 
-    command = typer.main.get_command(app)
-    lines = ["# Command line", ""]
-    context = click.Context(command, info_name="merganser")
-    verbs = [(name, command.get_command(context, name)) for name in command.list_commands(context)]
-    # a verb with parts, such as `fuse cache`, is shown by its parts
-    parts = [
-        (" ".join(filter(None, [name, part])), inner)
-        for name, verb in verbs
+    return [
+        (" ".join(filter(None, [name, part])), inspect.cleandoc(inner.help or "").replace("\f", ""), inner.params)
+        for name, verb in typer.main.get_command(app).commands.items()
         for part, inner in (getattr(verb, "commands", None) or {"": verb}).items()
     ]
-    for name, verb in parts:
-        lines += [f"## merganser {name}", "", inspect.cleandoc(verb.help or "").replace("\f", ""), ""]
-        lines += ["| option | |", "|---|---|"]
-        for parameter in verb.params:
+
+
+def is_argument(parameter) -> bool:
+    """Return whether a parameter of a verb is given by its position."""
+    return parameter.param_type_name == "argument"
+
+
+def is_flag(parameter) -> bool:
+    """Return whether an option takes no value."""
+    return bool(getattr(parameter, "is_flag", False))
+
+
+def words(parameter) -> list[str]:
+    """Return the words that stand for an option: `--quiet`, `-q`."""
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
+def cli_page() -> str:
+    """Make the page of the command line from its own help."""
+    lines = ["# Command line", ""]
+    for name, told, parameters in verbs():
+        lines += [f"## merganser {name}", "", told, "", "| option | |", "|---|---|"]
+        for parameter in parameters:
             if parameter.name == "help":
                 continue
-            names = ", ".join(f"`{n}`" for n in [*parameter.opts, *parameter.secondary_opts])
-            shown = f"`{parameter.human_readable_name}`" if isinstance(parameter, click.Argument) else names
-            lines.append(f"| {shown} | {(getattr(parameter, 'help', '') or '').strip()} |")
+            names = [parameter.metavar or parameter.name.upper()] if is_argument(parameter) else words(parameter)
+            lines.append(
+                f"| {', '.join(f'`{name}`' for name in names)} | {(getattr(parameter, 'help', '') or '').strip()} |"
+            )
         lines.append("")
     return NOTE + "\n".join(lines)
+
+
+MANUAL = r"""
+.SH NAME
+merganser \- merge large language models on the machine you have
+.SH SYNOPSIS
+.B merganser
+.I COMMAND
+.RI [ ARGUMENTS ]
+.RI [ OPTIONS ]
+.SH DESCRIPTION
+A recipe (YAML) says what to merge; every recipe of mergekit is one.
+.B merganser merge RECIPE OUT
+streams the tensors of its models through a merge method into a new checkpoint, and writes a record beside it.
+.B merganser methods
+lists the methods, and
+.B merganser plan RECIPE
+says beforehand what will be read, held in memory and written.
+.SH COMMANDS
+"""
+END_OF_MANUAL = r"""
+.SH EXIT STATUS
+.TP
+0
+All went well.
+.TP
+1
+A defect of merganser; please report it with the lines that it printed.
+.TP
+2
+Something that you can mend: the message says where and how.
+.TP
+130
+Stopped by Ctrl-C; the same command continues.
+.SH ENVIRONMENT
+.TP
+.B MERGANSER_DEBUG
+If set, errors are printed with the lines of code that they came from.
+.TP
+.B HF_HUB_OFFLINE
+If 1, models of the Hub are taken from its cache alone.
+.TP
+.B NO_COLOR
+If set, nothing is coloured.
+"""
+
+
+def manual_page() -> str:
+    """Make the manual page, in the language of man: what `man merganser` shows where the package is installed."""
+    from merganser.version import __version__
+
+    def roff(text: str) -> str:
+        return re.sub(r"^(?=[.'])", r"\\&", text.replace("\\", r"\e").replace("-", r"\-"), flags=re.MULTILINE)
+
+    lines = [r".\" written by scripts/docs: edit the code, not this page"]
+    lines += [f'.TH MERGANSER 1 "" "merganser {__version__}" "User Commands"', MANUAL.strip()]
+    for name, told, parameters in verbs():
+        own = [p for p in parameters if p.name != "help"]
+        arguments = [p.metavar or p.name.upper() for p in own if is_argument(p)]
+        lines += [
+            f'.SS "{roff(" ".join(["merganser", name, *arguments, "[OPTIONS]"]))}"',
+            roff(told).replace("\n\n", "\n.PP\n"),
+        ]
+        for parameter in own:
+            value = roff(parameter.metavar or parameter.name.upper())
+            if is_argument(parameter):
+                shown = rf"\fI{value}\fR"
+            else:
+                shown = rf"\fB{roff(', '.join(words(parameter)))}\fR" + (rf" \fI{value}\fR" * (not is_flag(parameter)))
+            lines += [".TP", shown, roff((getattr(parameter, "help", "") or "").strip())]
+    return "\n".join([*lines, END_OF_MANUAL.strip()]) + "\n"
 
 
 if __name__ == "__main__":

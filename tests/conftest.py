@@ -1,6 +1,22 @@
 """Settings of all tests."""
 
+import gc
+
+import pytest
 from hypothesis import settings
+
+from tests import shared
 
 # What CI says must not depend on chance; who works on the code tries other examples every time.
 settings.register_profile("fixed", derandomize=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have the garbage collector skip what stays to the end: libraries, and the thousands of tests themselves."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    shared.FOLDER[:] = [tmp_path_factory.mktemp("shared")]

@@ -1,5 +1,7 @@
 """Compare the time that plans say with the time that merges take: `python -m benchmarks.plan [--methods NAME,...] [--out FILE]`.
 
+Results are kept in FILE, by recipe and size, and all that it holds are printed as the table of docs/speed.md.
+
 Every recipe is planned as on a machine where nothing was merged before, merged, and planned once more. On a busy machine the
 wall time says nothing, so the time that counts is that of the processor, on one thread: on a quiet machine both are the same.
 """
@@ -10,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +56,58 @@ def main() -> int:
     parser.add_argument("--methods", type=lambda text: text.split(","), default=[*RECIPES], metavar="NAME,...")
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=["57M", "135M"], metavar="SIZE,...")
     parser.add_argument("--out", type=Path, default=_HERE / "results.json", metavar="FILE")
+    parser.add_argument("--table", action="store_true", help="Print the table, and measure nothing.")
     options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    if options.out.exists():
+        rows = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+    if not options.table:
+        rows = measure_all(options, rows)
+    sys.stdout.write(table(rows))
+    return int(any(not 1 / BAR <= row["ratio"] <= BAR for row in rows))
+
+
+def measure_all(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measure what was asked for, print and keep it; return it with the rows of other recipes and sizes.
+
+    Raises:
+        SystemExit: The zoo is not there.
+    """
     zoo = Path.home() / ".cache/merganser/zoo/shipped"
     if not zoo.is_dir():
         sys.stderr.write("bench: the zoo is not there; scripts/demo makes it\n")
-        return 2
-    rows: list[dict[str, Any]] = []
+        raise SystemExit(2)
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
             models = zoo if size == "135M" else make_smaller(zoo, Path(folder) / "models")
             for name in options.methods:
                 row = {"method": name, "size": size, **measure(name, models, zoo / "texts", Path(folder))}
-                rows.append(row)
+                rows = [each for each in rows if (each["method"], each["size"]) != (name, size)] + [row]
                 sys.stdout.write(f"{json.dumps(row)}\n")
                 sys.stdout.flush()
                 found = {"machine": hardware.describe(Path(folder)), "bar": BAR, "rows": rows}
                 options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return int(any(not 1 / BAR <= row["ratio"] <= BAR for row in rows))
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of docs/speed.md: seconds of first plans and of merges, and their ratio, by recipe and size."""
+    sizes = {"57M": "57 M", "135M": "135 M"}
+    known = {(row["method"], row["size"]): row for row in rows}
+    heads = [head for size in sizes.values() for head in (f"{size}: plan", "merge", "ratio")]
+    lines = ["| recipe | " + " | ".join(heads) + " |", "| --- |" + " --: |" * len(heads)]
+    for name in RECIPES:
+        found = [known.get((name, size)) for size in sizes]
+        if any(found):
+            cells = [cell for row in found for cell in _cells(row)]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if row is None:
+        return "", "", ""
+    return f"{row['planned']:.1f}", f"{row['processor_seconds']:.1f}", f"{row['ratio']:.2f}"
 
 
 def measure(name: str, models: Path, texts: Path, folder: Path) -> dict[str, Any]:

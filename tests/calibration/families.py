@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.shared import copied
+
 VOCAB = 320
 
 _SHAPE: dict[str, Any] = {
@@ -102,10 +104,14 @@ FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
 def save(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
     """Write a model with random weights, whose biases and norms are random, too."""
     make, kind = FAMILIES[name]
-    torch.manual_seed(0)
-    model = getattr(transformers, kind)(make())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder)
-    return folder
+    config = make()
+
+    def write(made: Path) -> None:
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.to(dtype).save_pretrained(made)
+
+    return copied(folder, f"{kind} {dtype} {config.to_json_string(use_diff=False)}", write)

@@ -162,7 +162,6 @@ def test_the_config_may_name_only_weights(name: object, message: str, tmp_path: 
 
 
 FOREIGN = [
-    ("epoch=3.ckpt", "PyTorch Lightning", r"python -c \"import torch; .*load\('epoch=3\.ckpt'"),
     ("__0_0.distcp", "distributed checkpoint of PyTorch", "format_utils dcp_to_torch FOLDER pytorch_model.bin"),
     ("zero_to_fp32.py", "DeepSpeed ZeRO", r"python zero_to_fp32\.py FOLDER OUT"),
     ("global_step500", "DeepSpeed ZeRO", r"python zero_to_fp32\.py FOLDER OUT"),

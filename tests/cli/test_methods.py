@@ -190,7 +190,8 @@ def test_every_page_and_json() -> None:
 def test_unknown() -> None:
     found = run("methods", "teis")
     assert found.code == 2
-    assert found.err.startswith("error: unknown merge method 'teis'. Did you mean 'ties'? Known: ")
+    assert found.err == "error: unknown merge method 'teis'. Did you mean 'ties'? `merganser methods` lists all\n"
+    assert run("methods", "xyzzyx").err.startswith("error: unknown merge method 'xyzzyx'. Known: ace, adamerging, ")
 
 
 BIBLIOGRAPHY = """

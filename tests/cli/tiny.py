@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer.testing
 import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from merganser.cli import app
+
+# making the commands of all verbs takes longer than running most of them
+typer.testing._get_command = lru_cache(typer.testing._get_command)  # type: ignore[attr-defined]
 
 CONFIG: dict[str, Any] = {
     "architectures": ["ArceeForCausalLM"],

@@ -16,6 +16,7 @@ from merganser.method import MergeMethod
 from merganser.method.registry import factor_method_names, get_method_for_adapters
 from merganser.mixture import load_mixture
 from merganser.recipe import ModelReference, Recipe, Resolver, check_recipe, load_recipes
+from merganser.recipe.schema import SCHEMA_FILE, SCHEMA_ID
 from merganser.search.space import Space
 from merganser.testing import contract
 
@@ -113,11 +114,12 @@ def test_python(text: str, folder: Path) -> None:
         del sys.modules["snippet"]
 
 
-def test_schema_line_of_the_editor_snippet_names_a_file() -> None:
+def test_schema_line_of_the_editor_snippet_names_the_installed_file() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    found = re.search(r"\$schema=(\S+)", text)
+    found = re.search(r"^# yaml-language-server: \$schema=(\S+)", text, re.MULTILINE)
     assert found is not None
-    assert (ROOT / found[1]).exists()
+    assert found[1] == SCHEMA_FILE.name
+    assert f"`{SCHEMA_ID}`" in text
 
 
 def test_examples_of_recipes_folder() -> None:

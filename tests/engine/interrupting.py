@@ -92,6 +92,18 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+class Killed(BaseException):
+    """The end of a process, as far as the files are concerned that it has closed."""
+
+
+def end() -> None:
+    raise Killed
+
+
 def stop(recipe: Any, out: Path, after: int, **options: Any) -> Stopper:
     """Merge until that many things were told, and say what was."""
     stopper = Stopper(after)
@@ -101,10 +113,9 @@ def stop(recipe: Any, out: Path, after: int, **options: Any) -> Stopper:
 
 
 def in_a_process(target: Any, *arguments: Any) -> multiprocessing.Process:
-    """Start a function in a fresh process that has imported everything."""
+    """Start a function in a fresh process that has imported what a merge needs."""
     context = multiprocessing.get_context("forkserver")
-    calibrating = ["merganser.calibration.home", "transformers.models.llama.modeling_llama"]
-    context.set_forkserver_preload(["merganser.engine.run", "merganser.engine.merge", "pytest", *calibrating])
+    context.set_forkserver_preload(["merganser.engine.run", "merganser.engine.merge", "pytest"])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process  # type: ignore[return-value]

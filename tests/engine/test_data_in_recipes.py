@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from merganser.engine.merge import merge
 from merganser.engine.run import Interrupted
 from merganser.errors import MergeError, NonFiniteError, OutputError, RecipeError
 from tests.calibration.families import save
-from tests.engine.interrupting import in_a_process
+from tests.engine.interrupting import die, in_a_process, press_ctrl_c
 from tests.evaluation.tiny import add_tokenizer, text
 
 LENGTH = 40
@@ -182,18 +182,16 @@ def test_kept_statistics_of_other_weights_are_refused(zoo: Path, tmp_path: Path)
 
 
 class Steps:
-    """Counts the blocks of calibrations; ends the process, or presses Ctrl-C, after some."""
+    """Counts the blocks of calibrations; does something, by default presses Ctrl-C, after some."""
 
-    def __init__(self, after: int | None = None, kill: bool = False) -> None:
+    def __init__(self, after: int | None = None, what: Callable[[], None] = press_ctrl_c) -> None:
         self.seen: list[tuple[str, int]] = []
-        self._after, self._kill = after, kill
+        self._after, self._what = after, what
 
     def calibrating(self, model: str, done: int, blocks: int) -> None:
         self.seen.append((model, done))
         if len(self.seen) == self._after:
-            if self._kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise KeyboardInterrupt
+            self._what()
 
     def start(self, plan: Any, continued: bool) -> None:
         pass
@@ -204,7 +202,7 @@ class Steps:
 
 def _die(recipe: dict[str, Any], out: Path, after: int) -> None:
     torch.set_num_threads(1)
-    merge(recipe, out, progress=Steps(after, kill=True))
+    merge(recipe, out, progress=Steps(after, die))
 
 
 def test_a_killed_merge_continues_at_its_block(zoo: Path, expected: bytes, tmp_path: Path) -> None:

@@ -18,13 +18,22 @@ from merganser.statistics import open_statistics
 from tests.calibration.families import save
 from tests.evaluation.tiny import add_tokenizer, text
 from tests.reference.regmean import regmean as reference
+from tests.shared import copied
 
 
-def _experts(folder: Path, family: str) -> list[Path]:
+def _experts(folder: Path, family: str, *, statistics: bool = True) -> list[Path]:
     """A base and two experts, with statistics of the experts beside them."""
+
+    def write(made: Path) -> None:
+        _make_experts(made, family, statistics)
+
+    copied(folder, f"experts {family} {statistics}", write)
+    return [folder / name for name in ("base", "expert1", "expert2")]
+
+
+def _make_experts(folder: Path, family: str, statistics: bool) -> None:
     base = save(folder / "base", family)
     add_tokenizer(base)
-    found = [base]
     for number in (1, 2):
         expert = folder / f"expert{number}"
         shutil.copytree(base, expert)
@@ -34,9 +43,8 @@ def _experts(folder: Path, family: str) -> list[Path]:
         save_file(moved, expert / "model.safetensors", {"format": "pt"})
         data = folder / f"data{number}.jsonl"
         data.write_text("\n".join(json.dumps({"text": text(number * 10 + i, 20)}) for i in range(5)))
-        merganser.calibrate(expert, [data], folder / f"statistics{number}", length=40)
-        found.append(expert)
-    return found
+        if statistics:
+            merganser.calibrate(expert, [data], folder / f"statistics{number}", length=40)
 
 
 def _recipe(folder: Path, **keys: Any) -> dict[str, Any]:

@@ -20,19 +20,34 @@ from tests.reference.fw import fw
 from tests.reference.led import led
 from tests.reference.mats import mats
 from tests.reference.sens import sens
+from tests.shared import copied
 
 MADE: dict[str, Any] = {"length": 40, "sequences": 3}
 
 
-def _calibrated(folder: Path, family: str, own: str, base: str = "") -> None:
+# what the tests below take of each family, measured together: each is the same as alone
+STATISTICS = {
+    "llama": ("gram gradient_gram absolute_gradient", "absolute_gradient"),
+    "llama-tied": ("fisher sensitivity", "gradient"),
+    "gpt2": ("fisher gram gradient_gram", ""),
+    "mixtral": ("fisher", ""),
+}
+
+
+def _calibrated(folder: Path, family: str, statistics: tuple[str, str] | None = None) -> None:
     """Write a base and two experts with statistics of gradients, of the base, too, on the data of each expert."""
-    _experts(folder, family)
-    for i in (1, 2):
-        data = [folder / f"data{i}.jsonl"]
-        if own:
-            merganser.calibrate(folder / f"expert{i}", data, folder / f"own{i}", statistics=own.split(), **MADE)
-        if base:
-            merganser.calibrate(folder / "base", data, folder / f"base{i}", statistics=base.split(), **MADE)
+    own, base = statistics or STATISTICS[family]
+
+    def write(made: Path) -> None:
+        _experts(made, family, statistics=False)
+        for i in (1, 2):
+            data = [made / f"data{i}.jsonl"]
+            if own:
+                merganser.calibrate(made / f"expert{i}", data, made / f"own{i}", statistics=own.split(), **MADE)
+            if base:
+                merganser.calibrate(made / "base", data, made / f"base{i}", statistics=base.split(), **MADE)
+
+    copied(folder, f"gradients {family} {own} {base}", write)
 
 
 def _recipe(folder: Path, method: str, *, own: bool = True, base: bool = False, **keys: Any) -> dict[str, Any]:
@@ -68,7 +83,7 @@ def _weights(folder: Path, *names: str) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral"])
 def test_fisher_weights_every_tensor(family: str, tmp_path: Path) -> None:
-    _calibrated(tmp_path, family, "fisher")
+    _calibrated(tmp_path, family)
     merganser.merge(_recipe(tmp_path, "fisher"), tmp_path / "out", threads=2)
     (merged,) = _weights(tmp_path, "out")
     models, data = _weights(tmp_path, "expert1", "expert2"), _means(tmp_path, "fisher")
@@ -87,7 +102,7 @@ def test_fisher_weights_every_tensor(family: str, tmp_path: Path) -> None:
 
 
 def test_whole_models_against_the_reference(tmp_path: Path) -> None:
-    _calibrated(tmp_path, "llama-tied", "fisher", "gradient")
+    _calibrated(tmp_path, "llama-tied")
     recipe = _recipe(tmp_path, "fisher")
     recipe["models"][1]["parameters"] = {"weight": 0.5}
     merganser.merge(recipe, tmp_path / "a")
@@ -116,7 +131,7 @@ def test_whole_models_against_the_reference(tmp_path: Path) -> None:
 # GPT-2 stores its matrices [inputs, outputs]
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_matrices_get_both_grams(family: str, tmp_path: Path) -> None:
-    _calibrated(tmp_path, family, "gram gradient_gram")
+    _calibrated(tmp_path, family)
     merganser.merge(_recipe(tmp_path, "mats", base_model=str(tmp_path / "base")), tmp_path / "out")
     base, one, two, merged = _weights(tmp_path, "base", "expert1", "expert2", "out")
     own = [open_statistics(tmp_path / f"own{i}") for i in (1, 2)]
@@ -132,7 +147,7 @@ def test_matrices_get_both_grams(family: str, tmp_path: Path) -> None:
 
 
 def test_gradients_of_the_base_are_told_apart(tmp_path: Path) -> None:
-    _calibrated(tmp_path, "llama", "absolute_gradient", "absolute_gradient")
+    _calibrated(tmp_path, "llama")
     recipe = _recipe(tmp_path, "led", base=True, base_model=str(tmp_path / "base"))
     merganser.merge(recipe, tmp_path / "out")
     base, one, two, merged = _weights(tmp_path, "base", "expert1", "expert2", "out")
@@ -144,7 +159,7 @@ def test_gradients_of_the_base_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
-    _calibrated(tmp_path, "llama", "fisher", "")
+    _calibrated(tmp_path, "llama", ("fisher", ""))
 
     def check(kind: type[Exception], message: str, recipe: dict[str, Any]) -> None:
         with pytest.raises(kind, match=message):
@@ -167,7 +182,7 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
 
 
 def test_numbers_are_known_when_a_merge_is_planned(tmp_path: Path) -> None:
-    _calibrated(tmp_path, "llama-tied", "sensitivity")
+    _calibrated(tmp_path, "llama-tied")
     recipe = _recipe(tmp_path, "sens", base_model=str(tmp_path / "base"), parameters={"temperature": 0.02})
     merganser.merge(recipe, tmp_path / "a")
     base, one, two, a = _weights(tmp_path, "base", "expert1", "expert2", "a")

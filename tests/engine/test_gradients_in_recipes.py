@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 import merganser
 from merganser.calibration import plan_calibration
 from merganser.engine.merge import merge
+from merganser.engine.plan.plan import Plan
 from merganser.errors import OutputError, RecipeError, UnsupportedError
 from tests.calibration.families import save
-from tests.engine.interrupting import in_a_process
+from tests.engine.interrupting import Killed, end
 from tests.engine.test_data_in_recipes import Steps
 from tests.evaluation.tiny import add_tokenizer, text
 
@@ -77,12 +78,42 @@ def by_hand(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[st
     return _by_hand(zoo, folder, own, "absolute_gradient gradient")
 
 
+@dataclass
+class Merge:
+    """A merge by `led`, which makes the statistics of both experts and of the base on the data of each, and keeps them.
+
+    Args:
+        folder: Holds its output, `out`, and its statistics, `kept`.
+        record: Its run record.
+        steps: What it told while it calibrated.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    steps: list[tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def led(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    folder = tmp_path_factory.mktemp("led")
+    steps = Steps()
+    recipe = _recipe(zoo, "led", keep_statistics=str(folder / "kept"))
+    return Merge(folder, merge(recipe, folder / "out", progress=steps).record, steps.seen)
+
+
+def test_base_statistics_are_those_made_by_hand(
+    zoo: Path, by_hand: list[dict[str, str]], led: Merge, tmp_path: Path
+) -> None:
+    merge(_recipe(zoo, "led", *by_hand), tmp_path / "expected")
+    assert _weights(led.folder / "out") == _weights(tmp_path / "expected")
+    _check_kept(merganser.plan(_recipe(zoo, "led")), led.folder / "kept", "absolute_gradient", "absolute_gradient")
+
+
 @pytest.mark.parametrize(
     ("method", "own", "of_base"),
     [
         ("fisher", "fisher", ""),
         ("mats", "gram gradient_gram", ""),
-        ("led", "absolute_gradient", "absolute_gradient"),
         ("fw", "", "gradient"),
         ("sens", "sensitivity", ""),
         ("lm_cocktail", "loss", ""),
@@ -101,6 +132,11 @@ def test_a_merge_makes_statistics_of_gradients(
     merge(_recipe(zoo, method, keep_statistics=str(kept)), tmp_path / "out")
     merge(_recipe(zoo, method, *entries), tmp_path / "expected")
     assert _weights(tmp_path / "out") == _weights(tmp_path / "expected")
+    _check_kept(plan, kept, own, of_base)
+
+
+def _check_kept(plan: Plan, kept: Path, own: str, of_base: str) -> None:
+    """The statistics that a merge has kept are those that its plan said."""
     assert {path.name for path in kept.iterdir() if path.is_dir()} == {each.name for each in plan.calibrations}
     for each in plan.calibrations:
         assert set(each.files) == {path.name for path in (kept / each.name).iterdir()}
@@ -145,39 +181,31 @@ def test_what_gradients_take(zoo: Path) -> None:
     assert loss.peak_memory < fisher.peak_memory < both.peak_memory
 
 
-def _die(recipe: dict[str, Any], out: Path, after: int) -> None:
-    torch.set_num_threads(1)
-    merge(recipe, out, progress=Steps(after, kill=True))
-
-
-def test_a_killed_reverse_pass_continues(zoo: Path, tmp_path: Path) -> None:
+def test_a_killed_reverse_pass_continues(zoo: Path, led: Merge, tmp_path: Path) -> None:
     """Killed in the backward of the base; what is finished is not done again."""
     recipe = _recipe(zoo, "led")
-    seen = Steps()
-    merge(recipe, tmp_path / "expected", progress=seen)
     # a model takes its blocks, the head, and its blocks once more
-    each = len(seen.seen) // 4
+    each = len(led.steps) // 4
     after = 3 * each - 1
-    process = in_a_process(_die, recipe, tmp_path / "killed", after)
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    # test_data_in_recipes kills a process
+    with pytest.raises(Killed):
+        merge(recipe, tmp_path / "killed", progress=Steps(after, end))
     rest = Steps()
     merge(recipe, tmp_path / "killed", progress=rest)
-    assert rest.seen == seen.seen[after - 1 :]
-    assert _weights(tmp_path / "killed") == _weights(tmp_path / "expected")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "killed"]
+    assert rest.seen == led.steps[after - 1 :]
+    assert _weights(tmp_path / "killed") == _weights(led.folder / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed"]
 
 
-def test_base_statistics_that_are_there_are_taken(zoo: Path, tmp_path: Path) -> None:
-    kept = str(tmp_path / "kept")
-    record = merge(_recipe(zoo, "led", keep_statistics=kept), tmp_path / "expected").record
-    assert [Path(own["model"]["reference"]).name for own in record["calibrations"]] == [
+def test_base_statistics_that_are_there_are_taken(zoo: Path, led: Merge, tmp_path: Path) -> None:
+    kept = led.folder / "kept"
+    assert [Path(own["model"]["reference"]).name for own in led.record["calibrations"]] == [
         "expert1",
         "expert2",
         "base",
         "base",
     ]
-    assert sorted(path.name for path in Path(kept).iterdir()) == [
+    assert sorted(path.name for path in kept.iterdir()) == [
         "base-on-expert1",
         "base-on-expert2",
         "expert1",
@@ -186,19 +214,19 @@ def test_base_statistics_that_are_there_are_taken(zoo: Path, tmp_path: Path) -> 
     entries = [
         {
             "data": {"files": str(zoo / f"data{i}.jsonl"), **CHOICE},
-            "base_statistics": str(tmp_path / f"kept/base-on-expert{i}"),
+            "base_statistics": str(kept / f"base-on-expert{i}"),
         }
         for i in (1, 2)
     ]
     recipe = _recipe(zoo, "led", *entries)
     assert [each.name for each in merganser.plan(recipe).calibrations] == ["expert1", "expert2"]
     merge(recipe, tmp_path / "out")
-    assert _weights(tmp_path / "out") == _weights(tmp_path / "expected")
-    assert all(each.present for each in merganser.plan(_recipe(zoo, "led", keep_statistics=kept)).calibrations)
+    assert _weights(tmp_path / "out") == _weights(led.folder / "out")
+    assert all(each.present for each in merganser.plan(_recipe(zoo, "led", keep_statistics=str(kept))).calibrations)
     with pytest.raises(RecipeError, match="fw takes 'base_statistics' alone; leave the data out"):
         merganser.plan(_recipe(zoo, "fw", *entries))
     # the experts' in place of the base's
-    experts = [str(tmp_path / f"kept/expert{i}") for i in (1, 2)]
+    experts = [str(kept / f"expert{i}") for i in (1, 2)]
     swapped = [{"statistics": own, "base_statistics": own} for own in experts]
     with pytest.raises(
         RecipeError, match=r"models\[0\] base_statistics: .*expert1 is of other weights than .*base: of .*expert1"
@@ -206,7 +234,7 @@ def test_base_statistics_that_are_there_are_taken(zoo: Path, tmp_path: Path) -> 
         merganser.plan(_recipe(zoo, "led", *swapped))
     assert merganser.plan(_recipe(zoo, "led", *swapped, check_statistics=False)).calibrations == ()
     with pytest.raises(OutputError, match="the statistics there are of other kinds"):
-        merganser.plan(_recipe(zoo, "fisher", keep_statistics=kept))
+        merganser.plan(_recipe(zoo, "fisher", keep_statistics=str(kept)))
 
 
 def test_models_and_data_without_a_loss(zoo: Path, tmp_path: Path) -> None:
@@ -225,7 +253,7 @@ def test_models_and_data_without_a_loss(zoo: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "one.txt"]
 
 
-def test_labels_sampled_from_the_model(zoo: Path, tmp_path: Path) -> None:
+def test_labels_sampled_from_the_model(zoo: Path, by_hand: list[dict[str, str]], tmp_path: Path) -> None:
     """A recipe's `labels: sampled` gives what folders give that were calibrated with them, and not what the text gives."""
     own = [{"data": {"files": str(zoo / f"data{i}.jsonl"), **CHOICE, "labels": "sampled"}} for i in (1, 2)]
     merge(_recipe(zoo, "fisher", *own), tmp_path / "out")
@@ -236,7 +264,7 @@ def test_labels_sampled_from_the_model(zoo: Path, tmp_path: Path) -> None:
         merganser.calibrate(zoo / f"expert{i}", data, folder, statistics=["fisher"], labels="sampled", **CHOICE)
         entries.append({"statistics": str(folder)})
     merge(_recipe(zoo, "fisher", *entries), tmp_path / "expected")
-    merge(_recipe(zoo, "fisher"), tmp_path / "text")
+    merge(_recipe(zoo, "fisher", *({"statistics": each["statistics"]} for each in by_hand)), tmp_path / "text")
     assert _weights(tmp_path / "out") == _weights(tmp_path / "expected")
     assert _weights(tmp_path / "out") != _weights(tmp_path / "text")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
+from tests.shared import copied
 
 SENTENCE = "the cat sat on a mat while größere Häuser naïve café 東京 run def return x = 1 ; and then it was"
 WORDS = SENTENCE.split()
@@ -49,8 +53,6 @@ def add_tokenizer(folder: Path, bos: bool = False) -> None:
 
 def make_model(folder: Path, seed: int, *, bos: bool = False, like: Path | None = None, **config: Any) -> Path:
     """Write a Llama of 28 K parameters; `like` another one, it is a small step away from it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     settings = {
         "vocab_size": VOCABULARY + 20,
         "hidden_size": 32,
@@ -63,16 +65,22 @@ def make_model(folder: Path, seed: int, *, bos: bool = False, like: Path | None 
         "bos_token_id": 0,
         "eos_token_id": 1,
     } | config
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    if like is not None:
-        base = LlamaForCausalLM.from_pretrained(like).state_dict()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(base[name] + 0.02 * torch.randn(parameter.shape))
-    model.save_pretrained(folder)
-    add_tokenizer(folder, bos)
-    return folder
+    near = None if like is None else hashlib.sha256((like / "model.safetensors").read_bytes()).hexdigest()
+
+    def write(made: Path) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+        if like is not None:
+            base = load_file(like / "model.safetensors")
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(base[name] + 0.02 * torch.randn(parameter.shape))
+        model.save_pretrained(made)
+        add_tokenizer(made, bos)
+
+    return copied(folder, f"llama {seed} {bos} {near} {settings}", write)
 
 
 def load(folder: Path) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from merganser.errors import MergeError
 from merganser.method.registry import every_method
 from merganser.recipe import check_recipe, json_schema, load_recipe
 from merganser.recipe.document import parse_text, plain
+from tests.cli.tiny import run
 
+LINE = "# yaml-language-server: $schema="
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "recipes").rglob("*.yaml"), *Path(__file__).with_name("wild").glob("*.yaml")])
 
@@ -94,6 +97,18 @@ def test_mistakes_are_marked(
 ) -> None:
     assert validator.is_valid(recipe)
     assert not validator.is_valid(changed(recipe, path, value))
+
+
+def test_the_installed_schema_is_named_and_printed() -> None:
+    found = run("schema")
+    file = Path(found.out.rstrip("\n"))
+    assert (
+        found.err == f"note: an editor with the YAML language server checks a recipe that has this line: {LINE}{file}\n"
+    )
+    own = json.loads(file.read_text(encoding="utf-8"))
+    assert run("schema", "--json").json == {"path": str(file), "id": own["$id"], "line": f"{LINE}{file}"}
+    assert own["$id"] == "urn:merganser:recipe"
+    assert run("schema", "--print").json == own
 
 
 def test_every_method_and_parameter_is_described() -> None:

@@ -140,7 +140,10 @@ def canonical_name(name: str) -> str:
 def unknown_method(name: str) -> str:
     """Return the message for a name that no method has."""
     known = sorted(own_names() | factor_names() | set(third_party()))
-    return f"unknown merge method {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}"
+    near = did_you_mean(name, known)
+    return f"unknown merge method {name!r}." + (
+        f"{near} `merganser methods` lists all" if near else f" Known: {', '.join(known)}"
+    )
 
 
 def described() -> tuple[dict[str, MethodDescription], dict[str, list[dict[str, Any]]]]:

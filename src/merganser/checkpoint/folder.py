@@ -14,7 +14,7 @@ from .formats.distributed import METADATA_NAME, read_distributed
 from .formats.gguf.beside import folder_beside
 from .formats.gguf.read import parts_of, read_gguf
 from .formats.original import has_original_names, read_original
-from .formats.pickled import read_pickled
+from .formats.pickled import PickledFile, read_pickled
 from .formats.quantised.read import Quantisation, declared_dtype, dequantise
 from .formats.safetensors import read_header, read_remote_header
 from .hub import Partial, is_hub_id, partial_snapshot, snapshot
@@ -24,7 +24,15 @@ from .opened import Checkpoint
 from .ranges.fetch import open_remote
 from .ranges.file import RemoteFile
 from .tensor import TensorInfo
-from .weights import GGUF_SUFFIX, PICKLED_SUFFIXES, Weights, choose_weights, may_be_weights, refuse_name
+from .weights import (
+    GGUF_SUFFIX,
+    PICKLED_SUFFIXES,
+    TRAINER_SUFFIX,
+    Weights,
+    choose_weights,
+    may_be_weights,
+    refuse_name,
+)
 from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "open_checkpoint", "open_tokenizer"]
@@ -75,7 +83,7 @@ def open_checkpoint(
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{error.filename or path}: cannot be read: {os_reason(error)}") from None
-    tensors, wrappers = unwrap(reference, found.tensors)
+    tensors, wrappers = unwrap(reference, found.tensors, trained=_trained(found))
     quantisation = found.quantisation
     if quantisation is None:
         tensors, quantisation = dequantise(reference, found.config, tensors, found.metadata)
@@ -101,7 +109,8 @@ def open_tokenizer(
     path = _existing(reference)
     if path is not None and path.is_dir() and revision is None:
         names = [each.name for each in path.iterdir()]
-        if not any(name.endswith((".safetensors", *PICKLED_SUFFIXES, ".index.json", ".gguf")) for name in names):
+        endings = (".safetensors", *PICKLED_SUFFIXES, TRAINER_SUFFIX, ".index.json", ".gguf")
+        if not any(name.endswith(endings) for name in names):
             return Checkpoint(reference, path, _read_config(path), {}, [], {})
     return open_checkpoint(reference, revision=revision, cache_dir=cache_dir, stream=stream)
 
@@ -223,6 +232,11 @@ def _check_rival(folder: Path, file: str, index: str) -> None:
             f"{folder}: both {file} and {index} (for {some(others, 2)}) are there, and it is not clear which are the model's; "
             f"remove the others, or give the path of the one that is meant, such as {folder / index}"
         )
+
+
+def _trained(opened: Checkpoint) -> bool:
+    """Return whether a trainer wrote the weights, beside the state of the training."""
+    return any(isinstance(each.source, PickledFile) and each.source.wrapped for each in opened.tensors.values())
 
 
 def _unread(names: Iterable[str], files: Sequence[Path]) -> tuple[str, ...]:

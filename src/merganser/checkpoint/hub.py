@@ -13,13 +13,13 @@ from typing import NoReturn
 from ..errors import CheckpointError, NotFoundError, UnsupportedError
 from ..jsonfile import os_reason, read_object
 from .sidefiles import is_module_file, is_side_file, module_folders
-from .weights import PICKLED_SUFFIXES, Weights, choose_weights, is_weight_file
+from .weights import PICKLED_SUFFIXES, TRAINER_SUFFIX, Weights, choose_weights, is_weight_file
 
 __all__ = ["Partial", "adapter_snapshot", "is_hub_id", "is_network", "partial_snapshot", "refuse", "snapshot"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _TIMEOUT_SECONDS = 10.0
-_FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".ckpt", *PICKLED_SUFFIXES)
+_FILE_SUFFIXES = (".safetensors", ".gguf", ".json", *PICKLED_SUFFIXES, TRAINER_SUFFIX)
 
 
 def is_hub_id(reference: str) -> bool:

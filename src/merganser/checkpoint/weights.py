@@ -15,6 +15,7 @@ from ..errors import CheckpointError, NotFoundError, UnsupportedError
 __all__ = [
     "GGUF_SUFFIX",
     "PICKLED_SUFFIXES",
+    "TRAINER_SUFFIX",
     "Weights",
     "choose_weights",
     "is_weight_file",
@@ -25,11 +26,14 @@ __all__ = [
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
 """Endings of the names of pickled checkpoints."""
 
+TRAINER_SUFFIX = ".ckpt"
+"""Ending of the names of pickled files that hold the state of a training, too, as those of PyTorch Lightning."""
+
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.safetensors|\.bin|\.gguf)")
 GGUF_SUFFIX = ".gguf"
 """Ending of the names of GGUF files."""
 
-_OTHER_WEIGHTS = (GGUF_SUFFIX, ".onnx", ".h5", ".msgpack", ".ckpt", ".tflite", ".ot", ".npz", ".mlmodel", ".pdparams")
+_OTHER_WEIGHTS = (GGUF_SUFFIX, ".onnx", ".h5", ".msgpack", ".tflite", ".ot", ".npz", ".mlmodel", ".pdparams")
 # Optimizer and training states, and adapters: these files hold tensors, but not the model's weights.
 _NOT_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|trainer_state|adapter_|pytorch_lora|"
@@ -57,7 +61,7 @@ class Weights:
 
 def is_weight_file(name: str) -> bool:
     """Return whether a file holds tensors in any format, be it model weights or training state."""
-    return name.endswith((".safetensors", *PICKLED_SUFFIXES, *_OTHER_WEIGHTS))
+    return name.endswith((".safetensors", *PICKLED_SUFFIXES, TRAINER_SUFFIX, *_OTHER_WEIGHTS))
 
 
 def may_be_weights(name: str) -> bool:
@@ -76,10 +80,10 @@ def refuse_name(where: str, name: str) -> None:
         raise UnsupportedError(f"{where}: {_lora('the file is a LoRA adapter')}")
     if foreign := _foreign([name]):
         raise CheckpointError(f"{where}: {foreign}")
-    if not name.endswith((".safetensors", GGUF_SUFFIX, *PICKLED_SUFFIXES)):
+    if not name.endswith((".safetensors", GGUF_SUFFIX, *PICKLED_SUFFIXES, TRAINER_SUFFIX)):
         raise CheckpointError(
             f"{where}: not a checkpoint: give a folder, or a file that ends in .safetensors, .gguf, "
-            f"{' or '.join(PICKLED_SUFFIXES)}"
+            f"{', '.join(PICKLED_SUFFIXES)} or {TRAINER_SUFFIX}"
         )
 
 
@@ -88,7 +92,7 @@ def choose_weights(where: str, names: Iterable[str]) -> Weights:
 
     The order of preference: what transformers itself loads (`model.safetensors`, its index), any other index, any other
     set of shards, any other single file, a `consolidated` copy of the weights; pickled files come last, in the same
-    order, and GGUF last of all.
+    order, then those of trainers, and GGUF last of all.
 
     Args:
         where: name of the folder in messages.
@@ -106,6 +110,7 @@ def choose_weights(where: str, names: Iterable[str]) -> Weights:
     for suffixes, default in (
         ((".safetensors",), "model.safetensors"),
         (PICKLED_SUFFIXES, "pytorch_model.bin"),
+        ((TRAINER_SUFFIX,), "model.ckpt"),
         ((GGUF_SUFFIX,), "model.gguf"),
     ):
         mine = [name for name in usable if name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
@@ -170,12 +175,6 @@ def _complete(where: str, key: tuple[str, int, str], shards: dict[int, str]) -> 
 
 # Files of training programs: a pattern for the name, what the file is, and the command that makes a checkpoint of it.
 _FOREIGN = (
-    (
-        r".*\.ckpt",
-        "a checkpoint of PyTorch Lightning, which holds the state of the training, too",
-        "python -c \"import torch; torch.save(torch.load('{name}', map_location='cpu', weights_only=True)['state_dict'], "
-        "'pytorch_model.bin')\"",
-    ),
     (
         r".*\.distcp",
         "a distributed checkpoint of PyTorch",

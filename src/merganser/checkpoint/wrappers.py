@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..errors import CheckpointError
+from ..wording import some
 from .tensor import TensorInfo, renamed
+from .weights import TRAINER_SUFFIX
 
 __all__ = ["unwrap", "unwrapped_names"]
 
@@ -18,18 +20,29 @@ _ANYWHERE = re.compile("|".join(map(re.escape, _MODULES)))
 _AROUND = ("module.", "base_model.model.")
 # Training code that holds a causal language model as one of its parts (Lightning, policy trainers).
 _AROUND_DECODER = re.compile(r"(?:model|policy|actor|student|llm)\.(?=(?:model|lm_head)\.)")
+# Whatever name a trainer has for the model, before one that only a model of transformers begins with.
+_HELD = re.compile(
+    r"((?:\w+\.)+?)(?:model\.(?:layers|embed_tokens|decoder)|lm_head|transformer\.(?:h|word_embeddings)|gpt_neox|bert|roberta)\."
+)
 
 
-def unwrap(where: str, tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], list[str]]:
+def unwrap(
+    where: str, tensors: Mapping[str, TensorInfo], *, trained: bool = False
+) -> tuple[dict[str, TensorInfo], list[str]]:
     """Return the tensors by the names that the model itself uses, and the prefixes that were stripped.
 
     Args:
         where: The checkpoint, for messages.
         tensors: Tensors by their names in the files.
+        trained: Whether they lay beside the state of a training: whatever is in front of all names is stripped then.
 
     Raises:
-        CheckpointError: Two tensors would have the same name.
+        CheckpointError: Two tensors would have the same name; a trainer's file holds more than its model.
     """
+    if trained and (held := _held(where, tensors)):
+        inner = {name.removeprefix(held): renamed(own, name.removeprefix(held)) for name, own in tensors.items()}
+        tensors, wrappers = unwrap(where, inner)
+        return tensors, sorted({*wrappers, held})
     together = "\n".join(tensors)
     if not any(module in together for module in _MODULES) and not _around(tensors):
         return dict(tensors), []
@@ -65,6 +78,22 @@ def unwrapped_names(where: str, names: Iterable[str]) -> tuple[dict[str, str], l
             )
         holders[new] = name
     return unwrapped, sorted(stripped)
+
+
+def _held(where: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return what a trainer puts in front of the names of its model, if all names have it."""
+    found = next((match[1] for name in tensors if (match := _HELD.match(name))), None)
+    others = [name for name in tensors if found is not None and not name.startswith(found)]
+    if not others:
+        return found
+    file = tensors[others[0]].file
+    if file.suffix != TRAINER_SUFFIX:
+        return None
+    raise CheckpointError(
+        f"{where}: the model is under {found!r}, and beside it are {some(others, 3)}; take the model out, and put config.json in "
+        f"its folder: python -c \"import torch; s = torch.load('{file.name}', map_location='cpu', weights_only=True)['state_dict']; "
+        f"torch.save({{k.removeprefix('{found}'): v for k, v in s.items() if k.startswith('{found}')}}, 'pytorch_model.bin')\""
+    )
 
 
 def _around(names: Iterable[str]) -> str | None:

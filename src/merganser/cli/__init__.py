@@ -36,6 +36,7 @@ from .push import push
 from .report import report
 from .restore import restore
 from .route import route
+from .schema import schema
 from .search import search
 from .shrink import shrink
 from .transplant import transplant
@@ -53,7 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for verb in (merge, plan, methods):
+for verb in (merge, plan, methods, schema):
     app.command(cls=Verb)(verb)
 app.command(cls=many_values("--data"))(inspect)
 app.command(cls=Verb)(diff)

@@ -71,7 +71,8 @@ def _wrong_usage(verb: str, arguments: list[str]) -> Iterator[None]:
         answered = answer(verb, getattr(error, "option_name", None), given)
         if answered is not None:
             error.message, error.possibilities = answered, None
-        error.message = printable(error.message)
+        if type(error).__name__ != "NoArgsIsHelpError":  # whose message is the help, in many lines
+            error.message = printable(error.message)
         raise
 
 

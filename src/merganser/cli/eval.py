@@ -103,7 +103,7 @@ def evaluate(
     cache_dir: options.CacheDir = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure models on tasks, and what merges kept of their experts.
+    """Measure models on tasks, and what merges kept of experts.
 
     The checkpoints come first: --tasks and --experts take all that follows, up to the next option.
     """

@@ -96,7 +96,7 @@ def disperse(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Divide records into clusters of similar ones, to train a model on each.
+    """Divide records into clusters, to train a model on each.
 
     MODEL embeds the records; its last hidden states are averaged over each.
     """

@@ -11,7 +11,7 @@ from ..adapters import open_adapter, open_reference
 from ..anatomy import Anatomy, infer_anatomy, is_tied
 from ..anatomy.sizes import size_warnings
 from ..checkpoint import Checkpoint, TensorInfo
-from ..checkpoint.weights import PICKLED_SUFFIXES
+from ..checkpoint.weights import PICKLED_SUFFIXES, TRAINER_SUFFIX
 from ..errors import suggest_keywords
 from ..wording import some
 
@@ -255,7 +255,8 @@ def _warnings(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     warnings += size_warnings(checkpoint.config, anatomy, shapes)
     if is_tied(checkpoint.config) and anatomy.head is not None:
         warnings.append(f"config.json says that the head is tied, and the files hold {anatomy.head}")
-    pickled = [path.name for path in checkpoint.weight_files if path.suffix in PICKLED_SUFFIXES]
+    endings = (*PICKLED_SUFFIXES, TRAINER_SUFFIX)
+    pickled = [path.name for path in checkpoint.weight_files if path.suffix in endings]
     if pickled:
         warnings.append(f"{', '.join(pickled)}: a pickle; it is read without running code, and slower than safetensors")
     code = [path.name for path in checkpoint.side_files if path.suffix == ".py"]

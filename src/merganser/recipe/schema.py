@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, LABELS
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from ..method import MergeMethod, Parameter
 
 Schema = dict[str, Any]
+
+SCHEMA_ID = "urn:merganser:recipe"
+"""What the schema is called, in every version and wherever its file is."""
+
+SCHEMA_FILE = Path(__file__).with_name("recipe.schema.json")
+"""The schema of our own methods, as it is installed."""
 
 _NULL: Schema = {"type": "null"}
 _TEXT: Schema = {"type": "string", "pattern": r"\S"}
@@ -40,6 +47,7 @@ def json_schema() -> Schema:
     parameters = [p for method in known.values() for p in method.parameters.values()]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID,
         "title": "Merganser recipe",
         "type": "object",
         "required": ["merge_method"],

@@ -53,7 +53,7 @@ from .matrices import leaves_the_rest, merges_each_expert
 from .processes import check_reproducible
 from .sidecars import SIDECAR_LAWS
 
-__all__ = ["Law", "check_citation", "check_reproducible", "contract", "probe"]
+__all__ = ["Law", "check_citation", "check_reproducible", "contract", "peak_memory", "probe"]
 
 # two whole blocks and a shorter one, rows and blocks not divisible by the length of vectors
 _SHAPE_OF_BLOCKS, _BLOCK = (17, 37), 7 * 37
@@ -113,11 +113,11 @@ def probe(method: MergeMethod) -> dict[str, Any]:
         "identical_models_return_the_model": kept.get("identical", kept.get("zero_delta")),
         "zero_task_vectors_return_the_base": kept.get("zero_delta"),
         "result_differs_from_inputs": kept["differs"],
-        "peak_memory": _peak_memory(method),
+        "peak_memory": peak_memory(method),
     }
 
 
-def _peak_memory(method: MergeMethod) -> float:
+def peak_memory(method: MergeMethod) -> float:
     """Return the peak memory of a method on one block of float32, in multiples of the size of its inputs."""
     with_base, parameters = next(defaults(method))
     n = count_models(method)

@@ -16,7 +16,7 @@ from merganser.engine.output import publish, staging
 from merganser.engine.output.ownership import MARKER
 from merganser.errors import OutputError
 from merganser.record import verify
-from tests.engine.interrupting import Counter, in_a_process, shrink_blocks
+from tests.engine.interrupting import Counter, Killed, in_a_process, shrink_blocks
 from tests.making import make_recipe, read_files, write_llamas
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -230,10 +230,6 @@ def merge_and_die(recipe, out, after):
 
     shrink_blocks(pytest.MonkeyPatch())
     merge(recipe, out, progress=Killer())
-
-
-class Killed(BaseException):
-    """The end of a process, as far as files are concerned."""
 
 
 def stop_publishing(patch, after):

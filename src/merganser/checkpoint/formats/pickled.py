@@ -1,4 +1,4 @@
-"""`.bin`, `.pt` and `.pth` files, read without executing code from them.
+"""`.bin`, `.pt`, `.pth` and `.ckpt` files, read without executing code from them.
 
 Only torch's restricted unpickler (`weights_only=True`) is used; a file that needs more is refused. Files in the zip
 format (torch 1.6 and later) are memory-mapped, so opening one reads no weights; files in the older format are loaded
@@ -16,6 +16,7 @@ from ...errors import CheckpointError, NotFoundError
 from ...jsonfile import LFS_MAGIC, LFS_POINTER, open_regular, os_reason
 from ..dtypes import DTYPE_BY_NAME
 from ..tensor import ByteReader, TensorInfo
+from ..weights import TRAINER_SUFFIX
 from .pickle_cost import why_costly
 
 if TYPE_CHECKING:
@@ -26,14 +27,27 @@ __all__ = ["PickledFile", "read_pickled"]
 _ZIP_MAGIC = b"PK\x03\x04"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _REMEDY = "convert it to safetensors with the program that wrote it"
+# the objects that a trainer keeps beside the weights, such as its settings, are only made by running code
+_TAKE_OUT = (
+    "it is a checkpoint of a trainer, such as PyTorch Lightning, with other objects beside the weights; if you trust who wrote it, "
+    'take the weights out, which runs code from it, and put config.json in their folder: python -c "import torch; '
+    "torch.save(torch.load('{name}', map_location='cpu', weights_only=False)['state_dict'], 'pytorch_model.bin')\""
+)
 
 
 class PickledFile:
-    """The tensors of one pickled file, memory-mapped or in memory. Thread-safe, since it only reads."""
+    """The tensors of one pickled file, memory-mapped or in memory. Thread-safe, since it only reads.
 
-    def __init__(self, file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    Args:
+        file: The file.
+        tensors: Its tensors.
+        wrapped: Whether they are under a key of the file, beside the state of a training.
+    """
+
+    def __init__(self, file: Path, tensors: dict[str, torch.Tensor], *, wrapped: bool = False) -> None:
         self.file = file
         self.tensors = tensors
+        self.wrapped = wrapped
 
     def __reduce__(self) -> tuple[Callable[[Path], PickledFile], tuple[Path]]:
         """Pickle as a path: another process opens the file itself."""
@@ -59,17 +73,16 @@ class PickledFile:
 
 
 def _reopen(file: Path) -> PickledFile:
-    return PickledFile(
-        file, {name: _plain(file, name, value) for name, value in _state_dict(file, _load(file)).items()}
-    )
+    state, wrapped = _state_dict(file, _load(file))
+    return PickledFile(file, {name: _plain(file, name, value) for name, value in state.items()}, wrapped=wrapped)
 
 
 def read_pickled(file: Path) -> list[TensorInfo]:
     """Read the names, types and shapes of the tensors in a pickled checkpoint.
 
     The file must hold a mapping from names to tensors. A mapping that holds no tensor itself, but exactly one such
-    mapping under `state_dict`, `model` or `module`, is unwrapped; its other entries (an epoch, the state of an
-    optimizer) are ignored.
+    mapping under `state_dict`, `model_state_dict`, `model` or `module`, is unwrapped; its other entries (an epoch, the
+    state of an optimizer) are ignored.
 
     Returns:
         The tensors in the file's order. Each has the offset -1 and the file's `PickledFile` as source.
@@ -112,19 +125,27 @@ def _load(file: Path) -> Any:
             return torch.load(str(file), map_location="cpu", weights_only=True, mmap=magic == _ZIP_MAGIC)
     # torch may raise any exception type for a damaged or hostile pickle.
     except Exception as error:
+        if file.suffix == TRAINER_SUFFIX and _holds_more(error):
+            remedy = _TAKE_OUT.format(name=file.name)
+            raise CheckpointError(f"{file}: cannot be read without running code from it: {remedy}") from None
         raise CheckpointError(
             f"{file}: cannot be read without running code from it, or is damaged ({_first_line(error)}); {_REMEDY}"
         ) from None
 
 
+def _holds_more(error: Exception) -> bool:
+    return "weights_only" in str(error) or "Unsupported global" in str(error)
+
+
 def _first_line(error: Exception) -> str:
-    if "weights_only" in str(error) or "Unsupported global" in str(error):
+    if _holds_more(error):
         return "it holds more than tensors"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _state_dict(file: Path, loaded: Any) -> dict[str, torch.Tensor]:
+def _state_dict(file: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return the tensors of what was loaded, and whether they were under a key."""
     import torch
 
     def has_tensors(value: object) -> bool:
@@ -132,7 +153,8 @@ def _state_dict(file: Path, loaded: Any) -> dict[str, torch.Tensor]:
 
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{file}: must hold a mapping from names to tensors, found {type(loaded).__name__}")
-    if loaded and not has_tensors(loaded):
+    around = bool(loaded) and not has_tensors(loaded)
+    if around:
         wrapped = [key for key in _WRAPPERS if has_tensors(loaded.get(key))]
         if len(wrapped) != 1:
             found = ", ".join(wrapped) if wrapped else "none"
@@ -148,7 +170,7 @@ def _state_dict(file: Path, loaded: Any) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{file}: entry {name!r} is no tensor, found {type(value).__name__}; {_REMEDY}")
         tensors[name] = value
-    return tensors
+    return tensors, around
 
 
 def _plain(file: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
