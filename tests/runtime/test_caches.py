@@ -232,9 +232,3 @@ def test_calls_are_checked():
     assert "cannot go back 2 tokens" in refused(lambda: cache.crop(-2))
     cache.crop(0)
 
-
-def test_assisted_decoding_is_refused():
-    made = model()
-    cache = MergedCache("snapkv", made, **SMALL)
-    with pytest.raises(UnsupportedError, match="go back"):
-        made.generate(text(30), past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=20, do_sample=False)

@@ -123,7 +123,7 @@ def assisted(made, cache):
 
 
 def looked_up(made, cache):
-    generated(made, text(30), cache, 20, prompt_lookup_num_tokens=3)
+    generated(made, text(30), cache, 20, prompt_lookup_num_tokens=3, eos_token_id=1)
 
 
 REFUSED = {
@@ -142,8 +142,9 @@ REFUSED = {
         "positions must go on from the 24 tokens seen",
     ),
     "other attention": (flexible, "attention 'flex_attention' is not supported"),
-    "assisted decoding": (assisted, "cannot go back"),
-    "prompt lookup": (looked_up, "cannot go back"),
+    # from transformers 5.24 on, by generate itself
+    "assisted decoding": (assisted, "cannot go back|requires a cache that can be cropped"),
+    "prompt lookup": (looked_up, "cannot go back|requires a cache that can be cropped"),
     "cropping": (
         lambda made, cache: (made(text(9), past_key_values=cache), cache.crop(-2)),
         "a compressed cache cannot go back 2 tokens",
@@ -158,9 +159,8 @@ STATIC = {"static": {}, "dynamic": {}, "offloaded": {}, "quantized": {}}
 def test_refused(method, situation):
     action, message = REFUSED[situation]
     made = model()
-    with torch.no_grad(), pytest.raises(UnsupportedError) as error:
+    with torch.no_grad(), pytest.raises((UnsupportedError, ValueError), match=message):
         action(made, small(method, made))
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("implementation", STATIC)
