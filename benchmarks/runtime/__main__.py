@@ -57,6 +57,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32, help="tokens that are timed")
     parser.add_argument("--repeats", type=int, default=2, help="of the timing")
     parser.add_argument("--queries", type=int, default=512, help="last queries of the prompt that caches may look at")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument(
         "--heads", type=Path, help="retrieval heads, written by RetrievalHeads.save: adds RazorAttention"
@@ -78,7 +79,7 @@ def unbounded(model: Any, options: argparse.Namespace) -> dict[str, Make]:
 
 def main(arguments: list[str]) -> int:
     options = parsed(arguments)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     encode = encoder(tokenizer)
     tokens, methods = encode(options.text.read_text(encoding="utf-8")), sorted({*options.methods, "snapkv"})

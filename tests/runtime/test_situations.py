@@ -1,6 +1,7 @@
 """Every cache in every situation of `generate`: what it does is right, or it is refused with a message."""
 
 import copy
+from functools import cache as remembered
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def whole(method, made):
     return MergedCache(method, made, **options)
 
 
-def generated(made, tokens, cache, new=6, **options):
+def generated(made, tokens, cache, new=4, **options):
     settings = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": new, "do_sample": False, **options}
     torch.manual_seed(0)
     return made.generate(tokens, past_key_values=cache, **settings)
@@ -52,35 +53,39 @@ ONES = {
 }
 
 
+@remembered
+def without(situation):
+    """A model, and what it generates in a situation without the cache."""
+    changes, options = ONES[situation]
+    made = model(**changes)
+    return made, generated(made, text(20, rows=2), None, **options)
+
+
 @pytest.mark.parametrize("situation", ONES)
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_lost_nothing_changed(method, situation):
-    changes, options = ONES[situation]
-    made, tokens = model(**changes), text(20, rows=2)
-    expected = generated(made, tokens, None, **options)
-    assert torch.equal(generated(made, tokens, whole(method, made), **options), expected)
+    made, expected = without(situation)
+    assert torch.equal(generated(made, text(20, rows=2), whole(method, made), **ONES[situation][1]), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_several_turns(method):
     """The second turn gives all tokens so far, and the cache goes on from those that it saw."""
     made, tokens = model(), text(24)
-    for make in (whole, small):
-        cache = make(method, made)
-        first = generated(made, tokens, cache)
-        second = torch.cat((first, text(5, seed=4)), dim=1)
-        found = generated(made, second, cache)
-        if make is whole:
-            assert torch.equal(found, generated(made, second, None))
-        # by hand: the last generated token was not seen
-        by_hand, said = make(method, made), []
-        with torch.no_grad():
-            for part in (tokens, *first[:, 24:-1].split(1, dim=1), second[:, first.shape[1] - 1 :]):
-                logits = made(part, past_key_values=by_hand).logits
-            for _ in range(6):
-                said.append(int(logits[0, -1].argmax()))
-                logits = made(torch.tensor([said[-1:]]), past_key_values=by_hand).logits
-        assert found[0, -6:].tolist() == said
+    cache = small(method, made)
+    first = generated(made, tokens, cache)
+    second = torch.cat((first, text(5, seed=4)), dim=1)
+    found = generated(made, second, cache)
+    # by hand: the last generated token was not seen
+    by_hand, said = small(method, made), []
+    with torch.no_grad():
+        for part in (tokens, *first[:, 24:-1].split(1, dim=1), second[:, first.shape[1] - 1 :]):
+            logits = made(part, past_key_values=by_hand).logits
+        for _ in range(4):
+            said.append(int(logits[0, -1].argmax()))
+            logits = made(torch.tensor([said[-1:]]), past_key_values=by_hand).logits
+    assert found[0, -4:].tolist() == said
+    assert cache.get_seq_length() == by_hand.get_seq_length() - 1 == second.shape[1] + 3
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -123,7 +128,7 @@ def assisted(made, cache):
 
 
 def looked_up(made, cache):
-    generated(made, text(30), cache, 20, prompt_lookup_num_tokens=3)
+    generated(made, text(30), cache, 20, prompt_lookup_num_tokens=3, eos_token_id=1)
 
 
 REFUSED = {
@@ -142,8 +147,9 @@ REFUSED = {
         "positions must go on from the 24 tokens seen",
     ),
     "other attention": (flexible, "attention 'flex_attention' is not supported"),
-    "assisted decoding": (assisted, "cannot go back"),
-    "prompt lookup": (looked_up, "cannot go back"),
+    # from transformers 5.24 on, by generate itself
+    "assisted decoding": (assisted, "cannot go back|requires a cache that can be cropped"),
+    "prompt lookup": (looked_up, "cannot go back|requires a cache that can be cropped"),
     "cropping": (
         lambda made, cache: (made(text(9), past_key_values=cache), cache.crop(-2)),
         "a compressed cache cannot go back 2 tokens",
@@ -158,9 +164,8 @@ STATIC = {"static": {}, "dynamic": {}, "offloaded": {}, "quantized": {}}
 def test_refused(method, situation):
     action, message = REFUSED[situation]
     made = model()
-    with torch.no_grad(), pytest.raises(UnsupportedError) as error:
+    with torch.no_grad(), pytest.raises((UnsupportedError, ValueError), match=message):
         action(made, small(method, made))
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("implementation", STATIC)

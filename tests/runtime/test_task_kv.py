@@ -114,11 +114,6 @@ def test_rows_and_beams():
         one, two = (made(step, past_key_values=each).logits for each in (cache, other))
         torch.testing.assert_close(one, two)
         torch.testing.assert_close(one[:1], made(step[:1], past_key_values=alone).logits, rtol=1e-4, atol=1e-4)
-    tokens = text(20, rows=2)
-    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    expected = made.generate(tokens, **options)
-    whole = MergedCache("task_kv", made, share=1.0, **SMALL)
-    assert torch.equal(made.generate(tokens, past_key_values=whole, **options), expected)
 
 
 @pytest.mark.parametrize(
@@ -137,17 +132,6 @@ def test_options_are_checked(options, message):
     assert message in str(error.value)
 
 
-def test_what_is_refused():
-    made = made_of()
-    cache = MergedCache("task_kv", made, **SMALL)
-    mask = torch.ones(2, 20)
-    mask[0, :3] = 0
-    with pytest.raises(UnsupportedError, match="task_kv: rows are padded"):
-        made(text(20, rows=2), attention_mask=mask, past_key_values=cache)
-    with pytest.raises(UnsupportedError, match="layers with a sliding window"):
-        MergedCache("task_kv", model("mistral", sliding_window=16))
-    made(text(20), past_key_values=cache)
-    with pytest.raises(UnsupportedError, match="cannot go back 2 tokens"):
-        cache.crop(-2)
+def test_layers_need_a_model():
     with pytest.raises(UnsupportedError, match="heads are told apart by the queries of a model"):
         TaskKV(**SMALL).update(*torch.zeros(2, 1, 3, 20, 8))

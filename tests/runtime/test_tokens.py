@@ -110,7 +110,8 @@ def test_equal_patches_merge_without_a_trace(kind, method, attention):
     with merge_tokens(made, method, r=[4, 2, 0]) as merging:
         found = pooled(made(image))
     assert merging.sizes.max() > 1
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    # float32 through three layers of large weights, with sums in another order
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -15,6 +15,7 @@ from ..errors import DataError, OutputError
 from ..jsonfile import os_reason, read_object
 from .attention import chunks, probabilities
 from .cache import MergedCache
+from .libraries import cache_argument
 from .options import at_least, in_range
 
 __all__ = ["RetrievalHeads", "find_retrieval_heads"]
@@ -101,7 +102,7 @@ def find_retrieval_heads(
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(model.config.vocab_size, (1, tokens), generator=generator).repeat(1, repeats)
     with torch.no_grad():
-        model.base_model(text.to(model.device), past_key_values=cache)
+        model.base_model(text.to(model.device), **{cache_argument(model.base_model): cache})
         scores = torch.stack([_scores(layer, tokens) for layer in cache.layers], dim=1)
     cache.close()
     layers, key_heads, group = scores.shape[1:]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from ..errors import UnsupportedError
 
-__all__ = ["cache_utils"]
+__all__ = ["cache_argument", "cache_utils"]
 
 
 def cache_utils() -> Any:
@@ -26,3 +27,8 @@ def cache_utils() -> Any:
             "later do: pip install --upgrade transformers"
         )
     return cache_utils
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name of the argument by which a model takes a cache: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -125,7 +125,12 @@ def score(model: Any, questions: Sequence[Encoded]) -> dict[str, list[Any]]:
 
 def keeps_keys(model: Any) -> bool:
     """Return whether a model caches its context as keys and values, which can be repeated for every choice."""
-    return not getattr(model, "_is_stateful", False) and takes(model, "past_key_values")
+    return not getattr(model, "_is_stateful", False) and _cache_name(model) is not None
+
+
+def _cache_name(model: Any) -> str | None:
+    # transformers 5.24 calls it `cache`
+    return next((name for name in ("cache", "past_key_values") if takes(model, name)), None)
 
 
 def _with_cache(model: Any, questions: Sequence[Encoded]) -> list[list[float]]:
@@ -147,7 +152,7 @@ def _with_cache(model: Any, questions: Sequence[Encoded]) -> list[list[float]]:
         rows = [choice for q in questions for choice in q.choices]
         nats = first[owners, torch.tensor([row[0] for row in rows], device=device)].double()
         if any(len(row) > 1 for row in rows):
-            nats += _behind(model, ran.past_key_values, mask, owners, rows)
+            nats += _behind(model, ran[_cache_name(model)], mask, owners, rows)
     return _grouped(nats, questions)
 
 
@@ -156,10 +161,11 @@ def _behind(model: Any, cache: Any, mask: Tensor, owners: Tensor, rows: Sequence
     cache.batch_select_indices(owners)
     ids = right_padded([row[:-1] for row in rows], model.device)
     before = mask[owners]
-    given = {"attention_mask": torch.cat([before, torch.ones_like(ids)], dim=1)}
+    given: dict[str, Any] = {"attention_mask": torch.cat([before, torch.ones_like(ids)], dim=1)}
     if takes(model, "position_ids"):
         given["position_ids"] = before.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
-    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **given).logits
+    given[str(_cache_name(model))] = cache
+    logits = model(input_ids=ids, use_cache=True, **given).logits
     return _sums(logits, [row[1:] for row in rows])
 
 
