@@ -50,7 +50,7 @@ class _How:
     def behind(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is left of the frames of one image or video, [frames, tokens, d], and its places in all of them."""
         frames, tokens = features.shape[:2]
-        kept = {} if self.keep is None else {"keep": self.keep}
+        kept: dict[str, Any] = {} if self.keep is None else {"keep": self.keep}
         if self.method == "holitom":
             video = holitom(features, **kept)
             return video.features, video.frames * tokens + video.places
@@ -200,7 +200,7 @@ def _embedded(model: Any, ids: Tensor, found: dict[int, list[_Left]]) -> tuple[d
             raise ParameterError(
                 f"input_ids: the prompt has {len(own)} places for features of images, and there are {total}"
             )
-        for image, at in zip(images, own.split([each.tokens for each in images]), strict=True):
+        for image, at in zip(images, torch.split(own, [each.tokens for each in images]), strict=True):
             keep[at[image.places]] = True
             embeddings[at[image.places]] = image.features.to(embeddings.dtype)
     mask = torch.ones(1, int(keep.sum()), dtype=torch.long, device=ids.device)

@@ -79,12 +79,13 @@ class CellMerging:
 
     def patches(self, every: Tensor) -> Tensor:
         """Return the rows of patches that are left, of all patches in the order of the encoder: shape [patches, d]."""
-        return every.unflatten(0, (-1, self._cell**2))[self._left].flatten(0, 1)
+        return every.reshape(-1, self._cell**2, *every.shape[1:])[self._left].flatten(0, 1)
 
     def bounds(self, bounds: Tensor) -> Tensor:
         """Return where segments of patches begin and end among those that are left: int32, as the encoder gives them."""
         ends = torch.bucketize(bounds, self._left * self._cell**2)
-        return (ends * self._cell**2).unique_consecutive().to(torch.int32)
+        found: Tensor = torch.unique_consecutive(ends * self._cell**2)
+        return found.to(torch.int32)
 
     def bias(self) -> Tensor | None:
         """Return the logarithms of sizes, a number for each patch, shape [patches]; None if all are 0."""
@@ -100,11 +101,13 @@ class CellMerging:
         """
         assert self.sizes is not None
         layer, unit, width = len(self.counts), self._cell**2, hidden.shape[1]
-        lengths = self._window[self._left].unique_consecutive(return_counts=True)[1].tolist()
-        split = (each.split(lengths) for each in (hidden.reshape(-1, unit * width), keys.reshape(len(self._left), -1)))
+        lengths = torch.unique_consecutive(self._window[self._left], return_counts=True)[1].tolist()
+        split = (
+            torch.split(each, lengths) for each in (hidden.reshape(-1, unit * width), keys.reshape(len(self._left), -1))
+        )
         found = []
         for cells, metric, sizes, left in zip(
-            *split, self.sizes.split(lengths), self._left.split(lengths), strict=True
+            *split, torch.split(self.sizes, lengths), torch.split(self._left, lengths), strict=True
         ):
             r = min(self._plan.number(layer, len(cells)), len(cells) // 2)
             if r:
@@ -206,10 +209,15 @@ def attention(module: Any, normed: Tensor, bounds: Tensor, positions: Any, bias:
     cos, sin = (each[:, None].float() for each in positions)
     queries, keys = (rotated(each.float(), cos, sin).to(values.dtype) for each in (queries, keys))
     lengths = bounds.diff().tolist()
-    segments = zip(*(each.split(lengths) for each in (queries, keys, values, bias.to(values.dtype))), strict=True)
+    segments = zip(
+        *(torch.split(each, lengths) for each in (queries, keys, values, bias.to(values.dtype))), strict=True
+    )
     found = [
         scaled_dot_product_attention(
-            *(each.transpose(0, 1)[None] for each in (q, k, v)), attn_mask=b.expand(1, 1, len(b), -1)
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            attn_mask=b.expand(1, 1, len(b), -1),
         )
         for q, k, v, b in segments
     ]

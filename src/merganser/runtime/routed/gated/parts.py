@@ -131,7 +131,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight)
     # sparse products are in float32, whatever the dtype of the model
     flat = x.reshape(-1, x.shape[-1]).float()
-    found: Tensor = torch.sparse.mm(weight, flat.T).T  # type: ignore[no-untyped-call]
+    found: Tensor = torch.sparse.mm(weight, flat.T).T
     return found.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
