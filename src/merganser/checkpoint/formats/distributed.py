@@ -123,7 +123,7 @@ def read_distributed(folder: Path) -> tuple[list[TensorInfo], list[Path], dict[s
             else:
                 found.append(_tensor(folder, name, entry, places))
     except (AttributeError, TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{file}: is damaged: {error}; {_CONVERT}") from None
+        raise CheckpointError(f"{file}: is damaged: {_line(error)}; {_CONVERT}") from None
     if not found:
         raise CheckpointError(f"{file}: lists no tensors")
     stored = (part for tensor in found for part in (tensor.stored or (tensor,)))
@@ -175,7 +175,7 @@ def _metadata(file: Path) -> Any:
         found = _Restricted(io.BytesIO(data)).load()
     # a damaged pickle may raise any type
     except Exception as error:
-        raise CheckpointError(f"{file}: cannot be read ({str(error)[:200]}); {_CONVERT}") from None
+        raise CheckpointError(f"{file}: cannot be read ({_line(error)}); {_CONVERT}") from None
     if type(found).__name__ != "Metadata":
         raise CheckpointError(
             f"{file}: must hold the metadata of a distributed checkpoint, found {type(found).__name__}"
@@ -226,6 +226,11 @@ def _check_cover(folder: Path, name: str, shape: tuple[int, ...], chunks: Sequen
         count += math.prod(sizes)
     if count != math.prod(shape):
         raise CheckpointError(f"{folder}: tensor {name!r}: its chunks hold {count:,} of {math.prod(shape):,} elements")
+
+
+def _line(error: Exception) -> str:
+    """Return the first line of a message, which may hold parts of the file."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 class _Window(io.RawIOBase):
@@ -285,7 +290,7 @@ def _chunk(folder: Path, name: str, dtype: DType, sizes: tuple[int, ...], place:
         raise CheckpointError(f"{file}: no such file, but {METADATA_NAME} says that it holds {name!r}") from None
     # a damaged archive or pickle may raise any type
     except Exception as error:
-        raise CheckpointError(f"{file}: tensor {name!r}: is damaged ({str(error)[:200]}); {_CONVERT}") from None
+        raise CheckpointError(f"{file}: tensor {name!r}: is damaged ({_line(error)}); {_CONVERT}") from None
     start = (
         int(values.header_offset) + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
     )

@@ -64,7 +64,7 @@ def why_costly(file: Path, *, zipped: bool) -> str | None:
                 with archive.open(entry) as handle:
                     if why := _why_costly(handle):
                         return why
-    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError):
+    except Exception:  # a damaged archive may raise any type
         pass
     return None
 
@@ -109,8 +109,7 @@ def _why_costly(handle: IO[bytes], most: int = _MOST_VALUES) -> str | None:
                 return f"it keeps a value under the number {argument:,}"
             if stack and stack[-1].count > most:
                 return "its values are nested so that reading them would take practically forever"
-    except (IndexError, KeyError, ValueError, OverflowError):
-        # not a valid pickle
+    except Exception:  # not a valid pickle
         return None
     if encodes and longest > _LONGEST_ENCODED:
         return "it encodes a long string, which may take practically forever"

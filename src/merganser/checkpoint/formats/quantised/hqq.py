@@ -104,7 +104,8 @@ def _read(pool: Pool, weight: TensorInfo, stem: str) -> None:
         raise flaw(scale, f"{groups} groups do not divide the {size} values of {stem}")
     lengths = (groups, size // groups)
     grid = lengths if axis[0] == 1 else lengths[::-1]
-    if weight.shape != (-(-grid[0] // count), grid[1]) or scale.shape != ((groups, 1) if axis[0] == 1 else (1, groups)):
+    expected = (groups, 1) if axis[0] == 1 else (1, groups)
+    if weight.shape != (-(-grid[0] // count), grid[1]) or {scale.shape, zero.shape} != {expected}:
         raise flaw(
             weight,
             f"shape {list(weight.shape)} and scales {list(scale.shape)} are not those of {list(shape)} in {groups} groups",
