@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -18,5 +19,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Folders that tests share; what merganser keeps for its user, such as speeds of methods, stays the user's."""
     shared.FOLDER[:] = [tmp_path_factory.mktemp("shared")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import io
 
 import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merganser.cli._text import parse_size, table
+from merganser.cli._text import fitted, parse_size, table
 from merganser.wording import count_text, number_text, plural, size_text, some, time_text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_are_broken_between_words_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "  all  272 tensors  weight 0.5, 0.3, density 0.5 each, lambda 1"
+    broken = "  all  272 tensors  weight 0.5, 0.3,\n      density 0.5 each, lambda 1"
+    assert fitted(line, Terminal()) == broken
+    assert fitted(f"short\n{line}", Terminal()) == f"short\n{broken}"
+    assert fitted(line, io.StringIO()) == line
+    told = "r.yaml:4: unknown parameter 'weigth'. Did you mean 'weight'?"
+    assert fitted(told, Terminal(), 7) == "r.yaml:4: unknown parameter\n       'weigth'. Did you mean 'weight'?"
+    path = "/" + "x" * 50
+    assert fitted(path, Terminal()) == path
+    monkeypatch.setenv("COLUMNS", "20")
+    assert fitted(line, Terminal()) == line
 
 
 @pytest.mark.parametrize(

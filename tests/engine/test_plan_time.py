@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import merganser
 from merganser.engine.kernels import speed
@@ -51,6 +52,20 @@ def test_other_parameters_have_speeds_of_their_own(cache: Path, monkeypatch: pyt
     few, many = (planned("wudi", steps=steps) for steps in (1, 200))
     assert many.seconds > few.seconds
     assert len(kept_speeds()) > len({own.shape for own in few.tensors if len(own.shape) == 2})
+
+
+def test_speeds_of_small_tensors_are_not_those_of_large_ones(tmp_path: Path) -> None:
+    """A model for trying things out, planned first, must not make plans of real ones a thousand times as long."""
+    tiny = planned("breadcrumbs")
+    assert tiny.seconds > 0
+    before = kept_speeds()
+    for name in ("base", "one", "two"):
+        write(tmp_path / name, {"model.layers.0.mlp.up_proj.weight": torch.zeros(1024, 512, dtype=torch.bfloat16)})
+    large = planned("breadcrumbs")
+    assert large.seconds > 0
+    fresh = kept_speeds()
+    assert {name: fresh[name] for name in before} == before
+    assert len(fresh) == len(before) + 1
 
 
 def test_a_merge_corrects_the_speed_of_its_method_alone() -> None:

@@ -9,9 +9,11 @@ import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from shutil import get_terminal_size
 from typing import Any, TextIO
 
 import typer
@@ -43,6 +45,7 @@ __all__ = [
 _COLOURS = {"error": typer.colors.RED, "warning": typer.colors.YELLOW, "note": typer.colors.CYAN}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_NARROWEST = 40  # columns below which breaking lines makes them no easier to read
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
 
 
@@ -54,7 +57,30 @@ def say(text: str = "") -> None:
             it.
     """
     with writing():
-        typer.echo(printable(text))
+        typer.echo(fitted(printable(text), sys.stdout))
+
+
+def fitted(text: str, stream: TextIO, before: int = 0) -> str:
+    """Break lines between words where a terminal is narrower; for files and pipes they stay, and can be searched.
+
+    Args:
+        text: One line or several.
+        stream: Where it is printed.
+        before: Characters that are in front of the first already; what is broken goes on below its first word.
+    """
+    columns = get_terminal_size().columns
+    if columns < _NARROWEST or not stream.isatty():
+        return text
+    lines = (" " * before + text).split("\n")
+    return "\n".join(_broken(line, columns, before) for line in lines)[before:]
+
+
+def _broken(line: str, columns: int, before: int) -> str:
+    indent = " " * (before or len(line) - len(line.lstrip()) + 4)
+    broken = textwrap.wrap(
+        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, tabsize=1
+    )
+    return "\n".join(broken) if len(line) > columns else line
 
 
 def head(text: str) -> None:
@@ -67,7 +93,7 @@ def complain(kind: str, text: str) -> None:
     """Print an error, a warning or a note to stderr; do nothing if stderr cannot be written."""
     try:
         typer.secho(f"{kind}: ", nl=False, err=True, fg=_COLOURS[kind], bold=True)
-        typer.echo(printable(text), err=True)
+        typer.echo(fitted(printable(text), sys.stderr, len(f"{kind}: ")), err=True)
     except OSError:
         discard(sys.stderr)
 

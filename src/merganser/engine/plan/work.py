@@ -36,6 +36,9 @@ _MOST_KEPT = 300
 _MOST_MEASURED = 6
 """Shapes per method that are measured; further ones, of fewer elements, count as the slowest of them."""
 
+_SMALL = 1 << 16
+"""Elements below which a tensor takes about as long as one of any size: its speed says nothing about those of large ones."""
+
 _UNMEASURED = 3e-9
 """Seconds per element and input of a method that cannot be run on random numbers."""
 
@@ -174,9 +177,11 @@ def _method_of(key: str) -> str:
     return key.partition(" ")[0]
 
 
-def _shape(tensor: PlannedTensor) -> tuple[int, ...]:
-    """Return the shape, if the time per element depends on it."""
-    return tensor.shape[-2:] if tensor.method.scope in ("tensor", "matrix") else ()
+def _shape(tensor: PlannedTensor) -> tuple[int, ...] | str:
+    """Return what of the shape the time per element depends on."""
+    if tensor.method.scope in ("tensor", "matrix"):
+        return tensor.shape[-2:]
+    return "small" if tensor.size < _SMALL else "large"
 
 
 def _threads(workers: int) -> int:
