@@ -50,11 +50,10 @@ class _How:
     def behind(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is left of the frames of one image or video, [frames, tokens, d], and its places in all of them."""
         frames, tokens = features.shape[:2]
-        kept: dict[str, Any] = {} if self.keep is None else {"keep": self.keep}
         if self.method == "holitom":
-            video = holitom(features, **kept)
+            video = holitom(features) if self.keep is None else holitom(features, self.keep)
             return video.features, video.frames * tokens + video.places
-        images = aim(features, **kept)
+        images = aim(features) if self.keep is None else aim(features, self.keep)
         first = torch.arange(0, frames * tokens, tokens, device=features.device)
         return images.features.flatten(0, 1), (images.places + first[:, None]).flatten()
 

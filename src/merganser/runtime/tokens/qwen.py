@@ -79,7 +79,7 @@ class CellMerging:
 
     def patches(self, every: Tensor) -> Tensor:
         """Return the rows of patches that are left, of all patches in the order of the encoder: shape [patches, d]."""
-        return every.reshape(-1, self._cell**2, *every.shape[1:])[self._left].flatten(0, 1)
+        return every.reshape(-1, self._cell**2, every.shape[-1])[self._left].flatten(0, 1)
 
     def bounds(self, bounds: Tensor) -> Tensor:
         """Return where segments of patches begin and end among those that are left: int32, as the encoder gives them."""
@@ -102,13 +102,9 @@ class CellMerging:
         assert self.sizes is not None
         layer, unit, width = len(self.counts), self._cell**2, hidden.shape[1]
         lengths = torch.unique_consecutive(self._window[self._left], return_counts=True)[1].tolist()
-        split = (
-            torch.split(each, lengths) for each in (hidden.reshape(-1, unit * width), keys.reshape(len(self._left), -1))
-        )
+        every = hidden.reshape(-1, unit * width), keys.reshape(len(self._left), -1), self.sizes, self._left
         found = []
-        for cells, metric, sizes, left in zip(
-            *split, torch.split(self.sizes, lengths), torch.split(self._left, lengths), strict=True
-        ):
+        for cells, metric, sizes, left in zip(*(torch.split(each, lengths) for each in every), strict=True):
             r = min(self._plan.number(layer, len(cells)), len(cells) // 2)
             if r:
                 gone, into = self._choose(metric[None], r, 0, layer / self._blocks)
@@ -209,17 +205,11 @@ def attention(module: Any, normed: Tensor, bounds: Tensor, positions: Any, bias:
     cos, sin = (each[:, None].float() for each in positions)
     queries, keys = (rotated(each.float(), cos, sin).to(values.dtype) for each in (queries, keys))
     lengths = bounds.diff().tolist()
-    segments = zip(
-        *(torch.split(each, lengths) for each in (queries, keys, values, bias.to(values.dtype))), strict=True
-    )
-    found = [
-        scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            k.transpose(0, 1)[None],
-            v.transpose(0, 1)[None],
-            attn_mask=b.expand(1, 1, len(b), -1),
-        )
-        for q, k, v, b in segments
-    ]
+    every = queries, keys, values, bias.to(values.dtype)
+    found = []
+    for q, k, v, b in zip(*(torch.split(each, lengths) for each in every), strict=True):
+        # [1, heads, patches, head_dim]
+        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+        found.append(scaled_dot_product_attention(q, k, v, attn_mask=b.expand(1, 1, len(b), -1)))
     projected: Tensor = module.proj(torch.cat(found, dim=2)[0].transpose(0, 1).flatten(1))
     return projected
