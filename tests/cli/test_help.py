@@ -76,7 +76,7 @@ def test_help_lists_every_verb_in_the_order_of_work(monkeypatch: pytest.MonkeyPa
         "  auto        Make the best of some models for some tasks, and prove it.\n"
         "  report      Draw a merge or a search: what went in, what it can do.\n"
         "  push        Upload an output to the Hub, or show what would be uploaded.\n"
-        "  fuse        Teach one model what others say.\n"
+        "  fuse        Teach one model what others say, or blend their answers.\n"
     )
 
 
