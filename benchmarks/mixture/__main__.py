@@ -8,6 +8,7 @@ read or written. Router rows are random: those from text need the models to run,
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -85,13 +86,15 @@ def commands(models: Models, work: Path, threads: int) -> dict[str, list[str]]:
         file = work / f"{number}.yaml"
         file.write_text(json.dumps(recipe), encoding="utf-8")
         verb = "merge" if "merge_method" in recipe else "mix"
-        out = ["--overwrite", "--quiet", "--threads", str(threads)]
+        out = ["--quiet", "--threads", str(threads)]
         found[name] = [sys.executable, "-c", _COMMAND, str(work / "io"), verb, str(file), str(work / "out"), *out]
     return found
 
 
 def measure(name: str, command: list[str], models: Models, work: Path, threads: int) -> dict[str, Any]:
     """Run a command; return what it took, and the least that its bytes can be."""
+    # with an output in its place the command would read it, too, to see whether it may be replaced
+    shutil.rmtree(work / "out", ignore_errors=True)
     used = run(command, work / "log")
     counted = dict(line.split(": ") for line in (work / "io").read_text().splitlines())
     least = floor(recipes(models)[name])
