@@ -245,7 +245,24 @@ def method_index(found, alone) -> str:
     ]
     lines += ["| method | |", "|---|---|"]
     lines += [f"| [{m.name}]({m.name}.md) | {m.doc.summary} |" for m in alone.values()]
+    lines += ["", *elsewhere()]
     return NOTE + "\n".join(lines) + "\n"
+
+
+def elsewhere() -> list[str]:
+    """List published methods that no recipe can name: those in another form, and those that are not here."""
+    from merganser.catalogue import ELSEWHERE
+
+    lines = ["## Under another name, or elsewhere", "", "No recipe names these as its method, but they are here.", ""]
+    lines += ["| published as | |", "|---|---|"]
+    for own in (each for each in ELSEWHERE if each.page):
+        inside = own.page.removeprefix("methods/")
+        link = inside if inside != own.page else f"../{own.page}"
+        lines.append(f"| {', '.join(own.names)} | {own.says} ([more]({link})) |")
+    lines += ["", "## Not here", "", "A recipe that names one of these is told the reason.", ""]
+    lines += ["| published as | why |", "|---|---|"]
+    lines += [f"| {', '.join(own.names)} | {own.says} |" for own in ELSEWHERE if not own.page]
+    return lines
 
 
 def bibliography() -> dict[str, dict[str, str]]:
