@@ -75,11 +75,11 @@ class _Cutter:
                 f"{record.where}: is a plain text and has no completion; give prompt and completion, or messages, "
                 "or let all tokens count"
             )
-        if self._all:
-            ids = self._tokenizer.ids(text)
-            return ids, [True] * len(ids), isinstance(record, Conversation)
         ids, ends = self._tokenizer.ids_and_ends(text)
-        counted = [any(begin < end <= (stop or len(text)) for begin, stop in spans) for end in ends]
+        if self._all:
+            counted = [True] * len(ids)
+        else:
+            counted = [any(begin < end <= (stop or len(text)) for begin, stop in spans) for end in ends]
         return ids, counted, isinstance(record, Conversation)
 
     def _rendered(self, record: Conversation) -> tuple[str, list[tuple[int, int | None]]]:
