@@ -253,15 +253,19 @@ def elsewhere() -> list[str]:
     """List published methods that no recipe can name: those in another form, and those that are not here."""
     from merganser.catalogue import ELSEWHERE
 
+    def shown(own) -> str:
+        # names in lower case are further spellings of those before
+        return ", ".join([name for name in own.names if not name.islower()] or own.names)
+
     lines = ["## Under another name, or elsewhere", "", "No recipe names these as its method, but they are here.", ""]
     lines += ["| published as | |", "|---|---|"]
     for own in (each for each in ELSEWHERE if each.page):
         inside = own.page.removeprefix("methods/")
         link = inside if inside != own.page else f"../{own.page}"
-        lines.append(f"| {', '.join(own.names)} | {own.says} ([more]({link})) |")
+        lines.append(f"| {shown(own)} | {own.says} ([more]({link})) |")
     lines += ["", "## Not here", "", "A recipe that names one of these is told the reason.", ""]
     lines += ["| published as | why |", "|---|---|"]
-    lines += [f"| {', '.join(own.names)} | {own.says} |" for own in ELSEWHERE if not own.page]
+    lines += [f"| {shown(own)} | {own.says} |" for own in ELSEWHERE if not own.page]
     return lines
 
 

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--runs", type=int, default=2, metavar="N", help="how often times are taken; the best counts")
     parser.add_argument("--sequences", type=int, default=16, metavar="N", help="of 256 tokens per expert, for regmean")
+    parser.add_argument("--layers", type=int, metavar="N", help="the first of every model, for regmean (default: all)")
     parser.add_argument("--peer-folder", type=Path, metavar="DIR", help=f"FusionBench (default: ${VARIABLE})")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where models and outputs lie meanwhile: up to 4 GB")
     parser.add_argument("--out", type=Path, default=_HERE / "results.json", metavar="FILE")

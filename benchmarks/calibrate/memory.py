@@ -82,7 +82,7 @@ def measure(zoo: Path, folder: Path, _: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_random(shape: Shape, like: Path, folder: Path) -> Path:
-    """Write a checkpoint of random numbers, a shard per block, with the tokenizer of another model."""
+    """Write a checkpoint of random numbers, the same in every block, a shard for each, with the tokenizer of another model."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
 
@@ -91,16 +91,16 @@ def make_random(shape: Shape, like: Path, folder: Path) -> Path:
 
     width, inner = shape.width, shape.inner
     ones = torch.ones(width, dtype=torch.bfloat16)
-    shards = {"outside": {"model.embed_tokens.weight": drawn(shape.vocabulary, width), "model.norm.weight": ones}}
+    outside = {"model.embed_tokens.weight": drawn(shape.vocabulary, width), "model.norm.weight": ones}
     sides = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
     sides |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
+    block = {name: drawn(*own) for name, own in sides.items()}
+    block |= {f"{name}_layernorm": ones.clone() for name in ("input", "post_attention")}
     index: dict[str, str] = {}
     for number in range(-1, shape.blocks):
-        prefix = f"model.layers.{number}"
-        tensors = shards["outside"]
-        if number >= 0:
-            tensors = {f"{prefix}.{name}.weight": drawn(*own) for name, own in sides.items()}
-            tensors |= {f"{prefix}.{name}_layernorm.weight": ones.clone() for name in ("input", "post_attention")}
+        tensors = (
+            outside if number < 0 else {f"model.layers.{number}.{name}.weight": own for name, own in block.items()}
+        )
         file = f"model-{number + 2:05d}-of-{shape.blocks + 1:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, file)

@@ -2,17 +2,19 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..merge.measure import Usage
 from ..spectral import peer
-from .processes import BATCH, LENGTH, draw, merganser, ours
+from .processes import LENGTH, draw, merganser, ours
 
 EXPERTS = ("haskell", "maths", "medicine", "middle_english")
 ALPHA = 0.5
@@ -27,7 +29,11 @@ def measure(zoo: Path, folder: Path, options: argparse.Namespace) -> dict[str, A
         PeerError: FusionBench is not there.
     """
     place = peer.folder(options.peer_folder)
-    models = {name: zoo / "experts" / name for name in EXPERTS}
+    base, *experts = (
+        own if options.layers is None else shortened(own, options.layers, folder / "models" / own.name)
+        for own in (zoo / "base", *(zoo / "experts" / name for name in EXPERTS))
+    )
+    models = dict(zip(EXPERTS, experts, strict=True))
     texts = {name: zoo / "texts" / f"{name}.train.txt" for name in EXPERTS}
     tokens = {name: folder / f"{name}.pt" for name in EXPERTS}
     for name, file in tokens.items():
@@ -36,16 +42,16 @@ def measure(zoo: Path, folder: Path, options: argparse.Namespace) -> dict[str, A
     job |= {"alpha": ALPHA, "place": str(place)}
     sides: dict[str, Any] = {"merganser": [], "fusion_bench": []}
     for _ in range(options.runs):
-        sides["merganser"].append(merge(zoo / "base", models, texts, folder, options.sequences))
+        sides["merganser"].append(merge(base, models, texts, folder, options.sequences))
         sides["fusion_bench"].append(ours("peer", job | {"out": str(folder / "peer.safetensors")}, folder)[0])
     taken, _ = ours("reference", job | {"out": str(folder / "reference.safetensors")}, folder)
     files = {"merganser": folder / "merged" / "model.safetensors", "fusion_bench": folder / "peer.safetensors"}
     errors = {
-        name: error(file, folder / "reference.safetensors", zoo / "base" / "model.safetensors")
-        for name, file in files.items()
+        name: error(file, folder / "reference.safetensors", base / "model.safetensors") for name, file in files.items()
     }
     found = {name: {**described(runs), **errors[name]} for name, runs in sides.items()}
     return {
+        "layers": json.loads((base / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"],
         "tokens_per_expert": options.sequences * LENGTH,
         "alpha": ALPHA,
         "fusion_bench": peer.version(place),
@@ -53,6 +59,19 @@ def measure(zoo: Path, folder: Path, options: argparse.Namespace) -> dict[str, A
         "sides": found,
         "reference_cpu_seconds": round(taken.cpu_seconds, 1),
     }
+
+
+def shortened(model: Path, layers: int, folder: Path) -> Path:
+    """Write a model with its first layers alone."""
+    folder.mkdir(parents=True)
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: own for name, own in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < layers}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for file in model.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
 
 
 def merge(base: Path, models: Mapping[str, Path], texts: Mapping[str, Path], folder: Path, sequences: int) -> Usage:
@@ -98,6 +117,3 @@ def error(merged: Path, expected: Path, base: Path) -> dict[str, float]:
 
 def _squared(difference: Tensor) -> float:
     return float(difference.square().sum())
-
-
-__all__ = ["ALPHA", "BATCH", "EXPERTS", "described", "error", "measure", "merge"]

@@ -70,6 +70,16 @@ def test_errors_are_measured_by_the_way_from_the_base(tmp_path):
     assert found["worst_error"] == pytest.approx(0.5)
 
 
+def test_a_model_is_shortened(tmp_path):
+    whole = make_model(tmp_path / "whole", 0)
+    made = open_checkpoint(str(regmean.shortened(whole, 1, tmp_path / "made")))
+    assert {name for name in made.tensors if ".layers." in name} == {
+        name for name in open_checkpoint(str(whole)).tensors if ".layers.0." in name
+    }
+    assert made.config["num_hidden_layers"] == 1
+    assert "lm_head.weight" in made.tensors or "model.embed_tokens.weight" in made.tensors
+
+
 def test_the_random_model_has_the_size_that_is_said(tmp_path):
     like = make_model(tmp_path / "like", 0)
     shape = Shape(width=64, inner=96, blocks=3, vocabulary=50)

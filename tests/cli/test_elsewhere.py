@@ -59,5 +59,5 @@ def test_a_recipe_is_told_where_it_is(models: Path, name: str) -> None:
 def test_why_it_is_not_here() -> None:
     found = run("methods", "defense-aware")
     assert (found.code, found.out) == (2, "")
-    assert "nobody published a form for text" in found.err
+    assert "no form for text was found" in found.err
     assert "docs/" not in found.err

@@ -108,8 +108,8 @@ _IN_ANOTHER_FORM = (
     ),
     Elsewhere(
         ("Unconstrained Model Merging", "unconstrained_merging"),
-        "`merganser search` for models of one shape, `merganser fuse` for others",
-        "search.md",
+        "`merganser search` for models of one shape, `merganser fuse train` for others",
+        "fusion-recipes.md",
     ),
     Elsewhere(
         ("Self Positioning",),
@@ -132,15 +132,11 @@ _IN_ANOTHER_FORM = (
     Elsewhere(("Sub-MoE",), "`merganser shrink --method sub_moe` makes mixtures smaller", "shrinking.md"),
     Elsewhere(("MergeMoE",), "`merganser shrink --method merge_moe` makes mixtures smaller", "shrinking.md"),
     Elsewhere(
-        ("WEMoE", "E-WEMoE", "weight_ensembling_moe", "MEO"),
-        "`RoutedModel` with `blend` mixes tasks for each text, by a router in closed form in place of a trained gate",
-        "sidecars.md",
+        ("WEMoE", "E-WEMoE", "weight_ensembling_moe", "MoLE", "Self-MoE", "MiXSE", "SMILE"),
+        "`merganser route --gates` adds the parts of all tasks to one model, in shares",
+        "gates.md",
     ),
-    Elsewhere(
-        ("MoLE", "Self-MoE", "MiXSE"),
-        "`merganser route` chooses among adapters by a router in closed form; trained gates are not there",
-        "sidecars.md",
-    ),
+    Elsewhere(("MEO",), "`RoutedModel` with `blend` makes one model of several tasks for each text", "sidecars.md"),
     Elsewhere(
         ("MergeME",),
         "`merganser mix`, and `RoutedModel` by perplexity; models of other widths need trained projections, not there",
@@ -152,8 +148,9 @@ _IN_ANOTHER_FORM = (
     Elsewhere(
         ("Disperse-then-Merge", "Mistral-C2F"),
         "the training is `merganser fuse train` or yours, the merge `linear` or `task_arithmetic`",
-        "fuse.md",
+        "fusion-recipes.md",
     ),
+    Elsewhere(("LLM-Blender", "best_of_n"), "`merganser fuse answer` blends answers of several models", "answers.md"),
     # vocabularies
     Elsewhere(
         ("OMP", "WECHSEL", "FOCUS", "TransMI", "tokensurgeon"),
@@ -177,7 +174,7 @@ _IN_ANOTHER_FORM = (
 _NOT_HERE = (
     Elsewhere(
         ("Defense-Aware Merging", "defense_aware"),
-        "it finds backdoors by perturbing images; nobody published a form for text",
+        "it finds backdoors by perturbing images; no form for text was found",
     ),
     Elsewhere(
         ("AdaMerging++",),
@@ -224,13 +221,16 @@ _NOT_HERE = (
         ("SimMerge",), f"{_SUMMARY}, and it learns from many past merges; `merganser auto` tries methods on yours"
     ),
     Elsewhere(
+        ("LoRE",),
+        "its base and task vectors are estimated so that their average is that of the models; the factor it adds them with was not found",
+    ),
+    Elsewhere(
         (
             "DC-Merge",
             "Essential Subspace Merging",
             "CORAM",
             "ResMerge",
             "SCF-RKL",
-            "LoRE",
             "FREE-Merging",
         ),
         _SUMMARY,
