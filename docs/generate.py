@@ -245,7 +245,28 @@ def method_index(found, alone) -> str:
     ]
     lines += ["| method | |", "|---|---|"]
     lines += [f"| [{m.name}]({m.name}.md) | {m.doc.summary} |" for m in alone.values()]
+    lines += ["", *elsewhere()]
     return NOTE + "\n".join(lines) + "\n"
+
+
+def elsewhere() -> list[str]:
+    """List published methods that no recipe can name: those in another form, and those that are not here."""
+    from merganser.catalogue import ELSEWHERE
+
+    def shown(own) -> str:
+        # names in lower case are further spellings of those before
+        return ", ".join([name for name in own.names if not name.islower()] or own.names)
+
+    lines = ["## Under another name, or elsewhere", "", "No recipe names these as its method, but they are here.", ""]
+    lines += ["| published as | |", "|---|---|"]
+    for own in (each for each in ELSEWHERE if each.page):
+        inside = own.page.removeprefix("methods/")
+        link = inside if inside != own.page else f"../{own.page}"
+        lines.append(f"| {shown(own)} | {own.says} ([more]({link})) |")
+    lines += ["", "## Not here", "", "A recipe that names one of these is told the reason.", ""]
+    lines += ["| published as | why |", "|---|---|"]
+    lines += [f"| {shown(own)} | {own.says} |" for own in ELSEWHERE if not own.page]
+    return lines
 
 
 def bibliography() -> dict[str, dict[str, str]]:

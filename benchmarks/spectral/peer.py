@@ -12,7 +12,7 @@ import io
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def load(place: Path) -> dict[str, Callable[[int], Merge]]:
     Returns:
         Each takes the number of Adam's steps, of which only WUDI takes any, and gives the merge.
     """
-    with _stand_ins():
+    with stand_ins(_stood_in()):
         iso, tsv, wudi = (_module(f"fusion_bench_{name}", place / file) for name, file in _FILES.items())
     return {
         "iso_c": lambda _: _quiet(lambda vectors: iso.iso_c(vectors, "cpu")),
@@ -97,10 +97,7 @@ def _module(name: str, file: Path) -> Any:
     return module
 
 
-@contextlib.contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Let imports from FusionBench find things that do nothing."""
-
+def _stood_in() -> dict[str, dict[str, Any]]:
     class First:
         pass
 
@@ -110,21 +107,34 @@ def _stand_ins() -> Iterator[None]:
     def nothing(*_: object, **__: object) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    given: dict[str, dict[str, Any]] = {
+    return {
         "fusion_bench": {"BaseAlgorithm": First, "BaseModelPool": First, "auto_register_config": lambda found: found},
         "fusion_bench.mixins": {"LightningFabricMixin": Second},
         "fusion_bench.utils": {"timeit_context": nothing},
         "fusion_bench.utils.type": {"StateDictType": dict},
         "fusion_bench.utils.state_dict_arithmetic": {"state_dict_add": nothing, "state_dict_sub": nothing},
     }
-    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "fusion_bench"}
+
+
+@contextlib.contextmanager
+def stand_ins(given: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Let imports from FusionBench find other things, in this context alone.
+
+    Args:
+        given: The names of each module; `__path__` where modules in it are those of a folder.
+    """
+    before = _modules()
     for name, names in given.items():
         module = types.ModuleType(name)
-        module.__dict__.update(names, __path__=[])
+        module.__dict__.update({"__path__": [], **names})
         sys.modules[name] = module
     try:
         yield
     finally:
-        for name in given:
+        for name in _modules():
             del sys.modules[name]
         sys.modules.update(before)
+
+
+def _modules() -> dict[str, types.ModuleType]:
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "fusion_bench"}

@@ -2,16 +2,17 @@
 
 model = build_skeleton(config)                      parameters on the meta device, buffers real
 names = parameters_of(model, checkpoint.tensors)    checkpoint tensor -> parameter that it fills
-load_tensors(model, {name: LazyTensor(...), ...})   fills these parameters, converted as `from_pretrained` does
+load_tensors(model, {name: LazyTensor(...)}, names) fills these parameters, converted as `from_pretrained` does
 empty_tensors(module)                               puts a module's parameters back on the meta device
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
@@ -52,10 +53,12 @@ class Target:
     Args:
         parameter: Its name in the model.
         index: Index in the parameter if it stacks several tensors of one kind (experts), otherwise None.
+        alone: Whether the tensor is the parameter as it is: nothing else fills it, and nothing is converted.
     """
 
     parameter: str
     index: int | None
+    alone: bool
 
 
 class TensorReader(Protocol):
@@ -155,7 +158,9 @@ def parameters_of(model: Any, names: Iterable[str]) -> dict[str, Target]:
     from transformers.core_model_loading import dot_natural_key
 
     state = model.state_dict()
+    whole = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found: dict[str, Target] = {}
+    filled: Counter[str] = Counter()
     stacked: dict[tuple[str, str], int] = {}
     for name in sorted(names, key=dot_natural_key):
         parameter, pattern = _renamed(name, renamings, converters, model.base_model_prefix, state)
@@ -165,8 +170,9 @@ def parameters_of(model: Any, names: Iterable[str]) -> dict[str, Target]:
         if pattern is not None and "*" in pattern:
             index = stacked.get((parameter, pattern), 0)
             stacked[parameter, pattern] = index + 1
-        found[name] = Target(parameter, index)
-    return found
+        filled[parameter] += 1
+        found[name] = Target(parameter, index, alone=pattern is None and parameter in whole)
+    return {name: replace(own, alone=own.alone and filled[own.parameter] == 1) for name, own in found.items()}
 
 
 def _conversion() -> tuple[Any, ...]:
@@ -207,12 +213,39 @@ def _renamed(
     return parameter, pattern
 
 
-def load_tensors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
+def load_tensors(model: Any, tensors: Mapping[str, LazyTensor], targets: Mapping[str, Target]) -> None:
     """Fill the parameters that the given checkpoint tensors belong to, in the dtypes of the skeleton.
+
+    Args:
+        model: A skeleton.
+        tensors: Tensors by their names in the checkpoint.
+        targets: From `parameters_of`.
 
     Raises:
         CheckpointError: A tensor does not have the shape that the model needs, or cannot be converted.
     """
+    rest: dict[str, LazyTensor] = {}
+    for name, tensor in tensors.items():
+        if targets[name].alone:
+            _fill(model, targets[name].parameter, tensor)
+        else:
+            rest[name] = tensor
+    if rest:
+        _convert(model, rest)
+
+
+def _fill(model: Any, parameter: str, tensor: LazyTensor) -> None:
+    """Set a parameter to a tensor, without the machinery of transformers, which takes longer than the reading."""
+    owner, _, name = parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    wanted = module._parameters[name]
+    value = tensor[...].to(wanted.dtype)
+    if value.shape != wanted.shape:
+        raise _misshapen(parameter, value.shape, wanted.shape)
+    module._parameters[name] = nn.Parameter(value, requires_grad=value.is_floating_point())
+
+
+def _convert(model: Any, tensors: dict[str, LazyTensor]) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -220,11 +253,15 @@ def load_tensors(model: Any, tensors: Mapping[str, LazyTensor]) -> None:
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     with quiet():
-        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings)
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
     for name, found, wanted in sorted(info.mismatched_keys):
-        raise CheckpointError(f"{name}: has shape {list(found)}, config.json asks for {list(wanted)}")
+        raise _misshapen(name, found, wanted)
     for name, problem in info.conversion_errors.items():
         raise CheckpointError(f"{name}: transformers cannot convert it: {problem}")
+
+
+def _misshapen(name: str, found: Iterable[int], wanted: Iterable[int]) -> CheckpointError:
+    return CheckpointError(f"{name}: has shape {list(found)}, config.json asks for {list(wanted)}")
 
 
 def empty_tensors(module: nn.Module) -> None:

@@ -109,9 +109,8 @@ class Skeleton:
 
     def _load(self, names: Sequence[str], source: internals.TensorReader | None) -> None:
         own = source or self._reader
-        internals.load_tensors(
-            self.model, {name: internals.LazyTensor(self.checkpoint.tensors[name], own) for name in names}
-        )
+        tensors = {name: internals.LazyTensor(self.checkpoint.tensors[name], own) for name in names}
+        internals.load_tensors(self.model, tensors, self.targets)
 
     def loaded(self) -> Weights:
         """Return all parameters that are loaded at the moment, so that `use` can put them back."""

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import did_you_mean
+from .elsewhere import ELSEWHERE, Elsewhere, elsewhere
 
 __all__ = [
+    "ELSEWHERE",
     "FIRST",
+    "Elsewhere",
     "MethodDescription",
     "ParameterDescription",
     "canonical_name",
@@ -138,7 +141,9 @@ def canonical_name(name: str) -> str:
 
 
 def unknown_method(name: str) -> str:
-    """Return the message for a name that no method has."""
+    """Return the message for a name that no method has; published methods that are elsewhere, or not here, are known."""
+    if (said := elsewhere(name)) is not None:
+        return said
     known = sorted(own_names() | factor_names() | set(third_party()))
     near = did_you_mean(name, known)
     return f"unknown merge method {name!r}." + (
