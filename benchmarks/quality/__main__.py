@@ -43,10 +43,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("what", choices=["run", "check", "auto", "table"], nargs="?", default="run")
     parser.add_argument("--set", default="four", help="which experts (see config.json)")
     parser.add_argument("--methods", type=lambda text: text.split(","), default=None, help="some methods only")
+    parser.add_argument("--windows", type=int, help="windows of each test text (default: those of config.json)")
     parser.add_argument("--tune", action="store_true", help="tune, too")
     parser.add_argument("--restored", action="store_true", help="measure restored tasks, too")
     parser.add_argument("--tokens", action="store_true", help="measure methods with data on fewer tokens, too")
     parser.add_argument("--minutes", type=float, default=60.0, help="time of auto, and of search")
+    parser.add_argument("--limit", type=int, help="windows of each tune text for auto and search (default: all)")
     parser.add_argument("--by", type=lambda text: text.split(","), default=["auto"], help="auto, search")
     parser.add_argument("--shipped", action="store_true", help="take the unpacked adapters of the repository")
     parser.add_argument("--work", type=Path, help="folder for what is kept meanwhile (default: in the zoo)")
@@ -58,6 +60,7 @@ def main(arguments: list[str]) -> int:
         table.write(results, _HERE.parents[1] / "docs", settings.load_config())
         return 0
     config = settings.load_config()
+    config |= {} if options.windows is None else {"windows": options.windows}
     chosen = options.methods or [name for name in method_names() if name not in config["left_out"]]
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -131,7 +134,9 @@ def _choose(options: argparse.Namespace, config: Mapping[str, Any], zoo: Zoo, re
         results,
         work,
         minutes=options.minutes,
+        limit=options.limit,
         context=config["context"],
+        windows=config["windows"],
         kinds=options.by,
     )
     for line in found:

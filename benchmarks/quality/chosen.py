@@ -36,7 +36,9 @@ def measure(
     work: Path,
     *,
     minutes: float,
+    limit: int | None,
     context: int,
+    windows: int,
     kinds: Sequence[str] = ("auto",),
 ) -> list[dict[str, Any]]:
     """Run `auto`, or a search over the weights of task arithmetic, and add what it keeps to the results.
@@ -51,17 +53,28 @@ def measure(
         results: Folder of the results.
         work: Folder for what is kept meanwhile.
         minutes: The time of each.
+        limit: Windows of each tune text; None for all.
         context: Tokens of a window.
+        windows: Windows of each test text that `evaluate` takes.
         kinds: "auto", "search".
     """
     found = []
     for kind in kinds:
         folder = work / f"{kind}-{name}-{minutes:g}"
         begin = time.monotonic()
-        made = (_auto if kind == "auto" else _search)(zoo, experts, folder, minutes, context)
+        made = (_auto if kind == "auto" else _search)(zoo, experts, folder, minutes, limit, context)
         seconds = time.monotonic() - begin
         measured = evaluate(made.pop("model"), experts, "test")
-        line = {"set": name, "kind": kind, "minutes": minutes, "context": context, "seconds": round(seconds, 1), **made}
+        line = {
+            "set": name,
+            "kind": kind,
+            "minutes": minutes,
+            "limit": limit,
+            "context": context,
+            "windows": windows,
+            "seconds": round(seconds, 1),
+            **made,
+        }
         line |= {"retention": measured["retention"], "failed": measured["failed"], "version": __version__}
         line["hardware"] = hardware.describe(work)
         with (results / FILE).open("a", encoding="utf-8") as lines:
@@ -71,7 +84,9 @@ def measure(
     return found
 
 
-def _auto(zoo: Zoo, experts: Mapping[str, Path], folder: Path, minutes: float, context: int) -> dict[str, Any]:
+def _auto(
+    zoo: Zoo, experts: Mapping[str, Path], folder: Path, minutes: float, limit: int | None, context: int
+) -> dict[str, Any]:
     found = auto(
         str(zoo.base),
         [str(path) for path in experts.values()],
@@ -79,6 +94,7 @@ def _auto(zoo: Zoo, experts: Mapping[str, Path], folder: Path, minutes: float, c
         _tasks(zoo, experts),
         data={name: zoo.texts[domain]["train"] for name, domain in zip(_names(zoo, experts)[1:], experts, strict=True)},
         minutes=minutes,
+        limit=limit,
         context=context,
     )
     winner = yaml.safe_load(found.folder.joinpath("winner.yaml").read_text(encoding="utf-8"))
@@ -95,7 +111,9 @@ def _auto(zoo: Zoo, experts: Mapping[str, Path], folder: Path, minutes: float, c
     }
 
 
-def _search(zoo: Zoo, experts: Mapping[str, Path], folder: Path, minutes: float, context: int) -> dict[str, Any]:
+def _search(
+    zoo: Zoo, experts: Mapping[str, Path], folder: Path, minutes: float, limit: int | None, context: int
+) -> dict[str, Any]:
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": str(zoo.base),
@@ -109,6 +127,7 @@ def _search(zoo: Zoo, experts: Mapping[str, Path], folder: Path, minutes: float,
         base=str(zoo.base),
         experts={domain: str(path) for domain, path in experts.items()},
         hours=minutes / 60,
+        limit=limit,
         context=context,
     )
     assert found.best is not None
@@ -142,7 +161,10 @@ def _recommended(name: str, merged: Path | None, folder: Path, zoo: Zoo, experts
 
 
 def section(
-    results: Sequence[Mapping[str, Any]], published: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str]
+    results: Sequence[Mapping[str, Any]],
+    published: Mapping[str, Sequence[Mapping[str, Any]]],
+    names: Mapping[str, str],
+    windows: int,
 ) -> str:
     """Return the section of the quality page; empty without results.
 
@@ -150,8 +172,11 @@ def section(
         results: Lines of the results; of two of one set, kind and time the later one counts.
         published: Entries of the table by set, the best first.
         names: What sets are called.
+        windows: Windows of each test text that the other rows are measured on; lines of others are left out.
     """
-    latest = {(found["set"], found["kind"], found["minutes"]): found for found in results}
+    latest = {
+        (found["set"], found["kind"], found["minutes"]): found for found in results if found["windows"] == windows
+    }
     if not latest:
         return ""
     lines = [

@@ -45,32 +45,28 @@ def main(arguments: list[str]) -> int:
 
 def _measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
     zoo = shipped.unpacked(options.zoo)
-    # waves need eight windows of a task for trials
-    windows = max(options.windows, 8) if part == "waves" else options.windows
-    with open_field(zoo, options.work, windows, options.context) as field:
+    with open_field(zoo, options.work, options.windows, options.context) as field:
         if part == "trial":
             return {"trial": trial.measure(field, options.work)}
         if part == "waves":
             return {
-                f"waves-{sampler}": studies.waves(field, sampler, options.wave_seeds, options.wave_trials)
+                f"waves-{sampler}": studies.waves(field, sampler, options.wave_seeds, options.trials)
                 for sampler in options.samplers
             }
-        return {"cma": studies.cma(field, options.seeds, options.trials)}
+        return {"cma": studies.cma(field, options.seeds, options.trials, options.replays)}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=__doc__, allow_abbrev=False)
     parser.add_argument("what", choices=[*_PARTS, "all", "table"], nargs="?", default="all")
-    parser.add_argument(
-        "--windows", type=int, default=4, help="windows of each tune text for trials (waves: at least 8)"
-    )
-    parser.add_argument("--context", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=8, help="windows of each tune text for trials; waves need 8")
+    parser.add_argument("--context", type=int, default=32, help="tokens of a window")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of cma")
-    parser.add_argument("--trials", type=int, default=60, help="trials of a study of cma")
+    parser.add_argument("--trials", type=int, default=60, help="trials of a study")
     parser.add_argument("--wave-seeds", type=int, default=1, help="seeds of waves, for each sampler")
-    parser.add_argument("--wave-trials", type=int, default=40, help="trials of a study of waves")
+    parser.add_argument("--replays", type=int, default=20, help="seeds of cma on a quadratic fitted to the trials")
     parser.add_argument(
-        "--samplers", type=lambda text: text.split(","), default=["cma", "random"], help="those of waves"
+        "--samplers", type=lambda text: text.split(","), default=["random", "cma"], help="those of waves"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--zoo", type=Path, help="folder of the shipped zoo")

@@ -56,6 +56,7 @@ class Field:
         """Return a judge by the mean share of the experts' gain that is kept; base and experts are scored once."""
         judge = ItemJudge(self.bench, self.base, self.experts, stopping=stopping)
         judge.measure_references()
+        assert not judge.notes, judge.notes
         judge.objectives = parse_objectives((), judge.known, judge.default)
         return judge
 
@@ -74,6 +75,10 @@ class Field:
         """Return a recipe as a model, with its file written."""
         return Model(key_of(recipe), name, self.folder.write_recipe(name, recipe))
 
+    def space(self) -> Space:
+        """Return a weight for each expert."""
+        return Space(self.recipe({"search": [0, HIGHEST], "per": "model"}))
+
     def study(self, name: str, sampler: str, seed: int, trials: int, *, stopping: bool) -> Trials:
         """Carry out a study of a weight for each expert, or continue it.
 
@@ -84,7 +89,7 @@ class Field:
             trials: Number of trials.
             stopping: Whether hopeless trials end early.
         """
-        space = Space(self.recipe({"search": [0, HIGHEST], "per": "model"}))
+        space = self.space()
         judge = self.judge(stopping=stopping)
         journal = self.folder.path / f"{name}.log"
         study = Study(journal, space.dimensions, [judge.objectives[0].direction], sampler, seed, space.start())

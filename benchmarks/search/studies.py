@@ -1,10 +1,15 @@
 """Studies of a weight for each of four experts: waves of items on and off, and CMA-ES beside random trials."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from merganser.evaluation.scoring.estimate import Estimate
-from merganser.search.trials import Trials
+from merganser.search.study import Study
+from merganser.search.trials import Trial, Trials
 
 from .field import Field, cpu
 
@@ -13,8 +18,8 @@ def waves(field: Field, sampler: str, seeds: int, trials: int) -> dict[str, Any]
     """Carry out the same studies with and without waves, and compare their winners and the items that they scored."""
     rows = []
     for seed in range(seeds):
-        off = field.study(f"waves-{sampler}-{seed}-off", sampler, seed, trials, stopping=False)
-        on = field.study(f"waves-{sampler}-{seed}-on", sampler, seed, trials, stopping=True)
+        off = field.study(f"{sampler}-{seed}", sampler, seed, trials, stopping=False)
+        on = field.study(f"{sampler}-{seed}-waves", sampler, seed, trials, stopping=True)
         tuned, held = _difference(field, on, off), field.held(_winner(on)) - field.held(_winner(off))
         rows.append(
             {
@@ -34,12 +39,13 @@ def waves(field: Field, sampler: str, seeds: int, trials: int) -> dict[str, Any]
     return {"sampler": sampler, "trials": trials, "items": field.count(), "share": share, "rows": rows}
 
 
-def cma(field: Field, seeds: int, trials: int) -> dict[str, Any]:
+def cma(field: Field, seeds: int, trials: int, replays: int) -> dict[str, Any]:
     """Carry out studies by CMA-ES and of random points, and compare the best of each."""
-    rows = []
+    rows, every = [], []
     for seed in range(seeds):
         begin = cpu()
         found = {name: field.study(f"{name}-{seed}", name, seed, trials, stopping=False) for name in ("cma", "random")}
+        every += [trial for own in found.values() for trial in own.over if trial.values]
         held = field.held(_winner(found["cma"])) - field.held(_winner(found["random"]))
         rows.append(
             {
@@ -57,7 +63,37 @@ def cma(field: Field, seeds: int, trials: int) -> dict[str, Any]:
         "above": sum(row["cma"] > row["random"] for row in rows),
         "above_held_out": sum(row["difference_held_out"][0] > 0 for row in rows),
         "rows": rows,
+        "replayed": replay(field, every, replays, trials),
     }
+
+
+def replay(field: Field, measured: Sequence[Trial], seeds: int, trials: int) -> dict[str, Any]:
+    """Carry out the same studies on a quadratic fitted to measured trials, which costs nothing."""
+    space = field.space()
+    names = [dimension.name for dimension in space.dimensions]
+    points = np.array([[trial.settings[name] for name in names] for trial in measured])
+    values = np.array([trial.values[0] for trial in measured if trial.values])
+    factors, *_ = np.linalg.lstsq(_terms(points), values, rcond=None)
+    best: dict[str, list[float]] = {"cma": [], "random": []}
+    for name, found in best.items():
+        for seed in range(seeds):
+            study = Study(None, space.dimensions, ["maximize"], name, seed, space.start())
+            for _ in range(trials):
+                asked = study.ask()
+                assert asked is not None
+                point = np.array([[asked.point[name] for name in names]])
+                study.tell(asked, [float(_terms(point)[0] @ factors)], {}, {})
+            found.append(max(told.values[0] for told in study.told if told.values))
+    above = sum(a > b for a, b in zip(best["cma"], best["random"], strict=True))
+    error = float(np.std(values - _terms(points) @ factors))
+    return {"seeds": seeds, "above": above, "points": len(values), "error": error, "best": best}
+
+
+def _terms(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return one, the coordinates and their products."""
+    count, size = points.shape
+    pairs = [points[:, i] * points[:, j] for i in range(size) for j in range(i, size)]
+    return np.stack([np.ones(count), *points.T, *pairs], 1)
 
 
 def _winner(found: Trials) -> str:

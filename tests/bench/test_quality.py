@@ -440,6 +440,7 @@ def test_what_auto_and_search_keep():
         "kind": "auto",
         "minutes": 60.0,
         "items": 420,
+        "windows": 10,
         "winner": "regmean",
         "method": "regmean",
         "recommended": "winner",
@@ -448,7 +449,7 @@ def test_what_auto_and_search_keep():
     }
     other = line | {"kind": "search", "winner": "trial-0007", "method": "task_arithmetic", "recommended": "maths"}
     failed = line | {"minutes": 5.0, "retention": None, "failed": "no memory"}
-    text = chosen.section([line | {"items": 1}, other, line, failed], {"adapters": entries}, table._SETS)
+    text = chosen.section([line | {"items": 1}, other, line, failed], {"adapters": entries}, table._SETS, 10)
     rows = [row for row in text.splitlines() if row.startswith("| 4 adapters")]
     assert rows == [
         "| 4 adapters | auto | 5 | 420 | regmean | failed: no memory | 49 / 45 | iso_c 68 / 54 |",
@@ -456,7 +457,7 @@ def test_what_auto_and_search_keep():
         "| 4 adapters | search | 60 | 420 | trial-0007 (task_arithmetic) | 85 ± 2 / 74 ± 3 (maths was recommended) | 49 / 45 | "
         "iso_c 68 / 54 |",
     ]
-    assert chosen.section([], {}, table._SETS) == ""
+    assert chosen.section([line], {"adapters": entries}, table._SETS, 2) == ""
 
 
 def test_where_auto_finds_what_it_recommends(tmp_path):

@@ -184,8 +184,11 @@ def plan_with_stages_made(recipe: RecipeLike, **options: Any) -> Iterator[Plan]:
         MergeError: A recipe or an input cannot be merged; the message says why.
     """
     recipes = _load(recipe)
-    the_model(plan(recipes, **options))
+    planned = the_model(plan(recipes, **options))
     *stages, target = needed_stages(recipes, keep_stages=False)
+    if not stages and not target.names_data:
+        yield planned
+        return
     with tempfile.TemporaryDirectory(prefix="merganser-") as root:
         folders: dict[str, Path] = {}
         home = _home(recipes, Path(root), options)

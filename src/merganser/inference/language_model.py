@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,12 @@ class Tokenizer:
     prefix: tuple[int, ...]
     start: int | None
     hash: str
+
+    @cached_property
+    def size(self) -> int:
+        """One more than its highest token; found once, since reading a vocabulary takes as long as merging a small model."""
+        tokens: dict[str, int] = self.encoder.get_vocab()
+        return 1 + max(tokens.values())
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text, without special tokens at its start or end."""
@@ -242,7 +249,7 @@ def _check_architecture(source: Source, config: Any) -> None:
 
 
 def _check_vocabulary(model: LanguageModel, rows: int) -> None:
-    tokens = 1 + max(model.tokenizer.encoder.get_vocab().values())
+    tokens = model.tokenizer.size
     if tokens > rows or tokens < _LEAST_SHARE * rows:
         raise CheckpointError(
             f"{model.source.reference}: the tokenizer does not match the model: it has {tokens:,} tokens, and the model "
