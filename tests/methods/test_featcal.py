@@ -8,6 +8,7 @@ import torch
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.methods.featcal import featcal
 from merganser.methods.regmean import regmean
+from merganser.methods.wudi import wudi
 from tests.methods.inputs import make_grams
 from tests.methods.spectra import KINDS, SHAPES, make_matrices
 from tests.reference.featcal import featcal as reference
@@ -17,6 +18,7 @@ SETTINGS = [
     {"rho": 1.0, "alpha": 1.0, "ridge": 0.5},
     {"alpha": 0.0, "ridge": 1e-3},
     {"weight": [1.0, 0.25, 3.0], "lambda": 1.5},
+    {"weight": [1.0, 0.0, 3.0], "lambda": 0.5, "start": "wudi"},
 ]
 
 
@@ -87,3 +89,9 @@ def test_without_inputs_it_is_the_average(grams):
     data = None if grams is None else {"gram": [grams] * 3, "cross_gram": [grams] * 3}
     found = merge_tensor(featcal, base, models, {"lambda": 1.5}, data=data)
     torch.testing.assert_close(found, base + 1.5 * (sum(models) / 3 - base))
+
+
+def test_starts_where_wudi_ends_without_data():
+    base, models = make_matrices((24, 16), 3, KINDS[0])
+    found = merge_tensor(featcal, base, models, {"start": "wudi", "rho": 2.0})
+    torch.testing.assert_close(found, merge_tensor(wudi, base, models, {}), rtol=1e-4, atol=1e-6)

@@ -5,16 +5,21 @@ import copy
 import torch
 
 from tests.reference.regmean_plus import average, inputs_of, set_parameters, transposed
+from tests.reference.wudi import wudi
 
 
 def featcal(base, models, covariances, crosses, *, weight=None, rho=2.2, alpha=0.25, ridge=0.05, **given):
     """One matrix. covariances: E[x x^T]; crosses: E[x y^T], x in the merged model and y in the model itself."""
     weight = [1.0] * len(models) if weight is None else list(weight)
     base, models = base.double(), [model.double() for model in models]
-    merged = base + given.get("lambda", 1.0) * sum(
-        w * (model - base) for w, model in zip(weight, models, strict=True)
-    ) / sum(weight)
-    anchor = rho * merged + (1 - rho) * base
+    factor = given.get("lambda", 1.0)
+    if given.get("start") == "wudi":
+        kept = [model for w, model in zip(weight, models, strict=True) if w > 0]
+        anchor = base + factor * (wudi(base, kept) - base)
+    else:
+        total = sum(w * (model - base) for w, model in zip(weight, models, strict=True))
+        merged = base + factor * total / sum(weight)
+        anchor = rho * merged + (1 - rho) * base
     n = base.shape[1]
     left = ridge * torch.eye(n, dtype=torch.float64)
     right = ridge * anchor.T

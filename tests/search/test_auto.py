@@ -37,6 +37,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = lambda *given, **more: [c for c in candidates(*given, **more) if c.name in SHORT]  # noqa: E731
     monkeypatch.setattr(auto_run, "candidates", listed)
     monkeypatch.setattr(auto_run.Budget, "fits", lambda *_: True)
+    monkeypatch.setattr(auto_run.Budget, "last_trial", lambda *_: float("inf"))
     whole = auto_run.Trials.run
     monkeypatch.setattr(auto_run.Trials, "run", lambda self, _, __, progress: whole(self, 3, None, progress))
 

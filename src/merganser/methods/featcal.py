@@ -1,6 +1,7 @@
 """FeatCal: fit what a merge computes to what the models compute, block by block."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from ..method import (
     merge_method,
 )
 from ..ops import deltas, solve_right
+from ..ops.linalg.interference import Interference, exponential, inverse_squares, starting_point
+
+# how far the filter of WUDI goes: its default
+_WUDI_TIME = 300.0
 
 
 @merge_method(
@@ -41,13 +46,15 @@ def featcal(
     rho: Scale = default(2.2),
     alpha: Fraction = default(0.25),
     ridge: Positive = default(0.05),
+    start: Literal["average", "wudi"] = "average",
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Correct every matrix of a weighted average so that the merged model computes what the models do on their data.
+    """Correct every matrix of a first merge so that the merged model computes what the models do on their data.
 
-        M      = base + lambda sum_i weight_i delta_i / sum_i weight_i,    delta_i = model_i - base
-        A      = base + rho (M - base)
+        M      = base + lambda sum_i weight_i delta_i / sum_i weight_i,    delta_i = model_i - base     (start: average)
+        M      = base + lambda WUDI(delta_1, delta_2, ...)                                               (start: wudi)
+        A      = base + rho (M - base)                                                 (M itself with start: wudi)
         C_i    = mean of x x^T,  K_i = mean of (alpha y + (1 - alpha) x) x^T    over the tokens of model i
         s_i    = weight_i / |C_i|
         merged = (sum_i s_i model_i K_i + ridge A) (sum_i s_i C_i + ridge)^-1
@@ -57,31 +64,34 @@ def featcal(
     before it left.
 
     Use when:
-        Some hundred tokens or more of each expert's field are at hand while merging, and a weighted average is already
-        good. RegMean++ needs no start and has less to tune.
+        Some hundred tokens or more of each expert's field are at hand while merging. Start from `wudi` where it is better
+        than the average, as for full fine-tunes for different tasks, and from the average for adapters of unequal lengths.
+        RegMean++ needs no start and has less to tune.
 
     Args:
         weight: Share of a model in the average, and how much its inputs count.
-        lambda_: Factor of the average.
-        rho: How far the anchor lies on the way from the base to the average: with 1 the average itself is the anchor.
+        lambda_: Factor of the first merge.
+        rho: How far the anchor lies on the way from the base to the average: with 1 the average itself is the anchor. For
+            `start: average`.
         alpha: How far the inputs to fit go from those in the merged model towards those in the models.
         ridge: Pulls towards the anchor. The sum of matrices beside it has a norm of at most the sum of the weights.
+        start: The first merge: the weighted average, or that of `wudi` with its defaults, of the models whose weight is not 0.
 
     Differs from the paper:
         The paper also fits biases, and the weights and biases of norms, each after the matrix before it; here they are
-        averaged, as `others` says. It starts from any merge (task arithmetic in its experiments); here from the average
-        times lambda. Its second ridge of 1e-8 towards zero is left out.
+        averaged, as `others` says. It starts from any merge (task arithmetic in its experiments, with the default of rho);
+        here from the average or from WUDI, times lambda. WUDI, and an anchor that is not beyond the first merge, are our
+        choice. Its second ridge of 1e-8 towards zero is left out.
         It weighs tokens of images unequally, which has no counterpart for text: every token that counts weighs the same.
         Experts of a mixture are averaged: the merged model and a model may choose different experts for a token.
     """
     vectors = [delta.double() for delta in deltas(base, models)]
-    shares = weight.double() / weight.double().sum().clamp(min=1e-30)
-    start = sum((s * v for s, v in zip(shares, vectors, strict=True)), torch.zeros_like(vectors[0])) * lambda_
+    first = lambda_ * (_average(vectors, weight) if start == "average" else _wudi(vectors, weight))
     if gram is None or cross_gram is None:
-        return base + start.to(base.dtype)
-    anchor = rho * start
-    pull = torch.zeros_like(start)
-    total = start.new_zeros(start.shape[1], start.shape[1])
+        return base + first.to(base.dtype)
+    anchor = rho * first if start == "average" else first
+    pull = torch.zeros_like(first)
+    total = first.new_zeros(first.shape[1], first.shape[1])
     for w, vector, own, cross in zip(weight.double(), vectors, gram, cross_gram, strict=True):
         inputs = own.double()
         norm = inputs.norm()
@@ -91,5 +101,19 @@ def featcal(
         total += scale * inputs
     mean = total.diagonal().mean()
     if not mean > 0:
-        return base + start.to(base.dtype)
+        return base + first.to(base.dtype)
     return base + (anchor + solve_right(pull, total, ridge / mean)).to(base.dtype)
+
+
+def _average(vectors: Sequence[Tensor], weight: Tensor) -> Tensor:
+    shares = weight.double() / weight.double().sum().clamp(min=1e-30)
+    return sum((s * v for s, v in zip(shares, vectors, strict=True)), torch.zeros_like(vectors[0]))
+
+
+def _wudi(vectors: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """Return what `wudi` adds to the base at its defaults."""
+    kept = [vector for vector, w in zip(vectors, weight, strict=True) if w > 0]
+    if not kept:
+        return torch.zeros_like(vectors[0])
+    interference = Interference(kept, kept, inverse_squares(kept), starting_point(kept, "sum"))
+    return interference.filtered(lambda values: exponential(values, torch.tensor(_WUDI_TIME, dtype=values.dtype)))

@@ -25,6 +25,7 @@ _Listed = tuple[tuple[str, Mapping[str, Any]], ...]
 _FULL: _Listed = (
     ("linear", {"weight": 1.0}),
     ("regmean", {"weight": 1.0}),
+    ("featcal", {"weight": 1.0, "start": "wudi"}),
     ("featcal", {"weight": 1.0}),
     ("iso_c", {"lambda": 1.5}),
     ("tsv_m", {"lambda": 1.0}),
@@ -79,8 +80,8 @@ class Candidate:
     @property
     def name(self) -> str:
         """Name of its recipe file."""
-        scale = self.parameters.get("lambda")
-        return self.method if scale is None else f"{self.method}-{scale:g}"
+        told = [self.parameters[key] for key in ("start", "lambda") if key in self.parameters]
+        return "-".join([self.method, *(each if isinstance(each, str) else f"{each:g}" for each in told)])
 
 
 def candidates(
