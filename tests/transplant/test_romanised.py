@@ -100,8 +100,8 @@ def test_the_tokenizer_reads_romanised_text(tmp_path: Path) -> None:
 
 REFUSED: list[tuple[list[str], str]] = [
     (["--romanise", "most"], "--romanise most: is not known"),
-    (["--romanise", "max", "--tokenizer", "own"], "give --tokenizer or --romanise, one of the two"),
-    ([], "give --tokenizer or --romanise, one of the two"),
+    (["--romanise", "max", "--tokenizer", "own"], "give --tokenizer, --romanise or --text, one of them"),
+    ([], "give --tokenizer, --romanise or --text, one of them"),
     (["--romanise", "max", "--k", "3"], "--method and --k are for --tokenizer"),
 ]
 

@@ -17,6 +17,7 @@ _HOW = {
     "zero": "set to zero",
     "combined": "combined from shared tokens",
     "romanised": "of tokens in Latin letters",
+    "parts": "made of their parts",
 }
 
 

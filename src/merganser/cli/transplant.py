@@ -15,6 +15,8 @@ from ._progress import merge_progress, step_progress
 from ._text import complain, head, say, say_json
 from ._vocabulary import vocabulary_lines
 
+_NEW_TOKENS = 1000
+
 
 def transplant(
     model: Annotated[
@@ -35,6 +37,26 @@ def transplant(
         typer.Option(
             metavar="max|min|average",
             help="Instead of another tokenizer: add the model's own pieces in Latin letters.",
+            show_default=False,
+        ),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead: add tokens that are frequent pairs of the model's own in this text. Repeat it for more files.",
+            show_default=False,
+        ),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --text: number of tokens to add.  [default: 1000]", show_default=False),
+    ] = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mean|last|first",
+            help="With --text: which of its parts make the row of a new token.  [default: mean]",
             show_default=False,
         ),
     ] = None,
@@ -65,25 +87,25 @@ def transplant(
 ) -> None:
     """Give a model the tokenizer of another one.
 
-    Or, with --romanise, more tokens: its own ones in Latin letters.
+    Or more tokens: with --romanise its own ones in Latin letters, with --text frequent pairs of them.
     """
     options.quieten_hub(quiet)
+    _check(tokenizer, romanise, text, method=method, k=k, new_tokens=new_tokens, parts=parts)
     from ..engine.output.staging import check_target
     from ..engine.run import run_plan
-    from ..transplant import plan_romanised, plan_transplant
+    from ..transplant import plan_merged_tokens, plan_romanised, plan_transplant
 
-    if (tokenizer is None) is (romanise is None):
-        complain("error", "transplant: give --tokenizer or --romanise, one of the two")
-        raise typer.Exit(2)
-    if romanise is not None and (method != "omp" or k is not None):
-        complain("error", "transplant: --method and --k are for --tokenizer; leave them out with --romanise")
-        raise typer.Exit(2)
     started = time.monotonic()
     given = options.chosen(threads=threads, out_shard_size=out_shard_size, max_memory=max_memory, cache_dir=cache_dir)
     check_target(out, overwrite=overwrite)
     with step_progress("new tokens", quiet) as advance:
         if romanise is not None:
+            method = f"romanised ({romanise})"
             plan = plan_romanised(model, romanise, advance=advance, **given)
+        elif text:
+            method = "merged pairs"
+            count = _NEW_TOKENS if new_tokens is None else new_tokens
+            plan = plan_merged_tokens(model, text, count, parts=parts or "mean", advance=advance, **given)
         else:
             assert tokenizer is not None
             plan = plan_transplant(model, tokenizer, method=method, k=k, advance=advance, **given)
@@ -92,12 +114,30 @@ def transplant(
     if json:
         say_json({"out": str(result.out), "record": result.record})
     elif not quiet:
-        _summary(
-            result.out,
-            result.record,
-            method if romanise is None else f"romanised ({romanise})",
-            time.monotonic() - started,
-        )
+        _summary(result.out, result.record, method, time.monotonic() - started)
+
+
+def _check(
+    tokenizer: str | None,
+    romanise: str | None,
+    text: list[Path] | None,
+    *,
+    method: str,
+    k: int | None,
+    new_tokens: int | None,
+    parts: str | None,
+) -> None:
+    """Refuse options that do not go together."""
+    wrong = None
+    if sum((tokenizer is not None, romanise is not None, bool(text))) != 1:
+        wrong = "give --tokenizer, --romanise or --text, one of them"
+    elif tokenizer is None and (method != "omp" or k is not None):
+        wrong = "--method and --k are for --tokenizer; leave them out"
+    elif not text and (new_tokens is not None or parts is not None):
+        wrong = "--new-tokens and --parts are for --text; leave them out"
+    if wrong is not None:
+        complain("error", f"transplant: {wrong}")
+        raise typer.Exit(2)
 
 
 def _summary(out: Path, record: Mapping[str, Any], method: str, seconds: float) -> None:
@@ -109,5 +149,12 @@ def _summary(out: Path, record: Mapping[str, Any], method: str, seconds: float) 
     )
     for line in vocabulary_lines(record["vocabulary"]):
         say(line)
+    made = record["vocabulary"]["made_by"]
+    if "held_out_bytes" in made:
+        before, after, size = (made[f"held_out_{name}"] for name in ("tokens_before", "tokens_after", "bytes"))
+        say(
+            f"  {before / size:.3f} tokens per byte before, {after / size:.3f} now "
+            f"({100 * after / before - 100:+.1f} %), on {size_text(size)} of the text that was held out"
+        )
     say(f"wrote {out} and {out / 'merge.json'}; {out / record['vocabulary']['list']} lists every token")
     say(f"measure it: merganser eval {out}")

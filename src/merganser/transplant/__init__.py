@@ -1,5 +1,5 @@
-"""Give a model the tokenizer of another one: rows of new tokens are made from rows that the model has."""
+"""Give a model the tokenizer of another one, or more tokens: rows of new tokens are made from rows that it has."""
 
-from .run import plan_romanised, plan_transplant, transplant
+from .run import plan_merged_tokens, plan_romanised, plan_transplant, transplant
 
-__all__ = ["plan_romanised", "plan_transplant", "transplant"]
+__all__ = ["plan_merged_tokens", "plan_romanised", "plan_transplant", "transplant"]

@@ -8,26 +8,17 @@ here it divides.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from ..checkpoint.gathered import MadeRows, RowMap, gathered
 from ..engine.alignment.alignment import Member
-from ..engine.vocabulary.apply import indexed_tensors, with_vocab_size
-from ..engine.vocabulary.mapping import Made, ModelRows
 from ..engine.vocabulary.match import Matched
-from ..engine.vocabulary.output import extended
-from ..engine.vocabulary.report import describe
 from ..errors import CheckpointError, UnsupportedError
 from ..recipe import ModelReference, Recipe
 from ..tokenizer.tokenizer_json import TokenizerJson
 from ..tokenizer.union import Extension
-from ..tokenizer.vocabulary import Vocabulary
+from .grown import grown
 from .match import tokens_of
 
 __all__ = ["MODES", "match_romanised", "romaniser"]
@@ -88,25 +79,8 @@ def match_romanised(
             f"{model.reference}: all pieces of its vocabulary are in Latin letters, or have no other form"
         )
     extension, terms = _extend(document, origins, mode, start=model.last + 1)
-    out = extended(model, extension, max(model.rows, model.last + 1 + len(terms)))
-    own = np.full(out.rows, -1, np.int64)
-    own[: model.rows] = np.arange(model.rows)
-    made: list[list[tuple[int, int, float]]] = []
-    index = own.copy()
-    for row, sources in terms.items():
-        own[row], index[row] = -1, -1 - len(made)
-        made.append([(0, source, 1 / len(sources)) for source in sources])
-    mapped = RowMap(index, MadeRows.of(made))
-    tensors = dict(member.checkpoint.tensors)
-    tensors |= {name: gathered([tensor], mapped) for name, tensor in indexed_tensors(member).items()}
-    config = with_vocab_size(member.checkpoint.config, out.rows, member.anatomy.vocab_size)
-    changed = Member.of(member.reference, replace(member.checkpoint, tensors=tensors, config=config))
-    kinds = {row: Made("romanised", tuple((0, source) for source in sources)) for row, sources in terms.items()}
     settings = {"method": "transmi", "romanise": mode}
-    change, _ = describe(out, [model], [ModelRows(member.reference, own, kinds, {})], settings=settings)
-    digest = hashlib.sha256(b"\0".join([mode.encode(), change.digest.encode(), mapped.made.row.tobytes()])).hexdigest()
-    vocabulary = Vocabulary({number: token for token, number in out.ids.items()}, frozenset(), "tokenizer.json")
-    return Matched({member.reference: changed}, member, replace(change, digest=digest), vocabulary, {}, out.warnings)
+    return grown(member, model, extension, terms, kind="romanised", settings=settings)
 
 
 def _origins(

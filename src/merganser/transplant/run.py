@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,13 @@ from ..errors import MergeError, ParameterError, did_you_mean
 from ..recipe import load_recipe
 from .approximate import method_named
 from .match import match_tokenizer
+from .merged import PARTS, match_merged, read_texts
 from .romanised import MODES, match_romanised
 
 if TYPE_CHECKING:
     from ..engine.plan.plan import Plan
 
-__all__ = ["plan_romanised", "plan_transplant", "transplant"]
+__all__ = ["plan_merged_tokens", "plan_romanised", "plan_transplant", "transplant"]
 
 _PLACE = re.compile(r"^<recipe>[^ ]*( [\w.\[\]]+)?: ")
 
@@ -55,20 +56,11 @@ def plan_transplant(
     if k is not None and (k < 1 or not chosen.k):
         raise ParameterError(f"--k {k}: {'at least 1 is needed' if chosen.k else f'{method} combines no chosen rows'}")
     settings = {"method": method, **({"k": k or chosen.k} if chosen.k else {})}
-    text = "".join(
-        [
-            f"# merganser transplant: {', '.join(f'{name} {value}' for name, value in settings.items())}\n",
-            "merge_method: passthrough\n",
-            f"models: [{{model: {{path: {json.dumps(model)}}}}}]\n",
-            f"tokenizer_source: {{path: {json.dumps(tokenizer)}}}\n",
-        ]
-    )
+    said = ", ".join(f"{name} {value}" for name, value in settings.items())
     match = partial(match_tokenizer, settings=settings, threads=threads, advance=advance)
-    try:
-        return build_plan(load_recipe(text), threads=threads, match=match, **options)
-    except MergeError as error:
-        # the recipe is ours, so its lines say nothing to the user
-        raise type(error)(_PLACE.sub("", str(error))) from None
+    return _plan(
+        model, said, match, f"tokenizer_source: {{path: {json.dumps(tokenizer)}}}\n", threads=threads, **options
+    )
 
 
 def plan_romanised(
@@ -95,14 +87,56 @@ def plan_romanised(
     """
     if mode not in MODES:
         raise ParameterError(f"--romanise {mode}: is not known.{did_you_mean(mode, MODES)} Known: {', '.join(MODES)}")
-    text = (
-        f"# merganser transplant: romanise {mode}\n"
-        f"merge_method: passthrough\nmodels: [{{model: {{path: {json.dumps(model)}}}}}]\n"
-    )
     match = partial(match_romanised, mode=mode, advance=advance)
+    return _plan(model, f"romanise {mode}", match, threads=threads, **options)
+
+
+def plan_merged_tokens(
+    model: str,
+    files: Sequence[str | Path],
+    count: int,
+    *,
+    parts: str = "mean",
+    threads: int | None = None,
+    advance: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """Plan a model that also has tokens for frequent pairs of its own tokens; nothing is written.
+
+    Args:
+        model: Folder or Hub id of the model, whose tokenizer is byte-pair encoding.
+        files: Files of text (UTF-8) in which pairs are counted.
+        count: Number of new tokens.
+        parts: Which parts make the row of a new token, one of `PARTS`.
+        threads: Threads that write; by default one per core, at most 8.
+        advance: Called with the number of new tokens, and of all.
+        **options: As for `merganser.engine.planner.build_plan`.
+
+    Raises:
+        ParameterError: The number or the parts are not allowed.
+        DataError: A file cannot be read, or no pair occurs twice.
+        UnsupportedError: The model's vocabulary is of another kind, or the package tokenizers is not installed.
+        MergeError: The model cannot be read.
+    """
+    if count < 1:
+        raise ParameterError(f"--new-tokens {count}: at least 1 is needed")
+    if parts not in PARTS:
+        raise ParameterError(f"--parts {parts}: is not known.{did_you_mean(parts, PARTS)} Known: {', '.join(PARTS)}")
+    match = partial(match_merged, texts=read_texts(files), count=count, parts=parts, advance=advance)
+    said = f"{count} new tokens, parts {parts}"
+    return _plan(model, said, match, threads=threads, **options)
+
+
+def _plan(model: str, said: str, match: Callable[..., Any], more: str = "", **options: Any) -> Plan:
+    """Plan a recipe of one model, whose rows `match` changes."""
+    text = (
+        f"# merganser transplant: {said}\n"
+        f"merge_method: passthrough\nmodels: [{{model: {{path: {json.dumps(model)}}}}}]\n{more}"
+    )
     try:
-        return build_plan(load_recipe(text), threads=threads, match=match, **options)
+        return build_plan(load_recipe(text), match=match, **options)
     except MergeError as error:
+        # the recipe is ours, so its lines say nothing to the user
         raise type(error)(_PLACE.sub("", str(error))) from None
 
 
