@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from merganser.anatomy import infer_anatomy, slice_config
-from tests.anatomy.architectures import IDS, MOE, TEXT, load_config, names_in_memory
+from tests.anatomy.architectures import IDS, MOE, TEXT, Real, load_config, names_in_memory
 from tests.anatomy.test_slicing import sliced_names
 
 LINEAR = {
@@ -70,6 +70,14 @@ HYBRIDS = {
 def build(config):
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def hybrid(name):
+    """Return names and shapes of a hybrid, and its config, with what the file says of its class."""
+    model = build(transformers.AutoConfig.for_model(name, **HYBRIDS[name]))
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config["architectures"] = [type(model).__name__]
+    return Real(names_in_memory(model), config, {})
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

@@ -17,6 +17,7 @@ from merganser.engine.plan.census import InputCensus, census_text
 from merganser.engine.plan.plan import Plan
 from merganser.recipe import load_recipes
 from tests.anatomy.architectures import ARCHITECTURES, real
+from tests.anatomy.test_hybrids import HYBRIDS, hybrid
 from tests.making import llama, llama_config, make_recipe
 
 
@@ -41,10 +42,18 @@ def check_sums(found: Plan) -> list[InputCensus]:
     return list(found.census.values())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+FEWEST = 30
+"""Architectures that must be counted, at least."""
+
+
+def test_enough_architectures() -> None:
+    assert len(ARCHITECTURES.keys() | HYBRIDS.keys()) >= FEWEST
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *HYBRIDS])
 def test_sums_for_every_architecture(name: str, tmp_path: Path) -> None:
     """As whole models, and as a slice of layers where the architecture has one stack of them."""
-    known = real(name)
+    known = real(name) if name in ARCHITECTURES else hybrid(name)
     tensors = {each: torch.zeros(shape, dtype=torch.bfloat16) for each, shape in known.shapes.items()}
     paths = [written(tmp_path / each, tensors, known.config) for each in "ab"]
     whole = check_sums(planned(tmp_path, make_recipe("linear", paths, None, {"weight": 0.5})))

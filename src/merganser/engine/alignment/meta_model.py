@@ -106,8 +106,13 @@ def _most(key: str) -> int:
 
 def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config without settings that would download code."""
-    return {
-        key: _harmless(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if not _FETCHES_CODE.search(str(key))
-    }
+    return {key: _plain(value) for key, value in config.items() if not _FETCHES_CODE.search(str(key))}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with the infinite numbers that transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else _harmless(value)
+    return value
