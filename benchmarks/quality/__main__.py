@@ -5,7 +5,8 @@ kept. `--tune` then tries each value of a method's grid on the tune texts (and o
 and the best of them on the test texts. `--restored`
 measures, of methods with sidecars, the model of each task on its own domain. Methods that take statistics from data get those
 of each expert on its train text, which are made once and kept; `--tokens` also measures them with statistics of fewer tokens.
-`--shipped` takes the adapters of the repository, unpacked by `scripts/demo`, for the real zoo's. Each result is a line of results/SET.jsonl; what is
+`--shipped` takes the adapters of the repository, unpacked by `scripts/demo`, for the real zoo's. `--set factors` merges
+the adapters from their factors; its rows are in config.json. Each result is a line of results/SET.jsonl; what is
 there is not measured again. `check` measures the same anew, beside them, and prints both figures. `auto` lets `merganser auto`
 choose within `--minutes` (and `--by search`, or both, a search over weights), and adds what it keeps to results/auto.jsonl. `table`
 writes docs/quality.md and its plots.
@@ -26,13 +27,14 @@ import yaml
 from benchmarks.merge import hardware
 from benchmarks.zoo import Zoo, load_zoo, shipped
 from benchmarks.zoo.shipped import apply
-from merganser import MergeError, evaluate, merge
+from merganser import MergeError, merge
 from merganser.errors import OutputError
 from merganser.method.registry import method_names, methods
 
 from . import chosen as choices
-from . import restored, settings, table
+from . import factors, restored, settings, table
 from .calibrated import Statistics
+from .measured import measured
 from .settings import Setting
 
 _HERE = Path(__file__).parent
@@ -64,12 +66,16 @@ def main(arguments: list[str]) -> int:
     chosen = options.methods or [name for name in method_names() if name not in config["left_out"]]
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.set == "factors" and (options.what != "run" or options.tune or options.restored or options.tokens):
+        parser.error("--set factors is measured by `run` at the settings of config.json alone")
     zoo = shipped.unpacked(options.zoo) if options.shipped else load_zoo("real", options.zoo, experts=())
     work = options.work or zoo.folder / "quality"
     wanted = {"tune": options.tune, "restored_too": options.restored, "fewer_too": options.tokens}
     try:
         if options.what == "auto":
             _choose(options, config, zoo, results, work)
+        elif options.set == "factors":
+            factors.run(config, zoo, results, work, options.methods)
         elif options.what == "run":
             run(options.set, config, chosen, zoo, results, work, **wanted)
         else:
@@ -273,33 +279,7 @@ class _Bench:
 
     def evaluate(self, model: str, experts: Mapping[str, Path], split: str) -> dict[str, Any]:
         """Measure a model on texts, and what it keeps of the experts."""
-        domains = [*experts, self._zoo.retained]
-        # base and experts are measured once per split: the journal beside the file knows them
-        journal = self._folder / f"{split}.json"
-        evaluation = evaluate(
-            {"merge": model},
-            {domain: self._zoo.texts[domain][split] for domain in domains},
-            base=str(self._zoo.base),
-            experts={domain: str(path) for domain, path in experts.items()},
-            limit=self._config["windows"],
-            context=self._config["context"],
-            stride=self._config["context"],
-            json=journal,
-        )
-        content = json.loads(journal.read_text(encoding="utf-8"))
-        return {
-            "retention": content["retention"]["models"]["merge"],
-            "gains": {domain: found["gain"] for domain, found in content["retention"]["domains"].items()},
-            "seconds": evaluation.models["merge"].seconds,
-            "peak_memory": evaluation.peak_memory,
-            "failed": evaluation.models["merge"].failed,
-            "bits_per_byte": {
-                name: {
-                    task: outcome.metrics["bits_per_byte"].value for task, outcome in tasks.items() if outcome.metrics
-                }
-                for name, tasks in evaluation.outcomes.items()
-            },
-        }
+        return measured(model, experts, self._zoo, self._config, split, self._folder)
 
     def _recipe(self, method: str, setting: Setting, seed: int, sequences: int | None) -> dict[str, Any]:
         base, models = self._merged(method)

@@ -8,7 +8,7 @@ from typing import Any
 from merganser.method.registry import methods
 
 from . import chosen as choices
-from . import plots, routed_table, settings
+from . import factors, plots, routed_table, settings
 
 Result = Mapping[str, Any]
 
@@ -62,6 +62,8 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     restored = {name: [entry for entry in own if entry["label"] == "restored"] for name, own in every.items()}
     parts += [_restored({name: own for name, own in restored.items() if own})] if any(restored.values()) else []
     parts += routed_table.tables({name: read(results / routed_table.FOLDER / f"{name}.jsonl") for name in _SETS}, _SETS)
+    rounded = {e["method"]: _brief(e) for e in found.get("adapters", ()) if e["label"] == "default"}
+    parts += [own] if (own := factors.table(results, config, rounded)) else []
     fewer = {name: _by_tokens(rows[name]) for name in found}
     parts += [_tokens({name: own for name, own in fewer.items() if own})] if any(fewer.values()) else []
     most = max(found, key=lambda name: plots.count_of(found[name]))

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import calibrated, chosen, restored, settings, table
+from benchmarks.quality import calibrated, chosen, factors, measured, restored, settings, table
 from benchmarks.quality.calibrated import Statistics
 from merganser.errors import NonFiniteError, OutputError
-from merganser.method.registry import method_names, methods
+from merganser.method.registry import get_method_for_adapters, method_names, methods
+from merganser.recipe import load_recipe
 
 CONFIG = json.loads((Path(quality.__file__).parent / "config.json").read_text(encoding="utf-8"))
 
@@ -282,6 +283,62 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert table.read(tmp_path / "none.jsonl") == []
 
 
+ADAPTERS = {name: Path(f"adapters/{name}") for name in CONFIG["sets"]["adapters"]["adapters"]}
+
+
+@pytest.mark.parametrize("name", CONFIG["factors"])
+def test_recipes_from_factors_are_recipes(name):
+    row = CONFIG["factors"][name]
+    found = factors.recipe(row, Path("base"), ADAPTERS, 0)
+    loaded = load_recipe(found)
+    joined = [f"base+{path}" for path in ADAPTERS.values()]
+    assert [entry["model"] for entry in found["models"]] == (
+        joined if row["as"] == "models" else [str(path) for path in ADAPTERS.values()]
+    )
+    known = methods() if row["as"] == "models" else {loaded.merge_method: get_method_for_adapters(loaded.merge_method)}
+    assert {*row["setting"]["each"], *row["setting"]["shared"]} <= {
+        p.name for p in known[row["method"]].parameters.values()
+    }
+
+
+def test_what_is_merged_from_factors_has_a_table_of_its_own(tmp_path, monkeypatch):
+    """Each row is measured once, an adapter on its base, a recipe as it is; beside it stands what rounding left."""
+    asked = []
+    rows = {
+        "linear": {"method": "linear", "as": "models", "setting": {"each": {}, "shared": {}}},
+        "iso_c": {"method": "iso_c", "as": "adapters", "rank": 8, "setting": {"each": {}, "shared": {}}},
+        "svc": {"method": "svc", "as": "models", "setting": {"each": {}, "shared": {}}},
+    }
+    config = {**CONFIG, "factors": rows}
+
+    def fake(model, experts, zoo, config, split, folder):
+        asked.append((Path(model).name, experts["maths"], split))
+        if len(asked) == 3:
+            raise NonFiniteError("NaN")
+        found = result("linear", 0.5 + len(asked) / 10)
+        return {key: found[key] for key in ("retention", "seconds", "failed")}
+
+    def merge(recipe, out, *, overwrite):
+        return SimpleNamespace(record={"timings": {"seconds": 1.5}})
+
+    monkeypatch.setattr(factors, "measured", fake)
+    monkeypatch.setattr(factors, "merge", merge)
+    zoo = SimpleNamespace(base=tmp_path / "base", adapters={})
+    for _ in range(2):
+        factors.run(config, zoo, tmp_path / "results", tmp_path / "work")
+    maths = f"{tmp_path / 'base'}+{factors.shipped.FOLDER / 'maths'}"
+    assert asked == [(name, maths, "test") for name in ("recipe.yaml", "merged", "recipe.yaml")]
+    assert factors.table(tmp_path / "results", config, {"linear": "49 / 45"}).splitlines()[2:] == [
+        "| method | merged as | from factors | forgotten | from rounded experts |",
+        "|---|---|---|---|---|",
+        "| iso_c | adapters, rank 8 | 70 / 10 | 1.0 % |  |",
+        "| linear | models | 60 / 10 | 1.0 % | 49 / 45 |",
+        "| svc | models | failed: NaN | |  |",
+    ]
+    rows["linear"]["setting"]["each"] = {"weight": 2.0}
+    assert "linear" not in factors.table(tmp_path / "results", config, {})
+
+
 def test_no_results_are_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="measure first"):
         table.write(tmp_path, tmp_path, CONFIG)
@@ -294,7 +351,7 @@ def test_what_a_method_cannot_help_is_no_result(tmp_path, monkeypatch, error):
     def fail(*args, **options):
         raise type(error)(str(error).replace("HERE", str(tmp_path)))
 
-    monkeypatch.setattr(quality, "evaluate", fail)
+    monkeypatch.setattr(measured, "evaluate", fail)
     experts = {"french": tmp_path / "french", "maths": tmp_path / "maths"}
     texts = {domain: {"test": tmp_path / "t.txt"} for domain in (*experts, "novels")}
     zoo = SimpleNamespace(folder=tmp_path, base=tmp_path / "base", texts=texts, retained="novels")
@@ -389,7 +446,7 @@ def test_a_check_measures_anew_beside_the_results_and_prints_both(tmp_path, monk
     experts = {name: tmp_path / "zoo" / name for name in ("french", "haskell")}
     texts = {domain: {"test": tmp_path / "t.txt"} for domain in (*experts, "novels")}
     zoo = SimpleNamespace(folder=tmp_path / "zoo", base=tmp_path, experts=experts, texts=texts, retained="novels")
-    monkeypatch.setattr(quality, "evaluate", evaluate)
+    monkeypatch.setattr(measured, "evaluate", evaluate)
     monkeypatch.setattr(quality, "load_zoo", lambda *arguments, **options: zoo)
     monkeypatch.setattr(quality, "_HERE", tmp_path)
     before = [
