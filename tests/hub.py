@@ -137,7 +137,7 @@ class Hub:
             "cut": Answer(206, headers, answer.body, sent=len(answer.body) // 2),
             "hang up": Answer(206, headers, answer.body, sent=-1),
             "503": Answer(503, {}),
-            "429": Answer(429, {"Retry-After": "0"}),
+            "429": Answer(429, {}),
             "401": Answer(401, {"X-Error-Code": "RepoNotFound"}),
             "403": Answer(403, {"X-Error-Code": "GatedRepo"}),
             "404": Answer(404, {"X-Error-Code": "EntryNotFound"}),

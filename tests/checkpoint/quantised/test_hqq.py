@@ -78,6 +78,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"W_q": torch.zeros(12, 20)}, "must be a matrix of uint8"),
     "size": ({"W_q": torch.zeros(11, 20, dtype=torch.uint8)}, "are not those of [12, 40] in 24 groups"),
     "groups": ({"scale": torch.ones(7, 1), "zero": torch.ones(7, 1)}, "7 groups do not divide"),
+    "zero points": ({"zero": torch.ones(1, 24)}, "and zero points [1, 24] are not those of [12, 40] in 24 groups"),
     "scales": ({"scale": torch.ones(24, 1, dtype=torch.uint8)}, "must be floats, one of each per group"),
 }
 

@@ -108,7 +108,8 @@ def _read(pool: Pool, weight: TensorInfo, stem: str) -> None:
     if weight.shape != (-(-grid[0] // count), grid[1]) or {scale.shape, zero.shape} != {expected}:
         raise flaw(
             weight,
-            f"shape {list(weight.shape)} and scales {list(scale.shape)} are not those of {list(shape)} in {groups} groups",
+            f"shape {list(weight.shape)}, scales {list(scale.shape)} and zero points {list(zero.shape)} are not those of "
+            f"{list(shape)} in {groups} groups",
         )
     pool.make(
         f"{stem}.weight",
