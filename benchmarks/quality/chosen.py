@@ -166,7 +166,7 @@ def section(
     names: Mapping[str, str],
     windows: int,
 ) -> str:
-    """Return the section of the quality page; empty without results.
+    """Return the section of the quality page.
 
     Args:
         results: Lines of the results; of two of one set, kind and time the later one counts.
@@ -177,11 +177,13 @@ def section(
     latest = {
         (found["set"], found["kind"], found["minutes"]): found for found in results if found["windows"] == windows
     }
+    head = ["## What search and auto keep", ""]
     if not latest:
-        return ""
+        return "\n".join(
+            [*head, "Not measured yet: `python -m benchmarks.quality auto --set four --by auto,search` does.", ""]
+        )
     lines = [
-        "## What search and auto keep",
-        "",
+        *head,
         "`merganser auto`, without a method being named, and a search over a weight of task arithmetic for each expert, in the minutes "
         "given: what they chose on the tune texts, measured on the test texts as every other row, mean / worst domain in percent. "
         "Beside them the average, and the row at published settings that keeps most. That one was picked by the same test texts, "
@@ -213,7 +215,7 @@ def section(
 def _kept(found: Mapping[str, Any]) -> str:
     kept = found["retention"]
     if kept is None or kept["mean"] is None:
-        return f"failed: {found['failed']}"
+        return f"failed: {found['failed'] or 'no figure'}"
     mean, worst = kept["mean"], kept["worst"]
     instead = "" if found["recommended"] == "winner" else f" ({found['recommended']} was recommended)"
     return f"{100 * mean['value']:.0f} ± {100 * mean['stderr']:.0f} / {100 * worst['value']:.0f} ± {100 * worst['stderr']:.0f}{instead}"

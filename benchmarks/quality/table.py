@@ -73,8 +73,7 @@ def write(results: Path, docs: Path, config: Mapping[str, Any]) -> None:
     if len(sizes) > 1:
         plots.by_number(sizes, _STAND_OUT).save(images / "quality-number.svg")
         parts.append(f"![the number of experts]({_IMAGES}number.svg)\n")
-    by_itself = choices.section(read(results / choices.FILE), every, _SETS, config["windows"])
-    parts += [by_itself] if by_itself else []
+    parts.append(choices.section(read(results / choices.FILE), every, _SETS, config["windows"]))
     parts += [_section(name, own) for name, own in found.items()]
     page = docs / "quality.md"
     text = page.read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.search [trial|waves|cma|all|table] [options]`: measure searches on the shipped zoo.
+"""`python -m benchmarks.search [trial|waves|cma|replay|all|table] [options]`: measure searches on the shipped zoo.
 
 `trial` compares a trial with writing its merge to disk and loading it. `waves` carries out the same studies with and without
-waves of items. `cma` compares CMA-ES over the weights of four experts with as many random trials. Items are few and
-short, so that a trial takes seconds. Scores are kept in the work folder, and studies continue. Results go to
-results.json, and `table` writes docs/search.md.
+waves of items. `cma` compares CMA-ES over the weights of four experts with as many random trials, and `replay` does so on a
+quadratic fitted to all trials so far, which takes no models. Items are few and short, so that a trial takes seconds. Scores
+are kept in the work folder, and studies continue. Results go to results.json, and `table` writes docs/search.md.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from . import studies, tables, trial
 from .field import open_field
 
 _HERE = Path(__file__).parent
-_PARTS = ("trial", "waves", "cma")
+_PARTS = ("trial", "waves", "cma", "replay")
 
 
 def main(arguments: list[str]) -> int:
@@ -53,7 +53,9 @@ def _measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
                 f"waves-{sampler}": studies.waves(field, sampler, options.wave_seeds, options.trials)
                 for sampler in options.samplers
             }
-        return {"cma": studies.cma(field, options.seeds, options.trials, options.replays)}
+        if part == "replay":
+            return {"replay": studies.replay(field, options.replays, options.trials)}
+        return {"cma": studies.cma(field, options.seeds, options.trials)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=5, help="seeds of cma")
     parser.add_argument("--trials", type=int, default=60, help="trials of a study")
     parser.add_argument("--wave-seeds", type=int, default=1, help="seeds of waves, for each sampler")
-    parser.add_argument("--replays", type=int, default=20, help="seeds of cma on a quadratic fitted to the trials")
+    parser.add_argument("--replays", type=int, default=20, help="seeds of replay")
     parser.add_argument(
         "--samplers", type=lambda text: text.split(","), default=["random", "cma"], help="those of waves"
     )

@@ -21,7 +21,7 @@ from merganser.search.judge import ItemJudge
 from merganser.search.objectives import parse_objectives
 from merganser.search.space import Space
 from merganser.search.study import Study
-from merganser.search.trials import Silent, Trials
+from merganser.search.trials import Silent, Trial, Trials
 
 HIGHEST = 1.5
 """Upper end of the weight of each expert; task arithmetic adds that much of its task vector."""
@@ -95,6 +95,17 @@ class Field:
         study = Study(journal, space.dimensions, [judge.objectives[0].direction], sampler, seed, space.start())
         found = Trials(study, space, judge, self.folder)
         found.run(trials, None, Silent())
+        return found
+
+    def trials(self) -> list[Trial]:
+        """Return the trials of all studies so far that scored everything."""
+        found = []
+        judge, space = self.judge(stopping=False), self.space()
+        for journal in sorted(self.folder.path.glob("*-[0-9]*.log")):
+            if journal.stem.endswith("-waves"):
+                continue
+            study = Study(journal, space.dimensions, ["maximize"], "random", 0, space.start())
+            found += Trials(study, space, judge, self.folder).over
         return found
 
     def held(self, recipe: str) -> Estimate:

@@ -1,7 +1,6 @@
 """Studies of a weight for each of four experts: waves of items on and off, and CMA-ES beside random trials."""
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ from numpy.typing import NDArray
 
 from merganser.evaluation.scoring.estimate import Estimate
 from merganser.search.study import Study
-from merganser.search.trials import Trial, Trials
+from merganser.search.trials import Trials
 
 from .field import Field, cpu
 
@@ -39,13 +38,12 @@ def waves(field: Field, sampler: str, seeds: int, trials: int) -> dict[str, Any]
     return {"sampler": sampler, "trials": trials, "items": field.count(), "share": share, "rows": rows}
 
 
-def cma(field: Field, seeds: int, trials: int, replays: int) -> dict[str, Any]:
+def cma(field: Field, seeds: int, trials: int) -> dict[str, Any]:
     """Carry out studies by CMA-ES and of random points, and compare the best of each."""
-    rows, every = [], []
+    rows = []
     for seed in range(seeds):
         begin = cpu()
         found = {name: field.study(f"{name}-{seed}", name, seed, trials, stopping=False) for name in ("cma", "random")}
-        every += [trial for own in found.values() for trial in own.over if trial.values]
         held = field.held(_winner(found["cma"])) - field.held(_winner(found["random"]))
         rows.append(
             {
@@ -63,14 +61,18 @@ def cma(field: Field, seeds: int, trials: int, replays: int) -> dict[str, Any]:
         "above": sum(row["cma"] > row["random"] for row in rows),
         "above_held_out": sum(row["difference_held_out"][0] > 0 for row in rows),
         "rows": rows,
-        "replayed": replay(field, every, replays, trials),
     }
 
 
-def replay(field: Field, measured: Sequence[Trial], seeds: int, trials: int) -> dict[str, Any]:
-    """Carry out the same studies on a quadratic fitted to measured trials, which costs nothing."""
+def replay(field: Field, seeds: int, trials: int) -> dict[str, Any]:
+    """Carry out the same studies on a quadratic fitted to all trials that were scored so far, which costs next to nothing."""
     space = field.space()
     names = [dimension.name for dimension in space.dimensions]
+    measured = [trial for trial in field.trials() if trial.whole and trial.same_as is None]
+    if len(measured) <= len(_terms(np.zeros((1, len(names))))[0]):
+        raise SystemExit(
+            f"bench: {len(measured)} trials are too few for a quadratic; measure waves or cma first, with --keep"
+        )
     points = np.array([[trial.settings[name] for name in names] for trial in measured])
     values = np.array([trial.values[0] for trial in measured if trial.values])
     factors, *_ = np.linalg.lstsq(_terms(points), values, rcond=None)
@@ -85,8 +87,8 @@ def replay(field: Field, measured: Sequence[Trial], seeds: int, trials: int) -> 
                 study.tell(asked, [float(_terms(point)[0] @ factors)], {}, {})
             found.append(max(told.values[0] for told in study.told if told.values))
     above = sum(a > b for a, b in zip(best["cma"], best["random"], strict=True))
-    error = float(np.std(values - _terms(points) @ factors))
-    return {"seeds": seeds, "above": above, "points": len(values), "error": error, "best": best}
+    error = float(np.std(values - _terms(points) @ factors) * (len(values) / (len(values) - len(factors))) ** 0.5)
+    return {"seeds": seeds, "trials": trials, "above": above, "points": len(values), "error": error, "best": best}
 
 
 def _terms(points: NDArray[np.float64]) -> NDArray[np.float64]:

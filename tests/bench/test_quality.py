@@ -514,7 +514,8 @@ def test_what_auto_and_search_keep():
         "| 4 adapters | search | 60 | 420 | trial-0007 (task_arithmetic) | 85 ± 2 / 74 ± 3 (maths was recommended) | 49 / 45 | "
         "iso_c 68 / 54 |",
     ]
-    assert chosen.section([line], {"adapters": entries}, table._SETS, 2) == ""
+    # of other test windows, and so not to be compared with the other rows
+    assert "Not measured yet" in chosen.section([line], {"adapters": entries}, table._SETS, 2)
 
 
 def test_where_auto_finds_what_it_recommends(tmp_path):

@@ -119,7 +119,8 @@ def test_what_it_says(tmp_path: Path) -> None:
     text = run("report", write_study(tmp_path / "out", result()), "--text").out
     text = re.sub(r"\s+", " ", text)
     assert "4 recipes and 3 trials around the best of them · auto · 14 s in merging and scoring" in text
-    assert "Take the merge in out/merged: trial-0002, chosen from 5 recipes." in text
+    assert "Take the merge in " in text
+    assert "out/merged: trial-0002, chosen from 5 recipes." in text.replace("/ ", "/")
     assert "one (calm), two (cool). A model alone keeps 1 of its own task." in text
     assert "Measured on 8 items that nothing was chosen on" in text
     assert "Better than calm, the best single model, beyond the interval of 95 %." in text

@@ -59,9 +59,7 @@ def _verdict(choice: StoredChoice) -> Section:
 def _sentences(choice: StoredChoice) -> list[str]:
     domains = ", ".join(f"{task} ({name})" for task, name in choice.domains.items())
     if choice.merged is not None:
-        first = (
-            f"Take the merge in {choice.merged}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}."
-        )
+        first = f"Take the merge in {choice.folder / 'merged'}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}."
     else:
         first = f"Take {choice.recommended}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}, is worse, so nothing was merged."
     lines = [
