@@ -125,7 +125,7 @@ class _Sums:
         self.means: dict[str, list[Tensor]] = {key: [] for key in keys}
         self._own: dict[str, tuple[Tensor, Tensor, int]] = {}
 
-    def look(self, site: str, read: Tensor, rows: Tensor) -> None:
+    def look(self, site: str, read: Tensor) -> None:
         """Add what a gate reads."""
         key = self._layers.key(site)
         if key not in self._keys:

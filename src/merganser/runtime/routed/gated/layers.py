@@ -17,8 +17,8 @@ from .settings import GateSettings
 
 __all__ = ["GatedLayers", "Gates", "Look"]
 
-Look = Callable[[str, Tensor, Tensor], None]
-"""Gets a site, what its gate reads, shape [tokens, features], and the number of each token's row, shape [tokens]."""
+Look = Callable[[str, Tensor], None]
+"""Gets a site, and what its gate reads, shape [tokens, features], without padding."""
 
 _SHARED = "all"
 
@@ -117,11 +117,11 @@ class GatedLayers:
             found.biases[key] = torch.zeros(self.tasks)
         return found
 
-    def tell(self, task: int | None, share: float = 1.0) -> None:
+    def tell(self, task: int | None) -> None:
         """Give all weight to one task (None: to none) instead of asking the gates, until `ask`."""
         self.told = torch.zeros(self.tasks)
         if task is not None:
-            self.told[task] = share
+            self.told[task] = 1.0
 
     def ask(self) -> None:
         """Let the gates decide again."""
@@ -157,9 +157,7 @@ class GatedLayers:
         """Add the weighted parts to the output of a linear layer."""
         x, part = args[0], self._parts[name]
         if self.look is not None and self._readers[self._sites[name]] == name:
-            text = self._running()
-            rows = torch.arange(len(text.mask), device=x.device)[:, None].expand_as(text.mask)
-            self.look(self._sites[name], x.reshape(-1, x.shape[-1])[text.mask.flatten()], rows[text.mask])
+            self.look(self._sites[name], x.reshape(-1, x.shape[-1])[self._running().mask.flatten()])
         return output + part.mixed(x, self._weights(name, x)).to(output.dtype)
 
     def _weights(self, name: str, x: Tensor) -> Tensor:
