@@ -76,6 +76,23 @@ def test_snapkv():
         same(layer, head, list(zip(*expected[head], strict=True)))
 
 
+@pytest.mark.parametrize("method", ["d2o", "ems", "kvmerger"])
+def test_neighbours_of_what_is_attended_stay(method, monkeypatch):
+    """Entries are chosen by the highest score around them; the window's scores do not count for those before it."""
+    layer, seen = filled(method, pool=5), []
+    scores, pooled = torch.rand(1, 2, 30, generator=torch.Generator().manual_seed(4)), layer.pooled
+    found = pooled(scores)
+    for t in range(26):
+        expected = scores[..., max(t - 2, 0) : min(t + 3, 26)].amax(-1)
+        assert torch.equal(found[..., t], expected)
+    monkeypatch.setattr(layer, "pooled", lambda given: seen.append(given) or pooled(given))
+    layer.compress()
+    assert len(seen) == 1
+    plain = filled(method)
+    plain.compress()
+    assert not torch.equal(layer.values, plain.values)
+
+
 def test_streaming_llm():
     layer = filled("streaming_llm")
     keys = layer.keys

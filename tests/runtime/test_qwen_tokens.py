@@ -136,6 +136,21 @@ def test_a_size_counts_as_often_as_its_cells():
     torch.testing.assert_close(found, whole[first], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_5"])
+def test_equal_cells_merge_without_a_trace(kind):
+    """Without positions, cells that are equal say the same when one stands for two, and others attend to it twice."""
+    made, grid = vision(kind), torch.tensor([[1, 4, 8]])
+    for name, buffer in made.named_buffers():
+        if "inv_freq" in name:
+            buffer.zero_()
+    # each window of 2 x 2 cells has three of one kind, and one of another
+    given = patches(grid[:, 1:], seed=3)[:8].unflatten(0, (2, 4))[[0, 0, 0, 0, 1, 0, 1, 0]].flatten(0, 1)
+    expected, _ = encoded(made, grid, given, r=0)
+    found, merging = encoded(made, grid, given, r=[1, 0, 0])
+    assert merging.sizes.max() == 2
+    torch.testing.assert_close(found, expected[merging.places], rtol=1e-3, atol=1e-3)
+
+
 def test_what_is_left_keeps_its_place_and_segment():
     made = vision("qwen2_5")
     merging = CellMerging(tome, Plan(1, None, 3), made)

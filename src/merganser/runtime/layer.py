@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d
 
 from ..errors import ParameterError, UnsupportedError
 from .attention import weights
 from .libraries import cache_utils
 from .options import at_least
 
-__all__ = ["CompressedLayer", "RunningLayer", "taken"]
+__all__ = ["CompressedLayer", "RunningLayer", "ScoredLayer", "taken"]
 
 
 class RunningLayer(cache_utils().DynamicLayer):  # type: ignore[misc]
@@ -144,11 +145,8 @@ class CompressedLayer(RunningLayer):
     Args:
         budget: Entries per layer and head after a call.
         sinks: First tokens, which always stay as they are.
-        window: Last tokens, which always stay as they are. Scores come from the queries of as many last tokens.
+        window: Last tokens, which always stay as they are.
     """
-
-    scores_needed = True
-    """Whether `compress` looks at queries."""
 
     def __init__(self, *, budget: int, sinks: int = 4, window: int = 32):
         super().__init__()
@@ -165,10 +163,6 @@ class CompressedLayer(RunningLayer):
     def compress(self) -> None:
         """Bring the entries down to `budget`."""
         raise NotImplementedError
-
-    def queries_wanted(self) -> int:
-        """Return of how many last tokens of a call queries are needed."""
-        return self.window if self.scores_needed else 0
 
     def watch(self) -> None:
         """Look at the queries of a call (`fresh`) when its keys have been added."""
@@ -202,21 +196,7 @@ class CompressedLayer(RunningLayer):
             old = self.per_entry.get(name)
             self.per_entry[name] = new if old is None else torch.cat((old, new), dim=-1)
 
-    def observe(self, queries: Tensor, scaling: float) -> None:
-        """Take the queries of a call, before its keys are added: shape [batch, query heads, tokens, head_dim]."""
-        self.fresh, self.scaling = queries, scaling
-        both = queries if self.queries is None else torch.cat((self.queries, queries), dim=-2)
-        self.queries = both[:, :, -self.window :]
-
     # what methods share
-
-    def window_scores(self) -> Tensor:
-        """Return the sum of attention weights from the last queries, shape [batch, key heads, entries]."""
-        if self.queries is None:
-            raise UnsupportedError(
-                f"{type(self).__name__}: scores need the queries of a model, which MergedCache collects"
-            )
-        return weights(self.queries, self.keys, self.scaling, self.bias())
 
     def best(self, scores: Tensor) -> Tensor:
         """Return the entries that stay, in their order: sinks, window, and those of the highest scores in between.
@@ -244,6 +224,48 @@ class CompressedLayer(RunningLayer):
         """Drop all other entries."""
         self.keys, self.values = taken(self.keys, kept), taken(self.values, kept)
         self.per_entry = {name: each.gather(-1, kept) for name, each in self.per_entry.items()}
+
+
+class ScoredLayer(CompressedLayer):
+    """A compressed layer whose entries are scored by what the last queries attend to.
+
+    Args:
+        budget: Entries per layer and head after a call.
+        sinks: First tokens, which always stay as they are.
+        window: Last tokens, which always stay as they are, and whose queries give scores.
+        pool: Entries around the middle of which the highest score counts for it when it is chosen, an odd number. A query
+            attends to where a name or number begins; its other tokens must stay with it.
+    """
+
+    def __init__(self, *, budget: int, sinks: int = 4, window: int = 32, pool: int = 1):
+        super().__init__(budget=budget, sinks=sinks, window=window)
+        self.pool = at_least("pool", pool, 1)
+        if pool % 2 == 0:
+            raise ParameterError(f"pool: must be odd, so that it has a middle, not {pool}")
+
+    def queries_wanted(self) -> int:
+        """Return of how many last tokens of a call queries are needed."""
+        return self.window
+
+    def observe(self, queries: Tensor, scaling: float) -> None:
+        """Take the queries of a call, before its keys are added: shape [batch, query heads, tokens, head_dim]."""
+        self.fresh, self.scaling = queries, scaling
+        both = queries if self.queries is None else torch.cat((self.queries, queries), dim=-2)
+        self.queries = both[:, :, -self.window :]
+
+    def window_scores(self) -> Tensor:
+        """Return the sum of attention weights from the last queries, shape [batch, key heads, entries]."""
+        if self.queries is None:
+            raise UnsupportedError(
+                f"{type(self).__name__}: scores need the queries of a model, which MergedCache collects"
+            )
+        return weights(self.queries, self.keys, self.scaling, self.bias())
+
+    def pooled(self, scores: Tensor) -> Tensor:
+        """Return the highest score of the `pool` entries around each, shape [batch, key heads, entries]."""
+        # the window's own weights must not spread to the entries before it
+        before = scores.index_fill(-1, torch.arange(scores.shape[-1], device=scores.device)[-self.window :], 0)
+        return max_pool1d(before, self.pool, stride=1, padding=self.pool // 2)
 
 
 def taken(tensor: Tensor, index: Tensor) -> Tensor:

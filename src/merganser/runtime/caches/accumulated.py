@@ -6,24 +6,25 @@ import torch
 from torch import Tensor
 
 from ..attention import weights
-from ..layer import CompressedLayer
+from ..layer import ScoredLayer
 from ..options import at_least
 
 __all__ = ["AccumulatedLayer"]
 
 
-class AccumulatedLayer(CompressedLayer):
+class AccumulatedLayer(ScoredLayer):
     """A layer whose entries carry `attention`, the sum of the weights that they got, and `chances`, from how many queries.
 
     Args:
         budget: Entries per layer and head.
         sinks: First tokens that stay.
         window: Last tokens that stay.
+        pool: Entries of which the highest score counts for the middle one, when it is chosen.
         history: Of each call, the weights of as many last queries are recomputed and summed.
     """
 
-    def __init__(self, *, budget: int, sinks: int = 4, window: int = 32, history: int = 512):
-        super().__init__(budget=budget, sinks=sinks, window=window)
+    def __init__(self, *, budget: int, sinks: int = 4, window: int = 32, pool: int = 1, history: int = 512):
+        super().__init__(budget=budget, sinks=sinks, window=window, pool=pool)
         self.history = at_least("history", history, window)
 
     def queries_wanted(self) -> int:

@@ -32,12 +32,22 @@ class D2O(AccumulatedLayer):
         budget: Entries per layer and head.
         sinks: First tokens that stay.
         window: Last tokens that stay.
+        pool: Entries of which the highest sum counts for the middle one; 1 in the paper.
         history: Queries per call whose attention is summed.
         beta: Share of the newest similarities in the threshold, above 0 and up to 1.
     """
 
-    def __init__(self, *, budget: int, sinks: int = 4, window: int = 32, history: int = 512, beta: float = 0.7):
-        super().__init__(budget=budget, sinks=sinks, window=window, history=history)
+    def __init__(
+        self,
+        *,
+        budget: int,
+        sinks: int = 4,
+        window: int = 32,
+        pool: int = 1,
+        history: int = 512,
+        beta: float = 0.7,
+    ):
+        super().__init__(budget=budget, sinks=sinks, window=window, pool=pool, history=history)
         self.beta = in_range("beta", beta, 0, 1, above=True)
 
     def _clear(self) -> None:
@@ -49,7 +59,7 @@ class D2O(AccumulatedLayer):
 
     def compress(self) -> None:
         """Merge or drop the entries of the lowest sums."""
-        kept = self.best(self.per_entry["attention"])
+        kept = self.best(self.pooled(self.per_entry["attention"]))
         gone = self.others(kept)
         keys, values = taken(self.keys, gone), taken(self.values, gone)
         self.keep(kept)

@@ -29,6 +29,7 @@ class EMS(AccumulatedLayer):
         budget: Entries per layer and head.
         sinks: First tokens that stay.
         window: Last tokens that stay and whose queries give the local score.
+        pool: Entries of which the highest score counts for the middle one, when it is chosen; 1 is our reading of the paper.
         history: Queries per call whose attention is summed.
         similarity: Least cosine for merging, from -1 to 1.
         merge_keys: Merge keys too; otherwise values alone, so that no key mixes two positions.
@@ -40,11 +41,12 @@ class EMS(AccumulatedLayer):
         budget: int,
         sinks: int = 4,
         window: int = 32,
+        pool: int = 1,
         history: int = 512,
         similarity: float = 0.6,
         merge_keys: bool = True,
     ):
-        super().__init__(budget=budget, sinks=sinks, window=window, history=history)
+        super().__init__(budget=budget, sinks=sinks, window=window, pool=pool, history=history)
         self.similarity = in_range("similarity", similarity, -1, 1, what="cosine")
         self.merge_keys = merge_keys
 
@@ -53,7 +55,7 @@ class EMS(AccumulatedLayer):
         everywhere = self.per_entry["attention"] / self.per_entry["chances"].clamp(min=1)
         here = self.window_scores()
         score = everywhere / everywhere.amax(-1, keepdim=True) + here / here.amax(-1, keepdim=True)
-        kept = self.best(score)
+        kept = self.best(self.pooled(score))
         gone = self.others(kept)
         keys, values = taken(self.keys, gone), taken(self.values, gone)
         self.keep(kept)

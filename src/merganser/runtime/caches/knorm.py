@@ -14,8 +14,6 @@ class Knorm(CompressedLayer):
         Sinks and window are kept whatever their norm; the paper leaves the first two layers whole.
     """
 
-    scores_needed = False
-
     def compress(self) -> None:
         """Drop the entries with the longest keys."""
         self.keep(self.best(-self.keys.float().norm(dim=-1)))

@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ...errors import ParameterError
-from ..layer import CompressedLayer, taken
+from ..layer import ScoredLayer, taken
 from ..options import in_range
 
 __all__ = ["KVMerger"]
 
 
-class KVMerger(CompressedLayer):
+class KVMerger(ScoredLayer):
     """Merge runs of neighbours with similar keys around the one that is attended to most.
 
         w_i = c_i g_i / sum c_j g_j,  g_i = exp(-|k_p - k_i|^2 / (2 s^2)),  s^2 = mean over the run of |k_p - k_i|^2
@@ -33,12 +33,22 @@ class KVMerger(CompressedLayer):
         budget: Entries per layer and head.
         sinks: First tokens that stay.
         window: Last tokens that stay and whose queries choose the pivots.
+        pool: Entries of which the highest score counts for the middle one, when `heavy` ones are chosen; 1 in the paper.
         heavy: Share of the other places for entries that are merged with nothing, from 0 to 0.5.
         mass: How an entry stands for several tokens: `logits` adds log c to its logit, `values` multiplies its value by c.
     """
 
-    def __init__(self, *, budget: int, sinks: int = 4, window: int = 32, heavy: float = 0.25, mass: str = "logits"):
-        super().__init__(budget=budget, sinks=sinks, window=window)
+    def __init__(
+        self,
+        *,
+        budget: int,
+        sinks: int = 4,
+        window: int = 32,
+        pool: int = 1,
+        heavy: float = 0.25,
+        mass: str = "logits",
+    ):
+        super().__init__(budget=budget, sinks=sinks, window=window, pool=pool)
         in_range("heavy", heavy, 0, 0.5)
         if mass not in ("logits", "values"):
             raise ParameterError(f"mass: must be 'logits' or 'values', not {mass!r}")
@@ -82,7 +92,7 @@ class KVMerger(CompressedLayer):
         length = scores.shape[-1]
         free = torch.zeros_like(scores, dtype=torch.bool)
         free[..., self.sinks : length - self.window] = True
-        heavy = scores.masked_fill(~free, -1.0).topk(self.heavy).indices
+        heavy = self.pooled(scores).masked_fill(~free, -1.0).topk(self.heavy).indices
         free = free.scatter(-1, heavy, False)
         similar = cosine_similarity(self.keys[..., 1:, :].float(), self.keys[..., :-1, :].float(), dim=-1)
         similar = similar.masked_fill(~(free[..., 1:] & free[..., :-1]), float("-inf"))

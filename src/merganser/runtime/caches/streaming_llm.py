@@ -16,8 +16,6 @@ class StreamingLLM(CompressedLayer):
         Keys keep the positions of their tokens; the paper counts positions within the cache.
     """
 
-    scores_needed = False
-
     def compress(self) -> None:
         """Drop the oldest entries behind the sinks."""
         length = self.keys.shape[-2]
