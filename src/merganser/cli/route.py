@@ -60,7 +60,7 @@ def route(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make the router that chooses a task or an adapter per text, or gates that add all in shares."""
+    """Make a router that chooses a task per text, or gates that mix them."""
     options.quieten_hub(quiet)
     if "+" not in out:
         options.check_output(Path(out))
