@@ -64,7 +64,7 @@ def test_help_lists_every_verb_in_the_order_of_work(monkeypatch: pytest.MonkeyPa
         "  calibrate   Write statistics of a model on text, for merges that use data.\n"
         "  verify      Check an output against the hashes in its merge.json.\n"
         "  restore     Write a task's own checkpoint back from a merge with sidecars.\n"
-        "  route       Make a router that chooses a task per text, or gates that mix them.\n"
+        "  route       Make a router that chooses a task per text, or gates of tasks.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
         "  mix         Build a mixture of experts from dense models, or join some.\n"
         "  shrink      Make a mixture of experts smaller.\n"

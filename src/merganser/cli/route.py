@@ -60,7 +60,7 @@ def route(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make a router that chooses a task per text, or gates that mix them."""
+    """Make a router that chooses a task per text, or gates of tasks."""
     options.quieten_hub(quiet)
     if "+" not in out:
         options.check_output(Path(out))
