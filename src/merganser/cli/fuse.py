@@ -207,7 +207,7 @@ def answer(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Let several models answer, rank the answers, and have one written from the best.
+    """Let several models answer, and have one write from the best.
 
     Answers are kept beside the file: a killed run continues, and one with another ranker or fuser does not ask again.
     """
