@@ -8,6 +8,7 @@ empty_tensors(module)                               puts a module's parameters b
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -252,8 +253,10 @@ def _convert(model: Any, tensors: dict[str, LazyTensor]) -> None:
 
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
+    # an argument that older versions must have, and newer ones do not know
+    old = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
     with quiet():
-        info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, settings, **({"tp_plan": None} if old else {}))
     for name, found, wanted in sorted(info.mismatched_keys):
         raise _misshapen(name, found, wanted)
     for name, problem in info.conversion_errors.items():
@@ -343,7 +346,17 @@ def router_modules(module: nn.Module) -> dict[str, nn.Module]:
 def expert_matrices(experts: Any) -> dict[str, int]:
     """Return the stacked parameters of a module of experts, and the axis of each that is contracted with the input."""
     axis = 1 if experts.is_transposed else 2
-    return dict.fromkeys(("gate_up_proj" if experts.has_gate else "up_proj", "down_proj"), axis)
+    return dict.fromkeys(("gate_up_proj" if has_gate(experts) else "up_proj", "down_proj"), axis)
+
+
+def has_gate(experts: Any) -> bool:
+    """Return whether experts multiply by a gate; those of older versions of transformers, which do not say, do."""
+    return bool(getattr(experts, "has_gate", True))
+
+
+def has_norm(experts: Any) -> bool:
+    """Return whether experts normalise their outputs; those of older versions, which do not say, do not."""
+    return bool(getattr(experts, "has_post_expert_norm", False))
 
 
 def observed_experts(experts: Any, observe: Callable[[ExpertInputs], None]) -> Callable[..., Tensor]:
@@ -380,8 +393,8 @@ def _forward_experts(
         return product.add_(getattr(experts, f"{name}_bias")[chosen]) if experts.has_bias else product
 
     inner = multiply(first, hidden_states[tokens])
-    outputs = multiply(second, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
-    if experts.has_post_expert_norm:
+    outputs = multiply(second, experts._apply_gate(inner) if has_gate(experts) else experts.act_fn(inner))
+    if has_norm(experts):
         outputs = experts.post_expert_norm(outputs)
     # weights may be wider than the outputs
     products = outputs * top_k_weights.reshape(-1)[order, None]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibration.internals import expert_matrices, expert_modules
+from ...calibration.internals import expert_matrices, expert_modules, has_gate, has_norm
 from ...calibration.skeleton import Block, Skeleton
 from ...errors import CheckpointError, UnsupportedError
 from .experts import Experts
@@ -152,7 +152,7 @@ def _layer(skeleton: Skeleton, index: int, block: Block, name: str, module: Any)
     reference, tensors = skeleton.checkpoint.reference, skeleton.checkpoint.tensors
     first = next(iter(expert_matrices(module)))
     count, parent = len(getattr(module, first)), name.rpartition(".")[0]
-    if not module.has_gate or module.has_post_expert_norm:
+    if not has_gate(module) or has_norm(module):
         raise UnsupportedError(f"{reference}: {name}: experts without a gate, or with a norm, cannot be shrunk")
     single: dict[str, dict[int, str]] = {}
     packed: dict[str, str] = {}
