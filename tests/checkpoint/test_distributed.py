@@ -116,7 +116,41 @@ def _hostile(metadata: Any) -> None:
     metadata.planner_data = Hostile()
 
 
+def _negative(metadata: Any) -> None:
+    metadata.state_dict_metadata["w"].size = torch.Size([7, -6])
+
+
+def _negative_place(metadata: Any) -> None:
+    for place in metadata.storage_data.values():
+        place.offset = -1
+
+
+def _endless(metadata: Any) -> None:
+    value: Any = ("x",)
+    for _ in range(60):
+        value = (value, value)
+    metadata.planner_data = value
+
+
+def _cut(*chunks: tuple[tuple[int, ...], tuple[int, ...]]) -> Any:
+    def change(metadata: Any) -> None:
+        (place,) = metadata.storage_data.values()
+        entry = metadata.state_dict_metadata["w"]
+        entry.size = torch.Size([14, 6])
+        entry.chunks = [ChunkStorageMetadata(torch.Size(at), torch.Size(sizes)) for at, sizes in chunks]
+        metadata.storage_data = {MetadataIndex("w", torch.Size(at)): place for at, _ in chunks}
+
+    return change
+
+
 BAD: list[tuple[Any, str]] = [
+    (_negative, r"of shape \[7, -6\] is not known"),
+    (_negative_place, "is damaged"),
+    (_endless, "its values are nested so that reading them would take practically forever"),
+    (_cut(((0, 0), (7, 6)), ((6, 0), (7, 6))), "its chunks overlap, so that others are missing"),
+    (_cut(((0, 0), (7, 6)), ((8, 0), (7, 6))), r"the chunk at \[8, 0\] of shape \[7, 6\] does not fit"),
+    (_cut(((0, 0), (7, 6)), ((-7, 0), (7, 6))), "does not fit"),
+    (_cut(((0, 0), (7, 5)), ((7, 0), (7, 6))), "is not stored as"),
     (_missing_chunk, r"no file holds its chunk at \[0, 0\]"),
     (_outside, r"file '\.\./x\.distcp' is not one of the checkpoint's folder"),
     (_beyond, "is damaged"),
@@ -132,6 +166,14 @@ def test_damage(tmp_path: Path, change: Any, message: str, capsys: pytest.Captur
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(str(tmp_path))
     assert capsys.readouterr().out == ""
+
+
+def test_a_value_under_a_number_that_would_fill_the_memory(tmp_path: Path) -> None:
+    folder = saved(tmp_path, {"w": randn(7, 6)})
+    # an empty list, kept under the number 2^31 - 1
+    (folder / ".metadata").write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
+    with pytest.raises(CheckpointError, match="it keeps a value under the number 2,147,483,647"):
+        open_checkpoint(str(folder))
 
 
 def test_missing_and_cut_files(tmp_path: Path) -> None:

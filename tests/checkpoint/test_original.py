@@ -248,6 +248,7 @@ BAD: dict[str, tuple[Any, Callable[[list[Tensors]], None] | None, str]] = {
     "kv": ({**LLAMA, "n_kv_heads": 4}, None, "n_kv_heads is 4 with heads of 8"),
     "kv kind": ({**LLAMA, "n_kv_heads": "4"}, None, "n_kv_heads must be a whole number"),
     "layers": ({**LLAMA, "n_layers": 3}, None, "n_layers is 3, and the files hold 2 layers"),
+    "absurd layers": ({**LLAMA, "n_layers": (1 << 31) - 1}, None, "n_layers is 2147483647, and the files hold 2 layers"),
     "setting": ({**LLAMA, "q_lora_rank": 16}, None, "the setting 'q_lora_rank' is not known"),
     "theta": ({**LLAMA, "rope_theta": "x"}, None, "rope_theta must be a number above 0"),
     "window": ({**MISTRAL, "sliding_window": "x"}, None, "sliding_window must be a whole number"),

@@ -116,6 +116,9 @@ QUANTISED: dict[str, tuple[dict[str, Any] | None, Tensors, str]] = {
     "fp8: tile of text": (FP8 | {"weight_block_size": "128x128"}, TILES, "weight_block_size must be two whole numbers"),
     "fp8: tile of one": (FP8 | {"weight_block_size": [128]}, TILES, "weight_block_size must be two whole numbers"),
     "fp8: a vector": (FP8, {".weight": zeros(E4M3, 8), ".weight_scale_inv": torch.ones(1)}, "only matrices have scales"),
+    "awq: no zero points": (AWQ, without(AWQ_WORDS, ".qzeros"), "its zero points"),
+    "awq: floats": (AWQ, AWQ_WORDS | {".qweight": torch.ones(64, 2)}, "must be a matrix of int32"),
+    "awq: 3 bits": (AWQ | {"bits": 3}, AWQ_WORDS, "bits of the quantisation must be one of 4, found 3"),
     "packed: no scale": (PACKED, without(WORDS, ".weight_scale"), "its scales"),
     "packed: no shape": (PACKED, without(WORDS, ".weight_shape"), "its shape"),
     "packed: a shape that lies": (PACKED, WORDS | {".weight_shape": torch.tensor([8, 99])}, "does not hold numbers of 4 bits"),
@@ -172,6 +175,30 @@ def test_quantised(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     settings, tensors, message = QUANTISED[case]
     put(tmp_path / "bad", tensors, settings, "quantization_config")
     refused(tmp_path, message)
+
+
+NO_NUMBERS: dict[str, tuple[dict[str, Any], Tensors]] = {
+    "fp8: scale of NaN": (FP8, TILES | {".weight_scale_inv": torch.full((2, 2), torch.nan)}),
+    "gptq: infinite scale": (GPTQ, GPTQ_WORDS | {".scales": torch.full((2, 16), torch.inf)}),
+    "bnb: scale of NaN": (BNB, BLOCKS | {".weight.absmax": torch.full((4,), torch.nan)}),
+    "nvfp4: divided by zero": (PACKED, NVFP4 | {".weight_global_scale": torch.zeros(1)}),
+    "int8: scale of NaN": (PACKED, {".weight": torch.ones(4, 4, dtype=torch.int8), ".weight_scale": torch.full((4, 1), torch.nan)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_NUMBERS)
+def test_scales_that_are_no_numbers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are seen when the values are read."""
+    monkeypatch.chdir(tmp_path)
+    settings, tensors = NO_NUMBERS[case]
+    put(tmp_path / "bad", tensors, settings, "quantization_config")
+    config = {"model_type": "x", "quantization_config": settings}
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+    before = names(tmp_path)
+    found = run("merge", recipe(tmp_path / "r.yaml", linear("bad")), "out", "-q")
+    assert (found.code, found.out) == (2, "")
+    assert "holds NaN or infinity; merge it all the same with --allow-nonfinite" in found.err
+    assert names(tmp_path) == sorted([*before, "r.yaml"])
 
 
 MLX_CASES: dict[str, tuple[dict[str, Any], Tensors, str]] = {
@@ -267,6 +294,8 @@ GGUF: dict[str, tuple[bytes, str]] = {
     "layer of a tensor outside the layers": (file([described("blk.0.output_norm.weight")]), "has no such tensor here"),
     "part of a model": (file(entries=[entry("split.count", 2, struct.pack("<H", 3))]), "is one of 3 parts of a model, 1 are here"),
     "heads": (file([described("blk.0.attn_q.weight")]).replace(word("qwen2"), word("llama")), "the order of rows is not known"),
+    "negative heads": (file([described("blk.0.attn_q.weight")], [entry("llama.attention.head_count", 5, struct.pack("<i", -2))]).replace(word("qwen2"), word("llama")), "the order of rows is not known"),
+    "a stack of very many": (file([described("blk.0.ffn_gate_exps.weight", dims=(1, 1, 20_000))], data=80_000).replace(word("qwen2"), word("llama")), "stacks 20,000 matrices; at most 10,000 are accepted"),
     "no tensors": (file([]), "holds no tensors"),
 }  # fmt: skip
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from ...errors import CheckpointError
 from ...jsonfile import open_regular, os_reason
 from ...wording import brief
@@ -226,6 +228,28 @@ def _check_cover(folder: Path, name: str, shape: tuple[int, ...], chunks: Sequen
         count += math.prod(sizes)
     if count != math.prod(shape):
         raise CheckpointError(f"{folder}: tensor {name!r}: its chunks hold {count:,} of {math.prod(shape):,} elements")
+    if not _are_apart(chunks):
+        raise CheckpointError(f"{folder}: tensor {name!r}: its chunks overlap, so that others are missing; {_CONVERT}")
+
+
+def _are_apart(chunks: Sequence[_Chunk]) -> bool:
+    """Return whether no two chunks hold the same element; they are cut along the first and the last dimension."""
+    spans = [
+        [(at, at + size) for at, size in zip(chunk.offsets, chunk.stored.shape, strict=True)][
+            :: max(1, len(chunk.offsets) - 1)
+        ]
+        for chunk in chunks
+    ]
+    cuts = [sorted({edge for own in spans for edge in own[axis]}) for axis in (0, -1)]
+    # chunks of a grid have about as many cells
+    if len(cuts[0]) * len(cuts[1]) > 16 * len(chunks) + 1024:
+        return False
+    places = [{edge: number for number, edge in enumerate(each)} for each in cuts]
+    held = np.zeros([len(each) for each in cuts], np.int32)
+    for own in spans:
+        (top, bottom), (left, right) = ([places[axis][edge] for edge in own[axis]] for axis in (0, -1))
+        held[top:bottom, left:right] += 1
+    return int(held.max()) <= 1
 
 
 def _line(error: Exception) -> str:
