@@ -29,7 +29,7 @@ def table(results: Mapping[str, Any]) -> str:
         found = results[name]
         same = sum(_within(row["difference"]) for row in found["rows"])
         lines.append(
-            f"| items scored with waves, of those without ({found['sampler']}, {len(found['rows'])} studies of {found['trials']} "
+            f"| items scored with waves, of those without ({found['sampler']}, seeds: {len(found['rows'])}, each of {found['trials']} "
             f"trials, {found['items']} windows) | {found['share']:.2f}; in {same} of {len(found['rows'])} the winner is the same or "
             f"within its error (differences of what is kept: {', '.join(_error(row['difference']) for row in found['rows'])}; held out: "
             f"{', '.join(_error(row['difference_held_out']) for row in found['rows'])}) |"
@@ -45,8 +45,8 @@ def table(results: Mapping[str, Any]) -> str:
     if "replay" in results:
         found = results["replay"]
         lines.append(
-            f"| the same on a quadratic fitted to {found['points']} measured trials (which it misses by {found['error']:.3f}) | above in "
-            f"{found['above']} of {found['seeds']} seeds |"
+            f"| CMA-ES over four weights beside as many random trials, on a quadratic fitted to {found['points']} measured trials (which it misses by {found['error']:.3f}), {found['trials']} trials "
+            f"each | above in {found['above']} of {found['seeds']} seeds |"
         )
     hardware = results["hardware"]
     where = f"{hardware['processor']}, {hardware['processors']} cores, {hardware['date']}"
