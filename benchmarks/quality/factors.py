@@ -118,7 +118,8 @@ def table(results: Path, config: Mapping[str, Any], rounded: Mapping[str, str]) 
     lines = [
         "The four adapters merged from their factors, in percent: mean of the domains / worst domain; as adapters (the output is "
         "an adapter), or as models (each the base with an adapter, in float32), and beside it what the same method kept of the "
-        "four experts in bfloat16, at the same settings. Here weights are rounded once, when the merge is measured in bfloat16.",
+        "four experts in bfloat16, at the same settings. Here weights are rounded once, when the merge is measured in bfloat16. "
+        "`robust_merge` is the form for factors here, and that for weights in the last column.",
         "",
         "| method | merged as | from factors | forgotten | from rounded experts |",
         "|---|---|---|---|---|",
