@@ -64,9 +64,8 @@ def featcal(
     before it left.
 
     Use when:
-        Some hundred tokens or more of each expert's field are at hand while merging. Start from `wudi` where it is better
-        than the average, as for full fine-tunes for different tasks, and from the average for adapters of unequal lengths.
-        RegMean++ needs no start and has less to tune.
+        Some hundred tokens or more of each expert's field are at hand while merging. `start: wudi` kept more than the average
+        as start, of full fine-tunes and of adapters (docs/quality.md). RegMean++ needs no start and has less to tune.
 
     Args:
         weight: Share of a model in the average, and how much its inputs count.
