@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import merganser
 from merganser import load_recipes
-from merganser.engine.merge import merge, plan, stages_folder
+from merganser.engine.merge import merge, plan
 from merganser.engine.run import Interrupted
+from merganser.engine.stages import stages_folder
 from merganser.errors import MergeError, OutputError, RecipeError
 from tests.cli.tiny import linear, names, recipe, run, state, write
 
