@@ -114,7 +114,7 @@ def _curve(found: Trials) -> list[float]:
     curve: list[float] = []
     for trial in found.over:
         value = trial.values[0] if trial.values else float("-inf")
-        curve.append(round(max(value, *curve[-1:]), 5))
+        curve.append(round(max([value, *curve[-1:]]), 5))
     return curve
 
 

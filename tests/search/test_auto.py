@@ -150,6 +150,7 @@ def test_what_it_refuses(tmp_path: Path, arguments: tuple[str, ...], message: st
 @pytest.mark.usefixtures("short")
 def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto_run.Budget, "fits", lambda *_: False)
+    monkeypatch.setattr(auto_run.Budget, "last_trial", lambda *_: float("-inf"))
     out = tmp_path / "out"
     found = run(
         "auto", "base", "calm", "cool", out, "--tasks", "one.jsonl", "two.jsonl", "--minutes", 0.001, "--limit", 24, "--dtype", "float32"
