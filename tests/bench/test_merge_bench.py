@@ -241,20 +241,21 @@ def test_drawings_and_tables_come_from_the_results(tmp_path: Path, capsys: pytes
     results = tmp_path / "results"
     results.mkdir()
     killed = _result(method="slerp", killed_after=[0.51, 2.0], continued=2, last=1.25)
-    found = {"methods": [compared, _result(method="sce", bar=2), failed], "scaling": points, "kills": [killed, failed]}
+    own = [compared, _result(method="sce", bar=2), failed]
+    found = {"methods": own, "peer": [compared], "scaling": points, "kills": [killed, failed]}
     for name, entries in found.items():
         content = {"hardware": hardware, "config": config, "results": entries}
         (results / f"{name}.json").write_text(json.dumps(content))
     page = tmp_path / "speed.md"
     page.write_text("before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n")
     chart.draw(results, tmp_path / "images", page)
-    for name in ("merge-speed-methods", "merge-memory-methods", "scaling-time", "scaling-memory"):
+    for name in ("merge-speed-methods", "merge-speed-peer", "merge-memory-methods", "scaling-time", "scaling-memory"):
         assert ElementTree.parse(tmp_path / "images" / f"{name}.svg").getroot().tag.endswith("svg")
     text = page.read_text()
     assert text.startswith("before\n<!-- bench:start -->")
     assert text.endswith("<!-- bench:end -->\nafter\n")
     assert "old" not in text
-    assert "| ties | 2.0 | 2.0 | 2.00 (1.00–3.00) | 2 | 700 | 9 | 2.0 | 21.0 x | 700 |" in text
+    assert "| ties | 2.0 | 2.0 | 2.00 (1.00–3.00) | 2 | 700 | 9.0 | 2.0 | 2.0 | 21.0 x | 700 |" in text
     assert "| della | failed (CommandError) |" in text
     assert "| slerp | 2.0 | 0.5, 2.0 | 1.2 |" in text
     assert "threads: 2" in capsys.readouterr().out

@@ -12,10 +12,9 @@ import pickle
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path, PureWindowsPath
 from typing import IO, TYPE_CHECKING, Any
-
-import numpy as np
 
 from ...errors import CheckpointError
 from ...jsonfile import open_regular, os_reason
@@ -228,7 +227,7 @@ def _check_cover(folder: Path, name: str, shape: tuple[int, ...], chunks: Sequen
         count += math.prod(sizes)
     if count != math.prod(shape):
         raise CheckpointError(f"{folder}: tensor {name!r}: its chunks hold {count:,} of {math.prod(shape):,} elements")
-    if not _are_apart(chunks):
+    if len(chunks) > 1 and not _are_apart(chunks):
         raise CheckpointError(f"{folder}: tensor {name!r}: its chunks overlap, so that others are missing; {_CONVERT}")
 
 
@@ -245,11 +244,14 @@ def _are_apart(chunks: Sequence[_Chunk]) -> bool:
     if len(cuts[0]) * len(cuts[1]) > 16 * len(chunks) + 1024:
         return False
     places = [{edge: number for number, edge in enumerate(each)} for each in cuts]
-    held = np.zeros([len(each) for each in cuts], np.int32)
+    held: set[tuple[int, int]] = set()
     for own in spans:
         (top, bottom), (left, right) = ([places[axis][edge] for edge in own[axis]] for axis in (0, -1))
-        held[top:bottom, left:right] += 1
-    return int(held.max()) <= 1
+        for cell in product(range(top, bottom), range(left, right)):
+            if cell in held:
+                return False
+            held.add(cell)
+    return True
 
 
 def _line(error: Exception) -> str:
