@@ -168,7 +168,7 @@ def test_contradictions():
     with pytest.raises(TypeError, match="nor the largest"):
         toy(whole, encode_rest, decode_rest, statistics={"top": statistic(lambda: None, lambda: None, largest=True)})
     method = toy(whole, encode, decode_rest, scope="matrix", matrices=True)
-    assert list(method.parameters) == ["others", "embeddings"]
+    assert list(method.parameters) == ["others", "embeddings", "keep"]
     assert "the task's own" in method.parameters["others"].help
     for law in laws.SIDECAR_LAWS:
         law(method)
