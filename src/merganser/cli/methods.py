@@ -165,17 +165,31 @@ def _value(value: Any) -> str:
 
 
 def _block(title: str, text: str) -> None:
-    """Print a section without rewrapping its lines, so that formulas keep their layout."""
+    """Print a section; without a title it is a formula, whose lines keep their layout."""
     if not text:
         return
     say()
-    if title:
-        head(title)
-    for line in text.splitlines():
-        if title:
-            _wrapped(line, "  ")
-        else:
+    if not title:
+        for line in text.splitlines():
             say(line.rstrip())
+        return
+    head(title)
+    for paragraph in _paragraphs(text):
+        _wrapped(paragraph, "  ")
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Return the paragraphs of a text as one line each; indented lines, such as formulas, stay lines of their own."""
+    found: list[str] = []
+    joins = False
+    for line in text.splitlines():
+        plain = bool(line) and not line[0].isspace()
+        if joins and plain:
+            found[-1] += f" {line}"
+        else:
+            found.append(line)
+        joins = plain
+    return found
 
 
 def _wrapped(text: str, indent: str) -> None:
