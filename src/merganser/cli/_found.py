@@ -45,9 +45,9 @@ class SearchProgress:
             complain("note", text)
 
     def proving(self, model: str) -> None:
-        """Report which model is measured on the items held out."""
+        """Report which model is measured for the proof."""
         if not self._quiet:
-            say(f"measuring {model} on what no trial saw")
+            say(f"for the proof: measuring {model}")
 
 
 def _outcome(trial: Trial) -> str:
