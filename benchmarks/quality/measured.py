@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.zoo import Zoo
 from merganser import evaluate
+from merganser.evaluation.result import Evaluation
 
 
 def measured(
@@ -22,20 +23,8 @@ def measured(
         split: "test" or "tune".
         folder: Keeps what was measured of base and experts.
     """
-    domains = [*experts, zoo.retained]
-    # base and experts are measured once per split: the journal beside the file knows them
-    journal = folder / f"{split}.json"
-    evaluation = evaluate(
-        {"merge": model},
-        {domain: zoo.texts[domain][split] for domain in domains},
-        base=str(zoo.base),
-        experts={domain: str(path) for domain, path in experts.items()},
-        limit=config["windows"],
-        context=config["context"],
-        stride=config["context"],
-        json=journal,
-    )
-    content = json.loads(journal.read_text(encoding="utf-8"))
+    evaluation = evaluated(model, experts, zoo, config, split, folder)
+    content = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
     return {
         "retention": content["retention"]["models"]["merge"],
         "gains": {domain: found["gain"] for domain, found in content["retention"]["domains"].items()},
@@ -47,3 +36,22 @@ def measured(
             for name, tasks in evaluation.outcomes.items()
         },
     }
+
+
+def evaluated(
+    model: str, experts: Mapping[str, Path | str], zoo: Zoo, config: Mapping[str, Any], split: str, folder: Path
+) -> Evaluation:
+    """Run the evaluation of `measured`, with the same arguments; its JSON is `SPLIT.json` in the folder."""
+    domains = [*experts, zoo.retained]
+    # base and experts are measured once per split: the journal beside the file knows them
+    journal = folder / f"{split}.json"
+    return evaluate(
+        {"merge": model},
+        {domain: zoo.texts[domain][split] for domain in domains},
+        base=str(zoo.base),
+        experts={domain: str(path) for domain, path in experts.items()},
+        limit=config["windows"],
+        context=config["context"],
+        stride=config["context"],
+        json=journal,
+    )

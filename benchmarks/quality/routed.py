@@ -16,12 +16,13 @@ import torch
 
 from benchmarks.merge import hardware
 from benchmarks.zoo import Zoo, load_zoo, shipped
-from merganser import MergeError, evaluate, merge
+from merganser import MergeError, merge
 from merganser.mixture.run import mix
 from merganser.runtime.routed.gated.making import make_gates
 from merganser.runtime.routed.making import make_router
 
 from . import settings
+from .measured import evaluated
 from .routed_table import FOLDER, cell
 from .table import read
 
@@ -178,18 +179,8 @@ def _evaluated(
     reference: str, zoo: Zoo, experts: Mapping[str, Path], config: Mapping[str, Any], work: Path
 ) -> dict[str, Any]:
     """Measure a model on the test texts of the experts' domains, and on what none was trained on."""
-    journal = work / "test.json"
-    found = evaluate(
-        {"merge": reference},
-        {domain: zoo.texts[domain]["test"] for domain in [*experts, zoo.retained]},
-        base=str(zoo.base),
-        experts={domain: str(path) for domain, path in experts.items()},
-        limit=config["windows"],
-        context=config["context"],
-        stride=config["context"],
-        json=journal,
-    )
-    content = json.loads(journal.read_text(encoding="utf-8"))
+    found = evaluated(reference, experts, zoo, config, "test", work)
+    content = json.loads((work / "test.json").read_text(encoding="utf-8"))
     shares = {domain: found.right("merge", domain) for domain in experts if found.models["merge"].failed is None}
     right = {domain: share for domain, share in shares.items() if share is not None}
     return {
