@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from .kernels.assignment import untouched
 from .kernels.blocks import BLOCK
 from .plan.tensor import PlannedTensor
 
-__all__ = ["TensorSpool", "copied_from"]
+__all__ = ["TensorSpool", "copied_from", "folder_beside"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +130,23 @@ def copied_from(
     if name is None:
         return found
     return replace(found, name=name, data={}, turned=False, block_limit=BLOCK, quantised=None, gguf=None)
+
+
+@contextmanager
+def folder_beside(target: Path, doing: str) -> Iterator[Path]:
+    """Make a folder next to a target, on its disk, which is removed at the end.
+
+    Args:
+        target: The target.
+        doing: What is done meanwhile, for the folder's name.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.{doing}-", dir=target.parent)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {os_reason(error)}") from None
+    with folder as name:
+        yield Path(name)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...engine.new_tensors import TensorSpool, copied_from
+from ...engine.new_tensors import TensorSpool, copied_from, folder_beside
 from ...engine.output.staging import check_target
 from ...engine.plan.healing import HealingSummary
 from ...engine.plan.part import place
 from ...engine.planner import build_plan
 from ...engine.run import Progress as RunProgress
 from ...engine.run import Result, run_plan
-from ...errors import DataError, OutputError, suggest_keywords
-from ...jsonfile import Entry, os_reason, read_object
+from ...errors import DataError, suggest_keywords
+from ...jsonfile import Entry, read_object
 from ...process import release_freed_memory
 from ...recipe import load_recipe
 from ...record import RECORD_NAME
@@ -115,7 +113,7 @@ def heal(
                 f"{stacked}: healing needs {_HELD} sequences at least, of which one in {_HELD} is held out; the data give "
                 f"{len(found.stack.samples)}: give more text, or a smaller length"
             )
-        with _beside(target) as folder:
+        with folder_beside(target, "healing") as folder:
             (folder / "made").mkdir()
             spool = TensorSpool(folder / "made")
             fitted = _Fitting(found, folder, spool, blocks, progress)
@@ -240,18 +238,6 @@ def _recipe(stacked: Path) -> str:
     root = Entry(read_object(stacked / RECORD_NAME), str(stacked / RECORD_NAME))
     healed = root.get("healed")
     return (root if healed is None else healed)["recipe"].text()
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Make a folder next to the target, on its disk, which is removed at the end."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.healing-", dir=target.parent)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {os_reason(error)}") from None
-    with folder as name:
-        yield Path(name)
 
 
 def _write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ import torch
 from ...calibration.preparation import Data, Prepared, prepare
 from ...checkpoint import Checkpoint, plan_shards
 from ...engine.alignment.complete import check_complete
-from ...engine.new_tensors import TensorSpool, copied_from
+from ...engine.new_tensors import TensorSpool, copied_from, folder_beside
 from ...engine.output.staging import check_target
 from ...engine.plan.census import InputCensus
 from ...engine.plan.mixture import ShrinkingSummary
@@ -23,8 +22,7 @@ from ...engine.plan.plan import Plan
 from ...engine.plan.tensor import PlannedTensor
 from ...engine.planner import SHARD_BYTES, build_plan
 from ...engine.run import Progress, Result, run_plan
-from ...errors import DataError, NonFiniteError, OutputError, UnsupportedError, did_you_mean
-from ...jsonfile import os_reason
+from ...errors import DataError, NonFiniteError, UnsupportedError, did_you_mean
 from ...recipe import load_recipe
 from ...statistics import Choice
 from ...statistics.choice import BATCH_TOKENS
@@ -122,7 +120,7 @@ def shrink(
     check_target(target, overwrite=overwrite)
     with (
         _opened(model, data, experts, method, per_token, options) as found,
-        _beside(target) as folder,
+        folder_beside(target, "shrinking") as folder,
     ):
         hidden, made = folder / "hidden", folder / "made"
         hidden.mkdir()
@@ -178,18 +176,6 @@ def _opened(
         sizes = choose_sizes(skeleton.model.config, layers[0].count, experts, per_token, str(model))
         config = sized_config(skeleton.checkpoint.config, sizes, str(model))
         yield _Opened(prepared, layers, sizes, METHODS[method], config)
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Make a folder next to the target, on its disk, which is removed at the end."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}.shrinking-", dir=target.parent)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {os_reason(error)}") from None
-    with folder as name:
-        yield Path(name)
 
 
 def _described(model: str, found: _Opened) -> Shrinking:
