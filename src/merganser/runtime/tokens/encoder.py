@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...errors import UnsupportedError
 from ..merging import absorb, added
 from .plan import Choose, Plan
 
-__all__ = ["QWEN", "TokenMerging", "check", "installed", "parts"]
+__all__ = ["QWEN", "TokenMerging", "check", "installed", "parts", "replaced_forwards"]
 
 # by name: each of these is one class of transformers, and others of the same families pool tokens in other ways
 _CLIP = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
@@ -79,12 +79,25 @@ def installed(model: Any, merging: TokenMerging) -> Iterator[None]:
     handles = [encoder.register_forward_pre_hook(on_encoder, with_kwargs=True)]
     if head is not None:
         handles.append(head.attention.register_forward_pre_hook(_pooling(merging, head.attention), with_kwargs=True))
+    with replaced_forwards(encoder.layers, lambda layer: _forward(layer, merging), handles):
+        yield
+
+
+@contextmanager
+def replaced_forwards(layers: Iterable[Any], make: Callable[[Any], Any], handles: Sequence[Any]) -> Iterator[None]:
+    """Let layers run what `make` returns for each in place of their `forward`; at the end, undo that and remove hooks.
+
+    Args:
+        layers: Modules.
+        make: Gets a layer, and returns its function.
+        handles: Handles of the hooks that are removed at the end.
+    """
     try:
-        for layer in encoder.layers:
-            layer.forward = _forward(layer, merging)
+        for layer in layers:
+            layer.forward = make(layer)
         yield
     finally:
-        for layer in encoder.layers:
+        for layer in layers:
             layer.__dict__.pop("forward", None)
         for handle in handles:
             handle.remove()

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...errors import UnsupportedError
 from ..attention import rotated
 from ..merging import absorb, added
-from .encoder import QWEN, check
+from .encoder import QWEN, check, replaced_forwards
 from .plan import Choose, Plan
 
 __all__ = ["CellMerging", "fits", "installed", "windows"]
@@ -142,15 +142,8 @@ def installed(model: Any, merging: CellMerging) -> Iterator[None]:
         model.merger.register_forward_hook(lambda module, args, output: merging.spread(output)),
         model.register_forward_hook(lambda module, args, output: _ended(merging, output)),
     ]
-    try:
-        for block in model.blocks:
-            block.forward = _forward(block, merging)
+    with replaced_forwards(model.blocks, lambda block: _forward(block, merging), handles):
         yield
-    finally:
-        for block in model.blocks:
-            block.__dict__.pop("forward", None)
-        for handle in handles:
-            handle.remove()
 
 
 def _ended(merging: CellMerging, output: Any) -> Any:
