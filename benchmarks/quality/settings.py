@@ -41,13 +41,16 @@ def wider(config: Mapping[str, Any], method: str, tried: Sequence[tuple[Setting,
         tried: All settings that were tried, with the share of the gain that each keeps.
 
     Returns:
-        None where the best value lies between others, or where the next one is out of the parameter's range.
+        None where the best value lies between others, where the next one is out of the parameter's range, and where
+        values are no numbers.
     """
     first = published(config, method)
     best = max(tried, key=lambda one: one[1])[0]
     names = list(_values(config, method))
     name = next((name for name in names if best["shared"].get(name) != first["shared"].get(name)), names[0])
     parameter = methods()[method].parameters[name]
+    if isinstance(parameter.default, str):
+        return None
 
     def value(setting: Setting) -> float:
         return float(setting["shared"].get(name, parameter.default))
@@ -71,14 +74,14 @@ def is_variant(config: Mapping[str, Any], method: str, setting: Setting) -> bool
     return setting == first or any(_without(setting, name) == _without(first, name) for name in names)
 
 
-def _values(config: Mapping[str, Any], method: str) -> dict[str, list[float]]:
+def _values(config: Mapping[str, Any], method: str) -> dict[str, list[Any]]:
     """Return the values that tuning tries first, by the name of the parameter."""
     own = config["methods"].get(method, {}).get("grid")
     parameters = methods()[method].parameters
     return own or {key: found for key, found in config["grids"].items() if key in parameters}
 
 
-def _with(setting: Setting, name: str, value: float) -> Setting:
+def _with(setting: Setting, name: str, value: Any) -> Setting:
     return {"each": setting["each"], "shared": {**setting["shared"], name: value}}
 
 

@@ -36,13 +36,21 @@ def rounding(stored):
 
 
 def vectors(base, models, weight=1.0, cut=True):
-    """Weighted task vectors, without the triplets that are not above rounding, unless none of any is."""
+    """Weighted task vectors, without the triplets that are not above rounding, unless none of any is.
+
+    Where the energy of these triplets is more than 1.25 times that of rounding, and more than float32 resolves, they stay.
+    The base counts as rounded, too, except in bfloat16.
+    """
     weight = weight if isinstance(weight, list) else [weight] * len(models)
     deltas = [model.double() - base.double() for model in models]
     above = []
     for model, delta in zip(models, deltas, strict=True):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         real = s > rounding(model)
-        above.append(u[:, real] @ torch.diag(s[real]) @ vh[real])
+        resolved = (2.0**-20 * delta.norm()) ** 2
+        bfloat16 = torch.equal(model.bfloat16().to(model.dtype), model)
+        energy = (1 if bfloat16 else 2) * (spacing(model) ** 2 / 12).sum()
+        rounded = s[~real].square().sum() <= max(1.25 * energy, resolved)
+        above.append(u[:, real] @ torch.diag(s[real]) @ vh[real] if rounded else delta)
     kept = above if cut and any(delta.any() for delta in above) else deltas
     return [w * delta for w, delta in zip(weight, kept, strict=True)]

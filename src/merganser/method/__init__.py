@@ -10,8 +10,8 @@ The signature is the contract. The engine passes positional arguments by name:
     base      the base tensor; annotate `Tensor | None` where a base is optional
     models    the other tensors, in the order of the recipe
     rng       a `Random`: counter-based draws, which do not depend on how the work is divided
-    rounding  for each model, the largest singular value that rounding of its stored weights may have in its task vector,
-              shape [T], float64; for methods of scope "matrix" (see `ops.linalg.rounding`)
+    rounding  for each model, what rounding of its stored weights has left in its task vector: the largest singular value
+              at most, and the expected norm; shape [T, 2], float64; for methods of scope "matrix" (`ops.linalg.rounding`)
     NAME      the statistic declared as `statistics={"NAME": ...}`, or the number declared as `located={"NAME": ...}`
 
 Keyword-only arguments are parameters of recipes. The annotation gives type, range and search interval; the default is

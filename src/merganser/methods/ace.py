@@ -116,6 +116,7 @@ def refinement(sums: _Sums, step: Tensor, fraction: float, dtype: torch.dtype) -
     family="spectral",
     cite="xu2026ace",
     scope="matrix",
+    version=2,
     breaks={"identical": "the mean row of the task vectors is lost, and the prior moves the rest"},
 )
 def ace(

@@ -20,7 +20,7 @@ def participation(values: Tensor) -> int:
     family="spectral",
     cite="wei2026spectral",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "in weak directions the sum of the models' task vectors is kept"},
 )
 def aswudi(

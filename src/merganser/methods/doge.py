@@ -63,7 +63,7 @@ class RowLoss:
     family="spectral",
     cite="wei2025doge",
     scope="matrix",
-    version=2,
+    version=3,
     models=(2, None),
     statistics={"cut": magnitude_cut(magnitudes, over="model")},
     breaks={"identical": "task vectors are divided by their norms"},

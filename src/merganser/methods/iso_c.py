@@ -14,7 +14,7 @@ from ..ops.sum import weighted_sum
     family="spectral",
     cite="marczak2025iso",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "singular values are made equal, and task vectors are added, not averaged"},
 )
 def iso_c(

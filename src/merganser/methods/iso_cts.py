@@ -57,7 +57,7 @@ def own_directions(vectors: list[Tensor], weight: Tensor, common: Tensor, k: int
     family="spectral",
     cite="marczak2025iso",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "singular values are made equal, and task vectors are added, not averaged"},
 )
 def iso_cts(

@@ -64,7 +64,7 @@ def votes(rule: Rule) -> bool:
     family="spectral",
     cite="stoica2025knots",
     scope="matrix",
-    version=2,
+    version=3,
     when={"density": votes, "normalize": votes},
     validate=check_weights,
 )

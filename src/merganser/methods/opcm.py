@@ -76,7 +76,7 @@ def divisor(measured: Tensor, merged: int) -> Tensor:
     family="spectral",
     cite="tang2025opcm",
     scope="matrix",
-    version=2,
+    version=3,
     statistics={"scale_after": statistic(squared_norms, divisor, over="model")},
     breaks={"order": "each model is projected away from those before it"},
 )

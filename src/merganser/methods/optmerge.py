@@ -15,7 +15,7 @@ from ..ops.linalg.spectral import svd
     family="spectral",
     cite="wei2026optmerge",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "the filter stops on the way from the sum of the models' task vectors"},
 )
 def optmerge(

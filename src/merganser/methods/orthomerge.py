@@ -70,6 +70,7 @@ def mean_generator(skews: list[Tensor]) -> Tensor:
     family="spectral",
     cite="yang2026orthomerge",
     scope="matrix",
+    version=2,
     breaks={"identical": "only a share of what is no rotation is added"},
 )
 def orthomerge(

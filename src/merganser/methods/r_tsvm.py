@@ -20,7 +20,7 @@ def outlier_mass(delta: Tensor, sigmas: Tensor) -> Tensor:
     family="spectral",
     cite="yang2025mix",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "only a share of the singular vectors of each model is kept"},
 )
 def r_tsvm(

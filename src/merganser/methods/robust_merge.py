@@ -6,6 +6,14 @@ from torch import Tensor
 from ..method import Count, Embeddings, Fraction, Others, PerModel, Scale, Weight, default, merge_method
 from ..ops import leading, weighted_sum
 from ..ops.linalg.rounding import triplets_above_rounding
+from ..ops.linalg.spectral import Svd
+
+
+def padded(part: Svd, n: int) -> tuple[Tensor, Tensor]:
+    """Return factors whose product is a matrix, with n columns, zero where there are fewer triplets than that."""
+    left, values, right = part.left[:, :n], part.values[:n], part.right[:, :n]
+    root, missing = values.sqrt().to(left.dtype), (0, n - len(values))
+    return torch.nn.functional.pad(left * root, missing), torch.nn.functional.pad(right * root, missing)
 
 
 def pruned(factor: Tensor, density: Tensor) -> Tensor:
@@ -35,7 +43,7 @@ def scales(factor: Tensor, kept: Tensor, quantile: Tensor) -> Tensor:
     family="spectral",
     cite="zeng2025robustmerge",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "factors are pruned and scaled"},
 )
 def robust_merge(
@@ -82,14 +90,13 @@ def robust_merge(
         A rank that pruning empties has the scale 0 before it is raised; published code divides by zero.
     """
     most = min(rank, *base.shape)
-    parts = triplets_above_rounding(base, models, rounding, lambda delta, noise: leading(delta, most, noise=noise))
+    parts = triplets_above_rounding(base, models, rounding, lambda delta: leading(delta, most))
     common = max(int((part.values > 0).sum()) for part in parts)
     if common == 0:
         return base.clone()
     left, right, scale = [], [], []
     for part in parts:
-        root = part.values[:common].sqrt().to(base.dtype)
-        outer, inner = part.left[:, :common] * root, part.right[:, :common] * root
+        outer, inner = padded(part, common)
         kept = pruned(inner, density)
         scale.append(scales(inner, kept, scale_quantile).to(base.dtype))
         left.append(pruned(outer, density) * scale[-1])

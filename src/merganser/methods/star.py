@@ -31,7 +31,7 @@ def truncated(delta: Svd, eta: float) -> Tensor:
     family="spectral",
     cite="lee2025star",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "weak directions are left out"},
     validate=check_total,
 )
@@ -69,7 +69,7 @@ def star(
         The paper has no weights; equal ones give its formula.
         Embeddings and head are averaged unless `embeddings: matrix` says otherwise.
     """
-    parts = triplets_above_rounding(base, models, rounding, lambda delta, noise: svd(delta, noise=noise))
+    parts = triplets_above_rounding(base, models, rounding, svd)
     total = torch.zeros_like(base)
     for part, share in zip(parts, weight, strict=True):
         total = total + truncated(part, float(eta)) * share

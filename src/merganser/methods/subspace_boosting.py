@@ -12,7 +12,7 @@ from ..ops.sum import check_total, weighted_sum
     family="spectral",
     cite="skorobogat2025boosting",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "singular values are raised, and task vectors are added, not averaged"},
     validate=check_total,
 )

@@ -28,7 +28,7 @@ def overcounted(delta: Tensor, left: Tensor, values: Tensor, right: Tensor) -> T
     return torch.where(known, along / torch.where(known, squares, 1.0), 0.0)
 
 
-@merge_method(family="spectral", cite="li2026svc", scope="matrix", version=2)
+@merge_method(family="spectral", cite="li2026svc", scope="matrix", version=3)
 def svc(
     base: Tensor,
     models: list[Tensor],

@@ -10,7 +10,7 @@ from ..ops.linalg.interference import Interference, Start, exponential, inverse_
 from ..ops.linalg.rounding import deltas_above_rounding
 
 
-@merge_method(family="spectral", cite="wei2026spectral", scope="matrix", version=2)
+@merge_method(family="spectral", cite="wei2026spectral", scope="matrix", version=3)
 def swudi(
     base: Tensor,
     models: list[Tensor],

@@ -11,7 +11,7 @@ from ..ops.linalg.spectral import RankTolerance, Svd, joined, svd
     family="spectral",
     cite="gargiulo2025tsv",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "only a share of the singular vectors of each model is kept"},
 )
 def tsv_m(
@@ -55,8 +55,8 @@ def tsv_m(
     k = max(min(base.shape) // len(models), 1)
     tolerance = float(rank_tolerance)
 
-    def decompose(delta: Tensor, noise: float) -> Svd:
-        return svd(delta, k, tolerance=tolerance, noise=noise)
+    def decompose(delta: Tensor) -> Svd:
+        return svd(delta, k, tolerance=tolerance)
 
     parts = triplets_above_rounding(base, models, rounding, decompose, unless=tolerance)
     return base + lambda_ * joined(

@@ -11,7 +11,7 @@ from ..ops.linalg.rounding import deltas_above_rounding
     family="spectral",
     cite="cheng2025wudi",
     scope="matrix",
-    version=2,
+    version=3,
     breaks={"identical": "the filter stops on the way from the sum of the models' task vectors"},
 )
 def wudi(

@@ -23,7 +23,7 @@ from merganser.engine.stream.groups import make_groups
 from merganser.engine.stream.hashing import spans
 from merganser.errors import MemoryLimitError
 from merganser.method import Embeddings, Others, merge_method, statistic
-from merganser.ops.linalg.rounding import largest_rounding
+from merganser.ops.linalg.rounding import rounding_in
 from merganser.testing import contract, probe
 from tests.engine.interrupting import Counter, stop
 from tests.engine.matrix_toys import noisy, over_root, rank_one, squared_norm, unit
@@ -242,7 +242,7 @@ def test_rounding_is_that_of_the_stored_values_wherever_they_are_merged(tmp_path
         if is_rest(name) or not merged.is_floating_point() or merged.dim() < 2:
             continue
         parts = zip(*(list(model[name]) if merged.dim() == 3 else [model[name]] for model in models), strict=True)
-        expected = torch.stack([sum(map(largest_rounding, own)).float() for own in parts])
+        expected = torch.stack([sum(map(rounding_in, own)).sum().float() for own in parts])
         found = merged if merged.dim() == 3 else merged[None]
         assert torch.equal(found, expected[:, None, None].expand_as(found)), name
         # of float32 it would be 65,536 times less

@@ -7,7 +7,7 @@ from merganser.ops.linalg.rounding import (
     above_rounding,
     deltas_above_rounding,
     grid,
-    largest_rounding,
+    rounding_in,
     rounding_norms,
     rounding_variance,
     triplets_above_rounding,
@@ -65,15 +65,31 @@ def test_the_largest_singular_value_of_rounding_is_below_the_bound_and_near_it(d
     noise = stored.double() - exact
     if base_rounded:
         noise = noise - ((exact * 1.01).to(dtype).double() - exact * 1.01)
-    largest, bound = float(torch.linalg.matrix_norm(noise, 2)), float(largest_rounding(stored))
+    largest, bound = float(torch.linalg.matrix_norm(noise, 2)), float(rounding_in(stored)[0])
     assert largest < bound < 4 * largest
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_of_rounding_is_the_expected_one(dtype):
+    exact = 0.03 * draw(150, 120)
+    stored = exact.to(dtype)
+    noise = stored.double() - exact
+    if dtype != torch.bfloat16:
+        # the base was rounded, too
+        noise = noise - ((exact * 1.01).to(dtype).double() - exact * 1.01)
+    torch.testing.assert_close(rounding_in(stored)[1], noise.norm(), rtol=0.02, atol=0)
+    assert rounding_in(torch.zeros(3, 0)).tolist() == [0, 0]
+
+
+def limits(largest, norm=1e9):
+    return torch.tensor([largest, norm], dtype=torch.float64)
 
 
 def test_what_is_above_rounding_stays_bit_by_bit_where_nothing_is_cut():
     delta = draw(30, 20, dtype=torch.float32)
-    assert above_rounding(delta, torch.tensor(1e-9)) is delta
-    assert not above_rounding(delta, torch.tensor(1e9)).any()
-    assert above_rounding(torch.zeros(30, 20), torch.tensor(1.0)).shape == (30, 20)
+    assert above_rounding(delta, limits(1e-9)) is delta
+    assert not above_rounding(delta, limits(1e9)).any()
+    assert above_rounding(torch.zeros(30, 20), limits(1.0)).shape == (30, 20)
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (12, 70), (1, 30), (300, 200)])
@@ -82,13 +98,37 @@ def test_what_is_above_rounding_is_the_truncated_decomposition(shape, cut):
     left, right = (torch.linalg.qr(draw(size, min(shape), seed=i)).Q for i, size in enumerate(shape))
     values = torch.logspace(0, -8, min(shape), dtype=torch.float64)
     kept = values * (values > cut)
-    found = above_rounding(((left * values) @ right.T).float(), torch.tensor(cut))
+    found = above_rounding(((left * values) @ right.T).float(), limits(cut))
     torch.testing.assert_close(found.double(), (left * kept) @ right.T, rtol=0, atol=max(1e-6, 0.02 * cut))
+
+
+def low_rank(base, rank, size):
+    """A change of a base by a product of factors; `size` is its root mean square."""
+    change = draw(len(base), rank, seed=3) @ draw(rank, base.shape[1], seed=4)
+    return change * (size / change.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_around_a_low_rank_change_is_cut_and_many_small_directions_are_not(dtype):
+    base = (0.04 * draw(160, 120, seed=1)).to(dtype)
+    ulp = 0.04 * torch.finfo(dtype).eps
+    adapter = low_rank(base, 4, 20 * ulp)
+    tuned = adapter + 0.5 * ulp * draw(160, 120, seed=2)
+    # as small as it is, what was tuned everywhere is more than rounding makes
+    models = [(base.double() + change).to(dtype) for change in (adapter, tuned)]
+    rounding = torch.stack([rounding_in(model) for model in models])
+    wide = [model.double() for model in (base, *models)]
+    cut, kept = deltas_above_rounding(wide[0], wide[1:], rounding)
+    assert torch.linalg.matrix_rank(cut) == 4
+    assert torch.equal(kept, wide[2] - wide[0])
+    for few in (None, 6):
+        parts = triplets_above_rounding(wide[0], wide[1:], rounding, lambda delta, few=few: svd(delta, few))
+        assert [len(part.values) for part in parts] == [4, few or 120]
 
 
 def test_a_tolerance_of_the_recipe_decides_by_itself():
     base, models = torch.zeros(30, 20), [draw(30, 20, seed=i, dtype=torch.float32) for i in range(2)]
-    everything = torch.tensor([1e9, 0.0])
+    everything = torch.stack([limits(1e9), limits(0.0)])
     cut, whole = deltas_above_rounding(base, models, everything)
     assert not cut.any()
     assert torch.equal(whole, models[1])
@@ -97,16 +137,16 @@ def test_a_tolerance_of_the_recipe_decides_by_itself():
 
 def test_where_nothing_is_above_rounding_nothing_is_cut():
     base, models = torch.zeros(30, 20), [draw(30, 20, seed=i, dtype=torch.float32) for i in range(2)]
-    everything = torch.tensor([1e9, 1e9])
+    everything, one = torch.stack([limits(1e9)] * 2), torch.stack([limits(1e9), limits(0.0)])
     assert all(map(torch.equal, deltas_above_rounding(base, models, everything), models))
 
-    def decompose(delta, noise):
-        return svd(delta, 5, noise=noise)
+    def decompose(delta):
+        return svd(delta, 5)
 
-    assert [len(part.values) for part in triplets_above_rounding(base, models, everything, decompose)] == [5, 5]
-    cut = triplets_above_rounding(base, models, torch.tensor([1e9, 0.0]), decompose)
-    assert [len(part.values) for part in cut] == [0, 5]
-    whole = triplets_above_rounding(base, models, torch.tensor([1e9, 0.0]), decompose, unless=0.1)
-    assert [len(part.values) for part in whole] == [5, 5]
-    unchanged = triplets_above_rounding(base, [base, base], everything, decompose)
-    assert [len(part.values) for part in unchanged] == [0, 0]
+    def counts(*args, **options):
+        return [len(part.values) for part in triplets_above_rounding(*args, decompose, **options)]
+
+    assert counts(base, models, everything) == [5, 5]
+    assert counts(base, models, one) == [0, 5]
+    assert counts(base, models, one, unless=0.1) == [5, 5]
+    assert counts(base, [base, base], everything) == [0, 0]

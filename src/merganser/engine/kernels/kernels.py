@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...method import MergeMethod, Statistic, takes
 from ...method.statistic import Round
-from ...ops.linalg.rounding import largest_rounding
+from ...ops.linalg.rounding import rounding_in
 from ...ops.random import Random
 from ..fusion.graph import Unfusable
 from ..fusion.run import Program
@@ -334,7 +334,7 @@ def _read(base: Tensor | None, models: list[Tensor], compute: torch.dtype, names
     given: dict[str, Any] = {"base": None if base is None else base.to(compute)}
     given["models"] = [model.to(compute) for model in models]
     if "rounding" in names:
-        given["rounding"] = torch.stack([largest_rounding(model) for model in models])
+        given["rounding"] = torch.stack([rounding_in(model) for model in models])
     return given
 
 

@@ -18,7 +18,7 @@ def rank_of(shape: Sequence[int], share: Tensor) -> int:
     return int(float(share) * min(shape) + _ROUNDING)
 
 
-def leading(matrix: Tensor, rank: int, *, noise: float = 0.0) -> Svd:
+def leading(matrix: Tensor, rank: int) -> Svd:
     """Return exactly `rank` singular triplets, the largest first, padded with zeros if there are fewer.
 
     Signs are fixed: in each left vector, the entry that is largest in magnitude is positive.
@@ -26,12 +26,11 @@ def leading(matrix: Tensor, rank: int, *, noise: float = 0.0) -> Svd:
     Args:
         matrix: Shape [m, n].
         rank: At most min(m, n).
-        noise: Singular values up to this count as zero.
 
     Returns:
         Left vectors [m, rank], singular values [rank], float64, and right vectors [n, rank].
     """
-    left, values, right = svd(matrix, rank, noise=noise)
+    left, values, right = svd(matrix, rank)
     if left.shape[1]:
         largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
         sign = torch.where(largest < 0, -1.0, 1.0).to(left.dtype)
