@@ -1,4 +1,4 @@
-"""`--stream`: models of the Hub merged without a copy on the disk, against a Hub that misbehaves."""
+"""`--stream`: models of the Hub merged, described and compared without a copy on the disk; the Hub misbehaves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from merganser.checkpoint.formats import safetensors
 from merganser.checkpoint.ranges import fetch, pieces
+from merganser.inspection import side_by_side
 from merganser.record import verify
 from tests.cli.tiny import CONFIG, linear, names, recipe, run, state, write
 from tests.engine.interrupting import shrink_blocks
@@ -151,7 +153,7 @@ def test_a_run_that_lost_its_connection_continues(hub: Hub, tmp_path: Path, monk
     assert found.code == 2
     last = found.err.splitlines()[-1]
     assert last.startswith("error: model 'org/")
-    assert last.endswith("in 2 tries (RemoteProtocolError); run the same command again to continue")
+    assert last.endswith("in 2 tries (RemoteProtocolError); run the same command again: a merge continues where it was")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.merging").exists()
     hub.always = None
@@ -171,7 +173,7 @@ MALFORMED = {
     "no numbers": "Content-Range 'bytes many-more/all'",
     "another size": "was changed on the Hub while it was read (it has 99 bytes now, and had",
     "too long": "the server sent more than the range that was asked for",
-    "416": "was changed on the Hub while it was read (it has no byte 0 any more); merge again",
+    "416": "was changed on the Hub while it was read (it has no byte 0 any more); run the command again",
     "401": "model 'org/a' not found: no such folder, and the Hub has no such model, or it is private",
     "403": "model 'org/a': access is restricted; accept its terms on its page, then run `hf auth login`",
     "404": "model 'org/a': model.safetensors: the Hub has no such file at commit 0123456789ab",
@@ -216,8 +218,8 @@ def test_a_file_that_changes_is_noticed(hub: Hub, tmp_path: Path, monkeypatch: p
     found = stream("r.yaml", "out")
     assert (found.code, found.out) == (2, "")
     assert found.err == (
-        "error: model 'org/a': model.safetensors: was changed on the Hub while it was read (its contents are others now); merge "
-        "again\n"
+        "error: model 'org/a': model.safetensors: was changed on the Hub while it was read (its contents are others now); run "
+        "the command again\n"
     )
     assert "out" not in names(tmp_path)
     assert ".out.merging" not in names(tmp_path)
@@ -253,3 +255,90 @@ def test_without_a_network_the_cache_serves(hub: Hub, tmp_path: Path, monkeypatc
     found = stream("r.yaml", verb="plan")
     assert found.code == 2
     assert "the cache does not have it, and the Hub cannot be reached" in found.err
+
+
+def local(verb: str, *models: str) -> Any:
+    """What the command finds in the folders of the same models."""
+    return run(verb, *models, "--json").json
+
+
+def requests(hub: Hub) -> int:
+    found = len(hub.ranges)
+    hub.ranges.clear()
+    return found
+
+
+def look(verb: str, *arguments: object) -> Any:
+    found = run(verb, *arguments, "--stream", "--cache-dir", "cache", "--json")
+    assert found.code == 0, found.err
+    return found.json
+
+
+def test_inspect_fetches_headers_alone(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the first request for a file asks for more than most headers have
+    monkeypatch.setattr(safetensors, "_FIRST", 8)
+    found = look("inspect", "org/b", "--tensors")
+    folder = hub.folder / "org" / "b"
+    assert sorted({name for name, _, _ in hub.ranges}) == sorted(path.name for path in folder.glob("*.safetensors"))
+    for name, _, end in hub.ranges:
+        data = (folder / name).read_bytes()
+        assert end <= 8 + int.from_bytes(data[:8], "little")
+    assert weights_in(tmp_path / "cache") == []
+    expected = run("inspect", folder, "--tensors", "--json").json
+    del expected["reference"], expected["path"], found["reference"], found["path"]
+    assert found == expected
+
+
+def test_diff_and_kinship_fetch_every_byte_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are smaller than what one request brings."""
+    look("inspect", "org/a")
+    look("inspect", "org/b")
+    headers = requests(hub)
+    monkeypatch.setattr(side_by_side, "BLOCK", 64)
+    monkeypatch.setattr(pieces, "PIECE", 1 << 10)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in state(0, **BIG).values()]
+    at_most = headers + 2 * sum(-(-size // 1024) for size in sizes)
+    found = look("diff", "org/a", "org/b")
+    assert sum(end - start for _, start, end in hub.ranges) > 2 * sum(sizes)
+    assert requests(hub) == at_most
+    expected = local("diff", str(hub.folder / "org" / "a"), str(hub.folder / "org" / "b"))
+    assert {**found, "a": 0, "b": 0} == {**expected, "a": 0, "b": 0}
+    found = look("inspect", "org/b", "here/c", "--base", "org/a")
+    assert requests(hub) == at_most
+    expected = local("inspect", str(hub.folder / "org" / "b"), "here/c", "--base", str(hub.folder / "org" / "a"))
+    assert found["total"] == expected["total"]
+    assert found["groups"] == expected["groups"]
+    assert weights_in(tmp_path / "cache") == []
+
+
+def test_looking_at_what_breaks(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_TRIES", 1)
+    for arguments, good, message in (
+        (["inspect", "org/a"], 0, "the Hub did not give byte 0 of"),
+        (["diff", "org/a", "here/c"], 2, "the Hub did not give byte "),
+        (["inspect", "org/a", "--base", "here/c"], 2, "the Hub did not give byte "),
+    ):
+        hub.always = None
+        hub.faults.extend(["ok"] * good)
+        hub.always = "hang up"
+        found = run(*arguments, "--stream", "--cache-dir", "cache")
+        assert (found.code, found.out) == (2, "")
+        last = found.err.splitlines()[-1]
+        assert message in last
+        assert last.endswith("; run the same command again: a merge continues where it was")
+        hub.faults.clear()
+    assert names(tmp_path) == ["cache", "here", "hub", "r.yaml"]
+
+
+def test_looking_at_what_cannot_be_streamed(hub: Hub) -> None:
+    (hub.folder / "org" / "a" / "model.safetensors").unlink()
+    torch.save(state(0), hub.folder / "org" / "a" / "pytorch_model.bin")
+    for arguments in (["inspect", "org/a"], ["diff", "here/c", "org/a"], ["inspect", "org/b", "--base", "org/a"]):
+        found = run(*arguments, "--stream", "--cache-dir", "cache")
+        assert (found.code, found.out) == (2, "")
+        assert found.err == (
+            "error: model 'org/a': pytorch_model.bin cannot be read by ranges, only safetensors can; leave --stream out\n"
+        )
+    found = run("inspect", "here/c", "--seams", "--data", "r.yaml", "--stream")
+    assert (found.code, found.out) == (2, "")
+    assert found.err == "error: inspect: --stream is for inspecting without --seams; leave one of the two out\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,13 +13,25 @@ from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import os_reason
 from ..system import open_binary, read_at
 from .descriptors import MAX_OPEN, Descriptors
-from .ranges.pieces import Pieces
+from .ranges.pieces import PIECE, Pieces
 from .tensor import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "fetched_memory"]
+
+# pieces of a stored remote tensor that are kept while values are computed from it: those of columns lie far apart
+_PIECES_OF_COMPUTED = 8
+
+
+def fetched_memory(tensors: Iterable[TensorInfo]) -> int:
+    """Return how many bytes of remote files a thread keeps in memory while it reads these tensors block by block."""
+    found = 0
+    for tensor in tensors:
+        pieces = _PIECES_OF_COMPUTED if tensor.stored else 1
+        found += sum(min(part.nbytes, pieces * PIECE) for part in tensor.remotes)
+    return found * 3 // 2
 
 
 class Reader:

@@ -22,6 +22,7 @@ def diff(
     a: options.Checkpoint,
     b: options.Checkpoint,
     cache_dir: options.CacheDir = None,
+    stream: options.Stream = False,
     tensors: options.AllTensors = False,
     json: options.Json = False,
 ) -> None:
@@ -31,7 +32,7 @@ def diff(
     from ..inspection.findings import difference_findings
 
     with byte_progress("diff") as progress:
-        found = compare(a, b, cache_dir=cache_dir, progress=progress)
+        found = compare(a, b, cache_dir=cache_dir, stream=stream, progress=progress)
     if json:
         findings = [asdict(finding) for finding in difference_findings(found)]
         say_json({"identical": found.identical, **asdict(found), "findings": findings})

@@ -40,6 +40,7 @@ def inspect(
         ),
     ] = None,
     cache_dir: options.CacheDir = None,
+    stream: options.Stream = False,
     seams: Annotated[
         bool,
         typer.Option(
@@ -60,7 +61,7 @@ def inspect(
     options.quieten_hub()
     drawn = options.chosen(sequences=sequences, length=length, seed=seed or None)
     if seams:
-        refused = "--base" if base is not None else "--tensors" if tensors else None
+        refused = "--base" if base is not None else "--tensors" if tensors else "--stream" if stream else None
         if refused:
             complain("error", f"inspect: {refused} is for inspecting without --seams; leave one of the two out")
             raise typer.Exit(2)
@@ -70,7 +71,7 @@ def inspect(
         complain("error", "inspect: --data, --sequences, --length and --seed are for --seams, which is missing")
         raise typer.Exit(2)
     if base is not None:
-        _compare(checkpoints, base, cache_dir, tensors=tensors, json=json)
+        _compare(checkpoints, base, cache_dir, stream=stream, tensors=tensors, json=json)
         return
     if len(checkpoints) > 1:
         complain(
@@ -78,14 +79,16 @@ def inspect(
             f"inspect: describes one checkpoint, got {len(checkpoints)}; compare several with --base BASE, two with diff",
         )
         raise typer.Exit(2)
-    _describe(checkpoints[0], cache_dir, tensors=tensors, json=json)
+    _describe(checkpoints[0], cache_dir, stream=stream, tensors=tensors, json=json)
 
 
-def _compare(models: list[str], base: str, cache_dir: Path | None, *, tensors: bool, json: bool) -> None:
+def _compare(
+    models: list[str], base: str, cache_dir: Path | None, *, stream: bool, tensors: bool, json: bool
+) -> None:
     from ..inspection.task_vectors import kinship
 
     with byte_progress("inspect") as progress:
-        found = kinship(models, base, cache_dir=cache_dir, progress=progress)
+        found = kinship(models, base, cache_dir=cache_dir, stream=stream, progress=progress)
     if json:
         say_json(kinship_json(found, every=tensors))
     else:
@@ -112,7 +115,7 @@ def _seams(
         print_seams(found)
 
 
-def _describe(checkpoint: str, cache_dir: Path | None, *, tensors: bool, json: bool) -> None:
+def _describe(checkpoint: str, cache_dir: Path | None, *, stream: bool, tensors: bool, json: bool) -> None:
     from ..adapters import is_adapter
     from ..inspection.contents import inspect as look
     from ..inspection.contents import inspect_adapter
@@ -127,7 +130,7 @@ def _describe(checkpoint: str, cache_dir: Path | None, *, tensors: bool, json: b
         for line in table(_adapter(adapter)):
             say(line)
         return
-    found = look(checkpoint, cache_dir=cache_dir)
+    found = look(checkpoint, cache_dir=cache_dir, stream=stream)
     if json:
         described = asdict(found)
         if not tensors:

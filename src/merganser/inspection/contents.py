@@ -165,19 +165,22 @@ def inspect_adapter(
 
 
 @suggest_keywords
-def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None) -> Inspection:
+def inspect(checkpoint: str | Path, *, cache_dir: Path | None = None, stream: bool = False) -> Inspection:
     """Describe a checkpoint from its headers; no weights are read.
 
     Args:
         checkpoint: A folder, a weight file, or the id of a model on the Hub (`org/name@revision`); with `+ADAPTER`
             after it, the model with this adapter.
         cache_dir: Folder for models from the Hub.
+        stream: Leave the weights of a model from the Hub there: only the headers of its files are fetched.
 
     Raises:
         NotFoundError: There is no such model.
         CheckpointError: It is damaged.
+        UnsupportedError: Its weights cannot be read by ranges.
+        UnreachableError: The Hub stopped answering.
     """
-    opened = open_reference(str(checkpoint), cache_dir=cache_dir)
+    opened = open_reference(str(checkpoint), cache_dir=cache_dir, stream=stream)
     anatomy = infer_anatomy({name: tensor.shape for name, tensor in opened.tensors.items()}, opened.config)
     tensors = [_inspected(opened, anatomy, tensor) for tensor in opened.tensors.values()]
     held = Counter(tensor.file for tensor in opened.tensors.values())

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ..adapters import open_reference
-from ..checkpoint import Reader, TensorInfo
+from ..checkpoint import TensorInfo
 from ..errors import CheckpointError, suggest_keywords
 from ..process import one_thread
-from .side_by_side import Blocks, anatomy_of, widen, with_ties
+from .side_by_side import Blocks, anatomy_of, reader_of, widen, with_ties
 from .task_vectors import FAR
 
 __all__ = ["Difference", "Distance", "GroupDistance", "MisshapenTensor", "TensorDistance", "diff"]
@@ -152,6 +152,7 @@ def diff(
     b: str | Path,
     *,
     cache_dir: Path | None = None,
+    stream: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Difference:
     """Compare two checkpoints; both are streamed, so only a few blocks are in memory at a time.
@@ -160,13 +161,16 @@ def diff(
         a: A folder, a weight file, or the id of a model on the Hub (`org/name@revision`).
         b: The other checkpoint.
         cache_dir: Folder for models from the Hub.
+        stream: Read weights of models from the Hub by ranges, and keep none of them on the disk.
         progress: Called with the number of bytes compared so far and in total.
 
     Raises:
         NotFoundError: There is no such model.
         CheckpointError: One is damaged, or no tensor has the same name and shape in both.
+        UnsupportedError: The weights of one cannot be read by ranges.
+        UnreachableError: The Hub stopped answering.
     """
-    first, second = (open_reference(str(each), cache_dir=cache_dir) for each in (a, b))
+    first, second = (open_reference(str(each), cache_dir=cache_dir, stream=stream) for each in (a, b))
     structure_a, structure_b = anatomy_of(first), anatomy_of(second)
     tensors_a, tensors_b = with_ties(first, structure_a), with_ties(second, structure_b)
     common = [name for name in tensors_a if name in tensors_b and (name in first.tensors or name in second.tensors)]
@@ -233,7 +237,7 @@ def _compare(
     all_bytes = sum(one.nbytes + other.nbytes for one, other in pairs.values())
     done = 0
     found = {}
-    with Reader() as reader, one_thread():
+    with reader_of(pairs.values()) as reader, one_thread():
         blocks = Blocks(reader, 2)
         for name, (one, other) in pairs.items():
             compare = _compare_numbers if one.dtype.kind == other.dtype.kind == "float" else _compare_bytes

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..anatomy import Anatomy, infer_anatomy
 from ..checkpoint import Checkpoint, Reader, TensorInfo
+from ..checkpoint.reader import fetched_memory
 from ..process import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BLOCK", "Blocks", "anatomy_of", "one_thread", "widen", "with_ties"]
+__all__ = ["BLOCK", "Blocks", "anatomy_of", "one_thread", "reader_of", "widen", "with_ties"]
 
 BLOCK = 1 << 17
 """Elements that are compared at a time: 1 MB per float64 copy, so that all copies fit into the CPU's cache."""
@@ -31,6 +32,14 @@ def with_ties(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, TensorInfo]
     """Return all tensors, and tied ones under their names, too: a tied head can be compared with an untied one."""
     ties: Mapping[str, TensorInfo] = {alias: checkpoint.tensors[source] for alias, source in anatomy.tied}
     return {**checkpoint.tensors, **ties}
+
+
+def reader_of(rows: Iterable[Sequence[TensorInfo]]) -> Reader:
+    """Return a reader for blocks of these tensors; tensors of a row are read together.
+
+    Of tensors on the Hub it keeps in memory what was fetched with a block, until the blocks after it are read, too.
+    """
+    return Reader(fetched=max(map(fetched_memory, rows), default=0))
 
 
 class Blocks:

@@ -14,10 +14,10 @@ import numpy as np
 
 from ..adapters import open_reference
 from ..anatomy import Part
-from ..checkpoint import Checkpoint, Reader, TensorInfo
+from ..checkpoint import Checkpoint, TensorInfo
 from ..errors import CheckpointError, suggest_keywords
 from ..process import one_thread
-from .side_by_side import Blocks, anatomy_of, widen, with_ties
+from .side_by_side import Blocks, anatomy_of, reader_of, widen, with_ties
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,6 +121,7 @@ def kinship(
     base: str | Path,
     *,
     cache_dir: Path | None = None,
+    stream: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Kinship:
     """Compare the task vectors of models; each model is streamed once, so only a few blocks are in memory at a time.
@@ -131,17 +132,20 @@ def kinship(
         models: Folders, weight files, or ids of models on the Hub (`org/name@revision`).
         base: The model that they were trained from.
         cache_dir: Folder for models from the Hub.
+        stream: Read weights of models from the Hub by ranges, and keep none of them on the disk.
         progress: Called with the number of bytes compared so far and in total.
 
     Raises:
         NotFoundError: There is no such model.
         CheckpointError: One is damaged, or no tensor has the same name and shape in all.
+        UnsupportedError: The weights of one cannot be read by ranges.
+        UnreachableError: The Hub stopped answering.
         ValueError: There are no models.
     """
     if not models:
         raise ValueError("kinship takes at least one model")
     names = [str(base), *map(str, models)]
-    checkpoints = [open_reference(name, cache_dir=cache_dir) for name in names]
+    checkpoints = [open_reference(name, cache_dir=cache_dir, stream=stream) for name in names]
     rows, parts, left_out = _align(names, checkpoints)
     if not rows:
         raise CheckpointError(f"{', '.join(names)}: have no tensor of the same name and shape, so none is compared")
@@ -208,7 +212,7 @@ def _measure(
     all_bytes = sum(tensor.nbytes for row in rows.values() for tensor in row)
     done = 0
     found, left_out = {}, []
-    with Reader() as reader, one_thread():
+    with reader_of(rows.values()) as reader, one_thread():
         blocks = Blocks(reader, len(names))
         for name, row in rows.items():
             sums = _Sums.nothing(len(names) - 1)

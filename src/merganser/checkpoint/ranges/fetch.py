@@ -186,7 +186,8 @@ def _status(error: Exception) -> int | None:
 
 def _give_up(file: str, problem: str, what: str) -> NoReturn:
     raise UnreachableError(
-        f"{file}: the Hub did not give {what} in {_TRIES + 1} tries ({problem}); run the same command again to continue"
+        f"{file}: the Hub did not give {what} in {_TRIES + 1} tries ({problem}); run the same command again: a merge "
+        "continues where it was"
     )
 
 
@@ -204,7 +205,7 @@ def _refuse_file(model: str, commit: str, name: str, error: Exception) -> NoRetu
 
 
 def _changed(file: RemoteFile, how: str) -> CheckpointError:
-    return CheckpointError(f"{file}: was changed on the Hub while it was read ({how}); merge again")
+    return CheckpointError(f"{file}: was changed on the Hub while it was read ({how}); run the command again")
 
 
 def _require_streams() -> None:

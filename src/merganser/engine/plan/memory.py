@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ...checkpoint.ranges.pieces import PIECE
+from ...checkpoint import reader
 from ...errors import MemoryLimitError
 from ...process import memory_here
 from ...wording import size_text
@@ -40,9 +40,6 @@ _COMPUTED = 24 * BLOCK
 
 # bytes per element of temporaries while values are rounded to float8, or to a type of GGUF
 _ENCODING = 14
-
-# pieces of a stored remote tensor that a worker keeps while values are computed from it: those of columns lie far apart
-_PIECES_OF_COMPUTED = 8
 
 # bytes of inputs that a worker may cache; enough for most layers of most models
 _KEEP_INPUTS = 64 << 20
@@ -130,16 +127,7 @@ def memory_needs(tensors: Sequence[PlannedTensor], fused: bool) -> Needs:
 
 def fetched_memory(tensors: Sequence[PlannedTensor]) -> int:
     """Return how many bytes of remote files a worker keeps in memory between reads."""
-    return max((_fetched(tensor) for tensor in tensors), default=0) * 3 // 2
-
-
-def _fetched(tensor: PlannedTensor) -> int:
-    """Return the bytes of the pieces of remote files that a worker reads a tensor's blocks from."""
-    found = 0
-    for source in tensor.inputs:
-        pieces = _PIECES_OF_COMPUTED if source.stored else 1
-        found += sum(min(part.nbytes, pieces * PIECE) for part in source.remotes)
-    return found
+    return max((reader.fetched_memory(tensor.inputs) for tensor in tensors), default=0)
 
 
 def _largest_bundle(tensors: Sequence[PlannedTensor]) -> int:

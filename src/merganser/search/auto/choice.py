@@ -1,53 +1,48 @@
-"""What `auto` found: the recipes that were tried, the proof, and what to use."""
+"""Read back what `auto` found: its `result.json`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..ends import Difference, End, best_single, difference, to_json
-from ..judge import Verdict
-from ..objectives import Figures, Objective
-from ..trials import Trial
+from ...errors import CheckpointError, UnsupportedError
+from ...jsonfile import Entry
+from ..stored import StoredEnd, StoredStudy, StoredTrial, open_result, read_end, read_trial
+from .choice import FORMAT, KIND
 
-_MUCH = 0.5
-"""Share of the gain of its worst task that a merge must keep, or a sidecar is mentioned."""
+__all__ = ["StoredChoice", "StoredTried", "read_choice"]
 
-KIND = "auto result"
-FORMAT = 1
+Figure = tuple[float, float | None]
+"""A value and its standard error."""
 
 
-@dataclass(frozen=True)
-class Tried:
-    """A recipe that was tried.
+@dataclass(frozen=True, slots=True)
+class StoredTried:
+    """A recipe of the portfolio; for the fields see `Tried`.
 
     Args:
         name: Name of its recipe file.
-        recipe: The recipe, as YAML.
-        verdict: What it was worth; None if it failed.
-        failed: Why it has no figure.
-        seconds: How long it took, in an earlier call if it was tried there.
-        figures: What it keeps and forgets on the items that it was scored on, by the names of objectives.
+        value: The objective, as it was compared; None if it failed.
+        figures: What it keeps and forgets on the items that it was scored on.
+        items: Number of these items.
+        stopped: Whether it was ended early.
+        failed: Why it has no figures.
+        seconds: How long it took.
     """
 
     name: str
-    recipe: str
-    verdict: Verdict | None
+    value: float | None
+    figures: Mapping[str, Figure]
+    items: int
+    stopped: bool
     failed: str | None
     seconds: float
-    figures: Figures = field(default_factory=dict)
-
-    @property
-    def whole(self) -> bool:
-        """Whether it was scored on all items of trials."""
-        return self.verdict is not None and not self.verdict.stopped
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What was made of the models.
+@dataclass(frozen=True, slots=True)
+class StoredChoice:
+    """What `auto` found; for the fields see `Choice`.
 
     Args:
         folder: The folder.
@@ -56,112 +51,120 @@ class Choice:
         tried: The recipes of the portfolio.
         around: Trials around the best of them.
         ends: The winner, the models and the average, on items that nothing was chosen on.
-        kept: What each of them keeps and forgets there, by its name and the names of objectives.
+        kept: What each of them keeps and forgets there, by its name.
         held_out: Number of these items.
-        winner: Name of the recipe that was the best on the items of trials.
-        recommended: Name of what to use: "winner", a model, or "average".
+        winner: Name of the best recipe.
+        chosen_from: Number of recipes that were scored.
+        recommended: Name of what to use.
         merged: Folder of the merge; None where it is not recommended.
+        advice: What else would help; None if nothing.
         notes: What the user should know.
     """
 
     folder: Path
-    objective: Objective
+    objective: str
     domains: Mapping[str, str]
-    tried: tuple[Tried, ...]
-    around: tuple[Trial, ...]
-    ends: tuple[End, ...]
-    kept: Mapping[str, Figures]
+    tried: tuple[StoredTried, ...]
+    around: tuple[StoredTrial, ...]
+    ends: tuple[StoredEnd, ...]
+    kept: Mapping[str, Mapping[str, Figure]]
     held_out: int
     winner: str
+    chosen_from: int
     recommended: str
-    merged: Path | None
+    merged: str | None
+    advice: str | None
     notes: tuple[str, ...]
 
     @property
-    def against(self) -> list[tuple[End, Difference]]:
-        """The best single model and the average, each with how much better the winner is."""
-        return _against(self.ends, self.objective)
-
-    @property
-    def advice(self) -> str | None:
-        """What else would help where a merge of all models loses much; None where it does not."""
-        worst = self.kept.get("winner", {}).get("recovered/worst")
-        if self.recommended == "winner" and (worst is None or worst.value >= _MUCH):
-            return None
-        lost = (
-            "no merge that was tried is better"
-            if worst is None
-            else f"of its worst task the merge keeps {worst.value:.0%}"
+    def study(self) -> StoredStudy:
+        """The portfolio and the trials around its best as one search, in the order in which they were made."""
+        listed = [
+            StoredTrial(
+                i,
+                tried.name,
+                {},
+                None if tried.value is None else (tried.value,),
+                (tried.figures.get(self.objective, (0.0, None))[1],),
+                True,
+                tried.items,
+                tried.stopped,
+                None,
+                tried.failed,
+                tried.seconds,
+            )
+            for i, tried in enumerate(self.tried)
+        ]
+        first = len(listed)
+        listed += [
+            replace(t, number=first + t.number, same_as=None if t.same_as is None else first + t.same_as)
+            for t in self.around
+        ]
+        front = tuple(trial.number for trial in listed if trial.name == self.winner)
+        objectives = ((self.objective, "maximize"),)
+        return StoredStudy(
+            self.folder, objectives, "auto", tuple(listed), front, self.held_out, self.ends, {}, self.notes
         )
-        return (
-            f"{lost[0].upper()}{lost[1:]}. If it is known which task a text is of when the model is used, a merge with a sidecar "
-            "gives each model back: merge_method: skillpack, and merganser restore"
-        )
-
-    @property
-    def chosen_from(self) -> int:
-        """Number of recipes that were scored, of which the winner is the best."""
-        around = sum(trial.same_as is None and trial.failed is None for trial in self.around)
-        return around + sum(tried.verdict is not None for tried in self.tried)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data: format 1 of docs/auto.md."""
-        return {
-            "kind": KIND,
-            "format": FORMAT,
-            "objective": self.objective.text,
-            "domains": dict(self.domains),
-            "tried": [
-                {
-                    "name": tried.name,
-                    "value": None if tried.verdict is None else tried.verdict.values[0],
-                    "figures": _figures(tried.figures),
-                    "items": 0 if tried.verdict is None else tried.verdict.items,
-                    "stopped": tried.verdict is not None and tried.verdict.stopped,
-                    "failed": tried.failed,
-                    "seconds": tried.seconds,
-                }
-                for tried in self.tried
-            ],
-            "around": [trial.to_json() for trial in self.around],
-            "winner": self.winner,
-            "chosen_from": self.chosen_from,
-            "held_out": self.held_out,
-            "kept": {name: _figures(figures) for name, figures in self.kept.items()},
-            "advice": self.advice,
-            "ends": to_json(self.ends, [self.objective]),
-            "recommended": self.recommended,
-            "merged": None if self.merged is None else str(self.merged),
-            "notes": list(self.notes),
-        }
 
 
-def _figures(figures: Figures) -> dict[str, dict[str, Any]]:
-    """Return what is kept and forgotten, on the whole, at worst and of each task, as plain data."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, figure in figures.items():
-        group, _, rest = name.partition("/")
-        if group in ("recovered", "forgotten"):
-            found.setdefault(group, {})[rest] = {"value": figure.value, "stderr": figure.stderr}
-    return found
-
-
-def _against(ends: Sequence[End], objective: Objective) -> list[tuple[End, Difference]]:
-    winner = next(end for end in ends if end.role == "winner")
-    others = [best_single(ends, objective), next((end for end in ends if end.role == "average"), None)]
-    return [
-        (end, difference(winner.values[0], end.values[0], objective))
-        for end in others
-        if end is not None and end.values and winner.values
-    ]
-
-
-def recommend(ends: Sequence[End], objective: Objective) -> str:
-    """Return the name of what to use: the winner, unless it is worse than another beyond the interval.
+def read_choice(folder: Path) -> StoredChoice:
+    """Read what `auto` found.
 
     Args:
-        ends: The winner, the models and the average, on items that nothing was chosen on.
-        objective: What was improved.
+        folder: Its folder.
+
+    Raises:
+        NotFoundError: It found nothing yet.
+        CheckpointError: The file is damaged.
+        UnsupportedError: It is of a later version, or of a search.
     """
-    worse = [(gap.value, end.name) for end, gap in _against(ends, objective) if gap.interval and gap.interval[1] < 0]
-    return min(worse)[1] if worse else "winner"
+    root = open_result(folder)
+    if root["kind"].text() != KIND:
+        raise UnsupportedError(f"{root.where}: is the {root['kind'].text()}, and none of merganser auto")
+    if root["format"].whole() > FORMAT:
+        raise UnsupportedError(f"{root.where}: is of a later version of merganser (format {root['format'].whole()})")
+    merged, advice = root.get("merged"), root.get("advice")
+    around = tuple(root["around"].each(read_trial))
+    for trial in around:
+        if trial.values is not None and len(trial.values) != 1:
+            raise CheckpointError(
+                f"{root.where}: trial {trial.number} has {len(trial.values)} values for one objective"
+            )
+    return StoredChoice(
+        folder,
+        root["objective"].text(),
+        {task: name.text() for task, name in root["domains"].items()},
+        tuple(root["tried"].each(_tried)),
+        around,
+        tuple(root["ends"].each(read_end)),
+        {name: _figures(entry) for name, entry in root["kept"].items()},
+        root["held_out"].whole(),
+        root["winner"].text(),
+        root["chosen_from"].whole(),
+        root["recommended"].text(),
+        None if merged is None else merged.text(),
+        None if advice is None else advice.text(),
+        tuple(root["notes"].each(Entry.text)),
+    )
+
+
+def _tried(entry: Entry) -> StoredTried:
+    value, failed = entry.get("value"), entry.get("failed")
+    return StoredTried(
+        entry["name"].text(),
+        None if value is None else value.number(),
+        _figures(entry["figures"]),
+        entry["items"].whole(),
+        entry["stopped"].flag(),
+        None if failed is None else failed.text(),
+        entry["seconds"].number(),
+    )
+
+
+def _figures(entry: Entry) -> dict[str, Figure]:
+    found = {}
+    for group, own in entry.items():
+        for name, figure in own.items():
+            stderr = figure.get("stderr")
+            found[f"{group}/{name}"] = (figure["value"].number(), None if stderr is None else stderr.number())
+    return found
