@@ -105,9 +105,9 @@ def _auto(
         "method": winner["merge_method"],
         "tried": len(found.tried),
         "around": len(found.around),
-        "items": sum(tried.verdict.items for tried in found.tried if tried.verdict)
+        "items": sum(tried.items for tried in found.tried)
         + sum(t.items for t in found.around),
-        "held_out": [found.ends[0].values[0].value, found.ends[0].values[0].stderr] if found.ends[0].values else None,
+        "held_out": found.ends[0].values[0] if found.ends[0].values else None,
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from merganser import write_report
 from merganser.report import page as page_module
-from merganser.search.auto.stored import read_choice
+from merganser.search.auto.choice import read_choice
 from tests.cli.tiny import run
 from tests.report.test_page import _CELL, at, figures, page
 from tests.report.test_study import trial, write_study

@@ -17,7 +17,7 @@ from merganser.recipe import check_recipe, load_recipe
 from merganser.search.auto import Choice, auto
 from merganser.search.auto import run as auto_run
 from merganser.search.auto.budget import Budget, keep_waves
-from merganser.search.auto.choice import recommend
+from merganser.search.auto.outcome import recommend
 from merganser.search.auto.portfolio import around, candidates
 from merganser.search.auto.texts import halve, read_texts
 from merganser.search.bench import Model
@@ -79,21 +79,20 @@ def test_it_finds_merges_and_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(found.domains) == {"one", "two"}
     assert [tried.name for tried in found.tried] == ["linear", "ties", "task_arithmetic-1"]
     assert found.around
-    values = [tried.verdict.values[0] for tried in found.tried if tried.verdict] + [
-        t.values[0] for t in found.around if t.values
-    ]
+    values = [tried.value for tried in found.tried if tried.value is not None]
+    values += [t.values[0] for t in found.around if t.values]
     recipe = (out / "winner.yaml").read_text()
     assert recipe.startswith("# found by merganser auto: ")
     roles = [end.role for end in found.ends]
     assert roles[:4] == ["winner", "input", "input", "input"]
     winner = found.ends[0]
     assert winner.values is not None
-    single = max(end.values[0].value for end in found.ends[1:4] if end.values)
-    assert winner.values[0].value > single
+    single = max(end.values[0][0] for end in found.ends[1:4] if end.values)
+    assert winner.values[0][0] > single
     assert max(values) > single
     assert found.recommended == "winner"
     assert found.merged == out / "merged"
-    assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(found.to_json()))
+    written = (out / "result.json").read_bytes()
     assert found.chosen_from == 3 + len(found.around)
     assert set(found.kept) == {end.name for end in found.ends}
     assert {"recovered/mean", "recovered/worst", "recovered/one"} <= found.kept["winner"].keys()
@@ -106,7 +105,8 @@ def test_it_finds_merges_and_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Budget, "fits", lambda *_: False)
     again = made_best(out)
     assert (out / "items.jsonl").read_bytes() == before
-    assert again.to_json() == found.to_json()
+    assert again == found
+    assert (out / "result.json").read_bytes() == written
     assert budgets[0].item == pytest.approx(sum(s for s, _ in spent) / sum(n for _, n in spent))
     assert budgets[0].item > 0
     (out / "merged" / "mine.txt").write_text("mine")

@@ -11,9 +11,8 @@ from ..wording import plural, time_text
 from ._text import complain, head, say, table
 
 if TYPE_CHECKING:
-    from ..evaluation import Estimate
     from ..search import Found, Trial
-    from ..search.auto import Choice
+    from ..search.auto.choice import Choice, Figure
     from ..search.ends import End
 
 _KEPT = {"recovered/mean": "kept, mean", "recovered/worst": "kept, worst task", "forgotten/mean": "forgotten"}
@@ -159,8 +158,8 @@ def print_choice(found: Choice) -> None:
     say(f"measured on {plural(found.held_out, 'item')} that nothing was chosen on (± standard error)")
     for line in table(_kept(found)):
         say(line)
-    for end, gap in found.against:
-        say(_compared(gap, "the average" if end.role == "average" else f"{end.name}, the best single model,"))
+    for end, gap in found.study.against:
+        say(_compared(Difference(*gap), "the average" if end.role == "average" else f"{end.name}, the best single model,"))
     if found.merged is not None:
         say(f"wrote {found.merged}, by the recipe {found.folder / 'winner.yaml'}")
     else:
@@ -173,22 +172,19 @@ def _kept(found: Choice) -> list[list[str]]:
     """Return the proof as rows: what each model keeps and forgets on the items held out."""
     shown = [name for name in _KEPT if any(name in figures for figures in found.kept.values())]
     rows = [["model", *(_KEPT[name] for name in shown), "the winner keeps more by (95 % interval)"]]
-    winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
     for end in found.ends:
         if end.values is None:
             rows.append([end.name, f"failed: {end.failed}"])
             continue
         figures = found.kept[end.name]
-        cells = [_estimate(figures[name]) if name in figures else "" for name in shown]
-        better = ""
-        if winner is not None and winner.values and end is not winner:
-            better = _difference(difference(winner.values[0], end.values[0], found.objective))
-        rows.append([end.name, *cells, better])
+        cells = [_figure(figures[name]) if name in figures else "" for name in shown]
+        rows.append([end.name, *cells, _difference(Difference(*end.better[0])) if end.better else ""])
     return rows
 
 
-def _estimate(found: Estimate) -> str:
-    return f"{found.value:.4f}" + ("" if found.stderr is None else f" ±{found.stderr:.4f}")
+def _figure(found: Figure) -> str:
+    value, stderr = found
+    return f"{value:.4f}" + ("" if stderr is None else f" ±{stderr:.4f}")
 
 
 def write_page(folder: Path, *, quiet: bool) -> None:

@@ -56,7 +56,9 @@ def auto(
     them. The other half compares the winner with the best of the models and with their average.
     """
     options.quieten_hub(quiet)
+    from ..jsonfile import read_object
     from ..search.auto import auto as run
+    from ..search.stored import RESULT
     from ._found import SearchProgress, print_choice, write_page
 
     try:
@@ -81,7 +83,7 @@ def auto(
         complain("note", "what was scored is kept; the same command continues")
         raise
     if json:
-        say_json(found.to_json())
+        say_json(read_object(found.folder / RESULT))
     elif not quiet:
         print_choice(found)
     write_page(found.folder, quiet=quiet or json)

@@ -20,7 +20,7 @@ from ..inspection.spectra import Spectra, measure_spectra
 from ..record.format import PAGE_NAME, is_page
 from ..record.reading import Record, read_record
 from ..search.auto.choice import KIND as CHOICE
-from ..search.auto.stored import read_choice
+from ..search.auto.choice import read_choice
 from ..search.stored import is_study, read_items, read_study, result_kind
 from .blocks import Section
 from .folding import folded

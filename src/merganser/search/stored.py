@@ -35,6 +35,9 @@ RESULT = "result.json"
 ITEMS = "items.jsonl"
 SETTINGS = "search.json"
 
+Better = tuple[float, tuple[float, float] | None]
+"""How much better the winner is than another model, above 0 if it is, and the ends of its interval of 95 %."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredTrial:
@@ -88,7 +91,7 @@ class StoredEnd:
     name: str
     role: str
     values: tuple[tuple[float, float | None], ...] | None
-    better: tuple[tuple[float, tuple[float, float] | None], ...] | None
+    better: tuple[Better, ...] | None
     failed: str | None
 
 
@@ -117,6 +120,15 @@ class StoredStudy:
     ends: tuple[StoredEnd, ...]
     importance: Mapping[str, Mapping[str, float]]
     notes: tuple[str, ...]
+
+    @property
+    def against(self) -> list[tuple[StoredEnd, Better]]:
+        """The best single model and the average, each with how much better the winner is in the first objective."""
+        sign = 1.0 if self.objectives[0][1] == "maximize" else -1.0
+        inputs = [(sign * end.values[0][0], end) for end in self.ends if end.role == "input" and end.values]
+        single = max(inputs, key=lambda each: each[0])[1] if inputs else None
+        average = next((end for end in self.ends if end.role == "average"), None)
+        return [(end, end.better[0]) for end in (single, average) if end is not None and end.better]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +254,7 @@ def _measured(entry: Entry) -> tuple[float, float | None]:
     return entry["value"].number(), None if stderr is None else stderr.number()
 
 
-def _better(entry: Entry) -> tuple[float, tuple[float, float] | None]:
+def _better(entry: Entry) -> Better:
     interval = entry.get("interval")
     if interval is None:
         return entry["value"].number(), None

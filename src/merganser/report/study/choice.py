@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...search.auto.stored import Figure as Measured
-from ...search.auto.stored import StoredChoice, StoredTried
+from ...search.auto.choice import Figure as Measured
+from ...search.auto.choice import Choice, TriedRecipe
 from ...search.stored import StoredEnd, StoredItems
 from ...wording import plural, time_text
 from ..blocks import Block, Cell, Code, Figure, List, Number, Paragraph, Section, Table
@@ -22,14 +22,14 @@ _SOURCE = "result.json"
 _SHOWN = (("recovered/mean", "kept, mean"), ("recovered/worst", "kept, worst task"), ("forgotten/mean", "forgotten"))
 
 
-def choice_summary(choice: StoredChoice) -> str:
+def choice_summary(choice: Choice) -> str:
     """Return what was tried, in one line."""
     seconds = sum(tried.seconds for tried in choice.tried) + sum(trial.seconds for trial in choice.around)
     around = f" and {plural(len(choice.around), 'trial')} around the best of them" if choice.around else ""
     return f"{plural(len(choice.tried), 'recipe')}{around} · auto · {time_text(seconds)} in merging and scoring"
 
 
-def choice_sections(choice: StoredChoice, items: Sequence[StoredItems]) -> list[Section]:
+def choice_sections(choice: Choice, items: Sequence[StoredItems]) -> list[Section]:
     """Return the sections.
 
     Args:
@@ -46,7 +46,7 @@ def choice_sections(choice: StoredChoice, items: Sequence[StoredItems]) -> list[
     return [*found, heat_section(study, items)] if items else found
 
 
-def _verdict(choice: StoredChoice) -> Section:
+def _verdict(choice: Choice) -> Section:
     blocks: list[Block] = [Paragraph(text) for text in _sentences(choice)]
     blocks.append(_ends(choice))
     if choice.merged is not None:
@@ -56,7 +56,7 @@ def _verdict(choice: StoredChoice) -> Section:
     return Section("What to use", blocks)
 
 
-def _sentences(choice: StoredChoice) -> list[str]:
+def _sentences(choice: Choice) -> list[str]:
     domains = ", ".join(f"{task} ({name})" for task, name in choice.domains.items())
     if choice.merged is not None:
         first = f"Take the merge in {choice.folder / 'merged'}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}."
@@ -77,14 +77,14 @@ def _columns(all_figures: Sequence[Mapping[str, Measured]]) -> list[tuple[str, s
     return [(name, said) for name, said in _SHOWN if any(name in figures for figures in all_figures)]
 
 
-def _ends(choice: StoredChoice) -> Table:
+def _ends(choice: Choice) -> Table:
     columns = _columns([*choice.kept.values()])
     head = ["", "is", *(said for _, said in columns), "the winner keeps more by (95 % interval)"]
     rows = [_end(choice, i, end, [name for name, _ in columns]) for i, end in enumerate(choice.ends)]
     return Table(head, rows, f"{_SOURCE}: ends, kept", "on items that nothing was chosen on")
 
 
-def _end(choice: StoredChoice, i: int, end: StoredEnd, names: Sequence[str]) -> list[Cell]:
+def _end(choice: Choice, i: int, end: StoredEnd, names: Sequence[str]) -> list[Cell]:
     if end.values is None:
         return [end.name, end.role, f"failed: {end.failed}", *[""] * len(names)]
     cells: list[Cell] = [end.name, end.role, *_cells(choice.kept.get(end.name, {}), names, f"kept.{end.name}")]
@@ -107,7 +107,7 @@ def _cells(figures: Mapping[str, Measured], names: Sequence[str], place: str) ->
     return cells
 
 
-def _ordered(choice: StoredChoice) -> list[tuple[int, StoredTried]]:
+def _ordered(choice: Choice) -> list[tuple[int, TriedRecipe]]:
     """Return the recipes, the best first, those that were ended early and those that failed behind."""
     return sorted(
         enumerate(choice.tried),
@@ -115,7 +115,7 @@ def _ordered(choice: StoredChoice) -> list[tuple[int, StoredTried]]:
     )
 
 
-def _tried(choice: StoredChoice) -> Table:
+def _tried(choice: Choice) -> Table:
     columns = _columns([tried.figures for tried in choice.tried])
     names = [name for name, _ in columns]
     rows: list[list[Cell]] = []
@@ -134,7 +134,7 @@ def _tried(choice: StoredChoice) -> Table:
     return Table(["recipe", *(said for _, said in columns), "items", "", "took"], rows, f"{_SOURCE}: tried", caption)
 
 
-def _tried_figure(choice: StoredChoice) -> list[Block]:
+def _tried_figure(choice: Choice) -> list[Block]:
     """Return what each recipe keeps, with its standard error."""
     data: list[dict[str, Any]] = []
     order = [tried for _, tried in _ordered(choice) if choice.objective in tried.figures]
@@ -183,7 +183,7 @@ def _tried_figure(choice: StoredChoice) -> list[Block]:
     return [Figure("what the recipes keep, on the items that chose", data, drawn, height, lines, f"{_SOURCE}: tried[]")]
 
 
-def _around_text(choice: StoredChoice) -> str:
+def _around_text(choice: Choice) -> str:
     return (
         "After the recipes, factors by depth were searched around the best of them. The chart has all of them in order, the "
         f"recipes first; {choice.winner} is the best."

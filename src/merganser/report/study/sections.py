@@ -78,16 +78,9 @@ def _sentences(study: StoredStudy) -> list[str]:
 
 def compared(study: StoredStudy) -> list[str]:
     """Return what the proof says of the winner beside the best single model and the average, in sentences."""
-    sign = 1.0 if study.objectives[0][1] == "maximize" else -1.0
-    inputs = [end for end in study.ends if end.role == "input" and end.values]
-    single = max(inputs, key=lambda end: sign * end.values[0][0] if end.values else 0.0, default=None)
-    average = next((end for end in study.ends if end.role == "average"), None)
     lines = []
-    for end, what in ((single, "the best single model"), (average, "the average")):
-        if end is None or not end.better:
-            continue
-        name = what if end is average else f"{end.name}, {what}"
-        value, interval = end.better[0]
+    for end, (value, interval) in study.against:
+        name = "the average" if end.role == "average" else f"{end.name}, the best single model"
         if interval is None:
             lines.append(f"{'Better' if value > 0 else 'Not better'} than {name} as far as one run tells.")
         elif interval[0] > 0:

@@ -1,4 +1,4 @@
-"""Read back what `auto` found: its `result.json`."""
+"""What `auto` found, as its `result.json` says."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from pathlib import Path
 from ...errors import CheckpointError, UnsupportedError
 from ...jsonfile import Entry
 from ..stored import StoredEnd, StoredStudy, StoredTrial, open_result, read_end, read_trial
-from .choice import FORMAT, KIND
 
-__all__ = ["StoredChoice", "StoredTried", "read_choice"]
+__all__ = ["FORMAT", "KIND", "Choice", "TriedRecipe", "read_choice"]
+
+KIND = "auto result"
+FORMAT = 1
 
 Figure = tuple[float, float | None]
 """A value and its standard error."""
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTried:
-    """A recipe of the portfolio; for the fields see `Tried`.
+class TriedRecipe:
+    """A recipe of the portfolio.
 
     Args:
         name: Name of its recipe file.
@@ -41,8 +43,8 @@ class StoredTried:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredChoice:
-    """What `auto` found; for the fields see `Choice`.
+class Choice:
+    """What `auto` found.
 
     Args:
         folder: The folder.
@@ -51,11 +53,11 @@ class StoredChoice:
         tried: The recipes of the portfolio.
         around: Trials around the best of them.
         ends: The winner, the models and the average, on items that nothing was chosen on.
-        kept: What each of them keeps and forgets there, by its name.
-        held_out: Number of these items.
-        winner: Name of the best recipe.
+        kept: What each of them keeps and forgets there, by its name and the names of objectives.
+        held_out: Number of items of the proof.
+        winner: Name of the recipe that was the best on the items of trials.
         chosen_from: Number of recipes that were scored.
-        recommended: Name of what to use.
+        recommended: Name of what to use: "winner", a model, or "average".
         merged: Folder of the merge; None where it is not recommended.
         advice: What else would help; None if nothing.
         notes: What the user should know.
@@ -64,7 +66,7 @@ class StoredChoice:
     folder: Path
     objective: str
     domains: Mapping[str, str]
-    tried: tuple[StoredTried, ...]
+    tried: tuple[TriedRecipe, ...]
     around: tuple[StoredTrial, ...]
     ends: tuple[StoredEnd, ...]
     kept: Mapping[str, Mapping[str, Figure]]
@@ -72,7 +74,7 @@ class StoredChoice:
     winner: str
     chosen_from: int
     recommended: str
-    merged: str | None
+    merged: Path | None
     advice: str | None
     notes: tuple[str, ...]
 
@@ -107,7 +109,7 @@ class StoredChoice:
         )
 
 
-def read_choice(folder: Path) -> StoredChoice:
+def read_choice(folder: Path) -> Choice:
     """Read what `auto` found.
 
     Args:
@@ -130,7 +132,7 @@ def read_choice(folder: Path) -> StoredChoice:
             raise CheckpointError(
                 f"{root.where}: trial {trial.number} has {len(trial.values)} values for one objective"
             )
-    return StoredChoice(
+    return Choice(
         folder,
         root["objective"].text(),
         {task: name.text() for task, name in root["domains"].items()},
@@ -142,15 +144,15 @@ def read_choice(folder: Path) -> StoredChoice:
         root["winner"].text(),
         root["chosen_from"].whole(),
         root["recommended"].text(),
-        None if merged is None else merged.text(),
+        None if merged is None else Path(merged.text()),
         None if advice is None else advice.text(),
         tuple(root["notes"].each(Entry.text)),
     )
 
 
-def _tried(entry: Entry) -> StoredTried:
+def _tried(entry: Entry) -> TriedRecipe:
     value, failed = entry.get("value"), entry.get("failed")
-    return StoredTried(
+    return TriedRecipe(
         entry["name"].text(),
         None if value is None else value.number(),
         _figures(entry["figures"]),

@@ -1,4 +1,4 @@
-"""What `auto` found: the recipes that were tried, the proof, and what to use."""
+"""What `auto` measured, what follows from it, and how it is written."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..ends import Difference, End, best_single, difference, to_json
+from ..ends import End, best_single, difference, to_json
 from ..judge import Verdict
 from ..objectives import Figures, Objective
 from ..trials import Trial
+from .choice import FORMAT, KIND
+
+__all__ = ["Tried", "plain", "recommend"]
 
 _MUCH = 0.5
 """Share of the gain of its worst task that a merge must keep, or a sidecar is mentioned."""
-
-KIND = "auto result"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,23 @@ class Tried:
         return self.verdict is not None and not self.verdict.stopped
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What was made of the models.
+def plain(
+    objective: Objective,
+    domains: Mapping[str, str],
+    tried: Sequence[Tried],
+    around: Sequence[Trial],
+    ends: Sequence[End],
+    kept: Mapping[str, Figures],
+    *,
+    held_out: int,
+    winner: str,
+    recommended: str,
+    merged: Path | None,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Return what was found as plain data: format 1 of docs/auto.md, which `read_choice` reads.
 
     Args:
-        folder: The folder.
         objective: What was improved.
         domains: The best model of each task whose gain over the base counts.
         tried: The recipes of the portfolio.
@@ -63,77 +74,49 @@ class Choice:
         merged: Folder of the merge; None where it is not recommended.
         notes: What the user should know.
     """
+    scored = sum(trial.same_as is None and trial.failed is None for trial in around)
+    return {
+        "kind": KIND,
+        "format": FORMAT,
+        "objective": objective.text,
+        "domains": dict(domains),
+        "tried": [
+            {
+                "name": each.name,
+                "value": None if each.verdict is None else each.verdict.values[0],
+                "figures": _figures(each.figures),
+                "items": 0 if each.verdict is None else each.verdict.items,
+                "stopped": each.verdict is not None and each.verdict.stopped,
+                "failed": each.failed,
+                "seconds": each.seconds,
+            }
+            for each in tried
+        ],
+        "around": [trial.to_json() for trial in around],
+        "winner": winner,
+        "chosen_from": scored + sum(each.verdict is not None for each in tried),
+        "held_out": held_out,
+        "kept": {name: _figures(figures) for name, figures in kept.items()},
+        "advice": _advice(recommended, kept),
+        "ends": to_json(ends, [objective]),
+        "recommended": recommended,
+        "merged": None if merged is None else str(merged),
+        "notes": list(notes),
+    }
 
-    folder: Path
-    objective: Objective
-    domains: Mapping[str, str]
-    tried: tuple[Tried, ...]
-    around: tuple[Trial, ...]
-    ends: tuple[End, ...]
-    kept: Mapping[str, Figures]
-    held_out: int
-    winner: str
-    recommended: str
-    merged: Path | None
-    notes: tuple[str, ...]
 
-    @property
-    def against(self) -> list[tuple[End, Difference]]:
-        """The best single model and the average, each with how much better the winner is."""
-        return _against(self.ends, self.objective)
-
-    @property
-    def advice(self) -> str | None:
-        """What else would help where a merge of all models loses much; None where it does not."""
-        worst = self.kept.get("winner", {}).get("recovered/worst")
-        if self.recommended == "winner" and (worst is None or worst.value >= _MUCH):
-            return None
-        lost = (
-            "no merge that was tried is better"
-            if worst is None
-            else f"of its worst task the merge keeps {worst.value:.0%}"
-        )
-        return (
-            f"{lost[0].upper()}{lost[1:]}. If it is known which task a text is of when the model is used, a merge with a sidecar "
-            "gives each model back: merge_method: skillpack, and merganser restore"
-        )
-
-    @property
-    def chosen_from(self) -> int:
-        """Number of recipes that were scored, of which the winner is the best."""
-        around = sum(trial.same_as is None and trial.failed is None for trial in self.around)
-        return around + sum(tried.verdict is not None for tried in self.tried)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data: format 1 of docs/auto.md."""
-        return {
-            "kind": KIND,
-            "format": FORMAT,
-            "objective": self.objective.text,
-            "domains": dict(self.domains),
-            "tried": [
-                {
-                    "name": tried.name,
-                    "value": None if tried.verdict is None else tried.verdict.values[0],
-                    "figures": _figures(tried.figures),
-                    "items": 0 if tried.verdict is None else tried.verdict.items,
-                    "stopped": tried.verdict is not None and tried.verdict.stopped,
-                    "failed": tried.failed,
-                    "seconds": tried.seconds,
-                }
-                for tried in self.tried
-            ],
-            "around": [trial.to_json() for trial in self.around],
-            "winner": self.winner,
-            "chosen_from": self.chosen_from,
-            "held_out": self.held_out,
-            "kept": {name: _figures(figures) for name, figures in self.kept.items()},
-            "advice": self.advice,
-            "ends": to_json(self.ends, [self.objective]),
-            "recommended": self.recommended,
-            "merged": None if self.merged is None else str(self.merged),
-            "notes": list(self.notes),
-        }
+def _advice(recommended: str, kept: Mapping[str, Figures]) -> str | None:
+    """Return what else would help where a merge of all models loses much; None where it does not."""
+    worst = kept.get("winner", {}).get("recovered/worst")
+    if recommended == "winner" and (worst is None or worst.value >= _MUCH):
+        return None
+    lost = (
+        "no merge that was tried is better" if worst is None else f"of its worst task the merge keeps {worst.value:.0%}"
+    )
+    return (
+        f"{lost[0].upper()}{lost[1:]}. If it is known which task a text is of when the model is used, a merge with a sidecar "
+        "gives each model back: merge_method: skillpack, and merganser restore"
+    )
 
 
 def _figures(figures: Figures) -> dict[str, dict[str, Any]]:
@@ -146,16 +129,6 @@ def _figures(figures: Figures) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _against(ends: Sequence[End], objective: Objective) -> list[tuple[End, Difference]]:
-    winner = next(end for end in ends if end.role == "winner")
-    others = [best_single(ends, objective), next((end for end in ends if end.role == "average"), None)]
-    return [
-        (end, difference(winner.values[0], end.values[0], objective))
-        for end in others
-        if end is not None and end.values and winner.values
-    ]
-
-
 def recommend(ends: Sequence[End], objective: Objective) -> str:
     """Return the name of what to use: the winner, unless it is worse than another beyond the interval.
 
@@ -163,5 +136,13 @@ def recommend(ends: Sequence[End], objective: Objective) -> str:
         ends: The winner, the models and the average, on items that nothing was chosen on.
         objective: What was improved.
     """
-    worse = [(gap.value, end.name) for end, gap in _against(ends, objective) if gap.interval and gap.interval[1] < 0]
+    winner = next(end for end in ends if end.role == "winner")
+    if not winner.values:
+        return "winner"
+    worse = []
+    for end in (best_single(ends, objective), next((end for end in ends if end.role == "average"), None)):
+        if end is not None and end.values:
+            gap = difference(winner.values[0], end.values[0], objective)
+            if gap.interval and gap.interval[1] < 0:
+                worse.append((gap.value, end.name))
     return min(worse)[1] if worse else "winner"

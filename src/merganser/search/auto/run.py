@@ -29,7 +29,8 @@ from ..study import Study
 from ..trials import Progress, Silent, Trial, Trials
 from .begin import check_merged, open_judge, refuse_same, settle_waves
 from .budget import Budget
-from .choice import Choice, Tried, recommend
+from .choice import Choice, read_choice
+from .outcome import Tried, plain, recommend
 from .portfolio import Candidate, around, candidates
 from .texts import halve, read_texts
 
@@ -280,22 +281,21 @@ class _Search:
         if recommended == "winner":
             merged = self.folder.path / "merged"
             merge(self.folder.winner, merged, overwrite=True, **self.options)
-        choice = Choice(
-            self.folder.path,
+        found = plain(
             self.objective,
             self.domains,
-            tuple(self.tried),
-            tuple(self.around),
-            tuple(ends),
+            self.tried,
+            self.around,
+            ends,
             kept,
-            self.bench.table.count([HELD]),
-            self.best[1],
-            recommended,
-            merged,
-            tuple(self.notes),
+            held_out=self.bench.table.count([HELD]),
+            winner=self.best[1],
+            recommended=recommended,
+            merged=merged,
+            notes=self.notes,
         )
-        write_whole(self.folder.result, json.dumps(choice.to_json(), indent=1, ensure_ascii=False) + "\n")
-        return choice
+        write_whole(self.folder.result, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        return read_choice(self.folder.path)
 
     def _model(self, name: str, recipe: str) -> Model:
         return Model(key_of(recipe), name, self.folder.write_recipe(name, recipe))
