@@ -55,6 +55,9 @@ from .sidecars import SIDECAR_LAWS
 
 __all__ = ["Law", "check_citation", "check_reproducible", "contract", "peak_memory", "probe"]
 
+# parameters of methods for matrices that matter to other tensors alone
+_BESIDE_MATRICES = {"others", "embeddings"}
+_FEW_STEPS = 20
 # two whole blocks and a shorter one, rows and blocks not divisible by the length of vectors
 _SHAPE_OF_BLOCKS, _BLOCK = (17, 37), 7 * 37
 
@@ -222,11 +225,7 @@ def gives_declared_dtype(method: MergeMethod) -> None:
 
 def stays_finite(method: MergeMethod) -> None:
     """Degenerate inputs (zeros, equal tensors, tiny numbers, one entry, opposite models) give no NaN or infinity."""
-    # elements do not know their shape, and what is no matrix is merged by another method, whatever the parameters
-    shapes: dict[str, list[tuple[int, ...]]] = {"element": [(), SHAPE], "matrix": [SHAPE]}
-    tried = [(case, shape) for case in cases(method) for shape in shapes.get(method.scope, [(), (37,), SHAPE])]
-    tried += [(case, shape) for case in defaults(method) for shape in SHAPES if (case, shape) not in tried]
-    for (with_base, parameters), shape in tried:
+    for (with_base, parameters), shape in _cases_of_weak_inputs(method):
         for kind, inputs in weak_inputs(method, with_base, shape):
             try:
                 result = merge(method, inputs, parameters, allow_nonfinite=True)
@@ -235,6 +234,21 @@ def stays_finite(method: MergeMethod) -> None:
                 continue
             complaint = f"{method.name}: not finite on {kind}, shape {list(shape)}, {parameters}"
             require(bool(torch.isfinite(result).all()), complaint)
+
+
+def _cases_of_weak_inputs(method: MergeMethod) -> list[tuple[Case, tuple[int, ...]]]:
+    """Return the cases and shapes for degenerate inputs, of which there are many; none computes the same as another one."""
+    # elements do not know their shape, and what is no matrix is merged by another method, whatever the parameters
+    shapes: dict[str, list[tuple[int, ...]]] = {"element": [(), SHAPE], "matrix": [SHAPE]}
+    usual = list(defaults(method))
+    tried: list[tuple[Case, tuple[int, ...]]] = [(case, shape) for case in usual for shape in SHAPES]
+    for with_base, parameters in cases(method):
+        if method.scope == "matrix" and parameters.keys() - usual[0][1].keys() <= _BESIDE_MATRICES:
+            continue
+        # the defaults take all steps, so that what grows from step to step is noticed
+        few = {**parameters, "steps": _FEW_STEPS} if "steps" in method.parameters else parameters
+        tried += [((with_base, few), shape) for shape in shapes.get(method.scope, [(), (37,), SHAPE])]
+    return tried
 
 
 def leaves_inputs_alone(method: MergeMethod) -> None:
