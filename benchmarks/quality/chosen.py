@@ -105,8 +105,7 @@ def _auto(
         "method": winner["merge_method"],
         "tried": len(found.tried),
         "around": len(found.around),
-        "items": sum(tried.items for tried in found.tried)
-        + sum(t.items for t in found.around),
+        "items": sum(tried.items for tried in found.tried) + sum(t.items for t in found.around),
         "held_out": found.ends[0].values[0] if found.ends[0].values else None,
     }
 

@@ -13,7 +13,7 @@ from benchmarks.zoo import Zoo
 from merganser.evaluation.run import Wanted
 from merganser.evaluation.scoring.estimate import Estimate
 from merganser.evaluation.scoring.tasks import load_tasks
-from merganser.recipe.document import parse_mapping
+from merganser.recipe.document.parsing import parse_mapping
 from merganser.search.bench import Bench, Model, open_bench
 from merganser.search.folder import Folder, key_of, open_folder
 from merganser.search.items import HELD

@@ -6,9 +6,10 @@ import string
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merganser.anatomy import by_layer, infer_anatomy, is_tied, set_config_dtype, set_tied, slice_config
-from merganser.anatomy.config import layer_counts
-from merganser.anatomy.refit import RULE_KEYS
+from merganser.anatomy import infer_anatomy, is_tied, set_config_dtype, set_tied, slice_config
+from merganser.anatomy.settings import by_layer
+from merganser.anatomy.settings.config import layer_counts
+from merganser.anatomy.settings.refit import RULE_KEYS
 from merganser.errors import MergeError
 
 WORDS = [

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from merganser.anatomy import infer_anatomy, slice_config
-from merganser.anatomy.kinds import fit_period
+from merganser.anatomy.settings.kinds import fit_period
 from merganser.errors import CheckpointError, UnsupportedError
 from tests.anatomy.architectures import build, load_config, names_in_memory, published, real
 

@@ -19,7 +19,7 @@ from merganser.engine.in_memory import merge_to_state_dict
 from merganser.engine.merge import merge, plan
 from merganser.errors import MergeError
 from merganser.recipe import load_recipes
-from merganser.recipe.gguf import GGUF_TYPES
+from merganser.recipe.fields.gguf import GGUF_TYPES
 from merganser.record import verify
 from tests.adapters.test_apply import Q, pair, write_adapter
 from tests.checkpoint.gguf.making import written

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 from merganser.errors import MergeError
 from merganser.method.registry import every_method
 from merganser.recipe import check_recipe, json_schema, load_recipe
-from merganser.recipe.document import parse_text, plain
+from merganser.recipe.document.parsing import parse_text, plain
 from tests.cli.tiny import run
 
 LINE = "# yaml-language-server: $schema="

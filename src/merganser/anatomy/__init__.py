@@ -5,9 +5,9 @@ Structure is inferred from names, shapes and config. Nothing here reads weights,
 
 from __future__ import annotations
 
-from .config import is_tied, set_config_dtype, set_tied
 from .infer import Anatomy, infer_anatomy
 from .roles import Part, Position, Role
+from .settings.config import is_tied, set_config_dtype, set_tied
 from .slicing import SlicedConfig, slice_config
 
 __all__ = [

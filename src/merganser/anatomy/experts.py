@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .config import as_int
+from .settings.config import as_int
 
 __all__ = ["EXPERTS", "ExpertUnits", "find_experts"]
 

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .config import is_tied, model_types, text_scopes, words
 from .infer import Anatomy, Shape
+from .settings.config import is_tied, model_types, text_scopes, words
 from .sizes import size_warnings
 
 __all__ = ["doubts"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .config import PREDICTION_KEYS, as_int, is_tied, layer_counts, model_types, text_scopes
 from .roles import SIDE, Part, Position, Role, outside_position, outside_role, role_in_layer
+from .settings.config import PREDICTION_KEYS, as_int, is_tied, layer_counts, model_types, text_scopes
 from .stacks import Hit, find_stacks, first_in, walk
 
 __all__ = ["Anatomy", "infer_anatomy"]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UnsupportedError
-from .config import COUNT_KEYS, as_int
 from .infer import Anatomy
 from .modules import find_modules
+from .settings.config import COUNT_KEYS, as_int
 from .slicing import slice_config
 
 __all__ = ["slice_module_config"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..wording import brief
-from .config import COUNT_KEYS, as_int, text_scopes
 from .infer import Anatomy, Shape
+from .settings.config import COUNT_KEYS, as_int, text_scopes
 
 __all__ = ["size_warnings"]
 

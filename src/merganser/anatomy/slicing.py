@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
-from .by_layer import slice_value
-from .config import COUNT_KEYS, PREDICTION_KEYS, as_int, text_scopes
 from .infer import Anatomy
-from .kinds import implied_lists, stale_rules, underived
-from .refit import RULE_KEYS, refit_rules
+from .settings.by_layer import slice_value
+from .settings.config import COUNT_KEYS, PREDICTION_KEYS, as_int, text_scopes
+from .settings.kinds import implied_lists, stale_rules, underived
+from .settings.refit import RULE_KEYS, refit_rules
 
 __all__ = ["SlicedConfig", "slice_config"]
 

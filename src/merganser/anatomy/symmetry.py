@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
-from .config import as_int, words
 from .infer import Anatomy
+from .settings.config import as_int, words
 
 __all__ = ["UNITS", "Units", "Use", "find_units"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from ..errors import MergeError, OutputError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Slice, Source, check_recipe
-from ..recipe.data import Data
-from ..recipe.place import Place
+from ..recipe.document.place import Place
+from ..recipe.fields.data import Data
 from ..statistics import LOSS, STATISTICS_NAME, CalibrationPlan, Statistics, open_statistics
 from ..statistics.choice import LABELS
 from .learning import Descent, descent_of

@@ -14,7 +14,7 @@ from ..engine.plan.plan import Plan
 from ..engine.run import Interrupted
 from ..errors import MergeError, OutputError
 from ..recipe import Recipe
-from ..recipe.place import Place
+from ..recipe.document.place import Place
 from ..statistics import CalibrationPlan
 from .for_recipe import (
     Wanted,

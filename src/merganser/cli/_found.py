@@ -159,7 +159,11 @@ def print_choice(found: Choice) -> None:
     for line in table(_kept(found)):
         say(line)
     for end, gap in found.study.against:
-        say(_compared(Difference(*gap), "the average" if end.role == "average" else f"{end.name}, the best single model,"))
+        say(
+            _compared(
+                Difference(*gap), "the average" if end.role == "average" else f"{end.name}, the best single model,"
+            )
+        )
     if found.merged is not None:
         say(f"wrote {found.merged}, by the recipe {found.folder / 'winner.yaml'}")
     else:

@@ -82,9 +82,7 @@ def inspect(
     _describe(checkpoints[0], cache_dir, stream=stream, tensors=tensors, json=json)
 
 
-def _compare(
-    models: list[str], base: str, cache_dir: Path | None, *, stream: bool, tensors: bool, json: bool
-) -> None:
+def _compare(models: list[str], base: str, cache_dir: Path | None, *, stream: bool, tensors: bool, json: bool) -> None:
     from ..inspection.task_vectors import kinship
 
     with byte_progress("inspect") as progress:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
-from ..anatomy.config import unquantised
 from ..anatomy.module_config import slice_module_config
+from ..anatomy.settings.config import unquantised
 from ..checkpoint import Checkpoint, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import MergeError

@@ -52,7 +52,7 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
 
 def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
     """Plan a recipe; earlier stages are merged immediately, into a temporary folder."""
-    from ..anatomy.config import unquantised
+    from ..anatomy.settings.config import unquantised
     from ..engine.in_memory import merge_to_state_dict
     from ..engine.merge import plan_with_stages_made
     from ..engine.record import data_files

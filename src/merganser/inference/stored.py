@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import xxhash
 
 from ..adapters import open_reference
-from ..anatomy.config import unquantised
+from ..anatomy.settings.config import unquantised
 from ..checkpoint import Checkpoint, Reader, open_checkpoint
 from ..checkpoint.links import inside
 from ..errors import CheckpointError, NotFoundError

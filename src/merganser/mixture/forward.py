@@ -22,7 +22,7 @@ from ..calibration.skeleton import Block, Skeleton
 from ..calibration.stream import Stream
 from ..errors import CheckpointError, UnsupportedError
 from ..inference.language_model import Tokenizer, positions_of
-from ..recipe.data import Data
+from ..recipe.fields.data import Data
 
 __all__ = ["Run", "batches_of_data", "batches_of_prompts", "counted_rows", "router_inputs"]
 

@@ -29,7 +29,7 @@ from ..engine.plan.tensor import PlannedTensor
 from ..engine.planner import SHARD_BYTES, build_plan
 from ..errors import CheckpointError, MergeError, RecipeError, UnsupportedError
 from ..recipe import ModelReference, Place, load_recipe
-from ..recipe.place import Entry
+from ..recipe.document.place import Entry
 from .written import replaced, written
 
 __all__ = ["JOIN_KEYS", "Contributor", "JoinRecipe", "plan_joined", "read_join"]

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..errors import RecipeError, UnsupportedError
 from ..recipe import ModelReference, Place, Recipe, load_recipe
-from ..recipe.data import Data, make_data, read_data_fields
-from ..recipe.document import read_one
+from ..recipe.document.parsing import read_one
+from ..recipe.document.place import Entry, Node
+from ..recipe.fields.data import Data, make_data, read_data_fields
 from ..recipe.load import DTYPE_ALIASES, DTYPES
-from ..recipe.place import Entry, Node
 from .joining import JoinRecipe, read_join
 from .written import written
 

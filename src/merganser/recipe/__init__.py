@@ -1,13 +1,13 @@
 """Recipes: what to merge, and how."""
 
+from .document.place import Place
+from .fields.reference import ModelReference
+from .fields.setting import Rule, Setting
 from .load import load_recipe, load_recipes
 from .model import Recipe, Slice, Source
 from .names import check_names
-from .place import Place
-from .reference import ModelReference
 from .resolver import Inputs, Resolver, check_layer_ranges, check_recipe, layer_depth
 from .schema import json_schema
-from .setting import Rule, Setting
 
 __all__ = [
     "Inputs",

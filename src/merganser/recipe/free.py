@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import RecipeError
-from .document import plain
-from .place import Entry, Node, Place
-from .scalar import shown
+from .document.parsing import plain
+from .document.place import Entry, Node, Place
+from .document.scalar import shown
 
 AUTO_RANGE = "auto"
 """Value of `search` for the range that the merge method gives its parameter."""

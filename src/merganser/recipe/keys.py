@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from ..catalogue import described
 from ..errors import RecipeError, UnsupportedError, did_you_mean
-from .align import ALIGN_KEYS
-from .data import DATA_KEYS
-from .place import Entry, Place, refuse_key
-from .scalar import shown
+from .document.place import Entry, Place, refuse_key
+from .document.scalar import shown
+from .fields.align import ALIGN_KEYS
+from .fields.data import DATA_KEYS
 
 KEYS = (
     "name",

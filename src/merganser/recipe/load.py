@@ -12,21 +12,21 @@ from typing import Any, Literal, TypeAlias, cast
 from ..catalogue import canonical_name
 from ..errors import NotFoundError, RecipeError, did_you_mean
 from ..wording import some
-from .align import read_align
-from .data import Data, make_data, read_data_fields
-from .document import Document, parse_mapping, parse_text
+from .document.parsing import Document, parse_mapping, parse_text
+from .document.place import Entry, Node, Place
+from .document.reading import MAX_BYTES, read_text, shown_path
+from .document.scalar import CONTROL, MAX_INTEGER, shown
+from .fields.align import read_align
+from .fields.data import Data, make_data, read_data_fields
+from .fields.gguf import read_gguf_key
+from .fields.reference import ModelReference
+from .fields.setting import Setting
+from .fields.templates import AUTO, CHAT_TEMPLATES
+from .fields.tokens import read_token_rules
 from .free import refuse_free_values
-from .gguf import read_gguf_key
 from .keys import KEYS, MODEL_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
 from .model import Module, Recipe, Slice, Source
 from .modules import over, read_module_body, read_modules
-from .place import Entry, Node, Place
-from .reading import MAX_BYTES, read_text, shown_path
-from .reference import ModelReference
-from .scalar import CONTROL, MAX_INTEGER, shown
-from .setting import Setting
-from .templates import AUTO, CHAT_TEMPLATES
-from .tokens import read_token_rules
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DTYPE_ALIASES = {

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .align import Align
-from .data import Data
-from .gguf import Gguf
-from .place import Place
-from .reference import ModelReference
-from .setting import Setting
-from .tokens import TokenRule
+from .document.place import Place
+from .fields.align import Align
+from .fields.data import Data
+from .fields.gguf import Gguf
+from .fields.reference import ModelReference
+from .fields.setting import Setting
+from .fields.tokens import TokenRule
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
+from .document.place import Entry, Node
+from .document.scalar import shown
+from .fields.setting import Setting
 from .keys import MODULE_KEYS
 from .model import Module, Slice, Source
-from .place import Entry, Node
-from .scalar import shown
-from .setting import Setting
 
 __all__ = ["over", "read_module_body", "read_modules"]
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..catalogue import described, factor_names, own_names, third_party, unknown_method
 from ..errors import ParameterError, RecipeError, did_you_mean
+from .fields.setting import Setting
 from .keys import KEYS
 from .model import Recipe
 from .resolver import NO_EFFECT, parent
-from .setting import Setting
 
 __all__ = ["check_names"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError, RecipeError
+from .document.place import Place
+from .document.scalar import read_scalar, shown
+from .fields.reference import ModelReference
+from .fields.setting import Rule, Setting, evaluate
 from .keys import KEYS
 from .model import Recipe, Slice, Source
-from .place import Place
-from .reference import ModelReference
-from .scalar import read_scalar, shown
-from .setting import Rule, Setting, evaluate
 
 if TYPE_CHECKING:
     from ..method import MergeMethod, Parameter

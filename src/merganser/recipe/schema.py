@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..statistics.choice import COUNTED, DEFAULT_LENGTH, DEFAULT_SEQUENCES, LABELS
-from .align import ALIGN_BY, ALIGN_UNITS
-from .data import DATA_KEYS
-from .gguf import GGUF_TYPES
+from .document.scalar import FLAGS, FLOAT, MAX_DIGITS
+from .fields.align import ALIGN_BY, ALIGN_UNITS
+from .fields.data import DATA_KEYS
+from .fields.gguf import GGUF_TYPES
+from .fields.templates import AUTO, CHAT_TEMPLATES
 from .load import DTYPES, QUANTISED, QUANTIZE, UNMATCHED
-from .scalar import FLAGS, FLOAT, MAX_DIGITS
-from .templates import AUTO, CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from ..method import MergeMethod, Parameter

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.scoring.estimate import Estimate
 from ..recipe import Recipe
-from ..recipe.document import parse_mapping
+from ..recipe.document.parsing import parse_mapping
 from .bench import Failed, Model
 from .judge import Judge
 from .objectives import Objective

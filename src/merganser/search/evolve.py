@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import open_reference
-from ..anatomy.config import layer_counts
+from ..anatomy.settings.config import layer_counts
 from ..errors import UnsupportedError
-from ..recipe.document import Document
-from ..recipe.place import Entry, Place
+from ..recipe.document.parsing import Document
+from ..recipe.document.place import Entry, Place
 from ..wording import brief
 
 _KEYS = (

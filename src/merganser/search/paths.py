@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ..errors import RecipeError
+from ..recipe.document.place import Entry, Node, Place
 from ..recipe.free import FreeValue, read_free
-from ..recipe.place import Entry, Node, Place
 from .dimension import Dimension
 
 KEY = "path"

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 from ..errors import RecipeError
 from ..method import Parameter
 from ..method.registry import get_method
-from ..recipe.document import Document, parse_mapping, plain
+from ..recipe.document.parsing import Document, parse_mapping, plain
+from ..recipe.document.scalar import shown
 from ..recipe.free import FreeValue, check_within, free_values
 from ..recipe.load import RecipeSource, read_documents
-from ..recipe.scalar import shown
 from .dimension import Dimension, Point
 from .paths import KEY as PATH
 from .paths import LayerPath

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import MergeError, OutputError
 from ...recipe import Recipe
-from ...recipe.align import Align
+from ...recipe.fields.align import Align
 from ...statistics import CalibrationPlan
 from ...statistics.correlations import CORRELATIONS_NAME, Correlations, open_correlations
 from ..plan import plan_prepared, rate_of_sums

@@ -18,7 +18,7 @@ from ...calibration.samples import first_samples
 from ...errors import DataError
 from ...files import write_whole
 from ...inference.stored import open_stored
-from ...recipe.data import Data
+from ...recipe.fields.data import Data
 from ...statistics import Choice
 from ..alignment.answers import Reading
 from ..cache import cache_beginnings

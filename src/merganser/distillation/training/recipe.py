@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...recipe.data import Data, DataFields, make_data, read_data_fields
-from ...recipe.document import read_one
-from ...recipe.place import Entry, Place
-from ...recipe.scalar import shown
+from ...recipe.document.parsing import read_one
+from ...recipe.document.place import Entry, Place
+from ...recipe.document.scalar import shown
+from ...recipe.fields.data import Data, DataFields, make_data, read_data_fields
 from ..losses.choice import CHOICES
 
 __all__ = ["FusionRecipe", "Lora", "TaughtBy", "Training", "load_fusion"]

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...anatomy.config import text_scopes
-from ...anatomy.function import Difference, differences
+from ...anatomy.settings.config import text_scopes
+from ...anatomy.settings.function import Difference, differences
 from ...errors import CheckpointError
 from ...wording import some
 from ..alignment.alignment import Alignment, Member

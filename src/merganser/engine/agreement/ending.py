@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...anatomy.config import as_int
+from ...anatomy.settings.config import as_int
 from ...errors import CheckpointError
 from ...jsonfile import read_object
 from ...tokenizer.ending import end_token, turn_ends

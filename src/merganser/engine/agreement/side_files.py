@@ -12,7 +12,7 @@ from ...checkpoint.weights import is_weight_file
 from ...errors import CheckpointError
 from ...jsonfile import Entry, os_reason, read_file, read_object
 from ...recipe import ModelReference, Recipe
-from ...recipe.templates import AUTO
+from ...recipe.fields.templates import AUTO
 from ...wording import some
 from ..alignment.alignment import Member
 from ..plan.vocabulary import VocabularyChange

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...anatomy import Anatomy, infer_anatomy
-from ...anatomy.config import COUNT_KEYS, as_int, text_scopes
+from ...anatomy.settings.config import COUNT_KEYS, as_int, text_scopes
 from ...errors import CheckpointError
 from .alignment import Member
 from .meta_model import build_model

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...anatomy.config import text_scopes
-from ...anatomy.kinds import implied_lists
+from ...anatomy.settings.config import text_scopes
+from ...anatomy.settings.kinds import implied_lists
 from ...checkpoint import TensorInfo
 from ...errors import CheckpointError, RecipeError
 from ...recipe import ModelReference, Recipe

@@ -17,7 +17,7 @@ from ...checkpoint.permuted import permuted
 from ...errors import CheckpointError, MergeError, RecipeError, UnsupportedError
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
-from ...recipe.align import Align
+from ...recipe.fields.align import Align
 from ...statistics.correlations import Correlations, open_correlations
 from ..alignment.alignment import Member
 from ..plan.permutation import Permutation, PermutedModel

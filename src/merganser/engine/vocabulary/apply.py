@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...anatomy.config import text_scopes
+from ...anatomy.settings.config import text_scopes
 from ...checkpoint import TensorInfo
 from ...checkpoint.gathered import gathered
 from ...errors import CheckpointError, UnsupportedError

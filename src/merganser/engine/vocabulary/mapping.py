@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ...checkpoint.gathered import MadeRows, RowMap
 from ...errors import RecipeError, did_you_mean
 from ...recipe import ModelReference, Recipe
-from ...recipe.tokens import TokenRule
+from ...recipe.fields.tokens import TokenRule
 from .output import OutputVocabulary
 from .tokens import Tokens, shown_token
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...anatomy.config import as_int
+from ...anatomy.settings.config import as_int
 
 __all__ = ["moved_ids", "renumbered"]
 

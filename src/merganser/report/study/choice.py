@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...search.auto.choice import Figure as Measured
 from ...search.auto.choice import Choice, TriedRecipe
+from ...search.auto.choice import Figure as Measured
 from ...search.stored import StoredEnd, StoredItems
 from ...wording import plural, time_text
 from ..blocks import Block, Cell, Code, Figure, List, Number, Paragraph, Section, Table

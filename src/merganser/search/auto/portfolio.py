@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...method.registry import get_method
-from ...recipe.document import parse_mapping
+from ...recipe.document.parsing import parse_mapping
 
 LAYERS = 3
 """Values along the depth in the search around the best."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from ..errors import RecipeError, did_you_mean
+from ...errors import RecipeError, did_you_mean
 from .scalar import FLAGS, MAX_INTEGER, Scalar, read_scalar, shown
 
 

@@ -8,8 +8,8 @@ import stat
 import sys
 from pathlib import Path
 
-from ..errors import NotFoundError, RecipeError
-from ..system import NO_BLOCKING, open_binary, set_blocking
+from ...errors import NotFoundError, RecipeError
+from ...system import NO_BLOCKING, open_binary, set_blocking
 from .place import Place
 from .scalar import shown
 

@@ -9,7 +9,7 @@ import pytest
 from merganser.calibration.for_recipe import wanted_by
 from merganser.errors import RecipeError
 from merganser.recipe import load_recipe
-from merganser.recipe.data import DATA_KEYS
+from merganser.recipe.fields.data import DATA_KEYS
 from merganser.statistics import Choice, Dataset
 
 HEAD = "merge_method: regmean\nbase_model: base\n"

@@ -3,8 +3,8 @@
 import pytest
 import transformers
 
-from merganser.anatomy import config as module
 from merganser.anatomy import is_tied, set_config_dtype, set_tied
+from merganser.anatomy.settings import config as module
 from tests.anatomy.architectures import ARCHITECTURES
 
 TABLE = sorted(module._TIED_BY_DEFAULT | module._UNTIED_BY_DEFAULT)

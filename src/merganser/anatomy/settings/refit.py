@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import UnsupportedError
+from ...errors import UnsupportedError
 from .config import as_int
 from .kinds import dense_layers, fit_period, has_window, last_kind
 

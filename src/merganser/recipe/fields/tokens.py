@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-from ..errors import RecipeError, did_you_mean
-from .place import Entry, Node, Place
+from ...errors import RecipeError, did_you_mean
+from ..document.place import Entry, Node, Place
+from ..document.scalar import shown
 from .reference import ModelReference
-from .scalar import shown
 
 KINDS = ("zero", "mean", "model_token")
 """What a row can be made from besides the same token of a model."""

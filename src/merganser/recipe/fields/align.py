@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from ..anatomy.experts import EXPERTS
-from ..anatomy.symmetry import UNITS
+from ...anatomy.experts import EXPERTS
+from ...anatomy.symmetry import UNITS
+from ..document.place import Entry, Place
+from ..document.scalar import shown
 from .data import Data, DataFields, make_data, read_data_fields
-from .place import Entry, Place
 from .reference import ModelReference
-from .scalar import shown
 
 __all__ = ["ALIGN_BY", "ALIGN_KEYS", "ALIGN_UNITS", "Align", "read_align"]
 

@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from merganser.errors import NotFoundError, RecipeError
-from merganser.recipe import document
-from merganser.recipe.document import parse_mapping, parse_text, plain
-from merganser.recipe.reading import read_text
+from merganser.recipe.document import parsing
+from merganser.recipe.document.parsing import parse_mapping, parse_text, plain
+from merganser.recipe.document.reading import read_text
 
 
 @pytest.fixture(params=["C", "Python"], autouse=True)
 def _parser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both parsers of PyYAML: the C one may be missing."""
-    monkeypatch.setattr(document, "_LOADER", yaml.CSafeLoader if request.param == "C" else yaml.SafeLoader)
+    monkeypatch.setattr(parsing, "_LOADER", yaml.CSafeLoader if request.param == "C" else yaml.SafeLoader)
 
 
 def parsed(text: str) -> object:
@@ -141,7 +141,7 @@ def test_alias_bomb_is_refused_before_it_unfolds() -> None:
 
 
 def test_too_many_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document, "_LOADER", yaml.CSafeLoader)
+    monkeypatch.setattr(parsing, "_LOADER", yaml.CSafeLoader)
     assert refused(f"a: [{'1,' * 100_001}]\n").endswith("may hold 100,000 values at most, those of aliases included")
 
 

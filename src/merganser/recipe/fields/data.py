@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..statistics.choice import BATCH_TOKENS, COUNTED, LABELS, Choice, Dataset
-from .place import Entry, Place
+from ...statistics.choice import BATCH_TOKENS, COUNTED, LABELS, Choice, Dataset
+from ..document.place import Entry, Place
 
 __all__ = ["DATA_KEYS", "Data", "DataFields", "make_data", "read_data_fields"]
 

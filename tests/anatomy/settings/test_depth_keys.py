@@ -8,12 +8,12 @@ import pytest
 import transformers
 
 from merganser.anatomy import infer_anatomy, slice_config
-from merganser.anatomy.by_layer import is_by_layer
-from merganser.anatomy.config import COUNT_KEYS, as_int, text_scopes
-from merganser.anatomy.kinds import _DERIVED_ELSEWHERE
-from merganser.anatomy.refit import RULE_KEYS
+from merganser.anatomy.settings.by_layer import is_by_layer
+from merganser.anatomy.settings.config import COUNT_KEYS, as_int, text_scopes
+from merganser.anatomy.settings.kinds import _DERIVED_ELSEWHERE
+from merganser.anatomy.settings.refit import RULE_KEYS
 from merganser.errors import UnsupportedError
-from tests.anatomy.depth_keys import OTHER_KEYS, REFUSED
+from tests.anatomy.settings.depth_keys import OTHER_KEYS, REFUSED
 
 SUSPECT = re.compile(
     r"layer|block|stage|depth|period|interval|every|freq|step|(^|_)(idxs?|indices|indexes)$|_ids$|first_|last_|source"

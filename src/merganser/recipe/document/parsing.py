@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-from ..errors import RecipeError
+from ...errors import RecipeError
 from .place import Node, Place
 from .reading import MAX_BYTES, read_text, shown_path
 from .scalar import FLOAT, Scalar, finite, read_scalar, shown, why_no_text

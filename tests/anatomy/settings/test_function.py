@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from merganser.anatomy.config import COUNT_KEYS
-from merganser.anatomy.defaults import MODEL_TYPES
-from merganser.anatomy.function import differences
+from merganser.anatomy.settings.config import COUNT_KEYS
+from merganser.anatomy.settings.defaults import MODEL_TYPES
+from merganser.anatomy.settings.function import differences
 from tests.making import llama_config
 
 

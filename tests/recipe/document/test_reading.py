@@ -13,7 +13,7 @@ import pytest
 
 from merganser.errors import RecipeError
 from merganser.recipe import load_recipe, load_recipes
-from merganser.recipe.reading import read_text
+from merganser.recipe.document.reading import read_text
 
 LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
 

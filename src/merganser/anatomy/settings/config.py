@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..checkpoint.formats.quantised.evidence import SETTINGS_KEYS
+from ...checkpoint.formats.quantised.evidence import SETTINGS_KEYS
 
 __all__ = [
     "COUNT_KEYS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .place import Entry, Place
+from ..document.place import Entry, Place
 
 __all__ = ["GGUF_KEYS", "GGUF_TYPES", "Gguf", "read_gguf_key"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .place import Entry, Place
-from .scalar import shown
+from ..document.place import Entry, Place
+from ..document.scalar import shown
 
 Value: TypeAlias = "str | int | float | bool"
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from .config import COUNT_KEYS, as_int
 from .defaults import NEUTRAL, class_defaults, is_known_type, same_code
+from .effects import Kind, kind_of
 from .kinds import implied_lists
-from .setting_kinds import Kind, kind_of
 
 __all__ = ["Difference", "differences", "settings"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from ..jsonfile import exists
-from .place import Entry
-from .scalar import CONTROL, shown
+from ...jsonfile import exists
+from ..document.place import Entry
+from ..document.scalar import CONTROL, shown
 
 _SYNTAX = "path[@revision][+lora[@revision]]"
 _KEYS = ("model", "lora", "override_architecture")

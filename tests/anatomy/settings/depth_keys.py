@@ -1,6 +1,6 @@
 """What the test of all configs of transformers knows: keys that only sound like layers, and families that are refused."""
 
-from merganser.anatomy.config import words
+from merganser.anatomy.settings.config import words
 
 # Keys that sound like layers, or lists that are as long, and are about something else.
 OTHER_KEYS = words(

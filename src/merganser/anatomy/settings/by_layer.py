@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import UnsupportedError
+from ...errors import UnsupportedError
 from .config import as_int, words
 
 __all__ = ["is_by_layer", "slice_value"]
