@@ -130,3 +130,38 @@ def test_ctrl_c_and_on(models: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
     assert verify(models / "out").ok
     assert not [name for name in names(models) if name.startswith(".")]
+
+
+LEAVING = """
+import atexit, os, sys, threading, types
+class Torn:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart\\n")
+sys.modules["torch"] = types.ModuleType("torch")
+sys.modules["torch"].torn = Torn()
+def late():
+    threading.main_thread().join()
+    os.write(1, b"waited for\\n")
+if sys.argv.pop(1) == "thread":
+    threading.Thread(target=late).start()
+atexit.register(print, "registered")
+from merganser.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "code", "end"),
+    [
+        ("alone", "--version", 0, ["registered"]),
+        ("alone", "--nonsense", 2, ["registered"]),
+        ("thread", "--version", 0, ["waited for", "registered", "taken apart"]),
+    ],
+)
+def test_torch_is_not_taken_apart_at_the_end(kind: str, argument: str, code: int, end: list[str]) -> None:
+    """That takes half a second; but nothing that Python would wait for or call is left out."""
+    command = [sys.executable, "-c", LEAVING, kind, argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    said = [f"merganser {__version__}"] if code == 0 else []
+    assert (done.returncode, done.stdout.splitlines()) == (code, said + end)
+    assert ("No such option" in done.stderr) == (code == 2)

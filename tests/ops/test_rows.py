@@ -4,11 +4,14 @@ import sys
 import pytest
 import torch
 
-from merganser.ops.rows import by_rank, sort_rows
+from merganser.ops.rows import by_rank, rank_keys, sort_rows
 
 
 def ranks(magnitudes):
-    return by_rank(magnitudes, torch.arange(magnitudes.shape[1], dtype=torch.float32)).tolist()
+    table = torch.arange(magnitudes.shape[1], dtype=torch.float32)
+    found = by_rank(magnitudes, table)
+    assert torch.equal(by_rank(magnitudes, table, rank_keys(magnitudes)), found)
+    return found.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -33,6 +36,25 @@ def test_looks_up_the_table_in_its_dtype():
     found = by_rank(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([10, 20, 30]))
     assert found.dtype == torch.int64
     assert found.tolist() == [[30, 10, 20]]
+
+
+# 0x3F80_0000 is 1.0; of 900 columns the lower 10 bits are replaced in a key
+@pytest.mark.parametrize("lower", [[0], [0, 1], [3, 1, 2], [1, 0, 1023, 1], [0x400, 0x401, 0x3FF]])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_lower_bits_that_a_key_lacks_decide_between_equal_upper_bits(lower, share):
+    generator = torch.Generator().manual_seed(0)
+    bits = 0x3F800000 + 0x10000 * torch.randint(40, (90, 900), generator=generator, dtype=torch.int32)
+    some = torch.rand(bits.shape, generator=generator) < share
+    bits += some * torch.tensor(lower, dtype=torch.int32)[torch.randint(len(lower), bits.shape, generator=generator)]
+    magnitudes = bits.view(torch.float32)
+    expected = magnitudes.argsort(dim=1, stable=True).argsort(dim=1)
+    assert ranks(magnitudes) == expected.float().tolist()
+
+
+def test_keys_are_for_float32_in_rows_that_leave_room_for_a_column():
+    assert rank_keys(torch.ones(1, 1 << 15)) is not None
+    assert rank_keys(torch.ones(1, (1 << 15) + 1)) is None
+    assert rank_keys(torch.ones(1, 9, dtype=torch.float64)) is None
 
 
 def test_leaves_its_inputs_alone_and_takes_views():

@@ -5,12 +5,14 @@ Nothing here imports torch until it is needed, so that help appears at once.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import os
 import sys
+import threading
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -120,9 +122,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         complain("error", str(error))
         raise SystemExit(2) from None
     except SystemExit as end:
-        if arguments is None and end.code == STOPPED:
-            # exit without joining threads: Python would wait for those that are still merging a block
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(STOPPED)
+        if arguments is None:
+            _leave(end.code)
         raise
+
+
+def _leave(code: Any) -> None:
+    """End this process at once, with an exit code; return if it has to end in Python's own way.
+
+    Python would wait for threads that are still merging a block when the command was stopped. And it would take torch apart,
+    for half a second, before the system takes all memory back anyway.
+    """
+    if code != STOPPED:
+        waited_for = [thread for thread in threading.enumerate() if not thread.daemon]
+        if "torch" not in sys.modules or not isinstance(code, int) or waited_for != [threading.main_thread()]:
+            return
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.module_config import slice_module_config
 from ..anatomy.settings.config import unquantised
-from ..checkpoint import Checkpoint, plan_shards
+from ..checkpoint import Checkpoint, Shard, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import MergeError
 from ..method import MergeMethod
@@ -37,7 +37,7 @@ from .noise import noise_warnings
 from .permutation.apply import permute_members
 from .plan.float8 import quantise_output
 from .plan.from_data import check_weights
-from .plan.gguf import gguf_output
+from .plan.gguf import GgufSummary, gguf_output
 from .plan.memory import default_memory, fit_workers, kept_memory, memory_needs
 from .plan.part import place
 from .plan.plan import Plan
@@ -96,55 +96,33 @@ def build_plan(
     _check_options(out_shard_size, threads, max_memory)
     devices = resolve_devices(device)
     resolver = check_recipe(recipe)
-    if stream:
-        check_stream(recipe, resolver.method)
-    members, input_warnings = _open_all(recipe, cache_dir, stream)
-    check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
-    if match is None:
-        matched = match_vocabularies(recipe, members, cache_dir, stream=stream)
-    else:
-        matched = match(recipe, members, cache_dir)
     limit = max_memory or default_memory()
+    inputs = _open_inputs(recipe, resolver.method, cache_dir, stream, match)
     members, permutation = permute_members(
-        recipe, resolver.method, matched.members, folder=permutations, unmade=unmade, max_memory=limit
+        recipe, resolver.method, inputs.matched.members, folder=permutations, unmade=unmade, max_memory=limit
     )
     alignment, drafts, data = plan_tensors(recipe, resolver, members, permutation, measured)
     if recipe.check_statistics:
         check_weights(data, cache_dir, stream)
-    agreement = compare_configs(members[recipe.donor], members.values(), alignment)
-    agreement += matched.warnings if matched.change else compare_tokens(recipe, members, matched.owner, alignment)
-    config, config_warnings = _config(members[recipe.donor], alignment, drafts)
-    drafts, config, quantise_warnings = quantise_output(recipe, drafts, config)
-    template, template_of, template_warnings = chat_template(recipe, members, matched.owner)
-    drafts, shards, gguf = gguf_output(
-        recipe,
-        drafts,
-        members[recipe.donor].checkpoint,
-        moved_tokens=matched.change is not None,
-        chat_template=template,
-        block=BLOCK,
-    )
-    shards = shards or plan_shards([each for draft in drafts for each in draft.described], out_shard_size, {})
-    donor, owner = members[recipe.donor], matched.owner
-    ending = agree_on_ending(donor, owner, config, template, matched.vocabulary, matched.moved)
-    files = side_files(donor, owner, matched.change)
-    fused, fusion_warnings = _fuses(drafts, devices)
-    tensors = place(drafts, shards)
+    output = _plan_output(recipe, members, inputs.matched, alignment, drafts, out_shard_size)
+    tensors = place(output.drafts, output.shards)
+    fused, fusion_warnings = _fuses(output.drafts, devices)
     wanted = threads or min(os.cpu_count() or 1, 8)
     keeps = all(found.type == "cpu" for found in devices)
-    workers, kept, room = _share_memory(resolver.method, drafts, wanted, fused, limit, keeps=keeps)
+    workers, kept, room = _share_memory(resolver.method, output.drafts, wanted, fused, limit, keeps=keeps)
+    checkpoints = {reference: member.checkpoint for reference, member in members.items()}
     return Plan(
         recipe=recipe,
         method=resolver.method,
-        checkpoints={reference: member.checkpoint for reference, member in members.items()},
+        checkpoints=checkpoints,
         donor=recipe.donor,
         tensors=tensors,
-        shards=shards,
-        config=ending.config,
-        side_files=files,
-        origins=file_origins(donor, owner, files, _configs(ending), template_of, matched.change),
-        chat_template=template,
-        generation_config=ending.generation_config,
+        shards=output.shards,
+        config=output.ending.config,
+        side_files=output.files,
+        origins=output.origins,
+        chat_template=output.template,
+        generation_config=output.ending.generation_config,
         fused=fused,
         seed=seed,
         block=BLOCK,
@@ -155,25 +133,101 @@ def build_plan(
         warnings=[
             *resolver.warnings,
             *resolver.idle_filters(),
-            *input_warnings,
-            *noise_warnings({reference: member.checkpoint for reference, member in members.items()}, tensors),
+            *inputs.warnings,
+            *noise_warnings(checkpoints, tensors),
             *unread_warnings(members),
             *alignment.warnings,
-            *agreement,
-            *config_warnings,
-            *quantise_warnings,
-            *template_warnings,
-            *ending.warnings,
+            *output.warnings,
             *fusion_warnings,
         ],
         differences=resolver.differences(),
-        vocabulary=matched.change,
+        vocabulary=inputs.matched.change,
         statistics=list({own.path: own for each in data for own in (*each.folders, *each.base_folders)}.values()),
         sidecars=plan_sidecars(resolver, tensors, out_shard_size, threads=wanted, max_memory=room),
-        census=take_census(members, alignment, tensors, gguf),
+        census=take_census(members, alignment, tensors, output.gguf),
         permutation=permutation,
-        gguf=gguf,
+        gguf=output.gguf,
     )
+
+
+class _Inputs(NamedTuple):
+    """The opened models of a recipe.
+
+    Args:
+        matched: The models, in one vocabulary.
+        warnings: About how they were opened.
+    """
+
+    matched: Matched
+    warnings: list[str]
+
+
+def _open_inputs(
+    recipe: Recipe, method: MergeMethod, cache_dir: Path | None, stream: bool, match: Match | None
+) -> _Inputs:
+    """Open the models of a recipe, and give them one vocabulary; arguments as for `build_plan`."""
+    if stream:
+        check_stream(recipe, method)
+    members, warnings = _open_all(recipe, cache_dir, stream)
+    check_quantised(recipe, {reference: member.checkpoint for reference, member in members.items()})
+    if match is not None:
+        return _Inputs(match(recipe, members, cache_dir), warnings)
+    return _Inputs(match_vocabularies(recipe, members, cache_dir, stream=stream), warnings)
+
+
+class _Output(NamedTuple):
+    """How the output is stored, and what stands beside its weights.
+
+    Args:
+        drafts: Its tensors, in the dtypes in which they are written.
+        shards: Its weight files.
+        gguf: How it is written as GGUF; None if it is not.
+        ending: Its configs.
+        files: Files to copy, as `Plan.side_files`.
+        origins: As in the plan.
+        template: The chat template to write, if any.
+        warnings: About all of these, and where the models' configs and vocabularies differ.
+    """
+
+    drafts: list[PlannedTensor]
+    shards: list[Shard]
+    gguf: GgufSummary | None
+    ending: Ending
+    files: dict[str, Path]
+    origins: dict[str, list[str]]
+    template: str | None
+    warnings: list[str]
+
+
+def _plan_output(
+    recipe: Recipe,
+    members: Mapping[ModelReference, Member],
+    matched: Matched,
+    alignment: Alignment,
+    drafts: list[PlannedTensor],
+    shard_bytes: int,
+) -> _Output:
+    """Decide how the merged tensors are stored, and what configs and other files the output gets."""
+    donor, owner = members[recipe.donor], matched.owner
+    warnings = compare_configs(donor, members.values(), alignment)
+    warnings += matched.warnings if matched.change else compare_tokens(recipe, members, owner, alignment)
+    config, config_warnings = _config(donor, alignment, drafts)
+    drafts, config, quantise_warnings = quantise_output(recipe, drafts, config)
+    template, template_of, template_warnings = chat_template(recipe, members, owner)
+    drafts, shards, gguf = gguf_output(
+        recipe,
+        drafts,
+        donor.checkpoint,
+        moved_tokens=matched.change is not None,
+        chat_template=template,
+        block=BLOCK,
+    )
+    shards = shards or plan_shards([each for draft in drafts for each in draft.described], shard_bytes, {})
+    ending = agree_on_ending(donor, owner, config, template, matched.vocabulary, matched.moved)
+    files = side_files(donor, owner, matched.change)
+    origins = file_origins(donor, owner, files, _configs(ending), template_of, matched.change)
+    warnings += [*config_warnings, *quantise_warnings, *template_warnings, *ending.warnings]
+    return _Output(drafts, shards, gguf, ending, files, origins, template, warnings)
 
 
 def _configs(ending: Ending) -> list[str]:

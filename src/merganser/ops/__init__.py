@@ -14,7 +14,7 @@ from .middle import collides, keep_middle, middle_cut, middle_norms
 from .order import at_least, magnitude_cut, order_statistic
 from .overlap import average_changes, changed
 from .random import Random
-from .rows import by_rank, sort_rows
+from .rows import by_rank, rank_keys, sort_rows
 from .shares import best, shares
 from .sphere import along, arc, check_directions
 from .sum import check_total, deltas, l1_gain, l1_norms, not_negative, round_down, scaled, squared_norms, weighted_sum
@@ -61,6 +61,7 @@ __all__ = [
     "pack_codes",
     "pack_flags",
     "packed_size",
+    "rank_keys",
     "rank_of",
     "rescales",
     "restores_l1",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .random import Random
-from .rows import by_rank
+from .rows import by_rank, rank_keys
 from .sum import deltas, l1_norms, round_down
 
 
@@ -62,7 +62,8 @@ def magprune(
         # the only element of a row has no rank, so it is kept with probability `density`
         table = density[i] + spread * (2 * rank / (columns - 1) - 1 if columns > 1 else rank)
         # round the probability up to float32; no draw falls in the gap, so nothing changes
-        probability = by_rank(delta.abs(), -round_down(-table, delta.dtype))
+        size = delta.abs()
+        probability = by_rank(size, -round_down(-table, delta.dtype), rank_keys(size))
         keep = rng.keep(i, delta.shape, probability)
         kept.append(_survivors(delta, keep, probability if rescale else None, exact))
     return kept

@@ -11,6 +11,7 @@ are sums over blocks, so the result does not depend on how the work is divided, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, Signature
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from ..method.statistic import AtOnce, Round
 from .histogram import count
 from .sum import not_negative
 
-F = TypeVar("F")
+T = TypeVar("T")
 
 _HIGH = 1 << 15
 # bins of a second histogram: rounding to nearest even gives a bin both of its end points
@@ -61,41 +62,57 @@ def order_statistic(
         wide: Values are float64 and compared to 2**-36 of their size, at the cost of a third pass; the statistic
             is int64, the bits of the float64 values, for `at_least`. Otherwise values are compared as float32.
     """
+    order = _Order(values, ranks, wide)
     names = takes(values)
-    rank_names = takes(ranks)
+    of_ranks = [name for name in takes(ranks) if name not in ("size", "positive")]
+    rounds = [Round(_taking(*names)(order.everything), _taking("measured", "size", *of_ranks)(order.pick))]
+    # number of low bits of the pattern that are still unknown after each later round
+    shifts = (32, 16) if wide else (0,)
+    for shift in shifts:
+        solve = partial(order.finish if shift == shifts[-1] else order.refine, shift)
+        inside = partial(order.inside, shift)
+        rounds.append(Round(_taking("previous", *names)(inside), _taking("measured", "previous")(solve)))
+    return Statistic(tuple(rounds), over=over, when=when, at_once=AtOnce(order.patterns, order.select))
 
-    def measured(given: dict[str, Any]) -> list[Tensor]:
-        found = values(**{name: given[name] for name in names})
-        return [value if wide else comparable(value).float() for value in found]
 
-    @_taking(*names)
-    def everything(**given: Any) -> Tensor:
-        return count([_upper_bits(value) for value in measured(given)], _HIGH)
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """The rounds of an order statistic; arguments as for `order_statistic`."""
 
-    @_taking("measured", "size", *(name for name in rank_names if name not in ("size", "positive")))
-    def pick(measured: Tensor, size: Tensor, **given: Any) -> Tensor:
+    values: Callable[..., Sequence[Tensor]]
+    ranks: Callable[..., Tensor]
+    wide: bool
+
+    def everything(self, **given: Any) -> Tensor:
+        """Count all values by their upper bits."""
+        return count([_upper_bits(value) for value in self._of(given)], _HIGH)
+
+    def pick(self, measured: Tensor, size: Tensor, **given: Any) -> Tensor:
+        """Return the interval of the bin that holds the value of each rank."""
         given.update(size=size, positive=size - measured[:, 0])
-        wanted = ranks(**{name: given[name] for name in rank_names})
+        wanted = self.ranks(**{name: given[name] for name in takes(self.ranks)})
         found, rank = _descend(measured.unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
         outside = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, 0))
         number = measured.gather(1, found)
-        if wide:
-            return _interval(found << 48, (found + 1) << 48, rank, outside, found << 48, number, wide)
+        if self.wide:
+            return _interval(found << 48, (found + 1) << 48, rank, outside, found << 48, number, self.wide)
         # round to nearest even: values halfway between two bins belong to the even one
         middle, odd = found << 16, found & 1
         first = (middle - _HIGH + odd).clamp(min=0)
-        return _interval(first, middle + _HIGH + 1 - odd, rank, outside, middle, number, wide)
+        return _interval(first, middle + _HIGH + 1 - odd, rank, outside, middle, number, self.wide)
 
-    def inside(shift: int, previous: Tensor, **given: Any) -> Tensor:
+    def inside(self, shift: int, previous: Tensor, **given: Any) -> Tensor:
+        """Count the values in the intervals by their next bits, those that equal the common pattern left out."""
         codes = []
-        for value, found in zip(measured(given), previous, strict=True):
+        for value, found in zip(self._of(given), previous, strict=True):
             bits = _patterns(value)
             for first, end, common in found[:, [0, 1, 4]].to(bits.dtype):
                 own = (bits >= first) & (bits < end) & (bits != common)
                 codes.append(torch.where(own, (bits - first) >> shift, torch.full_like(bits, -1)))
         return count(codes, _LOW, few=True)
 
-    def refine(shift: int, measured: Tensor, previous: Tensor) -> Tensor:
+    def refine(self, shift: int, measured: Tensor, previous: Tensor) -> Tensor:
+        """Return the smaller intervals that hold the values of the ranks."""
         first, _, rank, outside, common, number = previous.unbind(-1)
         counts = measured.view(*first.shape, _LOW)
         # add the values that equal the common pattern, which were not counted
@@ -104,37 +121,36 @@ def order_statistic(
         found, rank = _descend(counts, rank)
         first = first + (found << shift)
         number = counts.gather(-1, found.unsqueeze(-1)).squeeze(-1)
-        return _interval(first, first + (1 << shift), rank, outside, common, number, wide)
+        return _interval(first, first + (1 << shift), rank, outside, common, number, self.wide)
 
-    def finish(measured: Tensor, previous: Tensor) -> Tensor:
-        found = refine(shifts[-1], measured, previous)
-        return _decided(found[..., 0], found[..., 3], wide)
+    def finish(self, shift: int, measured: Tensor, previous: Tensor) -> Tensor:
+        """Return the statistic."""
+        found = self.refine(shift, measured, previous)
+        return _decided(found[..., 0], found[..., 3], self.wide)
 
-    def patterns(given: Mapping[str, Any]) -> Tensor:
-        return torch.stack([_patterns(value).reshape(-1) for value in measured(dict(given))])
+    def patterns(self, given: Mapping[str, Any]) -> Tensor:
+        """Return the patterns of all values of a small tensor, shape [S, n]."""
+        return torch.stack([_patterns(value).reshape(-1) for value in self._of(given)])
 
-    def select(found: Tensor, given: Mapping[str, Any], earlier: Mapping[str, Tensor]) -> Tensor:
+    def select(self, found: Tensor, given: Mapping[str, Any], earlier: Mapping[str, Tensor]) -> Tensor:
+        """Return the statistic of each of several small tensors, from their patterns."""
         found = found.cpu()
-        several = {**earlier}
-        if "positive" in rank_names:
+        several, needed = {**earlier}, takes(self.ranks)
+        if "positive" in needed:
+            # the smallest pattern that the first histogram does not count as 0
+            least = 1 << 48 if self.wide else _HIGH + 1
             several["positive"] = (found >= least).count_nonzero(-1).double()
-        own = {name: several[name] for name in rank_names if name in several}
-        shared = {name: given[name] for name in rank_names if name not in several}
+        own = {name: several[name] for name in needed if name in several}
+        shared = {name: given[name] for name in needed if name not in several}
         if own:
-            wanted = torch.vmap(lambda one: ranks(**shared, **one))(own)
+            wanted = torch.vmap(lambda one: self.ranks(**shared, **one))(own)
         else:
-            wanted = ranks(**shared).expand(len(found), -1, -1)
-        return _select(found, wanted, wide)
+            wanted = self.ranks(**shared).expand(len(found), -1, -1)
+        return _select(found, wanted, self.wide)
 
-    # the smallest pattern that the first histogram does not count as 0
-    least = 1 << 48 if wide else _HIGH + 1
-    # number of low bits of the pattern that are still unknown after each later round
-    shifts = (32, 16) if wide else (0,)
-    rounds = [Round(everything, pick)]
-    for shift in shifts:
-        solve = finish if shift == shifts[-1] else _taking("measured", "previous")(partial(refine, shift))
-        rounds.append(Round(_taking("previous", *names)(partial(inside, shift)), solve))
-    return Statistic(tuple(rounds), over=over, when=when, at_once=AtOnce(patterns, select))
+    def _of(self, given: Mapping[str, Any]) -> list[Tensor]:
+        found = self.values(**{name: given[name] for name in takes(self.values)})
+        return [value if self.wide else comparable(value).float() for value in found]
 
 
 def at_least(value: Tensor, cut: Tensor) -> Tensor:
@@ -181,13 +197,15 @@ def comparable(value: Tensor) -> Tensor:
     return value
 
 
-def _taking(*names: str) -> Callable[[F], F]:
+def _taking(*names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Declare the arguments of a function that gets them as `**given`, since it is made for any of a method's."""
     signature = Signature([Parameter(name, Parameter.KEYWORD_ONLY) for name in names])
 
-    def decorate(function: F) -> F:
-        function.__signature__ = signature  # type: ignore[attr-defined]
-        return function
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        # methods have no attributes of their own
+        taken = partial(function)
+        taken.__signature__ = signature  # type: ignore[attr-defined]
+        return taken
 
     return decorate
 

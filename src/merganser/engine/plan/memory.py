@@ -195,7 +195,7 @@ def _raw(tensor: PlannedTensor) -> int:
 
 def _fused(tensor: PlannedTensor) -> int:
     """Return the measured bytes per element of fused kernels' temporaries: 0 unless they rank."""
-    return 8 * len(tensor.inputs) + 24 if tensor.method.scope == "row" and tensor.method.random else 0
+    return 13 * len(tensor.inputs) + 24 if tensor.method.scope == "row" and tensor.method.random else 0
 
 
 def _eager(tensor: PlannedTensor) -> int:
