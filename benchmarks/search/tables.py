@@ -19,11 +19,13 @@ def table(results: Mapping[str, Any]) -> str:
     lines = ["| | measured |", "|---|---|"]
     if "trial" in results:
         found = results["trial"]
-        share = found["trial"] / found["written"]
-        bare = (found["trial"] - found["scoring"]) / (found["written"] - found["scoring"])
+        trial, written, scoring = (found[name] for name in ("trial", "written", "scoring"))
+        bare = trial - scoring
+        same = "of which all items had the same scores" if found["same"] else "of which some items had other scores"
         lines.append(
-            f"| a trial, beside writing the merge and loading it ({found['items']} windows of {found['context']} tokens scored by both) | "
-            f"{found['trial']:.1f} beside {found['written']:.1f} CPU s: {share:.2f}; without the scoring {bare:.2f} |"
+            f"| a trial, beside `merge` and `from_pretrained`, {same} | {bare:.2f} beside {written:.2f} CPU s: {bare / written:.2f}; "
+            f"with {found['items']} windows of {found['context']} tokens scored by both {trial:.2f} beside {written + scoring:.2f}: "
+            f"{trial / (written + scoring):.2f} |"
         )
     for name in sorted(key for key in results if key.startswith("waves")):
         found = results[name]
