@@ -20,12 +20,11 @@ def table(results: Mapping[str, Any]) -> str:
     if "trial" in results:
         found = results["trial"]
         trial, written, scoring = (found[name] for name in ("trial", "written", "scoring"))
-        bare = trial - scoring
-        same = "of which all items had the same scores" if found["same"] else "of which some items had other scores"
+        whole, both = trial + scoring, written + scoring
+        same = "the scores of all items are the same" if found["same"] else "scores of some items differ"
         lines.append(
-            f"| a trial, beside `merge` and `from_pretrained`, {same} | {bare:.2f} beside {written:.2f} CPU s: {bare / written:.2f}; "
-            f"with {found['items']} windows of {found['context']} tokens scored by both {trial:.2f} beside {written + scoring:.2f}: "
-            f"{trial / (written + scoring):.2f} |"
+            f"| a trial, beside `merge` and `from_pretrained` ({same}) | {trial:.2f} beside {written:.2f} CPU s: {trial / written:.2f}; "
+            f"with {found['items']} windows of {found['context']} tokens scored by both {whole:.2f} beside {both:.2f}: {whole / both:.2f} |"
         )
     for name in sorted(key for key in results if key.startswith("waves")):
         found = results[name]

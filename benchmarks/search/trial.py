@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from merganser import merge
 from merganser.evaluation.scoring.journal import Journal
-from merganser.search.bench import Bench, Model
+from merganser.search.bench import Bench
 from merganser.search.items import Table
 
 from .field import Field, cpu
@@ -25,34 +25,34 @@ def measure(field: Field, work: Path) -> dict[str, Any]:
         work: Folder for the merges that are written.
 
     Returns:
-        The mean seconds of a trial with its scoring, of the scoring alone, and of writing and loading the merge; and whether all
-        items of both models had the same scores, to the last bit.
+        The mean seconds of a trial without its scoring, of writing and loading the merge, and of the scoring; and whether all items of
+        both models had the same scores, to the last bit.
     """
     splits = field.bench.table.splits
     trials = Bench(Table(Journal(None), splits), field.bench.settings, field.bench.tokenizers, None)
-    waves = trials.table.waves
+    waves, dtype = trials.table.waves, next(iter(splits.values())).dtype
     # the model that trials overwrite is loaded before the first one
     trials.score(field.base, waves)
     rows = []
     for weight in _WEIGHTS:
         recipe = field.model(field.recipe(weight), f"weight-{weight:g}")
         begin = cpu()
-        trials.score(recipe, waves)
+        made = trials.read(recipe)[dtype]
         row = {"weight": weight, "trial": cpu() - begin}
+        begin = cpu()
+        scores = _scores(trials, made)
+        row["scoring"] = cpu() - begin
         with tempfile.TemporaryDirectory(prefix="written-", dir=work) as scratch:
             begin = cpu()
             merge(Path(str(recipe.reference)), Path(scratch, "model"))
-            dtype = getattr(torch, next(iter(splits.values())).dtype)
-            written = AutoModelForCausalLM.from_pretrained(Path(scratch, "model"), dtype=dtype).eval()
+            loaded = AutoModelForCausalLM.from_pretrained(Path(scratch, "model"), dtype=getattr(torch, dtype)).eval()
             row["written"] = cpu() - begin
-            begin = cpu()
-            row["same"] = _scores(trials, written) == {task: _known(trials, recipe, task) for task in splits}
-            row["scoring"] = cpu() - begin
+            row["same"] = _scores(trials, loaded) == scores
         rows.append(row)
     return {
         "items": trials.table.count(waves),
         "context": field.bench.settings.context,
-        "dtype": sorted({split.dtype for split in splits.values()}),
+        "dtype": dtype,
         "rows": rows,
         **{name: sum(row[name] for row in rows) / len(rows) for name in ("trial", "written", "scoring")},
         "same": all(row["same"] for row in rows),
@@ -67,9 +67,3 @@ def _scores(bench: Bench, model: Any) -> dict[str, list[Any]]:
         ]
         for task, split in bench.table.splits.items()
     }
-
-
-def _known(bench: Bench, model: Model, task: str) -> list[Any]:
-    """Return what was measured of a model in trials, by wave."""
-    found = [bench.table.journal.get(f"{model.key}/{task}", wave) for wave in bench.table.waves]
-    return [content["columns"] for content in found if content is not None]

@@ -93,11 +93,15 @@ class Bench:
         if self._current is None or self._current[0] != model.key:
             # the model that was loaded is overwritten, also where this fails or is interrupted
             self._current = None
-            self._current = (model.key, self._read(model))
+            self._current = (model.key, self.read(model))
         return self._current[1][split.dtype]
 
-    def _read(self, model: Model) -> dict[str, object]:
-        """Return the model with its weights, by dtype."""
+    def read(self, model: Model) -> dict[str, object]:
+        """Merge or read a model and return it loaded, by dtype; the one that was returned before is no longer valid.
+
+        Raises:
+            MergeError: It cannot be merged or loaded.
+        """
         with ExitStack() as stack:
             opened = open_model(
                 open_source(model.reference, stack, cache_dir=self._cache_dir, memory=self._memory), self.tokenizers
