@@ -1,8 +1,8 @@
 """`python -m benchmarks.search [trial|waves|cma|replay|all|table] [options]`: measure searches on the shipped zoo.
 
 `trial` compares a trial with writing its merge to disk and loading it. `waves` carries out the same studies with and without
-waves of items. `cma` compares CMA-ES over the weights of four experts with as many random trials, and `replay` does so on a
-quadratic fitted to all trials so far, which takes no models. Items are few and short, so that a trial takes seconds. Scores
+waves of items. `cma` compares CMA-ES over the weights of four experts with as many random trials, and `replay` does both on
+quadratics, one for each item, fitted to all trials so far, which takes no models. Items are few and short, so that a trial takes seconds. Scores
 are kept in the work folder, and studies continue. Results go to results.json, and `table` writes docs/search.md.
 """
 
@@ -54,7 +54,7 @@ def _measure(part: str, options: argparse.Namespace) -> dict[str, Any]:
                 for sampler in options.samplers
             }
         if part == "replay":
-            return {"replay": studies.replay(field, options.replays, options.trials)}
+            return {"replay": studies.replay(field, options.samplers, options.replays, options.trials)}
         return {"cma": studies.cma(field, options.seeds, options.trials)}
 
 

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.zoo import Zoo
 from merganser.evaluation.run import Wanted
-from merganser.evaluation.scoring.estimate import Estimate
 from merganser.evaluation.scoring.tasks import load_tasks
 from merganser.recipe.document.parsing import parse_mapping
 from merganser.search.bench import Bench, Model, open_bench
@@ -43,6 +42,7 @@ class Field:
         base: The base.
         experts: The experts by domain.
         wanted: How models are scored.
+        stored: Whether studies are kept in journals, and continued.
     """
 
     zoo: Zoo
@@ -51,6 +51,7 @@ class Field:
     base: Model
     experts: dict[str, Model]
     wanted: Wanted
+    stored: bool = True
 
     def judge(self, *, stopping: bool) -> ItemJudge:
         """Return a judge by the mean share of the experts' gain that is kept; base and experts are scored once."""
@@ -91,7 +92,7 @@ class Field:
         """
         space = self.space()
         judge = self.judge(stopping=stopping)
-        journal = self.folder.path / f"{name}.log"
+        journal = self.folder.path / f"{name}.log" if self.stored else None
         study = Study(journal, space.dimensions, [judge.objectives[0].direction], sampler, seed, space.start())
         found = Trials(study, space, judge, self.folder)
         found.run(trials, None, Silent())
@@ -108,9 +109,16 @@ class Field:
             found += Trials(study, space, judge, self.folder).over
         return found
 
-    def held(self, recipe: str) -> Estimate:
-        """Return what a recipe keeps on the items held out."""
-        return self.judge(stopping=False).final(self.model(recipe, f"held-{key_of(recipe)[-8:]}"))[0]
+    def held_out(self, one: str, other: str) -> list[float | None] | None:
+        """Return how much more one recipe keeps than another on the items held out, and the error; None where none is stored."""
+        if not self.stored:
+            return None
+        if one == other:
+            return [0.0, 0.0]
+        judge = self.judge(stopping=False)
+        kept = [judge.final(self.model(recipe, f"held-{key_of(recipe)[-8:]}"))[0] for recipe in (one, other)]
+        difference = kept[0] - kept[1]
+        return [difference.value, difference.stderr]
 
     def count(self, *, held: bool = False) -> int:
         """Return the number of items of trials, or of those held out."""

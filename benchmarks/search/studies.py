@@ -1,16 +1,15 @@
 """Studies of a weight for each of four experts: waves of items on and off, and CMA-ES beside random trials."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from merganser.evaluation.scoring.estimate import Estimate
-from merganser.search.study import Study
 from merganser.search.trials import Trials
 
 from .field import Field, cpu
+from .fitted import FittedBench
 
 
 def waves(field: Field, sampler: str, seeds: int, trials: int) -> dict[str, Any]:
@@ -19,7 +18,7 @@ def waves(field: Field, sampler: str, seeds: int, trials: int) -> dict[str, Any]
     for seed in range(seeds):
         off = field.study(f"{sampler}-{seed}", sampler, seed, trials, stopping=False)
         on = field.study(f"{sampler}-{seed}-waves", sampler, seed, trials, stopping=True)
-        tuned, held = _difference(field, on, off), field.held(_winner(on)) - field.held(_winner(off))
+        tuned = _difference(field, on, off)
         rows.append(
             {
                 "seed": seed,
@@ -30,7 +29,7 @@ def waves(field: Field, sampler: str, seeds: int, trials: int) -> dict[str, Any]
                 "winner_off": _best(off),
                 "winner_on": _best(on),
                 "difference": [tuned.value, tuned.stderr],
-                "difference_held_out": [held.value, held.stderr],
+                "difference_held_out": field.held_out(_winner(on), _winner(off)),
             }
         )
         _say(f"waves {sampler} seed {seed}: {rows[-1]}")
@@ -44,13 +43,12 @@ def cma(field: Field, seeds: int, trials: int) -> dict[str, Any]:
     for seed in range(seeds):
         begin = cpu()
         found = {name: field.study(f"{name}-{seed}", name, seed, trials, stopping=False) for name in ("cma", "random")}
-        held = field.held(_winner(found["cma"])) - field.held(_winner(found["random"]))
         rows.append(
             {
                 "seed": seed,
                 **{name: _best(own) for name, own in found.items()},
                 **{f"{name}_curve": _curve(own) for name, own in found.items()},
-                "difference_held_out": [held.value, held.stderr],
+                "difference_held_out": field.held_out(_winner(found["cma"]), _winner(found["random"])),
                 "cpu": cpu() - begin,
             }
         )
@@ -59,43 +57,20 @@ def cma(field: Field, seeds: int, trials: int) -> dict[str, Any]:
         "trials": trials,
         "items": field.count(),
         "above": sum(row["cma"] > row["random"] for row in rows),
-        "above_held_out": sum(row["difference_held_out"][0] > 0 for row in rows),
         "rows": rows,
     }
 
 
-def replay(field: Field, seeds: int, trials: int) -> dict[str, Any]:
-    """Carry out the same studies on a quadratic fitted to all trials that were scored so far, which costs next to nothing."""
-    space = field.space()
-    names = [dimension.name for dimension in space.dimensions]
-    measured = [trial for trial in field.trials() if trial.whole and trial.same_as is None]
-    if len(measured) <= len(_terms(np.zeros((1, len(names))))[0]):
-        raise SystemExit(
-            f"bench: {len(measured)} trials are too few for a quadratic; measure waves or cma first, with --keep"
-        )
-    points = np.array([[trial.settings[name] for name in names] for trial in measured])
-    values = np.array([trial.values[0] for trial in measured if trial.values])
-    factors, *_ = np.linalg.lstsq(_terms(points), values, rcond=None)
-    best: dict[str, list[float]] = {"cma": [], "random": []}
-    for name, found in best.items():
-        for seed in range(seeds):
-            study = Study(None, space.dimensions, ["maximize"], name, seed, space.start())
-            for _ in range(trials):
-                asked = study.ask()
-                assert asked is not None
-                point = np.array([[asked.point[name] for name in names]])
-                study.tell(asked, [float(_terms(point)[0] @ factors)], {}, {})
-            found.append(max(told.values[0] for told in study.told if told.values))
-    above = sum(a > b for a, b in zip(best["cma"], best["random"], strict=True))
-    error = float(np.std(values - _terms(points) @ factors) * (len(values) / (len(values) - len(factors))) ** 0.5)
-    return {"seeds": seeds, "trials": trials, "above": above, "points": len(values), "error": error, "best": best}
-
-
-def _terms(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return one, the coordinates and their products."""
-    count, size = points.shape
-    pairs = [points[:, i] * points[:, j] for i in range(size) for j in range(i, size)]
-    return np.stack([np.ones(count), *points.T, *pairs], 1)
+def replay(field: Field, samplers: Sequence[str], seeds: int, trials: int) -> dict[str, Any]:
+    """Carry out the same studies on scores that are fitted to the trials so far, which takes no models."""
+    bench = FittedBench(field)
+    fitted = replace(field, bench=bench, stored=False)
+    return {
+        "points": bench.points,
+        "error": bench.error,
+        "cma": cma(fitted, seeds, trials),
+        "waves": [waves(fitted, sampler, seeds, trials) for sampler in samplers],
+    }
 
 
 def _winner(found: Trials) -> str:

@@ -1,14 +1,15 @@
-"""A trial beside writing the merge to disk and loading it: processor time, on the same items."""
+"""A trial beside writing the merge to disk and loading it: processor time; both models are scored on the same items."""
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from merganser import merge
 from merganser.evaluation.scoring.journal import Journal
-from merganser.evaluation.scoring.scorer import Settings
-from merganser.search.bench import Bench, Model
+from merganser.search.bench import Bench
 from merganser.search.items import Table
 
 from .field import Field, cpu
@@ -22,55 +23,47 @@ def measure(field: Field, work: Path) -> dict[str, Any]:
     Args:
         field: Models and items.
         work: Folder for the merges that are written.
+
+    Returns:
+        The mean seconds of a trial without its scoring, of writing and loading the merge, and of the scoring; and whether all items of
+        both models had the same scores, to the last bit.
     """
-    table = field.bench.table
-    settings = field.bench.settings
-    waves = table.waves
+    splits = field.bench.table.splits
+    trials = Bench(Table(Journal(None), splits), field.bench.settings, field.bench.tokenizers, None)
+    waves, dtype = trials.table.waves, next(iter(splits.values())).dtype
     # the model that trials overwrite is loaded before the first one
-    warm = _bench(field, settings)
-    warm.score(field.base, waves)
+    trials.score(field.base, waves)
     rows = []
     for weight in _WEIGHTS:
         recipe = field.model(field.recipe(weight), f"weight-{weight:g}")
         begin = cpu()
-        inside = warm.score(recipe, waves)
-        trial = cpu() - begin
-        scoring = _scoring(warm, recipe)
+        made = trials.read(recipe)[dtype]
+        row = {"weight": weight, "trial": cpu() - begin}
+        begin = cpu()
+        scores = _scores(trials, made)
+        row["scoring"] = cpu() - begin
         with tempfile.TemporaryDirectory(prefix="written-", dir=work) as scratch:
             begin = cpu()
-            out = Path(scratch, "model")
-            merge(Path(str(recipe.reference)), out)
-            cold = _bench(field, settings)
-            outside = cold.score(Model(f"written {weight}", "written", str(out)), waves)
-            written = cpu() - begin
-            shutil.rmtree(out)
-        assert cold.loads == len({split.dtype for split in table.splits.values()})
-        rows.append({"weight": weight, "trial": trial, "written": written, "scoring": scoring})
-        rows[-1]["largest_difference"] = max(abs(inside[name].value - outside[name].value) for name in inside)
+            merge(Path(str(recipe.reference)), Path(scratch, "model"))
+            loaded = AutoModelForCausalLM.from_pretrained(Path(scratch, "model"), dtype=getattr(torch, dtype)).eval()
+            row["written"] = cpu() - begin
+            row["same"] = _scores(trials, loaded) == scores
+        rows.append(row)
     return {
-        "items": table.count(waves),
-        "context": settings.context,
-        "dtype": sorted({split.dtype for split in table.splits.values()}),
+        "items": trials.table.count(waves),
+        "context": field.bench.settings.context,
+        "dtype": dtype,
         "rows": rows,
-        "trial": _mean(rows, "trial"),
-        "written": _mean(rows, "written"),
-        "scoring": _mean(rows, "scoring"),
+        **{name: sum(row[name] for row in rows) / len(rows) for name in ("trial", "written", "scoring")},
+        "same": all(row["same"] for row in rows),
     }
 
 
-def _bench(field: Field, settings: Settings) -> Bench:
-    """Return a bench that has scored and loaded nothing."""
-    return Bench(Table(Journal(None), field.bench.table.splits), settings, field.bench.tokenizers, None)
-
-
-def _scoring(bench: Bench, model: Model) -> float:
-    """Return what scoring a model that is loaded takes."""
-    table, bench.table = bench.table, Table(Journal(None), bench.table.splits)
-    begin = cpu()
-    bench.score(model, table.waves)
-    bench.table = table
-    return cpu() - begin
-
-
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return sum(row[name] for row in rows) / len(rows)
+def _scores(bench: Bench, model: Any) -> dict[str, list[Any]]:
+    """Return what is measured of a loaded model, by task and wave."""
+    return {
+        task: [
+            split.prepared.measure_items(model, split.items(wave)) for wave in bench.table.waves if split.items(wave)
+        ]
+        for task, split in bench.table.splits.items()
+    }

@@ -12,12 +12,15 @@ import pytest
 import torch
 import yaml
 
+from merganser.engine.merge import merge
 from merganser.errors import MergeError
 from merganser.evaluation import evaluate
 from merganser.evaluation.scoring.estimate import Estimate
+from merganser.inference.language_model import LanguageModel, Reused
 from merganser.search import Found, Interrupted, search
 from merganser.search.judge import hopeless
 from merganser.search.trials import Silent, Trial
+from tests.making import assert_equal, read_model
 from tests.search.conftest import RECIPE
 
 TASKS = ["one.jsonl", "two.jsonl", "quiz.jsonl"]
@@ -61,6 +64,21 @@ def test_the_winner_is_a_plain_recipe_with_the_figures_of_eval(tmp_path: Path) -
     held = [end.values[0].value for end in found.ends if end.values]
     assert len(held) == len(found.ends) == 5
     assert [end.name for end in found.ends[1:]] == ["base", "a", "b", "average"]
+
+
+def test_trials_have_the_weights_that_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, load = {}, Reused.load
+
+    def keeping(self: Reused, opened: LanguageModel, *given: Any) -> Any:
+        model = load(self, opened, *given)
+        weights[Path(opened.source.reference).name] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        return model
+
+    monkeypatch.setattr(Reused, "load", keeping)
+    searched(tmp_path / "out", trials=3)
+    for name in ("trial-0001.yaml", "trial-0002.yaml", "trial-0003.yaml"):
+        written = read_model(merge(tmp_path / "out" / "recipes" / name, tmp_path / name).out)
+        assert_equal(weights[name], written)
 
 
 def test_the_halves_share_no_item(tmp_path: Path) -> None:
@@ -181,8 +199,6 @@ def test_the_test_of_hopeless_trials(difference: float, stderr: float, items: in
 
 
 def test_one_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from merganser.inference.language_model import LanguageModel
-
     loads, load = [], LanguageModel.load
 
     def counting(self: LanguageModel, tensors: Mapping[str, torch.Tensor], *given: Any) -> Any:

@@ -10,7 +10,7 @@ from .derived import Rows, derive
 from .dtypes import DTYPE_BY_NAME, DTYPES, DType
 from .folder import Checkpoint, open_checkpoint
 from .layout import INDEX_NAME, Shard, index_json, plan_shards
-from .reader import Reader
+from .reader import MappedFiles, Reader
 from .tensor import TensorInfo, renamed
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "INDEX_NAME",
     "Checkpoint",
     "DType",
+    "MappedFiles",
     "Reader",
     "Rows",
     "Shard",

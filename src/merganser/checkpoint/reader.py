@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from .tensor import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Reader", "fetched_memory"]
+__all__ = ["MappedFiles", "Reader", "fetched_memory"]
 
 # pieces of a stored remote tensor that are kept while values are computed from it: those of columns lie far apart
 _PIECES_OF_COMPUTED = 8
@@ -34,6 +35,30 @@ def fetched_memory(tensors: Iterable[TensorInfo]) -> int:
     return found * 3 // 2
 
 
+class MappedFiles:
+    """Files that are mapped into memory, for inputs that are read again and again; safe to use from many threads at once.
+
+    A file that was changed is mapped anew. If one is made shorter while it is read, the system ends the process.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, int, int], Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def open(self, path: Path) -> Tensor | None:
+        """Return the bytes of a file, uint8; None if it cannot be mapped. Writing to them does not change the file."""
+        import torch
+
+        with self._lock, contextlib.suppress(OSError, RuntimeError):
+            status = path.stat()
+            about = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if path not in self._known or self._known[path][0] != about:
+                mapped = torch.from_file(str(path), shared=False, size=status.st_size, dtype=torch.uint8)
+                self._known[path] = about, mapped
+            return self._known[path][1]
+        return None
+
+
 class Reader:
     """Reads tensors of any number of checkpoints; safe to use from many threads at once.
 
@@ -43,11 +68,14 @@ class Reader:
     Args:
         max_open_files: The largest number of files that stay open between reads.
         fetched: Bytes of remote tensors that are kept in memory between reads, about; 0 if most is read once and whole.
+        mapped: Takes files that `view` gives parts of; None for none.
     """
 
-    def __init__(self, max_open_files: int = MAX_OPEN, *, fetched: int = 0) -> None:
+    def __init__(self, max_open_files: int = MAX_OPEN, *, fetched: int = 0, mapped: MappedFiles | None = None) -> None:
         self._files: Descriptors[Path] = Descriptors(max_open_files)
         self._pieces = Pieces(fetched)
+        self._mapped = mapped
+        self._views: dict[Path, Tensor | None] = {}
 
     def __enter__(self) -> Reader:
         return self
@@ -94,6 +122,24 @@ class Reader:
                 f"{tensor.file}: tensor {tensor.name!r}: truncated: the file ends at byte {offset + count}, "
                 f"the tensor at byte {tensor.offset + tensor.nbytes}; was the file changed meanwhile?"
             )
+
+    def view(self, tensor: TensorInfo, start: int, nbytes: int) -> Tensor | None:
+        """Return bytes of a tensor where they lie in its mapped file, uint8; None if they must be read.
+
+        Args:
+            tensor: What to return.
+            start: The first byte wanted, counted from the beginning of the tensor.
+            nbytes: How many.
+        """
+        if self._mapped is None or tensor.source is not None or tensor.remote is not None:
+            return None
+        if tensor.file not in self._views:
+            self._views[tensor.file] = self._mapped.open(tensor.file)
+        whole, offset = self._views[tensor.file], tensor.offset + start
+        # where the file ends too early, reading says so
+        if whole is None or offset % tensor.dtype.itemsize or offset + nbytes > whole.numel():
+            return None
+        return whole[offset : offset + nbytes]
 
     def tensor(self, tensor: TensorInfo) -> Tensor:
         """Read a whole tensor, in its own dtype and shape.

@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..jsonfile import exists
 from ..recipe import Recipe, load_recipe, load_recipes
 from ..version import __version__
 from .stored import Source, hash_checkpoint, hash_of, open_stored, xxh3_of_file
+
+if TYPE_CHECKING:
+    from ..engine.in_memory import Memory
 
 Reference = str | Path | Recipe | Mapping[str, Any]
 """A model: a path or Hub id, a loaded recipe, or a recipe as a mapping."""
@@ -27,7 +30,9 @@ def split_name(text: str) -> tuple[str | None, str]:
     return match[1], match[2]
 
 
-def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | None = None) -> Source:
+def open_source(
+    reference: Reference, stack: ExitStack, *, cache_dir: Path | None = None, memory: Memory | None = None
+) -> Source:
     """Open a model.
 
     Args:
@@ -36,6 +41,7 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
             loaded or as a mapping.
         stack: Deletes temporary results of earlier stages of a recipe when it is closed, after the evaluation.
         cache_dir: Folder for models from the Hub.
+        memory: Memory that merges share; then what is read of a recipe is valid until the next one is.
 
     Raises:
         MergeError: It does not exist, is damaged, or is a recipe that cannot be merged.
@@ -43,14 +49,16 @@ def open_source(reference: Reference, stack: ExitStack, *, cache_dir: Path | Non
     if isinstance(reference, Mapping):
         reference = load_recipe(reference)
     if isinstance(reference, Recipe):
-        return _open_recipe([reference], reference.name or "recipe", stack, cache_dir)
+        return _open_recipe([reference], reference.name or "recipe", stack, cache_dir, memory)
     text = str(reference)
     if text.endswith((".yaml", ".yml")) and not Path(text).is_dir():
-        return _open_recipe(load_recipes(text), text, stack, cache_dir)
+        return _open_recipe(load_recipes(text), text, stack, cache_dir, memory)
     return open_stored(text, cache_dir=cache_dir)
 
 
-def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None) -> Source:
+def _open_recipe(
+    recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_dir: Path | None, memory: Memory | None
+) -> Source:
     """Plan a recipe; earlier stages are merged immediately, into a temporary folder."""
     from ..anatomy.settings.config import unquantised
     from ..engine.in_memory import merge_to_state_dict
@@ -69,5 +77,5 @@ def _open_recipe(recipes: Sequence[Recipe], text: str, stack: ExitStack, cache_d
         plan.side_files,
         {} if plan.chat_template is None else {"chat_template.jinja": plan.chat_template},
         lambda: digest,
-        lambda: merge_to_state_dict(plan),
+        lambda: merge_to_state_dict(plan, memory=memory),
     )

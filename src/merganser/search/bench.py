@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..engine.in_memory import Memory
 from ..errors import MergeError, TaskError
 from ..evaluation.run import Wanted
 from ..evaluation.scoring.batches import Refused, Scorable
@@ -61,6 +62,7 @@ class Bench:
         self.settings = settings
         self.tokenizers = tokenizers
         self._cache_dir = cache_dir
+        self._memory = Memory()
         self._loaded: dict[str, Reused] = {}
         self._current: tuple[str, dict[str, object]] | None = None
 
@@ -78,7 +80,6 @@ class Bench:
                     loaded = self._load(model, split)
                     columns = split.prepared.measure_items(loaded, split.items(wave))
                 except (MergeError, Refused) as error:
-                    self._current = None
                     raise Failed(str(error)) from error
                 self.table.add(model.key, task, wave, columns, model.name, time.monotonic() - begin)
         return self.table.figures(model.key, waves)
@@ -90,15 +91,21 @@ class Bench:
 
     def _load(self, model: Model, split: Split) -> object:
         if self._current is None or self._current[0] != model.key:
-            self._current = (model.key, self._read(model))
+            # the model that was loaded is overwritten, also where this fails or is interrupted
+            self._current = None
+            self._current = (model.key, self.read(model))
         return self._current[1][split.dtype]
 
-    def _read(self, model: Model) -> dict[str, object]:
-        """Return the model with its weights, by dtype."""
+    def read(self, model: Model) -> dict[str, object]:
+        """Merge or read a model and return it loaded, by dtype; the one that was returned before is no longer valid.
+
+        Raises:
+            MergeError: It cannot be merged or loaded.
+        """
         with ExitStack() as stack:
             opened = open_model(
-                open_source(model.reference, stack, cache_dir=self._cache_dir), self.tokenizers
-            )  # fmt: skip
+                open_source(model.reference, stack, cache_dir=self._cache_dir, memory=self._memory), self.tokenizers
+            )
             _check_tokenizer(opened, self.tokenizers)
             tensors = opened.source.read()
         found = {}

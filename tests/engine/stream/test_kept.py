@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from merganser.checkpoint import Reader
-from merganser.engine.in_memory import merge_to_state_dict
+from merganser.engine.in_memory import Memory, merge_to_state_dict
 from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
 from merganser.engine.plan.memory import kept_bytes
@@ -80,6 +80,10 @@ def test_a_state_dict_is_made_of_what_is_kept(tmp_path, small_blocks, reads):
     found = merge_to_state_dict(planned)
     assert times(reads, large_ones(planned)) == {1}
     assert_equal(found, read_model(merge(recipe, tmp_path / "out").out))
+    reads.clear()
+    mapped = merge_to_state_dict(planned, memory=Memory())
+    assert not reads
+    assert_equal(mapped, found)
 
 
 def test_what_is_measured_over_the_model_is_not_kept(tmp_path, small_blocks, reads):

@@ -42,9 +42,11 @@ class CachedInputs:
         found, place = [], 0
         for source in self._inputs:
             size = source.dtype.itemsize
-            data = self.memory[place + start * size : place + end * size]
-            if start not in self._starts:
-                reader.read_into(source, start * size, data.numpy().data)
+            data = reader.view(source, start * size, (end - start) * size)
+            if data is None:
+                data = self.memory[place + start * size : place + end * size]
+                if start not in self._starts:
+                    reader.read_into(source, start * size, data.numpy().data)
             found.append(data.view(getattr(torch, source.dtype.name)))
             place += aligned(source.nbytes)
         self._starts.add(start)
@@ -82,7 +84,7 @@ class InputCache:
 
 
 class InputBuffer:
-    """A buffer that inputs are read into; returned tensors are valid until the next read.
+    """A buffer that inputs are read into, unless their files are mapped; returned tensors are valid until the next read.
 
     Args:
         reader: Reads the files.
@@ -104,11 +106,9 @@ class InputBuffer:
         spans = [
             (source, start * source.dtype.itemsize, (end - start) * source.dtype.itemsize) for source in tensor.inputs
         ]
-        places, total = self._fill(spans)
-        return [
-            _typed(self._buffer, source, place, nbytes)
-            for (source, _, nbytes), place in zip(spans, places, strict=True)
-        ], total
+        pieces = self._fill(spans)
+        found = [_typed(piece, source) for piece, source in zip(pieces, tensor.inputs, strict=True)]
+        return found, sum(piece.nbytes for piece in pieces)
 
     def read_bundle(self, tensors: Sequence[PlannedTensor]) -> BundleInputs:
         """Read all inputs of several tensors; inputs that are adjacent in a file are read with one call."""
@@ -118,23 +118,24 @@ class InputBuffer:
             owners = [i for i, own in enumerate(inputs) if k < len(own)]
             runs += _adjacent(owners, [inputs[i][k] for i in owners])
         spans = [(replace(run.sources[0], nbytes=run.nbytes), 0, run.nbytes) for run in runs]
-        starts, nbytes = self._fill(spans)
-        return BundleInputs([len(own) for own in inputs], runs, starts, self._buffer, nbytes)
+        return BundleInputs([len(own) for own in inputs], runs, self._fill(spans))
 
-    def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> tuple[list[int], int]:
-        """Read byte ranges into the buffer, one after another; return their starts, and the bytes read."""
-        places, total = [], 0
-        for _, _, nbytes in spans:
-            places.append(total)
-            total += aligned(nbytes)
+    def _fill(self, spans: Sequence[tuple[TensorInfo, int, int]]) -> list[Tensor]:
+        """Return byte ranges, uint8: of mapped files as they lie there, of others read into the buffer."""
+        pieces = [None if self._pinned else self._reader.view(*span) for span in spans]
+        total = sum(aligned(nbytes) for (_, _, nbytes), piece in zip(spans, pieces, strict=True) if piece is None)
         if self._buffer.numel() < total:
             # free the old buffer before the new one is allocated
             self._buffer = torch.empty(0, dtype=torch.uint8)
             self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=self._pinned)
-        memory = self._buffer.numpy().data
-        for (source, start, nbytes), place in zip(spans, places, strict=True):
-            self._reader.read_into(source, start, memory[place : place + nbytes])
-        return places, sum(nbytes for _, _, nbytes in spans)
+        found, place = [], 0
+        for (source, start, nbytes), piece in zip(spans, pieces, strict=True):
+            if piece is None:
+                piece = self._buffer[place : place + nbytes]
+                self._reader.read_into(source, start, piece.numpy().data)
+                place += aligned(nbytes)
+            found.append(piece)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ class _Run:
         """Their bytes together."""
         return sum(source.nbytes for source in self.sources)
 
-    def places(self, start: int) -> list[int]:
+    def places(self, start: int = 0) -> list[int]:
         """Return where each begins, and where the last one ends, if the first begins at `start`, bytes."""
         return list(accumulate((source.nbytes for source in self.sources), initial=start))
 
@@ -171,29 +172,19 @@ def _adjacent(owners: Sequence[int], sources: Sequence[TensorInfo]) -> list[_Run
 
 
 class BundleInputs:
-    """The inputs of several small tensors in a worker's buffer; valid until the next read.
+    """The inputs of several small tensors; valid until the next read.
 
     Args:
         counts: The number of inputs of each tensor.
         runs: The inputs, as runs of adjacent ones: first those of the first inputs of all tensors.
-        starts: Where each run begins in the buffer, bytes.
-        buffer: The buffer, uint8.
-        nbytes: The bytes that were read.
+        pieces: The bytes of each run, uint8.
     """
 
-    def __init__(
-        self,
-        counts: Sequence[int],
-        runs: Sequence[_Run],
-        starts: Sequence[int],
-        buffer: Tensor,
-        nbytes: int,
-    ) -> None:
-        self.nbytes = nbytes
+    def __init__(self, counts: Sequence[int], runs: Sequence[_Run], pieces: Sequence[Tensor]) -> None:
+        self.nbytes = sum(piece.nbytes for piece in pieces)
         self._counts = counts
         self._runs = runs
-        self._starts = starts
-        self._buffer = buffer
+        self._pieces = pieces
 
     @cached_property
     def columns(self) -> list[Tensor] | None:
@@ -204,19 +195,19 @@ class BundleInputs:
         if {*self._counts} != {len(self._runs)}:
             return None
         found = []
-        for run, start in zip(self._runs, self._starts, strict=True):
+        for run, piece in zip(self._runs, self._pieces, strict=True):
             dtype = run.sources[0].dtype
             if any(source.dtype is not dtype for source in run.sources):
                 return None
-            found.append(self._buffer[start : start + run.nbytes].view(getattr(torch, dtype.name)))
+            found.append(piece.view(getattr(torch, dtype.name)))
         return found
 
     @cached_property
     def each(self) -> list[list[Tensor]]:
         """The inputs of each tensor, flat."""
         found: list[list[Tensor]] = [[] for _ in self._counts]
-        for run, start in zip(self._runs, self._starts, strict=True):
-            for i, value in zip(run.owners, self._parts(run, start), strict=True):
+        for run, piece in zip(self._runs, self._pieces, strict=True):
+            for i, value in zip(run.owners, _parts(run, piece), strict=True):
                 found[i].append(value)
         return found
 
@@ -227,9 +218,9 @@ class BundleInputs:
             cuts: Where the inputs of each tensor are cut, from `digest_cuts`.
         """
         found: list[list[bytes]] = [[] for _ in self._counts]
-        memory = self._buffer.numpy().data
-        for run, start in zip(self._runs, self._starts, strict=True):
-            for i, (first, end) in zip(run.owners, pairwise(run.places(start)), strict=True):
+        for run, piece in zip(self._runs, self._pieces, strict=True):
+            memory = piece.numpy().data
+            for i, (first, end) in zip(run.owners, pairwise(run.places()), strict=True):
                 data = memory[first:end]
                 # most are hashed in one piece
                 found[i].append(
@@ -237,20 +228,19 @@ class BundleInputs:
                 )
         return list(chain.from_iterable(found))
 
-    def _parts(self, run: _Run, start: int) -> Sequence[Tensor]:
-        """Return views of a run in the buffer, flat, in their dtypes."""
-        places, sources = run.places(start), run.sources
-        dtype = sources[0].dtype
-        if start % dtype.itemsize or any(source.dtype is not dtype for source in sources):
-            return [_typed(self._buffer, own, at, own.nbytes) for own, at in zip(sources, places[:-1], strict=True)]
-        whole = self._buffer[start : places[-1]].view(getattr(torch, dtype.name))
-        return torch.split(whole, [source.nbytes // dtype.itemsize for source in sources])
+
+def _parts(run: _Run, piece: Tensor) -> Sequence[Tensor]:
+    """Return views of a run, flat, in their dtypes."""
+    sources, dtype = run.sources, run.sources[0].dtype
+    if any(source.dtype is not dtype for source in sources):
+        parts = [piece[first:end] for first, end in pairwise(run.places())]
+        return [_typed(part, source) for part, source in zip(parts, sources, strict=True)]
+    return torch.split(piece.view(getattr(torch, dtype.name)), [each.nbytes // dtype.itemsize for each in sources])
 
 
-def _typed(buffer: Tensor, source: TensorInfo, place: int, nbytes: int) -> Tensor:
-    """Return a part of a buffer as a flat tensor in its input's dtype."""
-    data = buffer[place : place + nbytes]
-    if place % source.dtype.itemsize:
+def _typed(data: Tensor, source: TensorInfo) -> Tensor:
+    """Return bytes as a flat tensor in its input's dtype."""
+    if data.data_ptr() % source.dtype.itemsize:
         data = data.clone()
     return data.view(getattr(torch, source.dtype.name))
 

@@ -53,6 +53,7 @@ class Context:
         advance: Called with additional bytes read, bytes written and tensors completed.
         stopping: Returns whether workers should stop after their current block.
         allow_nonfinite: Merge NaN and infinity.
+        recorded: Whether to hash and measure what is read and written, for the run record.
     """
 
     reader: Reader
@@ -61,6 +62,7 @@ class Context:
     advance: Callable[[int, int, int], None]
     stopping: Callable[[], bool]
     allow_nonfinite: bool
+    recorded: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ class Done:
 
     Args:
         sums: For a measuring task: one per tensor of the group, or a single one if it is over the model.
-        entry: For a combining task: its journal entry, with hashes of what was read and written.
+        entry: For a combining task that is recorded: its journal entry, with hashes of what was read and written.
     """
 
     sums: Sequence[Sum] = ()
@@ -128,8 +130,8 @@ class Worker:
                 sums[0 if over == "model" else i].add((tensor.name, task.segment), total)
         return sums
 
-    def _combine_segment(self, state: GroupState, task: Task, run: TensorRun) -> dict[str, Any]:
-        group, known = state.group, state.known[0]
+    def _combine_segment(self, state: GroupState, task: Task, run: TensorRun) -> dict[str, Any] | None:
+        group, known, recorded = state.group, state.known[0], self._c.recorded
         tensor = group.tensors[0]
         ranges = self._ranges(run, group, task.segment)
         for other in tensor.inputs if state.kept is None else ():
@@ -141,7 +143,7 @@ class Worker:
         sample: list[dict[str, Any]] = []
         for start, end in ranges:
             inputs = self._read(tensor, start, end, state.kept)
-            for found, data in zip(hashes, inputs, strict=True):
+            for found, data in zip(hashes, inputs, strict=True) if recorded else ():
                 found += block_digests(tensor.shape, start, end, _bytes(data), tensor.block_limit)
             merged = self._merge(run, tensor, known, start, end, inputs)
             if tensor.gguf is not None:
@@ -154,27 +156,35 @@ class Worker:
                 scales.append(own)
             else:
                 written += self._write(tensor, start, merged)
-            if start == 0:
+            if start == 0 and recorded:
                 sample = measure_samples([tensor], [inputs], [merged])
         if scales:
             written += self._write_scales(tensor, ranges[0][0], ranges[-1][1], torch.cat(scales))
+        self._c.advance(0, 0, 1 if task.segment == len(group.segments) - 1 else 0)
+        if not recorded:
+            return None
         entry: dict[str, Any] = {"in": [_hex(found) for found in hashes], "out": _hex(written)}
         if sample:
             entry["sample"] = sample
-        self._c.advance(0, 0, 1 if task.segment == len(group.segments) - 1 else 0)
         return entry
 
-    def _combine_bundle(self, state: GroupState, *, measure: bool) -> dict[str, Any]:
+    def _combine_bundle(self, state: GroupState, *, measure: bool) -> dict[str, Any] | None:
         """Merge many small tensors; adjacent inputs are read, and the results written, with one call."""
         tensors = state.group.tensors
         inputs = self._buffer.read_bundle(tensors)
         self._c.advance(inputs.nbytes, 0, 0)
+        outputs: list[Tensor] = []
         whole = self._merge_whole(state, inputs)
         if whole is not None:
             written = self._write(tensors[0], 0, whole)
-            sample = measure_columns(tensors, inputs.columns or (), whole)
         else:
             outputs, written = self._merge_bundle(state, inputs.each, measure=measure)
+        self._c.advance(0, 0, len(tensors))
+        if not self._c.recorded:
+            return None
+        if whole is not None:
+            sample = measure_columns(tensors, inputs.columns or (), whole)
+        else:
             sample = measure_samples(tensors, inputs.each, outputs)
         # many tensors share a shape, so compute the cuts once per shape
         cuts = {
@@ -182,7 +192,6 @@ class Worker:
             for shape in {tensor.shape for tensor in tensors}
         }
         hashes = inputs.digests([cuts[tensor.shape] for tensor in tensors])
-        self._c.advance(0, 0, len(tensors))
         return {"in": _hex(hashes), "out": _hex(written), "sample": sample}
 
     def _merge_whole(self, state: GroupState, inputs: BundleInputs) -> Tensor | None:
@@ -301,14 +310,14 @@ class Worker:
         data = _bytes(scales)
         self._c.output.write(shard, offset, data)
         self._c.advance(0, data.nbytes, 0)
-        return [digest(data)]
+        return self._digests(data)
 
     def _write(self, tensor: PlannedTensor, start: int, merged: Tensor) -> list[bytes]:
         data = _bytes(merged)
         shard, offset, _ = tensor.span(start, start)
         self._c.output.write(shard, offset, data)
         self._c.advance(0, data.nbytes, 0)
-        return [digest(data)]
+        return self._digests(data)
 
     def _write_together(self, tensors: Sequence[PlannedTensor], outputs: Sequence[Tensor]) -> list[bytes]:
         """Write a bundle with one call; its tensors are adjacent in the output."""
@@ -317,7 +326,11 @@ class Worker:
         data = b"".join(_bytes(output) for output in outputs)
         self._c.output.write(tensors[0].shard, tensors[0].offset, memoryview(data))
         self._c.advance(0, len(data), 0)
-        return [digest(data)]
+        return self._digests(data)
+
+    def _digests(self, data: bytes | memoryview) -> list[bytes]:
+        """Return the hash of what was written; nothing where none is recorded."""
+        return [digest(data)] if self._c.recorded else []
 
 
 def check_encodable(tensor: PlannedTensor, merged: Tensor) -> None:
