@@ -22,7 +22,7 @@ def tables(results: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[s
     lines = [
         "Mixtures of experts with ridge routers (with the base's shared parts, or their average), and models that choose parts of "
         "their tasks by the text (*routed*, *gates*) or are told the task: mean / worst domain, in percent; then the share of "
-        "right choices, and what is stored beside the shared model, in percent of the experts' bytes.",
+        "windows of the test texts for which the choice is right (the expert or part that has most of a window), and what is stored beside the shared model, in percent of the experts' bytes.",
         "",
         f"| | {' | '.join(titles[name] for name in found)} |",
         f"|---|{'---|' * len(found)}",
