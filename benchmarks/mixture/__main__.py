@@ -24,6 +24,8 @@ from ..merge import hardware
 from ..merge.checkpoints import Models, Shape, make_models, shape_of
 from ..merge.measure import run
 
+NAMES = ("linear", "mixture", "mixture, shared parts averaged")
+
 _COMMAND = """
 import sys
 from merganser.cli import app
@@ -48,6 +50,7 @@ def main() -> int:
     parser.add_argument("--distinct", type=int, metavar="N", help="experts that are not links (default: all)")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
+    parser.add_argument("--recipes", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--work", type=Path, help="folder for models and outputs (default: a temporary one)")
     options = parser.parse_args()
     small = Shape(hidden=768, ffn=2048, layers=options.layers, vocab=16384, heads=12)
@@ -58,6 +61,8 @@ def main() -> int:
         models = linked(made, options.models)
         for _ in range(options.repeat):
             for name, command in commands(models, work, options.threads).items():
+                if name not in options.recipes:
+                    continue
                 row = {"what": name, "weights": shape.parameters, "models": options.models}
                 row |= measure(name, command, models, work, options.threads)
                 sys.stdout.write(f"{json.dumps(row)}\n")
@@ -91,11 +96,8 @@ def recipes(models: Models) -> dict[str, dict[str, Any]]:
     }
     listed = [{"model": str(path), "parameters": {"weight": 1}} for path in models.experts]
     averaged = {"merge_method": "linear", "parameters": {"weight": 1}}
-    return {
-        "linear": {"merge_method": "linear", "models": listed},
-        "mixture": mixture,
-        "mixture, shared parts averaged": {**mixture, "shared": averaged},
-    }
+    found = ({"merge_method": "linear", "models": listed}, mixture, {**mixture, "shared": averaged})
+    return dict(zip(NAMES, found, strict=True))
 
 
 def commands(models: Models, work: Path, threads: int) -> dict[str, list[str]]:
