@@ -21,7 +21,7 @@ def line(model, mean, **extra):
 
 def test_the_table_has_a_column_for_each_set(tmp_path):
     rows = {
-        "two": [line("mixture", 0.5), line("mixture", 0.934, router_right=0.987)],
+        "two": [line("mixture", 0.5), line("mixture", 0.934, router_right=0.987, sequences=16, length=256)],
         "four": [line("twin, routed", 0.9, right={"a": 1.0, "b": 0.9}, stored_share=0.12), line("mixture", None)],
         "eight": [],
     }
@@ -32,6 +32,7 @@ def test_the_table_has_a_column_for_each_set(tmp_path):
         "| mixture | 93 / 83; 99 right | failed |",
         "| twin, routed |  | 90 / 80; 95 right; 12 stored |",
     ]
+    assert text.splitlines()[0].endswith("made from 16 sequences of 256 tokens of each train text.")
     assert tables({"two": []}, titles) == []
     write(tmp_path / "two.jsonl", result("linear", 0.4))
     write(tmp_path / "routed" / "two.jsonl", *rows["two"])
