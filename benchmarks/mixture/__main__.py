@@ -3,7 +3,8 @@
 Each is a process of its own. A line per run says what it took: seconds of the processor (wall time says nothing on a busy machine),
 peak memory, and bytes read and written by the process, beside the least that they can be: what the output is made of, read
 once, and the output, written once. Recipes differ in what the output is, so seconds are also given for each gigabyte that is
-read or written. Router rows are random: those from text need the models to run, which is not building.
+read or written. Router rows are random: those from text need the models to run, which is not building. `--distinct N` makes N
+experts, and the others links to their files: less of the disk is needed, and as much is read.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ from merganser.engine.merge import plan
 from merganser.mixture.run import plan_mixture
 
 from ..merge import hardware
-from ..merge.checkpoints import Models, Shape, make_models
+from ..merge.checkpoints import Models, Shape, make_models, shape_of
 from ..merge.measure import run
+
+NAMES = ("linear", "mixture", "mixture, shared parts averaged")
 
 _COMMAND = """
 import sys
@@ -42,22 +46,42 @@ def main() -> int:
     parser.add_argument(
         "--layers", type=int, default=12, metavar="N", help="of 6.6 million weights each, beside 12 million"
     )
+    parser.add_argument("--billions", type=float, metavar="B", help="weights of each model, in place of --layers")
+    parser.add_argument("--distinct", type=int, metavar="N", help="experts that are not links (default: all)")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
+    parser.add_argument("--recipes", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--work", type=Path, help="folder for models and outputs (default: a temporary one)")
     options = parser.parse_args()
-    shape = Shape(hidden=768, ffn=2048, layers=options.layers, vocab=16384, heads=12)
+    small = Shape(hidden=768, ffn=2048, layers=options.layers, vocab=16384, heads=12)
+    shape = small if options.billions is None else shape_of(options.billions)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        models = make_models(work / "models", shape.tensors, options.models, shape.config)
+        made = make_models(work / "models", shape.tensors, options.distinct or options.models, shape.config)
+        models = linked(made, options.models)
         for _ in range(options.repeat):
             for name, command in commands(models, work, options.threads).items():
+                if name not in options.recipes:
+                    continue
                 row = {"what": name, "weights": shape.parameters, "models": options.models}
                 row |= measure(name, command, models, work, options.threads)
                 sys.stdout.write(f"{json.dumps(row)}\n")
                 sys.stdout.flush()
         sys.stdout.write(f"{json.dumps(hardware.describe(work))}\n")
     return 0
+
+
+def linked(models: Models, count: int) -> Models:
+    """Return as many experts, the further ones folders of hard links to the files of those that there are."""
+    experts = list(models.experts)
+    for number in range(len(experts), count):
+        folder = models.base.parent / f"expert-{number + 1}"
+        folder.mkdir(exist_ok=True)
+        for file in experts[number % len(models.experts)].iterdir():
+            if not (folder / file.name).exists():
+                (folder / file.name).hardlink_to(file)
+        experts.append(folder)
+    return replace(models, experts=tuple(experts[:count]))
 
 
 def recipes(models: Models) -> dict[str, dict[str, Any]]:
@@ -72,11 +96,8 @@ def recipes(models: Models) -> dict[str, dict[str, Any]]:
     }
     listed = [{"model": str(path), "parameters": {"weight": 1}} for path in models.experts]
     averaged = {"merge_method": "linear", "parameters": {"weight": 1}}
-    return {
-        "linear": {"merge_method": "linear", "models": listed},
-        "mixture": mixture,
-        "mixture, shared parts averaged": {**mixture, "shared": averaged},
-    }
+    found = ({"merge_method": "linear", "models": listed}, mixture, {**mixture, "shared": averaged})
+    return dict(zip(NAMES, found, strict=True))
 
 
 def commands(models: Models, work: Path, threads: int) -> dict[str, list[str]]:

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--set", default="four", help="which experts (see config.json)")
     parser.add_argument(
-        "--models", type=lambda text: text.split(","), default=[*MODELS], help=f"some of: {', '.join(MODELS)}"
+        "--models", nargs="+", choices=[*MODELS], default=[*MODELS], metavar="MODEL", help=", ".join(MODELS)
     )
     parser.add_argument("--shipped", action="store_true", help="take the unpacked adapters of the repository")
     parser.add_argument("--windows", type=int, default=None, help="windows of each text (default: as in config.json)")
@@ -117,10 +117,35 @@ def _mixture(shared: Mapping[str, Any] | None) -> _Make:
         }
         if shared is not None:
             recipe["shared"] = dict(shared)
-        record = mix(recipe, out).record
-        return str(out), {"router_right": record["mixture"]["router"]["right"]}
+        return str(out), {"router_right": mix(recipe, out).record["mixture"]["router"]["right"]}
 
     return make
+
+
+@torch.inference_mode()
+def right_windows(out: Path, texts: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, float]:
+    """Return for each expert for which share of windows it is the first choice most often, over all tokens and layers.
+
+    Args:
+        out: A mixture whose experts are those of the texts, in their order.
+        texts: Test text of each expert.
+        config: Number and length of the windows.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
+    length, found = config["context"], {}
+    for number, (domain, file) in enumerate(texts.items()):
+        ids = tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"][: length * config["windows"]]
+        most = []
+        for start in range(0, len(ids), length):
+            window = torch.tensor([ids[start : start + length]])
+            logits = model(window, output_router_logits=True, use_cache=False).router_logits
+            first = torch.cat([own.argmax(-1) for own in logits])
+            most.append(int(first.bincount(minlength=len(texts)).argmax()))
+        found[domain] = most.count(number) / len(most)
+    return found
 
 
 def _sidecars(method: str, choice: str) -> _Make:
@@ -152,7 +177,7 @@ def _gates(kind: str) -> _Make:
         reference = f"{zoo.base}+{out}"
         report = make_gates(reference, _each(data), kind, length=drawn["length"], windows=drawn["sequences"])
         size = sum(file.stat().st_size for path in experts.values() for file in path.glob("*.safetensors"))
-        return f"{reference}#gates", {"stored_share": report.part_bytes / size, "right": report.right}
+        return f"{reference}#gates", {"stored_share": report.part_bytes / size}
 
     return make
 
@@ -183,6 +208,8 @@ def _evaluated(
     content = json.loads((work / "test.json").read_text(encoding="utf-8"))
     shares = {domain: found.right("merge", domain) for domain in experts if found.models["merge"].failed is None}
     right = {domain: share for domain, share in shares.items() if share is not None}
+    if "#" not in reference and not found.models["merge"].failed:
+        right = right_windows(Path(reference), {domain: zoo.texts[domain]["test"] for domain in experts}, config)
     return {
         "retention": content["retention"]["models"]["merge"],
         "failed": found.models["merge"].failed,

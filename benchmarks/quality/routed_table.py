@@ -22,13 +22,21 @@ def tables(results: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[s
     lines = [
         "Mixtures of experts with ridge routers (with the base's shared parts, or their average), and models that choose parts of "
         "their tasks by the text (*routed*, *gates*) or are told the task: mean / worst domain, in percent; then the share of "
-        "right choices, and what is stored beside the shared model, in percent of the experts' bytes.",
+        "windows of the test texts for which the choice is right (the expert or part that has most of a window), and what is stored beside the shared model, in percent of the experts' bytes."
+        f"{_made_from(results)}",
         "",
         f"| | {' | '.join(titles[name] for name in found)} |",
         f"|---|{'---|' * len(found)}",
     ]
     lines += [f"| {model} | {' | '.join(own.get(model, '') for own in found.values())} |" for model in order]
     return ["\n".join([*lines, ""])]
+
+
+def _made_from(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return from how much text routers and gates were made."""
+    found = sorted({(row["sequences"], row["length"]) for own in results.values() for row in own if "sequences" in row})
+    texts = " or ".join(f"{sequences} sequences of {length} tokens" for sequences, length in found)
+    return f" Routers and gates are made from {texts} of each train text." if found else ""
 
 
 def cell(line: Mapping[str, Any]) -> str:

@@ -136,7 +136,7 @@ def test_by_perplexity_the_likeliest_model_is_chosen(root: Path) -> None:
     torch.testing.assert_close(model._surprise(padded, mask), torch.tensor(nats) / 3, rtol=1e-4, atol=1e-4)
     with pytest.raises(MergeError, match="fewer than two tokens"):
         model.choose(IDS, torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]]))
-    with pytest.raises(MergeError, match="must be 'router' or 'perplexity'"):
+    with pytest.raises(MergeError, match="must be 'router', 'perplexity', 'subspaces', found 'chance'"):
         RoutedModel(out, by="chance")  # type: ignore[arg-type]
     with pytest.raises(MergeError, match="at least 1, found 0"):
         RoutedModel(out, blend=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from merganser.files import sha256_of_file
 from merganser.mixture import mix
 from tests.making import read_model
 from tests.mixture.making import LAYERS, logits, make_models, recipe
@@ -333,3 +335,25 @@ def test_noise_on_an_expert(tmp_path: Path, llamas: list[Path]) -> None:
     name = "model.layers.1.block_sparse_moe.experts.0.w1.weight"
     assert not torch.equal(seeded[name], found[name])
     assert not any("MLP" in each["reason"] for each in result.record["census"][1]["left_out"])
+
+
+def test_an_old_output_is_read_once_before_it_is_replaced(
+    tmp_path: Path, llamas: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at before routers are made, and again when it is replaced; hashes of what did not change are known then."""
+    base, *experts = llamas
+    out = mix(recipe(base, experts), tmp_path / "out").out
+    read: Counter[str] = Counter()
+
+    def counted(path: Path) -> str:
+        read[path.name] += 1
+        return sha256_of_file(path)
+
+    monkeypatch.setattr("merganser.engine.output.ownership.sha256_of_file", counted)
+    mix(recipe(base, experts, random_seed=1), out, overwrite=True)
+    assert set(read.values()) == {1}
+    assert "config.json" in read
+    assert any(name.endswith(".safetensors") for name in read)
+    # what is written anew is another file, whatever its name
+    mix(recipe(base, experts), out, overwrite=True)
+    assert read["config.json"] == 2

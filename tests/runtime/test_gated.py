@@ -260,10 +260,25 @@ def test_gates_from_text_are_kept(root: Path, kind: str) -> None:
     assert (shares.max(1).values > (0.6 if kind == "self-moe" else 0.55)).all()
     file = model.save()
     assert torch.equal(GatedModel(out).logits(IDS), model.logits(IDS))
-    found = evaluate([f"gates={out}#gates"], [root / "a.txt"], dtype="float32", context=24, limit=3)
+    files = [root / "a.txt", root / "b.txt"]
+    found = evaluate([f"gates={out}#gates"], files, dtype="float32", context=24, limit=3)
+    # padding of shorter windows counts for nothing
+    cut = [window for name in "ab" for window in windows_of(model, root / f"{name}.txt", 24, 3)]
+    most = ["ab"[int(model.shares(torch.tensor([window])).argmax())] for window in cut]
+    for number, name in enumerate("ab"):
+        own = most[3 * number : 3 * number + 3]
+        assert found.outcomes["gates"][name].chosen == {task: own.count(task) for task in sorted(set(own))}
+        assert found.right("gates", name) == own.count(name) / 3 > 0.5
     assert found.outcomes["gates"]["a"].metrics["bits_per_byte"].value > 0
     assert found.to_json()["models"]["gates"]["kind"] == "routed"
     file.unlink()
+
+
+def windows_of(model: GatedModel, file: Path, context: int, limit: int) -> list[list[int]]:
+    """The input tokens of the first windows of a text, as an evaluation with half a window as its stride cuts it."""
+    ids = model.tokenizer(file.read_text(encoding="utf-8"))["input_ids"]
+    ends = [context + context // 2 * number for number in range(limit)]
+    return [ids[end - context : end] for end in ends]
 
 
 TEXTS_LISTS = {name: [text] for name, text in TEXTS.items()}
@@ -333,6 +348,8 @@ def test_gates_of_sidecars_are_listed(root: Path, tmp_path: Path) -> None:
     assert len(json.loads(again.out)["trained"]) == 2
     measured = run("eval", f"{root / 'out'}#gates", "--tasks", root / "a.txt", "--limit", 2, "--dtype", "float32")
     assert measured.code == 0, measured
+    assert "choices of out#gates: windows or questions by the task that has the largest share of them" in measured.out
+    assert re.search(r"^ *a +\d+\.0 %", measured.out, re.MULTILINE), measured.out
 
 
 def test_gates_from_files_report_held_out_text(root: Path) -> None:

@@ -192,7 +192,9 @@ def _choices(found: Evaluation, model: str) -> None:
         rows.append(
             [task, "-" if right is None else f"{100 * right:.1f} %", *(str(counts.get(name, 0)) for name in names)]
         )
-    say(f"choices of {model}: windows or questions by the task that was chosen for them")
+    gated = found.models[model].reference.endswith("#gates")
+    what = "that has the largest share of them" if gated else "that was chosen for them"
+    say(f"choices of {model}: windows or questions by the task {what}")
     for line in table(rows):
         say(line)
 

@@ -20,6 +20,7 @@ from ..inference.language_model import LanguageModel, Tokenizer, open_model
 from ..inference.sources import Reference, open_source
 from ..jsonfile import os_reason, read_object
 from ..process import peak_memory
+from ..runtime.routed.gated.evaluated import GatedLanguageModel
 from ..runtime.routed.opened import RoutedLanguageModel, open_routed, routed_name
 from ..version import __version__
 from .result import Evaluation, ModelInfo, TaskInfo
@@ -76,8 +77,9 @@ def evaluate(
 
     Args:
         models: Checkpoints (folders, files, Hub ids), `MODEL+ADAPTER` (LoRA), recipes (`.yaml`, merged in memory) or
-            loaded recipes; `OUT#TASK` is a task of a merge with sidecars, and `OUT#auto`, `OUT#perplexity` and `OUT#told`
-            choose one for each text: by the router, by the perplexity, or as the measured task says. `NAME=` before one, or
+            loaded recipes; `OUT#TASK` is a task of a merge with sidecars, and `OUT#auto`, `OUT#perplexity`,
+            `OUT#subspaces` and `OUT#told` choose one for each text: by the router, by the perplexity, by what value
+            projections read, or as the measured task says. `NAME=` before one, or
             a mapping, names it.
         tasks: Text files (`.txt`), questions or documents (`.jsonl`), tasks of lm-eval (`.yaml`, or names);
             `NAME=` before one, or a mapping, names it.
@@ -241,7 +243,7 @@ def _score(
             seconds={name: round(seconds, 3) for name, seconds in found.seconds.items()},
             peak_memory=peak_memory(),
             failed=found.failed,
-            told=dict(model.told) if isinstance(model, RoutedLanguageModel) else None,
+            told=dict(model.told) if isinstance(model, RoutedLanguageModel | GatedLanguageModel) else None,
         )
     return outcomes, infos
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import merganser
 from merganser import merge, restore, verify
 from merganser.engine.merge import plan
 from merganser.errors import RecipeError
@@ -97,6 +98,34 @@ def test_the_page_merges_models_with_an_action_head(root: Path, tmp_path: Path) 
     assert kept[f"{HEAD}2.cross_attn.weight"] == "own"
     assert kept[f"{HEAD}0.cross_attn.weight"] == "merged"
     assert kept["vision_tower.encoder.layers.0.mlp.fc1.weight"] is None
+
+
+def test_the_page_chooses_a_task_from_an_observation(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An observation that lies in what the shared head reads under one task's mask, and across it under the others'."""
+    if not (root / "start").exists():
+        merge(recipe_of_the_page(root, "start"), root / "start")
+    merged = merge(recipe_of_the_page(root, "vla"), tmp_path / "merged").out
+    page = (Path(__file__).parents[3] / "docs/sidecars.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"^```python with-states\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    name = f"{HEAD}1.cross_attn.weight"
+    _, _, right = torch.linalg.svd(read_model(merged)[name].double())
+    asked = []
+
+    def observed(task: str, part: str) -> torch.Tensor:
+        asked.append((task, part))
+        return right[0 if task == "goal" else 7].float().expand(1, 3, 8)
+
+    monkeypatch.chdir(tmp_path)
+    names = {"merganser": merganser, "observed": observed}
+    exec(snippet.replace("rank=8", "rank=4"), names)
+    assert names["task"] == "goal"
+    assert asked == [(task, name) for task in TASKS]
+    wanted = read_model(restore(merged, "goal", tmp_path / "again").out)
+    assert {name: tensor.tolist() for name, tensor in read_model(tmp_path / "merged-goal").items()} == {
+        name: tensor.tolist() for name, tensor in wanted.items()
+    }
 
 
 @pytest.mark.parametrize("method", ["emr", "twin", "one_bit", "rmm", "skillpack"])

@@ -18,6 +18,7 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from ...errors import CheckpointError, OutputError
@@ -268,10 +269,25 @@ def _refuse_unlisted(folder: Path, name: str, files: Mapping[str, _State], liste
 
 
 def _refuse_changed(folder: Path, name: str, known: tuple[int, str] | None) -> None:
-    if known is not None and sha256_of_file(folder / name) != known[1]:
+    if known is not None and _sha256(folder / name, _identity(folder / name)) != known[1]:
         raise _foreign(folder, name, "was changed since merganser wrote it (its sha256 differs)")
     if name == PAGE_NAME and known is None and not is_page(folder / name):
         raise _foreign(folder, name, "merganser did not write")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what differs once a file was replaced or written to, as far as the file system notes it."""
+    status = path.lstat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, identity: tuple[int, ...]) -> str:
+    """Return the sha256 of a file, which is read again only if its identity is another one.
+
+    A target is surveyed before something long begins, such as calibration, and again when its replacement is begun.
+    """
+    return sha256_of_file(path)
 
 
 def _kind(status: os.stat_result) -> str | None:

@@ -1,4 +1,7 @@
-"""Score a routed model: a task is chosen for each row, and the rows of one task are scored together by its model."""
+"""Score a routed model: a task is chosen for each row, and the rows of one task are scored together by its model.
+
+A model with gates scores all rows at once, and the task with the largest share of a row counts as chosen.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...runtime.routed import RoutedModel
+from ...runtime.routed.gated import GatedModel
+from ...runtime.routed.gated.evaluated import GatedLanguageModel
 from ...runtime.routed.opened import SHARED, RoutedLanguageModel
 from .batches import Prepared
 
-__all__ = ["CHOSEN", "chosen_of", "measure_routed"]
+__all__ = ["CHOSEN", "chosen_of", "measure_gated", "measure_routed"]
 
 CHOSEN = "chosen"
 """The column with the task of each row; of several, that with the largest share."""
@@ -41,6 +46,24 @@ def measure_routed(
             for place, value in zip(own, values, strict=True):
                 column[place] = value
     return {**columns, CHOSEN: [mix[0][0] for mix in mixes]}
+
+
+def measure_gated(
+    opened: GatedLanguageModel, loaded: GatedModel, prepared: Prepared, rows: Sequence[int]
+) -> dict[str, Any]:
+    """Score a batch of rows, as `Prepared.measure` does, and say which task has the largest share of each.
+
+    Args:
+        opened: The model with gates.
+        loaded: The same, loaded.
+        prepared: The task that is scored.
+        rows: Indices of rows.
+
+    Raises:
+        Refused: The output of the model cannot be scored.
+    """
+    most = opened.most(loaded, [prepared.prompt(row) for row in rows])
+    return {**prepared.measure(loaded.model, rows), CHOSEN: most}
 
 
 def chosen_of(contents: Sequence[Mapping[str, Any]]) -> dict[str, int]:

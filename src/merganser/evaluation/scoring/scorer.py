@@ -11,6 +11,7 @@ import xxhash
 
 from ...errors import TaskError
 from ...inference.language_model import LanguageModel
+from ...runtime.routed.gated.evaluated import GatedLanguageModel
 from ...runtime.routed.opened import RoutedLanguageModel
 from .batches import Prepared, Refused
 from .choices import prepare_choices
@@ -18,7 +19,7 @@ from .harness import Harness, outcome, rows_of
 from .journal import Journal
 from .outcome import Outcome
 from .precision import Formats
-from .routed import chosen_of, measure_routed
+from .routed import chosen_of, measure_gated, measure_routed
 from .tasks import ChoiceTask, HarnessTask, Task, TextTask
 from .text import prepare_text
 
@@ -151,7 +152,8 @@ class Scorer:
         tasks = [job.task for job in left.values() if isinstance(job.task, HarnessTask)]
         self.tell(name, ", ".join(left), 0, 1)
         rows = rows_of(s.batch_tokens)
-        contents = self.harness.score(tasks, loaded, model.tokenizer, limit=s.limit, rows=rows)
+        plain = loaded.model if isinstance(model, GatedLanguageModel) else loaded
+        contents = self.harness.score(tasks, plain, model.tokenizer, limit=s.limit, rows=rows)
         failed = {}
         for task, content in contents.items():
             if "failed" in content:
@@ -169,6 +171,8 @@ class Scorer:
                 try:
                     if isinstance(model, RoutedLanguageModel):
                         content = measure_routed(model, loaded, job.task.name, prepared, rows)
+                    elif isinstance(model, GatedLanguageModel):
+                        content = measure_gated(model, loaded, prepared, rows)
                     else:
                         content = prepared.measure(loaded, rows)
                 except Refused as error:

@@ -14,11 +14,12 @@ from ...inference.language_model import Reused, open_model
 from .finding import open_tasks
 from .router import TaskRouter, fit_router, mix_of, read_router
 from .storing import store_beside
+from .subspaces import Subspaces, SubspaceSettings, open_subspaces, strengths_in
 from .tasks import Mix, TaskSet, Weights, blended
 
 __all__ = ["RoutedModel"]
 
-_BY = ("router", "perplexity")
+_BY = ("router", "perplexity", "subspaces")
 
 
 class RoutedModel:
@@ -32,14 +33,17 @@ class RoutedModel:
         dtype: Dtype of the weights in memory.
         device: Where the models run.
         stored_router: Whether to read the router that is stored with the tasks, if there is one.
-        by: What chooses a task: the router, or the perplexity that the text has under the model of each task. The latter
-            needs no router, and runs every model on every text.
+        by: What chooses a task: the router; the perplexity that the text has under the model of each task; or, as MergeVLA, how
+            strongly the hidden states of each task's model lie in the "subspaces" that some weights read. The latter two
+            need no router, and run every model on every text.
         blend: Most tasks of a row. With more than 1, its weights are the sum of the tasks' weights in shares: by the router's
-            predictions above zero, or by the softmax of the inverse perplexities; rounded to twentieths.
+            predictions above zero, or by the softmax of the inverse perplexities or of the strengths; rounded to twentieths.
+        subspaces: Which weights are read, where subspaces choose.
 
     Raises:
         NotFoundError: There are no sidecars and no adapters.
         CheckpointError: They are damaged, or no language models.
+        ParameterError: A setting is not valid.
     """
 
     def __init__(
@@ -49,13 +53,16 @@ class RoutedModel:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         stored_router: bool = True,
-        by: Literal["router", "perplexity"] = "router",
+        by: Literal["router", "perplexity", "subspaces"] = "router",
         blend: int = 1,
+        subspaces: SubspaceSettings | None = None,
     ) -> None:
         if blend < 1:
             raise ParameterError(f"blend: must be a number of tasks, at least 1, found {blend}")
         if by not in _BY:
-            raise ParameterError(f"by: must be {' or '.join(map(repr, _BY))}, found {by!r}")
+            raise ParameterError(f"by: must be {', '.join(map(repr, _BY))}, found {by!r}")
+        if subspaces is not None and by != "subspaces":
+            raise ParameterError(f"subspaces: are for by 'subspaces', found by {by!r}")
         self._set = out if isinstance(out, TaskSet) else open_tasks(out)
         self.out = self._set.name
         self.tasks = self._set.tasks
@@ -76,6 +83,7 @@ class RoutedModel:
         self._reused = Reused(dtype, self.device)
         self._loaded: tuple[Mix, Weights, Any] | None = None
         self._task: str | None = None
+        self._subspaces: Subspaces | None = open_subspaces(self._set, subspaces) if by == "subspaces" else None
         self.router: TaskRouter | None = None
         self.positions = shared.positions
         if stored_router and self._set.router.exists():
@@ -132,6 +140,7 @@ class RoutedModel:
         Raises:
             NotFoundError: No task is set, and a router is needed and there is none.
             ParameterError: The perplexity is to choose, and a row has fewer than two tokens.
+            UnsupportedError: Subspaces are to choose, and a weight that they read is not that of a linear layer.
         """
         return [mix[0][0] for mix in self.mixes(input_ids, attention_mask)]
 
@@ -145,6 +154,9 @@ class RoutedModel:
             # MergeME: the softmax of the inverse perplexities
             scores = likely.exp().softmax(1)
             return [mix_of(self.tasks, row, self.blend) for row in scores.tolist()]
+        if self._subspaces is not None:
+            strengths = self._strengths(self._subspaces, input_ids, mask).softmax(1)
+            return [mix_of(self.tasks, row, self.blend) for row in strengths.tolist()]
         router = self._router()
         weights = mask.unsqueeze(-1).to(self.device, torch.float32)
         hidden = self._hidden_states(input_ids, mask).float()
@@ -231,6 +243,14 @@ class RoutedModel:
             nats = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
             found[task] = (nats * counted).sum(1) / counted.sum(1)
         return torch.stack([found[task] for task in self.tasks]).cpu()
+
+    def _strengths(self, subspaces: Subspaces, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the score of every task for each row, float32, shape [rows, tasks]."""
+        found: dict[str, Tensor] = {}
+        ids, kept = input_ids.to(self.device), mask.to(self.device)
+        for task in sorted(self.tasks, key=lambda name: self.loaded_first(((name, 1.0),))):
+            found[task] = strengths_in(self.model(task), subspaces, task, ids, kept)
+        return torch.stack([found[task] for task in self.tasks], 1)
 
     @torch.inference_mode()
     def _hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from ...jsonfile import exists
 from .finding import open_tasks
 from .gated.evaluated import open_gated
 from .model import RoutedModel
-from .tasks import Mix, TaskSet
+from .subspaces import SubspaceSettings
+from .tasks import Mix, TaskSet, padded, told_tasks
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CHOICES", "SHARED", "RoutedLanguageModel", "open_routed", "routed_name"]
 
-CHOICES = ("auto", "blend", "gates", "perplexity", "told")
-"""How a task is chosen: by the router, one or two in shares; by the perplexity of each task's model; or by the name of what is
-measured. With gates, none is: parts of all are added in shares."""
+CHOICES = ("auto", "blend", "gates", "perplexity", "subspaces", "told")
+"""How a task is chosen: by the router, one or two in shares; by the perplexity of each task's model; by the subspaces that its value
+projections read; or by the name of what is measured. With gates, parts of all are added in shares, and that with the largest
+share counts as chosen."""
+
+_BY: Mapping[str, Literal["perplexity", "subspaces"]] = {"perplexity": "perplexity", "subspaces": "subspaces"}
 
 SHARED = "(shared)"
 """What is said to be chosen where no task is: the shared model."""
@@ -62,8 +66,8 @@ class RoutedLanguageModel(LanguageModel):
         Raises:
             CheckpointError: As `RoutedModel`.
         """
-        by: Literal["router", "perplexity"] = "perplexity" if self.choice == "perplexity" else "router"
-        return RoutedModel(self.tasks, dtype=dtype, device=device, by=by, blend=2 if self.choice == "blend" else 1)
+        blend = 2 if self.choice == "blend" else 1
+        return RoutedModel(self.tasks, dtype=dtype, device=device, by=_BY.get(self.choice, "router"), blend=blend)
 
     def mixes(self, loaded: RoutedModel, measured: str, texts: Sequence[Sequence[int]]) -> list[Mix]:
         """Return the tasks of each text with their shares; `SHARED` where there is none.
@@ -75,12 +79,7 @@ class RoutedLanguageModel(LanguageModel):
         """
         if self.choice == "told":
             return [((self.told.get(measured, SHARED), 1.0),)] * len(texts)
-        import torch
-
-        width = max(map(len, texts))
-        ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
-        mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
-        return loaded.mixes(ids, mask)
+        return loaded.mixes(*padded(texts))
 
 
 def open_routed(
@@ -105,18 +104,14 @@ def open_routed(
         CheckpointError: They are damaged.
     """
     if choice == "gates":
-        return open_gated(reference, tokenizers, cache_dir=cache_dir)
+        return open_gated(reference, told, tokenizers, cache_dir=cache_dir)
     tasks = open_tasks(reference, cache_dir=cache_dir)
     if choice in ("auto", "blend") and not tasks.router.exists():
         raise NotFoundError(
             f"{reference}#{choice}: has no router ({tasks.router}); make one: merganser route {reference} --data TASK=FILE ..."
         )
     shared = open_model(tasks.shared, tokenizers)
-    own = {
-        name: next(each for each in names if each in tasks.tasks)
-        for name, names in told.items()
-        if any(each in tasks.tasks for each in names)
-    }
+    own = told_tasks(told, tasks.tasks)
     source = replace(
         tasks.shared,
         reference=f"{reference}#{choice}",
@@ -134,4 +129,5 @@ def _hash(tasks: TaskSet, choice: str, told: Mapping[str, str]) -> str:
     models = [tasks.shared.hash, *(f"{task} {source.hash}" for task, source in tasks.sources.items())]
     router = xxh3_of_file(tasks.router) if choice in ("auto", "blend") else ""
     named = [f"{name}={task}" for name, task in sorted(told.items())] if choice == "told" else []
-    return hash_of(choice, router, *models, *named)
+    read = [repr(SubspaceSettings())] if choice == "subspaces" else []
+    return hash_of(choice, router, *models, *named, *read)

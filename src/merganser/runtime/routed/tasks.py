@@ -13,7 +13,7 @@ from ...inference.stored import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Factors", "Mix", "TaskSet", "Weights", "blended", "no_factors"]
+__all__ = ["Factors", "Mix", "TaskSet", "Weights", "blended", "no_factors", "padded", "told_tasks"]
 
 Factors = tuple["Tensor", "Tensor"]
 """Left and right factors of a change of a weight: shapes [out, r] and [r, in]."""
@@ -82,6 +82,26 @@ def blended(parts: Sequence[tuple[Weights, float]]) -> Weights:
 def no_factors(task: str, name: str) -> Factors | None:
     """Return None: nothing is stored as factors."""
     return None
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return the tokens of several texts, padded on the right, and a mask with 1 for tokens, both of shape [texts, longest]."""
+    import torch
+
+    width = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
+    return ids, torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+
+
+def told_tasks(named: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> dict[str, str]:
+    """Return the task that belongs to each of several texts; texts that have none are left out.
+
+    Args:
+        named: By the name of a text, names that its task may have; the first that there is counts.
+        tasks: Names of the tasks.
+    """
+    found = {text: next((name for name in names if name in tasks), None) for text, names in named.items()}
+    return {text: task for text, task in found.items() if task is not None}
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,10 @@ class GatedModel:
         store_beside(self._to.file, gates_to_bytes(stored), self._to.recorded)
         return self._to.file
 
+    def num_parameters(self) -> int:
+        """Return the number of weights of the shared model."""
+        return int(self.model.num_parameters())
+
     @torch.inference_mode()
     def shares(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the mean weight of each task over all gates and tokens of each row, shape [rows, tasks]."""
