@@ -4,7 +4,8 @@
 kept. `--tune` then tries each value of a method's grid on the tune texts (and others beyond it, while the best lies at its edge),
 and the best of them on the test texts. `--restored`
 measures, of methods with sidecars, the model of each task on its own domain. Methods that take statistics from data get those
-of each expert on its train text, which are made once and kept; `--tokens` also measures them with statistics of fewer tokens.
+of each expert on its train text, which are made once and kept; `--tokens` also measures them with statistics of fewer tokens,
+`--sequences 16` with those of 4,096 alone.
 `--shipped` takes the adapters of the repository, unpacked by `scripts/demo`, for the real zoo's. `--set factors` merges
 the adapters from their factors; its rows are in config.json. Each result is a line of results/SET.jsonl; what is
 there is not measured again. `check` measures the same anew, beside them, and prints both figures. `auto` lets `merganser auto`
@@ -49,6 +50,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tune", action="store_true", help="tune, too")
     parser.add_argument("--restored", action="store_true", help="measure restored tasks, too")
     parser.add_argument("--tokens", action="store_true", help="measure methods with data on fewer tokens, too")
+    parser.add_argument(
+        "--sequences", type=int, help="measure methods with data on so many sequences of each text alone"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="time of auto, and of search")
     parser.add_argument("--limit", type=int, help="windows of each tune text for auto and search (default: all)")
     parser.add_argument("--by", type=lambda text: text.split(","), default=["auto"], help="auto, search")
@@ -70,7 +74,12 @@ def main(arguments: list[str]) -> int:
         parser.error("--set factors is measured by `run` at the settings of config.json alone")
     zoo = shipped.unpacked(options.zoo) if options.shipped else load_zoo("real", options.zoo, experts=())
     work = options.work or zoo.folder / "quality"
-    wanted = {"tune": options.tune, "restored_too": options.restored, "fewer_too": options.tokens}
+    wanted = {
+        "tune": options.tune,
+        "restored_too": options.restored,
+        "fewer_too": options.tokens,
+        "only": options.sequences,
+    }
     try:
         if options.what == "auto":
             _choose(options, config, zoo, results, work)
@@ -100,8 +109,12 @@ def run(
     tune: bool,
     restored_too: bool,
     fewer_too: bool = False,
+    only: int | None = None,
 ) -> None:
-    """Measure methods on one set of experts; continue from the results there, and from what was measured in the folder `work`."""
+    """Measure methods on one set of experts; continue from the results there, and from what was measured in the folder `work`.
+
+    With `only`, methods with data are measured on so many sequences of each text, and in no other way.
+    """
     results.mkdir(parents=True, exist_ok=True)
     experts = experts_of(zoo, config["sets"][name])
     statistics = Statistics(config, zoo, experts, work / "statistics")
@@ -111,13 +124,15 @@ def run(
             continue
         default = settings.published(config, method)
         started = time.monotonic()
-        bench.measure(method, "default", "test", default)
+        counts = [only] if only else config["calibration"]["fewer"] if fewer_too else []
+        if not (only and methods()[method].from_data):
+            bench.measure(method, "default", "test", default)
         if tune:
             best = bench.tuned(method)
             if best not in (None, default):
                 bench.measure(method, "tuned", "test", best)
-        if fewer_too and methods()[method].from_data:
-            for sequences in config["calibration"]["fewer"]:
+        if methods()[method].from_data:
+            for sequences in counts:
                 bench.measure(method, f"{sequences} sequences", "test", default, sequences)
         if restored_too and methods()[method].sidecar:
             bench.measure_restored(method, default)

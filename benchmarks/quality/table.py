@@ -138,7 +138,7 @@ def _by_tokens(results: Sequence[Result]) -> dict[str, dict[int, str]]:
         drawn = entry["result"].get("calibration")
         if drawn is not None and entry["label"] != "tuned":
             found.setdefault(entry["method"], {})[drawn["sequences"] * drawn["length"]] = _brief(entry)
-    return {method: own for method, own in found.items() if len(own) > 1}
+    return found
 
 
 def _tokens(found: Mapping[str, Mapping[str, Mapping[int, str]]]) -> str:
