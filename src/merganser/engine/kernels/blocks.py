@@ -30,6 +30,10 @@ BLOCK = 1 << 19
 """Most elements per block by default; a row, matrix or tensor that the method needs whole may be larger."""
 
 
+# elements from which fused rounds are faster than what computes a statistic at once, which is not fused
+_WORTH_ROUNDS = 1 << 16
+
+
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return the shape as rows and columns: a row is all weights of one output unit; a vector is one row."""
     if len(shape) < 2:
@@ -198,6 +202,8 @@ class TensorRun:
         """Compute a one-block tensor's statistic without rounds, if it supports that; return whether it was done."""
         method = self.kernels.method
         if len(self.ranges) > 1 or method.statistics[name].at_once is None or method.from_data:
+            return False
+        if self.kernels.fused and self.size >= _WORTH_ROUNDS:
             return False
         given = {key: value.cpu() for key, value in known.items()}
         given["size"] = torch.tensor(self.size, dtype=torch.float64)
