@@ -19,8 +19,9 @@ PIECE = 1 << 22
 """Bytes that plain reads and writes move at once."""
 
 _LAUNCHER = Path(__file__).with_name("launch.py")
-# they would decide the number of threads instead of the tools
-_UNWANTED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# they would decide the number of threads instead of the tools, or have Python compile our modules in every run: those of an
+# installed package are compiled once
+_UNWANTED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PYTHONDONTWRITEBYTECODE")
 
 
 class CommandError(RuntimeError):

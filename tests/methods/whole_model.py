@@ -24,5 +24,7 @@ def merge_whole_model(method, tensors, parameters):
             for run, inputs in zip(runs, flat, strict=True):
                 total, _ = run.measure(name, index, known, run.ranges[0], *inputs, total)
             runs[0].solve(name, index, total, known, sum(base.numel() for base, _ in tensors))
+            if name in known:
+                break
     merged = [run.combine(known, run.ranges[0], *f)[0] for run, f in zip(runs, flat, strict=True)]
     return [result.view(base.shape) for result, (base, _) in zip(merged, tensors, strict=True)]

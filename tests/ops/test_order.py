@@ -21,12 +21,17 @@ def run(statistic, blocks, **parameters):
         known = {**given, **more}
         return function(**{name: known[name] for name in takes(function)})
 
+    early = None
     for round_ in statistic.rounds:
         total = None
         for block in blocks:
             measured = call(round_.measure, models=block)
             total = measured if total is None else total + measured
         given["previous"] = call(round_.solve, measured=total)
+        if round_.early is not None and early is None:
+            early = round_.early(given["previous"])
+    # what an earlier round knows is what the last one finds
+    assert early is None or torch.equal(early, given["previous"])
     return given["previous"]
 
 
@@ -194,29 +199,44 @@ def test_nothing_is_measured_where_nothing_is_trimmed():
     assert statistic.wanted({"density": (1.0, 0.9)})
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("wide", [False, True])
 def test_fused_histograms_count_the_same(wide):
     tensors = [torch.randn(5000, dtype=torch.float64 if wide else torch.float32).abs() for _ in range(2)]
     statistic = order_statistic(values, lambda size: torch.tensor([[10, 100], [20, 6000]]), wide=wide)
-    previous = run(statistic, [tensors])
+    known = {"size": torch.tensor(5000.0, dtype=torch.float64)}
     for round_ in statistic.rounds:
-        names = takes(round_.measure)
-        bounds = torch.tensor([0.1, 0.2, 0.15, 1.0], dtype=tensors[0].dtype).view(torch.int64 if wide else torch.int32)
-        # first, end, rank, outside, common, number
-        intervals = [[*bounds[i : i + 2].tolist(), 7, 0, int(bounds[i]), 5] for i in (0, 2)]
-        known = {"models": tensors, "previous": torch.tensor([intervals, intervals[::-1]])}
-        arguments = {name: known[name] for name in names}
+        names = [name for name in takes(round_.measure) if name != "models"]
 
-        def measure(first, second, previous, call=round_.measure, names=names):
-            given = {"models": [first, second], "previous": previous}
-            return [call(**{name: given[name] for name in names})]
+        def measure(first, second, *rest, call=round_.measure, names=names):
+            return [call(models=[first, second], **dict(zip(names, rest, strict=True)))]
 
-        forms = [Form("block", tensors[0].dtype)] * 2 + [Form("fixed", torch.int64, (2, 2, 6))]
-        (fused,) = Program(measure, forms).bind([known["previous"]])(tensors)
-        assert torch.equal(fused, round_.measure(**arguments))
-    assert previous.shape == (2, 2)
+        fixed = [known[name] for name in names]
+        forms = [Form("block", tensors[0].dtype)] * 2 + [Form("fixed", torch.int64, tuple(x.shape)) for x in fixed]
+        (fused,) = Program(measure, forms).bind(fixed)(tensors)
+        assert torch.equal(fused, measure(*tensors, *fixed)[0])
+        assert fused.any()
+        more = {name: known[name] for name in takes(round_.solve) if name != "measured"}
+        known["previous"] = round_.solve(measured=fused, **more)
+
+
+def test_a_second_round_is_left_out_where_the_first_one_found_numbers_of_bfloat16():
+    exact = torch.tensor([0.0, 1.0, 1.0078125, 2.0, math.inf])
+    statistic = order_statistic(values, lambda size, wanted: wanted)
+
+    def early(tensor, *wanted):
+        first = statistic.rounds[0]
+        size = torch.tensor(float(len(tensor)), dtype=torch.float64)
+        found = first.solve(measured=first.measure(models=[tensor]), size=size, wanted=torch.tensor([wanted]))
+        answer = first.early(found)
+        return None if answer is None else answer.tolist()[0]
+
+    assert early(exact, 0, 1, 2, 3, 4, 5, 6) == [math.inf, math.inf, 2.0, 1.0078125, 1.0, 0.0, 0.0]
+    for odd in (1.001, 1e-42, 3e-41, 6e-41, 3.4e38):
+        others = torch.cat([exact, torch.tensor([odd])])
+        place = int((exact > odd).sum()) + 1
+        assert early(others, place) is None
+        assert early(others, 1, place) is None
+        assert early(others, place - 1, place + 1) == [float(exact[-place + 1]), float(exact[-place])]
 
 
 @settings(max_examples=60, deadline=None)

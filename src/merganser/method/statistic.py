@@ -24,11 +24,14 @@ class Round:
             of fixed shape. The results of all blocks are added, in the order of the blocks.
         solve: Gets the sum (or maximum) as its first argument and any others that it names, on the CPU in float64.
         largest: Take the elementwise maximum over the blocks instead of the sum.
+        early: Gets what `solve` returned; returns the statistic if the later rounds would find just that, which are then left
+            out, or else None.
     """
 
     measure: Callable[..., Tensor]
     solve: Callable[..., Tensor]
     largest: bool = False
+    early: Callable[[Tensor], Tensor | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

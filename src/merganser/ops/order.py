@@ -1,11 +1,12 @@
 """Exact order statistics without a sort.
 
-The bit pattern of a non-negative float, read as an integer, grows with its value. Two histograms find the k-th largest
-float32 exactly: one of the values rounded to bfloat16, then one of the bit patterns that round to the bin of the k-th
-largest. Most differences of 16-bit weights are exactly representable in bfloat16; these equal the rounded value of
-their bin ("the common pattern") and are not counted again. For float64 the first histogram is over the upper 15 bits,
-followed by two over the next 16 bits inside the bin of the k-th largest: this resolves 2**-36 of the value. Histograms
-are sums over blocks, so the result does not depend on how the work is divided, and no values are kept in memory.
+The bit pattern of a non-negative float, read as an integer, grows with its value. The first histogram of float32 has a
+bin for every number of bfloat16, and a bin for all that lies between two of them. Most differences of 16-bit weights are
+numbers of bfloat16, so that the k-th largest mostly is one, and known. Otherwise a second histogram counts the bit patterns
+of the bin that holds it. For float64 the first histogram is over the upper 15 bits, followed by two over the next 16 bits
+inside the bin of the k-th largest: this resolves 2**-36 of the value; those that equal the smallest number of the first bin
+("the common pattern") are not counted again. Histograms are sums over blocks, so the result does not depend on how the work
+is divided, and no values are kept in memory.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from .sum import not_negative
 T = TypeVar("T")
 
 _HIGH = 1 << 15
-# bins of a second histogram: rounding to nearest even gives a bin both of its end points
-_LOW = (1 << 16) + 1
+# bins of the first histogram of float32: all numbers of bfloat16, and what lies between these; between the two smallest, in
+# two halves, of which the lower one counts as 0
+_NUMBERS = (1 << 16) + 1
+_HALF = 1 << 15
+# bins of a later histogram
+_LOW = 1 << 16
 # masks that clear the sign bit (of -0.0), and for float64 also the lowest 16 bits
 _UNSIGNED = (1 << 31) - 1
 _WIDE_UNSIGNED = (1 << 63) - (1 << 16)
@@ -65,7 +70,8 @@ def order_statistic(
     order = _Order(values, ranks, wide)
     names = takes(values)
     of_ranks = [name for name in takes(ranks) if name not in ("size", "positive")]
-    rounds = [Round(_taking(*names)(order.everything), _taking("measured", "size", *of_ranks)(order.pick))]
+    pick = _taking("measured", "size", *of_ranks)(order.pick)
+    rounds = [Round(_taking(*names)(order.everything), pick, early=None if wide else order.early)]
     # number of low bits of the pattern that are still unknown after each later round
     shifts = (32, 16) if wide else (0,)
     for shift in shifts:
@@ -85,24 +91,33 @@ class _Order:
 
     def everything(self, **given: Any) -> Tensor:
         """Count all values by their upper bits."""
-        return count([_upper_bits(value) for value in self._of(given)], _HIGH)
+        if self.wide:
+            return count([_upper_bits(value) for value in self._of(given)], _HIGH)
+        return count([_bins(value) for value in self._of(given)], _NUMBERS)
 
     def pick(self, measured: Tensor, size: Tensor, **given: Any) -> Tensor:
         """Return the interval of the bin that holds the value of each rank."""
-        given.update(size=size, positive=size - measured[:, 0])
+        given.update(size=size, positive=size - measured[:, : 1 if self.wide else 2].sum(1))
         wanted = self.ranks(**{name: given[name] for name in takes(self.ranks)})
         found, rank = _descend(measured.unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
         outside = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, 0))
         number = measured.gather(1, found)
         if self.wide:
             return _interval(found << 48, (found + 1) << 48, rank, outside, found << 48, number, self.wide)
-        # round to nearest even: values halfway between two bins belong to the even one
-        middle, odd = found << 16, found & 1
-        first = (middle - _HIGH + odd).clamp(min=0)
-        return _interval(first, middle + _HIGH + 1 - odd, rank, outside, middle, number, self.wide)
+        code = found - (found >= 2).long()
+        number_of_bfloat16, between = (code >> 1) << 16, code & 1
+        first = torch.where(found == 2, _HALF + 1, number_of_bfloat16 + between)
+        end = torch.where(between == 0, first + 1, number_of_bfloat16 + (1 << 16))
+        end = torch.where(found == 1, _HALF + 1, end)
+        return _interval(first, end, rank, outside, first, number, self.wide)
+
+    def early(self, found: Tensor) -> Tensor | None:
+        """Return the statistic if every interval holds a single number."""
+        first, end, _, outside, _, _ = found.unbind(-1)
+        return _decided(first, outside, self.wide) if bool((end - first <= 1).all()) else None
 
     def inside(self, shift: int, previous: Tensor, **given: Any) -> Tensor:
-        """Count the values in the intervals by their next bits, those that equal the common pattern left out."""
+        """Count the values in the intervals by their next bits, but those that equal the common pattern."""
         codes = []
         for value, found in zip(self._of(given), previous, strict=True):
             bits = _patterns(value)
@@ -138,7 +153,7 @@ class _Order:
         several, needed = {**earlier}, takes(self.ranks)
         if "positive" in needed:
             # the smallest pattern that the first histogram does not count as 0
-            least = 1 << 48 if self.wide else _HIGH + 1
+            least = 1 << 48 if self.wide else _HALF + 1
             several["positive"] = (found >= least).count_nonzero(-1).double()
         own = {name: several[name] for name in needed if name in several}
         shared = {name: given[name] for name in needed if name not in several}
@@ -220,7 +235,7 @@ def _interval(
         end: Largest pattern of the interval, plus 1.
         rank: Rank among the values in the interval, 1 for the largest.
         outside: _NOTHING or _EVERYTHING where the answer does not depend on the values, else 0.
-        common: Pattern that most values in the interval have, if any (differences of 16-bit weights repeat often).
+        common: Pattern that is not counted again, as its number follows from the others; many values may have it.
         number: Number of values in the interval.
         wide: Whether values are float64.
     """
@@ -274,15 +289,17 @@ def _patterns(values: Tensor) -> Tensor:
 
 
 def _upper_bits(values: Tensor) -> Tensor:
-    """Return the bin in the first histogram, int16.
+    """Return the bin of float64 in the first histogram, int16: the upper 15 bits after the sign."""
+    return ((values.view(torch.int64) >> 48) & (_HIGH - 1)).to(torch.int16)
 
-    That is the upper 15 bits (after the sign) of float64, or of float32 rounded to bfloat16; NaN counts as infinity there.
-    """
-    if values.dtype == torch.float64:
-        return ((values.view(torch.int64) >> 48) & (_HIGH - 1)).to(torch.int16)
+
+def _bins(values: Tensor) -> Tensor:
+    """Return the bin of float32 in the first histogram, int32; NaN counts as infinity there."""
     # abs, for -0.0
     size = values.abs()
-    return torch.where(size >= 0, size, torch.full_like(size, torch.inf)).to(torch.bfloat16).view(torch.int16)
+    bits = torch.where(size >= 0, size, torch.full_like(size, torch.inf)).view(torch.int32)
+    between = ((bits & 0xFFFF) + 0xFFFF) >> 16
+    return (bits >> 16) * 2 + between + (bits > _HALF).to(torch.int32)
 
 
 def _descend(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from merganser.engine.kernels.block import Block
+from merganser.engine.kernels.blocks import TensorRun
 from merganser.engine.kernels.kernels import Kernels
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.errors import NonFiniteError
@@ -178,3 +179,18 @@ def test_what_torch_cannot_compile_for_a_gpu_runs_operation_by_operation(monkeyp
     for _ in range(2):
         assert torch.equal(run(block, None)[0], model * 2)
     assert caplog.messages == ["passthrough: slower than it might be, as a pass cannot be fused: no Triton here"]
+
+
+@pytest.mark.parametrize("size", [(1 << 16) - 1, 1 << 16])
+def test_a_tensor_of_one_block_is_counted_in_loops_if_it_is_large(size, monkeypatch):
+    counted = []
+    measure = TensorRun.measure
+    monkeypatch.setattr(TensorRun, "measure", lambda self, *given: counted.append(given[0]) or measure(self, *given))
+    generator = torch.Generator().manual_seed(0)
+    base, *models = [torch.randn(size, generator=generator).bfloat16() for _ in range(3)]
+    found = [
+        merge_tensor(get_method("ties"), base, models, {"weight": 1, "density": 0.3}, fused=fused).tolist()
+        for fused in (True, False)
+    ]
+    assert found[0] == found[1]
+    assert bool(counted) == (size == 1 << 16)

@@ -15,8 +15,18 @@ from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
 from merganser.engine.plan.memory import kept_bytes
 from merganser.engine.stream.buffers import InputCache
+from tests.engine.interrupting import shrink_blocks
 from tests.engine.stream.test_schedule import sparse
-from tests.making import assert_equal, make_recipe, read_files, read_model, write_llamas
+from tests.making import (
+    assert_equal,
+    llama,
+    llama_config,
+    make_recipe,
+    read_files,
+    read_model,
+    write_llamas,
+    write_model,
+)
 
 RECIPES = {
     "ties": {"weight": 0.6, "density": 0.4},
@@ -92,6 +102,26 @@ def test_what_is_measured_over_the_model_is_not_kept(tmp_path, small_blocks, rea
     assert found.kept == 0
     merge(recipe, tmp_path / "out")
     assert times(reads, large_ones(found)) == {3}
+
+
+@pytest.mark.parametrize("over", ["tensor", "model"])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_a_pass_that_would_find_nothing_new_is_left_out(tmp_path, monkeypatch, reads, method, over):
+    """Differences of numbers on a grid are numbers of bfloat16, among which the first count finds the cut."""
+    paths = [
+        write_model(tmp_path / f"m{i}", {name: (64 * x).round() / 64 for name, x in llama(i).items()}, llama_config())
+        for i in range(3)
+    ]
+    recipe = recipe_of(method, paths, **({"trim_over": over} if method == "ties" else {"by": "tensor"}))
+    whole = read_model(merge(recipe, tmp_path / "whole").out)
+    shrink_blocks(monkeypatch)
+    monkeypatch.setattr(memory, "_KEEP_INPUTS", 0)
+    reads.clear()
+    found = merge(recipe, tmp_path / "out", threads=2).out
+    large = large_ones(plan(recipe))
+    assert times(reads, large) == {2}
+    assert plan(recipe).passes == 3
+    assert_equal(read_model(found), whole)
 
 
 SHAPES = {"model.embed_tokens.weight": (32000, 2048), "model.layers.0.mlp.up_proj.weight": (2048, 4096)}

@@ -30,6 +30,10 @@ BLOCK = 1 << 19
 """Most elements per block by default; a row, matrix or tensor that the method needs whole may be larger."""
 
 
+# elements from which fused rounds are faster than what computes a statistic at once, which is not fused
+_WORTH_ROUNDS = 1 << 16
+
+
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return the shape as rows and columns: a row is all weights of one output unit; a vector is one row."""
     if len(shape) < 2:
@@ -179,22 +183,27 @@ class TensorRun:
         return total, bool(finite)
 
     def solve(self, name: str, index: int, total: Tensor, known: dict[str, Tensor], size: int) -> None:
-        """Solve a round and put its result into `known`: as `previous`, and under its name after the last round."""
+        """Solve a round and put its result into `known`: as `previous`, or under its name if no later round is needed."""
         given = {key: value.cpu() for key, value in known.items()}
         given["size"] = torch.tensor(size, dtype=torch.float64)
         try:
             solved = self.kernels.solve(name, index, total, self.values, given)
         except MergeError as error:
             raise type(error)(f"{self.name}: {self.kernels.method.name}: {error}") from error
-        known["previous"] = solved
-        if index == len(self.kernels.method.statistics[name].rounds) - 1:
-            known[name] = solved
-            del known["previous"]
+        early, last = self.kernels.round(name, index).early, len(self.kernels.method.statistics[name].rounds) - 1
+        found = solved if index == last else early and early(solved)
+        if found is None:
+            known["previous"] = solved
+        else:
+            known[name] = found
+            known.pop("previous", None)
 
     def at_once(self, name: str, known: dict[str, Tensor], base: Tensor | None, models: Sequence[Tensor]) -> bool:
         """Compute a one-block tensor's statistic without rounds, if it supports that; return whether it was done."""
         method = self.kernels.method
         if len(self.ranges) > 1 or method.statistics[name].at_once is None or method.from_data:
+            return False
+        if self.kernels.fused and self.size >= _WORTH_ROUNDS:
             return False
         given = {key: value.cpu() for key, value in known.items()}
         given["size"] = torch.tensor(self.size, dtype=torch.float64)
@@ -231,6 +240,8 @@ class TensorRun:
                         refuse(inputs)
                 assert total is not None
                 self.solve(name, index, total, known, self.size)
+                if name in known:
+                    break
         return known
 
     @property

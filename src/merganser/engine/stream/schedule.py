@@ -289,7 +289,13 @@ class Schedule:
             self._solve_model(name, index)
 
     def _next(self, state: GroupState) -> None:
+        """Go to the next pass of a group that measures something not known yet, or combines."""
         state.pass_number += 1
+        while state.pass_number < len(state.measurements):
+            name = state.measurements[state.pass_number][0]
+            if any(run is not None and name not in known for run, known in zip(state.runs, state.known, strict=True)):
+                break
+            state.pass_number += 1
         self._open(state)
 
     def _solve_model(self, name: str, index: int) -> None:
