@@ -173,7 +173,7 @@ def _compare(reader: Reader, first: _Opened, other: _Opened) -> int:
     """Refuse a contributor that differs from the first in anything that both should have; return the tensors compared."""
     where = f"{other.given.place}: {other.given.model}"
     mine, theirs = first.checkpoint, other.checkpoint
-    for key in ("model_type", "hidden_size", "norm_topk_prob", "rope_theta", "rms_norm_eps"):
+    for key in ("model_type", "hidden_size", "norm_topk_prob", "rope_theta", "rope_parameters", "rms_norm_eps"):
         if mine.config.get(key) != theirs.config.get(key):
             raise CheckpointError(
                 f"{where}: has {key} {theirs.config.get(key)!r}, {first.given.model} {mine.config.get(key)!r}"
