@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
-from ..anatomy.config import unquantised
+from ..anatomy.config import unquantised, with_older_rotary_keys
 from ..anatomy.module_config import slice_module_config
 from ..checkpoint import Checkpoint, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
@@ -126,6 +126,7 @@ def build_plan(
     )
     shards = shards or plan_shards([each for draft in drafts for each in draft.described], out_shard_size, {})
     donor, owner = members[recipe.donor], matched.owner
+    config = with_older_rotary_keys(config)
     ending = agree_on_ending(donor, owner, config, template, matched.vocabulary, matched.moved)
     files = side_files(donor, owner, matched.change)
     fused, fusion_warnings = _fuses(drafts, devices)

@@ -97,8 +97,10 @@ class Layout:
             found["n_shared_experts"] = 1 if shared else None
         if self.untied:
             found["tie_word_embeddings"] = False
-        if "auto_map" in self.settings:
-            found |= _rope_of_old(dense)
+        scaling = dense.get("rope_scaling")
+        if "auto_map" in self.settings and isinstance(scaling, dict) and "rope_type" in scaling:
+            # as the code of that time names it
+            found["rope_scaling"] = {"type" if key == "rope_type" else key: value for key, value in scaling.items()}
         if self.dense_key is not None:
             found[self.dense_key] = [*range(dense_layers)] if self.dense_key == "mlp_only_layers" else dense_layers
         return found
@@ -284,19 +286,6 @@ def _check_gate(recipe: MixtureRecipe, layout: Layout) -> None:
         raise RecipeError(
             f"{shared.place}: {layout.name} has no gate for its shared expert, so its prompts mean nothing"
         )
-
-
-def _rope_of_old(dense: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rotary settings as code from before transformers 5 reads them, which knows no `rope_parameters`."""
-    rope = dense.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
-        return {}
-    found: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
-        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
-        found["rope_scaling"] = {"type": kind, **scaling}
-    return found
 
 
 def _known() -> str:
