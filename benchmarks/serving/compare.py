@@ -75,7 +75,7 @@ def compared(
     Args:
         model: A model of transformers.
         prompts: Tokens of the prompts.
-        answers: For each, its new `tokens`, and `logprobs` of all tokens but the first.
+        answers: For each, its new `tokens`, and `logprobs` of these or of all tokens but the first.
 
     Returns:
         Numbers of `tokens` and of those that are `same`, and the `largest` and `mean` difference of log-probabilities, nats.
@@ -87,6 +87,7 @@ def compared(
         with torch.inference_mode():
             said = model(input_ids=ids).logits[0].double().log_softmax(-1)
         own = said[:-1].gather(-1, ids[0, 1:, None])[:, 0]
+        own = own[-len(answer["logprobs"]) :]
         apart.append((own - torch.tensor(answer["logprobs"], dtype=torch.float64)).abs())
         likeliest = said[len(prompt) - 1 : -1].argmax(-1)
         same += int((likeliest == torch.tensor(answer["tokens"])).sum())

@@ -1,9 +1,8 @@
-"""A folder of models and outputs: `merganser` is run as a process, once for each output."""
+"""A folder of models and outputs, each made by a command of `merganser`."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,18 @@ class Work:
         return target
 
     def run(self, *arguments: str) -> None:
-        """Run `merganser`."""
-        command = [sys.executable, "-m", "merganser", *arguments, "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-        if done.returncode:
-            raise MakingError(f"merganser {arguments[0]}: {done.stderr.strip()}")
+        """Run a command of `merganser`, in this process: its libraries are loaded once."""
+        from merganser.cli import app
+
+        said = io.StringIO()
+        code: int | str | None = 0
+        try:
+            with contextlib.redirect_stderr(said):
+                app([*arguments, "--quiet"])
+        except SystemExit as ended:
+            code = ended.code
+        if code:
+            raise MakingError(f"merganser {arguments[0]}: {said.getvalue().strip()}")
 
     def made(self, name: str, write: Callable[[Path], None]) -> Path:
         """Return a folder that a function writes where it is missing."""
