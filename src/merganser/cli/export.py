@@ -73,6 +73,7 @@ def export(
     made = found[0].record["exported"]
     if made["saved"]:
         say(f"stored whole (modules_to_save): {some(made['saved'])}")
+        say("vLLM loads adapters of factors alone: for it, merge with others: merged")
     if made["tied_in_factors"]:
         complain(
             "note",

@@ -118,6 +118,7 @@ def _summary(out: Path, record: Mapping[str, Any], seconds: float) -> None:
         say(line)
     if extracted["saved"]:
         say(f"stored whole: {some(extracted['saved'])}")
+        say("vLLM loads adapters of factors alone: for it, --others drop, and --embeddings low-rank or drop")
     if extracted["dropped"]:
         say(f"left as in the base: {some(extracted['dropped'])}")
     size = sum(entry["bytes"] for entry in record["outputs"] if entry["file"].endswith(".safetensors"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..adapters import open_model
 from ..anatomy import set_config_dtype, set_tied, slice_config
 from ..anatomy.module_config import slice_module_config
-from ..anatomy.settings.config import unquantised
+from ..anatomy.settings.config import unquantised, with_older_rotary_keys
 from ..checkpoint import Checkpoint, Shard, plan_shards
 from ..checkpoint.folder import WEIGHTS_KEY
 from ..errors import MergeError
@@ -223,6 +223,7 @@ def _plan_output(
         block=BLOCK,
     )
     shards = shards or plan_shards([each for draft in drafts for each in draft.described], shard_bytes, {})
+    config = with_older_rotary_keys(config)
     ending = agree_on_ending(donor, owner, config, template, matched.vocabulary, matched.moved)
     files = side_files(donor, owner, matched.change)
     origins = file_origins(donor, owner, files, _configs(ending), template_of, matched.change)

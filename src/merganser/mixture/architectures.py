@@ -33,6 +33,9 @@ class Layout:
         settings: Further keys.
         dropped: Keys of dense models that it does not have.
         sized: Whether the experts' width is `moe_intermediate_size`.
+        biased: Whether queries, keys and values have biases; where the dense model has none, these are zeros.
+        untied: Whether it has a head of its own; where the dense model has none, that is a copy of the embedding.
+        plain_heads: Whether the size of a head is that of the model divided by the number of heads.
     """
 
     name: str
@@ -49,6 +52,9 @@ class Layout:
     settings: Mapping[str, Any] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     sized: bool = True
+    biased: bool = False
+    untied: bool = False
+    plain_heads: bool = False
 
     def router(self, layer: str) -> str:
         """Return the name of a layer's router."""
@@ -86,9 +92,15 @@ class Layout:
             found["moe_intermediate_size"] = width
         if self.gated:
             found["shared_expert_intermediate_size"] = width
-            found["qkv_bias"] = dense["model_type"] == "qwen2" or bool(dense.get("attention_bias"))
+            found["qkv_bias"] = self.biased
         elif self.shared:
             found["n_shared_experts"] = 1 if shared else None
+        if self.untied:
+            found["tie_word_embeddings"] = False
+        scaling = dense.get("rope_scaling")
+        if "auto_map" in self.settings and isinstance(scaling, dict) and "rope_type" in scaling:
+            # as the code of that time names it
+            found["rope_scaling"] = {"type" if key == "rope_type" else key: value for key, value in scaling.items()}
         if self.dense_key is not None:
             found[self.dense_key] = [*range(dense_layers)] if self.dense_key == "mlp_only_layers" else dense_layers
         return found
@@ -126,6 +138,8 @@ _ALL = (
         shared=True,
         needs_shared=True,
         gated=True,
+        # transformers asks qkv_bias; vLLM and llama.cpp expect the biases that every published checkpoint has
+        biased=True,
         dense_key="mlp_only_layers",
         settings=_ROUTED | _EVERY_LAYER,
         dropped=_OF_LLAMA,
@@ -144,6 +158,9 @@ _ALL = (
         ("llama", "mistral"),
         shared=True,
         shared_name="shared_experts",
+        # the authors' code can tie a head, vLLM's class cannot; both divide the model's size by the number of heads
+        untied=True,
+        plain_heads=True,
         dense_key="first_k_dense_replace",
         count="n_routed_experts",
         settings={
@@ -247,6 +264,12 @@ def _check(recipe: MixtureRecipe, layout: Layout, config: Mapping[str, Any]) -> 
         )
     if config.get("use_sliding_window") and "layer_types" in layout.dropped:
         raise RecipeError(f"{place}: the base has windows in some of its layers, which {layout.name} cannot express")
+    heads, size, own = (config.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
+    if layout.plain_heads and own is not None and heads and own * heads != size:
+        raise RecipeError(
+            f"{place}: the base has {heads} heads of {own} in a model of {size}, which {layout.name} cannot express: its heads "
+            "are as large together as the model"
+        )
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key) and key in layout.dropped and not (layout.gated and key == "attention_bias"):
             raise RecipeError(f"{place}: the base has {key}, which {layout.name} cannot express")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..anatomy.experts import ExpertUnits, find_experts
+from ..anatomy.settings.function import settings
 from ..checkpoint import Checkpoint, Reader, TensorInfo, plan_shards
 from ..checkpoint.derived import read_elements
 from ..checkpoint.gathered import MadeRows, RowMap, gathered
@@ -173,11 +174,12 @@ def _compare(reader: Reader, first: _Opened, other: _Opened) -> int:
     """Refuse a contributor that differs from the first in anything that both should have; return the tensors compared."""
     where = f"{other.given.place}: {other.given.model}"
     mine, theirs = first.checkpoint, other.checkpoint
-    for key in ("model_type", "hidden_size", "norm_topk_prob", "rope_theta", "rms_norm_eps"):
-        if mine.config.get(key) != theirs.config.get(key):
-            raise CheckpointError(
-                f"{where}: has {key} {theirs.config.get(key)!r}, {first.given.model} {mine.config.get(key)!r}"
-            )
+    # rotary settings have keys of two generations
+    configs = [{**each.config, **settings(each.config)} for each in (mine, theirs)]
+    for key in ("model_type", "hidden_size", "norm_topk_prob", "rope_theta", "rope_scaling", "rms_norm_eps"):
+        ours, own = (each.get(key) for each in configs)
+        if ours != own:
+            raise CheckpointError(f"{where}: has {key} {own!r}, {first.given.model} {ours!r}")
     if [own.name for own in first.layers] != [own.name for own in other.layers]:
         raise CheckpointError(f"{where}: has experts in other layers than {first.given.model}")
     apart = [{name for own in each.layers for name in own.tensors} for each in (first, other)]

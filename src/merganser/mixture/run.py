@@ -27,6 +27,7 @@ from ..engine.run import Progress, Result, run_plan
 from ..errors import CheckpointError, MergeError, UnsupportedError
 from ..recipe import ModelReference
 from .architectures import Layout, choose_layout
+from .completed import completed
 from .fitted import Advance, cheap_routers, prompt_routers, ridge_routers
 from .joining import JoinRecipe, plan_joined
 from .models import DenseTensors, Layer, check_expert, find_layers, open_expert
@@ -196,6 +197,7 @@ def _mixed(
         elif index not in done:
             done.add(index)
             drafts += _layer(recipe, planned, members, layout, routers, index, seed)
+    drafts = completed(drafts, layout, members.base, dense.config)
     shards = plan_shards([(draft.name, draft.dtype, draft.shape) for draft in drafts], shard_size, {})
     # copies, as most are tensors of the dense plan, too
     tensors = place([replace(draft) for draft in drafts], shards)

@@ -21,6 +21,7 @@ __all__ = [
     "set_tied",
     "text_scopes",
     "unquantised",
+    "with_older_rotary_keys",
     "words",
 ]
 
@@ -170,3 +171,22 @@ def unquantised(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in SETTINGS_KEYS
     }
+
+
+def with_older_rotary_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy that says its rotary settings in the keys of transformers 4, too, where it has only `rope_parameters`.
+
+    transformers 5 writes `rope_parameters` alone. transformers 4 and programs with loaders of their own (mlx-lm 0.32) know
+    `rope_theta`, `partial_rotary_factor` and `rope_scaling`, and take a default where these are missing, without a word.
+    transformers 5 reads the same from both. Settings per kind of layer, which have no such keys in common, are left alone.
+    """
+    result = copy.deepcopy(dict(config))
+    for scope in text_scopes(result):
+        rope = scope.get("rope_parameters")
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            continue
+        older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        if rope.get("rope_type", "default") != "default":
+            older["rope_scaling"] = {key: value for key, value in rope.items() if key not in older}
+        scope |= {key: value for key, value in older.items() if scope.get(key) is None}
+    return result

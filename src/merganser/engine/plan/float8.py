@@ -20,6 +20,10 @@ _LINEAR = ("attention", "mlp", "expert")
 _TURNED = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer")
 
 
+_JOINED = (".self_attn.q_proj.weight", ".self_attn.k_proj.weight", ".gate_proj.weight")
+"""Matrices that vLLM joins with the one behind them: queries, keys and values; gate and up projections."""
+
+
 def quantise_output(
     recipe: Recipe, drafts: Sequence[PlannedTensor], config: Mapping[str, Any]
 ) -> tuple[list[PlannedTensor], dict[str, Any], list[str]]:
@@ -103,6 +107,13 @@ def _warnings(tensors: Sequence[PlannedTensor], scheme: Float8) -> list[str]:
             f"quantize: {plural(len(partial), 'weight')} such as {partial[0]} {_shape(tensors, partial[0])} "
             f"{'has' if len(partial) == 1 else 'have'} tiles of less than {scheme.tile[0]} x {scheme.tile[1]} at the edges, which "
             "transformers refuses where there is no GPU, as other programs may; fp8_channel fits every shape"
+        )
+    height = scheme.tile[0]
+    joined = [t.name for t in tensors if t.quantised is not None and t.name.endswith(_JOINED) and t.shape[0] % height]
+    if joined:
+        warnings.append(
+            f"quantize: vLLM refuses this output, as it joins {joined[0]} {_shape(tensors, joined[0])} with the matrix behind it, "
+            f"whose tiles would then begin within one of {height} rows; fp8_channel fits every shape"
         )
     packed = [t.name for t in tensors if _is_packed(t)]
     if packed:
