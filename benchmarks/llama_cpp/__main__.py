@@ -2,7 +2,8 @@
 
 `setup`: fetch and build llama.cpp.
 `bytes`: K types of real weights, beside `ggml_quantize_chunk`.
-`files`: merges written as GGUF, every tensor beside what llama-quantize makes of the merge in F32.
+`files`: merges written as GGUF, every tensor beside what llama-quantize makes of the merge in F32 (the function of the library
+that it calls).
 `loads`: the same merges loaded in llama.cpp, and merges in safetensors through the commands of docs/formats.md; logits and perplexity
 beside those of transformers.
 `mixtures`: mixtures of experts through the converter, loaded.
@@ -11,14 +12,15 @@ beside those of transformers.
 import argparse
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merganser.engine.merge import merge
+from merganser.checkpoint.formats.gguf.header import read_gguf_header
+from merganser.checkpoint.formats.gguf.names import family_of, gguf_name
+from merganser.engine.merge import merge, plan
 from merganser.engine.run import run_plan
 from merganser.mixture import load_mixture, plan_mixture
 from merganser.recipe.gguf import GGUF_TYPES, SAME
@@ -28,7 +30,7 @@ from . import checks, models
 from .peer import Peer, PeerError, folder, set_up
 
 TYPES = tuple(kind for kind in GGUF_TYPES if kind != SAME)
-_LOADED = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+_WRITTEN = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 
 
 def measure_bytes(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
@@ -52,32 +54,35 @@ def families(peer: Peer, options: argparse.Namespace) -> list[tuple[models.Famil
 
 
 def measure_files(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
-    """Write every type of each family, and compare with llama-quantize."""
+    """Write some types of each family, and compare with llama-quantize; of all types, the choice for each tensor."""
     found: dict[str, Any] = {}
     for family, donor in families(peer, options):
-        wide = _merged(family, "F32", donor, options.work)
-        for kind in options.types:
-            if kind == "F32":
-                continue
-            ours = _merged(family, kind, donor, options.work)
-            theirs = options.work / f"theirs-{kind}.gguf"
-            peer.quantise(wide, theirs, kind)
-            found[f"{family.name} {kind}"] = checks.compare_files(ours, theirs)
-            theirs.unlink()
-            shutil.rmtree(ours.parent)
+        found[family.name] = _compare_files(peer, family, donor, options)
+    return found
+
+
+def _compare_files(peer: Peer, family: models.Family, donor: Path, options: argparse.Namespace) -> dict[str, Any]:
+    wide = _merged(family, "F32", donor, options.work)
+    planned = {kind: _planned(family, kind, donor) for kind in TYPES if kind not in ("F32", "F16", "BF16")}
+    found = {"types": checks.compare_types(peer, wide, planned)}
+    theirs = options.work / "theirs.gguf"
+    for kind in options.types:
+        ours = _merged(family, kind, donor, options.work)
+        peer.quantise(wide, theirs, kind)
+        found[kind] = checks.compare_files(ours, theirs)
+    theirs.unlink(missing_ok=True)
     return found
 
 
 def measure_loads(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
-    """Load merges in llama.cpp."""
-    text = options.work / "text.txt"
-    text.write_text((models.zoo() / "texts" / "english.test.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    """Load merges in llama.cpp, written by us, and by its own tools from merges in safetensors."""
+    text = _text(options.work)
     found: dict[str, Any] = {}
     for family, donor in families(peer, options)[:2]:
         plain = options.work / f"{donor.stem}-plain"
         merge({**family.recipe, "out_dtype": "float32"}, plain, overwrite=True)
         reference = checks.reference_logits(plain, text.read_text(encoding="utf-8"))
-        for kind in [kind for kind in _LOADED if kind in options.types]:
+        for kind in ("F32", "F16", "BF16", *options.types):
             file = _merged(family, kind, donor, options.work)
             found[f"{family.name} {kind}"] = checks.compare_logits(peer, file, text, options.work, reference)
         converted, small = options.work / "OUT-F16.gguf", options.work / "OUT-Q4_K_M.gguf"
@@ -86,40 +91,57 @@ def measure_loads(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
         peer.quantise(converted, small, "Q4_K_M")
         for file in (converted, small):
             told = checks.compare_logits(peer, file, text, options.work, reference)
-            found[f"{family.name}, docs: {file.name}"] = told
+            found[f"{family.name}, {file.name} by the commands of the documents"] = told
     return found
 
 
 def measure_mixtures(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
-    """Build mixtures, convert them, load them, and write merges of them as GGUF with eight experts."""
-    text = options.work / "text.txt"
-    text.write_text((models.zoo() / "texts" / "english.test.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    """Build mixtures, convert and load them; and write them as GGUF ourselves, with the metadata of what was converted."""
+    text = _text(options.work)
     small = models.wide(options.work, tied=False).models
-    four = [models.zoo() / "experts" / name for name in ("haskell", "maths")]
+    large = [models.zoo() / "experts" / name for name in ("haskell", "maths")]
     found: dict[str, Any] = {}
     for name, experts, architecture in (
-        ("SmolLM2-135M x 2, mixtral", four, "mixtral"),
-        ("random x 8, mixtral", [*small] * 4, "mixtral"),
-        ("random x 2, qwen2_moe", small, "qwen2_moe"),
+        ("random-x8-mixtral", [*small] * 4, "mixtral"),
+        ("random-x2-qwen2_moe", small, "qwen2_moe"),
+        ("SmolLM2-135M-x2-mixtral", large, "mixtral"),
     ):
-        place = options.work / name.replace(", ", "-").replace(" ", "-")
-        plan = plan_mixture(load_mixture(models.mixture_recipe(experts, architecture)))
-        run_plan(plan, place, overwrite=True)
-        file = place.with_suffix(".gguf")
+        place = options.work / name
+        file = options.work / f"{name}.gguf"
+        run_plan(plan_mixture(load_mixture(models.mixture_recipe(experts, architecture))), place, overwrite=True)
         peer.convert(place, file, "f32")
         reference = checks.reference_logits(place, text.read_text(encoding="utf-8"))
-        found[name] = checks.compare_logits(peer, file, text, options.work, reference)
+        own: dict[str, Any] = {"converted": checks.compare_logits(peer, file, text, options.work, reference)}
         family = models.Family(name, [place])
-        wide = _merged(family, "F32", file, options.work)
-        found[f"{name}, written by us, F32"] = checks.compare_files(wide, file)
-        for kind in ("Q4_K_M", "Q2_K", "Q4_0"):
-            ours, theirs = _merged(family, kind, file, options.work), options.work / "theirs.gguf"
-            peer.quantise(file, theirs, kind)
-            found[f"{name}, written by us, {kind}"] = checks.compare_files(ours, theirs)
-            if kind == "Q4_K_M":
-                told = checks.compare_logits(peer, ours, text, options.work, reference)
-                found[f"{name}, written by us, {kind}, loaded"] = told
+        if architecture == "mixtral" and experts != large:
+            own |= _compare_files(peer, family, file, options)
+            ours = _merged(family, "Q4_K_M", file, options.work)
+            own["Q4_K_M, loaded"] = checks.compare_logits(peer, ours, text, options.work, reference)
+        found[name] = own
     return found
+
+
+def _text(work: Path) -> Path:
+    found = work / "text.txt"
+    found.write_text((models.zoo() / "texts" / "english.test.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    return found
+
+
+def _planned(family: models.Family, kind: str, donor: Path) -> dict[str, str]:
+    """Return the type of each tensor by its name in the file."""
+    planned = plan(_recipe(family, kind, donor))
+    own = family_of(str(donor), read_gguf_header(donor).architecture)
+    found = {}
+    for tensor in planned.tensors:
+        named = gguf_name(own, tensor.name)
+        assert named is not None
+        assert tensor.gguf is not None
+        found[named.name] = tensor.gguf.type.name
+    return found
+
+
+def _recipe(family: models.Family, kind: str, donor: Path) -> dict[str, Any]:
+    return {**family.recipe, "gguf": {"type": kind, "metadata": str(donor)}}
 
 
 def _donor(peer: Peer, family: models.Family, work: Path) -> Path:
@@ -133,7 +155,7 @@ def _donor(peer: Peer, family: models.Family, work: Path) -> Path:
 def _merged(family: models.Family, kind: str, donor: Path, work: Path) -> Path:
     """Return the merge as a GGUF file of a type."""
     out = work / f"{donor.stem}-{kind}"
-    merge({**family.recipe, "gguf": {"type": kind, "metadata": str(donor)}}, out, overwrite=True)
+    merge(_recipe(family, kind, donor), out, overwrite=True)
     return out / f"model-{kind}.gguf"
 
 
@@ -144,7 +166,7 @@ def main(given: Sequence[str] | None = None) -> int:
     """Measure, print, and write results.json."""
     parser = argparse.ArgumentParser(prog="scripts/bench llama-cpp", description=__doc__, allow_abbrev=False)
     parser.add_argument("part", choices=["setup", *_PARTS, "all"], nargs="?", default="all")
-    parser.add_argument("--types", type=lambda text: text.split(","), default=[*TYPES], metavar="TYPE,...")
+    parser.add_argument("--types", type=lambda text: text.split(","), default=[*_WRITTEN], metavar="TYPE,...")
     parser.add_argument("--work", type=Path, metavar="DIR", help="for models and outputs (default: a temporary folder)")
     parser.add_argument("--peer-folder", type=Path, metavar="DIR", help="llama.cpp (default: $MERGANSER_LLAMA_CPP)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json", metavar="FILE")

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from merganser.checkpoint.formats.gguf.encode import WRITABLE
 from merganser.checkpoint.formats.gguf.k_quants import K_TYPES, quantise_k
+from merganser.checkpoint.formats.gguf.mixes import FILE_TYPES
 
 from .peer import Peer
 
@@ -48,6 +50,19 @@ def compare_bytes(peer: Peer, values: Array, work: Path) -> dict[str, Any]:
             "cpu_seconds_theirs": told["cpu_seconds"],
         }
     return found
+
+
+def compare_types(peer: Peer, file: Path, planned: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """Compare the types that were planned, by kind of file and tensor, with those that llama.cpp chooses for a file in F32."""
+    numbers = {kind: str(FILE_TYPES[kind]) for kind in planned}
+    told = json.loads(peer.call("types", str(file), ",".join(numbers.values())).splitlines()[-1])
+    wrong = [
+        f"{kind}: {name}: {ours}, not {told[numbers[kind]].get(name)}"
+        for kind, own in planned.items()
+        for name, ours in own.items()
+        if told[numbers[kind]].get(name) != ours
+    ]
+    return {"kinds": len(planned), "tensors": sum(map(len, planned.values())), "different": wrong}
 
 
 def compare_files(ours: Path, theirs: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """What is asked of llama.cpp's Python bindings, in the environment that has them.
 
 `inside.py rows IN.npy TYPE OUT.npy` quantises rows of float32, and prints the processor seconds.
+`inside.py types FILE NUMBER,...` prints the type that each tensor gets in files of the types with these numbers.
+`inside.py file FILE OUT NUMBER` quantises a file as llama-quantize does, whose work is this function of the library.
 `inside.py logits FILE TEXT OUT.npy N` computes the logits of a text's first N tokens, and prints the tokens and the seconds.
 """
 
 import ctypes
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,6 +36,41 @@ def rows(given: str, kind: str, out: str) -> dict[str, Any]:
     seconds = time.process_time() - start
     np.save(out, found)
     return {"cpu_seconds": seconds}
+
+
+_LINE = re.compile(r"\] (\S+)\s+- \[.*?type =\s*(\w+),.*?(?:\((\w+)\))?$")
+
+
+def types(given: str, numbers: str) -> dict[str, Any]:
+    """Ask which types would be chosen."""
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def hear(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+        lines.append(text.decode())
+
+    llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
+    found: dict[str, Any] = {}
+    for number in numbers.split(","):
+        lines.clear()
+        _quantise(given, given + ".unwritten", int(number), dry=True)
+        matches = filter(None, map(_LINE.search, "".join(lines).splitlines()))
+        found[number] = {match[1]: (match[3] or match[2]).upper() for match in matches}
+    return found
+
+
+def file(given: str, out: str, number: str) -> dict[str, Any]:
+    """Quantise a file."""
+    start = time.process_time()
+    _quantise(given, out, int(number), dry=False)
+    return {"cpu_seconds": time.process_time() - start}
+
+
+def _quantise(given: str, out: str, number: int, *, dry: bool) -> None:
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread, settings.dry_run = number, 1, dry
+    if llama_cpp.llama_model_quantize(given.encode(), out.encode(), ctypes.byref(settings)):
+        raise SystemExit(f"{given}: llama.cpp could not quantise it")
 
 
 def logits(file: str, text: str, out: str, most: str) -> dict[str, Any]:
@@ -65,5 +103,5 @@ def logits(file: str, text: str, out: str, most: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    asked = {"rows": rows, "logits": logits}[sys.argv[1]]
+    asked = {"rows": rows, "types": types, "file": file, "logits": logits}[sys.argv[1]]
     print(json.dumps(asked(*sys.argv[2:])))
