@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +12,18 @@ from ...checkpoint import Checkpoint, Shard
 from ...checkpoint.formats.gguf.encode import WRITABLE, GgufEncoding
 from ...checkpoint.formats.gguf.header import GgufHeader, GgufTensor, GgufType, read_gguf_header
 from ...checkpoint.formats.gguf.layout import GgufOutput, lay_out_gguf
+from ...checkpoint.formats.gguf.mixes import FILE_TYPES, Sizes, tensor_type
 from ...checkpoint.formats.gguf.names import DROPPED, Family, StoredName, family_of, gguf_name, hf_name
 from ...checkpoint.formats.gguf.read import head_rows, parts_of
 from ...checkpoint.formats.gguf.values import require_gguf
 from ...checkpoint.weights import GGUF_SUFFIX
 from ...errors import CheckpointError, RecipeError
 from ...recipe import Recipe
+from ...recipe.gguf import SAME
 from ...wording import some
 from .tensor import PlannedTensor
 
 __all__ = ["GgufSummary", "gguf_output"]
-
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
-"""`general.file_type` of llama.cpp."""
 
 _QUANTISATION_VERSION = 2
 _ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")
@@ -38,7 +38,7 @@ class GgufSummary:
 
     Args:
         file: Name of the file.
-        type: The type of its matrices.
+        type: The type of the file, or "same" for that of the metadata.
         metadata: File whose metadata it has.
         kept: Tensors of that file that are copied as they are.
     """
@@ -65,6 +65,23 @@ class _Like:
     def tensors(self) -> list[tuple[Path, GgufTensor]]:
         parts = zip(self.files, self.headers, strict=True)
         return [(file, tensor) for file, header in parts for tensor in header.tensors]
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The type of each tensor by its name; and by the module alone, that of most layers."""
+        found = {tensor.name: tensor.type.name for _, tensor in self.tensors}
+        counts: dict[str, Counter[str]] = {}
+        for name, kind in found.items():
+            counts.setdefault(_without_layer(name), Counter())[kind] += 1
+        return {**{module: count.most_common(1)[0][0] for module, count in counts.items()}, **found}
+
+    def sizes(self, layers: int, tied: bool) -> Sizes:
+        """Return what types depend on."""
+        first = self.headers[0]
+        heads = first.number("attention.head_count") or 0
+        keys = first.number("attention.head_count_kv")
+        experts = first.number("expert_count") or 0
+        return Sizes(first.architecture, layers, experts, heads, heads if keys is None else keys, tied)
 
 
 def gguf_output(
@@ -104,17 +121,20 @@ def gguf_output(
     like = _open(recipe, donor)
     if moved_tokens:
         raise RecipeError(f"{place}: the output has other tokens than {like.files[0]}. {_by_llama_cpp(kind)}")
-    if WRITABLE[kind].values > 1:
-        require_gguf(str(place))
     stored = _names(recipe, drafts, like)
     layers = _check_layers(recipe, drafts, stored, like)
     tied = "output" not in {own.module for own in stored.values()}
-    tensors = [_encoded(draft, stored[draft.name], like, kind, tied=tied, block=block) for draft in drafts]
+    types = _types(recipe, drafts, stored, like, like.sizes(layers, tied))
+    tensors = [_encoded(draft, stored[draft.name], types[draft.name], like, block=block) for draft in drafts]
+    if quantised := any(kind.values > 1 for kind in types.values()):
+        require_gguf(str(place))
     kept = [(file, tensor) for file, tensor in like.tensors if DROPPED.fullmatch(tensor.name) and "." in tensor.name]
     kept = [each for each in kept if not each[1].name.startswith("blk.")]
-    changes = _changes(recipe, like.headers[0], kind, layers, chat_template)
+    changes = _changes(recipe, like.headers[0], layers, chat_template, quantised=quantised)
     outputs = _outputs(recipe, tensors, stored)
-    shard = lay_out_gguf(f"model-{kind}{GGUF_SUFFIX}", (like.files[0], like.headers[0]), changes, kept, outputs)
+    shard = lay_out_gguf(
+        f"model-{_named(kind, like)}{GGUF_SUFFIX}", (like.files[0], like.headers[0]), changes, kept, outputs
+    )
     return tensors, [shard], GgufSummary(shard.name, kind, like.files[0], tuple(tensor.name for _, tensor in kept))
 
 
@@ -144,8 +164,19 @@ def _open(recipe: Recipe, donor: Checkpoint) -> _Like:
     return _Like(files, headers, family)
 
 
+def _named(kind: str, like: _Like) -> str:
+    """Return the type in the file's name."""
+    number = like.headers[0].fields.get("general.file_type")
+    return next((name for name, own in FILE_TYPES.items() if own == number), kind) if kind == SAME else kind
+
+
+def _without_layer(name: str) -> str:
+    return name.split(".", 2)[2] if name.startswith("blk.") else name
+
+
 def _by_llama_cpp(kind: str) -> str:
     """Return the sentence with the commands that make such a file of safetensors."""
+    kind = "F16" if kind == SAME else kind
     first = kind if kind in ("F32", "F16", "BF16", "Q8_0") else "F16"
     convert = f"python convert_hf_to_gguf.py OUT --outtype {first.lower()} --outfile OUT-{first}.gguf"
     quantise = "" if kind == first else f" && llama-quantize OUT-{first}.gguf OUT-{kind}.gguf {kind}"
@@ -216,12 +247,12 @@ def _shown(shape: tuple[int, ...] | None) -> str:
     return "not there" if shape is None else str(list(shape))
 
 
-def _encoded(draft: PlannedTensor, own: StoredName, like: _Like, kind: str, *, tied: bool, block: int) -> PlannedTensor:
+def _encoded(draft: PlannedTensor, own: StoredName, kind: GgufType, like: _Like, *, block: int) -> PlannedTensor:
     """Return a tensor with how it is stored: blocks of merging hold whole heads and rows."""
     flat = len(draft.shape) < 2
     permuted = like.family.permuted and own.module in ("attn_q", "attn_k")
     encoding = GgufEncoding(
-        type=_type(draft, own, kind, tied=tied),
+        type=kind,
         columns=1 if flat else draft.shape[-1],
         head=head_rows(like.files[0], like.headers[0], own.name, draft.shape[0]) if permuted else 0,
         plus_one=like.family.norms_plus_one and draft.name.endswith("norm.weight"),
@@ -229,29 +260,48 @@ def _encoded(draft: PlannedTensor, own: StoredName, like: _Like, kind: str, *, t
     return replace(draft, gguf=encoding, block_limit=max(block // encoding.step, 1) * encoding.step)
 
 
-def _type(draft: PlannedTensor, own: StoredName, kind: str, *, tied: bool) -> GgufType:
-    """Return the type of a tensor: vectors and routers are float32, as llama.cpp needs them.
+def _types(
+    recipe: Recipe, drafts: Sequence[PlannedTensor], stored: Mapping[str, StoredName], like: _Like, sizes: Sizes
+) -> dict[str, GgufType]:
+    """Return the type of each tensor: vectors and routers are float32, as llama.cpp needs them.
 
-    In files of 4 or 5 bits the head is Q8_0, or the embedding if it is the head too, similarly to llama-quantize.
+    Raises:
+        RecipeError: The file whose types are kept has one that cannot be written.
     """
-    if len(_squeezed(draft.shape)) < 2 or own.module in _ROUTERS:
-        return WRITABLE["F32"]
-    if kind.startswith(("Q4", "Q5")) and own.module in (("token_embd",) if tied else ("output",)):
-        kind = "Q8_0"
-    return WRITABLE[kind] if draft.shape[-1] % WRITABLE[kind].values == 0 else WRITABLE["F16"]
+    assert recipe.gguf is not None
+    kind = recipe.gguf.type
+    kept = like.types if kind == SAME else {}
+    found = {}
+    for draft in drafts:
+        own = stored[draft.name]
+        if len(_squeezed(draft.shape)) < 2 or own.module in _ROUTERS:
+            name = "F32"
+        elif kind == SAME:
+            # a layer of a stack that the file lacks, and a head beside an embedding that was the head
+            name = kept.get(own.name) or kept.get(_without_layer(own.name)) or kept["token_embd.weight"]
+        else:
+            name = tensor_type(kind, own.module, own.layer or 0, draft.shape[-1], sizes)
+        if name not in WRITABLE:
+            raise RecipeError(
+                f"{recipe.gguf.place}: {own.name} of {like.files[0]} is {name}, which cannot be written; name a type "
+                f"instead of {SAME!r}, such as Q4_K_M"
+            )
+        found[draft.name] = WRITABLE[name]
+    return found
 
 
 def _changes(
-    recipe: Recipe, header: GgufHeader, kind: str, layers: int, chat_template: str | None
+    recipe: Recipe, header: GgufHeader, layers: int, chat_template: str | None, *, quantised: bool
 ) -> dict[str, str | int | None]:
     """Return the entries of the metadata that differ from those of the file."""
     assert recipe.gguf is not None
-    quantised = WRITABLE[kind].values > 1
+    kind = recipe.gguf.type
     title = header.fields.get("general.name", header.architecture)
     found: dict[str, str | int | None] = dict.fromkeys(_ABOUT_SPLIT)
     found |= dict.fromkeys(key for key in header.fields if key.startswith(_ABOUT_IMPORTANCE))
     found["general.name"] = recipe.name or f"{title}, merged"
-    found["general.file_type"] = _FILE_TYPES[kind]
+    if kind != SAME:
+        found["general.file_type"] = FILE_TYPES[kind]
     found["general.quantization_version"] = _QUANTISATION_VERSION if quantised else None
     if chat_template is not None:
         found["tokenizer.chat_template"] = chat_template

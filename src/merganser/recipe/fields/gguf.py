@@ -7,30 +7,25 @@ from dataclasses import dataclass
 
 from ..document.place import Entry, Place
 
-__all__ = ["GGUF_KEYS", "GGUF_TYPES", "Gguf", "read_gguf_key"]
+__all__ = ["GGUF_KEYS", "GGUF_TYPES", "SAME", "Gguf", "read_gguf_key"]
 
 GGUF_KEYS = ("type", "metadata")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-GGUF_TYPES = (*_DTYPES, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
-"""Types that can be written."""
+SAME = "same"
+"""Instead of a type: every tensor has the type that it has in the file whose metadata are copied."""
 
-_OTHER_TYPES = (
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "IQ1_",
-    "IQ2_",
-    "IQ3_",
-    "IQ4_",
-    "TQ1_0",
-    "TQ2_0",
-    "MXFP4",
-    "NVFP4",
+GGUF_TYPES = (
+    *_DTYPES,
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", SAME),
 )
-_TENSOR_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
+"""Types of files that can be written, as llama-quantize names them; the most precise first."""
+
+_OTHER_TYPES = ("Q1_0", "Q2_0", "Q2_K_S", "IQ1_", "IQ2_", "IQ3_", "IQ4_", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4")
+_OTHER_NAMES = {"MXFP4": "MXFP4_MOE"}
 """Names of files of llama-quantize for types of tensors."""
+
+_SHORT = {"q3_k": "Q3_K_M", "q4_k": "Q4_K_M", "q5_k": "Q5_K_M", "fp16": "F16", "fp32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +33,7 @@ class Gguf:
     """How the output is written as GGUF.
 
     Args:
-        type: The type of its matrices, as llama.cpp names it.
+        type: The type of the file, as llama.cpp names it, or `SAME`.
         metadata: File whose metadata are copied; None for that of the model that lends config and tokenizer.
         place: Where the recipe says it.
     """
@@ -77,9 +72,9 @@ def read_gguf_key(entry: Entry, fields: Mapping[str, Entry]) -> Gguf:
 def _type(entry: Entry) -> str:
     name = entry.value.upper() if isinstance(entry.value, str) else ""
     if name.startswith(_OTHER_TYPES):
-        file = _TENSOR_TYPES.get(name, name)
+        file = _OTHER_NAMES.get(name, name)
         raise entry.error(
             f"{name} cannot be written, only {', '.join(GGUF_TYPES)}; write 'gguf: F16', and quantise that file with "
             f"llama.cpp: llama-quantize OUT/model-F16.gguf OUT-{file}.gguf {file}"
         )
-    return entry.choice(GGUF_TYPES, {**{each.lower(): each for each in GGUF_TYPES}, "fp16": "F16", "fp32": "F32"})
+    return entry.choice(GGUF_TYPES, {**{each.lower(): each for each in GGUF_TYPES}, **_SHORT})

@@ -1,6 +1,7 @@
 """Values as they are stored in a GGUF file: what a converter does to them, done again, and rounded to a type.
 
-Quantised types are rounded by the `gguf` package, which llama.cpp's authors publish.
+Types with blocks of 32 values are rounded by the `gguf` package, which llama.cpp's authors publish; those of 256 by us, as it
+cannot.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...dtypes import DType
 from .header import TYPE_BY_NAME, GgufType
+from .k_quants import K_TYPES, quantise_k
 from .values import PLAIN
 
 if TYPE_CHECKING:
@@ -19,10 +21,12 @@ __all__ = ["WRITABLE", "GgufEncoding"]
 
 _LARGEST = 65504.0
 _STEPS = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 1, "Q5_0": 16, "Q5_1": 1}
-"""How many times the largest float16 the values of a type may be, for its scales are float16."""
+_STEPS |= {"Q2_K": 14, "Q3_K": 100, "Q4_K": 60, "Q5_K": 60, "Q6_K": 3500}
+"""How many times the largest float16 the values of a type may be, for its scales are float16; of K types, whose scales are
+fitted, somewhat less."""
 
 WRITABLE: dict[str, GgufType] = {name: TYPE_BY_NAME[name] for name in ("F32", "F16", "BF16", *_STEPS)}
-"""Types that can be written, by name: plain ones, and those that the package can quantise."""
+"""Types of tensors that can be written, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +81,12 @@ class GgufEncoding:
         dtype = PLAIN.get(self.type.name)
         if dtype is not None:
             return values.to(getattr(torch, dtype.name)).contiguous().view(torch.uint8)
+        rows = values.float().view(-1, self.columns).numpy()
+        if self.type.name in K_TYPES:
+            return torch.from_numpy(quantise_k(rows, self.type.name))
         from gguf import GGMLQuantizationType
         from gguf.quants import quantize
 
-        rows = values.float().view(-1, self.columns).numpy()
         return torch.from_numpy(quantize(rows, GGMLQuantizationType[self.type.name])).view(-1)
 
     def decode(self, data: Tensor) -> Tensor:
