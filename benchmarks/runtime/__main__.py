@@ -3,7 +3,8 @@
 A prompt is run through the model once; each cache is given the same keys, values and queries, which are those that it
 would see in `generate`, and goes on from there. A method that holds numbers beside keys and values gets as many entries
 fewer. A cache without a budget (MiniCache, Task-KV and, with `--heads`, RazorAttention) is compared with a SnapKV that
-takes its bytes behind that prompt.
+takes its bytes behind that prompt. `--pools 9` adds the methods that choose entries by scores with a wider maximum over
+neighbours, each beside itself at the default.
 
 Scales: `likelihood`, bits per token of what follows, one call; `needles`, a number hidden at depths of prompts of several
 lengths; `ruler`, generated tasks of RULER's kinds; `speed`, processor seconds. Before any of them, all caches are checked
@@ -59,6 +60,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=512, help="last queries of the prompt that caches may look at")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--pools", type=int, nargs="+", default=[], help="further values of pool, beside the defaults")
     parser.add_argument(
         "--heads", type=Path, help="retrieval heads, written by RetrievalHeads.save: adds RazorAttention"
     )
@@ -83,7 +85,7 @@ def main(arguments: list[str]) -> int:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     encode = encoder(tokenizer)
     tokens, methods = encode(options.text.read_text(encoding="utf-8")), sorted({*options.methods, "snapkv"})
-    field = Field(model, options.budget, methods, unbounded(model, options))
+    field = Field(model, options.budget, methods, unbounded(model, options), options.pools)
     prompt = torch.tensor([tokens[: options.prompt]])
 
     def maker(length: int) -> Maker:

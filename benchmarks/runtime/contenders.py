@@ -1,7 +1,7 @@
 """Which caches are compared, at equal bytes."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from .prompts import Prompt
 
 METHODS = sorted(name for name, layer in LAYERS.items() if "budget" in inspect.signature(layer).parameters)
 """Methods with a budget."""
+
+POOLED = sorted(name for name in METHODS if "pool" in inspect.signature(LAYERS[name]).parameters)
+"""Those that choose entries by scores, over which a maximum is taken."""
 
 Make = Callable[[], MergedCache]
 
@@ -29,12 +32,16 @@ def width(model: Any) -> int:
     return int(2 * head * next(model.parameters()).element_size())
 
 
-def caches(model: Any, entries: int, methods: Iterable[str]) -> dict[str, Make]:
-    """The whole cache, and methods with a budget at the bytes of SnapKV's `entries`."""
+def caches(model: Any, entries: int, methods: Iterable[str], pools: Iterable[int] = ()) -> dict[str, Make]:
+    """The whole cache, and methods with a budget at the bytes of SnapKV's `entries`; those with scores at other pools, too."""
     made: dict[str, Make] = {"whole": lambda: MergedCache("snapkv", model, budget=10**9)}
     for method in methods:
         own = budget(method, entries, width(model))
         made[method] = lambda method=method, own=own: MergedCache(method, model, budget=own)
+        for pool in pools if method in POOLED else ():
+            made[wide(method, pool)] = lambda method=method, own=own, pool=pool: MergedCache(
+                method, model, budget=own, pool=pool
+            )
     return made
 
 
@@ -46,11 +53,16 @@ class Field:
         entries: Entries of SnapKV per layer and head.
         methods: Methods with a budget.
         free: Caches without a budget, by name. Each is set beside a SnapKV that takes as many bytes behind the prompt.
+        pools: Further widths of the maximum over neighbours. Each is set beside the same method at its default.
     """
 
-    def __init__(self, model: Any, entries: int, methods: Iterable[str], free: dict[str, Make]):
+    def __init__(
+        self, model: Any, entries: int, methods: Iterable[str], free: dict[str, Make], pools: Sequence[int] = ()
+    ):
         self.model = model
-        self.bounded = caches(model, entries, sorted({*methods, "snapkv"}))
+        methods = sorted({*methods, "snapkv"})
+        self.bounded = caches(model, entries, methods, pools)
+        self.narrow = {wide(method, pool): method for method in methods for pool in pools}
         self.free = free
 
     def at(self, prompt: Prompt) -> dict[str, Make]:
@@ -65,7 +77,12 @@ class Field:
 
     def against(self, name: str) -> str:
         """The cache of equal bytes that a cache is compared with."""
-        return rival(name) if name in self.free else "snapkv"
+        return rival(name) if name in self.free else self.narrow.get(name, "snapkv")
+
+
+def wide(method: str, pool: int) -> str:
+    """The name of a method at another pool."""
+    return f"{method}, pool {pool}"
 
 
 def rival(name: str) -> str:

@@ -153,6 +153,18 @@ def test_scales():
     assert all(row["tokens_per_second"] > 0 for row in timed.values())
 
 
+def test_other_pools_stand_beside_the_default():
+    made = model(vocab_size=128, max_position_embeddings=1024)
+    compared = Field(made, 45, ["ems", "knorm"], {}, [9])
+    found = likelihoods(made, compared, [text(70)], 60, 40)
+    assert found.keys() == {"whole", "ems", "knorm", "snapkv", "ems, pool 9", "snapkv, pool 9"}
+    for method in ("ems", "snapkv"):
+        own, wide = found[method], found[f"{method}, pool 9"]
+        assert wide["bytes"] == own["bytes"]
+        assert wide["bits"] != own["bits"]
+        assert wide["more"] == pytest.approx(wide["bits"] - own["bits"])
+
+
 def test_an_answer_counts_by_what_it_says():
     made = model(vocab_size=128)
     item = Item("x", text(50)[0].tolist(), ("",), 3)

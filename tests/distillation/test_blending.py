@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from merganser.distillation import blend_answers
 from merganser.distillation.blending.fuser import fuser_text
-from merganser.distillation.blending.generation import Sampling, Speaker
-from merganser.distillation.blending.prompts import Prompt, read_prompts, tokens_of
+from merganser.distillation.blending.generation import Sampling, Speaker, grouped
+from merganser.distillation.blending.prompts import Prompt, Task, read_prompts, tokens_of
 from merganser.distillation.blending.ranking import CommandRanker, RewardModel
 from merganser.errors import CheckpointError, DataError, MergeError, OutputError, TaskError
 from merganser.inference.language_model import open_model
@@ -148,6 +149,107 @@ def test_draws_depend_on_the_seed_and_the_prompt_alone(folder: Path, tmp_path: P
     assert [own["text"] for own in other["answers"]] != texts[0]
 
 
+def _random_model(kind: str, **settings: Any) -> Any:
+    """A causal language model of transformers of that kind, with the vocabulary of the tests."""
+    import transformers
+
+    torch.manual_seed(3)
+    shape = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**shape, initializer_range=0.4, **settings)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+# whether a prompt may be padded on the left: of absolute, rotary and other positions, windows, and a state in place of attention
+PADDED: dict[str, tuple[dict[str, Any], bool]] = {
+    "Llama": ({"intermediate_size": 48, "num_key_value_heads": 2}, True),
+    "GPT2": ({"n_positions": 64}, True),
+    "Bloom": ({}, True),
+    "Mistral": ({"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 4}, True),
+    "OPT": ({"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64, "init_std": 0.4}, True),
+    "Rwkv": ({"context_length": 64, "attention_hidden_size": 32, "intermediate_size": 48}, False),
+}
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_batches_say_what_each_prompt_says_alone(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, padded = PADDED[kind]
+    opened = open_model(open_stored(folder / "plain"))
+    model = _random_model(kind, **settings)
+    monkeypatch.setattr(type(opened), "load", lambda *_: model)
+    speaker = Speaker(opened, torch.device("cpu"))
+    assert speaker.pads is padded
+    tasks = [Task(n, opened.tokenizer.ids(text)) for n, text in enumerate(("x", "größere Häuser", "the cat sat on a"))]
+    for sampling in (
+        Sampling(max_tokens=5, temperature=0.0),
+        Sampling(each=2, max_tokens=5, temperature=1.0, top_p=0.9),
+    ):
+        together = speaker.answers(tasks, sampling)
+        assert together == [own for task in tasks for own in speaker.answers([task], sampling)]
+        assert len({own.text for each in together for own in each}) > 1
+
+
+def test_a_model_for_which_padding_is_text_answers_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_model(open_stored(folder / "plain"))
+    speaker = Speaker(opened, torch.device("cpu"))
+    original, seen = speaker._model.generate, []
+
+    def deaf(input_ids: Any, attention_mask: Any, **more: Any) -> Any:
+        seen.append(len(input_ids))
+        return original(input_ids=input_ids, attention_mask=torch.ones_like(attention_mask), **more)
+
+    monkeypatch.setattr(speaker._model, "generate", deaf)
+    tasks = [Task(0, [5]), Task(1, [5, 6, 7])]
+    speaker.answers(tasks, Sampling(max_tokens=2, temperature=0.0))
+    assert not speaker.pads
+    # the two of the trial, then each prompt by itself
+    assert seen == [1, 2, 1, 1]
+
+
+def test_batches(folder: Path, tmp_path: Path) -> None:
+    def tasks(*lengths: int) -> list[Task]:
+        return [Task(n, [0] * length) for n, length in enumerate(lengths)]
+
+    few = Sampling(max_tokens=10, temperature=0)
+    assert grouped(tasks(3, 9, 8, 1), few, None, 40) == [[1, 2], [0, 3]]
+    assert grouped(tasks(3, 9, 8, 1), few, None, 1) == [[1], [2], [0], [3]]
+    assert grouped(tasks(3, 9, 8, 1), few, None, 1000) == [[1, 2, 0, 3]]
+    # two answers each are two rows
+    assert grouped(tasks(3, 9, 8, 1), Sampling(each=2, max_tokens=10), None, 80) == [[1, 2], [0, 3]]
+    # an answer that the context cuts short is no reason to cut others
+    assert grouped(tasks(3, 9, 8, 1), few, 18, 1000) == [[2, 0, 3], [1]]
+    batched = blend(folder, tmp_path / "a.jsonl", temperature=0.0, each=1)[1]
+    assert blend(folder, tmp_path / "b.jsonl", temperature=0.0, each=1, batch_tokens=1)[1] == batched
+
+
+def test_draws_have_the_probabilities_of_the_model(folder: Path) -> None:
+    opened = open_model(open_stored(folder / "plain"))
+    speaker = Speaker(opened, torch.device("cpu"))
+    sampling = Sampling(each=4000, max_tokens=1, temperature=0.7, top_p=0.8)
+    answers = speaker.answers([Task(3, [5, 6, 7])], sampling)[0]
+    with torch.no_grad():
+        logits = load(folder / "plain")[0](torch.tensor([[5, 6, 7]])).logits[0, -1].double() / 0.7
+    probabilities, order = logits.softmax(0).sort(descending=True)
+    # the likeliest tokens that reach 0.8 together
+    kept = probabilities[: int((probabilities.cumsum(0) < 0.8).sum()) + 1]
+    found = Counter(own.text for own in answers)
+    assert sum(found.values()) == 4000
+    expected: Counter[str] = Counter()
+    for token, share in zip(order.tolist(), (kept / kept.sum()).tolist(), strict=False):
+        expected[speaker._answer([token]).text] += share
+    assert found.keys() <= expected.keys()
+    for word, share in expected.items():
+        assert abs(found[word] / 4000 - share) < 0.05
+
+
+def test_a_model_without_numbers_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "nan", 1, max_position_embeddings=512)
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, model / "model.safetensors")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(CheckpointError, match="nan: cannot answer: ValueError: its logits are NaN"):
+            blend(folder, tmp_path / "out.jsonl", models=[str(model)], each=1, temperature=temperature)
+
+
 def test_a_model_stops_where_its_files_say(folder: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", 1, max_position_embeddings=512)
     network, tokenizer = load(model)
@@ -176,17 +278,18 @@ class _Stop(BaseException):
 def test_a_killed_run_continues_and_another_ranker_asks_nobody(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = blend(folder, tmp_path / "whole.jsonl", ranker=str(folder / "reward"), fuser=str(folder / "plain"))[1]
+    # a batch for each prompt
+    more: dict[str, Any] = {"ranker": str(folder / "reward"), "fuser": str(folder / "plain"), "batch_tokens": 1}
+    whole = blend(folder, tmp_path / "whole.jsonl", **more)[1]
     original, seen = Speaker.answers, []
 
     def counting(self: Any, *args: Any) -> Any:
-        seen.append(args[1])
+        seen.append(args[0][0].number)
         if len(seen) == 5:
             raise _Stop
         return original(self, *args)
 
     monkeypatch.setattr(Speaker, "answers", counting)
-    more = {"ranker": str(folder / "reward"), "fuser": str(folder / "plain")}
     with pytest.raises(_Stop):
         blend(folder, tmp_path / "cut.jsonl", **more)
     assert not (tmp_path / "cut.jsonl").exists()
@@ -352,6 +455,7 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
         ({"top_p": 0.0}, "top_p: must be above 0, and at most 1, got 0"),
         ({"temperature": 0.0}, "with 0 all 2 answers of a model are the same"),
         ({"top": 0}, "top: must be at least 1, got 0"),
+        ({"batch_tokens": 0}, "batch_tokens: must be at least 1, got 0"),
     ):
         refused(DataError, message, **change)
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "0123456789" * 60}) + "\n")

@@ -14,8 +14,8 @@ HEADS = RetrievalHeads(2, ((), (1,), (0, 1)))
 NEAR = {"sinks": 2, "window": 6, "share": 0.0}
 
 
-def made_of(attention="sdpa"):
-    return model(attention=attention, num_hidden_layers=3)
+def made_of():
+    return model(num_hidden_layers=3)
 
 
 def test_the_output_of_a_head():
@@ -41,49 +41,6 @@ def test_as_long_as_nothing_is_far_nothing_changes():
     cache = MergedCache("razor_attention", made, heads=HEADS, sinks=2, window=18)
     for part in tokens.split([15, 1, 4], dim=1):
         assert torch.equal(made(part, past_key_values=cache).logits, made(part, past_key_values=plain).logits)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_retrieval_heads_keep_everything(attention):
-    made, tokens = made_of(attention), text(40, rows=2)
-    plain = DynamicCache(config=made.config)
-    cache = MergedCache("razor_attention", made, heads=RetrievalHeads(2, ((0, 1),) * 3), **NEAR)
-    for part in tokens.split([30, 1, 9], dim=1):
-        found = made(part, past_key_values=cache).logits
-        torch.testing.assert_close(found, made(part, past_key_values=plain).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_what_is_held():
-    made, tokens = made_of(), text(40, rows=2)
-    found = []
-    for attention in ("sdpa", "eager"):
-        cache = MergedCache("razor_attention", made, heads=HEADS, **NEAR)
-        made.set_attn_implementation(attention)
-        for part in tokens.split([30, 1, 9], dim=1):
-            logits = made(part, past_key_values=cache).logits
-        found.append(logits)
-        assert cache.kept() == [9, 40, 40]
-        assert cache.get_seq_length() == 40
-        # three heads that keep 40; three that keep 8 and a mean
-        assert cache.stored_bytes() == 2 * 2 * 8 * 4 * (3 * 40 + 3 * 9)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    for part in tokens.split([30, 1, 9], dim=1):
-        logits = made(part, past_key_values=cache).logits
-    assert torch.equal(logits, found[1])
-
-
-def test_rows_are_reordered():
-    made, tokens = made_of(), text(30, rows=2)
-    cache, other = (MergedCache("razor_attention", made, heads=HEADS, **NEAR) for _ in range(2))
-    made(tokens, past_key_values=cache)
-    made(tokens.flip(0), past_key_values=other)
-    cache.reorder_cache(torch.tensor([1, 0]))
-    step = text(1, rows=2, seed=3)
-    for _ in range(2):
-        one, two = (made(step, past_key_values=each).logits for each in (cache, other))
-        torch.testing.assert_close(one, two)
 
 
 def test_a_share_of_a_long_text_stays():

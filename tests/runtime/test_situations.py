@@ -5,6 +5,7 @@ from functools import cache as remembered
 
 import pytest
 import torch
+import transformers
 from transformers import DeepseekV3Config, Gemma3TextConfig
 
 from merganser.errors import UnsupportedError
@@ -65,7 +66,13 @@ def without(situation):
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_lost_nothing_changed(method, situation):
     made, expected = without(situation)
-    assert torch.equal(generated(made, text(20, rows=2), whole(method, made), **ONES[situation][1]), expected)
+    options = ONES[situation][1]
+    if "prefill_chunk_size" in options and transformers.__version__.startswith("5.2."):
+        # its `generate` gives every part the positions of the prompt's last tokens
+        with pytest.raises(UnsupportedError, match="positions must go on from the 0 tokens seen"):
+            generated(made, text(20, rows=2), whole(method, made), **options)
+        return
+    assert torch.equal(generated(made, text(20, rows=2), whole(method, made), **options), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,19 +2,14 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from merganser.errors import ParameterError, UnsupportedError
 from merganser.runtime import MergedCache
 from merganser.runtime.caches.task_kv import TaskKV
 from tests.reference.task_kv import other_head, separator
-from tests.runtime.making import model, text
+from tests.runtime.making import model
 
 SMALL = {"sinks": 2, "middle": 5, "window": 6}
-
-
-def made_of(attention="sdpa"):
-    return model(attention=attention, hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
 
 
 def test_the_separator_and_what_stays():
@@ -71,51 +66,6 @@ def test_attention_sees_what_stays():
             torch.testing.assert_close(found[row, head], (own_keys @ query).softmax(-1) @ own_values)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("share", "length"), [(0.4, 20), (1.0, 40)])
-def test_nothing_dropped_nothing_changed(share, length, attention):
-    made, tokens = made_of(attention), text(length, rows=2)
-    plain = DynamicCache(config=made.config)
-    cache = MergedCache("task_kv", made, share=share, sinks=2, middle=14 if length == 20 else 5, window=4)
-    for part in tokens.split([length - 8, 1, 7], dim=1):
-        found = made(part, past_key_values=cache).logits
-        torch.testing.assert_close(found, made(part, past_key_values=plain).logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("share", [0, 0.4])
-def test_what_is_held(share):
-    tokens, found, count = text(40, rows=2), [], round(3 * share)
-    for made in (made_of(), made_of("eager")):
-        cache = MergedCache("task_kv", made, share=share, **SMALL)
-        for part in tokens.split([30, 1, 9], dim=1):
-            logits = made(part, past_key_values=cache).logits
-        found.append(logits)
-        assert cache.kept() == [40 if count else 13] * 2
-        assert cache.get_seq_length() == 40
-        assert cache.stored_bytes() == 2 * 2 * 2 * 8 * 4 * (count * 40 + (3 - count) * 13)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    for part in tokens.split([30, 1, 9], dim=1):
-        logits = made(part, past_key_values=cache).logits
-    assert torch.equal(logits, found[1])
-
-
-def test_rows_and_beams():
-    made, tokens = made_of(), text(40, rows=2)
-    step = text(1, rows=2, seed=3)
-    cache, other = (MergedCache("task_kv", made, **SMALL) for _ in range(2))
-    made(tokens, past_key_values=cache)
-    made(tokens.flip(0), past_key_values=other)
-    alone = MergedCache("task_kv", made, **SMALL)
-    made(tokens[1:], past_key_values=alone)
-    cache.reorder_cache(torch.tensor([1, 0]))
-    for _ in range(2):
-        one, two = (made(step, past_key_values=each).logits for each in (cache, other))
-        torch.testing.assert_close(one, two)
-        torch.testing.assert_close(one[:1], made(step[:1], past_key_values=alone).logits, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -128,7 +78,7 @@ def test_rows_and_beams():
 )
 def test_options_are_checked(options, message):
     with pytest.raises(ParameterError) as error:
-        MergedCache("task_kv", made_of(), **options)
+        MergedCache("task_kv", model(), **options)
     assert message in str(error.value)
 
 

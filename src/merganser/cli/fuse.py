@@ -202,6 +202,7 @@ def answer(
         float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from the likeliest tokens with this probability.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draws.")] = 0,
+    batch_tokens: options.BatchTokens = 4096,
     device: options.Device = "auto",
     cache_dir: options.CacheDir = None,
     quiet: options.Quiet = False,
@@ -229,6 +230,7 @@ def answer(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            batch_tokens=batch_tokens,
             device=device,
             cache_dir=cache_dir,
             progress=progress,

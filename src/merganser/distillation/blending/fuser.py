@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...inference.language_model import LanguageModel
-from .prompts import Prompt, number_of, tokens_of
+from .prompts import Prompt, Task, number_of, tokens_of
 
-__all__ = ["Fuser", "Task"]
+__all__ = ["Fuser"]
 
 _TASK = (
     "Below are a request and several answers to it. Write one answer that is better than each of them: keep what is right, "
     "leave out what is wrong. Reply with that answer alone."
 )
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a model is to answer.
-
-    Args:
-        number: A hash of it.
-        ids: Its tokens.
-        shown: Number of answers in it, if it is for a fuser.
-    """
-
-    number: int
-    ids: Sequence[int]
-    shown: int = 0
 
 
 class Fuser:

@@ -1,22 +1,31 @@
-"""Models that answer, by `generate` of transformers, one prompt at a time."""
+"""Models that answer, by `generate` of transformers, several prompts at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...errors import CheckpointError, DataError, UnsupportedError
 from ...inference.language_model import LanguageModel
 from ...inference.libraries import explained, quiet
 from ...jsonfile import read_object
-from .prompts import number_of
+from .prompts import Task, number_of
 
-__all__ = ["Answer", "Sampling", "Speaker", "check_speaker", "dtype_on"]
+__all__ = ["BATCH_TOKENS", "Answer", "Sampling", "Speaker", "check_speaker", "dtype_on", "grouped"]
+
+BATCH_TOKENS = 4096
 
 _GENERATION = "generation_config.json"
+# two prompts of different lengths, to see what padding does to a model
+_PROBE = "One, two, three, four, five, six."
+_SHORT, _LONG, _STEPS = 3, 8, 2
+# of the largest logit: what rounding may change in float32, and in 16 bits
+_ROUNDING, _COARSE_ROUNDING = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,76 @@ def dtype_on(device: torch.device, declared: Any) -> torch.dtype:
     return found
 
 
+def _room(task: Task, sampling: Sampling, positions: int | None) -> int:
+    """Return the most tokens that an answer may have."""
+    return sampling.max_tokens if positions is None else min(sampling.max_tokens, positions - len(task.ids))
+
+
+def grouped(tasks: Sequence[Task], sampling: Sampling, positions: int | None, budget: int) -> list[list[int]]:
+    """Divide tasks into batches of similar lengths, the longest first.
+
+    Batches depend on the arguments alone, so that a continued run has the same ones: rounding makes what a model computes
+    for a prompt depend on its batch.
+
+    Args:
+        tasks: The tasks.
+        sampling: How answers are drawn.
+        positions: Tokens that the model can see; None without a limit.
+        budget: Most tokens of a batch, of prompts and all their answers, with padding; a longer task is a batch by itself.
+
+    Returns:
+        Indices of tasks. All tasks of a batch have room for answers of the same length.
+    """
+    rooms = [_room(task, sampling, positions) for task in tasks]
+    found: list[list[int]] = []
+    for index in sorted(range(len(tasks)), key=lambda i: (-rooms[i], -len(tasks[i].ids), i)):
+        if found:
+            first, rows = found[-1][0], (len(found[-1]) + 1) * sampling.each
+            if rooms[first] == rooms[index] and rows * (len(tasks[first].ids) + rooms[first]) <= budget:
+                found[-1].append(index)
+                continue
+        found.append([index])
+    return found
+
+
+class _Draws:
+    """Chooses the next tokens of some rows, each with draws of its own.
+
+    The token with the largest sum of log-probability and Gumbel noise is a draw from the probabilities, so that `generate`
+    can take the largest logit: its own draws would depend on the other rows.
+
+    Args:
+        sampling: How answers are drawn.
+        seeds: Of each row.
+        device: Of the logits.
+    """
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], device: torch.device) -> None:
+        import transformers
+
+        library: Any = transformers
+        self._temperature = sampling.temperature
+        self._likely = library.TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits, changed such that the largest one is the token to take.
+
+        Raises:
+            ValueError: A logit is NaN.
+        """
+        if bool(scores.isnan().any()):
+            raise ValueError("its logits are NaN")
+        if not self._temperature:
+            return scores
+        scores = scores.double() / self._temperature
+        if self._likely is not None:
+            scores = self._likely(input_ids, scores)
+        size, kind, place = scores.shape[1], scores.dtype, scores.device
+        drawn = [torch.rand(size, generator=own, dtype=kind, device=place) for own in self._generators]
+        return scores - torch.stack(drawn).log().neg().log()
+
+
 class Speaker:
     """A loaded model that answers.
 
@@ -106,51 +185,81 @@ class Speaker:
 
     def __init__(self, opened: LanguageModel, device: torch.device) -> None:
         self._opened, self._device = opened, device
-        dtype = dtype_on(device, getattr(opened.config, "dtype", None))
-        self._model = opened.load(opened.source.read(), dtype, device)
+        self._dtype = dtype_on(device, getattr(opened.config, "dtype", None))
+        self._model = opened.load(opened.source.read(), self._dtype, device)
         self._ends = sorted(_ends(opened))
+        self.name = opened.source.reference
 
-    def answers(self, ids: Sequence[int], number: int, sampling: Sampling) -> list[Answer]:
-        """Return the answers to a prompt.
+    def answers(self, tasks: Sequence[Task], sampling: Sampling) -> list[list[Answer]]:
+        """Return the answers to some prompts, at once where padding changes nothing for this model.
 
-        The draws depend on the seed and on the prompt alone, not on what was answered before.
+        The draws depend on the seed and on each prompt alone, not on what else is answered.
 
         Args:
-            ids: Its tokens; there is room for one more.
-            number: A hash of the prompt.
+            tasks: The prompts: a batch of `grouped`.
             sampling: How answers are drawn.
 
         Raises:
             CheckpointError: The model cannot answer, as its logits are NaN.
         """
+        if len({len(task.ids) for task in tasks}) > 1 and not self.pads:
+            return [own for task in tasks for own in self.answers([task], sampling)]
+        rows = [(task, number) for task in tasks for number in range(sampling.each)]
+        seeds = [number_of(sampling.seed, task.number, number) for task, number in rows]
+        found = self._generate(
+            [task.ids for task, _ in rows],
+            _Draws(sampling, seeds, self._device),
+            max_new_tokens=_room(tasks[0], sampling, self._opened.positions),
+        )
+        said = [self._answer(row) for row in found.tolist()]
+        return [said[start : start + sampling.each] for start in range(0, len(said), sampling.each)]
+
+    @cached_property
+    def pads(self) -> bool:
+        """Whether padding a prompt on the left changes nothing but by rounding; found by trying it."""
+        ids = self._opened.tokenizer.ids(_PROBE)[:_LONG]
+        if self._opened.positions is not None and self._opened.positions < len(ids) + _STEPS:
+            return False
+        alone, beside = (self._logits(rows) for rows in ([ids[:_SHORT]], [ids[:_SHORT], ids]))
+        allowed = _ROUNDING if self._dtype == torch.float32 else _COARSE_ROUNDING
+        return all(
+            float((own[0] - other[0]).abs().max()) <= allowed * float(own[0].abs().max())
+            for own, other in zip(alone, beside, strict=True)
+        )
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return the logits of the next tokens, step by step."""
+        found: list[Tensor] = []
+
+        def look(input_ids: Tensor, scores: Tensor) -> Tensor:
+            found.append(scores.clone())
+            return scores
+
+        # without an end, so that both runs have all steps
+        self._generate(rows, look, max_new_tokens=_STEPS, eos_token_id=None)
+        return found
+
+    def _generate(self, rows: Sequence[Sequence[int]], choose: Any, **settings: Any) -> Tensor:
+        """Return the tokens that follow some rows, shape [rows, new]; those behind an end mean nothing."""
         import transformers
 
-        room = sampling.max_tokens
-        if self._opened.positions is not None:
-            room = min(room, self._opened.positions - len(ids))
-        drawn: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature > 0:
-            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        # as an argument it would be mixed with the model's own, which may have penalties and other values
         library: Any = transformers
+        # as an argument it would be mixed with the model's own, which may have penalties and other values
         self._model.generation_config = library.GenerationConfig(
-            max_new_tokens=room,
-            num_return_sequences=sampling.each,
-            eos_token_id=self._ends or None,
+            do_sample=False,
             pad_token_id=self._ends[0] if self._ends else 0,
-            **drawn,
+            **{"eos_token_id": self._ends or None, **settings},
         )
-        given = torch.tensor([list(ids)], device=self._device)
-        devices = [self._device] if self._device.type == "cuda" else []
+        width = max(map(len, rows))
+        given = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=self._device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self._device)
         with (
             torch.inference_mode(),
-            torch.random.fork_rng(devices=devices),
-            explained(CheckpointError, f"{self._opened.source.reference}: cannot answer"),
+            explained(CheckpointError, f"{self.name}: cannot answer"),
             quiet(),
         ):
-            torch.manual_seed(number_of(sampling.seed, number))
-            rows = self._model.generate(input_ids=given, attention_mask=torch.ones_like(given))
-        return [self._answer(row[len(ids) :].tolist()) for row in rows]
+            found: Tensor = self._model.generate(input_ids=given, attention_mask=mask, logits_processor=[choose])
+        return found[:, width:]
 
     def _answer(self, ids: list[int]) -> Answer:
         end = next((place for place, own in enumerate(ids) if own in self._ends), None)

@@ -16,7 +16,7 @@ from ...errors import CheckpointError, DataError, did_you_mean
 from ...inference.language_model import Tokenizer
 from ...jsonfile import MAX_JSON_BYTES, os_reason, parse_object, read_file
 
-__all__ = ["MADE", "Message", "Prompt", "number_of", "read_prompts", "rendered", "tokens_of"]
+__all__ = ["MADE", "Message", "Prompt", "Task", "number_of", "read_prompts", "rendered", "tokens_of"]
 
 Message = Mapping[str, str]
 
@@ -53,6 +53,21 @@ class Prompt:
         if len(self.messages) == 1:
             return self.messages[0]["content"]
         return "\n\n".join(f"{own['role']}: {own['content']}" for own in self.messages)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is to answer.
+
+    Args:
+        number: A hash of it.
+        ids: Its tokens.
+        shown: Number of answers in it, if it is for a fuser.
+    """
+
+    number: int
+    ids: Sequence[int]
+    shown: int = 0
 
 
 def number_of(*parts: Any) -> int:

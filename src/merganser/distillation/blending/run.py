@@ -23,9 +23,9 @@ from ...inference.stored import hash_of
 from ...jsonfile import os_reason
 from ...process import release_freed_memory
 from ...version import __version__
-from .fuser import Fuser, Task
-from .generation import Answer, Sampling, Speaker, check_speaker
-from .prompts import Prompt, number_of, read_prompts, tokens_of
+from .fuser import Fuser
+from .generation import BATCH_TOKENS, Answer, Sampling, Speaker, check_speaker, grouped
+from .prompts import Prompt, Task, number_of, read_prompts, tokens_of
 from .ranking import CommandRanker, Ranker, open_reward_model
 from .summary import Blended, Line, Scored, summarise
 
@@ -50,6 +50,7 @@ def blend_answers(
     temperature: float = 0.7,
     top_p: float = 1.0,
     seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
     device: str = "auto",
     cache_dir: Path | None = None,
     progress: Progress | None = None,
@@ -72,6 +73,7 @@ def blend_answers(
         temperature: Of the draws; 0 takes the likeliest token.
         top_p: Probability of the tokens that are drawn from.
         seed: Seed of the draws.
+        batch_tokens: Most tokens of prompts, with padding, and answers that a model has before it at once.
         device: Where models run: auto, cpu or cuda.
         cache_dir: Folder for models from the Hub.
         progress: Called with what is done.
@@ -84,8 +86,9 @@ def blend_answers(
     """
     out = Path(out)
     sampling = Sampling(each, max_tokens, temperature, top_p, seed)
-    if top < 1:
-        raise DataError(f"top: must be at least 1, got {top}")
+    for name, value in (("top", top), ("batch_tokens", batch_tokens)):
+        if value < 1:
+            raise DataError(f"{name}: must be at least 1, got {value}")
     if ranker is not None and rank_command is not None:
         raise DataError("ranker: a model and a command are given; give one of them")
     where = resolve_devices(device)[0]
@@ -107,7 +110,7 @@ def blend_answers(
             ranks = open_reward_model(ranker, where, cache_dir=cache_dir)
         writer = None if fuser is None else Fuser(opened(fuser), top)
         journal = stack.enter_context(Journal(journal_path(out)))
-        run = _Run(read, sampling, where, journal, progress or (lambda what, done, count: None))
+        run = _Run(read, sampling, batch_tokens, where, journal, progress or (lambda what, done, count: None))
         lines = run.lines(speakers, ranks, writer)
     with failures_of(out):
         text = "".join(json.dumps(own.to_json(), ensure_ascii=False) + "\n" for own in lines)
@@ -136,6 +139,7 @@ class _Run:
 
     prompts: Sequence[Prompt]
     sampling: Sampling
+    batch_tokens: int
     device: torch.device
     journal: Journal
     progress: Progress
@@ -185,20 +189,28 @@ class _Run:
         self, what: str, opened: LanguageModel, tasks: Sequence[Task], sampling: Sampling
     ) -> list[list[Answer]]:
         key = hash_of(__version__, opened.source.hash, json.dumps(sampling.to_json()))
-        missing = [task for task in tasks if self.journal.get(key, task.number) is None]
-        if missing:
-            self.progress(what, len(tasks) - len(missing), len(tasks))
+        known = [self.journal.get(key, task.number) is not None for task in tasks]
+        if not all(known):
+            self.progress(what, sum(known), len(tasks))
             speaker = Speaker(opened, self.device)
-            for done, task in enumerate(missing, len(tasks) - len(missing) + 1):
-                if self.journal.get(key, task.number) is None:
-                    found = speaker.answers(task.ids, task.number, sampling)
-                    content = {"answers": [{"text": own.text, "ended": own.ended} for own in found]}
-                    self.journal.add(key, task.number, content, model=opened.source.reference)
-                self.progress(what, done, len(tasks))
+            # those that are known are in the batches, too, so that these are always the same
+            for batch in grouped(tasks, sampling, opened.positions, self.batch_tokens):
+                if not all(known[row] for row in batch):
+                    self._answer(key, speaker, [tasks[row] for row in batch], sampling)
+                    for row in batch:
+                        known[row] = True
+                    self.progress(what, sum(known), len(tasks))
             del speaker
             release_freed_memory()
         kept = (self.journal.get(key, task.number) or {} for task in tasks)
         return [[Answer(own["text"], own["ended"]) for own in each["answers"]] for each in kept]
+
+    def _answer(self, key: str, speaker: Speaker, tasks: Sequence[Task], sampling: Sampling) -> None:
+        """Have a batch answered, and keep what was not known."""
+        for task, found in zip(tasks, speaker.answers(tasks, sampling), strict=True):
+            if self.journal.get(key, task.number) is None:
+                content = {"answers": [{"text": own.text, "ended": own.ended} for own in found]}
+                self.journal.add(key, task.number, content, model=speaker.name)
 
     def _scores(
         self, ranker: Ranker, answers: Sequence[Sequence[str]], prompts: Sequence[Prompt] | None = None

@@ -19,7 +19,7 @@ from ...checkpoint.formats.gguf.values import require_gguf
 from ...checkpoint.weights import GGUF_SUFFIX
 from ...errors import CheckpointError, RecipeError
 from ...recipe import Recipe
-from ...recipe.gguf import SAME
+from ...recipe.fields.gguf import SAME
 from ...wording import some
 from .tensor import PlannedTensor
 
