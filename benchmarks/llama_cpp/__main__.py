@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merganser.recipe.gguf import GGUF_TYPES, SAME
-
 from merganser.checkpoint.formats.gguf.header import read_gguf_header
 from merganser.checkpoint.formats.gguf.names import family_of, gguf_name
 from merganser.engine.merge import merge, plan
 from merganser.engine.run import run_plan
 from merganser.mixture import load_mixture, plan_mixture
+from merganser.recipe.fields.gguf import GGUF_TYPES, SAME
 
 from ..merge import hardware
 from . import checks, models

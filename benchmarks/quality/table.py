@@ -132,11 +132,12 @@ def _restored(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _by_tokens(results: Sequence[Result]) -> dict[str, dict[int, str]]:
-    """Return, of methods with statistics from data at their published settings, what each number of tokens keeps."""
+    """Return what each number of tokens keeps, of methods with statistics from data that were measured on fewer, too."""
     found: dict[str, dict[int, str]] = {}
+    fewer = {one["method"] for one in results if one["label"].endswith("sequences")}
     for entry in _entries(results):
         drawn = entry["result"].get("calibration")
-        if drawn is not None and entry["label"] != "tuned":
+        if drawn is not None and entry["label"] != "tuned" and entry["method"] in fewer:
             found.setdefault(entry["method"], {})[drawn["sequences"] * drawn["length"]] = _brief(entry)
     return found
 

@@ -187,7 +187,7 @@ def shown(tmp_path, *results):
 
 
 def test_an_earlier_version_is_marked_and_gives_way_to_a_later_one(tmp_path):
-    assert methods()["tsv_m"].version == methods()["iso_c"].version == 2
+    assert min(methods()["tsv_m"].version, methods()["iso_c"].version) > 1
     old = [result(name, 0.2) for name in ("tsv_m", "iso_c")]
     for line in old:
         del line["version"]
@@ -428,6 +428,7 @@ def test_the_table_of_tokens(tmp_path):
     assert lines[3] == "| | method | 16,384 | 4,096 | 1,024 |"
     assert lines[5].startswith("| 4 experts | regmean | 80 / ")
     assert table._by_tokens([row("default", 64, 0.8)]) == {}
+    assert list(table._by_tokens([row("16 sequences", 16, 0.8)])["regmean"]) == [4096]
 
 
 def test_a_check_measures_anew_beside_the_results_and_prints_both(tmp_path, monkeypatch, capsys):

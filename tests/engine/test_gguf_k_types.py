@@ -8,12 +8,12 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
-from merganser.recipe.gguf import GGUF_TYPES, SAME
 
 from merganser.checkpoint.formats.gguf.k_quants import K_TYPES, quantise_k
 from merganser.checkpoint.formats.gguf.mixes import FILE_TYPES
 from merganser.engine.merge import merge
 from merganser.errors import MergeError
+from merganser.recipe.fields.gguf import GGUF_TYPES, SAME
 from merganser.record import verify
 from tests.checkpoint.gguf.making import random_blocks, written
 from tests.engine.test_gguf_output import NUMBERS, converted, merged, recipe_of, write_gguf
