@@ -49,8 +49,8 @@ ROOMS = [
     "engine/sidecars",
     "engine/adapters",
     "engine",
-    "transplant",
     "inference",
+    "transplant",
     "calibration",
     # the entry: it calibrates what a recipe lacks, and so stands above
     "engine/merge",

@@ -172,5 +172,5 @@ def test_parts_without_text(tmp_path: Path) -> None:
     found = run("transplant", own, "--tokenizer", own, "--parts", "mean", "--out", tmp_path / "out")
     assert (found.code, found.err) == (
         2,
-        "error: transplant: --new-tokens and --parts are for --text; leave them out\n",
+        "error: transplant: --new-tokens, --parts and --train-steps are for --text; leave them out\n",
     )

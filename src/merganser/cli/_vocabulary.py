@@ -18,6 +18,7 @@ _HOW = {
     "combined": "combined from shared tokens",
     "romanised": "of tokens in Latin letters",
     "parts": "made of their parts",
+    "network": "made of their parts by a trained network",
 }
 
 

@@ -60,6 +60,13 @@ def transplant(
             show_default=False,
         ),
     ] = None,
+    train_steps: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="With --text: steps in which a small network is trained on it to make these rows; the model stays as it is.",
+        ),
+    ] = 0,
     method: Annotated[
         str,
         typer.Option(
@@ -90,7 +97,7 @@ def transplant(
     Or more tokens: with --romanise its own ones in Latin letters, with --text frequent pairs of them.
     """
     options.quieten_hub(quiet)
-    _check(tokenizer, romanise, text, method=method, k=k, new_tokens=new_tokens, parts=parts)
+    _check(tokenizer, romanise, text, method=method, k=k, new_tokens=new_tokens, parts=parts, steps=train_steps)
     from ..engine.output.staging import check_target
     from ..engine.run import run_plan
     from ..transplant import plan_merged_tokens, plan_romanised, plan_transplant
@@ -105,7 +112,8 @@ def transplant(
         elif text:
             method = "merged pairs"
             count = _NEW_TOKENS if new_tokens is None else new_tokens
-            plan = plan_merged_tokens(model, text, count, parts=parts or "mean", advance=advance, **given)
+            given |= {"parts": parts or "mean", "train_steps": train_steps}
+            plan = plan_merged_tokens(model, text, count, advance=advance, **given)
         else:
             assert tokenizer is not None
             plan = plan_transplant(model, tokenizer, method=method, k=k, advance=advance, **given)
@@ -126,6 +134,7 @@ def _check(
     k: int | None,
     new_tokens: int | None,
     parts: str | None,
+    steps: int,
 ) -> None:
     """Refuse options that do not go together."""
     wrong = None
@@ -133,8 +142,8 @@ def _check(
         wrong = "give --tokenizer, --romanise or --text, one of them"
     elif tokenizer is None and (method != "omp" or k is not None):
         wrong = "--method and --k are for --tokenizer; leave them out"
-    elif not text and (new_tokens is not None or parts is not None):
-        wrong = "--new-tokens and --parts are for --text; leave them out"
+    elif not text and (new_tokens is not None or parts is not None or steps):
+        wrong = "--new-tokens, --parts and --train-steps are for --text; leave them out"
     if wrong is not None:
         complain("error", f"transplant: {wrong}")
         raise typer.Exit(2)
@@ -155,6 +164,13 @@ def _summary(out: Path, record: Mapping[str, Any], method: str, seconds: float) 
         say(
             f"  {before / size:.3f} tokens per byte before, {after / size:.3f} now "
             f"({100 * after / before - 100:+.1f} %), on {size_text(size)} of the text that was held out"
+        )
+    if "train_steps" in made:
+        before, after = made["loss_of_mean"], made["loss_of_trained"]
+        kept = "" if after < before else "; the mean is kept"
+        say(
+            f"  loss per token on a part of that: {before:.3f} with the mean of the parts, {after:.3f} after "
+            f"{plural(made['train_steps'], 'step')} of training{kept}"
         )
     say(f"wrote {out} and {out / 'merge.json'}; {out / record['vocabulary']['list']} lists every token")
     say(f"measure it: merganser eval {out}")

@@ -3,8 +3,8 @@
 The pairs are those of byte-pair encoding that starts from the model's own tokens and stays within the words of its
 tokenizer; the row of a new token is made from those of its parts, without training. Source: Feher, Vulic and Minixhofer
 2024, arXiv:2411.18553, and the authors' code (`fvt_dynamic_bpe`, the mean of the parts). They merge anew for every batch,
-which `merganser.runtime.merge_words` does; here the pairs of one text become part of the tokenizer. Their trained
-hypernetwork, which makes better rows, is not part of it.
+which `merganser.runtime.merge_words` does; here the pairs of one text become part of the tokenizer. Their hypernetwork makes
+rows of any tokens; that of `training` is trained for these.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def match_merged(
     texts: Sequence[str],
     count: int,
     parts: str,
+    steps: int = 0,
     advance: Callable[[int, int], None] | None = None,
 ) -> Matched:
     """Return the recipe's only model with more rows, for tokens that are frequent pairs of its own.
@@ -84,14 +85,15 @@ def match_merged(
     Args:
         recipe: It has one model.
         members: The model.
-        cache_dir: Not used.
+        cache_dir: Folder for models from the Hub.
         texts: The text in which pairs are counted. Of its pieces, every tenth is held out, to measure on.
         count: Number of new tokens; fewer, where no pair is left that occurs twice.
         parts: One of `PARTS`.
-        advance: Called with the number of new tokens, and of all.
+        steps: Steps in which a network that makes the rows is trained on the text; 0 for none.
+        advance: Called with the number of new tokens, and of all; then with the steps of training.
 
     Raises:
-        UnsupportedError: The model's vocabulary is no byte-pair encoding, or a package is missing.
+        UnsupportedError: The model's vocabulary is no byte-pair encoding, a package is missing, or rows cannot be trained.
         CheckpointError: Its tokenizer is damaged.
         DataError: No pair of tokens occurs twice in a word.
     """
@@ -118,10 +120,19 @@ def match_merged(
         "held_out_tokens_before": _length(cutter, held),
         "held_out_tokens_after": _length(longer, held),
     }
+    trained = None
+    if steps:
+        from .training import learn
 
+        made = [found.parts[token.id] for token in found.extension.tokens.values()]
+        trained, more = learn(
+            member, made, model.last + 1, _ids(longer, counted), _ids(longer, held), steps, cache_dir, advance
+        )
+        settings |= more
     chosen = {"mean": slice(None), "last": slice(-1, None), "first": slice(1)}[parts]
     rows = {token: own[chosen] for token, own in found.parts.items()}
-    return grown(member, model, found.extension, rows, kind="parts", settings=settings)
+    kind = "network" if trained else "parts"
+    return grown(member, model, found.extension, rows, kind=kind, settings=settings, trained=trained)
 
 
 @dataclass(slots=True)
@@ -216,8 +227,12 @@ def _words(cutter: Any, pieces: Sequence[str]) -> Counter[tuple[int, ...]]:
     return words
 
 
+def _ids(cutter: Any, pieces: Sequence[str]) -> list[list[int]]:
+    return [cutter.encode(piece, add_special_tokens=False).ids for piece in pieces]
+
+
 def _length(cutter: Any, pieces: Sequence[str]) -> int:
-    return sum(len(cutter.encode(piece, add_special_tokens=False).ids) for piece in pieces)
+    return sum(map(len, _ids(cutter, pieces)))
 
 
 def _tokenizer(document: Mapping[str, Any], file: str) -> Any:

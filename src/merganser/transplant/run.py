@@ -97,6 +97,7 @@ def plan_merged_tokens(
     count: int,
     *,
     parts: str = "mean",
+    train_steps: int = 0,
     threads: int | None = None,
     advance: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -108,22 +109,30 @@ def plan_merged_tokens(
         files: Files of text (UTF-8) in which pairs are counted.
         count: Number of new tokens.
         parts: Which parts make the row of a new token, one of `PARTS`.
+        train_steps: Steps in which a small network is trained on the text, with the model as it is, to make better rows
+            than the mean of the parts; 0 for none.
         threads: Threads that write; by default one per core, at most 8.
-        advance: Called with the number of new tokens, and of all.
+        advance: Called with the number of new tokens, and of all; then with the steps of training.
         **options: As for `merganser.engine.planner.build_plan`.
 
     Raises:
-        ParameterError: The number or the parts are not allowed.
-        DataError: A file cannot be read, or no pair occurs twice.
-        UnsupportedError: The model's vocabulary is of another kind, or the package tokenizers is not installed.
+        ParameterError: The number, the parts or the steps are not allowed.
+        DataError: A file cannot be read, no pair occurs twice, or the text is too short to train on.
+        UnsupportedError: The model's vocabulary is of another kind, rows of it cannot be trained, or a package is not
+            installed.
         MergeError: The model cannot be read.
     """
     if count < 1:
         raise ParameterError(f"--new-tokens {count}: at least 1 is needed")
     if parts not in PARTS:
         raise ParameterError(f"--parts {parts}: is not known.{did_you_mean(parts, PARTS)} Known: {', '.join(PARTS)}")
-    match = partial(match_merged, texts=read_texts(files), count=count, parts=parts, advance=advance)
-    said = f"{count} new tokens, parts {parts}"
+    if train_steps < 0:
+        raise ParameterError(f"--train-steps {train_steps}: at least 0 is needed")
+    if train_steps and parts != "mean":
+        raise ParameterError(f"--train-steps: begins at the mean of the parts, so leave --parts {parts} out")
+    texts = read_texts(files)
+    match = partial(match_merged, texts=texts, count=count, parts=parts, steps=train_steps, advance=advance)
+    said = f"{count} new tokens, parts {parts}" + (f", {train_steps} steps of training" if train_steps else "")
     return _plan(model, said, match, threads=threads, **options)
 
 
