@@ -273,7 +273,7 @@ def test_stages_and_transformers_read_what_was_written(tmp_path: Path) -> None:
         ({"gguf": {"type": "Q4_K"}}, "Did you mean 'Q4_K_M'"),
         ({"gguf": "q5_k_m"}, "Did you mean 'Q5_K_M'"),
         ({"gguf": "Q4_K_L"}, "Did you mean 'Q4_K_S'"),
-        ({"gguf": "Q2_K_S"}, "llama-quantize OUT/model-F16.gguf OUT-Q2_K_S.gguf Q2_K_S"),
+        ({"gguf": "Q2_K_S"}, "llama-quantize OUT/model-F32.gguf OUT-Q2_K_S.gguf Q2_K_S"),
         ({"gguf": "IQ2_XS"}, "IQ2_XS cannot be written, only F32, F16, BF16, Q8_0, .*, same; write"),
         ({"gguf": "q8_0"}, "Did you mean 'Q8_0'"),
         ({"gguf": 8}, "Allowed: F32, F16"),

@@ -56,6 +56,7 @@ def test_eight_experts() -> None:
     eight = Sizes("llama", 4, 8, 8, 2, tied=False)
     for module in ("attn_k", "attn_v"):
         assert {tensor_type(kind, module, 0, 256, eight) for kind in ("Q4_0", "Q2_K", "Q6_K")} == {"Q8_0"}
+        assert tensor_type("Q6_K", module, 0, 256, Sizes("llama", 4, 4, 8, 2, tied=False)) == "Q6_K"
     found = {kind: tensor_type(kind, "attn_output", 0, 256, eight) for kind in ("Q2_K", "Q3_K_L", "Q4_K_M", "Q4_0")}
     assert found == {"Q2_K": "Q5_K", "Q3_K_L": "Q3_K", "Q4_K_M": "Q5_K", "Q4_0": "Q4_0"}
     assert [tensor_type("Q4_K_M", "ffn_down_exps", layer, 256, eight) for layer in range(4)] == [

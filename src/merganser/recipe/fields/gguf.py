@@ -74,7 +74,7 @@ def _type(entry: Entry) -> str:
     if name.startswith(_OTHER_TYPES):
         file = _OTHER_NAMES.get(name, name)
         raise entry.error(
-            f"{name} cannot be written, only {', '.join(GGUF_TYPES)}; write 'gguf: F16', and quantise that file with "
-            f"llama.cpp: llama-quantize OUT/model-F16.gguf OUT-{file}.gguf {file}"
+            f"{name} cannot be written, only {', '.join(GGUF_TYPES)}; write 'gguf: F32', and quantise that file with "
+            f"llama.cpp: llama-quantize OUT/model-F32.gguf OUT-{file}.gguf {file}"
         )
     return entry.choice(GGUF_TYPES, {**{each.lower(): each for each in GGUF_TYPES}, **_SHORT})
