@@ -159,7 +159,8 @@ def judged(case: Case, work: Work, answer: Mapping[str, Any]) -> dict[str, dict[
         adapter = Path(job["adapters"][name]) if name else None
         row |= compared(load(case, work, adapter), job["prompts"], part["answers"])
         row["same_tokenizer"] = answer["tokens_of_texts"] == job["prompts"]
-        row["agrees"] = row["largest"] <= case.tolerance and row["same_tokenizer"]
+        near = case.tolerance is None or row["largest"] <= case.tolerance
+        row["agrees"] = near and row["same_tokenizer"]
     return rows
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from . import tiny
 from .work import ADAPTERS, TASKS, Work
 
-FLOAT32 = 2e-3
-"""Nats by which log-probabilities may differ in float32: sums are rounded in another order, some 1e-4 in 30 layers."""
+FLOAT32 = 2e-4
+"""Nats by which log-probabilities may differ in float32, as sums are rounded in another order; what was seen is below 4e-5."""
 
 TEXTS = (
     "The patient has a fever and a cough. The doctor",
@@ -33,8 +33,8 @@ class Case:
             DeepSeek-MoE.
         rank: Largest rank of the adapters that vLLM makes room for.
         stand_in: Whether float8 weights are multiplied by the stand-in for vLLM's kernels.
-        tolerance: Largest difference of log-probabilities, in nats.
-        because: Why the tolerance is another one.
+        tolerance: Largest difference of log-probabilities, in nats; None if none is expected to hold.
+        because: Why.
         mlx: Whether mlx-lm loads it, too.
     """
 
@@ -46,7 +46,7 @@ class Case:
     define: bool = False
     rank: int = 16
     stand_in: bool = False
-    tolerance: float = FLOAT32
+    tolerance: float | None = FLOAT32
     because: str = ""
     mlx: bool = False
     texts: tuple[str, ...] = field(default=TEXTS)
@@ -256,7 +256,7 @@ CASES = (
         "TIES of two experts, fp8_channel",
         lambda w: float8(w, "zoo", "fp8_channel"),
         reference=lambda w: restored(w, "zoo", "fp8_channel"),
-        tolerance=1.0,
+        tolerance=None,
         because=_NOISE,
     ),
     Case(

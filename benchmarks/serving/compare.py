@@ -98,12 +98,12 @@ def compared(
 
 
 def stored_alike(folder: Path) -> dict[str, Any]:
-    """Compare the weights that mlx restored in a folder with what our reader restores, bit for bit."""
+    """Compare the weights that mlx restored of a folder with what our reader restores, bit for bit."""
     from safetensors.torch import load_file
 
     from merganser.checkpoint import open_checkpoint
 
-    wide, theirs = load_file(folder / "restored"), load_file(folder / "restored-own")
+    wide, theirs = (load_file(Path(f"{folder}-restored") / f"{kind}.safetensors") for kind in ("wide", "own"))
     checkpoint = open_checkpoint(str(folder))
     found = {"tensors": len(wide), "equal": 0, "equal_in_own_dtype": 0, "largest": 0.0}
     with checkpoint.reader() as reader:

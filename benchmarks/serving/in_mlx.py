@@ -82,8 +82,10 @@ def quantise(job: dict[str, Any]) -> dict[str, Any]:
         both = (scales.astype(mx.float32), biases.astype(mx.float32))
         wide[name] = mx.dequantize(weight, *both, **sizes).astype(mx.float32)
         own[name] = mx.dequantize(weight, scales, biases, **sizes)
-    mx.save_safetensors(str(out / "restored"), wide)
-    mx.save_safetensors(str(out / "restored-own"), own)
+    beside = Path(f"{out}-restored")
+    beside.mkdir(exist_ok=True)
+    mx.save_safetensors(str(beside / "wide.safetensors"), wide)
+    mx.save_safetensors(str(beside / "own.safetensors"), own)
     return {"quantised": len(wide)}
 
 

@@ -44,6 +44,8 @@ def _said(row: Mapping[str, Any]) -> str:
             else " (what transformers wrote loads)"
         )
         return f"no: {row['error'][:160]}{also} | | "
+    if row.get("because"):
+        return f"yes | {row['same']} of {row['tokens']} | {row['largest']:.1e} ({row['because']})"
     return f"yes | {row['same']} of {row['tokens']} | {row['largest']:.1e}{'' if row['agrees'] else ' **differs**'}"
 
 

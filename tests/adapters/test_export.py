@@ -120,6 +120,7 @@ def test_command(models: Path, tmp_path: Path) -> None:
     found = run("export", out, "--to", "peft", tmp_path / "x", "--task", "b")
     assert found.code == 0, found
     assert "1 adapter of" in found.out
+    assert "vLLM loads adapters of factors alone: for it, merge with others: merged" in found.out
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["b"]
     assert run("export", out, tmp_path / "x", "--task", "b", "--overwrite", "--quiet").code == 0
     assert run("export", out, tmp_path / "x", "--to", "gguf").code == 2

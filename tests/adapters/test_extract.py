@@ -222,6 +222,7 @@ def test_command(models: Path) -> None:
     assert found.code == 0
     assert found.out.startswith("14 weights in factors of rank 4 · ")
     assert "stored whole: lm_head.weight, model.embed_tokens.weight, model.layers.0" in found.out
+    assert "vLLM loads adapters of factors alone: for it, --others drop, and --embeddings low-rank or drop" in found.out
     again = run(*arguments, "--energy", "0.5", "--overwrite", "--json")
     assert json.loads(again.out)["record"]["extracted"]["energy"] == 0.5
     assert (
