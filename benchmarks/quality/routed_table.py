@@ -46,6 +46,8 @@ def cell(line: Mapping[str, Any]) -> str:
         return "failed"
     text = f"{100 * retention['mean']['value']:.0f} / {100 * retention['worst']['value']:.0f}"
     right = [*line.get("right", {}).values()] or [share for share in [line.get("router_right")] if share is not None]
+    # where the task is told there is no choice
+    right = [] if line["model"].endswith("told") else right
     further = [f"{100 * sum(right) / len(right):.0f} right"] if right else []
     further += [f"{100 * line['stored_share']:.0f} stored"] if "stored_share" in line else []
     return "; ".join([text, *further])

@@ -22,7 +22,11 @@ def line(model, mean, **extra):
 def test_the_table_has_a_column_for_each_set(tmp_path):
     rows = {
         "two": [line("mixture", 0.5), line("mixture", 0.934, router_right=0.987, sequences=16, length=256)],
-        "four": [line("twin, routed", 0.9, right={"a": 1.0, "b": 0.9}, stored_share=0.12), line("mixture", None)],
+        "four": [
+            line("twin, routed", 0.9, right={"a": 1.0, "b": 0.9}, stored_share=0.12),
+            line("twin, told", 0.9, right={"a": 1.0, "b": 1.0}, stored_share=0.12),
+            line("mixture", None),
+        ],
         "eight": [],
     }
     titles = {"two": "2 experts", "four": "4 experts", "eight": "8 experts"}
@@ -31,6 +35,7 @@ def test_the_table_has_a_column_for_each_set(tmp_path):
         "| | 2 experts | 4 experts |",
         "| mixture | 93 / 83; 99 right | failed |",
         "| twin, routed |  | 90 / 80; 95 right; 12 stored |",
+        "| twin, told |  | 90 / 80; 12 stored |",
     ]
     assert text.splitlines()[0].endswith("made from 16 sequences of 256 tokens of each train text.")
     assert tables({"two": []}, titles) == []
