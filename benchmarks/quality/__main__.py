@@ -34,7 +34,7 @@ from merganser.method.registry import method_names, methods
 
 from . import chosen as choices
 from . import factors, restored, settings, table
-from .calibrated import Statistics
+from .calibrated import Statistics, takes_data
 from .measured import measured
 from .settings import Setting
 
@@ -125,13 +125,13 @@ def run(
         default = settings.published(config, method)
         started = time.monotonic()
         counts = [only] if only else config["calibration"]["fewer"] if fewer_too else []
-        if not (only and methods()[method].from_data):
+        if not (only and takes_data(methods()[method])):
             bench.measure(method, "default", "test", default)
         if tune:
             best = bench.tuned(method)
             if best not in (None, default):
                 bench.measure(method, "tuned", "test", best)
-        if methods()[method].from_data:
+        if takes_data(methods()[method]):
             for sequences in counts:
                 bench.measure(method, f"{sequences} sequences", "test", default, sequences)
         if restored_too and methods()[method].sidecar:
@@ -260,7 +260,7 @@ class _Bench:
         lengths = {key: self._config[key] for key in ("windows", "context")}
         wanted = {"method": method, "label": label, "split": split, "setting": setting, "seed": seed, **lengths}
         wanted["version"] = methods()[method].version
-        if methods()[method].from_data:
+        if takes_data(methods()[method]):
             wanted["calibration"] = self._statistics.settings(sequences)
         for known in self._known:
             if {**{key: known.get(key) for key in wanted}, "version": table.version(known)} == wanted:
@@ -308,7 +308,7 @@ class _Bench:
             "random_seed": seed,
         }
         for entry, path in zip(recipe["models"], models, strict=True):
-            if methods()[method].from_data:
+            if takes_data(methods()[method]):
                 domain = next(domain for domain, expert in self._experts.items() if expert == path)
                 entry |= self._statistics.of(domain, methods()[method], sequences)
         if base:

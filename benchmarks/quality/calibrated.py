@@ -8,6 +8,12 @@ from typing import Any
 from benchmarks.zoo import Zoo
 from merganser import calibrate
 from merganser.method import MergeMethod
+from merganser.method.description import describe
+
+
+def takes_data(method: MergeMethod) -> bool:
+    """Return whether a method needs statistics of data."""
+    return bool(describe(method).from_data)
 
 
 class Statistics:
@@ -33,12 +39,12 @@ class Statistics:
         Statistics are made if they are not there.
         """
         drawn = self.settings(sequences)
-        if method.data_inputs != "own":
+        if method.data_inputs != "own" or describe(method).from_data_of_base:
             return {"data": {"files": str(self._zoo.texts[domain]["train"]), **drawn}}
         return {"statistics": str(self._folder_of(domain, method, drawn))}
 
     def _folder_of(self, domain: str, method: MergeMethod, drawn: Mapping[str, int]) -> Path:
-        names = sorted({own.statistic for own in method.from_data.values()})
+        names = sorted(describe(method).from_data)
         model = self._experts[domain]
         kind = f"{drawn['sequences']}x{drawn['length']}-{'-'.join(names)}"
         folder = self._folder / f"{model.parent.name}-{domain}-{kind}"
