@@ -31,7 +31,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(_cma(results["cma"], ""))
     if "replay" in results:
         found = results["replay"]
-        of = f", fitted to {found['points']} measured trials (which that misses by {found['error']:.3f})"
+        of = f", fitted to {found['points']} measured trials, which that misses by {found['error']:.3f}"
         lines += [_cma(found["cma"], of), *(_waves(own, of) for own in found["waves"])]
     hardware = results["hardware"]
     where = f"{hardware['processor']}, {hardware['processors']} cores, {hardware['date']}"
