@@ -155,6 +155,10 @@ def twin_whole(work: Work) -> Path:
 
 
 def skillpack(work: Work) -> Path:
+    return sidecars(work, "skillpack", "llama", "skillpack-merged", rank=0.25, others="merged", origin="merged")
+
+
+def skillpack_on_base(work: Work) -> Path:
     return sidecars(work, "skillpack", "llama", "skillpack", rank=0.25, others="merged")
 
 
@@ -239,9 +243,16 @@ CASES = (
     _tiny("twin", "sidecars exported: twin", twin, adapters=lambda w: exported(w, twin(w), "twin-peft"), rank=32),
     _tiny(
         "skillpack",
+        "sidecars exported: skillpack with origin: merged",
+        skillpack,
+        adapters=lambda w: exported(w, skillpack(w), "skillpack-merged-peft"),
+        rank=32,
+    ),
+    _tiny(
+        "skillpack, on the base",
         "sidecars exported: skillpack",
         lambda w: small(w, "llama", 0),
-        adapters=lambda w: exported(w, skillpack(w), "skillpack-peft"),
+        adapters=lambda w: exported(w, skillpack_on_base(w), "skillpack-peft"),
         rank=32,
     ),
     _tiny(
