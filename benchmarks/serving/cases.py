@@ -9,8 +9,8 @@ from typing import Any
 from . import tiny
 from .work import ADAPTERS, TASKS, Work
 
-FLOAT32 = 2e-4
-"""Nats by which log-probabilities may differ in float32, as sums are rounded in another order; what was seen is below 4e-5."""
+FLOAT32 = 2e-3
+"""Nats by which log-probabilities may differ in float32, as sums are rounded in another order and mlx has its own exponential."""
 
 TEXTS = (
     "The patient has a fever and a cough. The doctor",
