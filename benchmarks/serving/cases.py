@@ -235,7 +235,7 @@ CASES = (
     Case("extracted", "adapters extracted from an expert, rank 8", lambda w: w.base, extracted, rank=8),
     _tiny(
         "extracted, tied",
-        "the same of a tied Llama",
+        "adapters extracted from a tied Llama, rank 8",
         lambda w: small(w, "llama-tied", 0),
         adapters=extracted_tiny,
         rank=8,
