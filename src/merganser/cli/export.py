@@ -73,7 +73,9 @@ def export(
     made = found[0].record["exported"]
     if made["saved"]:
         say(f"stored whole (modules_to_save): {some(made['saved'])}")
-        say("vLLM loads adapters of factors alone: for it, merge with others: merged")
+        # on the base, the shared norms of the merged model differ, too
+        also = "" if made["base"] == str(out) else " and origin: merged"
+        say(f"vLLM loads adapters of factors alone: for it, merge with others: merged{also}")
     if made["tied_in_factors"]:
         complain(
             "note",

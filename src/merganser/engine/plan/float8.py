@@ -112,7 +112,7 @@ def _warnings(tensors: Sequence[PlannedTensor], scheme: Float8) -> list[str]:
     joined = [t.name for t in tensors if t.quantised is not None and t.name.endswith(_JOINED) and t.shape[0] % height]
     if joined:
         warnings.append(
-            f"quantize: vLLM refuses this output, as it joins {joined[0]} {_shape(tensors, joined[0])} with the matrix behind it, "
+            f"quantize: not for vLLM, which refuses it or takes other scales: it joins {joined[0]} {_shape(tensors, joined[0])} with the matrix behind it, "
             f"whose tiles would then begin within one of {height} rows; fp8_channel fits every shape"
         )
     packed = [t.name for t in tensors if _is_packed(t)]
