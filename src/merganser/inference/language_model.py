@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from ..anatomy.settings.config import with_older_rotary_keys
 from ..checkpoint.sidefiles import copy_file, is_tokenizer_file
 from ..errors import CheckpointError, UnsupportedError
 from .libraries import explained, quiet
@@ -131,12 +132,14 @@ class Reused:
         Raises:
             CheckpointError: As `LanguageModel.load`.
         """
-        known = self._plain and opened.source.config == self._config and self._named_alike(tensors)
+        # a merge says its rotary settings in more keys than the models that transformers wrote, and means the same
+        config = with_older_rotary_keys(opened.source.config)
+        known = self._plain and config == self._config and self._named_alike(tensors)
         if known and self._overwritten(tensors, same):
             return self._model
         tensors = dict(tensors)
         self._model = opened.load(tensors, self._dtype, self._device)
-        self._config = opened.source.config
+        self._config = config
         self.loads += 1
         # transformers may rename, split or join weights: they are overwritten only where it stored them as they are
         self._plain = self._fits(tensors) and all(
