@@ -217,6 +217,11 @@ def shrunk(work: Work, family: str, method: str) -> Path:
 SMALL_TEXTS = tuple(tiny.text(seed, 12) for seed in (101, 102, 103))
 
 
+def _float8(model: str, kind: str) -> dict[str, Any]:
+    """Return what a case takes of a model stored as float8: what makes it, and its numbers in float32 beside it."""
+    return {"make": lambda w: float8(w, model, kind), "reference": lambda w: restored(w, model, kind)}
+
+
 def _tiny(name: str, what: str, make: Callable[[Work], Path], **keys: Any) -> Case:
     return Case(name, what, make, texts=SMALL_TEXTS, **keys)
 
@@ -265,30 +270,26 @@ CASES = (
     Case(
         "fp8_channel",
         "TIES of two experts, fp8_channel",
-        lambda w: float8(w, "zoo", "fp8_channel"),
-        reference=lambda w: restored(w, "zoo", "fp8_channel"),
+        **_float8("zoo", "fp8_channel"),
         tolerance=None,
         because=_NOISE,
     ),
     Case(
         "fp8_channel, weights",
         "the same, what the layers read not rounded",
-        lambda w: float8(w, "zoo", "fp8_channel"),
-        reference=lambda w: restored(w, "zoo", "fp8_channel"),
+        **_float8("zoo", "fp8_channel"),
         stand_in=True,
     ),
     Case(
         "fp8_block",
         "TIES of two experts, fp8_block",
-        lambda w: float8(w, "zoo", "fp8_block"),
-        reference=lambda w: restored(w, "zoo", "fp8_block"),
+        **_float8("zoo", "fp8_block"),
         stand_in=True,
     ),
     _tiny(
         "fp8_block, whole tiles",
         "two Llamas of whole tiles, fp8_block",
-        lambda w: float8(w, "llama-wide", "fp8_block"),
-        reference=lambda w: restored(w, "llama-wide", "fp8_block"),
+        **_float8("llama-wide", "fp8_block"),
         stand_in=True,
     ),
     Case("mixtral, zoo", "mix of two experts: Mixtral, tied", zoo_mixture),

@@ -68,7 +68,7 @@ class Reader:
     Args:
         max_open_files: The largest number of files that stay open between reads.
         fetched: Bytes of remote tensors that are kept in memory between reads, about; 0 if most is read once and whole.
-        mapped: Takes files that `view` gives parts of; None for none.
+        mapped: Maps the files into memory, for `view`; None if all is to be read.
     """
 
     def __init__(self, max_open_files: int = MAX_OPEN, *, fetched: int = 0, mapped: MappedFiles | None = None) -> None:

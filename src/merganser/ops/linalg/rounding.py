@@ -27,7 +27,7 @@ from .spectral import Svd, svd
 
 _EXPONENT = 0x7FF << 52
 _EXPLAINED = 1.25**0.5
-"""How much larger than its expected norm what is taken for rounding may be; see above."""
+"""Directions below the bound are removed if their norm is at most this many times the expected norm of rounding."""
 
 _GRIDS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -87,8 +87,8 @@ def rounding_in(stored: Tensor) -> Tensor:
     """Return what rounding has left in a task vector: its largest singular value at most, its norm; shape [2], float64.
 
     Twice the variance is taken, since the base may have been rounded in the same way. For the norm of bfloat16 it is
-    taken once, because that is near what fine-tuning does to the small directions: there the base is taken to be exact,
-    as it is where models were trained from the base as it is stored.
+    taken once: fine-tuning changes small directions by little more than bfloat16 rounds them, so that a larger allowance would
+    remove what was learnt. The base is then taken to be exact, which it is if models were trained from it as it is stored.
 
     Args:
         stored: A model's matrix as stored in the checkpoint, shape [m, n].
@@ -181,8 +181,8 @@ def _is_rounding(delta: Tensor, kept: Tensor, norm: float) -> bool:
         kept: Its large directions, shape [m, n], each entry exact to 2^-22 of the norm of the matrix.
         norm: The expected norm of rounding.
     """
-    rest = float((delta - kept).double().norm())
-    return rest <= max(_EXPLAINED * norm, 2.0**-20 * float(delta.double().norm()))
+    rest, whole = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (delta - kept, delta))
+    return rest <= max(_EXPLAINED * norm, 2.0**-20 * whole)
 
 
 def _narrower(dtype: torch.dtype) -> list[torch.dtype]:
