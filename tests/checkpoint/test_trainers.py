@@ -13,7 +13,7 @@ import torch
 
 import merganser
 from merganser.checkpoint import open_checkpoint
-from merganser.checkpoint.weights import choose_weights
+from merganser.checkpoint.files.weights import choose_weights
 from merganser.errors import CheckpointError
 from tests.checkpoint.quantised.making import values
 from tests.making import assert_equal, llama, llama_config, read_model, write_model

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import TensorInfo
-from ..checkpoint.derived import read_rows, read_whole, rows_of
+from ..checkpoint.derived.derived import read_rows, read_whole, rows_of
 from ..checkpoint.tensor import ByteReader
 
 if TYPE_CHECKING:

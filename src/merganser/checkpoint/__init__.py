@@ -6,7 +6,7 @@ with checkpoint.reader() as reader:
     reader.read_into(tensor, 0, memoryview(bytearray(tensor.nbytes)))
 """
 
-from .derived import Rows, derive
+from .derived.derived import Rows, derive
 from .dtypes import DTYPE_BY_NAME, DTYPES, DType
 from .folder import Checkpoint, open_checkpoint
 from .layout import INDEX_NAME, Shard, index_json, plan_shards

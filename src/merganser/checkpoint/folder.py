@@ -10,21 +10,9 @@ from typing import Any
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import exists, os_reason, read_object
 from ..wording import brief, some
-from .formats.distributed import METADATA_NAME, read_distributed
-from .formats.gguf.beside import folder_beside
-from .formats.gguf.read import parts_of, read_gguf
-from .formats.original import has_original_names, read_original
-from .formats.pickled import PickledFile, read_pickled
-from .formats.quantised.read import Quantisation, declared_dtype, dequantise
-from .formats.safetensors import read_header, read_remote_header
-from .hub import Partial, is_hub_id, partial_snapshot, snapshot
-from .index import check_index, check_shard_name, read_weight_map
-from .links import inside
-from .opened import Checkpoint
-from .ranges.fetch import open_remote
-from .ranges.file import RemoteFile
-from .tensor import TensorInfo
-from .weights import (
+from .files.index import check_index, check_shard_name, read_weight_map
+from .files.links import inside
+from .files.weights import (
     GGUF_SUFFIX,
     PICKLED_SUFFIXES,
     TRAINER_SUFFIX,
@@ -33,6 +21,18 @@ from .weights import (
     may_be_weights,
     refuse_name,
 )
+from .formats.distributed import METADATA_NAME, read_distributed
+from .formats.gguf.beside import folder_beside
+from .formats.gguf.read import parts_of, read_gguf
+from .formats.original import has_original_names, read_original
+from .formats.pickled import PickledFile, read_pickled
+from .formats.quantised.read import Quantisation, declared_dtype, dequantise
+from .formats.safetensors import read_header, read_remote_header
+from .hub import Partial, is_hub_id, partial_snapshot, snapshot
+from .opened import Checkpoint
+from .ranges.fetch import open_remote
+from .ranges.file import RemoteFile
+from .tensor import TensorInfo
 from .wrappers import unwrap
 
 __all__ = ["Checkpoint", "open_checkpoint", "open_tokenizer"]

@@ -12,8 +12,8 @@ from typing import NoReturn
 
 from ..errors import CheckpointError, NotFoundError, UnsupportedError
 from ..jsonfile import os_reason, read_object
-from .sidefiles import is_module_file, is_side_file, module_folders
-from .weights import PICKLED_SUFFIXES, TRAINER_SUFFIX, Weights, choose_weights, is_weight_file
+from .files.sidefiles import is_module_file, is_side_file, module_folders
+from .files.weights import PICKLED_SUFFIXES, TRAINER_SUFFIX, Weights, choose_weights, is_weight_file
 
 __all__ = ["Partial", "adapter_snapshot", "is_hub_id", "is_network", "partial_snapshot", "refuse", "snapshot"]
 

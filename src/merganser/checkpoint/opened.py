@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .files.links import inside
+from .files.sidefiles import list_side_files
 from .formats.quantised.read import Quantisation
-from .links import inside
 from .ranges.file import RemoteFile
 from .reader import Reader
-from .sidefiles import list_side_files
 from .tensor import TensorInfo
 
 __all__ = ["Checkpoint"]

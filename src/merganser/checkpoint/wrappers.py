@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from ..errors import CheckpointError
 from ..wording import some
+from .files.weights import TRAINER_SUFFIX
 from .tensor import TensorInfo, renamed
-from .weights import TRAINER_SUFFIX
 
 __all__ = ["unwrap", "unwrapped_names"]
 

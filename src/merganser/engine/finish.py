@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint import INDEX_NAME, index_json
-from ..checkpoint.sidefiles import copy_file
+from ..checkpoint.files.sidefiles import copy_file
 from ..errors import CheckpointError, OutputError
 from ..files import sha256_of_file
 from ..record.format import RECORD_NAME, record_text

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoint import DTYPE_BY_NAME, DType, TensorInfo, derive, open_checkpoint
-from ..checkpoint.derived import read_rows
+from ..checkpoint.derived.derived import read_rows
 from ..checkpoint.tensor import ByteReader
 from ..errors import OutputError
 from ..jsonfile import os_reason

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from ..anatomy.settings.config import with_older_rotary_keys
-from ..checkpoint.sidefiles import copy_file, is_tokenizer_file
+from ..checkpoint.files.sidefiles import copy_file, is_tokenizer_file
 from ..errors import CheckpointError, UnsupportedError
 from .libraries import explained, quiet
 from .stored import Source, xxh3_of_file

@@ -19,7 +19,7 @@ import xxhash
 from ..adapters import open_reference
 from ..anatomy.settings.config import unquantised
 from ..checkpoint import Checkpoint, Reader, open_checkpoint
-from ..checkpoint.links import inside
+from ..checkpoint.files.links import inside
 from ..errors import CheckpointError, NotFoundError
 from ..jsonfile import exists, open_regular, os_reason, read_object
 

@@ -11,7 +11,7 @@ from ..adapters import open_adapter, open_reference
 from ..anatomy import Anatomy, infer_anatomy, is_tied
 from ..anatomy.sizes import size_warnings
 from ..checkpoint import Checkpoint, TensorInfo
-from ..checkpoint.weights import PICKLED_SUFFIXES, TRAINER_SUFFIX
+from ..checkpoint.files.weights import PICKLED_SUFFIXES, TRAINER_SUFFIX
 from ..errors import suggest_keywords
 from ..wording import some
 

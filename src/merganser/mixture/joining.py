@@ -17,8 +17,8 @@ import numpy as np
 from ..anatomy.experts import ExpertUnits, find_experts
 from ..anatomy.settings.function import settings
 from ..checkpoint import Checkpoint, Reader, TensorInfo, plan_shards
-from ..checkpoint.derived import read_elements
-from ..checkpoint.gathered import MadeRows, RowMap, gathered
+from ..checkpoint.derived.derived import read_elements
+from ..checkpoint.derived.gathered import MadeRows, RowMap, gathered
 from ..checkpoint.tensor import renamed
 from ..engine.alignment.complete import check_complete
 from ..engine.new_tensors import copied_from

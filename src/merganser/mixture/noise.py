@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import DTYPE_BY_NAME, TensorInfo, derive
-from ..checkpoint.derived import read_rows
+from ..checkpoint.derived.derived import read_rows
 from ..checkpoint.tensor import ByteReader
 
 __all__ = ["noisy"]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.sidefiles import is_side_file
-from ..checkpoint.weights import is_weight_file
+from ..checkpoint.files.sidefiles import is_side_file
+from ..checkpoint.files.weights import is_weight_file
 from ..errors import CheckpointError, OutputError, ParameterError
 from ..jsonfile import read_object
 from ..record import verify

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
 
-from ..checkpoint.links import inside, link_target
-from ..checkpoint.sidefiles import TEMPLATE_FOLDERS, is_tokenizer_file
+from ..checkpoint.files.links import inside, link_target
+from ..checkpoint.files.sidefiles import TEMPLATE_FOLDERS, is_tokenizer_file
 from ..errors import CheckpointError, NotFoundError, suggest_keywords
 from ..files import sha256_of_file
 from ..jsonfile import os_reason, read_object

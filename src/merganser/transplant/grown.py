@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..checkpoint.derived.gathered import MadeRows, RowMap, gathered
 from ..checkpoint.dtypes import DTYPES
-from ..checkpoint.gathered import MadeRows, RowMap, gathered
 from ..checkpoint.tensor import ByteReader, TensorInfo
 from ..engine.alignment.alignment import Member
 from ..engine.vocabulary.apply import indexed_tensors, with_vocab_size

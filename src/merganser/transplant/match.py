@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Reader, TensorInfo
-from ..checkpoint.gathered import MadeRows, RowMap, gathered
+from ..checkpoint.derived.gathered import MadeRows, RowMap, gathered
 from ..engine.alignment.alignment import Member
 from ..engine.vocabulary.apply import indexed_tensors, with_vocab_size
 from ..engine.vocabulary.mapping import Made, ModelRows

@@ -133,8 +133,8 @@ def test_mxfp4_of_gpt_oss(tmp_path: Path, piece: int, monkeypatch: pytest.Monkey
     """As transformers dequantises it, read in any pieces."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-    monkeypatch.setattr("merganser.checkpoint.derived._PIECE", piece)
-    monkeypatch.setattr("merganser.checkpoint.derived._SLAB", 24 * 5)
+    monkeypatch.setattr("merganser.checkpoint.derived.derived._PIECE", piece)
+    monkeypatch.setattr("merganser.checkpoint.derived.derived._SLAB", 24 * 5)
     blocks, scales = whole(0, 256, 3, 24, 2, 16).to(torch.uint8), whole(100, 140, 3, 24, 2, seed=1).to(torch.uint8)
     tensors = {"e.gate_up_proj_blocks": blocks, "e.gate_up_proj_scales": scales, "e.gate_up_proj_bias": randn(3, 24)}
     checkpoint = opened(saved(tmp_path, tensors, {"quant_method": "mxfp4"}))

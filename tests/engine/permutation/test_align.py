@@ -15,8 +15,8 @@ import torch
 from merganser.anatomy import infer_anatomy
 from merganser.anatomy.symmetry import UNITS, Units, find_units
 from merganser.checkpoint import Reader, open_checkpoint
-from merganser.checkpoint.derived import read_elements, read_whole
-from merganser.checkpoint.permuted import permuted
+from merganser.checkpoint.derived.derived import read_elements, read_whole
+from merganser.checkpoint.derived.permuted import permuted
 from merganser.engine.either import the_model
 from merganser.engine.merge import merge, plan
 from merganser.engine.permutation.assignment import assign, assign_groups

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ...errors import CheckpointError
 from ...jsonfile import open_regular, os_reason
 from ...wording import brief
-from ..derived import derive, read_columns, read_elements
+from ..derived.derived import derive, read_columns, read_elements
 from ..dtypes import DTYPE_BY_NAME, DType
 from ..tensor import ByteReader, TensorInfo
 from .pickle_cost import why_costly_pickle

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
 from ...wording import brief, plural
-from ..derived import Rows, derive, read_rows
+from ..derived.derived import Rows, derive, read_rows
 from ..tensor import ByteReader, TensorInfo, renamed
 from .gguf.values import Permuted
 

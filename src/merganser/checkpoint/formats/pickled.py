@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ...errors import CheckpointError, NotFoundError
 from ...jsonfile import LFS_MAGIC, LFS_POINTER, open_regular, os_reason
 from ..dtypes import DTYPE_BY_NAME
+from ..files.weights import TRAINER_SUFFIX
 from ..tensor import ByteReader, TensorInfo
-from ..weights import TRAINER_SUFFIX
 from .pickle_cost import why_costly
 
 if TYPE_CHECKING:

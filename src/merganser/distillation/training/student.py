@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.sidefiles import copy_file
+from ...checkpoint.files.sidefiles import copy_file
 from ...errors import CheckpointError, UnsupportedError
 from ...evaluation.scoring.batches import Refused, batches
 from ...evaluation.scoring.tasks import TextTask, load_tasks

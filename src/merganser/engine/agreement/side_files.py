@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...checkpoint import Checkpoint
-from ...checkpoint.sidefiles import is_tokenizer_file
-from ...checkpoint.weights import is_weight_file
+from ...checkpoint.files.sidefiles import is_tokenizer_file
+from ...checkpoint.files.weights import is_weight_file
 from ...errors import CheckpointError
 from ...jsonfile import Entry, os_reason, read_file, read_object
 from ...recipe import ModelReference, Recipe

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...checkpoint import Checkpoint, TensorInfo
-from ...checkpoint.unstacked import matrix_of
+from ...checkpoint.derived.unstacked import matrix_of
 from ...wording import plural
 
 __all__ = ["unstacked"]

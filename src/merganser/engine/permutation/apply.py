@@ -13,7 +13,7 @@ import numpy as np
 
 from ...anatomy.experts import EXPERTS, ExpertUnits
 from ...anatomy.symmetry import UNITS, Units, find_units
-from ...checkpoint.permuted import permuted
+from ...checkpoint.derived.permuted import permuted
 from ...errors import CheckpointError, MergeError, RecipeError, UnsupportedError
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe

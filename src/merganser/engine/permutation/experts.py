@@ -15,8 +15,8 @@ import numpy as np
 
 from ...anatomy.experts import ExpertUnits, find_experts
 from ...checkpoint import Reader, TensorInfo
-from ...checkpoint.derived import read_elements
-from ...checkpoint.permuted import permuted
+from ...checkpoint.derived.derived import read_elements
+from ...checkpoint.derived.permuted import permuted
 from ...checkpoint.tensor import renamed
 from ...errors import CheckpointError
 from ..alignment.alignment import Member

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...anatomy.symmetry import Units, Use
 from ...checkpoint import Reader, TensorInfo
-from ...checkpoint.derived import read_whole
+from ...checkpoint.derived.derived import read_whole
 from ...errors import CheckpointError
 from .assignment import (
     Order,

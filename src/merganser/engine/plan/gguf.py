@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import Checkpoint, Shard
+from ...checkpoint.files.weights import GGUF_SUFFIX
 from ...checkpoint.formats.gguf.encode import WRITABLE, GgufEncoding
 from ...checkpoint.formats.gguf.header import GgufHeader, GgufTensor, GgufType, read_gguf_header
 from ...checkpoint.formats.gguf.layout import GgufOutput, lay_out_gguf
@@ -16,7 +17,6 @@ from ...checkpoint.formats.gguf.mixes import FILE_TYPES, Sizes, tensor_type
 from ...checkpoint.formats.gguf.names import DROPPED, Family, StoredName, family_of, gguf_name, hf_name
 from ...checkpoint.formats.gguf.read import head_rows, parts_of
 from ...checkpoint.formats.gguf.values import require_gguf
-from ...checkpoint.weights import GGUF_SUFFIX
 from ...errors import CheckpointError, RecipeError
 from ...recipe import Recipe
 from ...recipe.fields.gguf import SAME

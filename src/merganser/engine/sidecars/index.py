@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import Checkpoint
-from ...checkpoint.sidefiles import copy_file
+from ...checkpoint.files.sidefiles import copy_file
 from ..output.digests import Digests
 from ..plan.plan import Plan
 from ..plan.sidecars import FOLDER, INDEX_FILE, SHARED, SidecarPlan

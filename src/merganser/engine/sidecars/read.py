@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import DTYPE_BY_NAME, INDEX_NAME, Checkpoint, DType, Reader, TensorInfo
-from ...checkpoint.weights import is_weight_file
+from ...checkpoint.files.weights import is_weight_file
 from ...errors import CheckpointError, NotFoundError, ParameterError, UnsupportedError, did_you_mean
 from ...method import MergeMethod, Part
 from ...method.registry import get_method

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...checkpoint import Checkpoint, open_checkpoint
-from ...checkpoint.sidefiles import copy_file
+from ...checkpoint.files.sidefiles import copy_file
 from ...errors import CheckpointError, NotFoundError, OutputError, suggest_keywords
 from ...files import sha256_of_file
 from ...jsonfile import Entry, read_object

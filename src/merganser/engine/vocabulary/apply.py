@@ -10,7 +10,7 @@ from typing import Any
 
 from ...anatomy.settings.config import text_scopes
 from ...checkpoint import TensorInfo
-from ...checkpoint.gathered import gathered
+from ...checkpoint.derived.gathered import gathered
 from ...errors import CheckpointError, UnsupportedError
 from ...wording import some
 from ..alignment.alignment import Member

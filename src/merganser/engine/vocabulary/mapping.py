@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...checkpoint.gathered import MadeRows, RowMap
+from ...checkpoint.derived.gathered import MadeRows, RowMap
 from ...errors import RecipeError, did_you_mean
 from ...recipe import ModelReference, Recipe
 from ...recipe.fields.tokens import TokenRule

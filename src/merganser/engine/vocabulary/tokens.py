@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ...checkpoint import Checkpoint
-from ...checkpoint.sidefiles import is_tokenizer_file
+from ...checkpoint.files.sidefiles import is_tokenizer_file
 from ...errors import CheckpointError, UnsupportedError
 from ...recipe import ModelReference
 from ...tokenizer.comparison import is_placeholder

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....errors import CheckpointError
-from ...derived import Rows
+from ...derived.derived import Rows
 from ...tensor import ByteReader, TensorInfo
 from .names import Family
 from .values import Stored

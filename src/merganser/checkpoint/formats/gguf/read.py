@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ....errors import CheckpointError
 from ....wording import some
-from ...derived import Rows, derive
+from ...derived.derived import Rows, derive
 from ...dtypes import DTYPE_BY_NAME, DType
 from ...tensor import TensorInfo
 from .header import GgufHeader, GgufTensor, read_gguf_header

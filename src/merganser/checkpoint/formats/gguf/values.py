@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....errors import UnsupportedError
-from ...derived import Rows, read_columns, read_rows
+from ...derived.derived import Rows, read_columns, read_rows
 from ...dtypes import DTYPE_BY_NAME
 from ...tensor import ByteReader, Noise, TensorInfo
 from ..quantised.bits import E2M1

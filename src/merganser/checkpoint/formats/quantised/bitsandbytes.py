@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ....jsonfile import parse_object
 from ....wording import brief
-from ...derived import read_elements, read_whole
+from ...derived.derived import read_elements, read_whole
 from ...reader import Reader
 from ...tensor import ByteReader, TensorInfo
 from .bits import nibbles

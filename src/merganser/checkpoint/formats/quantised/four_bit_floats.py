@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ...derived import read_columns, read_rows, read_whole
+from ...derived.derived import read_columns, read_rows, read_whole
 from ...tensor import ByteReader, TensorInfo
 from .bits import E2M1, nibbles, table
 from .noise import CodeNoise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ....errors import CheckpointError
 from ....wording import brief
-from ...derived import read_rows
+from ...derived.derived import read_rows
 from ...tensor import ByteReader, TensorInfo
 from .noise import FloatNoise
 from .pool import Pool, flaw

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ....errors import UnsupportedError
 from ....wording import brief
-from ...derived import read_rows, read_whole
+from ...derived.derived import read_rows, read_whole
 from ...reader import Reader
 from ...tensor import ByteReader, TensorInfo
 from .noise import StepNoise

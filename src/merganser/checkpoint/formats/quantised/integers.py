@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ....errors import CheckpointError
 from ....wording import brief
-from ...derived import read_elements, read_rows, read_whole
+from ...derived.derived import read_elements, read_rows, read_whole
 from ...reader import Reader
 from ...tensor import ByteReader, TensorInfo
 from .bits import unpack, unpack_apart, words_for

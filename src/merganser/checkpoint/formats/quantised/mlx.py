@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ....errors import UnsupportedError
-from ...derived import read_rows
+from ...derived.derived import read_rows
 from ...tensor import ByteReader, TensorInfo
 from .bits import unpack
 from .noise import StepNoise

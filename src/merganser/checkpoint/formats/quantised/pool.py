@@ -7,7 +7,7 @@ from typing import Any
 
 from ....errors import CheckpointError
 from ....wording import brief
-from ...derived import Rows, derive
+from ...derived.derived import Rows, derive
 from ...dtypes import DType
 from ...tensor import Noise, TensorInfo
 

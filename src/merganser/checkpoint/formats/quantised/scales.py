@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ...derived import read_rows
+from ...derived.derived import read_rows
 from ...tensor import ByteReader, TensorInfo
 from .pool import flaw
 

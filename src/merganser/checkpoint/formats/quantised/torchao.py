@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ....errors import UnsupportedError
 from ....jsonfile import parse_object
 from ....wording import brief
-from ...derived import read_columns, read_rows
+from ...derived.derived import read_columns, read_rows
 from ...tensor import ByteReader, Noise, TensorInfo
 from .bits import nibbles
 from .noise import FloatNoise, StepNoise

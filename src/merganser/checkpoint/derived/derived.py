@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from .dtypes import DTYPES, DType
-from .tensor import ByteReader, Noise, TensorInfo
+from ..dtypes import DTYPES, DType
+from ..tensor import ByteReader, Noise, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

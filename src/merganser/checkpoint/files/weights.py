@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..errors import CheckpointError, NotFoundError, UnsupportedError
+from ...errors import CheckpointError, NotFoundError, UnsupportedError
 
 __all__ = [
     "GGUF_SUFFIX",

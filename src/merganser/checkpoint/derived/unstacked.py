@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .tensor import ByteReader, TensorInfo
+from ..tensor import ByteReader, TensorInfo
 
 __all__ = ["matrix_of"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from ..tensor import ByteReader, TensorInfo
 from .gathered import pick_rows
-from .tensor import ByteReader, TensorInfo
 
 __all__ = ["permuted"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path, PureWindowsPath
 
-from ..errors import CheckpointError
-from ..jsonfile import parse_object_file, read_bytes
-from ..wording import brief
-from .tensor import TensorInfo
+from ...errors import CheckpointError
+from ...jsonfile import parse_object_file, read_bytes
+from ...wording import brief
+from ..tensor import TensorInfo
 from .weights import PICKLED_SUFFIXES
 
 __all__ = ["check_index", "check_shard_name", "read_weight_map"]

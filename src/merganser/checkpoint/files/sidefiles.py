@@ -9,8 +9,8 @@ from io import BufferedReader
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ..errors import CheckpointError
-from ..jsonfile import open_regular, os_reason, read_json
+from ...errors import CheckpointError
+from ...jsonfile import open_regular, os_reason, read_json
 from .links import inside
 from .weights import is_weight_file
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merganser.checkpoint import DTYPES, Reader, TensorInfo, derive, open_checkpoint
-from merganser.checkpoint.derived import read_columns, read_rows
+from merganser.checkpoint.derived.derived import read_columns, read_rows
 from merganser.checkpoint.tensor import ByteReader, renamed
 from tests.checkpoint.making import write_shards
 
@@ -33,7 +33,7 @@ def values(tmp_path: Path) -> tuple[Tensor, TensorInfo]:
 
 def test_every_range(values: tuple[Tensor, TensorInfo], monkeypatch: pytest.MonkeyPatch) -> None:
     tensor, stored = values
-    monkeypatch.setattr("merganser.checkpoint.derived._SLAB", 12)  # two rows at a time
+    monkeypatch.setattr("merganser.checkpoint.derived.derived._SLAB", 12)  # two rows at a time
     info = derive("d", (6, 3, 5), [stored], Doubled(stored), natural=DTYPES["BF16"])
     info = pickle.loads(pickle.dumps(renamed(info, "other")))
     assert (info.nbytes, info.nbytes_stored, info.natural) == (360, 360, DTYPES["BF16"])
@@ -52,8 +52,8 @@ def test_every_range(values: tuple[Tensor, TensorInfo], monkeypatch: pytest.Monk
 def test_columns(values: tuple[Tensor, TensorInfo], piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Piece by piece, and together with what lies between."""
     tensor, stored = values
-    monkeypatch.setattr("merganser.checkpoint.derived._PIECE", piece)
-    monkeypatch.setattr("merganser.checkpoint.derived._SPAN", 50)
+    monkeypatch.setattr("merganser.checkpoint.derived.derived._PIECE", piece)
+    monkeypatch.setattr("merganser.checkpoint.derived.derived._SPAN", 50)
     with Reader() as reader:
         found = read_columns(reader, stored, range(2, 11), range(1, 4))
     assert torch.equal(found, tensor.view(18, 5)[2:11, 1:4])

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..dtypes import DTYPE_BY_NAME, DType
+from ..tensor import ByteReader, TensorInfo
 from .derived import read_elements
-from .dtypes import DTYPE_BY_NAME, DType
-from .tensor import ByteReader, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

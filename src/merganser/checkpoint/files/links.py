@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import CheckpointError, NotFoundError
+from ...errors import CheckpointError, NotFoundError
 
 __all__ = ["inside", "leads_out", "link_target"]
 
