@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from .checkpoint import open_checkpoint
     from .distillation import blend_answers, cache_logits, fuse
     from .distillation.callback import MergeCallback
+    from .engine.in_memory.running import EMA, LAWA, Average
+    from .engine.in_memory.state_dicts import merge_state_dicts
     from .engine.merge import merge, plan
-    from .engine.running import EMA, LAWA, Average
     from .engine.sidecars.restoration import restore
-    from .engine.state_dicts import merge_state_dicts
     from .errors import MergeError
     from .evaluation import evaluate
     from .inspection import diff, inspect, kinship
@@ -64,9 +64,9 @@ __all__ = [
 
 _MODULES = ("errors", "methods")
 _HOMES = {
-    "EMA": "engine.running",
-    "LAWA": "engine.running",
-    "Average": "engine.running",
+    "EMA": "engine.in_memory.running",
+    "LAWA": "engine.in_memory.running",
+    "Average": "engine.in_memory.running",
     "MergeCallback": "distillation.callback",
     "MergeError": "errors",
     "add_statistics": "calibration",
@@ -81,7 +81,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "load_recipes": "recipe",
     "merge": "engine.merge",
-    "merge_state_dicts": "engine.state_dicts",
+    "merge_state_dicts": "engine.in_memory.state_dicts",
     "open_checkpoint": "checkpoint",
     "plan": "engine.merge",
     "restore": "engine.sidecars.restoration",

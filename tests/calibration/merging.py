@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from merganser.calibration.preparation import prepare
 from merganser.calibration.within import calibrate_within
 from merganser.engine.merge import merge
-from merganser.engine.planner import build_plan
+from merganser.engine.planner.planner import build_plan
 from merganser.recipe import load_recipe
 from merganser.statistics import Statistics
 from tests.calibration.families import FAMILIES, save

@@ -17,7 +17,7 @@ from merganser.calibration.learning.sequences import of_step
 from merganser.calibration.preparation import prepare
 from merganser.cli import main
 from merganser.engine.merge import merge, plan
-from merganser.engine.planner import build_plan
+from merganser.engine.planner.planner import build_plan
 from merganser.engine.run import Interrupted
 from merganser.errors import DataError, RecipeError, UnsupportedError
 from merganser.recipe import load_recipe

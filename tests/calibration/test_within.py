@@ -14,7 +14,7 @@ import merganser
 from merganser.calibration.stream import Stream
 from merganser.calibration.within import calibrate_within, walk
 from merganser.engine.merge import merge
-from merganser.engine.planner import build_plan
+from merganser.engine.planner.planner import build_plan
 from merganser.errors import RecipeError
 from merganser.recipe import load_recipe
 from tests.calibration.families import FAMILIES

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from merganser.engine import drafts, planner, run
+from merganser.engine import run
 from merganser.engine.kernels import merge_tensor
 from merganser.engine.merge import merge
 from merganser.engine.output import staging
+from merganser.engine.planner import drafts, planner
 from merganser.engine.run import Interrupted
 from merganser.engine.sidecars import read
 from merganser.engine.stream import groups

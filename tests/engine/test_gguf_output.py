@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize, quantize
 
 from merganser.checkpoint import open_checkpoint
-from merganser.engine.in_memory import merge_to_state_dict
+from merganser.engine.in_memory.run import merge_to_state_dict
 from merganser.engine.merge import merge, plan
 from merganser.errors import MergeError
 from merganser.recipe import load_recipes

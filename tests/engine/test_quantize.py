@@ -12,7 +12,7 @@ import yaml
 
 from merganser.checkpoint import open_checkpoint
 from merganser.checkpoint.float8 import FLOAT8_SCHEMES, decode_float8, encode_float8
-from merganser.engine.in_memory import merge_to_state_dict
+from merganser.engine.in_memory.run import merge_to_state_dict
 from merganser.engine.merge import merge, plan
 from merganser.errors import MergeError, NonFiniteError, RecipeError
 from merganser.recipe import load_recipes

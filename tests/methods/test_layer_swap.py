@@ -3,9 +3,9 @@ import torch
 
 from merganser import plan
 from merganser.cli import main
+from merganser.engine.in_memory.state_dicts import merge_state_dicts
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge
-from merganser.engine.state_dicts import merge_state_dicts
 from merganser.errors import ParameterError
 from merganser.method import Location
 from merganser.methods.layer_swap import layer_swap

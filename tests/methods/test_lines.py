@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from merganser import plan
+from merganser.engine.in_memory.state_dicts import merge_state_dicts
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.merge import merge
-from merganser.engine.state_dicts import merge_state_dicts
 from merganser.errors import ParameterError
 from merganser.method import Location
 from merganser.methods.lines import lines

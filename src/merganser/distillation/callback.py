@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.running import Average
-from ..engine.state_dicts import State, merge_state_dicts, state_dict_of
+from ..engine.in_memory.running import Average
+from ..engine.in_memory.state_dicts import State, merge_state_dicts, state_dict_of
 from ..errors import NotFoundError, ParameterError, UnsupportedError
 from .training import libraries
 

@@ -49,7 +49,7 @@ def plan(recipe: RecipeLike, *, keep_stages: bool = False, **options: Any) -> Pl
     Args:
         recipe: A recipe of one document or several: its path, its YAML text, a mapping, or loaded recipes.
         keep_stages: Also plan stages that no later one uses.
-        **options: As for `merganser.engine.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
+        **options: As for `merganser.engine.planner.planner.build_plan`: `seed`, `out_shard_size`, `threads`, `device`,
             `max_memory`, `cache_dir`, `stream`.
 
     Returns:
@@ -272,7 +272,7 @@ def _plan_model(recipe: Recipe, **options: Any) -> Plan:
 
 def _plan_one(recipe: Recipe, **options: Any) -> Plan | AdapterPlan:
     from .adapters.plan import merges_adapters, plan_adapters
-    from .planner import build_plan
+    from .planner.planner import build_plan
 
     if recipe.random_seed is not None:
         options.setdefault("seed", recipe.random_seed)

@@ -14,7 +14,7 @@ from ..version import __version__
 from .stored import Source, hash_checkpoint, hash_of, open_stored, xxh3_of_file
 
 if TYPE_CHECKING:
-    from ..engine.in_memory import Memory
+    from ..engine.in_memory.run import Memory
 
 Reference = str | Path | Recipe | Mapping[str, Any]
 """A model: a path or Hub id, a loaded recipe, or a recipe as a mapping."""
@@ -61,7 +61,7 @@ def _open_recipe(
 ) -> Source:
     """Plan a recipe; earlier stages are merged immediately, into a temporary folder."""
     from ..anatomy.settings.config import unquantised
-    from ..engine.in_memory import merge_to_state_dict
+    from ..engine.in_memory.run import merge_to_state_dict
     from ..engine.merge import plan_with_stages_made
     from ..engine.record import data_files
 

@@ -27,7 +27,7 @@ from ..engine.plan.mixture import MixtureSummary
 from ..engine.plan.part import place
 from ..engine.plan.plan import Plan
 from ..engine.plan.tensor import PlannedTensor
-from ..engine.planner import SHARD_BYTES, build_plan
+from ..engine.planner.planner import SHARD_BYTES, build_plan
 from ..errors import CheckpointError, MergeError, RecipeError, UnsupportedError
 from ..recipe import ModelReference, Place, load_recipe
 from ..recipe.document.place import Entry
@@ -121,7 +121,7 @@ def plan_joined(recipe: JoinRecipe, **options: Any) -> Plan:
 
     Args:
         recipe: The recipe.
-        **options: As for `merganser.engine.planner.build_plan`.
+        **options: As for `merganser.engine.planner.planner.build_plan`.
 
     Raises:
         MergeError: A mixture is missing or damaged, the mixtures do not share everything else, or an expert is not there.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters import open_model
 from ..checkpoint import Checkpoint, Reader, TensorInfo
-from ..engine.in_memory import merge_to_state_dict
+from ..engine.in_memory.run import merge_to_state_dict
 from ..engine.kernels.assignment import untouched
 from ..engine.plan.part import part_of
 from ..engine.plan.plan import Plan

@@ -15,14 +15,14 @@ from ..anatomy import infer_anatomy, set_config_dtype
 from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo, derive, plan_shards
 from ..checkpoint.tensor import ByteReader
 from ..engine.alignment.complete import check_complete
-from ..engine.drafts import promote
 from ..engine.new_tensors import copied_from
 from ..engine.plan.census import InputCensus
 from ..engine.plan.mixture import MixtureSummary
 from ..engine.plan.part import place
 from ..engine.plan.plan import Plan
 from ..engine.plan.tensor import PlannedTensor
-from ..engine.planner import SHARD_BYTES, build_plan
+from ..engine.planner.drafts import promote
+from ..engine.planner.planner import SHARD_BYTES, build_plan
 from ..engine.run import Progress, Result, run_plan
 from ..errors import CheckpointError, MergeError, UnsupportedError
 from ..recipe import ModelReference
@@ -50,7 +50,7 @@ def plan_mixture(
     Args:
         recipe: The recipe of a mixture: its path, YAML text or a mapping, or one from `load_mixture`.
         advance: Called with the number of layers whose routers are done, and of all, where text passes through the model.
-        **options: As for `merganser.engine.planner.build_plan`.
+        **options: As for `merganser.engine.planner.planner.build_plan`.
 
     Raises:
         MergeError: The recipe or a model is not valid, or they do not fit; the message says why.
@@ -98,7 +98,7 @@ def mix(
         fresh: Start again even if an interrupted run could be continued.
         progress: Receives reports of the writing.
         advance: As for `plan_mixture`.
-        **options: As for `merganser.engine.planner.build_plan`.
+        **options: As for `merganser.engine.planner.planner.build_plan`.
 
     Raises:
         MergeError: As for `plan_mixture`, or the target cannot be written.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..engine.in_memory import Memory
+from ..engine.in_memory.run import Memory
 from ..errors import MergeError, TaskError
 from ..evaluation.run import Wanted
 from ..evaluation.scoring.batches import Refused, Scorable

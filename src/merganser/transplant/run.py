@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.planner import build_plan
+from ..engine.planner.planner import build_plan
 from ..engine.run import Progress, Result, run_plan
 from ..errors import MergeError, ParameterError, did_you_mean
 from ..recipe import load_recipe
@@ -46,7 +46,7 @@ def plan_transplant(
         k: Number of rows that are combined, for methods that choose some; by default the method's own.
         threads: Threads that compute; by default one per core, at most 8.
         advance: Called with the number of tokens done, and of all.
-        **options: As for `merganser.engine.planner.build_plan`.
+        **options: As for `merganser.engine.planner.planner.build_plan`.
 
     Raises:
         ParameterError: The method is not known, or takes no `k`.
@@ -78,7 +78,7 @@ def plan_romanised(
         mode: Which of several pieces of one spelling counts, one of `MODES`.
         threads: Threads that write; by default one per core, at most 8.
         advance: Called with the number of pieces romanised, and of all.
-        **options: As for `merganser.engine.planner.build_plan`.
+        **options: As for `merganser.engine.planner.planner.build_plan`.
 
     Raises:
         ParameterError: The mode is not known.
@@ -113,7 +113,7 @@ def plan_merged_tokens(
             than the mean of the parts; 0 for none.
         threads: Threads that write; by default one per core, at most 8.
         advance: Called with the number of new tokens, and of all; then with the steps of training.
-        **options: As for `merganser.engine.planner.build_plan`.
+        **options: As for `merganser.engine.planner.planner.build_plan`.
 
     Raises:
         ParameterError: The number, the parts or the steps are not allowed.
@@ -177,7 +177,7 @@ def transplant(
         fresh: Start again even if an interrupted run could be continued.
         progress: Receives reports of the writing.
         advance: As for `plan_transplant`.
-        **options: As for `merganser.engine.planner.build_plan`.
+        **options: As for `merganser.engine.planner.planner.build_plan`.
 
     Raises:
         MergeError: As for `plan_transplant`, or the target cannot be written.

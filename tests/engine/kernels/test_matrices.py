@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from merganser.engine.in_memory.state_dicts import merge_state_dicts
 from merganser.engine.kernels.assignment import is_matrix
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.engine.kernels.peak_memory import PeakMemory, peak_per_element
 from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
 from merganser.engine.plan.summary import summarise
-from merganser.engine.state_dicts import merge_state_dicts
 from merganser.engine.stream.groups import make_groups
 from merganser.engine.stream.hashing import spans
 from merganser.errors import MemoryLimitError

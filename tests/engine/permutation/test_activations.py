@@ -21,7 +21,7 @@ from merganser.anatomy.symmetry import UNITS, find_units
 from merganser.calibration.matching import run as matching
 from merganser.calibration.matching.sums import Correlation, Feature
 from merganser.engine.merge import merge
-from merganser.engine.planner import build_plan
+from merganser.engine.planner.planner import build_plan
 from merganser.engine.run import Interrupted
 from merganser.errors import MergeError, OutputError, RecipeError
 from merganser.recipe import load_recipe

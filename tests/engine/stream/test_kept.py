@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from merganser.checkpoint import Reader
-from merganser.engine.in_memory import Memory, merge_to_state_dict
+from merganser.engine.in_memory.run import Memory, merge_to_state_dict
 from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
 from merganser.engine.plan.memory import kept_bytes

@@ -13,7 +13,7 @@ from ...engine.new_tensors import TensorSpool, copied_from, folder_beside
 from ...engine.output.staging import check_target
 from ...engine.plan.healing import HealingSummary
 from ...engine.plan.part import place
-from ...engine.planner import build_plan
+from ...engine.planner.planner import build_plan
 from ...engine.run import Progress as RunProgress
 from ...engine.run import Result, run_plan
 from ...errors import DataError, suggest_keywords

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from ...checkpoint import Checkpoint, Reader, TensorInfo
-from ...engine.in_memory import merge_to_state_dict
+from ...engine.in_memory.run import merge_to_state_dict
 from ...engine.plan.from_data import DataOfModels, with_data
 from ...engine.plan.part import part_of
 from ...engine.plan.plan import Plan

@@ -20,7 +20,7 @@ from ...engine.plan.mixture import ShrinkingSummary
 from ...engine.plan.part import place
 from ...engine.plan.plan import Plan
 from ...engine.plan.tensor import PlannedTensor
-from ...engine.planner import SHARD_BYTES, build_plan
+from ...engine.planner.planner import SHARD_BYTES, build_plan
 from ...engine.run import Progress, Result, run_plan
 from ...errors import DataError, NonFiniteError, UnsupportedError, did_you_mean
 from ...recipe import load_recipe

@@ -6,20 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint import DTYPE_BY_NAME, DType, TensorInfo
-from ..errors import CheckpointError, ParameterError, RecipeError
-from ..method import MergeMethod
-from ..recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges
-from .alignment.alignment import Alignment, Member, Slot
-from .alignment.modules import align_modules, differ_in_modules
-from .alignment.slices import align_slices
-from .alignment.whole_models import align_models
-from .kernels.assignment import Treatment, treat, untouched
-from .kernels.blocks import BLOCK
-from .plan.from_data import DataOfModels, open_data, with_data
-from .plan.part import treatment_hash
-from .plan.permutation import Permutation
-from .plan.tensor import PlannedTensor
+from ...checkpoint import DTYPE_BY_NAME, DType, TensorInfo
+from ...errors import CheckpointError, ParameterError, RecipeError
+from ...method import MergeMethod
+from ...recipe import Inputs, ModelReference, Recipe, Resolver, Source, check_layer_ranges
+from ..alignment.alignment import Alignment, Member, Slot
+from ..alignment.modules import align_modules, differ_in_modules
+from ..alignment.slices import align_slices
+from ..alignment.whole_models import align_models
+from ..kernels.assignment import Treatment, treat, untouched
+from ..kernels.blocks import BLOCK
+from ..plan.from_data import DataOfModels, open_data, with_data
+from ..plan.part import treatment_hash
+from ..plan.permutation import Permutation
+from ..plan.tensor import PlannedTensor
 
 __all__ = ["plan_tensors", "promote"]
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import merganser
 from merganser.checkpoint import Reader
-from merganser.engine.in_memory import Memory, merge_to_state_dict
+from merganser.engine.in_memory.run import Memory, merge_to_state_dict
 from merganser.engine.output import staging
 from merganser.errors import CheckpointError, NonFiniteError
 from tests.making import assert_equal, llama, llama_config, make_recipe, read_model, write_llamas, write_model

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..anatomy.modules import find_modules
-from ..recipe import ModelReference
-from .alignment.alignment import Alignment, Member, is_recomputed
-from .kernels.assignment import untouched
-from .plan.census import InputCensus
-from .plan.gguf import GgufSummary
-from .plan.tensor import PlannedTensor
+from ...anatomy.modules import find_modules
+from ...recipe import ModelReference
+from ..alignment.alignment import Alignment, Member, is_recomputed
+from ..kernels.assignment import untouched
+from ..plan.census import InputCensus
+from ..plan.gguf import GgufSummary
+from ..plan.tensor import PlannedTensor
 
 __all__ = ["take_census"]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from merganser.engine.in_memory.state_dicts import merge_state_dicts
 from merganser.engine.kernels.merge_tensor import merge_tensor
-from merganser.engine.state_dicts import merge_state_dicts
 from merganser.errors import CheckpointError, NonFiniteError, ParameterError, RecipeError, UnsupportedError
 from merganser.method.registry import get_method
 from tests.making import assert_equal

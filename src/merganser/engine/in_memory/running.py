@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.wrappers import unwrapped_names
-from ..errors import CheckpointError, NonFiniteError, ParameterError
+from ...checkpoint.wrappers import unwrapped_names
+from ...errors import CheckpointError, NonFiniteError, ParameterError
 from .state_dicts import State, state_dict_of
 
 __all__ = ["EMA", "LAWA", "Average"]

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checkpoint import DType, MappedFiles, Reader
-from ..checkpoint.float8 import decode_float8
-from .kernels.devices import resolve_devices
-from .plan.plan import Plan
-from .plan.tensor import PlannedTensor
-from .stream.buffers import InputCache
-from .stream.groups import Task, make_groups
-from .stream.schedule import GroupState, KernelCache, Schedule, start_group
-from .stream.threads import work_on_threads
-from .stream.worker import Context, Done
+from ...checkpoint import DType, MappedFiles, Reader
+from ...checkpoint.float8 import decode_float8
+from ..kernels.devices import resolve_devices
+from ..plan.plan import Plan
+from ..plan.tensor import PlannedTensor
+from ..stream.buffers import InputCache
+from ..stream.groups import Task, make_groups
+from ..stream.schedule import GroupState, KernelCache, Schedule, start_group
+from ..stream.threads import work_on_threads
+from ..stream.worker import Context, Done
 
 
 class Memory:

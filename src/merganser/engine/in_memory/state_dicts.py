@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import infer_anatomy
-from ..checkpoint.wrappers import unwrapped_names
-from ..errors import CheckpointError, ParameterError, UnsupportedError
-from ..method.method import MergeMethod, fill
-from ..method.registry import get_method
-from .alignment.alignment import location_of
-from .kernels.merge_tensor import merge_tensor
+from ...anatomy import infer_anatomy
+from ...checkpoint.wrappers import unwrapped_names
+from ...errors import CheckpointError, ParameterError, UnsupportedError
+from ...method.method import MergeMethod, fill
+from ...method.registry import get_method
+from ..alignment.alignment import location_of
+from ..kernels.merge_tensor import merge_tensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

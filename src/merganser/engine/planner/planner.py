@@ -7,44 +7,44 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..adapters import open_model
-from ..anatomy import set_config_dtype, set_tied, slice_config
-from ..anatomy.module_config import slice_module_config
-from ..anatomy.settings.config import unquantised, with_older_rotary_keys
-from ..checkpoint import Checkpoint, Shard, plan_shards
-from ..checkpoint.folder import WEIGHTS_KEY
-from ..errors import MergeError
-from ..method import MergeMethod
-from ..recipe import ModelReference, Recipe, check_recipe
-from .agreement.configs import compare_configs
-from .agreement.ending import Ending, agree_on_ending
-from .agreement.quantisation import check_quantised, refuse_unreadable
-from .agreement.side_files import chat_template, file_origins, side_file_warnings, side_files, unread_warnings
-from .agreement.vocabularies import compare_tokens
-from .alignment.alignment import Alignment, Member
-from .alignment.complete import check_complete
-from .alignment.leftovers import without_leftovers
-from .alignment.loadable import check_layers_load
-from .alignment.modules import as_language_parts
-from .alignment.renaming import named_alike
-from .alignment.unstacking import unstacked
+from ...adapters import open_model
+from ...anatomy import set_config_dtype, set_tied, slice_config
+from ...anatomy.module_config import slice_module_config
+from ...anatomy.settings.config import unquantised, with_older_rotary_keys
+from ...checkpoint import Checkpoint, Shard, plan_shards
+from ...checkpoint.folder import WEIGHTS_KEY
+from ...errors import MergeError
+from ...method import MergeMethod
+from ...recipe import ModelReference, Recipe, check_recipe
+from ..agreement.configs import compare_configs
+from ..agreement.ending import Ending, agree_on_ending
+from ..agreement.quantisation import check_quantised, refuse_unreadable
+from ..agreement.side_files import chat_template, file_origins, side_file_warnings, side_files, unread_warnings
+from ..agreement.vocabularies import compare_tokens
+from ..alignment.alignment import Alignment, Member
+from ..alignment.complete import check_complete
+from ..alignment.leftovers import without_leftovers
+from ..alignment.loadable import check_layers_load
+from ..alignment.modules import as_language_parts
+from ..alignment.renaming import named_alike
+from ..alignment.unstacking import unstacked
+from ..fusion.machine import why_not
+from ..kernels.blocks import BLOCK
+from ..kernels.devices import resolve_devices
+from ..permutation.apply import permute_members
+from ..plan.float8 import quantise_output
+from ..plan.from_data import check_weights
+from ..plan.gguf import GgufSummary, gguf_output
+from ..plan.memory import default_memory, fit_workers, kept_memory, memory_needs
+from ..plan.part import place
+from ..plan.plan import Plan
+from ..plan.remote import check_stream
+from ..plan.tensor import PlannedTensor
+from ..sidecars.plan import plan_sidecars, sidecar_memory
+from ..vocabulary.match import Matched, match_vocabularies
 from .census import take_census
 from .drafts import plan_tensors
-from .fusion.machine import why_not
-from .kernels.blocks import BLOCK
-from .kernels.devices import resolve_devices
 from .noise import noise_warnings
-from .permutation.apply import permute_members
-from .plan.float8 import quantise_output
-from .plan.from_data import check_weights
-from .plan.gguf import GgufSummary, gguf_output
-from .plan.memory import default_memory, fit_workers, kept_memory, memory_needs
-from .plan.part import place
-from .plan.plan import Plan
-from .plan.remote import check_stream
-from .plan.tensor import PlannedTensor
-from .sidecars.plan import plan_sidecars, sidecar_memory
-from .vocabulary.match import Matched, match_vocabularies
 
 if TYPE_CHECKING:
     import torch

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..checkpoint import Checkpoint, Reader, TensorInfo
-from ..errors import MergeError
-from ..recipe import ModelReference
-from ..wording import some
-from .plan.tensor import PlannedTensor
+from ...checkpoint import Checkpoint, Reader, TensorInfo
+from ...errors import MergeError
+from ...recipe import ModelReference
+from ...wording import some
+from ..plan.tensor import PlannedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
