@@ -66,17 +66,17 @@ def test_help_lists_every_verb_in_the_order_of_work(monkeypatch: pytest.MonkeyPa
         "  restore     Rebuild a task's own checkpoint from a merge with sidecars.\n"
         "  route       Fit a router that chooses a task per text, or gates of tasks.\n"
         "  transplant  Give a model the tokenizer of another one.\n"
-        "  mix         Build a mixture of experts from dense models, or join mixtures.\n"
+        "  mix         Build a mixture of experts from dense models; join mixtures.\n"
         "  shrink      Reduce the number of experts of a mixture of experts.\n"
         "  heal        Fit layers of a stacked model to the models they came from.\n"
         "  extract     Write what a fine-tune changed as an adapter.\n"
         "  export      Write the sidecars of a merge as LoRA adapters.\n"
         "  eval        Measure models on tasks, and what merges kept of experts.\n"
         "  search      Find open values of a recipe by trials.\n"
-        "  auto        Find the best merge of some models for some tasks, and test it.\n"
+        "  auto        Find and test the best merge of some models for some tasks.\n"
         "  report      Draw a page about a merge or a search.\n"
         "  push        Upload an output to the Hub, or show what would be uploaded.\n"
-        "  fuse        Train a model on predictions of others, or blend their answers.\n"
+        "  fuse        Train a model on others' predictions, or blend their answers.\n"
     )
 
 

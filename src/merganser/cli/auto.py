@@ -50,7 +50,7 @@ def auto(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find the best merge of some models for some tasks, and test it.
+    """Find and test the best merge of some models for some tasks.
 
     Methods that did well in our measurements are tried on half of the items of each task, then scales by depth for the best of
     them. On the other half, the winner is compared with the best single model and with the average.

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from ..distillation.training.preparation import FusionPlan
 
 fuse = typer.Typer(
-    cls=Verbs, help="Train a model on predictions of others, or blend their answers.", no_args_is_help=True
+    cls=Verbs, help="Train a model on others' predictions, or blend their answers.", no_args_is_help=True
 )
 
 
 @fuse.callback()
 def _group() -> None:
-    """Train a model on predictions of others, or blend their answers."""
+    """Train a model on others' predictions, or blend their answers."""
 
 
 @fuse.command(cls=options.many_values("--data"))
