@@ -333,17 +333,53 @@ def words(parameter) -> list[str]:
     return [*parameter.opts, *parameter.secondary_opts]
 
 
+def default_text(parameter) -> str:
+    """Return what is said of an option's default, in the form of the help; nothing for flags and where its help says it."""
+    said = (getattr(parameter, "help", "") or "").strip()
+    hidden = (
+        parameter.default is None
+        or isinstance(parameter.default, bool | tuple | list)
+        or not getattr(parameter, "show_default", True)
+    )
+    if is_argument(parameter) or hidden or callable(parameter.default) or "[default:" in said:
+        return ""
+    return f"  [default: {getattr(parameter.default, 'value', parameter.default)}]"
+
+
 def cli_page() -> str:
     """Make the page of the command line from its own help."""
-    lines = ["# Command line", ""]
+    lines = [
+        "# Command line",
+        "",
+        "Made from `merganser COMMAND --help`. An option with `...` takes all values up to the",
+    ]
+    lines += [
+        "next option, and may be repeated. Exit codes: 0 done, 1 a defect of Merganser, 2 an error that you can fix,"
+    ]
+    lines += ["130 stopped by Ctrl-C.", ""]
     for name, told, parameters in verbs():
-        lines += [f"## merganser {name}", "", told, "", "| option | |", "|---|---|"]
-        for parameter in parameters:
-            if parameter.name == "help":
-                continue
-            names = [parameter.metavar or parameter.name.upper()] if is_argument(parameter) else words(parameter)
+        own = [parameter for parameter in parameters if parameter.name != "help"]
+        arguments = [p.metavar or p.name.upper() for p in own if is_argument(p)]
+        lines += [
+            f"## merganser {name}",
+            "",
+            told,
+            "",
+            "```",
+            " ".join(["merganser", name, *arguments, "[OPTIONS]"]),
+            "```",
+        ]
+        lines += ["", "| option | |", "|---|---|"]
+        for parameter in own:
+            value = parameter.metavar or parameter.name.upper()
+            if is_argument(parameter):
+                shown = f"`{value}`"
+            else:
+                shown = ", ".join(f"`{word}`" for word in words(parameter))
+                shown += "" if is_flag(parameter) else " `" + value.replace("|", "\\|") + "`"
+            said = (getattr(parameter, "help", "") or "").strip()
             lines.append(
-                f"| {', '.join(f'`{name}`' for name in names)} | {(getattr(parameter, 'help', '') or '').strip()} |"
+                f"| {shown} | {said}{default_text(parameter)}{' Required.' * (parameter.required and not is_argument(parameter))} |"
             )
         lines.append("")
     return NOTE + "\n".join(lines)

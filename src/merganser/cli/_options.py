@@ -27,9 +27,7 @@ Checkpoint = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        min=1, metavar="N", help="Threads that merge.  [default: one per core, 8 at most]", show_default=False
-    ),
+    typer.Option(min=1, metavar="N", help="Number of threads.  [default: one per core, 8 at most]", show_default=False),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")]
 ShardSize = Annotated[
@@ -41,7 +39,12 @@ Seed = Annotated[
 ]
 MaxMemory = Annotated[
     int | None,
-    typer.Option(parser=parse_size, metavar="SIZE", help="Memory that the merge may use.", show_default=False),
+    typer.Option(
+        parser=parse_size,
+        metavar="SIZE",
+        help="Memory that may be used.  [default: a quarter of the memory here, 1 to 4 GB]",
+        show_default=False,
+    ),
 ]
 CacheDir = Annotated[
     Path | None,
@@ -53,7 +56,7 @@ Stream = Annotated[
     bool,
     typer.Option(
         "--stream",
-        help="Read models of the Hub by ranges of their files whenever weights are needed; no weights are kept on disk.",
+        help="Fetch weights of Hub models over the network when they are needed, without storing them on disk.",
     ),
 ]
 Model = Annotated[
@@ -63,7 +66,7 @@ DataFiles = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE...",
-        help="Texts (.txt), or text, prompt and completion, or messages (.jsonl, .parquet).",
+        help="Text files (.txt), or records with text, prompt and completion, or messages (.jsonl, .parquet).",
         show_default=False,
     ),
 ]
@@ -79,22 +82,22 @@ SequenceLength = Annotated[
     typer.Option(
         min=2,
         metavar="N",
-        help="Most tokens of a sequence.  [default: 256, or what the model can see]",
+        help="Tokens of a sequence, at most.  [default: 256, or the model's maximum]",
         show_default=False,
     ),
 ]
 DrawSeed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draw.")]
-BatchTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are fed at once.")]
+BatchTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens in a batch.")]
 KeepStages = Annotated[
     bool,
-    typer.Option("--keep-stages", help="Keep the results of a recipe's other documents, in .OUT.stages."),
+    typer.Option("--keep-stages", help="Keep the results of earlier stages (documents of the recipe), in .OUT.stages."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start again; do not continue an interrupted run.")]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace an output of merganser, unless something in it was added or changed."),
+    typer.Option("--overwrite", help="Replace an earlier output, unless a file in it was added or changed."),
 ]
 AllTensors = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
 

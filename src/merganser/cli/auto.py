@@ -19,17 +19,17 @@ ExpertModels = Annotated[
     list[str], typer.Argument(metavar="EXPERT...", help="Two or more models trained from it.", show_default=False)
 ]
 Out = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Folder of the result; an old one continues.", show_default=False)
+    Path, typer.Argument(metavar="OUT", help="Folder of the result; an existing one is continued.", show_default=False)
 ]
 Data = Annotated[
     list[str] | None,
     typer.Option(
         metavar="[EXPERT=]FILE...",
-        help="Text of each expert's field: methods with data are tried, too. Without --tasks half of each file is a task.",
+        help="Text of each expert's field, to also try methods that use data. Without --tasks, half of each file is a task.",
         show_default=False,
     ),
 ]
-Minutes = Annotated[float, typer.Option(metavar="N", help="Time for all of it, anew with each call.")]
+Minutes = Annotated[float, typer.Option(metavar="N", help="Minutes for everything; a continued run has them anew.")]
 
 
 def auto(
@@ -50,10 +50,10 @@ def auto(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make the best of some models for some tasks, and prove it.
+    """Find and test the best merge of some models for some tasks.
 
-    Methods that kept most elsewhere are tried on half of the items of each task, then factors by depth around the best of
-    them. The other half compares the winner with the best of the models and with their average.
+    Methods that did well in our measurements are tried on half of the items of each task, then scales by depth for the best of
+    them. On the other half, the winner is compared with the best single model and with the average.
     """
     options.quieten_hub(quiet)
     from ..jsonfile import read_object

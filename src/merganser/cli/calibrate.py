@@ -53,12 +53,15 @@ def calibrate(
         str,
         typer.Option(
             metavar="data|sampled",
-            help="What gradients are the loss of: the text's next tokens, or tokens drawn from the model (true Fisher).",
+            help="Labels of the loss, for statistics of gradients: the text's tokens, or tokens drawn from the model (true "
+            "Fisher information).",
         ),
     ] = "data",
     batch_tokens: options.BatchTokens = 2048,
     cache_dir: options.CacheDir = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is written.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show time, memory and disk that it would take; write nothing.")
+    ] = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:

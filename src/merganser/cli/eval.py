@@ -49,14 +49,14 @@ Limit = Annotated[
 ]
 Context = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Tokens of a text seen at once.  [default: 512]", show_default=False),
+    typer.Option(min=1, metavar="N", help="Tokens of a text in one window.  [default: 512]", show_default=False),
 ]
 Stride = Annotated[
     int | None,
     typer.Option(
         min=1,
         metavar="N",
-        help="Tokens of a text scored at once.  [default: half of --context]",
+        help="Tokens of a text that each further window scores.  [default: half of --context]",
         show_default=False,
     ),
 ]
@@ -64,7 +64,7 @@ DType = Annotated[
     str | None,
     typer.Option(
         metavar="float32|bfloat16|float16",
-        help="Number format.  [default: float32, for texts the faster one here]",
+        help="Dtype to compute in.  [default: float32; for texts float32 or bfloat16, whichever is faster here]",
         show_default=False,
     ),
 ]
@@ -81,7 +81,7 @@ JsonFile = Annotated[
     str | None,
     typer.Option(
         metavar="OUT",
-        help="Write the result, and measurements from which an interrupted evaluation continues; - prints it.",
+        help="Write the result here, and beside it the measurements so far, so that the same command continues; - prints it.",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""`merganser fuse`: teach one model what others say."""
+"""`merganser fuse`: train one model on what others predict, or blend answers of several."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from ..distillation import Blended
     from ..distillation.training.preparation import FusionPlan
 
-fuse = typer.Typer(cls=Verbs, help="Teach one model what others say, or blend their answers.", no_args_is_help=True)
+fuse = typer.Typer(
+    cls=Verbs, help="Train a model on others' predictions, or blend their answers.", no_args_is_help=True
+)
 
 
 @fuse.callback()
 def _group() -> None:
-    """Teach one model what others say, or blend their answers."""
+    """Train a model on others' predictions, or blend their answers."""
 
 
 @fuse.command(cls=options.many_values("--data"))
@@ -35,7 +37,9 @@ def cache(
     model: options.Model,
     data: options.DataFiles = None,
     out: options.NewFolder = None,
-    top: Annotated[int, typer.Option(min=1, metavar="K", help="Likeliest tokens stored per position.")] = 32,
+    top: Annotated[
+        int, typer.Option(min=1, metavar="K", help="Number of most likely tokens stored per position.")
+    ] = 32,
     sequences: options.Sequences = None,
     length: options.SequenceLength = None,
     seed: options.DrawSeed = 0,
@@ -45,7 +49,7 @@ def cache(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Write what a model predicts at every position of some texts."""
+    """Store what a model predicts at every position of some texts."""
     options.quieten_hub(quiet)
     from ..distillation import cache_logits
     from ..process import peak_memory
@@ -122,12 +126,12 @@ def train(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The folder to write; it appears when the model is complete.")
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do; nothing is written.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what it would do; write nothing.")] = False,
     control: Annotated[
         bool,
         typer.Option(
             "--control/--no-control",
-            help="Train the student without its sources, too, on the same batches, to compare with.",
+            help="Also train the student without its sources, on the same batches, to compare with.",
         ),
     ] = True,
     device: options.Device = "auto",
@@ -135,7 +139,7 @@ def train(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Train a student on what other models say.
+    """Train a student on what other models predict.
 
     RECIPE names the student, its sources, data and the loss. A killed run is continued by the same command.
     """
@@ -182,24 +186,30 @@ def answer(
         str | None,
         typer.Option(
             metavar="COMMAND",
-            help="A command that scores instead: it reads a line of JSON per prompt, and prints a list of numbers.",
+            help="Instead of a ranker: a command that reads a line of JSON per prompt and prints a list of scores.",
             show_default=False,
         ),
     ] = None,
     fuser: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="A model that is shown the best answers, and writes another.", show_default=False
+            metavar="MODEL", help="A model that reads the best answers and writes another one.", show_default=False
         ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, metavar="N", help="Answers that the fuser is shown.")] = 3,
+    top: Annotated[int, typer.Option(min=1, metavar="N", help="Number of answers that the fuser reads.")] = 3,
     each: Annotated[int, typer.Option(min=1, metavar="K", help="Answers of each model to each prompt.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer, at most.")] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, metavar="T", help="Of the draws; 0 takes the likeliest token.")
+        float, typer.Option(min=0.0, metavar="T", help="Sampling temperature; 0 takes the most likely token.")
     ] = 0.7,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="P", help="Draw from the likeliest tokens with this probability.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Sample from the most likely tokens that have this probability together.",
+        ),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the draws.")] = 0,
     batch_tokens: options.BatchTokens = 4096,
@@ -208,9 +218,9 @@ def answer(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Let several models answer, and have one write from the best.
+    """Let several models answer, and another combine the best.
 
-    Answers are kept beside the file: a killed run continues, and one with another ranker or fuser does not ask again.
+    Answers are stored beside the file: a killed run continues, and a run with another ranker or fuser uses them again.
     """
     options.quieten_hub(quiet)
     from ..distillation import blend_answers

@@ -29,7 +29,7 @@ def heal(
         typer.Option(
             min=0,
             metavar="N",
-            help="Blocks after each seam that are fitted, besides the one before it.  [default: all up to the next seam]",
+            help="Blocks after each seam to fit, in addition to the one before it.  [default: all up to the next seam]",
             show_default=False,
         ),
     ] = None,

@@ -43,9 +43,7 @@ def inspect(
     stream: options.Stream = False,
     seams: Annotated[
         bool,
-        typer.Option(
-            "--seams", help="Look at the seams of a stacked model that merganser wrote, on the text of --data."
-        ),
+        typer.Option("--seams", help="Examine the seams of a model stacked from slices, on the text of --data."),
     ] = False,
     data: options.DataFiles = None,
     sequences: options.Sequences = None,
@@ -56,7 +54,7 @@ def inspect(
 ) -> None:
     """Describe a checkpoint, or how models of one base are related.
 
-    Or, with --seams, how far what layers of a stacked model receive is from what they received in their own models.
+    Or, with --seams: how much the inputs of layers of a stacked model differ from those in their own models.
     """
     options.quieten_hub()
     drawn = options.chosen(sequences=sequences, length=length, seed=seed or None)

@@ -29,7 +29,7 @@ def mix(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Build a mixture of experts from dense models, or join some.
+    """Build a mixture of experts from dense models; join mixtures.
 
     RECIPE names a base and experts; recipes of mergekit-moe run unchanged. With the key join it names mixtures of one shared
     part, such as FlexOlmo's contributors.

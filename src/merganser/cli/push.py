@@ -23,14 +23,12 @@ def push(
         str, typer.Argument(metavar="REPO", help="A model repository of the Hub, as in owner/name.", show_default=False)
     ],
     yes: Annotated[bool, typer.Option("--yes", help="Upload; without it, only show what would be uploaded.")] = False,
-    public: Annotated[
-        bool, typer.Option("--public", help="If the repository is created, create it for everybody to read.")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="If the repository is created, make it public.")] = False,
     license: Annotated[
         str | None,
         typer.Option(
             metavar="ID",
-            help="The licence of the output, such as apache-2.0.  [default: that of all inputs, if they have one]",
+            help="The licence of the output, such as apache-2.0.  [default: that of the inputs, if all have the same]",
             show_default=False,
         ),
     ] = None,

@@ -34,7 +34,7 @@ def report(
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> None:
-    """Draw a merge or a search: what went in, what it can do.
+    """Draw a page about a merge or a search.
 
     The page is one HTML file that opens without a network.
     """

@@ -35,7 +35,7 @@ def restore(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Write a task's own checkpoint back from a merge with sidecars."""
+    """Rebuild a task's own checkpoint from a merge with sidecars."""
     options.quieten_hub(quiet)
     options.check_output(out)
     from ..engine.sidecars.restoration import restore as bring_back

@@ -39,28 +39,32 @@ def route(
         int | None,
         typer.Option(min=2, metavar="N", help="Tokens of a window of text.  [default: 256]", show_default=False),
     ] = None,
-    windows: Annotated[int, typer.Option(min=2, metavar="N", help="Most windows of a task.")] = 200,
+    windows: Annotated[int, typer.Option(min=2, metavar="N", help="Windows of text per task, at most.")] = 200,
     gates: Annotated[
         str | None,
         typer.Option(
             metavar="KIND",
-            help="Make gates that add parts of all tasks in shares: wemoe, e-wemoe, mole, self-moe or smile.",
+            help="Make gates, which add weighted parts of all tasks: wemoe, e-wemoe, mole, self-moe or smile.",
             show_default=False,
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Gates: cut parts to this rank.", show_default=False)
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --gates: reduce parts to this rank.", show_default=False),
     ] = None,
     density: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Gates: keep the largest elements.", show_default=False)
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="With --gates: keep this share of elements, the largest.", show_default=False
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=0, metavar="N", help="Gates: steps of training.")] = 0,
-    objective: Annotated[str, typer.Option(metavar="NAME", help="Gates: train on loss or entropy.")] = "loss",
+    steps: Annotated[int, typer.Option(min=0, metavar="N", help="With --gates: training steps.")] = 0,
+    objective: Annotated[str, typer.Option(metavar="NAME", help="With --gates: train on loss or entropy.")] = "loss",
     device: options.Device = "cpu",
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make a router that chooses a task per text, or gates of tasks."""
+    """Fit a router that chooses a task per text, or gates of tasks."""
     options.quieten_hub(quiet)
     if "+" not in out:
         options.check_output(Path(out))

@@ -16,7 +16,7 @@ def schema(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Say where the JSON schema of recipes is, for editors."""
+    """Print the path of the JSON schema of recipes, for editors."""
     from ..recipe.schema import SCHEMA_FILE, SCHEMA_ID
 
     if contents:

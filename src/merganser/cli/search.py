@@ -24,7 +24,7 @@ Recipe = Annotated[
     ),
 ]
 Out = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Folder of the search; an old one continues.", show_default=False)
+    Path, typer.Argument(metavar="OUT", help="Folder of the search; an existing one is continued.", show_default=False)
 ]
 Tasks = Annotated[
     list[str] | None,
@@ -43,21 +43,21 @@ Command = Annotated[
         show_default=False,
     ),
 ]
-Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds after which the command is ended.")]
+Timeout = Annotated[float, typer.Option(metavar="S", help="Seconds after which the command is killed.")]
 Objectives = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME...",
         help="What to improve: TASK/METRIC, recovered/mean, recovered/worst, forgotten/mean, 0.5*NAME+NAME; of a "
-        "command NAME:maximize or NAME:minimize. Several give a front.  [default: recovered/mean, else the mean]",
+        "command NAME:maximize or NAME:minimize. Several give a Pareto front.  [default: recovered/mean, else the mean]",
         show_default=False,
     ),
 ]
 AtLeast = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=X...", help="A bound that a winner keeps.", show_default=False)
+    list[str] | None, typer.Option(metavar="NAME=X...", help="Lower bound that the winner meets.", show_default=False)
 ]
 AtMost = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=X...", help="A bound that a winner keeps.", show_default=False)
+    list[str] | None, typer.Option(metavar="NAME=X...", help="Upper bound that the winner meets.", show_default=False)
 ]
 NumberOfTrials = Annotated[
     int | None,
@@ -65,22 +65,27 @@ NumberOfTrials = Annotated[
 ]
 Hours = Annotated[
     float | None,
-    typer.Option(metavar="H", help="No trial begins after this time, anew with each call.", show_default=False),
+    typer.Option(
+        metavar="H", help="Hours after which no trial begins; a continued search has them anew.", show_default=False
+    ),
 ]
 Sampler = Annotated[
     str,
     typer.Option(
         metavar="auto|cma|tpe|gp|random|nsga2|nsga3|greedy|particles|quadratic|m2n2|genome|nested|bayesian",
-        help="What chooses the next values.",
+        help="Algorithm that chooses the next values.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampler and of the halves of the tasks.")]
+Seed = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Seed of the sampler, and of the division of tasks into halves.")
+]
 Limit = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Items of each task, both halves.  [default: all]", show_default=False),
 ]
 Early = Annotated[
-    bool, typer.Option("--early-stopping/--no-early-stopping", help="End a trial that is worse beyond chance.")
+    bool,
+    typer.Option("--early-stopping/--no-early-stopping", help="End a trial that is significantly worse than the best."),
 ]
 
 Estimator = Annotated[
@@ -148,9 +153,10 @@ def search(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find the open values of a recipe by trying them.
+    """Find open values of a recipe by trials.
 
-    Half of the items of each task choose, and the other half proves what was chosen. A search that was stopped, or killed, continues with the same command; the same command elsewhere joins it.
+    Half of the items of each task are used to choose, the other half to test what was chosen. The same command continues a
+    search that was stopped or killed, and joins one that runs.
     """
     options.quieten_hub(quiet)
     options.check_recipe_file(recipe)

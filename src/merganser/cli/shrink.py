@@ -43,7 +43,7 @@ def shrink(
         typer.Option(
             min=1,
             metavar="N",
-            help="Experts that compute each token.  [default: the model's, or all there are]",
+            help="Experts that compute each token.  [default: as in the model, or all that are left]",
             show_default=False,
         ),
     ] = None,
@@ -54,11 +54,11 @@ def shrink(
     overwrite: options.Overwrite = False,
     fresh: options.Fresh = False,
     cache_dir: options.CacheDir = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do; nothing is written.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what it would do; write nothing.")] = False,
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Make a mixture of experts smaller.
+    """Reduce the number of experts of a mixture of experts.
 
     Experts of every layer are merged or dropped, by what they do on text; one layer is in memory at a time.
     """

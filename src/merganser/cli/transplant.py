@@ -29,14 +29,16 @@ def transplant(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            metavar="DONOR", help="The model whose tokenizer the output gets, with its weights.", show_default=False
+            metavar="DONOR",
+            help="The model whose tokenizer the output gets; most methods read its weights.",
+            show_default=False,
         ),
     ] = None,
     romanise: Annotated[
         str | None,
         typer.Option(
             metavar="max|min|average",
-            help="Instead of another tokenizer: add the model's own pieces in Latin letters.",
+            help="Instead of --tokenizer: add the model's own tokens in Latin letters.",
             show_default=False,
         ),
     ] = None,
@@ -44,7 +46,7 @@ def transplant(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Instead: add tokens that are frequent pairs of the model's own in this text. Repeat it for more files.",
+            help="Instead of --tokenizer: add tokens for frequent pairs of the model's tokens in this text; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -56,7 +58,7 @@ def transplant(
         str | None,
         typer.Option(
             metavar="mean|last|first",
-            help="With --text: which of its parts make the row of a new token.  [default: mean]",
+            help="With --text: make the row of a new token from the mean of its parts, or from one part.  [default: mean]",
             show_default=False,
         ),
     ] = None,
@@ -64,7 +66,7 @@ def transplant(
         int,
         typer.Option(
             metavar="N",
-            help="With --text: steps in which a small network is trained on it to make these rows; the model stays as it is.",
+            help="With --text: training steps of a small network that makes the rows; the model itself is not changed.",
         ),
     ] = 0,
     method: Annotated[
@@ -79,7 +81,7 @@ def transplant(
         typer.Option(
             "--k",
             metavar="N",
-            help="Shared tokens that make a new one.  [default: omp, interpolate, barycentric 64; focus 1024; wechsel 10]",
+            help="Number of shared tokens that a new row is made from.  [default: omp, interpolate, barycentric 64; focus 1024; wechsel 10]",
             show_default=False,
         ),
     ] = None,
@@ -94,7 +96,7 @@ def transplant(
 ) -> None:
     """Give a model the tokenizer of another one.
 
-    Or more tokens: with --romanise its own ones in Latin letters, with --text frequent pairs of them.
+    Or add tokens: with --romanise its own tokens in Latin letters, with --text frequent pairs of its tokens.
     """
     options.quieten_hub(quiet)
     _check(tokenizer, romanise, text, method=method, k=k, new_tokens=new_tokens, parts=parts, steps=train_steps)

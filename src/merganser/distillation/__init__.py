@@ -1,4 +1,4 @@
-"""Teach one model what others say: what a source predicts on text is stored once, and a student is trained on it."""
+"""Train one model on what others predict: predictions of a source on text are stored once, and a student is trained on them."""
 
 from .blending.run import blend_answers
 from .blending.summary import Blended

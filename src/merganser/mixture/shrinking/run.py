@@ -92,7 +92,7 @@ def shrink(
     out_shard_size: int = SHARD_BYTES,
     **options: Any,
 ) -> Result:
-    """Make a mixture of experts smaller: fewer experts in every layer, and a router for these.
+    """Reduce the experts of a mixture: fewer experts in every layer, and a router for these.
 
     Args:
         model: The mixture: a folder, or a Hub id.

@@ -1,4 +1,4 @@
-"""Make the best of some models for some tasks, within minutes, and show whether it is better than the best of them."""
+"""Find the best merge of some models for some tasks, within a given time, and test whether it beats the best of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def auto(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Choice:
-    """Make the best of some models for some tasks, without naming a method.
+    """Find the best merge of some models for some tasks, without naming a method.
 
     A portfolio of methods is tried on one half of the items, then factors by depth around the best of them. On the other
     half, that nothing was chosen on, the winner is compared with the best of the models and with their average. If it is
