@@ -83,7 +83,7 @@ def merge(
 
 
 def _summary(plan: Plan, out: Path, record: Mapping[str, Any], stages: list[str | None]) -> None:
-    from ..engine.plan.census import census_text
+    from ..engine.plan.sections.census import census_text
     from ..engine.plan.summary import count_inputs
     from ..process import peak_memory
 

@@ -90,7 +90,7 @@ def _as_json(stage: Plan | AdapterPlan, *, tensors: bool) -> dict[str, Any]:
 
 
 def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> None:
-    from ..engine.plan.census import census_text
+    from ..engine.plan.sections.census import census_text
 
     head(f"{_methods(found)} → {plural(found.tensors, 'tensor')}, {count_text(found.parameters)} parameters")
     say("reads")

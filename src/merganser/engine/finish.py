@@ -19,8 +19,8 @@ from ..record.format import RECORD_NAME, record_text
 from .movement import layer_summary, length_warning, movement
 from .output.digests import DIGEST, Digests, tensor_digest
 from .plan.plan import Plan
-from .plan.sidecars import FOLDER
-from .plan.vocabulary import REPORT_NAME
+from .plan.sections.sidecars import FOLDER
+from .plan.sections.vocabulary import REPORT_NAME
 from .record import input_files, input_hashes, make_record, model_card
 from .sidecars.index import write_index
 from .sidecars.make import Errors

@@ -25,9 +25,9 @@ from ..statistics import Statistics
 from ..version import __version__
 from .agreement.side_files import RECIPE
 from .output.digests import Digests, digest
-from .plan.census import census_entry
 from .plan.plan import Plan
-from .plan.vocabulary import REPORT_NAME
+from .plan.sections.census import census_entry
+from .plan.sections.vocabulary import REPORT_NAME
 
 _TREATMENT = (
     "name",

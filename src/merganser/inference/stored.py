@@ -102,7 +102,7 @@ def _source(
 
 def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> Source:
     """Open a task of a merge with sidecars; reading it restores it in a temporary folder."""
-    from ..engine.plan.sidecars import INDEX_FILE
+    from ..engine.plan.sections.sidecars import INDEX_FILE
     from ..engine.sidecars.read import read_task
     from ..engine.sidecars.restoration import restore
 

@@ -22,10 +22,10 @@ from ..checkpoint.derived.gathered import MadeRows, RowMap, gathered
 from ..checkpoint.tensor import renamed
 from ..engine.alignment.complete import check_complete
 from ..engine.new_tensors import copied_from
-from ..engine.plan.census import InputCensus
-from ..engine.plan.mixture import MixtureSummary
 from ..engine.plan.part import place
 from ..engine.plan.plan import Plan
+from ..engine.plan.sections.census import InputCensus
+from ..engine.plan.sections.mixture import MixtureSummary
 from ..engine.plan.tensor import PlannedTensor
 from ..engine.planner.planner import SHARD_BYTES, build_plan
 from ..errors import CheckpointError, MergeError, RecipeError, UnsupportedError

@@ -16,10 +16,10 @@ from ..checkpoint import DTYPE_BY_NAME, Checkpoint, DType, Reader, TensorInfo, d
 from ..checkpoint.tensor import ByteReader
 from ..engine.alignment.complete import check_complete
 from ..engine.new_tensors import copied_from
-from ..engine.plan.census import InputCensus
-from ..engine.plan.mixture import MixtureSummary
 from ..engine.plan.part import place
 from ..engine.plan.plan import Plan
+from ..engine.plan.sections.census import InputCensus
+from ..engine.plan.sections.mixture import MixtureSummary
 from ..engine.plan.tensor import PlannedTensor
 from ..engine.planner.drafts import promote
 from ..engine.planner.planner import SHARD_BYTES, build_plan

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merganser.engine.merge import merge, plan
-from merganser.engine.plan.census import InputCensus, census_text
 from merganser.engine.plan.plan import Plan
+from merganser.engine.plan.sections.census import InputCensus, census_text
 from merganser.engine.planner.census import NOT_KNOWN
 from merganser.recipe import load_recipes
 from tests.anatomy.architectures import ARCHITECTURES, real

@@ -11,8 +11,8 @@ import torch
 
 from ...engine.new_tensors import TensorSpool, copied_from, folder_beside
 from ...engine.output.staging import check_target
-from ...engine.plan.healing import HealingSummary
 from ...engine.plan.part import place
+from ...engine.plan.sections.healing import HealingSummary
 from ...engine.planner.planner import build_plan
 from ...engine.run import Progress as RunProgress
 from ...engine.run import Result, run_plan

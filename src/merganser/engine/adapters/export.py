@@ -16,7 +16,7 @@ from ...process import one_thread
 from ...version import __version__
 from ...wording import plural
 from ..output.staging import check_target, lies_in, resolve_target
-from ..plan.sidecars import INDEX_FILE
+from ..plan.sections.sidecars import INDEX_FILE
 from ..sidecars.restoration import intact, open_base, read_sidecar_record, refuse_source
 from .writing import TRANSPOSED, Spool, config_on, low_rank_names, norm_of, write_adapter
 

@@ -15,7 +15,7 @@ from ...recipe import ModelReference, Recipe
 from ...recipe.fields.templates import AUTO
 from ...wording import some
 from ..alignment.alignment import Member
-from ..plan.vocabulary import VocabularyChange
+from ..plan.sections.vocabulary import VocabularyChange
 
 TEMPLATE = "chat_template.jinja"
 

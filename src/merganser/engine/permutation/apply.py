@@ -20,7 +20,7 @@ from ...recipe import ModelReference, Recipe
 from ...recipe.fields.align import Align
 from ...statistics.correlations import Correlations, open_correlations
 from ..alignment.alignment import Member
-from ..plan.permutation import Permutation, PermutedModel
+from ..plan.sections.permutation import Permutation, PermutedModel
 from .activations import match_activations
 from .assignment import Orders, nothing_moved
 from .experts import experts_of, match_experts, moved_experts, with_experts

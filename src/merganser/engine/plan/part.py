@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ...checkpoint import Shard, plan_shards
-from .permutation import Permutation
 from .plan import Plan
+from .sections.permutation import Permutation
 from .tensor import PlannedTensor
 
 

@@ -14,15 +14,15 @@ from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe
 from ...statistics import CalibrationPlan, Statistics
 from ...wording import html_table, plural, size_text
-from .census import InputCensus
 from .gguf import GgufSummary
-from .healing import HealingSummary
 from .memory import estimate_memory
-from .mixture import MixtureSummary, ShrinkingSummary
-from .permutation import Permutation
-from .sidecars import SidecarPlan
+from .sections.census import InputCensus
+from .sections.healing import HealingSummary
+from .sections.mixture import MixtureSummary, ShrinkingSummary
+from .sections.permutation import Permutation
+from .sections.sidecars import SidecarPlan
+from .sections.vocabulary import VocabularyChange
 from .tensor import PlannedTensor, each_once
-from .vocabulary import VocabularyChange
 from .work import arithmetic_seconds
 
 

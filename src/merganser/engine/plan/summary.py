@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .census import census_entry
 from .remote import fetched_bytes
+from .sections.census import census_entry
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint

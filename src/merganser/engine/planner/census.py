@@ -8,8 +8,8 @@ from ...anatomy.modules import find_modules
 from ...recipe import ModelReference
 from ..alignment.alignment import Alignment, Member, is_recomputed
 from ..kernels.assignment import untouched
-from ..plan.census import InputCensus
 from ..plan.gguf import GgufSummary
+from ..plan.sections.census import InputCensus
 from ..plan.tensor import PlannedTensor
 
 __all__ = ["take_census"]

@@ -18,7 +18,7 @@ from ..kernels.assignment import Treatment, treat, untouched
 from ..kernels.blocks import BLOCK
 from ..plan.from_data import DataOfModels, open_data, with_data
 from ..plan.part import treatment_hash
-from ..plan.permutation import Permutation
+from ..plan.sections.permutation import Permutation
 from ..plan.tensor import PlannedTensor
 
 __all__ = ["plan_tensors", "promote"]

@@ -13,7 +13,7 @@ from ...checkpoint import Checkpoint
 from ...checkpoint.files.sidefiles import copy_file
 from ..output.digests import Digests
 from ..plan.plan import Plan
-from ..plan.sidecars import FOLDER, INDEX_FILE, SHARED, SidecarPlan
+from ..plan.sections.sidecars import FOLDER, INDEX_FILE, SHARED, SidecarPlan
 from ..plan.tensor import PlannedTensor, holds
 from .make import Errors
 from .plan import needs_base

@@ -18,7 +18,7 @@ from ...errors import NonFiniteError
 from ..kernels.blocks import BLOCK
 from ..output.staging import Staging
 from ..plan.plan import Plan
-from ..plan.sidecars import SHARED, Place, SidecarPlan
+from ..plan.sections.sidecars import SHARED, Place, SidecarPlan
 from ..plan.tensor import PlannedTensor, holds
 from ..stream.threads import join
 from ..stream.worker import Stopped

@@ -11,7 +11,7 @@ from ...checkpoint import DTYPE_BY_NAME, DType, Shard, TensorInfo, plan_shards
 from ...errors import RecipeError
 from ...method import MergeMethod, Part, applies, takes
 from ...recipe import Recipe, Resolver, Source
-from ..plan.sidecars import FOLDER, SHARED, PlannedTask, SidecarPlan
+from ..plan.sections.sidecars import FOLDER, SHARED, PlannedTask, SidecarPlan
 from ..plan.tensor import holds
 from .codec import OWN, Codec, Codecs, keeps, sidecar_of
 

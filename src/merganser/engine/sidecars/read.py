@@ -20,7 +20,7 @@ from ...record.format import RECORD_NAME
 from ...wording import brief
 from ..kernels.blocks import BLOCK, block_step
 from ..output.digests import block_digests, digest
-from ..plan.sidecars import INDEX_FILE
+from ..plan.sections.sidecars import INDEX_FILE
 from .codec import OWN, Codec, Codecs, Span
 from .index import INDEX_FORMAT
 from .plan import is_folder_name, needs_base, stored_name

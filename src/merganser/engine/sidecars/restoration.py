@@ -77,7 +77,7 @@ def restore(
         OutputError: The target exists, or cannot be written.
     """
     from ..output.staging import check_target
-    from ..plan.sidecars import INDEX_FILE
+    from ..plan.sections.sidecars import INDEX_FILE
     from .read import read_task
 
     out = Path(out)

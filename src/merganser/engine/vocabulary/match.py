@@ -11,7 +11,7 @@ from ...errors import CheckpointError, MergeError, UnsupportedError
 from ...recipe import ModelReference, Recipe
 from ...tokenizer.vocabulary import Vocabulary, same_vocabulary
 from ..alignment.alignment import Member
-from ..plan.vocabulary import VocabularyChange
+from ..plan.sections.vocabulary import VocabularyChange
 from .apply import with_rows
 from .mapping import map_rows
 from .output import OutputVocabulary, output_vocabulary

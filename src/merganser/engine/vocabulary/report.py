@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...wording import plural, some
-from ..plan.vocabulary import ModelChange, VocabularyChange
+from ..plan.sections.vocabulary import ModelChange, VocabularyChange
 from .mapping import ModelRows
 from .output import OutputVocabulary
 from .tokens import Tokens, shown_token

@@ -15,10 +15,10 @@ from ...checkpoint import Checkpoint, plan_shards
 from ...engine.alignment.complete import check_complete
 from ...engine.new_tensors import TensorSpool, copied_from, folder_beside
 from ...engine.output.staging import check_target
-from ...engine.plan.census import InputCensus
-from ...engine.plan.mixture import ShrinkingSummary
 from ...engine.plan.part import place
 from ...engine.plan.plan import Plan
+from ...engine.plan.sections.census import InputCensus
+from ...engine.plan.sections.mixture import ShrinkingSummary
 from ...engine.plan.tensor import PlannedTensor
 from ...engine.planner.planner import SHARD_BYTES, build_plan
 from ...engine.run import Progress, Result, run_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...adapters import is_adapter, split_reference
-from ...engine.plan.sidecars import INDEX_FILE
+from ...engine.plan.sections.sidecars import INDEX_FILE
 from ...errors import NotFoundError
 from ...jsonfile import exists
 from .folders import folder_tasks, is_model

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...checkpoint import Reader, open_checkpoint
-from ...engine.plan.sidecars import INDEX_FILE
+from ...engine.plan.sections.sidecars import INDEX_FILE
 from ...engine.sidecars.codec import OWN
 from ...engine.sidecars.read import Restorer, open_parts, read_task
 from ...engine.sidecars.restoration import intact, open_base, read_sidecar_record

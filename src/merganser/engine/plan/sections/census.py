@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...wording import plural
+from ....wording import plural
 
 __all__ = ["InputCensus", "census_entry", "census_text"]
 

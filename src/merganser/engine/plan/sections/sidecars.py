@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ...checkpoint import Shard
-from ...recipe import ModelReference
+from ....checkpoint import Shard
+from ....recipe import ModelReference
 
 if TYPE_CHECKING:
     pass
