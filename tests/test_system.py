@@ -17,7 +17,7 @@ import torch
 
 import merganser
 from merganser import system
-from merganser.calibration.spool import Spool
+from merganser.calibration.forward.spool import Spool
 from merganser.engine.output.lock import acquire_lock
 from merganser.errors import OutputError
 from merganser.evaluation.scoring.journal import Journal

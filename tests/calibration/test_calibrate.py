@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merganser
-from merganser.calibration import run, stream
+from merganser.calibration import run
+from merganser.calibration.forward import stream
 from merganser.calibration.preparation import prepare
 from merganser.checkpoint import Reader
 from merganser.errors import DataError, NonFiniteError, OutputError

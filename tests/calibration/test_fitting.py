@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merganser.calibration.stream import Stream
+from merganser.calibration.forward.stream import Stream
 from merganser.engine.merge import merge
 from merganser.errors import RecipeError
 from merganser.statistics import Statistics, open_statistics

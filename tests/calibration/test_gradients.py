@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merganser
-from merganser.calibration import run, stream
-from merganser.calibration.batches import Padded
+from merganser.calibration import run
+from merganser.calibration.data.batches import Padded
+from merganser.calibration.forward import stream
 from merganser.calibration.reverse import backward
 from merganser.calibration.reverse import run as reverse_run
 from merganser.calibration.reverse.loss import Loss

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merganser
-from merganser.calibration.stream import Stream
+from merganser.calibration.forward.stream import Stream
 from merganser.calibration.within import calibrate_within, walk
 from merganser.engine.merge import merge
 from merganser.engine.planner.planner import build_plan

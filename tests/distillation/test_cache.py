@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merganser.calibration import stream
+from merganser.calibration.forward import stream
 from merganser.distillation import cache, cache_logits, open_cache
 from merganser.distillation.likelihoods import likelihoods
 from merganser.errors import DataError, MergeError, NonFiniteError, OutputError, UnsupportedError

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 import merganser
-from merganser.calibration.stream import Stream
+from merganser.calibration.forward.stream import Stream
 from merganser.calibration.within import walk
 from merganser.engine.merge import merge, plan
 from merganser.engine.run import Interrupted

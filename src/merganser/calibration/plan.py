@@ -16,7 +16,8 @@ from ..errors import OutputError
 from ..jsonfile import os_reason
 from ..statistics import COUNT, STATISTICS_NAME, CalibrationPlan, Choice, sum_name
 from ..statistics.choice import BATCH_TOKENS
-from .forward import Output, run_alone
+from .forward.forward import Output, run_alone
+from .forward.skeleton import Skeleton
 from .learning import Descent, plan_learning
 from .learning import planned_coefficients as planned_learnt
 from .preparation import Data, Prepared, prepare
@@ -24,7 +25,6 @@ from .reducers import REDUCERS, CrossGram, Reducer, products_of
 from .reverse import GRADIENTS, LOSS_FILE, check_predicts
 from .reverse.plan import plan_reverse, planned_sums
 from .run import described, fits, without
-from .skeleton import Skeleton
 from .taps import Tapped, Taps
 from .within.fitting import COEFFICIENTS, planned_coefficients
 from .within.pairs import CROSS_GRAM, planned_pairs

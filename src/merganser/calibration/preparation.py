@@ -20,13 +20,13 @@ from ..statistics import COUNT, LOSS, STATISTICS_FORMAT, STATISTICS_KIND, Choice
 from ..statistics.choice import BATCH_TOKENS, LABELS
 from ..statistics.weights import weights_sample
 from ..version import __version__
-from .batches import Batch, Sample, Tokens, make_batches
-from .data import DataFile, read_data
-from .dataset import read_dataset
+from .data.batches import Batch, Sample, Tokens, make_batches
+from .data.data import DataFile, read_data
+from .data.dataset import read_dataset
+from .data.samples import choose_samples
+from .forward.skeleton import Skeleton
 from .reducers import REDUCERS
 from .reverse import GRADIENTS
-from .samples import choose_samples
-from .skeleton import Skeleton
 
 __all__ = ["STATISTICS", "Data", "Prepared", "fingerprint", "prepare", "read"]
 

@@ -11,13 +11,13 @@ from ..errors import suggest_keywords
 from ..process import release_freed_memory
 from ..statistics import Choice, Statistics, open_statistics, sum_name
 from ..statistics.choice import BATCH_TOKENS
-from .batches import Batch, longest_first
-from .forward import check_streamable
+from .data.batches import Batch, longest_first
+from .forward.forward import check_streamable
+from .forward.skeleton import Skeleton
+from .forward.stream import Stream, StreamState
 from .preparation import STATISTICS, Data, Prepared, fingerprint, prepare
 from .reducers import REDUCERS
 from .reverse import GRADIENTS, Loss, Reverse, check_predicts
-from .skeleton import Skeleton
-from .stream import Stream, StreamState
 from .taps import Tapped, Taps
 from .target import Target, check_absent
 from .writer import file_name, write_about, write_sums

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..statistics import COUNT
-from . import internals
-from .batches import Batch
-from .forward import replaced
+from .data.batches import Batch
+from .forward import internals
+from .forward.forward import replaced
+from .forward.skeleton import Block, Skeleton
 from .reducers import REDUCERS, Reducer, products_of
-from .skeleton import Block, Skeleton
 from .writer import Sum
 
 __all__ = ["Tapped", "Taps"]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.batches import Batch, Padded
-from ..calibration.forward import check_streamable
+from ..calibration.data.batches import Batch, Padded
+from ..calibration.data.samples import first_samples
+from ..calibration.forward.forward import check_streamable
+from ..calibration.forward.stream import Stream, StreamState
 from ..calibration.preparation import Data, Prepared, fingerprint, prepare
-from ..calibration.samples import first_samples
-from ..calibration.stream import Stream, StreamState
 from ..calibration.target import Target, check_absent
 from ..calibration.writer import Sum, file_name, write_json, write_sums
 from ..errors import DataError, NonFiniteError, UnsupportedError

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.batches import Sample, make_batches
+from ..calibration.data.batches import Sample, make_batches
+from ..calibration.data.samples import first_samples
 from ..calibration.preparation import Data, fingerprint, read
-from ..calibration.samples import first_samples
 from ..calibration.target import Target, check_absent
 from ..calibration.writer import write_json
 from ..engine.output.failure import failures_of

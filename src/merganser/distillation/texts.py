@@ -8,8 +8,8 @@ from typing import Any
 
 import xxhash
 
-from ..calibration.data import Conversation, DataFile, Pair, Record, Text
-from ..calibration.samples import choose_samples
+from ..calibration.data.data import Conversation, DataFile, Pair, Record, Text
+from ..calibration.data.samples import choose_samples
 from ..inference.language_model import Tokenizer
 from ..statistics import Choice
 from .token_bytes import TokenBytes

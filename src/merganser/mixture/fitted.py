@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.batches import Batch
-from ..calibration.skeleton import Skeleton
+from ..calibration.data.batches import Batch
+from ..calibration.forward.skeleton import Skeleton
 from ..checkpoint import Checkpoint, Reader
 from ..errors import NonFiniteError
 from ..inference.language_model import open_tokenizer

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.batches import Batch, Sample, Tokens, make_batches
-from ..calibration.data import DataFile
-from ..calibration.forward import check_streamable
-from ..calibration.internals import TensorReader
+from ..calibration.data.batches import Batch, Sample, Tokens, make_batches
+from ..calibration.data.data import DataFile
+from ..calibration.data.samples import choose_samples
+from ..calibration.forward.forward import check_streamable
+from ..calibration.forward.internals import TensorReader
+from ..calibration.forward.skeleton import Block, Skeleton
+from ..calibration.forward.stream import Stream
 from ..calibration.preparation import read
-from ..calibration.samples import choose_samples
-from ..calibration.skeleton import Block, Skeleton
-from ..calibration.stream import Stream
 from ..errors import CheckpointError, UnsupportedError
 from ..inference.language_model import Tokenizer, positions_of
 from ..recipe.fields.data import Data

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..internals import expert_matrices, expert_modules, linear_classes
+from ..forward.internals import expert_matrices, expert_modules, linear_classes
+from ..forward.skeleton import Skeleton
 from ..reverse.parameters import Part
-from ..skeleton import Skeleton
 
 __all__ = ["column_shape", "input_axes"]
 

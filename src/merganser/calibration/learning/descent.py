@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batch
+from ..data.batches import Batch
+from ..forward.skeleton import Skeleton
+from ..forward.stream import Stream
 from ..reverse.backward import Scored, block_backward, head_backward, outside_parameters
 from ..reverse.parameters import Part, block_parameters, find_parts, outside_sources
 from ..reverse.upstream import Upstream
-from ..skeleton import Skeleton
-from ..stream import Stream
 from .field import Field, Weights
 
 __all__ = ["LossOf", "Passes"]

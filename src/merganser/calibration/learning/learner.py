@@ -14,10 +14,10 @@ from ...errors import OutputError
 from ...jsonfile import os_reason
 from ...method import Learning, takes
 from ...statistics import sum_name
-from ..batches import Batch
+from ..data.batches import Batch
+from ..forward.skeleton import Skeleton
+from ..forward.stream import Stream
 from ..run import described, without
-from ..skeleton import Skeleton
-from ..stream import Stream
 from ..target import Target
 from ..within.walk import Progress
 from ..within.weights import ModelTensors

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...method import Learning, takes
-from ..batches import Batch, Padded
+from ..data.batches import Batch, Padded
 from ..reverse.loss import predicted
 from .teachers import Teachers
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from ...method import MergeMethod
 from ...statistics import COUNT
-from .. import internals
-from ..batches import Sample
+from ..data.batches import Sample
+from ..forward import internals
+from ..forward.skeleton import Skeleton
 from ..reverse.backward import outside_parameters
 from ..reverse.parameters import block_parameters, likely_parts, outside_sources
-from ..skeleton import Skeleton
 from ..taps import Tapped
 from ..within.fitting import COEFFICIENTS
 from ..writer import Sum

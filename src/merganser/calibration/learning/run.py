@@ -14,12 +14,12 @@ from ...engine.record import fingerprint
 from ...errors import RecipeError
 from ...method import Learning
 from ...statistics import COUNT, Statistics, open_statistics
-from ..forward import check_streamable
+from ..forward.forward import check_streamable
+from ..forward.skeleton import Skeleton
 from ..preparation import Prepared
 from ..reverse.backward import outside_parameters
 from ..reverse.parameters import block_parameters, likely_parts, outside_sources
 from ..reverse.run import check_predicts
-from ..skeleton import Skeleton
 from ..target import Target
 from ..within.fitting import COEFFICIENTS
 from ..within.walk import Progress, merge_identity, merged_skeleton, merged_sources

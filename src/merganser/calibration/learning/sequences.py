@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ..batches import Batch, make_batches
+from ..data.batches import Batch, make_batches
 from ..preparation import Prepared
 
 __all__ = ["lined_up", "of_step", "usable"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batches import Batch
-from ..skeleton import Skeleton, Weights
-from ..stream import Stream, StreamState
+from ..data.batches import Batch
+from ..forward.skeleton import Skeleton, Weights
+from ..forward.stream import Stream, StreamState
 from ..within.weights import ModelTensors
 
 __all__ = ["Teachers"]

@@ -23,10 +23,10 @@ from ...statistics.correlations import (
     open_correlations,
 )
 from ...version import __version__
-from ..forward import check_streamable
+from ..forward.forward import check_streamable
+from ..forward.skeleton import Block
+from ..forward.stream import Stream, StreamState
 from ..preparation import Prepared, fingerprint
-from ..skeleton import Block
-from ..stream import Stream, StreamState
 from ..taps import Taps
 from ..target import Target
 from ..writer import Sum, file_name, write_json, write_sums

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...anatomy import infer_anatomy
 from ...anatomy.symmetry import Units, Use, find_units
-from .. import internals
-from ..skeleton import Block, Skeleton
+from ..forward import internals
+from ..forward.skeleton import Block, Skeleton
 
 __all__ = ["Correlation", "Feature", "features", "units_of"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NonFiniteError
-from ..batches import Batch, Padded
-from ..forward import Output, call_block, call_head
-from ..skeleton import Skeleton
+from ..data.batches import Batch, Padded
+from ..forward.forward import Output, call_block, call_head
+from ..forward.skeleton import Skeleton
 from .upstream import Upstream
 
 __all__ = ["Scored", "block_backward", "head_backward", "outside_parameters"]

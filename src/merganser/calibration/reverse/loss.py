@@ -6,7 +6,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ..batches import Padded
+from ..data.batches import Padded
 
 __all__ = ["Loss", "predicted"]
 

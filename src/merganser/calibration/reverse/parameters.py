@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..skeleton import Block, Skeleton
+from ..forward.skeleton import Block, Skeleton
 
 __all__ = ["Part", "block_parameters", "find_parts", "likely_parts", "outside_sources"]
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from ...checkpoint import DTYPE_BY_NAME
 from ...statistics import LOSS, LOSSES, PREDICTIONS
-from .. import internals
-from ..batches import Sample
+from ..data.batches import Sample
+from ..forward import internals
+from ..forward.skeleton import Block, Skeleton
 from ..reducers import Gram
-from ..skeleton import Block, Skeleton
 from ..writer import Sum
 from .backward import outside_parameters
 from .parameters import Part, block_parameters, likely_parts, outside_sources

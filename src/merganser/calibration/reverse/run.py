@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ...errors import DataError, UnsupportedError
 from ...process import release_freed_memory
 from ...statistics import LOSS, LOSSES, PREDICTIONS, sum_name
-from ..batches import Batch
-from ..skeleton import Skeleton
-from ..stream import Stream
+from ..data.batches import Batch
+from ..forward.skeleton import Skeleton
+from ..forward.stream import Stream
 from ..target import Target
 from ..writer import Sum, file_name, write_sums
 from .backward import block_backward, head_backward, outside_parameters

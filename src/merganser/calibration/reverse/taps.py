@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import internals
+from ..forward import internals
+from ..forward.skeleton import Block
 from ..reducers import Gram
-from ..skeleton import Block
 from ..writer import Sum
 from .parameters import Part
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.linalg.least_squares import solve_right
-from .. import internals
-from ..batches import Batch
-from ..skeleton import Skeleton
-from ..stream import Stream
+from ..data.batches import Batch
+from ..forward import internals
+from ..forward.skeleton import Skeleton
+from ..forward.stream import Stream
 from .states import Kept
 
 __all__ = ["RIDGES", "Fitted", "Sums", "Writer", "choose", "find_writer", "measure"]

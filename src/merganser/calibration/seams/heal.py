@@ -23,8 +23,8 @@ from ...recipe import load_recipe
 from ...record import RECORD_NAME
 from ...statistics import Choice
 from ...statistics.choice import BATCH_TOKENS
-from ..batches import longest_first
-from ..stream import Stream
+from ..data.batches import longest_first
+from ..forward.stream import Stream
 from .fit import choose, find_writer, measure
 from .measure import Opened, Progress, opened, steps
 from .places import Seam

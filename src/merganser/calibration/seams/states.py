@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...process import release_freed_memory
-from ..batches import Batch
-from ..forward import check_streamable
+from ..data.batches import Batch
+from ..forward.forward import check_streamable
+from ..forward.skeleton import Block, Skeleton
+from ..forward.spool import Spool
+from ..forward.stream import Stream
 from ..preparation import Prepared
 from ..reverse import check_predicts
-from ..skeleton import Block, Skeleton
-from ..spool import Spool
-from ..stream import Stream
 
 __all__ = ["Kept", "Likelihood", "blocks_to", "likelihood", "received", "run_and_keep", "start"]
 

@@ -14,10 +14,10 @@ from ...engine.plan.plan import Plan
 from ...engine.plan.tensor import PlannedTensor
 from ...errors import NonFiniteError, RecipeError
 from ...statistics import COUNT
-from ..forward import call_block
+from ..forward.forward import call_block
+from ..forward.skeleton import Block, Skeleton
+from ..forward.stream import Stream
 from ..reverse.parameters import Part, block_parameters, find_parts
-from ..skeleton import Block, Skeleton
-from ..stream import Stream
 from ..taps import Tapped
 from ..writer import Sum
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...statistics import COUNT
+from ..forward.skeleton import Skeleton
 from ..reducers import CrossGram, products_of
-from ..skeleton import Skeleton
 from ..taps import Tapped
 from ..writer import Sum
 

@@ -30,12 +30,12 @@ from ...errors import RecipeError
 from ...process import release_freed_memory
 from ...recipe import Source
 from ...statistics import COUNT, Statistics, TensorSums, open_statistics, sum_name
-from ..batches import Batch
-from ..forward import check_streamable
+from ..data.batches import Batch
+from ..forward.forward import check_streamable
+from ..forward.skeleton import Block, Skeleton
+from ..forward.stream import Stream, StreamState
 from ..preparation import Prepared
 from ..run import described, fits, without
-from ..skeleton import Block, Skeleton
-from ..stream import Stream, StreamState
 from ..taps import Tapped, Taps
 from ..target import Target
 from ..writer import file_name, write_about, write_sums

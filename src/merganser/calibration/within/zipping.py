@@ -18,8 +18,8 @@ from ...anatomy.symmetry import Units
 from ...engine.plan.plan import Plan
 from ...errors import RecipeError
 from ...statistics import COUNT
+from ..forward.skeleton import Block, Skeleton
 from ..matching.sums import Correlation, Feature, features, units_of
-from ..skeleton import Block, Skeleton
 from ..taps import Tapped
 from ..writer import Sum
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from ...calibration.data import Conversation, make_record
+from ...calibration.data.data import Conversation, make_record
 from ...errors import CheckpointError, DataError, did_you_mean
 from ...inference.language_model import Tokenizer
 from ...jsonfile import MAX_JSON_BYTES, os_reason, parse_object, read_file

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import xxhash
 
-from ...calibration.data import DataFile
+from ...calibration.data.data import DataFile
+from ...calibration.data.samples import first_samples
 from ...calibration.preparation import read
-from ...calibration.samples import first_samples
 from ...errors import DataError
 from ...files import write_whole
 from ...inference.stored import open_stored

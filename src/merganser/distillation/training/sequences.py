@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...calibration.batches import Sample
+from ...calibration.data.batches import Sample
 from ...errors import DataError
 from ..alignment.answers import Reading
 from ..alignment.chunks import Chunks, chunks

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibration.internals import expert_matrices, expert_modules, has_gate, has_norm
-from ...calibration.skeleton import Block, Skeleton
+from ...calibration.forward.internals import expert_matrices, expert_modules, has_gate, has_norm
+from ...calibration.forward.skeleton import Block, Skeleton
 from ...errors import CheckpointError, UnsupportedError
 from .experts import Experts
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calibration.batches import Batch
-from ...calibration.forward import check_streamable, replaced
-from ...calibration.internals import observed_experts
+from ...calibration.data.batches import Batch
+from ...calibration.forward.forward import check_streamable, replaced
+from ...calibration.forward.internals import observed_experts
+from ...calibration.forward.stream import Stream
 from ...calibration.preparation import Prepared
-from ...calibration.stream import Stream
 from ...errors import UnsupportedError
 from ...process import release_freed_memory
 from .experts import Observed

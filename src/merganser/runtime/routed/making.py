@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...calibration.data import Conversation, Pair, Record, read_data
+from ...calibration.data.data import Conversation, Pair, Record, read_data
 from ...errors import ParameterError, did_you_mean
 from ...wording import plural
 from .finding import open_tasks

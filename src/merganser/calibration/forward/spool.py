@@ -9,9 +9,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..errors import OutputError
-from ..jsonfile import os_reason
-from ..system import open_binary, read_at, write_at
+from ...errors import OutputError
+from ...jsonfile import os_reason
+from ...system import open_binary, read_at, write_at
 
 __all__ = ["Spool"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import xxhash
 
-from ..errors import DataError, UnsupportedError
-from ..statistics import Dataset
+from ...errors import DataError, UnsupportedError
+from ...statistics import Dataset
 from .data import KEYS, DataFile, make_record
 
 __all__ = ["MOST_ROWS", "read_dataset"]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import DTYPE_BY_NAME, Checkpoint
-from ..errors import CheckpointError, UnsupportedError
-from ..inference.libraries import quiet
-from ..process import release_freed_memory
+from ...checkpoint import DTYPE_BY_NAME, Checkpoint
+from ...errors import CheckpointError, UnsupportedError
+from ...inference.libraries import quiet
+from ...process import release_freed_memory
 from . import internals
 
 __all__ = ["Block", "Skeleton", "Weights"]

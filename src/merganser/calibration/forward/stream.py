@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError, OutputError
-from ..jsonfile import os_reason
-from .batches import Batch, Padded, pad
+from ...errors import NonFiniteError, OutputError
+from ...jsonfile import os_reason
+from ..data.batches import Batch, Padded, pad
 from .forward import Output, logits, run_block
 from .skeleton import Block, Skeleton
 from .spool import Spool

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MergeError, NonFiniteError, UnsupportedError
-from .batches import Batch, Padded
+from ...errors import MergeError, NonFiniteError, UnsupportedError
+from ..data.batches import Batch, Padded
 from .internals import TensorReader
 from .skeleton import Block, Skeleton
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import xxhash
 
-from ..errors import DataError, UnsupportedError, did_you_mean
-from ..jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
+from ...errors import DataError, UnsupportedError, did_you_mean
+from ...jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
 
 __all__ = ["KEYS", "Conversation", "DataFile", "Pair", "Record", "Text", "make_record", "read_data"]
 

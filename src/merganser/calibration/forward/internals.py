@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..checkpoint import TensorInfo
-from ..errors import CheckpointError, UnsupportedError
-from ..inference.libraries import quiet
+from ...checkpoint import TensorInfo
+from ...errors import CheckpointError, UnsupportedError
+from ...inference.libraries import quiet
 
 __all__ = [
     "ExpertInputs",

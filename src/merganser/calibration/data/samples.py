@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import DataError
-from ..inference.language_model import Tokenizer
-from ..statistics.choice import DEFAULT_LENGTH, DEFAULT_SEQUENCES, Choice
+from ...errors import DataError
+from ...inference.language_model import Tokenizer
+from ...statistics.choice import DEFAULT_LENGTH, DEFAULT_SEQUENCES, Choice
 from .batches import Sample, Tokens
 from .data import Conversation, DataFile, Pair, Record, Text
 

@@ -1,0 +1,1 @@
+"""Data to calibrate on: read from files or data sets, made into samples, and batched."""
