@@ -13,12 +13,12 @@ from benchmarks.zoo import Zoo
 from merganser.evaluation.run import Wanted
 from merganser.evaluation.scoring.tasks import load_tasks
 from merganser.recipe.document.parsing import parse_mapping
-from merganser.search.bench import Bench, Model, open_bench
 from merganser.search.folder import Folder, key_of, open_folder
-from merganser.search.items import HELD
-from merganser.search.judge import ItemJudge
-from merganser.search.objectives import parse_objectives
-from merganser.search.space import Space
+from merganser.search.scoring.bench import Bench, Model, open_bench
+from merganser.search.scoring.items import HELD
+from merganser.search.scoring.judge import ItemJudge
+from merganser.search.scoring.objectives import parse_objectives
+from merganser.search.space.space import Space
 from merganser.search.study import Study
 from merganser.search.trials import Silent, Trial, Trials
 

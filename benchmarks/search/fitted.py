@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from merganser.evaluation.scoring.estimate import Estimate
 from merganser.evaluation.scoring.journal import Journal
-from merganser.search.bench import Bench, Model
-from merganser.search.items import Split, Table
+from merganser.search.scoring.bench import Bench, Model
+from merganser.search.scoring.items import Split, Table
 
 from .field import Field
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from merganser import merge
 from merganser.evaluation.scoring.journal import Journal
-from merganser.search.bench import Bench
-from merganser.search.items import Table
+from merganser.search.scoring.bench import Bench
+from merganser.search.scoring.items import Table
 
 from .field import Field, cpu
 

@@ -17,7 +17,7 @@ from merganser.method.registry import factor_method_names, get_method_for_adapte
 from merganser.mixture import load_mixture
 from merganser.recipe import ModelReference, Recipe, Resolver, check_recipe, load_recipes
 from merganser.recipe.schema import SCHEMA_FILE, SCHEMA_ID
-from merganser.search.space import Space
+from merganser.search.space.space import Space
 from merganser.testing import contract
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,10 +20,10 @@ from merganser.search.auto.budget import Budget, keep_waves
 from merganser.search.auto.outcome import recommend
 from merganser.search.auto.portfolio import around, candidates
 from merganser.search.auto.texts import halve, read_texts
-from merganser.search.bench import Model
 from merganser.search.ends import End
-from merganser.search.objectives import Objective
-from merganser.search.space import Space
+from merganser.search.scoring.bench import Model
+from merganser.search.scoring.objectives import Objective
+from merganser.search.space.space import Space
 from tests.cli.tiny import run
 
 RECOVERED = Objective("recovered/mean", ((1.0, "recovered/mean"),), "maximize")

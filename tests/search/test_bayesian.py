@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from merganser.errors import UnsupportedError
-from merganser.search.dimension import Dimension
 from merganser.search.samplers.bayesian import angles, cuts_of, direction, errors, propose_bayesian, sector_odds
 from merganser.search.samplers.own import Past
+from merganser.search.space.dimension import Dimension
 from merganser.search.study import choose_sampler
 
 PLANE = [Dimension("x", 0.0, 1.0), Dimension("y", 0.0, 1.0)]

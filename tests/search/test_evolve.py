@@ -12,7 +12,7 @@ from merganser.recipe import check_recipe, load_recipe
 from merganser.recipe.load import read_documents
 from merganser.search import search
 from merganser.search.evolve import read_evolve
-from merganser.search.space import Space
+from merganser.search.space.space import Space
 
 GENOME = """\
 genome:

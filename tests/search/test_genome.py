@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from merganser.search.dimension import Dimension
 from merganser.search.samplers.genome import CHILDREN, SIZE, cross, fitness, mutate, population, propose_genome, survive
 from merganser.search.samplers.own import Past, from_unit, to_unit
+from merganser.search.space.dimension import Dimension
 from tests.reference import genome as reference
 
 SPACE = [Dimension(f"parameters.weight[{name}]", 0.0, 1.0, parameter="weight", per_model=True) for name in "abcd"]

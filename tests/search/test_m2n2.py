@@ -14,7 +14,7 @@ import pytest
 from merganser.search import search
 from merganser.search.samplers.m2n2 import attraction, cross, fitness, propose_m2n2
 from merganser.search.samplers.own import Past, to_unit
-from merganser.search.space import Dimension
+from merganser.search.space.space import Dimension
 from merganser.search.study import Study
 from tests.cli.tiny import run
 from tests.reference import m2n2 as reference

@@ -26,7 +26,7 @@ from merganser.search import study as study_module
 from merganser.search.many import claims as claims_module
 from merganser.search.many.claims import Claims
 from merganser.search.many.cluster import Worker, find_places
-from merganser.search.space import Dimension
+from merganser.search.space.space import Dimension
 from merganser.search.study import Study
 from merganser.search.trials import Silent, Trial
 from tests.search.conftest import RECIPE

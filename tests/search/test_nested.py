@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from merganser.errors import UnsupportedError
-from merganser.search.dimension import Dimension
 from merganser.search.samplers.nested import TRIALS, closest
+from merganser.search.space.dimension import Dimension
 from merganser.search.study import Study, choose_sampler
 
 SPACE = [Dimension(f"parameters.weight[{name}]", 0.0, 1.0, parameter="weight", per_model=True) for name in "abc"]

@@ -18,7 +18,7 @@ from merganser.evaluation import evaluate
 from merganser.evaluation.scoring.estimate import Estimate
 from merganser.inference.language_model import LanguageModel, Reused
 from merganser.search import Found, Interrupted, search
-from merganser.search.judge import hopeless
+from merganser.search.scoring.judge import hopeless
 from merganser.search.trials import Silent, Trial
 from tests.making import assert_equal, read_model
 from tests.search.conftest import RECIPE
@@ -114,7 +114,7 @@ def test_killed_between_trials_and_continued(tmp_path: Path, sampler: str) -> No
 
 
 def test_killed_within_a_trial_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from merganser.search.items import Table
+    from merganser.search.scoring.items import Table
 
     whole = searched(tmp_path / "whole", sampler="tpe", limit=16)
     add, left = Table.add, [9]

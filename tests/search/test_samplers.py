@@ -12,7 +12,7 @@ import pytest
 from merganser.errors import UnsupportedError
 from merganser.search.samplers.own import from_unit, to_unit
 from merganser.search.samplers.quadratic import count_terms, fit_quadratic, maximum
-from merganser.search.space import Dimension
+from merganser.search.space.space import Dimension
 from merganser.search.study import Study, choose_sampler
 
 SPACE = [Dimension("x", -1.0, 1.0), Dimension("y", 0.0, 2.0), Dimension("z", 0.01, 1.0, log=True)]

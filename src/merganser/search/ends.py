@@ -9,9 +9,9 @@ from typing import Any
 from ..evaluation.scoring.estimate import Estimate
 from ..recipe import Recipe
 from ..recipe.document.parsing import parse_mapping
-from .bench import Failed, Model
-from .judge import Judge
-from .objectives import Objective
+from .scoring.bench import Failed, Model
+from .scoring.judge import Judge
+from .scoring.objectives import Objective
 from .trials import Progress
 
 _WIDE = 1.96

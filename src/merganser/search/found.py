@@ -11,7 +11,7 @@ from typing import Any
 from ..files import write_whole
 from .ends import End, best_single, to_json
 from .folder import Folder
-from .objectives import Objective
+from .scoring.objectives import Objective
 from .stored import FORMAT, KIND
 from .trials import Trial, Trials
 

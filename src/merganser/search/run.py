@@ -13,11 +13,11 @@ from ..evaluation.scoring.harness_arguments import parse_arguments
 from ..inference.sources import Reference
 from ..recipe import Recipe
 from ..recipe.load import RecipeSource
-from .bench import Model
 from .ends import average_of, measure_ends
 from .folder import Folder, key_of, open_folder
 from .found import Found, write_found
 from .many.cluster import connect, spread
+from .scoring.bench import Model
 from .setup import Prepared, Request, prepare
 from .trials import Progress, Silent
 

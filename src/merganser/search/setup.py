@@ -21,16 +21,16 @@ from ..recipe import Recipe, check_recipe, load_recipes
 from ..recipe.load import RecipeSource, read_documents
 from ..version import __version__
 from ..wording import default_names
-from .bench import Model, open_bench
-from .command import parse_command
-from .estimated import Estimated, check_estimator
 from .evolve import read_evolve
 from .folder import Folder
-from .items import HELD
-from .judge import CommandJudge, ItemJudge, Judge
 from .many.storage import shown
-from .objectives import parse_bounds, parse_objectives
-from .space import Space
+from .scoring.bench import Model, open_bench
+from .scoring.command import parse_command
+from .scoring.estimated import Estimated, check_estimator
+from .scoring.items import HELD
+from .scoring.judge import CommandJudge, ItemJudge, Judge
+from .scoring.objectives import parse_bounds, parse_objectives
+from .space.space import Space
 from .study import NAME, Study, choose_sampler
 from .trials import Progress, Trials
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, UnsupportedError
-from .dimension import Dimension
 from .many.claims import Claims
 from .many.storage import open_storage, shown, storage_errors
-from .objectives import Direction
 from .samplers import OWN, is_nestable, wrap
+from .scoring.objectives import Direction
+from .space.dimension import Dimension
 
 SAMPLERS = ("auto", "cma", "tpe", "gp", "random", "nsga2", "nsga3", *OWN)
 

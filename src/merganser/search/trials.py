@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import TaskError
-from .bench import Failed, Model
 from .folder import Folder, key_of
-from .judge import Judge
-from .objectives import Objective
 from .samplers.own import SCORES
-from .space import Space
+from .scoring.bench import Failed, Model
+from .scoring.judge import Judge
+from .scoring.objectives import Objective
+from .space.space import Space
 from .study import Asked, Study, Told
 
 _HOPELESS_START = 5

@@ -8,10 +8,10 @@ from typing import Any
 
 from ...errors import MergeError, OutputError, TaskError
 from ...evaluation.scoring.tasks import Task
-from ..bench import Bench, Failed, Model
 from ..folder import Folder
-from ..judge import ItemJudge
-from ..objectives import parse_objectives
+from ..scoring.bench import Bench, Failed, Model
+from ..scoring.judge import ItemJudge
+from ..scoring.objectives import parse_objectives
 from ..trials import Progress
 from .budget import keep_waves
 

@@ -14,8 +14,8 @@ from typing import Any
 from ...engine.either import the_model
 from ...engine.merge import plan
 from ...errors import MergeError
-from ..bench import Bench, Model
-from ..items import HELD
+from ..scoring.bench import Bench, Model
+from ..scoring.items import HELD
 
 __all__ = ["Budget", "keep_waves"]
 

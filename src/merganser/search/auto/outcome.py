@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..ends import End, best_single, difference, to_json
-from ..judge import Verdict
-from ..objectives import Figures, Objective
+from ..scoring.judge import Verdict
+from ..scoring.objectives import Figures, Objective
 from ..trials import Trial
 from .choice import FORMAT, KIND
 

@@ -19,12 +19,12 @@ from ...files import write_whole
 from ...inference.stored import xxh3_of_file
 from ...version import __version__
 from ...wording import default_names
-from ..bench import Bench, Failed, Model, open_bench
 from ..ends import measure_ends
 from ..folder import Folder, key_of, open_folder
-from ..items import HELD
-from ..objectives import Objective
-from ..space import Space
+from ..scoring.bench import Bench, Failed, Model, open_bench
+from ..scoring.items import HELD
+from ..scoring.objectives import Objective
+from ..space.space import Space
 from ..study import Study
 from ..trials import Progress, Silent, Trial, Trials
 from .begin import check_merged, open_judge, refuse_same, settle_waves

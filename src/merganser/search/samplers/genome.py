@@ -15,7 +15,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 
-from ..dimension import Dimension
+from ..space.dimension import Dimension
 from .own import Past, chance, from_unit, to_unit
 
 SIZE = 10

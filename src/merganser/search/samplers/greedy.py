@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..dimension import Dimension
+from ..space.dimension import Dimension
 from .own import Past
 
 _GRID = tuple(i / 10 for i in range(1, 10))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dimension import Dimension
+from ..space.dimension import Dimension
 from .own import Past, chance, from_unit, to_unit
 from .quadratic import fit_quadratic, maximum, propose_quadratic
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from ..dimension import Dimension
+from ..space.dimension import Dimension
 
 Point: TypeAlias = "Mapping[str, float | int]"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..dimension import Dimension
+from ..space.dimension import Dimension
 from .own import Past, chance
 
 _PARTICLES = 8

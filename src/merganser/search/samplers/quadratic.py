@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dimension import Dimension
+from ..space.dimension import Dimension
 from .own import Past, chance
 
 _STARTS = 8

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from ..engine.in_memory.run import Memory
-from ..errors import MergeError, TaskError
-from ..evaluation.run import Wanted
-from ..evaluation.scoring.batches import Refused, Scorable
-from ..evaluation.scoring.estimate import Estimate
-from ..evaluation.scoring.harness import open_harness, rows_of
-from ..evaluation.scoring.journal import Journal
-from ..evaluation.scoring.scorer import Scorer, Settings
-from ..evaluation.scoring.tasks import HarnessTask, Task
-from ..inference.language_model import LanguageModel, Reused, Tokenizer, open_model
-from ..inference.sources import Reference, open_source
+from ...engine.in_memory.run import Memory
+from ...errors import MergeError, TaskError
+from ...evaluation.run import Wanted
+from ...evaluation.scoring.batches import Refused, Scorable
+from ...evaluation.scoring.estimate import Estimate
+from ...evaluation.scoring.harness import open_harness, rows_of
+from ...evaluation.scoring.journal import Journal
+from ...evaluation.scoring.scorer import Scorer, Settings
+from ...evaluation.scoring.tasks import HarnessTask, Task
+from ...inference.language_model import LanguageModel, Reused, Tokenizer, open_model
+from ...inference.sources import Reference, open_source
 from .items import Split, Table, split_task
 
 __all__ = ["Bench", "Failed", "Model", "open_bench"]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import TaskError, UnsupportedError, did_you_mean
-from ..evaluation.scoring.estimate import Estimate
-from ..evaluation.scoring.tasks import ChoiceTask
+from ...errors import TaskError, UnsupportedError, did_you_mean
+from ...evaluation.scoring.estimate import Estimate
+from ...evaluation.scoring.tasks import ChoiceTask
+from ..estimators import ESTIMATORS, Items, Seen, fit_ability, fit_items, read_parameters
+from ..estimators.irt import Numbers
 from .bench import Model
-from .estimators import ESTIMATORS, Items, Seen, fit_ability, fit_items, read_parameters
-from .estimators.irt import Numbers
 from .items import Table
 from .objectives import Bound, Objective
 

@@ -10,9 +10,9 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import TaskError
-from ..evaluation.scoring.estimate import Estimate
-from ..system import end_session
+from ...errors import TaskError
+from ...evaluation.scoring.estimate import Estimate
+from ...system import end_session
 from .bench import Failed
 
 PLACE = "{model}"

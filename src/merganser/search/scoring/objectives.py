@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ..errors import TaskError, did_you_mean
-from ..evaluation.scoring.estimate import Estimate, mean, smallest
+from ...errors import TaskError, did_you_mean
+from ...evaluation.scoring.estimate import Estimate, mean, smallest
 
 Figures: TypeAlias = "Mapping[str, Estimate]"
 """The figures of a model by name, as objectives name them: `TASK/METRIC`, `recovered/mean`, a key of a command."""

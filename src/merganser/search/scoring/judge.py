@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ..engine.merge import merge
-from ..errors import MergeError, TaskError
-from ..evaluation.retention import SURE
-from ..evaluation.scoring.estimate import Estimate
+from ...engine.merge import merge
+from ...errors import MergeError, TaskError
+from ...evaluation.retention import SURE
+from ...evaluation.scoring.estimate import Estimate
+from ..folder import Folder
 from .bench import Bench, Failed, Model
 from .command import run_command
 from .estimated import Estimated
-from .folder import Folder
 from .items import HELD
 from .objectives import Bound, Figures, Objective, names_of_retained, retained
 

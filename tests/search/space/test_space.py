@@ -9,7 +9,7 @@ import yaml
 
 from merganser.errors import RecipeError
 from merganser.recipe import load_recipe, load_recipes
-from merganser.search.space import Space
+from merganser.search.space.space import Space
 
 TIES = "merge_method: ties\nbase_model: base\n"
 

@@ -11,7 +11,7 @@ import yaml
 from merganser.errors import RecipeError
 from merganser.recipe import check_recipe, load_recipe
 from merganser.search import search
-from merganser.search.space import Space
+from merganser.search.space.space import Space
 from merganser.search.study import Study
 from tests.cli.tiny import run
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ..errors import RecipeError
-from ..recipe.document.place import Entry, Node, Place
-from ..recipe.free import FreeValue, read_free
+from ...errors import RecipeError
+from ...recipe.document.place import Entry, Node, Place
+from ...recipe.free import FreeValue, read_free
 from .dimension import Dimension
 
 KEY = "path"

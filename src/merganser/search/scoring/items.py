@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import TaskError
-from ..evaluation.scoring import choices, text
-from ..evaluation.scoring.batches import Scorable
-from ..evaluation.scoring.estimate import Estimate
-from ..evaluation.scoring.harness_items import HarnessItems
-from ..evaluation.scoring.journal import Journal
-from ..evaluation.scoring.tasks import Task, TextTask
+from ...errors import TaskError
+from ...evaluation.scoring import choices, text
+from ...evaluation.scoring.batches import Scorable
+from ...evaluation.scoring.estimate import Estimate
+from ...evaluation.scoring.harness_items import HarnessItems
+from ...evaluation.scoring.journal import Journal
+from ...evaluation.scoring.tasks import Task, TextTask
 
 LEAST = 4
 """Fewest items of a task: two to choose with, and two to prove with."""

@@ -11,8 +11,8 @@ import pytest
 
 from merganser.errors import TaskError
 from merganser.search import Found, search
-from merganser.search.bench import Failed
-from merganser.search.command import parse_command, run_command
+from merganser.search.scoring.bench import Failed
+from merganser.search.scoring.command import parse_command, run_command
 from tests.search.conftest import RECIPE
 
 # a quadratic in the weights of the merge, read from one element: the best is at weights of 0.25 and -0.5

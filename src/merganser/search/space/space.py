@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import RecipeError
-from ..method import Parameter
-from ..method.registry import get_method
-from ..recipe.document.parsing import Document, parse_mapping, plain
-from ..recipe.document.scalar import shown
-from ..recipe.free import FreeValue, check_within, free_values
-from ..recipe.load import RecipeSource, read_documents
+from ...errors import RecipeError
+from ...method import Parameter
+from ...method.registry import get_method
+from ...recipe.document.parsing import Document, parse_mapping, plain
+from ...recipe.document.scalar import shown
+from ...recipe.free import FreeValue, check_within, free_values
+from ...recipe.load import RecipeSource, read_documents
 from .dimension import Dimension, Point
 from .paths import KEY as PATH
 from .paths import LayerPath

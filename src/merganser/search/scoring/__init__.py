@@ -1,0 +1,1 @@
+"""What a trial is worth: its objectives, scored on items or by an external command, and when it ends early."""

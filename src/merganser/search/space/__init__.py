@@ -1,0 +1,1 @@
+"""The search space: the free values of a recipe as dimensions."""
