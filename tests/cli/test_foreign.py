@@ -154,7 +154,7 @@ def test_all_that_is_printed_goes_through_one_file() -> None:
 def test_progress_bars_take_names_for_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.console import Console
 
-    from merganser.cli import _progress
+    from merganser.cli.printing import progress as _progress
 
     screen = io.StringIO()
     monkeypatch.setattr(_progress, "on_terminal", lambda: True)

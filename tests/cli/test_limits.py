@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from merganser import MergeError, load_recipe, merge, verify
-from merganser.cli._text import parse_size
+from merganser.cli.printing.text import parse_size
 from merganser.errors import MemoryLimitError, OutputError
 from merganser.process import memory_here
 from tests.cli.tiny import linear, names, recipe, run

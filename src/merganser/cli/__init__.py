@@ -20,7 +20,6 @@ from ..errors import OutputError
 from ..version import __version__
 from ._errors import STOPPED, Verb, Verbs
 from ._options import many_values
-from ._text import complain, writing
 from .auto import auto
 from .calibrate import calibrate
 from .diff import diff
@@ -34,6 +33,7 @@ from .merge import merge
 from .methods import methods
 from .mix import mix
 from .plan import plan
+from .printing.text import complain, writing
 from .push import push
 from .report import report
 from .restore import restore

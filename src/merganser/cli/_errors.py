@@ -21,7 +21,7 @@ from ..process import NO_THREADS, data_limit
 from ..version import __version__
 from ..wording import printable
 from ._mergekit import answer, command
-from ._text import complain, complain_at_length, discard, writing
+from .printing.text import complain, complain_at_length, discard, writing
 
 STOPPED = 130
 """Exit code after Ctrl-C."""

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import NotFoundError
 from ._errors import Verb
-from ._text import on_terminal, parse_size
+from .printing.text import on_terminal, parse_size
 
 RecipeFile = Annotated[
     Path,

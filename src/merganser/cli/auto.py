@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from . import _options as options
-from ._text import complain, say_json
 from .eval import Context, DType, LmEval
+from .printing.text import complain, say_json
 from .search import Limit, Seed, Tasks
 
 BaseModel = Annotated[
@@ -59,7 +59,7 @@ def auto(
     from ..jsonfile import read_object
     from ..search.auto import auto as run
     from ..search.stored import RESULT
-    from ._found import SearchProgress, print_choice, write_page
+    from .printing.found import SearchProgress, print_choice, write_page
 
     try:
         found = run(

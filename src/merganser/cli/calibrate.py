@@ -10,9 +10,9 @@ import typer
 
 from ..errors import DataError
 from . import _options as options
-from ._calibrations import calibration_rows
-from ._progress import step_progress
-from ._text import complain, head, plural, say, say_json, size_text, some, table, time_text
+from .printing.calibrations import calibration_rows
+from .printing.progress import step_progress
+from .printing.text import complain, head, plural, say, say_json, size_text, some, table, time_text
 
 if TYPE_CHECKING:
     from ..statistics import CalibrationPlan, Dataset

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..wording import count_text, number_text, plural, some
 from . import _options as options
-from ._progress import byte_progress
-from ._text import head, say, say_json, table
+from .printing.progress import byte_progress
+from .printing.text import head, say, say_json, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,8 +8,8 @@ import typer
 
 from ..wording import plural, size_text, time_text
 from . import _options as options
-from ._progress import EvalProgress
-from ._text import complain, head, say, say_json, table
+from .printing.progress import EvalProgress
+from .printing.text import complain, head, say, say_json, table
 
 if TYPE_CHECKING:
     from ..evaluation import Estimate, Evaluation, Retention

@@ -10,7 +10,7 @@ import typer
 
 from ..wording import number_text, plural, size_text, some, time_text
 from . import _options as options
-from ._text import complain, head, say, say_json, table
+from .printing.text import complain, head, say, say_json, table
 
 
 def export(

@@ -10,8 +10,8 @@ import typer
 
 from ..wording import number_text, plural, size_text, some, time_text
 from . import _options as options
-from ._progress import byte_progress
-from ._text import complain, head, say, say_json, table
+from .printing.progress import byte_progress
+from .printing.text import complain, head, say, say_json, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

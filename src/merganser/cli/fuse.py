@@ -15,8 +15,8 @@ import typer
 from ..errors import DataError
 from . import _options as options
 from ._errors import Verb, Verbs
-from ._progress import named_progress, step_progress
-from ._text import count_text, head, number_text, plural, say, say_json, size_text, table, time_text
+from .printing.progress import named_progress, step_progress
+from .printing.text import count_text, head, number_text, plural, say, say_json, size_text, table, time_text
 
 if TYPE_CHECKING:
     from ..distillation import Blended

@@ -11,8 +11,8 @@ import typer
 from ..errors import DataError
 from ..wording import plural, some
 from . import _options as options
-from ._progress import merge_progress, step_progress
-from ._text import complain, head, say, say_json, table
+from .printing.progress import merge_progress, step_progress
+from .printing.text import complain, head, say, say_json, table
 
 if TYPE_CHECKING:
     from ..calibration.seams import Healing

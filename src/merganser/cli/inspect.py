@@ -10,10 +10,10 @@ import typer
 
 from ..wording import count_text, plural, size_text, some
 from . import _options as options
-from ._kinship import kinship_json, print_kinship
-from ._progress import byte_progress, step_progress
-from ._seams import print_seams, seams_json
-from ._text import complain, head, say, say_json, table
+from .printing.kinship import kinship_json, print_kinship
+from .printing.progress import byte_progress, step_progress
+from .printing.seams import print_seams, seams_json
+from .printing.text import complain, head, say, say_json, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,11 +10,11 @@ import typer
 
 from ..wording import count_text, number_text, plural, printable, size_text, time_text
 from . import _options as options
-from ._adapters import print_merged_adapter
-from ._permutation import permutation_lines
-from ._progress import merge_progress
-from ._text import complain, head, say, say_json, share_text, table
-from ._vocabulary import vocabulary_lines
+from .printing.adapters import print_merged_adapter
+from .printing.permutation import permutation_lines
+from .printing.progress import merge_progress
+from .printing.text import complain, head, say, say_json, share_text, table
+from .printing.vocabulary import vocabulary_lines
 
 if TYPE_CHECKING:
     from ..engine.plan.plan import Plan

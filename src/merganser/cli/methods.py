@@ -13,7 +13,7 @@ import typer
 from ..catalogue import FIRST, canonical_name, described, factor_names, own_names, third_party, unknown_method
 from ..errors import RecipeError
 from ._options import Json
-from ._text import head, say, say_json, table
+from .printing.text import head, say, say_json, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -10,8 +10,8 @@ import typer
 
 from ..wording import count_text, number_text, plural, size_text, time_text
 from . import _options as options
-from ._progress import merge_progress, step_progress
-from ._text import head, say, say_json
+from .printing.progress import merge_progress, step_progress
+from .printing.text import head, say, say_json
 
 
 def mix(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..wording import count_text, plural, size_text, some, time_text
 from . import _options as options
-from ._adapters import adapter_plan_json, print_adapter_plan
-from ._calibrations import calibration_rows
-from ._permutation import permutation_lines
-from ._text import head, passes_text, say, say_json, share_text, table
-from ._vocabulary import vocabulary_lines
+from .printing.adapters import adapter_plan_json, print_adapter_plan
+from .printing.calibrations import calibration_rows
+from .printing.permutation import permutation_lines
+from .printing.text import head, passes_text, say, say_json, share_text, table
+from .printing.vocabulary import vocabulary_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -9,9 +9,9 @@ import typer
 
 from ..wording import size_text
 from . import _options as options
-from ._progress import byte_progress
-from ._report_text import print_report
-from ._text import say, say_json
+from .printing.progress import byte_progress
+from .printing.report import print_report
+from .printing.text import say, say_json
 
 
 def report(

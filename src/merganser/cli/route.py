@@ -12,7 +12,7 @@ import typer
 from ..errors import ParameterError
 from ..wording import plural, size_text, time_text
 from . import _options as options
-from ._text import head, say, say_json, table
+from .printing.text import head, say, say_json, table
 
 if TYPE_CHECKING:
     from ..runtime.routed.gated.making import GateReport

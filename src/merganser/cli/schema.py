@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ._options import Json
-from ._text import complain, say, say_json
+from .printing.text import complain, say, say_json
 
 
 def schema(

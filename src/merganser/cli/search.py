@@ -9,8 +9,8 @@ import typer
 
 from ..wording import plural
 from . import _options as options
-from ._text import complain, say_json
 from .eval import Base, Context, DType, Experts, LmEval, Stride
+from .printing.text import complain, say_json
 
 if TYPE_CHECKING:
     from ..search import Found
@@ -162,7 +162,7 @@ def search(
     options.check_recipe_file(recipe)
     from ..search import Interrupted
     from ..search import search as run
-    from ._found import SearchProgress, print_found, write_page
+    from .printing.found import SearchProgress, print_found, write_page
 
     progress = SearchProgress(quiet=quiet or json)
     try:

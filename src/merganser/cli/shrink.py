@@ -12,8 +12,8 @@ import typer
 from ..errors import DataError
 from ..wording import count_text, plural, size_text, time_text
 from . import _options as options
-from ._progress import merge_progress
-from ._text import head, say, say_json
+from .printing.progress import merge_progress
+from .printing.text import head, say, say_json
 
 if TYPE_CHECKING:
     from ..mixture.shrinking import Shrinking

@@ -11,9 +11,9 @@ import typer
 
 from ..wording import count_text, plural, size_text, time_text
 from . import _options as options
-from ._progress import merge_progress, step_progress
-from ._text import complain, head, say, say_json
-from ._vocabulary import vocabulary_lines
+from .printing.progress import merge_progress, step_progress
+from .printing.text import complain, head, say, say_json
+from .printing.vocabulary import vocabulary_lines
 
 _NEW_TOKENS = 1000
 

@@ -10,8 +10,8 @@ import typer
 
 from ..wording import plural, size_text
 from ._options import Json
-from ._progress import byte_progress
-from ._text import complain, say, say_json
+from .printing.progress import byte_progress
+from .printing.text import complain, say, say_json
 
 if TYPE_CHECKING:
     from ..record.verification import Verification

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ._text import table
+from .text import table
 
 __all__ = ["permutation_lines"]
 

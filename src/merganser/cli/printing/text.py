@@ -18,9 +18,9 @@ from typing import Any, TextIO
 
 import typer
 
-from ..errors import OutputError
-from ..jsonfile import os_reason
-from ..wording import count_text, number_text, plural, printable, printable_json, size_text, some, time_text
+from ...errors import OutputError
+from ...jsonfile import os_reason
+from ...wording import count_text, number_text, plural, printable, printable_json, size_text, some, time_text
 
 __all__ = [
     "complain",

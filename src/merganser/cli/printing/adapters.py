@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..wording import count_text, number_text, plural, size_text, some, time_text
-from ._text import head, say, table
+from ...wording import count_text, number_text, plural, size_text, some, time_text
+from .text import head, say, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ..adapters import Adapter
-    from ..engine.adapters.plan import AdapterPlan
+    from ...adapters import Adapter
+    from ...engine.adapters.plan import AdapterPlan
 
 _SPACES = {
     "factors": "on the factors as they were trained",
@@ -23,7 +23,7 @@ _SPACES = {
 
 def adapter_plan_json(plan: AdapterPlan) -> dict[str, Any]:
     """Return a plan as JSON."""
-    from ..engine.adapters.merge import output_rank
+    from ...engine.adapters.merge import output_rank
 
     return {
         "name": plan.recipe.name,
@@ -52,7 +52,7 @@ def adapter_plan_json(plan: AdapterPlan) -> dict[str, Any]:
 
 def print_adapter_plan(plan: AdapterPlan) -> None:
     """Print a plan."""
-    from ..engine.adapters.merge import output_rank
+    from ...engine.adapters.merge import output_rank
 
     rank = output_rank(plan)
     head(f"{plan.method.name} → an adapter of rank {rank}, {plural(len(plan.modules), 'module')}")
@@ -113,8 +113,8 @@ def _parameters(plan: AdapterPlan) -> str:
 
 
 def _size(plan: AdapterPlan) -> int:
-    from ..checkpoint import DTYPE_BY_NAME
-    from ..engine.adapters.merge import output_rank
+    from ...checkpoint import DTYPE_BY_NAME
+    from ...engine.adapters.merge import output_rank
 
     elements = output_rank(plan) * sum(sum(module.shape) for module in plan.modules)
     return DTYPE_BY_NAME[plan.dtype].nbytes(elements) + sum(tensor.nbytes for tensor in plan.copied.values())

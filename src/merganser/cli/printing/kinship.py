@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..wording import count_text, number_text, plural
-from ._text import head, say, table
+from ...wording import count_text, number_text, plural
+from .text import head, say, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..inspection.task_vectors import Kinship, Matrix
+    from ...inspection.task_vectors import Kinship, Matrix
 
 _MATRICES = (
     ("cosine of task vectors", "cosine", ".4f"),
@@ -23,7 +23,7 @@ _MATRICES = (
 
 def kinship_json(found: Kinship, *, every: bool) -> dict[str, Any]:
     """Return a kinship and its interpretation as one JSON document; with every tensor if `every`."""
-    from ..inspection.findings import kinship_findings
+    from ...inspection.findings import kinship_findings
 
     described = asdict(found)
     if not every:
@@ -33,7 +33,7 @@ def kinship_json(found: Kinship, *, every: bool) -> dict[str, Any]:
 
 def print_kinship(found: Kinship, *, every: bool) -> None:
     """Print a kinship: each model, the matrices of similarities, and their interpretation."""
-    from ..inspection.findings import kinship_findings
+    from ...inspection.findings import kinship_findings
 
     total = found.total
     head(
@@ -62,7 +62,7 @@ def print_kinship(found: Kinship, *, every: bool) -> None:
 
 
 def _models(found: Kinship) -> None:
-    from ..inspection.task_vectors import FAR
+    from ...inspection.task_vectors import FAR
 
     total = found.total
     rows = [["model", "change", "rounding", "cosine", "changed", f"beyond {FAR}", "largest", ""]]
@@ -88,7 +88,7 @@ def _matrix(matrix: Matrix, form: str) -> None:
 
 def _mean(found: Kinship) -> None:
     """Print the mean over all pairs, the kinship of several models in Model Kinship (arXiv:2410.12613)."""
-    from ..inspection.task_vectors import mean_of_pairs
+    from ...inspection.task_vectors import mean_of_pairs
 
     total = found.total
     said = [
@@ -100,7 +100,7 @@ def _mean(found: Kinship) -> None:
 
 def _by_layer_and_role(found: Kinship) -> None:
     """Print the mean cosine of every layer and role."""
-    from ..inspection.task_vectors import mean_of_pairs
+    from ...inspection.task_vectors import mean_of_pairs
 
     cells = {(group.layer, group.role): number_text(mean_of_pairs(group.kin.cosine)) for group in found.groups}
     roles = sorted({role for layer, role in cells if layer is not None})
@@ -119,7 +119,7 @@ def _by_layer_and_role(found: Kinship) -> None:
 
 
 def _tensors(found: Kinship) -> None:
-    from ..inspection.task_vectors import mean_of_pairs
+    from ...inspection.task_vectors import mean_of_pairs
 
     numbers: Sequence[str] = [str(i + 1) for i in range(len(found.models))]
     rows = [["tensor", *(f"change {number}" for number in numbers), "cosine", "sign conflict"]]

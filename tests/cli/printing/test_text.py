@@ -10,7 +10,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merganser.cli._text import fitted, parse_size, table
+from merganser.cli.printing.text import fitted, parse_size, table
 from merganser.wording import count_text, number_text, plural, size_text, some, time_text
 
 

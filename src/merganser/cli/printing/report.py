@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..wording import printable
-from ._text import head, say, table
+from ...wording import printable
+from .text import head, say, table
 
 if TYPE_CHECKING:
-    from ..report import Report
-    from ..report.blocks import Block, Cell, Table
+    from ...report import Report
+    from ...report.blocks import Block, Cell, Table
 
 __all__ = ["print_report"]
 
@@ -31,7 +31,7 @@ def print_report(report: Report) -> None:
 
 
 def _block(block: Block) -> None:
-    from ..report.blocks import Code, Figure, List, Table
+    from ...report.blocks import Code, Figure, List, Table
 
     if isinstance(block, Table):
         if not block.folded:

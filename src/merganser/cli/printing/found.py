@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import MergeError
-from ..search.ends import Difference, difference
-from ..wording import plural, time_text
-from ._text import complain, head, say, table
+from ...errors import MergeError
+from ...search.ends import Difference, difference
+from ...wording import plural, time_text
+from .text import complain, head, say, table
 
 if TYPE_CHECKING:
-    from ..search import Found, Trial
-    from ..search.auto.choice import Choice, Figure
-    from ..search.ends import End
+    from ...search import Found, Trial
+    from ...search.auto.choice import Choice, Figure
+    from ...search.ends import End
 
 _KEPT = {"recovered/mean": "kept, mean", "recovered/worst": "kept, worst task", "forgotten/mean": "forgotten"}
 """Figures of the proof of `auto`, and what they are called."""
@@ -193,7 +193,7 @@ def _figure(found: Figure) -> str:
 
 def write_page(folder: Path, *, quiet: bool) -> None:
     """Write the page of a search; what is found does not depend on it."""
-    from ..report import write_report
+    from ...report import write_report
 
     try:
         page = write_report(folder, overwrite=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..wording import plural
-from ._text import table
+from ...wording import plural
+from .text import table
 
 __all__ = ["vocabulary_lines"]
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..wording import count_text, plural, printable, size_text
-from ._errors import STOPPED
-from ._text import complain, on_terminal
+from ...wording import count_text, plural, printable, size_text
+from .._errors import STOPPED
+from .text import complain, on_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
 
-    from ..engine.plan.plan import Plan
+    from ...engine.plan.plan import Plan
 
 
 def _bar(counted: str, *beside: ProgressColumn) -> Progress:
@@ -233,7 +233,7 @@ def merge_progress(quiet: bool) -> Iterator[MergeProgress]:
     Args:
         quiet: Print errors only.
     """
-    from ..engine.run import Interrupted
+    from ...engine.run import Interrupted
 
     with MergeProgress(quiet) as progress:
         try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..wording import plural, size_text, some, time_text
+from ...wording import plural, size_text, some, time_text
 
 if TYPE_CHECKING:
-    from ..statistics import CalibrationPlan
+    from ...statistics import CalibrationPlan
 
 _UNITS = ((1e18, "exa"), (1e15, "peta"), (1e12, "tera"), (1e9, "giga"))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..wording import number_text, plural
-from ._text import head, say, table
+from ...wording import number_text, plural
+from .text import head, say, table
 
 if TYPE_CHECKING:
-    from ..calibration.seams import SeamReport
+    from ...calibration.seams import SeamReport
 
 _VERDICTS = {"none": "as in its model", "small": "within the change of one block"}
 

@@ -1,0 +1,1 @@
+"""What verbs print: words, numbers and tables, progress, and results as lines."""
