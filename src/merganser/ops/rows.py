@@ -25,10 +25,7 @@ _CHUNK = 1 << 16
 _NARROW = 15
 
 
-Keys = tuple[Tensor, Tensor]
-
-
-def by_rank(magnitudes: Tensor, table: Tensor, keys: Keys | None = None) -> Tensor:
+def by_rank(magnitudes: Tensor, table: Tensor, keys: Tensor | None = None) -> Tensor:
     """Return `table[rank]` for every element, where rank is its rank within its row, from 0 for the smallest.
 
     Args:
@@ -39,10 +36,11 @@ def by_rank(magnitudes: Tensor, table: Tensor, keys: Keys | None = None) -> Tens
     Returns:
         Shape [rows, columns], in the dtype of the table.
     """
-    return _by_rank_op(magnitudes, table, *(keys or (None, None)))
+    below = (1 << _column_bits(magnitudes.shape[1])) - 1
+    return _place_op(_order_op(magnitudes, keys) & below, table)
 
 
-def rank_keys(magnitudes: Tensor) -> Keys | None:
+def rank_keys(magnitudes: Tensor) -> Tensor | None:
     """Return what `by_rank` sorts, where it can sort integers of 32 bits: float32 on a CPU, in rows that are not too long.
 
     These are operations on elements, which cost next to nothing in the loop that computes the magnitudes.
@@ -51,8 +49,8 @@ def rank_keys(magnitudes: Tensor) -> Keys | None:
         magnitudes: Non-negative values, shape [rows, columns].
 
     Returns:
-        The keys, int32, and where they lack bits that are set, bool. From the top a key holds the upper bits of a magnitude,
-        whether any of its lower bits is set, and in place of these the column.
+        The keys, int32. From the top a key holds the upper bits of a magnitude, whether any of its lower bits is set, and
+        in place of these the column.
     """
     width = _column_bits(magnitudes.shape[1])
     if magnitudes.dtype != torch.float32 or magnitudes.device.type != "cpu" or width > _NARROW:
@@ -61,7 +59,7 @@ def rank_keys(magnitudes: Tensor) -> Keys | None:
     below = (1 << width) - 1
     lower = bits & below
     column = torch.arange(magnitudes.shape[1], dtype=torch.int32)
-    return (bits - lower) * 2 | (lower + below) & (1 << width) | column, lower != 0
+    return (bits - lower) * 2 | (lower + below) & (1 << width) | column
 
 
 def sort_rows(values: Tensor) -> Tensor:
@@ -69,12 +67,24 @@ def sort_rows(values: Tensor) -> Tensor:
     return _sort_rows_op(values)
 
 
-def _by_rank(magnitudes: Tensor, table: Tensor, keys: Tensor | None, inexact: Tensor | None) -> Tensor:
-    if magnitudes.device.type == "cpu" and magnitudes.dtype == torch.float32:
-        return _by_packed_sort(magnitudes, table, keys, inexact)
-    columns = magnitudes.sort(dim=1, stable=True).indices
-    values = torch.empty_like(magnitudes, dtype=table.dtype)
-    return values.scatter_(1, columns, table.expand(columns.shape))
+def _order(magnitudes: Tensor, keys: Tensor | None) -> Tensor:
+    """Return the columns of each row in the order of their entries, in the lower bits of int32."""
+    if magnitudes.device.type != "cpu" or magnitudes.dtype != torch.float32:
+        return magnitudes.sort(dim=1, stable=True).indices.int()
+    rows, columns = magnitudes.shape
+    order = np.empty((rows, columns), dtype=np.uint32)
+    step = max(_CHUNK // max(columns, 1), 1)
+    bits = magnitudes.numpy().view(np.uint32)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        _sort_keys(bits[part], None if keys is None else keys[part].numpy().view(np.uint32), order[part])
+    return torch.from_numpy(order.view(np.int32))
+
+
+def _place(order: Tensor, table: Tensor) -> Tensor:
+    """Put the j-th entry of a table where the j-th column in the order of a row is; every column is there once."""
+    values = torch.empty_like(order, dtype=table.dtype)
+    return values.scatter_(1, order.long(), table.expand(order.shape))
 
 
 def _sort_rows(values: Tensor) -> Tensor:
@@ -85,54 +95,37 @@ def _sort_rows(values: Tensor) -> Tensor:
     return values.sort(dim=1).values
 
 
-def _by_packed_sort(magnitudes: Tensor, table: Tensor, keys: Tensor | None, inexact: Tensor | None) -> Tensor:
-    rows, columns = magnitudes.shape
-    values = torch.empty((rows, columns), dtype=table.dtype)
-    step = max(_CHUNK // max(columns, 1), 1)
-    bits = magnitudes.numpy().view(np.uint32)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        order = _columns_in_order(bits[part], *(None if own is None else own[part].numpy() for own in (keys, inexact)))
-        values[part].scatter_(1, torch.from_numpy(order), table.expand(order.shape))
-    return values
+def _sort_keys(bits: Array, keys: Array | None, order: Array) -> None:
+    """Put the columns of each row in the order of their entries.
 
-
-def _columns_in_order(bits: Array, keys: Array | None, inexact: Array | None) -> Array:
-    """Return the columns of each row in the order of their entries, int64."""
-    if keys is None or inexact is None or 8 * np.count_nonzero(inexact) > inexact.size:
-        # of most differences of 32-bit weights the lower bits are set
-        return _columns_in_64_bits(bits)
-    order, left = _columns_in_32_bits(keys.view(np.uint32), inexact)
+    Args:
+        bits: Those of the magnitudes, uint32, shape [rows, columns].
+        keys: From `rank_keys`, as uint32.
+        order: Gets the columns in its lower bits, uint32.
+    """
+    columns = bits.shape[1]
+    inexact = np.uint32(1 << _column_bits(columns))
+    # of most differences of 32-bit weights the lower bits are set, as the first row shows
+    if keys is None or not columns or 8 * np.count_nonzero(keys[0] & inexact) > columns:
+        order[:] = _columns_in_64_bits(bits)
+        return
+    order[:] = keys
+    order.sort(axis=-1)
+    # entries that lack bits come after those of the same upper bits that do not, but among themselves in no order
+    after = order[:, 1:]
+    unknown = (order[:, :-1] ^ after) < inexact
+    unknown &= (after & inexact) != 0
+    left = np.flatnonzero(unknown.any(axis=1))
     if len(left):
         order[left] = _columns_in_64_bits(bits[left])
-    return order
 
 
 def _column_bits(columns: int) -> int:
     return max(columns - 1, 0).bit_length()
 
 
-def _columns_in_32_bits(keys: Array, inexact: Array) -> tuple[Array, Array]:
-    """Return the columns of each row in the order of their entries, int64, and the rows where it may be another one.
-
-    Args:
-        keys: Shape [rows, columns], uint32; from `rank_keys`.
-        inexact: Where they lack bits, bool.
-    """
-    columns = keys.shape[1]
-    width = _column_bits(columns)
-    places = np.flatnonzero(inexact)
-    # entries that lack bits come after those of the same upper bits that do not, but among themselves in no order
-    known = ((places // max(columns, 1)) << 32) | (keys.reshape(-1)[places] >> np.uint32(width))
-    known.sort()
-    left = np.unique(known[1:][known[1:] == known[:-1]] >> 32)
-    order = np.sort(keys, axis=-1)
-    order &= np.uint32((1 << width) - 1)
-    return order.astype(np.int64), left
-
-
 def _columns_in_64_bits(bits: Array) -> Array:
-    """Return the columns of each row in the order of their entries, int64; argument as for `_columns_in_32_bits`."""
+    """Return the columns of each row in the order of their entries, int64; argument as for `_sort_keys`."""
     # little-endian: the lower half of an int64 comes first in memory
     halves = np.empty((*bits.shape, 2), dtype=np.uint32)
     halves[:, :, 0] = np.arange(bits.shape[1], dtype=np.uint32)
@@ -143,10 +136,15 @@ def _columns_in_64_bits(bits: Array) -> Array:
     return packed
 
 
-_by_rank_op = define(
-    "by_rank(Tensor magnitudes, Tensor table, Tensor? keys, Tensor? inexact) -> Tensor",
-    _by_rank,
-    lambda magnitudes, table, keys, inexact: torch.empty_like(magnitudes, dtype=table.dtype),
+_order_op = define(
+    "order(Tensor magnitudes, Tensor? keys) -> Tensor",
+    _order,
+    lambda magnitudes, keys: torch.empty_like(magnitudes, dtype=torch.int32, memory_format=torch.contiguous_format),
+)
+_place_op = define(
+    "place(Tensor order, Tensor table) -> Tensor",
+    _place,
+    lambda order, table: torch.empty_like(order, dtype=table.dtype),
 )
 _sort_rows_op = define(
     "sort_rows(Tensor values) -> Tensor",

@@ -25,9 +25,9 @@ from merganser.testing.passes import Pass, passes
                 Pass("merges", True),
             ],
         ),
-        ("della_linear", [Pass("merges", True, ("merganser.by_rank",))]),
+        ("della_linear", [Pass("merges", True, ("merganser.order",))]),
         ("lines", [Pass("merges", True)]),
-        ("cabs", [Pass("merges", True, ("cat", "merganser.by_rank", "slice.Tensor"))]),
+        ("cabs", [Pass("merges", True, ("cat", "merganser.order", "slice.Tensor"))]),
         ("iso_c", [Pass("merges", False, reason="a function over a whole matrix gains nothing from that")]),
     ],
 )

@@ -19,7 +19,7 @@ from merganser.engine.fusion.emit import NAME, write
 from merganser.engine.fusion.lower import lower
 from merganser.engine.fusion.trace import Form, trace
 from merganser.engine.merge import merge
-from merganser.ops import by_rank
+from merganser.ops import by_rank, rank_keys
 from merganser.ops.histogram import count
 from tests.engine.fusion.programs import fuse, run, same_bits
 from tests.making import assert_equal, make_recipe, read_model, write_llamas
@@ -118,7 +118,20 @@ def test_a_sort_between_two_loops() -> None:
         return [torch.where(by_rank(delta.abs(), table) > 0.5, delta, 0.0)]
 
     program = fuse(function, [a], [table], by_row=True)
-    assert program.between == ("merganser.by_rank",)
+    assert program.between == ("merganser.order",)
+    assert same_bits(program.bind([table])([a])[0], function(a, table)[0])
+
+
+@pytest.mark.parametrize("columns", [16, 23, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bool, torch.int64])
+def test_placing_in_a_loop(columns: int, dtype: torch.dtype) -> None:
+    a, table = random(9, columns).round(decimals=1), torch.arange(columns).remainder(7).sub(3).to(dtype)
+
+    def function(a: Tensor, table: Tensor) -> list[Tensor]:
+        return [by_rank((a * 3).abs(), table, rank_keys((a * 3).abs()))]
+
+    program = fuse(function, [a], [table], by_row=True)
+    assert program.between == ("merganser.order",)
     assert same_bits(program.bind([table])([a])[0], function(a, table)[0])
 
 
@@ -135,7 +148,9 @@ def test_fixed_numbers_are_computed_once() -> None:
     a, weight = random(100), torch.tensor([0.3, 0.7], dtype=torch.float64)
     program = fuse(lambda a, weight: [a * (weight / weight.sum())[1]], [a], [weight])
     bound = program.bind([weight])
+    again = program.bind([weight])
     assert same_bits(bound([a])[0], a * 0.7)
+    assert same_bits(again([a])[0], a * 0.7)
     weight.zero_()
     assert same_bits(bound([a])[0], a * 0.7)
     assert same_bits(program.bind([torch.tensor([1.0, 3.0], dtype=torch.float64)])([a])[0], a * 0.75)

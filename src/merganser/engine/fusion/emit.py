@@ -145,7 +145,10 @@ class _Writer:
         fresh = b.icmp_signed(">=", _lanes(_I32), _spread(b, b.trunc(done, _I32)))
         self._sums = {i: self._accumulate(b, self._stores[i], total, fresh) for i, total in carried.items()}
         for i, store in enumerate(self._stores):
-            if not store.reduce and store.place == "element":
+            if store.reduce == "place":
+                row = b.gep(self._written[i], [self._start], source_etype=stored(_dtype(store)))
+                self._place(b, *self._emitted[id(store.value)], _dtype(store), row)
+            elif not store.reduce and store.place == "element":
                 self._put(b, self._emitted[id(store.value)], _dtype(store), self._written[i], self._index)
         self._count(b, done, fresh)
         following = b.add(self._c, ir.Constant(_I64, LANES))
@@ -257,6 +260,8 @@ class _Writer:
         args: list[Arg] = [
             Typed(self._emitted[id(arg)], arg.dtype) if isinstance(arg, Value) else arg for arg in value.args
         ]
+        if value.name == "merganser.place.default":
+            return tuple(arg.value for arg in args)
         return emit(b, value.name, args, value.dtype, value.operands)
 
     def _get(self, b: Any, value: Value) -> Any:
@@ -272,6 +277,14 @@ class _Writer:
     def _put(self, b: Any, found: Any, dtype: torch.dtype, address: Any, index: Any) -> None:
         found = b.zext(found, vector(stored(dtype))) if dtype == torch.bool else found
         b.store(found, b.gep(address, [index], source_etype=stored(dtype)), align=dtype.itemsize)
+
+    def _place(self, b: Any, columns: Any, found: Any, dtype: torch.dtype, row: Any) -> None:
+        """Write each of 16 numbers to its own column of a row."""
+        found = b.zext(found, vector(stored(dtype))) if dtype == torch.bool else found
+        for i in range(LANES):
+            own, number = (b.extract_element(each, ir.Constant(_I32, i)) for each in (columns, found))
+            place = b.gep(row, [b.zext(own, _I64)], source_etype=stored(dtype))
+            b.store(number, place, align=dtype.itemsize)
 
     def _put_one(self, b: Any, found: Any, dtype: torch.dtype, address: Any, index: Any) -> None:
         found = b.zext(found, stored(dtype)) if dtype == torch.bool else found

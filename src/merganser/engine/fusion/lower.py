@@ -207,6 +207,10 @@ class _Lowering:
         if name == "merganser.count.default":
             self._counts(index, node)
             return None
+        if name == "merganser.place.default" and place == "element":
+            value = self._made(name, tuple(map(self._operand, node.args)), dtype, place)
+            self._reductions[index] = (Store(value, place, index, reduce="place"),)
+            return None
         folded = self._folded(node, place)
         if folded is not None or not place:
             return folded

@@ -44,7 +44,8 @@ class Store:
         target: Node whose tensor receives it.
         part: Index of the part of the target, where that is a stack, or has a histogram for each part.
         reduce: "sum" or "max" of the elements; "count": how often each occurs; "count few": the same, most being negative,
-            which are not counted; None: the elements themselves.
+            which are not counted; "place": every element is written to a column of its row that was computed for it;
+            None: the elements themselves.
         over: What is reduced: "block" or "row".
     """
 

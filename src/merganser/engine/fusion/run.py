@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -42,6 +43,10 @@ class Program:
         self.between = lowered.between
         self._lowered = lowered
         self._loops = [_Loop(lowered.graph, stage) for stage in lowered.stages]
+        self._prologue = [
+            (i, lowered.graph.nodes[i], [ref.index for ref in lowered.graph.nodes[i].refs()]) for i in lowered.prologue
+        ]
+        self._before: dict[int, Any] = {}
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Return whether loops can run over blocks of a shape: those with fewer numbers than a vector are too short."""
@@ -54,12 +59,19 @@ class Program:
         """Compute what is the same for all blocks of a tensor.
 
         Args:
-            fixed: The inputs of the form "fixed", in order.
+            fixed: The inputs of the form "fixed", in order. What follows from those that were handed in for the tensor before
+                is not computed again.
         """
-        graph, given = self._lowered.graph, iter(fixed)
+        before, given = self._before, iter(fixed)
         known: dict[int, Any] = {i: next(given) for i, form in enumerate(self._lowered.forms) if form.kind == "fixed"}
-        for index in self._lowered.prologue:
-            known[index] = _compute(graph.nodes[index], known, {})
+        same = {i for i, tensor in known.items() if before.get(i) is tensor}
+        for index, node, taken in self._prologue:
+            if index in before and same.issuperset(taken):
+                known[index] = before[index]
+                same.add(index)
+            else:
+                known[index] = _compute(node, known, {})
+        self._before = known
         return Bound(self._lowered, self._loops, known)
 
 
@@ -123,22 +135,16 @@ class _Loop:
         source = write(self._stores)
         return source, Function(source.text, NAME)
 
-    def fixed(self, known: Mapping[int, Any]) -> tuple[Tensor, dict[int, Tensor]]:
+    def fixed(self, known: Mapping[int, Any]) -> tuple[array[int], dict[int, Tensor]]:
         """Return the fixed numbers, eight bytes each, and the fixed tensors that are read by column."""
         source = self._built[0]
         if source is None:
-            return torch.zeros(1), {}
-        numbers = torch.zeros(max(len(source.fixed), 1), dtype=torch.int64)
-        for i, index in enumerate(source.fixed):
-            tensor = known[index].reshape(())
-            if tensor.is_floating_point():
-                numbers.view(torch.float64)[i] = tensor
-            else:
-                numbers[i] = tensor
-        columns = {index: known[index].contiguous() for index in source.arrays if index in known}
-        return numbers, columns
+            return array("q"), {}
+        kinds = "".join("d" if known[index].is_floating_point() else "q" for index in source.fixed)
+        numbers = array("q", struct.pack(f"={kinds}", *(known[index].item() for index in source.fixed)))
+        return numbers, {index: known[index].contiguous() for index in source.arrays if index in known}
 
-    def run(self, known: dict[int, Any], sizes: Mapping[str, int], fixed: tuple[Tensor, dict[int, Tensor]]) -> None:
+    def run(self, known: dict[int, Any], sizes: Mapping[str, int], fixed: tuple[array[int], dict[int, Tensor]]) -> None:
         """Run the loop on a block, and enter what it has made."""
         source, function = self._built
         if source is None or function is None:
@@ -156,7 +162,7 @@ class _Loop:
         words.extend(int(known[index]) for index in source.scalars)
         words.extend(tensor.data_ptr() for tensor in arrays)
         words.extend(self._address(store, known[store.target], sizes) for store in source.stores)
-        function(words.buffer_info()[0], numbers.data_ptr())
+        function(words.buffer_info()[0], numbers.buffer_info()[0])
 
     def _address(self, store: Store, tensor: Tensor, sizes: Mapping[str, int]) -> int:
         if not store.part:
