@@ -170,7 +170,9 @@ def parameter_table(method) -> list[str]:
     lines = ["| name | per model | value | default | |", "|---|---|---|---|---|"]
     for p in method.parameters.values():
         default = "required" if p.required else f"`{str(p.default).lower() if p.kind == 'flag' else p.default}`"
-        lines.append(f"| `{p.name}` | {'yes' if p.per_model else ''} | {p.allowed} | {default} | {p.help} |")
+        # a bar in the text would end the cell
+        said = p.help.replace("|", "\\|")
+        lines.append(f"| `{p.name}` | {'yes' if p.per_model else ''} | {p.allowed} | {default} | {said} |")
     return lines
 
 
@@ -215,9 +217,23 @@ def method_index(found, alone) -> str:
         known = [law for law in laws if applies(law, method)]
         return "unknown" if not known else "no" if known[0] in method.breaks else "yes"
 
-    lines = ["# Merge methods", "", "Every method is one file; its page says the formula, when to use it, and where it"]
-    lines += ["differs from its paper. What the columns say is checked by the contract suite; memory is measured: the"]
-    lines += ["most that is held of a block, tensor or matrix at a time, in multiples of the inputs in float32.", ""]
+    lines = [
+        "# Merge methods",
+        "",
+        f"{len(found)} methods for models and {len(alone)} for adapters only. The page of a method has its formula, when to",
+    ]
+    lines += [
+        "use it, its parameters, and where it differs from its paper. [Choosing a method](../choosing-a-method.md) has advice.",
+        "",
+    ]
+    lines += ["| column | |", "|---|---|"]
+    lines += [
+        "| works on | what is in memory at a time: elements (blocks of any size), rows, whole tensors, or whole matrices |"
+    ]
+    lines += ["| memory | measured peak for one such piece, in multiples of all models' values of it in float32 |"]
+    lines += ["| order matters | whether the result depends on the order of the models |"]
+    lines += ["| random | whether the method draws random numbers (`--seed`) |", ""]
+    lines += ["The contract suite checks the columns.", ""]
     plural = {"element": "elements", "row": "rows", "tensor": "tensors", "matrix": "matrices"}
     yes = {True: "yes", False: "no"}
     families = dict.fromkeys([*FAMILIES, *sorted({m.family for m in found.values()})])
@@ -240,7 +256,7 @@ def method_index(found, alone) -> str:
     lines += [
         "## Adapters",
         "",
-        "These merge adapters alone; the others merge adapters, too: see [adapters](../adapters.md).",
+        "These merge adapters only. Most of the others merge adapters, too: see [adapters](../adapters.md).",
         "",
     ]
     lines += ["| method | |", "|---|---|"]
@@ -257,13 +273,19 @@ def elsewhere() -> list[str]:
         # names in lower case are further spellings of those before
         return ", ".join([name for name in own.names if not name.islower()] or own.names)
 
-    lines = ["## Under another name, or elsewhere", "", "No recipe names these as its method, but they are here.", ""]
+    lines = ["## Under another name, or elsewhere", "", "Published methods that are available in another form.", ""]
     lines += ["| published as | |", "|---|---|"]
     for own in (each for each in ELSEWHERE if each.page):
         inside = own.page.removeprefix("methods/")
         link = inside if inside != own.page else f"../{own.page}"
         lines.append(f"| {shown(own)} | {own.says} ([more]({link})) |")
-    lines += ["", "## Not here", "", "A recipe that names one of these is told the reason.", ""]
+    lines += [
+        "",
+        "## Not here",
+        "",
+        "Published methods that are not available. The error for such a name says the same.",
+        "",
+    ]
     lines += ["| published as | why |", "|---|---|"]
     lines += [f"| {shown(own)} | {own.says} |" for own in ELSEWHERE if not own.page]
     return lines

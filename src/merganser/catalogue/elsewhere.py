@@ -44,7 +44,7 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.casefold().replace("+", "p") if letter.isalnum())
 
 
-_SUMMARY = "only a summary of it was read, without formulas that could be checked"
+_SUMMARY = "we found only a summary of it, without formulas to check against"
 
 _IN_ANOTHER_FORM = (
     # under another name, or as parameters of a method
@@ -56,7 +56,7 @@ _IN_ANOTHER_FORM = (
     ),
     Elsewhere(
         ("Expert Merging++",),
-        "it is `expert_merging` with `chunks` above 1; that their number follows from importance is not there",
+        "it is `expert_merging` with `chunks` above 1; choosing their number by importance is not available",
         "methods/expert_merging.md",
     ),
     Elsewhere(("NAN",), "it is `nan_merging`", "methods/nan_merging.md"),
@@ -84,7 +84,7 @@ _IN_ANOTHER_FORM = (
     # before the merge
     Elsewhere(
         ("Git Re-Basin", "weight_matching", "activation_matching"),
-        "`align` in a recipe of any method puts units into the order of a reference",
+        "`align` in a recipe of any method permutes units into the order of a reference",
         "alignment.md",
     ),
     Elsewhere(("DIMAT",), "one round is a recipe of `linear` with `align`", "alignment.md"),
@@ -99,7 +99,7 @@ _IN_ANOTHER_FORM = (
     Elsewhere(("M2N2", "natural_niches"), "`merganser search --sampler m2n2`", "search.md"),
     Elsewhere(("GENOME", "GENOME+"), "`merganser search --sampler genome`, or `particles` for GENOME+", "search.md"),
     Elsewhere(
-        ("Model-GLUE",), "`merganser search --sampler greedy`; its clusters of models are not there", "search.md"
+        ("Model-GLUE",), "`merganser search --sampler greedy`; its clusters of models are not available", "search.md"
     ),
     Elsewhere(
         ("recycling", "recycled_checkpoints"),
@@ -113,14 +113,14 @@ _IN_ANOTHER_FORM = (
     ),
     Elsewhere(
         ("Self Positioning",),
-        "no source that was read has its formula; `merganser search` finds such weights with a probe of yours",
+        "no source that we read has its formula; `merganser search` finds such weights with your own score",
         "search.md#embedding-models",
     ),
     # mixtures of experts, and tasks that are chosen while a model runs
     Elsewhere(("mergekit-moe", "moe"), "`merganser mix` builds mixtures of experts", "mixtures.md"),
     Elsewhere(
         ("BTX", "branch_train_mix"),
-        "`merganser mix` with `shared: {merge_method: linear}`; the training that follows is yours",
+        "`merganser mix` with `shared: {merge_method: linear}`; train the result with your own trainer",
         "mixtures.md",
     ),
     Elsewhere(("FlexOlmo",), "`merganser mix` with `join`", "mixtures.md"),
@@ -133,21 +133,23 @@ _IN_ANOTHER_FORM = (
     Elsewhere(("MergeMoE",), "`merganser shrink --method merge_moe` makes mixtures smaller", "shrinking.md"),
     Elsewhere(
         ("WEMoE", "E-WEMoE", "weight_ensembling_moe", "MoLE", "Self-MoE", "MiXSE", "SMILE"),
-        "`merganser route --gates` adds the parts of all tasks to one model, in shares",
+        "`merganser route --gates` adds weighted parts of all tasks within one model",
         "gates.md",
     ),
     Elsewhere(("MEO",), "`RoutedModel` with `blend` makes one model of several tasks for each text", "sidecars.md"),
     Elsewhere(
         ("MergeME",),
-        "`merganser mix`, and `RoutedModel` by perplexity; models of other widths need trained projections, not there",
+        "`merganser mix`, and `RoutedModel` by perplexity; models of other widths need trained projections, which are not available",
         "sidecars.md",
     ),
     # training
-    Elsewhere(("FuseLLM", "FuseChat", "Fusion-X"), "`merganser fuse train` teaches a model what others say", "fuse.md"),
+    Elsewhere(
+        ("FuseLLM", "FuseChat", "Fusion-X"), "`merganser fuse train` trains a model on predictions of others", "fuse.md"
+    ),
     Elsewhere(("ALM",), "`merganser fuse train` with `loss: alm`", "fuse.md"),
     Elsewhere(
         ("Disperse-then-Merge", "Mistral-C2F"),
-        "the training is `merganser fuse train` or yours, the merge `linear` or `task_arithmetic`",
+        "train with `merganser fuse train` or your own trainer, merge with `linear` or `task_arithmetic`",
         "fusion-recipes.md",
     ),
     Elsewhere(("LLM-Blender", "best_of_n"), "`merganser fuse answer` blends answers of several models", "answers.md"),
@@ -178,10 +180,10 @@ _NOT_HERE = (
     ),
     Elsewhere(
         ("AdaMerging++",),
-        "its first step, TIES on the task vectors, is not offered; `adamerging` is the rest of it",
+        "its first step, TIES on the task vectors, is not available; `adamerging` is the rest",
     ),
     Elsewhere(("AdaRank",), "it adapts to test images by their entropy, which is a poor guide for language models"),
-    Elsewhere(("HARC",), "no source that was read has its formula; `regmean` fits routers of mixtures that are merged"),
+    Elsewhere(("HARC",), "no source that we read has its formula; `regmean` fits routers of mixtures that are merged"),
     Elsewhere(
         ("MC-SMoE",), "its low-rank step needs training and an architecture of its own; M-SMoE is in `merganser shrink`"
     ),
@@ -196,7 +198,7 @@ _NOT_HERE = (
     ),
     Elsewhere(
         ("DuoAttention",),
-        "it trains a gate for every head; `razor_attention` in `merganser.runtime` chooses heads without",
+        "it trains a gate for every head; `razor_attention` in `merganser.runtime` chooses heads without training",
     ),
     Elsewhere(("SuperBPE", "BLT"), "new tokenizers must be trained, and models with them"),
     Elsewhere(
@@ -205,7 +207,7 @@ _NOT_HERE = (
     ),
     Elsewhere(
         ("InfiFusion", "InfiGFusion", "PTA-LLM"),
-        "alignment of logits by optimal transport is not there; `merganser fuse` aligns by bytes",
+        "alignment of logits by optimal transport is not available; `merganser fuse` aligns by bytes",
     ),
     Elsewhere(("ProDistill",), f"{_SUMMARY}; `expert_merging` also learns coefficients layer by layer"),
     Elsewhere(("Chain of Merges",), f"{_SUMMARY}; `regmean_plus` also measures what the merged layers before compute"),
@@ -213,12 +215,12 @@ _NOT_HERE = (
     Elsewhere(("LEWIS",), f"{_SUMMARY}; densities can be given by layer"),
     Elsewhere(("TADrop", "LARV"), f"{_SUMMARY}; densities and factors can be given by filter and layer"),
     Elsewhere(("ReasonAny",), f"{_SUMMARY}; `rcp` and `rain` join reasoning with other skills"),
-    Elsewhere(("CABS+",), f"{_SUMMARY}; `cabs` is there"),
+    Elsewhere(("CABS+",), f"{_SUMMARY}; `cabs` is available"),
     Elsewhere(
         ("TVQ", "task_vector_quantization"), f"{_SUMMARY}; `skillpack` and `one_bit` store task vectors in few bits"
     ),
     Elsewhere(
-        ("SimMerge",), f"{_SUMMARY}, and it learns from many past merges; `merganser auto` tries methods on yours"
+        ("SimMerge",), f"{_SUMMARY}, and it learns from many past merges; `merganser auto` tries methods on your models"
     ),
     Elsewhere(
         ("LoRE",),
