@@ -29,6 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(root / "b", 2, like=root / "base")
     make_calmer(root, "calm", {"lm_head.weight": 0.6})
     make_calmer(root, "cool", {"model.norm.weight": 0.6})
+    make_calmer(root, "broken", {"lm_head.weight": float("nan")})
     for seed, name in enumerate(("one", "two")):
         lines = [json.dumps({"text": text(100 * seed + i, 12)}) for i in range(40)]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

@@ -5,30 +5,33 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from merganser.errors import MergeError
+from merganser.errors import MergeError, TaskError
 from merganser.evaluation.scoring.estimate import Estimate
 from merganser.recipe import check_recipe, load_recipe
-from merganser.search.auto import Choice, auto
+from merganser.search.auto import Choice, Interrupted, auto
 from merganser.search.auto import run as auto_run
+from merganser.search.auto.begin import notes_of_same, notes_of_useless
 from merganser.search.auto.budget import Budget, keep_waves
-from merganser.search.auto.outcome import recommend
+from merganser.search.auto.outcome import Above, recommend
 from merganser.search.auto.portfolio import around, candidates
 from merganser.search.auto.texts import halve, read_texts
 from merganser.search.ends import End
 from merganser.search.scoring.bench import Model
 from merganser.search.scoring.objectives import Objective
 from merganser.search.space.space import Space
+from merganser.search.trials import Silent, Trial
 from tests.cli.tiny import run
 
 RECOVERED = Objective("recovered/mean", ((1.0, "recovered/mean"),), "maximize")
-SHORT = ("linear", "regmean", "ties", "task_arithmetic-1")
-"""Without data there is no regmean."""
+SHORT = ("linear", "regmean", "featcal-wudi", "ties", "task_arithmetic-1")
+"""Without data there is no regmean, and no featcal."""
 
 
 @pytest.fixture
@@ -63,13 +66,20 @@ def test_every_recipe_suits_its_method(experts: list[str], sizes: tuple[int, ...
     )
     for candidate in listed:
         check_recipe(load_recipe(candidate.recipe))
-        space = Space(around(candidate))
+        recipe, value = around(candidate)
+        space = Space(recipe)
         check_recipe(load_recipe(space.resolve(space.start())))
-        # the search begins where the candidate is
+        # the search begins where the candidate is, in the middle of each range
         own = candidate.parameters.get("weight", 1.0)
-        scale = own if "weight" in space.dimensions[0].name else candidate.parameters["lambda"]
-        assert set(space.start().values()) <= {scale, 0.5}
+        assert value == (own if "weight" in space.dimensions[0].name else candidate.parameters["lambda"])
+        assert {(d.low, d.high) for d in space.dimensions} == {(0.5 * value, 1.5 * value)}
         assert len(space.dimensions) == 6
+    # statistics that are measured within a merge are of that merge alone
+    homes = {each.name: each.about.get("keep_statistics") for each in listed}
+    within = {name for name in homes if name.startswith(("featcal", "regmean_plus"))}
+    assert {homes[name] for name in within} == {f"/kept/{name}" for name in within}
+    assert {home for name, home in homes.items() if name not in within} <= {None, "/kept"}
+    assert not any("keep_statistics" in around(each)[0] for each in listed if each.name in within)
 
 
 @pytest.mark.usefixtures("short")
@@ -78,7 +88,10 @@ def test_it_finds_merges_and_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = made_best(out)
     assert set(found.domains) == {"one", "two"}
     assert [tried.name for tried in found.tried] == ["linear", "ties", "task_arithmetic-1"]
-    assert found.around
+    # trials around a recipe are called after it, and begin at it
+    assert [t.name for t in found.around] == [f"{found.around[0].name[:-1]}{i}" for i in (1, 2, 3)]
+    near = next(tried for tried in found.tried if found.around[0].name == f"{tried.name}-trial-0001")
+    assert found.around[0].values == (pytest.approx(near.value, abs=1e-6),)
     values = [tried.value for tried in found.tried if tried.value is not None]
     values += [t.values[0] for t in found.around if t.values]
     recipe = (out / "winner.yaml").read_text()
@@ -113,6 +126,13 @@ def test_it_finds_merges_and_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(MergeError, match=r"mine\.txt"):
         made_best(out)
     assert (out / "merged" / "mine.txt").read_text() == "mine"
+    (out / "merged" / "mine.txt").unlink()
+    # what was merged before and is no longer recommended does not stay
+    monkeypatch.setattr(auto_run, "recommend", lambda *_: "calm")
+    other = made_best(out)
+    assert (other.recommended, other.merged) == ("calm", None)
+    assert "the folder merged of an earlier call is no longer recommended, and was removed" in other.notes
+    assert not (out / "merged").exists()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +151,10 @@ def test_what_is_recommended(winner: float, single: float, average: float, recom
     ("arguments", "message"),
     [
         (("base", "calm", "cool", "out"), "auto: tasks are missing (--tasks NAME=FILE...): texts (.txt), documents or"),
-        (("base", "calm", "out", "--tasks", "one.jsonl"), "auto: merges two or more experts of one base, got 1"),
+        (("base", "calm", "out", "--tasks", "one.jsonl"), "auto: merges two or more experts of one base, got 1 (calm; "),
+        (("base", "calm", "calm", "out", "--tasks", "one.jsonl"), "auto: calm is listed twice among the experts; leave one out"),
+        (("base", "base", "calm", "out", "--tasks", "one.jsonl"), "auto: base is the base, and is listed among the experts, too"),
+        (("base", "calm", "broken", "out", "--tasks", "one.jsonl", "--limit", "16"), "error: broken, one: NaN or infinity in the logits, at item"),
         (("base", "calm", "cool", "out", "--tasks", "one.jsonl", "--minutes", "0"), "minutes: must be above 0, got 0"),
         (("base", "calm", "cool", "out", "--data", "calm=one.jsonl"), "data: no text of cool; methods with data need one of every expert"),
         (("base", "calm", "cool", "out", "--tasks", "two.jsonl", "--data", "calm=two.jsonl", "cool=one.jsonl"), "is the text of calm and the task two; a merge that"),
@@ -157,10 +180,10 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )  # fmt: skip
     assert found.code == 0, found.err
     lines = found.out.splitlines()
-    assert lines[0].startswith("trial 1/3  linear  ")
+    assert lines[0].startswith("recipe 1/3  linear  ")
     assert "note: not tried, for lack of time: ties, task_arithmetic-1; more --minutes try them" in found.err
-    start = lines.index("1 recipe and 0 trials around the best of them")
-    assert lines[start + 1] == "the winner is linear, chosen from 1 recipe"
+    start = lines.index("1 recipe")
+    assert lines[start + 1] == "the winner is linear, the average, chosen from 1 recipe"
     start += 1
     assert lines[start + 1].startswith(
         "share of the gain of the best model of each task over the base that is kept: one ("
@@ -174,13 +197,13 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     single = lines[start + 8].partition(",")[0].removeprefix("worse than ")
     assert lines[start + 8 :] == [
         f"worse than {single}, the best single model, beyond the interval: take that instead",
-        f"take {single}: nothing that was tried is better; nothing was merged",
+        f"take {single} as it is: nothing that was tried is better; nothing was merged",
         f"wrote {out / 'report.html'}; open it in a browser",
     ]
     assert "a merge with a sidecar gives each model back: merge_method: skillpack, and merganser restore" in found.err
-    text = run("report", out, "--text").out
+    text = " ".join(run("report", out, "--text").out.split())
     assert "1 recipe · auto · " in text
-    assert f"Take {single}: linear, chosen from 1 recipe, is worse, so nothing was merged." in text
+    assert f"Take {single} as it is: linear, chosen from 1 recipe, is worse, so nothing was merged." in text
     assert single in ("calm", "cool")
     assert not (out / "merged").exists()
     assert yaml.safe_load((out / "winner.yaml").read_text())["merge_method"] == "linear"
@@ -188,20 +211,93 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("short")
 def test_texts_alone_are_calibrated_on_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_run.Budget, "fits", lambda _, recipe: "regmean" in recipe)
-    monkeypatch.setattr(auto_run._Search, "try_around", lambda _: None)
+    monkeypatch.setattr(auto_run.Budget, "fits", lambda _, recipe: "data" in recipe)
+    search_around = auto_run._Search.try_around
+
+    def around_featcal(self: Any) -> None:
+        # other factors are another merge, within which its statistics are measured again
+        self.best_candidate = next(each for each in self._listed if each.method == "featcal")
+        search_around(self)
+
+    monkeypatch.setattr(auto_run._Search, "try_around", around_featcal)
     out = tmp_path / "out"
     data = {"calm": "one.jsonl", "cool": "two.jsonl"}
     found = auto("base", ["calm", "cool"], out, data=data, minutes=0.2, limit=16, dtype="float32")
-    assert [tried.name for tried in found.tried] == ["linear", "regmean"]
-    assert all(tried.failed is None for tried in found.tried)
+    assert [tried.name for tried in found.tried] == ["linear", "regmean", "featcal-wudi"]
+    assert all(each.failed is None for each in (*found.tried, *found.around))
+    assert [trial.name for trial in found.around] == [f"featcal-wudi-trial-000{i}" for i in (1, 2, 3)]
     assert set(found.domains) == {"calm", "cool"}
-    assert {path.name for path in (out / "statistics").iterdir()} == {"calm", "cool"}
+    assert {path.name for path in (out / "statistics").iterdir()} == {"calm", "cool", "featcal-wudi"}
     # the first half of the documents is calibrated on, the second one scored
     whole = Path("one.jsonl").read_text()
     halves = [(out / "texts" / name).read_text() for name in ("calibrate-calm.jsonl", "calm.jsonl")]
     assert "".join(halves) == whole
     assert [half.count("\n") for half in halves] == [20, 20]
+
+
+class Stop(Silent):
+    """Presses Ctrl-C after a recipe, and keeps what it is told."""
+
+    def __init__(self, at: str | None = None) -> None:
+        self.at, self.bests, self.notes = at, list[str | None](), list[str]()
+
+    def over(self, trial: Trial, best: Trial | None) -> None:
+        self.bests.append(None if best is None else best.name)
+        if trial.name == self.at:
+            raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.usefixtures("short")
+def test_trials_that_fail_do_not_end_it_and_ctrl_c_says_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted) as caught:
+        made_best(tmp_path / "out", progress=Stop("ties"), limit=8)
+    assert caught.value.best is not None
+    assert re.fullmatch(
+        rf"(linear|ties), which keeps \d\.\d+ on the items of trials: {tmp_path}/out/recipes/\1\.yaml",
+        caught.value.best,
+    )
+
+    def failing(*_: Any) -> None:
+        raise TaskError("the first 5 trials failed, so the search ends; the last: why")
+
+    monkeypatch.setattr(auto_run.Trials, "run", failing)
+    found = made_best(tmp_path / "out", limit=8)
+    assert found.ends[0].values is not None
+    assert [note for note in found.notes if "the first 5 trials failed, so the search ends; the last: why" in note]
+
+
+def test_experts_that_are_alike_or_best_at_nothing() -> None:
+    base, calm, twin, cool = (
+        Model(key, name, name) for key, name in (("0", "base"), ("1", "calm"), ("1", "twin"), ("2", "cool"))
+    )
+    assert notes_of_same([base, calm, cool]) == []
+    assert notes_of_same([base, calm, twin]) == [
+        "twin has the weights of calm, and counts in every merge; leave it out"
+    ]
+    assert notes_of_same([base, calm, replace(cool, key="0")]) == [
+        "cool has the weights of base, the base, and counts in every merge; leave it out"
+    ]
+    with pytest.raises(
+        MergeError, match="all experts have the weights of base, the base, so there is nothing to merge"
+    ):
+        notes_of_same([base, replace(calm, key="0"), replace(cool, key="0")])
+    assert notes_of_useless([base, calm, twin, cool], {"one": "calm"}) == [
+        "cool is the best at no task, so nothing of its own is measured, and merges may lose it: give a task of its field, "
+        "or leave it out"
+    ]
+
+
+def test_a_trial_around_is_the_best_only_if_it_is_better_than_the_recipes() -> None:
+    told = Stop()
+    trial = Trial(0, {}, "", (0.5,), (None,), True, 1, False, None, None, 0.0)
+    for least in (0.4, 0.5):
+        Above(told, least).over(trial, trial)
+    assert told.bests == ["trial-0001", None]
 
 
 def test_a_text_is_divided_at_a_line(tmp_path: Path) -> None:
@@ -255,6 +351,9 @@ class _Table:
 
 class _Bench:
     table = _Table()
+
+    def load(self, model: Model) -> None:
+        assert model.key == "base"
 
     def score(self, model: Model, waves: Sequence[int]) -> None:
         assert (model.key, waves) == ("base", [0])

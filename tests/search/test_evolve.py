@@ -13,6 +13,7 @@ from merganser.recipe.load import read_documents
 from merganser.search import search
 from merganser.search.evolve import read_evolve
 from merganser.search.space.space import Space
+from merganser.search.trials import Silent
 
 GENOME = """\
 genome:
@@ -54,6 +55,15 @@ def test_one_group() -> None:
     }
     # the first trial of mergekit-evolve: an equal share of each model
     assert [model["parameters"]["weight"] for model in resolved(GENOME)["models"][:2]] == [0.5, 0.5]
+
+
+def test_a_base_among_the_models_has_no_weight_of_its_own() -> None:
+    # a task vector of zeros: a weight of it would be a free value without effect
+    assert resolved(GENOME.replace("[a, b]", "[a, base, b]"), 0.25) == resolved(GENOME, 0.25)
+    assert len(space_of(GENOME.replace("[a, b]", "[a, base, b]").replace("base_model", "layer_granularity: 1\n  base_model")).dimensions) == 8  # fmt: skip
+    # an average has one
+    average = GENOME.replace("ties", "linear").replace("[a, b]", "[a, base, b]")
+    assert len(space_of(average).dimensions) == 3
 
 
 def test_groups_of_layers() -> None:
@@ -121,6 +131,33 @@ def test_another_recipe() -> None:
     assert read_evolve(read_documents("merge_method: linear\nmodels: [{model: a}]\n")[0]) is None
 
 
+class Noted(Silent):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def test_it_is_searched(tmp_path: Any) -> None:
-    found = search(GENOME, tmp_path / "out", ["one.jsonl"], trials=1, limit=8, sampler="random", dtype="float32")
+    noted, given = Noted(), {"trials": 1, "sampler": "random", "dtype": "float32"}
+    text = f"model_name: mine\n{GENOME}limit: 8\nshuffle: true\nnum_fewshot: 2\n"
+    found = search(text, tmp_path / "out", ["one.jsonl"], progress=noted, **given)
     assert found.best is not None
+    # the limit of the file counts; what has no effect is said
+    assert found.held_out == 4
+    assert noted.notes == [
+        "shuffle: of mergekit-evolve, has no effect here",
+        "model_name: of mergekit-evolve, has no effect here",
+        "tasks: gsm8k_train, hellaswag_train of the file is not among --tasks, which replace those of the file",
+        "num_fewshot: has no effect, since no task is of lm-eval",
+    ]
+    # --tasks say where the tasks of the file are, and their weights stay
+    named = GENOME.replace("exact_match", "bits_per_byte").replace(
+        "- hellaswag_train", "- {name: hellaswag_train, metric: bits_per_byte}"
+    )
+    where = {"gsm8k_train": "one.jsonl", "hellaswag_train": "two.jsonl"}
+    found = search(named, tmp_path / "named", where, limit=8, **given)
+    assert [o.text for o in found.objectives] == ["0.5*gsm8k_train/bits_per_byte+1*hellaswag_train/bits_per_byte"]

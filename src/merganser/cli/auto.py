@@ -57,6 +57,7 @@ def auto(
     """
     options.quieten_hub(quiet)
     from ..jsonfile import read_object
+    from ..search.auto import Interrupted
     from ..search.auto import auto as run
     from ..search.stored import RESULT
     from .printing.found import SearchProgress, print_choice, write_page
@@ -79,8 +80,11 @@ def auto(
             cache_dir=cache_dir,
             progress=SearchProgress(quiet=quiet or json),
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        best = stopped.best if isinstance(stopped, Interrupted) else None
         complain("note", "what was scored is kept; the same command continues")
+        if best is not None:
+            complain("note", f"the best so far is {best}")
         raise
     if json:
         say_json(read_object(found.folder / RESULT))

@@ -14,8 +14,8 @@ from .scoring.judge import Judge
 from .scoring.objectives import Objective
 from .trials import Progress
 
-_WIDE = 1.96
-"""Standard errors on each side of an interval of 95 %."""
+_SURE = 0.95
+"""How often an interval holds the truth."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Difference:
 
     Args:
         value: The difference.
-        interval: The ends of its interval of 95 %; None where there is no standard error.
+        interval: The ends of its interval of 95 %, by Student's t; None where there is no standard error.
     """
 
     value: float
@@ -59,10 +59,15 @@ class Difference:
 
 def difference(own: Estimate, other: Estimate, objective: Objective) -> Difference:
     """Return how much better a model is than another on the same items."""
+    from scipy.stats import t
+
     found = (own - other) * objective.sign
     error = found.stderr if found.parts else None
-    half = None if error is None else _WIDE * error
-    return Difference(found.value, None if half is None else (found.value - half, found.value + half))
+    if error is None:
+        return Difference(found.value, None)
+    # with few items an interval of 1.96 errors holds the truth far less often than it says
+    half = float(t.ppf((1 + _SURE) / 2, found.degrees_of_freedom)) * error
+    return Difference(found.value, (found.value - half, found.value + half))
 
 
 def measure_ends(models: Sequence[tuple[Model, str]], judge: Judge, progress: Progress) -> list[End]:

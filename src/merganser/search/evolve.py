@@ -23,7 +23,10 @@ _KEYS = (
     "random_init",
     "apply_chat_template",
     "fewshot_as_multiturn",
+    "model_name",
 )
+_WITHOUT_EFFECT = ("shuffle", "random_init", "model_name")
+"""Keys that change nothing here; mergekit-evolve itself ignores the last one, which is found in files of the wild."""
 _GENOME = (
     "models",
     "merge_method",
@@ -48,7 +51,7 @@ _METRIC = "acc"
 """What a task is judged by where nothing is said."""
 
 _NORMALISED = ("linear", "ties", "dare_ties")
-
+_OF_TASK_VECTORS = ("task_arithmetic", "ties", "dare_ties")
 
 _PASSED = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn")
 """Keys that are arguments of lm-eval."""
@@ -64,6 +67,7 @@ class Evolve:
         objective: The weighted sum of their metrics; None without tasks.
         limit: Number of items of each task; None for all.
         arguments: Arguments of lm-eval.
+        without_effect: Keys of the file that change nothing here.
     """
 
     recipe: dict[str, Any]
@@ -71,6 +75,7 @@ class Evolve:
     objective: str | None = None
     limit: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    without_effect: tuple[str, ...] = ()
 
 
 def read_evolve(document: Document, cache_dir: Path | None = None) -> Evolve | None:
@@ -99,6 +104,7 @@ def read_evolve(document: Document, cache_dir: Path | None = None) -> Evolve | N
         "+".join(term for _, term in tasks) or None,
         fields["limit"].whole_number(1) if "limit" in fields else None,
         {name: _argument(name, fields[name]) for name in _PASSED if name in fields},
+        tuple(name for name in _WITHOUT_EFFECT if name in fields),
     )
 
 
@@ -129,6 +135,9 @@ def _recipe(genome: Mapping[str, Entry], cache_dir: Path | None) -> dict[str, An
     smooth = genome["smooth"].flag() if "smooth" in genome else False
     size = genome["layer_granularity"].whole_number() if "layer_granularity" in genome else 0
     filters = [item.text() for item in genome["filters"].items()] if "filters" in genome else []
+    if method in _OF_TASK_VECTORS:
+        # the base has no task vector, so a weight of it would be a free value without effect
+        models = [model for model in models if model != base]
     if method == "slerp" and (len(models) != 2 or smooth or filters):
         raise UnsupportedError(
             f"{genome['merge_method'].place}: slerp is searched between two models, without smooth and filters"

@@ -133,8 +133,11 @@ def search(
         None if item_parameters is None else Path(item_parameters),
         None if storage is None else str(storage),
         cache_dir,
-    ).completed()
+    )
+    request, notes = request.completed()
     space, start = request.check()
+    for note in notes:
+        progress.note(note)
     deadline = None if hours is None else time.monotonic() + 3600 * hours
     with connect(cluster) as connected, open_folder(Path(out), shared=True) as folder:
         prepared = prepare(request, space, start, folder, progress)

@@ -15,14 +15,15 @@ from ..errors import RecipeError, TaskError, UnsupportedError
 from ..evaluation.roster import make_roster
 from ..evaluation.run import Wanted
 from ..evaluation.scoring.harness_arguments import parse_arguments
-from ..evaluation.scoring.tasks import load_tasks
+from ..evaluation.scoring.tasks import HarnessTask, load_tasks
 from ..inference.sources import Reference
 from ..recipe import Recipe, check_recipe, load_recipes
+from ..recipe.document.parsing import parse_mapping
 from ..recipe.load import RecipeSource, read_documents
 from ..version import __version__
 from ..wording import default_names
 from .evolve import read_evolve
-from .folder import Folder
+from .folder import Folder, key_of
 from .many.storage import shown
 from .scoring.bench import Model, open_bench
 from .scoring.command import parse_command
@@ -59,26 +60,39 @@ class Request:
     storage: str | None
     cache_dir: Path | None
 
-    def completed(self) -> Request:
-        """Return the request with what a file of mergekit-evolve says, where tasks or a command are not given.
+    def completed(self) -> tuple[Request, list[str]]:
+        """Return the request with what a file of mergekit-evolve says, where it is not given, and what the user should know.
 
         Raises:
             MergeError: The file is wrong.
         """
-        if self.command is not None or self.tasks:
-            return self
         evolve = read_evolve(read_documents(self.recipe)[0], self.cache_dir)
-        if evolve is None or evolve.objective is None:
-            return self
-        wanted = self.wanted
+        if evolve is None:
+            return self, []
+        notes = [f"{key}: of mergekit-evolve, has no effect here" for key in evolve.without_effect]
+        if self.command is not None:
+            if evolve.tasks:
+                notes.append("tasks: of the file are not used, since a command scores the merges")
+            return self, notes
+        if not self.tasks and evolve.objective is None:
+            return self, notes
+        objectives, wanted = self.objectives, self.wanted
+        given = load_tasks(self.tasks) if self.tasks else []
+        missing = sorted({*evolve.tasks} - {task.name for task in given}) if given else []
+        if not objectives and evolve.objective is not None and not missing:
+            objectives = [evolve.objective]
+        elif missing:
+            notes.append(
+                f"tasks: {', '.join(missing)} of the file is not among --tasks, which replace those of the file"
+            )
+        arguments = wanted.harness
+        if not arguments and (not given or any(isinstance(task, HarnessTask) for task in given)):
+            arguments = parse_arguments(evolve.arguments)
+        elif not arguments and evolve.arguments:
+            notes.append(f"{', '.join(evolve.arguments)}: has no effect, since no task is of lm-eval")
         limit = evolve.limit if wanted.limit is None else wanted.limit
-        arguments = wanted.harness or parse_arguments(evolve.arguments)
-        return replace(
-            self,
-            tasks=evolve.tasks,
-            objectives=self.objectives or [evolve.objective],
-            wanted=replace(wanted, limit=limit, harness=arguments),
-        )
+        wanted = replace(wanted, limit=limit, harness=arguments)
+        return replace(self, tasks=self.tasks or evolve.tasks, objectives=objectives, wanted=wanted), notes
 
     def check(self) -> tuple[Space, list[Recipe]]:
         """Check what can be checked without models, and return the space and the recipe at its start.
@@ -215,11 +229,17 @@ def _by_command(request: Request, space: Space, start: Sequence[Recipe], folder:
     bounds = parse_bounds(request.at_least, request.at_most, None)
     objectives = parse_objectives(request.objectives, None, None)
     judge = CommandJudge(words, request.timeout, folder, objectives, bounds)
-    # the command reads folders
-    inputs = tuple(
-        Model(f"model {path}", name, path) for name, path in _inputs(space, start).items() if Path(path).is_dir()
-    )
+    inputs = tuple(_as_folder(name, path, folder) for name, path in _inputs(space, start).items())
     return Setup(judge, inputs, {"command": request.command}, 0)
+
+
+def _as_folder(name: str, path: str, folder: Folder) -> Model:
+    """Return a model that a command can read: what is no folder, as of the Hub or with an adapter, is merged alone."""
+    if Path(path).is_dir():
+        return Model(f"model {path}", name, path)
+    alone = parse_mapping({"merge_method": "passthrough", "models": [{"model": path}]}, "<input>").text
+    key = key_of(alone)
+    return Model(key, name, folder.write_recipe(f"input-{key.rpartition(' ')[2][:12]}", alone))
 
 
 def _by_items(request: Request, space: Space, start: Sequence[Recipe], folder: Folder) -> Setup:

@@ -57,7 +57,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Name of its recipe file."""
-        return self.label or f"trial-{self.number + 1:04d}"
+        return self.label or _name(self.number)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain data, with the name of its recipe file in place of the recipe."""
@@ -115,10 +115,12 @@ class Trials:
         space: Makes recipes.
         judge: Says what they are worth.
         folder: Where they are written.
+        around: What they are trials of, where a folder has several studies: their names begin with it.
     """
 
-    def __init__(self, study: Study, space: Space, judge: Judge, folder: Folder) -> None:
+    def __init__(self, study: Study, space: Space, judge: Judge, folder: Folder, around: str | None = None) -> None:
         self._study, self._space, self._judge, self._folder = study, space, judge, folder
+        self._around = around
         self._known: dict[int, Trial] = {}
         self.refresh()
 
@@ -223,6 +225,9 @@ class Trials:
         """Return the model of a trial, with its recipe written."""
         return Model(key_of(trial.recipe), trial.name, self._folder.write_recipe(trial.name, trial.recipe))
 
+    def _label(self, number: int) -> str | None:
+        return None if self._around is None else f"{self._around}-{_name(number)}"
+
     def _carry_out(self, asked: Asked) -> None:
         begin = time.monotonic()
         recipe = self._space.resolve(asked.point)
@@ -235,7 +240,7 @@ class Trials:
             about |= {"stderr": list(same.stderr), "stopped": same.stopped}
             values, excess = same.values, {} if same.feasible else {"same": 1.0}
         else:
-            name = f"trial-{asked.number + 1:04d}"
+            name = self._label(asked.number) or _name(asked.number)
             model = Model(key_of(recipe), name, self._folder.write_recipe(name, recipe))
             best = self.best
             # a trial that was stopped is finished: what it took before counts
@@ -266,7 +271,12 @@ class Trials:
             about.get("same_as"),
             about.get("failed"),
             about.get("seconds", 0.0),
+            self._label(told.number),
         )
+
+
+def _name(number: int) -> str:
+    return f"trial-{number + 1:04d}"
 
 
 def _beats(point: tuple[float, ...], other: tuple[float, ...]) -> bool:

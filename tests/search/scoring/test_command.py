@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from merganser.errors import TaskError
 from merganser.search import Found, search
 from merganser.search.scoring.bench import Failed
 from merganser.search.scoring.command import parse_command, run_command
+from tests.adapters.test_apply import write_adapter
 from tests.search.conftest import RECIPE
 
 # a quadratic in the weights of the merge, read from one element: the best is at weights of 0.25 and -0.5
@@ -112,6 +114,22 @@ def test_a_quadratic(tmp_path: Path, made: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "items.jsonl", "recipes", "result.json", "search.json", "trials.log", "winner.yaml"
     ]  # fmt: skip
+
+
+def test_models_that_are_no_folders_are_measured_too(tmp_path: Path, made: Path) -> None:
+    script = tmp_path / "score.py"
+    script.write_text("import json, sys\nprint(json.dumps({'loss': len(sys.argv[1])}))\n")
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{k}.weight": torch.ones(shape)
+        for k, shape in (("A", (1, 32)), ("B", (32, 1)))
+    }
+    write_adapter(tmp_path / "thin", tensors, r=1, lora_alpha=1, target_modules=["q_proj"])
+    recipe = RECIPE.replace("model: b}", f"model: base+{tmp_path}/thin}}")
+    command = f"{sys.executable} {script} {{model}}"
+    found = search(recipe, tmp_path / "out", command=command, objectives=["loss:minimize"], trials=1)
+    assert [(end.name, end.failed) for end in found.ends[1:]] == [
+        (name, None) for name in ("base", "a", "thin", "average")
+    ]
 
 
 def test_trials_that_all_fail_end_the_search(tmp_path: Path) -> None:

@@ -35,8 +35,11 @@ class SearchProgress:
         if self._quiet:
             return
         of = "" if self._of is None else f"/{self._of}"
-        name = f"  {trial.label}" if trial.label else ""
-        say(f"trial {trial.number + 1}{of}{name}  {_outcome(trial)}{_mark(trial, best)}  {time_text(trial.seconds)}")
+        name = f"trial {trial.number + 1}{of}"
+        if trial.label:
+            # a recipe of `auto`, of which there are so many; a trial around one is called after it
+            name = trial.label if self._of is None else f"recipe {trial.number + 1}{of}  {trial.label}"
+        say(f"{name}  {_outcome(trial)}{_mark(trial, best)}  {time_text(trial.seconds)}")
 
     def note(self, text: str) -> None:
         """Print a note."""
@@ -46,7 +49,7 @@ class SearchProgress:
     def proving(self, model: str) -> None:
         """Report which model is measured for the proof."""
         if not self._quiet:
-            say(f"for the proof: measuring {model}")
+            say(f"at the end: measuring {model}")
 
 
 def _outcome(trial: Trial) -> str:
@@ -63,7 +66,7 @@ def _mark(trial: Trial, best: Trial | None) -> str:
     if trial.same_as is not None:
         return f"  as trial {trial.same_as + 1}, not scored again"
     if trial.stopped:
-        return f"  ended after {plural(trial.items, 'item')}"
+        return f"  (estimated) ended after {plural(trial.items, 'item')}"
     if trial.values is not None and not trial.feasible:
         return "  misses a bound"
     return "  best so far" if best is not None and best.number == trial.number else ""
@@ -88,7 +91,7 @@ def print_found(found: Found) -> None:
     if found.held_out:
         say(f"measured on {plural(found.held_out, 'item')} that no trial saw (± standard error)")
     else:
-        say("measured once more by the command, which scored the trials, too: nothing was held out")
+        say("as the command says, which scored the trials, too: nothing was held out, so this proves nothing")
     for line in table(_rows(found)):
         say(line)
     for line in verdict(found):
@@ -99,10 +102,13 @@ def print_found(found: Found) -> None:
 
 def _rows(found: Found) -> list[list[str]]:
     winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
-    rows = [["model", *(o.text for o in found.objectives), "the winner is better by (95 % interval)"]]
+    first = found.front[0].name if len(found.front) > 1 else "the winner"
+    what = f" in {found.objectives[0].text}" if len(found.objectives) > 1 else ""
+    interval = " (95 % interval)" if found.held_out else ""
+    rows = [["model", *(o.text for o in found.objectives), f"{first} is better by{what}{interval}"]]
     for end in found.ends:
         if end.values is None:
-            rows.append([end.name, f"failed: {end.failed}"])
+            rows.append([_named(end, found), f"failed: {end.failed}"])
             continue
         cells = []
         for value in end.values:
@@ -111,12 +117,14 @@ def _rows(found: Found) -> list[list[str]]:
         better = ""
         if winner is not None and winner.values and end is not winner:
             better = _difference(difference(winner.values[0], end.values[0], found.objectives[0]))
-        rows.append([_named(end), *cells, better])
+        rows.append([_named(end, found), *cells, better])
     return rows
 
 
-def _named(end: End) -> str:
-    return f"{end.name} (winner)" if end.role == "winner" else end.name
+def _named(end: End, found: Found) -> str:
+    if end.role != "winner":
+        return end.name
+    return f"{end.name} (winner)" if len(found.objectives) == 1 else f"{end.name} (front)"
 
 
 def _difference(found: Difference) -> str:
@@ -152,8 +160,9 @@ def _setting(value: object) -> str:
 
 def print_choice(found: Choice) -> None:
     """Print what `auto` made of some models."""
-    head(f"{plural(len(found.tried), 'recipe')} and {plural(len(found.around), 'trial')} around the best of them")
-    say(f"the winner is {found.winner}, chosen from {plural(found.chosen_from, 'recipe')}")
+    around = f" and {plural(len(found.around), 'trial')} around the best of them" if found.around else ""
+    head(f"{plural(len(found.tried), 'recipe')}{around}")
+    say(f"the winner is {found.winner}{_is_average(found)}, chosen from {plural(found.chosen_from, 'recipe')}")
     say("share of the gain of the best model of each task over the base that is kept: " + _domains(found))
     say(f"measured on {plural(found.held_out, 'item')} that nothing was chosen on (± standard error)")
     for line in table(_kept(found)):
@@ -166,10 +175,17 @@ def print_choice(found: Choice) -> None:
         )
     if found.merged is not None:
         say(f"wrote {found.merged}, by the recipe {found.folder / 'winner.yaml'}")
+    elif found.recommended == "average":
+        recipe = found.folder / "recipes" / "average.yaml"
+        say(f"take the average: nothing that was tried is better; merganser merge {recipe} OUT makes it")
     else:
-        say(f"take {found.recommended}: nothing that was tried is better; nothing was merged")
+        say(f"take {found.recommended} as it is: nothing that was tried is better; nothing was merged")
     if found.advice is not None:
         complain("note", found.advice)
+
+
+def _is_average(found: Choice) -> str:
+    return ", the average" if all(end.role != "average" for end in found.ends) else ""
 
 
 def _kept(found: Choice) -> list[list[str]]:
@@ -210,7 +226,8 @@ def _domains(found: Choice) -> str:
 
 def _compared(gap: Difference, name: str) -> str:
     if gap.interval is None:
-        return f"{'better' if gap.value > 0 else 'not better'} than {name} as far as one run tells"
+        said = "better" if gap.value > 0 else "worse" if gap.value < 0 else "as good"
+        return f"{said} {'as' if gap.value == 0 else 'than'} {name} by one figure each, without an interval"
     if gap.interval[0] > 0:
         return f"better than {name} beyond the interval"
     if gap.interval[1] < 0:

@@ -63,6 +63,22 @@ class Estimate:
             total += float(part @ part) * len(part) / (len(part) - 1)
         return math.sqrt(total)
 
+    @property
+    def degrees_of_freedom(self) -> float:
+        """Degrees of freedom of the standard error (Welch-Satterthwaite): n - 1 for one set of n items; infinite without an error.
+
+        An interval of few items must be as wide as Student's t with these says, and not as the normal distribution says.
+        """
+        variances = [
+            (float(part @ part) * len(part) / (len(part) - 1), len(part))
+            for part in self.parts.values()
+            if len(part) > 1
+        ]
+        total = sum(variance for variance, _ in variances)
+        if total <= 0:
+            return math.inf
+        return total**2 / sum(variance**2 / (count - 1) for variance, count in variances)
+
     def __add__(self, other: Estimate) -> Estimate:
         return self._with(other, self.value + other.value, 1.0, 1.0)
 

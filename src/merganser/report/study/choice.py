@@ -61,7 +61,12 @@ def _sentences(choice: Choice) -> list[str]:
     if choice.merged is not None:
         first = f"Take the merge in {choice.folder / 'merged'}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}."
     else:
-        first = f"Take {choice.recommended}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}, is worse, so nothing was merged."
+        how = (
+            "the average (recipes/average.yaml)"
+            if choice.recommended == "average"
+            else f"{choice.recommended} as it is"
+        )
+        first = f"Take {how}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}, is worse, so nothing was merged."
     lines = [
         first,
         "Kept is the share of the gain of the best model of each task over the base that is still there: "

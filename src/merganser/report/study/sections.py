@@ -80,13 +80,14 @@ def compared(study: StoredStudy) -> list[str]:
     """Return what the proof says of the winner beside the best single model and the average, in sentences."""
     lines = []
     for end, (value, interval) in study.against:
-        name = "the average" if end.role == "average" else f"{end.name}, the best single model"
+        name = "the average" if end.role == "average" else f"{end.name}, the best single model,"
         if interval is None:
-            lines.append(f"{'Better' if value > 0 else 'Not better'} than {name} as far as one run tells.")
+            said = "Better than" if value > 0 else "Worse than" if value < 0 else "As good as"
+            lines.append(f"{said} {name} by one figure each, without an interval.")
         elif interval[0] > 0:
-            lines.append(f"Better than {name}, beyond the interval of 95 %.")
+            lines.append(f"Better than {name} beyond the interval of 95 %.")
         elif interval[1] < 0:
-            lines.append(f"Worse than {name}, beyond the interval of 95 %: take that instead.")
+            lines.append(f"Worse than {name} beyond the interval of 95 %: take that instead.")
         else:
             lines.append(f"No difference from {name} is shown: the interval of 95 % holds zero.")
     return lines
@@ -94,7 +95,9 @@ def compared(study: StoredStudy) -> list[str]:
 
 def _ends(study: StoredStudy) -> Table:
     head = ["", "is", *(f"{name} {'↑' if d == 'maximize' else '↓'}" for name, d in study.objectives)]
-    head.append("the winner is better by (95 % interval)")
+    first = study.ends[0].name if len(study.objectives) > 1 else "the winner"
+    what = f" in {study.objectives[0][0]}" if len(study.objectives) > 1 else ""
+    head.append(f"{first} is better by{what}" + (" (95 % interval)" if study.held_out else ""))
     rows = [_end(study, i, end) for i, end in enumerate(study.ends)]
     return Table(head, rows, f"{_SOURCE}: ends", "on items held out" if study.held_out else "measured at the end")
 

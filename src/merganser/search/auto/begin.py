@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import MergeError, OutputError, TaskError
 from ...evaluation.scoring.tasks import Task
+from ...jsonfile import os_reason
 from ..folder import Folder
 from ..scoring.bench import Bench, Failed, Model
 from ..scoring.judge import ItemJudge
@@ -15,11 +16,76 @@ from ..scoring.objectives import parse_objectives
 from ..trials import Progress
 from .budget import keep_waves
 
-__all__ = ["check_merged", "open_judge", "refuse_same", "settle_waves"]
+__all__ = [
+    "check_experts",
+    "check_merged",
+    "notes_of_same",
+    "notes_of_useless",
+    "open_judge",
+    "refuse_same",
+    "remove_merged",
+    "settle_waves",
+]
 
 _SURE = 3.0
 """Standard errors by which a model must beat the base on a task: more than for an expert that is named, since the best of
 several models is taken, and a share of a gain that is noise has no meaning."""
+
+
+def check_experts(base: str, experts: Sequence[str], out: str) -> None:
+    """Refuse models that nothing can be made of, before they are opened.
+
+    Raises:
+        TaskError: There are fewer than two experts, or one is listed twice.
+    """
+    if len(experts) < 2:
+        # the last argument is the folder, which is easily left out
+        named = f" ({', '.join(experts)}; {out}, the last one, is the folder of the result)" if experts else ""
+        raise TaskError(f"auto: merges two or more experts of one base, got {len(experts)}{named}")
+    for number, expert in enumerate(experts):
+        if expert == base:
+            raise TaskError(f"auto: {expert} is the base, and is listed among the experts, too; leave it out there")
+        if expert in experts[:number]:
+            raise TaskError(f"auto: {expert} is listed twice among the experts; leave one out")
+
+
+def notes_of_same(models: Sequence[Model]) -> list[str]:
+    """Return what is to be said of models with the same weights.
+
+    Args:
+        models: The base and the experts.
+
+    Raises:
+        TaskError: All experts are the base.
+    """
+    base, *experts = models
+    if all(expert.key == base.key for expert in experts):
+        raise TaskError(f"auto: all experts have the weights of {base.name}, the base, so there is nothing to merge")
+    first: dict[str, str] = {base.key: f"{base.name}, the base"}
+    notes = []
+    for expert in experts:
+        if expert.key in first:
+            notes.append(
+                f"{expert.name} has the weights of {first[expert.key]}, and counts in every merge; leave it out"
+            )
+        first.setdefault(expert.key, expert.name)
+    return notes
+
+
+def notes_of_useless(models: Sequence[Model], domains: Mapping[str, str]) -> list[str]:
+    """Return what is to be said of experts whose field no task measures.
+
+    Args:
+        models: The base and the experts.
+        domains: The best model of each task whose gain over the base counts.
+    """
+    useful = {model.key for model in models if model.name in domains.values()}
+    return [
+        f"{model.name} is the best at no task, so nothing of its own is measured, and merges may lose it: give a task of its "
+        "field, or leave it out"
+        for model in models[1:]
+        if model.key not in useful
+    ]
 
 
 def open_judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[str, str]]:
@@ -93,6 +159,20 @@ def refuse_same(texts: Mapping[str, Path], tasks: Sequence[Task]) -> None:
                 f"data: {path} is the text of {name} and the task {sources[path]}; a merge that was calibrated on what it "
                 "is scored on proves nothing: give other texts, or leave the tasks out, so that it is divided"
             )
+
+
+def remove_merged(folder: Folder) -> bool:
+    """Remove the merge of an earlier call, which `check_merged` found to be ours; return whether there was one."""
+    from ...engine.output.ownership import survey
+
+    path = folder.path / "merged"
+    if not path.exists():
+        return False
+    try:
+        survey(path).remove()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be removed: {os_reason(error)}") from None
+    return True
 
 
 def check_merged(folder: Folder) -> None:

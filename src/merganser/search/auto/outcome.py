@@ -10,10 +10,10 @@ from typing import Any
 from ..ends import End, best_single, difference, to_json
 from ..scoring.judge import Verdict
 from ..scoring.objectives import Figures, Objective
-from ..trials import Trial
+from ..trials import Progress, Trial
 from .choice import FORMAT, KIND
 
-__all__ = ["Tried", "plain", "recommend"]
+__all__ = ["Above", "Tried", "plain", "recommend"]
 
 _MUCH = 0.5
 """Share of the gain of its worst task that a merge must keep, or a sidecar is mentioned."""
@@ -43,6 +43,35 @@ class Tried:
     def whole(self) -> bool:
         """Whether it was scored on all items of trials."""
         return self.verdict is not None and not self.verdict.stopped
+
+
+class Above:
+    """A `Progress` of trials around a recipe: none of them is the best so far before it is better than the recipes were.
+
+    Args:
+        inner: Receives the progress.
+        least: What the best recipe was worth.
+    """
+
+    def __init__(self, inner: Progress, least: float) -> None:
+        self._inner, self._least = inner, least
+
+    def begin(self, trial: int, of: int | None) -> None:
+        """Pass it on."""
+        self._inner.begin(trial, of)
+
+    def over(self, trial: Trial, best: Trial | None) -> None:
+        """Pass it on; without a best one that is none."""
+        better = best is not None and best.values is not None and best.values[0] > self._least
+        self._inner.over(trial, best if better else None)
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self._inner.note(text)
+
+    def proving(self, model: str) -> None:
+        """Pass it on."""
+        self._inner.proving(model)
 
 
 def plain(

@@ -6,7 +6,7 @@ Which methods, and with which scales, follows docs/quality.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from ...recipe.document.parsing import parse_mapping
 
 LAYERS = 3
 """Values along the depth in the search around the best."""
+
+KEPT = "keep_statistics"
+"""Key of a recipe that says where statistics of texts are kept."""
 
 _SEQUENCES = 16
 _BYTES = 65_536
@@ -99,14 +102,24 @@ def candidates(
     measured = dict(about)
     if texts:
         measured["models"] = [{"model": e, "data": _data(text)} for e, text in zip(experts, texts, strict=True)]
-        measured["keep_statistics"] = str(kept)
+        measured[KEPT] = str(kept)
     found = []
     for method, parameters in listed:
         with_data = get_method(method).from_data
         if with_data and not texts:
             continue
-        found.append(Candidate(method, parameters, measured if with_data else about))
+        candidate = Candidate(method, parameters, measured if with_data else about)
+        if _measures_within(candidate):
+            # its statistics are of this merge alone, so no other one may find them in its place
+            candidate = replace(candidate, about={**measured, KEPT: str(Path(str(kept), candidate.name))})
+        found.append(candidate)
     return found
+
+
+def _measures_within(candidate: Candidate) -> bool:
+    """Return whether the statistics of a candidate are measured within its merge, and so depend on all of the recipe."""
+    method = get_method(candidate.method)
+    return bool(method.from_data) and method.data_inputs != "own"
 
 
 def _data(text: Path) -> str | dict[str, Any]:
@@ -119,12 +132,16 @@ def _data(text: Path) -> str | dict[str, Any]:
     return {"files": str(text), "sequences": _SEQUENCES}
 
 
-def around(best: Candidate) -> str:
-    """Return the recipe of a candidate with open values around its own: factors by depth, of each model if it has some.
+def around(best: Candidate) -> tuple[str, float]:
+    """Return the recipe of a candidate with open values around its own, and the value of all of them at the candidate itself.
+
+    They are factors by depth, of each model if it has some.
 
     Args:
         best: The candidate.
     """
+    # other factors make another merge, whose statistics are not those that were kept
+    about = {key: own for key, own in best.about.items() if not (key == KEPT and _measures_within(best))}
     known = get_method(best.method).parameters
     if "weight" in known:
         # of the average only shares matter, so that the other methods' scale is in their weights
@@ -132,7 +149,7 @@ def around(best: Candidate) -> str:
     else:
         name, value, per = "lambda", best.parameters.get("lambda", 1.0), [f"layers:{2 * LAYERS}"]
     span = [round(0.5 * value, 6), round(1.5 * value, 6)]
-    return _recipe(best.method, {**best.parameters, name: {"search": span, "per": per}}, best.about)
+    return _recipe(best.method, {**best.parameters, name: {"search": span, "per": per}}, about), value
 
 
 def _recipe(method: str, parameters: Mapping[str, Any], about: Mapping[str, Any]) -> str:

@@ -27,10 +27,19 @@ from ..scoring.objectives import Objective
 from ..space.space import Space
 from ..study import Study
 from ..trials import Progress, Silent, Trial, Trials
-from .begin import check_merged, open_judge, refuse_same, settle_waves
+from .begin import (
+    check_experts,
+    check_merged,
+    notes_of_same,
+    notes_of_useless,
+    open_judge,
+    refuse_same,
+    remove_merged,
+    settle_waves,
+)
 from .budget import Budget
 from .choice import Choice, read_choice
-from .outcome import Tried, plain, recommend
+from .outcome import Above, Tried, plain, recommend
 from .portfolio import Candidate, around, candidates
 from .texts import halve, read_texts
 
@@ -91,10 +100,9 @@ def auto(
         MergeError: Something is missing or wrong; the message says what.
     """
     progress = progress or Silent()
-    if len(experts) < 2:
-        raise TaskError(f"auto: merges two or more experts of one base, got {len(experts)}")
     if not minutes > 0:
         raise TaskError(f"minutes: must be above 0, got {minutes:g}")
+    check_experts(base, experts, str(out))
     names = dict(zip(default_names([base, *experts]), [base, *experts], strict=True))
     texts = read_texts(data, [*names][1:]) if data else {}
     if not tasks and not texts:
@@ -123,12 +131,30 @@ def auto(
         given |= {"lm-eval": wanted.harness.to_json()} if wanted.harness else {}
         given |= {"dtype": dtype, "device": str(wanted.device), "batch of tokens": batch_tokens}
         given |= {"data": {name: xxh3_of_file(path) for name, path in texts.items()}}
+        notes = notes_of_same(models)
         waves = settle_waves(folder, given, bench, models, minutes, progress)
         bench.table.shorten(waves)
-        search = _Search(base, experts, bench, folder, seed, progress, models, begin + 60 * minutes, options)
-        search.try_all(candidates(base, experts, texts=[*texts.values()], kept=folder.path.absolute() / "statistics"))
-        search.try_around()
-        return search.prove()
+        search = _Search(base, experts, bench, folder, seed, progress, models, begin + 60 * minutes, options, notes)
+        try:
+            search.try_all(
+                candidates(base, experts, texts=[*texts.values()], kept=folder.path.absolute() / "statistics")
+            )
+            search.try_around()
+            return search.prove()
+        except KeyboardInterrupt:
+            raise Interrupted(search.best_so_far()) from None
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C was pressed; the same call continues.
+
+    Args:
+        best: What was the best so far, in words; None if nothing was scored yet.
+    """
+
+    def __init__(self, best: str | None) -> None:
+        super().__init__()
+        self.best = best
 
 
 class _Search:
@@ -145,12 +171,13 @@ class _Search:
         models: Sequence[Model],
         until: float,
         options: Mapping[str, Any],
+        notes: Sequence[str],
     ) -> None:
         self.base, self.experts, self.seed = base, experts, seed
         self.bench, self.folder, self.progress, self.models = bench, folder, progress, models
         self.options = options
         self.judge, self.domains = open_judge(bench, models)
-        self.notes = [*self.judge.notes]
+        self.notes = [*notes, *self.judge.notes, *notes_of_useless(models, self.domains)]
         for note in self.notes:
             progress.note(note)
         pace = bench.table.pace([model.key for model in models])
@@ -234,7 +261,12 @@ class _Search:
             return
         self.progress.note(f"searching factors by depth around {self.best_candidate.name}")
         trials = self._around(self.best_candidate)
-        trials.run(None, deadline, self.progress)
+        try:
+            trials.run(None, deadline, Above(self.progress, self.best[0]))
+        except TaskError as error:
+            # what the portfolio found is worth its proof all the same
+            self.notes.append(f"around {self.best_candidate.name}: {error}")
+            self.progress.note(self.notes[-1])
         self.around = trials.over
         found = trials.best
         if found is not None and found.values and found.values[0] > self.best[0]:
@@ -249,19 +281,33 @@ class _Search:
                 continue
             found = self._around(candidate).best
             if self.best is not None and found is not None and found.values and found.values[0] > self.best[0]:
-                self.best = (found.values[0], f"{candidate.name}-{found.name}", found.recipe)
+                self.best = (found.values[0], found.name, found.recipe)
 
     def _journal_of(self, candidate: Candidate) -> Path:
         return self.folder.path / f"trials-{candidate.name}.log"
 
     def _around(self, candidate: Candidate) -> Trials:
         """Return the search around a candidate, with the trials that were made already."""
-        space = Space(around(candidate))
+        recipe, value = around(candidate)
+        space = Space(recipe)
         sampler = "gp" if len(space.dimensions) <= _NARROW else "cma"
+        # begins at the candidate itself, and not at equal shares as other searches do
+        start = dict.fromkeys((dimension.name for dimension in space.dimensions), value)
         study = Study(
-            self._journal_of(candidate), space.dimensions, [self.objective.direction], sampler, self.seed, space.start()
+            self._journal_of(candidate), space.dimensions, [self.objective.direction], sampler, self.seed, start
         )
-        return Trials(study, space, self.judge, self.folder)
+        return Trials(study, space, self.judge, self.folder, candidate.name)
+
+    def best_so_far(self) -> str | None:
+        """Return what is the best until now, in words; None if nothing was scored on all items yet."""
+        if self.best is None:
+            return None
+        candidate, best = self.best_candidate, self.best
+        known = candidate is not None and self._journal_of(candidate).exists()
+        found = self._around(candidate).best if candidate is not None and known else None
+        if found is not None and found.values and found.values[0] > best[0]:
+            best = (found.values[0], found.name, found.recipe)
+        return f"{best[1]}, which keeps {best[0]:.4f} on the items of trials: {self.folder.path / 'recipes' / best[1]}.yaml"
 
     def prove(self) -> Choice:
         """Measure on the other half, and merge what is worth it."""
@@ -281,6 +327,9 @@ class _Search:
         if recommended == "winner":
             merged = self.folder.path / "merged"
             merge(self.folder.winner, merged, overwrite=True, **self.options)
+        elif remove_merged(self.folder):
+            self.notes.append("the folder merged of an earlier call is no longer recommended, and was removed")
+            self.progress.note(self.notes[-1])
         found = plain(
             self.objective,
             self.domains,

@@ -14,6 +14,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "mp_irt": estimate_mp_irt,
     "gmp_irt": estimate_gmp_irt,
 }
-"""The estimators by name."""
+"""The estimators by item response theory, by name; `control_variate` is for figures of any kind."""
 
 __all__ = ["ESTIMATORS", "Estimator", "Items", "Seen", "fit_ability", "fit_items", "read_parameters"]

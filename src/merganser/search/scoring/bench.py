@@ -79,10 +79,25 @@ class Bench:
                 try:
                     loaded = self._load(model, split)
                     columns = split.prepared.measure_items(loaded, split.items(wave))
-                except (MergeError, Refused) as error:
+                except MergeError as error:
                     raise Failed(str(error)) from error
+                except Refused as error:
+                    # a trial is named by its number where this is shown, a model is not
+                    named = f"{model.name}, {task}" if model.key.startswith("model ") else task
+                    raise Failed(f"{named}: {error}") from error
                 self.table.add(model.key, task, wave, columns, model.name, time.monotonic() - begin)
         return self.table.figures(model.key, waves)
+
+    def load(self, model: Model) -> None:
+        """Load a model, unless it was the last one; scoring it takes no further time for that.
+
+        Raises:
+            Failed: It cannot be merged or loaded.
+        """
+        try:
+            self._load(model, next(iter(self.table.splits.values())))
+        except MergeError as error:
+            raise Failed(str(error)) from error
 
     @property
     def loads(self) -> int:

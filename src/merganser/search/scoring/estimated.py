@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import TaskError, UnsupportedError, did_you_mean
-from ...evaluation.scoring.estimate import Estimate
+from ...evaluation.scoring.estimate import Estimate, mean
 from ...evaluation.scoring.tasks import ChoiceTask
 from ..estimators import ESTIMATORS, Items, Seen, fit_ability, fit_items, read_parameters
+from ..estimators.control_variate import with_control
 from ..estimators.irt import Numbers
 from .bench import Model
 from .items import Table
@@ -18,6 +19,9 @@ from .objectives import Bound, Objective
 
 _WHOLE = 8
 """Trials that are scored on all items before parameters are fitted to their answers."""
+CONTROL = "control_variate"
+"""The estimator that takes any figure, and is corrected by the models that are merged."""
+_NAMES = (CONTROL, *ESTIMATORS)
 _METRIC = "accuracy"
 _COLUMN = "correct"
 
@@ -39,9 +43,11 @@ def check_estimator(name: str | None, parameters: Path | None, *, command: bool,
         if parameters is not None:
             raise TaskError("item-parameters: are for an estimator; give --estimator, too")
         return
-    if name not in ESTIMATORS:
-        near = did_you_mean(name, ESTIMATORS)
-        raise UnsupportedError(f"estimator: {name!r} is not known.{near} Known: {', '.join(ESTIMATORS)}")
+    if name not in _NAMES:
+        near = did_you_mean(name, _NAMES)
+        raise UnsupportedError(f"estimator: {name!r} is not known.{near} Known: {', '.join(_NAMES)}")
+    if name == CONTROL and parameters is not None:
+        raise TaskError(f"item-parameters: are of item response theory; {CONTROL} has none, so leave them out")
     if command:
         raise TaskError("estimator: needs the answers to each item (--tasks); a command gives only figures")
     if not early_stopping:
@@ -52,8 +58,8 @@ class Estimated:
     """Estimates the figures of trials.
 
     Args:
-        name: One of `ESTIMATORS`.
-        table: The answers; all tasks have questions.
+        name: `CONTROL`, or one of `ESTIMATORS`.
+        table: The scores; for one of `ESTIMATORS` all tasks have questions.
         parents: The models that are merged, which are scored on all items.
         parameters: File with parameters of the items; None to fit them to the table.
 
@@ -63,13 +69,13 @@ class Estimated:
 
     def __init__(self, name: str, table: Table, parents: Sequence[Model], parameters: Path | None) -> None:
         for split in table.splits.values():
-            if not isinstance(split.task, ChoiceTask):
+            if name != CONTROL and not isinstance(split.task, ChoiceTask):
                 raise TaskError(
                     f"estimator: {name} is for right and wrong answers, and {split.task.source} is a "
                     f"{'text' if split.task.kind == 'text' else 'task of lm-eval'}; leave out --estimator, or that task"
                 )
         self.parents = tuple(parents)
-        self._estimate, self._table = ESTIMATORS[name], table
+        self._estimate, self._table = ESTIMATORS.get(name), table
         self._given: dict[str, Items] | None = None
         if parameters is not None:
             counts = {task: len(split.prepared.items) for task, split in table.splits.items()}
@@ -85,6 +91,8 @@ class Estimated:
         """
         if len(objectives) > 1:
             raise TaskError("estimator: takes one objective, because it compares each trial with the best one")
+        if self._estimate is None:
+            return
         names = [name for _, name in objectives[0].terms] + [bound.name for bound in bounds]
         known = [f"{task}/{_METRIC}" for task in self._table.splits]
         for name in names:
@@ -98,6 +106,8 @@ class Estimated:
         Args:
             key: Key of the model, which was scored on the first wave.
         """
+        if self._estimate is None:
+            return self._by_parents(key)
         # without the model itself, whose scores may be left from a run that was killed
         whole = [other for other in self._table.whole() if other != key]
         trials = [other for other in whole if not other.startswith("model ")]
@@ -111,6 +121,16 @@ class Estimated:
             seen = Seen(own, np.arange(first), self._answers(key, task, self._table.waves[:1]), parents)
             found[f"{task}/{_METRIC}"] = Estimate(self._estimate(seen))
         return found
+
+    def _by_parents(self, key: str) -> dict[str, Estimate]:
+        """Return the figures with the mean of the parents' as control variate."""
+        table = self._table
+        first, waves = table.waves[:1], table.waves
+        parts, wholes = ([table.figures(parent.key, seen) for parent in self.parents] for seen in (first, waves))
+        return {
+            name: with_control(own, mean([each[name] for each in parts]), mean([each[name] for each in wholes]))
+            for name, own in table.figures(key, first).items()
+        }
 
     def _fit(self, whole: tuple[str, ...]) -> dict[str, Items]:
         if self._fitted[0] != whole:

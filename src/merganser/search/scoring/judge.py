@@ -12,6 +12,7 @@ from ...engine.merge import merge
 from ...errors import MergeError, TaskError
 from ...evaluation.retention import SURE
 from ...evaluation.scoring.estimate import Estimate
+from ..estimators.control_variate import with_control
 from ..folder import Folder
 from .bench import Bench, Failed, Model
 from .command import run_command
@@ -38,8 +39,7 @@ class Verdict:
         estimates: The objectives on the items that it was scored on.
         excess: By how much it misses each bound.
         items: Number of items that it was scored on.
-        stopped: Whether it was ended early; then the values are those of the best trial and the difference from it, or
-            estimated ones.
+        stopped: Whether it was ended early; then the values are estimates of what they would be on all items.
     """
 
     values: tuple[float, ...]
@@ -194,11 +194,12 @@ class ItemJudge:
                 break
             objective = self.objectives[0]
             part = waves[:seen]
-            own = objective.value(self.figures(model, part))
-            difference = own - objective.value(self.figures(best, part))
-            if hopeless(difference * objective.sign, table.count(part)):
-                value = objective.value(self.figures(best, waves)).value + difference.value
-                return Verdict((value,), (own,), self._excess(self.figures(model, part)), table.count(part), True)
+            own, other = (objective.value(self.figures(each, part)) for each in (model, best))
+            if hopeless((own - other) * objective.sign, table.count(part)):
+                told = _no_better(
+                    with_control(own, other, whole := objective.value(self.figures(best, waves))), whole, objective
+                )
+                return Verdict((told.value,), (told,), self._excess(self.figures(model, part)), table.count(part), True)
         figures = self.figures(model, waves)
         estimates = tuple(objective.value(figures) for objective in self.objectives)
         return Verdict(tuple(e.value for e in estimates), estimates, self._excess(figures), table.count(waves))
@@ -212,10 +213,10 @@ class ItemJudge:
         if found is None:
             return None
         figures = self._with_retained(found, table.waves)
-        value = objective.value(figures).value
-        if objective.sign * (value - objective.value(self.figures(best, table.waves)).value) > 0:
+        told = objective.value(figures)
+        if objective.sign * (told.value - objective.value(self.figures(best, table.waves)).value) > 0:
             return None
-        return Verdict((value,), (Estimate(value),), self._excess(figures), table.count(seen), True)
+        return Verdict((told.value,), (told,), self._excess(figures), table.count(seen), True)
 
     def final(self, model: Model) -> list[Estimate]:
         """Return the objectives of a model on the items held out."""
@@ -235,6 +236,13 @@ class ItemJudge:
 
     def _excess(self, figures: Figures) -> dict[str, float]:
         return {str(bound): bound.excess(figures) for bound in self.bounds}
+
+
+def _no_better(told: Estimate, best: Estimate, objective: Objective) -> Estimate:
+    """Return an estimate of a hopeless model, at most as good as the best one, which it was found to be worse than."""
+    if objective.sign * (told.value - best.value) <= 0:
+        return told
+    return Estimate(best.value, told.parts)
 
 
 def hopeless(difference: Estimate, items: int) -> bool:
