@@ -31,6 +31,7 @@ from .scales import likelihoods, needle_grid, ruler, speed
 from .tasks import TASKS, Maker, encoder
 
 SCALES = ("likelihood", "needles", "ruler", "speed")
+UNBOUNDED = ["minicache", "task_kv"]
 
 
 def texts(tokens: list[int], options: argparse.Namespace) -> list[Tensor]:
@@ -60,6 +61,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=512, help="last queries of the prompt that caches may look at")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the model")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--unbounded", nargs="*", default=UNBOUNDED, choices=UNBOUNDED, help="caches without a budget")
     parser.add_argument("--pools", type=int, nargs="+", default=[], help="further values of pool, beside the defaults")
     parser.add_argument(
         "--heads", type=Path, help="retrieval heads, written by RetrievalHeads.save: adds RazorAttention"
@@ -67,11 +69,17 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def mixed(model: Any) -> bool:
+    """Whether some layers have a sliding window, so that MiniCache finds no pairs next to each other."""
+    return any(each.is_sliding for each in MergedCache("snapkv", model, budget=99).layers)
+
+
 def unbounded(model: Any, options: argparse.Namespace) -> dict[str, Make]:
-    """The caches without a budget."""
+    """The caches without a budget, of those that the model can have."""
     made: dict[str, Make] = {
-        "minicache": lambda: MergedCache("minicache", model),
-        "task_kv": lambda: MergedCache("task_kv", model),
+        name: lambda name=name: MergedCache(name, model)
+        for name in options.unbounded
+        if name == "task_kv" or not mixed(model)
     }
     if options.heads:
         heads = RetrievalHeads.load(options.heads)

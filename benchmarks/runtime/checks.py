@@ -57,7 +57,9 @@ def _same_entries(model: Any, tokens: Tensor, prompt: Prompt, method: str, entri
 
 def _bytes(prompt: Prompt, field: Field, methods: list[str], entries: int) -> None:
     made = field.at(prompt)
-    found = {name: prompt.into(make()).stored_bytes() for name, make in made.items()}
+    # those of layers with a sliding window are the same in all caches
+    beside = sum(each.stored_bytes() for each in prompt.windows.values())
+    found = {name: prompt.into(make()).stored_bytes() - beside for name, make in made.items()}
     for name, taken in found.items():
         if name != "whole" and name not in field.free and name in methods:
             most = found[field.against(name)]

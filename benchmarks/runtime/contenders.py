@@ -68,10 +68,11 @@ class Field:
     def at(self, prompt: Prompt) -> dict[str, Make]:
         """All of them for one prompt, with the SnapKV that is as large as each cache without a budget."""
         made = {**self.bounded, **self.free}
-        config = self.model.config
-        entry = config.num_hidden_layers * config.num_key_value_heads * width(self.model)
+        # layers with a sliding window hold the same in all caches
+        beside = sum(each.stored_bytes() for each in prompt.windows.values())
+        entry = len(prompt.layers) * self.model.config.num_key_value_heads * width(self.model)
         for name, make in self.free.items():
-            entries = prompt.into(make()).stored_bytes() // entry
+            entries = (prompt.into(make()).stored_bytes() - beside) // entry
             made[rival(name)] = lambda entries=entries: MergedCache("snapkv", self.model, budget=max(entries, 37))
         return made
 

@@ -1,5 +1,6 @@
 """A prompt that runs through the model once, and caches that go on from there."""
 
+import copy
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from merganser.runtime import MergedCache
 
 
 class Prompt:
-    """A prompt that ran once: keys, values and the last queries of every layer.
+    """A prompt that ran once: keys, values and the last queries of every layer; of one with a sliding window, what it holds.
 
     Args:
         model: A causal language model.
@@ -22,17 +23,23 @@ class Prompt:
         cache = MergedCache("snapkv", model, budget=tokens.shape[1] + queries + 99, window=queries)
         with torch.no_grad():
             self.logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        self.layers = [(each.keys, each.values, each.queries, each.scaling) for each in cache.layers]
+        self.windows = {at: each for at, each in enumerate(cache.layers) if each.is_sliding}
+        self.layers = {
+            at: (each.keys, each.values, each.queries, each.scaling)
+            for at, each in enumerate(cache.layers)
+            if not each.is_sliding
+        }
         self.attentions = [each.self_attn for each in model.base_model.layers]
         self.length = tokens.shape[1]
         cache.close()
 
     def into(self, cache: Any) -> Any:
         """Let a cache see the prompt."""
-        for layer, attention, (keys, values, queries, scaling) in zip(
-            cache.layers, self.attentions, self.layers, strict=True
-        ):
-            layer.meet(attention)
+        for at, window in self.windows.items():
+            cache.layers[at] = copy.deepcopy(window)
+        for at, (keys, values, queries, scaling) in self.layers.items():
+            layer = cache.layers[at]
+            layer.meet(self.attentions[at])
             if wanted := layer.queries_wanted():
                 layer.observe(queries[:, :, -wanted:], scaling)
             layer.update(keys, values)

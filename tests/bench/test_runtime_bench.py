@@ -57,6 +57,23 @@ def test_a_prompt_that_ran_once():
     assert answer(made, prompt, caches(made, 50, [])["whole"](), 5) == plain
 
 
+def test_a_model_with_sliding_windows():
+    """What layers with a window hold is in no budget, and is what they would hold in the model."""
+    made, tokens = model("gemma3"), text(90)
+    prompt = Prompt(made, tokens, 90)
+    found = field(made, 60, METHODS)
+    found.free = {"task_kv": lambda: MergedCache("task_kv", made, middle=9)}
+    check(made, tokens, found, METHODS, 60, 90)
+    beside, entry = 9 * 2 * 2 * 8 * 4, 2 * 2 * 8 * 4
+    taken = {name: prompt.into(make()).stored_bytes() - beside for name, make in found.at(prompt).items()}
+    assert taken["snapkv"] == 60 * entry
+    assert taken["task_kv"] - entry < taken[rival("task_kv")] <= taken["task_kv"]
+    plain = made.generate(tokens, max_new_tokens=5, do_sample=False)[0, 90:].tolist()
+    assert answer(made, prompt, found.at(prompt)["whole"](), 5) == plain
+    assert command.mixed(made)
+    assert not command.mixed(model())
+
+
 def test_equal_bytes():
     made, tokens = model(), text(100)
     prompt = Prompt(made, tokens, 60)

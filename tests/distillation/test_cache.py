@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -208,6 +209,28 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         shard(lambda t: t.update(ids=t["ids"][:, :2].clone())),
         "'ids' has shape [8, 2], expected [8, 3]",
     ),
+    "no parts": (edit(lambda a: a.pop("parts")), "logits.json: has no 'parts'"),
+    "an end that is not there": (shard(lambda t: t["sequence_ends"].fill_(9)), "do not fit its tokens"),
+    "an empty sequence": (shard(lambda t: t["sequence_ends"].zero_()), "do not fit its tokens"),
+    "bytes that go back": (shard(lambda t: t["byte_ends"][0].fill_(99)), "do not fit its tokens"),
+    "bytes that are not there": (shard(lambda t: t["byte_ends"][-1].add_(1)), "do not fit its tokens"),
+    "a token too high": (
+        shard(lambda t: t["ids"][3, 1].fill_(320)),
+        "'ids' has tokens that are none of the source's 320",
+    ),
+    "a token below 0": (
+        shard(lambda t: t["token_ids"][3].fill_(-1)),
+        "'token_ids' has tokens that are none of the source's",
+    ),
+    "no probability": (
+        shard(lambda t: t["log_probabilities"][2, 0].fill_(0.5)),
+        "'log_probabilities' is not the logarithm of a probability everywhere",
+    ),
+    "NaN": (shard(lambda t: t["rest"][2].fill_(math.nan)), "'rest' is not the logarithm of a probability everywhere"),
+    "a special token that is none": (
+        edit(lambda a: a["special"].update(x=320)),
+        "a special token is none of the tokens",
+    ),
 }
 
 
@@ -224,7 +247,9 @@ def test_damaged_caches_are_refused(name: str, whole: Path, tmp_path: Path) -> N
     copytree(whole, tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(DataError) as caught:
-        open_cache(tmp_path / "out").shard(0)
+        found = open_cache(tmp_path / "out")
+        found.shard(0)
+        found.vocabulary()
     assert message in str(caught.value)
 
 

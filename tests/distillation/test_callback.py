@@ -112,7 +112,8 @@ def test_what_is_refused() -> None:
         with pytest.raises(kind, match=match):
             MergeCallback(*args, **kwargs)
 
-    refused(ParameterError, "every must be at least 1, got 0", 0)
+    refused(ParameterError, "every must be a whole number of at least 1, got 0", 0)
+    refused(ParameterError, "every must be a whole number of at least 1, got 2.5", 2.5)
     refused(ParameterError, "without a reference the model is averaged", 1, method="ties")
     refused(TypeError, "reference: expected a state dict", 1, 3)
     model = Model()

@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -13,6 +15,7 @@ from transformers import (
 )
 
 KINDS = {
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -39,6 +42,9 @@ def model(kind="llama", attention="sdpa", **changes):
     }
     if kind == "mistral":
         settings["sliding_window"] = None
+    if kind == "gemma3":
+        settings |= {"query_pre_attn_scalar": 11, "sliding_window": 10}
+        settings["layer_types"] = ["sliding_attention", "full_attention"]
     made = architecture(config(**{**settings, **changes})).eval()
     made.set_attn_implementation(attention)
     return made

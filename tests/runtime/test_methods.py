@@ -51,6 +51,8 @@ def test_recomputed_queries_give_the_weights_of_eager_attention(kind):
     cache = MergedCache("snapkv", made, budget=64, sinks=2, window=6)
     found = made(tokens, past_key_values=cache, output_attentions=True)
     for layer, expected in zip(cache.layers, found.attentions, strict=True):
+        if layer.is_sliding:
+            continue
         expected = expected[:, :, -6:].unflatten(1, (2, 2)).mean(2).sum(2)
         torch.testing.assert_close(layer.window_scores(), expected, rtol=1e-4, atol=1e-5)
 

@@ -6,7 +6,7 @@ from functools import cache as remembered
 import pytest
 import torch
 import transformers
-from transformers import DeepseekV3Config, Gemma3TextConfig
+from transformers import AutoConfig
 
 from merganser.errors import UnsupportedError
 from merganser.runtime import LAYERS, MergedCache, RetrievalHeads
@@ -184,14 +184,16 @@ def test_a_second_cache_is_refused(implementation):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_models_are_refused(method):
-    windowed = model("mistral", sliding_window=16)
-    sliding = model("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    for made in (windowed, sliding):
-        with pytest.raises(UnsupportedError, match=f"{method}: the model has layers with a sliding window"):
-            small(method, made)
-    for config, name in ((Gemma3TextConfig(), "gemma3_text"), (DeepseekV3Config(), "deepseek_v3")):
+    with pytest.raises(UnsupportedError, match=f"{method}: all layers of the model have a sliding window, so its own"):
+        small(method, model("mistral", sliding_window=16))
+    with pytest.raises(
+        UnsupportedError, match=rf"{method}: the model has layers without causal .*use_bidirectional_att"
+    ):
+        small(method, model("gemma3", use_bidirectional_attention=True))
+    # softcaps, sinks, linear attention, latent keys, two stacks
+    for name in ("gemma2", "gpt_oss", "qwen3_next", "deepseek_v3", "t5"):
         other = torch.nn.Module()
-        other.config = config
+        other.config = AutoConfig.for_model(name)
         with pytest.raises(UnsupportedError, match=f"{method}: models of type '{name}' are not supported; llama"):
             small(method, other)
 

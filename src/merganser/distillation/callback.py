@@ -38,7 +38,7 @@ class MergeCallback(libraries.transformers().TrainerCallback):  # type: ignore[m
         **parameters: Parameters of the method, as in `merge_state_dicts`.
 
     Raises:
-        ParameterError: `every` is less than 1, or method, base or parameters are given without a reference.
+        ParameterError: `every` is no whole number of at least 1, or method, base or parameters are given without a reference.
         UnsupportedError: transformers is not installed.
         TypeError: The reference or the base is neither a module nor a state dict.
     """
@@ -52,8 +52,8 @@ class MergeCallback(libraries.transformers().TrainerCallback):  # type: ignore[m
         base: State | nn.Module | None = None,
         **parameters: Any,
     ) -> None:
-        if every < 1:
-            raise ParameterError(f"MergeCallback: every must be at least 1, got {every}")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ParameterError(f"MergeCallback: every must be a whole number of at least 1, got {every!r}")
         if reference is None and (method != "linear" or base is not None or parameters):
             raise ParameterError(
                 "MergeCallback: without a reference the model is averaged, which takes no method or parameters"

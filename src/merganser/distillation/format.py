@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import Reader
@@ -68,6 +69,9 @@ DTYPES = {
 NUMBERS = ("sequences", "tokens", "predicted", "bytes", "predicted_bytes", "nats", "rest")
 """Numbers of each shard in logits.json: `predicted` tokens have others before them, `predicted_bytes` are theirs, `nats` is
 the sum of their negative log-probabilities; `rest` is the sum over all positions of the probability beyond the top k."""
+
+
+_ABOVE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class LogitCache:
                 raise DataError(
                     f"{file}: {name!r} has shape {list(tensor.shape)}, expected {list(wanted)}; write the cache again"
                 )
+        _check_values(file, found, self.size)
         return found
 
     @property
@@ -142,9 +147,38 @@ class LogitCache:
         try:
             special, roles = ({name: own.whole() for name, own in entry[key].items()} for key in ("special", "roles"))
             arrays = {name: tensor.numpy() for name, tensor in _tensors(file).items()}
-            return Vocabulary.from_arrays(arrays, special, roles)
+            found = Vocabulary.from_arrays(arrays, special, roles)
+            if any(number >= len(found) for number in (*special.values(), *roles.values())):
+                raise ValueError("a special token is none of the tokens")
+            return found
         except (KeyError, ValueError) as error:
             raise DataError(f"{file}: is damaged ({error}); write the cache again") from None
+
+
+def _check_values(file: Path, found: Mapping[str, Tensor], size: int) -> None:
+    """Refuse sequences that do not fit their tokens, tokens that the source does not have, and what is no probability.
+
+    Raises:
+        DataError: The shard holds such a thing.
+    """
+    ends, bytes_ = found["sequence_ends"], found["byte_ends"]
+    starts = torch.cat([ends.new_zeros(1), ends])
+    fits = bool((starts.diff() > 0).all()) and int(starts[-1]) == len(bytes_)
+    if fits:
+        widths = bytes_.diff(prepend=bytes_.new_zeros(1))
+        widths[starts[:-1]] = bytes_[starts[:-1]]
+        fits = bool((widths >= 0).all()) and int(bytes_[ends - 1].sum()) == len(found["text"])
+    if not fits:
+        raise DataError(f"{file}: its sequences do not fit its tokens; write the cache again")
+    for name in ("token_ids", "ids"):
+        if bool(((found[name] < 0) | (found[name] >= size)).any()):
+            raise DataError(
+                f"{file}: {name!r} has tokens that are none of the source's {size:,}; write the cache again"
+            )
+    for name in ("token_log_probabilities", "log_probabilities", "rest", "word_log_probabilities"):
+        # written so that NaN is refused, too; sums of float32 may be a little above 0
+        if not bool((found[name] <= _ABOVE).all()):
+            raise DataError(f"{file}: {name!r} is not the logarithm of a probability everywhere; write the cache again")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -183,6 +217,7 @@ def open_cache(folder: str | Path) -> LogitCache:
             )
         for key in ("k", "vocabulary"):
             entry[key].whole()
+        entry["parts"].each(lambda own: own["length"].whole())
         shards = entry["shards"].each(lambda own: own)
         for own in shards:
             for key in NUMBERS:

@@ -15,11 +15,14 @@ from .attention import causal_mask, queries_of
 from .caches import LAYERS
 from .layer import RunningLayer
 from .libraries import cache_utils
+from .window import WindowLayer
 
 __all__ = ["MergedCache", "check_model"]
 
 # their attention was compared with what is recomputed here
 _MODELS = ("llama", "mistral", "qwen2", "qwen3")
+# each kind of layer has rotary positions of its own
+_MIXED = ("gemma3_text",)
 _ATTENTION = ("eager", "sdpa")
 
 
@@ -30,12 +33,13 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
         model.generate(**inputs, past_key_values=cache)
 
     A call sees all of its own tokens and what the cache held before; then each layer is compressed. Positions are those of
-    the tokens seen. Until the budget is reached, tokens and logits are those of the model's own cache.
+    the tokens seen. Until the budget is reached, tokens and logits are those of the model's own cache. Layers with a sliding
+    window hold what that sees, as in the model's own cache; the methods are for the layers that attend to all tokens.
 
     Args:
         method: Name of a method; `LAYERS` has them.
-        model: A causal language model of transformers of type llama, mistral, qwen2 or qwen3, whose attention is eager
-            or sdpa. It gets hooks, which act for calls with this cache alone, and go with the cache or `close`.
+        model: A causal language model of transformers of type llama, mistral, qwen2, qwen3 or gemma3_text, whose attention
+            is eager or sdpa. It gets hooks, which act for calls with this cache alone, and go with the cache or `close`.
         options: Those of the method: `budget`, `sinks`, `window` and others.
 
     Raises:
@@ -52,9 +56,11 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
             )
         kind = LAYERS[method]
         _check_options(method, kind, options)
-        check_model(method, model)
+        windows = check_model(method, model)
+        _check_windows(method, windows)
         self.method = method
-        super().__init__(layers=kind.build(model.config.num_hidden_layers, options))
+        whole = iter(kind.build(windows.count(None), options))
+        super().__init__(layers=[next(whole) if each is None else WindowLayer(each) for each in windows])
         self._install(model)
 
     def _install(self, model: Any) -> None:
@@ -108,31 +114,53 @@ def _check_options(method: str, kind: type[RunningLayer], options: dict[str, Any
             raise ParameterError(f"{method}: {name} is missing")
 
 
-def check_model(method: str, model: Any) -> None:
-    """Refuse a model whose attention is not that of Llama over all tokens.
+def check_model(method: str, model: Any, *, windows: bool = True) -> list[int | None]:
+    """Refuse a model whose attention is not that of Llama, and return the window of each layer, None without one.
+
+    Args:
+        method: What begins messages.
+        model: The model.
+        windows: Whether layers may have a sliding window.
 
     Raises:
-        UnsupportedError: It is another one; `method` begins the message.
+        UnsupportedError: It is another one.
     """
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
-    if name not in _MODELS:
+    known = (*_MODELS, *_MIXED) if windows else _MODELS
+    if name not in known:
         raise UnsupportedError(
-            f"{method}: models of type {name or type(model).__name__!r} are not supported; {', '.join(_MODELS)} are"
+            f"{method}: models of type {name or type(model).__name__!r} are not supported; {', '.join(known)} are"
         )
     if not hasattr(getattr(model, "base_model", None), "layers"):
         raise UnsupportedError(
             f"{method}: {type(model).__name__} wraps a model; give the model of transformers within it, in peft "
             "model.get_base_model()"
         )
-    layer, library = cache_utils().DynamicLayer, cache_utils().DynamicCache
-    others = {type(each).__name__ for each in library(config=config).layers if type(each) is not layer}
-    if others:
+    layers, sliding = cache_utils().DynamicCache(config=config).layers, cache_utils().DynamicSlidingWindowLayer
+    kinds = (cache_utils().DynamicLayer, *([sliding] if windows else []))
+    others = {type(each).__name__ for each in layers if type(each) not in kinds}
+    if others or getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedError(
-            f"{method}: the model has layers with a sliding window or without attention ({', '.join(sorted(others))}); "
-            "only layers that attend to all tokens are supported"
+            f"{method}: the model has layers {'' if windows else 'with a sliding window or '}without causal attention "
+            f"({', '.join(sorted(others)) or 'use_bidirectional_attention'}); only layers that attend to all tokens before "
+            f"them{' or to the last ones' if windows else ''} are supported"
         )
     _check_attention(method, config)
+    return [each.sliding_window if type(each) is sliding else None for each in layers]
+
+
+def _check_windows(method: str, windows: list[int | None]) -> None:
+    """Refuse a model of which nothing is left to compress."""
+    if None not in windows:
+        raise UnsupportedError(
+            f"{method}: all layers of the model have a sliding window, so its own cache does not grow; use that"
+        )
+    if method == "minicache" and windows.count(None) < len(windows):
+        raise UnsupportedError(
+            f"{method}: the model has layers with a sliding window; pairs of layers that attend to all tokens must be next to "
+            "each other"
+        )
 
 
 def _check_attention(method: str, config: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -16,7 +15,8 @@ from ..jsonfile import os_reason, read_object
 from .attention import chunks, probabilities
 from .cache import MergedCache
 from .libraries import cache_argument
-from .options import at_least, in_range
+from .merging import highest
+from .options import at_least, in_range, part
 
 __all__ = ["RetrievalHeads", "find_retrieval_heads"]
 
@@ -27,7 +27,7 @@ class RetrievalHeads:
 
     Args:
         key_heads: Number of key heads of a layer.
-        layers: For each layer, the indices of such heads, in order.
+        layers: For each layer that attends to all tokens, the indices of such heads, in order.
     """
 
     key_heads: int
@@ -103,12 +103,12 @@ def find_retrieval_heads(
     text = torch.randint(model.config.vocab_size, (1, tokens), generator=generator).repeat(1, repeats)
     with torch.no_grad():
         model.base_model(text.to(model.device), **{cache_argument(model.base_model): cache})
-        scores = torch.stack([_scores(layer, tokens) for layer in cache.layers], dim=1)
+        scores = torch.stack([_scores(each, tokens) for each in cache.layers if not each.is_sliding], dim=1)
     cache.close()
     layers, key_heads, group = scores.shape[1:]
     chosen = torch.zeros(layers * key_heads * group, dtype=torch.bool)
     for score, share in zip(scores.flatten(1).cpu(), (echo, induction), strict=True):
-        chosen[score.topk(math.ceil(share * len(score))).indices] = True
+        chosen[highest(score, part(len(score), share, up=True))] = True
     by_layer = chosen.view(layers, key_heads, group).any(-1)
     return RetrievalHeads(key_heads, tuple(tuple(each.nonzero().flatten().tolist()) for each in by_layer))
 

@@ -11,6 +11,7 @@ from torch.nn.functional import max_pool1d
 from ..errors import ParameterError, UnsupportedError
 from .attention import weights
 from .libraries import cache_utils
+from .merging import highest
 from .options import at_least
 
 __all__ = ["CompressedLayer", "RunningLayer", "ScoredLayer", "taken"]
@@ -209,7 +210,7 @@ class CompressedLayer(RunningLayer):
         """
         length = scores.shape[-1]
         inner = scores[..., self.sinks : length - self.window]
-        chosen = inner.topk(self.budget - self.sinks - self.window).indices.sort().values + self.sinks
+        chosen = highest(inner, self.budget - self.sinks - self.window).sort().values + self.sinks
         first = torch.arange(self.sinks, device=scores.device).expand(*scores.shape[:2], -1)
         last = torch.arange(length - self.window, length, device=scores.device).expand(*scores.shape[:2], -1)
         return torch.cat((first, chosen, last), dim=-1)

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-__all__ = ["absorb", "added", "fold", "nearest", "shares"]
+__all__ = ["absorb", "added", "fold", "highest", "nearest", "shares"]
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Return the places of the highest scores, the highest first, shape [..., count]; of equal ones the first.
+
+    `torch.topk` takes any of those that are equal to the smallest one that it returns, so that the choice may depend on the
+    machine and on the batch.
+    """
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
 
 
 def nearest(keys: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

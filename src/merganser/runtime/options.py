@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 from ..errors import ParameterError
 
-__all__ = ["at_least", "in_range"]
+__all__ = ["at_least", "in_range", "part"]
+
+
+def part(count: int, share: float | Fraction, *, up: bool = False) -> int:
+    """Return a share of a number, rounded down, or up.
+
+    The share is what it reads as: 0.07 of 100 is 7, though the product of floating-point numbers is above 7, and 0.29 of 100
+    is 29, though it is below.
+    """
+    exact = (share if isinstance(share, Fraction) else Fraction(str(float(share)))) * count
+    return math.ceil(exact) if up else math.floor(exact)
 
 
 def at_least(name: str, value: object, least: int) -> int:

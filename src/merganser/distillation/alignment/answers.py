@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .groups import Groups, byte_groups
 
-__all__ = ["Reading", "answer_groups", "stretches"]
+__all__ = ["Reading", "Stretch", "answer_groups", "stretches"]
 
 _WHITE = b" \t\n\r"
 # bytes of a letter of several bytes but its first one: a text that was cut may begin with them
@@ -43,31 +44,45 @@ class Reading:
         return int(self.ends[token - 1]) if token else 0
 
 
+class Stretch(NamedTuple):
+    """A stretch of tokens that count, in two readings.
+
+    Args:
+        first: Its first token in the one.
+        other_first: Its first token in the other.
+        groups: Its groups, whose indices are counted from there.
+        alike: Whether both begin with the same bytes, so that what one says before its first token is about those of the other.
+    """
+
+    first: int
+    other_first: int
+    groups: Groups
+    alike: bool
+
+
 def stretches(reading: Reading) -> list[tuple[int, int]]:
     """Return the first token of each stretch of tokens that count, and the one after its last."""
     edges = np.flatnonzero(np.diff(reading.counted.astype(np.int8), prepend=0, append=0))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def answer_groups(one: Reading, other: Reading) -> Iterator[tuple[int, int, Groups]]:
+def answer_groups(one: Reading, other: Reading) -> Iterator[Stretch]:
     """Align the first, second, ... stretch of tokens that count in both readings.
 
     Where they begin with different white space, or with the end of a letter that was cut, that is left out, as tokenizers of
     sentencepiece put a space there; from the first byte where the stretches differ nothing is aligned.
-
-    Yields:
-        For each stretch its first token in both readings, and its groups, whose indices are counted from there.
     """
     pairs = [*zip(stretches(one), stretches(other), strict=False)]
     if len(stretches(one)) != len(stretches(other)):
         return
     for own, others in pairs:
         white, other_white = _lead(one, own), _lead(other, others)
-        if white == other_white:
+        alike = white == other_white
+        if alike:
             white = other_white = b""
         (text, ends), (other_text, other_ends) = _core(one, own, len(white)), _core(other, others, len(other_white))
         same = _common(text, other_text)
-        yield own[0], others[0], byte_groups(ends[ends <= same], other_ends[other_ends <= same])
+        yield Stretch(own[0], others[0], byte_groups(ends[ends <= same], other_ends[other_ends <= same]), alike)
 
 
 def _lead(reading: Reading, stretch: tuple[int, int]) -> bytes:

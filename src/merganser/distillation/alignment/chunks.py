@@ -63,7 +63,7 @@ def chunks(
     numbers = np.full(len(student.ids), -1, np.int64)
     found: list[float] = []
     ends: list[int] = []
-    for start, other_start, groups in answer_groups(student, source):
+    for start, other_start, groups, _ in answer_groups(student, source):
         own, others = _with_bytes(student), _with_bytes(source)
         opened: tuple[int, int] | None = None
         for number in range(len(groups)):

@@ -63,7 +63,8 @@ def same_reading(one: Reading, other: Reading) -> int:
 def lesson_by_bytes(student: Reading, source: Reading, predictions: Predictions, table: Table, *, same: bool) -> Lesson:
     """Take over predictions wherever tokens of both models end at the same byte.
 
-    At such a place both predict what follows. Probabilities of tokens that go to one token of the student are added; those of
+    At such a place both predict what follows, but for the beginning of an answer before which only one of them writes white
+    space: there the source says what comes behind it. Probabilities of tokens that go to one token of the student are added; those of
     tokens that go to none are part of the rest. With one tokenizer this is the identity.
 
     Args:
@@ -79,9 +80,9 @@ def lesson_by_bytes(student: Reading, source: Reading, predictions: Predictions,
         return _lesson(places, places, predictions, table, same=True)
     own: list[int] = []
     others: list[int] = []
-    for start, other_start, groups in answer_groups(student, source):
-        own += (groups.starts + start).tolist()
-        others += (groups.other_starts + other_start).tolist()
+    for start, other_start, groups, alike in answer_groups(student, source):
+        own += (groups.starts + start).tolist()[not alike :]
+        others += (groups.other_starts + other_start).tolist()[not alike :]
         if len(groups):
             ends = int(groups.stops[-1]) + start, int(groups.other_stops[-1]) + other_start
             if _same_special(student, source, *ends, table):

@@ -10,6 +10,8 @@ __all__ = ["Knorm"]
 class Knorm(CompressedLayer):
     """Keep the entries whose keys have the smallest Euclidean norm.
 
+    Where a model normalises its keys (Qwen3, Gemma 3), their norms differ by the trained weights of that alone.
+
     Differs from the paper:
         Sinks and window are kept whatever their norm; the paper leaves the first two layers whole.
     """

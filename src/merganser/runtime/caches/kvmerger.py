@@ -8,7 +8,8 @@ from torch.nn.functional import cosine_similarity
 
 from ...errors import ParameterError
 from ..layer import ScoredLayer, taken
-from ..options import in_range
+from ..merging import highest
+from ..options import in_range, part
 
 __all__ = ["KVMerger"]
 
@@ -54,7 +55,7 @@ class KVMerger(ScoredLayer):
             raise ParameterError(f"mass: must be 'logits' or 'values', not {mass!r}")
         # h entries cut what may be merged into at most h + 1 runs, each of which leaves one entry: 2 h + 1 must fit
         free = budget - sinks - window
-        self.heavy, self.mass = min(int(heavy * free), (free - 1) // 2), mass
+        self.heavy, self.mass = min(part(free, heavy), (free - 1) // 2), mass
 
     def first(self, keys: Tensor) -> dict[str, Tensor]:
         """Count one token per entry."""
@@ -92,11 +93,11 @@ class KVMerger(ScoredLayer):
         length = scores.shape[-1]
         free = torch.zeros_like(scores, dtype=torch.bool)
         free[..., self.sinks : length - self.window] = True
-        heavy = self.pooled(scores).masked_fill(~free, -1.0).topk(self.heavy).indices
+        heavy = highest(self.pooled(scores).masked_fill(~free, -1.0), self.heavy)
         free = free.scatter(-1, heavy, False)
         similar = cosine_similarity(self.keys[..., 1:, :].float(), self.keys[..., :-1, :].float(), dim=-1)
         similar = similar.masked_fill(~(free[..., 1:] & free[..., :-1]), float("-inf"))
-        nearest = similar.topk(length - self.budget).indices + 1
+        nearest = highest(similar, length - self.budget) + 1
         return torch.zeros_like(free).scatter(-1, nearest, True)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..layer import RunningLayer, taken
-from ..options import at_least, in_range
+from ..merging import highest
+from ..options import at_least, in_range, part
 
 __all__ = ["MiniCache"]
 
@@ -125,7 +126,7 @@ class _Shared:
         assert self.pending is not None
         lower, self.pending = self.pending, None
         direction, cosine = between(lower.float(), new.float(), self.t)
-        apart = cosine.topk(int(self.retained * new.shape[-2]), largest=False).indices
+        apart = highest(-cosine, part(new.shape[-2], self.retained))
         added = {
             "direction": direction.to(new.dtype),
             "length 0": lower.float().norm(dim=-1).to(new.dtype),

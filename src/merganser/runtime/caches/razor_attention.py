@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ParameterError
-from ..options import at_least, in_range
+from ..options import at_least, in_range, part
 from .uneven import UnevenLayer
 
 __all__ = ["RazorAttention"]
@@ -44,7 +44,9 @@ class RazorAttention(UnevenLayer):
         if chosen is None:
             raise ParameterError(f"heads: must be what find_retrieval_heads returns, not {type(heads).__name__}")
         if len(chosen) != layers:
-            raise ParameterError(f"heads: they are those of {len(chosen)} layers, and the model has {layers}")
+            raise ParameterError(
+                f"heads: they are those of {len(chosen)} layers, and the model has {layers} that attend to all tokens"
+            )
         made = [cls(**options) for _ in range(layers)]
         for layer, own in zip(made, chosen, strict=True):
             layer.whole = own
@@ -75,7 +77,7 @@ class RazorAttention(UnevenLayer):
 
     def _drop(self) -> None:
         """Put what is neither sink nor recent into the mean."""
-        most = self.sinks + max(self.window, int(self.share * self.seen))
+        most = self.sinks + max(self.window, part(self.seen, self.share))
         extra = self.seen - self.far - most
         if extra <= 0:
             return

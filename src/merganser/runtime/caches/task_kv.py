@@ -11,7 +11,8 @@ from torch import Tensor
 from ...errors import UnsupportedError
 from ..attention import outputs, weights
 from ..layer import taken
-from ..options import at_least, in_range
+from ..merging import highest
+from ..options import at_least, in_range, part
 from .uneven import UnevenLayer, by_order
 
 __all__ = ["TaskKV", "distances"]
@@ -83,7 +84,7 @@ class TaskKV(UnevenLayer):
         mean = outputs(self.queries, self.keys, self.values, self.scaling).to(self.queries.dtype)
         distance = distances(mean, self.projection).reshape(*self.keys.shape[:2], -1).amax(-1)
         order = distance.argsort(dim=-1, descending=True, stable=True)
-        self.part(self.keys, self.values, order, int(self.share * self.keys.shape[1] + 0.5))
+        self.part(self.keys, self.values, order, (part(2 * self.keys.shape[1], self.share) + 1) // 2)
         self.keys = self.values = self.keys.new_zeros(0)
 
     def _drop(self) -> None:
@@ -101,7 +102,7 @@ class TaskKV(UnevenLayer):
         length = near.shape[-2]
         score[..., : self.sinks] = float("inf")
         score[..., length - self.window :] = float("inf")
-        kept = score.topk(most).indices.sort().values
+        kept = highest(score, most).sort().values
         for name in ("near keys", "near values"):
             self.held[name] = taken(self.held[name], kept)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import ParameterError
 from ..merging import absorb, added
-from ..options import in_range
+from ..options import in_range, part
 from .tome import tome
 
 __all__ = ["ImageTokens", "aim"]
@@ -52,7 +52,7 @@ def aim(features: Tensor, keep: float = 0.25) -> ImageTokens:
     if features.dim() != 3 or not features.shape[1]:
         raise ParameterError(f"features: must have the shape [images, tokens, d], not {list(features.shape)}")
     in_range("keep", keep, 0, 1, above=True)
-    least = -int(-features.shape[1] * keep // 1)
+    least = part(features.shape[1], keep, up=True)
     places = torch.arange(features.shape[1], device=features.device).expand(features.shape[:2])
     sizes = torch.ones_like(places)
     while features.shape[1] > least:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ...errors import ParameterError
-from ..options import at_least, in_range
+from ..merging import highest
+from ..options import at_least, in_range, part
 
 __all__ = ["VideoTokens", "holitom", "segments"]
 
@@ -73,7 +74,7 @@ def holitom(
     count, tokens = features.shape[:2]
     same = cosine_similarity(features[:-1].float(), features[1:].float(), dim=-1) > similarity
     cuts, saved = segments(same)
-    share = min(keep * count * tokens / (count * tokens - saved), 1.0)
+    share = min(Fraction(str(float(keep))) * count * tokens / (count * tokens - saved), Fraction(1))
     rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for first, last in cuts:
         still = (
@@ -128,7 +129,7 @@ def segments(same: Tensor) -> tuple[list[tuple[int, int]], int]:
 def _moving(
     own: Tensor,
     places: Tensor,
-    share: float,
+    share: Fraction,
     neighbours: int,
     attention: Tensor | None,
     frame: int,
@@ -136,11 +137,11 @@ def _moving(
     merged: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return features, places and sizes of what stays of a frame's tokens that are not the same in the next."""
-    count = math.ceil(len(own) * share)
+    count = part(len(own), share, up=True)
     if attention is None:
         return _clustered(own, places, count, neighbours)
-    attended = round(count * (1 - merged))
-    chosen = attention[frame, ~still].topk(attended).indices.sort().values
+    attended = round(count * (1 - Fraction(str(float(merged)))))
+    chosen = highest(attention[frame, ~still], attended).sort().values
     rest = torch.ones(len(own), dtype=torch.bool, device=own.device).scatter(0, chosen, False)
     if count == attended:
         return own[chosen], places[chosen], torch.ones_like(chosen)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ...errors import ParameterError, did_you_mean
-from ..options import in_range
+from ..options import in_range, part
 from .pitome import pitome
 from .tome import tome
 
@@ -55,4 +55,4 @@ class Plan:
 
     def number(self, layer: int, tokens: int) -> int:
         """Return how many of a layer's tokens go."""
-        return self.numbers[layer] if self.ratio is None else int(tokens - tokens * self.ratio)
+        return self.numbers[layer] if self.ratio is None else tokens - part(tokens, self.ratio, up=True)

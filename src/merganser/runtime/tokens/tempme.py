@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ParameterError, UnsupportedError
-from ..options import at_least, in_range
+from ..options import at_least, in_range, part
 from .encoder import QWEN, TokenMerging, installed, parts
 from .plan import Plan
 from .tome import tome
@@ -72,7 +72,7 @@ class FrameMerging(TokenMerging):
         return self._without(hidden, metric, r, 0.0)
 
     def _number(self, share: float, tokens: int) -> int:
-        return min(int(tokens * share), (tokens - self._first) // 2)
+        return min(part(tokens, share), (tokens - self._first) // 2)
 
     def _joined(self, tokens: Tensor, count: int) -> Tensor:
         """Return the tokens of neighbouring clips as those of one: class tokens first, then patches clip by clip."""

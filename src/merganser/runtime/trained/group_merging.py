@@ -84,7 +84,7 @@ class SemanticAlignment(nn.Module):
 
     def __init__(self, model: Any, layers: int = 1):
         super().__init__()
-        check_model("semantic alignment", model)
+        check_model("semantic alignment", model, windows=False)
         decoder = model.base_model
         if at_least("layers", layers, 1) > len(decoder.layers):
             raise ParameterError(f"layers: the model has {len(decoder.layers)}, not {layers}")
