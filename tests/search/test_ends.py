@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from merganser.search.objectives import Objective
+from merganser.search.scoring.objectives import Objective
 
 from merganser.evaluation.scoring.estimate import Estimate
 from merganser.search.ends import difference
