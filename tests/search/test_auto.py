@@ -17,7 +17,7 @@ from merganser.evaluation.scoring.estimate import Estimate
 from merganser.recipe import check_recipe, load_recipe
 from merganser.search.auto import Choice, Interrupted, auto
 from merganser.search.auto import run as auto_run
-from merganser.search.auto.begin import notes_of_same, notes_of_useless
+from merganser.search.auto.begin import fields_of, notes_of_same, notes_of_useless
 from merganser.search.auto.budget import Budget, keep_waves
 from merganser.search.auto.outcome import Above, recommend
 from merganser.search.auto.portfolio import around, candidates
@@ -290,6 +290,27 @@ def test_experts_that_are_alike_or_best_at_nothing() -> None:
         "cool is the best at no task, so nothing of its own is measured, and merges may lose it: give a task of its field, "
         "or leave it out"
     ]
+
+
+def test_a_task_on_which_a_model_gains_little_beside_its_own_is_no_field() -> None:
+    base, maths, code = (Model(name, name, Path(name)) for name in ("base", "maths", "code"))
+    bits = {  # maths gains 20 % on its own task and 3.9 % on novels, code 4 % on its own, which no other task outdoes
+        "base": {"sums": 1.0, "novels": 2.0, "programs": 1.0},
+        "maths": {"sums": 0.8, "novels": 1.922, "programs": 1.1},
+        "code": {"sums": 1.0, "novels": 2.0, "programs": 0.96},
+    }
+    figures = {
+        name: {f"{task}/bits": Estimate(value, 0.01) for task, value in own.items()}
+        | {"quiz/accuracy": Estimate(0.5 + (0.1 if name == "maths" else 0), 0.01)}
+        for name, own in bits.items()
+    }
+    best = {"sums": maths, "novels": maths, "programs": code, "quiz": maths}
+    mains = {**dict.fromkeys(("sums", "novels", "programs"), ("bits", False)), "quiz": ("accuracy", True)}
+    fields, notes = fields_of(best, base, figures, mains)
+    assert fields == {"sums": maths, "programs": code, "quiz": maths}
+    assert notes == ["novels does not count as a domain: maths, the best at it, gains 3.9% there and 20.0% at sums"]
+    figures["maths"]["novels/bits"] = Estimate(1.55, 0.01)
+    assert fields_of(best, base, figures, mains) == (best, [])
 
 
 def test_a_trial_around_is_the_best_only_if_it_is_better_than_the_recipes() -> None:

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from merganser.search.scoring.objectives import Objective
 
 from merganser.evaluation.scoring.estimate import Estimate
 from merganser.search.ends import difference
+from merganser.search.scoring.objectives import Objective
 
 LOWER = Objective("x", ((1.0, "x"),), "minimize")
 

@@ -12,13 +12,14 @@ from ...jsonfile import os_reason
 from ..folder import Folder
 from ..scoring.bench import Bench, Failed, Model
 from ..scoring.judge import ItemJudge
-from ..scoring.objectives import parse_objectives
+from ..scoring.objectives import Figures, parse_objectives
 from ..trials import Progress
 from .budget import keep_waves
 
 __all__ = [
     "check_experts",
     "check_merged",
+    "fields_of",
     "notes_of_same",
     "notes_of_useless",
     "open_judge",
@@ -30,6 +31,10 @@ __all__ = [
 _SURE = 3.0
 """Standard errors by which a model must beat the base on a task: more than for an expert that is named, since the best of
 several models is taken, and a share of a gain that is noise has no meaning."""
+
+_BESIDE = 0.2
+"""Share of its largest gain that a model must gain on another task, for that to be its field, too. Texts of no model's field
+are often a little easier after any training; shares of so small a gain are so noisy that they would decide the mean."""
 
 
 def check_experts(base: str, experts: Sequence[str], out: str) -> None:
@@ -104,7 +109,10 @@ def open_judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[s
     for task, split in bench.table.splits.items():
         sign = 1.0 if split.higher[split.main] else -1.0
         best[task] = max(experts, key=lambda m: sign * figures[m.name][f"{task}/{split.main}"].value)
-    judge = ItemJudge(bench, base, best, stopping=True)
+    mains = {task: (split.main, split.higher[split.main]) for task, split in bench.table.splits.items()}
+    fields, notes = fields_of(best, base, figures, mains)
+    judge = ItemJudge(bench, base, fields, stopping=True)
+    judge.notes += notes
     try:
         judge.measure_references(_SURE)
     except TaskError:
@@ -115,6 +123,38 @@ def open_judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[s
     judge.objectives = parse_objectives((), judge.known, judge.default)
     counted = {name.partition("/")[2] for name in judge.known if name.startswith("recovered/")}
     return judge, {task: model.name for task, model in best.items() if task in counted}
+
+
+def fields_of(
+    best: Mapping[str, Model], base: Model, figures: Mapping[str, Figures], mains: Mapping[str, tuple[str, bool]]
+) -> tuple[dict[str, Model], list[str]]:
+    """Return the tasks on which the best model gains much, beside its other tasks, and what is to be said of the rest.
+
+    Gains are compared among tasks of one metric: of metrics where less is better, such as bits, as shares of the base's figure.
+
+    Args:
+        best: The best model of each task.
+        base: The base.
+        figures: Figures of each model, by its name and `TASK/METRIC`.
+        mains: Main metric of each task, and whether higher is better.
+    """
+    gains: dict[str, float] = {}
+    for task, model in best.items():
+        metric, higher = mains[task]
+        own, origin = (figures[each.name][f"{task}/{metric}"].value for each in (model, base))
+        gains[task] = own - origin if higher else (origin - own) / (abs(origin) or 1.0)
+    fields, notes = {}, []
+    for task, model in best.items():
+        others = [other for other in best if best[other].key == model.key and mains[other] == mains[task]]
+        most = max(others, key=gains.__getitem__)
+        if gains[task] > 0 and gains[task] < _BESIDE * gains[most]:
+            notes.append(
+                f"{task} does not count as a domain: {model.name}, the best at it, gains {gains[task]:.1%} there and "
+                f"{gains[most]:.1%} at {most}"
+            )
+        else:
+            fields[task] = model
+    return fields, notes
 
 
 def settle_waves(
