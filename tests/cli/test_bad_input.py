@@ -147,7 +147,7 @@ BOMB = "merge_method: linear\na: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 RECIPES: list[Case] = [
     ("no file", lambda folder: None, "r.yaml: there is no such recipe file"),
-    ("empty", text(""), "the recipe is empty"),
+    ("empty", text(""), "the recipe is empty; it needs at least merge_method and models"),
     ("not YAML", text("merge_method: [\n"), "r.yaml:2: not valid YAML"),
     ("tab", text("models:\n\t- model: a\n"), "a tab cannot indent a line; use spaces"),
     ("not a mapping", text("- a\n- b\n"), "a recipe is a mapping"),
@@ -174,7 +174,7 @@ RECIPES: list[Case] = [
     ("too long range", sliced(0, 3), "is too long: a has 2 layers"),
     ("no such adapter", document(models=linear("a+./lora")["models"]), "adapter './lora' not found: no such folder"),
     ("no vocabulary", document(tokenizer_source="union"), "the vocabulary of a is not known"),
-    ("modules", text("merge_method: linear\nmodules: {text: {models: []}}\n"), "the list is empty"),
+    ("modules", text("merge_method: linear\nmodules: {text: {models: []}}\n"), "the list is empty; write at least one entry, or leave the key out"),
 ]
 
 CHECKPOINTS: list[Case] = [

@@ -41,7 +41,7 @@ def test_each_source_may_have_data_of_its_own() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a typo": ({"studnet": "s"}, "unknown key 'studnet'. Did you mean 'student'? Allowed: student, sources"),
     "no student": ({"student": None}, "'student' is missing"),
-    "no sources": ({"sources": []}, "sources: the list is empty"),
+    "no sources": ({"sources": []}, "sources: the list is empty; write at least one entry, or leave the key out"),
     "a merge": ({"merge_method": "ties"}, "this recipe has a merge_method; merganser merge runs it"),
     "nothing in a source": ({"sources": [{}]}, "sources[0]: give a model, or the cache of one"),
     "both in a source": ({"sources": [{"model": "a", "cache": "b"}]}, "one of the keys 'model' and 'cache'"),

@@ -22,18 +22,21 @@ def _source(layer_range: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\n", "<recipe>: the recipe is empty"),
-        ("# nothing\n---\n", "<recipe>: the recipe is empty"),
+        ("\n", "<recipe>: the recipe is empty; it needs at least merge_method and models"),
+        ("# nothing\n---\n", "<recipe>: the recipe is empty; it needs at least merge_method and models"),
         ("- a\n- b\n", "<recipe>:1: a recipe is a mapping with lines such as 'merge_method: linear', got a list"),
         (
             "word\nword\n",
             "<recipe>:1: a recipe is a mapping with lines such as 'merge_method: linear', got 'word word'",
         ),
-        (MODELS, "<recipe>:1: 'merge_method' is missing"),
-        ("merge_method:\n" + MODELS, "<recipe>:1: 'merge_method' is missing"),
+        (MODELS, "<recipe>:1: 'merge_method' is missing; add it"),
+        ("merge_method:\n" + MODELS, "<recipe>:1: 'merge_method' is missing; add it"),
         ("merge_method: [ties]\n" + MODELS, "<recipe>:1 merge_method: expected a text, got a list"),
         ("merge_method: 7\n" + MODELS, "<recipe>:1 merge_method: expected a text, got 7; put it in quotes"),
-        ("merge_method: ' '\n" + MODELS, "<recipe>:1 merge_method: the text is empty"),
+        (
+            "merge_method: ' '\n" + MODELS,
+            "<recipe>:1 merge_method: the text is empty; write a value, or leave the key out",
+        ),
         (
             f"merge_method: {'x' * 5000}\n" + MODELS,
             "<recipe>:1 merge_method: a text of 5,000 characters; 1,000 are allowed",
@@ -51,7 +54,10 @@ def _source(layer_range: str) -> str:
             LINEAR + "slices: []\n",
             "<recipe>:1: a recipe has exactly one of models, slices and modules, got models and slices",
         ),
-        ("merge_method: linear\nmodels: []\n", "<recipe>:2 models: the list is empty"),
+        (
+            "merge_method: linear\nmodels: []\n",
+            "<recipe>:2 models: the list is empty; write at least one entry, or leave the key out",
+        ),
         (
             "merge_method: linear\nmodels: {model: a}\n",
             "<recipe>:2 models: expected a list (lines that start with '- '), got a mapping",
@@ -64,7 +70,7 @@ def _source(layer_range: str) -> str:
             "merge_method: linear\nmodels:\n  - model: a\n    parametres: {}\n",
             "<recipe>:4 models[0]: unknown key 'parametres'. Did you mean 'parameters'? Allowed: model, adapter, parameters, name, statistics, data, base_statistics",
         ),
-        ("merge_method: linear\nmodels: [{parameters: {}}]\n", "<recipe>:2 models[0]: 'model' is missing"),
+        ("merge_method: linear\nmodels: [{parameters: {}}]\n", "<recipe>:2 models[0]: 'model' is missing; add it"),
         (
             "merge_method: linear\nmodels: [{model: a@b@c}]\n",
             "<recipe>:2 models[0].model: a model is written path[@revision][+lora[@revision]], got 'a@b@c'; where a path "
@@ -129,7 +135,7 @@ def _source(layer_range: str) -> str:
             )
             for bad in ("[2]", "2", "[0, 1.5]", "[true, 2]", "[0, 2, 4]")
         ),
-        (_source(""), "<recipe>:4 slices[0].sources[0]: 'layer_range' is missing"),
+        (_source(""), "<recipe>:4 slices[0].sources[0]: 'layer_range' is missing; add it"),
         (
             _source("[0, 2]") + "      - {model: b, layer_range: [2, 5]}\n",
             "<recipe>:3 slices[0].sources: all sources of a slice must have as many layers, got [0, 2], [2, 5]",
@@ -139,8 +145,14 @@ def _source(layer_range: str) -> str:
             "<recipe>:6 slices[0]: unknown key 'layer_range'. Write it next to 'model' in the 'sources' of a slice. Allowed: sources, parameters, base_model, residual_weight",
         ),
         (LINEAR + "parameters: 3\n", "<recipe>:3 parameters: expected a mapping, got 3"),
-        (LINEAR + "parameters:\n  weight:\n", "<recipe>:4 parameters: 'weight' has no value"),
-        (LINEAR + "parameters: {weight: []}\n", "<recipe>:3 parameters.weight: the list is empty"),
+        (
+            LINEAR + "parameters:\n  weight:\n",
+            "<recipe>:4 parameters: 'weight' has no value; write one, or leave it out",
+        ),
+        (
+            LINEAR + "parameters: {weight: []}\n",
+            "<recipe>:3 parameters.weight: the list is empty; write at least one entry, or leave the key out",
+        ),
         (
             LINEAR + "parameters: {weight: [[1]]}\n",
             "<recipe>:3 parameters.weight[0]: expected a number, flag or text, got a list",
@@ -149,7 +161,7 @@ def _source(layer_range: str) -> str:
             LINEAR + "parameters: {weight: [1, ~]}\n",
             "<recipe>:3 parameters.weight[1]: expected a number, flag or text, got nothing",
         ),
-        (LINEAR + "parameters: {weight: {filter: x}}\n", "<recipe>:3 parameters.weight: 'value' is missing"),
+        (LINEAR + "parameters: {weight: {filter: x}}\n", "<recipe>:3 parameters.weight: 'value' is missing; add it"),
         (
             LINEAR + "parameters:\n  weight:\n    - filter: x\n      vaule: 1\n",
             "<recipe>:6 parameters.weight[0]: unknown key 'vaule'. Did you mean 'value'? Allowed: filter, value",
@@ -183,7 +195,7 @@ def test_malformed(text: str, message: str) -> None:
     [
         ("{x: {source: aa}}", "tokenizer.tokens.x.source: 'aa' is not a model of this recipe. Did you mean 'a'? It has a, b"),
         ("{x: }", "tokenizer.tokens: 'x' has no rule, such as 'source: MODEL'"),
-        ("{x: {force: true}}", "tokenizer.tokens.x: 'source' is missing"),
+        ("{x: {force: true}}", "tokenizer.tokens.x: 'source' is missing; add it"),
         ("{x: {sorce: a}}", "tokenizer.tokens.x: unknown key 'sorce'. Did you mean 'source'? Allowed: source, force"),
         (
             "{x: {source: {kind: zeros}}}",

@@ -117,14 +117,18 @@ def test_a_lone_base_is_a_further_model_of_each_module_of_whole_models() -> None
     ("module", "kind", "message"),
     [
         ("{}", RecipeError, "<recipe>:2 modules: names no module"),
-        ("{encoder: }", RecipeError, "<recipe>:2 modules: 'encoder' has no value"),
+        ("{encoder: }", RecipeError, "<recipe>:2 modules: 'encoder' has no value; write its models, or leave it out"),
         ("{encoder: []}", RecipeError, "<recipe>:2 modules.encoder: expected a mapping"),
         ("{encoder: {modles: []}}", RecipeError, "<recipe>:2 modules.encoder: unknown key 'modles'"),
         ("{encoder: {parameters: {}}}", RecipeError, "modules.encoder: a module has exactly one of models and slices"),
         ("{default: {models: [{model: a}]}, x: {}}", RecipeError, "'default' is the name of the only module"),
         ("{default: {}}", RecipeError, "<recipe>:2 modules.default: a module has exactly one of models and slices"),
         ("{default: {models: [{model: a}], slices: []}}", RecipeError, "exactly one of models and slices"),
-        ("{default: {models: []}}", RecipeError, "<recipe>:2 modules.default.models: the list is empty"),
+        (
+            "{default: {models: []}}",
+            RecipeError,
+            "<recipe>:2 modules.default.models: the list is empty; write at least one entry, or leave the key out",
+        ),
         ("[a]", RecipeError, "<recipe>:2 modules: expected a mapping"),
     ],
 )

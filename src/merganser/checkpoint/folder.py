@@ -76,7 +76,9 @@ def open_checkpoint(
     elif path is None:
         raise NotFoundError(f"model {reference!r} not found: no such file or folder")
     elif revision is not None:
-        raise CheckpointError(f"{reference}: revision {revision!r} is given, but the model is a folder on this machine")
+        raise CheckpointError(
+            f"{reference}: revision {revision!r} is given, but the model is a folder on this machine; leave the revision out"
+        )
     try:
         found = _open_folder(reference, path, partial) if path.is_dir() else _open_file(reference, path)
     except OSError as error:
@@ -117,7 +119,9 @@ def open_tokenizer(
 
 def _existing(reference: str) -> Path | None:
     if not reference.strip() or "\0" in reference:
-        raise NotFoundError(f"model {reference!r} not found: the path is empty or holds a NUL character")
+        raise NotFoundError(
+            f"model {reference!r} not found: the path is empty or holds a NUL character; write the path of a folder or a file"
+        )
     try:
         path = Path(reference).expanduser()
         path.stat()
@@ -204,7 +208,7 @@ def _open_gguf(reference: str, folder: Path, *names: str) -> Checkpoint:
         config = _read_config(folder)
     tensors = {tensor.name: tensor for tensor in found.tensors}
     if not tensors:
-        raise CheckpointError(f"{files[0]}: holds no tensors")
+        raise CheckpointError(f"{files[0]}: holds no tensors; fetch it again, or give the file that has the weights")
     types = f"{', '.join(found.schemes)} ({files[0].name})" if found.schemes else None
     quantisation = None if types is None else Quantisation(types, found.schemes)
     return Checkpoint(reference, folder, config, tensors, files, {}, quantisation=quantisation, left_out=found.left_out)
@@ -275,7 +279,7 @@ def _assemble(reference: str, folder: Path, files: list[Path], partial: Partial 
                 )
             tensors[tensor.name] = tensor
     if not tensors:
-        raise CheckpointError(f"{files[0]}: holds no tensors")
+        raise CheckpointError(f"{files[0]}: holds no tensors; fetch it again, or give the file that has the weights")
     return Checkpoint(reference, folder, _read_config(folder), tensors, files, metadata, remote=remote)
 
 
@@ -303,7 +307,9 @@ def _check_name(tensor: TensorInfo) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"{tensor.file}: tensor {name!r}: the name is not valid Unicode") from None
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name!r}: the name is not valid Unicode; rename the tensor"
+        ) from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

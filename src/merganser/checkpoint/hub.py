@@ -235,7 +235,13 @@ def refuse(model: str, revision: str | None, error: Exception) -> NoReturn:
     if isinstance(error, errors.HFValidationError):
         raise NotFoundError(f"model {model!r} not found: no such folder, and not a valid id of the Hub") from None
     if isinstance(error, errors.HfHubHTTPError):
-        raise CheckpointError(f"model {model!r}: the Hub answered with status {error.response.status_code}") from None
+        raise CheckpointError(
+            f"model {model!r}: the Hub answered with status {error.response.status_code}; try again later"
+        ) from None
     if isinstance(error, OSError):
-        raise CheckpointError(f"model {model!r}: could not be fetched: {os_reason(error)}") from None
-    raise CheckpointError(f"model {model!r}: could not be fetched: {type(error).__name__}") from None
+        raise CheckpointError(
+            f"model {model!r}: could not be fetched: {os_reason(error)}; check the connection, and run the command again"
+        ) from None
+    raise CheckpointError(
+        f"model {model!r}: could not be fetched: {type(error).__name__}; check the connection, and run the command again"
+    ) from None

@@ -130,7 +130,7 @@ def read_free(path: Path, entry: Entry) -> FreeValue:
     log = fields["log"].flag() if "log" in fields else False
     step = _number(fields["step"]) if "step" in fields else None
     if log and step is not None:
-        raise fields["step"].error("a logarithmic range has no step")
+        raise fields["step"].error("a logarithmic range has no step; leave 'step' or 'log' out")
     if log and bounds is not None and bounds[0] <= 0:
         raise fields["search"].error(f"a logarithmic range begins above 0, got {bounds[0]:g}")
     if step is not None and (step <= 0 or (bounds is not None and step > bounds[1] - bounds[0])):
@@ -153,10 +153,10 @@ def _read_bounds(entry: Entry) -> tuple[float, float] | None:
 def _read_choices(entry: Entry) -> tuple[Any, ...]:
     found = [plain(item.node) for item in entry.items()]
     if len(found) < 2:
-        raise entry.error("one choice is no choice; write the value itself")
+        raise entry.error("a list of one choice; give two or more, or write the value itself")
     for index, choice in enumerate(found):
         if choice in found[:index] and type(choice) is type(found[found.index(choice)]):
-            raise entry.error(f"{shown(choice)} is listed twice")
+            raise entry.error(f"{shown(choice)} is listed twice; list it once")
     return tuple(found)
 
 

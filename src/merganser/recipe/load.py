@@ -114,7 +114,7 @@ def read_documents(source: RecipeSource) -> list[Document]:
             raise
     documents = parse_text(text, file)
     if not documents:
-        raise RecipeError(f"{file}: the recipe is empty")
+        raise RecipeError(f"{file}: the recipe is empty; it needs at least merge_method and models")
     return documents
 
 
@@ -317,7 +317,9 @@ class _Reader:
         settings = {name: Setting.parse(value) for name, value in entry.mapping().items()}
         for name, node in cast("dict[str, Node]", entry.value).items():
             if name not in settings:
-                raise RecipeError(f"{replace(entry.place, line=node.line)}: {shown(name)} has no value")
+                raise RecipeError(
+                    f"{replace(entry.place, line=node.line)}: {shown(name)} has no value; write one, or leave it out"
+                )
         return settings
 
 

@@ -51,7 +51,11 @@ def read_modules(
     written = entry.mapping()
     empty = [name for name in cast("dict[str, Node]", entry.value) if name not in written]
     if empty or not written:
-        raise entry.error(f"{shown(empty[0])} has no value" if empty else "names no module")
+        raise entry.error(
+            f"{shown(empty[0])} has no value; write its models, or leave it out"
+            if empty
+            else "names no module; name one, such as text_decoder"
+        )
     if "default" in written:
         raise written["default"].error("'default' is the name of the only module of a model, and there are others here")
     for name, each in written.items():

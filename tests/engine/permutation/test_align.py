@@ -321,7 +321,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"align": {"unit": ["mlp"]}}, "align: unknown key 'unit'. Did you mean 'units'?"),
     "no mapping": ({"align": "weights"}, "align: expected a mapping with the keys to, by, units, data, got 'weights'"),
     "unknown units": ({"align": {"units": ["head"]}}, "'head' is not known. Did you mean 'heads'?"),
-    "no units": ({"align": {"units": []}}, "the list is empty"),
+    "no units": ({"align": {"units": []}}, "the list is empty; write at least one entry, or leave the key out"),
     "experts by activations": (
         {"align": {"by": "activations", "units": "experts", "data": "a.txt"}},
         "experts are compared by weights only",
@@ -329,7 +329,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "units twice": ({"align": {"units": ["mlp", "mlp"]}}, "names 'mlp' twice"),
     "no data": ({"align": {"by": "activations"}}, "'by: activations' runs the models on text; give 'data' here"),
     "weights with data": ({"align": {"data": "a.txt"}}, "weights are compared without data; add 'by: activations'"),
-    "empty data": ({"align": {"by": "activations", "data": {}}}, "data: says nothing; give files or a dataset"),
+    "empty data": ({"align": {"by": "activations", "data": {}}}, "data: names no data; give files or a dataset"),
     "unknown key of data": (
         {"align": {"by": "activations", "data": {"file": "a.txt"}}},
         "unknown key 'file'. Did you mean 'files'?",
@@ -343,7 +343,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
         "texts.txt: there is no such file",
     ),
     "by what": ({"align": {"by": "weight"}}, "'weight' is not known. Did you mean 'weights'?"),
-    "a model of another recipe": ({"align": {"to": "elsewhere"}}, "elsewhere is no model of this recipe; it has"),
+    "a model of another recipe": ({"align": {"to": "elsewhere"}}, "elsewhere is not a model of this recipe; it has"),
     "statistics": (
         {"merge_method": "regmean", "base_model": "a", "align": {}},
         "the statistics from data that regmean takes are of the models as they are stored",

@@ -99,7 +99,7 @@ def test_documents_keep_their_text() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2\n", "recipe.yaml:2: key 'a' is written twice, first in line 1"),
+        ("a: 1\na: 2\n", "recipe.yaml:2: key 'a' is written twice, first in line 1; remove one of them"),
         (
             "a: !!python/name:os.system\n",
             "recipe.yaml:1: the tag '!!python/name:os.system' is not allowed; recipes hold plain values only",
@@ -107,19 +107,22 @@ def test_documents_keep_their_text() -> None:
         ("a: 1\nb: !!set {x}\n", "recipe.yaml:2: the tag '!!set' is not allowed; recipes hold plain values only"),
         ("a: !mine [1]\n", "recipe.yaml:1: the tag '!mine' is not allowed; recipes hold plain values only"),
         ("a: !!int x\n", "recipe.yaml:1: the tag !!int does not fit 'x'"),
-        ("a: *b\n", "recipe.yaml:1: alias *b has no anchor before it"),
-        ("a: &a\n  - *a\n", "recipe.yaml:2: alias *a is inside the value that it refers to"),
-        ("a: &a 1\n---\nb: *a\n", "recipe.yaml:3: alias *a has no anchor before it"),
-        ("? [a]\n: 1\n", "recipe.yaml:1: a key must be a plain text"),
-        ("a: &a x\n*a : 1\n", "recipe.yaml:2: a key must be a plain text"),
+        ("a: *b\n", "recipe.yaml:1: alias *b has no anchor before it; write &b before the value that it repeats"),
+        ("a: &a\n  - *a\n", "recipe.yaml:2: alias *a is inside the value that it refers to; move it behind that value"),
+        (
+            "a: &a 1\n---\nb: *a\n",
+            "recipe.yaml:3: alias *a has no anchor before it; write &a before the value that it repeats",
+        ),
+        ("? [a]\n: 1\n", "recipe.yaml:1: a key must be a plain text, not a list, mapping or alias"),
+        ("a: &a x\n*a : 1\n", "recipe.yaml:2: a key must be a plain text, not a list, mapping or alias"),
         ("a: {<<: 1}\n", "recipe.yaml:1: '<<' takes a mapping or a list of mappings, got 1"),
         (f"{'k' * 300}: 1\n", "recipe.yaml:1: a key of 300 characters; 200 are allowed"),
         ("a: .inf\n", "recipe.yaml:1: '.inf' is not a finite number"),
         ("a:\n  - -.INF\n", "recipe.yaml:2: '-.INF' is not a finite number"),
         ("a: .NaN\n", "recipe.yaml:1: '.NaN' is not a finite number"),
         ("a: 1e999\n", "recipe.yaml:1: inf is not a finite number"),
-        (f"a: {'9' * 9999}\n", "recipe.yaml:1: a number of too many digits"),
-        ("a: 9223372036854775808\n", "recipe.yaml:1: a number of too many digits"),
+        (f"a: {'9' * 9999}\n", "recipe.yaml:1: a number of too many digits; if it is a text, put it in quotes"),
+        ("a: 9223372036854775808\n", "recipe.yaml:1: a number of too many digits; if it is a text, put it in quotes"),
         ("a:\n\t- b\n", "recipe.yaml:2: not valid YAML: a tab cannot indent a line; use spaces"),
         ("a:\n  - b\nx: \x00\n", "recipe.yaml:3: not valid YAML: a character that is not allowed"),
         (f"a: {'[' * 70}\n", "recipe.yaml:1: a recipe may be nested 64 levels deep at most"),
@@ -198,7 +201,7 @@ def test_text_of_a_mapping_reads_as_the_mapping(value: object) -> None:
         ({1: 2}, "<recipe>: a key must be a short text, got 1"),
         ({"a": {1, 2}}, "<recipe>: a recipe holds texts, numbers, flags, lists and mappings, got 'set'"),
         ({"a": float("nan")}, "<recipe>: nan is not a finite number"),
-        ({"a": 10**400}, "<recipe>: a number of too many digits"),
+        ({"a": 10**400}, "<recipe>: a number of too many digits; if it is a text, put it in quotes"),
     ],
 )
 def test_python_values_refused(value: dict[object, object], message: str) -> None:

@@ -50,7 +50,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "<stdin>: the recipe is empty"),
+        (b"", "<stdin>: the recipe is empty; it needs at least merge_method and models"),
         (b"\xff", "<stdin>:1: the file is not UTF-8 text; save it as UTF-8"),
         (b"x" * 1_000_001, "<stdin>: a recipe may have 1,000,000 characters at most"),
         (LINEAR.encode("utf-16"), "<stdin>:1: the file is not UTF-8 text; save it as UTF-8"),

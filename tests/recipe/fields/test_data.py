@@ -65,10 +65,13 @@ MALFORMED = {
     ),
     "a number": ("data: 3\n", "<recipe>:3 data: expected a text, got 3; put it in quotes"),
     "a number in a list": ("data: [a.txt, 3]\n", "<recipe>:3 data[1]: expected a text, got 3; put it in quotes"),
-    "a list of nothing": ("data: []\n", "<recipe>:3 data: the list is empty"),
-    "nothing": ("data: {}\n", "<recipe>:3 data: says nothing; give files or a dataset"),
-    "only empty keys": ("data: {files: }\n", "<recipe>:3 data: says nothing; give files or a dataset"),
-    "a blank name": ("data: ' '\n", "<recipe>:3 data: the text is empty"),
+    "a list of nothing": (
+        "data: []\n",
+        "<recipe>:3 data: the list is empty; write at least one entry, or leave the key out",
+    ),
+    "nothing": ("data: {}\n", "<recipe>:3 data: names no data; give files or a dataset"),
+    "only empty keys": ("data: {files: }\n", "<recipe>:3 data: names no data; give files or a dataset"),
+    "a blank name": ("data: ' '\n", "<recipe>:3 data: the text is empty; write a value, or leave the key out"),
     "unknown key": (
         "data: {file: a.txt}\n",
         f"<recipe>:3 data: unknown key 'file'. Did you mean 'files'? Allowed: {ALLOWED}",

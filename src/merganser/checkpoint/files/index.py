@@ -72,10 +72,16 @@ def check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Tens
         return
     for name, file in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in no file of the index")
+            raise CheckpointError(
+                f"{index}: tensor {name!r} should be in {file}, but is in no file of the index; fetch the checkpoint again"
+            )
         found = tensors[name].file
         if (id(found), file) not in agreed:
-            raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, but is in {found.name}")
+            raise CheckpointError(
+                f"{index}: tensor {name!r} should be in {file}, but is in {found.name}; fetch the checkpoint again"
+            )
     for name, tensor in tensors.items():
         if name not in weight_map:
-            raise CheckpointError(f"{tensor.file}: tensor {name!r} is not in the index {index.name}")
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} is not in the index {index.name}; fetch the checkpoint again, or remove the file if it belongs to another model"
+            )

@@ -169,7 +169,9 @@ def _complete(where: str, key: tuple[str, int, str], shards: dict[int, str]) -> 
             f"{len(shards)} are there; fetch the checkpoint again"
         )
     if len(shards) > count:
-        raise CheckpointError(f"{where}: shard {max(shards)} of {count} is one too many ({shards[max(shards)]})")
+        raise CheckpointError(
+            f"{where}: shard {max(shards)} of {count} is one too many ({shards[max(shards)]}); remove it if it belongs to another model"
+        )
     return tuple(shards[number] for number in range(1, count + 1))
 
 

@@ -126,7 +126,7 @@ def read_distributed(folder: Path) -> tuple[list[TensorInfo], list[Path], dict[s
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError(f"{file}: is damaged: {_line(error)}; {_CONVERT}") from None
     if not found:
-        raise CheckpointError(f"{file}: lists no tensors")
+        raise CheckpointError(f"{file}: lists no tensors; save the checkpoint again, or {_CONVERT}")
     stored = (part for tensor in found for part in (tensor.stored or (tensor,)))
     return found, sorted({part.file for part in stored}), left_out
 
@@ -196,7 +196,9 @@ def _tensor(folder: Path, name: str, entry: Any, places: dict[Any, Any]) -> Tens
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         place = places.get((name, offsets))
         if place is None:
-            raise CheckpointError(f"{folder}: tensor {name!r}: no file holds its chunk at {list(offsets)}")
+            raise CheckpointError(
+                f"{folder}: tensor {name!r}: no file holds its chunk at {list(offsets)}; are all files of the checkpoint in the folder?"
+            )
         chunks.append(_Chunk(offsets, _chunk(folder, name, dtype, sizes, place)))
     if len(chunks) == 1 and chunks[0].stored.shape == shape:
         return chunks[0].stored

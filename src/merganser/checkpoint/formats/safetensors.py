@@ -166,7 +166,7 @@ def _tensor(file: Path, name: str, entry: Any) -> _Entry:
     try:
         return _parse_tensor(name, entry)
     except _FlawError as flaw:
-        raise CheckpointError(f"{file}: tensor {name!r}: {flaw}") from None
+        raise CheckpointError(f"{file}: tensor {name!r}: {flaw}; fetch the file again, or write it anew") from None
 
 
 class _FlawError(Exception):
@@ -177,7 +177,7 @@ def _parse_tensor(name: str, entry: Any) -> _Entry:
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        raise _FlawError("the name is not valid Unicode") from None
+        raise _FlawError("the name is not valid Unicode; rename the tensor") from None
     if not isinstance(entry, dict):
         raise _FlawError(f"the header's entry must be an object, found {brief(entry)}")
     for key in ("dtype", "shape", "data_offsets"):
@@ -234,9 +234,13 @@ def _check_layout(file: Path, entries: list[_Entry]) -> None:
     position, previous = 0, ""
     for name, _, _, begin, nbytes in entries:
         if begin < position:
-            raise CheckpointError(f"{file}: tensors {previous!r} and {name!r} overlap")
+            raise CheckpointError(
+                f"{file}: tensors {previous!r} and {name!r} overlap; fetch the file again, or write it anew"
+            )
         if begin > position:
-            raise CheckpointError(f"{file}: tensor {name!r}: {begin - position} bytes before it belong to no tensor")
+            raise CheckpointError(
+                f"{file}: tensor {name!r}: {begin - position} bytes before it belong to no tensor; fetch the file again, or write it anew"
+            )
         position, previous = begin + nbytes, name
 
 

@@ -112,7 +112,9 @@ class Fetcher:
             left = self._check(file, start, end, response)
             for part in response.iter_bytes():
                 if len(part) > left:
-                    raise CheckpointError(f"{file}: the server sent more than the range that was asked for")
+                    raise CheckpointError(
+                        f"{file}: the server sent more than the range that was asked for; leave --stream out"
+                    )
                 left -= len(part)
                 yield part
 

@@ -171,12 +171,17 @@ class _Builder:
             self.size = 0
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in self.anchors:
-                raise self.error(line, f"alias *{event.anchor} has no anchor before it")
+                raise self.error(
+                    line,
+                    f"alias *{event.anchor} has no anchor before it; write &{event.anchor} before the value that it repeats",
+                )
             target = self.anchors[event.anchor]
             if target is None:
-                raise self.error(line, f"alias *{event.anchor} is inside the value that it refers to")
+                raise self.error(
+                    line, f"alias *{event.anchor} is inside the value that it refers to; move it behind that value"
+                )
             if self._expects_key():
-                raise self.error(line, "a key must be a plain text")
+                raise self.error(line, "a key must be a plain text, not a list, mapping or alias")
             return self._add(Node(target[0].value, line), target[1])
         elif isinstance(event, yaml.ScalarEvent):
             if self._expects_key():
@@ -188,7 +193,7 @@ class _Builder:
             return self._add(node, 1)
         elif isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
             if self._expects_key():
-                raise self.error(line, "a key must be a plain text")
+                raise self.error(line, "a key must be a plain text, not a list, mapping or alias")
             value: list[Node] | dict[str, Node] = [] if isinstance(event, yaml.SequenceStartEvent) else {}
             self._check_tag(event.tag, value, line)
             self.open.append(_Open(Node(value, line), event.anchor))
@@ -241,7 +246,7 @@ class _Builder:
             raise self.error(line, f"a key of {len(key):,} characters; {MAX_KEY} are allowed")
         pairs = cast(dict[str, Node], self.open[-1].node.value)
         if key in pairs:
-            raise self.error(line, f"key {key!r} is written twice, first in line {pairs[key].line}")
+            raise self.error(line, f"key {key!r} is written twice, first in line {pairs[key].line}; remove one of them")
         self.open[-1].key = (key, line)
 
     def _add(self, node: Node, size: int, counted: bool = False) -> Node | None:

@@ -92,7 +92,7 @@ class Entry:
                 entries[key] = Entry(node, Place(self.place.file, node.line, path), self.unknown)
         for key in required:
             if key not in entries:
-                raise self.error(f"{key!r} is missing")
+                raise self.error(f"{key!r} is missing; add it")
         return entries
 
     def items(self) -> list[Entry]:
@@ -104,7 +104,7 @@ class Entry:
         if not isinstance(self.value, list):
             raise self.error(f"expected a list (lines that start with '- '), got {shown(self.value)}")
         if not self.value:
-            raise self.error("the list is empty")
+            raise self.error("the list is empty; write at least one entry, or leave the key out")
         return [
             Entry(node, Place(self.place.file, node.line, f"{self.place.key}[{i}]"), self.unknown)
             for i, node in enumerate(self.value)
@@ -120,7 +120,7 @@ class Entry:
             hint = "; put it in quotes" if isinstance(self.value, int | float) else ""
             raise self.error(f"expected a text, got {shown(self.value)}{hint}")
         if not self.value.strip():
-            raise self.error("the text is empty")
+            raise self.error("the text is empty; write a value, or leave the key out")
         if len(self.value) > longest:
             raise self.error(f"a text of {len(self.value):,} characters; {longest:,} are allowed")
         return self.value

@@ -45,7 +45,7 @@ def read_scalar(text: str) -> Scalar:
         return text
     if len(text) > MAX_DIGITS:
         # Python converts thousands of digits slowly or not at all
-        raise ValueError("a number of too many digits")
+        raise ValueError("a number of too many digits; if it is a text, put it in quotes")
     if _INTEGER.fullmatch(text):
         return finite(int(text.replace("_", "")))
     return finite(float(text.replace("_", "")))
@@ -54,7 +54,7 @@ def read_scalar(text: str) -> Scalar:
 def finite(number: int | float) -> int | float:
     """Return the number; refuse infinity, NaN and integers beyond 64 bits."""
     if isinstance(number, int) and abs(number) >= MAX_INTEGER:
-        raise ValueError("a number of too many digits")
+        raise ValueError("a number of too many digits; if it is a text, put it in quotes")
     if not math.isfinite(number):
         raise ValueError(f"{number} is not a finite number")
     return number
@@ -81,6 +81,6 @@ def shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
         # Python refuses to print thousands of digits
-        return "a number of too many digits"
+        return "a number of too many digits; if it is a text, put it in quotes"
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[0] if isinstance(value, str) else ''}"

@@ -67,7 +67,7 @@ def read_align(
     if "to" in fields and fields["to"].value != _DONOR:
         to = reference(fields["to"])
         if to not in models:
-            raise fields["to"].error(f"{to} is no model of this recipe; it has {', '.join(map(str, models))}")
+            raise fields["to"].error(f"{to} is not a model of this recipe; it has {', '.join(map(str, models))}")
     by = fields["by"].choice(ALIGN_BY) if "by" in fields else "weights"
     units = _units(fields["units"]) if "units" in fields else _DEFAULT_UNITS
     if by == "activations" and EXPERTS in units:
@@ -101,5 +101,5 @@ def _units(entry: Entry) -> tuple[str, ...]:
     found = [item.choice(ALIGN_UNITS) for item in (entry.items() if isinstance(entry.value, list) else [entry])]
     twice = next((each for each in found if found.count(each) > 1), None)
     if twice is not None:
-        raise entry.error(f"names {shown(twice)} twice")
+        raise entry.error(f"names {shown(twice)} twice; name it once")
     return tuple(each for each in ALIGN_UNITS if each in found)

@@ -49,7 +49,7 @@ def read_data_fields(entry: Entry) -> DataFields:
         return {"files": _files(entry)}
     fields = entry.mapping(DATA_KEYS)
     if not fields:
-        raise entry.error("says nothing; give files or a dataset")
+        raise entry.error("names no data; give files or a dataset")
     if "files" in fields and "dataset" in fields:
         raise fields["dataset"].error("give files or a dataset, not both")
     for key in _OF_DATASETS:

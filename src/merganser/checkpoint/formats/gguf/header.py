@@ -160,9 +160,13 @@ class _Parser:
             raise self._flaw("not a GGUF file: it does not begin with 'GGUF'")
         version = self._scalar("I")
         if version & 0xFFFF == 0:
-            raise UnsupportedError(f"{self._file}: the file is big-endian, only little-endian ones can be read")
+            raise UnsupportedError(
+                f"{self._file}: the file is big-endian, only little-endian ones can be read; convert it with gguf-convert-endian of the gguf package"
+            )
         if version not in (2, 3):
-            raise UnsupportedError(f"{self._file}: GGUF version {version} cannot be read, only 2 and 3")
+            raise UnsupportedError(
+                f"{self._file}: GGUF version {version} cannot be read, only 2 and 3; convert the model again with a current llama.cpp"
+            )
         tensors, entries = self._scalar("Q"), self._scalar("Q")
         if tensors > _MOST_TENSORS or entries > _MOST_ENTRIES:
             raise self._flaw(
@@ -282,5 +286,5 @@ class _Parser:
         ordered = sorted(found.values(), key=lambda tensor: tensor.offset)
         for first, second in itertools.pairwise(ordered):
             if first.offset + first.nbytes > second.offset:
-                raise self._flaw(f"tensors {first.name!r} and {second.name!r} overlap")
+                raise self._flaw(f"tensors {first.name!r} and {second.name!r} overlap; fetch the file again")
         return list(found.values())

@@ -147,10 +147,14 @@ def _check_split(files: Sequence[Path], headers: Sequence[GgufHeader]) -> None:
     if count != len(files):
         match = _SPLIT.fullmatch(files[0].name)
         others = f"; give the folder, or {match['stem']}-00001-of-{match['count']}.gguf" if match else ""
-        raise CheckpointError(f"{files[0]}: is one of {count} parts of a model, {len(files)} are here{others}")
+        raise CheckpointError(
+            f"{files[0]}: is one of {count} parts of a model, {len(files)} are here{others or '; put all parts into one folder'}"
+        )
     for number, (file, header) in enumerate(zip(files, headers, strict=True)):
         if header.fields.get("split.no", 0) != number:
-            raise CheckpointError(f"{file}: is part {header.fields.get('split.no')} of its model, not part {number}")
+            raise CheckpointError(
+                f"{file}: is part {header.fields.get('split.no')} of its model, not part {number}; give the files their original names"
+            )
         if header.architecture and header.architecture != headers[0].architecture:
             raise CheckpointError(f"{file}: is of the architecture {header.architecture!r}, part 0 is not")
 
