@@ -49,11 +49,11 @@ CLOSE_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 """Opening a link fails. Windows has no such flag, and creating links there needs a right that few users have."""
 NO_BLOCKING = getattr(os, "O_NONBLOCK", 0)
-"""Opening a named pipe does not wait until somebody writes to it. Windows has no named pipes in folders."""
+"""Opening a named pipe does not wait for a writer. Windows has no named pipes in folders."""
 
 # errors of file systems that have no locks
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-# Windows locks bytes, and nobody else can read a locked byte: this one is behind every file's contents
+# Windows locks bytes, and other processes cannot read a locked byte, so lock one beyond the end of every file
 _LOCKED_BYTE = 1 << 30
 
 # the flag of Linux's sync_file_range that starts writing and does not wait

@@ -21,7 +21,7 @@ def walk(name: str) -> Iterator[Hit]:
     """Yield `(prefix, index, suffix)` for each numeric component of a dotted name, from the left."""
     words = name.split(".")
     for position in range(1, len(words) - 1):
-        # most words are no numbers, and this tells sooner than the pattern
+        # most words are not numbers, and this check is faster than the pattern
         if words[position].isdecimal() and _INDEX.match(words[position]):
             yield ".".join(words[:position]), int(words[position]), ".".join(words[position + 1 :])
 

@@ -86,7 +86,7 @@ class TensorSpool:
             what: What it is, such as "of fewer experts"; it is named so in the record.
         """
         stored = self._tensors[name]
-        # a name of its own tells it apart from the tensors of the file that it counts to
+        # its own name distinguishes it from the tensors of the file that it is recorded under
         own = f"{name} {what}"
         return derive(own, stored.shape, [beside], _Stored(stored), natural=dtype, dtype=stored.dtype)
 

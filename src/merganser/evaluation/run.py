@@ -292,7 +292,7 @@ def _check_out(out: Path) -> None:
             raise OutputError(f"{out}: is a folder; give the name of a file")
         if not out.parent.is_dir():
             raise OutputError(f"{out}: there is no folder {out.parent}; make it first")
-        # a link that leads nowhere is somebody's, too
+        # a broken link also belongs to the user
         if not os.path.lexists(out):
             return
     except OSError as error:

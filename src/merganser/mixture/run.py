@@ -246,7 +246,8 @@ def _layer(
     """Return router and experts of a layer."""
     layer = members.layers[index]
     like = planned[layer.projections["gate_proj"]]
-    # a router's values come from no file; a name of its own tells it apart from the tensors of the file that it counts to
+    # a router's values come from no file; its own name distinguishes it from the tensors of the file that it is
+    # recorded under
     beside = members.base.tensors[layer.projections["gate_proj"]]
     found = [_router(layout.router(layer.name), routers.rows[index], like, beside)]
     experts = [(expert, f"{number}") for number, expert in enumerate(recipe.experts)]

@@ -184,7 +184,7 @@ def _shared() -> Schema:
 
 
 def _token() -> Schema:
-    """Return the schema of what is said of one token."""
+    """Return the schema of the rule for one token."""
     kinds = [{"kind": {"const": kind}} for kind in ("zero", "mean")]
     other = {
         "kind": {"const": "model_token"},

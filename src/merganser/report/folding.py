@@ -1,4 +1,4 @@
-"""The home folder as `~`: a report is passed on, and names of accounts and folders at home are nobody's concern."""
+"""Write the home folder as `~`, so that a report that is shared does not show names of accounts and folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache that `generate` takes: layers that merge, and hooks that tell them what they must know."""
+"""The cache that `generate` takes: layers that merge entries, and hooks that give them queries and masks."""
 
 from __future__ import annotations
 

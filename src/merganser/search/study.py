@@ -1,4 +1,4 @@
-"""Ask and tell over Optuna: which point is tried next, and what it was worth.
+"""Ask and tell over Optuna: which point is tried next, and its score.
 
 The journal of the study is a file of Optuna's, which its dashboard opens, too. A sampler is made anew for every trial,
 with a seed of the study's seed and the trial's number, so that a study that was killed and continued asks for the same
@@ -138,7 +138,7 @@ class Study:
             return None if busy and recipe(found.point) in busy else self._owned(found)
 
     def _asked(self, number: int, left: Any) -> Asked:
-        """Return trial `number`: a new one, or one that somebody left."""
+        """Return trial `number`: a new one, or one that another process left unfinished."""
         self._study.sampler = self._new_sampler(number)
         trial = self._study.ask() if left is None else self._optuna.trial.Trial(self._study, left._trial_id)
         known = {} if left is None else dict(left.params)
@@ -187,7 +187,7 @@ class Study:
     def tell(
         self, asked: Asked, values: Sequence[float] | None, about: Mapping[str, Any], excess: Mapping[str, float]
     ) -> None:
-        """Store what a trial was worth.
+        """Store the score of a trial.
 
         Args:
             asked: The trial.

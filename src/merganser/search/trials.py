@@ -1,4 +1,4 @@
-"""The trials of a study that this process carries out: asked for, merged, judged, told."""
+"""Carry out trials of a study in this process: ask for a point, merge, score, and report the score."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Trials:
     Args:
         study: Asks and is told.
         space: Makes recipes.
-        judge: Says what they are worth.
+        judge: Scores them.
         folder: Where they are written.
         around: What they are trials of, where a folder has several studies: their names begin with it.
     """

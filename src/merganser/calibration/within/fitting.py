@@ -28,7 +28,7 @@ COEFFICIENTS = "coefficients"
 
 @dataclass(frozen=True)
 class Pupil:
-    """The data of one of the models, of which the merged block shall make what the model's own block does.
+    """The data of one of the models, on which the merged block is fitted to the outputs of the model's own block.
 
     Args:
         merged: They, in the merged model, before the block.

@@ -1,7 +1,7 @@
 """Refuse a pickle that torch's restricted unpickler would work on practically forever.
 
-Sixty tuples, each of which holds the one before it twice, fit into a kilobyte, and hashing the last one takes longer than
-anyone waits. The opcodes are followed without making any object, so the cost of every value is known before torch loads it.
+Sixty tuples, each of which holds the one before it twice, fit into a kilobyte, and hashing the last one takes practically
+forever. The opcodes are followed without making any object, so the cost of every value is known before torch loads it.
 """
 
 from __future__ import annotations

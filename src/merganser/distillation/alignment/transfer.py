@@ -1,4 +1,4 @@
-"""What a source predicts, as distributions over the tokens of the model that is taught."""
+"""A source's predictions as distributions over the student's tokens."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ class Speaker:
         import transformers
 
         library: Any = transformers
-        # as an argument it would be mixed with the model's own, which may have penalties and other values
+        # passed as an argument, it would be combined with the model's own settings, which may have penalties
         self._model.generation_config = library.GenerationConfig(
             do_sample=False,
             pad_token_id=self._ends[0] if self._ends else 0,

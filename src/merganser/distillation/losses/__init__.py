@@ -1,1 +1,1 @@
-"""Losses by which one model is taught what others say, as functions of its logits."""
+"""Losses that train a model on the predictions of others, as functions of its logits."""

@@ -1,4 +1,4 @@
-"""Which sources teach a sequence, by how well each of them predicts it."""
+"""Weights of the sources for a sequence, by how well each of them predicts it."""
 
 from __future__ import annotations
 

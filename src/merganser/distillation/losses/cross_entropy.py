@@ -9,12 +9,12 @@ __all__ = ["taught_cross_entropy"]
 
 
 def taught_cross_entropy(logits: Tensor, ids: Tensor, log_probabilities: Tensor, rest: Tensor) -> Tensor:
-    """Return the cross-entropy between what is taught and what is predicted, in nats.
+    """Return the cross-entropy between a source's distribution and the student's, in nats.
 
         loss = - sum_i p_i log q_i - p_rest log (1 - sum_i q_i)          over the tokens i that are known
 
-    The gradient is zero where q has the probabilities that are known, however many these are. FuseLLM knows no rest, and
-    divides the k probabilities by their sum; hand in minus infinity as `rest` for that.
+    The gradient is zero where q has the probabilities that are known, however many these are. FuseLLM has no rest, and
+    divides the k probabilities by their sum; pass minus infinity as `rest` for that.
 
     Args:
         logits: Shape [positions, vocabulary]; the loss is computed in float32, or float64 if they are.

@@ -61,7 +61,7 @@ def fit(
         examples: The sequences with their lessons.
         recipe: How.
         folder: Folder for the states of the Trainer.
-        control: Whether the sources have no say (lambda = 1); everything else is the same.
+        control: Whether the sources are ignored (lambda = 1); everything else is the same.
         device: Where to train.
         resume: State from which to go on; None to start.
         words: Which logits begin a word, if chunks are debiased.

@@ -1,4 +1,4 @@
-"""The loss of a batch: the text's own tokens, and what the sources say of it."""
+"""The loss of a batch: on the text's own tokens, and on the predictions of the sources."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Objective:
         return CHOICES[self.choice](entropies).flatten(), nothing
 
     def _distributions(self, flat: Tensor, text: Tensor, lesson: Mapping[str, Tensor], weights: Tensor) -> Tensor:
-        """Return what sources say, less what the text's token says at the same positions."""
+        """Return the loss on the sources' predictions, minus that of the text's tokens at the same positions."""
         share = weights[lesson["shares"]]
         some = share.detach() > 0
         rows = lesson["rows"][some]

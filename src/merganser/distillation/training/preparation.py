@@ -1,4 +1,4 @@
-"""What a fusion needs before the first step: the texts, what the sources say of them, and a plan that says how much it is."""
+"""What a fusion needs before the first step: the texts, the sources' predictions for them, and a plan of its costs."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def prepare_fusion(recipe: FusionRecipe, stack: ExitStack, *, cache_dir: Path | 
     files = [read(own.source) for own in distinct]
     texts = tuple(tuple(_cut(student, own, choice)) for own, choice in zip(files, choices, strict=True))
     for own in recipe.sources:
-        # what is missing is told before anything runs
+        # report missing files before anything runs
         open_stored(own.name, cache_dir=cache_dir)
     return Preparation(recipe, student, held_out, (), texts, tuple(sets), choices, cache_dir)
 

@@ -119,11 +119,11 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class FusionRecipe:
-    """What is taught to whom, and how.
+    """A recipe of fusion: the student, its sources, the loss and the training.
 
     Args:
         student: The model that is taught: a checkpoint, or a recipe of a merge.
-        sources: Who teaches: caches alone, or models with data.
+        sources: The sources: either all are caches, or all are models with data.
         loss: `cross_entropy` with distributions over tokens, or `alm`, likelihoods of chunks of text.
         choice: How sources share a sequence, one of `CHOICES` or `gate`.
         align: `bytes`, `edit_distance` as FuseLLM aligns, or `statistics` as FuseChat does.

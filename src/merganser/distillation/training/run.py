@@ -1,4 +1,4 @@
-"""Fuse by training: run the sources, teach the student, train a control beside it, and write what came out."""
+"""Fuse by training: run the sources, train the student on their predictions, train a control, and write the student."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fuse(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Fused:
-    """Teach a student what sources say, and write it as a checkpoint.
+    """Train a student on the predictions of sources, and write it as a checkpoint.
 
     An interrupted run continues when it is called again with the same arguments.
 

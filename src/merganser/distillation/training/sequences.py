@@ -138,7 +138,7 @@ def cached_examples(
 
 @dataclass(frozen=True)
 class Alignment:
-    """How what sources say is brought to the student's tokens.
+    """How predictions of sources are mapped to the student's tokens.
 
     Args:
         loss: `cross_entropy` or `alm`.

@@ -22,7 +22,7 @@ _GATE = "fusion_gate.pt"
 
 
 class FusionTrainer(_TRANSFORMERS.Trainer):  # type: ignore[misc,name-defined,unused-ignore]
-    """Trains a model on what sources say; batches, states and resuming are those of the Trainer.
+    """Trains a model on the predictions of sources; batches, states and resuming are those of the Trainer.
 
     Args:
         model: A causal language model.

@@ -1,4 +1,4 @@
-"""What a method for weights does to changes alone: found out by trying it on small random matrices."""
+"""How a method for weights treats low-rank changes: found out by trying it on small random matrices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Kind:
     """How a method treats changes of weights.
 
     Args:
-        of_changes: Whether it goes by the changes alone: the base makes no difference.
+        of_changes: Whether its result depends only on the changes, not on the base.
         space: Which sides of the factors may be reduced to common bases, so that the result is the same as on whole
             matrices; None if none may.
     """

@@ -186,7 +186,7 @@ def _by_weights(plan: AdapterPlan, module: PlannedModule, pairs: list[Factors | 
     # a table of embeddings is stored with a row per token, which is an output unit of it
     turn = module.embedding
     given = [None if pair is None else _oriented(pair, turn) for pair in pairs]
-    # both sides are reduced, unless the method is at home in a space where only one of them is
+    # both sides are reduced, unless the method gives the same result only if one side is whole
     left, right = (False, False) if plan.space == "full" else kind.space or (True, True)
     space = open_space(given, reduce_left=left, reduce_right=right)
     own = None if plan.method.base == "unused" else torch.zeros_like(space.matrices[0])

@@ -132,7 +132,7 @@ def merges_adapters(recipe: Recipe) -> bool:
     """Return whether a recipe merges adapters into one: its models are adapters without a model.
 
     Raises:
-        RecipeError: Some models are, and others are not; or a key speaks of adapters, and no model is one.
+        RecipeError: Some models are adapters and others are not; or a key is for adapters, and no model is one.
     """
     alone = [source for source in recipe.models if source.model.lora is None and is_adapter(source.model.path)]
     if not alone:

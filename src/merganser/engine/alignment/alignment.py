@@ -24,7 +24,7 @@ _ENDS = ("inv_freq", "bias", "position_ids")
 
 def is_recomputed(name: str) -> bool:
     """Return whether a tensor is a buffer that the model's code computes again."""
-    # most names end otherwise, and this tells sooner than the pattern
+    # most names have another ending, and this check is faster than the pattern
     return name.endswith(_ENDS) and _RECOMPUTED.search(name) is not None
 
 

@@ -344,11 +344,11 @@ def _overflow(dtype: torch.dtype) -> float:
     return found.max + found.max / (2 / found.eps - 1) / 2
 
 
-# elements from which stacked tensors are worth a program: fewer are merged sooner one operation after the other
+# number of elements from which compiling a loop for stacked tensors pays off
 _WORTH_A_PROGRAM = 1 << 17
 
 # programs of this process, for all runs; the lock also keeps two threads from making the same one
 _programs: dict[Any, Program | str] = {}
 _lock = threading.Lock()
-# what the user was told
+# messages that were already shown to the user
 _said: set[tuple[MergeMethod, Phase]] = set()

@@ -1,4 +1,4 @@
-"""What the user is told when an output cannot be written."""
+"""Error messages for outputs that cannot be written."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Experts of two layers are compared by the cosine of all their weights, plus the cosine of their rows of the router; the
 assignment with the largest sum is chosen. Both count alike, however large they are: experts that were copied from one MLP
-differ in the router alone, and routers that were trained anew say nothing of the experts.
+    differ only in the router, and routers that were trained again do not show which experts correspond.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _match(reader: Reader, reference: Tensors, model: Tensors, units: ExpertUnit
     scores = _alike(reader, reference, model, [units.router[:1]], units)
     scores += _alike(reader, reference, model, [*units.single, *((name,) for name in units.packed)], units)
     if units.parts > 1:
-        # nothing but its experts tells a group from another
+        # groups differ only in their experts
         order = assign_groups(np.zeros((units.parts, units.parts), np.float32), scores)[1]
     else:
         order = assign(scores)

@@ -163,7 +163,7 @@ class _Run:
 def _adjacent(owners: Sequence[int], sources: Sequence[TensorInfo]) -> list[_Run]:
     """Divide inputs into runs of adjacent ones; arguments as for `_Run`."""
     whole, first = _Run(owners, sources), sources[0]
-    # mostly all are, and this tells sooner than to compare neighbours
+    # mostly all are, and this check is faster than comparing neighbours
     alone = any(source.file is not first.file or source.source is not None for source in sources)
     if not alone and whole.places(first.offset)[:-1] == [source.offset for source in sources]:
         return [whole]

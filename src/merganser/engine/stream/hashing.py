@@ -14,7 +14,7 @@ from ..plan.plan import Plan
 from .groups import Group
 
 _PIECE = 1 << 22
-# bytes of a file after which the system is told to write them to disk
+# number of bytes of a file after which the system is asked to start writing them to disk
 _FLUSHED = 1 << 26
 
 

@@ -30,7 +30,7 @@ PAIR_SAMPLE = 1 << 14
 with the square of the number of models."""
 
 _WORTH_A_PROGRAM = 1 << 18
-"""Elements of a model's tensors that are worth a program; fewer are measured sooner one operation after the other."""
+"""Number of elements of a model's tensors from which compiling a loop for measuring them pays off."""
 
 _TOGETHER = 1 << 17
 """Elements of several small tensors that are measured at a time; in float64 for all models these are megabytes."""

@@ -56,7 +56,7 @@ def match_vocabularies(
 
     Raises:
         CheckpointError: A tokenizer is missing or damaged.
-        UnsupportedError: The vocabularies cannot be united, or a model's rows cannot be told.
+        UnsupportedError: The vocabularies cannot be united, or it is not known which token a row belongs to.
         RecipeError: A rule for a token does not fit the models.
     """
     owner = _owner(recipe, members, cache_dir, stream)

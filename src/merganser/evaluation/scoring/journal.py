@@ -98,7 +98,7 @@ class Journal:
             key: Hash of model, task and settings.
             batch: Number of the batch.
             content: The measurements, as plain data.
-            seconds: How long they took; None where nobody will ask.
+            seconds: How long they took; None if that is not needed.
             **about: Additional text, only for human readers of the file.
 
         Raises:
@@ -254,7 +254,7 @@ class SharedJournal(Journal):
 
     def _read_on(self) -> None:
         if os.fstat(self._file.fileno()).st_size < self._end:
-            # it was cut by somebody: read it anew, with what is known kept
+            # another program shortened it: read it again, and keep what was read before
             self._end = 0
         self._file.seek(self._end)
         *whole, rest = self._file.read().split(b"\n")

@@ -1,4 +1,4 @@
-"""What lm-eval says while it works, hidden."""
+"""Hide the messages and the progress of lm-eval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make mixtures of experts smaller."""
+"""Reduce the number of experts of mixtures of experts."""
 
 from .methods import METHODS
 from .run import Shrinking, plan_shrinking, shrink

@@ -66,7 +66,7 @@ def _read_bytes(path: Path) -> bytes:
         if sys.stdin is None or sys.stdin.isatty():
             raise RecipeError("<stdin>: standard input is a terminal, or closed; pipe the recipe in, or give its file")
         return sys.stdin.buffer.read(MAX_BYTES + 1)
-    # without O_NONBLOCK, opening a named pipe waits until somebody writes to it
+    # without O_NONBLOCK, opening a named pipe waits for a writer
     descriptor = open_binary(path, os.O_RDONLY | NO_BLOCKING)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,4 +1,4 @@
-"""The key `data` of a recipe: on which data the models are calibrated, in the words of `merganser calibrate`."""
+"""The key `data` of a recipe: on which data the models are calibrated, with keys like the options of `calibrate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what a recipe says of single tokens: `tokens` below `tokenizer`."""
+"""Read a recipe's rules for single tokens: `tokens` below `tokenizer`."""
 
 from __future__ import annotations
 

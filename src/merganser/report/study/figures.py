@@ -48,7 +48,7 @@ def _title(trial: StoredTrial) -> str:
 
 
 def history_figures(study: StoredStudy) -> list[Block]:
-    """Return what each trial was worth, in the order of the trials, for each objective."""
+    """Return a figure of the score of each trial, in the order of the trials, for each objective."""
     found: list[Block] = []
     for k, (name, direction) in enumerate(study.objectives[:_MOST_FIGURES]):
         trials = [t for t in study.trials if t.values is not None]
@@ -95,7 +95,7 @@ def _history(study: StoredStudy, trials: Sequence[StoredTrial], k: int, name: st
         )
     lines = [f"  trial {x}: {y:.5g}" for x, y in steps[-8:]]
     axis: dict[str, Any] = {"fixedrange": True}
-    # hopeless trials would push all others together
+    # without this, very bad trials would compress the range of all others
     found = bounds([t.values[k] for t in trials if t.values])
     outside = ""
     if found is not None:
@@ -156,7 +156,7 @@ def front_figures(study: StoredStudy) -> list[Block]:
 
 
 def parallel_figure(study: StoredStudy) -> list[Block]:
-    """Return the values of each trial as a line from value to value, coloured by what the trial was worth."""
+    """Return a figure of the values of each trial as a line from value to value, coloured by its score."""
     trials = [t for t in study.trials if t.values is not None and t.same_as is None and t.feasible]
     names = _shown_values(study, trials)
     if len(trials) < 2 or not names:

@@ -99,7 +99,7 @@ def _heat(study: StoredStudy, items: StoredItems, most: int) -> Figure:
 
 
 def _rows(study: StoredStudy, items: StoredItems, most: int) -> tuple[list[str], str]:
-    """Return the names of the models that are shown, and what is to be said of those that are not."""
+    """Return the names of the models that are shown, and a sentence about those that are not."""
     known = set(items.models)
     trials = [t for t in study.trials if t.name in known and t.same_as is None]
     others = [name for name in items.models if name not in {t.name for t in study.trials}]

@@ -1,4 +1,4 @@
-"""Task-KV: heads that say something else than most keep everything, the others little (He et al. 2025)."""
+"""Task-KV: heads whose outputs differ most from the others' keep everything, the others little (He et al. 2025)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TaskKV(UnevenLayer):
         share: Share of the key heads of a layer that are heterogeneous, from 0 to 1; rounded, half up.
         sinks: First tokens that stay in all heads.
         middle: Entries between that stay in the other heads.
-        window: Last tokens that stay in all heads, and whose queries are asked.
+        window: Last tokens that stay in all heads, and whose queries give the scores.
     """
 
     def __init__(self, *, share: float = 0.4, sinks: int = 4, middle: int = 64, window: int = 32):

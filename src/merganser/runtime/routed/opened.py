@@ -1,4 +1,4 @@
-"""`OUT#auto` and its kin: a routed model as what an evaluation opens and scores."""
+"""`OUT#auto` and the like: a routed model in the form that an evaluation opens and scores."""
 
 from __future__ import annotations
 

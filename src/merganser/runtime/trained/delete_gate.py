@@ -120,7 +120,7 @@ class RateController:
         p <- 0.9 p + 0.1 kp (target - rate),   i <- i + ki (target - rate),   coefficient = max(0, p + i)
 
     Args:
-        target: Share of tokens that shall be deleted, from 0 to below 1.
+        target: Share of tokens to delete, from 0 to below 1.
         proportional: kp.
         integral: ki.
 

@@ -1,4 +1,4 @@
-"""Find a merge for somebody who names no method: a portfolio, a search around its best, a proof."""
+"""Find a merge without naming a method: try a portfolio, search around its best, and test the winner."""
 
 from .choice import Choice
 from .run import Interrupted, auto

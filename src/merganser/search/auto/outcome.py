@@ -26,7 +26,7 @@ class Tried:
     Args:
         name: Name of its recipe file.
         recipe: The recipe, as YAML.
-        verdict: What it was worth; None if it failed.
+        verdict: Its score; None if it failed.
         failed: Why it has no figure.
         seconds: How long it took, in an earlier call if it was tried there.
         figures: What it keeps and forgets on the items that it was scored on, by the names of objectives.

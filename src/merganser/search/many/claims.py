@@ -37,7 +37,7 @@ class Claims:
         folder: Folder of the files; it is made, and removed with the last process.
 
     Raises:
-        OutputError: It cannot be written, or there are no locks and somebody else works here.
+        OutputError: It cannot be written, or there are no locks and another process works here.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -152,14 +152,14 @@ class Claims:
         """Return whether a file was touched lately, by the clock of the file system."""
         own = self._folder / self.name
         if not own.exists():
-            # not there yet: any file tells what time it is
+            # the file does not exist yet: write another one to read the clock of the file system
             own = self._folder / f"begin{_TURN}"
         os.utime(own)
         return os.fstat(descriptor).st_mtime > own.stat().st_mtime - _STALE
 
 
 def _machine() -> str:
-    """Return what tells machines apart, also those with one name."""
+    """Return what identifies this machine, even among machines with the same name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

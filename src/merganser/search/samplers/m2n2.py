@@ -65,7 +65,7 @@ def attraction(scores: NDArray[np.float64], first: int) -> NDArray[np.float64]:
     parts = shared(scores)
     found = np.maximum(parts - parts[first], 0.0).sum(1)
     if not found.any():
-        # nobody has what this one lacks: any other
+        # no other member is better on any item: take any
         found = np.ones(len(parts))
     found[first] = 0.0
     return np.asarray(found, np.float64)

@@ -76,7 +76,7 @@ def _stage(count: int, stage: int) -> range:
 
 
 def _groups(dimensions: Sequence[Dimension], past: Mapping[int, Past], stages: int) -> list[tuple[Weights, float]]:
-    """Return the merges that are left after some stages, each as weights of the models, with what it is worth."""
+    """Return the merges that are left after some stages, each as weights of the models, with its score."""
     count = len(dimensions)
     groups = [(_alone(dimensions, i), _score(past.get(i + 1))) for i in range(count)]
     for stage in range(stages):
@@ -128,5 +128,5 @@ def _place(dimensions: Sequence[Dimension], weights: Weights) -> list[float]:
 
 
 def _score(trial: Past | None) -> float:
-    """Return what a trial is worth; one without a figure is worth less than any other, yet differs by a finite number."""
+    """Return the score of a trial; one without a figure gets a finite score that is lower than any other."""
     return -1e30 if trial is None or trial.value is None else trial.value

@@ -128,7 +128,7 @@ def split_task(task: Task, prepared: Scorable, seed: int, dtype: str) -> Split:
 
 
 class Table:
-    """What every model scored on each item: one line per model, task and wave.
+    """The scores of every model on each item: one line per model, task and wave.
 
     Args:
         journal: Stores the lines.

@@ -1,4 +1,4 @@
-"""What a trial is worth: its figures, wave by wave, and the test that ends a hopeless one early."""
+"""Score trials: their figures, wave by wave, and the test that ends a significantly worse one early."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LEAST = 6
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a trial is worth.
+    """The score of a trial.
 
     Args:
         values: The objectives, as the sampler is told.
@@ -50,13 +50,13 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Says what a trial is worth."""
+    """Scores trials."""
 
     objectives: Sequence[Objective]
     bounds: Sequence[Bound]
 
     def judge(self, model: Model, best: Model | None) -> Verdict:
-        """Return what a model is worth.
+        """Return the score of a model.
 
         Args:
             model: A trial.
@@ -87,7 +87,7 @@ class ItemJudge:
         bench: Scores the models.
         base: The base, where retention is measured.
         experts: The expert of each task that has one.
-        stopping: Whether hopeless trials are ended early; only with one objective.
+        stopping: Whether significantly worse trials are ended early; only with one objective.
         estimated: Says, instead of a test, which trials are not better than the best one; None for the test.
     """
 
@@ -182,7 +182,7 @@ class ItemJudge:
         return {**own, **retained(own, origin, experts, self._mains)}
 
     def judge(self, model: Model, best: Model | None) -> Verdict:
-        """Return what a model is worth: as `Judge.judge`."""
+        """Return the score of a model: as `Judge.judge`."""
         if self.estimated is not None and best is not None:
             verdict = self._by_estimate(self.estimated, model, best)
             if verdict is not None:
@@ -205,7 +205,7 @@ class ItemJudge:
         return Verdict(tuple(e.value for e in estimates), estimates, self._excess(figures), table.count(waves))
 
     def _by_estimate(self, estimated: Estimated, model: Model, best: Model) -> Verdict | None:
-        """Return the estimated worth of a model after the first wave; None if it must be scored on everything."""
+        """Return the estimated score of a model after the first wave; None if it must be scored on everything."""
         table, objective = self._bench.table, self.objectives[0]
         seen = table.waves[:1]
         self._bench.score(model, seen)
@@ -246,7 +246,7 @@ def _no_better(told: Estimate, best: Estimate, objective: Objective) -> Estimate
 
 
 def hopeless(difference: Estimate, items: int) -> bool:
-    """Return whether a model is worse than another beyond what chance would make of equal ones.
+    """Return whether a model is significantly worse than another.
 
     Args:
         difference: Its objective minus the other's, on the same items, where higher is better.
@@ -285,7 +285,7 @@ class CommandJudge:
         folder.scratch.mkdir(parents=True, exist_ok=True)
 
     def judge(self, model: Model, best: Model | None) -> Verdict:
-        """Return what a model is worth: as `Judge.judge`."""
+        """Return the score of a model: as `Judge.judge`."""
         figures = self._figures(model)
         estimates = tuple(objective.value(figures) for objective in self.objectives)
         excess = {str(bound): bound.excess(figures) for bound in self.bounds}

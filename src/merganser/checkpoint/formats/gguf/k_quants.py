@@ -5,8 +5,8 @@ to 4, 6 or 8 bits, times a float16 of the block. Scales and minima are searched 
 spans the group are tried, each with the scale and minimum that fit best, and the one with the smallest weighted error stays.
 
 The bytes equal those of `ggml_quantize_chunk` of llama.cpp, as its builds for x86-64 compute them. For that, every sum is taken
-in the order of the values and every operation rounds to float32, as in its C code (`quantize_row_q4_K_ref` and its kin in
-ggml-quants.c, MIT). Here a group is a column of an array, so that one operation works on many groups.
+in the order of the values and every operation rounds to float32, as in its C code (`quantize_row_q4_K_ref` and similar functions
+in ggml-quants.c, MIT). Here a group is a column of an array, so that one operation works on many groups.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Permutation:
 
     @property
     def digest(self) -> str:
-        """What tells it from other permutations of the same models."""
+        """A hash that distinguishes it from other permutations of the same models."""
         return " ".join(each.digest for each in self.models)
 
     def as_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""HC-SMoE: experts are clustered by what they compute, whatever the router says."""
+"""HC-SMoE: experts are clustered by their mean outputs; the router is not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""M-SMoE: experts join the most used one that the router treats alike."""
+"""M-SMoE: each expert joins the frequently used one with the most similar router logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`OUT#gates`: a model with gates as what an evaluation opens and scores."""
+"""`OUT#gates`: a model with gates in the form that an evaluation opens and scores."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class Training:
     Args:
         steps: Steps of Adam.
         rate: Its learning rate.
-        objective: What becomes less: the "loss" of the next token, or the "entropy" of its distribution, which needs no
-            right answers but on text rewards a model that is sure of itself.
+        objective: What is minimised: the "loss" of the next token, or the "entropy" of its distribution, which needs no
+            labels, but rewards confident predictions.
         balance: Weight of the balance loss of MoLE, the negative sum of the logarithms of the tasks' mean weights.
         batch: Windows of a step.
         seed: Of the order of the windows.
