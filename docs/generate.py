@@ -115,7 +115,7 @@ def method_page(method, works: dict[str, dict[str, str]]) -> str:
         when = "" if method.data_inputs == "own" else ", measured [within the merge](../calibrate.md#within-a-merge)"
         lines += ["", f"Needs of {of} the [statistics from data](../calibrate.md) `{needed}`{when}."]
     if method.sidecar is not None:
-        lines += ["", "Keeps what gives each model back: see [sidecars](../sidecars.md)."]
+        lines += ["", "Stores what restores each model: see [sidecars](../sidecars.md)."]
     if method.ignored:
         lines += ["", "Accepted for mergekit's sake, without effect:"]
         lines += [f"`{name}` ({why})" for name, why in method.ignored.items()]

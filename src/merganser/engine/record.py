@@ -357,12 +357,12 @@ def _restoring(plan: Plan) -> str:
     """Return the card's section on how to restore the models."""
     if plan.sidecars is None:
         return ""
-    base = ", with the base at hand" if plan.sidecars.needs_base else ""
+    base = ", together with the base" if plan.sidecars.needs_base else ""
     commands = "\n".join(f"merganser restore . --task {task.name}" for task in plan.sidecars.tasks)
     return f"""
 ## Tasks
 
-`sidecars/` holds what gives each model back{base}:
+`sidecars/` holds what restores each model{base}:
 
 ```
 {commands}

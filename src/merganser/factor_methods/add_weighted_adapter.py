@@ -124,7 +124,7 @@ def add_weighted_adapter(
         svd_clamp: Entries of decomposed factors are clamped to this quantile of them; at 1 they are not.
 
     Differs from the paper:
-        Random draws are ours, so `dare_linear` and its kin equal PEFT's up to the draws alone.
+        Random draws are ours, so `dare_linear` and the other DARE ways equal PEFT's except for the draws.
     """
     kind = combination_type if len(models) > 1 else "linear"
     if kind == "cat":

@@ -172,7 +172,7 @@ def _matrix_complaint(
             "scope 'matrix' needs `base: Tensor`, or `Tensor | None`: tensors that are not matrices may be the base's"
         )
     other = next((name for name, statistic in statistics.items() if statistic.over != "model"), None)
-    return f"a method of scope 'matrix' has whole matrices at hand; let it compute {other} itself" if other else None
+    return f"a method of scope 'matrix' gets whole matrices; let it compute {other} itself" if other else None
 
 
 _SETTINGS = {

@@ -57,10 +57,9 @@ def adamerging(
     model's texts in each step.
 
     Use when:
-        The merged model has to get along with texts of all domains that nobody has labelled, and steps through the whole
-        model can be paid: each costs about four forward passes of the merged model. `expert_merging` learns the same
-        numbers block by block from what the models compute, for a fraction of that. On open text `objective: likelihood` is
-        the safer one.
+        You have unlabelled texts of every domain, and time to train: each step costs about four forward passes of the
+        merged model. `expert_merging` learns the same numbers block by block, for a fraction of that time. On general
+        text `objective: likelihood` is safer than the entropy.
 
     Args:
         weight: Factor of the loss on a model's texts.

@@ -15,7 +15,7 @@ from ..ops import deltas
     scope="matrix",
     models=(1, 1),
     statistics={"magnitude": FromData("magnitude", of="base")},
-    breaks={"identical": "part of what the model learnt is taken back"},
+    breaks={"identical": "part of what the model learnt is undone"},
 )
 def aim(
     base: Tensor,
@@ -27,7 +27,7 @@ def aim(
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Take back a part of what a merge has changed, the more the larger the base's inputs are: the last step of any merge.
+    """Undo part of a merge's changes, more of them in columns where the base's inputs are larger: a last step of any merge.
 
         a      = mean of |x| over the tokens that the base was measured on, for each column
         merged = base + (model - base) (1 - (1 - omega) min(a / quantile of a, 1)), column by column
@@ -35,8 +35,8 @@ def aim(
     The model is a merge: the result of an earlier document of the same recipe, or a checkpoint.
 
     Use when:
-        Another method's merge has lost what the base could do. The statistics are of the base, on general text, so they
-        serve for every merge of models of this base.
+        Another method's merge has lost what the base could do. The statistics are of the base, on general text, so you can
+        use them for every merge of models of this base.
 
     Args:
         omega: What remains of the change in the most active column; with 1 the merge stays as it is.

@@ -71,8 +71,8 @@ def btm(
 
     Use when:
         Copies of one model were each trained on one domain, and one model is needed for text that mixes domains, or to
-        start training the expert of a new domain. Some text of the target has to be at hand: give it as `data` at the top
-        of the recipe, the same for all models.
+        start training the expert of a new domain. It needs some text of the target: give it as `data` at the top of the
+        recipe, the same for all models.
 
     Args:
         posterior: Probability of each expert's domain given the text. Where the recipe names data, or statistics of the

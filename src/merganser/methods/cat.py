@@ -94,16 +94,16 @@ def cat(
     act strongly on inputs of task i, and weakly on those of their own.
 
     Use when:
-        Statistics of each expert's field are at hand, and the sum of the task vectors serves better than their average.
+        You have statistics of each expert's field, and the sum of the task vectors works better than their average.
         RegMean uses the same statistics and has nothing to tune but alpha.
 
     Args:
         lambda_: Factor of the sum.
-        trade_off: How much a direction is spared in which the others act on their own inputs. With 0 only the
-            disturbance counts.
+        trade_off: How much directions are kept in which the others act on their own inputs. With 0 only the disturbance
+            counts.
         rank: Largest number of directions that are removed for each other task.
         order: Whether they are those of the largest eigenvalues, as the paper says, or of the smallest (see below).
-        rescale: Scale a task vector to its norm before, each time directions are removed.
+        rescale: Scale a task vector back to its previous norm, each time directions are removed.
 
     Differs from the paper:
         The paper takes the eigenvectors of the largest eigenvalues. A port to language models, which says that it

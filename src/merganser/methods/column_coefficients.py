@@ -71,8 +71,8 @@ def column_coefficients(
     diagonal of the quadratic form in c. It is solved by conjugate gradients that start at r, the weighted average.
 
     Use when:
-        Statistics of each expert's field are at hand, and a number per model and matrix (`gram_coefficients`) is too
-        coarse, while every column must stay a weighted sum of the task vectors' columns.
+        You have statistics of each expert's field, and one number per model and matrix (`gram_coefficients`) is too
+        coarse, but every column must stay a weighted sum of the task vectors' columns.
 
     Args:
         weight: How much a model's inputs count.

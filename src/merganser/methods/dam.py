@@ -60,7 +60,7 @@ def dam(
     rate: Positive = default(0.001),
     batch: Count = default(1),
 ) -> Tensor:
-    """Add the models' weights with coefficients for every column, learnt so that every model's predictions are met.
+    """Add the models' weights with coefficients for every column, learnt so that the merge predicts what each model does.
 
         merged = sum_i model_i diag(c_i)
         loss   = sum_i weight_i T^2 KL(softmax(z_i / T) | softmax(z / T)) + penalty
@@ -72,8 +72,8 @@ def dam(
     each entry of a row, every other tensor one for each model. All start at 1 / number of models, the average.
 
     Use when:
-        Texts of each model's domain are at hand, and steps through the whole merged model can be paid.
-        `column_coefficients` fits coefficients of the same kind, matrix by matrix, without any.
+        You have texts of each model's domain, and time to train through the whole merged model. `column_coefficients`
+        fits coefficients of the same kind without training, matrix by matrix.
 
     Args:
         weight: Factor of the divergence on a model's texts.

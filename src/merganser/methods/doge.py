@@ -113,7 +113,7 @@ def doge(
         Directions of a task vector that contain only rounding errors of the stored weights are left out.
         Directions of singular values up to 1e-5 of the largest are not among the shared ones, as they are arbitrary. So
         are those that are taken of equally common ones, as of equal models; a single model is refused for that reason.
-        A model equal to the base has no say, instead of giving NaN.
+        A model equal to the base does not count, instead of giving NaN.
     """
     vectors = deltas_above_rounding(base, models, rounding)
     norms = torch.stack([vector.double().square().sum().sqrt() for vector in vectors])

@@ -86,7 +86,7 @@ def emr(base: Tensor, models: list[Tensor]) -> Tensor:
 
     Use when:
         Several fine-tunes should be stored as one model from which each can be restored approximately, for a sixteenth
-        of a copy each. The paper does not evaluate the merged model alone.
+        of a copy each. The paper does not evaluate the merged model without its masks.
 
     Args:
         rescale_over: Whether a model has one factor, as in the paper, or one factor per tensor, which is more accurate.

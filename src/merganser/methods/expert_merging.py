@@ -41,17 +41,17 @@ def expert_merging(
     model in each step, with a rate that falls along a cosine.
 
     Use when:
-        Some texts of each expert's field are at hand while merging, and norms and biases shall be weighted, too. A few
-        numbers per tensor are learnt, so few texts are enough; methods that solve for whole matrices follow them closer.
+        You have some texts of each expert's field while merging, and norms and biases should be weighted, too. Only a few
+        numbers per tensor are learnt, so few texts are enough; methods that solve for whole matrices fit them better.
 
     Args:
         weight: How much the outputs of a model count.
         start: First value of every s(c), to which the regulariser pulls, and that of tensors outside the blocks.
         chunks: Into how many pieces of consecutive elements a tensor is cut, each with its own coefficient for each
             model. Where the pieces cannot be equal, the first ones have one element more.
-        steps: Steps of the optimiser for each block, as many for all tensors of a block, as the weights are.
+        steps: Steps of the optimiser for each block; like the weights, one number for all tensors of a block.
         rate: Step size of the optimiser, for c, at the start.
-        regulariser: Pulls towards start. Without it the loss is 1 at the start, and 0 where every model is met exactly.
+        regulariser: Pulls towards start. Without it the loss is 1 at the start, and 0 where all outputs are equal.
 
     Differs from the paper:
         The paper lowers the divergence between the logits of the whole merged model and of each model, with two whole

@@ -64,8 +64,9 @@ def featcal(
     before it left.
 
     Use when:
-        Some hundred tokens or more of each expert's field are at hand while merging. `start: wudi` kept more than the average
-        as start, of full fine-tunes and of adapters (docs/quality.md). RegMean++ needs no start and has less to tune.
+        You have a few hundred tokens or more of each expert's field while merging. `start: wudi` kept more than starting
+        from the average, for full fine-tunes and for adapters (docs/quality.md). RegMean++ needs no start and has less to
+        tune.
 
     Args:
         weight: Share of a model in the average, and how much its inputs count.

@@ -52,8 +52,8 @@ def fisher(
     log-likelihood. A parameter that a model's predictions do not depend on leaves the choice to the others.
 
     Use when:
-        Text of each expert's field is at hand, and all parameters, norms and embeddings too, shall be weighted. RegMean
-        takes less time to measure, and knows how inputs go together, which the diagonal does not.
+        You have text of each expert's field, and all parameters should be weighted, norms and embeddings too. RegMean
+        takes less time to measure, and uses the correlations between inputs, which the diagonal leaves out.
 
     Args:
         weight: How much a model counts.

@@ -66,8 +66,8 @@ def fw(
     gradient_i is the gradient of the loss of the base on the text of task i.
 
     Use when:
-        There is a merge already, and many candidates, some of them of no use: give the merge as the base, and measure
-        its gradient on text of every task. Repeat it with the result as the base for further steps.
+        You have a merge, and many candidates of which some do not help: give the merge as the base, and measure its
+        gradient on text of every task. Repeat it with the result as the base for further steps.
 
     Args:
         weight: How much the loss of each task counts.

@@ -74,8 +74,8 @@ def gram_coefficients(
     does, but only among the sums of the task vectors. Coefficients can be negative, or above 1.
 
     Use when:
-        Statistics of each expert's field are at hand, and the merge must stay a weighted sum of the task vectors. One
-        number per model and matrix is fitted, where RegMean fits every entry of the matrix.
+        You have statistics of each expert's field, and the merge must stay a weighted sum of the task vectors. One
+        number per model and matrix is fitted; RegMean fits every entry of the matrix.
 
     Args:
         weight: How much a model's inputs count.

@@ -1,4 +1,4 @@
-"""LED-Merging: of every task vector only what matters to its task alone, to the expert and to the base."""
+"""LED-Merging: the entries of every task vector that matter to its task, in the expert and in the base, and to no other."""
 
 from collections.abc import Sequence
 
@@ -47,7 +47,7 @@ def led(
     rate: PerModel[Fraction] = default(0.4),
     lambda_: Scale = default(1.0),
 ) -> Tensor:
-    """Add of every task vector the entries that matter to its task, both in the expert and in the base, and to no other.
+    """Add the entries of every task vector that matter to its task, both in the expert and in the base, and to no other.
 
         S_i    = |model_i| gradient_i,    B_i = |base| base_gradient_i
         M_i    = top rate_i of S_i within the tensor, and top rate_i of B_i
@@ -58,8 +58,8 @@ def led(
     the base.
 
     Use when:
-        One of the experts is there for safety, and must not be disturbed. Most of the task vectors is dropped: the more
-        models there are, and the larger the rates, the less is left.
+        One of the experts was trained for safety, and the others must not weaken it. Most of the task vectors is dropped:
+        the more models there are, and the larger the rates, the less is left.
 
     Args:
         weight: Factor of each task vector.

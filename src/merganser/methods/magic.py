@@ -60,7 +60,7 @@ def magic(
 
     Use when:
         Task arithmetic would be used, and there is no data to choose its factor: the length of the result follows from
-        the task vectors. Those of different tasks, nearly orthogonal, come to 1 / sqrt(T) of their sum.
+        the task vectors. T nearly orthogonal task vectors (different tasks) give 1 / sqrt(T) of their sum.
 
     Args:
         weight: Factor of each task vector in the sum; in matrices only the ratios count.

@@ -1,4 +1,4 @@
-"""MagMax: of every element the largest change that any of the models made to it."""
+"""MagMax: for every element, the largest change that any of the models made to it."""
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ from ..method import Scale, default, merge_method
     breaks={"identical": "the change is scaled by lambda"},
 )
 def magmax(base: Tensor, models: list[Tensor], *, lambda_: Scale = default(0.5)) -> Tensor:
-    """Take of every element the largest change among the models.
+    """Take, for every element, the largest change among the models.
 
         delta_i = model_i - base
         k       = argmax_i |delta_i|, for every element by itself
         merged  = base + lambda * delta_k
 
     Use when:
-        Models were trained one after the other, each from the one before, and the base is that of the first. The authors
-        made it for this; of models trained side by side it keeps the loudest, whatever the others say.
+        Models were trained one after the other, each from the one before, and the base is that of the first: the case
+        that the authors made it for. Of models trained side by side it keeps the largest change, even against the others.
 
     Args:
         lambda_: Factor of the change that is taken. The authors' script for eight models trained side by side takes 0.5;

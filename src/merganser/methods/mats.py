@@ -68,7 +68,7 @@ def mats(
     sum_i weight_i tr(H_i (merged - model_i) G_i (merged - model_i)^T).
 
     Use when:
-        Text of each expert's field is at hand. RegMean takes all outputs of a matrix as equally important; this knows
+        You have text of each expert's field. RegMean treats all outputs of a matrix as equally important; MaTS measures
         which of them the loss depends on.
 
     Args:

@@ -1,4 +1,4 @@
-"""Model Tinting, its shared part: coefficients learnt from what each model is sure of on its own data."""
+"""Model Tinting, its shared part: coefficients learnt from each model's confident predictions on its own data."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -55,8 +55,8 @@ def model_tinting(
     model finds the same token most probable, or is no surer of its own than model i is of v_t; and 0 elsewhere.
 
     Use when:
-        As `adamerging`, where each model is to be met on the texts of its own domain, and only as far as it can be trusted:
-        its most probable tokens are the labels.
+        As for `adamerging`, but the merge should predict what each model predicts on texts of its own domain, where that
+        model is confident: its most probable tokens are the labels.
 
     Args:
         weight: Factor of the loss on a model's texts.

@@ -32,15 +32,15 @@ def nan_merging(
         merged   = base + lambda * sum_i factor_i * delta_i
 
     Use when:
-        Fine-tunes changed the base by very different amounts, so that the longest task vector would drown the others:
-        here all come to be equally long. It is the contrary of MetaGPT, whose factors grow with the norm.
+        Fine-tunes changed the base by very different amounts, and the longest task vector should not outweigh the others:
+        here all get the same length. MetaGPT does the opposite: its factors grow with the norm.
 
     Args:
         lambda_: Factor of the average.
         norms_over: Compute the norms over the whole model, or for each tensor separately.
 
     Differs from the paper:
-        Not checked, because neither the full text nor a program of the authors was at hand: whether its norms are taken
+        Not checked, because neither the full text nor a program of the authors was available: whether its norms are those
         of the task vectors as here (its abstract says "parameter norm"), whether over the model or for each layer, and
         whether it scales the average by more than 1 for many models.
         A model that did not change has the factor 0, and leaves those of the others alone.

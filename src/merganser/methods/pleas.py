@@ -34,8 +34,9 @@ def pleas(
     So the merged matrix is the one with the least mean |merged x - y|^2. All models read the same tokens.
 
     Use when:
-        Models from different starts are merged: with `align`, whose permutation of units this presumes, and with some
-        thousand tokens of text, which need no labels. For fine-tunes of one base RegMean has each expert's own text.
+        Models that were trained from different initialisations are merged. It needs `align`, which permutes their units
+        first, and a few thousand tokens of text without labels. For fine-tunes of one base use RegMean, which fits each
+        expert on its own text.
 
     Args:
         ridge: What is added to the diagonal of the mean of x x^T, over the mean of that diagonal: pulls towards A. It is

@@ -26,7 +26,7 @@ def rain(
     others: Others = "sum",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Add the second model's task vector to the first model, without its part that acts on inputs of chosen tokens.
+    """Add the second model's task vector to the first model, without the part that acts on the inputs of chosen tokens.
 
         G      = mean of x x^T over the tokens that count, in the first model
         merged = model_1 + lambda (model_2 - base) e (G + e I)^-1,    e = ridge times the mean of the diagonal of G
@@ -42,13 +42,13 @@ def rain(
 
     Args:
         lambda_: Factor of what is added.
-        ridge: How strongly weak directions of the chosen tokens are spared: smaller is stricter.
+        ridge: How strongly weak directions of the chosen tokens are protected: smaller is stricter.
 
     Differs from the paper:
         Only the first stage; in the second, the paper fits a factor for each head and MLP to where the model attends, and
-        its fallback is 1. One lambda stands here for all of them.
+        its fallback is 1. Here one lambda replaces all of them.
         The authors' code takes one number per token and head from queries, keys and outputs, and projects on what leaves
-        these numbers; here all inputs of a chosen token are spared, which is stricter, and needs the Gram matrix alone.
+        these numbers; here all inputs of a chosen token are protected, which is stricter, and needs only the Gram matrix.
         Its ridge of 1e-4 is absolute; here it is relative to the inputs.
         Matrices without statistics are the base with both task vectors, the second times lambda.
     """
@@ -56,7 +56,7 @@ def rain(
     if gram is not None:
         inputs = gram[0].double()
         step = ridge.double() * inputs.diagonal().mean()
-        # without inputs nothing has to be spared
+        # without inputs there is nothing to protect
         if step > 0:
             second = solve_right(second * step, inputs, ridge)
     return base + (first + lambda_ * second).to(base.dtype)

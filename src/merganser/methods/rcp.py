@@ -37,7 +37,7 @@ def rcp(
     -s. fisher_1 is the Fisher information of the reasoning model on its own text.
 
     Use when:
-        A model that reasons at length shall learn a domain from a fine-tune of the same base, and keep its reasoning.
+        A reasoning model should gain the domain of a fine-tune of the same base, and keep its reasoning.
 
     Args:
         lambda_: How much the change of what matters to reasoning counts. With 0 the domain alone decides.

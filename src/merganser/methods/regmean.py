@@ -39,12 +39,12 @@ def regmean(
     Gram matrices alone. In directions that no input takes, R stays.
 
     Use when:
-        Some thousand tokens of each expert's field are at hand, or their statistics, which others can hand on in place of
-        the texts: `merganser calibrate EXPERT --data FILE --out FOLDER`.
+        You have a few thousand tokens of each expert's field, or their statistics, which can be shared instead of the
+        texts: `merganser calibrate EXPERT --data FILE --out FOLDER`.
 
     Args:
         weight: How much a model's inputs count.
-        alpha: Factor of the off-diagonal entries of every Gram matrix. With 0 each column is averaged by itself; with 1
+        alpha: Factor of the off-diagonal entries of every Gram matrix. With 0 each column is averaged on its own; with 1
             the fit is exact, and follows the few texts that were seen most closely.
         ridge: What is added to the diagonal of the sum, over the mean of that diagonal: pulls towards R. It is raised where
             the sum is not positive definite.
@@ -58,7 +58,7 @@ def regmean(
         sensitive to rounding, and leaves R where there is no input instead of going to zero. The limit is ours.
         Every Gram matrix is a mean over tokens, so that a model counts the same however many tokens it was measured on;
         padding is not among them.
-        A model whose matrix received no token (an expert of a mixture that was never chosen) has no say in it; where
+        A model whose matrix received no token (an expert of a mixture that was never chosen) does not count in it; where
         none received any, R remains. Matrices without statistics (embeddings, the head) are averaged.
         Routers of mixtures are matrices like others: the merged one is fitted to what each model's gives on its own inputs.
         LOT merging (Sun et al., arXiv 2505.23859) is `alpha: 1` with `reference: base`, but for three things: it inverts

@@ -39,12 +39,12 @@ def regmean_plus(
     fits it to what it received in the models.
 
     Use when:
-        As for RegMean, where the data are at hand while merging: the statistics depend on the merge, so they cannot be
-        measured before it or handed on.
+        As for RegMean, if you have the texts while merging: the statistics depend on the merge, so they cannot be measured
+        before it or shared.
 
     Args:
         weight: How much a model's inputs count.
-        alpha: Factor of the off-diagonal entries of every Gram matrix. With 0 each column is averaged by itself; with 1
+        alpha: Factor of the off-diagonal entries of every Gram matrix. With 0 each column is averaged on its own; with 1
             the fit is exact, and follows the few texts that were seen most closely.
         ridge: What is added to the diagonal of the sum, over the mean of that diagonal: pulls towards R. It is raised where
             the sum is not positive definite.

@@ -59,7 +59,7 @@ def robust_merge(
     others: Others = "average",
     embeddings: Embeddings = "others",
 ) -> Tensor:
-    """Prune the low-rank factors of the task vectors, rescaled, and merge each side: RobustMerge without its factors.
+    """Prune and rescale low-rank factors of the task vectors, and merge each side: RobustMerge for whole models.
 
         delta_i ~ B_i A_i,   of rank R,   delta_i = model_i - base
         A'_i, B'_i = the largest entries of A_i, and of B_i
@@ -72,8 +72,8 @@ def robust_merge(
         LoRA fine-tunes of equal rank are merged, as for multimodal instruction tuning in the paper.
 
     Args:
-        weight: Factor of each model, in both sides, so that it counts twice in the product. The authors take 2, for
-            trained factors: of these pruning keeps less (see below), and with 2 the merge overshoots here.
+        weight: Factor of each model, in both sides, so that it counts twice in the product. The authors take 2 for trained
+            factors, of which pruning keeps less (see below); here 2 is too much.
         lambda_: Factor of the merged task vector.
         rank: Largest number of singular triplets that are kept of each task vector; fewer if its rank is lower.
         density: Share of the entries of every factor that is kept.

@@ -59,7 +59,7 @@ def sens(
         merged  = base + lambda T sum_i share_i (model_i - base),    T: number of models
 
     Use when:
-        The sum of the task vectors serves well, and layers shall differ. Statistics are one number per tensor:
+        Task arithmetic works well, and each layer should have its own weights. Statistics are one number per tensor:
         `merganser calibrate EXPERT --data FILE --statistics sensitivity --out FOLDER`.
 
     Args:

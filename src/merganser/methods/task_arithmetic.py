@@ -25,7 +25,8 @@ def task_arithmetic(
         merged = base + lambda * sum_i weight_i * (model_i - base)
 
     Use when:
-        In doubt. It is the one method that large studies on language models found reliable; try lambda 0.3 to 1.
+        You do not know which method to use. It is the one that large studies on language models found reliable; try
+        lambda 0.3 to 1.
 
     Args:
         weight: Factor of each task vector; a negative one forgets the task.

@@ -1,4 +1,4 @@
-"""TATR: task arithmetic that leaves out the elements at which the task vectors are in each other's way."""
+"""TATR: task arithmetic without the elements in which several task vectors are large."""
 
 from typing import Literal
 

@@ -79,8 +79,8 @@ def twin(
         model_i          ~ merged + left_i right_i^T
 
     Use when:
-        The task is known at run time, and models close to the fine-tuned ones should be restored, for a fifth of a copy
-        each. Restoring does not need the base.
+        The task is known at run time, and models close to the fine-tuned ones should be restored, each from a fifth of
+        the size of a copy. Restoring does not need the base.
 
     Args:
         weight: Factor of each task vector.

@@ -63,7 +63,7 @@ def varm(
 
     Differs from the paper:
         The authors' released script reads the changes of one model for all of them, so that its shares are equal; this
-        follows the paper. The script can also group the tensors of a layer or of a kind, which is not offered here.
+        follows the paper. The script can also group the tensors of a layer or of a kind; this method cannot.
     """
     vectors = deltas(base, models)
     if share is not None:

@@ -118,15 +118,16 @@ def widen(
 
     Use when:
         Two or three models are merged of which one moved far from the base, by continued pre-training, and others
-        little. With more, set `normalize`: as published, the factors of a column add up to as much as there are models.
+        little. With more, set `normalize`: without it, as published, the factors of a column can add up to the number of
+        models.
 
     Args:
         ratio: A column matters if its rank is above the model's average rank times this. The larger, the fewer matter.
         score: Factor of a column that matters.
         normalize: Divide by the sum of the factors. As published, a column that matters to all models is added in full
             for each of them.
-        tokens: In which tables of tokens rows are weighted instead of columns: in none, in embeddings as published, or
-            in the head, too.
+        tokens: Matrices whose rows (tokens) are weighted instead of their columns: none, the embeddings as published, or
+            the head, too.
 
     Differs from the paper:
         Of equal changes the first column has the lower rank.

@@ -1,4 +1,4 @@
-"""ZipIt: hidden units that compute alike become one, across models and within each."""
+"""ZipIt: hidden units that compute similar values are merged, across models and within each."""
 
 from collections.abc import Sequence
 
@@ -37,9 +37,9 @@ def zipit(
     All models read the same tokens.
 
     Use when:
-        The models do not hold the same units, so that no permutation matches them: after other tasks, or from other
-        starts. Then heads and channels need `align` (units: [heads, residual]) before. Fine-tunes of one base match nearly
-        one to one, and little differs from their average.
+        No permutation matches the models' units one to one: they were trained on other tasks, or from other
+        initialisations. In the second case heads and channels need `align` (units: [heads, residual]) first. Units of
+        fine-tunes of one base match nearly one to one, and the result is close to the average.
 
     Args:
         alpha: Factor of the correlations of a unit that was made of two: small values spread units over more groups.

@@ -319,7 +319,7 @@ def test_declarations_that_contradict_themselves():
         declare(baseless, scope="matrix")
     with pytest.raises(TypeError, match="sound: the parameters embeddings, others say something only where the scope"):
         declare(sound)
-    with pytest.raises(TypeError, match=r"sound: .* has whole matrices at hand; let it compute gain itself"):
+    with pytest.raises(TypeError, match=r"sound: .* gets whole matrices; let it compute gain itself"):
         declare(sound, scope="matrix", statistics={"gain": statistic(squared_norm, over_root)})
     method = declare(sound, scope="matrix")
     assert not method.fuse

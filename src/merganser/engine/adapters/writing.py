@@ -199,7 +199,7 @@ def peft_config(
 def config_on(
     start: Checkpoint, named: str, ranks: Mapping[str, int], *, saved: Sequence[str], biases: bool, transposed: bool
 ) -> dict[str, Any]:
-    """Return the contents of `adapter_config.json` of a LoRA adapter of a model that is at hand.
+    """Return the contents of `adapter_config.json` of a LoRA adapter of a model whose files are known.
 
     Args:
         start: The model that the adapter is loaded on.
