@@ -241,15 +241,19 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache_logits(model, [folder / "data.txt"], folder / "out", k=3, sequences=1, length=8).path
 
 
+def opened_whole(folder: Path) -> None:
+    found = open_cache(folder)
+    found.shard(0)
+    found.vocabulary()
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_caches_are_refused(name: str, whole: Path, tmp_path: Path) -> None:
     damage, message = DAMAGE[name]
     copytree(whole, tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(DataError) as caught:
-        found = open_cache(tmp_path / "out")
-        found.shard(0)
-        found.vocabulary()
+        opened_whole(tmp_path / "out")
     assert message in str(caught.value)
 
 

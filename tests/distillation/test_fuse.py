@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import save_file
 
 from merganser.distillation import cache_logits, fuse, load_fusion
+from merganser.distillation.training.fit import _arguments
 from merganser.distillation.training.student import load_held_out, open_student
 from merganser.errors import DataError, MergeError, NonFiniteError, OutputError, TaskError, UnsupportedError
 from merganser.record import verify
@@ -185,6 +187,15 @@ def test_a_killed_run_continues(calls: int, folder: Path, tmp_path: Path, monkey
         losses = [[entry["loss"] for entry in one.record["fused"]["history"][name]] for one in (whole, again)]
         assert losses[0] == losses[1]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_one_device_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several GPUs the Trainer would use all at once, each for a part of every batch, with batches as many times as large."""
+    made = load_fusion({"student": "s", "sources": [{"model": "t"}], "data": "a.txt", "training": {"steps": 1}})
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda own: 1 if own._n_gpu == 1 else 3))
+    found = _arguments(made, tmp_path, 1, torch.device("cpu"))
+    assert found.n_gpu == 1
+    assert found.train_batch_size == 8
 
 
 def test_caches_teach_their_own_texts(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from merganser.distillation.likelihoods import likelihoods
 from merganser.distillation.losses.gate import FusionGate
 from merganser.distillation.training.batches import collate
 from merganser.distillation.training.objective import Objective
-from merganser.distillation.training.sequences import Example
+from merganser.distillation.training.sequences import Cached, Example, _take
 from tests.reference import fusion as reference
 
 VOCABULARY = 9
@@ -212,6 +214,33 @@ def test_the_gate_learns_with_the_model() -> None:
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert any(float(own.grad.abs().max()) > 0 for own in gate.parameters() if own.grad is not None)
+
+
+def test_sources_compare_whether_they_begin_with_a_special_token_or_not() -> None:
+    """A model with one also predicts the first token of a text, which costs most; that does not count against it."""
+
+    def read(*tokens: bytes) -> Reading:
+        ends = np.cumsum([len(token) for token in tokens])
+        return Reading(np.arange(len(tokens)), ends, np.ones(len(tokens), np.bool_), b"".join(tokens))
+
+    lesson: Any = Lesson(
+        np.arange(2), np.zeros((2, 1), np.int32), np.zeros((2, 1), np.float32), np.zeros(2, np.float32)
+    )
+    own, nothing = Example(1, read(b"ab", b"cd", b"ef")), SimpleNamespace()
+    for number, (reading, nats) in enumerate(
+        (
+            (read(b"", b"ab", b"cd", b"ef"), [0, 9, 1, 2]),
+            (read(b"ab", b"cd", b"ef"), [0, 1, 2]),
+            (read(b"", b"abc", b"def"), [0, 9, 3]),
+            # nothing else is said, so that it counts
+            (read(b"", b"abcdef"), [0, 9]),
+        )
+    ):
+        said: Any = Cached(1, reading, nothing, -np.array(nats, np.float32), nothing)  # type: ignore[arg-type]
+        teacher: Any = SimpleNamespace(number=number, lesson=lambda *_: lesson)
+        _take(own, teacher, said)
+    # two tokens of the student, of four bytes
+    assert own.cross_entropy == pytest.approx({0: 3 / 2, 1: 3 / 2, 2: 3 * (4 / 3) / 2, 3: 9 * (4 / 6) / 2})
 
 
 def test_a_batch_that_nobody_teaches_is_plain() -> None:

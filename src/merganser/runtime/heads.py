@@ -118,10 +118,10 @@ def _scores(layer: Any, tokens: int) -> Tensor:
     length = layer.keys.shape[-2]
     places = torch.arange(length, device=layer.keys.device)
     total: Any = 0
-    for part, at in chunks(layer.queries):
-        weight = probabilities(part, layer.keys, layer.scaling, None, length - at)[0]
-        back = places[at : at + part.shape[-2], None] - places
-        counted = (places[at : at + part.shape[-2]] >= tokens)[:, None] & (back > 0)
+    for some, at in chunks(layer.queries):
+        weight = probabilities(some, layer.keys, layer.scaling, None, length - at)[0]
+        back = places[at : at + some.shape[-2], None] - places
+        counted = (places[at : at + some.shape[-2]] >= tokens)[:, None] & (back > 0)
         same, behind = counted & (back % tokens == 0), counted & ((back + 1) % tokens == 0)
         total = total + torch.stack([(weight * each).sum((-1, -2)) for each in (same, behind)])
     scores: Tensor = total / (length - tokens)

@@ -131,7 +131,7 @@ def _with_lora(model: Any, rank: int, alpha: float, folder: Path) -> Any:
 
 def _arguments(recipe: FusionRecipe, folder: Path, steps: int, device: torch.device) -> Any:
     own = recipe.training
-    return libraries.transformers().TrainingArguments(
+    found = libraries.transformers().TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=own.batch // own.accumulate,
@@ -156,3 +156,7 @@ def _arguments(recipe: FusionRecipe, folder: Path, steps: int, device: torch.dev
         disable_tqdm=True,
         dataloader_pin_memory=device.type != "cpu",
     )
+    if found.n_gpu > 1:
+        # with several the Trainer would divide a batch among copies of the model, and lessons cannot be divided so
+        found._n_gpu = 1
+    return found

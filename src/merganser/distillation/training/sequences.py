@@ -46,7 +46,8 @@ class Example:
         record: Hash of the record that it is from.
         reading: As the student reads it.
         lessons: By number of the source.
-        cross_entropy: Of each source that teaches, in nats per token of the student, by number.
+        cross_entropy: Of each source that teaches, in nats per token of the student, by number; tokens without text before them
+            do not count, as not all models predict them.
     """
 
     record: int
@@ -287,22 +288,29 @@ def _take(own: Example, teacher: Teacher, said: Cached) -> None:
     lesson = teacher.lesson(own.reading, said)
     if lesson is None or (teacher.number in own.lessons and _size(own.lessons[teacher.number]) >= _size(lesson)):
         return
-    counted = said.reading.counted.copy()
-    counted[:1] = False
-    nats = -float(said.token_log_probabilities[counted].astype(np.float64).sum())
-    tokens = int((own.labels >= 0).sum())
+    heard, known = _inner(own.reading), _inner(said.reading)
+    nats = -float(said.token_log_probabilities[known].astype(np.float64).sum())
     # what a source reads may be cut elsewhere, or have more tokens
-    share = _bytes(own.reading) / max(1, _bytes(said.reading))
+    share = _width(own.reading, heard) / max(1, _width(said.reading, known))
     own.lessons[teacher.number] = lesson
-    own.cross_entropy[teacher.number] = nats * share / max(1, tokens)
+    own.cross_entropy[teacher.number] = nats * share / max(1, int(heard.sum()))
 
 
 def _size(lesson: Lesson | Chunks) -> int:
     return len(lesson.positions) if isinstance(lesson, Lesson) else int((lesson.numbers >= 0).sum())
 
 
-def _bytes(reading: Reading) -> int:
-    return sum(map(len, reading.answers()))
+def _inner(reading: Reading) -> NDArray[np.bool_]:
+    """Return which tokens that count have text before them; of others only models that begin with a special token say something."""
+    before = np.concatenate([[0], reading.ends[:-1]])
+    found: NDArray[np.bool_] = reading.counted & (before > 0)
+    if not found.any():
+        found = reading.counted & (np.arange(len(before)) > 0)
+    return found
+
+
+def _width(reading: Reading, tokens: NDArray[np.bool_]) -> int:
+    return int(np.diff(reading.ends, prepend=0)[tokens].sum())
 
 
 def summary(sequences: Sequence[Example], sources: int) -> dict[str, Any]:
