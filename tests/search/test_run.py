@@ -258,13 +258,17 @@ def test_retention_of_experts(tmp_path: Path) -> None:
 
 
 def test_several_objectives_give_a_front(tmp_path: Path) -> None:
-    found = searched(tmp_path / "out", objectives=["one/bits_per_byte", "two/bits_per_byte"], sampler="nsga2")
+    wide = RECIPE.replace("[-1, 1]", "[-60, 1]")
+    objectives = ["one/bits_per_byte", "two/bits_per_byte"]
+    found = searched(tmp_path / "out", recipe=wide, objectives=objectives, sampler="nsga2")
     points = [trial.values for trial in found.front if trial.values]
     assert points
     for point in points:
         for trial in found.trials:
             assert trial.values is not None
             assert not (trial.values[0] < point[0] and trial.values[1] < point[1])
+    # each has both figures on all items: what is hopeless in one objective may be the best in the other
+    assert [(len(t.values or ()), t.items, t.stopped) for t in found.trials] == [(2, 40, False)] * 6
     assert not (tmp_path / "out" / "winner.yaml").exists()
     assert all(found.recipe_file(trial).exists() for trial in found.front)
 

@@ -91,8 +91,8 @@ Early = Annotated[
 Estimator = Annotated[
     str | None,
     typer.Option(
-        metavar="p_irt|gp_irt|mp_irt|gmp_irt",
-        help="End a trial after the first items if its accuracy, estimated by item response theory, is not above the best.",
+        metavar="control_variate|p_irt|gp_irt|mp_irt|gmp_irt",
+        help="End a trial after the first items if its estimated figure is not above the best; *_irt are of questions.",
         show_default=False,
     ),
 ]

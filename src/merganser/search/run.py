@@ -99,7 +99,7 @@ def search(
         batch_tokens: As for `evaluate`.
         lm_eval: As for `evaluate`.
         early_stopping: Whether a trial ends once it is worse than the best one beyond chance; only with one objective.
-        estimator: p_irt, gp_irt, mp_irt or gmp_irt: a trial that is not better than the best one by this estimate ends after
+        estimator: control_variate, p_irt, gp_irt, mp_irt or gmp_irt: a trial that is not better than the best one by this estimate ends after
             the first wave of items; None for a test of the difference.
         item_parameters: File with the parameters of the items; by default they are fitted to the answers of this search.
         storage: Where trials are stored, for `open_storage`: the path of a journal, or an address; by default a journal in `out`.

@@ -120,7 +120,7 @@ def test_models_that_are_no_folders_are_measured_too(tmp_path: Path, made: Path)
     script = tmp_path / "score.py"
     script.write_text("import json, sys\nprint(json.dumps({'loss': len(sys.argv[1])}))\n")
     tensors = {
-        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{k}.weight": torch.ones(shape)
+        f"model.layers.0.self_attn.q_proj.lora_{k}.weight": torch.ones(shape)
         for k, shape in (("A", (1, 32)), ("B", (32, 1)))
     }
     write_adapter(tmp_path / "thin", tensors, r=1, lora_alpha=1, target_modules=["q_proj"])

@@ -190,7 +190,8 @@ class ItemJudge:
         table = self._bench.table
         waves = table.waves
         for seen in range(1, len(waves)):
-            if best is None or not self._stopping or self.estimated is not None:
+            # of several objectives one that is worse in the first may be the best in another
+            if best is None or not self._stopping or self.estimated is not None or len(self.objectives) > 1:
                 break
             objective = self.objectives[0]
             part = waves[:seen]
