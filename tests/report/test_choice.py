@@ -124,7 +124,7 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert "one (calm), two (cool). A model alone keeps 1 of its own task." in text
     assert "Measured on 8 items that nothing was chosen on" in text
     assert "Better than calm, the best single model, beyond the interval of 95 %." in text
-    assert "Better than the average, beyond the interval of 95 %." in text
+    assert "Better than the average beyond the interval of 95 %." in text
     assert "winner winner 0.700 ± 0.020 0.600 ± 0.020 0.010 ± 0.020" in text
     assert "failed: is <b>too</b> large" in text
     instead = run("report", write_study(tmp_path / "out", result("calm")), "--text").out

@@ -20,7 +20,7 @@ from merganser.search.auto import run as auto_run
 from merganser.search.auto.begin import fields_of, notes_of_same, notes_of_useless
 from merganser.search.auto.budget import Budget, keep_waves
 from merganser.search.auto.outcome import Above, recommend
-from merganser.search.auto.portfolio import around, candidates
+from merganser.search.auto.portfolio import around, candidates, plain_around
 from merganser.search.auto.texts import halve, read_texts
 from merganser.search.ends import End
 from merganser.search.scoring.bench import Model
@@ -79,7 +79,9 @@ def test_every_recipe_suits_its_method(experts: list[str], sizes: tuple[int, ...
     within = {name for name in homes if name.startswith(("featcal", "regmean_plus"))}
     assert {homes[name] for name in within} == {f"/kept/{name}" for name in within}
     assert {home for name, home in homes.items() if name not in within} <= {None, "/kept"}
-    assert not any("keep_statistics" in around(each)[0] for each in listed if each.name in within)
+    for each in listed:
+        kept_around = {"keep_statistics" in recipe for recipe in (around(each)[0], plain_around(each))}
+        assert kept_around == {"keep_statistics" in each.recipe and each.name not in within}
 
 
 @pytest.mark.usefixtures("short")
@@ -407,6 +409,8 @@ def test_what_may_still_begin(clock: list[float], monkeypatch: pytest.MonkeyPatc
     assert budget.fits("2")
     assert not budget.fits("3")
     assert budget.last_trial(10) == 170.0
+    # the winner is merged after the proof
+    assert budget.last_trial(10, 5) == 165.0
 
 
 def test_a_recipe_takes_what_its_plan_says_and_the_scoring() -> None:

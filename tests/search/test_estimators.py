@@ -179,7 +179,7 @@ def test_a_search_that_fits_its_own_parameters_continues(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("quiz.jsonl", "--estimator", "gmp_it"), "estimator: 'gmp_it' is not known. Did you mean 'gmp_irt'? Known: p_irt, gp_irt"),
+        (("quiz.jsonl", "--estimator", "gmp_it"), "estimator: 'gmp_it' is not known. Did you mean 'gmp_irt'? Known: control_variate, p_irt, gp_irt"),
         (("one.jsonl", "--estimator", "p_irt"), "p_irt is for right and wrong answers, and one.jsonl is a text"),
         (("quiz.jsonl", "--item-parameters", "p.json"), "item-parameters: are for an estimator; give --estimator, too"),
         (("quiz.jsonl", "--estimator", "p_irt", "--no-early-stopping"), "ends trials early, which --no-early-stopping forbids"),

@@ -284,6 +284,22 @@ def test_bounds(tmp_path: Path) -> None:
     assert not (tmp_path / "broken" / "winner.yaml").exists()
 
 
+def test_a_bound_that_is_missed_on_the_items_held_out_is_told(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"trials": 1, "limit": 16, "sampler": "tpe"}
+    free = searched(tmp_path / "free", TASKS[:1], **given)
+    assert free.best is not None
+    assert free.best.values is not None
+    assert free.ends[0].values is not None
+    tried, held = free.best.values[0], free.ends[0].values[0].value
+    option = "at_most" if held > tried else "at_least"
+    found = searched(tmp_path / "out", TASKS[:1], **given, **{option: [f"one/bits_per_byte={(held + tried) / 2}"]})
+    assert found.best is not None
+    assert found.notes == (
+        f"trial-0001 misses a bound on the items held out: one/bits_per_byte {option.replace('_', ' ')} {(held + tried) / 2:g}, and "
+        f"it has {held:.4g}",
+    )
+
+
 def test_a_trial_that_fails_is_told_and_the_search_goes_on(tmp_path: Path) -> None:
     # at float16 a weight of 1e6 overflows
     recipe = RECIPE.replace("search: [-1, 1], per: model", "choices: [0.5, 1000000]") + "dtype: float16\n"

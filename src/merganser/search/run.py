@@ -161,9 +161,11 @@ def _prove(prepared: Prepared, folder: Folder, progress: Progress) -> Found:
         contenders = [(prepared.trials.written(trial), "winner") for trial in found.front[:_FRONT_SHOWN]]
         contenders += [(model, "input") for model in prepared.setup.inputs] + _average(prepared.start, folder)
         ends = measure_ends(contenders, prepared.setup.judge, progress)
-        return write_found(
-            prepared.trials, ends, prepared.setup.held_out, prepared.setup.notes, folder, prepared.sampler
-        )
+        missed = [note for model, role in contenders if role == "winner" for note in prepared.setup.missed(model)]
+        for note in missed:
+            progress.note(note)
+        notes = [*prepared.setup.notes, *missed]
+        return write_found(prepared.trials, ends, prepared.setup.held_out, notes, folder, prepared.sampler)
 
 
 def _found(prepared: Prepared, folder: Folder) -> Found:

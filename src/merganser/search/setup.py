@@ -25,7 +25,7 @@ from ..wording import default_names
 from .evolve import read_evolve
 from .folder import Folder, key_of
 from .many.storage import shown
-from .scoring.bench import Model, open_bench
+from .scoring.bench import Failed, Model, open_bench
 from .scoring.command import parse_command
 from .scoring.estimated import Estimated, check_estimator
 from .scoring.items import HELD
@@ -139,6 +139,20 @@ class Setup:
     def notes(self) -> list[str]:
         """What the user should know."""
         return self.judge.notes if isinstance(self.judge, ItemJudge) else []
+
+    def missed(self, model: Model) -> list[str]:
+        """Return which bounds a model that keeps them on the items of trials misses on those held out, in words."""
+        if not isinstance(self.judge, ItemJudge) or not self.judge.bounds:
+            return []
+        try:
+            figures = self.judge.figures(model, [HELD])
+        except Failed:
+            return []
+        return [
+            f"{model.name} misses a bound on the items held out: {bound}, and it has {figures[bound.name].value:.4g}"
+            for bound in self.judge.bounds
+            if bound.excess(figures) > 0
+        ]
 
     def with_objectives(self, objectives: Sequence[str], at_least: Sequence[str], at_most: Sequence[str]) -> Setup:
         """Give a judge of items its objectives, and return this."""

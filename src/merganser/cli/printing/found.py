@@ -66,7 +66,7 @@ def _mark(trial: Trial, best: Trial | None) -> str:
     if trial.same_as is not None:
         return f"  as trial {trial.same_as + 1}, not scored again"
     if trial.stopped:
-        return f"  (estimated) ended after {plural(trial.items, 'item')}"
+        return f"  estimated, ended after {plural(trial.items, 'item')}"
     if trial.values is not None and not trial.feasible:
         return "  misses a bound"
     return "  best so far" if best is not None and best.number == trial.number else ""

@@ -92,14 +92,22 @@ class Budget:
 
     def seconds(self, recipe: str) -> float:
         """Return the seconds that merging a recipe and scoring it takes, from its plan."""
-        scoring = self.item * self.bench.table.count(self.bench.table.waves)
+        return self.item * self.bench.table.count(self.bench.table.waves) + self.merging(recipe)
+
+    def merging(self, recipe: str) -> float:
+        """Return the seconds that merging a recipe takes, from its plan; statistics that are kept take none."""
         try:
             planned = the_model(plan(recipe, **self.options))
         except MergeError:
             # what is wrong with it shows when it is tried
-            return scoring
-        return scoring + planned.seconds + sum(each.seconds for each in planned.calibrations)
+            return 0.0
+        return planned.seconds + sum(each.seconds for each in planned.calibrations)
 
-    def last_trial(self, seconds: float) -> float:
-        """Return when the last trial that takes so many seconds may begin, on `time.monotonic()`."""
-        return self.until - self.proof - seconds
+    def last_trial(self, seconds: float, merging: float = 0.0) -> float:
+        """Return when the last trial may begin, on `time.monotonic()`.
+
+        Args:
+            seconds: How long it takes.
+            merging: How long the merge of the winner takes, which comes after the proof.
+        """
+        return self.until - self.proof - merging - seconds

@@ -132,6 +132,19 @@ def _data(text: Path) -> str | dict[str, Any]:
     return {"files": str(text), "sequences": _SEQUENCES}
 
 
+def _about_around(best: Candidate) -> dict[str, Any]:
+    """Return models, base and data of a recipe around a candidate.
+
+    Other factors make another merge, whose statistics, if they are measured within it, are not those that were kept.
+    """
+    return {key: own for key, own in best.about.items() if not (key == KEPT and _measures_within(best))}
+
+
+def plain_around(best: Candidate) -> str:
+    """Return a recipe without open values that takes as long to merge as those around a candidate."""
+    return _recipe(best.method, best.parameters, _about_around(best))
+
+
 def around(best: Candidate) -> tuple[str, float]:
     """Return the recipe of a candidate with open values around its own, and the value of all of them at the candidate itself.
 
@@ -140,8 +153,7 @@ def around(best: Candidate) -> tuple[str, float]:
     Args:
         best: The candidate.
     """
-    # other factors make another merge, whose statistics are not those that were kept
-    about = {key: own for key, own in best.about.items() if not (key == KEPT and _measures_within(best))}
+    about = _about_around(best)
     known = get_method(best.method).parameters
     if "weight" in known:
         # of the average only shares matter, so that the other methods' scale is in their weights

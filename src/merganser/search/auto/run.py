@@ -40,7 +40,7 @@ from .begin import (
 from .budget import Budget
 from .choice import Choice, read_choice
 from .outcome import Above, Tried, plain, recommend
-from .portfolio import Candidate, around, candidates
+from .portfolio import Candidate, around, candidates, plain_around
 from .texts import halve, read_texts
 
 MINUTES = 60.0
@@ -255,7 +255,7 @@ class _Search:
         """Search factors by depth around the best of the portfolio."""
         assert self.best_candidate is not None
         assert self.best is not None
-        deadline = self.budget.last_trial(self.best_seconds)
+        deadline = self.budget.last_trial(self.best_seconds, self.budget.merging(plain_around(self.best_candidate)))
         if not self._journal_of(self.best_candidate).exists() and time.monotonic() > deadline:
             self._recall()
             return
