@@ -129,7 +129,7 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert "failed: is <b>too</b> large" in text
     instead = run("report", write_study(tmp_path / "out", result("calm")), "--text").out
     instead = re.sub(r"\s+", " ", instead)
-    assert "Take calm: trial-0002, chosen from 5 recipes, is worse, so nothing was merged." in instead
+    assert "Take calm as it is: trial-0002, chosen from 5 recipes, is worse, so nothing was merged." in instead
     assert "Worse than calm, the best single model, beyond the interval of 95 %: take that instead." in instead
     assert "Think of a sidecar." in instead
 

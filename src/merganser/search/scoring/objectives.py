@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ...errors import TaskError, did_you_mean
-from ...evaluation.scoring.estimate import Estimate, mean, smallest
+from ...evaluation.scoring.estimate import Estimate, mean
 
 Figures: TypeAlias = "Mapping[str, Estimate]"
 """The figures of a model by name, as objectives name them: `TASK/METRIC`, `recovered/mean`, a key of a command."""
@@ -192,7 +192,7 @@ def retained(
     if found:
         found |= {
             "recovered/mean": mean([*found.values()]),
-            "recovered/worst": found[smallest(found)[0]],
+            "recovered/worst": min(found.values(), key=lambda each: each.value),
         }
     lost = []
     for task, (metric, higher) in mains.items():
