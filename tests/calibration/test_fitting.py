@@ -13,7 +13,7 @@ from merganser.calibration.forward.stream import Stream
 from merganser.engine.merge import merge
 from merganser.errors import RecipeError
 from merganser.statistics import Statistics, open_statistics
-from tests.calibration.merging import BLOCKS, Family, make_family
+from tests.calibration.merging import BLOCKS, LENGTH, Family, make_family
 from tests.reference.expert_merging import expert_merging_walk
 
 STEPS = 2
@@ -37,7 +37,7 @@ def coefficients(found: list[Statistics]) -> dict[str, torch.Tensor]:
 def test_agrees_with_whole_models_in_memory(name: str, chunks: int, tmp_path: Path) -> None:
     family = make_family(tmp_path, name)
     given = {"steps": STEPS, "chunks": chunks, "start": 0.3, "regulariser": 0.05}
-    found = coefficients(family.calibrate("expert_merging", tmp_path / "run", **given))
+    found = coefficients(family.calibrate("expert_merging", tmp_path / "run", batch=99, **given))
     _, expected = expert_merging_walk(
         family.open(family.base).double(),
         [family.open(model).double() for model in family.models],
@@ -67,7 +67,9 @@ def test_the_merge_has_the_coefficients_and_the_start_outside(llama: Family, tmp
 
 def test_a_merge_computes_more_like_the_models(llama: Family, tmp_path: Path) -> None:
     alone = Family("llama", llama.base, llama.models[:1], llama.data[:1])
-    found = coefficients(alone.calibrate("expert_merging", tmp_path / "run", steps=10, rate=1.0, regulariser=0.0))
+    found = coefficients(
+        alone.calibrate("expert_merging", tmp_path / "run", steps=10, rate=1.0, regulariser=0.0, batch=99)
+    )
     matrices = torch.cat([own.flatten() for name, own in found.items() if "proj" in name])
     # one model alone is computed exactly with coefficients of 1
     assert matrices.mean() > 0.7
@@ -108,6 +110,21 @@ def test_steps_that_differ_within_a_block_are_refused(llama: Family, tmp_path: P
     uneven = [{"filter": "mlp", "value": 3}, {"value": 4}]
     with pytest.raises(RecipeError, match=r"learns model\.layers\.0 as a whole, .* different steps"):
         llama.calibrate("expert_merging", tmp_path / "out", steps=uneven)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_uses_as_many_sequences_as_asked_whatever_a_batch_may_hold(llama: Family, tmp_path: Path) -> None:
+    found = [
+        coefficients(llama.calibrate("expert_merging", tmp_path / f"{tokens}", steps=3, batch=1, batch_tokens=tokens))
+        for tokens in (LENGTH, 2048)
+    ]
+    for name, own in found[0].items():
+        assert torch.equal(own, found[1][name])
+    both = coefficients(llama.calibrate("expert_merging", tmp_path / "both", steps=3, batch=2))
+    assert any(not torch.equal(own, both[name]) for name, own in found[0].items())
+    uneven = [{"filter": "mlp", "value": 3}, {"value": 4}]
+    with pytest.raises(RecipeError, match=r"divides all data in batches once, and its tensors have a different batch"):
+        llama.calibrate("expert_merging", tmp_path / "out", batch=uneven)
     assert not (tmp_path / "out").exists()
 
 

@@ -56,6 +56,7 @@ class Wanted:
         together: Number of the models that are measured together.
         descent: The steps in which coefficients are learnt; None if none are.
         steps: The number of steps in which coefficients are fitted, block by block.
+        batch: The number of sequences of each model in such a step.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Wanted:
     together: int = 1
     descent: Descent | None = None
     steps: int = 0
+    batch: int = 0
 
 
 def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
@@ -109,8 +111,9 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
     _check_labels(method, list(found.values()))
     together = 1 if method.data_inputs == "own" else len(found)
     descent = _descent(resolver) if found else None
-    steps = int(_parameters(resolver)["steps"]) if found and method.data_inputs == "fitted" else 0
-    return [replace(each, together=together, descent=descent, steps=steps) for each in found.values()]
+    fitted = _parameters(resolver) if found and method.data_inputs == "fitted" else {"steps": 0, "batch": 0}
+    steps, batch = int(fitted["steps"]), int(fitted["batch"])
+    return [replace(each, together=together, descent=descent, steps=steps, batch=batch) for each in found.values()]
 
 
 def _parameters(resolver: Resolver) -> Mapping[str, Any]:
@@ -230,7 +233,14 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
     """
     with prepared_for(wanted, cache_dir) as prepared:
         plan, blocks = plan_prepared(
-            prepared, wanted.model, wanted.name, wanted.inputs, wanted.together, wanted.descent, wanted.steps
+            prepared,
+            wanted.model,
+            wanted.name,
+            wanted.inputs,
+            wanted.together,
+            wanted.descent,
+            wanted.steps,
+            wanted.batch,
         )
         lay_out(prepared, blocks, folder, wanted.inputs)
         present = kept is not None and (kept / STATISTICS_NAME).exists()

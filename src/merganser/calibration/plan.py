@@ -78,6 +78,7 @@ def plan_prepared(
     together: int = 1,
     descent: Descent | None = None,
     steps: int = 0,
+    batch: int = 0,
 ) -> tuple[CalibrationPlan, list[list[Tapped]]]:
     """Plan a prepared calibration.
 
@@ -91,6 +92,7 @@ def plan_prepared(
         together: Number of models that are measured together.
         descent: The steps in which coefficients are learnt; None if none are.
         steps: The number of steps in which coefficients are fitted, block by block.
+        batch: The number of sequences in such a step.
 
     Returns:
         The plan, and for every block the tensors that will have statistics; their sums have shapes, but no values.
@@ -114,7 +116,8 @@ def plan_prepared(
     inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
     outside = skeleton.outside(head=prepared.labels is not None)
     forward = _forward_operations(prepared)
-    forward *= _FORWARDS[inputs] + _FIT_PASSES * steps / len(prepared.batches())
+    count = len(prepared.samples)
+    forward *= _FORWARDS[inputs] + _FIT_PASSES * steps * min(batch, count) / count
     sums = sum(_sum_operations(prepared, tapped) for block in found for tapped in block)
     read = skeleton.checkpoint.nbytes + 2 * inside + _nbytes(skeleton, outside)
     memory, spool = _peak_memory(prepared, _loaded(skeleton, outside), found, inputs, together), _spool_bytes(prepared)

@@ -72,9 +72,13 @@ class Prepared:
         pad = self.skeleton.model.config.get_text_config().pad_token_id
         return pad if isinstance(pad, int) and pad >= 0 else 0
 
-    def batches(self) -> list[Batch]:
-        """Return the samples in the batches in which the model reads them."""
-        return make_batches(self.samples, self.batch_tokens, self.pad_id)
+    def batches(self, most: int | None = None) -> list[Batch]:
+        """Return the samples in the batches in which the model reads them.
+
+        Args:
+            most: Largest number of sequences in a batch; None for no limit but that of tokens.
+        """
+        return make_batches(self.samples, self.batch_tokens, self.pad_id, most)
 
     def probe(self) -> Batch:
         """Return a batch of a few tokens of the data, of equal length."""

@@ -15,6 +15,7 @@ Sigmoid = Annotated[Tensor, Number(0.0, 1.0, open=True, search=(0.05, 0.5))]
     family="data",
     cite="zhang2025expert",
     scope="tensor",
+    version=2,
     statistics={"coefficients": FromData("coefficients", inputs="fitted")},
     breaks={"identical": "the coefficients of equal models, or of one, need not have the sum 1"},
 )
@@ -27,6 +28,7 @@ def expert_merging(
     start: Sigmoid = default(0.1),
     chunks: Count = default(1),
     steps: Count = default(30),
+    batch: Count = default(2),
     rate: Positive = default(0.5),
     regulariser: NonNegative = default(0.1),
 ) -> Tensor:
@@ -37,8 +39,8 @@ def expert_merging(
 
     Every tensor has one c per model, or one for each of its chunks. y_i is what the block computes in model i on its own
     data, h_i what the merged block makes of the same tokens behind the merged blocks before it, and h0_i the same with all
-    s(c) = start. w_i is weight_i over the sum of the weights. The loss of a block is lowered by Adam, one batch of every
-    model in each step, with a rate that falls along a cosine.
+    s(c) = start. w_i is weight_i over the sum of the weights. The loss of a block is lowered by Adam, with some sequences of
+    every model in each step, and a rate that falls along a cosine.
 
     Use when:
         You have some texts of each expert's field while merging, and norms and biases should be weighted, too. Only a few
@@ -50,6 +52,7 @@ def expert_merging(
         chunks: Into how many pieces of consecutive elements a tensor is cut, each with its own coefficient for each
             model. Where the pieces cannot be equal, the first ones have one element more.
         steps: Steps of the optimiser for each block; like the weights, one number for all tensors of a block.
+        batch: Sequences of every model in a step: the next ones, over and over. The work grows with their number.
         rate: Step size of the optimiser, for c, at the start.
         regulariser: Pulls towards start. Without it the loss is 1 at the start, and 0 where all outputs are equal.
 

@@ -96,7 +96,7 @@ def longest_first(samples: Sequence[Sample]) -> list[int]:
     return sorted(range(len(samples)), key=lambda i: (-samples[i].longest, i))
 
 
-def make_batches(samples: Sequence[Sample], budget: int, pad_id: int) -> list[Batch]:
+def make_batches(samples: Sequence[Sample], budget: int, pad_id: int, most: int | None = None) -> list[Batch]:
     """Divide samples into batches, the longest first: there is little padding, and memory would run out at the start.
 
     Args:
@@ -104,10 +104,11 @@ def make_batches(samples: Sequence[Sample], budget: int, pad_id: int) -> list[Ba
         budget: Largest number of tokens of a batch, with padding, in its longest stack; a longer sample is a batch of
             its own.
         pad_id: The padding token.
+        most: Largest number of samples in a batch; None for no limit but that of tokens.
     """
     groups: list[list[Sample]] = []
     for sample in (samples[i] for i in longest_first(samples)):
-        if not groups or (len(groups[-1]) + 1) * groups[-1][0].longest > budget:
+        if not groups or len(groups[-1]) == most or (len(groups[-1]) + 1) * groups[-1][0].longest > budget:
             groups.append([])
         groups[-1].append(sample)
     batches: list[Batch] = []

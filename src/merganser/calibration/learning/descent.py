@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...errors import NonFiniteError
 from ..data.batches import Batch
 from ..forward.skeleton import Skeleton
 from ..forward.stream import Stream
 from ..reverse.backward import Scored, block_backward, head_backward, outside_parameters
+from ..reverse.gradient import Gradient
 from ..reverse.parameters import Part, block_parameters, find_parts, outside_sources
 from ..reverse.upstream import Upstream
 from .field import Field, Weights
@@ -76,13 +78,14 @@ class Passes:
         total: dict[str, Tensor] = {}
         for number, batch in enumerate(stream.batches):
             last = stream.before(number, len(skeleton.blocks))
-            value, upstream, found = head_backward(skeleton, batch, last, loss(number), outside)
+            value, upstream, uses = head_backward(skeleton, batch, last, loss(number), outside)
             losses.append(value)
             upstreams.append(upstream)
-            _add(total, found)
+            _add(total, uses.gradients, outside)
         for index in reversed(range(len(skeleton.blocks))):
             upstreams = self._visit(index, stream, upstreams, outside, total)
         self._weights.prepare(skeleton.outside(head=True))
+        _check_finite(total, "what is outside the blocks")
         self._add_slopes(-1, outside_sources(skeleton), outside, total)
         return losses
 
@@ -107,8 +110,9 @@ class Passes:
                 before = stream.before(number, index)
                 upstream, found = block_backward(skeleton, index, batch, before, upstream, {**own, **outside})
                 passed.append(upstream)
-                _add(inside, {name: found.pop(name) for name in own if name in found})
-                _add(total, found)
+                _add(inside, {name: found.pop(name) for name in own if name in found}, own)
+                _add(total, found, outside)
+            _check_finite(inside, block.name)
             self._add_slopes(index, block.sources, own, inside)
         return passed
 
@@ -125,6 +129,13 @@ class Passes:
 
 
 @torch.no_grad()
-def _add(total: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def _add(total: dict[str, Tensor], found: Mapping[str, Gradient], parameters: Mapping[str, nn.Parameter]) -> None:
     for name, gradient in found.items():
-        total[name] = total[name].add_(gradient) if name in total else gradient.clone()
+        if name not in total:
+            total[name] = torch.zeros_like(parameters[name], requires_grad=False)
+        gradient.add_to(total[name])
+
+
+def _check_finite(gradients: Mapping[str, Tensor], where: str) -> None:
+    if not all(bool(own.isfinite().all()) for own in gradients.values()):
+        raise NonFiniteError(f"the merged model: the gradient of the loss is NaN or infinite, in {where}")

@@ -25,11 +25,16 @@ class _Scaled:
 
     def of(self, logits: Tensor, sequence: Padded) -> Tensor:
         """Return the sum over the predicted tokens of a sequence, 0-d, given logits [1, longest, vocabulary]."""
-        used = predicted(sequence)
-        given = {**self._given, "logits": logits[0, :-1][used].float(), "labels": sequence.ids[0, 1:][used]}
+        used = predicted(sequence).nonzero()[:, 0]
+        given = {**self._given, "logits": _rows(logits, used), "labels": sequence.ids[0, 1:][used]}
         if "teacher" in given:
-            given["teacher"] = given["teacher"][0, :-1][used].float()
+            given["teacher"] = _rows(given["teacher"], used)
         return self._factor * self._function(**{name: given[name] for name in takes(self._function)}).sum()
+
+
+def _rows(logits: Tensor, used: Tensor) -> Tensor:
+    """Return the logits at some positions of one sequence, float32, copied once, and their gradient once."""
+    return logits.flatten(0, 1).index_select(0, used).float()
 
 
 class Losses:

@@ -115,9 +115,9 @@ def _weights_memory(skeleton: Skeleton, descent: Descent, together: int) -> int:
     outside = outside_parameters(skeleton)
     block = max((_numel(block_parameters(own)) for own in skeleton.blocks), default=0)
     largest = max((own.numel() for own in skeleton.model.parameters()), default=0)
-    # weights outside the blocks, their gradient, and that of the last sequence; weights and gradient of one block; of one
+    # weights outside the blocks, and their gradient; weights and gradient of one block; of one
     # tensor base, models, task vectors, a product, a sum and the result
-    return _FLOAT32 * ((3 + descent.has_teacher) * _numel(outside) + 2 * block + (2 * together + 4) * largest)
+    return _FLOAT32 * ((2 + descent.has_teacher) * _numel(outside) + 2 * block + (2 * together + 4) * largest)
 
 
 def _numel(parameters: Mapping[str, nn.Parameter]) -> int:

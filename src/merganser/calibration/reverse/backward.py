@@ -13,11 +13,12 @@ from ...errors import NonFiniteError
 from ..data.batches import Batch, Padded
 from ..forward.forward import Output, call_block, call_head
 from ..forward.skeleton import Skeleton
+from .gradient import Gradient, Uses
 from .upstream import Upstream
 
-__all__ = ["Scored", "block_backward", "head_backward", "outside_parameters"]
+__all__ = ["Scored", "block_backward", "head_backward", "head_loss", "outside_parameters"]
 
-Gradients = dict[str, Tensor]
+Gradients = dict[str, Gradient]
 """Gradients by parameter name; a parameter that the loss does not depend on is missing."""
 
 
@@ -64,7 +65,7 @@ def outside_parameters(skeleton: Skeleton) -> dict[str, nn.Parameter]:
 
 def head_backward(
     skeleton: Skeleton, batch: Batch, last: Mapping[int, Output], loss: Scored, outside: Mapping[str, nn.Parameter]
-) -> tuple[float, Upstream, Gradients]:
+) -> tuple[float, Upstream, Uses]:
     """Compute the loss of a sequence from the last block's output, and its gradient.
 
     Args:
@@ -75,19 +76,32 @@ def head_backward(
         outside: Parameters whose gradients are wanted.
 
     Returns:
-        The loss; the gradient for the last block; the gradients of the parameters.
+        The loss; the gradient for the last block; how the parameters are used, with their gradients.
 
     Raises:
         NonFiniteError: The loss or its gradient is NaN or infinite.
     """
     with torch.enable_grad():
         leaves = _Leaves.of(last)
-        value = loss.of(call_head(skeleton, batch, leaves.outputs), batch.stacks[-1])
-        if not bool(value.isfinite()):
-            raise NonFiniteError(f"{batch.where[0]}: the loss of the model is NaN or infinite for this text")
+        uses = Uses(outside)
+        with uses:
+            logits = call_head(skeleton, batch, leaves.outputs)
+        value = _finite(loss.of(logits, batch.stacks[-1]), batch)
         upstream = Upstream()
-        found = _differentiate([value], [torch.ones_like(value)], leaves, outside, upstream)
-    return float(value.detach()), upstream, found
+        uses.add(_differentiate([value], [torch.ones_like(value)], leaves, outside, upstream))
+    return float(value.detach()), upstream, uses
+
+
+@torch.no_grad()
+def head_loss(skeleton: Skeleton, batch: Batch, last: Mapping[int, Output], loss: Scored) -> float:
+    """Compute the loss of a sequence from the last block's output; arguments and errors are those of `head_backward`."""
+    return float(_finite(loss.of(call_head(skeleton, batch, last), batch.stacks[-1]), batch))
+
+
+def _finite(value: Tensor, batch: Batch) -> Tensor:
+    if not bool(value.isfinite()):
+        raise NonFiniteError(f"{batch.where[0]}: the loss of the model is NaN or infinite for this text")
+    return value
 
 
 def block_backward(
@@ -117,7 +131,9 @@ def block_backward(
     block = skeleton.blocks[index]
     with torch.enable_grad():
         leaves = _Leaves.of(before)
-        output = call_block(skeleton, index, batch, leaves.outputs)
+        uses = Uses(parameters)
+        with uses:
+            output = call_block(skeleton, index, batch, leaves.outputs)
         given = upstream.hidden.get(block.stack)
         outputs = [output.hidden]
         gradients = [torch.zeros_like(output.hidden) if given is None else given]
@@ -130,13 +146,13 @@ def block_backward(
             {stack: own for stack, own in upstream.rest.items() if stack != block.stack},
             upstream.outside,
         )
-        found = _differentiate(outputs, gradients, leaves, parameters, passed)
-    for gradient in (*passed.hidden.values(), *found.values()):
+        uses.add(_differentiate(outputs, gradients, leaves, parameters, passed))
+    for gradient in passed.hidden.values():
         if not bool(gradient.isfinite().all()):
             raise NonFiniteError(
                 f"{batch.where[0]}: the gradient of the loss is NaN or infinite for this text, in {block.name}"
             )
-    return passed, found
+    return passed, uses.gradients
 
 
 def _differentiate(
@@ -145,8 +161,8 @@ def _differentiate(
     leaves: _Leaves,
     parameters: Mapping[str, nn.Parameter],
     upstream: Upstream,
-) -> Gradients:
-    """Add the gradients of what blocks received to `upstream`; return those of the parameters."""
+) -> dict[str, Tensor]:
+    """Add the gradients of what blocks received to `upstream`; return those of the parameters that autograd finds."""
     rest = [(stack, i, own) for stack, values in leaves.rest.items() for i, own in enumerate(values) if own is not None]
     inputs = [*leaves.hidden.values(), *(own for _, _, own in rest), *parameters.values()]
     found = list(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 import xxhash
 from torch import Tensor
+from torch.nn import functional
 
 from ..data.batches import Padded
 
 __all__ = ["Loss", "predicted"]
 
-"""Where the tokens come from whose likelihood is taken."""
+# the label of a position that predicts no token
+_NOTHING = -100
 
 
 class Loss:
@@ -35,14 +37,18 @@ class Loss:
             sequence: One sequence.
         """
         chosen = predicted(sequence)
-        scores = torch.log_softmax(logits[0, :-1][chosen].float(), dim=-1)
-        labels = self._draw(scores.detach(), sequence) if self._sampled else sequence.ids[0, 1:][chosen]
-        return -scores.gather(1, labels[:, None]).sum()
+        labels = sequence.ids[0, 1:].masked_fill(~chosen, _NOTHING)
+        if self._sampled:
+            labels[chosen] = self._draw(logits.detach()[0, :-1][chosen], sequence)
+        # the last position predicts nothing; to leave it out of the logits would copy them
+        labels = torch.cat([labels, labels.new_tensor([_NOTHING])])
+        return functional.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=_NOTHING, reduction="sum")
 
-    def _draw(self, scores: Tensor, sequence: Padded) -> Tensor:
+    def _draw(self, logits: Tensor, sequence: Padded) -> Tensor:
         ids = sequence.ids[sequence.valid].numpy().tobytes()
         generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(ids, seed=self._seed) >> 1)
-        return torch.multinomial(scores.exp(), 1, generator=generator)[:, 0]
+        shares = torch.log_softmax(logits.float(), dim=-1).exp()
+        return torch.multinomial(shares, 1, generator=generator)[:, 0]
 
 
 def predicted(sequence: Padded) -> Tensor:

@@ -21,7 +21,7 @@ from ..writer import Sum
 from .backward import outside_parameters
 from .parameters import Part, block_parameters, likely_parts, outside_sources
 from .run import LOSS_FILE, gradient_files
-from .sums import ELEMENTWISE
+from .sums import ELEMENTWISE, PIECE, most_waiting, tables
 
 __all__ = ["ReversePlan", "plan_reverse", "planned_sums"]
 
@@ -29,8 +29,8 @@ __all__ = ["ReversePlan", "plan_reverse", "planned_sums"]
 _FLOAT32, _FLOAT64 = 4, 8
 # a block's forward has been counted; it is computed once more, and its reverse pass is twice as much
 _BLOCK_WORK = 3
-# the head is computed for the losses, with the gradient of what it received; then again, with that of its weights, too
-_HEAD_WORK, _HEAD_WORK_AGAIN = 2, 3
+# the head is computed for the losses; with the gradients of what it received and of its weights that is three times as much
+_HEAD_WORK, _HEAD_WORK_WITH_GRADIENTS = 1, 3
 # logits, their softmax, its logarithm, and the gradient
 _COPIES_OF_LOGITS = 4
 # of every output of a matrix: the value, what follows it, and their gradients
@@ -155,32 +155,32 @@ def plan_reverse(
     outside = _numel(outside_parameters(skeleton))
     if not statistics:
         return ReversePlan(sums, 0, _HEAD_WORK * of_head, 0.0, 0.0, _FLOAT32 * outside + logits, spool)
-    tables = len({*_tables(statistics)})
-    per_entry = 2 * _FLOAT32 + _FLOAT64 * tables
+    count = len(tables(statistics))
+    of_outside = _FLOAT64 * count * outside + (most_waiting(outside) if count else 0)
     blocks = [_numel(block_parameters(block)) for block in skeleton.blocks]
     held = [
-        _FLOAT32 * outside + per_entry * own + _activations(block, longest) + _gram_bytes(sums[file])
+        _FLOAT32 * outside
+        + (_FLOAT32 + _FLOAT64 * count) * own
+        + (most_waiting(own) if count else 0)
+        + _FLOAT32 * _formed(block)
+        + _activations(block, longest)
+        + _gram_bytes(sums[file])
         for own, block, file in zip(blocks, skeleton.blocks, gradient_files(len(blocks)), strict=False)
     ]
-    # with the first block, what is outside the blocks has its sums; its gradient is added up of two, and squared
-    held[0] += (per_entry + 2 * _FLOAT32) * outside + logits
+    # with the first block, what is outside the blocks gets the rest of its sums
+    held[0] += of_outside
+    # of every sequence, the rows of a table of tokens that it uses
+    rows = sum(len(own.ids) for each in samples for own in each.stacks)
     widths = [own.shape[0] for file in sums.values() for (kind, _), own in file.items() if kind == "gradient_gram"]
     return ReversePlan(
         sums=sums,
         # each block is loaded again, and all tensors are compared with the parameters that they fill
         bytes_read=skeleton.checkpoint.nbytes + sum(_stored(skeleton, block) for block in skeleton.blocks),
-        operations=_BLOCK_WORK * forward + (_HEAD_WORK + _HEAD_WORK_AGAIN) * of_head,
+        operations=_BLOCK_WORK * forward + (_HEAD_WORK_WITH_GRADIENTS if count else 2 * _HEAD_WORK) * of_head,
         gram_operations=sum(float(tokens) * own**2 for own in widths),
-        adding=len(samples) * (sum(blocks) + outside) * tables / _adding_rate(torch.get_num_threads()),
-        peak_memory=max(*held, _FLOAT32 * outside + logits),
-        spool_bytes=spool + 2 * _FLOAT32 * width * sum(len(own.ids) for each in samples for own in each.stacks),
-    )
-
-
-def _tables(statistics: Sequence[str]) -> list[str]:
-    """Return the elementwise sums that are held in memory; a sensitivity is made of absolute gradients."""
-    return [name for name in ELEMENTWISE if name in statistics] + (
-        ["absolute_gradient"] if "sensitivity" in statistics else []
+        adding=len(samples) * (sum(blocks) + outside) * count / _adding_rate(torch.get_num_threads()),
+        peak_memory=max(*held, _FLOAT32 * outside + of_outside + logits),
+        spool_bytes=spool + (2 + bool(count)) * _FLOAT32 * width * rows + _FLOAT64 * count * outside,
     )
 
 
@@ -196,6 +196,12 @@ def _gram_bytes(sums: Sums) -> int:
     return sum(Gram.memory_of(own.shape[0]) for (kind, _), own in sums.items() if kind == "gradient_gram")
 
 
+def _formed(block: Block) -> int:
+    """Return the number of entries whose gradient is formed as a whole: of experts, norms and biases."""
+    every = block_parameters(block)
+    return sum(own.numel() for name, own in every.items() if name not in _output_widths(block))
+
+
 def _activations(block: Block, longest: int) -> int:
     """Return the bytes of what a block computes for one sequence, kept for its reverse pass."""
     heads = int(getattr(getattr(block.module, "config", None), "num_attention_heads", 0))
@@ -204,12 +210,14 @@ def _activations(block: Block, longest: int) -> int:
 
 @lru_cache
 def _adding_rate(threads: int) -> float:
-    """Measure how many squares of float32 are added to float64 sums in a second; `threads` only because it depends on them."""
+    """Measure how many squares are added to float64 sums in a second; `threads` only because it depends on them."""
     total, gradient = torch.zeros(1 << 21, dtype=torch.float64), torch.ones(1 << 21)
     best = math.inf
     for _ in range(3):
         # processor time, as other programs may be running
         start = time.process_time()
-        total += torch.square(gradient)
+        for first in range(0, len(total), PIECE * threads):
+            last = first + PIECE * threads
+            ELEMENTWISE["fisher"](total[first:last], gradient[first:last].double())
         best = min(best, (time.process_time() - start) / threads)
     return len(total) / max(best, 1e-9)

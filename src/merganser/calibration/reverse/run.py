@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from ..forward.skeleton import Skeleton
 from ..forward.stream import Stream
 from ..target import Target
 from ..writer import Sum, file_name, write_sums
-from .backward import block_backward, head_backward, outside_parameters
+from .backward import block_backward, head_backward, head_loss, outside_parameters
+from .gradient import Gradient, part_gradients
 from .loss import Loss, predicted
 from .parameters import block_parameters, find_parts, outside_sources
-from .sums import ELEMENTWISE, GradientSums
+from .sums import ELEMENTWISE, GradientSums, tables
 from .taps import GradientTaps
 from .upstream import Upstream, UpstreamFiles
 
@@ -31,6 +32,9 @@ GRADIENTS = (*ELEMENTWISE, "sensitivity", "gradient_gram")
 
 LOSS_FILE = "loss.safetensors"
 """Name of the file with the loss of the model."""
+
+# the file with sums over what the head contributes
+_TOTALS = "totals"
 
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -90,7 +94,8 @@ class Reverse:
         self._note = note
         self._order = order
         self._upstream = UpstreamFiles(stream.folder)
-        self._outside = outside_parameters(skeleton)
+        # Gram matrices are those of blocks alone
+        self._outside = outside_parameters(skeleton) if tables(statistics) else {}
 
     @property
     def files(self) -> list[str]:
@@ -118,36 +123,46 @@ class Reverse:
         """
         for own in self._outside.values():
             own.requires_grad_(True)
-        about: dict[str, Any] = dict(state) or {"visited": -1, "gradients": {}, "without_gradients": []}
+        about: dict[str, Any] = dict(state) or {"visited": -1, "formed": [], "gradients": {}, "without_gradients": []}
         while about["visited"] + 1 < self.steps:
             about["visited"] += 1
             progress(about["visited"])
             if not about["visited"]:
-                self._visit_head()
+                self._visit_head(about)
             else:
                 self._visit_block(len(self._skeleton.blocks) - about["visited"], about)
             self._note(about)
             release_freed_memory()
         return {key: about[key] for key in ("gradients", "without_gradients")}
 
-    def _visit_head(self) -> None:
-        """Compute the losses, and the gradients for the last block."""
+    def _visit_head(self, about: dict[str, Any]) -> None:
+        """Compute the losses, the gradients for the last block, and the sums of gradients that no block adds to."""
         losses, tokens = torch.zeros(len(self._order), dtype=torch.float64), 0
         total = 0.0
+        count = len(self._skeleton.blocks)
+        sums = self._outside_sums({"without_gradients": []})
         for number, batch in enumerate(self._stream.batches):
-            last = self._stream.before(number, len(self._skeleton.blocks))
-            value, upstream, _ = head_backward(self._skeleton, batch, last, self._loss, {})
+            last = self._stream.before(number, count)
+            if self._statistics:
+                value, upstream, uses = head_backward(self._skeleton, batch, last, self._loss, self._outside)
+                self._upstream.write(0, number, upstream)
+                formed, rest = part_gradients(uses, self._outside)
+                sums.add(formed, batch.where[0])
+                self._upstream.keep(f"head-{number}", rest)
+                about["formed"] = sorted({*about["formed"], *formed})
+            else:
+                value = head_loss(self._skeleton, batch, last, self._loss)
             total += value
             losses[self._order[number]] = value
             tokens += int(predicted(batch.stacks[-1]).sum())
-            if self._statistics:
-                self._upstream.write(0, number, upstream)
-        sums = {
+        if self._statistics:
+            self._upstream.keep(_TOTALS, dict(sums.totals()))
+        written = {
             LOSS: Sum((), "float64", lambda: torch.tensor(total, dtype=torch.float64)),
             PREDICTIONS: Sum((), "int64", lambda: torch.tensor(tokens)),
             LOSSES: Sum(tuple(losses.shape), "float64", lambda: losses),
         }
-        write_sums(self._target.folder / LOSS_FILE, sums)
+        write_sums(self._target.folder / LOSS_FILE, written)
 
     def _visit_block(self, index: int, about: dict[str, Any]) -> None:
         """Take the gradients of one block over all sequences; with the first block, of what is outside the blocks."""
@@ -159,48 +174,67 @@ class Reverse:
             own = block_parameters(block)
             for each in own.values():
                 each.requires_grad_(True)
-            sums = self._sums(block.sources, own, about)
-            rest = None if index else self._sums(outside_sources(skeleton), self._outside, about)
+            sums = self._sums(block.sources, own, about, block.name)
+            rest = None if index else self._outside_sums(about, self._upstream.kept(_TOTALS))
             taps = GradientTaps(block, sums.parts)
             with taps.watching() if "gradient_gram" in self._statistics else contextlib.nullcontext():
                 for number, batch in enumerate(self._stream.batches):
                     before, upstream = self._stream.before(number, index), self._upstream.read(visited, number)
                     upstream, found = block_backward(skeleton, index, batch, before, upstream, own | self._outside)
-                    sums.add({name: found.pop(name) for name in own if name in found})
-                    if rest is not None:
-                        rest.add(self._with_head(number, upstream, found))
-                        continue
+                    sums.add({name: found.pop(name) for name in own if name in found}, batch.where[0])
                     for name, gradient in found.items():
-                        upstream.add_outside(name, gradient)
-                    self._upstream.write(visited + 1, number, upstream)
+                        upstream.add_outside(name, gradient, self._outside[name])
+                    if rest is None:
+                        self._upstream.write(visited + 1, number, upstream)
+                        continue
+                    kept = self._upstream.kept(f"head-{number}")
+                    rest.add(self._added(upstream, kept, about["formed"]), batch.where[0])
             self._write(index + 1, sums, taps.results(), about)
             if rest is not None:
                 self._write(len(skeleton.blocks) + 1, rest, {}, about)
 
-    def _with_head(self, number: int, upstream: Upstream, first: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradients of a sequence's loss with respect to the parameters outside the blocks.
+    def _added(
+        self, upstream: Upstream, kept: Mapping[str, tuple[Tensor, Tensor]], formed: Collection[str]
+    ) -> dict[str, Gradient]:
+        """Return the gradients of a sequence's loss with respect to parameters outside the blocks that have no sums yet.
 
         Args:
-            number: Index of the sequence.
-            upstream: Has what the blocks after the first one contribute.
-            first: What the first block contributes.
+            upstream: Has what all blocks contribute.
+            kept: What the head contributes.
+            formed: The parameters that have sums already, but for the rows that are kept.
         """
-        last = self._stream.before(number, len(self._skeleton.blocks))
-        _, _, found = head_backward(self._skeleton, self._stream.batches[number], last, self._loss, self._outside)
-        for name, gradient in first.items():
-            found[name] = found[name] + gradient if name in found else gradient
+        found: dict[str, Gradient] = {}
         for name, parameter in self._outside.items():
-            if name in upstream.outside:
-                start = found[name] if name in found else torch.zeros_like(parameter)
-                found[name] = upstream.outside_gradient(name, start)
+            rows = upstream.outside.get(name)
+            if name in formed and rows is not None and not bool(torch.isin(rows[0], kept[name][0]).all()):
+                raise UnsupportedError(
+                    f"{self._skeleton.checkpoint.reference}: {type(self._skeleton.model).__name__} uses {name} in its "
+                    "blocks and in its head, other than as a table of tokens; its gradients cannot be had"
+                )
+            gradient = Gradient(rows=kept.get(name))
+            if rows is not None:
+                gradient.add_rows(*rows)
+            if gradient.rows is not None and len(gradient.rows[0]) == (parameter.shape or (1,))[0]:
+                gradient = Gradient(dense=gradient.whole(parameter))
+            found |= {} if gradient.rows is None and gradient.dense is None else {name: gradient}
         return found
 
+    def _outside_sums(
+        self, about: dict[str, Any], totals: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> GradientSums:
+        return self._sums(outside_sources(self._skeleton), self._outside, about, "its embeddings or head", totals)
+
     def _sums(
-        self, sources: Sequence[str], parameters: Mapping[str, nn.Parameter], about: dict[str, Any]
+        self,
+        sources: Sequence[str],
+        parameters: Mapping[str, nn.Parameter],
+        about: dict[str, Any],
+        place: str,
+        totals: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> GradientSums:
         parts, missing = find_parts(self._skeleton, sources, parameters)
         about["without_gradients"] += missing
-        return GradientSums(parameters, parts, self._statistics)
+        return GradientSums(parameters, parts, self._statistics, place, totals)
 
     def _write(
         self, number: int, sums: GradientSums, grams: Mapping[tuple[str, str], Sum], about: dict[str, Any]

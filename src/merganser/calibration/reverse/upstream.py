@@ -5,12 +5,14 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import OutputError
 from ...jsonfile import os_reason
+from .gradient import Gradient
 
 __all__ = ["Upstream", "UpstreamFiles"]
 
@@ -31,19 +33,12 @@ class Upstream:
     rest: dict[int, list[Tensor | None]] = field(default_factory=dict)
     outside: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def add_outside(self, name: str, gradient: Tensor) -> None:
+    def add_outside(self, name: str, gradient: Gradient, parameter: Tensor) -> None:
         """Add to the gradient with respect to a parameter outside the blocks."""
-        if name in self.outside:
-            gradient = self.outside_gradient(name, gradient)
-        rows = gradient.reshape(len(gradient), -1).any(1).nonzero()[:, 0]
-        self.outside[name] = (rows, gradient[rows])
-
-    def outside_gradient(self, name: str, gradient: Tensor) -> Tensor:
-        """Return the sum of a gradient with respect to a parameter and what visited blocks add to it."""
-        if name not in self.outside:
-            return gradient
-        rows, values = self.outside[name]
-        return gradient.index_add(0, rows, values)
+        total = Gradient(rows=self.outside.get(name))
+        total.add_rows(*gradient.as_rows(parameter))
+        if total.rows is not None:
+            self.outside[name] = total.rows
 
 
 class UpstreamFiles:
@@ -67,12 +62,7 @@ class UpstreamFiles:
         Raises:
             OutputError: The disk is full or failed.
         """
-        path = self._path(visited, number)
-        try:
-            torch.save((upstream.hidden, upstream.rest, upstream.outside), path)
-        except (OSError, RuntimeError) as error:
-            reason = os_reason(error) if isinstance(error, OSError) else str(error)
-            raise OutputError(f"{path}: cannot be written: {reason}; make room, or choose another disk") from None
+        self._save(self._path(visited, number), (upstream.hidden, upstream.rest, upstream.outside))
 
     def read(self, visited: int, number: int) -> Upstream:
         """Return what `write` stored.
@@ -80,9 +70,34 @@ class UpstreamFiles:
         Raises:
             OutputError: The file is missing or damaged.
         """
-        path = self._path(visited, number)
+        return Upstream(*self._load(self._path(visited, number)))
+
+    def keep(self, name: str, value: object) -> None:
+        """Store something until the end of the reverse pass.
+
+        Raises:
+            OutputError: The disk is full or failed.
+        """
+        self._save(self._folder / f"{name}.pt", value)
+
+    def kept(self, name: str) -> Any:
+        """Return what `keep` stored.
+
+        Raises:
+            OutputError: The file is missing or damaged.
+        """
+        return self._load(self._folder / f"{name}.pt")
+
+    def _save(self, path: Path, value: object) -> None:
         try:
-            return Upstream(*torch.load(path, weights_only=True))
+            torch.save(value, path)
+        except (OSError, RuntimeError) as error:
+            reason = os_reason(error) if isinstance(error, OSError) else str(error)
+            raise OutputError(f"{path}: cannot be written: {reason}; make room, or choose another disk") from None
+
+    def _load(self, path: Path) -> Any:
+        try:
+            return torch.load(path, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise OutputError(f"{path}: cannot be read: {error}; start again") from None
 

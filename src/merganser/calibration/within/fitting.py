@@ -17,11 +17,12 @@ from ...statistics import COUNT
 from ..forward.forward import call_block
 from ..forward.skeleton import Block, Skeleton
 from ..forward.stream import Stream
+from ..reverse.gradient import Uses
 from ..reverse.parameters import Part, block_parameters, find_parts
 from ..taps import Tapped
 from ..writer import Sum
 
-__all__ = ["COEFFICIENTS", "Pupil", "fit_block", "planned_coefficients"]
+__all__ = ["COEFFICIENTS", "Pupil", "fit_block", "planned_coefficients", "sequences_of_step"]
 
 COEFFICIENTS = "coefficients"
 
@@ -53,7 +54,7 @@ class _Fitted:
         name: Its name.
         part: The part of the model's parameter that it fills.
         base: The base's, float32, flat.
-        deltas: The task vectors, float32, flat.
+        deltas: The task vectors, float32, flat, shape [models, entries].
         raw: The coefficients before the sigmoid, shape [models, chunks].
         start: The first value of the coefficients, of the same shape.
         planned: How it is merged.
@@ -62,7 +63,7 @@ class _Fitted:
     name: str
     part: Part
     base: Tensor
-    deltas: list[Tensor]
+    deltas: Tensor
     raw: Tensor
     start: Tensor
     planned: PlannedTensor
@@ -71,7 +72,7 @@ class _Fitted:
     def of(cls, planned: PlannedTensor, part: Part, reader: Reader) -> _Fitted:
         assert planned.base is not None
         base = reader.tensor(planned.base).float().flatten()
-        deltas = [reader.tensor(model).float().flatten() - base for model in planned.models]
+        deltas = torch.stack([reader.tensor(model).float().flatten() - base for model in planned.models])
         start = float(planned.parameters["start"])
         chunks = min(int(planned.parameters["chunks"]), max(len(base), 1))
         raw = torch.full((len(deltas), chunks), math.log(start / (1 - start)), requires_grad=True)
@@ -80,22 +81,16 @@ class _Fitted:
     def value(self) -> Tensor:
         """Return the merged tensor, float32."""
         merged, chunks = self.base.clone(), self.raw.shape[1]
-        for row, vector in zip(self.raw.detach().sigmoid(), self.deltas, strict=True):
-            for piece, part, coefficient in zip(
-                merged.tensor_split(chunks), vector.tensor_split(chunks), row, strict=True
-            ):
-                piece += coefficient * part
+        pieces, parts = merged.tensor_split(chunks), self.deltas.tensor_split(chunks, dim=1)
+        for piece, part, own in zip(pieces, parts, self.raw.detach().sigmoid().T, strict=True):
+            piece.addmv_(part.T, own)
         return merged.view(self.planned.shape)
 
     def slopes(self, gradient: Tensor) -> Tensor:
         """Return the derivatives with respect to the coefficients, given those with respect to the merged tensor."""
         pieces, chunks = gradient.float().flatten().tensor_split(self.raw.shape[1]), self.raw.shape[1]
-        return torch.stack(
-            [
-                torch.stack([piece @ part for piece, part in zip(pieces, vector.tensor_split(chunks), strict=True)])
-                for vector in self.deltas
-            ]
-        )
+        parts = self.deltas.tensor_split(chunks, dim=1)
+        return torch.stack([part @ piece for part, piece in zip(parts, pieces, strict=True)], dim=1)
 
     def pulls(self) -> Tensor:
         """Return the sum over the models of how far the coefficients are from the start, mean over the chunks."""
@@ -134,6 +129,21 @@ def fit_block(
         fitted = [_Fitted.of(planned, parts[planned.name], reader) for planned in chosen]
     _Descent(skeleton, block, parameters, fitted, pupils, weight).run(steps)
     return [_results(fitted, k, counts[k]) for k in range(len(pupils))]
+
+
+def sequences_of_step(plan: Plan) -> int:
+    """Return how many sequences of every model a step uses.
+
+    Raises:
+        RecipeError: Tensors differ in that.
+    """
+    found = {int(tensor.parameters["batch"]) for tensor in plan.tensors if _has_coefficients(plan, tensor)}
+    if len(found) > 1:
+        raise RecipeError(
+            f"{plan.recipe.place}: {plan.method.name} divides all data in batches once, and its tensors have a different "
+            "batch; give all tensors the same"
+        )
+    return found.pop() if found else 1
 
 
 def _has_coefficients(plan: Plan, planned: PlannedTensor) -> bool:
@@ -200,14 +210,18 @@ class _Descent:
         for own in self._parameters.values():
             own.requires_grad_(True)
         for pupil, unit, weight in zip(self._pupils, units, self._weight, strict=True):
+            if not weight:
+                continue
+            uses = Uses(self._parameters)
             with torch.enable_grad():
-                error, _ = self._error(pupil, step % len(pupil.merged.batches))
-                if error is None or not weight:
+                with uses:
+                    error, _ = self._error(pupil, step % len(pupil.merged.batches))
+                if error is None:
                     continue
                 grown = torch.autograd.grad(error * (weight / unit), list(self._parameters.values()), allow_unused=True)
-            for name, gradient in zip(self._parameters, grown, strict=True):
-                if gradient is not None:
-                    found[name] += gradient
+            uses.add({name: own for name, own in zip(self._parameters, grown, strict=True) if own is not None})
+            for name, gradient in uses.gradients.items():
+                gradient.add_to(found[name])
         for own in self._parameters.values():
             own.requires_grad_(False)
         return found

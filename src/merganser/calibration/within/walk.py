@@ -39,7 +39,7 @@ from ..run import described, fits, without
 from ..taps import Tapped, Taps
 from ..target import Target
 from ..writer import file_name, write_about, write_sums
-from .fitting import Pupil, fit_block
+from .fitting import Pupil, fit_block, sequences_of_step
 from .pairs import CROSS_GRAM, Pairs
 from .weights import MergedTensors, ModelTensors
 from .zipping import Zipper, zip_settings
@@ -217,9 +217,10 @@ class _Walk:
     def open(self, models: Sequence[Prepared], sources: Sequence[ModelTensors], names: Sequence[str]) -> None:
         """Create the streams, or continue those of an interrupted run."""
         self._target.claim([f"{_HIDDEN}/", f"{_OWN}/", *(f"{name}/" for name in names)])
+        most = sequences_of_step(self._plan) if self._plan.method.data_inputs == "fitted" else None
         states = self._target.state.get("models", [None] * len(models))
         for name, model, source, state in zip(names, models, sources, states, strict=True):
-            batches = model.batches()
+            batches = model.batches(most)
             folder = self._target.folder / name
             folder.mkdir(exist_ok=True)
 
