@@ -189,6 +189,28 @@ def test_a_killed_run_continues(calls: int, folder: Path, tmp_path: Path, monkey
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_state_counts_once_its_gate_is_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = recipe(folder, choice="gate")
+    own["lambda"] = 0.5
+    own["sources"] = [{"model": str(folder / "source")}, {"model": str(folder / "student")}]
+    own["training"] |= {"steps": 3, "save_every": 1}
+    original, seen = torch.save, []
+
+    def counting(found: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(str(file)).name == "fusion_gate.pt":
+            seen.append(file)
+            if len(seen) == 2:
+                raise _Stop
+        original(found, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", counting)
+    with pytest.raises(_Stop):
+        fuse(own, tmp_path / "out", control=False)
+    # it goes on from the first state, as the second one is not complete
+    assert fuse(own, tmp_path / "out", control=False).record["continued"]
+    assert [Path(own).parent.name[-1] for own in seen] == ["1", "2", "2", "3"]
+
+
 def test_one_device_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several GPUs the Trainer would use all at once, each for a part of every batch, with batches as many times as large."""
     made = load_fusion({"student": "s", "sources": [{"model": "t"}], "data": "a.txt", "training": {"steps": 1}})
