@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -187,6 +188,47 @@ def test_a_killed_run_continues(calls: int, folder: Path, tmp_path: Path, monkey
         losses = [[entry["loss"] for entry in one.record["fused"]["history"][name]] for one in (whole, again)]
         assert losses[0] == losses[1]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_state_counts_once_its_gate_is_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = recipe(folder, choice="gate")
+    own["lambda"] = 0.5
+    own["sources"] = [{"model": str(folder / "source")}, {"model": str(folder / "student")}]
+    own["training"] |= {"steps": 3, "save_every": 1}
+    original, seen = torch.save, []
+
+    def counting(found: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(str(file)).name == "fusion_gate.pt":
+            seen.append(file)
+            if len(seen) == 2:
+                raise _Stop
+        original(found, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", counting)
+    with pytest.raises(_Stop):
+        fuse(own, tmp_path / "out", control=False)
+    # it goes on from the first state, as the second one is not complete
+    assert fuse(own, tmp_path / "out", control=False).record["continued"]
+    assert [Path(own).parent.name[-1] for own in seen] == ["1", "2", "2", "3"]
+
+
+def test_states_are_removed_when_nothing_needs_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, original, seen = recipe(folder), shutil.rmtree, []
+    own["training"] |= {"steps": 1, "save_every": 1}
+
+    def removing(path: Any, *args: Any, **kwargs: Any) -> None:
+        original(path, *args, **kwargs)
+        if Path(path).name == "fused" and not seen:
+            seen.append(path)
+            raise _Stop
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    with pytest.raises(_Stop):
+        fuse(own, tmp_path / "out", control=False)
+    assert fuse(own, tmp_path / "out", control=False).record["continued"]
+    assert verify(tmp_path / "out").ok
 
 
 def test_one_device_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,8 @@ def test_hooks_go_with_the_cache():
         ("minicache", {"start": -1}, "start: must be a whole number of at least 0"),
         ("minicache", {"budget": 99}, "minicache: 'budget' is no option"),
         ("ems", {"budget": 99, "similarity": 2}, "similarity: must be a cosine"),
+        ("ems", {"budget": 99, "merge_keys": "no"}, "merge_keys: must be true or false, not 'no'"),
+        (["ems"], {"budget": 99}, "method: ['ems'] is no cache"),
     ],
 )
 def test_options_are_checked(method, options, message):

@@ -165,6 +165,7 @@ def test_whole_models_and_what_is_left_behind():
         ({"r": 1, "ratio": 0.5}, "r, ratio: give one of the two"),
         ({"r": -1}, "r: must be a whole number of at least 0"),
         ({"r": [1, 2]}, "the encoder has 3 layers, and 2 numbers were given"),
+        ({"r": 2.5}, "r: must be a whole number of at least 0, or one per layer, not 2.5"),
         ({"r": [1, 2, 0.5]}, "r: must be a whole number of at least 0, or one per layer"),
         ({"ratio": 0}, "ratio: must be a share above 0 and up to 1, not 0"),
         ({"ratio": 1.5}, "ratio: must be a share above 0 and up to 1, not 1.5"),

@@ -76,7 +76,8 @@ class MergeCallback(libraries.transformers().TrainerCallback):  # type: ignore[m
             file = Path(args.output_dir, f"checkpoint-{state.global_step}", _STATE)
             if not file.exists():
                 raise NotFoundError(
-                    f"{file}: is missing, so that the average cannot be continued; start training again"
+                    f"{file}: is missing, so that the average cannot be continued; resume from another checkpoint, or start "
+                    "training again"
                 )
             stored = torch.load(file, weights_only=True)
             self._average.update(stored["average"], stored["count"])
@@ -103,7 +104,10 @@ class MergeCallback(libraries.transformers().TrainerCallback):  # type: ignore[m
         count = state.global_step // self.every
         if self._reference is None and count:
             file = Path(args.output_dir, f"checkpoint-{state.global_step}", _STATE)
-            torch.save({"average": self._average.state_dict(), "count": float(count)}, file)
+            # a run that is killed meanwhile leaves no part of it
+            beside = file.with_name(f".{_STATE}.new")
+            torch.save({"average": self._average.state_dict(), "count": float(count)}, beside)
+            beside.replace(file)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the average in the model's place."""

@@ -50,7 +50,7 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
     """
 
     def __init__(self, method: str, model: Any, **options: Any):
-        if method not in LAYERS:
+        if not isinstance(method, str) or method not in LAYERS:
             raise ParameterError(
                 f"method: {method!r} is no cache.{did_you_mean(method, LAYERS)} There are {', '.join(sorted(LAYERS))}"
             )

@@ -148,6 +148,8 @@ class _Run:
         for name in (FUSED, CONTROL) if control else (FUSED,):
             if name not in self._state:
                 self._note(**{name: self._train(name, examples)})
+                # not before: a run that is killed in between goes on from a state
+                shutil.rmtree(folder / name, ignore_errors=True)
         seconds = time.monotonic() - started
         record = self._record(about, taught, len(examples), continued=continued, seconds=seconds)
         with failures_of(self._target.out):
@@ -194,7 +196,6 @@ class _Run:
                 (self._target.folder / "README.md").write_text(self._card(), encoding="utf-8")
                 found["outputs"] = hashed(self._target.folder, [*names, "README.md"])
                 found["parameters"] = fitted.model.num_parameters()
-            shutil.rmtree(folder, ignore_errors=True)
         return found
 
     def _step(self, name: str) -> Callable[[int, int], None]:

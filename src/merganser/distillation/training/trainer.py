@@ -43,7 +43,8 @@ class FusionTrainer(_TRANSFORMERS.Trainer):  # type: ignore[misc,name-defined,un
             args=args,
             train_dataset=examples,
             data_collator=partial(collate, sources=sources),
-            callbacks=[*callbacks, _GateKeeper(objective)],
+            # first: a state that is reported as complete has its gate
+            callbacks=[_GateKeeper(objective), *callbacks],
         )
         self.remove_callback(_TRANSFORMERS.PrinterCallback)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...errors import ParameterError
 from ..layer import taken
 from ..merging import fold, nearest, shares
 from ..options import in_range
@@ -48,6 +49,8 @@ class EMS(AccumulatedLayer):
     ):
         super().__init__(budget=budget, sinks=sinks, window=window, pool=pool, history=history)
         self.similarity = in_range("similarity", similarity, -1, 1, what="cosine")
+        if not isinstance(merge_keys, bool):
+            raise ParameterError(f"merge_keys: must be true or false, not {merge_keys!r}")
         self.merge_keys = merge_keys
 
     def compress(self) -> None:

@@ -46,7 +46,7 @@ class Plan:
             )
         if ratio is not None:
             in_range("ratio", ratio, 0, 1, above=True)
-        numbers = [] if r is None else [r] * layers if isinstance(r, int) else list(r)
+        numbers = [] if r is None else list(r) if isinstance(r, Sequence) else [r] * layers
         if any(not isinstance(each, int) or isinstance(each, bool) or each < 0 for each in numbers):
             raise ParameterError(f"r: must be a whole number of at least 0, or one per layer, not {r!r}")
         if ratio is None and len(numbers) != layers:
