@@ -321,12 +321,12 @@ def test_grids_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found = run("merge", recipe(tmp_path / "r.yaml", document), "out")
     assert (found.code, found.out) == (2, "")
     assert found.err == (
-        f"error: {tmp_path}/r.yaml:4 models[0]: fp8 is quantised (float8_e4m3fn per 128x128), the base base not quantised: the "
-        "difference of the two would be rounding for the most part. Use models that are stored alike, or write "
+        f"error: {tmp_path}/r.yaml:4 models[0]: fp8 is quantised (float8_e4m3fn per 128x128), its base base is not quantised: the "
+        "difference of the two would be mostly rounding. Use models that are stored alike, or write "
         "'quantised: allow' into the recipe\n"
     )
     allowed = run("merge", recipe(tmp_path / "r.yaml", document | {"quantised": "allow"}), "out")
-    assert "rounding for the most part" not in allowed.err
+    assert "mostly rounding" not in allowed.err
     document["models"] = [{"model": "awq"}]
     found = run("merge", recipe(tmp_path / "r.yaml", document | {"quantised": "allow"}), "out2")
     assert found.code == 2

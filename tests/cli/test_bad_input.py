@@ -174,7 +174,11 @@ RECIPES: list[Case] = [
     ("too long range", sliced(0, 3), "is too long: a has 2 layers"),
     ("no such adapter", document(models=linear("a+./lora")["models"]), "adapter './lora' not found: no such folder"),
     ("no vocabulary", document(tokenizer_source="union"), "the vocabulary of a is not known"),
-    ("modules", text("merge_method: linear\nmodules: {text: {models: []}}\n"), "the list is empty; write at least one entry, or leave the key out"),
+    (
+        "modules",
+        text("merge_method: linear\nmodules: {text: {models: []}}\n"),
+        "the list is empty; write at least one entry, or leave the key out",
+    ),
 ]
 
 CHECKPOINTS: list[Case] = [

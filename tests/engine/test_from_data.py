@@ -147,7 +147,7 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         (
             with_first(),
             RecipeError,
-            r"models\[0\]: regmean needs statistics of this model from data \(gram\); write them ",
+            r"models\[0\]: regmean needs statistics of this model from data \(gram\); name a text file as 'data', or write them ",
         ),
         (with_first(statistics="nowhere"), DataError, "nowhere: there is no such folder"),
         (with_first(statistics=str(tmp_path / "base")), DataError, "is no folder of statistics"),

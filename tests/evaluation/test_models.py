@@ -290,7 +290,9 @@ def test_nan_is_said_and_not_averaged(zoo: Path, words: Path, tmp_path: Path) ->
 def test_a_tensor_that_is_missing_fails_that_model_alone(zoo: Path, words: Path, tmp_path: Path) -> None:
     broken = changed(zoo / "a", tmp_path / "broken", f"{Q}.weight", None)
     found = evaluate([broken, zoo / "b"], [words])
-    assert found.failures == [f"broken: {broken}: {Q}.weight is missing; LlamaForCausalLM needs it"]
+    assert found.failures == [
+        f"broken: {broken}: {Q}.weight is missing; LlamaForCausalLM needs it; fetch the model again"
+    ]
     assert found.metric("b", "words") is not None
     assert "broken" not in found.outcomes
     misshapen = changed(zoo / "a", tmp_path / "misshapen", f"{Q}.weight", torch.zeros(4, 4))

@@ -87,7 +87,7 @@ def test_statistics_are_those_of_the_base(tmp_path):
     recipe = {"merge_method": "aim", "base_model": str(base), "models": [{"model": str(model)}]}
     with pytest.raises(
         RecipeError,
-        match=r"aim needs statistics of the base from data \(magnitude\); write them with .* with the base listed",
+        match=r"aim needs statistics of the base from data \(magnitude\); name a text file as .data., with the base listed among the models, or write them ",
     ):
         plan(recipe)
     recipe["models"][0]["statistics"] = "somewhere"

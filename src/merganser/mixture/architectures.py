@@ -284,7 +284,7 @@ def _check_gate(recipe: MixtureRecipe, layout: Layout) -> None:
         raise RecipeError(f"{shared.place}: gate_mode {recipe.gate_mode} needs positive_prompts of each expert")
     if not layout.gated and (shared.positive or shared.negative):
         raise RecipeError(
-            f"{shared.place}: {layout.name} has no gate for its shared expert, so its prompts mean nothing"
+            f"{shared.place}: {layout.name} has no gate for its shared expert, so its prompts mean nothing; leave them out"
         )
 
 

@@ -347,7 +347,7 @@ def _config(recipe: JoinRecipe, config: Mapping[str, Any], experts: int) -> dict
     keys = [key for key in _COUNTS if key in found]
     if not keys:
         raise CheckpointError(
-            f"{recipe.contributors[0].place}: config.json does not say how many experts there are ({', '.join(_COUNTS)})"
+            f"{recipe.contributors[0].place}: config.json does not say how many experts there are; give it one of {', '.join(_COUNTS)}"
         )
     found |= dict.fromkeys(keys, experts)
     per_token = recipe.experts_per_token

@@ -232,7 +232,7 @@ def _check_routers(recipe: MixtureRecipe) -> None:
                 raise RecipeError(f"{expert.place}: gate_mode {mode} needs positive_prompts of each expert")
         if len(recipe.experts) > 1 and len({(e.positive, e.negative) for e in recipe.experts}) == 1:
             raise RecipeError(
-                f"{recipe.place_of('experts')}: all experts have the same prompts, so the router cannot tell them apart"
+                f"{recipe.place_of('experts')}: all experts have the same prompts, so the router cannot tell them apart; give each its own"
             )
 
 

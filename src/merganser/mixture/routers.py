@@ -75,7 +75,7 @@ def direction(positive: Tensor, negative: Tensor | None, what: str) -> Tensor:
     length = found.norm()
     if not (length.isfinite() and length > 0):
         raise CheckpointError(
-            f"{what}: its prompts give no direction for the router: positive and negative ones cancel"
+            f"{what}: its prompts give no direction for the router: positive and negative ones cancel; change one of them"
         )
     unit: Tensor = found / length
     return unit.float()

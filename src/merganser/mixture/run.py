@@ -66,7 +66,7 @@ def plan_mixture(
         raise type(error)(replaced(str(error), found.place_of("base_model"))) from None
     if dense.sidecars is not None:
         raise UnsupportedError(
-            f"{found.place_of('shared')}: {dense.method.name} keeps sidecars, which a mixture cannot"
+            f"{found.place_of('shared')}: {dense.method.name} keeps sidecars, which a mixture cannot; choose another method"
         )
     base = dense.checkpoints[found.base]
     layout = choose_layout(found, base.config)

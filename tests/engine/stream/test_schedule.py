@@ -100,7 +100,7 @@ def test_a_method_that_needs_whole_tensors_says_which_is_too_large(tmp_path, mon
     one = memory.estimate_memory(roomy.tensors, 1, roomy.fused)
     # two inputs and an output of 2 bytes, and their float32 copies
     assert one > 32000 * 2048 * (3 * 2 + 3 * 4)
-    expected = r"its largest tensor is model\.embed_tokens\.weight \[32000, 2048\]"
+    expected = r"The largest tensor is model\.embed_tokens\.weight \[32000, 2048\]"
     with pytest.raises(MemoryLimitError, match=expected):
         plan(recipe, max_memory=one - 1)
     assert plan(recipe, max_memory=one + 1, threads=3).workers == 1

@@ -143,7 +143,7 @@ class Skeleton:
                 if parameter.is_meta:
                     raise CheckpointError(
                         f"{self.checkpoint.reference}: {block.name}.{name} is missing; "
-                        f"{type(self.model).__name__} needs it"
+                        f"{type(self.model).__name__} needs it; fetch the model again"
                     )
             yield
         finally:

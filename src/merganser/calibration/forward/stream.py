@@ -178,7 +178,8 @@ def _check_finite(hidden: Tensor, batch: Batch, block: Block) -> None:
     if not bool(finite.all()):
         sample = int((~finite).any(-1).nonzero()[0])
         raise NonFiniteError(
-            f"{batch.where[sample]}: the model produces NaN or infinity for this text, in {block.name}"
+            f"{batch.where[sample]}: the model produces NaN or infinity for this text, in {block.name}; leave this text out, "
+            "and if others fail too, the model is damaged"
         )
 
 

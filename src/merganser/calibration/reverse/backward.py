@@ -150,7 +150,8 @@ def block_backward(
     for gradient in passed.hidden.values():
         if not bool(gradient.isfinite().all()):
             raise NonFiniteError(
-                f"{batch.where[0]}: the gradient of the loss is NaN or infinite for this text, in {block.name}"
+                f"{batch.where[0]}: the gradient of the loss is NaN or infinite for this text, in {block.name}; leave this "
+                "text out, and if others fail too, the model is damaged"
             )
     return passed, uses.gradients
 

@@ -174,7 +174,7 @@ class _Run:
             if opened.positions is not None and len(ids) >= opened.positions:
                 raise DataError(
                     f"{prompt.where}: has {len(ids):,} tokens for {name}, which can see {opened.positions:,} at once; "
-                    "nothing is left for an answer"
+                    "nothing is left for an answer; shorten it"
                 )
             if not ids:
                 raise DataError(f"{prompt.where}: has no tokens for {name}")

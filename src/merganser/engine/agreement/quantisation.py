@@ -50,8 +50,8 @@ def check_quantised(recipe: Recipe, checkpoints: Mapping[ModelReference, Checkpo
             ours, theirs = _schemes(checkpoint), _schemes(checkpoints[base])
             if ours != theirs:
                 raise RecipeError(
-                    f"{recipe.place_of_model(reference)}: {reference} is {_told(ours)}, the base {base} {_told(theirs)}: the "
-                    "difference of the two would be rounding for the most part. Use models that are stored alike, or "
+                    f"{recipe.place_of_model(reference)}: {reference} is {_told(ours)}, its base {base} is {_told(theirs)}: the "
+                    "difference of the two would be mostly rounding. Use models that are stored alike, or "
                     "write 'quantised: allow' into the recipe"
                 )
 

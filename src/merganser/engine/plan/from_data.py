@@ -168,7 +168,7 @@ class DataOfModels:
         if total.shape != shape or (own.of_inputs and count.shape != lead):
             raise RecipeError(
                 f"{source.place}: its statistics are of another model: {own.statistic} of {tensor.name} "
-                f"{list(tensor.shape)} has shape {list(total.shape)}, expected {list(shape)}"
+                f"{list(tensor.shape)} has shape {list(total.shape)}, expected {list(shape)}; calibrate this model"
             )
         return SumFromData(total, count, own.elementwise)
 
@@ -255,8 +255,8 @@ def _missing(method: MergeMethod, source: Source, wanted: str) -> str:
         return f"{needed}, measured within the merge; name a text of its field as 'data'"
     listed = ", with the base listed among the models" if method.data_of == "base" else ""
     return (
-        f"{needed}; write them with merganser calibrate {source.model} --data FILE --statistics {wanted} --out FOLDER, "
-        f"and give the folder as 'statistics'{listed}"
+        f"{needed}; name a text file as 'data'{listed}, or write them with merganser calibrate {source.model} --data FILE "
+        f"--statistics {wanted} --out FOLDER, and give the folder as 'statistics'"
     )
 
 

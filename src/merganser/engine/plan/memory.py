@@ -91,7 +91,7 @@ def fit_workers(
         largest = max(tensors, key=lambda tensor: (_held(tensor, fused), tensor.size))
         raise MemoryLimitError(
             f"--max-memory: {largest.method.name} needs {size_text(needed)} for this merge, "
-            f"{size_text(limit)} are allowed; its largest tensor is {largest.name} {list(largest.shape)}"
+            f"{size_text(limit)} are allowed; raise it. The largest tensor is {largest.name} {list(largest.shape)}"
         )
     return min(1 + (limit - needed) // max(each, 1), wanted)
 

@@ -182,5 +182,5 @@ def _check_whole_model(recipe: Recipe, method: MergeMethod, drafts: Sequence[Pla
         if any(statistic.wanted(d.parameters) and statistic.where(d.parameters) == "model" for d in merged.values()):
             raise RecipeError(
                 f"{recipe.place}: {method.name} measures {name} over the whole model, so its parameters cannot "
-                f"differ between tensors; they do between {first.name} and {other.name}"
+                f"differ between tensors; give {first.name} and {other.name} the same"
             )

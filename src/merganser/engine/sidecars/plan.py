@@ -146,7 +146,7 @@ def _check_over_model(recipe: Recipe, codecs: Codecs, tensors: Sequence[PlannedT
             if over == "model":
                 raise RecipeError(
                     f"{recipe.place}: {recipe.merge_method} measures {name} over the whole model, so its parameters cannot "
-                    f"differ between tensors; they do between {first.name} and {other.name}"
+                    f"differ between tensors; give {first.name} and {other.name} the same"
                 )
 
 

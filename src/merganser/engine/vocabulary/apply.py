@@ -51,7 +51,7 @@ def indexed_tensors(member: Member) -> dict[str, TensorInfo]:
     if unclear:
         raise UnsupportedError(
             f"{member.reference}: {some(unclear)} may be indexed by tokens in a way that is not known here, so the vocabulary "
-            "cannot be changed"
+            "cannot be changed; leave 'tokenizer_source' and 'tokenizer' out of the recipe"
         )
     return found
 

@@ -50,7 +50,7 @@ class Tokens:
             if token in found:
                 raise CheckpointError(
                     f"{self.reference}: {self.vocabulary.file}: token {shown_token(token)} has two ids, "
-                    f"{found[token]} and {number}"
+                    f"{found[token]} and {number}; remove one of them"
                 )
             found[token] = number
         return found

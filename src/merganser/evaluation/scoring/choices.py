@@ -85,7 +85,7 @@ def _encode(question: Question, tokenizer: Tokenizer, positions: int | None) -> 
         if room < (0 if prefix else 1):
             raise TaskError(
                 f"{question.where}: the longest choice has {max(map(len, choices)):,} tokens, more than the model can "
-                f"see at once ({positions:,} with at least one before it)"
+                f"see at once ({positions:,} with at least one before it); shorten it"
             )
         before = before[len(before) - room :] if room < len(before) else before
     nbytes = tuple(len(choice.lstrip().encode()) for choice in question.choices)

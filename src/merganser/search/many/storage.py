@@ -126,7 +126,8 @@ def _knock(address: str, kind: str) -> None:
         socket.create_connection((host, port or _PORTS[kind]), timeout=_SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise OutputError(
-            f"storage {shown(address)}: nothing answers at {host}:{port or _PORTS[kind]}: {error}"
+            f"storage {shown(address)}: nothing answers at {host}:{port or _PORTS[kind]}: {error}; start the database, or "
+            "correct the address"
         ) from None
 
 
@@ -229,7 +230,7 @@ class _Lock:
         except BlockingIOError:
             os.close(self._descriptor)
             raise OutputError(
-                f"{self._path}: another process holds its lock for more than {_PATIENCE:g} seconds"
+                f"{self._path}: another process holds its lock for more than {_PATIENCE:g} seconds; end it, or try again later"
             ) from None
         except BaseException:
             os.close(self._descriptor)
