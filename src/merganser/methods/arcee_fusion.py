@@ -1,5 +1,7 @@
 """Arcee Fusion: take the most important changes of another model."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def divergences(base: Tensor, models: list[Tensor]) -> Tensor:
     after = models[0]
     base_top, top = base.amax(1, keepdim=True), after.amax(1, keepdim=True)
     # softmax numerators, relative to the largest entry of each row
-    q, p = torch.exp(base - base_top), torch.exp(after - top)
+    q, p = _exponential(base - base_top), _exponential(after - top)
     step = (after - base) - (top - base_top)
     more = torch.where(step.abs() < _NEAR, q * _exponential_less_1(step), p - q)
     q_sum, excess = q.double().sum(1, keepdim=True), more.double().sum(1, keepdim=True)
@@ -33,8 +35,57 @@ def divergences(base: Tensor, models: list[Tensor]) -> Tensor:
     share, shift, small = ((value / p_sum).to(base.dtype) for value in (q_sum, -excess, _SMALL * q_sum * p_sum))
     inverse = 1 / (q + small)
     y, change = (p * share + small) * inverse, (more * share + q * shift) * inverse
-    terms = torch.where(change.abs() < _NEAR, _bregman(change), y * torch.log(y) - change)
+    terms = torch.where(change.abs() < _NEAR, _bregman(change), y * _logarithm(y) - change)
     return (((q + small) * terms).double().sum(1, keepdim=True) / q_sum).clamp(min=0)
+
+
+# from the highest power down; they are those of S. Moshier's Cephes library
+_EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+_LOGARITHM = (
+    *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+    *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+)
+# ln 2 in two parts: the product of the first one with a whole number is exact
+_LN_2 = (0.693359375, -2.12194440e-4)
+# added to a float32, it rounds it to a whole number, which the lowest bits of the sum hold
+_ROUNDS = 1.5 * 2**23
+_SQRT_HALF = 0x3F3504F3
+
+
+def _exponential(x: Tensor) -> Tensor:
+    """Return exp(x) to 1e-7 of it for x up to 0, but at least exp(-87).
+
+    Unlike torch's it has the same bits on every processor, and can be part of a loop in machine code.
+    """
+    if x.dtype != torch.float32:
+        return torch.exp(x)
+    x = x.clamp(min=-87)
+    rounds = x * 1.44269504 + _ROUNDS
+    whole = rounds - _ROUNDS
+    x = (x - whole * _LN_2[0]) - whole * _LN_2[1]
+    more = _polynomial(x, _EXPONENTIAL)
+    power = ((rounds.view(torch.int32) + 127) * (1 << 23)).view(torch.float32)
+    return (more * (x * x) + x + 1) * power
+
+
+def _logarithm(x: Tensor) -> Tensor:
+    """Return log(x) to 1e-7 for x above 1e-37."""
+    if x.dtype != torch.float32:
+        return torch.log(x)
+    bits = x.view(torch.int32)
+    exponent = (bits - _SQRT_HALF) >> 23
+    x = (bits - exponent * (1 << 23)).view(torch.float32) - 1
+    more = _polynomial(x, _LOGARITHM)
+    square, whole = x * x, exponent.float()
+    return x + (x * square * more + whole * _LN_2[1] - 0.5 * square) + whole * _LN_2[0]
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Return a polynomial, the coefficient of the highest power first."""
+    total = x * coefficients[0] + coefficients[1]
+    for coefficient in coefficients[2:]:
+        total = total * x + coefficient
+    return total
 
 
 def _exponential_less_1(x: Tensor) -> Tensor:
@@ -72,7 +123,7 @@ def quartile_ranks(size: Tensor) -> Tensor:
         "divergence": statistic(divergences, relative, over="row"),
         "quartiles": order_statistic(importance, quartile_ranks),
     },
-    version=2,
+    version=3,
 )
 def arcee_fusion(base: Tensor, models: list[Tensor], divergence: Tensor, quartiles: Tensor) -> Tensor:
     """Take from the model the weights whose change is large and changes the distribution of their row.

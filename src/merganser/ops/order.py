@@ -99,7 +99,7 @@ class _Order:
         """Return the interval of the bin that holds the value of each rank."""
         given.update(size=size, positive=size - measured[:, : 1 if self.wide else 2].sum(1))
         wanted = self.ranks(**{name: given[name] for name in takes(self.ranks)})
-        found, rank = _descend(measured.unsqueeze(1).expand(-1, wanted.shape[1], -1), wanted)
+        found, rank = _descend(measured, wanted)
         outside = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, 0))
         number = measured.gather(1, found)
         if self.wide:
@@ -133,7 +133,7 @@ class _Order:
         # add the values that equal the common pattern, which were not counted
         place = ((common - first) >> shift).clamp(0, _LOW - 1).unsqueeze(-1)
         counts = counts.scatter_add(-1, place, (number - counts.sum(-1)).unsqueeze(-1))
-        found, rank = _descend(counts, rank)
+        found, rank = (part.squeeze(-1) for part in _descend(counts, rank.unsqueeze(-1)))
         first = first + (found << shift)
         number = counts.gather(-1, found.unsqueeze(-1)).squeeze(-1)
         return _interval(first, first + (1 << shift), rank, outside, common, number, self.wide)
@@ -274,8 +274,9 @@ def _select(patterns: Tensor, wanted: Tensor, wide: bool) -> Tensor:
     found = np.empty(places.shape, dtype=np.int64)
     for i in range(places.shape[1]):
         # tensors of one size mostly have the same ranks: one partition serves them all
-        for place in np.unique(places[:, i], axis=0):
-            alike = (places[:, i] == place).all(axis=1)
+        own = places[:, i]
+        for place in own[:1] if (own == own[:1]).all() else np.unique(own, axis=0):
+            alike = (own == place).all(axis=1)
             found[alike, i] = np.partition(values[alike, i], place, axis=-1)[:, place]
     outside = torch.where(wanted > size, _EVERYTHING, torch.where(wanted <= 0, _NOTHING, 0))
     return _decided(torch.from_numpy(found), outside, wide)
@@ -303,14 +304,13 @@ def _bins(values: Tensor) -> Tensor:
 
 
 def _descend(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the bin of the rank-th largest value and its rank inside that bin, int64, shape [S, R] each.
+    """Return the bin of the rank-th largest value and its rank inside that bin, int64, shape [..., R] each.
 
     Args:
-        counts: Histogram, int64, shape [S, R, bins].
-        rank: Shape [S, R].
+        counts: Histograms, int64, shape [..., bins].
+        rank: Shape [..., R].
     """
-    bins = counts.shape[-1]
-    above = counts.flip(-1).cumsum(-1)
-    index = torch.searchsorted(above, rank.clamp(min=1).unsqueeze(-1)).squeeze(-1).clamp(max=bins - 1)
-    before = torch.where(index > 0, above.gather(-1, (index - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1), 0)
-    return bins - 1 - index, rank - before
+    up_to = counts.cumsum(-1)
+    total = up_to[..., -1:]
+    index = torch.searchsorted(up_to, total - rank.clamp(min=1) + 1)
+    return index, rank - (total - up_to.gather(-1, index))

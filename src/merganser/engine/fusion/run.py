@@ -16,7 +16,7 @@ from .emit import NAME, Source, write
 from .graph import Graph, Node, Ref, Symbol
 from .lower import lower
 from .machine import Function
-from .parts import Lowered, Stage, Store
+from .parts import Stage, Store
 from .trace import Form, trace
 from .vectors import LANES
 
@@ -31,6 +31,13 @@ class Program:
 
     Attributes:
         between: Names of the operations on elements that torch runs, between loops.
+        lowered: The divided function.
+        loops: A loop for each stage.
+        inputs: The inputs that differ from block to block.
+        first: The first input in the shape of the block.
+        kept: Nodes that torch takes for each block, and results.
+        wrapped: Inputs that are numbers, and that torch takes.
+        counts: The first result, if it is a histogram.
 
     Raises:
         Unfusable: The function cannot be recorded, or no loop can be made of it.
@@ -39,21 +46,28 @@ class Program:
     def __init__(
         self, function: Callable[..., Sequence[Tensor]], forms: Sequence[Form], columns: int | None = None
     ) -> None:
-        lowered = lower(trace(function, forms, columns), forms)
-        self.between = lowered.between
-        self._lowered = lowered
-        self._loops = [_Loop(lowered.graph, stage) for stage in lowered.stages]
-        self._prologue = [
-            (i, lowered.graph.nodes[i], [ref.index for ref in lowered.graph.nodes[i].refs()]) for i in lowered.prologue
-        ]
+        self.lowered = lowered = lower(trace(function, forms, columns), forms)
+        self.loops = [_Loop(lowered.graph, stage) for stage in lowered.stages]
+        self.between, nodes = lowered.between, lowered.graph.nodes
+        self._prologue = [(i, nodes[i], [ref.index for ref in nodes[i].refs()]) for i in lowered.prologue]
         self._before: dict[int, Any] = {}
+        self._taken: dict[tuple[int, ...], bool] = {}
+        self.inputs = [i for i, form in enumerate(forms) if form.kind != "fixed"]
+        self.first = next(i for i, form in enumerate(forms) if form.kind == "block")
+        taken = {ref.index for stage in lowered.stages for i in stage.eager for ref in nodes[i].refs()}
+        self.kept = taken | {ref.index for ref in lowered.graph.outputs}
+        self.wrapped = [i for i, form in enumerate(forms) if form.kind == "scalar" and i in taken]
+        result = lowered.graph.outputs[0].index
+        stores = [store for stage in lowered.stages for store in stage.stores if store.target == result]
+        self.counts = result if any(store.reduce in ("count", "count few") for store in stores) else None
 
-    def takes(self, shape: Sequence[int]) -> bool:
+    def takes(self, shape: tuple[int, ...]) -> bool:
         """Return whether loops can run over blocks of a shape: those with fewer numbers than a vector are too short."""
-        size = math.prod(shape)
-        if shape[0] < self._lowered.graph.least:
-            return False
-        return size >= LANES and all(size // shape[0] >= LANES or loop.flat for loop in self._loops)
+        if shape not in self._taken:
+            size = math.prod(shape)
+            enough = size >= LANES and shape[0] >= self.lowered.graph.least
+            self._taken[shape] = enough and all(size // shape[0] >= LANES or loop.flat for loop in self.loops)
+        return self._taken[shape]
 
     def bind(self, fixed: Sequence[Tensor]) -> Bound:
         """Compute what is the same for all blocks of a tensor.
@@ -63,7 +77,7 @@ class Program:
                 is not computed again.
         """
         before, given = self._before, iter(fixed)
-        known: dict[int, Any] = {i: next(given) for i, form in enumerate(self._lowered.forms) if form.kind == "fixed"}
+        known: dict[int, Any] = {i: next(given) for i, form in enumerate(self.lowered.forms) if form.kind == "fixed"}
         same = {i for i, tensor in known.items() if before.get(i) is tensor}
         for index, node, taken in self._prologue:
             if index in before and same.issuperset(taken):
@@ -72,23 +86,19 @@ class Program:
             else:
                 known[index] = _compute(node, known, {})
         self._before = known
-        return Bound(self._lowered, self._loops, known)
+        return Bound(self, known)
 
 
 class Bound:
     """A program with all that is fixed for one tensor. Several threads may call it at once."""
 
-    def __init__(self, lowered: Lowered, loops: Sequence[_Loop], known: Mapping[int, Any]) -> None:
-        self._lowered = lowered
-        self._known = known
-        self._inputs = [i for i, form in enumerate(lowered.forms) if form.kind != "fixed"]
-        self._loops = [(loop, loop.fixed(known)) for loop in loops]
-        taken = {ref.index for stage in lowered.stages for i in stage.eager for ref in lowered.graph.nodes[i].refs()}
-        self._wrapped = [i for i, form in enumerate(lowered.forms) if form.kind == "scalar" and i in taken]
-        first = lowered.graph.outputs[0].index
-        stores = [store for stage in lowered.stages for store in stage.stores if store.target == first]
-        self._counts = first if any(store.reduce in ("count", "count few") for store in stores) else None
-        self._first = next(i for i, form in enumerate(lowered.forms) if form.kind == "block")
+    def __init__(self, program: Program, known: Mapping[int, Any]) -> None:
+        self._program = program
+        self._loops = [
+            (loop, loop.fixed(known), stage.eager)
+            for loop, stage in zip(program.loops, program.lowered.stages, strict=True)
+        ]
+        self._known = {index: tensor for index, tensor in known.items() if index in program.kept}
 
     def __call__(self, inputs: Sequence[Tensor | int], counts: Tensor | None = None) -> list[Tensor]:
         """Run on one block.
@@ -97,18 +107,19 @@ class Bound:
             inputs: The inputs whose form is not "fixed", in order; numbers where the form is "scalar".
             counts: If the first result is a histogram, it is added to this one, from an earlier block, and is this.
         """
-        graph = self._lowered.graph
-        known = {**self._known, **dict(zip(self._inputs, inputs, strict=True))}
-        sizes = {"size": known[self._first].numel(), "rows": known[self._first].shape[0]}
-        for index in self._wrapped:
-            known[index] = torch.tensor(known[index], dtype=graph.nodes[index].dtype)
-        if counts is not None and self._counts is not None:
-            known[self._counts] = counts
-        for (loop, fixed), stage in zip(self._loops, self._lowered.stages, strict=True):
+        program = self._program
+        nodes = program.lowered.graph.nodes
+        known = {**self._known, **dict(zip(program.inputs, inputs, strict=True))}
+        sizes = {"size": known[program.first].numel(), "rows": known[program.first].shape[0]}
+        for index in program.wrapped:
+            known[index] = torch.tensor(known[index], dtype=nodes[index].dtype)
+        if counts is not None and program.counts is not None:
+            known[program.counts] = counts
+        for loop, fixed, eager in self._loops:
             loop.run(known, sizes, fixed)
-            for index in stage.eager:
-                known[index] = _compute(graph.nodes[index], known, sizes)
-        return [known[output.index] for output in graph.outputs]
+            for index in eager:
+                known[index] = _compute(nodes[index], known, sizes)
+        return [known[output.index] for output in program.lowered.graph.outputs]
 
 
 class _Loop:
@@ -155,7 +166,7 @@ class _Loop:
                 known[target] = (torch.zeros if starts_at_0 else torch.empty)(
                     _sized(node.shape, sizes), dtype=node.dtype
                 )
-        arrays = [columns.get(index, known[index]) for index in source.arrays]
+        arrays = [columns[index] if index in columns else known[index] for index in source.arrays]
         arrays = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in arrays]
         rows = 1 if source.flat else sizes["rows"]
         words = array("q", [rows, sizes["size"] // rows])

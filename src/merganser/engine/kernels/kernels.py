@@ -80,6 +80,12 @@ class Kernels:
         """Statistics that are not measured, as functions take them."""
         return {name: None for name in self.method.statistics if not self.static[f"measure {name}"]}
 
+    @cached_property
+    def _settings(self) -> int:
+        """The number of these settings, which is the same for all kernels with them."""
+        settings = (self.method, tuple(self.static.items()), self.compute, self.output, self.check_finite)
+        return _numbers.setdefault(settings, len(_numbers))
+
     def round(self, name: str, index: int) -> Round:
         """Return a round of a statistic."""
         return self.method.statistics[name].rounds[index]
@@ -242,8 +248,14 @@ class Kernels:
         self, phase: Phase, flat: Callable[..., Any], forms: tuple[Form, ...], columns: int | None, like: Block
     ) -> Program | str:
         """Make a program, or find it made for another tensor."""
-        settings = (self.method, tuple(self.static.items()), self.compute, self.output, self.check_finite)
-        key = (*settings, phase, forms, columns, *map(tuple, (like.rows, like.numbers, like.known)), like.base is None)
+        key = (
+            self._settings,
+            phase,
+            forms,
+            columns,
+            *map(tuple, (like.rows, like.numbers, like.known)),
+            like.base is None,
+        )
         with _lock:
             if key not in _programs:
                 try:
@@ -347,6 +359,7 @@ def _overflow(dtype: torch.dtype) -> float:
 # number of elements from which compiling a loop for stacked tensors pays off
 _WORTH_A_PROGRAM = 1 << 17
 
+_numbers: dict[Any, int] = {}
 # programs of this process, for all runs; the lock also keeps two threads from making the same one
 _programs: dict[Any, Program | str] = {}
 _lock = threading.Lock()

@@ -35,21 +35,22 @@ class CachedInputs:
     def __init__(self, tensor: PlannedTensor, memory: Tensor) -> None:
         self._inputs = tensor.inputs
         self.memory = memory
-        self._starts: set[int] = set()
+        self._found: dict[int, list[Tensor]] = {}
 
     def read(self, reader: Reader, start: int, end: int) -> list[Tensor]:
         """Return elements of every input, flat; read the file only the first time."""
+        if start in self._found:
+            return self._found[start]
         found, place = [], 0
         for source in self._inputs:
             size = source.dtype.itemsize
             data = reader.view(source, start * size, (end - start) * size)
             if data is None:
                 data = self.memory[place + start * size : place + end * size]
-                if start not in self._starts:
-                    reader.read_into(source, start * size, data.numpy().data)
+                reader.read_into(source, start * size, data.numpy().data)
             found.append(data.view(getattr(torch, source.dtype.name)))
             place += aligned(source.nbytes)
-        self._starts.add(start)
+        self._found[start] = found
         return found
 
 
