@@ -28,16 +28,16 @@ from merganser.runtime import MergedCache, RetrievalHeads
 from .checks import WrongResultError, check
 from .contenders import METHODS, Field, Make
 from .scales import likelihoods, needle_grid, ruler, speed
-from .tasks import TASKS, Maker, encoder
+from .tasks import TASKS, Maker, beginning, encoder
 
 SCALES = ("likelihood", "needles", "ruler", "speed")
 UNBOUNDED = ["minicache", "task_kv"]
 
 
-def texts(tokens: list[int], options: argparse.Namespace) -> list[Tensor]:
-    """Parts of the text, each a prompt and what follows."""
-    step = options.prompt + options.following
-    parts = [tokens[at : at + step] for at in range(0, len(tokens) - step + 1, step)]
+def texts(tokens: list[int], start: list[int], options: argparse.Namespace) -> list[Tensor]:
+    """Parts of the text, each a prompt, which begins with `start`, and what follows."""
+    step = options.prompt + options.following - len(start)
+    parts = [[*start, *tokens[at : at + step]] for at in range(0, len(tokens) - step + 1, step)]
     return [torch.tensor([part]) for part in parts[: options.texts]]
 
 
@@ -91,16 +91,16 @@ def main(arguments: list[str]) -> int:
     options = parsed(arguments)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    encode = encoder(tokenizer)
+    encode, start = encoder(tokenizer), beginning(tokenizer)
     tokens, methods = encode(options.text.read_text(encoding="utf-8")), sorted({*options.methods, "snapkv"})
     field = Field(model, options.budget, methods, unbounded(model, options), options.pools)
-    prompt = torch.tensor([tokens[: options.prompt]])
+    prompt = torch.tensor([[*start, *tokens][: options.prompt]])
 
     def maker(length: int) -> Maker:
-        return Maker(encode, tokens, length, options.seed)
+        return Maker(encode, tokens, length, options.seed, start)
 
     runs: dict[str, Callable[[], Any]] = {
-        "likelihood": lambda: likelihoods(model, field, texts(tokens, options), options.prompt, options.queries),
+        "likelihood": lambda: likelihoods(model, field, texts(tokens, start, options), options.prompt, options.queries),
         "needles": lambda: needle_grid(
             model, tokenizer, field, [maker(each) for each in options.lengths], options.depths, options.queries
         ),

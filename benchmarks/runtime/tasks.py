@@ -5,7 +5,7 @@ other needles) are one task. Prompts are meant for models that continue a text, 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,22 +48,24 @@ class Maker:
         haystack: Tokens of a text, at least `length` of them.
         length: Tokens of a prompt.
         seed: Equal seeds give equal prompts.
+        start: Tokens that begin every prompt, as the model is used to.
     """
 
-    def __init__(self, encode: Encode, haystack: list[int], length: int, seed: int):
+    def __init__(self, encode: Encode, haystack: list[int], length: int, seed: int, start: Sequence[int] = ()):
         if len(haystack) < length:
             raise ValueError(f"the text has {len(haystack)} tokens, and prompts need {length}")
         self.encode, self.haystack, self.length, self.random = encode, haystack, length, random.Random(seed)
+        self.start = [*start]
 
     def place(self, task: str, pieces: list[tuple[float, str]], question: str, wanted: list[str]) -> Item:
         """Put pieces at depths (0 is the beginning, 1 just before the question) of a part of the text."""
         inner = [(depth, self.encode(piece)) for depth, piece in sorted(pieces)]
         end = self.encode(question)
-        free = self.length - len(end) - sum(len(piece) for _, piece in inner)
+        free = self.length - len(self.start) - len(end) - sum(len(piece) for _, piece in inner)
         if free < 0:
             raise ValueError(f"{task}: {self.length} tokens have no room for the task; it takes {self.length - free}")
-        start = self.random.randrange(len(self.haystack) - free + 1)
-        text, tokens, done = self.haystack[start : start + free], [], 0
+        first = self.random.randrange(len(self.haystack) - free + 1)
+        text, tokens, done = self.haystack[first : first + free], [*self.start], 0
         for depth, piece in inner:
             at = round(depth * free)
             tokens += [*text[done:at], *piece]
@@ -148,6 +150,12 @@ TASKS: dict[str, Callable[[Maker], Item]] = {
 
 def _fact(key: str, value: str) -> str:
     return f" The secret number of the {key} is {value}. Remember it."
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts before every text: none, or the one that begins a text."""
+    first = tokenizer("a", verbose=False).input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def encoder(tokenizer: Any) -> Encode:

@@ -13,13 +13,18 @@ from benchmarks.runtime.contenders import METHODS, Field, budget, caches, rival
 from benchmarks.runtime.intervals import mean, paired
 from benchmarks.runtime.prompts import Prompt, answer, bits
 from benchmarks.runtime.scales import likelihoods, needle_grid, ruler, scored, speed
-from benchmarks.runtime.tasks import NOUNS, TASKS, Item, Maker
+from benchmarks.runtime.tasks import NOUNS, TASKS, Item, Maker, beginning
 from merganser.runtime import MergedCache
 from tests.runtime.making import model, text
 
 
 class Characters:
-    """A tokenizer with a token per character, below 128."""
+    """A tokenizer with a token per character, below 128, which may put token 1 before a text."""
+
+    bos_token_id = 1
+
+    def __init__(self, begins=False):
+        self.input_ids = [1, 97] if begins else [97]
 
     def __call__(self, text, **options):
         return self
@@ -131,6 +136,18 @@ def test_depths():
         before = said.index(" The secret")
         after = said.rindex(" The secret") - said.index("Remember it.") - len("Remember it.")
         assert before == round(depth * (before + after))
+
+
+def test_prompts_begin_as_the_model_is_used_to():
+    assert beginning(Characters()) == []
+    assert beginning(Characters(begins=True)) == [1]
+    item, other = Maker(Characters.encode, [ord("x")] * 2000, 900, 0, [1]).needle(0), maker().needle(0)
+    assert item.tokens[:12] == [1, *map(ord, " The secret")]
+    assert len(item.tokens) == len(other.tokens) == 900
+    options = command.parsed(["model", "text", "--prompt", "30", "--following", "10", "--texts", "2"])
+    parts = command.texts(list(range(100)), [1], options)
+    assert [part[0, :3].tolist() for part in parts] == [[1, 0, 1], [1, 39, 40]]
+    assert [part.shape for part in parts] == [(1, 40), (1, 40)]
 
 
 def test_a_text_that_is_too_short():
