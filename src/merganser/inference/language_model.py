@@ -100,7 +100,7 @@ class LanguageModel:
             names = sorted(info["missing_keys"])
             raise CheckpointError(
                 f"{self.source.reference}: {names[0]} is missing"
-                f"{f', and {len(names) - 1} more tensors' if len(names) > 1 else ''}; {kind.__name__} needs it"
+                f"{f', and {len(names) - 1} more tensors' if len(names) > 1 else ''}; {kind.__name__} needs it; fetch the model again"
             )
         _check_vocabulary(self, model.get_input_embeddings().weight.shape[0])
         return model.eval().to(device)

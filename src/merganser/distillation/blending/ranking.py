@@ -91,7 +91,9 @@ class RewardModel:
                 None, config=self._config, state_dict=self._source.read(), dtype=dtype, output_loading_info=True
             )
         if info["missing_keys"]:
-            raise CheckpointError(f"{self.name}: {min(info['missing_keys'])} is missing; {kind.__name__} needs it")
+            raise CheckpointError(
+                f"{self.name}: {min(info['missing_keys'])} is missing; {kind.__name__} needs it; fetch the model again"
+            )
         return model.eval().to(self._device)
 
     def _score(self, model: Any, prompt: Prompt, answer: str) -> float:
