@@ -77,21 +77,27 @@ def test_terms_add_up_to_what_autograd_finds() -> None:
     assert gradients["places.weight"].rows is not None
 
 
-def test_what_only_the_head_uses_is_formed_at_once() -> None:
+@pytest.mark.parametrize("otherwise", [False, True])
+def test_what_only_the_head_uses_is_formed_at_once(otherwise: bool) -> None:
     net = Net()
     parameters = dict(net.named_parameters())
     uses = Uses(parameters)
     with uses:
         # blocks lie between what the model receives and its head
         net.hidden(IDS)
+        # its shape is no use of it, its sum is
+        assert net.regular.weight.shape == (4, 6)
+        if otherwise:
+            net.regular.weight.sum()
         given = torch.randn(1, 5, 6).requires_grad_()
         found = net.shared(net.regular(given)) + net.turned(given[..., :4])[..., :1]
     gradients = observed(net, found.square().sum(), uses)
     whole = {name: own.whole(parameters[name]) for name, own in gradients.items()}
     formed, rest = part_gradients(uses, parameters)
     # `turned` is used before the head, too, and its bias is no matrix
-    assert set(formed) == {"tokens.weight", "regular.weight"}
-    assert set(rest) == {"tokens.weight", "turned.weight", "turned.bias"}
+    regular = {"regular.weight"}
+    assert set(formed) == {"tokens.weight"} | (set() if otherwise else regular)
+    assert set(rest) == {"tokens.weight", "turned.weight", "turned.bias"} | (regular if otherwise else set())
     assert rest["tokens.weight"][0].tolist() == [1, 2, 3, 5]
     for name, own in whole.items():
         total = torch.zeros_like(own)
