@@ -47,7 +47,7 @@ def check_complete(
     shapes: Shapes,
     left_out: Collection[str] = (),
     *,
-    always: bool = False,
+    always: str | None = None,
     anatomy: Anatomy | None = None,
 ) -> list[str]:
     """Refuse an output that transformers could not load completely.
@@ -59,7 +59,7 @@ def check_complete(
         config: config.json of the output.
         shapes: Names and shapes of its tensors.
         left_out: Names of tensors that the user asked to leave out.
-        always: Check even if nothing is doubtful.
+        always: Why to check even if nothing else is doubtful.
         anatomy: The structure of these tensors with this config, if it is known.
 
     Returns:
@@ -70,7 +70,7 @@ def check_complete(
         CheckpointError: Tensors are missing or have other shapes than the config describes, or no model can be built.
     """
     anatomy = anatomy or infer_anatomy(shapes, config)
-    doubted = doubts(shapes, anatomy, config) or (["layers of a module were chosen"] if always else [])
+    doubted = doubts(shapes, anatomy, config) or ([always] if always else [])
     if not doubted:
         return []
     model = build_model(config) if config else None
