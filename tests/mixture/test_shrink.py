@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from merganser.anatomy.settings.mixtures import CHOSEN, COUNTS
-from merganser.errors import CheckpointError
+from merganser.errors import CheckpointError, UnsupportedError
 from merganser.mixture import mix
 from merganser.mixture.shrinking import METHODS, run, shrink
 from merganser.mixture.shrinking.experts import Experts, Observed
@@ -175,6 +175,17 @@ def test_other_names_of_routers_biases_and_keys(tmp_path: Path, made: dict[str, 
         found = [[config[key] for key in keys if key in config] for keys in (COUNTS, CHOSEN)]
         assert found == [[count], [min(count, 2)]]
     assert torch.equal(logits(tmp_path / "same"), logits(model))
+
+
+def test_experts_that_are_computed_otherwise(tmp_path: Path, made: dict[str, Path]) -> None:
+    """Llama 4's experts read inputs that the router scaled."""
+    make = _config("Llama4Text", num_local_experts=4, num_experts_per_tok=1, head_dim=8, interleave_moe_layer_step=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "llama4", (make, "Llama4ForCausalLM"))
+        model = save(tmp_path / "model", "llama4")
+    add_tokenizer(model)
+    with pytest.raises(UnsupportedError, match="the experts of Llama4ForCausalLM are not computed as those"):
+        shrunk(made, model, tmp_path / "out", experts=2, method="reap")
 
 
 def test_a_tensor_beside_the_experts_that_is_not_known() -> None:
@@ -414,4 +425,4 @@ def test_other_bad_input(tmp_path: Path, made: dict[str, Path]) -> None:
     add_tokenizer(dense)
     found = command("shrink", dense, tmp_path / "out", "--experts", 2, "--data", made["text"])
     assert found.code == 2
-    assert "LlamaForCausalLM has no layers of experts that are known here" in found.err
+    assert "LlamaForCausalLM has no layers of experts" in found.err

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, UnsupportedError
 from .settings.config import as_int
 from .settings.mixtures import number_of_experts
 
-__all__ = ["EXPERTS", "ROUTERS", "SHARED", "ExpertUnits", "find_experts"]
+__all__ = ["EXPERTS", "ROUTERS", "SHARED", "ExpertUnits", "find_experts", "sizes_of_layers"]
 
 EXPERTS = "experts"
 """The kind of these units, beside those of `symmetry.UNITS`."""
@@ -104,6 +104,23 @@ def find_experts(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
     count = number_of_experts(config)
     parts = as_int(text.get("n_group")) or 1
     return [_units(home, found, shapes, count, parts) for home, found in sorted(layers.items())]
+
+
+def sizes_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[int]:
+    """Return how many experts the layers of a checkpoint hold, in any order.
+
+    Args:
+        shapes: Every tensor name and its shape.
+    """
+    single: dict[str, set[int]] = {}
+    found: set[int] = set()
+    for name, shape in shapes.items():
+        match = _SINGLE.match(name)
+        if match is not None:
+            single.setdefault(match["home"], set()).add(int(match["number"]))
+        elif len(shape) > 2 and (_PACKED.match(name) or _GRANITE.match(name)):
+            found.add(shape[0])
+    return frozenset(found | {len(numbers) for numbers in single.values()})
 
 
 def _units(

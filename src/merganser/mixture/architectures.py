@@ -113,7 +113,10 @@ class Layout:
         """Return the keys of sliding windows, where the architecture reads them otherwise than the dense model."""
         own = settings(dense)
         window, count = own.get("sliding_window"), dense.get("num_hidden_layers")
-        if not window or self.windows == "all":
+        if self.windows == "all":
+            # said also where there is none, as releases of transformers have different defaults
+            return {"sliding_window": window or None}
+        if not window:
             return {}
         if self.windows is None:
             return {"sliding_window": None, "use_sliding_window": False}

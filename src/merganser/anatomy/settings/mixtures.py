@@ -8,7 +8,7 @@ from typing import Any
 
 from .config import as_int
 
-__all__ = ["CHOSEN", "COUNTS", "chosen_experts", "number_of_experts", "odd_routing", "with_experts"]
+__all__ = ["CHOSEN", "COUNTS", "chosen_experts", "number_of_experts", "numbers_said", "odd_routing", "with_experts"]
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of the number of experts; ERNIE's is the last."""
@@ -27,6 +27,17 @@ def number_of_experts(config: Mapping[str, Any]) -> int | None:
     """Return how many experts a config.json says there are; None if it does not say it."""
     own = _holder(config)
     return next((found for key in COUNTS if (found := as_int(own.get(key)))), None)
+
+
+def numbers_said(config: Mapping[str, Any]) -> frozenset[int]:
+    """Return all numbers of experts that a config.json says, in any of its parts."""
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= numbers_said(value)
+        elif key in COUNTS:
+            found |= {count for each in (value if isinstance(value, list) else [value]) if (count := as_int(each))}
+    return frozenset(found)
 
 
 def chosen_experts(config: Mapping[str, Any]) -> int | None:

@@ -23,6 +23,7 @@ __all__ = ["check_complete"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _UNCHECKED = "; whether the output loads was not checked"
 
 
@@ -111,6 +112,13 @@ def _judge(model: Any, loaded: Loaded, shapes: Shapes, left_out: Collection[str]
     for name in sorted(state.keys() - loaded.parameters - excused):
         if not is_recomputed(name) and not any(re.search(pattern, name) for pattern in optional):
             verdict.missing.append(name)
+    held: dict[str, set[int]] = {}
+    for name in loaded.converted & loaded.targets.keys():
+        if (match := _EXPERT.search(name)) is not None:
+            held.setdefault(loaded.targets[name], set()).add(int(match[1]))
+    for target, numbers in sorted(held.items()):
+        if target in state and len(numbers) != len(state[target]):
+            verdict.wrong.append(f"{target} holds {len(numbers)} experts, the config describes {len(state[target])}")
     for name, target in loaded.targets.items():
         if target in state:
             shape = tuple(state[target].shape)

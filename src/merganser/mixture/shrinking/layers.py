@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...anatomy.experts import ROUTERS, SHARED
+from ...anatomy.experts import ROUTERS, SHARED, sizes_of_layers
 from ...calibration.forward.internals import expert_matrices, expert_modules, has_gate, has_norm
 from ...calibration.forward.skeleton import Block, Skeleton
 from ...errors import CheckpointError, UnsupportedError
@@ -137,8 +137,11 @@ def find_layers(skeleton: Skeleton) -> list[Layer]:
     ]
     reference = skeleton.checkpoint.reference
     if not found:
+        kind = type(skeleton.model).__name__
         raise UnsupportedError(
-            f"{reference}: {type(skeleton.model).__name__} has no layers of experts that are known here"
+            f"{reference}: the experts of {kind} are not computed as those that are known here, so they cannot be shrunk"
+            if sizes_of_layers({name: own.shape for name, own in skeleton.checkpoint.tensors.items()})
+            else f"{reference}: {kind} has no layers of experts"
         )
     counts = sorted({layer.count for layer in found})
     if len(counts) > 1:
