@@ -100,6 +100,14 @@ def test_windows_of_attention_are_kept(tmp_path: Path, family: str) -> None:
         assert json.loads((result.out / "config.json").read_text())["sliding_window"] is None
 
 
+def test_an_expert_that_leaves_out_a_default(tmp_path: Path) -> None:
+    base, *experts = make_models(tmp_path, "llama")
+    config = json.loads((experts[0] / "config.json").read_text())
+    assert config.pop("hidden_act") == "silu"
+    (experts[0] / "config.json").write_text(json.dumps(config))
+    assert mix(recipe(base, experts), tmp_path / "out").record["mixture"]["experts_per_token"] == 2
+
+
 def test_other_sizes_of_heads_are_said(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES_OF_MODELS, "llama-heads", (_config("Llama", head_dim=16), "LlamaForCausalLM"))

@@ -148,7 +148,9 @@ class GatedLayers:
         elif isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask[:, -length:].bool()
         else:
-            raise UnsupportedError("gates need an attention mask of the shape [rows, length], or none")
+            raise UnsupportedError(
+                "gates need an attention mask of the shape [rows, length], or none; a static cache makes another one"
+            )
         before = self._text
         if past == 0 or before is None or self.settings.pool == "token":
             self._text = _Text(mask, past + length)
