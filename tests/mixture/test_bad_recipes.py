@@ -74,7 +74,7 @@ RECIPES: dict[str, tuple[Change, str]] = {
         "deepseek has no gate for its shared expert, so its prompts mean nothing",
     ),
     "no prompts of a gate": (
-        lambda r: _prompts(r, ["a"], ["b"]) | {"shared_experts": [{"source_model": r["base_model"]}]},
+        lambda r: _prompts(r, ["a"], ["b"]) | {"architecture": "qwen2", "shared_experts": [{"source_model": r["base_model"]}]},
         "shared_experts[0].source_model: gate_mode hidden needs positive_prompts of each expert",
     ),
     "other family": (lambda r: r | {"architecture": "qwen3"}, "qwen3_moe is built from qwen3, and the base is of type 'llama'"),

@@ -188,6 +188,18 @@ def test_bad_recipes(tmp_path: Path, flex: list[Path], case: str) -> None:
     assert (found.code, message in found.err) == (2, True), found
 
 
+def test_a_router_of_another_width(tmp_path: Path, flex: list[Path]) -> None:
+    """What the model would not load is not written."""
+
+    def narrow(weights: Weights) -> None:
+        weights["model.layers.1.mlp.gate.weight"] = weights["model.layers.1.mlp.gate.weight"][:, :-1]
+
+    bad = contributor(flex[0].parent / "public", tmp_path / "bad", 7, narrow)
+    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.gate\.weight is \[1, 31\], the config describes \[1, 32\]"):
+        mix({"join": [{"source_model": str(bad), "experts": [1]}]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dense_model_has_nothing_to_join(tmp_path: Path, flex: list[Path]) -> None:
     dense = save(tmp_path / "dense", "olmo2")
     with pytest.raises(MergeError, match="it has no experts"):

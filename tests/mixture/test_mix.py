@@ -12,8 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from merganser.errors import CheckpointError
 from merganser.files import sha256_of_file
 from merganser.mixture import mix
+from tests.calibration.families import FAMILIES as FAMILIES_OF_MODELS
+from tests.calibration.families import _config
+from tests.evaluation.tiny import add_tokenizer
 from tests.making import read_model
 from tests.mixture.making import LAYERS, logits, make_models, recipe
 
@@ -74,6 +78,100 @@ def test_names_and_config_are_those_of_transformers(tmp_path: Path, family: str,
     assert own == {key: written.get(key) for key in own} | {"transformers_version": own["transformers_version"]}
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.generate(torch.tensor([[5, 9]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_windows_of_attention_are_kept(tmp_path: Path, family: str) -> None:
+    """In the layers that had them, also where config.json does not name these; the text is longer than a window."""
+    [base] = make_models(tmp_path, family, 1)
+    file = base / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("layer_types", None)
+    file.write_text(json.dumps(config))
+    shared = [{"source_model": str(base), "residual_scale": 0.0}]
+    out = mix(recipe(base, [base] * 2, shared_experts=shared), tmp_path / "out").out
+    assert json.loads((out / "config.json").read_text())["model_type"] == "qwen2_moe"
+    torch.testing.assert_close(logits(out), logits(base), rtol=1e-4, atol=1e-4)
+    if family == "mistral":
+        result = mix(recipe(base, [base] * 2, architecture="deepseek"), tmp_path / "without")
+        assert "deepseek has no sliding windows, and the base's layers see 5 tokens" in " ".join(
+            result.record["warnings"]
+        )
+        assert json.loads((result.out / "config.json").read_text())["sliding_window"] is None
+
+
+def test_an_expert_that_leaves_out_a_default(tmp_path: Path) -> None:
+    base, *experts = make_models(tmp_path, "llama")
+    config = json.loads((experts[0] / "config.json").read_text())
+    assert config.pop("hidden_act") == "silu"
+    (experts[0] / "config.json").write_text(json.dumps(config))
+    assert mix(recipe(base, experts), tmp_path / "out").record["mixture"]["experts_per_token"] == 2
+
+
+def test_other_sizes_of_heads_are_said(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES_OF_MODELS, "llama-heads", (_config("Llama", head_dim=16), "LlamaForCausalLM"))
+        [base] = make_models(tmp_path, "llama-heads", 1)
+    result = mix(recipe(base, [base] * 2, shared_experts=[{"source_model": str(base)}]), tmp_path / "out")
+    assert any("transformers loads such a qwen2_moe, vLLM does not" in each for each in result.record["warnings"])
+
+
+def _asked(base: Path, experts: list[Path], **keys: Any) -> dict[str, Any]:
+    found = recipe(base, experts, gate_mode="hidden", **keys)
+    for prompt, entry in zip(["red green", "one two"], found["experts"], strict=True):
+        entry["positive_prompts"] = [prompt]
+    return found
+
+
+ASKED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a name that mergekit-moe shares": ("qwen3", {"architecture": "qwen"}, "qwen3_moe"),
+    "a shared expert without prompts": ("llama", {"shared_experts": [{}]}, "deepseek"),
+    "a shared expert with prompts": ("llama", {"shared_experts": [{"positive_prompts": ["red"]}]}, "qwen2_moe"),
+    "a shared expert, random": ("llama", {"shared_experts": [{}], "gate_mode": "random"}, "qwen2_moe"),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_architecture_that_mergekit_moe_takes(tmp_path: Path, name: str) -> None:
+    family, keys, wanted = ASKED[name]
+    base, *experts = make_models(tmp_path, family)
+    shared = [{"source_model": str(base)} | each for each in keys.get("shared_experts", [])]
+    written = _asked(base, experts) | keys | ({"shared_experts": shared} if shared else {})
+    config = json.loads((mix(written, tmp_path / "out").out / "config.json").read_text())
+    assert (config["model_type"], config["num_experts_per_tok"]) == (wanted, 2)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
+def test_an_empty_prompt_is_the_token_that_begins_texts(tmp_path: Path, mode: str) -> None:
+    base, *experts = make_models(tmp_path, "llama")
+    add_tokenizer(base, bos=True)
+    written = _asked(base, experts) | {"gate_mode": mode}
+    written["experts"][1] |= {"positive_prompts": [""], "negative_prompts": ["red green"]}
+    weights = read_model(mix(written, tmp_path / "out").out)
+    if mode == "cheap_embed":
+        table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        negative = table[transformers.AutoTokenizer.from_pretrained(base)("red green")["input_ids"]].sum(0)
+        row = table[0] / table[0].norm() - negative / negative.norm()
+        found = weights["model.layers.1.block_sparse_moe.gate.weight"][1]
+        torch.testing.assert_close(found, row / row.norm(), rtol=1e-5, atol=1e-6)
+    add_tokenizer(base)
+    with pytest.raises(CheckpointError, match="the tokenizer gives no token for the prompt"):
+        mix(written, tmp_path / "none")
+
+
+def test_a_shared_expert_beside_ridge_routers(tmp_path: Path) -> None:
+    """Its gate cannot be made from text: zeros, so it counts half."""
+    base, *experts = make_models(tmp_path, "qwen2")
+    written = recipe(base, experts, shared_experts=[{"source_model": str(base)}])
+    del written["gate_mode"]
+    for number, entry in enumerate(written["experts"]):
+        (tmp_path / f"{number}.txt").write_text(["red green blue ", "one two three four "][number] * 40)
+        entry["data"] = {"files": str(tmp_path / f"{number}.txt"), "length": 24, "sequences": 9}
+    result = mix(written, tmp_path / "out")
+    gate = read_model(result.out)["model.layers.0.mlp.shared_expert_gate.weight"]
+    assert gate.shape == (1, 32)
+    assert not gate.any()
+    assert any("the expert counts half for every token" in each for each in result.record["warnings"])
 
 
 def test_experts_are_copied_and_everything_else_is_merged(tmp_path: Path, llamas: list[Path]) -> None:
@@ -159,8 +257,10 @@ def test_cheap_routers(tmp_path: Path, llamas: list[Path]) -> None:
     merged = read_model(mix(prompted(base, experts, "cheap_embed"), tmp_path / "out").out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("red green blue", "red gre", "zero")]
-    wanted = table[ids[0] + ids[1]].mean(0) - table[ids[2]].mean(0)
+    ids = [tokenizer(text)["input_ids"] for text in ("red green blue", "red gre", "zero")]
+    # as mergekit-moe: sums at length 1, of positive and negative prompts each
+    positive, negative = table[ids[0] + ids[1]].sum(0), table[ids[2]].sum(0)
+    wanted = positive / positive.norm() - negative / negative.norm()
     for layer in range(LAYERS):
         found = merged[f"model.layers.{layer}.block_sparse_moe.gate.weight"][0]
         torch.testing.assert_close(found, wanted / wanted.norm(), rtol=1e-5, atol=1e-6)
@@ -265,7 +365,7 @@ def test_deepseek(tmp_path: Path, llamas: list[Path], dense_layers: int) -> None
     wanted = {
         "n_routed_experts": 2,
         "n_shared_experts": 1,
-        "num_experts_per_tok": 1,
+        "num_experts_per_tok": 2,
         "first_k_dense_replace": dense_layers,
     }
     wanted |= {"moe_intermediate_size": 48, "moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": True}

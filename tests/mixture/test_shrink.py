@@ -14,9 +14,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from merganser.anatomy.settings.mixtures import CHOSEN, COUNTS
+from merganser.errors import CheckpointError, UnsupportedError
+from merganser.mixture import mix
 from merganser.mixture.shrinking import METHODS, run, shrink
 from merganser.mixture.shrinking.experts import Experts, Observed
 from merganser.mixture.shrinking.grouping import by_centres
+from merganser.mixture.shrinking.layers import _per_expert
 from merganser.mixture.shrinking.method import aligned
 from tests.calibration.families import FAMILIES, _config, save
 from tests.cli.tiny import run as command
@@ -140,6 +144,66 @@ def test_smaller_mixtures_load_and_generate(tmp_path: Path, made: dict[str, Path
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.generate(torch.tensor([[5, 9]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
     assert command("verify", result.out).code == 0
+
+
+_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+OTHERS = {
+    "granite": (_config("GraniteMoe", num_local_experts=4, num_experts_per_tok=2), "GraniteMoeForCausalLM"),
+    "ernie": (
+        _config("Ernie4_5_Moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=24, moe_layer_start_index=1),
+        "Ernie4_5_MoeForCausalLM",
+    ),
+    "minimax": (_config("MiniMaxM2", num_local_experts=4, num_experts_per_tok=2, head_dim=8), "MiniMaxM2ForCausalLM"),
+    "afmoe": (_config("Afmoe", **_MOE, num_experts=4, num_shared_experts=1, num_dense_layers=1), "AfmoeForCausalLM"),
+    "hunyuan": (_config("HunYuanMoEV1", num_experts=4, moe_topk=2, head_dim=8), "HunYuanMoEV1ForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_names_of_routers_biases_and_keys(tmp_path: Path, made: dict[str, Path], family: str) -> None:
+    """Granite packs experts under names of its own, and the biases of some routers stand beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, family, OTHERS[family])
+        model = save(tmp_path / "model", family)
+    add_tokenizer(model)
+    for name, count in (("same", 4), ("out", 1)):
+        out = shrunk(made, model, tmp_path / name, experts=count, method="merge_moe").out
+        smaller, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert smaller.generate(torch.tensor([[5, 9]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+        config = json.loads((out / "config.json").read_text())
+        found = [[config[key] for key in keys if key in config] for keys in (COUNTS, CHOSEN)]
+        assert found == [[count], [min(count, 2)]]
+    assert torch.equal(logits(tmp_path / "same"), logits(model))
+
+
+def test_experts_that_are_computed_otherwise(tmp_path: Path, made: dict[str, Path]) -> None:
+    """Llama 4's experts read inputs that the router scaled."""
+    make = _config("Llama4Text", num_local_experts=4, num_experts_per_tok=1, head_dim=8, interleave_moe_layer_step=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "llama4", (make, "Llama4ForCausalLM"))
+        model = save(tmp_path / "model", "llama4")
+    add_tokenizer(model)
+    with pytest.raises(UnsupportedError, match="the experts of Llama4ForCausalLM are not computed as those"):
+        shrunk(made, model, tmp_path / "out", experts=2, method="reap")
+
+
+def test_a_tensor_beside_the_experts_that_is_not_known() -> None:
+    assert _per_expert("model.layers.1.mlp.odds", "model.layers.1.mlp", (4,), 4)
+    assert _per_expert("model.layers.1.mlp.odds", "model.layers.1.mlp", (1, 4), 4)
+    assert not _per_expert("model.layers.1.mlp.shared_experts.up", "model.layers.1.mlp", (4, 2), 4)
+    assert not _per_expert("model.layers.1.self_attn.odds", "model.layers.1.mlp", (4,), 4)
+
+
+@pytest.mark.parametrize("per_token", [9, 0])
+def test_more_experts_per_token_than_there_are(tmp_path: Path, made: dict[str, Path], per_token: int) -> None:
+    bad = changed(made["mixtral"], tmp_path / "bad", lambda _: None)
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": per_token}))
+    with pytest.raises(CheckpointError, match=f"{per_token} experts compute each token, and its layers have 4"):
+        shrunk(made, bad, tmp_path / "out", experts=2, method="reap")
+    with pytest.raises(CheckpointError, match=f"num_experts_per_tok is {per_token}, and there are 4 experts"):
+        mix({"join": [{"source_model": str(bad), "experts": [0]}]}, tmp_path / "out")
 
 
 def test_routing_in_groups_is_kept(tmp_path: Path) -> None:
@@ -361,4 +425,4 @@ def test_other_bad_input(tmp_path: Path, made: dict[str, Path]) -> None:
     add_tokenizer(dense)
     found = command("shrink", dense, tmp_path / "out", "--experts", 2, "--data", made["text"])
     assert found.code == 2
-    assert "LlamaForCausalLM has no layers of experts that are known here" in found.err
+    assert "LlamaForCausalLM has no layers of experts" in found.err

@@ -100,6 +100,19 @@ def test_all_weight_on_one_task_is_its_model(root: Path, kind: str) -> None:
         model.task = "c"
 
 
+@pytest.mark.parametrize("kind", ["wemoe", "mole", "self-moe"])
+def test_beams_keep_their_own_gates(root: Path, kind: str) -> None:
+    """With a cache, what the gates remember of a beam moves with it: the same as reading all tokens again."""
+    model = opened(root, kind)
+    assert model.layers.gates is not None
+    for weight in model.layers.gates.weights.values():
+        weight.mul_(3)
+    ids, mask = torch.tensor([[0, 0, 5, 9, 30], [7, 100, 3, 60, 12]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, again = (model.generate(ids, mask, use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(cached, again)
+
+
 @pytest.mark.parametrize("pool", ["text", "prefix"])
 @torch.inference_mode()
 def test_weights_of_an_mlp_are_mixed_for_each_text(root: Path, pool: str) -> None:

@@ -70,6 +70,42 @@ def test_snippet_of_the_page(out):
     assert (out / ROUTER_FILE).exists()
 
 
+def test_padding_on_the_left_does_not_count_as_positions(tmp_path):
+    """GPT-2 has an embedding of each position, so padding must not move the tokens."""
+    from safetensors.torch import load_file
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.evaluation.tiny import add_tokenizer
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=320, bos_token_id=0, eos_token_id=1)
+    for name in ("base", "models/a", "models/b"):
+        torch.manual_seed(len(name))
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"] * 50
+        save_file(weights, tmp_path / name / "model.safetensors", {"format": "pt"})
+        add_tokenizer(tmp_path / name)
+    ids, mask = torch.tensor([[0, 0, 0, 5, 9], [7, 100, 3, 60, 12]]), torch.tensor([[0, 0, 0, 1, 1], [1] * 5])
+    reference = f"{tmp_path / 'base'}+{tmp_path / 'models'}"
+    model = RoutedModel(reference)
+    model.task = "a"
+    torch.testing.assert_close(model.logits(ids, mask)[0, 3:], model.logits(ids[:1, 3:])[0])
+    model.task = None
+    states = model._hidden_states(ids, mask)[0, 3:]
+    torch.testing.assert_close(states, model._hidden_states(ids[:1, 3:], mask[:1, 3:])[0])
+    likely = RoutedModel(reference, by="perplexity", blend=2)
+    assert likely.mixes(ids, mask)[0] == likely.mixes(ids[:1, 3:])[0]
+
+
+def test_one_row_for_each_row_also_by_a_config(out):
+    from transformers import GenerationConfig
+
+    model = RoutedModel(out)
+    model.task = "a"
+    with pytest.raises(ParameterError, match="one row of tokens for each row"):
+        model.generate(IDS, generation_config=GenerationConfig(num_return_sequences=2, num_beams=2))
+
+
 def test_a_task_without_text(out):
     with pytest.raises(ParameterError, match="that of 'b' is empty"):
         RoutedModel(out).fit({"a": ["the cat"]})

@@ -14,21 +14,23 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError
 from .settings.config import as_int
+from .settings.mixtures import number_of_experts
 
-__all__ = ["EXPERTS", "ExpertUnits", "find_experts"]
+__all__ = ["EXPERTS", "ROUTERS", "SHARED", "ExpertUnits", "find_experts", "sizes_of_layers"]
 
 EXPERTS = "experts"
 """The kind of these units, beside those of `symmetry.UNITS`."""
 
 _SINGLE = re.compile(r"^(?P<home>.+)\.experts\.(?P<number>\d+)\.(?P<leaf>.+)$")
 _PACKED = re.compile(r"^(?P<home>.+)\.experts\.(?P<leaf>[^.\d].*)$")
-_ROUTERS = ("gate", "router", "e_score_correction_bias", "expert_bias")
+_GRANITE = re.compile(r"^(?P<home>.+\.block_sparse_moe)\.(?P<leaf>(?:input|output)_linear\.weight)$")
+"""Packed experts as Granite names them."""
+
+ROUTERS = ("gate", "router", "e_score_correction_bias", "expert_bias", "moe_statics")
 """What comes first in the names of a router's tensors, within the module that holds router and experts."""
 
-_SHARED = "shared_"
+SHARED = "shared_"
 """Tensors of experts that compute every token, which keep their place."""
-
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +85,15 @@ def find_experts(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
         if match is not None:
             own = layers.setdefault(match["home"], _Found())
             own.single.setdefault(int(match["number"]), {})[match["leaf"]] = name
-        elif (match := _PACKED.match(name)) is not None:
+        elif (match := _PACKED.match(name) or _GRANITE.match(name)) is not None:
             layers.setdefault(match["home"], _Found()).packed.append(name)
     if not layers:
         raise UnsupportedError("it has no experts (no tensors '.experts.'), so there are none to be matched")
     for name in sorted(shapes):
         home = next((home for home in layers if name.startswith(f"{home}.")), None)
-        if home is not None and not name.startswith((f"{home}.experts.", f"{home}.{_SHARED}")):
-            if name[len(home) + 1 :].partition(".")[0] not in _ROUTERS:
+        inside = home is None or name.startswith((f"{home}.experts.", f"{home}.{SHARED}")) or _GRANITE.match(name)
+        if home is not None and not inside:
+            if name[len(home) + 1 :].partition(".")[0] not in ROUTERS:
                 raise UnsupportedError(
                     f"{name} (shape {list(shapes[name])}): it is not known what this tensor beside the experts holds, so "
                     "their order cannot be changed"
@@ -98,9 +101,26 @@ def find_experts(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
             layers[home].router.append(name)
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) else config
-    count = next((found for key in _COUNTS if (found := as_int(text.get(key)))), None)
+    count = number_of_experts(config)
     parts = as_int(text.get("n_group")) or 1
     return [_units(home, found, shapes, count, parts) for home, found in sorted(layers.items())]
+
+
+def sizes_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[int]:
+    """Return how many experts the layers of a checkpoint hold, in any order.
+
+    Args:
+        shapes: Every tensor name and its shape.
+    """
+    single: dict[str, set[int]] = {}
+    found: set[int] = set()
+    for name, shape in shapes.items():
+        match = _SINGLE.match(name)
+        if match is not None:
+            single.setdefault(match["home"], set()).add(int(match["number"]))
+        elif len(shape) > 2 and (_PACKED.match(name) or _GRANITE.match(name)):
+            found.add(shape[0])
+    return frozenset(found | {len(numbers) for numbers in single.values()})
 
 
 def _units(

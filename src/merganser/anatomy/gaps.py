@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .experts import sizes_of_layers
 from .infer import Anatomy, Shape
 from .settings.config import is_tied, model_types, text_scopes, words
+from .settings.mixtures import numbers_said
 from .sizes import size_warnings
 
 __all__ = ["doubts"]
@@ -93,7 +95,16 @@ def doubts(shapes: Mapping[str, Shape], anatomy: Anatomy, config: Mapping[str, A
         *(each for each in incomplete if not any(other.startswith(each) for other in uneven)),
         *_outside_layers(anatomy, config),
         *size_warnings(config, anatomy, shapes),
+        *_other_experts(shapes, config),
     ]
+
+
+def _other_experts(shapes: Mapping[str, Shape], config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that layers hold other numbers of experts than the config says."""
+    held, said = sizes_of_layers(shapes), numbers_said(config)
+    if config and not held <= said:
+        numbers = " or ".join(map(str, sorted(said))) or "no number of"
+        yield f"config.json says {numbers} experts, and layers have {' or '.join(map(str, sorted(held)))}"
 
 
 def _layers(anatomy: Anatomy) -> dict[str, list[frozenset[str]]]:

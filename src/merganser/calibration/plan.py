@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..anatomy.settings.mixtures import COUNTS
 from ..checkpoint import DTYPE_BY_NAME, plan_shards
 from ..errors import OutputError
 from ..jsonfile import os_reason
@@ -255,7 +256,7 @@ def _share(skeleton: Skeleton, name: str) -> float:
     """Return the share of a parameter that a token uses: of the experts of a mixture, those that are chosen."""
     config = skeleton.model.config.get_text_config()
     chosen = getattr(config, "num_experts_per_tok", None)
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for key in COUNTS:
         count = getattr(config, key, None)
         if ".experts." in f".{name}." and isinstance(count, int) and isinstance(chosen, int) and count:
             return chosen / count

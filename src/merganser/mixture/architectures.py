@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from ..anatomy.settings.function import settings
 from ..errors import RecipeError, UnsupportedError, did_you_mean
-from .recipe import DEEPSEEK, PROMPTED, MixtureRecipe
+from .recipe import PROMPTED, MixtureRecipe
 
 __all__ = ["LAYOUTS", "Layout", "choose_layout"]
 
@@ -36,6 +37,7 @@ class Layout:
         biased: Whether queries, keys and values have biases; where the dense model has none, these are zeros.
         untied: Whether it has a head of its own; where the dense model has none, that is a copy of the embedding.
         plain_heads: Whether the size of a head is that of the model divided by the number of heads.
+        windows: Where attention may see a window alone: in "all" layers or none, in each "layer" by itself, or nowhere.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Layout:
     biased: bool = False
     untied: bool = False
     plain_heads: bool = False
+    windows: Literal["all", "layer", None] = None
 
     def router(self, layer: str) -> str:
         """Return the name of a layer's router."""
@@ -101,9 +104,54 @@ class Layout:
         if "auto_map" in self.settings and isinstance(scaling, dict) and "rope_type" in scaling:
             # as the code of that time names it
             found["rope_scaling"] = {"type" if key == "rope_type" else key: value for key, value in scaling.items()}
+        found |= self._windows(dense)
         if self.dense_key is not None:
             found[self.dense_key] = [*range(dense_layers)] if self.dense_key == "mlp_only_layers" else dense_layers
         return found
+
+    def _windows(self, dense: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the keys of sliding windows, where the architecture reads them otherwise than the dense model."""
+        own = settings(dense)
+        window, count = own.get("sliding_window"), dense.get("num_hidden_layers")
+        if self.windows == "all":
+            # said also where there is none, as releases of transformers have different defaults
+            return {"sliding_window": window or None}
+        if not window:
+            return {}
+        if self.windows is None:
+            return {"sliding_window": None, "use_sliding_window": False}
+        # in which layers they are by default differs between Qwen2 and Qwen2-MoE, so it is said
+        types = own.get("layer_types") or ["sliding_attention"] * int(count or 0)
+        return {"use_sliding_window": True, "sliding_window": window, "layer_types": types}
+
+    def notes(self, dense: Mapping[str, Any]) -> list[str]:
+        """Return what the user should know of the output.
+
+        Args:
+            dense: config.json of the dense model.
+        """
+        found = []
+        window = settings(dense).get("sliding_window")
+        if window and self.windows is None:
+            found.append(
+                f"{self.name} has no sliding windows, and the base's layers see {window:,} tokens: longer texts are read otherwise"
+            )
+        if "auto_map" in self.settings:
+            found.append(
+                f"transformers has no class for the architecture {self.name}: it loads this model with the code of deepseek-ai "
+                "alone (trust_remote_code), and whether it does was not checked"
+            )
+        if self.gated and _odd_heads(dense):
+            found.append(
+                f"the base's heads are not as large together as the model: transformers loads such a {self.name}, vLLM does not"
+            )
+        return found
+
+
+def _odd_heads(dense: Mapping[str, Any]) -> bool:
+    """Return whether the heads together are not as large as the model."""
+    heads, size, own = (dense.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
+    return bool(own is not None and heads and own * heads != size)
 
 
 _ROUTED = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
@@ -122,6 +170,7 @@ _ALL = (
         settings={**_ROUTED, "router_jitter_noise": 0.0},
         dropped=_OF_LLAMA,
         sized=False,
+        windows="all",
     ),
     Layout(
         "qwen3_moe",
@@ -143,6 +192,7 @@ _ALL = (
         dense_key="mlp_only_layers",
         settings=_ROUTED | _EVERY_LAYER,
         dropped=_OF_LLAMA,
+        windows="layer",
     ),
     Layout(
         "flex_olmo",
@@ -177,14 +227,14 @@ _ALL = (
     ),
 )
 LAYOUTS = {layout.name: layout for layout in _ALL}
-# what recipes of mergekit-moe call them
+# what recipes of mergekit-moe call them; of several, the first that fits the base
 _ALIASES = {
-    "qwen": "qwen2_moe",
-    "qwen moe": "qwen2_moe",
-    "qwen2": "qwen2_moe",
-    "qwen3": "qwen3_moe",
-    "qwen3 moe": "qwen3_moe",
-    **dict.fromkeys(DEEPSEEK, "deepseek"),
+    "qwen": ("qwen2_moe", "qwen3_moe"),
+    "qwen moe": ("qwen2_moe",),
+    "qwen2": ("qwen2_moe",),
+    "qwen3": ("qwen3_moe",),
+    "qwen3 moe": ("qwen3_moe",),
+    "deepseek moe": ("deepseek",),
 }
 _IMPOSSIBLE = {
     **dict.fromkeys(
@@ -216,18 +266,19 @@ def choose_layout(recipe: MixtureRecipe, config: Mapping[str, Any]) -> Layout:
     place = recipe.place_of("architecture")
     if recipe.architecture is not None:
         name = recipe.architecture.lower()
-        name = _ALIASES.get(name, name)
         if name in _IMPOSSIBLE:
             raise UnsupportedError(
                 f"{place}: {recipe.architecture} cannot be built from dense models: {_IMPOSSIBLE[name]}. {_known()}"
             )
-        if name not in LAYOUTS:
+        named = _ALIASES.get(name, (name,))
+        if named[0] not in LAYOUTS:
             raise RecipeError(f"{place}: {recipe.architecture!r} is not known.{did_you_mean(name, LAYOUTS)} {_known()}")
-        found = LAYOUTS[name]
+        found = LAYOUTS[next((own for own in named if kind in LAYOUTS[own].inputs), named[0])]
     else:
         fitting = [layout for layout in _ALL if kind in layout.inputs]
         with_shared = recipe.shared_expert is not None
-        chosen = [layout for layout in fitting if layout.needs_shared == with_shared] or fitting
+        chosen = [layout for layout in fitting if _accepts(recipe, layout)]
+        chosen = chosen or [layout for layout in fitting if layout.needs_shared == with_shared] or fitting
         if not chosen:
             raise UnsupportedError(
                 f"{recipe.place_of('base_model')}: no mixture can be built from models of type {kind!r}; {_known()}"
@@ -264,8 +315,8 @@ def _check(recipe: MixtureRecipe, layout: Layout, config: Mapping[str, Any]) -> 
         )
     if config.get("use_sliding_window") and "layer_types" in layout.dropped:
         raise RecipeError(f"{place}: the base has windows in some of its layers, which {layout.name} cannot express")
-    heads, size, own = (config.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
-    if layout.plain_heads and own is not None and heads and own * heads != size:
+    if layout.plain_heads and _odd_heads(config):
+        heads, size, own = (config.get(key) for key in ("num_attention_heads", "hidden_size", "head_dim"))
         raise RecipeError(
             f"{place}: the base has {heads} heads of {own} in a model of {size}, which {layout.name} cannot express: its heads "
             "are as large together as the model"
@@ -273,6 +324,17 @@ def _check(recipe: MixtureRecipe, layout: Layout, config: Mapping[str, Any]) -> 
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key) and key in layout.dropped and not (layout.gated and key == "attention_bias"):
             raise RecipeError(f"{place}: the base has {key}, which {layout.name} cannot express")
+
+
+def _accepts(recipe: MixtureRecipe, layout: Layout) -> bool:
+    """Return whether an architecture can have the shared expert of a recipe, with its gate's prompts, or has none."""
+    shared = recipe.shared_expert
+    if shared is None:
+        return not layout.needs_shared
+    prompts = bool(shared.positive or shared.negative)
+    return layout.shared and (
+        bool(shared.positive) or recipe.gate_mode not in PROMPTED if layout.gated else not prompts
+    )
 
 
 def _check_gate(recipe: MixtureRecipe, layout: Layout) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calibration.data.batches import Batch
 from ..calibration.forward.skeleton import Skeleton
 from ..checkpoint import Checkpoint, Reader
-from ..errors import NonFiniteError
+from ..errors import CheckpointError, NonFiniteError
 from ..inference.language_model import open_tokenizer
 from ..inference.stored import open_stored
 from .forward import Run, batches_of_data, batches_of_prompts, counted_rows, router_inputs
@@ -38,7 +38,9 @@ def _split(recipe: MixtureRecipe, rows: Sequence[Tensor]) -> tuple[Tensor, list[
 
 
 def cheap_routers(recipe: MixtureRecipe, base: Checkpoint, embedding: str, layers: int) -> Routers:
-    """Make routers from the embeddings of prompts' tokens, the same for every layer.
+    """Make routers from the embeddings of prompts' tokens, the same for every layer, as mergekit-moe does.
+
+    A row is the sum of the embeddings at length 1, minus that of the negative prompts, at length 1.
 
     Raises:
         CheckpointError: The base has no tokenizer, or prompts give no direction.
@@ -47,16 +49,20 @@ def cheap_routers(recipe: MixtureRecipe, base: Checkpoint, embedding: str, layer
     with Reader() as reader:
         table = reader.tensor(base.tensors[embedding])
 
-    def mean(prompts: Sequence[str]) -> Tensor | None:
-        ids = [number for prompt in prompts for number in tokenizer.ids(prompt)]
-        return table[ids].float() if ids else None
+    def unit(prompts: Sequence[str], place: str) -> Tensor | None:
+        if not prompts:
+            return None
+        ids = [number for prompt in prompts for number in (*tokenizer.prefix, *tokenizer.ids(prompt))]
+        if not ids:
+            raise CheckpointError(f"{place}: the tokenizer gives no token for the prompts {list(prompts)}")
+        return direction(table[ids].float(), None, place)[None]
 
     found = []
     for expert in _asked(recipe):
-        positive = mean(expert.positive)
-        found.append(
-            direction(table[:0].float() if positive is None else positive, mean(expert.negative), str(expert.place))
-        )
+        place = str(expert.place)
+        positive = unit(expert.positive, place)
+        assert positive is not None
+        found.append(direction(positive, unit(expert.negative, place), place))
     rows, gates = _split(recipe, found)
     return Routers([rows] * layers, gates * layers, {"condition": condition(rows)})
 
@@ -207,7 +213,9 @@ def ridge_routers(
         domains = _Domains(recipe, fitted, held)
         router_inputs(skeleton, runs, domains.sink, domains.finished, advance)
     tried = f"{'held-out' if held else 'the same'} tokens of each domain"
-    return Routers(domains.rows, [], {"tried_on": tried, **_summed(domains.report, recipe.dense_layers)})
+    # a gate of zeros: the shared expert counts half for every token
+    gates = [torch.zeros(1, rows.shape[1]) for rows in domains.rows] if recipe.shared_expert else []
+    return Routers(domains.rows, gates, {"tried_on": tried, **_summed(domains.report, recipe.dense_layers)})
 
 
 def _described(rows: Tensor, inputs: Sequence[Tensor]) -> dict[str, Any]:

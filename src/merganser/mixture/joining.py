@@ -16,6 +16,7 @@ import numpy as np
 
 from ..anatomy.experts import ExpertUnits, find_experts
 from ..anatomy.settings.function import settings
+from ..anatomy.settings.mixtures import COUNTS, chosen_experts, with_experts
 from ..checkpoint import Checkpoint, Reader, TensorInfo, plan_shards
 from ..checkpoint.derived.derived import read_elements
 from ..checkpoint.derived.gathered import MadeRows, RowMap, gathered
@@ -39,8 +40,6 @@ JOIN_KEYS = ("join", "experts_per_token")
 _KEYS = ("source_model", "experts")
 _PIECE = 1 << 22
 """Elements that are compared at a time."""
-
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,13 +265,15 @@ def _planned(
     tensors = place(drafts, shards)
     experts = [(f"{each.given.model}", number) for each in opened for number in each.taken]
     config = _config(recipe, plan.config, len(experts))
-    unsure = check_complete(str(recipe.contributors[0].model), config, {t.name: t.shape for t in tensors})
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    changed = "the number of experts was changed"
+    unsure = check_complete(str(recipe.contributors[0].model), config, shapes, always=changed)
     checkpoints = {each.given.model: each.checkpoint for each in opened}
     report = {"compared": compared, "odd_rows": [str(opened[at].given.model) for at in odd]}
     summary = MixtureSummary(
         architecture=(config.get("architectures") or [str(config.get("model_type"))])[0],
         experts=tuple(f"{model} (expert {number})" for model, number in experts),
-        experts_per_token=config["num_experts_per_tok"],
+        experts_per_token=chosen_experts(config) or 0,
         gate_mode="joined",
         router=report,
         digest=hashlib.sha256(repr((experts, odd)).encode()).hexdigest(),
@@ -343,17 +344,12 @@ def _copied(like: PlannedTensor, name: str, info: TensorInfo, role: str) -> Plan
 
 def _config(recipe: JoinRecipe, config: Mapping[str, Any], experts: int) -> dict[str, Any]:
     """Return config.json with the new numbers."""
-    found = dict(config)
-    keys = [key for key in _COUNTS if key in found]
-    if not keys:
-        raise CheckpointError(
-            f"{recipe.contributors[0].place}: config.json does not say how many experts there are; give it one of {', '.join(_COUNTS)}"
-        )
-    found |= dict.fromkeys(keys, experts)
-    per_token = recipe.experts_per_token
-    if per_token is None:
-        own = found.get("num_experts_per_tok")
-        per_token = min(own, experts) if isinstance(own, int) else min(2, experts)
+    per_token = recipe.experts_per_token or min(chosen_experts(config) or 2, experts)
     if per_token > experts:
         raise RecipeError(f"{recipe.place}: experts_per_token: {per_token}, and there are {experts} experts")
-    return found | {"num_experts_per_tok": per_token}
+    found = with_experts(config, experts, per_token)
+    if found is None:
+        raise CheckpointError(
+            f"{recipe.contributors[0].place}: config.json does not say how many experts there are; give it one of {', '.join(COUNTS)}"
+        )
+    return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import open_model
+from ..anatomy.settings.function import settings
 from ..checkpoint import Checkpoint, Reader, TensorInfo
 from ..engine.in_memory.run import merge_to_state_dict
 from ..engine.kernels.assignment import untouched
@@ -24,7 +25,7 @@ __all__ = ["DenseTensors", "ExpertTensors", "Layer", "find_layers", "open_expert
 _PROJECTION = re.compile(r"^(?P<layer>.*\.(?P<number>\d+))\.mlp\.(?P<name>gate_proj|up_proj|down_proj)\.weight$")
 _IN_MLP = re.compile(r"\.\d+\.mlp\.")
 _SAME = ("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
-"""Keys of config.json in which experts and base must agree."""
+"""Keys of config.json in which experts and base must agree; what one leaves out has its default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,9 @@ def open_expert(expert: Expert, base: Checkpoint, layers: list[Layer], cache_dir
 
 def check_expert(expert: Expert, found: Checkpoint, base: Checkpoint, layers: list[Layer]) -> None:
     """Check that an expert's MLPs fit the base; raises as `open_expert` does."""
+    configs = [{**settings(each.config), **each.config} for each in (found, base)]
     for key in _SAME:
-        own, wanted = found.config.get(key), base.config.get(key)
+        own, wanted = (config.get(key) for config in configs)
         if own != wanted:
             raise RecipeError(
                 f"{expert.place}: {expert.model} has {key} {own!r}, the base {wanted!r}; all experts must be alike"

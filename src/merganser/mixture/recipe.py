@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, UnsupportedError
+from ..errors import RecipeError
 from ..recipe import ModelReference, Place, Recipe, load_recipe
 from ..recipe.document.parsing import read_one
 from ..recipe.document.place import Entry, Node
@@ -39,8 +39,6 @@ PROMPTED = ("hidden", "hidden_avg", "hidden_last", "cheap_embed")
 
 GATE_MODES = ("ridge", *PROMPTED, "random", "uniform_random")
 _RIDGE = 0.01
-DEEPSEEK = ("deepseek", "deepseek moe")
-"""Names of DeepSeek's architecture: one expert per token is the default beside a shared one, as in mergekit-moe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +108,6 @@ def load_mixture(source: str | Path | Mapping[str, Any]) -> MixtureRecipe | Join
     Raises:
         RecipeError: It is not a valid recipe of a mixture.
         NotFoundError: There is no such file.
-        UnsupportedError: It asks for something that is not built.
     """
     document = read_one(source, "a mixture")
     root = Entry(document.root, Place(document.file, document.root.line, ""))
@@ -165,7 +162,8 @@ def _expert(entry: Entry, common: Entry | None) -> Expert:
 def _prompts(entry: Entry | None) -> tuple[str, ...]:
     if entry is None or entry.value == []:
         return ()
-    return tuple(item.text(longest=100_000) for item in entry.items())
+    # an empty prompt is the token that begins every text, if the tokenizer has one
+    return tuple(item.text(longest=100_000, blank=True) for item in entry.items())
 
 
 def _noise(entry: Entry | None) -> float:
@@ -202,10 +200,8 @@ def _gate_mode(fields: Mapping[str, Entry], experts: tuple[Expert, ...]) -> str:
 
 def _per_token(fields: Mapping[str, Entry], experts: tuple[Expert, ...], mode: str) -> int:
     if "experts_per_token" not in fields:
-        # ridge routers predict one domain; two experts are mergekit-moe's default
-        beside = fields["architecture"].text().lower() in DEEPSEEK if "architecture" in fields else False
-        shared = "shared_experts" in fields and fields["shared_experts"].value != []
-        return min(1 if mode == "ridge" or (beside and shared) else 2, len(experts))
+        # ridge routers predict one domain; two experts are mergekit-moe's default, of every architecture
+        return min(1 if mode == "ridge" else 2, len(experts))
     count = fields["experts_per_token"].whole_number(1)
     if count > len(experts):
         raise fields["experts_per_token"].error(f"{count} experts per token, and there are {len(experts)}")
@@ -221,11 +217,6 @@ def _check_routers(recipe: MixtureRecipe) -> None:
                 raise RecipeError(
                     f"{expert.place}: gate_mode ridge needs text of each expert's domain: give 'data' here"
                 )
-        if recipe.shared_expert is not None:
-            raise UnsupportedError(
-                f"{recipe.place_of('shared_experts')}: the gate of a shared expert cannot be made from text; give prompts, "
-                "or gate_mode random"
-            )
     if mode in PROMPTED:
         for expert in recipe.experts:
             if not expert.positive:

@@ -32,7 +32,7 @@ from .fitted import Advance, cheap_routers, prompt_routers, ridge_routers
 from .joining import JoinRecipe, plan_joined
 from .models import DenseTensors, Layer, check_expert, find_layers, open_expert
 from .noise import noisy
-from .recipe import DEEPSEEK, Expert, MixtureRecipe, load_mixture
+from .recipe import Expert, MixtureRecipe, load_mixture
 from .routers import Routers, random_rows
 from .written import replaced
 
@@ -228,7 +228,7 @@ def _mixed(
         tensors=tensors,
         shards=shards,
         config=config,
-        warnings=[*dense.warnings, *unsure, *_warnings(recipe, checkpoints)],
+        warnings=[*dense.warnings, *unsure, *_warnings(recipe, layout, dense.config, checkpoints)],
         census=_census(checkpoints, tensors),
         mixture=summary,
     )
@@ -296,7 +296,9 @@ def _router(name: str, values: Tensor, like: PlannedTensor, beside: TensorInfo) 
     return copied_from(like, info, name=name, role="router")
 
 
-def _warnings(recipe: MixtureRecipe, checkpoints: Mapping[ModelReference, Checkpoint]) -> list[str]:
+def _warnings(
+    recipe: MixtureRecipe, layout: Layout, dense: Mapping[str, Any], checkpoints: Mapping[ModelReference, Checkpoint]
+) -> list[str]:
     found = []
     models = [expert.model for expert in recipe.experts]
     if len(models) > 1 and len(set(models)) == 1:
@@ -305,11 +307,9 @@ def _warnings(recipe: MixtureRecipe, checkpoints: Mapping[ModelReference, Checkp
         )
     if recipe.gate_mode in ("random", "uniform_random"):
         found.append(f"gate_mode {recipe.gate_mode}: the routers know nothing of the experts; train them")
-    if recipe.architecture is not None and recipe.architecture.lower() in DEEPSEEK:
-        found.append(
-            "transformers has no class for the architecture deepseek: it loads this model with the code of deepseek-ai alone "
-            "(trust_remote_code), and whether it does was not checked"
-        )
+    if recipe.gate_mode == "ridge" and layout.gated:
+        found.append("the gate of the shared expert is not made from text: the expert counts half for every token")
+    found += layout.notes(dense)
     for reference in dict.fromkeys(models):
         found += [note for note in checkpoints[reference].notes if note not in found]
     return found

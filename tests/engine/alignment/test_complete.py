@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from merganser import merge, plan
 from merganser.anatomy import infer_anatomy
@@ -14,6 +16,7 @@ from merganser.anatomy.gaps import _IN_EVERY_LAYER, doubts
 from merganser.engine.alignment.complete import check_complete
 from merganser.errors import CheckpointError
 from tests.anatomy.architectures import ARCHITECTURES, published, real
+from tests.calibration.families import save as save_mixture
 from tests.engine.alignment.small_models import save
 from tests.making import Tensors, llama, llama_config, make_recipe, write_model
 
@@ -115,6 +118,21 @@ def test_without_transformers_doubts_are_said(tmp_path: Path, monkeypatch: pytes
 def test_without_a_config_the_structure_alone_is_compared(tmp_path: Path) -> None:
     warnings = plan(recipe_of(tmp_path, {}, r"model\.layers\.1\.mlp\.up_proj\.weight")).warnings
     assert any(each.startswith(f"{tmp_path / 'm0'}: layer 1 of model.layers has no mlp.up_proj") for each in warnings)
+
+
+@pytest.mark.parametrize("said", [8, None, "four"])
+def test_other_numbers_of_experts_than_the_config_says(tmp_path: Path, said: Any) -> None:
+    folder = save_mixture(tmp_path / "mixtral", "mixtral")
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+    config = json.loads((folder / "config.json").read_text())
+    assert check_complete("m", config, shapes) == []
+    assert config.pop("num_local_experts") == 4
+    config |= {} if said is None else {"num_local_experts": said}
+    wanted = f"m: config.json says {said if said == 8 else 'no number of'} experts, and layers have 4"
+    with pytest.raises(CheckpointError, match=re.escape(wanted)) as caught:
+        check_complete("m", config, shapes)
+    if said != "four":
+        assert "experts.gate_up_proj holds 4 experts, the config describes 8" in str(caught.value)
 
 
 def test_an_expert_that_is_nowhere_is_doubted() -> None:

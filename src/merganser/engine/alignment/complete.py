@@ -23,6 +23,7 @@ __all__ = ["check_complete"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _UNCHECKED = "; whether the output loads was not checked"
 
 
@@ -47,7 +48,7 @@ def check_complete(
     shapes: Shapes,
     left_out: Collection[str] = (),
     *,
-    always: bool = False,
+    always: str | None = None,
     anatomy: Anatomy | None = None,
 ) -> list[str]:
     """Refuse an output that transformers could not load completely.
@@ -59,7 +60,7 @@ def check_complete(
         config: config.json of the output.
         shapes: Names and shapes of its tensors.
         left_out: Names of tensors that the user asked to leave out.
-        always: Check even if nothing is doubtful.
+        always: Why to check even if nothing else is doubtful.
         anatomy: The structure of these tensors with this config, if it is known.
 
     Returns:
@@ -70,7 +71,7 @@ def check_complete(
         CheckpointError: Tensors are missing or have other shapes than the config describes, or no model can be built.
     """
     anatomy = anatomy or infer_anatomy(shapes, config)
-    doubted = doubts(shapes, anatomy, config) or (["layers of a module were chosen"] if always else [])
+    doubted = doubts(shapes, anatomy, config) or ([always] if always else [])
     if not doubted:
         return []
     model = build_model(config) if config else None
@@ -111,6 +112,13 @@ def _judge(model: Any, loaded: Loaded, shapes: Shapes, left_out: Collection[str]
     for name in sorted(state.keys() - loaded.parameters - excused):
         if not is_recomputed(name) and not any(re.search(pattern, name) for pattern in optional):
             verdict.missing.append(name)
+    held: dict[str, set[int]] = {}
+    for name in loaded.converted & loaded.targets.keys():
+        if (match := _EXPERT.search(name)) is not None:
+            held.setdefault(loaded.targets[name], set()).add(int(match[1]))
+    for target, numbers in sorted(held.items()):
+        if target in state and len(numbers) != len(state[target]):
+            verdict.wrong.append(f"{target} holds {len(numbers)} experts, the config describes {len(state[target])}")
     for name, target in loaded.targets.items():
         if target in state:
             shape = tuple(state[target].shape)

@@ -11,9 +11,10 @@ from ...adapters import open_model
 from ...anatomy import set_config_dtype, set_tied, slice_config
 from ...anatomy.module_config import slice_module_config
 from ...anatomy.settings.config import unquantised, with_older_rotary_keys
+from ...anatomy.settings.mixtures import odd_routing
 from ...checkpoint import Checkpoint, Shard, plan_shards
 from ...checkpoint.folder import WEIGHTS_KEY
-from ...errors import MergeError
+from ...errors import CheckpointError, MergeError
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe, check_recipe
 from ..agreement.configs import compare_configs
@@ -321,11 +322,13 @@ def _config(donor: Member, alignment: Alignment, drafts: Sequence[PlannedTensor]
         config = sliced.config
         warnings += sliced.warnings
         check_layers_load(config, donor, alignment.layers)
+    if (problem := odd_routing(config)) is not None:
+        raise CheckpointError(f"{donor.reference}: config.json: {problem}")
     if alignment.tied != donor.tied:
         config = set_tied(config, alignment.tied)
     for module, layers in alignment.other_layers.items():
         config = slice_module_config(config, module, layers, anatomy=donor.anatomy)
-    everything = bool(alignment.other_layers)
+    everything = "layers of a module were chosen" if alignment.other_layers else None
     unchanged = config == donor.checkpoint.config and shapes == donor.checkpoint.shapes
     known = donor.anatomy if unchanged else None
     warnings += check_complete(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...anatomy.settings.mixtures import COUNTS, with_experts
 from ...errors import CheckpointError, DataError, UnsupportedError
 
 __all__ = ["Sizes", "choose_sizes", "sized_config"]
-
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_CHOSEN = ("num_experts_per_tok", "experts_per_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +49,7 @@ def choose_sizes(config: Any, before: int, after: int, per_token: int | None, na
         name: The model's name for the user.
 
     Raises:
+        CheckpointError: The config contradicts itself.
         DataError: A number is not possible.
         UnsupportedError: The config does not say how many experts compute a token.
     """
@@ -59,6 +57,10 @@ def choose_sizes(config: Any, before: int, after: int, per_token: int | None, na
     chosen = getattr(text, "num_experts_per_tok", None)
     if not isinstance(chosen, int):
         raise UnsupportedError(f"{name}: its config does not say how many experts compute each token")
+    if not 1 <= chosen <= before:
+        raise CheckpointError(
+            f"{name}: config.json says that {chosen} experts compute each token, and its layers have {before}"
+        )
     if not 1 <= after <= before:
         raise DataError(f"--experts: must be 1 to {before}, as {name} has {before} experts per layer; found {after}")
     if per_token is not None and not 1 <= per_token <= after:
@@ -83,15 +85,7 @@ def sized_config(config: Mapping[str, Any], sizes: Sizes, name: str) -> dict[str
     Raises:
         CheckpointError: It does not say how many experts there are.
     """
-    found = copy.deepcopy(dict(config))
-    nested = found.get("text_config")
-    own = nested if isinstance(nested, dict) and any(key in nested for key in _COUNTS) else found
-    counts = [key for key in _COUNTS if key in own]
-    if not counts:
-        raise CheckpointError(f"{name}: config.json does not say how many experts there are ({', '.join(_COUNTS)})")
-    for key in counts:
-        own[key] = sizes.after
-    for key in _CHOSEN:
-        if key in own or key == _CHOSEN[0]:
-            own[key] = sizes.chosen_after
+    found = with_experts(config, sizes.after, sizes.chosen_after)
+    if found is None:
+        raise CheckpointError(f"{name}: config.json does not say how many experts there are ({', '.join(COUNTS)})")
     return found

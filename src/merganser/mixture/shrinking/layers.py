@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...anatomy.experts import ROUTERS, SHARED, sizes_of_layers
 from ...calibration.forward.internals import expert_matrices, expert_modules, has_gate, has_norm
 from ...calibration.forward.skeleton import Block, Skeleton
 from ...errors import CheckpointError, UnsupportedError
@@ -27,7 +28,6 @@ _LEAVES = {
 }
 _SINGLE = re.compile(r"^(?P<head>.*\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)\.weight$")
 _PACKED = re.compile(r"^.*\.experts\.(?P<leaf>gate_up_proj|down_proj)(?P<bias>_bias)?$")
-_ROUTERS = ("gate", "router")
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +137,11 @@ def find_layers(skeleton: Skeleton) -> list[Layer]:
     ]
     reference = skeleton.checkpoint.reference
     if not found:
+        kind = type(skeleton.model).__name__
         raise UnsupportedError(
-            f"{reference}: {type(skeleton.model).__name__} has no layers of experts that are known here"
+            f"{reference}: the experts of {kind} are not computed as those that are known here, so they cannot be shrunk"
+            if sizes_of_layers({name: own.shape for name, own in skeleton.checkpoint.tensors.items()})
+            else f"{reference}: {kind} has no layers of experts"
         )
     counts = sorted({layer.count for layer in found})
     if len(counts) > 1:
@@ -158,17 +161,24 @@ def _layer(skeleton: Skeleton, index: int, block: Block, name: str, module: Any)
     packed: dict[str, str] = {}
     routers: list[str] = []
     for source in block.sources:
-        parameter = skeleton.targets[source].parameter
+        target = skeleton.targets[source]
+        parameter = target.parameter
         if parameter.startswith(f"{name}."):
-            match, whole = _SINGLE.match(source), _PACKED.match(source)
+            # a family may have other names for packed experts than transformers
+            match, whole = _SINGLE.match(source), _PACKED.match(parameter if target.alone else source)
             if match is not None and match["leaf"] in _LEAVES:
                 single.setdefault(_LEAVES[match["leaf"]], {})[int(match["number"])] = source
             elif whole is not None:
                 packed[whole["leaf"] + (whole["bias"] or "")] = source
             else:
                 raise UnsupportedError(f"{reference}: {source}: experts with such a tensor cannot be shrunk")
-        elif any(parameter.startswith(f"{parent}.{own}.") for own in _ROUTERS):
+        elif parameter.startswith(f"{parent}.") and parameter[len(parent) + 1 :].partition(".")[0] in ROUTERS:
             routers.append(source)
+        elif _per_expert(parameter, parent, tensors[source].shape, count):
+            raise UnsupportedError(
+                f"{reference}: {source} (shape {list(tensors[source].shape)}): it is not known what this tensor beside the "
+                "experts holds, so their number cannot be changed"
+            )
     _check_experts(skeleton, name, module, count, single, packed)
     routers.sort(key=lambda source: not source.endswith(".weight"))
     shape = (count, module_width(module))
@@ -176,7 +186,8 @@ def _layer(skeleton: Skeleton, index: int, block: Block, name: str, module: Any)
         raise CheckpointError(f"{reference}: {parent}: the router's weight is missing")
     for source in routers:
         wanted = shape if source is routers[0] else shape[:1]
-        if tensors[source].shape != wanted:
+        # ERNIE's bias has a dimension more
+        if tensors[source].shape not in ((wanted,) if source is routers[0] else (wanted, (1, count))):
             raise CheckpointError(
                 f"{reference}: {source} has the shape {list(tensors[source].shape)}, and for {count} experts it must be "
                 f"{list(wanted)}"
@@ -189,6 +200,13 @@ def _layer(skeleton: Skeleton, index: int, block: Block, name: str, module: Any)
             )
     ordered = {kind: tuple(own[number] for number in range(count)) for kind, own in single.items()}
     return Layer(index, name, module, count, ordered, packed, tuple(routers))
+
+
+def _per_expert(parameter: str, parent: str, shape: tuple[int, ...], count: int) -> bool:
+    """Return whether a tensor beside the experts has something for each of them."""
+    if not parameter.startswith(f"{parent}.") or parameter[len(parent) + 1 :].startswith(SHARED):
+        return False
+    return bool(shape) and count in (shape[0], shape[-1])
 
 
 def module_width(module: Any) -> int:

@@ -209,7 +209,10 @@ def _shrink_layer(found: _Opened, layer: Layer, seen: Observed, spool: TensorSpo
             part[new] = experts.units[name][old]
     tensors = layer.written(made)
     for name in layer.router:
-        tensors[name] = reduced.router @ stored(name).double()
+        rows = stored(name).double()
+        # the rows of experts; a bias of the shape [1, experts] has them along its last axis
+        rest = name is not layer.router[0] and rows.dim() == 2
+        tensors[name] = rows @ reduced.router.T if rest else reduced.router @ rows
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise NonFiniteError(f"{name}: merging its experts gives NaN or infinity")
@@ -257,7 +260,9 @@ def _planned(
     # copies, as most are tensors of the given plan, too
     tensors = place([replace(draft) for draft in drafts], shards)
     config = sized_config(plan.config, found.sizes, model)
-    unsure = check_complete(model, config, {tensor.name: tensor.shape for tensor in tensors})
+    unsure = check_complete(
+        model, config, {tensor.name: tensor.shape for tensor in tensors}, always="the number of experts was changed"
+    )
     summary = ShrinkingSummary(
         method=found.method.name,
         experts=found.sizes.after,

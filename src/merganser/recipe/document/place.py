@@ -110,8 +110,8 @@ class Entry:
             for i, node in enumerate(self.value)
         ]
 
-    def text(self, longest: int = 1000) -> str:
-        """Return a string that is not blank.
+    def text(self, longest: int = 1000, *, blank: bool = False) -> str:
+        """Return a string that is not blank, unless `blank` allows that.
 
         Raises:
             RecipeError: The value is not a string, is blank, or has more than `longest` characters.
@@ -119,7 +119,7 @@ class Entry:
         if not isinstance(self.value, str):
             hint = "; put it in quotes" if isinstance(self.value, int | float) else ""
             raise self.error(f"expected a text, got {shown(self.value)}{hint}")
-        if not self.value.strip():
+        if not blank and not self.value.strip():
             raise self.error("the text is empty; write a value, or leave the key out")
         if len(self.value) > longest:
             raise self.error(f"a text of {len(self.value):,} characters; {longest:,} are allowed")

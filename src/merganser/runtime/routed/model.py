@@ -15,7 +15,7 @@ from .finding import open_tasks
 from .router import TaskRouter, fit_router, mix_of, read_router
 from .storing import store_beside
 from .subspaces import Subspaces, SubspaceSettings, open_subspaces, strengths_in
-from .tasks import Mix, TaskSet, Weights, blended
+from .tasks import Mix, TaskSet, Weights, blended, placed
 
 __all__ = ["RoutedModel"]
 
@@ -165,7 +165,11 @@ class RoutedModel:
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits of every row by the model of its task, shape [rows, length, vocabulary]."""
-        return self._by_task(input_ids, attention_mask, lambda model, given: model(**given).logits)
+        return self._by_task(
+            input_ids,
+            attention_mask,
+            lambda model, given: model(**placed(model, given["input_ids"], given["attention_mask"])).logits,
+        )
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -179,9 +183,14 @@ class RoutedModel:
         Raises:
             ParameterError: More than the tokens, or more than one answer per row, is asked for.
         """
-        if options.get("return_dict_in_generate") or options.get("num_return_sequences", 1) != 1:
+        settings = options.get("generation_config") or self.shared.generation_config
+
+        def asked(name: str) -> Any:
+            return options.get(name, getattr(settings, name, None))
+
+        if asked("return_dict_in_generate") or (asked("num_return_sequences") or 1) != 1:
             raise ParameterError("generate of a routed model returns one row of tokens for each row of the batch")
-        padding = options.get("pad_token_id", self.shared.generation_config.pad_token_id) or 0
+        padding = asked("pad_token_id") or 0
         return self._by_task(
             input_ids, attention_mask, lambda model, given: model.generate(**given, **options), padding
         )
@@ -239,7 +248,8 @@ class RoutedModel:
         found: dict[str, Tensor] = {}
         ids = input_ids.to(self.device)
         for task in sorted(self.tasks, key=lambda name: self.loaded_first(((name, 1.0),))):
-            logits = self.model(task)(input_ids=ids, attention_mask=mask.to(self.device)).logits[:, :-1].float()
+            model = self.model(task)
+            logits = model(**placed(model, ids, mask.to(self.device))).logits[:, :-1].float()
             nats = torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
             found[task] = (nats * counted).sum(1) / counted.sum(1)
         return torch.stack([found[task] for task in self.tasks]).cpu()
@@ -255,9 +265,7 @@ class RoutedModel:
     @torch.inference_mode()
     def _hidden_states(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         inner = self.shared.base_model
-        states: Tensor = inner(
-            input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)
-        ).last_hidden_state
+        states: Tensor = inner(**placed(inner, input_ids.to(self.device), mask.to(self.device))).last_hidden_state
         return states
 
     def _states(self, texts: Sequence[str], length: int) -> list[Tensor]:

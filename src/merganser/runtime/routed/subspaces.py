@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import CheckpointError, NonFiniteError, ParameterError, UnsupportedError
 from ...ops.linalg.spectral import svd
 from .finding import open_tasks
-from .tasks import TaskSet
+from .tasks import TaskSet, placed
 
 __all__ = ["SubspaceSettings", "Subspaces", "open_subspaces", "strengths_in"]
 
@@ -227,7 +227,7 @@ def strengths_in(model: Any, subspaces: Subspaces, task: str, input_ids: Tensor,
                 strengths[part] = subspaces.strength(task, part, args[0], mask)
 
             hooks.append(module.register_forward_pre_hook(look))
-        model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        model.base_model(**placed(model.base_model, input_ids, mask), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

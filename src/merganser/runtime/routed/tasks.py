@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError
 from ...inference.stored import Source
@@ -13,7 +14,7 @@ from ...inference.stored import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Factors", "Mix", "TaskSet", "Weights", "blended", "no_factors", "padded", "told_tasks"]
+__all__ = ["Factors", "Mix", "TaskSet", "Weights", "blended", "no_factors", "padded", "placed", "told_tasks"]
 
 Factors = tuple["Tensor", "Tensor"]
 """Left and right factors of a change of a weight: shapes [out, r] and [r, in]."""
@@ -91,6 +92,21 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     width = max(map(len, texts))
     ids = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
     return ids, torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+
+
+def placed(model: Any, input_ids: Tensor, mask: Tensor | None) -> dict[str, Tensor | None]:
+    """Return the arguments of a model's forward, with positions that do not count padding on the left.
+
+    Args:
+        model: A model of transformers.
+        input_ids: Tokens, shape [rows, length].
+        mask: 1 for tokens and 0 for padding, in the same shape; None without padding.
+    """
+    found = {"input_ids": input_ids, "attention_mask": mask}
+    padded_left = mask is not None and not bool(mask[:, 0].all())
+    if mask is not None and padded_left and "position_ids" in signature(model.forward).parameters:
+        found["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+    return found
 
 
 def told_tasks(named: Mapping[str, Sequence[str]], tasks: Sequence[str]) -> dict[str, str]:

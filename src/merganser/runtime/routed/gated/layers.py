@@ -58,6 +58,12 @@ class _Text:
     total: dict[str, Tensor] = field(default_factory=dict)
     count: dict[str, Tensor] = field(default_factory=dict)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Put the rows into another order, in which some may be there twice and others missing."""
+        for kept in (self.total, self.count):
+            for site, own in kept.items():
+                kept[site] = own.index_select(0, rows.to(own.device))
+
 
 class GatedLayers:
     """The linear layers of a model that have parts, and their gates.
@@ -98,6 +104,7 @@ class GatedLayers:
                 f"{self.widths[many]}; give each its own (shared: false)"
             )
         model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        model.base_model.register_forward_hook(self._end)
 
     def key(self, site: str) -> str:
         """Return under which name the gate of a site is kept."""
@@ -141,7 +148,9 @@ class GatedLayers:
         elif isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask[:, -length:].bool()
         else:
-            raise UnsupportedError("gates need an attention mask of the shape [rows, length], or none")
+            raise UnsupportedError(
+                "gates need an attention mask of the shape [rows, length], or none; a static cache makes another one"
+            )
         before = self._text
         if past == 0 or before is None or self.settings.pool == "token":
             self._text = _Text(mask, past + length)
@@ -152,6 +161,19 @@ class GatedLayers:
                 "cannot be used for other rows or be shortened, as assisted decoding does"
             )
         self._text = _Text(mask, past + length, {}, before.total, before.count)
+
+    def _end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Let what is remembered change places with the rows of the key-value cache, as it does in beam search."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is None or self.settings.pool == "token" or "reorder_cache" in vars(cache):
+            return
+        moved = cache.reorder_cache
+
+        def reorder(rows: Tensor) -> None:
+            moved(rows)
+            self._running().reorder(rows)
+
+        cache.reorder_cache = reorder
 
     def _add(self, name: str, module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Add the weighted parts to the output of a linear layer."""

@@ -13,7 +13,7 @@ from ....anatomy import infer_anatomy
 from ....errors import NotFoundError, ParameterError, UnsupportedError, did_you_mean
 from ....inference.language_model import open_model
 from ..storing import store_beside
-from ..tasks import TaskSet
+from ..tasks import TaskSet, placed
 from .belonging import Belonging, open_belonging
 from .fitting import Training, ridge_gates, train_gates
 from .layers import GatedLayers
@@ -184,7 +184,8 @@ class GatedModel:
         """Return the mean weight of each task over all gates and tokens of each row, shape [rows, tasks]."""
         self.layers.noted = {}
         try:
-            self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            inner = self.model.base_model
+            inner(**placed(inner, input_ids, attention_mask), use_cache=False)
             return torch.stack(list(self.layers.noted.values())).mean(0).cpu()
         finally:
             self.layers.noted = None
@@ -192,7 +193,7 @@ class GatedModel:
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits of every row, shape [rows, length, vocabulary]."""
-        found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        found: Tensor = self.model(**placed(self.model, input_ids, attention_mask), use_cache=False).logits
         return found
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
