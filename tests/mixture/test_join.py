@@ -150,7 +150,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Weights], Any] | None, dict[str, Any], str
     "expert 0": (_set(_E0, lambda w: w + 1e-6), {}, f"{_E0}: differs from that of"),
     "dtype": (_set(_E1, lambda w: w.bfloat16()), {}, "experts that are joined must be alike"),
     "no tensor": (lambda w: w.pop("model.layers.1.self_attn.q_norm.weight"), {}, "q_norm"),
-    "no expert": (lambda w: [w.pop(n) for n in list(w) if "layers.1.mlp.experts.1." in n], {}, "expert 1 is missing; there should be 2"),
+    "no expert": (lambda w: [w.pop(n) for n in list(w) if "layers.1.mlp.experts.1." in n], {}, "layer 1 of model.layers has no mlp.experts.1.down_proj.weight"),
     "few rows": (_set("model.layers.1.mlp.gate.weight", lambda w: w[:1]), {}, "has 1 rows, and there are 2 experts"),
     "another config": (None, {"norm_topk_prob": True}, "has norm_topk_prob True"),
     "groups": (None, {"n_group": 2}, "groups of experts first (n_group), which cannot be joined"),
