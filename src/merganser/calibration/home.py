@@ -27,7 +27,7 @@ from .for_recipe import (
 )
 from .learning import check_learning
 from .matching.for_recipe import WantedMatch, make_match, matches_wanted_by, plan_match, with_matches
-from .target import working_names
+from .target import LEFT, working_names
 from .within.for_recipe import make_within
 
 __all__ = ["Progress", "StatisticsHome", "statistics_folder", "statistics_home"]
@@ -201,7 +201,12 @@ def _names(plan: CalibrationPlan) -> list[str]:
     # models that are measured within a merge share the first part
     first = PurePosixPath(plan.name).parts[0]
     folder, lock = working_names(first)
-    return [f"{folder}/", lock, *(f"{plan.name}/{file}" for file in plan.files), f"{first}/{MARKER}"]
+    return [
+        f"{folder}/",
+        lock,
+        *(f"{plan.name}/{file}" for file in plan.files),
+        *(f"{first}/{name}" for name in (MARKER, *LEFT)),
+    ]
 
 
 def _remove(home: Path) -> None:

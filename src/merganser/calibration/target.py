@@ -16,9 +16,13 @@ from ..jsonfile import read_object
 from ..statistics import STATISTICS_NAME
 from .writer import write_json
 
-__all__ = ["Target", "check_absent", "working_names"]
+__all__ = ["LEFT", "Target", "check_absent", "working_names"]
 
 _STATE = "state.json"
+_DONE = f"{MARKER}.done"
+"""Name of the marker while the folder gets its own name: there it must not say that a run is writing the folder."""
+LEFT = (_STATE, _DONE)
+"""What a run that is killed at its very end may leave in a finished folder."""
 
 
 class Target:
@@ -50,6 +54,9 @@ class Target:
         self.folder, self._lock_file = target.with_name(folder), target.with_name(lock)
         self._lock = lock_target(out, self._lock_file)
         try:
+            if (self.folder / _DONE).is_file():
+                # killed within publish
+                (self.folder / _DONE).replace(self.folder / MARKER)
             left = survey(self.folder)
             self.state = self._read_state()
             if not self.state:
@@ -97,11 +104,12 @@ class Target:
         """
         check_absent(self.out)
         with failures_of(self.out):
-            for name in (_STATE, MARKER):
-                (self.folder / name).unlink(missing_ok=True)
             if self._target.exists():
                 self._target.rmdir()
+            # until it has its name, what a run that is killed meanwhile needs stays: the marker, to know its files, and the state
+            (self.folder / MARKER).rename(self.folder / _DONE)
             self.folder.rename(self._target)
+            _tidy(self._target)
 
     def _read_state(self) -> dict[str, Any]:
         file = self.folder / _STATE
@@ -120,14 +128,24 @@ def working_names(name: str) -> tuple[str, str]:
     return f".{name}.calibrating", f".{name}.calibrating.lock"
 
 
+def _tidy(target: Path) -> None:
+    """Remove from a finished folder what only its making needed."""
+    for name in LEFT:
+        (target / name).unlink(missing_ok=True)
+
+
 def check_absent(out: Path) -> None:
     """Check that a target does not exist; an empty folder does not count.
+
+    Of one that does, what a run that was killed at its very end left is removed.
 
     Raises:
         OutputError: The target exists.
     """
     try:
         path = out.expanduser()
+        if (path / _DONE).is_file():
+            _tidy(path)
         if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
             raise OutputError(f"{out}: exists; choose another folder, or remove it")
     except OSError as error:
