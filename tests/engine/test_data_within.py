@@ -53,12 +53,13 @@ def test_the_plan_says_what_is_measured(llama: Family, tmp_path: Path) -> None:
     assert three.forward_operations == 3 * one.forward_operations
     assert (two.statistics, three.statistics) == (("count", "gram"), ("count", "gram", "cross_gram"))
     assert plus.bytes_read == alone.bytes_read
-    fitted = plan(written(llama, "expert_merging")).calibrations[0]
+    fitted = plan(written(llama, "expert_merging", parameters={"batch": 99})).calibrations[0]
     assert fitted.statistics == ("count", "coefficients")
-    # three passes, and steps forward and backward on a batch, which is all
+    # three passes, and steps forward and backward on all sequences
     assert fitted.forward_operations == pytest.approx((3 + 5 * 30) * one.forward_operations)
     few = plan(written(llama, "expert_merging", parameters={"steps": 2})).calibrations[0]
-    assert few.forward_operations == pytest.approx((3 + 5 * 2) * one.forward_operations)
+    # on two of eight
+    assert few.forward_operations == pytest.approx((3 + 5 * 2 / 4) * one.forward_operations)
     assert fitted.statistics_bytes < 0.1 * one.statistics_bytes
     found = merge(written(llama, "featcal", keep_statistics=str(tmp_path / "kept")), tmp_path / "out")
     stored = sum(file.stat().st_size for file in (tmp_path / "kept/within-1/model0").glob("*.safetensors"))
