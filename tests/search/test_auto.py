@@ -21,7 +21,6 @@ from merganser.search.auto.begin import fields_of, notes_of_same, notes_of_usele
 from merganser.search.auto.budget import Budget, keep_waves
 from merganser.search.auto.outcome import Above, recommend
 from merganser.search.auto.portfolio import around, candidates, plain_around
-from merganser.search.auto.texts import halve, read_texts
 from merganser.search.ends import End
 from merganser.search.scoring.bench import Model
 from merganser.search.scoring.objectives import Objective
@@ -182,7 +181,9 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )  # fmt: skip
     assert found.code == 0, found.err
     lines = found.out.splitlines()
-    assert lines[0].startswith("recipe 1/3  linear  ")
+    # the base was scored before, to know how long an item takes
+    assert lines[:2] == ["measuring calm", "measuring cool"]
+    assert lines[2].startswith("recipe 1/3  linear  ")
     assert "note: not tried, for lack of time: ties, task_arithmetic-1; more --minutes try them" in found.err
     start = lines.index("1 recipe")
     assert lines[start + 1] == "the winner is linear, the average, chosen from 1 recipe"
@@ -321,42 +322,6 @@ def test_a_trial_around_is_the_best_only_if_it_is_better_than_the_recipes() -> N
     for least in (0.4, 0.5):
         Above(told, least).over(trial, trial)
     assert told.bests == ["trial-0001", None]
-
-
-def test_a_text_is_divided_at_a_line(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\ntwo\nthree and more\nfour\n")
-    firsts, seconds = halve({"a": tmp_path / "a.txt"}, tmp_path / "texts")
-    assert firsts["a"].read_text() == "one\ntwo\nthree and more\n"
-    assert seconds["a"].read_text() == "four\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", "one line", "is one line, and cannot be divided"),
-        ("a.jsonl", '{"text": "one"}\n', "is one line, and cannot be divided"),
-        ("a.jsonl", '{"context": "q", "choices": [" a", " b"], "gold": 0}\n', "holds questions; as data give texts"),
-        ("a.parquet", "PAR1", "only .txt and .jsonl are divided into a half to calibrate on"),
-    ],
-)
-def test_what_is_not_divided(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(MergeError, match=message):
-        halve({"a": tmp_path / name}, tmp_path / "texts")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["calmer=one.jsonl"], "'calmer' is no expert. Did you mean 'calm'"),
-        (["calm=one.jsonl", "calm=two.jsonl"], "two files for calm"),
-        (["calm=one.jsonl"], "no text of cool"),
-        (["calm=none.txt", "cool=one.jsonl"], "none.txt: there is no such file"),
-    ],
-)
-def test_which_texts_are_refused(given: list[str], message: str) -> None:
-    with pytest.raises(MergeError, match=message):
-        read_texts(given, ["calm", "cool"])
 
 
 class _Table:

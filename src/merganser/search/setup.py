@@ -166,7 +166,7 @@ class Setup:
     def measure_references(self, objectives: Sequence[str], progress: Progress) -> None:
         """Score base and experts; refuse objectives of experts that do not count."""
         if isinstance(self.judge, ItemJudge):
-            self.judge.measure_references()
+            self.judge.measure_references(tell=progress.measuring)
             parse_objectives(objectives, self.judge.known, self.judge.default)
             for note in self.judge.notes:
                 progress.note(note)

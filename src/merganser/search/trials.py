@@ -87,6 +87,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Called with what the user should know."""
 
+    def measuring(self, model: str) -> None:
+        """Called before a model that others are compared with is scored on the items of trials."""
+
     def proving(self, model: str) -> None:
         """Called before a model is scored on the items held out."""
 
@@ -101,6 +104,9 @@ class Silent:
         """Do nothing."""
 
     def note(self, text: str) -> None:
+        """Do nothing."""
+
+    def measuring(self, model: str) -> None:
         """Do nothing."""
 
     def proving(self, model: str) -> None:

@@ -46,6 +46,11 @@ class SearchProgress:
         if not self._quiet:
             complain("note", text)
 
+    def measuring(self, model: str) -> None:
+        """Report which model is measured that merges are compared with."""
+        if not self._quiet:
+            say(f"measuring {model}")
+
     def proving(self, model: str) -> None:
         """Report which model is measured for the proof."""
         if not self._quiet:

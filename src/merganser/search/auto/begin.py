@@ -93,8 +93,13 @@ def notes_of_useless(models: Sequence[Model], domains: Mapping[str, str]) -> lis
     ]
 
 
-def open_judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[str, str]]:
+def open_judge(bench: Bench, models: Sequence[Model], progress: Progress) -> tuple[ItemJudge, dict[str, str]]:
     """Return a judge of what is recovered of the best model of each task, and the names of these models.
+
+    Args:
+        bench: Scores the models.
+        models: The base and the experts.
+        progress: Is told which model is scored.
 
     Raises:
         TaskError: A model cannot be scored, or none beats the base on any task.
@@ -102,8 +107,12 @@ def open_judge(bench: Bench, models: Sequence[Model]) -> tuple[ItemJudge, dict[s
     base, *experts = models
     waves = bench.table.waves
     best: dict[str, Model] = {}
+    figures = {}
     try:
-        figures = {model.name: bench.score(model, waves) for model in models}
+        for model in models:
+            if not bench.is_scored(model, waves):
+                progress.measuring(model.name)
+            figures[model.name] = bench.score(model, waves)
     except Failed as error:
         raise TaskError(str(error)) from error
     for task, split in bench.table.splits.items():

@@ -69,6 +69,10 @@ class Above:
         """Pass it on."""
         self._inner.note(text)
 
+    def measuring(self, model: str) -> None:
+        """Pass it on."""
+        self._inner.measuring(model)
+
     def proving(self, model: str) -> None:
         """Pass it on."""
         self._inner.proving(model)

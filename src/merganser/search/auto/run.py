@@ -176,7 +176,7 @@ class _Search:
         self.base, self.experts, self.seed = base, experts, seed
         self.bench, self.folder, self.progress, self.models = bench, folder, progress, models
         self.options = options
-        self.judge, self.domains = open_judge(bench, models)
+        self.judge, self.domains = open_judge(bench, models, progress)
         self.notes = [*notes, *self.judge.notes, *notes_of_useless(models, self.domains)]
         for note in self.notes:
             progress.note(note)

@@ -88,6 +88,10 @@ class Bench:
                 self.table.add(model.key, task, wave, columns, model.name, time.monotonic() - begin)
         return self.table.figures(model.key, waves)
 
+    def is_scored(self, model: Model, waves: Sequence[int]) -> bool:
+        """Return whether a model was scored on some waves before."""
+        return not any(self.table.missing(model.key, wave) for wave in waves)
+
     def load(self, model: Model) -> None:
         """Load a model, unless it was the last one; scoring it takes no further time for that.
 

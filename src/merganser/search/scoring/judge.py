@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -131,19 +131,23 @@ class ItemJudge:
         share = "" if len(self._mains) == 1 else f"{1 / len(self._mains):.6g}*"
         return "+".join(f"{share}{task}/{metric}" for task, (metric, _) in self._mains.items())
 
-    def measure_references(self, sure: float = SURE) -> None:
+    def measure_references(self, sure: float = SURE, tell: Callable[[str], None] = lambda _: None) -> None:
         """Score base and experts, and leave out experts whose gain over the base is noise.
 
         Args:
             sure: Standard errors by which an expert must beat the base.
+            tell: Called with the name of each model that is scored now.
 
         Raises:
             TaskError: They cannot be scored, or no expert is left.
         """
         waves = self._bench.table.waves
         try:
-            for parent in self.estimated.parents if self.estimated else ():
-                self._bench.score(parent, waves)
+            references = [*(self.estimated.parents if self.estimated else ()), *([self._base] if self._base else ())]
+            for model in {each.key: each for each in [*references, *self._experts.values()]}.values():
+                if not self._bench.is_scored(model, waves):
+                    tell(model.name)
+                self._bench.score(model, waves)
         except Failed as error:
             raise TaskError(str(error)) from error
         if self._base is None:
