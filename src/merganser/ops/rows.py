@@ -74,7 +74,8 @@ def _order(magnitudes: Tensor, keys: Tensor | None) -> Tensor:
     rows, columns = magnitudes.shape
     order = np.empty((rows, columns), dtype=np.uint32)
     step = max(_CHUNK // max(columns, 1), 1)
-    bits, narrow = (None if own is None else own.numpy().view(np.uint32) for own in (magnitudes, keys))
+    bits = magnitudes.numpy().view(np.uint32)
+    narrow = None if keys is None else keys.numpy().view(np.uint32)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         _sort_keys(bits[part], None if narrow is None else narrow[part], order[part])

@@ -147,7 +147,8 @@ class _Writer:
         for i, store in enumerate(self._stores):
             if store.reduce == "place":
                 row = b.gep(self._written[i], [self._start], source_etype=stored(_dtype(store)))
-                self._place(b, *self._emitted[id(store.value)], _dtype(store), row)
+                columns, found = (self._emitted[id(arg)] for arg in store.value.args)
+                self._place(b, columns, found, _dtype(store), row)
             elif not store.reduce and store.place == "element":
                 self._put(b, self._emitted[id(store.value)], _dtype(store), self._written[i], self._index)
         self._count(b, done, fresh)
@@ -257,11 +258,11 @@ class _Writer:
             return b.add(_spread(b, first), _lanes(whole))
         if value.name == "load":
             return self._get(b, value)
+        if value.name == "merganser.place.default":
+            return None
         args: list[Arg] = [
             Typed(self._emitted[id(arg)], arg.dtype) if isinstance(arg, Value) else arg for arg in value.args
         ]
-        if value.name == "merganser.place.default":
-            return tuple(arg.value for arg in args)
         return emit(b, value.name, args, value.dtype, value.operands)
 
     def _get(self, b: Any, value: Value) -> Any:
