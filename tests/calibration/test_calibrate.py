@@ -345,7 +345,7 @@ def test_a_killed_calibration_continues_at_its_block(
     options: dict[str, Any] = {"statistics": ALL, "length": 60, "batch_tokens": 60}
     whole = merganser.calibrate(model, [data], tmp_path / "whole", **options)
     parts = len(list(tmp_path.glob("whole/*.safetensors")))
-    original, seen = stream.run_block, []
+    original, seen = stream.run_on_text, []
 
     def counting(skeleton: Any, index: int, *rest: Any) -> Any:
         seen.append(index)
@@ -353,7 +353,7 @@ def test_a_killed_calibration_continues_at_its_block(
             raise _Stop
         return original(skeleton, index, *rest)
 
-    monkeypatch.setattr(stream, "run_block", counting)
+    monkeypatch.setattr(stream, "run_on_text", counting)
     with pytest.raises(_Stop):
         merganser.calibrate(model, [data], tmp_path / "cut", **options)
     assert not (tmp_path / "cut").exists()

@@ -61,6 +61,11 @@ class Choice:
         Raises:
             DataError: A value is not allowed.
         """
+        for name in ("sequences", "length", "seed"):
+            value = getattr(self, name)
+            # of Python, where True is an int
+            if (value is not None or name == "seed") and type(value) is not int:
+                raise DataError(f"{name}: must be a whole number, found {value!r}")
         if self.sequences is not None and self.sequences < 1:
             raise DataError(f"sequences: must be at least 1, found {self.sequences}")
         if self.length is not None and self.length < 2:
