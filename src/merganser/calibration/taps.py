@@ -134,6 +134,8 @@ class Taps:
         self._calls.clear()
 
     def _receive(self, parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not inputs:
+            return
         received: Tensor = inputs[0]
         leader = next((name for reference, name in self._received if reference() is received), parameter)
         if self._leaders.setdefault(parameter, leader) != leader:

@@ -97,11 +97,12 @@ class Target:
         """
         check_absent(self.out)
         with failures_of(self.out):
-            for name in (_STATE, MARKER):
-                (self.folder / name).unlink(missing_ok=True)
+            (self.folder / _STATE).unlink(missing_ok=True)
             if self._target.exists():
                 self._target.rmdir()
+            # the marker goes last: if the process ends before the renaming, the folder is still known to be ours
             self.folder.rename(self._target)
+            (self._target / MARKER).unlink(missing_ok=True)
 
     def _read_state(self) -> dict[str, Any]:
         file = self.folder / _STATE

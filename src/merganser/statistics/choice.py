@@ -11,6 +11,7 @@ __all__ = ["BATCH_TOKENS", "COUNTED", "DEFAULT_LENGTH", "DEFAULT_SEQUENCES", "LA
 DEFAULT_SEQUENCES = 64
 DEFAULT_LENGTH = 256
 BATCH_TOKENS = 2048
+DEFAULT_SPLIT = "train"
 
 COUNTED = ("all", "completions")
 """Which tokens can count."""
@@ -31,7 +32,7 @@ class Dataset:
 
     name: str
     subset: str | None = None
-    split: str = "train"
+    split: str = DEFAULT_SPLIT
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(filter(None, [self.subset, self.split]))})"

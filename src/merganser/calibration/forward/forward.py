@@ -208,8 +208,9 @@ def _noting_inputs(skeleton: Skeleton, block: Block, batch: Batch) -> Iterator[N
     """Note within the context which inputs of a block's matrices have a row per token."""
 
     def note(parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        known = skeleton.per_token.get(parameter, ())
-        skeleton.per_token[parameter] = (*known, batch.stack_of(inputs[0].shape[:-1]) is not None)
+        # inputs that are given by keyword are not seen
+        has_rows = bool(inputs) and batch.stack_of(inputs[0].shape[:-1]) is not None
+        skeleton.per_token[parameter] = (*skeleton.per_token[parameter], has_rows)
 
     kinds = tuple(linear_classes())
     routers = router_modules(block.module)
