@@ -97,14 +97,21 @@ BAD: dict[str, tuple[Callable[[Path], list[Path]], str]] = {
     "other keys": (_lines({"input": "a"}), "d.jsonl:1: has neither text, or prompt"),
     "misspelt key": (_lines({"txt": "a"}), "Is 'txt' meant to be 'text'? Found: 'txt'"),
     "two forms": (_lines({"text": "a", "messages": []}), "has 'text' and 'messages', and only one"),
-    "text is no text": (_lines({"text": ["a"]}), "d.jsonl:1: text must be a text, found \"['a']\""),
-    "text is null": (_lines({"text": None}), "d.jsonl:1: text must be a text, found 'None'"),
+    "text is no text": (_lines({"text": ["a"]}), "d.jsonl:1: text must be a text, found ['a']"),
+    "text is null": (_lines({"text": None}), "d.jsonl:1: text must be a text, found None"),
     "text is blank": (_lines(GOOD, {"text": " "}), "d.jsonl:2: text is empty"),
     "half a letter": (_lines('{"text": "\\ud800"}'), "d.jsonl:1: text holds half of a surrogate pair"),
     "prompt alone": (_lines({"prompt": "a"}), "d.jsonl:1: 'completion' is missing; found: 'prompt'"),
     "completion alone": (_lines({"completion": "a"}), "d.jsonl:1: 'prompt' is missing; found: 'completion'"),
     "empty completion": (_lines({"prompt": "a", "completion": ""}), "d.jsonl:1: completion is empty"),
     "prompt is no text": (_lines({"prompt": 1, "completion": "a"}), "d.jsonl:1: prompt must be a text"),
+    "a line break in messages": (_lines({"messages": "a\nb"}), "with role and content, found 'a\\nb'"),
+    "a key twice": (
+        _lines('{"text": "a", "text": "b"}'),
+        "d.jsonl:1: has 'text' twice, and only one of them can be meant",
+    ),
+    "many keys": (_lines({f"k{i}": i for i in range(5000)}), "'k7', and 4992 more"),
+    "a huge key": (_lines({"x" * 9000: 1}), "Found: 'xxxxxxxxxxxxxxxx"),
     "messages are no list": (_lines({"messages": "hi"}), "d.jsonl:1: messages must be a list of objects"),
     "no messages": (_lines({"messages": []}), "d.jsonl:1: messages must be a list of objects"),
     "a message is no object": (_lines({"messages": ["hi"]}), "message 1: must be an object with role and content"),
@@ -130,6 +137,7 @@ def test_bad_data_ends_in_one_message(kind: str, model: Path, tmp_path: Path) ->
     with pytest.raises((DataError, UnsupportedError), match=re.escape(message)) as found:
         merganser.calibrate(model, files, tmp_path / "out")
     assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 600
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -146,6 +154,9 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "which tokens": (_lines(GOOD), {"tokens": "some"}, "tokens: must be all or completions, found 'some'"),
     "no completion": (_lines(GOOD), {"tokens": "completions"}, "d.jsonl:1: is a plain text and has no completion"),
     "statistic": (_lines(GOOD), {"statistics": ["grams"]}, "unknown statistic 'grams'. Did you mean 'gram'?"),
+    "no statistics": (_lines(GOOD), {"statistics": []}, "statistics: none given; give some of count, magnitude"),
+    "half a sequence": (_lines(GOOD), {"sequences": 1.5}, "sequences: must be a whole number, found 1.5"),
+    "length is a text": (_lines(GOOD), {"length": "16"}, "length: must be a whole number, found '16'"),
     "batch": (_lines(GOOD), {"batch_tokens": 0}, "batch_tokens: must be at least 1, found 0"),
 }
 
@@ -260,3 +271,40 @@ def test_the_command_ends_bad_data_with_2(model: Path, tmp_path: Path, capsys: p
     assert captured.err.count("error: ") == 1
     assert "Is 'txt' meant to be 'text'?" in captured.err
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_parquet_that_is_ambiguous_or_no_text(model: Path, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    twice = arrow.Table.from_arrays([arrow.array(["a"]), arrow.array(["b"])], names=["text", "text"])
+    offsets = arrow.array([0, 2], arrow.int32()).buffers()[1]
+    letters = arrow.Array.from_buffers(arrow.string(), 1, [None, offsets, arrow.py_buffer(b"\xff\xfe")])
+    for table, message in (
+        (twice, "has 'text' twice"),
+        (arrow.table({"text": letters}), "is not a Parquet file, or damaged"),
+    ):
+        parquet.write_table(table, tmp_path / "d.parquet")
+        with pytest.raises(DataError, match=message):
+            merganser.calibrate(model, tmp_path / "d.parquet", tmp_path / "out")
+
+
+def test_a_template_sees_all_that_is_said_of_a_message(model: Path, tmp_path: Path) -> None:
+    """Calls of tools and reasoning are keys of their own, and a table has null where a message has none."""
+    folder = save(tmp_path / "model", "llama")
+    add_tokenizer(folder)
+    _add_template(
+        folder,
+        "{% for m in messages %}{{ m.content }}{% if m.calls is defined %} calls {{ m.calls }}{% endif %}{% endfor %}",
+    )
+    message = {"role": "user", "content": "a cat"}
+    found = {}
+    for name, calls in (("none", {}), ("null", {"calls": None}), ("one", {"calls": "the dog on a mat"})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": [{**message, **calls}]}))
+        about = merganser.calibrate(folder, tmp_path / f"{name}.jsonl", tmp_path / name, statistics="count").about
+        found[name] = about["parts"][0]["tokens"]
+    assert found["none"] == found["null"] < found["one"]
+
+
+def test_names_of_files_in_capitals(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "D.JSONL").write_text(GOOD)
+    assert merganser.calibrate(model, tmp_path / "D.JSONL", tmp_path / "out").tensors

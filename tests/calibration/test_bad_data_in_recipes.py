@@ -105,6 +105,9 @@ def test_data_sets(model: Path, tmp_path: Path) -> None:
     """Rows of a data set are those of a file, and count as these."""
     rows = [{"text": text(i, 12), "other": i} for i in range(5)]
     name = _rows(tmp_path / "set", rows)
+    single = str(tmp_path / "single")
+    pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(single)
+    assert merganser.calibrate(model, merganser.calibration.Dataset(single), tmp_path / "c", statistics="count").tensors
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": row["text"]}) for row in rows))
     by_file = merganser.calibrate(model, [tmp_path / "d.jsonl"], tmp_path / "a")
     by_set = merganser.calibrate(model, merganser.calibration.Dataset(name), tmp_path / "b")
@@ -118,6 +121,8 @@ def test_data_sets(model: Path, tmp_path: Path) -> None:
             {"dataset": name, "split": "trian"},
             f"dataset {name} (trian): cannot be opened: has no split 'trian'; it has train",
         ),
+        ({"dataset": single, "split": "test"}, "holds one split alone, and 'test' is asked for; leave it out"),
+        ({"dataset": single, "subset": "en"}, "a folder that was saved has no subsets, and 'en' is asked for"),
         ({"dataset": str(tmp_path / "nowhere")}, "nowhere (train): cannot be opened: "),
         ({"dataset": _rows(tmp_path / "keys", [{"txt": "a"}])}, "Is 'txt' meant to be 'text'? Found: 'txt'"),
         ({"dataset": _rows(tmp_path / "blank", [{"text": "a"}, {"text": " "}])}, "(train): row 2: text is empty"),

@@ -333,6 +333,29 @@ class _Stop(BaseException):
     """As a kill: no code of ours runs after it but `finally`."""
 
 
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_calibration_killed_at_its_last_step(renamed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = _model(tmp_path / "model", "llama"), tmp_path / "data.txt"
+    data.write_text(text(0, 20))
+    original = Path.rename
+
+    def stopping(path: Path, target: Path) -> Path:
+        if path.name != ".out.calibrating":
+            return original(path, target)
+        if renamed:
+            original(path, target)
+        raise _Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopping)
+        with pytest.raises(_Stop):
+            merganser.calibrate(model, data, tmp_path / "out")
+    if not renamed:
+        merganser.calibrate(model, data, tmp_path / "out")
+    assert open_statistics(tmp_path / "out").tensors
+    assert not (tmp_path / ".out.calibrating").exists()
+
+
 @pytest.mark.parametrize(
     ("family", "calls"), [("llama", 1), ("llama", 5), ("llama", 6), ("llama", 8), ("t5", 4), ("t5", 8), ("t5", 9)]
 )
@@ -345,7 +368,7 @@ def test_a_killed_calibration_continues_at_its_block(
     options: dict[str, Any] = {"statistics": ALL, "length": 60, "batch_tokens": 60}
     whole = merganser.calibrate(model, [data], tmp_path / "whole", **options)
     parts = len(list(tmp_path.glob("whole/*.safetensors")))
-    original, seen = stream.run_block, []
+    original, seen = stream.run_on_text, []
 
     def counting(skeleton: Any, index: int, *rest: Any) -> Any:
         seen.append(index)
@@ -353,7 +376,7 @@ def test_a_killed_calibration_continues_at_its_block(
             raise _Stop
         return original(skeleton, index, *rest)
 
-    monkeypatch.setattr(stream, "run_block", counting)
+    monkeypatch.setattr(stream, "run_on_text", counting)
     with pytest.raises(_Stop):
         merganser.calibrate(model, [data], tmp_path / "cut", **options)
     assert not (tmp_path / "cut").exists()

@@ -240,7 +240,7 @@ def test_a_killed_calibration_continues(
     options: dict[str, Any] = {"statistics": ("gram", *ALL), "length": 60}
     whole = merganser.calibrate(model, [data], tmp_path / "whole", **options)
     module, name = {
-        "forward": (stream, "run_block"),
+        "forward": (stream, "run_on_text"),
         "head": (reverse_run, "head_backward"),
         "block": (reverse_run, "block_backward"),
     }[step]

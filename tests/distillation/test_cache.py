@@ -112,7 +112,7 @@ def test_a_killed_run_continues(
     options: dict[str, Any] = {"length": 24, "batch_tokens": 24, "k": 3}
     whole = cache_logits(model, [data], tmp_path / "whole", **options)
     assert len(whole.files) > 2
-    place, name = (stream, "run_block") if what == "blocks" else (cache, "write_sums")
+    place, name = (stream, "run_on_text") if what == "blocks" else (cache, "write_sums")
     original, seen = getattr(place, name), []
 
     def counting(*args: Any) -> Any:

@@ -50,7 +50,7 @@ def plan_calibration(
     model: str | Path,
     data: Data,
     *,
-    statistics: Sequence[str] = ("gram",),
+    statistics: str | Sequence[str] = ("gram",),
     sequences: int | None = None,
     length: int | None = None,
     seed: int = 0,

@@ -14,13 +14,13 @@ import xxhash
 
 from ..adapters import open_reference
 from ..errors import DataError, UnsupportedError, did_you_mean
-from ..inference.language_model import Tokenizer, open_tokenizer, positions_of
+from ..inference.language_model import Tokenizer, open_tokenizer
 from ..inference.stored import Source, open_stored
 from ..statistics import COUNT, LOSS, STATISTICS_FORMAT, STATISTICS_KIND, Choice, Dataset
 from ..statistics.choice import BATCH_TOKENS, LABELS
 from ..statistics.weights import weights_sample
 from ..version import __version__
-from .data.batches import Batch, Sample, Tokens, make_batches
+from .data.batches import Batch, Sample, Tokens, make_batches, padding_token
 from .data.data import DataFile, read_data
 from .data.dataset import read_dataset
 from .data.samples import choose_samples
@@ -33,11 +33,11 @@ __all__ = ["STATISTICS", "Data", "Prepared", "fingerprint", "prepare", "read"]
 STATISTICS = (COUNT, *REDUCERS, *GRADIENTS, LOSS)
 """Names of all statistics."""
 
-Data = Sequence[str | Path] | Dataset
-"""Files, or a data set."""
+Data = str | Path | Sequence[str | Path] | Dataset
+"""A file, files, or a data set."""
 
 # a small batch is enough to check that a model can be streamed
-_PROBE_SAMPLES, _PROBE_TOKENS = 2, 8
+_PROBE_SAMPLES, _PROBE_TOKENS = 3, 7
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class Prepared:
     @property
     def pad_id(self) -> int:
         """The padding token; no result depends on it."""
-        pad = self.skeleton.model.config.get_text_config().pad_token_id
-        return pad if isinstance(pad, int) and pad >= 0 else 0
+        return padding_token(self.skeleton.model.config)
 
     def batches(self, most: int | None = None) -> list[Batch]:
         """Return the samples in the batches in which the model reads them.
@@ -78,20 +77,22 @@ class Prepared:
         Args:
             most: Largest number of sequences in a batch; None for no limit but that of tokens.
         """
-        return make_batches(self.samples, self.batch_tokens, self.pad_id, most)
+        equal = not self.skeleton.ignores_padding
+        return make_batches(self.samples, self.batch_tokens, self.pad_id, most, equal=equal)
 
     def probe(self) -> Batch:
-        """Return a batch of a few tokens of the data, of equal length."""
-        chosen = self.samples[:_PROBE_SAMPLES]
-        lengths = [
-            min(_PROBE_TOKENS, *(len(own.ids) for own in each))
-            for each in zip(*(s.stacks for s in chosen), strict=True)
-        ]
+        """Return a batch of a few tokens of the data, without padding.
+
+        Its shape is odd on purpose: an input with a row per token can then be told from tables that blocks read, which
+        have rows for distances in both directions.
+        """
+        length = min(_PROBE_TOKENS, self.choice.length or _PROBE_TOKENS)
+        chosen = [self.samples[i % len(self.samples)] for i in range(_PROBE_SAMPLES)]
         short = [
-            Sample(tuple(Tokens(t.ids[:n], t.counted[:n]) for t, n in zip(own.stacks, lengths, strict=True)), own.where)
-            for own in chosen
+            Sample(tuple(_filled_up(own, length - 2 * stack) for stack, own in enumerate(each.stacks)), each.where)
+            for each in chosen
         ]
-        return make_batches(short, len(short) * max(lengths), self.pad_id)[0]
+        return make_batches(short, len(short) * length, self.pad_id)[0]
 
     @property
     def tokens(self) -> int:
@@ -154,7 +155,7 @@ def prepare(
     model: str | Path,
     data: Data,
     *,
-    statistics: Sequence[str] = ("gram",),
+    statistics: str | Sequence[str] = ("gram",),
     choice: Choice | None = None,
     labels: str = "data",
     batch_tokens: int = BATCH_TOKENS,
@@ -201,10 +202,17 @@ def prepare(
         skeleton = stack.enter_context(Skeleton(open_reference(str(model), cache_dir=cache_dir), dtype))
         config = skeleton.model.config
         tokenizer = open_tokenizer(source)
-        choice = choice.for_model(positions_of(config))
+        choice = choice.for_model(skeleton.positions)
         samples = choose_samples(files, tokenizer, config, choice)
         size = 1 if with_loss else batch_tokens
         yield Prepared(source, skeleton, tokenizer, files, samples, choice, wanted, size, labels if with_loss else None)
+
+
+def _filled_up(tokens: Tokens, length: int) -> Tokens:
+    """Return the first tokens of a sequence, again from its start if it is shorter."""
+    length = max(length, 1)
+    ids = (tokens.ids * -(-length // len(tokens.ids)))[:length]
+    return Tokens(ids, (True,) * length)
 
 
 def _no_checkpoint(model: str | Path, kind: str) -> UnsupportedError:
@@ -213,7 +221,10 @@ def _no_checkpoint(model: str | Path, kind: str) -> UnsupportedError:
     )
 
 
-def _statistics(names: Sequence[str]) -> tuple[str, ...]:
+def _statistics(names: str | Sequence[str]) -> tuple[str, ...]:
+    names = [names] if isinstance(names, str) else names
+    if not names:
+        raise DataError(f"statistics: none given; give some of {', '.join(STATISTICS)}")
     for name in names:
         if name not in STATISTICS:
             raise DataError(

@@ -18,7 +18,7 @@ from .forward.stream import Stream, StreamState
 from .preparation import STATISTICS, Data, Prepared, fingerprint, prepare
 from .reducers import REDUCERS
 from .reverse import GRADIENTS, Loss, Reverse, check_predicts
-from .taps import Tapped, Taps
+from .taps import Tapped, Taps, check_inputs
 from .target import Target, check_absent
 from .writer import file_name, write_about, write_sums
 
@@ -34,7 +34,7 @@ def calibrate(
     data: Data,
     out: str | Path,
     *,
-    statistics: Sequence[str] = ("gram",),
+    statistics: str | Sequence[str] = ("gram",),
     sequences: int | None = None,
     length: int | None = None,
     seed: int = 0,
@@ -100,6 +100,7 @@ def run_prepared(prepared: Prepared, out: Path, progress: Progress | None = None
         check_predicts(skeleton, batches)
     skeleton.fill_outside(head=loss is not None)
     check_streamable(skeleton, prepared.probe())
+    check_inputs(skeleton, prepared.statistics)
     about, order = prepared.about(), longest_first(prepared.samples)
     with Target(out, fingerprint(about, prepared.batch_tokens)) as target:
         written = _stream(skeleton, batches, prepared.statistics, loss, order, target, progress)

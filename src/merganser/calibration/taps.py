@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .forward.skeleton import Block, Skeleton
 from .reducers import REDUCERS, Reducer, products_of
 from .writer import Sum
 
-__all__ = ["Tapped", "Taps"]
+__all__ = ["Tapped", "Taps", "check_inputs"]
 
 _Key = tuple[str, int | None]
 
@@ -87,6 +88,8 @@ class Taps:
         summed: bool = True,
     ) -> None:
         self._block = block
+        self._per_token = skeleton.per_token
+        self._calls: Counter[str] = Counter()
         self._observe = observe
         self._summed = summed
         self._statistics = [name for name in statistics if name != COUNT]
@@ -128,8 +131,11 @@ class Taps:
         """Set the batch that the block reads next."""
         self._batch = batch
         self._received.clear()
+        self._calls.clear()
 
     def _receive(self, parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not inputs:
+            return
         received: Tensor = inputs[0]
         leader = next((name for reference, name in self._received if reference() is received), parameter)
         if self._leaders.setdefault(parameter, leader) != leader:
@@ -139,7 +145,7 @@ class Taps:
         if leader != parameter:
             return
         self._received.append((weakref.ref(received), parameter))
-        counted = self._counted(received)
+        counted = self._counted(parameter, received)
         if counted is None:
             return
         if (parameter, None) not in self._inputs:
@@ -167,14 +173,24 @@ class Taps:
         counted = self._batch.stacks[self._block.stack].counted.flatten()[inputs.tokens]
         self._inputs[f"{module}.{inputs.parameter}", inputs.expert].add(inputs.rows[counted])
 
-    def _counted(self, received: Tensor) -> Tensor | None:
+    def _counted(self, parameter: str, received: Tensor) -> Tensor | None:
         """Return which rows of an input count, bool, shape [rows]; None if the rows are not the batch's tokens."""
         assert self._batch is not None
-        rows = _without_ones(received.shape[:-1])
-        for padded in self._batch.stacks:
-            if rows in (_without_ones(padded.ids.shape), _without_ones((padded.ids.numel(),))):
-                return padded.counted.flatten()
-        return None
+        number = self._calls[parameter]
+        self._calls[parameter] += 1
+        if self._per_token:
+            calls = self._per_token.get(parameter, ())
+            if number >= len(calls) or not calls[number]:
+                return None
+        padded = self._batch.stack_of(received.shape[:-1])
+        if padded is not None:
+            return padded.counted.flatten()
+        if not self._per_token:
+            return None
+        raise UnsupportedError(
+            f"{self._batch.where[0]}: {parameter} receives an input of shape {list(received.shape)}, which has no row per "
+            "token as in other batches; its statistics cannot be taken"
+        )
 
     def results(self) -> list[Tapped]:
         """Return all sums, once the block is done."""
@@ -209,6 +225,16 @@ def _sums(inputs: Sequence[_Inputs], *, stacked: bool) -> dict[str, Sum]:
     return sums
 
 
-def _without_ones(shape: Sequence[int]) -> list[int]:
-    """Return a shape without axes of length 1, which do not affect the order of rows."""
-    return [length for length in shape if length != 1]
+def check_inputs(skeleton: Skeleton, statistics: Sequence[str]) -> None:
+    """Check that statistics of inputs can be had of a checked model.
+
+    Raises:
+        UnsupportedError: Some are wanted, and there is no matrix in the blocks whose inputs are seen.
+    """
+    if not any(name in REDUCERS for name in statistics) or any(any(calls) for calls in skeleton.per_token.values()):
+        return
+    if not any(internals.expert_modules(block.module) for block in skeleton.blocks):
+        raise UnsupportedError(
+            f"{skeleton.checkpoint.reference}: {type(skeleton.model).__name__} multiplies by classes of its own, not by linear "
+            "layers, so the inputs of its matrices are not seen; only statistics of gradients can be had"
+        )

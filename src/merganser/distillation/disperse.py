@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.data.batches import Sample, make_batches
+from ..calibration.data.batches import Sample, make_batches, padding_token
 from ..calibration.data.samples import first_samples
 from ..calibration.preparation import Data, fingerprint, read
 from ..calibration.target import Target, check_absent
@@ -125,8 +125,7 @@ def disperse(
 def _embeddings(opened: LanguageModel, samples: list[Sample], progress: Callable[[int, int], None] | None) -> Tensor:
     """Return the mean of the last hidden states of each sample, float64, shape [samples, width]."""
     model = opened.load(opened.source.read(), torch.float32, torch.device("cpu"))
-    pad = opened.config.get_text_config().pad_token_id or 0
-    batches = make_batches(samples, _BATCH_TOKENS, pad if pad >= 0 else 0)
+    batches = make_batches(samples, _BATCH_TOKENS, padding_token(opened.config))
     found: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         padded = batch.stacks[0]

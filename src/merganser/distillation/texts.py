@@ -30,7 +30,7 @@ def contents(record: Record) -> dict[str, Any]:
     if isinstance(record, Pair):
         return {"prompt": record.prompt, "completion": record.completion}
     assert isinstance(record, Conversation)
-    return {"messages": [{key: message[key] for key in ("role", "content")} for message in record.messages]}
+    return {"messages": [dict(message) for message in record.messages]}
 
 
 def cut_texts(

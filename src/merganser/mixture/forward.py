@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.data.batches import Batch, Sample, Tokens, make_batches
+from ..calibration.data.batches import Batch, Sample, Tokens, make_batches, padding_token
 from ..calibration.data.data import DataFile
 from ..calibration.data.samples import choose_samples
 from ..calibration.forward.forward import check_streamable
@@ -160,8 +160,7 @@ def batches_of_data(data: Data, tokenizer: Tokenizer, skeleton: Skeleton) -> tup
     config = skeleton.model.config
     files: list[DataFile] = read(data.source)
     choice = data.choice.for_model(positions_of(config))
-    pad = config.get_text_config().pad_token_id
-    pad_id = pad if isinstance(pad, int) and pad >= 0 else 0
+    pad_id = padding_token(config)
     samples = choose_samples(files, tokenizer, config, choice)
     budget = min(data.batch_tokens, _BATCH_TOKENS)
     held = samples[1::_HELD_OUT]

@@ -11,6 +11,7 @@ from .format import (
     STATISTICS_NAME,
     Statistics,
     TensorSums,
+    check_values,
     open_statistics,
     sum_name,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Dataset",
     "Statistics",
     "TensorSums",
+    "check_values",
     "open_statistics",
     "sum_name",
 ]

@@ -11,6 +11,7 @@ __all__ = ["BATCH_TOKENS", "COUNTED", "DEFAULT_LENGTH", "DEFAULT_SEQUENCES", "LA
 DEFAULT_SEQUENCES = 64
 DEFAULT_LENGTH = 256
 BATCH_TOKENS = 2048
+DEFAULT_SPLIT = "train"
 
 COUNTED = ("all", "completions")
 """Which tokens can count."""
@@ -31,7 +32,7 @@ class Dataset:
 
     name: str
     subset: str | None = None
-    split: str = "train"
+    split: str = DEFAULT_SPLIT
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(filter(None, [self.subset, self.split]))})"
@@ -61,6 +62,11 @@ class Choice:
         Raises:
             DataError: A value is not allowed.
         """
+        for name in ("sequences", "length", "seed"):
+            value = getattr(self, name)
+            # of Python, where True is an int
+            if (value is not None or name == "seed") and type(value) is not int:
+                raise DataError(f"{name}: must be a whole number, found {value!r}")
         if self.sequences is not None and self.sequences < 1:
             raise DataError(f"sequences: must be at least 1, found {self.sequences}")
         if self.length is not None and self.length < 2:

@@ -41,6 +41,7 @@ over sequences are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,7 @@ __all__ = [
     "STATISTICS_NAME",
     "Statistics",
     "TensorSums",
+    "check_values",
     "open_statistics",
     "sum_name",
 ]
@@ -201,7 +203,9 @@ class Statistics:
         if LOSSES not in self.sums:
             raise DataError(f"{self.path}: has no losses of single sequences; calibrate again with --statistics {LOSS}")
         with Reader() as reader:
-            return tuple(reader.tensor(self.sums[LOSSES]).tolist())
+            found = reader.tensor(self.sums[LOSSES])
+        check_values(self.sums[LOSSES], found)
+        return tuple(found.tolist())
 
     @property
     def predictions(self) -> int:
@@ -218,7 +222,9 @@ class Statistics:
 
     def _scalar(self, name: str) -> float:
         with Reader() as reader:
-            return float(reader.tensor(self.sums[name]))
+            found = reader.tensor(self.sums[name])
+        check_values(self.sums[name], found)
+        return float(found)
 
     def read(self, reader: Reader, statistic: str, tensor: str) -> Tensor:
         """Return a sum, in the dtype and shape in which it is stored.
@@ -258,15 +264,19 @@ def _open(path: Path, about: Mapping[str, Any], entry: Entry) -> Statistics:
         raise DataError(
             f"{file}: has format {about['format']}, this version reads {STATISTICS_FORMAT}; calibrate again"
         )
+    _check_about(entry)
     statistics = tuple(entry["statistics"].each(Entry.text))
     tensors = {name: TensorSums(own["axis"].whole(), own["stored"].text()) for name, own in entry["tensors"].items()}
     gradients: dict[str, tuple[str, ...]] = {}
     if "gradients" in about:
         gradients = {name: tuple(own.each(Entry.text)) for name, own in entry["gradients"].items()}
     sums: dict[str, TensorInfo] = {}
-    for name in entry["files"].each(Entry.text):
+    files = entry["files"].each(Entry.text)
+    for number, name in enumerate(files):
         if Path(name).name != name:
             raise DataError(f"{file}: files: {name!r} leaves the folder")
+        if name in files[:number]:
+            raise DataError(f"{file}: files: {name!r} is named twice")
         infos, _ = read_header(path / name)
         sums.update((info.name, info) for info in infos)
     needed = [
@@ -280,7 +290,80 @@ def _open(path: Path, about: Mapping[str, Any], entry: Entry) -> Statistics:
     for name in (LOSS, PREDICTIONS) if LOSS in statistics else ():
         if name not in sums:
             raise DataError(f"{file}: {name!r} is in none of its files; calibrate again")
+    for info in sums.values():
+        _check_kind(info)
     return Statistics(path, about, statistics, tensors, gradients, sums)
+
+
+def _check_about(entry: Entry) -> None:
+    """Check what is said of the model and the data, which may come from others.
+
+    Raises:
+        MergeError: Something is missing, or has another type.
+    """
+    for key in ("reference", "hash"):
+        entry["model"][key].text()
+    sample = entry["model"].get("sample")
+    if sample is not None:
+        sample.text()
+    entry["tokenizer"].text()
+    if not entry["parts"].each(_check_part):
+        entry["parts"].refuse("a list with an entry for each part of the data")
+
+
+def _check_part(part: Entry) -> None:
+    for key in ("sequences", "tokens", "counted"):
+        part[key].whole()
+    part["data"].each(lambda data: (data["file"].text(), data["hash"].text()))
+
+
+def _check_kind(info: TensorInfo) -> None:
+    """Check dtype and shape of a sum.
+
+    Raises:
+        DataError: They are not those of its statistic.
+    """
+    statistic = info.name.partition("/")[0]
+    wanted = "int" if statistic in (COUNT, PREDICTIONS) else "float"
+    if info.dtype.kind != wanted:
+        what = "whole numbers" if wanted == "int" else "floating-point numbers"
+        raise DataError(f"{info.file}: {info.name!r} is {info.dtype.name}, not {what}; calibrate again")
+    axes = {LOSS: 0, PREDICTIONS: 0, LOSSES: 1}.get(info.name)
+    if axes is not None and len(info.shape) != axes:
+        raise DataError(
+            f"{info.file}: {info.name!r} has shape {list(info.shape)}, expected {axes} axes; calibrate again"
+        )
+
+
+_NEVER_NEGATIVE = ("magnitude", "second_moment", "fisher", "absolute_gradient")
+_SQUARES_ON_DIAGONAL = ("gram", "gradient_gram")
+
+
+def check_values(info: TensorInfo, values: Tensor) -> None:
+    """Check values of a sum, or of a part of it: statistics may come from others, and damage would pass into a merge.
+
+    Args:
+        info: The sum.
+        values: Its values, or some of them.
+
+    Raises:
+        DataError: They are not finite, or less than 0 where that cannot be.
+    """
+    if not values.numel():
+        return
+    statistic = info.name.partition("/")[0]
+    # needs no memory of the size of a Gram matrix
+    least, most = (float(end) for end in values.aminmax())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise DataError(f"{info.file}: {info.name} holds NaN or infinity; calibrate again")
+    if statistic in _SQUARES_ON_DIAGONAL and values.dim() > 1:
+        least = float(values.diagonal(dim1=-2, dim2=-1).min())
+    elif statistic not in (*_NEVER_NEGATIVE, COUNT):
+        return
+    if least < 0:
+        raise DataError(
+            f"{info.file}: {info.name} holds {least:.4g}, which no sum of such values can be; calibrate again"
+        )
 
 
 def _check_complete(file: Path, needed: Sequence[tuple[str, str, str]], sums: Mapping[str, TensorInfo]) -> None:

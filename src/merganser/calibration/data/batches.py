@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Sample", "Tokens", "longest_first", "make_batches", "pad"]
+__all__ = ["Batch", "Sample", "Tokens", "longest_first", "make_batches", "pad", "padding_token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,18 @@ class Batch:
     stacks: tuple[Padded, ...]
     where: tuple[str, ...]
 
+    def stack_of(self, shape: Sequence[int]) -> Padded | None:
+        """Return the input of the stack whose tokens have this shape, in sequences or one after the other; None if none has.
+
+        Args:
+            shape: Shape of an input of a matrix without its last axis. Axes of length 1 do not affect the order of rows.
+        """
+        rows = _without_ones(shape)
+        for padded in self.stacks:
+            if rows in (_without_ones(padded.ids.shape), _without_ones((padded.ids.numel(),))):
+                return padded
+        return None
+
     def inputs(self) -> dict[str, Tensor]:
         """Return the arguments of the model's forward; the mask is omitted if there is no padding."""
         names = ("", "decoder_")[: len(self.stacks)]
@@ -91,12 +104,24 @@ class Batch:
         return found | {f"{name}attention_mask": padded.valid.long() for name, padded in masks if not padded.full}
 
 
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [length for length in shape if length != 1]
+
+
 def longest_first(samples: Sequence[Sample]) -> list[int]:
     """Return the indices of samples in the order in which batches take them."""
     return sorted(range(len(samples)), key=lambda i: (-samples[i].longest, i))
 
 
-def make_batches(samples: Sequence[Sample], budget: int, pad_id: int, most: int | None = None) -> list[Batch]:
+def padding_token(config: Any) -> int:
+    """Return the padding token that a config of transformers names, or 0 if it names none."""
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    return pad if isinstance(pad, int) and pad >= 0 else 0
+
+
+def make_batches(
+    samples: Sequence[Sample], budget: int, pad_id: int, most: int | None = None, *, equal: bool = False
+) -> list[Batch]:
     """Divide samples into batches, the longest first: there is little padding, and memory would run out at the start.
 
     Args:
@@ -105,10 +130,13 @@ def make_batches(samples: Sequence[Sample], budget: int, pad_id: int, most: int 
             its own.
         pad_id: The padding token.
         most: Largest number of samples in a batch; None for no limit but that of tokens.
+        equal: Whether a batch holds samples of one length only, so that it has no padding.
     """
     groups: list[list[Sample]] = []
     for sample in (samples[i] for i in longest_first(samples)):
-        if not groups or len(groups[-1]) == most or (len(groups[-1]) + 1) * groups[-1][0].longest > budget:
+        longest = groups[-1][0].longest if groups else 0
+        full = not groups or len(groups[-1]) == most or (len(groups[-1]) + 1) * longest > budget
+        if full or (equal and sample.longest < longest):
             groups.append([])
         groups[-1].append(sample)
     batches: list[Batch] = []

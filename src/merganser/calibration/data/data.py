@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import xxhash
 
 from ...errors import DataError, UnsupportedError, did_you_mean
 from ...jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
+from ...wording import brief
 
 __all__ = ["KEYS", "Conversation", "DataFile", "Pair", "Record", "Text", "make_record", "read_data"]
 
@@ -46,9 +48,9 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, each with a role and a content."""
+    """Messages, each with a role and a content, and what else the file says of it, for the chat template."""
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     where: str
 
 
@@ -72,7 +74,7 @@ class DataFile:
     records: tuple[Record, ...]
 
 
-def read_data(files: Sequence[str | Path]) -> list[DataFile]:
+def read_data(files: str | Path | Sequence[str | Path]) -> list[DataFile]:
     """Read files of data.
 
     Args:
@@ -87,6 +89,8 @@ def read_data(files: Sequence[str | Path]) -> list[DataFile]:
     """
     if not files:
         raise DataError(f"data: no file given; give {_known()}")
+    if isinstance(files, str | Path):
+        files = [files]
     found = sorted((_read_file(str(file)) for file in files), key=lambda file: file.hash)
     for one, other in pairwise(found):
         if one.hash == other.hash:
@@ -101,7 +105,7 @@ def _known() -> str:
 def _read_file(name: str) -> DataFile:
     path = Path(name).expanduser()
     data = _bytes(path, name)
-    read = {".txt": _text, ".jsonl": _lines, ".parquet": _rows}.get(path.suffix)
+    read = {".txt": _text, ".jsonl": _lines, ".parquet": _rows}.get(path.suffix.lower())
     if read is None:
         kind = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
         raise DataError(f"{name}: what {kind} holds is not known; known are {_known()}")
@@ -161,13 +165,37 @@ def _lines(name: str, data: bytes) -> Iterator[Record]:
 
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        found = json.loads(line, object_pairs_hook=_without_repeats)
+    except _Repeated as error:
+        raise DataError(f"{where}: has {_short(str(error))} twice, and only one of them can be meant") from None
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(f"{where}: is not JSON: {reason}; each line must hold one object with {_FORMS}") from None
     if not isinstance(found, dict):
-        raise DataError(f"{where}: must be an object with {_FORMS}, found {line[:60]}")
+        raise DataError(f"{where}: must be an object with {_FORMS}, found {_short(found)}")
     return found
+
+
+class _Repeated(Exception):
+    """A key stands twice in one object."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Repeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+def _short(value: Any) -> str:
+    return brief(value, 60)
+
+
+def _named(keys: Iterable[Any]) -> str:
+    """Return keys on one line, the first eight of them."""
+    listed = [_short(key) for key in keys]
+    more = f", and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return (", ".join(listed[:8]) or "nothing") + more
 
 
 def _rows(name: str, data: bytes) -> Iterator[Record]:
@@ -180,10 +208,14 @@ def _rows(name: str, data: bytes) -> Iterator[Record]:
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        columns = [column for column in file.schema_arrow.names if column in KEYS]
-        rows = file.read(columns=columns).to_pylist()
         others = file.schema_arrow.names
-    except (pyarrow.ArrowException, OSError) as error:
+        columns = [column for column in others if column in KEYS]
+        twice = next((column for column in columns if columns.count(column) > 1), None)
+        if twice is not None:
+            raise DataError(f"{name}: has {twice!r} twice, and only one of them can be meant")
+        rows = file.read(columns=columns).to_pylist()
+    # bytes that are no UTF-8 are found when they become texts
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}: is not a Parquet file, or damaged: {str(error).splitlines()[0][:200]}") from None
     for number, row in enumerate(rows, 1):
         # a null means that the row lacks this column
@@ -208,20 +240,22 @@ def make_record(where: str, found: Mapping[str, Any]) -> Record:
     }
     present = [keys for keys in forms if any(key in found for key in keys)]
     if not present:
-        near = next((f" Is {key!r} meant to be{hint[13:]}" for key in found if (hint := did_you_mean(key, KEYS))), "")
-        raise DataError(f"{where}: has neither {_FORMS}.{near} Found: {', '.join(map(repr, found)) or 'nothing'}")
+        near = next(
+            (f" Is {_short(key)} meant to be{hint[13:]}" for key in found if (hint := did_you_mean(key, KEYS))), ""
+        )
+        raise DataError(f"{where}: has neither {_FORMS}.{near} Found: {_named(found)}")
     if len(present) > 1:
         keys = " and ".join(repr(key) for own in present for key in own if key in found)
         raise DataError(f"{where}: has {keys}, and only one of them can be meant; give {_FORMS}")
     for key in present[0]:
         if key not in found:
-            raise DataError(f"{where}: {key!r} is missing; found: {', '.join(map(repr, found))}")
+            raise DataError(f"{where}: {key!r} is missing; found: {_named(found)}")
     return forms[present[0]](where, found)
 
 
 def _string(where: str, key: str, value: Any, *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key} must be a text, found {str(value)[:60]!r}")
+        raise DataError(f"{where}: {key} must be a text, found {_short(value)}")
     if not empty and not value.strip():
         raise DataError(f"{where}: {key} is empty; leave the line out, or give a text")
     try:
@@ -244,20 +278,19 @@ def _pair(where: str, found: Mapping[str, Any]) -> Record:
 def _conversation(where: str, found: Mapping[str, Any]) -> Record:
     messages = found["messages"]
     if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f"{where}: messages must be a list of objects with role and content, found {str(messages)[:60]}"
-        )
-    read: list[Mapping[str, str]] = []
+        raise DataError(f"{where}: messages must be a list of objects with role and content, found {_short(messages)}")
+    read: list[Mapping[str, Any]] = []
     for number, message in enumerate(messages, 1):
         place = f"{where}: message {number}"
         if not isinstance(message, dict):
-            raise DataError(f"{place}: must be an object with role and content, found {str(message)[:60]}")
+            raise DataError(f"{place}: must be an object with role and content, found {_short(message)}")
         for key in ("role", "content"):
             if key not in message:
-                keys = ", ".join(map(repr, message)) or "nothing"
-                raise DataError(f"{place}: {key!r} is missing.{_hint(key, message)} Found: {keys}")
-        role = _string(place, "role", message["role"])
-        read.append({"role": role, "content": _string(place, "content", message["content"], empty=True)})
+                raise DataError(f"{place}: {key!r} is missing.{_hint(key, message)} Found: {_named(message)}")
+        _string(place, "role", message["role"])
+        _string(place, "content", message["content"], empty=True)
+        # a null means that there is none, as in a table whose other rows have one
+        read.append({key: value for key, value in message.items() if value is not None})
     return Conversation(tuple(read), where)
 
 

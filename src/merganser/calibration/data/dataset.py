@@ -13,6 +13,7 @@ import xxhash
 
 from ...errors import DataError, UnsupportedError
 from ...statistics import Dataset
+from ...statistics.choice import DEFAULT_SPLIT
 from .data import KEYS, DataFile, make_record
 
 __all__ = ["MOST_ROWS", "read_dataset"]
@@ -62,6 +63,13 @@ def _open(dataset: Dataset, name: str) -> Any:
     with _explained(dataset, name, datasets):
         if Path(dataset.name, "dataset_info.json").is_file() or Path(dataset.name, "dataset_dict.json").is_file():
             found = datasets.load_from_disk(dataset.name)
+            if dataset.subset is not None:
+                raise ValueError(
+                    f"a folder that was saved has no subsets, and {dataset.subset!r} is asked for; leave it out"
+                )
+            single = isinstance(found, datasets.Dataset)
+            if single and dataset.split not in (DEFAULT_SPLIT, str(found.split)):
+                raise ValueError(f"holds one split alone, and {dataset.split!r} is asked for; leave it out")
             if isinstance(found, datasets.DatasetDict):
                 if dataset.split not in found:
                     raise ValueError(f"has no split {dataset.split!r}; it has {', '.join(found)}")

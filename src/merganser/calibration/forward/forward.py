@@ -8,8 +8,9 @@ masks, rotary tables, position biases, the results of an encoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,20 @@ from torch import Tensor, nn
 
 from ...errors import MergeError, NonFiniteError, UnsupportedError
 from ..data.batches import Batch, Padded
-from .internals import TensorReader
+from .internals import TensorReader, linear_classes, router_modules
 from .skeleton import Block, Skeleton
 
-__all__ = ["Output", "call_block", "call_head", "check_streamable", "logits", "run_alone", "run_block"]
+__all__ = [
+    "Output",
+    "call_block",
+    "call_head",
+    "check_streamable",
+    "logits",
+    "raise_if_memory_ran_out",
+    "run_alone",
+    "run_block",
+    "run_on_text",
+]
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
 
 
 def _output(skeleton: Skeleton, block: Block, padded: Padded, found: Any) -> Output:
-    hidden, rest = (found[0], found[1:]) if isinstance(found, tuple) else (found, None)
+    hidden, rest = (found[0], tuple(found[1:])) if isinstance(found, tuple | list) and found else (found, None)
     if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != padded.ids.shape:
         shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise UnsupportedError(
@@ -141,7 +152,7 @@ def check_streamable(skeleton: Skeleton, batch: Batch, source: TensorReader | No
     differ for models that pass something between blocks other than their outputs, such as a cache that blocks share.
 
     Args:
-        skeleton: The model, with the weights outside its blocks loaded.
+        skeleton: The model, with the weights outside its blocks loaded; its `per_token` is set.
         batch: A few tokens, without padding.
         source: Where the weights of blocks come from, if not from the checkpoint.
 
@@ -159,7 +170,8 @@ def check_streamable(skeleton: Skeleton, batch: Batch, source: TensorReader | No
             with skeleton.filled(block, source):
                 found = type(block.module).forward(block.module, *args, **kwargs)
                 whole = _output(skeleton, block, batch.stacks[block.stack], found)
-                alone = run_alone(skeleton, index, batch, before)
+                with _noting_inputs(skeleton, block, batch):
+                    alone = run_alone(skeleton, index, batch, before)
             if not bool(whole.hidden.isfinite().all()):
                 raise NonFiniteError(
                     f"{skeleton.checkpoint.reference}: {block.name} gives NaN or infinity for the first tokens of the "
@@ -176,9 +188,49 @@ def check_streamable(skeleton: Skeleton, batch: Batch, source: TensorReader | No
         return forward
 
     forwards = {block.module: observed(index, block) for index, block in enumerate(skeleton.blocks)}
-    with suppress(_Finished), torch.no_grad(), replaced(forwards):
-        skeleton.model(**batch.inputs())
-        raise _refusal(skeleton, f"its forward does not run {skeleton.blocks[-1].name}")
+    try:
+        with suppress(_Finished), torch.no_grad(), replaced(forwards):
+            skeleton.model(**batch.inputs())
+            raise _refusal(skeleton, f"its forward does not run {skeleton.blocks[-1].name}")
+    except MergeError:
+        raise
+    except Exception as error:
+        # the model may need more than tokens, or weights at a time when only one block has any
+        raise_if_memory_ran_out(error)
+        raise UnsupportedError(
+            f"{skeleton.checkpoint.reference}: {_name(skeleton)} cannot be run one block at a time: its forward fails "
+            f"({_described(error)})"
+        ) from None
+
+
+@contextmanager
+def _noting_inputs(skeleton: Skeleton, block: Block, batch: Batch) -> Iterator[None]:
+    """Note within the context which inputs of a block's matrices have a row per token."""
+
+    def note(parameter: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # inputs that are given by keyword are not seen
+        has_rows = bool(inputs) and batch.stack_of(inputs[0].shape[:-1]) is not None
+        skeleton.per_token[parameter] = (*skeleton.per_token[parameter], has_rows)
+
+    kinds = tuple(linear_classes())
+    routers = router_modules(block.module)
+    with ExitStack() as stack:
+        for name, module in block.module.named_modules():
+            if isinstance(module, kinds) or name in routers:
+                parameter = f"{block.name}.{name}.weight"
+                skeleton.per_token[parameter] = ()
+                stack.callback(module.register_forward_pre_hook(partial(note, parameter)).remove)
+        yield
+
+
+def raise_if_memory_ran_out(error: Exception) -> None:
+    """Raise an error again if it says that memory ran out; torch raises one of a general type then."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        raise error
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0][:200]}"
 
 
 def run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
@@ -193,8 +245,27 @@ def run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int,
         raise
     # a block that misses a value which an earlier block would have left for it may raise any exception
     except Exception as error:
+        raise_if_memory_ran_out(error)
         raise _refusal(
-            skeleton, f"{skeleton.blocks[index].name} fails when it runs by itself ({type(error).__name__}: {error})"
+            skeleton, f"{skeleton.blocks[index].name} fails when it runs by itself ({_described(error)})"
+        ) from None
+
+
+def run_on_text(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
+    """Run one block as `run_block` does; what the model raises for this text alone is a message that names it.
+
+    Raises:
+        UnsupportedError: The model does not accept the text.
+    """
+    try:
+        return run_block(skeleton, index, batch, before)
+    except MergeError:
+        raise
+    except Exception as error:
+        raise_if_memory_ran_out(error)
+        raise UnsupportedError(
+            f"{batch.where[0]}: {_name(skeleton)} fails for this text, in {skeleton.blocks[index].name} "
+            f"({_described(error)}); leave it out, or choose another length"
         ) from None
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "empty_tensors",
     "expert_matrices",
     "expert_modules",
+    "is_causal",
     "linear_classes",
     "load_tensors",
     "observed_experts",
@@ -285,6 +286,14 @@ def zero_tensors(module: nn.Module) -> None:
             if p is not None:
                 zero = zeros[: p.numel() * p.element_size()].view(p.dtype).view(p.shape)
                 owner._parameters[name] = nn.Parameter(zero, requires_grad=False)
+
+
+def is_causal(model: Any) -> bool:
+    """Return whether a model is one of those that read text from left to right, and not one that fills in masked tokens."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    kind = type(model.config.get_text_config())
+    return kind in AutoModelForCausalLM._model_mapping and kind not in AutoModelForMaskedLM._model_mapping
 
 
 def tie(model: Any) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ...checkpoint import DTYPE_BY_NAME, Checkpoint
 from ...errors import CheckpointError, UnsupportedError
+from ...inference.language_model import positions_of
 from ...inference.libraries import quiet
+from ...jsonfile import read_object
 from ...process import release_freed_memory
 from . import internals
 
@@ -56,10 +58,13 @@ class Skeleton:
         blocks: Its blocks, in the order of the model: an encoder's before its decoder's.
         targets: For every tensor of the checkpoint that the model uses, the parameter that it fills.
         dtype: Dtype of most parameters.
+        per_token: For the weight of every matrix that ran when the model was checked, and each time it ran, whether its
+            input had a row per token; empty before the check. It says of other inputs, such as tables of relative
+            positions, that they are none, even where they have as many rows as a batch has tokens.
 
     Raises:
         CheckpointError: config.json is missing or transformers cannot read it.
-        UnsupportedError: transformers does not know the model, or it has no stack of blocks.
+        UnsupportedError: transformers does not know the model, it has no stack of blocks, or blocks share weights.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
@@ -69,6 +74,7 @@ class Skeleton:
         self.model = internals.build_skeleton(config, self.dtype)
         self.targets = internals.parameters_of(self.model, checkpoint.tensors)
         self.blocks = _blocks(checkpoint, self.model, self.targets)
+        self.per_token: dict[str, tuple[bool, ...]] = {}
         self._reader = checkpoint.reader()
 
     def __enter__(self) -> Skeleton:
@@ -83,6 +89,27 @@ class Skeleton:
     def is_encoder_decoder(self) -> bool:
         """Whether the model is an encoder-decoder."""
         return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether tokens are known not to depend on padding behind them.
+
+        Decoders read from left to right, and encoder-decoders mask the padding. Some encoders mix it into the tokens before
+        it: they have no mask (FNet), or convolutions beside it (ConvBERT, MobileBERT).
+        """
+        return self.is_encoder_decoder or internals.is_causal(self.model)
+
+    @property
+    def positions(self) -> int | None:
+        """Largest number of tokens that the model can read at once; None without such a limit."""
+        found = positions_of(self.model.config)
+        tables = [table for name, table in self.model.named_modules() if name.endswith("position_embeddings")]
+        for table in tables:
+            # RoBERTa and its kin begin to count behind the padding token's place
+            if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+                rows = table.num_embeddings - table.padding_idx - 1
+                found = rows if found is None else min(found, rows)
+        return found
 
     def outside(self, *, head: bool = False) -> list[str]:
         """Return the names of the tensors outside the blocks: embeddings, norms.
@@ -201,7 +228,26 @@ def _config(checkpoint: Checkpoint) -> Any:
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
+    if getattr(config, "is_encoder_decoder", False):
+        config.decoder_start_token_id = _decoder_start(checkpoint, config)
     return config
+
+
+def _decoder_start(checkpoint: Checkpoint, config: Any) -> int:
+    """Return the token with which the decoder of an encoder-decoder begins."""
+    said = [getattr(config, "decoder_start_token_id", None)]
+    generation = checkpoint.path / "generation_config.json"
+    if generation.is_file():
+        said.append(read_object(generation).get("decoder_start_token_id"))
+    # what T5Gemma takes
+    said.append(getattr(getattr(config, "decoder", None), "bos_token_id", None))
+    found = next((token for token in said if type(token) is int and token >= 0), None)
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint.reference}: neither config.json nor generation_config.json has a decoder_start_token_id, so it is "
+            "not known with which token its decoder begins; add it to config.json"
+        )
+    return found
 
 
 def _first_line(error: Exception) -> str:
@@ -237,11 +283,29 @@ def _blocks(checkpoint: Checkpoint, model: nn.Module, targets: dict[str, interna
             f"{checkpoint.reference}: {type(model).__name__} has no stack of blocks as long as config.json says; "
             "statistics from data need one"
         )
-    return [Block(name, model.get_submodule(name), stack, tuple(sources.get(name, ()))) for stack, name in names]
+    blocks = [Block(name, model.get_submodule(name), stack, tuple(sources.get(name, ()))) for stack, name in names]
+    _check_own_weights(checkpoint, model, blocks, targets)
+    return blocks
 
 
-def _stacks(model: nn.Module) -> list[tuple[str, int]]:
-    """Return name and length of the outermost module lists that are as long as the config says."""
+def _check_own_weights(
+    checkpoint: Checkpoint, model: nn.Module, blocks: Sequence[Block], targets: Mapping[str, internals.Target]
+) -> None:
+    filled = {target.parameter for target in targets.values()}
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for block in blocks:
+        for name, _ in block.module.named_parameters():
+            own = f"{block.name}.{name}"
+            other = tied.get(own)
+            if own not in filled and other is not None and not other.startswith(f"{block.name}."):
+                raise UnsupportedError(
+                    f"{checkpoint.reference}: {type(model).__name__}: {own} is the same as {other} of another block; "
+                    "statistics from data are computed one block at a time, each with weights of its own"
+                )
+
+
+def _stacks(model: Any) -> list[tuple[str, int]]:
+    """Return name and length of the outermost module lists that are as long as the config says; an image tower has none."""
     config: Any = model.config
     text = config.get_text_config()
     depths = {depth for each in (config, text) for name in _DEPTHS if (depth := getattr(each, name, None))}
@@ -251,14 +315,25 @@ def _stacks(model: nn.Module) -> list[tuple[str, int]]:
             continue
         if not any(name.startswith(f"{outer}.") for outer, _ in found):
             found.append((name, len(module)))
+    if len(found) > 1 and text is not config and not config.is_encoder_decoder:
+        decoder = _decoder_of(model)
+        found = [(name, depth) for name, depth in found if decoder is None or name.startswith(f"{decoder}.")] or found
     return found
 
 
+def _decoder_of(model: Any) -> str | None:
+    """Return the name of the part of a model that reads text, such as `model.language_model`; None if it is not known."""
+    find = getattr(model, "get_decoder", None)
+    decoder = None if find is None else find()
+    return next((name for name, module in model.named_modules() if name and module is decoder), None)
+
+
 def _own_head(model: Any) -> frozenset[str]:
-    """Return the parameters of the output module, without those that it shares with the embedding."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    """Return the parameters of the output module, without those that another module has, too, such as an embedding."""
+    head = model.get_output_embeddings()
     if head is None:
         return frozenset()
-    shared = set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
-    own = {id(parameter) for parameter in head.parameters()} - shared
+    inside = {id(module) for module in head.modules()}
+    elsewhere = {id(p) for module in model.modules() if id(module) not in inside for p in module._parameters.values()}
+    own = {id(parameter) for parameter in head.parameters()} - elsewhere
     return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import NonFiniteError, OutputError
 from ...jsonfile import os_reason
 from ..data.batches import Batch, Padded, pad
-from .forward import Output, logits, run_block
+from .forward import Output, logits, run_on_text
 from .skeleton import Block, Skeleton
 from .spool import Spool
 
@@ -95,7 +95,7 @@ class Stream:
             NonFiniteError: The block returns NaN or infinity for a token.
         """
         block, batch = self.skeleton.blocks[self.state.done], self.batches[number]
-        output = run_block(self.skeleton, self.state.done, batch, self.before(number, self.state.done))
+        output = run_on_text(self.skeleton, self.state.done, batch, self.before(number, self.state.done))
         _check_finite(output.hidden, batch, block)
         return output
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import Reader, TensorInfo
+from ...statistics import check_values
 from ..kernels.blocks import TensorRun
 from ..kernels.data import Data, PerModel
 from ..plan.tensor import PlannedTensor, SumFromData
@@ -27,8 +28,11 @@ def block_data(tensor: PlannedTensor, run: TensorRun, range_: tuple[int, int], r
 
     def mean(own: SumFromData) -> Tensor:
         if not own.summed:
-            return reader.tensor(own.sum).to(run.kernels.device, run.kernels.compute)
+            found = reader.tensor(own.sum)
+            check_values(own.sum, found)
+            return found.to(run.kernels.device, run.kernels.compute)
         counts = reader.tensor(own.count).reshape(-1)
+        check_values(own.count, counts)
         matrix = run.matrix(range_[0]) if packed else 0
         if own.elementwise:
             total = _part(reader, own.sum, *range_).view(run.own_shape(range_))
@@ -39,6 +43,7 @@ def block_data(tensor: PlannedTensor, run: TensorRun, range_: tuple[int, int], r
             total = _part(reader, own.sum, matrix * size, (matrix + 1) * size).view(shape)
         else:
             total = reader.tensor(own.sum)
+        check_values(own.sum, total)
         # without tokens the sum is 0, so that the mean is 0, too
         count = max(int(counts[matrix if len(counts) > 1 else 0]), 1)
         return total.to(run.kernels.device, run.kernels.compute) / count
