@@ -50,7 +50,8 @@ def bits(model: Any, prompt: Prompt, cache: Any, following: Tensor) -> float:
     """Mean bits per token of what follows, all in one call."""
     with torch.no_grad():
         logits = model(following[:, :-1], past_key_values=prompt.into(cache)).logits
-    logits = torch.cat((prompt.logits[:, None], logits), dim=1).log_softmax(-1)
+    # logarithms in bfloat16 would have steps of a hundredth of a bit and more
+    logits = torch.cat((prompt.logits[:, None], logits), dim=1).float().log_softmax(-1)
     return float(-logits.gather(-1, following[..., None]).mean()) / math.log(2)
 
 

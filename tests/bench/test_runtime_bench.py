@@ -62,6 +62,16 @@ def test_a_prompt_that_ran_once():
     assert answer(made, prompt, caches(made, 50, [])["whole"](), 5) == plain
 
 
+def test_bits_of_a_model_in_half_precision():
+    made, tokens = model().bfloat16(), text(70)
+    with torch.no_grad():
+        logits = made(tokens).logits[:, 59:-1].float().log_softmax(-1)
+    expected = float(-logits.gather(-1, tokens[:, 60:, None]).mean() / torch.tensor(2.0).log())
+    found = bits(made, Prompt(made, tokens[:, :60], 40), MergedCache("snapkv", made, budget=99), tokens[:, 60:])
+    # the mean of numbers that were rounded to bfloat16 is 6.763
+    assert found == pytest.approx(expected, abs=3e-3)
+
+
 def test_a_model_with_sliding_windows():
     """What layers with a window hold is in no budget, and is what they would hold in the model."""
     made, tokens = model("gemma3"), text(90)
