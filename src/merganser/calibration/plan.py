@@ -21,7 +21,7 @@ from .forward.forward import Output, run_alone
 from .forward.skeleton import Skeleton
 from .learning import Descent, plan_learning
 from .learning import planned_coefficients as planned_learnt
-from .preparation import Data, Prepared, prepare
+from .preparation import Data, Prepared, check_given, prepare
 from .reducers import REDUCERS, CrossGram, Reducer, products_of
 from .reverse import GRADIENTS, LOSS_FILE, check_predicts
 from .reverse.plan import plan_reverse, planned_sums
@@ -64,6 +64,7 @@ def plan_calibration(
     Raises:
         MergeError: As for `calibrate`.
     """
+    check_given(statistics)
     choice = Choice(sequences, length, seed, tokens)
     with prepare(
         model, data, statistics=statistics, choice=choice, labels=labels, batch_tokens=batch_tokens, cache_dir=cache_dir

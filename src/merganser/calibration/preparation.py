@@ -28,7 +28,7 @@ from .forward.skeleton import Skeleton
 from .reducers import REDUCERS
 from .reverse import GRADIENTS
 
-__all__ = ["STATISTICS", "Data", "Prepared", "fingerprint", "prepare", "read"]
+__all__ = ["STATISTICS", "Data", "Prepared", "check_given", "fingerprint", "prepare", "read"]
 
 STATISTICS = (COUNT, *REDUCERS, *GRADIENTS, LOSS)
 """Names of all statistics."""
@@ -221,10 +221,18 @@ def _no_checkpoint(model: str | Path, kind: str) -> UnsupportedError:
     )
 
 
+def check_given(statistics: str | Sequence[str]) -> None:
+    """Check that a user asks for some statistics.
+
+    Raises:
+        DataError: There are none.
+    """
+    if not statistics:
+        raise DataError(f"statistics: none given; give some of {', '.join(STATISTICS)}")
+
+
 def _statistics(names: str | Sequence[str]) -> tuple[str, ...]:
     names = [names] if isinstance(names, str) else names
-    if not names:
-        raise DataError(f"statistics: none given; give some of {', '.join(STATISTICS)}")
     for name in names:
         if name not in STATISTICS:
             raise DataError(

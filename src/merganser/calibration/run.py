@@ -15,7 +15,7 @@ from .data.batches import Batch, longest_first
 from .forward.forward import check_streamable
 from .forward.skeleton import Skeleton
 from .forward.stream import Stream, StreamState
-from .preparation import STATISTICS, Data, Prepared, fingerprint, prepare
+from .preparation import STATISTICS, Data, Prepared, check_given, fingerprint, prepare
 from .reducers import REDUCERS
 from .reverse import GRADIENTS, Loss, Reverse, check_predicts
 from .taps import Tapped, Taps, check_inputs
@@ -76,6 +76,7 @@ def calibrate(
         OutputError: `out` exists or cannot be written.
     """
     check_absent(Path(out))
+    check_given(statistics)
     choice = Choice(sequences, length, seed, tokens)
     with prepare(
         model, data, statistics=statistics, choice=choice, labels=labels, batch_tokens=batch_tokens, cache_dir=cache_dir
