@@ -198,7 +198,8 @@ def test_packed_experts_are_matrices_one_by_one(tmp_path):
         pack = torch.randn(4, 12, 10, generator=torch.Generator().manual_seed(seed))
         return {**state, "model.layers.0.mlp.experts.gate_up_proj": pack}
 
-    paths = [write_model(tmp_path / name, packed(seed), llama_config(1)) for seed, name in enumerate(["base", *NAMES])]
+    config = llama_config(1) | {"num_experts": 4}
+    paths = [write_model(tmp_path / name, packed(seed), config) for seed, name in enumerate(["base", *NAMES])]
     out = merge(make_recipe("twin", paths[1:], paths[0], {"rank": 0.5}), tmp_path / "out").out
     stored = load_file(out / "sidecars/math/parts.safetensors")
     assert stored["model.layers.0.mlp.experts.gate_up_proj.left"].shape == (4, 12, 5)
