@@ -40,6 +40,7 @@ from tests.making import (
 )
 
 TOYS = {"rank_one": rank_one, "unit": unit}
+CONFIG = llama_config(2) | {"num_experts": 5}
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def is_rest(name):
 
 
 def write_mixtures(root, n=3, dtype=torch.float32):
-    return [write_model(root / f"m{i}", mixture(i, dtype), llama_config(2), shards=1 + i % 2) for i in range(n)]
+    return [write_model(root / f"m{i}", mixture(i, dtype), CONFIG, shards=1 + i % 2) for i in range(n)]
 
 
 def expected_rest(others, base, models, weight=1.0, lambda_=1.0):
@@ -234,7 +235,7 @@ def test_rounding_is_that_of_the_stored_values_wherever_they_are_merged(tmp_path
     tensors = [{name: t.to(torch.bfloat16).to(saved) for name, t in mixture(i).items()} for i in range(3)]
     tensors = [{**own, "model.steps": torch.tensor([3])} for own in tensors]
     base, *models = tensors
-    paths = [write_model(tmp_path / f"m{i}", own, llama_config(2)) for i, own in enumerate(tensors)]
+    paths = [write_model(tmp_path / f"m{i}", own, CONFIG) for i, own in enumerate(tensors)]
     merge(make_recipe("noisy", paths[1:], paths[0], dtype="float32"), tmp_path / "out")
     written = read_model(tmp_path / "out")
     assert_equal(merge_state_dicts("noisy", models, base=base, dtype=torch.float32), written)

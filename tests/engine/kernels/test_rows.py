@@ -13,6 +13,7 @@ from tests.engine.matrix_toys import rank_one
 from tests.making import assert_equal, llama, llama_config, make_recipe, read_model, register, write_model
 
 EXPERTS, ROWS, COLUMNS = 5, 24, 70
+CONFIG = llama_config() | {"num_experts": EXPERTS}
 PACKED = "model.layers.0.mlp.experts.gate_up_proj"
 CONVOLUTION = "model.layers.1.conv1d.weight"
 
@@ -84,7 +85,7 @@ def test_a_convolution_has_a_row_for_each_output(name, parameters):
 @pytest.mark.parametrize(("name", "parameters"), [*BY_ROW, ("della", {"weight": 0.5, "density": 0.5})])
 def test_a_merge_of_packed_experts(tmp_path, small_blocks, name, parameters):
     models = [mixture(seed) for seed in range(3)]
-    paths = [write_model(tmp_path / f"m{seed}", model, llama_config()) for seed, model in enumerate(models)]
+    paths = [write_model(tmp_path / f"m{seed}", model, CONFIG) for seed, model in enumerate(models)]
     weight = parameters.get("weight")
     listed = [(path, {"weight": weight[i]} if isinstance(weight, list) else {}) for i, path in enumerate(paths[1:])]
     shared = {key: value for key, value in parameters.items() if not isinstance(value, list)}
@@ -108,7 +109,7 @@ def test_hashes_of_packed_tensors_are_the_same_for_every_method(tmp_path, small_
     register(monkeypatch, rank_one=rank_one)
     # several experts fit into a block, too
     small = {"model.layers.1.mlp.experts.down_proj": draw(7, EXPERTS, 3, 10)}
-    paths = [write_model(tmp_path / f"m{seed}", mixture(seed) | small, llama_config()) for seed in range(3)]
+    paths = [write_model(tmp_path / f"m{seed}", mixture(seed) | small, CONFIG) for seed in range(3)]
     runs = [
         ("task_arithmetic", {"weight": 0.5}),
         ("ties", {"weight": 0.5, "density": 0.5}),
