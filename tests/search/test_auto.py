@@ -177,7 +177,7 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(auto_run.Budget, "last_trial", lambda *_: float("-inf"))
     out = tmp_path / "out"
     found = run(
-        "auto", "base", "calm", "cool", out, "--tasks", "one.jsonl", "two.jsonl", "--minutes", 0.001, "--limit", 24, "--dtype", "float32"
+        "auto", "base", "calm", "cool", out, "--tasks", "one.jsonl", "two.jsonl", "--minutes", 0.00001, "--limit", 24, "--dtype", "float32"
     )  # fmt: skip
     assert found.code == 0, found.err
     lines = found.out.splitlines()
@@ -195,7 +195,7 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     head = ["model", "kept, mean", "kept, worst task", "the winner keeps more by (95 % interval)"]
     assert re.split("  +", lines[start + 3].strip()) == head
     assert "note: a quarter of the items is scored, since all would take more than half of the minutes" in found.err
-    assert "note: scoring 5 models takes about 0 minutes of the 0.001 even on a part of the items" in found.err
+    assert "note: scoring 5 models takes about 0 minutes of the 1e-05 even on a part of the items" in found.err
     assert [line.split()[0] for line in lines[start + 4 : start + 8]] == ["winner", "base", "calm", "cool"]
     single = lines[start + 8].partition(",")[0].removeprefix("worse than ")
     assert lines[start + 8 :] == [
