@@ -10,7 +10,7 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
@@ -35,6 +35,7 @@ __all__ = [
     "read_file",
     "read_json",
     "read_object",
+    "repeated_key",
     "sealed_line",
     "unseal_line",
 ]
@@ -135,12 +136,18 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """Return a key that an object has twice, given its keys and values as json's `object_pairs_hook` does; None without one."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    return Counter(key for key, _ in pairs).most_common(1)[0][0]
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+    twice = repeated_key(pairs)
+    if twice is not None:
         raise ValueError(f"key {twice!r} appears twice")
-    return mapping
+    return dict(pairs)
 
 
 def _parse(text: str, duplicates: bool) -> Any:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint import folder as checkpoints
 from ..checkpoint.hub import is_hub_id
+from ..errors import MergeError
 from ..jsonfile import exists
 from .adapter import open_adapter
 from .apply import with_adapter
 
-__all__ = ["open_model", "open_reference", "split_reference"]
+if TYPE_CHECKING:
+    from ..recipe import ModelReference, Place
+
+__all__ = ["open_model", "open_named", "open_reference", "split_reference"]
 
 
 def open_model(
@@ -67,3 +72,30 @@ def open_reference(text: str, *, cache_dir: Path | None = None, stream: bool = F
     named = bool(at and revision) and is_hub_id(path) and not exists(adapter)
     opened = open_adapter(path if named else adapter, revision=revision if named else None, cache_dir=cache_dir)
     return with_adapter(checkpoint, opened, model)
+
+
+def open_named(
+    reference: ModelReference, place: Place | str, cache_dir: Path | None = None, *, stream: bool = False
+) -> Checkpoint:
+    """Open a checkpoint, with its adapter if it has one.
+
+    Args:
+        reference: The model.
+        place: The place in the recipe that names it; errors begin with it.
+        cache_dir: Folder for models from the Hub; None for that of huggingface_hub.
+        stream: Whether files of the Hub are read by ranges, without being stored.
+
+    Raises:
+        MergeError: It is missing or damaged, or the adapter does not fit.
+    """
+    try:
+        return open_model(
+            reference.path,
+            reference.lora,
+            revision=reference.revision,
+            adapter_revision=reference.lora_revision,
+            cache_dir=cache_dir,
+            stream=stream,
+        )
+    except MergeError as error:
+        raise type(error)(f"{place}: {error}") from None

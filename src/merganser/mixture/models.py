@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters import open_model
+from ..adapters.open import open_named
 from ..anatomy.settings.function import settings
 from ..checkpoint import Checkpoint, Reader, TensorInfo
 from ..engine.in_memory.run import merge_to_state_dict
 from ..engine.kernels.assignment import untouched
 from ..engine.plan.part import part_of
 from ..engine.plan.plan import Plan
-from ..errors import CheckpointError, MergeError, RecipeError
+from ..errors import CheckpointError, RecipeError
 from .recipe import Expert
 
 __all__ = ["DenseTensors", "ExpertTensors", "Layer", "find_layers", "open_expert"]
@@ -80,13 +80,7 @@ def open_expert(expert: Expert, base: Checkpoint, layers: list[Layer], cache_dir
         CheckpointError: It is missing or damaged, lacks a projection, or one has another shape than the base's.
         RecipeError: Its config differs from the base's in what the experts depend on.
     """
-    model = expert.model
-    try:
-        found = open_model(
-            model.path, model.lora, revision=model.revision, adapter_revision=model.lora_revision, cache_dir=cache_dir
-        )
-    except MergeError as error:
-        raise type(error)(f"{expert.place}: {error}") from None
+    found = open_named(expert.model, expert.place, cache_dir)
     check_expert(expert, found, base, layers)
     return found
 

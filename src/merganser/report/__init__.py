@@ -145,7 +145,7 @@ def _spectra(record: Record, cache_dir: Path | None, progress: Progress | None) 
 def _check(target: Path, overwrite: bool) -> None:
     if target.is_dir():
         raise OutputError(f"{target}: is a folder; name a file, such as {target / PAGE_NAME}")
-        # a broken link also belongs to the user
+    # a broken link also belongs to the user
     if not os.path.lexists(target):
         return
     if not overwrite:

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from ..errors import ParameterError
 
-__all__ = ["at_least", "in_range", "part"]
+__all__ = ["at_least", "exact", "in_range", "part"]
 
 
 def part(count: int, share: float | Fraction, *, up: bool = False) -> int:
@@ -16,8 +16,13 @@ def part(count: int, share: float | Fraction, *, up: bool = False) -> int:
     The share is what it reads as: 0.07 of 100 is 7, though the product of floating-point numbers is above 7, and 0.29 of 100
     is 29, though it is below.
     """
-    exact = (share if isinstance(share, Fraction) else Fraction(str(float(share)))) * count
-    return math.ceil(exact) if up else math.floor(exact)
+    found = (share if isinstance(share, Fraction) else exact(share)) * count
+    return math.ceil(found) if up else math.floor(found)
+
+
+def exact(share: float) -> Fraction:
+    """Return a share as it reads: 0.07 is 7 / 100."""
+    return Fraction(str(float(share)))
 
 
 def at_least(name: str, value: object, least: int) -> int:

@@ -26,7 +26,7 @@ _KEYS = (
     "model_name",
 )
 _WITHOUT_EFFECT = ("shuffle", "random_init", "model_name")
-"""Keys that change nothing here; mergekit-evolve itself ignores the last one, which is found in files of the wild."""
+"""Keys that change nothing here; mergekit-evolve itself ignores the last one, which real files have."""
 _GENOME = (
     "models",
     "merge_method",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ from typing import Any
 import xxhash
 
 from ...errors import DataError, UnsupportedError, did_you_mean
-from ...jsonfile import LFS_MAGIC, LFS_POINTER, os_reason
+from ...jsonfile import LFS_MAGIC, LFS_POINTER, os_reason, repeated_key
 from ...wording import brief
 
 __all__ = ["KEYS", "Conversation", "DataFile", "Pair", "Record", "Text", "make_record", "read_data"]
@@ -181,10 +180,10 @@ class _Repeated(Exception):
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Repeated(Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return found
+    twice = repeated_key(pairs)
+    if twice is not None:
+        raise _Repeated(twice)
+    return dict(pairs)
 
 
 def _short(value: Any) -> str:

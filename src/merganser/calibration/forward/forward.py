@@ -27,7 +27,6 @@ __all__ = [
     "call_head",
     "check_streamable",
     "logits",
-    "raise_if_memory_ran_out",
     "run_alone",
     "run_block",
     "run_on_text",
@@ -188,19 +187,17 @@ def check_streamable(skeleton: Skeleton, batch: Batch, source: TensorReader | No
         return forward
 
     forwards = {block.module: observed(index, block) for index, block in enumerate(skeleton.blocks)}
-    try:
-        with suppress(_Finished), torch.no_grad(), replaced(forwards):
-            skeleton.model(**batch.inputs())
-            raise _refusal(skeleton, f"its forward does not run {skeleton.blocks[-1].name}")
-    except MergeError:
-        raise
-    except Exception as error:
-        # the model may need more than tokens, or weights at a time when only one block has any
-        raise_if_memory_ran_out(error)
-        raise UnsupportedError(
+
+    def refusal(reason: str) -> UnsupportedError:
+        return UnsupportedError(
             f"{skeleton.checkpoint.reference}: {_name(skeleton)} cannot be run one block at a time: its forward fails "
-            f"({_described(error)})"
-        ) from None
+            f"({reason})"
+        )
+
+    # the model may need more than tokens, or weights at a time when only one block has any
+    with _refusing(refusal), suppress(_Finished), torch.no_grad(), replaced(forwards):
+        skeleton.model(**batch.inputs())
+        raise _refusal(skeleton, f"its forward does not run {skeleton.blocks[-1].name}")
 
 
 @contextmanager
@@ -223,14 +220,19 @@ def _noting_inputs(skeleton: Skeleton, block: Block, batch: Batch) -> Iterator[N
         yield
 
 
-def raise_if_memory_ran_out(error: Exception) -> None:
-    """Raise an error again if it says that memory ran out; torch raises one of a general type then."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        raise error
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0][:200]}"
+@contextmanager
+def _refusing(refusal: Callable[[str], UnsupportedError]) -> Iterator[None]:
+    """Replace exceptions of a model's code by a refusal, which is made of their description; a lack of memory stays as it is."""
+    try:
+        yield
+    except MergeError:
+        raise
+    except Exception as error:
+        # torch raises an exception of a general type if memory runs out
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+        raise refusal(f"{type(error).__name__}: {reason}") from None
 
 
 def run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
@@ -239,16 +241,10 @@ def run_alone(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int,
     Raises:
         UnsupportedError: The block cannot run by itself.
     """
-    try:
-        return run_block(skeleton, index, batch, before)
-    except MergeError:
-        raise
+    name = skeleton.blocks[index].name
     # a block that misses a value which an earlier block would have left for it may raise any exception
-    except Exception as error:
-        raise_if_memory_ran_out(error)
-        raise _refusal(
-            skeleton, f"{skeleton.blocks[index].name} fails when it runs by itself ({_described(error)})"
-        ) from None
+    with _refusing(lambda reason: _refusal(skeleton, f"{name} fails when it runs by itself ({reason})")):
+        return run_block(skeleton, index, batch, before)
 
 
 def run_on_text(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[int, Output]) -> Output:
@@ -257,16 +253,15 @@ def run_on_text(skeleton: Skeleton, index: int, batch: Batch, before: Mapping[in
     Raises:
         UnsupportedError: The model does not accept the text.
     """
-    try:
-        return run_block(skeleton, index, batch, before)
-    except MergeError:
-        raise
-    except Exception as error:
-        raise_if_memory_ran_out(error)
-        raise UnsupportedError(
+
+    def refusal(reason: str) -> UnsupportedError:
+        return UnsupportedError(
             f"{batch.where[0]}: {_name(skeleton)} fails for this text, in {skeleton.blocks[index].name} "
-            f"({_described(error)}); leave it out, or choose another length"
-        ) from None
+            f"({reason}); leave it out, or choose another length"
+        )
+
+    with _refusing(refusal):
+        return run_block(skeleton, index, batch, before)
 
 
 def _refusal(skeleton: Skeleton, reason: str) -> UnsupportedError:

@@ -39,6 +39,11 @@ class Gradient:
     dense: Tensor | None = None
     skipped: Tensor | None = None
 
+    @property
+    def only_rows(self) -> bool:
+        """Whether all terms are rows."""
+        return not self.products and self.dense is None
+
     def add_rows(self, indices: Tensor, values: Tensor) -> None:
         """Add values at indices along the first axis; an index may occur more than once."""
         if self.rows is not None:
@@ -70,7 +75,7 @@ class Gradient:
 
     def as_rows(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices along the first axis where the sum is not zero, and the values there."""
-        if self.rows is not None and self.dense is None and not self.products:
+        if self.rows is not None and self.only_rows:
             return self.rows
         whole = self.whole(parameter).reshape(parameter.shape or (1,))
         indices = whole.reshape(len(whole), -1).any(1).nonzero()[:, 0]
@@ -151,7 +156,7 @@ class Uses(TorchFunctionMode):
             return found
         found = func(*args, **given)
         used = {self._names[id(own)] for own in _flat((*args, *given.values())) if id(own) in self._names}
-        # reading a shape, or a dtype, is no use
+        # reading only a shape or a dtype does not count as a use
         if used and any(isinstance(own, Tensor) and own.requires_grad for own in _flat((found,))):
             self.others |= used
         return found
@@ -212,7 +217,7 @@ class Uses(TorchFunctionMode):
 def part_gradients(
     uses: Uses, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Gradient], dict[str, tuple[Tensor, Tensor]]]:
-    """Part the gradients of a head's reverse pass in those that can be summed at once, and those that blocks may add to.
+    """Split the gradients of a head's reverse pass into those that can be summed at once and those that blocks may add to.
 
     A large output matrix would take as much to be formed again as a reverse pass through the head.
 

@@ -107,11 +107,10 @@ class GradientSums:
         """Form the gradients that wait, and add them, each sequence by itself."""
         for name in self._parameters:
             waiting = [(where, gradients[name]) for where, gradients in self._waiting if name in gradients]
-            scattered = [pair for pair in waiting if not pair[1].products and pair[1].dense is None]
-            for where, gradient in scattered:
-                self._add_rows(name, gradient, where)
-            whole = [pair for pair in waiting if pair[1].products or pair[1].dense is not None]
-            if whole:
+            for where, gradient in waiting:
+                if gradient.only_rows:
+                    self._add_rows(name, gradient, where)
+            if whole := [pair for pair in waiting if not pair[1].only_rows]:
                 self._add_whole(name, whole)
         self._waiting.clear()
         self._held.clear()

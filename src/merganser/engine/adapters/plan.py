@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapters import Adapter, LowRank, is_adapter, open_adapter, with_adapter
-from ...adapters.open import open_model
+from ...adapters.open import open_named
 from ...anatomy import Anatomy, infer_anatomy
 from ...checkpoint import DTYPE_BY_NAME, TensorInfo
 from ...errors import CheckpointError, MergeError, RecipeError, UnsupportedError
@@ -240,17 +240,7 @@ def _check_base(recipe: Recipe, adapters: Sequence[Adapter], cache_dir: Path | N
     """Check that adapters fit the recipe's base, if it names one; return notes about bases that differ."""
     if recipe.base_model is not None:
         base = recipe.base_model
-        try:
-            checkpoint = open_model(
-                base.path,
-                base.lora,
-                revision=base.revision,
-                adapter_revision=base.lora_revision,
-                cache_dir=cache_dir,
-                stream=stream,
-            )
-        except MergeError as error:
-            raise type(error)(f"{recipe.place_of('base_model')}: {error}") from None
+        checkpoint = open_named(base, recipe.place_of("base_model"), cache_dir, stream=stream)
         notes = [note for adapter in adapters for note in with_adapter(checkpoint, adapter, str(base)).notes]
         return list(dict.fromkeys(notes))
     named = dict.fromkeys(adapter.config.base for adapter in adapters if adapter.config.base)

@@ -359,6 +359,7 @@ def _overflow(dtype: torch.dtype) -> float:
 # number of elements from which compiling a loop for stacked tensors pays off
 _WORTH_A_PROGRAM = 1 << 17
 
+# settings of kernels by number: hashing the number is much faster than hashing the settings
 _numbers: dict[Any, int] = {}
 # programs of this process, for all runs; the lock also keeps two threads from making the same one
 _programs: dict[Any, Program | str] = {}

@@ -2,7 +2,7 @@
 
 Experts of two layers are compared by the cosine of all their weights, plus the cosine of their rows of the router; the
 assignment with the largest sum is chosen. Both count alike, however large they are: experts that were copied from one MLP
-    differ only in the router, and routers that were trained again do not show which experts correspond.
+differ only in the router, and routers that were trained again do not show which experts correspond.
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...adapters import open_model
+from ...adapters.open import open_named
 from ...anatomy import set_config_dtype, set_tied, slice_config
 from ...anatomy.module_config import slice_module_config
 from ...anatomy.settings.config import unquantised, with_older_rotary_keys
 from ...anatomy.settings.mixtures import odd_routing
-from ...checkpoint import Checkpoint, Shard, plan_shards
+from ...checkpoint import Shard, plan_shards
 from ...checkpoint.folder import WEIGHTS_KEY
-from ...errors import CheckpointError, MergeError
+from ...errors import CheckpointError
 from ...method import MergeMethod
 from ...recipe import ModelReference, Recipe, check_recipe
 from ..agreement.configs import compare_configs
@@ -256,27 +256,12 @@ def _check_options(out_shard_size: int, threads: int | None, max_memory: int | N
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _open(recipe: Recipe, reference: ModelReference, cache_dir: Path | None, stream: bool) -> Checkpoint:
-    """Open a checkpoint, with its adapter if it has one; errors get the place in the recipe that names it."""
-    try:
-        return open_model(
-            reference.path,
-            reference.lora,
-            revision=reference.revision,
-            adapter_revision=reference.lora_revision,
-            cache_dir=cache_dir,
-            stream=stream,
-        )
-    except MergeError as error:
-        raise type(error)(f"{recipe.place_of_model(reference)}: {error}") from None
-
-
 def _open_all(recipe: Recipe, cache_dir: Path | None, stream: bool) -> tuple[dict[ModelReference, Member], list[str]]:
     """Open every checkpoint; also return warnings about changed names and tensors left out."""
     members: dict[ModelReference, Member] = {}
     warnings: list[str] = []
     for reference in recipe.references():
-        checkpoint = _open(recipe, reference, cache_dir, stream)
+        checkpoint = open_named(reference, recipe.place_of_model(reference), cache_dir, stream=stream)
         warnings += checkpoint.notes
         refuse_unreadable(recipe, reference, checkpoint)
         if checkpoint.wrappers:

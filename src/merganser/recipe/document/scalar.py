@@ -81,6 +81,6 @@ def shown(value: object) -> str:
         return str(value).lower()
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
         # Python refuses to print thousands of digits
-        return "a number of too many digits; if it is a text, put it in quotes"
+        return "a number of too many digits"
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[0] if isinstance(value, str) else ''}"

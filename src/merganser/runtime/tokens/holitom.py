@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from ...errors import ParameterError
 from ..merging import highest
-from ..options import at_least, in_range, part
+from ..options import at_least, exact, in_range, part
 
 __all__ = ["VideoTokens", "holitom", "segments"]
 
@@ -74,7 +74,7 @@ def holitom(
     count, tokens = features.shape[:2]
     same = cosine_similarity(features[:-1].float(), features[1:].float(), dim=-1) > similarity
     cuts, saved = segments(same)
-    share = min(Fraction(str(float(keep))) * count * tokens / (count * tokens - saved), Fraction(1))
+    share = min(exact(keep) * count * tokens / (count * tokens - saved), Fraction(1))
     rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for first, last in cuts:
         still = (
@@ -140,7 +140,7 @@ def _moving(
     count = part(len(own), share, up=True)
     if attention is None:
         return _clustered(own, places, count, neighbours)
-    attended = round(count * (1 - Fraction(str(float(merged)))))
+    attended = round(count * (1 - exact(merged)))
     chosen = highest(attention[frame, ~still], attended).sort().values
     rest = torch.ones(len(own), dtype=torch.bool, device=own.device).scatter(0, chosen, False)
     if count == attended:

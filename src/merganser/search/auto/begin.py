@@ -107,12 +107,8 @@ def open_judge(bench: Bench, models: Sequence[Model], progress: Progress) -> tup
     base, *experts = models
     waves = bench.table.waves
     best: dict[str, Model] = {}
-    figures = {}
     try:
-        for model in models:
-            if not bench.is_scored(model, waves):
-                progress.measuring(model.name)
-            figures[model.name] = bench.score(model, waves)
+        figures = bench.score_all(models, waves, progress.measuring)
     except Failed as error:
         raise TaskError(str(error)) from error
     for task, split in bench.table.splits.items():

@@ -268,9 +268,7 @@ class _Search:
             self.notes.append(f"around {self.best_candidate.name}: {error}")
             self.progress.note(self.notes[-1])
         self.around = trials.over
-        found = trials.best
-        if found is not None and found.values and found.values[0] > self.best[0]:
-            self.best = (found.values[0], found.name, found.recipe)
+        self.best = self._better(trials.best)
         self._recall()
 
     def _recall(self) -> None:
@@ -279,9 +277,13 @@ class _Search:
             path = self._journal_of(candidate)
             if candidate is self.best_candidate or not path.exists():
                 continue
-            found = self._around(candidate).best
-            if self.best is not None and found is not None and found.values and found.values[0] > self.best[0]:
-                self.best = (found.values[0], found.name, found.recipe)
+            self.best = self._better(self._around(candidate).best)
+
+    def _better(self, trial: Trial | None) -> tuple[float, str, str] | None:
+        """Return the best so far: what it is now, or a trial that is better."""
+        if trial is None or not trial.values or self.best is None or trial.values[0] <= self.best[0]:
+            return self.best
+        return trial.values[0], trial.name, trial.recipe
 
     def _journal_of(self, candidate: Candidate) -> Path:
         return self.folder.path / f"trials-{candidate.name}.log"
@@ -302,11 +304,10 @@ class _Search:
         """Return what is the best until now, in words; None if nothing was scored on all items yet."""
         if self.best is None:
             return None
-        candidate, best = self.best_candidate, self.best
+        candidate = self.best_candidate
         known = candidate is not None and self._journal_of(candidate).exists()
-        found = self._around(candidate).best if candidate is not None and known else None
-        if found is not None and found.values and found.values[0] > best[0]:
-            best = (found.values[0], found.name, found.recipe)
+        best = self._better(self._around(candidate).best if candidate is not None and known else None)
+        assert best is not None
         return f"{best[1]}, which keeps {best[0]:.4f} on the items of trials: {self.folder.path / 'recipes' / best[1]}.yaml"
 
     def prove(self) -> Choice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +88,25 @@ class Bench:
                 self.table.add(model.key, task, wave, columns, model.name, time.monotonic() - begin)
         return self.table.figures(model.key, waves)
 
-    def is_scored(self, model: Model, waves: Sequence[int]) -> bool:
-        """Return whether a model was scored on some waves before."""
-        return not any(self.table.missing(model.key, wave) for wave in waves)
+    def score_all(
+        self, models: Iterable[Model], waves: Sequence[int], tell: Callable[[str], None]
+    ) -> dict[str, dict[str, Estimate]]:
+        """Score models, and return their figures by name.
+
+        Args:
+            models: The models.
+            waves: As for `score`.
+            tell: Called with the name of each model that was not scored on all of these waves before.
+
+        Raises:
+            Failed: One of them has no figures.
+        """
+        found = {}
+        for model in models:
+            if any(self.table.missing(model.key, wave) for wave in waves):
+                tell(model.name)
+            found[model.name] = self.score(model, waves)
+        return found
 
     def load(self, model: Model) -> None:
         """Load a model, unless it was the last one; scoring it takes no further time for that.

@@ -144,10 +144,8 @@ class ItemJudge:
         waves = self._bench.table.waves
         try:
             references = [*(self.estimated.parents if self.estimated else ()), *([self._base] if self._base else ())]
-            for model in {each.key: each for each in [*references, *self._experts.values()]}.values():
-                if not self._bench.is_scored(model, waves):
-                    tell(model.name)
-                self._bench.score(model, waves)
+            distinct = {each.key: each for each in [*references, *self._experts.values()]}
+            self._bench.score_all(distinct.values(), waves, tell)
         except Failed as error:
             raise TaskError(str(error)) from error
         if self._base is None:
@@ -201,9 +199,8 @@ class ItemJudge:
             part = waves[:seen]
             own, other = (objective.value(self.figures(each, part)) for each in (model, best))
             if hopeless((own - other) * objective.sign, table.count(part)):
-                told = _no_better(
-                    with_control(own, other, whole := objective.value(self.figures(best, waves))), whole, objective
-                )
+                whole = objective.value(self.figures(best, waves))
+                told = _no_better(with_control(own, other, whole), whole, objective)
                 return Verdict((told.value,), (told,), self._excess(self.figures(model, part)), table.count(part), True)
         figures = self.figures(model, waves)
         estimates = tuple(objective.value(figures) for objective in self.objectives)
