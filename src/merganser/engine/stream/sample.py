@@ -105,7 +105,8 @@ def _measure(tensors: Sequence[PlannedTensor], columns: Sequence[Tensor], with_b
     """
     size = columns[0].shape[1]
     noisy = any(source.noise is not None for tensor in tensors for source in tensor.inputs)
-    if columns[0].numel() >= (_WORTH_A_PROGRAM if size <= PAIR_SAMPLE else SAMPLE) and not noisy:
+    # larger samples gain nothing: few tensors have them, and LLVM needs 40 MB for the loop of so many sums
+    if columns[0].numel() >= _WORTH_A_PROGRAM and size <= PAIR_SAMPLE and not noisy:
         measured = _measure_in_a_loop(columns, with_base)
         if measured is not None:
             return measured
@@ -139,7 +140,7 @@ def _measure_part(tensors: Sequence[PlannedTensor], columns: Sequence[Tensor], w
 
 
 def _measure_in_a_loop(columns: Sequence[Tensor], with_base: bool) -> Tensor | None:
-    """Measure large tensors, or many, in loops of machine code; None where there are none.
+    """Measure many tensors in one loop of machine code; None where there is none.
 
     Args:
         columns: The tensors that are compared with, the models, and the merged tensors, each of shape [k, n].
@@ -152,22 +153,6 @@ def _measure_in_a_loop(columns: Sequence[Tensor], with_base: bool) -> Tensor | N
     if why_not() is not None or (with_base and any(data.dtype.itemsize > 2 for data in columns[1:-1])):
         return None
     models, size = len(columns) - 2, columns[0].shape[1]
-    found = _sums_in_a_loop([data[:, :PAIR_SAMPLE] for data in columns], with_base=with_base)
-    whole = found if size <= PAIR_SAMPLE else _sums_in_a_loop(columns, with_base=False)
-    if found is None or whole is None:
-        return None
-    norms = 2 + models * (2 if with_base else 1)
-    found[:, 2 + models : norms] *= max(size / PAIR_SAMPLE, 1)
-    found[:, : 2 + models] = whole[:, : 2 + models]
-    found[:, :norms].sqrt_()
-    if with_base:
-        found[:, 2 + models : norms][found[:, 1 : 1 + models] == 0] = 0.0
-    return found
-
-
-def _sums_in_a_loop(columns: Sequence[Tensor], *, with_base: bool) -> Tensor | None:
-    """Return `_sums_of_rows`; None where it cannot be a loop."""
-    size = columns[0].shape[1]
     forms = tuple(Form("block", data.dtype) for data in columns)
     key = (forms, size, with_base)
     with _lock:
@@ -179,7 +164,12 @@ def _sums_in_a_loop(columns: Sequence[Tensor], *, with_base: bool) -> Tensor | N
         program = _programs[key]
     if program is None or not program.takes(columns[0].shape):
         return None
-    return program.bind(())(columns)[0]
+    [found] = program.bind(())(columns)
+    norms = 2 + models * (2 if with_base else 1)
+    found[:, :norms].sqrt_()
+    if with_base:
+        found[:, 2 + models : norms][found[:, 1 : 1 + models] == 0] = 0.0
+    return found
 
 
 def _sums_of_rows(origin: Tensor, *others: Tensor, with_base: bool) -> tuple[Tensor]:
