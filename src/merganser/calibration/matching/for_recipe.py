@@ -13,7 +13,8 @@ from ...recipe import Recipe
 from ...recipe.fields.align import Align
 from ...statistics import CalibrationPlan
 from ...statistics.correlations import CORRELATIONS_NAME, Correlations, open_correlations
-from ..plan import plan_prepared, rate_of_sums
+from ..cost import rate_of_sums
+from ..plan import plan_prepared
 from ..preparation import Prepared, prepare
 from ..writer import file_name
 from .run import about_pair, correlate, same_tokens, same_units
