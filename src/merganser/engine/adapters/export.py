@@ -293,7 +293,7 @@ tags:
 
 # {task.name}
 
-A LoRA adapter for `{Path(task.named).name}`, exported by [Merganser](https://pypi.org/project/merganser/) {__version__} from the sidecar
+A LoRA adapter for `{Path(task.named).name}`, exported by Merganser {__version__} from the sidecar
 ({exported["method"]}) of a task: {plural(exported["factored"], "weight")} in factors, {plural(len(exported["saved"]), "tensor")} stored whole.
 Error relative to what restoring the task changes: {exported["error"]:.4g}.
 """

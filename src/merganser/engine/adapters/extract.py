@@ -328,7 +328,7 @@ tags:
 
 # {work.spool.out.name}
 
-A LoRA adapter {how}, extracted by [Merganser](https://pypi.org/project/merganser/) {__version__} from what `{name}` changed in
+A LoRA adapter {how}, extracted by Merganser {__version__} from what `{name}` changed in
 `{Path(base).name}`: {plural(extracted["factored"], "weight")} in factors, {plural(len(extracted["saved"]), "tensor")} stored whole,
 {len(extracted["dropped"])} left as in the base. Relative error of the whole change: {extracted["error"]:.4g}.
 """
