@@ -17,6 +17,7 @@ __all__ = [
     "plural",
     "printable",
     "printable_json",
+    "setting_text",
     "size_text",
     "some",
     "time_text",
@@ -92,6 +93,11 @@ def number_text(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}"
+
+
+def setting_text(value: object) -> str:
+    """Format a value of a recipe: numbers with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

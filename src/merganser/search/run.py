@@ -69,7 +69,7 @@ def search(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Found:
-    """Find the free values of a recipe by trying them, and prove the best on items that no trial saw.
+    """Find the free values of a recipe by trying them, and test the best on items that no trial saw.
 
     Args:
         recipe: The recipe, with values such as `{search: [0, 1]}`: a path, a YAML text, a mapping.
@@ -145,15 +145,15 @@ def search(
             if connected is not None:
                 spread(connected, request, folder, prepared.trials, deadline, progress)
             prepared.trials.run(request.trials, deadline, progress)
-            return _prove(prepared, folder, progress)
+            return _tested(prepared, folder, progress)
         except KeyboardInterrupt:
             prepared.trials.refresh()
             raise Interrupted(_found(prepared, folder)) from None
 
 
-def _prove(prepared: Prepared, folder: Folder, progress: Progress) -> Found:
+def _tested(prepared: Prepared, folder: Folder, progress: Progress) -> Found:
     """Measure winner, inputs and average on what no trial saw; of several processes, the first one does."""
-    with folder.claims.turn("proof", lambda: progress.note("another process measures what was found; waiting for it")):
+    with folder.claims.turn("test", lambda: progress.note("another process measures what was found; waiting for it")):
         prepared.trials.refresh()
         found = _found(prepared, folder)
         if not found.front:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..errors import CheckpointError, NotFoundError, UnsupportedError
 from ..evaluation.scoring.journal import read_journal
 from ..jsonfile import Entry, os_reason, read_object
+from .difference import Difference
 
 __all__ = [
     "FORMAT",
@@ -34,9 +35,6 @@ FORMAT = 1
 RESULT = "result.json"
 ITEMS = "items.jsonl"
 SETTINGS = "search.json"
-
-Better = tuple[float, tuple[float, float] | None]
-"""How much better the winner is than another model, above 0 if it is, and the ends of its interval of 95 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +81,14 @@ class StoredEnd:
         name: Its name.
         role: "winner", "input", "average".
         values: Value and standard error of each objective; None if it failed.
-        better: For each objective how much better the winner is, and the ends of its interval of 95 %, None where there are none;
-            None of the winner itself.
+        better: For each objective how much better the winner is; None of the winner itself.
         failed: Why it has no values.
     """
 
     name: str
     role: str
     values: tuple[tuple[float, float | None], ...] | None
-    better: tuple[Better, ...] | None
+    better: tuple[Difference, ...] | None
     failed: str | None
 
 
@@ -122,7 +119,7 @@ class StoredStudy:
     notes: tuple[str, ...]
 
     @property
-    def against(self) -> list[tuple[StoredEnd, Better]]:
+    def against(self) -> list[tuple[StoredEnd, Difference]]:
         """The best single model and the average, each with how much better the winner is in the first objective."""
         sign = 1.0 if self.objectives[0][1] == "maximize" else -1.0
         inputs = [(sign * end.values[0][0], end) for end in self.ends if end.role == "input" and end.values]
@@ -254,14 +251,14 @@ def _measured(entry: Entry) -> tuple[float, float | None]:
     return entry["value"].number(), None if stderr is None else stderr.number()
 
 
-def _better(entry: Entry) -> Better:
+def _better(entry: Entry) -> Difference:
     interval = entry.get("interval")
     if interval is None:
-        return entry["value"].number(), None
+        return Difference(entry["value"].number(), None)
     ends = interval.each(Entry.number)
     if len(ends) != 2:
         interval.refuse("two numbers")
-    return entry["value"].number(), (ends[0], ends[1])
+    return Difference(entry["value"].number(), (ends[0], ends[1]))
 
 
 def read_items(folder: Path) -> list[StoredItems]:

@@ -90,7 +90,7 @@ class Progress(Protocol):
     def measuring(self, model: str) -> None:
         """Called before a model that others are compared with is scored on the items of trials."""
 
-    def proving(self, model: str) -> None:
+    def testing(self, model: str) -> None:
         """Called before a model is scored on the items held out."""
 
 
@@ -109,7 +109,7 @@ class Silent:
     def measuring(self, model: str) -> None:
         """Do nothing."""
 
-    def proving(self, model: str) -> None:
+    def testing(self, model: str) -> None:
         """Do nothing."""
 
 

@@ -1,4 +1,4 @@
-"""The page of `auto`: what to use, what was tried, and the proof."""
+"""The page of `auto`: what to use, what was tried, and the held-out test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...search.auto.choice import Choice, TriedRecipe
+from ...search.auto.choice import FIGURES, Choice, TriedRecipe
 from ...search.auto.choice import Figure as Measured
 from ...search.stored import StoredEnd, StoredItems
 from ...wording import plural, time_text
@@ -19,14 +19,12 @@ from .sections import compared
 __all__ = ["choice_sections", "choice_summary"]
 
 _SOURCE = "result.json"
-_SHOWN = (("recovered/mean", "kept, mean"), ("recovered/worst", "kept, worst task"), ("forgotten/mean", "forgotten"))
 
 
 def choice_summary(choice: Choice) -> str:
     """Return what was tried, in one line."""
     seconds = sum(tried.seconds for tried in choice.tried) + sum(trial.seconds for trial in choice.around)
-    around = f" and {plural(len(choice.around), 'trial')} around the best of them" if choice.around else ""
-    return f"{plural(len(choice.tried), 'recipe')}{around} · auto · {time_text(seconds)} in merging and scoring"
+    return f"{choice.what_was_tried} · auto · {time_text(seconds)} in merging and scoring"
 
 
 def choice_sections(choice: Choice, items: Sequence[StoredItems]) -> list[Section]:
@@ -57,20 +55,12 @@ def _verdict(choice: Choice) -> Section:
 
 
 def _sentences(choice: Choice) -> list[str]:
-    domains = ", ".join(f"{task} ({name})" for task, name in choice.domains.items())
-    if choice.merged is not None:
-        first = f"Take the merge in {choice.folder / 'merged'}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}."
-    else:
-        how = (
-            "the average (recipes/average.yaml)"
-            if choice.recommended == "average"
-            else f"{choice.recommended} as it is"
-        )
-        first = f"Take {how}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}, is worse, so nothing was merged."
+    chosen = f"{choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}"
+    worse = "" if choice.merged is not None else ", is worse, so nothing was merged"
     lines = [
-        first,
+        f"Take {choice.what_to_use}: {chosen}{worse}.",
         "Kept is the share of the gain of the best model of each task over the base that is still there: "
-        f"{domains}. A model alone keeps 1 of its own task.",
+        f"{choice.domains_text}. A model alone keeps 1 of its own task.",
         f"Measured on {plural(choice.held_out, 'item')} that nothing was chosen on; ± is one standard error. What was chosen "
         "from many looks better on the items that chose it than it is, so only these figures count.",
         *compared(choice.study),
@@ -79,7 +69,7 @@ def _sentences(choice: Choice) -> list[str]:
 
 
 def _columns(all_figures: Sequence[Mapping[str, Measured]]) -> list[tuple[str, str]]:
-    return [(name, said) for name, said in _SHOWN if any(name in figures for figures in all_figures)]
+    return [(name, said) for name, said in FIGURES.items() if any(name in figures for figures in all_figures)]
 
 
 def _ends(choice: Choice) -> Table:
@@ -95,9 +85,9 @@ def _end(choice: Choice, i: int, end: StoredEnd, names: Sequence[str]) -> list[C
     cells: list[Cell] = [end.name, end.role, *_cells(choice.kept.get(end.name, {}), names, f"kept.{end.name}")]
     if not end.better:
         return [*cells, ""]
-    value, interval = end.better[0]
-    span = "" if interval is None else f" ({interval[0]:+.3f} to {interval[1]:+.3f})"
-    return [*cells, Number(value, f"{value:+.3f}{span}", f"ends[{i}].winner_better_by[0].value")]
+    gap = end.better[0]
+    span = "" if gap.interval is None else f" ({gap.interval[0]:+.3f} to {gap.interval[1]:+.3f})"
+    return [*cells, Number(gap.value, f"{gap.value:+.3f}{span}", f"ends[{i}].winner_better_by[0].value")]
 
 
 def _cells(figures: Mapping[str, Measured], names: Sequence[str], place: str) -> list[Cell]:

@@ -202,7 +202,7 @@ def refuse_same(texts: Mapping[str, Path], tasks: Sequence[Task]) -> None:
         if path in sources:
             raise TaskError(
                 f"data: {path} is the text of {name} and the task {sources[path]}; a merge that was calibrated on what it "
-                "is scored on proves nothing: give other texts, or leave the tasks out, so that it is divided"
+                "is scored on is not tested by it: give other texts, or leave the tasks out, so that it is divided"
             )
 
 

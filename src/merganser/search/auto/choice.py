@@ -8,12 +8,16 @@ from pathlib import Path
 
 from ...errors import CheckpointError, UnsupportedError
 from ...jsonfile import Entry
+from ...wording import plural
 from ..stored import StoredEnd, StoredStudy, StoredTrial, open_result, read_end, read_trial
 
-__all__ = ["FORMAT", "KIND", "Choice", "TriedRecipe", "read_choice"]
+__all__ = ["FIGURES", "FORMAT", "KIND", "Choice", "TriedRecipe", "read_choice"]
 
 KIND = "auto result"
 FORMAT = 1
+
+FIGURES = {"recovered/mean": "kept, mean", "recovered/worst": "kept, worst task", "forgotten/mean": "forgotten"}
+"""What is shown of a model, by the names of objectives, and what it is called."""
 
 Figure = tuple[float, float | None]
 """A value and its standard error."""
@@ -54,7 +58,7 @@ class Choice:
         around: Trials around the best of them.
         ends: The winner, the models and the average, on items that nothing was chosen on.
         kept: What each of them keeps and forgets there, by its name and the names of objectives.
-        held_out: Number of items of the proof.
+        held_out: Number of items of the held-out test.
         winner: Name of the recipe that was the best on the items of trials.
         chosen_from: Number of recipes that were scored.
         recommended: Name of what to use: "winner", a model, or "average".
@@ -77,6 +81,24 @@ class Choice:
     merged: Path | None
     advice: str | None
     notes: tuple[str, ...]
+
+    @property
+    def what_was_tried(self) -> str:
+        """How many recipes and trials there were, in words."""
+        around = f" and {plural(len(self.around), 'trial')} around the best of them" if self.around else ""
+        return f"{plural(len(self.tried), 'recipe')}{around}"
+
+    @property
+    def what_to_use(self) -> str:
+        """The model that is recommended, in words."""
+        if self.merged is not None:
+            return f"the merge in {self.folder / 'merged'}"
+        return "the average (recipes/average.yaml)" if self.recommended == "average" else f"{self.recommended} as it is"
+
+    @property
+    def domains_text(self) -> str:
+        """The tasks that count, each with its best model."""
+        return ", ".join(f"{task} ({name})" for task, name in self.domains.items())
 
     @property
     def study(self) -> StoredStudy:

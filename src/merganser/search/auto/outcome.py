@@ -73,9 +73,9 @@ class Above:
         """Pass it on."""
         self._inner.measuring(model)
 
-    def proving(self, model: str) -> None:
+    def testing(self, model: str) -> None:
         """Pass it on."""
-        self._inner.proving(model)
+        self._inner.testing(model)
 
 
 def plain(

@@ -85,7 +85,7 @@ def auto(
         data: Text of the field of each expert, `NAME=FILE` or by name of the expert, which methods with data are calibrated
             on; without it none is tried.
         minutes: Time for everything. Where it is short, fewer items are scored, and recipes are left out; the first recipe,
-            the proof and the merge take place in any case. A call that continues another one has the time anew.
+            the held-out test and the merge take place in any case. A call that continues another one has the time anew.
         seed: Seed of the division of the items, and of the search.
         limit: Number of items of each task, both halves together.
         context: As for `evaluate`.
@@ -140,7 +140,7 @@ def auto(
                 candidates(base, experts, texts=[*texts.values()], kept=folder.path.absolute() / "statistics")
             )
             search.try_around()
-            return search.prove()
+            return search.test_and_merge()
         except KeyboardInterrupt:
             raise Interrupted(search.best_so_far()) from None
 
@@ -181,7 +181,7 @@ class _Search:
         for note in self.notes:
             progress.note(note)
         pace = bench.table.pace([model.key for model in models])
-        # every model, the winner and the average are in the proof
+        # every model, the winner and the average are in the held-out test
         self.budget = Budget(bench, until, pace, len(models) + 2, options)
         self._listed: tuple[Candidate, ...] = ()
         self.tried: list[Tried] = []
@@ -264,7 +264,7 @@ class _Search:
         try:
             trials.run(None, deadline, Above(self.progress, self.best[0]))
         except TaskError as error:
-            # what the portfolio found is worth its proof all the same
+            # what the portfolio found is worth its test all the same
             self.notes.append(f"around {self.best_candidate.name}: {error}")
             self.progress.note(self.notes[-1])
         self.around = trials.over
@@ -310,8 +310,8 @@ class _Search:
         assert best is not None
         return f"{best[1]}, which keeps {best[0]:.4f} on the items of trials: {self.folder.path / 'recipes' / best[1]}.yaml"
 
-    def prove(self) -> Choice:
-        """Measure on the other half, and merge what is worth it."""
+    def test_and_merge(self) -> Choice:
+        """Test the best on the items held out, and merge it if it is recommended."""
         assert self.best is not None
         winner = self._model(*self.best[1:])
         average = next(tried for tried in self.tried if tried.name == "linear")
