@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...anatomy.experts import ROUTERS, SHARED, sizes_of_layers
+from ...anatomy.experts import ROUTERS, SHARED, common_size, sizes_of_layers
 from ...calibration.forward.internals import expert_matrices, expert_modules, has_gate, has_norm
 from ...calibration.forward.skeleton import Block, Skeleton
 from ...errors import CheckpointError, UnsupportedError
@@ -143,9 +143,7 @@ def find_layers(skeleton: Skeleton) -> list[Layer]:
             if sizes_of_layers({name: own.shape for name, own in skeleton.checkpoint.tensors.items()})
             else f"{reference}: {kind} has no layers of experts"
         )
-    counts = sorted({layer.count for layer in found})
-    if len(counts) > 1:
-        raise UnsupportedError(f"{reference}: its layers have {counts[0]} to {counts[-1]} experts; they must be alike")
+    common_size((layer.count for layer in found), str(reference))
     if len({layer.block for layer in found}) < len(found):
         raise UnsupportedError(f"{reference}: has several groups of experts in a layer")
     return found
