@@ -37,6 +37,8 @@ _FEWEST = 16
 Terms = Mapping[int, Sequence[tuple[int, float]]]
 """For each new token's id, rows of the model and their coefficients."""
 
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+
 
 def match_tokenizer(
     recipe: Recipe,
@@ -78,25 +80,9 @@ def match_tokenizer(
             "--method subword needs none"
         )
     solver = _Solver(owner, donor, member, model, shared, new, settings, threads, advance)
-    own = np.full(rows, -1, np.int64)
-    own[list(shared)] = list(shared.values())
-    # rows without a token, such as padding, are matched by their number
-    named = {*donor.vocabulary.tokens, *model.vocabulary.tokens}
-    nameless = [row for row in range(min(rows, model.rows)) if row not in named]
-    own[nameless] = nameless
-    mean = sorted(number for number in model.vocabulary.tokens if number < model.rows)
-    tensors = dict(member.checkpoint.tensors)
+    own = _known_rows(shared, donor, model, rows)
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    kinds: dict[int, Made] = {}
-    for name, tensor in indexed_tensors(member).items():
-        terms = solver.terms(name, tensor)
-        mapped = _row_map(own, terms, mean)
-        digest.update(
-            b"".join(a.tobytes() for a in (mapped.index, mapped.made.starts, mapped.made.row, mapped.made.weight))
-        )
-        tensors[name] = gathered([tensor], mapped)
-        if name == member.anatomy.embedding:
-            kinds = {row: _kind(terms.get(row)) for row in np.flatnonzero(own < 0).tolist()}
+    tensors, kinds = _gathered(member, model, solver, own, digest)
     config = with_vocab_size(member.checkpoint.config, rows, member.anatomy.vocab_size)
     changed = Member.of(member.reference, replace(member.checkpoint, tensors=tensors, config=config))
     kept = set(shared.values())
@@ -108,6 +94,44 @@ def match_tokenizer(
     moved = {n: places.get(n) for n in model.vocabulary.tokens if places.get(n) != n}
     changed = with_ids(changed, moved, recipe)
     return Matched({member.reference: changed}, owner, replace(change, digest=digest.hexdigest()), moved=moved)
+
+
+def _known_rows(shared: Mapping[int, int], donor: Tokens, model: Tokens, rows: int) -> Rows:
+    """Return for each row of the output the row of the model that it is; -1 for that of a new token."""
+    own = np.full(rows, -1, np.int64)
+    own[list(shared)] = list(shared.values())
+    # rows without a token, such as padding, are matched by their number
+    named = {*donor.vocabulary.tokens, *model.vocabulary.tokens}
+    nameless = [row for row in range(min(rows, model.rows)) if row not in named]
+    own[nameless] = nameless
+    return own
+
+
+def _gathered(
+    member: Member, model: Tokens, solver: _Solver, own: Rows, digest: hashlib._Hash
+) -> tuple[dict[str, TensorInfo], dict[int, Made]]:
+    """Return the tensors of the model with the rows of the output, and how each new row of the embedding is made.
+
+    Args:
+        member: The model.
+        model: Its tokens.
+        solver: Finds what new rows are made of.
+        own: From `_known_rows`.
+        digest: Gets what the rows are made of.
+    """
+    mean = sorted(number for number in model.vocabulary.tokens if number < model.rows)
+    tensors = dict(member.checkpoint.tensors)
+    kinds: dict[int, Made] = {}
+    for name, tensor in indexed_tensors(member).items():
+        terms = solver.terms(name, tensor)
+        mapped = _row_map(own, terms, mean)
+        digest.update(
+            b"".join(a.tobytes() for a in (mapped.index, mapped.made.starts, mapped.made.row, mapped.made.weight))
+        )
+        tensors[name] = gathered([tensor], mapped)
+        if name == member.anatomy.embedding:
+            kinds = {row: _kind(terms.get(row)) for row in np.flatnonzero(own < 0).tolist()}
+    return tensors, kinds
 
 
 def tokens_of(member: Member) -> Tokens:
@@ -130,7 +154,7 @@ def _kind(terms: Sequence[tuple[int, float]] | None) -> Made:
     return Made("combined" if terms else "zero", ())
 
 
-def _row_map(own: np.ndarray[Any, np.dtype[np.int64]], terms: Terms, mean: Sequence[int]) -> RowMap:
+def _row_map(own: Rows, terms: Terms, mean: Sequence[int]) -> RowMap:
     """Return which row of the model, or which combination, each row is; rows without terms are the mean of all."""
     index = own.copy()
     made: list[Sequence[tuple[int, int, float]]] = [[(0, row, 1 / len(mean)) for row in mean]]
