@@ -82,7 +82,13 @@ def match_tokenizer(
     solver = _Solver(owner, donor, member, model, shared, new, settings, threads, advance)
     own = _known_rows(shared, donor, model, rows)
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    tensors, kinds = _gathered(member, model, solver, own, digest)
+    maps, kinds = _row_maps(member, model, solver, own)
+    for mapped in maps.values():
+        digest.update(
+            b"".join(a.tobytes() for a in (mapped.index, mapped.made.starts, mapped.made.row, mapped.made.weight))
+        )
+    held = member.checkpoint.tensors
+    tensors = {**held, **{name: gathered([held[name]], mapped) for name, mapped in maps.items()}}
     config = with_vocab_size(member.checkpoint.config, rows, member.anatomy.vocab_size)
     changed = Member.of(member.reference, replace(member.checkpoint, tensors=tensors, config=config))
     kept = set(shared.values())
@@ -107,31 +113,19 @@ def _known_rows(shared: Mapping[int, int], donor: Tokens, model: Tokens, rows: i
     return own
 
 
-def _gathered(
-    member: Member, model: Tokens, solver: _Solver, own: Rows, digest: hashlib._Hash
-) -> tuple[dict[str, TensorInfo], dict[int, Made]]:
-    """Return the tensors of the model with the rows of the output, and how each new row of the embedding is made.
-
-    Args:
-        member: The model.
-        model: Its tokens.
-        solver: Finds what new rows are made of.
-        own: From `_known_rows`.
-        digest: Gets what the rows are made of.
-    """
+def _row_maps(
+    member: Member, model: Tokens, solver: _Solver, own: Rows
+) -> tuple[dict[str, RowMap], dict[int, Made]]:
+    """Return what the rows of each tensor of tokens are made of, and how each new row of the embedding is made."""
     mean = sorted(number for number in model.vocabulary.tokens if number < model.rows)
-    tensors = dict(member.checkpoint.tensors)
+    maps: dict[str, RowMap] = {}
     kinds: dict[int, Made] = {}
     for name, tensor in indexed_tensors(member).items():
         terms = solver.terms(name, tensor)
-        mapped = _row_map(own, terms, mean)
-        digest.update(
-            b"".join(a.tobytes() for a in (mapped.index, mapped.made.starts, mapped.made.row, mapped.made.weight))
-        )
-        tensors[name] = gathered([tensor], mapped)
+        maps[name] = _row_map(own, terms, mean)
         if name == member.anatomy.embedding:
             kinds = {row: _kind(terms.get(row)) for row in np.flatnonzero(own < 0).tolist()}
-    return tensors, kinds
+    return maps, kinds
 
 
 def tokens_of(member: Member) -> Tokens:
