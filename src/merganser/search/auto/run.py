@@ -124,15 +124,8 @@ def auto(
         wanted = Wanted(limit, context, None, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval))
         bench, found = open_bench(names, loaded, wanted, folder.journal, seed, cache_dir)
         models = [*found.values()]
-        given: dict[str, Any] = {"command": "auto", "seed": seed, "version of merganser": __version__}
-        given |= {"input": {name: model.key for name, model in found.items()}}
-        given |= {"task": {name: split.hash for name, split in bench.table.splits.items()}}
-        given |= {"limit": limit, "context": context}
-        given |= {"lm-eval": wanted.harness.to_json()} if wanted.harness else {}
-        given |= {"dtype": dtype, "device": str(wanted.device), "batch of tokens": batch_tokens}
-        given |= {"data": {name: xxh3_of_file(path) for name, path in texts.items()}}
         notes = notes_of_same(models)
-        waves = settle_waves(folder, given, bench, models, minutes, progress)
+        waves = settle_waves(folder, _settings(wanted, seed, found, bench, texts), bench, models, minutes, progress)
         bench.table.shorten(waves)
         search = _Search(base, experts, bench, folder, seed, progress, models, begin + 60 * minutes, options, notes)
         try:
@@ -143,6 +136,27 @@ def auto(
             return search.test_and_merge()
         except KeyboardInterrupt:
             raise Interrupted(search.best_so_far()) from None
+
+
+def _settings(
+    wanted: Wanted, seed: int, models: Mapping[str, Model], bench: Bench, texts: Mapping[str, Path]
+) -> dict[str, Any]:
+    """Return what a call that continues must have in common with the first one."""
+    harness = {"lm-eval": wanted.harness.to_json()} if wanted.harness else {}
+    return {
+        "command": "auto",
+        "seed": seed,
+        "version of merganser": __version__,
+        "input": {name: model.key for name, model in models.items()},
+        "task": {name: split.hash for name, split in bench.table.splits.items()},
+        "limit": wanted.limit,
+        "context": wanted.context,
+        **harness,
+        "dtype": wanted.dtype,
+        "device": str(wanted.device),
+        "batch of tokens": wanted.batch_tokens,
+        "data": {name: xxh3_of_file(path) for name, path in texts.items()},
+    }
 
 
 class Interrupted(KeyboardInterrupt):
