@@ -131,34 +131,15 @@ def _tried(choice: Choice) -> Table:
 
 def _tried_figure(choice: Choice) -> list[Block]:
     """Return what each recipe keeps, with its standard error."""
-    data: list[dict[str, Any]] = []
     order = [tried for _, tried in _ordered(choice) if choice.objective in tried.figures]
     if len(order) < 2:
         return []
-    for stopped, label, mark in (
-        (False, "scored on all items", {"color": COLOURS[0], "symbol": "circle", "size": 9}),
-        (True, "ended early", {"color": COLOURS[6], "symbol": "circle-open", "size": 8}),
-    ):
-        own = [tried for tried in order if tried.stopped == stopped]
-        if own:
-            measured = [tried.figures[choice.objective] for tried in own]
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": label,
-                    "x": [value for value, _ in measured],
-                    "y": [escape(cut(tried.name)) for tried in own],
-                    "error_x": {
-                        "type": "data",
-                        "array": [error or 0.0 for _, error in measured],
-                        "thickness": 1,
-                        "width": 0,
-                    },
-                    "marker": mark,
-                    "hovertemplate": "%{y}: %{x:.4f}<extra></extra>",
-                }
-            )
+    whole, early = ([tried for tried in order if tried.stopped == stopped] for stopped in (False, True))
+    data = [
+        _kept_points("scored on all items", whole, choice.objective, color=COLOURS[0], symbol="circle", size=9),
+        _kept_points("ended early", early, choice.objective, color=COLOURS[6], symbol="circle-open", size=8),
+    ]
+    data = [trace for trace in data if trace["x"]]
     height = 130 + 24 * len(order)
     drawn = layout(
         height,
@@ -176,6 +157,21 @@ def _tried_figure(choice: Choice) -> list[Block]:
     )
     lines = [f"  {tried.name}: {tried.figures[choice.objective][0]:.4f}" for tried in order]
     return [Figure("what the recipes keep, on the items that chose", data, drawn, height, lines, f"{_SOURCE}: tried[]")]
+
+
+def _kept_points(label: str, recipes: Sequence[TriedRecipe], objective: str, **marker: Any) -> dict[str, Any]:
+    """Return the trace of what some recipes keep."""
+    measured = [tried.figures[objective] for tried in recipes]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": label,
+        "x": [value for value, _ in measured],
+        "y": [escape(cut(tried.name)) for tried in recipes],
+        "error_x": {"type": "data", "array": [error or 0.0 for _, error in measured], "thickness": 1, "width": 0},
+        "marker": marker,
+        "hovertemplate": "%{y}: %{x:.4f}<extra></extra>",
+    }
 
 
 def _around_text(choice: Choice) -> str:
