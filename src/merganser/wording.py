@@ -13,6 +13,7 @@ __all__ = [
     "brief",
     "count_text",
     "html_table",
+    "measured_text",
     "number_text",
     "plural",
     "printable",
@@ -93,6 +94,11 @@ def number_text(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}"
+
+
+def measured_text(value: float, stderr: float | None) -> str:
+    """Format a measured number with four decimals, and its standard error where it is known: `0.4983 ±0.0336`."""
+    return f"{value:.4f}" + ("" if stderr is None else f" ±{stderr:.4f}")
 
 
 def setting_text(value: object) -> str:

@@ -207,7 +207,7 @@ def test_a_large_search_stays_below_two_megabytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "other result"}, "is the other result, and none of merganser search"),
+        ({"kind": "other result"}, "is of the kind 'other result'; merganser search writes 'search result'"),
         ({"kind": 3}, "kind: must be a text, found 3"),
         ({"format": 2}, "is of a later version of merganser (format 2)"),
         ({"objectives": {}}, "objectives: must be a list"),

@@ -155,19 +155,33 @@ def is_study(folder: Path) -> bool:
 
 def result_kind(folder: Path) -> str:
     """Return the kind of what was found in the folder of a search; for the errors see `open_result`."""
-    return open_result(folder)["kind"].text()
+    return _read_result(folder)["kind"].text()
 
 
-def open_result(folder: Path) -> Entry:
+def open_result(folder: Path, kind: str, latest: int, command: str) -> Entry:
     """Return the content of `result.json`.
 
     Args:
         folder: The folder of the search.
+        kind: What it must be.
+        latest: The latest format that is known.
+        command: The command that writes it.
 
     Raises:
         NotFoundError: There is none.
         CheckpointError: It is damaged.
+        UnsupportedError: It is of another kind, or of a later version.
     """
+    root = _read_result(folder)
+    found = root["kind"].text()
+    if found != kind:
+        raise UnsupportedError(f"{root.where}: is of the kind {found!r}; {command} writes {kind!r}")
+    if root["format"].whole() > latest:
+        raise UnsupportedError(f"{root.where}: is of a later version of merganser (format {root['format'].whole()})")
+    return root
+
+
+def _read_result(folder: Path) -> Entry:
     file = folder / RESULT
     if not file.exists():
         raise NotFoundError(f"{file}: no such file; the search in {folder} was stopped before it found something")
@@ -185,12 +199,7 @@ def read_study(folder: Path) -> StoredStudy:
         CheckpointError: The file is damaged.
         UnsupportedError: It is of a later version, or of `merganser auto`.
     """
-    root, file = open_result(folder), folder / RESULT
-    kind = root["kind"].text()
-    if kind != KIND:
-        raise UnsupportedError(f"{file}: is the {kind}, and none of merganser search")
-    if root["format"].whole() > FORMAT:
-        raise UnsupportedError(f"{file}: is of a later version of merganser (format {root['format'].whole()})")
+    root, file = open_result(folder, KIND, FORMAT, "merganser search"), folder / RESULT
     objectives = tuple(root["objectives"].each(lambda e: (e["objective"].text(), e["direction"].text())))
     trials = tuple(root["trials"].each(read_trial))
     for trial in trials:

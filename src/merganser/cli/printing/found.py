@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from ...errors import MergeError
 from ...search.auto.choice import FIGURES
 from ...search.ends import difference
-from ...wording import plural, setting_text, time_text
+from ...wording import measured_text, plural, setting_text, time_text
 from .text import complain, head, say, table
 
 if TYPE_CHECKING:
     from ...search import Found, Trial
-    from ...search.auto.choice import Choice, Figure
+    from ...search.auto.choice import Choice
     from ...search.difference import Difference
     from ...search.ends import End
 
@@ -60,10 +60,7 @@ def _outcome(trial: Trial) -> str:
     if trial.values is None:
         return f"failed: {trial.failed}"
     stderr = [*trial.stderr, *[None] * len(trial.values)]
-    return "  ".join(
-        f"{value:.4f}" + ("" if error is None else f" ±{error:.4f}")
-        for value, error in zip(trial.values, stderr, strict=False)
-    )
+    return "  ".join(measured_text(value, error) for value, error in zip(trial.values, stderr, strict=False))
 
 
 def _mark(trial: Trial, best: Trial | None) -> str:
@@ -114,10 +111,7 @@ def _rows(found: Found) -> list[list[str]]:
         if end.values is None:
             rows.append([_named(end, found), f"failed: {end.failed}"])
             continue
-        cells = []
-        for value in end.values:
-            error = value.stderr if value.parts else None
-            cells.append(f"{value.value:.4f}" + ("" if error is None else f" ±{error:.4f}"))
+        cells = [measured_text(value.value, value.stderr if value.parts else None) for value in end.values]
         better = ""
         if winner is not None and winner.values and end is not winner:
             better = _difference(difference(winner.values[0], end.values[0], found.objectives[0]))
@@ -185,14 +179,9 @@ def _kept(found: Choice) -> list[list[str]]:
             rows.append([end.name, f"failed: {end.failed}"])
             continue
         figures = found.kept[end.name]
-        cells = [_figure(figures[name]) if name in figures else "" for name in shown]
+        cells = [measured_text(*figures[name]) if name in figures else "" for name in shown]
         rows.append([end.name, *cells, _difference(end.better[0]) if end.better else ""])
     return rows
-
-
-def _figure(found: Figure) -> str:
-    value, stderr = found
-    return f"{value:.4f}" + ("" if stderr is None else f" ±{stderr:.4f}")
 
 
 def write_page(folder: Path, *, quiet: bool) -> None:

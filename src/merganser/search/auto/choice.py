@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import CheckpointError, UnsupportedError
+from ...errors import CheckpointError
 from ...jsonfile import Entry
 from ...wording import plural
 from ..stored import StoredEnd, StoredStudy, StoredTrial, open_result, read_end, read_trial
@@ -142,11 +142,7 @@ def read_choice(folder: Path) -> Choice:
         CheckpointError: The file is damaged.
         UnsupportedError: It is of a later version, or of a search.
     """
-    root = open_result(folder)
-    if root["kind"].text() != KIND:
-        raise UnsupportedError(f"{root.where}: is the {root['kind'].text()}, and none of merganser auto")
-    if root["format"].whole() > FORMAT:
-        raise UnsupportedError(f"{root.where}: is of a later version of merganser (format {root['format'].whole()})")
+    root = open_result(folder, KIND, FORMAT, "merganser auto")
     merged, advice = root.get("merged"), root.get("advice")
     around = tuple(root["around"].each(read_trial))
     for trial in around:
