@@ -121,7 +121,7 @@ def test_every_number_is_where_it_says(tmp_path: Path, monkeypatch: pytest.Monke
     assert places == {"ends[].values[].value", "ends[].winner_better_by[].value"}
     said = html.unescape(text)
     for sentence in (
-        "The best is trial 3, of 4 that were scored; being chosen from many flatters what is chosen.",
+        "The best is trial 3, of 4 that were scored; as the best of many, it looks better on the items that chose it than it is.",
         "Measured on 8 items that no trial saw; ± is one standard error.",
         "No significant difference from expert, the best single model: the 95 % interval contains zero.",
         "Significantly better than the average (95 % interval).",

@@ -145,7 +145,7 @@ def _spool_bytes(prepared: Prepared) -> int:
 
 
 def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]], mode: Mode) -> int:
-    # of weights, within a merge: a block and as it is merged; or the blocks of both, each with what is outside
+    # weights in memory within a merge: a block, and the block as it is merged; or the blocks of both, each with what is outside
     skeleton, together = prepared.skeleton, mode.together
     # for a fit the block's base, task vectors and gradient in float32, too
     wide = (together + 3) * 4 / skeleton.dtype.itemsize

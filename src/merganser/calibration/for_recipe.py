@@ -220,7 +220,7 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
     """Plan a calibration, and lay out its statistics without values, for planning the merge.
 
     Args:
-        wanted: What is to be made.
+        wanted: What to make.
         folder: The folder to write, which must not exist.
         kept: Where the statistics will be; None where that is temporary.
         cache_dir: Folder for models from the Hub.
@@ -243,7 +243,7 @@ def make_statistics(
     """Calibrate a model, unless the statistics are there; an interrupted calibration continues.
 
     Args:
-        wanted: What is to be made.
+        wanted: What to make.
         folder: The folder for them.
         kept: Whether the folder is the user's: other statistics in it are refused, and replaced otherwise.
         cache_dir: Folder for models from the Hub.

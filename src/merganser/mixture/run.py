@@ -330,7 +330,7 @@ def _census(
     used: dict[int, bool] = {}
     for planned in tensors:
         copied = planned.copy or (len(planned.inputs) == 1 and planned.parameters.get("scale", (1.0,)) == (1.0,))
-        # of an expert with noise, the tensor that it is made from
+        # the tensor that an expert with noise is made from
         made_from = [part for source in planned.inputs for part in source.stored if planned.role == "expert"]
         for source in (*planned.inputs, *made_from):
             used[id(source)] = used.get(id(source), True) and copied

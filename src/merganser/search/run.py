@@ -87,7 +87,7 @@ def search(
         base: The base, for what a merge recovers and forgets.
         experts: The model trained for a task, as for `evaluate`.
         trials: Number of trials, those of earlier calls included; by default 50, with `hours` as many as they allow.
-        hours: Time after which no trial begins, from the beginning of this call: a search that is continued has it anew.
+        hours: Time after which no trial begins, from the beginning of this call: a search that is continued has it again.
         sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic, m2n2, genome,
             nested or bayesian.
         seed: Seed of the sampler and of the division of the items.

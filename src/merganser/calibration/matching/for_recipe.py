@@ -72,7 +72,7 @@ def plan_match(wanted: WantedMatch, kept: Path | None, cache_dir: Path | None) -
     """Plan the comparison of a model with the reference.
 
     Args:
-        wanted: What is to be made.
+        wanted: What to make.
         kept: Where the correlations will be; None where that is temporary.
         cache_dir: Folder for models from the Hub.
 
@@ -117,7 +117,7 @@ def make_match(
     """Compare a model with the reference, unless the correlations are there; an interrupted run continues.
 
     Args:
-        wanted: What is to be made.
+        wanted: What to make.
         folder: The folder for them.
         kept: Whether the folder is the user's: other correlations in it are refused, and replaced otherwise.
         cache_dir: Folder for models from the Hub.

@@ -36,7 +36,7 @@ class SearchProgress:
         of = "" if self._of is None else f"/{self._of}"
         name = f"trial {trial.number + 1}{of}"
         if trial.label:
-            # a recipe of `auto`, of which there are so many; a trial around one is called after it
+            # a recipe of `auto` (their number is known), or a trial around one, which has its name
             name = trial.label if self._of is None else f"recipe {trial.number + 1}{of}  {trial.label}"
         say(f"{name}  {_outcome(trial)}{_mark(trial, best)}  {time_text(trial.seconds)}")
 
@@ -140,7 +140,7 @@ def _verdict(found: Found) -> list[str]:
     if best is not None and best.values and found.held_out:
         whole = sum(trial.same_as is None and trial.failed is None for trial in found.trials)
         lines.append(
-            f"on its own items the winner had {best.values[0]:.4f}; it was chosen from {whole} there, which flatters it"
+            f"on the items of the trials the winner had {best.values[0]:.4f}; as the best of {whole} there, it looks better than it is"
         )
     return lines
 

@@ -201,7 +201,7 @@ class _Work:
 
     def _factor(self, name: str, left: Tensor, right: Tensor) -> None:
         if not name.endswith(".weight"):
-            raise UnsupportedError(f"{name}: is no module's weight, of which alone an adapter holds factors")
+            raise UnsupportedError(f"{name}: is not the weight of a module, and an adapter holds factors of these alone")
         embedding = self.anatomy.parts[name].role == "embedding"
         self._store(name.removesuffix(".weight"), left, right, embedding=embedding)
         if name in self.tied:

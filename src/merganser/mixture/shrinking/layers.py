@@ -1,4 +1,4 @@
-"""The layers of experts of a model: their tensors in the checkpoint, checked, read, and named anew."""
+"""The layers of experts of a model: their tensors in the checkpoint, checked, read, and given new names."""
 
 from __future__ import annotations
 

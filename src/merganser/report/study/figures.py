@@ -244,7 +244,7 @@ def _scale(values: Sequence[object]) -> dict[object, float]:
     numbers = [key for key in keys if isinstance(key, int | float) and not isinstance(key, bool)]
     if len(numbers) == len(keys) and numbers:
         low, high = min(numbers), max(numbers)
-        # of values that span a hundredfold, ratios are shown
+        # values that span a hundredfold are shown by their ratios
         if low > 0 and high / low >= 100:
             return {n: math.log(n / low) / math.log(high / low) for n in numbers}
         return {n: (n - low) / (high - low) if high > low else 0.5 for n in numbers}

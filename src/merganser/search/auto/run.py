@@ -85,7 +85,7 @@ def auto(
         data: Text of the field of each expert, `NAME=FILE` or by name of the expert, which methods with data are calibrated
             on; without it none is tried.
         minutes: Time for everything. Where it is short, fewer items are scored, and recipes are left out; the first recipe,
-            the held-out test and the merge take place in any case. A call that continues another one has the time anew.
+            the held-out test and the merge take place in any case. A call that continues another one has the whole time again.
         seed: Seed of the division of the items, and of the search.
         limit: Number of items of each task, both halves together.
         context: As for `evaluate`.

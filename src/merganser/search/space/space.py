@@ -182,7 +182,7 @@ class Space:
         if parameter is not None and parameter.range is not None:
             check_within(free, parameter.range, parameter.allowed)
         low, high = free.bounds or _own_range(parameter, free)
-        # of a key of the recipe whole ends mean whole numbers; a parameter of a method not yet chosen is taken for any
+        # whole ends mean whole numbers for a key of the recipe; a parameter of a method not yet chosen may be any number
         whole = free.parameter is None and all(_whole(n) for n in (low, high, free.step or 1))
         integer = parameter.kind == "integer" if parameter else whole
         if integer and not all(_whole(n) for n in (low, high, free.step or 1)):
