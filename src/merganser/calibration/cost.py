@@ -159,7 +159,9 @@ def _peak_memory(prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tap
         "end_to_end": (1, 1),
     }[mode.inputs]
     largest = max(_loaded(skeleton, block.sources) for block in skeleton.blocks)
-    sums = max(sum(_memory(tapped) for tapped in block) for block in blocks) * (together if mode.inputs == "mean" else 1)
+    sums = max(sum(_memory(tapped) for tapped in block) for block in blocks) * (
+        together if mode.inputs == "mean" else 1
+    )
     widest = max((tapped.width for block in blocks for tapped in block), default=0)
     # float32 rows of the widest input, its products in several steps, and one sum as it is stored
     fed = 4 * min(prepared.batch_tokens, prepared.tokens) * widest * 6

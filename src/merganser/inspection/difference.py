@@ -187,7 +187,10 @@ def diff(
         raise CheckpointError(f"{a} and {b}: have no tensor of the same name and shape, so there is nothing to compare")
     sums = _compare(pairs, progress)
     parts = {name: structure_a.parts.get(name) or structure_b.parts[name] for name in pairs}
-    total, matrices = _summed(sums.values()), _summed(sums[name] for name, (one, _) in pairs.items() if len(one.shape) > 1)
+    total, matrices = (
+        _summed(sums.values()),
+        _summed(sums[name] for name, (one, _) in pairs.items() if len(one.shape) > 1),
+    )
     return Difference(
         a=str(a),
         b=str(b),

@@ -113,9 +113,7 @@ def _known_rows(shared: Mapping[int, int], donor: Tokens, model: Tokens, rows: i
     return own
 
 
-def _row_maps(
-    member: Member, model: Tokens, solver: _Solver, own: Rows
-) -> tuple[dict[str, RowMap], dict[int, Made]]:
+def _row_maps(member: Member, model: Tokens, solver: _Solver, own: Rows) -> tuple[dict[str, RowMap], dict[int, Made]]:
     """Return what the rows of each tensor of tokens are made of, and how each new row of the embedding is made."""
     mean = sorted(number for number in model.vocabulary.tokens if number < model.rows)
     maps: dict[str, RowMap] = {}

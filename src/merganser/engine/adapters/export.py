@@ -201,7 +201,9 @@ class _Work:
 
     def _factor(self, name: str, left: Tensor, right: Tensor) -> None:
         if not name.endswith(".weight"):
-            raise UnsupportedError(f"{name}: is not the weight of a module, and an adapter holds factors of these alone")
+            raise UnsupportedError(
+                f"{name}: is not the weight of a module, and an adapter holds factors of these alone"
+            )
         embedding = self.anatomy.parts[name].role == "embedding"
         self._store(name.removesuffix(".weight"), left, right, embedding=embedding)
         if name in self.tied:

@@ -197,7 +197,7 @@ class _Builder:
             return self._add(done.node, done.size, counted=True)
         return None
 
-    def _repeat(self, anchor: str, line: int) -> Node | None:
+    def _repeat(self, anchor: str | None, line: int) -> Node | None:
         """Add the value of an anchor."""
         if anchor not in self.anchors:
             raise self.error(

@@ -90,7 +90,8 @@ def _binned(study: StoredStudy, items: StoredItems, most: int) -> _Bins:
 def _heat(study: StoredStudy, items: StoredItems, most: int) -> Figure:
     bins = _binned(study, items, most)
     names = [
-        f"items {_numbers(items, group)}: mean {_number(items, float(bins.mean[group].mean()))}" for group in bins.groups
+        f"items {_numbers(items, group)}: mean {_number(items, float(bins.mean[group].mean()))}"
+        for group in bins.groups
     ]
     height = 130 + max(9 * len(bins.rows), 60)
     unit = {"correct": "share of right answers", _BITS: f"{_BITS}, fewer are better"}.get(items.score, items.score)

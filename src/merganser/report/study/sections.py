@@ -66,9 +66,14 @@ def _sentences(study: StoredStudy) -> list[str]:
     else:
         said = f"The best is trial {study.front[0] + 1}"
     whole = sum(trial.same_as is None and trial.failed is None for trial in study.trials)
-    lines = [f"{said}, of {whole} that were scored; as the best of many, it looks better on the items that chose it than it is."]
+    lines = [
+        f"{said}, of {whole} that were scored; as the best of many, it looks better on the items that chose it than it is."
+    ]
     if not study.ends:
-        return [*lines, "The search was stopped before the held-out test: nothing was measured on items that no trial saw."]
+        return [
+            *lines,
+            "The search was stopped before the held-out test: nothing was measured on items that no trial saw.",
+        ]
     if study.held_out:
         lines.append(f"Measured on {plural(study.held_out, 'item')} that no trial saw; ± is one standard error.")
     else:
