@@ -125,7 +125,6 @@ def _section(title: str, lines: Iterable[str]) -> None:
         say(line)
 
 
-
 def _input(stage: Plan, entry: InputSummary) -> list[str]:
     tensors = plural(entry.tensors, "tensor")
     if entry.tensors_read not in (0, entry.tensors):

@@ -99,15 +99,15 @@ def write_found(
     best = running.best
     front = running.front if len(objectives) > 1 else [] if best is None else [best]
     found = Found(
-        folder.path,
-        objectives,
-        tuple(running.over),
-        tuple(front),
-        tuple(ends),
-        held_out,
-        sampler,
-        running.importance,
-        tuple(notes),
+        folder=folder.path,
+        objectives=objectives,
+        trials=tuple(running.over),
+        front=tuple(front),
+        ends=tuple(ends),
+        held_out=held_out,
+        sampler=sampler,
+        importance=running.importance,
+        notes=tuple(notes),
     )
     write_whole(folder.result, json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n")
     if best is not None and len(objectives) == 1 and best.values:

@@ -114,25 +114,27 @@ def search(
     """
     progress = progress or Silent()
     request = Request(
-        recipe,
-        tasks,
-        command,
-        timeout,
-        objectives,
-        at_least,
-        at_most,
-        base,
-        experts,
-        TRIALS if trials is None and hours is None else trials,
-        hours,
-        sampler,
-        seed,
-        Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval)),
-        early_stopping,
-        estimator,
-        None if item_parameters is None else Path(item_parameters),
-        None if storage is None else str(storage),
-        cache_dir,
+        recipe=recipe,
+        tasks=tasks,
+        command=command,
+        timeout=timeout,
+        objectives=objectives,
+        at_least=at_least,
+        at_most=at_most,
+        base=base,
+        experts=experts,
+        trials=TRIALS if trials is None and hours is None else trials,
+        hours=hours,
+        sampler=sampler,
+        seed=seed,
+        wanted=Wanted(
+            limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval)
+        ),
+        early_stopping=early_stopping,
+        estimator=estimator,
+        item_parameters=None if item_parameters is None else Path(item_parameters),
+        storage=None if storage is None else str(storage),
+        cache_dir=cache_dir,
     )
     request, notes = request.completed()
     space, start = request.check()

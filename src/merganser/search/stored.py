@@ -213,15 +213,17 @@ def read_study(folder: Path) -> StoredStudy:
         raise CheckpointError(f"{file}: front: there is no trial {min(unknown)}")
     importance = root.get("importance")
     return StoredStudy(
-        folder,
-        objectives,
-        root["sampler"].text(),
-        trials,
-        front,
-        root["held_out"].whole(),
-        tuple(root["ends"].each(read_end)),
-        {} if importance is None else {name: {k: v.number() for k, v in e.items()} for name, e in importance.items()},
-        tuple(root["notes"].each(Entry.text)),
+        folder=folder,
+        objectives=objectives,
+        sampler=root["sampler"].text(),
+        trials=trials,
+        front=front,
+        held_out=root["held_out"].whole(),
+        ends=tuple(root["ends"].each(read_end)),
+        importance={}
+        if importance is None
+        else {name: {k: v.number() for k, v in e.items()} for name, e in importance.items()},
+        notes=tuple(root["notes"].each(Entry.text)),
     )
 
 
@@ -229,17 +231,17 @@ def read_trial(entry: Entry) -> StoredTrial:
     """Return a trial from its plain data."""
     values, same_as, failed = entry.get("values"), entry.get("same_as"), entry.get("failed")
     return StoredTrial(
-        entry["number"].whole(),
-        entry["recipe"].text(),
-        {name: value.plain() for name, value in entry["settings"].items()},
-        None if values is None else tuple(values.each(Entry.number)),
-        tuple(entry["stderr"].each(Entry.maybe)),
-        entry["feasible"].flag(),
-        entry["items"].whole(),
-        entry["stopped"].flag(),
-        None if same_as is None else same_as.whole(),
-        None if failed is None else failed.text(),
-        entry["seconds"].number(),
+        number=entry["number"].whole(),
+        name=entry["recipe"].text(),
+        settings={name: value.plain() for name, value in entry["settings"].items()},
+        values=None if values is None else tuple(values.each(Entry.number)),
+        stderr=tuple(entry["stderr"].each(Entry.maybe)),
+        feasible=entry["feasible"].flag(),
+        items=entry["items"].whole(),
+        stopped=entry["stopped"].flag(),
+        same_as=None if same_as is None else same_as.whole(),
+        failed=None if failed is None else failed.text(),
+        seconds=entry["seconds"].number(),
     )
 
 

@@ -79,7 +79,17 @@ def match_tokenizer(
             f"{donor.reference} and {model.reference} share {len(shared)} tokens, too few to tell what the others mean; "
             "--method subword needs none"
         )
-    solver = _Solver(owner, donor, member, model, shared, new, settings, threads, advance)
+    solver = _Solver(
+        owner=owner,
+        donor=donor,
+        member=member,
+        model=model,
+        shared=shared,
+        new=new,
+        settings=settings,
+        threads=threads,
+        advance=advance,
+    )
     own = _known_rows(shared, donor, model, rows)
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     maps, kinds = _row_maps(member, model, solver, own)

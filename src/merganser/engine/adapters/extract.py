@@ -96,7 +96,17 @@ def extract(
     _refuse_inputs(Path(out), [tuned, origin])
     _check_alike(tuned, origin)
     with Spool(Path(out), overwrite=overwrite) as spool, Reader() as reader, one_thread():
-        work = _Work(tuned, origin, rank, energy, embeddings, others, dtype, spool, reader)
+        work = _Work(
+            tuned=tuned,
+            base=origin,
+            rank=rank,
+            energy=energy,
+            embeddings=embeddings,
+            others=others,
+            dtype=dtype,
+            spool=spool,
+            reader=reader,
+        )
         total = tuned.nbytes + origin.nbytes
         done = 0
         for name, tensor in tuned.tensors.items():

@@ -185,19 +185,19 @@ def plan_adapters(recipe: Recipe, *, seed: int = 0, cache_dir: Path | None = Non
         kind = _kind(recipe, method, modules, len(adapters), seed)
     space = "factors" if of_factors else recipe.space or "core"
     return AdapterPlan(
-        recipe,
-        method,
-        of_factors,
-        space,
-        kind,
-        adapters,
-        names,
-        modules,
-        _copied(adapters, names),
-        _base(recipe, adapters),
-        _dtype(recipe, adapters),
-        seed,
-        [*warnings, *resolver.idle_filters(), *_notes(method, kind, space)],
+        recipe=recipe,
+        method=method,
+        of_factors=of_factors,
+        space=space,
+        kind=kind,
+        adapters=adapters,
+        names=names,
+        modules=modules,
+        copied=_copied(adapters, names),
+        base=_base(recipe, adapters),
+        dtype=_dtype(recipe, adapters),
+        seed=seed,
+        warnings=[*warnings, *resolver.idle_filters(), *_notes(method, kind, space)],
     )
 
 

@@ -105,17 +105,17 @@ class Choice:
         """The portfolio and the trials around its best as one search, in the order in which they were made."""
         listed = [
             StoredTrial(
-                i,
-                tried.name,
-                {},
-                None if tried.value is None else (tried.value,),
-                (tried.figures.get(self.objective, (0.0, None))[1],),
-                True,
-                tried.items,
-                tried.stopped,
-                None,
-                tried.failed,
-                tried.seconds,
+                number=i,
+                name=tried.name,
+                settings={},
+                values=None if tried.value is None else (tried.value,),
+                stderr=(tried.figures.get(self.objective, (0.0, None))[1],),
+                feasible=True,
+                items=tried.items,
+                stopped=tried.stopped,
+                same_as=None,
+                failed=tried.failed,
+                seconds=tried.seconds,
             )
             for i, tried in enumerate(self.tried)
         ]
@@ -127,7 +127,15 @@ class Choice:
         front = tuple(trial.number for trial in listed if trial.name == self.winner)
         objectives = ((self.objective, "maximize"),)
         return StoredStudy(
-            self.folder, objectives, "auto", tuple(listed), front, self.held_out, self.ends, {}, self.notes
+            folder=self.folder,
+            objectives=objectives,
+            sampler="auto",
+            trials=tuple(listed),
+            front=front,
+            held_out=self.held_out,
+            ends=self.ends,
+            importance={},
+            notes=self.notes,
         )
 
 
@@ -151,20 +159,20 @@ def read_choice(folder: Path) -> Choice:
                 f"{root.where}: trial {trial.number} has {len(trial.values)} values for one objective"
             )
     return Choice(
-        folder,
-        root["objective"].text(),
-        {task: name.text() for task, name in root["domains"].items()},
-        tuple(root["tried"].each(_tried)),
-        around,
-        tuple(root["ends"].each(read_end)),
-        {name: _figures(entry) for name, entry in root["kept"].items()},
-        root["held_out"].whole(),
-        root["winner"].text(),
-        root["chosen_from"].whole(),
-        root["recommended"].text(),
-        None if merged is None else Path(merged.text()),
-        None if advice is None else advice.text(),
-        tuple(root["notes"].each(Entry.text)),
+        folder=folder,
+        objective=root["objective"].text(),
+        domains={task: name.text() for task, name in root["domains"].items()},
+        tried=tuple(root["tried"].each(_tried)),
+        around=around,
+        ends=tuple(root["ends"].each(read_end)),
+        kept={name: _figures(entry) for name, entry in root["kept"].items()},
+        held_out=root["held_out"].whole(),
+        winner=root["winner"].text(),
+        chosen_from=root["chosen_from"].whole(),
+        recommended=root["recommended"].text(),
+        merged=None if merged is None else Path(merged.text()),
+        advice=None if advice is None else advice.text(),
+        notes=tuple(root["notes"].each(Entry.text)),
     )
 
 

@@ -369,16 +369,16 @@ def _shown(tried: Tried, number: int) -> Trial:
     """Return a recipe of the portfolio as a trial, for the progress."""
     verdict = tried.verdict
     return Trial(
-        number,
-        {},
-        tried.recipe,
-        None if verdict is None else verdict.values,
-        () if verdict is None else tuple(e.stderr for e in verdict.estimates),
-        True,
-        0 if verdict is None else verdict.items,
-        verdict is not None and verdict.stopped,
-        None,
-        tried.failed,
-        tried.seconds,
-        tried.name,
+        number=number,
+        settings={},
+        recipe=tried.recipe,
+        values=None if verdict is None else verdict.values,
+        stderr=() if verdict is None else tuple(e.stderr for e in verdict.estimates),
+        feasible=True,
+        items=0 if verdict is None else verdict.items,
+        stopped=verdict is not None and verdict.stopped,
+        same_as=None,
+        failed=tried.failed,
+        seconds=tried.seconds,
+        label=tried.name,
     )

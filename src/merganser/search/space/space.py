@@ -113,15 +113,15 @@ class Space:
 
         def one(name: str) -> Make:
             dimension = Dimension(
-                name,
-                like.low,
-                like.high,
-                like.log,
-                like.step,
-                like.integer,
-                like.choices,
-                free.parameter,
-                weight_of_one,
+                name=name,
+                low=like.low,
+                high=like.high,
+                log=like.log,
+                step=like.step,
+                integer=like.integer,
+                choices=like.choices,
+                parameter=free.parameter,
+                per_model=weight_of_one,
             )
             self.dimensions.append(dimension)
             return dimension.value
