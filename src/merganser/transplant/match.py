@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,6 @@ def match_tokenizer(
     donor, model = tokens_of(owner), tokens_of(member)
     shared = shared_rows(donor, model)
     rows = max(donor.rows, donor.last + 1)
-    new = {
-        number: token for token, number in sorted(donor.ids.items(), key=lambda item: item[1]) if number not in shared
-    }
     method = METHODS[settings["method"]]
     if method.solve is not None and len(shared) < _FEWEST:
         raise CheckpointError(
@@ -85,7 +83,6 @@ def match_tokenizer(
         member=member,
         model=model,
         shared=shared,
-        new=new,
         settings=settings,
         threads=threads,
         advance=advance,
@@ -178,10 +175,15 @@ class _Solver:
     member: Member
     model: Tokens
     shared: Mapping[int, int]
-    new: Mapping[int, str]
     settings: Mapping[str, Any]
     threads: int | None
     advance: Callable[[int, int], None] | None
+
+    @cached_property
+    def new(self) -> dict[int, str]:
+        """The donor's tokens that the model lacks, by id, in order."""
+        ordered = sorted(self.donor.ids.items(), key=lambda item: item[1])
+        return {number: token for token, number in ordered if number not in self.shared}
 
     def terms(self, name: str, tensor: TensorInfo) -> Terms:
         """Return rows and coefficients for each new token; for tokens that are left out, the mean of all rows is meant."""
