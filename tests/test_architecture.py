@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import merganser
 
@@ -82,11 +84,27 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports(module: str) -> Iterator[str]:
+class Facts(NamedTuple):
+    """What the tests need of a module, so that it is parsed once."""
+
+    imports: list[str]
+    lengths: dict[str, int]
+
+
+@cache
+def facts(module: str) -> Facts:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    lengths: dict[str, int] = {}
+    for name, lines in lengths_of(tree):
+        lengths[name] = max(lines, lengths.get(name, 0))
+    return Facts([*imports_of(module, tree)], lengths)
+
+
+def imports_of(module: str, tree: ast.Module) -> Iterator[str]:
     """Yield every module of the package that a module imports, at the top, in a function, or for types."""
     path = MODULES[module]
     package = module.split("/") if path.name == "__init__.py" else module.split("/")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             parent = [part for part in package[: len(package) - node.level + 1] if part]
             target = "/".join([*parent, *(node.module or "").split(".")]).strip("/")
@@ -97,6 +115,15 @@ def imports(module: str) -> Iterator[str]:
         for name in node.names:
             inner = f"{target}/{name.name}".strip("/")
             yield inner if inner in MODULES else target
+
+
+def lengths_of(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Yield the number of lines of the body of every function, without its docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+            if body:
+                yield node.name, (body[-1].end_lineno or 0) - body[0].lineno + 1
 
 
 def room(module: str) -> str:
@@ -118,7 +145,7 @@ def test_imports_go_down() -> None:
     up = [
         f"{module} imports {target}"
         for module in MODULES
-        for target in imports(module)
+        for target in facts(module).imports
         if ROOMS.index(room(target)) > ROOMS.index(room(module))
     ]
     assert up == []
@@ -127,7 +154,7 @@ def test_imports_go_down() -> None:
 def test_no_import_goes_round_in_a_circle() -> None:
     """Between files, whatever the room."""
     above: dict[str, list[str]] = {module: [] for module in MODULES}
-    left = {module: {target for target in imports(module) if target != module} for module in MODULES}
+    left = {module: {target for target in facts(module).imports if target != module} for module in MODULES}
     for module, targets in left.items():
         for target in targets:
             above[target].append(module)
@@ -140,3 +167,25 @@ def test_no_import_goes_round_in_a_circle() -> None:
             if not left[other] and other not in ready:
                 ready.append(other)
     assert {module: sorted(targets & left.keys()) for module, targets in left.items()} == {}
+
+
+LONGEST = 45
+"""Most lines of the body of a function, without its signature and docstring."""
+
+# longer because they are one clear list: a literal, a constructor call, or steps that share most of their values
+LONG = {
+    "checkpoint/formats/gguf/k_quants:__init__",
+    "cli/search:search",
+    "engine/planner/planner:build_plan",
+    "recipe/load:_recipe",
+    "recipe/schema:_properties",
+    "recipe/schema:_shared",
+}
+
+
+def test_functions_are_short() -> None:
+    """A function whose body is longer does two things; one in the list that became short is to be taken out."""
+    long = {
+        f"{module}:{name}" for module in MODULES for name, lines in facts(module).lengths.items() if lines > LONGEST
+    }
+    assert long == LONG

@@ -13,10 +13,12 @@ __all__ = [
     "brief",
     "count_text",
     "html_table",
+    "measured_text",
     "number_text",
     "plural",
     "printable",
     "printable_json",
+    "setting_text",
     "size_text",
     "some",
     "time_text",
@@ -92,6 +94,16 @@ def number_text(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}"
+
+
+def measured_text(value: float, stderr: float | None) -> str:
+    """Format a measured number with four decimals, and its standard error where it is known: `0.4983 ±0.0336`."""
+    return f"{value:.4f}" + ("" if stderr is None else f" ±{stderr:.4f}")
+
+
+def setting_text(value: object) -> str:
+    """Format a value of a recipe: numbers with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

@@ -1,4 +1,4 @@
-"""The page of auto: what to use, what was tried, the proof; every number is where it says."""
+"""The page of auto: what to use, what was tried, the held-out test; every number is where it says."""
 
 from __future__ import annotations
 
@@ -123,14 +123,14 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert "out/merged: trial-0002, chosen from 5 recipes." in text.replace("/ ", "/")
     assert "one (calm), two (cool). A model alone keeps 1 of its own task." in text
     assert "Measured on 8 items that nothing was chosen on" in text
-    assert "Better than calm, the best single model, beyond the interval of 95 %." in text
-    assert "Better than the average beyond the interval of 95 %." in text
+    assert "Significantly better than calm, the best single model (95 % interval)." in text
+    assert "Significantly better than the average (95 % interval)." in text
     assert "winner winner 0.700 ± 0.020 0.600 ± 0.020 0.010 ± 0.020" in text
     assert "failed: is <b>too</b> large" in text
     instead = run("report", write_study(tmp_path / "out", result("calm")), "--text").out
     instead = re.sub(r"\s+", " ", instead)
     assert "Take calm as it is: trial-0002, chosen from 5 recipes, is worse, so nothing was merged." in instead
-    assert "Worse than calm, the best single model, beyond the interval of 95 %: take that instead." in instead
+    assert "Significantly worse than calm, the best single model (95 % interval): take that instead." in instead
     assert "Think of a sidecar." in instead
 
 

@@ -121,10 +121,10 @@ def test_every_number_is_where_it_says(tmp_path: Path, monkeypatch: pytest.Monke
     assert places == {"ends[].values[].value", "ends[].winner_better_by[].value"}
     said = html.unescape(text)
     for sentence in (
-        "The best is trial 3, of 4 that were scored; being chosen from many flatters what is chosen.",
+        "The best is trial 3, of 4 that were scored; as the best of many, it looks better on the items that chose it than it is.",
         "Measured on 8 items that no trial saw; ± is one standard error.",
-        "No difference from expert, the best single model, is shown: the interval of 95 % holds zero.",
-        "Better than the average beyond the interval of 95 %.",
+        "No significant difference from expert, the best single model: the 95 % interval contains zero.",
+        "Significantly better than the average (95 % interval).",
         f"merganser merge {tmp_path}/study/winner.yaml OUT",
         "a note & more",
         "trial 4: the command <b>printed</b> nothing",
@@ -173,7 +173,7 @@ def test_several_objectives_and_texts(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_search_without_an_end(tmp_path: Path) -> None:
     found = result() | {"ends": []}
     assert (
-        "stopped before the proof: nothing was measured"
+        "stopped before the held-out test: nothing was measured"
         in run("report", write_study(tmp_path / "s", found), "--text").out
     )
     found |= {"front": [], "trials": []}
@@ -207,7 +207,7 @@ def test_a_large_search_stays_below_two_megabytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "other result"}, "is the other result, and none of merganser search"),
+        ({"kind": "other result"}, "is of the kind 'other result'; merganser search writes 'search result'"),
         ({"kind": 3}, "kind: must be a text, found 3"),
         ({"format": 2}, "is of a later version of merganser (format 2)"),
         ({"objectives": {}}, "objectives: must be a list"),

@@ -1,4 +1,4 @@
-"""`merganser auto`: the portfolio, the search around its best, the proof, and what it refuses."""
+"""`merganser auto`: the portfolio, the search around its best, the held-out test, and what it refuses."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_every_recipe_suits_its_method(experts: list[str], sizes: tuple[int, ...
 
 
 @pytest.mark.usefixtures("short")
-def test_it_finds_merges_and_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_finds_merges_and_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     found = made_best(out)
     assert set(found.domains) == {"one", "two"}
@@ -197,9 +197,9 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "note: a quarter of the items is scored, since all would take more than half of the minutes" in found.err
     assert "note: scoring 5 models takes about 0 minutes of the 1e-05 even on a part of the items" in found.err
     assert [line.split()[0] for line in lines[start + 4 : start + 8]] == ["winner", "base", "calm", "cool"]
-    single = lines[start + 8].partition(",")[0].removeprefix("worse than ")
+    single = lines[start + 8].partition(",")[0].removeprefix("significantly worse than ")
     assert lines[start + 8 :] == [
-        f"worse than {single}, the best single model, beyond the interval: take that instead",
+        f"significantly worse than {single}, the best single model (95 % interval): take that instead",
         f"take {single} as it is: nothing that was tried is better; nothing was merged",
         f"wrote {out / 'report.html'}; open it in a browser",
     ]
@@ -365,7 +365,7 @@ def test_how_many_items_fit_into_the_minutes(seconds: float, kept: int, told: bo
 
 def test_what_may_still_begin(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     budget = Budget(_Bench(), 200.0, 0.05, 5)  # type: ignore[arg-type]
-    assert budget.proof == 20.0
+    assert budget.testing == 20.0
     monkeypatch.setattr(Budget, "seconds", lambda _, recipe: float(recipe))
     # 80 seconds are left for trials, 52 of them for the portfolio
     assert budget.fits("52")
@@ -374,7 +374,7 @@ def test_what_may_still_begin(clock: list[float], monkeypatch: pytest.MonkeyPatc
     assert budget.fits("2")
     assert not budget.fits("3")
     assert budget.last_trial(10) == 170.0
-    # the winner is merged after the proof
+    # the winner is merged after the held-out test
     assert budget.last_trial(10, 5) == 165.0
 
 

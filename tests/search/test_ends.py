@@ -1,4 +1,4 @@
-"""Intervals of the proof hold the truth as often as they say, also with few items."""
+"""Intervals of the held-out test hold the truth as often as they say, also with few items."""
 
 from __future__ import annotations
 

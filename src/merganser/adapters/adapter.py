@@ -218,14 +218,14 @@ def _changes(
     ranks = config.ranks([*factors])
     return {
         module: LowRank(
-            module,
-            pair["A"],
-            pair["B"],
-            scales[module],
-            module in embeddings or config.transposed,
-            module in embeddings,
-            lengths.get(module),
-            int(ranks[module]),
+            module=module,
+            a=pair["A"],
+            b=pair["B"],
+            scale=scales[module],
+            transposed=module in embeddings or config.transposed,
+            embedding=module in embeddings,
+            lengths=lengths.get(module),
+            rank=int(ranks[module]),
         )
         for module, pair in factors.items()
     }

@@ -157,18 +157,18 @@ def read_config(folder: Path) -> AdapterConfig:
         )
     low_rank = kind == "LORA"
     return AdapterConfig(
-        file,
-        cast('Literal["LORA", "IA3"]', kind),
-        _number(file, "r", config.get("r")) if low_rank else 1.0,
-        _number(file, "lora_alpha", config.get("lora_alpha")) if low_rank else 1.0,
-        _flag(file, "use_rslora", config),
-        _flag(file, "use_dora", config),
-        _pattern(file, "rank_pattern", config),
-        _pattern(file, "alpha_pattern", config),
-        _flag(file, "fan_in_fan_out", config),
-        config["base_model_name_or_path"] if isinstance(config.get("base_model_name_or_path"), str) else None,
-        _names(file, "target_parameters", config),
-        _flag(file, "ensure_weight_tying", config),
+        file=file,
+        kind=cast('Literal["LORA", "IA3"]', kind),
+        r=_number(file, "r", config.get("r")) if low_rank else 1.0,
+        alpha=_number(file, "lora_alpha", config.get("lora_alpha")) if low_rank else 1.0,
+        rslora=_flag(file, "use_rslora", config),
+        dora=_flag(file, "use_dora", config),
+        rank_pattern=_pattern(file, "rank_pattern", config),
+        alpha_pattern=_pattern(file, "alpha_pattern", config),
+        transposed=_flag(file, "fan_in_fan_out", config),
+        base=config["base_model_name_or_path"] if isinstance(config.get("base_model_name_or_path"), str) else None,
+        parameters=_names(file, "target_parameters", config),
+        keeps_ties=_flag(file, "ensure_weight_tying", config),
     )
 
 

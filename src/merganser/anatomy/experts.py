@@ -8,7 +8,7 @@ first (`n_group`), groups may change places, and experts within a group.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import CheckpointError, UnsupportedError
 from .settings.config import as_int
 from .settings.mixtures import number_of_experts
 
-__all__ = ["EXPERTS", "ROUTERS", "SHARED", "ExpertUnits", "find_experts", "sizes_of_layers"]
+__all__ = ["EXPERTS", "ROUTERS", "SHARED", "ExpertUnits", "common_size", "find_experts", "sizes_of_layers"]
 
 EXPERTS = "experts"
 """The kind of these units, beside those of `symmetry.UNITS`."""
@@ -104,6 +104,22 @@ def find_experts(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any
     count = number_of_experts(config)
     parts = as_int(text.get("n_group")) or 1
     return [_units(home, found, shapes, count, parts) for home, found in sorted(layers.items())]
+
+
+def common_size(sizes: Iterable[int], where: str) -> int:
+    """Return the number of experts that every layer has.
+
+    Args:
+        sizes: The number of each layer; at least one.
+        where: The model, for the message.
+
+    Raises:
+        UnsupportedError: Layers differ.
+    """
+    found = sorted({*sizes})
+    if len(found) > 1:
+        raise UnsupportedError(f"{where}: its layers have {found[0]} to {found[-1]} experts; they must be alike")
+    return found[0]
 
 
 def sizes_of_layers(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[int]:

@@ -52,7 +52,16 @@ def slice_module_config(
         raise UnsupportedError(
             f"config.json: no sub-config is clearly that of {module} with {count} layers, so its layers cannot be chosen"
         )
-    alone = Anatomy(anatomy.parts, {stack: count}, stack, count, [], None, None, None)
+    alone = Anatomy(
+        parts=anatomy.parts,
+        stacks={stack: count},
+        main=stack,
+        n_layers=count,
+        tied=[],
+        embedding=None,
+        head=None,
+        vocab_size=None,
+    )
     result[own[0]] = slice_config(result[own[0]], layers, anatomy=alone).config
     return result
 

@@ -74,7 +74,7 @@ def _added(name: str, parts: Sequence[Statistics], reader: Reader) -> Tensor:
         tensor = reader.tensor(info)
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    # of single sequences, so there is nothing to add
+    # they are per sequence, so there is nothing to add
     if name == LOSSES:
         return torch.cat([read(part.sums[name]) for part in parts])
     total = read(parts[0].sums[name])

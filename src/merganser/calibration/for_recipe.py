@@ -17,6 +17,7 @@ from ..recipe.fields.data import Data
 from ..statistics import LOSS, STATISTICS_NAME, CalibrationPlan, Statistics, open_statistics
 from ..statistics.choice import LABELS
 from .learning import Descent, descent_of
+from .mode import ALONE, Mode
 from .plan import lay_out, plan_prepared
 from .preparation import Prepared, prepare
 from .reverse import GRADIENTS
@@ -51,12 +52,8 @@ class Wanted:
         statistics: What is summed.
         place: Where the recipe names the model.
         of_base: Whether they are of the base on a model's data; `model` is the base.
-        inputs: What computes the inputs, as in `FromData`. If not the model itself, all models of the recipe are
-            measured together, and the name of the folder has two parts, the first of which they share.
-        together: Number of the models that are measured together.
-        descent: The steps in which coefficients are learnt; None if none are.
-        steps: The number of steps in which coefficients are fitted, block by block.
-        batch: The number of sequences of each model in such a step.
+        mode: How they are measured. If together with those of other models, the name of the folder has two parts, the first
+            of which they share.
     """
 
     name: str
@@ -65,11 +62,7 @@ class Wanted:
     statistics: tuple[str, ...]
     place: Place
     of_base: bool = False
-    inputs: str = "own"
-    together: int = 1
-    descent: Descent | None = None
-    steps: int = 0
-    batch: int = 0
+    mode: Mode = ALONE
 
 
 def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
@@ -100,20 +93,24 @@ def wanted_by(recipe: Recipe, *, taken: Collection[str] = ()) -> list[Wanted]:
             used = [*taken, *(each.name.removeprefix(group) for each in found.values())]
             name = free_name(f"base-on-{_name(source)}" if for_base else _name(source), used)
             statistics = of_base if for_base else own
-            found[key] = Wanted(
-                group + name, key[0], source.data, statistics, source.place, for_base, method.data_inputs
-            )
+            found[key] = Wanted(group + name, key[0], source.data, statistics, source.place, for_base)
     aligned = recipe.align is not None and recipe.align.data is not None
     for unused in ("data", "keep_statistics"):
         if unused in recipe.places and not found and not aligned:
             reason = "every model has statistics already" if pairs else f"{method.name} uses no statistics from data"
             raise RecipeError(f"{recipe.place_of(unused)}: {reason}; leave the key out")
     _check_labels(method, list(found.values()))
-    together = 1 if method.data_inputs == "own" else len(found)
-    descent = _descent(resolver) if found else None
-    fitted = _parameters(resolver) if found and method.data_inputs == "fitted" else {"steps": 0, "batch": 0}
-    steps, batch = int(fitted["steps"]), int(fitted["batch"])
-    return [replace(each, together=together, descent=descent, steps=steps, batch=batch) for each in found.values()]
+    mode = _mode(resolver, len(found)) if found else ALONE
+    return [replace(each, mode=mode) for each in found.values()]
+
+
+def _mode(resolver: Resolver, models: int) -> Mode:
+    """Return how the statistics of the recipe's method are measured, of so many models."""
+    inputs = resolver.method.data_inputs
+    if inputs == "own":
+        return ALONE
+    fitted = _parameters(resolver) if inputs == "fitted" else {"steps": 0, "batch": 0}
+    return Mode(inputs, models, _descent(resolver), int(fitted["steps"]), int(fitted["batch"]))
 
 
 def _parameters(resolver: Resolver) -> Mapping[str, Any]:
@@ -223,7 +220,7 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
     """Plan a calibration, and lay out its statistics without values, for planning the merge.
 
     Args:
-        wanted: What is to be made.
+        wanted: What to make.
         folder: The folder to write, which must not exist.
         kept: Where the statistics will be; None where that is temporary.
         cache_dir: Folder for models from the Hub.
@@ -232,17 +229,8 @@ def plan_statistics(wanted: Wanted, folder: Path, kept: Path | None, cache_dir: 
         MergeError: The data or the model cannot be used; the message begins with the place in the recipe.
     """
     with prepared_for(wanted, cache_dir) as prepared:
-        plan, blocks = plan_prepared(
-            prepared,
-            wanted.model,
-            wanted.name,
-            wanted.inputs,
-            wanted.together,
-            wanted.descent,
-            wanted.steps,
-            wanted.batch,
-        )
-        lay_out(prepared, blocks, folder, wanted.inputs)
+        plan, blocks = plan_prepared(prepared, wanted.model, wanted.name, wanted.mode)
+        lay_out(prepared, blocks, folder, wanted.mode)
         present = kept is not None and (kept / STATISTICS_NAME).exists()
         if present and kept is not None:
             check_same(open_statistics(kept), prepared, kept, hashing=False)
@@ -255,7 +243,7 @@ def make_statistics(
     """Calibrate a model, unless the statistics are there; an interrupted calibration continues.
 
     Args:
-        wanted: What is to be made.
+        wanted: What to make.
         folder: The folder for them.
         kept: Whether the folder is the user's: other statistics in it are refused, and replaced otherwise.
         cache_dir: Folder for models from the Hub.

@@ -68,7 +68,7 @@ class StatisticsHome:
         plans = [plan_match(each, self._kept(recipe, each), self._cache_dir) for each in matches]
         recipe = with_matches(recipe, dict.fromkeys(matches))
         wanted = self._wanted(recipe)
-        if wanted and wanted[0].descent is not None:
+        if wanted and wanted[0].mode.descent is not None:
             check_learning(self._plan_merge(recipe))
         folders = {each: self.folder / each.name for each in wanted}
         kept = {each: self._kept(recipe, each) for each in wanted}
@@ -85,7 +85,7 @@ class StatisticsHome:
         recipe = self._make_matches(recipe, progress)
         folders: dict[Wanted, Path] = {}
         wanted = self._wanted(recipe)
-        if wanted and wanted[0].inputs != "own":
+        if wanted and wanted[0].mode.inputs != "own":
             return self._make_within(recipe, wanted, progress)
         for each in wanted:
             kept = self._kept(recipe, each)

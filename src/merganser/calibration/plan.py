@@ -1,28 +1,25 @@
-"""Plan a calibration: which sums it will write, and what it takes; no weights are read."""
+"""Plan a calibration: which sums it will write, and what it takes (`cost.py`); no weights are read."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..anatomy.settings.mixtures import COUNTS
 from ..checkpoint import DTYPE_BY_NAME, plan_shards
 from ..errors import OutputError
 from ..jsonfile import os_reason
-from ..statistics import COUNT, STATISTICS_NAME, CalibrationPlan, Choice, sum_name
+from ..statistics import STATISTICS_NAME, CalibrationPlan, Choice, sum_name
 from ..statistics.choice import BATCH_TOKENS
+from .cost import cost_of_forward, forward_operations
 from .forward.forward import Output, run_alone
-from .forward.skeleton import Skeleton
-from .learning import Descent, plan_learning
+from .learning import plan_learning
 from .learning import planned_coefficients as planned_learnt
+from .mode import ALONE, Mode
 from .preparation import Data, Prepared, check_given, prepare
-from .reducers import REDUCERS, CrossGram, Reducer, products_of
+from .reducers import REDUCERS
 from .reverse import GRADIENTS, LOSS_FILE, check_predicts
 from .reverse.plan import plan_reverse, planned_sums
 from .run import described, fits, without
@@ -32,18 +29,7 @@ from .within.pairs import CROSS_GRAM, planned_pairs
 from .within.zipping import GROUPS, planned_groups
 from .writer import Sum, file_name, write_about
 
-__all__ = ["lay_out", "plan_calibration", "plan_prepared", "rate_of_sums"]
-
-# resident memory of Python with torch and transformers
-_RUNTIME = 500_000_000
-# norms, activation functions and attention take about as long as a third of the products
-_BESIDE_PRODUCTS = 1.3
-_READ_RATE = 1e9
-# within a merge the data pass through the merged blocks, too, and through the models' own to be compared with
-_FORWARDS = {"own": 1.0, "prefix": 2.0, "merged": 3.0, "fitted": 3.0, "mean": 1.0, "zipped": 1.0, "end_to_end": 1.0}
-# forward and backward of a step on one batch, and the weights made anew of all task vectors, as measured
-_FIT_PASSES = 5.0
-_STARTING = 4.0
+__all__ = ["lay_out", "plan_calibration", "plan_prepared"]
 
 
 def plan_calibration(
@@ -73,14 +59,7 @@ def plan_calibration(
 
 
 def plan_prepared(
-    prepared: Prepared,
-    model: str,
-    name: str,
-    inputs: str = "own",
-    together: int = 1,
-    descent: Descent | None = None,
-    steps: int = 0,
-    batch: int = 0,
+    prepared: Prepared, model: str, name: str, mode: Mode = ALONE
 ) -> tuple[CalibrationPlan, list[list[Tapped]]]:
     """Plan a prepared calibration.
 
@@ -90,11 +69,7 @@ def plan_prepared(
         prepared: From `prepare`.
         model: The model's name for the user.
         name: Name of the folder of its statistics.
-        inputs: What computes the inputs, as in `FromData`.
-        together: Number of models that are measured together.
-        descent: The steps in which coefficients are learnt; None if none are.
-        steps: The number of steps in which coefficients are fitted, block by block.
-        batch: The number of sequences in such a step.
+        mode: How they are measured.
 
     Returns:
         The plan, and for every block the tensors that will have statistics; their sums have shapes, but no values.
@@ -103,62 +78,54 @@ def plan_prepared(
         UnsupportedError: The blocks cannot be run one at a time, or there is no loss, and one is wanted.
         DataError: No token of the data is predicted, and a loss is wanted.
     """
-    skeleton = prepared.skeleton
-    if prepared.labels is not None or descent is not None:
-        check_predicts(skeleton, prepared.batches())
-    found = _block_sums(prepared)
-    if inputs in ("merged", "mean"):
-        found = [planned_pairs(skeleton, block) for block in found]
-    if descent is not None:
-        found = planned_learnt(skeleton, descent)
-    if inputs == "fitted":
-        found = [planned_coefficients(skeleton, block) for block in skeleton.blocks]
-    if inputs == "zipped":
-        found = [planned_groups(skeleton, block) for block in skeleton.blocks]
-    inside = sum(_nbytes(skeleton, block.sources) for block in skeleton.blocks)
-    outside = skeleton.outside(head=prepared.labels is not None)
-    forward = _forward_operations(prepared)
-    count = len(prepared.samples)
-    forward *= _FORWARDS[inputs] + _FIT_PASSES * steps * min(batch, count) / count
-    sums = sum(_sum_operations(prepared, tapped) for block in found for tapped in block)
-    read = skeleton.checkpoint.nbytes + 2 * inside + _nbytes(skeleton, outside)
-    memory, spool = _peak_memory(prepared, _loaded(skeleton, outside), found, inputs, together), _spool_bytes(prepared)
-    stored = sum(_stored_bytes(tapped) for block in found for tapped in block)
-    files = [file_name(number, len(found)) for number in range(1, len(found) + 1)]
-    seconds = _STARTING
+    if prepared.labels is not None or mode.descent is not None:
+        check_predicts(prepared.skeleton, prepared.batches())
+    blocks = _planned_blocks(prepared, mode)
+    files = [file_name(number, len(blocks)) for number in range(1, len(blocks) + 1)]
+    cost = cost_of_forward(prepared, blocks, mode)
     if prepared.labels is not None:
-        reverse = plan_reverse(skeleton, _gradients(prepared), prepared.samples, forward)
-        forward, sums, read = forward + reverse.operations, sums + reverse.gram_operations, read + reverse.bytes_read
-        memory, spool = max(memory, _RUNTIME + reverse.peak_memory), reverse.spool_bytes
-        stored, seconds = stored + reverse.stored_bytes, seconds + reverse.adding
+        reverse = plan_reverse(prepared.skeleton, _gradients(prepared), prepared.samples, cost.forward)
+        cost = cost.with_reverse(reverse)
         files += reverse.sums
-    if descent is not None:
-        learning = plan_learning(skeleton, descent, prepared.samples, _forward_operations(prepared), together)
-        forward, read = learning.operations, learning.bytes_read
-        memory, spool = _RUNTIME + learning.peak_memory, learning.spool_bytes
-    rate = partial(_rate, skeleton.dtype if descent is None else torch.float32, threads=torch.get_num_threads())
-    seconds += read / _READ_RATE + _BESIDE_PRODUCTS * forward / rate(sums=False) + sums / rate(sums=True)
-    return (
-        CalibrationPlan(
-            model=model,
-            name=name,
-            data=tuple(Path(file.path).name if Path(file.path).exists() else file.path for file in prepared.files),
-            statistics=statistics_of(prepared, inputs),
-            sequences=len(prepared.samples),
-            tokens=prepared.tokens,
-            counted=prepared.counted,
-            bytes_read=read,
-            forward_operations=forward,
-            sum_operations=sums,
-            seconds=seconds,
-            peak_memory=memory,
-            spool_bytes=spool,
-            statistics_bytes=stored,
-            files=(STATISTICS_NAME, *files),
-            steps=0 if descent is None else descent.steps,
-        ),
-        found,
+    if mode.descent is not None:
+        forward = forward_operations(prepared)
+        learning = plan_learning(prepared.skeleton, mode.descent, prepared.samples, forward, mode.together)
+        cost = cost.with_learning(learning)
+    plan = CalibrationPlan(
+        model=model,
+        name=name,
+        data=tuple(Path(file.path).name if Path(file.path).exists() else file.path for file in prepared.files),
+        statistics=statistics_of(prepared, mode.inputs),
+        sequences=len(prepared.samples),
+        tokens=prepared.tokens,
+        counted=prepared.counted,
+        bytes_read=cost.read,
+        forward_operations=cost.forward,
+        sum_operations=cost.sums,
+        seconds=cost.seconds(prepared.skeleton.dtype if mode.descent is None else torch.float32),
+        peak_memory=cost.memory,
+        spool_bytes=cost.spool,
+        statistics_bytes=cost.stored,
+        files=(STATISTICS_NAME, *files),
+        steps=0 if mode.descent is None else mode.descent.steps,
     )
+    return plan, blocks
+
+
+def _planned_blocks(prepared: Prepared, mode: Mode) -> list[list[Tapped]]:
+    """Return for every block the tensors that will have statistics."""
+    skeleton = prepared.skeleton
+    # the blocks run, which refuses those that cannot, also where what they show is not needed
+    found = _block_sums(prepared)
+    if mode.inputs in ("merged", "mean"):
+        found = [planned_pairs(skeleton, block) for block in found]
+    if mode.descent is not None:
+        found = planned_learnt(skeleton, mode.descent)
+    if mode.inputs == "fitted":
+        found = [planned_coefficients(skeleton, block) for block in skeleton.blocks]
+    if mode.inputs == "zipped":
+        found = [planned_groups(skeleton, block) for block in skeleton.blocks]
+    return found
 
 
 def _gradients(prepared: Prepared) -> list[str]:
@@ -178,14 +145,14 @@ def statistics_of(prepared: Prepared, inputs: str) -> tuple[str, ...]:
     return (*prepared.statistics, *extra)
 
 
-def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path, inputs: str = "own") -> None:
+def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path, mode: Mode = ALONE) -> None:
     """Write statistics without values, for planning a merge that will take them: headers, and files of full size.
 
     Args:
         prepared: From `prepare`.
         blocks: From `plan_prepared`.
         folder: The folder to write; it must not exist.
-        inputs: What computes the inputs, as in `FromData`.
+        mode: How they are measured.
 
     Raises:
         OutputError: It cannot be written.
@@ -208,7 +175,8 @@ def lay_out(prepared: Prepared, blocks: Sequence[Sequence[Tapped]], folder: Path
                 gradients.setdefault(own, []).append(kind)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {os_reason(error)}") from None
-    about = {**prepared.about(hashing=False), "statistics": list(statistics_of(prepared, inputs)), "inputs": inputs}
+    statistics = list(statistics_of(prepared, mode.inputs))
+    about = {**prepared.about(hashing=False), "statistics": statistics, "inputs": mode.inputs}
     about |= {"without": without(prepared.skeleton, tensors), "files": [*names, *reverse], "tensors": tensors}
     about |= {"gradients": gradients, "without_gradients": []} if reverse else {}
     write_about(folder, about)
@@ -240,120 +208,3 @@ def _block_sums(prepared: Prepared) -> list[list[Tapped]]:
                 before[block.stack] = run_alone(skeleton, index, batch, before)
             found.append([tapped for tapped in taps.results() if fits(skeleton, tapped)])
     return found
-
-
-def _forward_operations(prepared: Prepared) -> float:
-    """Return the floating-point operations of all blocks: two per weight and token, and the products of attention."""
-    found = 0.0
-    for block in prepared.skeleton.blocks:
-        lengths = [len(sample.stacks[block.stack].ids) for sample in prepared.samples]
-        weights = sum(p.numel() * _share(prepared.skeleton, name) for name, p in block.module.named_parameters())
-        width = getattr(prepared.skeleton.model.config.get_text_config(), "hidden_size", 0)
-        found += 2.0 * weights * sum(lengths) + 4.0 * width * sum(length**2 for length in lengths)
-    return found
-
-
-def _share(skeleton: Skeleton, name: str) -> float:
-    """Return the share of a parameter that a token uses: of the experts of a mixture, those that are chosen."""
-    config = skeleton.model.config.get_text_config()
-    chosen = getattr(config, "num_experts_per_tok", None)
-    for key in COUNTS:
-        count = getattr(config, key, None)
-        if ".experts." in f".{name}." and isinstance(count, int) and isinstance(chosen, int) and count:
-            return chosen / count
-    return 1.0
-
-
-def _sum_operations(prepared: Prepared, tapped: Tapped) -> float:
-    """Return the floating-point operations of the sums of one matrix."""
-    name = prepared.skeleton.targets[tapped.names[0]].parameter
-    rows = prepared.counted * _share(prepared.skeleton, name)
-    # a Gram matrix is summed in panels, slightly more than its half
-    return 2.0 * rows * _memory_of(tapped) / 8
-
-
-def _spool_bytes(prepared: Prepared) -> int:
-    """Return the bytes of hidden states on disk: before and after the block that runs, for each stack."""
-    width = getattr(prepared.skeleton.model.config.get_text_config(), "hidden_size", 0)
-    return 2 * prepared.tokens * width * prepared.skeleton.dtype.itemsize
-
-
-def _peak_memory(
-    prepared: Prepared, outside: int, blocks: Sequence[Sequence[Tapped]], inputs: str, together: int
-) -> int:
-    # of weights, within a merge: a block and as it is merged; or the blocks of both, each with what is outside
-    skeleton = prepared.skeleton
-    # for a fit the block's base, task vectors and gradient in float32, too
-    wide = (together + 3) * 4 / skeleton.dtype.itemsize
-    held = {
-        "own": (1, 1),
-        "prefix": (1, 2),
-        "merged": (2, 3),
-        "fitted": (2, 2 + wide),
-        "mean": (together, together),
-        "zipped": (together, together),
-        "end_to_end": (1, 1),
-    }[inputs]
-    largest = max(_loaded(skeleton, block.sources) for block in skeleton.blocks)
-    sums = max(sum(_memory(tapped) for tapped in block) for block in blocks) * (together if inputs == "mean" else 1)
-    widest = max((tapped.width for block in blocks for tapped in block), default=0)
-    # float32 rows of the widest input, its products in several steps, and one sum as it is stored
-    fed = 4 * min(prepared.batch_tokens, prepared.tokens) * widest * 6
-    return (
-        _RUNTIME
-        + held[0] * outside
-        + round(held[1] * largest)
-        + sums
-        + fed
-        + 4 * widest**2 * ("gram" in prepared.statistics)
-    )
-
-
-def _memory(tapped: Tapped) -> int:
-    count = tapped.sums[COUNT].shape[0] if tapped.sums[COUNT].shape else 1
-    return count * _memory_of(tapped)
-
-
-def _memory_of(tapped: Tapped) -> int:
-    """Return the bytes of the sums of one matrix, or of one expert, while they are computed."""
-    kinds: dict[str, type[Reducer] | type[CrossGram]] = {**REDUCERS, CROSS_GRAM: CrossGram}
-    return sum(kinds[kind].memory_of(tapped.width) for kind in tapped.sums if kind in kinds)
-
-
-def _stored_bytes(tapped: Tapped) -> int:
-    return sum(DTYPE_BY_NAME[own.dtype].nbytes(math.prod(own.shape)) for own in tapped.sums.values())
-
-
-def _nbytes(skeleton: Skeleton, names: Iterable[str]) -> int:
-    return sum(skeleton.checkpoint.tensors[name].nbytes_stored for name in names)
-
-
-def _loaded(skeleton: Skeleton, names: Iterable[str]) -> int:
-    """Return the bytes of tensors in memory, in the dtype of the model."""
-    return sum(skeleton.checkpoint.tensors[name].numel for name in names) * skeleton.dtype.itemsize
-
-
-def rate_of_sums(dtype: torch.dtype) -> float:
-    """Return the floating-point operations per second of sums over the inputs of blocks in this dtype, as measured."""
-    return _rate(dtype, sums=True, threads=torch.get_num_threads())
-
-
-@lru_cache
-def _rate(dtype: torch.dtype, *, sums: bool, threads: int) -> float:
-    """Measure floating-point operations per second of products: of blocks in this dtype, or of sums over their inputs.
-
-    It takes about a tenth of a second; the number of threads is an argument only because the rate depends on it.
-    """
-    width, rows = 1024, 256
-    left, right = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
-        # processor time, as other programs may be running
-        start = time.process_time()
-        if sums:
-            with products_of(dtype):
-                left.float().T @ left.float()
-        else:
-            torch.nn.functional.linear(left, right)
-        best = min(best, (time.process_time() - start) / threads)
-    return 2.0 * rows * width * width / max(best, 1e-9)

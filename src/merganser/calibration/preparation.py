@@ -205,7 +205,17 @@ def prepare(
         choice = choice.for_model(skeleton.positions)
         samples = choose_samples(files, tokenizer, config, choice)
         size = 1 if with_loss else batch_tokens
-        yield Prepared(source, skeleton, tokenizer, files, samples, choice, wanted, size, labels if with_loss else None)
+        yield Prepared(
+            source=source,
+            skeleton=skeleton,
+            tokenizer=tokenizer,
+            files=files,
+            samples=samples,
+            choice=choice,
+            statistics=wanted,
+            batch_tokens=size,
+            labels=labels if with_loss else None,
+        )
 
 
 def _filled_up(tokens: Tokens, length: int) -> Tokens:

@@ -1,4 +1,4 @@
-"""Which merge methods there are, and what is said of them, without importing one: that would import torch.
+"""The merge methods and their descriptions, without importing one: that would import torch.
 
 `catalogue.json` holds the descriptions of our own methods and is made from their files by `docs/generate.py`. Methods of
 other packages are found by their entry points.

@@ -27,7 +27,7 @@ class Elsewhere:
 
 
 def elsewhere(name: str) -> str | None:
-    """Return what is said of a name that no method has, None if it is not in the list."""
+    """Return what the list says about a name that no method has; None if it is not in the list."""
     found = _by_name().get(_plain(name))
     if found is None:
         return None

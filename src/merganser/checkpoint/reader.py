@@ -38,7 +38,7 @@ def fetched_memory(tensors: Iterable[TensorInfo]) -> int:
 class MappedFiles:
     """Files that are mapped into memory, for inputs that are read again and again; safe to use from many threads at once.
 
-    A file that was changed is mapped anew. If one is made shorter while it is read, the system ends the process.
+    A file that was changed is mapped again. If one is made shorter while it is read, the system ends the process.
     """
 
     def __init__(self) -> None:

@@ -154,7 +154,7 @@ def _shared(*ours: str) -> dict[str, str]:
 
 OPTIONS_OF: Mapping[str, Mapping[str, str]] = {
     "merge": OPTIONS,
-    "plan": {**OPTIONS, "--no-lazy": "not needed: a plan reads everything anew"},
+    "plan": {**OPTIONS, "--no-lazy": "not needed: a plan reads everything again"},
     "transplant": {**_shared("--threads", "--cache-dir"), **_TRANSPLANT},
     "extract": {**_shared("--cache-dir"), **_EXTRACT},
     "mix": {**_shared("--threads", "--seed", "--cache-dir"), **_MIX},
@@ -197,7 +197,7 @@ def answer(verb: str, option: str | None, arguments: Sequence[str] = ()) -> str 
     """
     known = OPTIONS_OF.get(verb, {})
     given = [argument.partition("=")[0] for argument in arguments]
-    # of a short option with two letters, click names the first alone
+    # click names only the first letter of a short option with two letters
     written = next(
         (each for each in given if each in known and option and len(option) == 2 and each.startswith(option)), option
     )

@@ -29,7 +29,10 @@ Data = Annotated[
         show_default=False,
     ),
 ]
-Minutes = Annotated[float, typer.Option(metavar="N", help="Minutes for everything; a continued run has them anew.")]
+Minutes = Annotated[
+    float,
+    typer.Option(metavar="N", help="Minutes for everything; counted again from the start when a run is continued."),
+]
 
 
 def auto(

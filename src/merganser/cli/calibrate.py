@@ -15,7 +15,7 @@ from .printing.progress import step_progress
 from .printing.text import complain, head, plural, say, say_json, size_text, some, table, time_text
 
 if TYPE_CHECKING:
-    from ..statistics import CalibrationPlan, Dataset
+    from ..statistics import CalibrationPlan, Dataset, Statistics
 
 
 def calibrate(
@@ -69,7 +69,6 @@ def calibrate(
     options.quieten_hub(quiet)
     from ..calibration import calibrate as run
     from ..calibration import plan_calibration
-    from ..process import peak_memory
 
     given: dict[str, Any] = {
         "statistics": [name.strip() for name in statistics.split(",") if name.strip()],
@@ -92,14 +91,18 @@ def calibrate(
         found = run(model, chosen, out, progress=progress, **given)
     if json:
         say_json(found.about)
-        return
-    if quiet:
-        return
+    elif not quiet:
+        _summary(found, time.monotonic() - started)
+
+
+def _summary(found: Statistics, seconds: float) -> None:
+    from ..process import peak_memory
+
     (part,) = found.about["parts"]
     head(
         f"{', '.join(found.statistics)} · {plural(len({*found.tensors, *found.gradients}), 'tensor')} · "
         f"{plural(part['sequences'], 'sequence')} · {plural(part['counted'], 'token')} · "
-        f"{time_text(time.monotonic() - started)} · peak {size_text(peak_memory())}"
+        f"{time_text(seconds)} · peak {size_text(peak_memory())}"
     )
     for key, kind in (("without", "statistics of inputs"), ("without_gradients", "gradients")):
         without = found.about.get(key, [])

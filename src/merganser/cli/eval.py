@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..wording import plural, size_text, time_text
+from ..wording import measured_text, plural, size_text, time_text
 from . import _options as options
 from .printing.progress import EvalProgress
 from .printing.text import complain, head, say, say_json, table
@@ -202,8 +202,7 @@ def _choices(found: Evaluation, model: str) -> None:
 def _figure(estimate: Estimate | None) -> str:
     if estimate is None:
         return "failed"
-    error = estimate.stderr
-    return f"{estimate.value:.4f}" + ("" if error is None else f" ±{error:.4f}")
+    return measured_text(estimate.value, estimate.stderr)
 
 
 def _retention(found: Evaluation, kept: Retention) -> None:

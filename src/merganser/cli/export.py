@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..wording import number_text, plural, size_text, some, time_text
 from . import _options as options
 from .printing.text import complain, head, say, say_json, table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..engine.adapters.export import Exported
 
 
 def export(
@@ -49,10 +54,12 @@ def export(
     found = export_adapters(out, folder, tasks=task or (), base=base, overwrite=overwrite, cache_dir=cache_dir)
     if json:
         say_json([{"task": each.task, "out": str(each.out), "record": each.record} for each in found])
-        return
-    if quiet:
-        return
-    head(f"{plural(len(found), 'adapter')} of {out} · {time_text(time.monotonic() - started)}")
+    elif not quiet:
+        _summary(found, out, time.monotonic() - started)
+
+
+def _summary(found: Sequence[Exported], out: Path, seconds: float) -> None:
+    head(f"{plural(len(found), 'adapter')} of {out} · {time_text(seconds)}")
     rows = [["task", "weights in factors", "most rank", "stored whole", "error", "size"]]
     for each in found:
         made = each.record["exported"]

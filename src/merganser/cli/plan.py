@@ -93,49 +93,36 @@ def _print(stage: Plan, found: PlanSummary, tensors: list[TensorSummary]) -> Non
     from ..engine.plan.sections.census import census_text
 
     head(f"{_methods(found)} → {plural(found.tensors, 'tensor')}, {count_text(found.parameters)} parameters")
-    say("reads")
-    for line in table([_input(stage, entry) for entry in found.inputs], right=(2, 3, 4)):
-        say(line)
+    _section("reads", table([_input(stage, entry) for entry in found.inputs], right=(2, 3, 4)))
     if found.donor not in found.side_files:
         say(f"  {stage.shown(found.donor)} the donor, has no files to give")
     for model, names in found.side_files.items():
         say(f"  {stage.shown(model)} gives {some(names, 6)}")
     if found.vocabulary is not None:
-        say("matches tokens")
-        for line in vocabulary_lines(found.vocabulary):
-            say(stage.shown(line))
+        _section("matches tokens", map(stage.shown, vocabulary_lines(found.vocabulary)))
     if found.permutation is not None:
-        say(f"aligns models to {stage.shown(found.permutation['to'])}")
-        for line in permutation_lines(found.permutation):
-            say(stage.shown(line))
+        reference = stage.shown(found.permutation["to"])
+        _section(f"aligns models to {reference}", map(stage.shown, permutation_lines(found.permutation)))
     if any(entry["copied"] or entry["left_out"] for entry in found.census):
         say(f"  {stage.shown(census_text(stage.census.values()))}")
-    say("makes")
-    for line in table(_groups(found.groups), right=(1,)):
-        say(line)
+    _section("makes", table(_groups(found.groups), right=(1,)))
     if tensors:
-        say("tensors")
-        for line in table([_tensor(tensor, several=len(found.methods) > 1) for tensor in tensors]):
-            say(line)
-    say("writes")
-    for line in table(_files(found), right=(1,)):
-        say(line)
+        _section("tensors", table([_tensor(tensor, several=len(found.methods) > 1) for tensor in tensors]))
+    _section("writes", table(_files(found), right=(1,)))
     if found.sidecars:
-        say("keeps")
-        for line in table(_tasks(stage, found.sidecars), right=(2,)):
-            say(line)
+        _section("keeps", table(_tasks(stage, found.sidecars), right=(2,)))
     if found.calibrations:
-        say("calibrates first")
-        for line in table(calibration_rows(found.calibrations)):
-            say(line)
-    say("expects")
-    for line in table(_costs(found)):
-        say(line)
+        _section("calibrates first", table(calibration_rows(found.calibrations)))
+    _section("expects", table(_costs(found)))
     for title, lines in (("warns", found.warnings), ("differs from mergekit", found.differences)):
         if lines:
-            say(title)
-        for line in lines:
-            say(f"  {stage.shown(line)}")
+            _section(title, (f"  {stage.shown(line)}" for line in lines))
+
+
+def _section(title: str, lines: Iterable[str]) -> None:
+    say(title)
+    for line in lines:
+        say(line)
 
 
 def _input(stage: Plan, entry: InputSummary) -> list[str]:

@@ -16,6 +16,7 @@ from .printing.text import head, say, say_json, table
 
 if TYPE_CHECKING:
     from ..runtime.routed.gated.making import GateReport
+    from ..runtime.routed.making import Routing
 
 
 def route(
@@ -68,12 +69,7 @@ def route(
     options.quieten_hub(quiet)
     if "+" not in out:
         options.check_output(Path(out))
-    files: dict[str, list[str]] = {}
-    for each in data:
-        name, sign, file = each.partition("=")
-        if not (sign and name and file):
-            raise ParameterError(f"--data: must be TASK=FILE, got {each!r}")
-        files.setdefault(name, []).append(file)
+    files = _files(data)
     from ..engine.kernels.devices import resolve_devices
     from ..runtime.routed.making import make_router
 
@@ -95,6 +91,22 @@ def route(
         if given is not None:
             raise ParameterError(f"--{name}: is for gates; name a kind with --gates")
     found = make_router(out, files, length=length, windows=windows, device=chosen_device)
+    _print_router(found, time.monotonic() - started, quiet=quiet, json=json)
+
+
+def _files(data: list[str]) -> dict[str, list[str]]:
+    """Return the files of every task."""
+    files: dict[str, list[str]] = {}
+    for each in data:
+        name, sign, file = each.partition("=")
+        if not (sign and name and file):
+            raise ParameterError(f"--data: must be TASK=FILE, got {each!r}")
+        files.setdefault(name, []).append(file)
+    return files
+
+
+def _print_router(found: Routing, seconds: float, *, quiet: bool, json: bool) -> None:
+    """Print what a router chooses for held-out text."""
     if json:
         say_json(
             {
@@ -109,7 +121,7 @@ def route(
         return
     if quiet:
         return
-    head(f"router of {plural(len(found.chosen), 'task')} · {time_text(time.monotonic() - started)}")
+    head(f"router of {plural(len(found.chosen), 'task')} · {time_text(seconds)}")
     say(f"choices for held-out windows of {found.length} tokens")
     rows = [["text of", "made from", "held out", "right", *(f"-> {task}" for task in found.chosen)]]
     for task, chosen in found.chosen.items():

@@ -66,7 +66,9 @@ NumberOfTrials = Annotated[
 Hours = Annotated[
     float | None,
     typer.Option(
-        metavar="H", help="Hours after which no trial begins; a continued search has them anew.", show_default=False
+        metavar="H",
+        help="Hours after which no trial begins; counted again from the start when a search is continued.",
+        show_default=False,
     ),
 ]
 Sampler = Annotated[

@@ -146,7 +146,7 @@ def _moved_by_set(
     seen: set[int] = set()
     mixed: set[int] = set()
     for parts in by_models.values():
-        # of tensors with a base more is known than of others; together they have what all have
+        # tensors with a base have more measurements than others; the sum has those that all tensors have
         names = [name for name in parts[0][0] if all(name in sums for sums, _ in parts)]
         places = [place for _, own in parts for place in own]
         rows = np.array([i for i, place in enumerate(places) if place is not None], dtype=np.int64)

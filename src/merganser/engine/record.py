@@ -323,7 +323,7 @@ def model_card(plan: Plan, title: str) -> str:
 
 def _made(plan: Plan) -> str:
     """Return the card's sentence on how the model was made."""
-    tool = f"[Merganser](https://pypi.org/project/merganser/) {__version__}"
+    tool = f"Merganser {__version__}"
     if plan.healing is not None:
         return plan.healing.sentence(tool)
     mixed = plan.mixture

@@ -107,7 +107,7 @@ class LanguageModel:
 
 
 class Reused:
-    """A loaded model whose weights are overwritten with those of the next, where that is the same as loading it anew.
+    """A loaded model whose weights are overwritten with those of the next, where that is the same as loading it again.
 
     Args:
         dtype: Dtype of the weights.

@@ -97,7 +97,16 @@ def _open_checkpoint(text: str, cache_dir: Path | None) -> Checkpoint:
 def _source(
     text: str, kind: Kind, checkpoint: Checkpoint, make_hash: Callable[[], str], read: Callable[[], dict[str, Tensor]]
 ) -> Source:
-    return Source(text, kind, checkpoint.config, _files(checkpoint), {}, make_hash, read, checkpoint.notes)
+    return Source(
+        reference=text,
+        kind=kind,
+        config=checkpoint.config,
+        files=_files(checkpoint),
+        texts={},
+        make_hash=make_hash,
+        read=read,
+        notes=checkpoint.notes,
+    )
 
 
 def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> Source:

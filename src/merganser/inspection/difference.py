@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..adapters import open_reference
+from ..anatomy import Part
 from ..checkpoint import TensorInfo
 from ..errors import CheckpointError, suggest_keywords
 from ..process import one_thread
@@ -186,13 +187,10 @@ def diff(
         raise CheckpointError(f"{a} and {b}: have no tensor of the same name and shape, so there is nothing to compare")
     sums = _compare(pairs, progress)
     parts = {name: structure_a.parts.get(name) or structure_b.parts[name] for name in pairs}
-    total, matrices = _Sums(), _Sums()
-    grouped: dict[tuple[float, str], list[str]] = defaultdict(list)
-    for name, part in parts.items():
-        total.add(sums[name])
-        if len(pairs[name][0].shape) > 1:
-            matrices.add(sums[name])
-        grouped[math.inf if part.layer is None else part.layer, part.role].append(name)
+    total, matrices = (
+        _summed(sums.values()),
+        _summed(sums[name] for name, (one, _) in pairs.items() if len(one.shape) > 1),
+    )
     return Difference(
         a=str(a),
         b=str(b),
@@ -210,25 +208,37 @@ def diff(
             )
             for name, (one, other) in pairs.items()
         ],
-        groups=[_group(layer, role, members, pairs, sums) for (layer, role), members in sorted(grouped.items())],
+        groups=_groups(parts, pairs, sums),
         only_in_a=[name for name in first.tensors if name not in tensors_b],
         only_in_b=[name for name in second.tensors if name not in tensors_a],
         misshapen=misshapen,
     )
 
 
-def _group(
-    layer: float,
-    role: str,
-    members: Sequence[str],
-    pairs: Mapping[str, tuple[TensorInfo, TensorInfo]],
-    sums: Mapping[str, _Sums],
-) -> GroupDistance:
+def _summed(each: Iterable[_Sums]) -> _Sums:
     together = _Sums()
-    for name in members:
-        together.add(sums[name])
-    parameters = sum(pairs[name][0].numel for name in members)
-    return GroupDistance(None if math.isinf(layer) else int(layer), role, len(members), parameters, together.distance())
+    for own in each:
+        together.add(own)
+    return together
+
+
+def _groups(
+    parts: Mapping[str, Part], pairs: Mapping[str, tuple[TensorInfo, TensorInfo]], sums: Mapping[str, _Sums]
+) -> list[GroupDistance]:
+    """Return the distances of the tensors of each role in each layer; those outside the layers come last."""
+    members: dict[tuple[float, str], list[str]] = defaultdict(list)
+    for name, part in parts.items():
+        members[math.inf if part.layer is None else part.layer, part.role].append(name)
+    return [
+        GroupDistance(
+            None if math.isinf(layer) else int(layer),
+            role,
+            len(names),
+            sum(pairs[name][0].numel for name in names),
+            _summed(sums[name] for name in names).distance(),
+        )
+        for (layer, role), names in sorted(members.items())
+    ]
 
 
 def _compare(

@@ -82,31 +82,18 @@ def merge_method(
         declaring: list[Callable[..., Any]] = [function]
         if sidecar is not None:
             declaring += [sidecar.encode, for_all_sidecars]
-        parameters = _parameters(declaring, doc)
         base = "unused"
         if "base" in signature:
             base = "optional" if type(None) in typing.get_args(hints["base"]) else "required"
-        measured = {name: own for name, own in (statistics or {}).items() if isinstance(own, Statistic)}
-        from_data = {name: own for name, own in (statistics or {}).items() if isinstance(own, FromData)}
-        complaint = _matrix_complaint(scope, hints, base, measured) or _row_complaint(scope, measured)
-        numbers = {name: own for name, own in (statistics or {}).items() if isinstance(own, NumbersFromData)}
-        complaint = complaint or from_data_complaint(from_data) or _data_complaint(scope, from_data, parameters)
-        if any(own.of == "base_on_models" for own in from_data.values()) and base != "required":
-            complaint = complaint or "statistics of the base need `base: Tensor`"
-        if scope != "matrix" and "rounding" in signature:
-            complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
-        if sidecar is not None:
-            complaint = complaint or sidecar.complaint(parameters, scope, base)
-        if complaint:
-            raise TypeError(f"{function.__name__}: {complaint}")
-        return MergeMethod(
+        declared = (statistics or {}).items()
+        method = MergeMethod(
             name=function.__name__,
             combine=function,
-            statistics=measured,
-            from_data=from_data,
-            numbers=numbers,
+            statistics={name: own for name, own in declared if isinstance(own, Statistic)},
+            from_data={name: own for name, own in declared if isinstance(own, FromData)},
+            numbers={name: own for name, own in declared if isinstance(own, NumbersFromData)},
             located=dict(located or {}),
-            parameters=parameters,
+            parameters=_parameters(declaring, doc),
             family=family,
             cite=cite,
             scope=scope,
@@ -122,8 +109,32 @@ def merge_method(
             sidecar=sidecar,
             doc=doc,
         )
+        complaint = _complaint(method, hints)
+        if complaint:
+            raise TypeError(f"{function.__name__}: {complaint}")
+        return method
 
     return decorate
+
+
+def _complaint(method: MergeMethod, hints: Mapping[str, Any]) -> str | None:
+    """Return in what a declaration contradicts itself; None if it does not.
+
+    Args:
+        method: The method, as it is declared.
+        hints: Types of the arguments of its function.
+    """
+    scope, base = method.scope, method.base
+    complaint = _matrix_complaint(scope, hints, base, method.statistics) or _row_complaint(scope, method.statistics)
+    complaint = complaint or from_data_complaint(method.from_data)
+    complaint = complaint or _data_complaint(scope, method.from_data, method.parameters)
+    if any(own.of == "base_on_models" for own in method.from_data.values()) and base != "required":
+        complaint = complaint or "statistics of the base need `base: Tensor`"
+    if scope != "matrix" and "rounding" in inspect.signature(method.combine).parameters:
+        complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
+    if method.sidecar is not None:
+        complaint = complaint or method.sidecar.complaint(method.parameters, scope, base)
+    return complaint
 
 
 def factor_method(*, cite: str, version: int = 1) -> Callable[[Callable[..., Factors]], MergeMethod]:

@@ -179,7 +179,7 @@ class FromData:
 
     @property
     def summed(self) -> bool:
-        """Whether it is a sum, of which the method gets the mean; otherwise it gets the numbers themselves."""
+        """Whether it is a sum, whose mean the method gets; otherwise it gets the numbers themselves."""
         return self.statistic not in _NO_SUMS
 
     def shape(self, block: Sequence[int]) -> tuple[int, ...]:

@@ -35,6 +35,6 @@ def magmax(base: Tensor, models: list[Tensor], *, lambda_: Scale = default(0.5))
     best, *rest = (model.double() - base.double() for model in models)
     for delta in rest:
         size, largest = delta.abs(), best.abs()
-        # of two equal magnitudes the positive one
+        # the positive one of two equal magnitudes
         best = torch.where(size > largest, delta, torch.where((size == largest) & (delta > best), delta, best))
     return base + lambda_ * best.to(base.dtype)

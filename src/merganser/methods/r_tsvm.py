@@ -60,7 +60,7 @@ def r_tsvm(
     """
     size, vectors = min(base.shape), deltas_above_rounding(base, models, rounding)
     outliers = shares(torch.stack([outlier_mass(delta, sigmas) for delta in vectors])) * len(models)
-    # of the changes as they are stored: without rounding no entry is 0
+    # counted in the changes as they are stored: where rounding is left out, no entry is 0
     active = shares(torch.stack([((model - base).abs() > epsilon).double().mean() for model in models]))
     parts = []
     for i, delta in enumerate(vectors):

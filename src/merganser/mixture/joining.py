@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..anatomy.experts import ExpertUnits, find_experts
+from ..anatomy.experts import ExpertUnits, common_size, find_experts
 from ..anatomy.settings.function import settings
 from ..anatomy.settings.mixtures import COUNTS, chosen_experts, with_experts
 from ..checkpoint import Checkpoint, Reader, TensorInfo, plan_shards
@@ -156,10 +156,7 @@ def _open(given: Contributor, checkpoint: Checkpoint, first: _Opened | None) -> 
         raise UnsupportedError(
             f"{where}: its router chooses among groups of experts first (n_group), which cannot be joined"
         )
-    sizes = {own.size for own in layers}
-    if len(sizes) > 1:
-        raise UnsupportedError(f"{where}: its layers have {min(sizes)} to {max(sizes)} experts; they must be alike")
-    size = sizes.pop()
+    size = common_size((own.size for own in layers), where)
     taken = given.experts if given.experts is not None else tuple(range(0 if first is None else 1, size))
     for expert in taken:
         if expert >= size:

@@ -201,17 +201,7 @@ def _mixed(
     shards = plan_shards([(draft.name, draft.dtype, draft.shape) for draft in drafts], shard_size, {})
     # copies, as most are tensors of the dense plan, too
     tensors = place([replace(draft) for draft in drafts], shards)
-    config = layout.config(
-        dense.config,
-        len(recipe.experts),
-        recipe.experts_per_token,
-        shared=recipe.shared_expert is not None,
-        dense_layers=recipe.dense_layers,
-    )
-    sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        sizes[tensor.dtype.name] += tensor.size
-    config = set_config_dtype(config, sizes.most_common(1)[0][0])
+    config = _config(recipe, layout, dense.config, tensors)
     unsure = check_complete(str(recipe.base), config, {tensor.name: tensor.shape for tensor in tensors})
     summary = MixtureSummary(
         architecture=layout.model_class,
@@ -232,6 +222,23 @@ def _mixed(
         census=_census(checkpoints, tensors),
         mixture=summary,
     )
+
+
+def _config(
+    recipe: MixtureRecipe, layout: Layout, config: Mapping[str, Any], tensors: Sequence[PlannedTensor]
+) -> dict[str, Any]:
+    """Return the config.json of the mixture, from that of the dense merge; it states the dtype of most elements."""
+    found = layout.config(
+        config,
+        len(recipe.experts),
+        recipe.experts_per_token,
+        shared=recipe.shared_expert is not None,
+        dense_layers=recipe.dense_layers,
+    )
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype.name] += tensor.size
+    return set_config_dtype(found, sizes.most_common(1)[0][0])
 
 
 def _layer(
@@ -323,7 +330,7 @@ def _census(
     used: dict[int, bool] = {}
     for planned in tensors:
         copied = planned.copy or (len(planned.inputs) == 1 and planned.parameters.get("scale", (1.0,)) == (1.0,))
-        # of an expert with noise, the tensor that it is made from
+        # the tensor that an expert with noise is made from
         made_from = [part for source in planned.inputs for part in source.stored if planned.role == "expert"]
         for source in (*planned.inputs, *made_from):
             used[id(source)] = used.get(id(source), True) and copied

@@ -106,7 +106,7 @@ def _sort_keys(bits: Array, keys: Array | None, order: Array) -> None:
     """
     columns = bits.shape[1]
     inexact = np.uint32(1 << _column_bits(columns))
-    # of most differences of 32-bit weights the lower bits are set, as the first row shows
+    # most differences of 32-bit weights have their lower bits set, as the first row shows
     if keys is None or not columns or 8 * np.count_nonzero(keys[0] & inexact) > columns:
         order[:] = _columns_in_64_bits(bits)
         return

@@ -101,15 +101,15 @@ def plan_push(
     files = [PushedFile(CARD, len(card.encode()))]
     files += [PushedFile(each.file, each.bytes) for each in checked.files if each.file != CARD]
     return Push(
-        out,
-        repo,
-        [*files, PushedFile(RECORD_NAME, len(text.encode()))],
-        [name for name in checked.beside if name != CARD],
-        card,
-        text,
-        licence,
-        licences,
-        _warnings(record, licences, licence),
+        out=out,
+        repo=repo,
+        files=[*files, PushedFile(RECORD_NAME, len(text.encode()))],
+        left=[name for name in checked.beside if name != CARD],
+        card=card,
+        record=text,
+        licence=licence,
+        licences=licences,
+        warnings=_warnings(record, licences, licence),
     )
 
 

@@ -120,7 +120,17 @@ def read_free(path: Path, entry: Entry) -> FreeValue:
         raise entry.error(f"'search' is empty; give [low, high], or {AUTO_RANGE}")
     direct = len(path) > 1 and path[-2] == "parameters"
     per_model, per_role, layers = _read_per(fields.get("per"), direct=direct)
-    read = FreeValue(path, entry.place, None, None, False, None, per_model, per_role, layers)
+    read = FreeValue(
+        path=path,
+        place=entry.place,
+        bounds=None,
+        choices=None,
+        log=False,
+        step=None,
+        per_model=per_model,
+        per_role=per_role,
+        layers=layers,
+    )
     if "choices" in fields:
         for key in ("log", "step"):
             if key in fields:

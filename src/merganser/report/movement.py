@@ -219,27 +219,34 @@ def _heatmap(record: Record, columns: Sequence[str]) -> list[Block]:
         label = {"text": escape(cut(column)), "x": 0, "y": top, "xref": "paper", "yref": "paper", "showarrow": False}
         annotations.append({**label, "xanchor": "left", "yanchor": "bottom", "font": {"size": 12}})
         lines += _strip(column, list(reversed(roles)), list(reversed(rows)), top_value)
+    axes |= _common_axes(f"y{axis}", top_value or 1)
     height = heights + _EDGE
-    # the colour scale is above the strips, because at their side it would take a fifth of a phone's width
-    scale = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1, "yanchor": "bottom", "thickness": 10, "len": 1}
-    axes["xaxis"] = {
-        "title": {"text": "layer"},
-        "fixedrange": True,
-        "anchor": f"y{axis}",
-        "showgrid": False,
-        "zeroline": False,
-    }
-    axes["coloraxis"] = {
-        "colorscale": SCALE,
-        "cmin": 0,
-        "cmax": top_value or 1,
-        "colorbar": {**scale, "outlinewidth": 0, "nticks": 6},
-    }
     drawn = layout(height, annotations=annotations, **axes)
     title = "change by layer and role; point at a cell for its tensors"
     if beyond:
         title += f" (the scale ends at {number_text(top_value)}; {plural(beyond, 'value')} above it)"
     return [Figure(title, data, drawn, height, lines, "merge.json: layers[], movement.tensors[]")]
+
+
+def _common_axes(lowest: str, largest: float) -> dict[str, Any]:
+    """Return the axis of layers, at the lowest strip, and the colour scale, of all strips of a heatmap."""
+    # the colour scale is above the strips, because at their side it would take a fifth of a phone's width
+    scale = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1, "yanchor": "bottom", "thickness": 10, "len": 1}
+    return {
+        "xaxis": {
+            "title": {"text": "layer"},
+            "fixedrange": True,
+            "anchor": lowest,
+            "showgrid": False,
+            "zeroline": False,
+        },
+        "coloraxis": {
+            "colorscale": SCALE,
+            "cmin": 0,
+            "cmax": largest,
+            "colorbar": {**scale, "outlinewidth": 0, "nticks": 6},
+        },
+    }
 
 
 def _value(moved: Moved | None, column: int, columns: int) -> float | None:

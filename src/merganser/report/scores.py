@@ -146,11 +146,6 @@ def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]
         mean, lost = kept.mean, kept.mean_forgotten
         assert mean is not None
         assert lost is not None
-        mark = {
-            "color": COLOURS[i % len(COLOURS)],
-            "symbol": "diamond" if model is own else _SYMBOLS[i % len(_SYMBOLS)],
-            "size": 15 if model is own else 10,
-        }
         text = f"{_shown(model, own)}: recovered {share(mean)}, forgotten {share(lost)}"
         data.append(
             {
@@ -161,14 +156,21 @@ def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]
                 "y": [mean.value],
                 "error_x": _error([lost]),
                 "error_y": _error([mean]),
-                "marker": mark,
+                "marker": {
+                    "color": COLOURS[i % len(COLOURS)],
+                    "symbol": "diamond" if model is own else _SYMBOLS[i % len(_SYMBOLS)],
+                    "size": 15 if model is own else 10,
+                },
                 "text": [escape(text)],
                 "hoverinfo": "text",
             }
         )
         lines.append(f"  {text}")
-    if not data:
-        return []
+    return [_scatter(data, lines, f"{found.file.name}: retention.models")] if data else []
+
+
+def _scatter(data: list[dict[str, Any]], lines: list[str], source: str) -> Figure:
+    """Return the figure of mean recovered against forgotten; each trace has one point."""
     height = 380 + 18 * len(data)
     across, up = [x for trace in data for x in trace["x"]], [y for trace in data for y in trace["y"]]
     # a model that is outside at one axis is not drawn, so its value at the other must not stretch that
@@ -186,7 +188,7 @@ def _kept_and_lost(found: Evaluation, own: EvaluatedModel | None) -> list[Block]
         for trace, x, y in zip(data, across, up, strict=True)
         if _outside(across, x) or _outside(beside, y)
     )
-    return [Figure(title, data, drawn, height, lines, f"{found.file.name}: retention.models")]
+    return Figure(title, data, drawn, height, lines, source)
 
 
 def _recovered(found: Evaluation) -> list[Block]:

@@ -1,4 +1,4 @@
-"""Search the free values of recipes: ask and tell, trials in memory, waves of items, and a proof on items held out.
+"""Search the free values of recipes: ask and tell, trials in memory, waves of items, and a held-out test.
 
 found = search("recipe.yaml", "study", ["french.txt"], base="base", experts={"french": "expert"})
 """

@@ -1,4 +1,4 @@
-"""The proof: the winner, the models that were merged, and their average, measured on items that no trial saw."""
+"""The held-out test: the winner, the models that were merged, and their average, measured on items that no trial saw."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from ..evaluation.scoring.estimate import Estimate
 from ..recipe import Recipe
 from ..recipe.document.parsing import parse_mapping
+from .difference import Difference
 from .scoring.bench import Failed, Model
 from .scoring.judge import Judge
 from .scoring.objectives import Objective
@@ -35,28 +36,6 @@ class End:
     failed: str | None = None
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The winner minus another model, where above 0 is better.
-
-    Args:
-        value: The difference.
-        interval: The ends of its interval of 95 %, by Student's t; None where there is no standard error.
-    """
-
-    value: float
-    interval: tuple[float, float] | None
-
-    @property
-    def sure(self) -> bool | None:
-        """Whether the winner is better beyond the interval; None where there is none."""
-        return None if self.interval is None else self.interval[0] > 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {"value": self.value, "interval": None if self.interval is None else [*self.interval]}
-
-
 def difference(own: Estimate, other: Estimate, objective: Objective) -> Difference:
     """Return how much better a model is than another on the same items."""
     from scipy.stats import t
@@ -80,7 +59,7 @@ def measure_ends(models: Sequence[tuple[Model, str]], judge: Judge, progress: Pr
     """
     ends = []
     for model, role in models:
-        progress.proving(model.name)
+        progress.testing(model.name)
         try:
             ends.append(End(model.name, role, tuple(judge.final(model))))
         except Failed as error:

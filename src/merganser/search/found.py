@@ -1,4 +1,4 @@
-"""What a search found: trials, front, and the proof; and the files that hold it."""
+"""What a search found: trials, front, and the held-out test; and the files that hold it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
-from .ends import End, best_single, to_json
+from .difference import Difference
+from .ends import End, best_single, difference, to_json
 from .folder import Folder
 from .scoring.objectives import Objective
 from .stored import FORMAT, KIND
@@ -48,9 +49,18 @@ class Found:
         return self.front[0] if self.front else None
 
     @property
-    def best_single(self) -> End | None:
-        """The best of the models that were merged, on the items held out, by the first objective."""
-        return best_single(self.ends, self.objectives[0])
+    def against(self) -> list[tuple[End, Difference]]:
+        """The best single model and the average, each with how much better the winner is in the first objective."""
+        winner = next((end for end in self.ends if end.role == "winner" and end.values), None)
+        if winner is None or not winner.values:
+            return []
+        average = next((end for end in self.ends if end.role == "average"), None)
+        others = (best_single(self.ends, self.objectives[0]), average)
+        return [
+            (end, difference(winner.values[0], end.values[0], self.objectives[0]))
+            for end in others
+            if end is not None and end.values
+        ]
 
     def recipe_file(self, trial: Trial) -> Path:
         """Return the plain recipe of a trial."""
@@ -79,7 +89,7 @@ def write_found(
 
     Args:
         running: The trials.
-        ends: Winners, inputs and average on the items held out; none before the proof.
+        ends: Winners, inputs and average on the items held out; none before the held-out test.
         held_out: Number of items held out.
         notes: What the user should know.
         folder: Where it is written.
@@ -89,15 +99,15 @@ def write_found(
     best = running.best
     front = running.front if len(objectives) > 1 else [] if best is None else [best]
     found = Found(
-        folder.path,
-        objectives,
-        tuple(running.over),
-        tuple(front),
-        tuple(ends),
-        held_out,
-        sampler,
-        running.importance,
-        tuple(notes),
+        folder=folder.path,
+        objectives=objectives,
+        trials=tuple(running.over),
+        front=tuple(front),
+        ends=tuple(ends),
+        held_out=held_out,
+        sampler=sampler,
+        importance=running.importance,
+        notes=tuple(notes),
     )
     write_whole(folder.result, json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n")
     if best is not None and len(objectives) == 1 and best.values:

@@ -69,7 +69,7 @@ def search(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Found:
-    """Find the free values of a recipe by trying them, and prove the best on items that no trial saw.
+    """Find the free values of a recipe by trying them, and test the best on items that no trial saw.
 
     Args:
         recipe: The recipe, with values such as `{search: [0, 1]}`: a path, a YAML text, a mapping.
@@ -87,7 +87,7 @@ def search(
         base: The base, for what a merge recovers and forgets.
         experts: The model trained for a task, as for `evaluate`.
         trials: Number of trials, those of earlier calls included; by default 50, with `hours` as many as they allow.
-        hours: Time after which no trial begins, from the beginning of this call: a search that is continued has it anew.
+        hours: Time after which no trial begins, from the beginning of this call: a search that is continued has it again.
         sampler: auto, cma, tpe, gp, random, nsga2, nsga3, greedy, particles, quadratic, m2n2, genome,
             nested or bayesian.
         seed: Seed of the sampler and of the division of the items.
@@ -114,25 +114,27 @@ def search(
     """
     progress = progress or Silent()
     request = Request(
-        recipe,
-        tasks,
-        command,
-        timeout,
-        objectives,
-        at_least,
-        at_most,
-        base,
-        experts,
-        TRIALS if trials is None and hours is None else trials,
-        hours,
-        sampler,
-        seed,
-        Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval)),
-        early_stopping,
-        estimator,
-        None if item_parameters is None else Path(item_parameters),
-        None if storage is None else str(storage),
-        cache_dir,
+        recipe=recipe,
+        tasks=tasks,
+        command=command,
+        timeout=timeout,
+        objectives=objectives,
+        at_least=at_least,
+        at_most=at_most,
+        base=base,
+        experts=experts,
+        trials=TRIALS if trials is None and hours is None else trials,
+        hours=hours,
+        sampler=sampler,
+        seed=seed,
+        wanted=Wanted(
+            limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval)
+        ),
+        early_stopping=early_stopping,
+        estimator=estimator,
+        item_parameters=None if item_parameters is None else Path(item_parameters),
+        storage=None if storage is None else str(storage),
+        cache_dir=cache_dir,
     )
     request, notes = request.completed()
     space, start = request.check()
@@ -145,15 +147,15 @@ def search(
             if connected is not None:
                 spread(connected, request, folder, prepared.trials, deadline, progress)
             prepared.trials.run(request.trials, deadline, progress)
-            return _prove(prepared, folder, progress)
+            return _tested(prepared, folder, progress)
         except KeyboardInterrupt:
             prepared.trials.refresh()
             raise Interrupted(_found(prepared, folder)) from None
 
 
-def _prove(prepared: Prepared, folder: Folder, progress: Progress) -> Found:
+def _tested(prepared: Prepared, folder: Folder, progress: Progress) -> Found:
     """Measure winner, inputs and average on what no trial saw; of several processes, the first one does."""
-    with folder.claims.turn("proof", lambda: progress.note("another process measures what was found; waiting for it")):
+    with folder.claims.turn("test", lambda: progress.note("another process measures what was found; waiting for it")):
         prepared.trials.refresh()
         found = _found(prepared, folder)
         if not found.front:

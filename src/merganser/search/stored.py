@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..errors import CheckpointError, NotFoundError, UnsupportedError
 from ..evaluation.scoring.journal import read_journal
 from ..jsonfile import Entry, os_reason, read_object
+from .difference import Difference
 
 __all__ = [
     "FORMAT",
@@ -34,9 +35,6 @@ FORMAT = 1
 RESULT = "result.json"
 ITEMS = "items.jsonl"
 SETTINGS = "search.json"
-
-Better = tuple[float, tuple[float, float] | None]
-"""How much better the winner is than another model, above 0 if it is, and the ends of its interval of 95 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +81,14 @@ class StoredEnd:
         name: Its name.
         role: "winner", "input", "average".
         values: Value and standard error of each objective; None if it failed.
-        better: For each objective how much better the winner is, and the ends of its interval of 95 %, None where there are none;
-            None of the winner itself.
+        better: For each objective how much better the winner is; None of the winner itself.
         failed: Why it has no values.
     """
 
     name: str
     role: str
     values: tuple[tuple[float, float | None], ...] | None
-    better: tuple[Better, ...] | None
+    better: tuple[Difference, ...] | None
     failed: str | None
 
 
@@ -122,7 +119,7 @@ class StoredStudy:
     notes: tuple[str, ...]
 
     @property
-    def against(self) -> list[tuple[StoredEnd, Better]]:
+    def against(self) -> list[tuple[StoredEnd, Difference]]:
         """The best single model and the average, each with how much better the winner is in the first objective."""
         sign = 1.0 if self.objectives[0][1] == "maximize" else -1.0
         inputs = [(sign * end.values[0][0], end) for end in self.ends if end.role == "input" and end.values]
@@ -158,19 +155,33 @@ def is_study(folder: Path) -> bool:
 
 def result_kind(folder: Path) -> str:
     """Return the kind of what was found in the folder of a search; for the errors see `open_result`."""
-    return open_result(folder)["kind"].text()
+    return _read_result(folder)["kind"].text()
 
 
-def open_result(folder: Path) -> Entry:
+def open_result(folder: Path, kind: str, latest: int, command: str) -> Entry:
     """Return the content of `result.json`.
 
     Args:
         folder: The folder of the search.
+        kind: What it must be.
+        latest: The latest format that is known.
+        command: The command that writes it.
 
     Raises:
         NotFoundError: There is none.
         CheckpointError: It is damaged.
+        UnsupportedError: It is of another kind, or of a later version.
     """
+    root = _read_result(folder)
+    found = root["kind"].text()
+    if found != kind:
+        raise UnsupportedError(f"{root.where}: is of the kind {found!r}; {command} writes {kind!r}")
+    if root["format"].whole() > latest:
+        raise UnsupportedError(f"{root.where}: is of a later version of merganser (format {root['format'].whole()})")
+    return root
+
+
+def _read_result(folder: Path) -> Entry:
     file = folder / RESULT
     if not file.exists():
         raise NotFoundError(f"{file}: no such file; the search in {folder} was stopped before it found something")
@@ -188,12 +199,7 @@ def read_study(folder: Path) -> StoredStudy:
         CheckpointError: The file is damaged.
         UnsupportedError: It is of a later version, or of `merganser auto`.
     """
-    root, file = open_result(folder), folder / RESULT
-    kind = root["kind"].text()
-    if kind != KIND:
-        raise UnsupportedError(f"{file}: is the {kind}, and none of merganser search")
-    if root["format"].whole() > FORMAT:
-        raise UnsupportedError(f"{file}: is of a later version of merganser (format {root['format'].whole()})")
+    root, file = open_result(folder, KIND, FORMAT, "merganser search"), folder / RESULT
     objectives = tuple(root["objectives"].each(lambda e: (e["objective"].text(), e["direction"].text())))
     trials = tuple(root["trials"].each(read_trial))
     for trial in trials:
@@ -207,15 +213,17 @@ def read_study(folder: Path) -> StoredStudy:
         raise CheckpointError(f"{file}: front: there is no trial {min(unknown)}")
     importance = root.get("importance")
     return StoredStudy(
-        folder,
-        objectives,
-        root["sampler"].text(),
-        trials,
-        front,
-        root["held_out"].whole(),
-        tuple(root["ends"].each(read_end)),
-        {} if importance is None else {name: {k: v.number() for k, v in e.items()} for name, e in importance.items()},
-        tuple(root["notes"].each(Entry.text)),
+        folder=folder,
+        objectives=objectives,
+        sampler=root["sampler"].text(),
+        trials=trials,
+        front=front,
+        held_out=root["held_out"].whole(),
+        ends=tuple(root["ends"].each(read_end)),
+        importance={}
+        if importance is None
+        else {name: {k: v.number() for k, v in e.items()} for name, e in importance.items()},
+        notes=tuple(root["notes"].each(Entry.text)),
     )
 
 
@@ -223,17 +231,17 @@ def read_trial(entry: Entry) -> StoredTrial:
     """Return a trial from its plain data."""
     values, same_as, failed = entry.get("values"), entry.get("same_as"), entry.get("failed")
     return StoredTrial(
-        entry["number"].whole(),
-        entry["recipe"].text(),
-        {name: value.plain() for name, value in entry["settings"].items()},
-        None if values is None else tuple(values.each(Entry.number)),
-        tuple(entry["stderr"].each(Entry.maybe)),
-        entry["feasible"].flag(),
-        entry["items"].whole(),
-        entry["stopped"].flag(),
-        None if same_as is None else same_as.whole(),
-        None if failed is None else failed.text(),
-        entry["seconds"].number(),
+        number=entry["number"].whole(),
+        name=entry["recipe"].text(),
+        settings={name: value.plain() for name, value in entry["settings"].items()},
+        values=None if values is None else tuple(values.each(Entry.number)),
+        stderr=tuple(entry["stderr"].each(Entry.maybe)),
+        feasible=entry["feasible"].flag(),
+        items=entry["items"].whole(),
+        stopped=entry["stopped"].flag(),
+        same_as=None if same_as is None else same_as.whole(),
+        failed=None if failed is None else failed.text(),
+        seconds=entry["seconds"].number(),
     )
 
 
@@ -254,14 +262,14 @@ def _measured(entry: Entry) -> tuple[float, float | None]:
     return entry["value"].number(), None if stderr is None else stderr.number()
 
 
-def _better(entry: Entry) -> Better:
+def _better(entry: Entry) -> Difference:
     interval = entry.get("interval")
     if interval is None:
-        return entry["value"].number(), None
+        return Difference(entry["value"].number(), None)
     ends = interval.each(Entry.number)
     if len(ends) != 2:
         interval.refuse("two numbers")
-    return entry["value"].number(), (ends[0], ends[1])
+    return Difference(entry["value"].number(), (ends[0], ends[1]))
 
 
 def read_items(folder: Path) -> list[StoredItems]:

@@ -1,6 +1,6 @@
 """Ask and tell over Optuna: which point is tried next, and its score.
 
-The journal of the study is a file of Optuna's, which its dashboard opens, too. A sampler is made anew for every trial,
+The journal of the study is a file of Optuna's, which its dashboard opens, too. A new sampler is made for every trial,
 with a seed of the study's seed and the trial's number, so that a study that was killed and continued asks for the same
 points as one that was not. Processes that share a study ask one after another; a trial holds the name of the process
 that works on it, and one whose process is dead is taken over.

@@ -90,7 +90,7 @@ class Progress(Protocol):
     def measuring(self, model: str) -> None:
         """Called before a model that others are compared with is scored on the items of trials."""
 
-    def proving(self, model: str) -> None:
+    def testing(self, model: str) -> None:
         """Called before a model is scored on the items held out."""
 
 
@@ -109,7 +109,7 @@ class Silent:
     def measuring(self, model: str) -> None:
         """Do nothing."""
 
-    def proving(self, model: str) -> None:
+    def testing(self, model: str) -> None:
         """Do nothing."""
 
 
@@ -266,18 +266,18 @@ class Trials:
     def _trial(self, told: Told) -> Trial:
         about = told.about
         return Trial(
-            told.number,
-            self._space.describe(told.point),
-            self._space.resolve(told.point),
-            told.values,
-            tuple(about.get("stderr") or ()),
-            told.feasible,
-            about.get("items", 0),
-            about.get("stopped", False),
-            about.get("same_as"),
-            about.get("failed"),
-            about.get("seconds", 0.0),
-            self._label(told.number),
+            number=told.number,
+            settings=self._space.describe(told.point),
+            recipe=self._space.resolve(told.point),
+            values=told.values,
+            stderr=tuple(about.get("stderr") or ()),
+            feasible=told.feasible,
+            items=about.get("items", 0),
+            stopped=about.get("stopped", False),
+            same_as=about.get("same_as"),
+            failed=about.get("failed"),
+            seconds=about.get("seconds", 0.0),
+            label=self._label(told.number),
         )
 
 

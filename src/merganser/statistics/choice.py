@@ -64,7 +64,7 @@ class Choice:
         """
         for name in ("sequences", "length", "seed"):
             value = getattr(self, name)
-            # of Python, where True is an int
+            # compared by type, since True is an int in Python
             if (value is not None or name == "seed") and type(value) is not int:
                 raise DataError(f"{name}: must be a whole number, found {value!r}")
         if self.sequences is not None and self.sequences < 1:

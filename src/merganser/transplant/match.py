@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ _FEWEST = 16
 
 Terms = Mapping[int, Sequence[tuple[int, float]]]
 """For each new token's id, rows of the model and their coefficients."""
+
+Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def match_tokenizer(
@@ -68,35 +71,31 @@ def match_tokenizer(
     donor, model = tokens_of(owner), tokens_of(member)
     shared = shared_rows(donor, model)
     rows = max(donor.rows, donor.last + 1)
-    new = {
-        number: token for token, number in sorted(donor.ids.items(), key=lambda item: item[1]) if number not in shared
-    }
     method = METHODS[settings["method"]]
     if method.solve is not None and len(shared) < _FEWEST:
         raise CheckpointError(
             f"{donor.reference} and {model.reference} share {len(shared)} tokens, too few to tell what the others mean; "
             "--method subword needs none"
         )
-    solver = _Solver(owner, donor, member, model, shared, new, settings, threads, advance)
-    own = np.full(rows, -1, np.int64)
-    own[list(shared)] = list(shared.values())
-    # rows without a token, such as padding, are matched by their number
-    named = {*donor.vocabulary.tokens, *model.vocabulary.tokens}
-    nameless = [row for row in range(min(rows, model.rows)) if row not in named]
-    own[nameless] = nameless
-    mean = sorted(number for number in model.vocabulary.tokens if number < model.rows)
-    tensors = dict(member.checkpoint.tensors)
+    solver = _Solver(
+        owner=owner,
+        donor=donor,
+        member=member,
+        model=model,
+        shared=shared,
+        settings=settings,
+        threads=threads,
+        advance=advance,
+    )
+    own = _known_rows(shared, donor, model, rows)
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    kinds: dict[int, Made] = {}
-    for name, tensor in indexed_tensors(member).items():
-        terms = solver.terms(name, tensor)
-        mapped = _row_map(own, terms, mean)
+    maps, kinds = _row_maps(member, model, solver, own)
+    for mapped in maps.values():
         digest.update(
             b"".join(a.tobytes() for a in (mapped.index, mapped.made.starts, mapped.made.row, mapped.made.weight))
         )
-        tensors[name] = gathered([tensor], mapped)
-        if name == member.anatomy.embedding:
-            kinds = {row: _kind(terms.get(row)) for row in np.flatnonzero(own < 0).tolist()}
+    held = member.checkpoint.tensors
+    tensors = {**held, **{name: gathered([held[name]], mapped) for name, mapped in maps.items()}}
     config = with_vocab_size(member.checkpoint.config, rows, member.anatomy.vocab_size)
     changed = Member.of(member.reference, replace(member.checkpoint, tensors=tensors, config=config))
     kept = set(shared.values())
@@ -108,6 +107,30 @@ def match_tokenizer(
     moved = {n: places.get(n) for n in model.vocabulary.tokens if places.get(n) != n}
     changed = with_ids(changed, moved, recipe)
     return Matched({member.reference: changed}, owner, replace(change, digest=digest.hexdigest()), moved=moved)
+
+
+def _known_rows(shared: Mapping[int, int], donor: Tokens, model: Tokens, rows: int) -> Rows:
+    """Return for each row of the output the row of the model that it is; -1 for that of a new token."""
+    own = np.full(rows, -1, np.int64)
+    own[list(shared)] = list(shared.values())
+    # rows without a token, such as padding, are matched by their number
+    named = {*donor.vocabulary.tokens, *model.vocabulary.tokens}
+    nameless = [row for row in range(min(rows, model.rows)) if row not in named]
+    own[nameless] = nameless
+    return own
+
+
+def _row_maps(member: Member, model: Tokens, solver: _Solver, own: Rows) -> tuple[dict[str, RowMap], dict[int, Made]]:
+    """Return what the rows of each tensor of tokens are made of, and how each new row of the embedding is made."""
+    mean = sorted(number for number in model.vocabulary.tokens if number < model.rows)
+    maps: dict[str, RowMap] = {}
+    kinds: dict[int, Made] = {}
+    for name, tensor in indexed_tensors(member).items():
+        terms = solver.terms(name, tensor)
+        maps[name] = _row_map(own, terms, mean)
+        if name == member.anatomy.embedding:
+            kinds = {row: _kind(terms.get(row)) for row in np.flatnonzero(own < 0).tolist()}
+    return maps, kinds
 
 
 def tokens_of(member: Member) -> Tokens:
@@ -130,7 +153,7 @@ def _kind(terms: Sequence[tuple[int, float]] | None) -> Made:
     return Made("combined" if terms else "zero", ())
 
 
-def _row_map(own: np.ndarray[Any, np.dtype[np.int64]], terms: Terms, mean: Sequence[int]) -> RowMap:
+def _row_map(own: Rows, terms: Terms, mean: Sequence[int]) -> RowMap:
     """Return which row of the model, or which combination, each row is; rows without terms are the mean of all."""
     index = own.copy()
     made: list[Sequence[tuple[int, int, float]]] = [[(0, row, 1 / len(mean)) for row in mean]]
@@ -152,10 +175,15 @@ class _Solver:
     member: Member
     model: Tokens
     shared: Mapping[int, int]
-    new: Mapping[int, str]
     settings: Mapping[str, Any]
     threads: int | None
     advance: Callable[[int, int], None] | None
+
+    @cached_property
+    def new(self) -> dict[int, str]:
+        """The donor's tokens that the model lacks, by id, in order."""
+        ordered = sorted(self.donor.ids.items(), key=lambda item: item[1])
+        return {number: token for token, number in ordered if number not in self.shared}
 
     def terms(self, name: str, tensor: TensorInfo) -> Terms:
         """Return rows and coefficients for each new token; for tokens that are left out, the mean of all rows is meant."""

@@ -113,7 +113,7 @@ def _extend(
         if mode == "average":
             score, rows = sum(own for own, _ in pieces) / len(pieces), [number for _, number in pieces]
         else:
-            # of equal scores the lowest id, as in the order of the vocabulary
+            # the lowest id among equal scores, as in the order of the vocabulary
             score, row = (max if mode == "max" else min)(
                 pieces, key=lambda each: (each[0], -each[1] if mode == "max" else each[1])
             )

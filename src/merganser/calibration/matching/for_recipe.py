@@ -13,7 +13,8 @@ from ...recipe import Recipe
 from ...recipe.fields.align import Align
 from ...statistics import CalibrationPlan
 from ...statistics.correlations import CORRELATIONS_NAME, Correlations, open_correlations
-from ..plan import plan_prepared, rate_of_sums
+from ..cost import rate_of_sums
+from ..plan import plan_prepared
 from ..preparation import Prepared, prepare
 from ..writer import file_name
 from .run import about_pair, correlate, same_tokens, same_units
@@ -71,7 +72,7 @@ def plan_match(wanted: WantedMatch, kept: Path | None, cache_dir: Path | None) -
     """Plan the comparison of a model with the reference.
 
     Args:
-        wanted: What is to be made.
+        wanted: What to make.
         kept: Where the correlations will be; None where that is temporary.
         cache_dir: Folder for models from the Hub.
 
@@ -116,7 +117,7 @@ def make_match(
     """Compare a model with the reference, unless the correlations are there; an interrupted run continues.
 
     Args:
-        wanted: What is to be made.
+        wanted: What to make.
         folder: The folder for them.
         kept: Whether the folder is the user's: other correlations in it are refused, and replaced otherwise.
         cache_dir: Folder for models from the Hub.

@@ -75,7 +75,7 @@ def correlate(
         for own, spool, state in zip(pair, spools, states, strict=True):
             spool.mkdir(exist_ok=True)
             known = None if state is None else StreamState.from_json(state)
-            # of the same samples, so that a row is the same token in both
+            # both read the same samples, so that a row is the same token in both
             batches = replace(own, samples=reference.samples, batch_tokens=reference.batch_tokens).batches()
             streams.append(Stream(own.skeleton, batches, spool, known))
         for index in range(streams[0].state.done, count):

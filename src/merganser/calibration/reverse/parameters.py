@@ -95,7 +95,7 @@ def find_parts(
             missing.append(source)
             continue
         found[source] = part
-        # of joined tensors with the same values, such as zeros, each gets a part of its own; tied ones share theirs
+        # joined tensors with the same values, such as zeros, get a part each; tied ones share theirs
         if part.length is not None:
             taken.add(part)
     return found, missing

@@ -33,7 +33,7 @@ _BLOCK_WORK = 3
 _HEAD_WORK, _HEAD_WORK_WITH_GRADIENTS = 1, 3
 # logits, their softmax, its logarithm, and the gradient
 _COPIES_OF_LOGITS = 4
-# of every output of a matrix: the value, what follows it, and their gradients
+# for every output of a matrix: the value, what follows it, and their gradients
 _COPIES_OF_OUTPUTS = 4
 
 Sums = Mapping[tuple[str, str], Sum]
@@ -169,7 +169,7 @@ def plan_reverse(
     ]
     # with the first block, what is outside the blocks gets the rest of its sums
     held[0] += of_outside
-    # of every sequence, the rows of a table of tokens that it uses
+    # the rows of a table of tokens that every sequence uses
     rows = sum(len(own.ids) for each in samples for own in each.stacks)
     widths = [own.shape[0] for file in sums.values() for (kind, _), own in file.items() if kind == "gradient_gram"]
     return ReversePlan(

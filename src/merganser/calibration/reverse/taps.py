@@ -58,7 +58,7 @@ class GradientTaps:
         found: dict[tuple[str, str], Sum] = {}
         for source, part in self._parts.items():
             gram = self._grams.get(part.parameter)
-            # of joined tensors each has but a part of the outputs
+            # a joined tensor has only a part of the outputs
             if gram is not None and part.length is None and part.index is None:
                 found["gradient_gram", source] = Sum(Gram.shape_of(gram.width), Gram.stored_as, gram.result)
         return found

@@ -237,7 +237,7 @@ class _Descent:
         )
 
     def _error(self, pupil: Pupil, number: int) -> tuple[Tensor | None, float]:
-        """Return the mean squared error of a batch, and the mean square of what is to be computed; None if none counts."""
+        """Return the mean squared error of a batch, and the mean square of the target; None if no token counts."""
         index, stack = pupil.merged.state.done, self._block.stack
         batch = pupil.merged.batches[number]
         counted = batch.stacks[stack].counted

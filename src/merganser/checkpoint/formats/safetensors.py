@@ -166,7 +166,7 @@ def _tensor(file: Path, name: str, entry: Any) -> _Entry:
     try:
         return _parse_tensor(name, entry)
     except _FlawError as flaw:
-        raise CheckpointError(f"{file}: tensor {name!r}: {flaw}; fetch the file again, or write it anew") from None
+        raise CheckpointError(f"{file}: tensor {name!r}: {flaw}; fetch the file again, or write it again") from None
 
 
 class _FlawError(Exception):
@@ -235,11 +235,11 @@ def _check_layout(file: Path, entries: list[_Entry]) -> None:
     for name, _, _, begin, nbytes in entries:
         if begin < position:
             raise CheckpointError(
-                f"{file}: tensors {previous!r} and {name!r} overlap; fetch the file again, or write it anew"
+                f"{file}: tensors {previous!r} and {name!r} overlap; fetch the file again, or write it again"
             )
         if begin > position:
             raise CheckpointError(
-                f"{file}: tensor {name!r}: {begin - position} bytes before it belong to no tensor; fetch the file again, or write it anew"
+                f"{file}: tensor {name!r}: {begin - position} bytes before it belong to no tensor; fetch the file again, or write it again"
             )
         position, previous = begin + nbytes, name
 

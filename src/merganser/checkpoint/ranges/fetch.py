@@ -15,7 +15,7 @@ from .file import RemoteFile
 __all__ = ["Fetcher", "open_remote"]
 
 _TRIES = 5
-"""How often a range is asked for again before the run gives up; counted anew whenever bytes arrive."""
+"""How often a range is asked for again before the run gives up; counted again from 0 whenever bytes arrive."""
 
 _WAIT, _LONGEST_WAIT = 1.0, 8.0
 """Seconds before the first new try, and the most; each wait is twice the one before."""

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import MergeError
-from ...search.ends import Difference, difference
-from ...wording import plural, time_text
+from ...search.auto.choice import FIGURES
+from ...search.ends import difference
+from ...wording import measured_text, plural, setting_text, time_text
 from .text import complain, head, say, table
 
 if TYPE_CHECKING:
     from ...search import Found, Trial
-    from ...search.auto.choice import Choice, Figure
+    from ...search.auto.choice import Choice
+    from ...search.difference import Difference
     from ...search.ends import End
-
-_KEPT = {"recovered/mean": "kept, mean", "recovered/worst": "kept, worst task", "forgotten/mean": "forgotten"}
-"""Figures of the proof of `auto`, and what they are called."""
 
 
 class SearchProgress:
@@ -37,7 +36,7 @@ class SearchProgress:
         of = "" if self._of is None else f"/{self._of}"
         name = f"trial {trial.number + 1}{of}"
         if trial.label:
-            # a recipe of `auto`, of which there are so many; a trial around one is called after it
+            # a recipe of `auto` (their number is known), or a trial around one, which has its name
             name = trial.label if self._of is None else f"recipe {trial.number + 1}{of}  {trial.label}"
         say(f"{name}  {_outcome(trial)}{_mark(trial, best)}  {time_text(trial.seconds)}")
 
@@ -51,8 +50,8 @@ class SearchProgress:
         if not self._quiet:
             say(f"measuring {model}")
 
-    def proving(self, model: str) -> None:
-        """Report which model is measured for the proof."""
+    def testing(self, model: str) -> None:
+        """Report which model is measured on the items held out."""
         if not self._quiet:
             say(f"at the end: measuring {model}")
 
@@ -61,10 +60,7 @@ def _outcome(trial: Trial) -> str:
     if trial.values is None:
         return f"failed: {trial.failed}"
     stderr = [*trial.stderr, *[None] * len(trial.values)]
-    return "  ".join(
-        f"{value:.4f}" + ("" if error is None else f" ±{error:.4f}")
-        for value, error in zip(trial.values, stderr, strict=False)
-    )
+    return "  ".join(measured_text(value, error) for value, error in zip(trial.values, stderr, strict=False))
 
 
 def _mark(trial: Trial, best: Trial | None) -> str:
@@ -78,7 +74,7 @@ def _mark(trial: Trial, best: Trial | None) -> str:
 
 
 def print_found(found: Found) -> None:
-    """Print what a search found: settings of the winner, and the proof."""
+    """Print what a search found: settings of the winner, and the held-out test."""
     objectives = ", ".join(f"{o.text} ({'higher' if o.sign > 0 else 'lower'} is better)" for o in found.objectives)
     head(f"{plural(len(found.trials), 'trial')} · {found.sampler} · {objectives}")
     best = found.best
@@ -91,15 +87,15 @@ def print_found(found: Found) -> None:
     for trial in found.front:
         if len(found.front) > 1:
             say(f"trial {trial.number + 1}: {_outcome(trial)}, {found.recipe_file(trial)}")
-        for line in table([[name, _setting(value)] for name, value in trial.settings.items()]):
+        for line in table([[name, setting_text(value)] for name, value in trial.settings.items()]):
             say(line)
     if found.held_out:
         say(f"measured on {plural(found.held_out, 'item')} that no trial saw (± standard error)")
     else:
-        say("as the command says, which scored the trials, too: nothing was held out, so this proves nothing")
+        say("as the command says, which scored the trials, too: nothing was held out, so this is no test of the winner")
     for line in table(_rows(found)):
         say(line)
-    for line in verdict(found):
+    for line in _verdict(found):
         say(line)
     where = found.folder / "winner.yaml" if len(found.objectives) == 1 else found.recipe_file(best)
     say(f"wrote {where}; merganser merge {where} OUT makes it")
@@ -115,10 +111,7 @@ def _rows(found: Found) -> list[list[str]]:
         if end.values is None:
             rows.append([_named(end, found), f"failed: {end.failed}"])
             continue
-        cells = []
-        for value in end.values:
-            error = value.stderr if value.parts else None
-            cells.append(f"{value.value:.4f}" + ("" if error is None else f" ±{error:.4f}"))
+        cells = [measured_text(value.value, value.stderr if value.parts else None) for value in end.values]
         better = ""
         if winner is not None and winner.values and end is not winner:
             better = _difference(difference(winner.values[0], end.values[0], found.objectives[0]))
@@ -138,53 +131,37 @@ def _difference(found: Difference) -> str:
     return f"{found.value:+.4f} ({found.interval[0]:+.4f} to {found.interval[1]:+.4f})"
 
 
-def verdict(found: Found) -> list[str]:
-    """Return what the proof says, in sentences."""
-    winner = next((end for end in found.ends if end.role == "winner" and end.values), None)
-    if winner is None or not winner.values or len(found.objectives) > 1:
+def _verdict(found: Found) -> list[str]:
+    """Return what the held-out test says, in sentences."""
+    if len(found.objectives) > 1 or not any(end.role == "winner" and end.values for end in found.ends):
         return []
-    lines = []
-    others = [found.best_single, next((end for end in found.ends if end.role == "average"), None)]
-    for other, what in zip(others, ("the best single model", "the average"), strict=True):
-        if other is None or not other.values:
-            continue
-        gap = difference(winner.values[0], other.values[0], found.objectives[0])
-        lines.append(_compared(gap, what if what == "the average" else f"{other.name}, {what},"))
+    lines = [gap.sentence(end.name, end.role) for end, gap in found.against]
     best = found.best
     if best is not None and best.values and found.held_out:
         whole = sum(trial.same_as is None and trial.failed is None for trial in found.trials)
         lines.append(
-            f"on its own items the winner had {best.values[0]:.4f}; it was chosen from {whole} there, which flatters it"
+            f"on the items of the trials the winner had {best.values[0]:.4f}; as the best of {whole} there, it looks better than it is"
         )
     return lines
 
 
-def _setting(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def print_choice(found: Choice) -> None:
     """Print what `auto` made of some models."""
-    around = f" and {plural(len(found.around), 'trial')} around the best of them" if found.around else ""
-    head(f"{plural(len(found.tried), 'recipe')}{around}")
+    head(found.what_was_tried)
     say(f"the winner is {found.winner}{_is_average(found)}, chosen from {plural(found.chosen_from, 'recipe')}")
-    say("share of the gain of the best model of each task over the base that is kept: " + _domains(found))
+    say("share of the gain of the best model of each task over the base that is kept: " + found.domains_text)
     say(f"measured on {plural(found.held_out, 'item')} that nothing was chosen on (± standard error)")
     for line in table(_kept(found)):
         say(line)
     for end, gap in found.study.against:
-        say(
-            _compared(
-                Difference(*gap), "the average" if end.role == "average" else f"{end.name}, the best single model,"
-            )
-        )
+        say(gap.sentence(end.name, end.role))
     if found.merged is not None:
         say(f"wrote {found.merged}, by the recipe {found.folder / 'winner.yaml'}")
     elif found.recommended == "average":
         recipe = found.folder / "recipes" / "average.yaml"
-        say(f"take the average: nothing that was tried is better; merganser merge {recipe} OUT makes it")
+        say(f"take {found.what_to_use}: nothing that was tried is better; merganser merge {recipe} OUT makes it")
     else:
-        say(f"take {found.recommended} as it is: nothing that was tried is better; nothing was merged")
+        say(f"take {found.what_to_use}: nothing that was tried is better; nothing was merged")
     if found.advice is not None:
         complain("note", found.advice)
 
@@ -194,22 +171,17 @@ def _is_average(found: Choice) -> str:
 
 
 def _kept(found: Choice) -> list[list[str]]:
-    """Return the proof as rows: what each model keeps and forgets on the items held out."""
-    shown = [name for name in _KEPT if any(name in figures for figures in found.kept.values())]
-    rows = [["model", *(_KEPT[name] for name in shown), "the winner keeps more by (95 % interval)"]]
+    """Return the held-out test as rows: what each model keeps and forgets on the items held out."""
+    shown = [name for name in FIGURES if any(name in figures for figures in found.kept.values())]
+    rows = [["model", *(FIGURES[name] for name in shown), "the winner keeps more by (95 % interval)"]]
     for end in found.ends:
         if end.values is None:
             rows.append([end.name, f"failed: {end.failed}"])
             continue
         figures = found.kept[end.name]
-        cells = [_figure(figures[name]) if name in figures else "" for name in shown]
-        rows.append([end.name, *cells, _difference(Difference(*end.better[0])) if end.better else ""])
+        cells = [measured_text(*figures[name]) if name in figures else "" for name in shown]
+        rows.append([end.name, *cells, _difference(end.better[0]) if end.better else ""])
     return rows
-
-
-def _figure(found: Figure) -> str:
-    value, stderr = found
-    return f"{value:.4f}" + ("" if stderr is None else f" ±{stderr:.4f}")
 
 
 def write_page(folder: Path, *, quiet: bool) -> None:
@@ -223,18 +195,3 @@ def write_page(folder: Path, *, quiet: bool) -> None:
         return
     if not quiet:
         say(f"wrote {page}; open it in a browser")
-
-
-def _domains(found: Choice) -> str:
-    return ", ".join(f"{task} ({name})" for task, name in found.domains.items())
-
-
-def _compared(gap: Difference, name: str) -> str:
-    if gap.interval is None:
-        said = "better" if gap.value > 0 else "worse" if gap.value < 0 else "as good"
-        return f"{said} {'as' if gap.value == 0 else 'than'} {name} by one figure each, without an interval"
-    if gap.interval[0] > 0:
-        return f"better than {name} beyond the interval"
-    if gap.interval[1] < 0:
-        return f"worse than {name} beyond the interval: take that instead"
-    return f"not better than {name} beyond the interval: no difference is shown"

@@ -252,7 +252,7 @@ tags:
 
 # {self._target.out.name}
 
-`{Path(self._recipe.student).name}`, taught what these models say by [Merganser](https://pypi.org/project/merganser/) {__version__}:
+`{Path(self._recipe.student).name}`, taught what these models say by Merganser {__version__}:
 
 {listed}
 

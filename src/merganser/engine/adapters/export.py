@@ -201,7 +201,9 @@ class _Work:
 
     def _factor(self, name: str, left: Tensor, right: Tensor) -> None:
         if not name.endswith(".weight"):
-            raise UnsupportedError(f"{name}: is no module's weight, of which alone an adapter holds factors")
+            raise UnsupportedError(
+                f"{name}: is not the weight of a module, and an adapter holds factors of these alone"
+            )
         embedding = self.anatomy.parts[name].role == "embedding"
         self._store(name.removesuffix(".weight"), left, right, embedding=embedding)
         if name in self.tied:
@@ -293,7 +295,7 @@ tags:
 
 # {task.name}
 
-A LoRA adapter for `{Path(task.named).name}`, exported by [Merganser](https://pypi.org/project/merganser/) {__version__} from the sidecar
+A LoRA adapter for `{Path(task.named).name}`, exported by Merganser {__version__} from the sidecar
 ({exported["method"]}) of a task: {plural(exported["factored"], "weight")} in factors, {plural(len(exported["saved"]), "tensor")} stored whole.
 Error relative to what restoring the task changes: {exported["error"]:.4g}.
 """

@@ -96,7 +96,17 @@ def extract(
     _refuse_inputs(Path(out), [tuned, origin])
     _check_alike(tuned, origin)
     with Spool(Path(out), overwrite=overwrite) as spool, Reader() as reader, one_thread():
-        work = _Work(tuned, origin, rank, energy, embeddings, others, dtype, spool, reader)
+        work = _Work(
+            tuned=tuned,
+            base=origin,
+            rank=rank,
+            energy=energy,
+            embeddings=embeddings,
+            others=others,
+            dtype=dtype,
+            spool=spool,
+            reader=reader,
+        )
         total = tuned.nbytes + origin.nbytes
         done = 0
         for name, tensor in tuned.tensors.items():
@@ -328,7 +338,7 @@ tags:
 
 # {work.spool.out.name}
 
-A LoRA adapter {how}, extracted by [Merganser](https://pypi.org/project/merganser/) {__version__} from what `{name}` changed in
+A LoRA adapter {how}, extracted by Merganser {__version__} from what `{name}` changed in
 `{Path(base).name}`: {plural(extracted["factored"], "weight")} in factors, {plural(len(extracted["saved"]), "tensor")} stored whole,
 {len(extracted["dropped"])} left as in the base. Relative error of the whole change: {extracted["error"]:.4g}.
 """

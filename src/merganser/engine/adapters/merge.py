@@ -290,7 +290,7 @@ def _card(plan: AdapterPlan, title: str, rank: int) -> str:
 
 # {title}
 
-A LoRA adapter of rank {rank}, merged with [Merganser](https://pypi.org/project/merganser/) {__version__}, method
+A LoRA adapter of rank {rank}, merged with Merganser {__version__}, method
 `{plan.method.name}`, from
 
 {listed}

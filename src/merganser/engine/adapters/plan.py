@@ -166,17 +166,8 @@ def plan_adapters(recipe: Recipe, *, seed: int = 0, cache_dir: Path | None = Non
         CheckpointError: An adapter is damaged, or the adapters do not fit each other or the base.
         UnsupportedError: An adapter is of a kind that cannot be merged with others.
     """
-    place = recipe.place_of("merge_method")
-    try:
-        method = get_method_for_adapters(recipe.merge_method)
-    except RecipeError as error:
-        raise RecipeError(f"{place}: {error}") from error
+    method = _method(recipe)
     of_factors = get_factor_method(recipe.merge_method) is not None
-    if method.from_data or method.sidecar is not None:
-        what = "statistics from data" if method.from_data else "a model from which others are restored"
-        raise UnsupportedError(
-            f"{place}: {method.name} needs {what}; merge models with adapters (MODEL+ADAPTER) instead"
-        )
     if of_factors and recipe.space is not None:
         raise RecipeError(f"{recipe.place_of('space')}: {method.name} works on the factors themselves")
     bare = (
@@ -194,20 +185,40 @@ def plan_adapters(recipe: Recipe, *, seed: int = 0, cache_dir: Path | None = Non
         kind = _kind(recipe, method, modules, len(adapters), seed)
     space = "factors" if of_factors else recipe.space or "core"
     return AdapterPlan(
-        recipe,
-        method,
-        of_factors,
-        space,
-        kind,
-        adapters,
-        names,
-        modules,
-        _copied(adapters, names),
-        _base(recipe, adapters),
-        _dtype(recipe, adapters),
-        seed,
-        [*warnings, *resolver.idle_filters(), *_notes(method, kind, space)],
+        recipe=recipe,
+        method=method,
+        of_factors=of_factors,
+        space=space,
+        kind=kind,
+        adapters=adapters,
+        names=names,
+        modules=modules,
+        copied=_copied(adapters, names),
+        base=_base(recipe, adapters),
+        dtype=_dtype(recipe, adapters),
+        seed=seed,
+        warnings=[*warnings, *resolver.idle_filters(), *_notes(method, kind, space)],
     )
+
+
+def _method(recipe: Recipe) -> MergeMethod:
+    """Return the method of a recipe for adapters.
+
+    Raises:
+        RecipeError: There is none of this name.
+        UnsupportedError: It cannot merge adapters.
+    """
+    place = recipe.place_of("merge_method")
+    try:
+        method = get_method_for_adapters(recipe.merge_method)
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+    if method.from_data or method.sidecar is not None:
+        what = "statistics from data" if method.from_data else "a model from which others are restored"
+        raise UnsupportedError(
+            f"{place}: {method.name} needs {what}; merge models with adapters (MODEL+ADAPTER) instead"
+        )
+    return method
 
 
 def _open(recipe: Recipe, reference: ModelReference) -> Adapter:

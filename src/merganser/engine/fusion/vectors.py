@@ -24,7 +24,6 @@ _TYPES: dict[torch.dtype, Any] = {
     torch.int64: ir.IntType(64),
     torch.bool: ir.IntType(1),
 }
-_BITS = {ir.HalfType(): ir.IntType(16), ir.FloatType(): ir.IntType(32), ir.DoubleType(): ir.IntType(64)}
 FLOATS = (torch.float32, torch.float64)
 INTEGERS = (torch.int16, torch.int32, torch.int64)
 # NaN as torch rounds it to bfloat16
@@ -126,8 +125,3 @@ def _to_bfloat16(builder: Any, value: Any) -> Any:
     rounded = builder.lshr(builder.add(bits, builder.add(odd, splat(whole, 0x7FFF))), splat(whole, 16))
     is_nan = builder.fcmp_unordered("uno", value, value)
     return builder.trunc(builder.select(is_nan, splat(whole, _NAN), rounded), vector(ir.IntType(16)))
-
-
-def bits_of(of: Any) -> Any:
-    """Return the integer type of the width of a type."""
-    return _BITS.get(of, of)

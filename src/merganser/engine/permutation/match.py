@@ -136,7 +136,7 @@ class _Matcher:
                 return
 
     def improve(self, group: Units, uses: Sequence[Use] | None = None) -> bool:
-        """Assign the units of a group anew; return whether that made the models more alike."""
+        """Assign the units of a group again; return whether that made the models more alike."""
         mine = [group.name] if group.inner is None else [group.name, group.inner.name]
         scores = self._scores(group, group.uses if uses is None else uses, mine)
         if group.inner is None:

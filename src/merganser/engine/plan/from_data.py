@@ -248,7 +248,7 @@ def _open_of_base(method: MergeMethod, inputs: Inputs, source: Source, names: Se
 
 
 def _missing(method: MergeMethod, source: Source, wanted: str) -> str:
-    """Return what is to be done where a recipe names no statistics of a model."""
+    """Return what the user can do where a recipe names no statistics of a model."""
     of = "the base" if method.data_of == "base" else "this model"
     needed = f"{source.place}: {method.name} needs statistics of {of} from data ({wanted})"
     if method.data_inputs != "own":

@@ -116,7 +116,7 @@ def memory_needs(tensors: Sequence[PlannedTensor], fused: bool) -> Needs:
             # small tensors are concatenated (a copy) and merged as one block
             arithmetic = _eager(tensor)
             if fused:
-                # of stacks order statistics alone are found by torch
+                # the loops do everything but the order statistics of stacks, which torch finds
                 arithmetic = 12 * len(tensor.inputs) if tensor.together == "stacked" else 0
             bundle = max(bundle, _raw(tensor) + (_raw(tensor) + arithmetic if tensor.together else 0))
     needed = max(largest, _largest_bundle(tensors) * bundle)

@@ -107,31 +107,14 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
     with_base = given.base is not None and not slot.kept
     base: TensorInfo | None = inputs[0] if with_base else None
     models: Sequence[TensorInfo] = inputs[1:] if with_base else inputs
-    dtype, shape, role = inputs[0].dtype, inputs[0].shape, slot.part.role
+    dtype, shape = inputs[0].dtype, inputs[0].shape
     copy = dtype.kind != "float"
     treatment = untouched() if slot.kept else Treatment(resolver.method, {})
     if not copy:
         declared = recipe.declared_dtype
         dtype = DTYPE_BY_NAME[declared] if declared else promote([tensor.natural or tensor.dtype for tensor in inputs])
     if not copy and not slot.kept:
-        # a slice's layers have other names in the models, and filters match those; else filters match `rule`
-        sliced = bool(recipe.slices) and slot.part.layer is not None
-        names = [tensor.name for tensor in models] if sliced else [slot.rule] * len(models)
-        parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
-        try:
-            treatment = treat(
-                resolver.method,
-                parameters,
-                name=slot.name,
-                shape=shape,
-                role=role,
-                location=slot.location,
-                n_models=len(models),
-                based=base is not None,
-                numbers=numbers,
-            )
-        except ParameterError as error:
-            raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
+        treatment = _treatment(slot, recipe, resolver, numbers, inputs, with_base=with_base)
         base, models = treatment.inputs(base, models)
     wide = recipe.dtype == "float64" or dtype is _FLOAT64 or _FLOAT64 in [tensor.dtype for tensor in inputs]
     return PlannedTensor(
@@ -146,12 +129,47 @@ def _draft(slot: Slot, recipe: Recipe, resolver: Resolver, numbers: Mapping[str,
         parameters=treatment.parameters,
         located=treatment.located,
         layer=slot.part.layer,
-        role=role,
+        role=slot.part.role,
         shard=0,
         offset=0,
         nbytes=dtype.nbytes(math.prod(shape)),
         block_limit=BLOCK,
     )
+
+
+def _treatment(
+    slot: Slot,
+    recipe: Recipe,
+    resolver: Resolver,
+    numbers: Mapping[str, Any],
+    inputs: Sequence[TensorInfo],
+    *,
+    with_base: bool,
+) -> Treatment:
+    """Return by which method and with which parameters a tensor is merged; its `inputs` begin with the base, if it has one.
+
+    Raises:
+        ParameterError: A parameter is not valid for this tensor.
+    """
+    models = inputs[1:] if with_base else inputs
+    # a slice's layers have other names in the models, and filters match those; else filters match `rule`
+    sliced = bool(recipe.slices) and slot.part.layer is not None
+    names = [tensor.name for tensor in models] if sliced else [slot.rule] * len(models)
+    parameters = resolver.parameters(slot.slice_index, slot.rule, names, slot.t)
+    try:
+        return treat(
+            resolver.method,
+            parameters,
+            name=slot.name,
+            shape=inputs[0].shape,
+            role=slot.part.role,
+            location=slot.location,
+            n_models=len(models),
+            based=with_base,
+            numbers=numbers,
+        )
+    except ParameterError as error:
+        raise ParameterError(f"{resolver.slices[slot.slice_index].place}: {error}") from None
 
 
 def promote(dtypes: Sequence[DType]) -> DType:

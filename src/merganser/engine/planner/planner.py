@@ -229,7 +229,16 @@ def _plan_output(
     files = side_files(donor, owner, matched.change)
     origins = file_origins(donor, owner, files, _configs(ending), template_of, matched.change)
     warnings += [*config_warnings, *quantise_warnings, *template_warnings, *ending.warnings]
-    return _Output(drafts, shards, gguf, ending, files, origins, template, warnings)
+    return _Output(
+        drafts=drafts,
+        shards=shards,
+        gguf=gguf,
+        ending=ending,
+        files=files,
+        origins=origins,
+        template=template,
+        warnings=warnings,
+    )
 
 
 def _configs(ending: Ending) -> list[str]:

@@ -149,7 +149,7 @@ def _measure_in_a_loop(columns: Sequence[Tensor], with_base: bool) -> Tensor | N
     Returns:
         As from `_measure`, but for the last bits of sums.
     """
-    # of wider numbers the grid to which they were rounded has to be found for each tensor
+    # the grid to which wider numbers were rounded has to be found for each tensor
     if why_not() is not None or (with_base and any(data.dtype.itemsize > 2 for data in columns[1:-1])):
         return None
     models, size = len(columns) - 2, columns[0].shape[1]

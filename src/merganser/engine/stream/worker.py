@@ -117,7 +117,7 @@ class Worker:
         largest = any(run is not None and run.kernels.round(name, index).largest for run in state.runs)
         sums = [Sum(largest=largest) for _ in (state.runs[:1] if over == "model" else state.runs)]
         for i, (tensor, run) in enumerate(zip(state.group.tensors, state.runs, strict=True)):
-            # of several tensors, some may know theirs after an earlier round
+            # some of the tensors may know theirs after an earlier round
             if run is not None and tensor.size and name not in state.known[i]:
                 ranges = self._ranges(run, state.group, task.segment)
                 total: Tensor | None = None

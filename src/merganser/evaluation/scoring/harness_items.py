@@ -193,7 +193,7 @@ class HarnessItems:
 
         given = self._arguments.evaluation
         seeds = {name: given.get(name, seed) for name, seed in _SEEDS.items()}
-        # as simple_evaluate does it, which would load the task anew and start processes to describe the machine
+        # as simple_evaluate does it, which would load the task again and start processes to describe the machine
         random.seed(seeds["random_seed"])
         np.random.seed(seeds["numpy_random_seed"])  # noqa: NPY002
         torch.manual_seed(seeds["torch_random_seed"])

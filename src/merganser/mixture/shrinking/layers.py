@@ -1,16 +1,16 @@
-"""The layers of experts of a model: their tensors in the checkpoint, checked, read, and named anew."""
+"""The layers of experts of a model: their tensors in the checkpoint, checked, read, and given new names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...anatomy.experts import ROUTERS, SHARED, sizes_of_layers
+from ...anatomy.experts import ROUTERS, SHARED, common_size, sizes_of_layers
 from ...calibration.forward.internals import expert_matrices, expert_modules, has_gate, has_norm
 from ...calibration.forward.skeleton import Block, Skeleton
 from ...errors import CheckpointError, UnsupportedError
@@ -143,63 +143,99 @@ def find_layers(skeleton: Skeleton) -> list[Layer]:
             if sizes_of_layers({name: own.shape for name, own in skeleton.checkpoint.tensors.items()})
             else f"{reference}: {kind} has no layers of experts"
         )
-    counts = sorted({layer.count for layer in found})
-    if len(counts) > 1:
-        raise UnsupportedError(f"{reference}: its layers have {counts[0]} to {counts[-1]} experts; they must be alike")
+    common_size((layer.count for layer in found), str(reference))
     if len({layer.block for layer in found}) < len(found):
         raise UnsupportedError(f"{reference}: has several groups of experts in a layer")
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """What a checkpoint holds of a layer of experts.
+
+    Args:
+        single: By kind, then number of the expert, its tensors.
+        packed: By the name of the module's parameter, the tensor of all experts.
+        router: Tensors of the router, the weight first.
+    """
+
+    single: dict[str, dict[int, str]]
+    packed: dict[str, str]
+    router: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all of them."""
+        return [*self.router, *self.packed.values(), *(each for own in self.single.values() for each in own.values())]
+
+
 def _layer(skeleton: Skeleton, index: int, block: Block, name: str, module: Any) -> Layer:
-    reference, tensors = skeleton.checkpoint.reference, skeleton.checkpoint.tensors
+    reference = skeleton.checkpoint.reference
     first = next(iter(expert_matrices(module)))
     count, parent = len(getattr(module, first)), name.rpartition(".")[0]
     if not has_gate(module) or has_norm(module):
         raise UnsupportedError(f"{reference}: {name}: experts without a gate, or with a norm, cannot be shrunk")
-    single: dict[str, dict[int, str]] = {}
-    packed: dict[str, str] = {}
-    routers: list[str] = []
-    for source in block.sources:
-        target = skeleton.targets[source]
-        parameter = target.parameter
-        if parameter.startswith(f"{name}."):
-            # a family may have other names for packed experts than transformers
-            match, whole = _SINGLE.match(source), _PACKED.match(parameter if target.alone else source)
-            if match is not None and match["leaf"] in _LEAVES:
-                single.setdefault(_LEAVES[match["leaf"]], {})[int(match["number"])] = source
-            elif whole is not None:
-                packed[whole["leaf"] + (whole["bias"] or "")] = source
-            else:
-                raise UnsupportedError(f"{reference}: {source}: experts with such a tensor cannot be shrunk")
-        elif parameter.startswith(f"{parent}.") and parameter[len(parent) + 1 :].partition(".")[0] in ROUTERS:
-            routers.append(source)
-        elif _per_expert(parameter, parent, tensors[source].shape, count):
-            raise UnsupportedError(
-                f"{reference}: {source} (shape {list(tensors[source].shape)}): it is not known what this tensor beside the "
-                "experts holds, so their number cannot be changed"
-            )
-    _check_experts(skeleton, name, module, count, single, packed)
-    routers.sort(key=lambda source: not source.endswith(".weight"))
-    shape = (count, module_width(module))
-    if not routers or not routers[0].endswith(".weight"):
-        raise CheckpointError(f"{reference}: {parent}: the router's weight is missing")
-    for source in routers:
-        wanted = shape if source is routers[0] else shape[:1]
-        # ERNIE's bias has a dimension more
-        if tensors[source].shape not in ((wanted,) if source is routers[0] else (wanted, (1, count))):
-            raise CheckpointError(
-                f"{reference}: {source} has the shape {list(tensors[source].shape)}, and for {count} experts it must be "
-                f"{list(wanted)}"
-            )
-    for source in (*routers, *packed.values(), *(each for own in single.values() for each in own.values())):
-        dtype = tensors[source].dtype
+    found = _tensors_of(skeleton, block, name, count)
+    _check_experts(skeleton, name, module, count, found)
+    _check_router(skeleton, parent, found.router, (count, module_width(module)))
+    for source in found.names:
+        dtype = skeleton.checkpoint.tensors[source].dtype
         if dtype.kind != "float" or dtype.itemsize > 4:
             raise UnsupportedError(
                 f"{reference}: {source} holds {dtype.name}; experts are merged in float32, from floats of at most 32 bits"
             )
-    ordered = {kind: tuple(own[number] for number in range(count)) for kind, own in single.items()}
-    return Layer(index, name, module, count, ordered, packed, tuple(routers))
+    single = {kind: tuple(own[number] for number in range(count)) for kind, own in found.single.items()}
+    return Layer(index, name, module, count, single, found.packed, tuple(found.router))
+
+
+def _tensors_of(skeleton: Skeleton, block: Block, name: str, count: int) -> _Tensors:
+    """Return the tensors of the experts of a module, and of their router.
+
+    Raises:
+        UnsupportedError: One of them is of an unknown kind.
+    """
+    reference, parent = skeleton.checkpoint.reference, name.rpartition(".")[0]
+    found = _Tensors({}, {}, [])
+    for source in block.sources:
+        target = skeleton.targets[source]
+        parameter, shape = target.parameter, skeleton.checkpoint.tensors[source].shape
+        if parameter.startswith(f"{name}."):
+            # a family may have other names for packed experts than transformers
+            match, whole = _SINGLE.match(source), _PACKED.match(parameter if target.alone else source)
+            if match is not None and match["leaf"] in _LEAVES:
+                found.single.setdefault(_LEAVES[match["leaf"]], {})[int(match["number"])] = source
+            elif whole is not None:
+                found.packed[whole["leaf"] + (whole["bias"] or "")] = source
+            else:
+                raise UnsupportedError(f"{reference}: {source}: experts with such a tensor cannot be shrunk")
+        elif parameter.startswith(f"{parent}.") and parameter[len(parent) + 1 :].partition(".")[0] in ROUTERS:
+            found.router.append(source)
+        elif _per_expert(parameter, parent, shape, count):
+            raise UnsupportedError(
+                f"{reference}: {source} (shape {list(shape)}): it is not known what this tensor beside the experts holds, so "
+                "their number cannot be changed"
+            )
+    found.router.sort(key=lambda source: not source.endswith(".weight"))
+    return found
+
+
+def _check_router(skeleton: Skeleton, parent: str, router: Sequence[str], shape: tuple[int, int]) -> None:
+    """Check that a router has a row, or a value, per expert; `shape` is that of its weight.
+
+    Raises:
+        CheckpointError: It has not.
+    """
+    reference, tensors = skeleton.checkpoint.reference, skeleton.checkpoint.tensors
+    if not router or not router[0].endswith(".weight"):
+        raise CheckpointError(f"{reference}: {parent}: the router's weight is missing")
+    for source in router:
+        wanted = shape if source is router[0] else shape[:1]
+        # ERNIE's bias has a dimension more
+        if tensors[source].shape not in ((wanted,) if source is router[0] else (wanted, (1, shape[0]))):
+            raise CheckpointError(
+                f"{reference}: {source} has the shape {list(tensors[source].shape)}, and for {shape[0]} experts it must be "
+                f"{list(wanted)}"
+            )
 
 
 def _per_expert(parameter: str, parent: str, shape: tuple[int, ...], count: int) -> bool:
@@ -215,15 +251,14 @@ def module_width(module: Any) -> int:
     return int(getattr(module, first[0]).shape[first[1]])
 
 
-def _check_experts(
-    skeleton: Skeleton,
-    name: str,
-    module: nn.Module,
-    count: int,
-    single: Mapping[str, Mapping[int, str]],
-    packed: Mapping[str, str],
-) -> None:
+def _check_experts(skeleton: Skeleton, name: str, module: nn.Module, count: int, found: _Tensors) -> None:
+    """Check that all experts of a module are there, in the shapes that config.json asks for.
+
+    Raises:
+        CheckpointError: They are not.
+    """
     reference, tensors = skeleton.checkpoint.reference, skeleton.checkpoint.tensors
+    single, packed = found.single, found.packed
     if bool(single) == bool(packed):
         problem = "both packed and one by one" if single else "missing"
         raise CheckpointError(f"{reference}: {name}: the tensors of its experts are {problem}")

@@ -170,19 +170,7 @@ class _Builder:
             self.anchors.clear()
             self.size = 0
         elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in self.anchors:
-                raise self.error(
-                    line,
-                    f"alias *{event.anchor} has no anchor before it; write &{event.anchor} before the value that it repeats",
-                )
-            target = self.anchors[event.anchor]
-            if target is None:
-                raise self.error(
-                    line, f"alias *{event.anchor} is inside the value that it refers to; move it behind that value"
-                )
-            if self._expects_key():
-                raise self.error(line, "a key must be a plain text, not a list, mapping or alias")
-            return self._add(Node(target[0].value, line), target[1])
+            return self._repeat(event.anchor, line)
         elif isinstance(event, yaml.ScalarEvent):
             if self._expects_key():
                 self._start_pair(event.value, line)
@@ -192,8 +180,7 @@ class _Builder:
                 self.anchors[event.anchor] = (node, 1)
             return self._add(node, 1)
         elif isinstance(event, yaml.SequenceStartEvent | yaml.MappingStartEvent):
-            if self._expects_key():
-                raise self.error(line, "a key must be a plain text, not a list, mapping or alias")
+            self._refuse_as_key(line)
             value: list[Node] | dict[str, Node] = [] if isinstance(event, yaml.SequenceStartEvent) else {}
             self._check_tag(event.tag, value, line)
             self.open.append(_Open(Node(value, line), event.anchor))
@@ -209,6 +196,22 @@ class _Builder:
                 self.anchors[done.anchor] = (done.node, done.size)
             return self._add(done.node, done.size, counted=True)
         return None
+
+    def _repeat(self, anchor: str | None, line: int) -> Node | None:
+        """Add the value of an anchor."""
+        if anchor not in self.anchors:
+            raise self.error(
+                line, f"alias *{anchor} has no anchor before it; write &{anchor} before the value that it repeats"
+            )
+        target = self.anchors[anchor]
+        if target is None:
+            raise self.error(line, f"alias *{anchor} is inside the value that it refers to; move it behind that value")
+        self._refuse_as_key(line)
+        return self._add(Node(target[0].value, line), target[1])
+
+    def _refuse_as_key(self, line: int) -> None:
+        if self._expects_key():
+            raise self.error(line, "a key must be a plain text, not a list, mapping or alias")
 
     def convert(self, value: object, depth: int) -> Node:
         """Return the node of a Python value."""

@@ -1,4 +1,4 @@
-"""The page of `auto`: what to use, what was tried, and the proof."""
+"""The page of `auto`: what to use, what was tried, and the held-out test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...search.auto.choice import Choice, TriedRecipe
+from ...search.auto.choice import FIGURES, Choice, TriedRecipe
 from ...search.auto.choice import Figure as Measured
 from ...search.stored import StoredEnd, StoredItems
 from ...wording import plural, time_text
@@ -19,14 +19,12 @@ from .sections import compared
 __all__ = ["choice_sections", "choice_summary"]
 
 _SOURCE = "result.json"
-_SHOWN = (("recovered/mean", "kept, mean"), ("recovered/worst", "kept, worst task"), ("forgotten/mean", "forgotten"))
 
 
 def choice_summary(choice: Choice) -> str:
     """Return what was tried, in one line."""
     seconds = sum(tried.seconds for tried in choice.tried) + sum(trial.seconds for trial in choice.around)
-    around = f" and {plural(len(choice.around), 'trial')} around the best of them" if choice.around else ""
-    return f"{plural(len(choice.tried), 'recipe')}{around} · auto · {time_text(seconds)} in merging and scoring"
+    return f"{choice.what_was_tried} · auto · {time_text(seconds)} in merging and scoring"
 
 
 def choice_sections(choice: Choice, items: Sequence[StoredItems]) -> list[Section]:
@@ -57,20 +55,12 @@ def _verdict(choice: Choice) -> Section:
 
 
 def _sentences(choice: Choice) -> list[str]:
-    domains = ", ".join(f"{task} ({name})" for task, name in choice.domains.items())
-    if choice.merged is not None:
-        first = f"Take the merge in {choice.folder / 'merged'}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}."
-    else:
-        how = (
-            "the average (recipes/average.yaml)"
-            if choice.recommended == "average"
-            else f"{choice.recommended} as it is"
-        )
-        first = f"Take {how}: {choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}, is worse, so nothing was merged."
+    chosen = f"{choice.winner}, chosen from {plural(choice.chosen_from, 'recipe')}"
+    worse = "" if choice.merged is not None else ", is worse, so nothing was merged"
     lines = [
-        first,
+        f"Take {choice.what_to_use}: {chosen}{worse}.",
         "Kept is the share of the gain of the best model of each task over the base that is still there: "
-        f"{domains}. A model alone keeps 1 of its own task.",
+        f"{choice.domains_text}. A model alone keeps 1 of its own task.",
         f"Measured on {plural(choice.held_out, 'item')} that nothing was chosen on; ± is one standard error. What was chosen "
         "from many looks better on the items that chose it than it is, so only these figures count.",
         *compared(choice.study),
@@ -79,7 +69,7 @@ def _sentences(choice: Choice) -> list[str]:
 
 
 def _columns(all_figures: Sequence[Mapping[str, Measured]]) -> list[tuple[str, str]]:
-    return [(name, said) for name, said in _SHOWN if any(name in figures for figures in all_figures)]
+    return [(name, said) for name, said in FIGURES.items() if any(name in figures for figures in all_figures)]
 
 
 def _ends(choice: Choice) -> Table:
@@ -95,9 +85,9 @@ def _end(choice: Choice, i: int, end: StoredEnd, names: Sequence[str]) -> list[C
     cells: list[Cell] = [end.name, end.role, *_cells(choice.kept.get(end.name, {}), names, f"kept.{end.name}")]
     if not end.better:
         return [*cells, ""]
-    value, interval = end.better[0]
-    span = "" if interval is None else f" ({interval[0]:+.3f} to {interval[1]:+.3f})"
-    return [*cells, Number(value, f"{value:+.3f}{span}", f"ends[{i}].winner_better_by[0].value")]
+    gap = end.better[0]
+    span = "" if gap.interval is None else f" ({gap.interval[0]:+.3f} to {gap.interval[1]:+.3f})"
+    return [*cells, Number(gap.value, f"{gap.value:+.3f}{span}", f"ends[{i}].winner_better_by[0].value")]
 
 
 def _cells(figures: Mapping[str, Measured], names: Sequence[str], place: str) -> list[Cell]:
@@ -141,34 +131,15 @@ def _tried(choice: Choice) -> Table:
 
 def _tried_figure(choice: Choice) -> list[Block]:
     """Return what each recipe keeps, with its standard error."""
-    data: list[dict[str, Any]] = []
     order = [tried for _, tried in _ordered(choice) if choice.objective in tried.figures]
     if len(order) < 2:
         return []
-    for stopped, label, mark in (
-        (False, "scored on all items", {"color": COLOURS[0], "symbol": "circle", "size": 9}),
-        (True, "ended early", {"color": COLOURS[6], "symbol": "circle-open", "size": 8}),
-    ):
-        own = [tried for tried in order if tried.stopped == stopped]
-        if own:
-            measured = [tried.figures[choice.objective] for tried in own]
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": label,
-                    "x": [value for value, _ in measured],
-                    "y": [escape(cut(tried.name)) for tried in own],
-                    "error_x": {
-                        "type": "data",
-                        "array": [error or 0.0 for _, error in measured],
-                        "thickness": 1,
-                        "width": 0,
-                    },
-                    "marker": mark,
-                    "hovertemplate": "%{y}: %{x:.4f}<extra></extra>",
-                }
-            )
+    whole, early = ([tried for tried in order if tried.stopped == stopped] for stopped in (False, True))
+    data = [
+        _kept_points("scored on all items", whole, choice.objective, color=COLOURS[0], symbol="circle", size=9),
+        _kept_points("ended early", early, choice.objective, color=COLOURS[6], symbol="circle-open", size=8),
+    ]
+    data = [trace for trace in data if trace["x"]]
     height = 130 + 24 * len(order)
     drawn = layout(
         height,
@@ -186,6 +157,21 @@ def _tried_figure(choice: Choice) -> list[Block]:
     )
     lines = [f"  {tried.name}: {tried.figures[choice.objective][0]:.4f}" for tried in order]
     return [Figure("what the recipes keep, on the items that chose", data, drawn, height, lines, f"{_SOURCE}: tried[]")]
+
+
+def _kept_points(label: str, recipes: Sequence[TriedRecipe], objective: str, **marker: Any) -> dict[str, Any]:
+    """Return the trace of what some recipes keep."""
+    measured = [tried.figures[objective] for tried in recipes]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": label,
+        "x": [value for value, _ in measured],
+        "y": [escape(cut(tried.name)) for tried in recipes],
+        "error_x": {"type": "data", "array": [error or 0.0 for _, error in measured], "thickness": 1, "width": 0},
+        "marker": marker,
+        "hovertemplate": "%{y}: %{x:.4f}<extra></extra>",
+    }
 
 
 def _around_text(choice: Choice) -> str:

@@ -58,41 +58,11 @@ def history_figures(study: StoredStudy) -> list[Block]:
 
 
 def _history(study: StoredStudy, trials: Sequence[StoredTrial], k: int, name: str, sign: float) -> Figure:
-    data: list[dict[str, Any]] = []
-    for kind, (label, mark) in enumerate(_KINDS):
-        own = [trial for trial in trials if _kind(trial) == kind and trial.values]
-        if own:
-            errors = [(t.stderr[k] if k < len(t.stderr) else None) or 0.0 for t in own]
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": label,
-                    "x": [t.number + 1 for t in own],
-                    "y": [t.values[k] for t in own if t.values],
-                    "error_y": {"type": "data", "array": errors, "color": "#88888866", "thickness": 1, "width": 0},
-                    "marker": mark,
-                    "text": [_said(t, study) for t in own],
-                    "hoverinfo": "text",
-                }
-            )
     steps: list[tuple[int, float]] = []
     for trial in trials:
         if trial.whole and trial.values and (not steps or sign * trial.values[k] > sign * steps[-1][1]):
             steps.append((trial.number + 1, trial.values[k]))
-    if steps:
-        ends = [*steps, (study.trials[-1].number + 1, steps[-1][1])]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": "best so far",
-                "x": [x for x, _ in ends],
-                "y": [y for _, y in ends],
-                "line": {"shape": "hv", "color": COLOURS[2], "width": 2},
-                "hoverinfo": "skip",
-            }
-        )
+    data = [*_points(study, trials, k), *_best_so_far(steps, study.trials[-1].number + 1)]
     lines = [f"  trial {x}: {y:.5g}" for x, y in steps[-8:]]
     axis: dict[str, Any] = {"fixedrange": True}
     # without this, very bad trials would compress the range of all others
@@ -111,6 +81,47 @@ def _history(study: StoredStudy, trials: Sequence[StoredTrial], k: int, name: st
     )
     better = "higher" if sign > 0 else "lower"
     return Figure(f"{name} ({better} is better){outside}", data, drawn, 380, lines, _SOURCE)
+
+
+def _points(study: StoredStudy, trials: Sequence[StoredTrial], k: int) -> list[dict[str, Any]]:
+    """Return a trace of each kind of trials, with their values of the objective number k."""
+    data: list[dict[str, Any]] = []
+    for kind, (label, mark) in enumerate(_KINDS):
+        own = [trial for trial in trials if _kind(trial) == kind and trial.values]
+        if own:
+            errors = [(t.stderr[k] if k < len(t.stderr) else None) or 0.0 for t in own]
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": label,
+                    "x": [t.number + 1 for t in own],
+                    "y": [t.values[k] for t in own if t.values],
+                    "error_y": {"type": "data", "array": errors, "color": "#88888866", "thickness": 1, "width": 0},
+                    "marker": mark,
+                    "text": [_said(t, study) for t in own],
+                    "hoverinfo": "text",
+                }
+            )
+    return data
+
+
+def _best_so_far(steps: Sequence[tuple[int, float]], last: int) -> list[dict[str, Any]]:
+    """Return a trace of the best value until each trial; `steps` are the trials that were better than all before."""
+    if not steps:
+        return []
+    ends = [*steps, (last, steps[-1][1])]
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "best so far",
+            "x": [x for x, _ in ends],
+            "y": [y for _, y in ends],
+            "line": {"shape": "hv", "color": COLOURS[2], "width": 2},
+            "hoverinfo": "skip",
+        }
+    ]
 
 
 def front_figures(study: StoredStudy) -> list[Block]:
@@ -233,7 +244,7 @@ def _scale(values: Sequence[object]) -> dict[object, float]:
     numbers = [key for key in keys if isinstance(key, int | float) and not isinstance(key, bool)]
     if len(numbers) == len(keys) and numbers:
         low, high = min(numbers), max(numbers)
-        # of values that span a hundredfold, ratios are shown
+        # values that span a hundredfold are shown by their ratios
         if low > 0 and high / low >= 100:
             return {n: math.log(n / low) / math.log(high / low) for n in numbers}
         return {n: (n - low) / (high - low) if high > low else 0.5 for n in numbers}

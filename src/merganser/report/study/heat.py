@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,31 @@ def heat_section(study: StoredStudy, items: Sequence[StoredItems]) -> Section:
     return Section("Which items", blocks)
 
 
-def _heat(study: StoredStudy, items: StoredItems, most: int) -> Figure:
+@dataclass(frozen=True, slots=True)
+class _Bins:
+    """The scores of a task as they are drawn: items from hard to easy, neighbours in groups where there are many.
+
+    Args:
+        rows: Names of the models that are shown.
+        said: A sentence about those that are not.
+        groups: The items of each column.
+        steps: How far each model is from the mean in each column, in steps of the scale from -100 to 100; None where nothing
+            is known.
+        scale: The distance of 100 steps.
+        mean: The mean score of each item.
+        apart: The distance of each model from it, NaN where it is not known.
+    """
+
+    rows: list[str]
+    said: str
+    groups: list[NDArray[np.int64]]
+    steps: list[list[int | None]]
+    scale: float
+    mean: NDArray[np.float64]
+    apart: NDArray[np.float64]
+
+
+def _binned(study: StoredStudy, items: StoredItems, most: int) -> _Bins:
     rows, said = _rows(study, items, most)
     at = {name: i for i, name in enumerate(items.models)}
     scores = items.scores[[at[name] for name in rows]]
@@ -59,14 +84,22 @@ def _heat(study: StoredStudy, items: StoredItems, most: int) -> Figure:
         [int(step) if known else None for step, known in zip(row, found, strict=True)]
         for row, found in zip(steps, np.isfinite(binned), strict=True)
     ]
-    names = [f"items {_numbers(items, group)}: mean {_number(items, float(mean[group].mean()))}" for group in groups]
-    height = 130 + max(9 * len(rows), 60)
+    return _Bins(rows, said, groups, cells, scale, mean, apart)
+
+
+def _heat(study: StoredStudy, items: StoredItems, most: int) -> Figure:
+    bins = _binned(study, items, most)
+    names = [
+        f"items {_numbers(items, group)}: mean {_number(items, float(bins.mean[group].mean()))}"
+        for group in bins.groups
+    ]
+    height = 130 + max(9 * len(bins.rows), 60)
     unit = {"correct": "share of right answers", _BITS: f"{_BITS}, fewer are better"}.get(items.score, items.score)
     figure = {
         "type": "heatmap",
         "x": [f"{i + 1}. {name}" for i, name in enumerate(names)],
-        "y": [escape(name) for name in rows],
-        "z": cells,
+        "y": [escape(name) for name in bins.rows],
+        "z": bins.steps,
         "zmin": -_STEPS,
         "zmax": _STEPS,
         "colorscale": [[0, "#c8553d"], [0.5, "#e8e8e8"], [1, "#2f6db3"]],
@@ -90,9 +123,10 @@ def _heat(study: StoredStudy, items: StoredItems, most: int) -> Figure:
             "showgrid": False,
         },
     )
-    grouped = "" if len(groups) == len(order) else f", {len(order)} in {len(groups)} groups"
-    title = f"{items.task}: {unit}; full colour is {_number(items, scale, plain=True)} from the mean{grouped}{said}"
-    telling = np.nanmean(np.abs(apart), 0)
+    count, scale = len(bins.mean), _number(items, bins.scale, plain=True)
+    grouped = "" if len(bins.groups) == count else f", {count} in {len(bins.groups)} groups"
+    title = f"{items.task}: {unit}; full colour is {scale} from the mean{grouped}{bins.said}"
+    telling = np.nanmean(np.abs(bins.apart), 0)
     first = ", ".join(str(items.items[i]) for i in np.argsort(-telling, kind="stable")[:10])
     lines = [f"  items that tell trials apart most: {first}"]
     return Figure(title, [figure], drawn, height, lines, "items.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...search.stored import StoredEnd, StoredItems, StoredStudy, StoredTrial
-from ...wording import plural, time_text
+from ...wording import plural, setting_text, time_text
 from ..blocks import Block, Cell, Code, List, Number, Paragraph, Section, Table
 from .figures import front_figures, history_figures, importance_figure, parallel_figure, value_names
 from .heat import heat_section
@@ -66,9 +66,14 @@ def _sentences(study: StoredStudy) -> list[str]:
     else:
         said = f"The best is trial {study.front[0] + 1}"
     whole = sum(trial.same_as is None and trial.failed is None for trial in study.trials)
-    lines = [f"{said}, of {whole} that were scored; being chosen from many flatters what is chosen."]
+    lines = [
+        f"{said}, of {whole} that were scored; as the best of many, it looks better on the items that chose it than it is."
+    ]
     if not study.ends:
-        return [*lines, "The search was stopped before the proof: nothing was measured on items held out."]
+        return [
+            *lines,
+            "The search was stopped before the held-out test: nothing was measured on items that no trial saw.",
+        ]
     if study.held_out:
         lines.append(f"Measured on {plural(study.held_out, 'item')} that no trial saw; ± is one standard error.")
     else:
@@ -77,20 +82,9 @@ def _sentences(study: StoredStudy) -> list[str]:
 
 
 def compared(study: StoredStudy) -> list[str]:
-    """Return what the proof says of the winner beside the best single model and the average, in sentences."""
-    lines = []
-    for end, (value, interval) in study.against:
-        name = "the average" if end.role == "average" else f"{end.name}, the best single model,"
-        if interval is None:
-            said = "Better than" if value > 0 else "Worse than" if value < 0 else "As good as"
-            lines.append(f"{said} {name} by one figure each, without an interval.")
-        elif interval[0] > 0:
-            lines.append(f"Better than {name} beyond the interval of 95 %.")
-        elif interval[1] < 0:
-            lines.append(f"Worse than {name} beyond the interval of 95 %: take that instead.")
-        else:
-            lines.append(f"No difference from {name} is shown: the interval of 95 % holds zero.")
-    return lines
+    """Return what the held-out test says of the winner beside the best single model and the average, in sentences."""
+    said = [gap.sentence(end.name, end.role) for end, gap in study.against]
+    return [f"{text[0].upper()}{text[1:]}." for text in said]
 
 
 def _ends(study: StoredStudy) -> Table:
@@ -111,14 +105,9 @@ def _end(study: StoredStudy, i: int, end: StoredEnd) -> list[Cell]:
         cells.append(Number(value, f"{value:.4f}{error}", f"ends[{i}].values[{k}].value"))
     if not end.better:
         return [*cells, ""]
-    value, interval = end.better[0]
-    span = "" if interval is None else f" ({interval[0]:+.4f} to {interval[1]:+.4f})"
-    return [*cells, Number(value, f"{value:+.4f}{span}", f"ends[{i}].winner_better_by[0].value")]
-
-
-def setting_text(value: object) -> str:
-    """Return a tried value as text."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    gap = end.better[0]
+    span = "" if gap.interval is None else f" ({gap.interval[0]:+.4f} to {gap.interval[1]:+.4f})"
+    return [*cells, Number(gap.value, f"{gap.value:+.4f}{span}", f"ends[{i}].winner_better_by[0].value")]
 
 
 def _settings(best: Sequence[StoredTrial]) -> Table:

@@ -55,7 +55,7 @@ def check_experts(base: str, experts: Sequence[str], out: str) -> None:
 
 
 def notes_of_same(models: Sequence[Model]) -> list[str]:
-    """Return what is to be said of models with the same weights.
+    """Return what to tell the user about models with the same weights.
 
     Args:
         models: The base and the experts.
@@ -78,7 +78,7 @@ def notes_of_same(models: Sequence[Model]) -> list[str]:
 
 
 def notes_of_useless(models: Sequence[Model], domains: Mapping[str, str]) -> list[str]:
-    """Return what is to be said of experts whose field no task measures.
+    """Return what to tell the user about experts whose field no task measures.
 
     Args:
         models: The base and the experts.
@@ -133,7 +133,7 @@ def open_judge(bench: Bench, models: Sequence[Model], progress: Progress) -> tup
 def fields_of(
     best: Mapping[str, Model], base: Model, figures: Mapping[str, Figures], mains: Mapping[str, tuple[str, bool]]
 ) -> tuple[dict[str, Model], list[str]]:
-    """Return the tasks on which the best model gains much, beside its other tasks, and what is to be said of the rest.
+    """Return the tasks on which the best model gains much, beside its other tasks, and what to tell the user about the rest.
 
     Gains are compared among tasks of one metric: of metrics where less is better, such as bits, as shares of the base's figure.
 
@@ -202,7 +202,7 @@ def refuse_same(texts: Mapping[str, Path], tasks: Sequence[Task]) -> None:
         if path in sources:
             raise TaskError(
                 f"data: {path} is the text of {name} and the task {sources[path]}; a merge that was calibrated on what it "
-                "is scored on proves nothing: give other texts, or leave the tasks out, so that it is divided"
+                "is scored on is not tested by it: give other texts, or leave the tasks out, so that it is divided"
             )
 
 

@@ -1,7 +1,7 @@
 """The minutes of a call: how many items fit into them, and what may still begin.
 
-Scoring takes most of the time. How long one item takes is measured on the base; with it follows what the models, the proof
-and each recipe will take. A call that continues another one takes over what that measured, from the table of items.
+Scoring takes most of the time. How long one item takes is measured on the base; with it follows what the models, the
+held-out test and each recipe will take. A call that continues another one takes over what that measured, from the table of items.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..scoring.items import HELD
 __all__ = ["Budget", "keep_waves"]
 
 _REFERENCES = 0.5
-"""Largest share of the time for scoring the models that are merged, and for the proof."""
+"""Largest share of the time for scoring the models that are merged, and for the held-out test."""
 
 _PORTFOLIO = 0.65
 """Share of the remaining time after which the portfolio begins nothing new."""
@@ -63,7 +63,7 @@ class Budget:
         bench: Scores the models; those to merge were scored.
         until: When everything is to be over, on `time.monotonic()`.
         item: Seconds to score a model on one item, `Table.pace` of the models that are merged.
-        finals: Number of models in the proof.
+        finals: Number of models in the held-out test.
         options: Keyword arguments of `plan`.
     """
 
@@ -75,14 +75,14 @@ class Budget:
     _portfolio: float | None = None
 
     @property
-    def proof(self) -> float:
-        """Seconds that the proof takes."""
+    def testing(self) -> float:
+        """Seconds that the held-out test takes."""
         return self.finals * self.item * self.bench.table.count([HELD])
 
     @property
     def for_trials(self) -> float:
         """Seconds that are left for trials."""
-        return self.until - time.monotonic() - self.proof
+        return self.until - time.monotonic() - self.testing
 
     def fits(self, recipe: str) -> bool:
         """Return whether a recipe of the portfolio can be merged and scored in its part of the time."""
@@ -108,6 +108,6 @@ class Budget:
 
         Args:
             seconds: How long it takes.
-            merging: How long the merge of the winner takes, which comes after the proof.
+            merging: How long the merge of the winner takes, which comes after the held-out test.
         """
-        return self.until - self.proof - merging - seconds
+        return self.until - self.testing - merging - seconds

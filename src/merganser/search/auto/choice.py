@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import CheckpointError, UnsupportedError
+from ...errors import CheckpointError
 from ...jsonfile import Entry
+from ...wording import plural
 from ..stored import StoredEnd, StoredStudy, StoredTrial, open_result, read_end, read_trial
 
-__all__ = ["FORMAT", "KIND", "Choice", "TriedRecipe", "read_choice"]
+__all__ = ["FIGURES", "FORMAT", "KIND", "Choice", "TriedRecipe", "read_choice"]
 
 KIND = "auto result"
 FORMAT = 1
+
+FIGURES = {"recovered/mean": "kept, mean", "recovered/worst": "kept, worst task", "forgotten/mean": "forgotten"}
+"""What is shown of a model, by the names of objectives, and what it is called."""
 
 Figure = tuple[float, float | None]
 """A value and its standard error."""
@@ -54,7 +58,7 @@ class Choice:
         around: Trials around the best of them.
         ends: The winner, the models and the average, on items that nothing was chosen on.
         kept: What each of them keeps and forgets there, by its name and the names of objectives.
-        held_out: Number of items of the proof.
+        held_out: Number of items of the held-out test.
         winner: Name of the recipe that was the best on the items of trials.
         chosen_from: Number of recipes that were scored.
         recommended: Name of what to use: "winner", a model, or "average".
@@ -79,21 +83,39 @@ class Choice:
     notes: tuple[str, ...]
 
     @property
+    def what_was_tried(self) -> str:
+        """How many recipes and trials there were, in words."""
+        around = f" and {plural(len(self.around), 'trial')} around the best of them" if self.around else ""
+        return f"{plural(len(self.tried), 'recipe')}{around}"
+
+    @property
+    def what_to_use(self) -> str:
+        """The model that is recommended, in words."""
+        if self.merged is not None:
+            return f"the merge in {self.folder / 'merged'}"
+        return "the average (recipes/average.yaml)" if self.recommended == "average" else f"{self.recommended} as it is"
+
+    @property
+    def domains_text(self) -> str:
+        """The tasks that count, each with its best model."""
+        return ", ".join(f"{task} ({name})" for task, name in self.domains.items())
+
+    @property
     def study(self) -> StoredStudy:
         """The portfolio and the trials around its best as one search, in the order in which they were made."""
         listed = [
             StoredTrial(
-                i,
-                tried.name,
-                {},
-                None if tried.value is None else (tried.value,),
-                (tried.figures.get(self.objective, (0.0, None))[1],),
-                True,
-                tried.items,
-                tried.stopped,
-                None,
-                tried.failed,
-                tried.seconds,
+                number=i,
+                name=tried.name,
+                settings={},
+                values=None if tried.value is None else (tried.value,),
+                stderr=(tried.figures.get(self.objective, (0.0, None))[1],),
+                feasible=True,
+                items=tried.items,
+                stopped=tried.stopped,
+                same_as=None,
+                failed=tried.failed,
+                seconds=tried.seconds,
             )
             for i, tried in enumerate(self.tried)
         ]
@@ -105,7 +127,15 @@ class Choice:
         front = tuple(trial.number for trial in listed if trial.name == self.winner)
         objectives = ((self.objective, "maximize"),)
         return StoredStudy(
-            self.folder, objectives, "auto", tuple(listed), front, self.held_out, self.ends, {}, self.notes
+            folder=self.folder,
+            objectives=objectives,
+            sampler="auto",
+            trials=tuple(listed),
+            front=front,
+            held_out=self.held_out,
+            ends=self.ends,
+            importance={},
+            notes=self.notes,
         )
 
 
@@ -120,11 +150,7 @@ def read_choice(folder: Path) -> Choice:
         CheckpointError: The file is damaged.
         UnsupportedError: It is of a later version, or of a search.
     """
-    root = open_result(folder)
-    if root["kind"].text() != KIND:
-        raise UnsupportedError(f"{root.where}: is the {root['kind'].text()}, and none of merganser auto")
-    if root["format"].whole() > FORMAT:
-        raise UnsupportedError(f"{root.where}: is of a later version of merganser (format {root['format'].whole()})")
+    root = open_result(folder, KIND, FORMAT, "merganser auto")
     merged, advice = root.get("merged"), root.get("advice")
     around = tuple(root["around"].each(read_trial))
     for trial in around:
@@ -133,20 +159,20 @@ def read_choice(folder: Path) -> Choice:
                 f"{root.where}: trial {trial.number} has {len(trial.values)} values for one objective"
             )
     return Choice(
-        folder,
-        root["objective"].text(),
-        {task: name.text() for task, name in root["domains"].items()},
-        tuple(root["tried"].each(_tried)),
-        around,
-        tuple(root["ends"].each(read_end)),
-        {name: _figures(entry) for name, entry in root["kept"].items()},
-        root["held_out"].whole(),
-        root["winner"].text(),
-        root["chosen_from"].whole(),
-        root["recommended"].text(),
-        None if merged is None else Path(merged.text()),
-        None if advice is None else advice.text(),
-        tuple(root["notes"].each(Entry.text)),
+        folder=folder,
+        objective=root["objective"].text(),
+        domains={task: name.text() for task, name in root["domains"].items()},
+        tried=tuple(root["tried"].each(_tried)),
+        around=around,
+        ends=tuple(root["ends"].each(read_end)),
+        kept={name: _figures(entry) for name, entry in root["kept"].items()},
+        held_out=root["held_out"].whole(),
+        winner=root["winner"].text(),
+        chosen_from=root["chosen_from"].whole(),
+        recommended=root["recommended"].text(),
+        merged=None if merged is None else Path(merged.text()),
+        advice=None if advice is None else advice.text(),
+        notes=tuple(root["notes"].each(Entry.text)),
     )
 
 

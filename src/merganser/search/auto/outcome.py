@@ -73,9 +73,9 @@ class Above:
         """Pass it on."""
         self._inner.measuring(model)
 
-    def proving(self, model: str) -> None:
+    def testing(self, model: str) -> None:
         """Pass it on."""
-        self._inner.proving(model)
+        self._inner.testing(model)
 
 
 def plain(
@@ -147,7 +147,7 @@ def _advice(recommended: str, kept: Mapping[str, Figures]) -> str | None:
         "no merge that was tried is better" if worst is None else f"of its worst task the merge keeps {worst.value:.0%}"
     )
     return (
-        f"{lost[0].upper()}{lost[1:]}. If it is known which task a text is of when the model is used, a merge with a sidecar "
+        f"{lost[0].upper()}{lost[1:]}. If the task of a text is known when the model is used, a merge with a sidecar "
         "gives each model back: merge_method: skillpack, and merganser restore"
     )
 

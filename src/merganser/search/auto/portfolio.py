@@ -156,7 +156,7 @@ def around(best: Candidate) -> tuple[str, float]:
     about = _about_around(best)
     known = get_method(best.method).parameters
     if "weight" in known:
-        # of the average only shares matter, so that the other methods' scale is in their weights
+        # the average depends on shares alone; the other methods' scale is in their weights
         name, value, per = "weight", best.parameters.get("weight", 1.0), ["model", f"layers:{LAYERS}"]
     else:
         name, value, per = "lambda", best.parameters.get("lambda", 1.0), [f"layers:{2 * LAYERS}"]

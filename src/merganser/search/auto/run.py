@@ -85,7 +85,7 @@ def auto(
         data: Text of the field of each expert, `NAME=FILE` or by name of the expert, which methods with data are calibrated
             on; without it none is tried.
         minutes: Time for everything. Where it is short, fewer items are scored, and recipes are left out; the first recipe,
-            the proof and the merge take place in any case. A call that continues another one has the time anew.
+            the held-out test and the merge take place in any case. A call that continues another one has the whole time again.
         seed: Seed of the division of the items, and of the search.
         limit: Number of items of each task, both halves together.
         context: As for `evaluate`.
@@ -124,15 +124,8 @@ def auto(
         wanted = Wanted(limit, context, None, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval))
         bench, found = open_bench(names, loaded, wanted, folder.journal, seed, cache_dir)
         models = [*found.values()]
-        given: dict[str, Any] = {"command": "auto", "seed": seed, "version of merganser": __version__}
-        given |= {"input": {name: model.key for name, model in found.items()}}
-        given |= {"task": {name: split.hash for name, split in bench.table.splits.items()}}
-        given |= {"limit": limit, "context": context}
-        given |= {"lm-eval": wanted.harness.to_json()} if wanted.harness else {}
-        given |= {"dtype": dtype, "device": str(wanted.device), "batch of tokens": batch_tokens}
-        given |= {"data": {name: xxh3_of_file(path) for name, path in texts.items()}}
         notes = notes_of_same(models)
-        waves = settle_waves(folder, given, bench, models, minutes, progress)
+        waves = settle_waves(folder, _settings(wanted, seed, found, bench, texts), bench, models, minutes, progress)
         bench.table.shorten(waves)
         search = _Search(base, experts, bench, folder, seed, progress, models, begin + 60 * minutes, options, notes)
         try:
@@ -140,9 +133,30 @@ def auto(
                 candidates(base, experts, texts=[*texts.values()], kept=folder.path.absolute() / "statistics")
             )
             search.try_around()
-            return search.prove()
+            return search.test_and_merge()
         except KeyboardInterrupt:
             raise Interrupted(search.best_so_far()) from None
+
+
+def _settings(
+    wanted: Wanted, seed: int, models: Mapping[str, Model], bench: Bench, texts: Mapping[str, Path]
+) -> dict[str, Any]:
+    """Return what a call that continues must have in common with the first one."""
+    harness = {"lm-eval": wanted.harness.to_json()} if wanted.harness else {}
+    return {
+        "command": "auto",
+        "seed": seed,
+        "version of merganser": __version__,
+        "input": {name: model.key for name, model in models.items()},
+        "task": {name: split.hash for name, split in bench.table.splits.items()},
+        "limit": wanted.limit,
+        "context": wanted.context,
+        **harness,
+        "dtype": wanted.dtype,
+        "device": str(wanted.device),
+        "batch of tokens": wanted.batch_tokens,
+        "data": {name: xxh3_of_file(path) for name, path in texts.items()},
+    }
 
 
 class Interrupted(KeyboardInterrupt):
@@ -181,7 +195,7 @@ class _Search:
         for note in self.notes:
             progress.note(note)
         pace = bench.table.pace([model.key for model in models])
-        # every model, the winner and the average are in the proof
+        # every model, the winner and the average are in the held-out test
         self.budget = Budget(bench, until, pace, len(models) + 2, options)
         self._listed: tuple[Candidate, ...] = ()
         self.tried: list[Tried] = []
@@ -264,7 +278,7 @@ class _Search:
         try:
             trials.run(None, deadline, Above(self.progress, self.best[0]))
         except TaskError as error:
-            # what the portfolio found is worth its proof all the same
+            # what the portfolio found is worth its test all the same
             self.notes.append(f"around {self.best_candidate.name}: {error}")
             self.progress.note(self.notes[-1])
         self.around = trials.over
@@ -310,8 +324,8 @@ class _Search:
         assert best is not None
         return f"{best[1]}, which keeps {best[0]:.4f} on the items of trials: {self.folder.path / 'recipes' / best[1]}.yaml"
 
-    def prove(self) -> Choice:
-        """Measure on the other half, and merge what is worth it."""
+    def test_and_merge(self) -> Choice:
+        """Test the best on the items held out, and merge it if it is recommended."""
         assert self.best is not None
         winner = self._model(*self.best[1:])
         average = next(tried for tried in self.tried if tried.name == "linear")
@@ -355,16 +369,16 @@ def _shown(tried: Tried, number: int) -> Trial:
     """Return a recipe of the portfolio as a trial, for the progress."""
     verdict = tried.verdict
     return Trial(
-        number,
-        {},
-        tried.recipe,
-        None if verdict is None else verdict.values,
-        () if verdict is None else tuple(e.stderr for e in verdict.estimates),
-        True,
-        0 if verdict is None else verdict.items,
-        verdict is not None and verdict.stopped,
-        None,
-        tried.failed,
-        tried.seconds,
-        tried.name,
+        number=number,
+        settings={},
+        recipe=tried.recipe,
+        values=None if verdict is None else verdict.values,
+        stderr=() if verdict is None else tuple(e.stderr for e in verdict.estimates),
+        feasible=True,
+        items=0 if verdict is None else verdict.items,
+        stopped=verdict is not None and verdict.stopped,
+        same_as=None,
+        failed=tried.failed,
+        seconds=tried.seconds,
+        label=tried.name,
     )

@@ -122,7 +122,7 @@ def _worth(trial: Past) -> float:
 
 def _first(dimensions: Sequence[Dimension], number: int, seed: int) -> list[float]:
     weights = [d.parameter == "weight" and d.per_model and d.choices is None for d in dimensions]
-    # of `parameters.weight[a][1/3]` and `models[0].parameters.weight` what names the model
+    # the part that names the model: `parameters.weight[a` of `parameters.weight[a][1/3]`, `models[0` of `models[0].parameters.weight`
     models = [d.name.partition("]")[0] for d in dimensions]
     known = [*dict.fromkeys(model for model, weight in zip(models, weights, strict=True) if weight)]
     pairs = [*itertools.combinations(known, 2)] if len(known) > 2 else []

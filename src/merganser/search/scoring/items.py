@@ -21,7 +21,7 @@ from ...evaluation.scoring.journal import Journal
 from ...evaluation.scoring.tasks import Task, TextTask
 
 LEAST = 4
-"""Fewest items of a task: two to choose with, and two to prove with."""
+"""Fewest items of a task: two to choose with, and two to test with."""
 
 HELD = -1
 """Number of the wave of items that are held out."""
@@ -113,7 +113,7 @@ def split_task(task: Task, prepared: Scorable, seed: int, dtype: str) -> Split:
     if count < LEAST:
         raise TaskError(
             f"{task.source}: has {count} {task.unit}{'s' * (count != 1)}; a search needs at least {LEAST}: it chooses with one half, and "
-            "proves with the other"
+            "tests with the other"
         )
     order = [*range(count)]
     chance = random.Random(f"{seed} {task.name}")

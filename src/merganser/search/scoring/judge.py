@@ -192,7 +192,7 @@ class ItemJudge:
         table = self._bench.table
         waves = table.waves
         for seen in range(1, len(waves)):
-            # of several objectives one that is worse in the first may be the best in another
+            # with several objectives, a model that is worse in the first may be the best in another
             if best is None or not self._stopping or self.estimated is not None or len(self.objectives) > 1:
                 break
             objective = self.objectives[0]
@@ -303,7 +303,7 @@ class CommandJudge:
         return None
 
     def spent(self, model: Model) -> float:
-        """Return 0: a command that was ended gave nothing, and is run anew."""
+        """Return 0: a command that was ended gave nothing, and is run again."""
         return 0.0
 
     def _figures(self, model: Model) -> Figures:

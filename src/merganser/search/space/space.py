@@ -113,15 +113,15 @@ class Space:
 
         def one(name: str) -> Make:
             dimension = Dimension(
-                name,
-                like.low,
-                like.high,
-                like.log,
-                like.step,
-                like.integer,
-                like.choices,
-                free.parameter,
-                weight_of_one,
+                name=name,
+                low=like.low,
+                high=like.high,
+                log=like.log,
+                step=like.step,
+                integer=like.integer,
+                choices=like.choices,
+                parameter=free.parameter,
+                per_model=weight_of_one,
             )
             self.dimensions.append(dimension)
             return dimension.value
@@ -182,7 +182,7 @@ class Space:
         if parameter is not None and parameter.range is not None:
             check_within(free, parameter.range, parameter.allowed)
         low, high = free.bounds or _own_range(parameter, free)
-        # of a key of the recipe whole ends mean whole numbers; a parameter of a method not yet chosen is taken for any
+        # whole ends mean whole numbers for a key of the recipe; a parameter of a method not yet chosen may be any number
         whole = free.parameter is None and all(_whole(n) for n in (low, high, free.step or 1))
         integer = parameter.kind == "integer" if parameter else whole
         if integer and not all(_whole(n) for n in (low, high, free.step or 1)):

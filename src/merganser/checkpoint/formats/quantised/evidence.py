@@ -49,7 +49,7 @@ def _by_dtype(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _by_name(tensors: Mapping[str, TensorInfo]) -> str | None:
-    # mostly the last words of the names tell, of which there are few
+    # the last words of the names decide in most cases, and there are few of them
     last_words = {name.rpartition(".")[2] for name in tensors}
     telling = not last_words.isdisjoint(_OF_WEIGHTS) or any(word.endswith("_blocks") for word in last_words)
     if not telling and ".quant_state." not in "\n".join(tensors):

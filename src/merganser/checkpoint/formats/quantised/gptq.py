@@ -139,7 +139,16 @@ def _read_gptq(pool: Pool, stem: str, weight: TensorInfo, zeros: TensorInfo, sca
         f"{stem}.weight",
         (outputs, inputs),
         [weight, zeros, scales, groups],
-        _Gptq(weight, zeros, scales, groups, inputs, size, bits, one_less),
+        _Gptq(
+            weight=weight,
+            zeros=zeros,
+            scales=scales,
+            groups=groups,
+            inputs=inputs,
+            size=size,
+            bits=bits,
+            one_less=one_less,
+        ),
         scheme=f"gptq {bits}-bit in groups of {size}",
         noise=StepNoise(size, (1 << bits) - 1, symmetric=False),
     )
