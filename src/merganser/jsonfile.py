@@ -198,7 +198,7 @@ def _parse_json(data: bytes, where: str, duplicates: bool) -> Any:
         bad(f"is not acceptable JSON: {error}")
 
 
-def _object(parsed: Any, where: str) -> dict[str, Any]:
+def _object(parsed: object, where: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         kind = _JSON_NAMES.get(type(parsed), type(parsed).__name__)
         raise CheckpointError(f"{where}: must be a JSON object, found {kind}")

@@ -158,7 +158,7 @@ def _parameter(parameter: ParameterDescription) -> None:
     _wrapped(parameter.help, "      ")
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value)

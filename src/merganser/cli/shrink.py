@@ -16,6 +16,8 @@ from .printing.progress import merge_progress
 from .printing.text import head, say, say_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..mixture.shrinking import Shrinking
 
 
@@ -104,7 +106,7 @@ def _show(plan: Shrinking, *, json: bool) -> None:
     say(f"the experts of a layer in memory: {size_text(plan.expert_bytes)}, and as much again for their block")
 
 
-def _summary(out: Path, record: Any) -> None:
+def _summary(out: Path, record: Mapping[str, Any]) -> None:
     from ..process import peak_memory
 
     found = record["mixture"]

@@ -9,12 +9,13 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .plan.plan import Plan
 from .plan.tensor import PlannedTensor
 from .stream.sample import PAIR_SAMPLE, SAMPLE, Samples
 
-Sums = Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
+Sums = Mapping[str, NDArray[np.float64]]
 """What `Samples` holds, summed over tensors: squares of the norms, inner products and counts; a row per set of tensors."""
 
 
@@ -211,7 +212,7 @@ def _related(sums: Sums, count: int, *, each_pair: bool) -> dict[str, list[Any]]
     return found
 
 
-def _numbers(values: np.ndarray[Any, np.dtype[np.float64]]) -> list[Any]:
+def _numbers(values: NDArray[np.float64]) -> list[Any]:
     """Return numbers, or lists of numbers, with None in place of what is not defined."""
     found = values.astype(object)
     found[~np.isfinite(values)] = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..anatomy import Anatomy, infer_anatomy
 from ..checkpoint import Checkpoint, Reader, TensorInfo
@@ -20,7 +21,7 @@ __all__ = ["BLOCK", "Blocks", "anatomy_of", "one_thread", "reader_of", "widen", 
 BLOCK = 1 << 17
 """Elements that are compared at a time: 1 MB per float64 copy, so that all copies fit into the CPU's cache."""
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Bytes = NDArray[np.uint8]
 
 
 def anatomy_of(checkpoint: Checkpoint) -> Anatomy:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from ..adapters import open_reference
 from ..anatomy import Part
@@ -249,14 +250,14 @@ class _Sums:
 
     tensors: int
     n: int
-    products: np.ndarray[Any, np.dtype[np.float64]]
-    sums: np.ndarray[Any, np.dtype[np.float64]]
-    both: np.ndarray[Any, np.dtype[np.float64]]
-    opposite: np.ndarray[Any, np.dtype[np.float64]]
-    far: np.ndarray[Any, np.dtype[np.float64]]
-    largest: np.ndarray[Any, np.dtype[np.float64]]
-    rounding: np.ndarray[Any, np.dtype[np.float64]]
-    unequal: np.ndarray[Any, np.dtype[np.bool_]]
+    products: NDArray[np.float64]
+    sums: NDArray[np.float64]
+    both: NDArray[np.float64]
+    opposite: NDArray[np.float64]
+    far: NDArray[np.float64]
+    largest: NDArray[np.float64]
+    rounding: NDArray[np.float64]
+    unequal: NDArray[np.bool_]
 
     @classmethod
     def nothing(cls, models: int) -> _Sums:
@@ -315,7 +316,7 @@ def _together(parts: Iterable[_Sums]) -> _Sums:
     return total
 
 
-def _measured(wide: Sequence[Tensor], unequal: np.ndarray[Any, np.dtype[np.bool_]]) -> _Sums:
+def _measured(wide: Sequence[Tensor], unequal: NDArray[np.bool_]) -> _Sums:
     """Measure a block of the base and the models, float64; pairs that `unequal` marks are not compared again."""
     import torch
 
@@ -347,16 +348,16 @@ def _measured(wide: Sequence[Tensor], unequal: np.ndarray[Any, np.dtype[np.bool_
     )
 
 
-def _ratios(above: Any, below: Any, bound: float = math.inf) -> list[float | None]:
-    above, below = np.broadcast_arrays(above, below)
-    return [max(-bound, min(bound, float(a / b))) if b > 0 else None for a, b in zip(above, below, strict=True)]
+def _ratios(above: ArrayLike, below: ArrayLike, bound: float = math.inf) -> list[float | None]:
+    pairs = zip(*np.broadcast_arrays(above, below), strict=True)
+    return [max(-bound, min(bound, float(a / b))) if b > 0 else None for a, b in pairs]
 
 
-def _table(above: Any, below: Any, bound: float = math.inf) -> list[list[float | None]]:
+def _table(above: NDArray[np.float64], below: NDArray[np.float64], bound: float = math.inf) -> list[list[float | None]]:
     return [_ratios(a, b, bound) for a, b in zip(above, below, strict=True)]
 
 
-def _equal_groups(unequal: np.ndarray[Any, np.dtype[np.bool_]]) -> list[list[int]]:
+def _equal_groups(unequal: NDArray[np.bool_]) -> list[list[int]]:
     """Return the groups of two or more equal checkpoints."""
     groups: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(unequal):

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .operators import define
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Array = NDArray[Any]
 
 # number of elements that are sorted together, so few that the packed integers fit into the CPU's cache
 _CHUNK = 1 << 16

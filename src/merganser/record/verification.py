@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from ..checkpoint.files.links import inside, link_target
 from ..checkpoint.files.sidefiles import TEMPLATE_FOLDERS, is_tokenizer_file
@@ -179,7 +179,7 @@ def recorded_files(out: Path) -> list[tuple[str, int, str]]:
     return [_entry(record, index, item) for index, item in enumerate(outputs)]
 
 
-def _entry(record: Path, index: int, item: Any) -> tuple[str, int, str]:
+def _entry(record: Path, index: int, item: object) -> tuple[str, int, str]:
     where = f"{record}: outputs[{index}]"
     if not isinstance(item, dict):
         raise CheckpointError(f"{where}: must be an object with file, bytes and sha256")

@@ -172,7 +172,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": KIND, "format": FORMAT, **json.loads(json.dumps(settings))}
 
 
-def _difference(known: Any, given: Any) -> str:
+def _difference(known: object, given: object) -> str:
     if isinstance(known, dict) and isinstance(given, dict):
         for name in {**known, **given}:
             if known.get(name) != given.get(name):
@@ -180,6 +180,6 @@ def _difference(known: Any, given: Any) -> str:
     return f"it was {_brief(known)}, and is {_brief(given)}"
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:56]}..."

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint import Reader, TensorInfo
@@ -38,7 +39,7 @@ _FEWEST = 16
 Terms = Mapping[int, Sequence[tuple[int, float]]]
 """For each new token's id, rows of the model and their coefficients."""
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
+Rows = NDArray[np.int64]
 
 
 def match_tokenizer(

@@ -158,7 +158,7 @@ def _slice_read(key: str, value: Any, layers: Sequence[int], count: int) -> Any:
     return _new_number(key, value, layers, count, start)
 
 
-def _new_number(key: str, number: Any, layers: Sequence[int], count: int, start: int = 1) -> Any:
+def _new_number(key: str, number: object, layers: Sequence[int], count: int, start: int = 1) -> object:
     index = as_int(number)
     # indices from the end, and the index of the first layer's input, do not change
     if index is None or not start <= index < count + start:

@@ -90,7 +90,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
     return differing
 
 
-def _same(key: str, first: Any, second: Any) -> bool:
+def _same(key: str, first: object, second: object) -> bool:
     """Return whether two values are the same setting; an absent value equals one that has no effect.
 
     Lists of different lengths count as the same: they belong to different numbers of layers, which the tensors show.

@@ -127,7 +127,7 @@ def discard(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def say_json(value: Any) -> None:
+def say_json(value: object) -> None:
     """Print one JSON document."""
     with writing():
         typer.echo(printable_json(json.dumps(value, indent=1, default=_plain, allow_nan=False, ensure_ascii=False)))

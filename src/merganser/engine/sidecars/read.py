@@ -150,7 +150,7 @@ def _stored_tensor(
     return StoredTensor(name, dtype, kept, parameters, base, digest_ or "", bool(wide))
 
 
-def _task_name(name: Any) -> str:
+def _task_name(name: object) -> str:
     # The name must be valid for a folder, as the task is restored into a folder of this name by default.
     if not isinstance(name, str) or not is_folder_name(name):
         raise ValueError(
@@ -159,7 +159,7 @@ def _task_name(name: Any) -> str:
     return name
 
 
-def _file_name(name: Any) -> str:
+def _file_name(name: object) -> str:
     if not isinstance(name, str) or not name:
         raise ValueError(f"the name of a file must be a text, found {brief(name)}")
     # Check as a Windows path, which may have either slash, drives and shares: an index must be safe on every system.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...ops.linalg.rounding import rounding_norms, rounding_variance
@@ -232,8 +233,8 @@ class Samples:
     """
 
     tensors: Sequence[PlannedTensor]
-    values: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
-    n: tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.dtype[np.float64]]]
+    values: Mapping[str, NDArray[np.float64]]
+    n: tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def join_samples(found: Iterable[tuple[Sequence[PlannedTensor], Sequence[Mapping[str, Any]]]]) -> list[Samples]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -51,7 +50,7 @@ def read_parameters(path: Path, counts: Mapping[str, int]) -> dict[str, Items]:
     return items
 
 
-def _numbers(value: Any, count: int, where: str) -> Numbers:
+def _numbers(value: object, count: int, where: str) -> Numbers:
     if not isinstance(value, list):
         raise TaskError(f"{where}: expected a list of {count} numbers, got {_kind(value)}")
     if len(value) != count:
@@ -68,5 +67,5 @@ def _numbers(value: Any, count: int, where: str) -> Numbers:
     return numbers
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "nothing" if value is None else type(value).__name__

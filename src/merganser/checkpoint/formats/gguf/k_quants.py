@@ -15,12 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .header import TYPE_BY_NAME
 
 __all__ = ["K_TYPES", "quantise_k"]
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Array = NDArray[Any]
 
 _BLOCK = 256
 _AT_ONCE = 128
