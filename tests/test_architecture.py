@@ -169,13 +169,11 @@ def test_no_import_goes_round_in_a_circle() -> None:
     assert {module: sorted(targets & left.keys()) for module, targets in left.items()} == {}
 
 
-LONGEST = 45
+LONGEST = 50
 """Most lines of the body of a function, without its signature and docstring."""
 
-# longer because they are one clear list: a literal, a constructor call, or steps that share most of their values
+# longer because they are one clear list: a literal, or steps that end in one constructor call
 LONG = {
-    "checkpoint/formats/gguf/k_quants:__init__",
-    "cli/search:search",
     "engine/planner/planner:build_plan",
     "recipe/load:_recipe",
     "recipe/schema:_properties",

@@ -132,7 +132,9 @@ def open_adapter(reference: str, *, revision: str | None = None, cache_dir: Path
     if file is None:
         raise NotFoundError(f"{path}: no {' and no '.join(FILES)}: the adapter's weights are missing")
     tensors = read_header(file)[0] if file.suffix == ".safetensors" else read_pickled(file)
-    return _sort(Adapter(reference, path, config, file, {}, {}, {}), tensors)
+    return _sort(
+        Adapter(reference=reference, path=path, config=config, file=file, changes={}, scaled={}, replaced={}), tensors
+    )
 
 
 def _sort(adapter: Adapter, tensors: list[TensorInfo]) -> Adapter:

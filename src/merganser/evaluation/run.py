@@ -105,7 +105,15 @@ def evaluate(
         MergeError: A model cannot be opened.
     """
     arguments = parse_arguments(lm_eval)
-    wanted = Wanted(limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0], arguments)
+    wanted = Wanted(
+        limit=limit,
+        context=context,
+        stride=stride,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        device=resolve_devices(device)[0],
+        harness=arguments,
+    )
     loaded = load_tasks(tasks)
     roster = make_roster(models, base, experts, [task.name for task in loaded])
     out = None if json is None else Path(json)

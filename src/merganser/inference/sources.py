@@ -71,11 +71,11 @@ def _open_recipe(
     settings = [__version__, *(recipe.text for recipe in recipes), str(plan.seed), str(plan.method.version)]
     digest = hash_of(*settings, *inputs)
     return Source(
-        text,
-        "recipe",
-        unquantised(plan.config),
-        plan.side_files,
-        {} if plan.chat_template is None else {"chat_template.jinja": plan.chat_template},
-        lambda: digest,
-        lambda: merge_to_state_dict(plan, memory=memory),
+        reference=text,
+        kind="recipe",
+        config=unquantised(plan.config),
+        files=plan.side_files,
+        texts={} if plan.chat_template is None else {"chat_template.jinja": plan.chat_template},
+        make_hash=lambda: digest,
+        read=lambda: merge_to_state_dict(plan, memory=memory),
     )

@@ -130,7 +130,9 @@ def _open_sidecar(out: Path, task: str, text: str, cache_dir: Path | None) -> So
 
     parts = [xxh3_of_file(path) for path in (index, *(out / name for name in stored.parts), *files.values())]
     digest = hash_of(hash_checkpoint(merged), task, *parts)
-    return Source(text, "sidecar", config, files, {}, lambda: digest, read)
+    return Source(
+        reference=text, kind="sidecar", config=config, files=files, texts={}, make_hash=lambda: digest, read=read
+    )
 
 
 def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -149,13 +149,13 @@ def _expert(entry: Entry, common: Entry | None) -> Expert:
         if data.labels is not None:
             raise RecipeError(f"{data.place}: labels: routers are made without a loss; leave the key out")
     return Expert(
-        ModelReference.parse(fields["source_model"]),
-        _prompts(fields.get("positive_prompts")),
-        _prompts(fields.get("negative_prompts")),
-        _number(fields["residual_scale"]) if "residual_scale" in fields else 1.0,
-        _noise(fields.get("noise_scale")),
-        data,
-        fields["source_model"].place,
+        model=ModelReference.parse(fields["source_model"]),
+        positive=_prompts(fields.get("positive_prompts")),
+        negative=_prompts(fields.get("negative_prompts")),
+        residual_scale=_number(fields["residual_scale"]) if "residual_scale" in fields else 1.0,
+        noise_scale=_noise(fields.get("noise_scale")),
+        data=data,
+        place=fields["source_model"].place,
     )
 
 

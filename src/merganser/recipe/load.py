@@ -268,7 +268,16 @@ class _Reader:
         name = fields["name"].text(longest=100) if "name" in fields else None
         statistics, data = self.from_data(fields)
         of_base = fields["base_statistics"].text() if "base_statistics" in fields else None
-        return Source(self.own(fields), None, self.parameters(fields), entry.place, name, statistics, data, of_base)
+        return Source(
+            model=self.own(fields),
+            layer_range=None,
+            parameters=self.parameters(fields),
+            place=entry.place,
+            name=name,
+            statistics=statistics,
+            data=data,
+            base_statistics=of_base,
+        )
 
     def slice(self, entry: Entry) -> Slice:
         fields = entry.mapping(SLICE_KEYS, required=["sources"])
@@ -286,7 +295,15 @@ class _Reader:
         fields = entry.mapping(SOURCE_KEYS, required=["model", "layer_range"])
         own, layers, parameters = self.own(fields), _layer_range(fields["layer_range"]), self.parameters(fields)
         statistics, data = self.from_data(fields)
-        return Source(own, layers, parameters, entry.place, None, statistics, data)
+        return Source(
+            model=own,
+            layer_range=layers,
+            parameters=parameters,
+            place=entry.place,
+            name=None,
+            statistics=statistics,
+            data=data,
+        )
 
     def own(self, fields: dict[str, Entry]) -> ModelReference:
         reference = self.reference(fields["model"])

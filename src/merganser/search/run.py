@@ -128,7 +128,13 @@ def search(
         sampler=sampler,
         seed=seed,
         wanted=Wanted(
-            limit, context, stride, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval)
+            limit=limit,
+            context=context,
+            stride=stride,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            device=resolve_devices(device)[0],
+            harness=parse_arguments(lm_eval),
         ),
         early_stopping=early_stopping,
         estimator=estimator,

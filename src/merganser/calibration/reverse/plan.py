@@ -154,7 +154,15 @@ def plan_reverse(
     sums = planned_sums(skeleton, statistics, len(samples))
     outside = _numel(outside_parameters(skeleton))
     if not statistics:
-        return ReversePlan(sums, 0, _HEAD_WORK * of_head, 0.0, 0.0, _FLOAT32 * outside + logits, spool)
+        return ReversePlan(
+            sums=sums,
+            bytes_read=0,
+            operations=_HEAD_WORK * of_head,
+            gram_operations=0.0,
+            adding=0.0,
+            peak_memory=_FLOAT32 * outside + logits,
+            spool_bytes=spool,
+        )
     count = len(tables(statistics))
     of_outside = _FLOAT64 * count * outside + (most_waiting(outside) if count else 0)
     blocks = [_numel(block_parameters(block)) for block in skeleton.blocks]

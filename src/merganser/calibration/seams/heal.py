@@ -107,7 +107,7 @@ def heal(
     choice = Choice(sequences, length, seed)
     with opened(stacked, data, choice, batch_tokens=batch_tokens, cache_dir=cache_dir) as found:
         if not found.seams:
-            return Healing(None, (), (), {}, None, None, None)
+            return Healing(out=None, seams=(), tensors=(), skipped={}, perplexity=None, healed=None, result=None)
         if len(found.stack.samples) < _HELD:
             raise DataError(
                 f"{stacked}: healing needs {_HELD} sequences at least, of which one in {_HELD} is held out; the data give "
@@ -120,15 +120,7 @@ def heal(
             fitted.run()
             before, after = fitted.perplexities()
             if not fitted.tensors or not after < before:
-                return Healing(
-                    None,
-                    found.seams,
-                    fitted.tensors,
-                    fitted.skipped,
-                    before,
-                    after if fitted.tensors else None,
-                    None,
-                )
+                return fitted.healing(before, after if fitted.tensors else None)
             summary = HealingSummary(
                 recipe=_recipe(Path(stacked)),
                 tensors=fitted.tensors,
@@ -138,7 +130,7 @@ def heal(
                 digest=spool.digest,
             )
             result = _write(str(stacked), target, spool, summary, overwrite, cache_dir, writing)
-            return Healing(result.out, found.seams, fitted.tensors, fitted.skipped, before, after, result)
+            return fitted.healing(before, after, result)
 
 
 class _Fitting:
@@ -204,6 +196,18 @@ class _Fitting:
             writer.module.get_parameter("weight").copy_(best.weight)
         self._spool.add({writer.name: best.weight.contiguous()})
         self.tensors.append({"name": writer.name, "ridge": best.ridge, "before": best.before, "after": best.after})
+
+    def healing(self, before: float, after: float | None, result: Result | None = None) -> Healing:
+        """Return what was done, with the perplexities before and after, and the result of writing, if it was written."""
+        return Healing(
+            out=None if result is None else result.out,
+            seams=self._found.seams,
+            tensors=self.tensors,
+            skipped=self.skipped,
+            perplexity=before,
+            healed=after,
+            result=result,
+        )
 
     def perplexities(self) -> tuple[float, float]:
         """Return the perplexities on held-out text of the stack as it is and of the fitted one."""

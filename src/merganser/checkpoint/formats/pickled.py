@@ -98,7 +98,17 @@ def read_pickled(file: Path) -> list[TensorInfo]:
         if dtype is None or dtype.bits < 8:
             raise CheckpointError(f"{file}: tensor {name!r}: dtype {tensor.dtype} cannot be read")
         shape = tuple(tensor.shape)
-        found.append(TensorInfo(name, dtype, shape, file, -1, dtype.nbytes(tensor.numel()), source))
+        found.append(
+            TensorInfo(
+                name=name,
+                dtype=dtype,
+                shape=shape,
+                file=file,
+                offset=-1,
+                nbytes=dtype.nbytes(tensor.numel()),
+                source=source,
+            )
+        )
     return found
 
 

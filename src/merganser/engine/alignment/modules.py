@@ -233,7 +233,16 @@ class _Joined:
     def _kept(self, name: str) -> Slot:
         anatomy = self.donor.anatomy
         inputs = {self.donor.reference: self.donor.checkpoint.tensors[name]}
-        return Slot(name, name, anatomy.parts[name], 0, 0.0, location_of(name, anatomy), inputs, kept=True)
+        return Slot(
+            name=name,
+            rule=name,
+            part=anatomy.parts[name],
+            slice_index=0,
+            t=0.0,
+            location=location_of(name, anatomy),
+            inputs=inputs,
+            kept=True,
+        )
 
     def _said_of_kept(self, module: str, names: Sequence[str], recipe: Recipe) -> str:
         others = [str(r) for r, m in self.members.items() if m is not self.donor and module in find_modules(m.anatomy)]

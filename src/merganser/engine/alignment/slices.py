@@ -111,7 +111,17 @@ class _Frame:
             inputs = _inputs(new, [(member, names_by_model[r].get(new, name)) for r, member in sources.items()])
             check_outside(new, inputs, self.donor, names_by_model[self.donor.reference].get(new, name))
             part = replace(holder.anatomy.parts[name], name=new)
-            slots.append(Slot(new, new, part, slice_index, t, location_of(name, holder.anatomy), inputs))
+            slots.append(
+                Slot(
+                    name=new,
+                    rule=new,
+                    part=part,
+                    slice_index=slice_index,
+                    t=t,
+                    location=location_of(name, holder.anatomy),
+                    inputs=inputs,
+                )
+            )
         return slots
 
     def _held(self, member: Member, position: str) -> dict[str, str]:
@@ -152,4 +162,6 @@ def _layer(
         part = Part(new, old.stack, index, old.position, old.role, old.expert)
         location = Location(old.position, index, n_layers, old.role)
         sources = [(members[reference], names[suffix]) for reference, names in named.items()]
-        yield Slot(new, new, part, slice_index, t, location, _inputs(new, sources))
+        yield Slot(
+            name=new, rule=new, part=part, slice_index=slice_index, t=t, location=location, inputs=_inputs(new, sources)
+        )

@@ -55,7 +55,18 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         part, t, where = places.of(name, rule)
         kept = name in unmatched.kept
         sources = [(member, name) for member in ([donor] if kept else members)]
-        slots.append(Slot(name, rule, part, 0, t, where, _inputs(name, sources), kept))
+        slots.append(
+            Slot(
+                name=name,
+                rule=rule,
+                part=part,
+                slice_index=0,
+                t=t,
+                location=where,
+                inputs=_inputs(name, sources),
+                kept=kept,
+            )
+        )
     reasons = dict.fromkeys(unmatched.dropped, "not in all models in one shape")
     reasons |= dict.fromkeys(unmatched.kept, f"not in all models in one shape; taken from {donor.reference}")
     return Alignment(slots, tied, None, warnings, unmatched.dropped, {**drop, **reasons})

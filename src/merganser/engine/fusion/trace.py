@@ -133,7 +133,15 @@ class _Recorder(TorchDispatchMode):
             self._change(func, args, taken, named, operands, result)
         elif isinstance(result, Tensor):
             self._add(
-                Node(func, str(func), taken, named, result.dtype, tuple(result.shape), operands),
+                Node(
+                    func=func,
+                    name=str(func),
+                    args=taken,
+                    kwargs=named,
+                    dtype=result.dtype,
+                    shape=tuple(result.shape),
+                    operands=operands,
+                ),
                 result,
             )
         elif isinstance(result, (tuple, list)):
@@ -172,7 +180,18 @@ class _Recorder(TorchDispatchMode):
         for key, (tensor, _) in list(self._known.items()):
             if tensor is not target and tensor.untyped_storage()._cdata == storage:
                 self._known[key] = (tensor, None)
-        self._add(Node(pure, str(pure), taken, named, target.dtype, tuple(target.shape), operands), target)
+        self._add(
+            Node(
+                func=pure,
+                name=str(pure),
+                args=taken,
+                kwargs=named,
+                dtype=target.dtype,
+                shape=tuple(target.shape),
+                operands=operands,
+            ),
+            target,
+        )
 
     def _encode(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -220,7 +239,15 @@ class _Sizes:
             raise Unfusable("its operations depend on the size of the block")
         named = {name: self._value(value, (second.kwargs or {})[name]) for name, value in (first.kwargs or {}).items()}
         args, shape = self._value(first.args, second.args), self._value(first.shape, second.shape)
-        return Node(first.func, first.name, args, named, first.dtype, shape, first.operands)
+        return Node(
+            func=first.func,
+            name=first.name,
+            args=args,
+            kwargs=named,
+            dtype=first.dtype,
+            shape=shape,
+            operands=first.operands,
+        )
 
     def _value(self, first: Any, second: Any) -> Any:
         if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):

@@ -305,7 +305,9 @@ def _groups(plan: Plan) -> list[TensorGroup]:
         groups += _differing(merged)
     copied = len(plan.tensors) - len(merged)
     if copied:
-        groups.append(TensorGroup(None, (), (), copied, "", {}, True))
+        groups.append(
+            TensorGroup(layers=None, roles=(), names=(), tensors=copied, method="", parameters={}, copied=True)
+        )
     return groups
 
 
@@ -378,7 +380,15 @@ def _group(members: Sequence[PlannedTensor], roles: tuple[str, ...], names: tupl
         else:
             parameters[name] = value_text(series)
     span = (layers[0], layers[-1]) if inside else None
-    return TensorGroup(span, roles, names, len(members), members[0].method.name, parameters, False)
+    return TensorGroup(
+        layers=span,
+        roles=roles,
+        names=names,
+        tensors=len(members),
+        method=members[0].method.name,
+        parameters=parameters,
+        copied=False,
+    )
 
 
 def value_text(values: Sequence[Any]) -> str:

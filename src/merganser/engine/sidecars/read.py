@@ -126,7 +126,9 @@ def _read_task(out: Path, index: Mapping[str, Any], task: str) -> StoredTask:
         raise ValueError(f"base must have texts for {', '.join(_BASE)}, found {brief(base)}")
     if base is None and any(tensor.base is not None for tensor in tensors):
         raise ValueError("tensors need the base of the merge, which is not named")
-    return StoredTask(method, position, len(names), parts, files, tensors, base)
+    return StoredTask(
+        method=method, position=position, n_tasks=len(names), parts=parts, files=files, tensors=tensors, base=base
+    )
 
 
 _OWN_NAMES = (INDEX_NAME, RECORD_NAME)
@@ -147,7 +149,9 @@ def _stored_tensor(
         raise ValueError(f"tensor {name!r} needs the base's, which is not named")
     if base is not None and not (isinstance(base, str) and isinstance(digest_, str)):
         raise ValueError(f"tensor {name!r}: base and xxh3_128 must be texts, found {brief(base)} and {brief(digest_)}")
-    return StoredTensor(name, dtype, kept, parameters, base, digest_ or "", bool(wide))
+    return StoredTensor(
+        name=name, dtype=dtype, kept=kept, parameters=parameters, base=base, base_digest=digest_ or "", wide=bool(wide)
+    )
 
 
 def _task_name(name: object) -> str:

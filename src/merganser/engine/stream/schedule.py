@@ -70,7 +70,15 @@ class KernelCache:
         compute, output = (getattr(torch, dtype.name) for dtype in (tensor.compute_dtype, tensor.result_dtype))
         key = (method, tuple(values.static.items()), compute, output)
         if key not in self._kernels:
-            self._kernels[key] = Kernels(method, values.static, compute, output, self._device, fused, self._check)
+            self._kernels[key] = Kernels(
+                method=method,
+                static=values.static,
+                compute=compute,
+                output=output,
+                device=self._device,
+                fused=fused,
+                check_finite=self._check,
+            )
         return self._kernels[key]
 
 

@@ -101,13 +101,13 @@ def extended(owner: Tokens, extension: Extension, rows: int) -> OutputVocabulary
     stale = tuple(name for name in owner.files if name in _STALE or name.endswith(_STALE_SUFFIXES))
     said = f"{some(stale)}: without the new tokens, so left out; tokenizer.json has them all"
     return OutputVocabulary(
-        owner.reference,
-        {**known, **{token: new.id for token, new in extension.tokens.items()}},
-        rows,
-        {token: new.owner for token, new in extension.tokens.items()},
-        texts,
-        stale,
-        (said,) if stale else (),
+        owner=owner.reference,
+        ids={**known, **{token: new.id for token, new in extension.tokens.items()}},
+        rows=rows,
+        added={token: new.owner for token, new in extension.tokens.items()},
+        texts=texts,
+        stale=stale,
+        warnings=(said,) if stale else (),
     )
 
 

@@ -40,7 +40,15 @@ def describe(
         lost = [shown_token(token) for _, token in sorted(each.lost.items())]
         counts = Counter(made.kind for made in each.made.values())
         found.append(
-            ModelChange(str(tokens.reference), tokens.rows, here, each.moved, dict(counts), len(lost), tuple(lost[:4]))
+            ModelChange(
+                model=str(tokens.reference),
+                rows=tokens.rows,
+                kept=here,
+                moved=each.moved,
+                made=dict(counts),
+                lost=len(lost),
+                lost_tokens=tuple(lost[:4]),
+            )
         )
         if lost:
             warnings.append(

@@ -185,7 +185,15 @@ def _layer(skeleton: Skeleton, index: int, block: Block, name: str, module: Any)
                 f"{reference}: {source} holds {dtype.name}; experts are merged in float32, from floats of at most 32 bits"
             )
     single = {kind: tuple(own[number] for number in range(count)) for kind, own in found.single.items()}
-    return Layer(index, name, module, count, single, found.packed, tuple(found.router))
+    return Layer(
+        block=index,
+        name=name,
+        module=module,
+        count=count,
+        single=single,
+        packed=found.packed,
+        router=tuple(found.router),
+    )
 
 
 def _tensors_of(skeleton: Skeleton, block: Block, name: str, count: int) -> _Tensors:

@@ -84,7 +84,7 @@ def _binned(study: StoredStudy, items: StoredItems, most: int) -> _Bins:
         [int(step) if known else None for step, known in zip(row, found, strict=True)]
         for row, found in zip(steps, np.isfinite(binned), strict=True)
     ]
-    return _Bins(rows, said, groups, cells, scale, mean, apart)
+    return _Bins(rows=rows, said=said, groups=groups, steps=cells, scale=scale, mean=mean, apart=apart)
 
 
 def _heat(study: StoredStudy, items: StoredItems, most: int) -> Figure:

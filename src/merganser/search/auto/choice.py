@@ -179,13 +179,13 @@ def read_choice(folder: Path) -> Choice:
 def _tried(entry: Entry) -> TriedRecipe:
     value, failed = entry.get("value"), entry.get("failed")
     return TriedRecipe(
-        entry["name"].text(),
-        None if value is None else value.number(),
-        _figures(entry["figures"]),
-        entry["items"].whole(),
-        entry["stopped"].flag(),
-        None if failed is None else failed.text(),
-        entry["seconds"].number(),
+        name=entry["name"].text(),
+        value=None if value is None else value.number(),
+        figures=_figures(entry["figures"]),
+        items=entry["items"].whole(),
+        stopped=entry["stopped"].flag(),
+        failed=None if failed is None else failed.text(),
+        seconds=entry["seconds"].number(),
     )
 
 

@@ -121,7 +121,15 @@ def auto(
             texts, halves = halve(texts, folder.path / "texts")
             loaded = load_tasks(halves)
         refuse_same(texts, loaded)
-        wanted = Wanted(limit, context, None, dtype, batch_tokens, resolve_devices(device)[0], parse_arguments(lm_eval))
+        wanted = Wanted(
+            limit=limit,
+            context=context,
+            stride=None,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            device=resolve_devices(device)[0],
+            harness=parse_arguments(lm_eval),
+        )
         bench, found = open_bench(names, loaded, wanted, folder.journal, seed, cache_dir)
         models = [*found.values()]
         notes = notes_of_same(models)

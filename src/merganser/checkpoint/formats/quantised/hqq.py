@@ -115,7 +115,7 @@ def _read(pool: Pool, weight: TensorInfo, stem: str) -> None:
         f"{stem}.weight",
         (shape[0], shape[1]),
         [weight, scale, zero],
-        _Grouped(weight, scale, zero, grid, shape[1], axis[0], (count, bits)),
+        _Grouped(weight=weight, scale=scale, zero=zero, grid=grid, width=shape[1], axis=axis[0], packing=(count, bits)),
         scheme=f"hqq {bits}-bit in groups of {size // groups}",
         noise=StepNoise(size // groups, (1 << bits) - 1, symmetric=False),
     )

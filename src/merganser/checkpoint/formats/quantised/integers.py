@@ -162,7 +162,7 @@ def _read_packed(pool: Pool, packed: TensorInfo) -> None:
         stem,
         shape,
         [packed, scale, shape_info, zeros, groups],
-        _Packed(packed, scales, zeros, groups, shape[1], bits, apart),
+        _Packed(weight=packed, scales=scales, zeros=zeros, groups=groups, columns=shape[1], bits=bits, apart=apart),
         scheme=f"int{bits} in groups of {scales.block[1]}",
         noise=StepNoise(scales.block[1], (1 << bits) - 1, symmetric=zeros is None),
     )
