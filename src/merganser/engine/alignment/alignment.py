@@ -16,6 +16,7 @@ from ...checkpoint import Checkpoint, TensorInfo
 from ...errors import CheckpointError
 from ...method import Location
 from ...recipe import ModelReference, Recipe
+from ...wording import some
 
 # buffers that old checkpoints store and that the model's code recomputes
 _RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|(^|\.)h\.\d+\.attn(\.attention)?\.bias|position_ids)$")
@@ -132,7 +133,7 @@ def location_of(name: str, anatomy: Anatomy) -> Location:
     return Location(part.position, part.layer, anatomy.layer_count(name), part.role)
 
 
-def _inputs(name: str, sources: Collection[tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
+def inputs_of(name: str, sources: Collection[tuple[Member, str]]) -> dict[ModelReference, TensorInfo]:
     """Look up one tensor in every model, by its name there; refuse different shapes or kinds of dtype."""
     found: dict[ModelReference, TensorInfo] = {}
     for member, own in sources:
@@ -191,7 +192,7 @@ def _is_head(name: str) -> bool:
     return name.endswith(("lm_head.weight", "embed_out.weight", "output.weight"))
 
 
-def _names(
+def output_names(
     donor: Member, members: Sequence[Member], warnings: list[str]
 ) -> tuple[list[str], str | None, bool, dict[str, str]]:
     """Decide which tensors the output has.
@@ -218,7 +219,7 @@ def _droppable(head: str | None, tied: bool, members: Sequence[Member], warnings
     computed = [name for name in names if is_recomputed(name) and not _alike(name, members)]
     drop = dict.fromkeys(computed, "model code computes it")
     if drop:
-        warnings.append(f"{_some(sorted(drop))}: not the same in every model; left out, since model code computes them")
+        warnings.append(f"{some(sorted(drop))}: not the same in every model; left out, since model code computes them")
     if tied and head and any(head not in m.checkpoint.tensors for m in members):
         drop[head] = "a copy of the embedding, to which the head is tied"
         warnings.append(f"{head}: every model is tied, so the copy that some of them hold is left out")
@@ -233,7 +234,7 @@ def _copies(donor: Member, members: Sequence[Member], head: str | None, warnings
     if copies:
         sources = ", ".join(dict.fromkeys(once[name] for name in copies))
         warnings.append(
-            f"{_some(copies)}: copies of {sources}, which some models hold and the output needs once; left out"
+            f"{some(copies)}: copies of {sources}, which some models hold and the output needs once; left out"
         )
     return {name: f"a copy of {once[name]}" for name in copies}
 
@@ -244,7 +245,7 @@ def _alike(name: str, members: Sequence[Member]) -> bool:
     return len({tensor and (tensor.shape, tensor.dtype) for tensor in held}) == 1
 
 
-def _check_names(
+def check_names(
     donor: Member, member: Member, names: Sequence[str], own: set[str], renamed: Mapping[str, str] | None = None
 ) -> None:
     """Raise CheckpointError if a model lacks tensors of the output, or has others.
@@ -263,9 +264,9 @@ def _check_names(
     if missing or extra:
         lines = [f"{member.reference} and {donor.reference} do not hold the same tensors"]
         if missing:
-            lines.append(f"{len(missing)} missing in {member.reference}: {_some(missing)}")
+            lines.append(f"{len(missing)} missing in {member.reference}: {some(missing)}")
         if extra:
-            lines.append(f"{len(extra)} only in {member.reference}: {_some(extra)}")
+            lines.append(f"{len(extra)} only in {member.reference}: {some(extra)}")
         lines.append("only models of one architecture can be merged")
         kind = donor.checkpoint.config.get("model_type")
         if (
@@ -299,10 +300,6 @@ def may_be_unmatched(name: str, holder: Member) -> bool:
     return part.position == "after" and part.role != "embedding" and name != anatomy.embedding
 
 
-def _anatomy(name: str, members: Iterable[Member]) -> Anatomy:
+def anatomy_with(name: str, members: Iterable[Member]) -> Anatomy:
+    """Return the anatomy of the first model that has a tensor of this name."""
     return next(m.anatomy for m in members if name in m.anatomy.parts)
-
-
-def _some(names: Sequence[str], limit: int = 4) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

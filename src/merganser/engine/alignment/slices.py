@@ -9,17 +9,17 @@ from ...anatomy import Part
 from ...errors import CheckpointError
 from ...method import Location
 from ...recipe import ModelReference, Recipe, layer_depth
+from ...wording import some
 from .alignment import (
     Alignment,
     Member,
     Slot,
-    _check_names,
-    _inputs,
-    _names,
-    _some,
     after_layers,
+    check_names,
+    inputs_of,
     is_recomputed,
     location_of,
+    output_names,
 )
 from .stacking import check_outside, check_stack, donor_layer, odd_kinds, said_of_kinds
 
@@ -46,7 +46,7 @@ def align_slices(
     for member in dict.fromkeys([donor, *used]):
         check_stack(recipe, member)
     warnings: list[str] = []
-    names, head, tied, drop = _names(donor, used, warnings)
+    names, head, tied, drop = output_names(donor, used, warnings)
     if tied and head:
         # embedding and head may come from different slices, but a tied pair must stay one matrix
         drop[head] = "a copy of the embedding, to which the head is tied"
@@ -105,10 +105,10 @@ class _Frame:
                 holders[holder.anatomy.rename_behind(name, self.n_layers)] = (holder, name)
         for reference, member in sources.items():
             held = {new for new, old in names_by_model[reference].items() if old not in self.drop}
-            _check_names(self.donor, member, list(holders), held, names_by_model[reference])
+            check_names(self.donor, member, list(holders), held, names_by_model[reference])
         slots = []
         for new, (holder, name) in holders.items():
-            inputs = _inputs(new, [(member, names_by_model[r].get(new, name)) for r, member in sources.items()])
+            inputs = inputs_of(new, [(member, names_by_model[r].get(new, name)) for r, member in sources.items()])
             check_outside(new, inputs, self.donor, names_by_model[self.donor.reference].get(new, name))
             part = replace(holder.anatomy.parts[name], name=new)
             slots.append(
@@ -153,7 +153,7 @@ def _layer(
             odd = sorted(names.keys() ^ pattern.keys())
             raise CheckpointError(
                 f"layer {starts[reference][step]} of {reference} and layer {starts[first][step]} of {first} hold "
-                f"different tensors: {_some(odd)}"
+                f"different tensors: {some(odd)}"
             )
     for suffix, name in pattern.items():
         anatomy = members[first].anatomy
@@ -163,5 +163,11 @@ def _layer(
         location = Location(old.position, index, n_layers, old.role)
         sources = [(members[reference], names[suffix]) for reference, names in named.items()]
         yield Slot(
-            name=new, rule=new, part=part, slice_index=slice_index, t=t, location=location, inputs=_inputs(new, sources)
+            name=new,
+            rule=new,
+            part=part,
+            slice_index=slice_index,
+            t=t,
+            location=location,
+            inputs=inputs_of(new, sources),
         )

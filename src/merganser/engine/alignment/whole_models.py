@@ -11,12 +11,12 @@ from .alignment import (
     Alignment,
     Member,
     Slot,
-    _anatomy,
-    _check_names,
-    _inputs,
-    _names,
     after_layers,
+    anatomy_with,
+    check_names,
+    inputs_of,
     location_of,
+    output_names,
 )
 from .unmatched import find_unmatched
 
@@ -33,7 +33,7 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         CheckpointError: Tensors are missing, unexpected, or of different shapes.
     """
     warnings: list[str] = []
-    names, head, tied, drop = _names(donor, members, warnings)
+    names, head, tied, drop = output_names(donor, members, warnings)
     held = (name for member in members for name in member.checkpoint.tensors if name not in drop)
     unmatched = find_unmatched(recipe, donor, members, dict.fromkeys([*names, *held]))
     warnings += unmatched.warnings
@@ -43,7 +43,7 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
         names_of_member = set(member.checkpoint.tensors) - drop.keys() - unmatched.kept - unmatched.dropped
         # names of the output that the donor lacks come from another model
         lacking = (other for name in matched if donor.tensor(name) is None for other in members if other.tensor(name))
-        _check_names(next(lacking, donor) if member is donor else donor, member, matched, names_of_member)
+        check_names(next(lacking, donor) if member is donor else donor, member, matched, names_of_member)
     rules = {}
     if tied and head and donor.anatomy.embedding:
         # a tied head is the same matrix as the embedding, so the embedding's parameters apply
@@ -63,7 +63,7 @@ def align_models(recipe: Recipe, donor: Member, members: Sequence[Member]) -> Al
                 slice_index=0,
                 t=t,
                 location=where,
-                inputs=_inputs(name, sources),
+                inputs=inputs_of(name, sources),
                 kept=kept,
             )
         )
@@ -96,15 +96,15 @@ class _Places:
         """
         part = self._donor.anatomy.parts.get(name)
         if part is None or rule != name:
-            return (part or _anatomy(name, self._everyone).parts[name], *self._find(name, rule))
+            return (part or anatomy_with(name, self._everyone).parts[name], *self._find(name, rule))
         key = (part.stack, part.layer, part.position, part.role)
         if key not in self._found:
             self._found[key] = self._find(name, rule)
         return (part, *self._found[key])
 
     def _find(self, name: str, rule: str) -> tuple[float, Location]:
-        anatomy = _anatomy(name, self._everyone)
+        anatomy = anatomy_with(name, self._everyone)
         depth = self._donor.anatomy.depth(name) if name in self._donor.anatomy.parts else None
         after = anatomy.parts[name].position == "after" and rule == name
         t = depth if depth is not None else (self._end if after else 0.0)
-        return t, location_of(rule, _anatomy(rule, self._everyone))
+        return t, location_of(rule, anatomy_with(rule, self._everyone))

@@ -27,7 +27,6 @@ __all__ = ["GgufSummary", "gguf_output"]
 
 _QUANTISATION_VERSION = 2
 _ROUTERS = ("ffn_gate_inp", "ffn_gate_inp_shexp")
-_ENDS = ("token_embd", "output")
 _ABOUT_SPLIT = ("split.no", "split.count", "split.tensors.count")
 _ABOUT_IMPORTANCE = "quantize.imatrix."
 
