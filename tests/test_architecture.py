@@ -88,6 +88,7 @@ class Facts(NamedTuple):
     """What the tests need of a module, so that it is parsed once."""
 
     imports: list[str]
+    private: list[str]
     lengths: dict[str, int]
 
 
@@ -97,11 +98,16 @@ def facts(module: str) -> Facts:
     lengths: dict[str, int] = {}
     for name, lines in lengths_of(tree):
         lengths[name] = max(lines, lengths.get(name, 0))
-    return Facts([*imports_of(module, tree)], lengths)
+    found = [*imports_of(module, tree)]
+    private = [name for _, name in found if name.startswith("_") and not name.startswith("__")]
+    return Facts([target for target, _ in found], private, lengths)
 
 
-def imports_of(module: str, tree: ast.Module) -> Iterator[str]:
-    """Yield every module of the package that a module imports, at the top, in a function, or for types."""
+def imports_of(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield every module of the package that a module imports, at the top, in a function, or for types.
+
+    Also the name that it imports from there; none if that is the module itself.
+    """
     path = MODULES[module]
     package = module.split("/") if path.name == "__init__.py" else module.split("/")[:-1]
     for node in ast.walk(tree):
@@ -114,7 +120,7 @@ def imports_of(module: str, tree: ast.Module) -> Iterator[str]:
             continue
         for name in node.names:
             inner = f"{target}/{name.name}".strip("/")
-            yield inner if inner in MODULES else target
+            yield (inner, "") if inner in MODULES else (target, name.name)
 
 
 def lengths_of(tree: ast.Module) -> Iterator[tuple[str, int]]:
@@ -187,3 +193,7 @@ def test_functions_are_short() -> None:
         f"{module}:{name}" for module in MODULES for name, lines in facts(module).lengths.items() if lines > LONGEST
     }
     assert long == LONG
+
+
+def test_names_with_an_underscore_stay_in_their_file() -> None:
+    assert {module: facts(module).private for module in MODULES if facts(module).private} == {}
