@@ -160,6 +160,8 @@ parameters: {{weight: 1}}
     assert "\n# my-merge\n" in body
     assert f"```yaml\n{text}```\n" in body
     assert "other files are those of `m1`" in body
+    # the package is not published, so a link to it would lead nowhere
+    assert "](http" not in card
 
 
 @pytest.mark.parametrize(
