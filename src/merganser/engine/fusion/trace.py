@@ -133,15 +133,7 @@ class _Recorder(TorchDispatchMode):
             self._change(func, args, taken, named, operands, result)
         elif isinstance(result, Tensor):
             self._add(
-                Node(
-                    func=func,
-                    name=str(func),
-                    args=taken,
-                    kwargs=named,
-                    dtype=result.dtype,
-                    shape=tuple(result.shape),
-                    operands=operands,
-                ),
+                Node(func, str(func), taken, named, result.dtype, tuple(result.shape), operands),
                 result,
             )
         elif isinstance(result, (tuple, list)):
@@ -180,18 +172,7 @@ class _Recorder(TorchDispatchMode):
         for key, (tensor, _) in list(self._known.items()):
             if tensor is not target and tensor.untyped_storage()._cdata == storage:
                 self._known[key] = (tensor, None)
-        self._add(
-            Node(
-                func=pure,
-                name=str(pure),
-                args=taken,
-                kwargs=named,
-                dtype=target.dtype,
-                shape=tuple(target.shape),
-                operands=operands,
-            ),
-            target,
-        )
+        self._add(Node(pure, str(pure), taken, named, target.dtype, tuple(target.shape), operands), target)
 
     def _encode(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -239,15 +220,7 @@ class _Sizes:
             raise Unfusable("its operations depend on the size of the block")
         named = {name: self._value(value, (second.kwargs or {})[name]) for name, value in (first.kwargs or {}).items()}
         args, shape = self._value(first.args, second.args), self._value(first.shape, second.shape)
-        return Node(
-            func=first.func,
-            name=first.name,
-            args=args,
-            kwargs=named,
-            dtype=first.dtype,
-            shape=shape,
-            operands=first.operands,
-        )
+        return Node(first.func, first.name, args, named, first.dtype, shape, first.operands)
 
     def _value(self, first: Any, second: Any) -> Any:
         if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):
