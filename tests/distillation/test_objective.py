@@ -270,7 +270,7 @@ def test_sources_compare_whether_they_begin_with_a_special_token_or_not() -> Non
     ):
         said: Any = Cached(1, reading, nothing, -np.array(nats, np.float32), nothing)  # type: ignore[arg-type]
         teacher: Any = SimpleNamespace(number=number, lesson=lambda *_: lesson)
-        _take(own, teacher, said)
+        _take(own, own.reading, teacher, said)
     # two tokens of the student, of four bytes
     assert own.cross_entropy == pytest.approx({0: 3 / 2, 1: 3 / 2, 2: 3 * (4 / 3) / 2, 3: 9 * (4 / 6) / 2})
 
