@@ -2,6 +2,7 @@
 
 time: `merganser calibrate` (Gram matrices) beside an ordinary forward of the same tokens in transformers.
 memory: its peak on a random model whose blocks are a thirtieth of it, and on one with twice as many blocks.
+large: its peak and its time on 512 tokens and the blocks of a model of 7 billion parameters, four and eight of its 32.
 regmean: `merganser merge` with RegMean of four experts beside FusionBench's RegMean, and the errors of both against float64.
 
 Every command runs as a process of its own with one thread. Seconds are those of the processor, with all that a command does
@@ -20,13 +21,14 @@ from typing import Any
 
 from ..merge import hardware
 from ..spectral.peer import VARIABLE, PeerError
-from . import memory, regmean, timing
+from . import large, memory, regmean, timing
 
 _HERE = Path(__file__).parent
 
 PARTS: Mapping[str, Callable[[Path, Path, argparse.Namespace], dict[str, Any]]] = {
     "time": timing.measure,
     "memory": memory.measure,
+    "large": large.measure,
     "regmean": regmean.measure,
 }
 
@@ -70,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=int, default=16, metavar="N", help="of 256 tokens per expert, for regmean")
     parser.add_argument("--layers", type=int, metavar="N", help="the first of every model, for regmean (default: all)")
     parser.add_argument("--peer-folder", type=Path, metavar="DIR", help=f"FusionBench (default: ${VARIABLE})")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where models and outputs lie meanwhile: up to 4 GB")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="where models and outputs lie meanwhile: up to 4 GB, for large 10"
+    )
     parser.add_argument("--out", type=Path, default=_HERE / "results.json", metavar="FILE")
     return parser
 

@@ -5,7 +5,7 @@ kept. `--tune` then tries each value of a method's grid on the tune texts (and o
 and the best of them on the test texts. `--restored`
 measures, of methods with sidecars, the model of each task on its own domain. Methods that take statistics from data get those
 of each expert on its train text, which are made once and kept; `--tokens` also measures them with statistics of fewer tokens,
-`--sequences 16` with those of 4,096 alone.
+`--sequences 16` with those of 4,096 alone. A variant of a method, such as `featcal+wudi`, is a row of its own in config.json.
 `--shipped` takes the adapters of the repository, unpacked by `scripts/demo`, for the real zoo's. `--set factors` merges
 the adapters from their factors; its rows are in config.json. Each result is a line of results/SET.jsonl; what is
 there is not measured again. `check` measures the same anew, beside them, and prints both figures. `auto` lets `merganser auto`
@@ -30,13 +30,12 @@ from benchmarks.zoo import Zoo, load_zoo, shipped
 from benchmarks.zoo.shipped import apply
 from merganser import MergeError, merge
 from merganser.errors import OutputError
-from merganser.method.registry import method_names, methods
 
 from . import chosen as choices
 from . import factors, restored, settings, table
 from .calibrated import Statistics, takes_data
 from .measured import measured
-from .settings import Setting
+from .settings import Setting, method_of
 
 _HERE = Path(__file__).parent
 
@@ -67,7 +66,11 @@ def main(arguments: list[str]) -> int:
         return 0
     config = settings.load_config()
     config |= {} if options.windows is None else {"windows": options.windows}
-    chosen = options.methods or [name for name in method_names() if name not in config["left_out"]]
+    known = settings.rows(config)
+    chosen = options.methods or known
+    if options.set != "factors" and (unknown := [name for name in chosen if name not in known]):
+        reason = config["left_out"].get(unknown[0])
+        parser.error(f"--methods: {unknown[0]} is " + (f"left out: {reason}" if reason else "no row of config.json"))
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.set == "factors" and (options.what != "run" or options.tune or options.restored or options.tokens):
@@ -125,16 +128,16 @@ def run(
         default = settings.published(config, method)
         started = time.monotonic()
         counts = [only] if only else config["calibration"]["fewer"] if fewer_too else []
-        if not (only and takes_data(methods()[method])):
+        if not (only and takes_data(method_of(method))):
             bench.measure(method, "default", "test", default)
         if tune:
             best = bench.tuned(method)
             if best not in (None, default):
                 bench.measure(method, "tuned", "test", best)
-        if takes_data(methods()[method]):
+        if takes_data(method_of(method)):
             for sequences in counts:
                 bench.measure(method, f"{sequences} sequences", "test", default, sequences)
-        if restored_too and methods()[method].sidecar:
+        if restored_too and method_of(method).sidecar:
             bench.measure_restored(method, default)
         sys.stdout.write(f"{name} {method}: {time.monotonic() - started:.0f} s\n")
         sys.stdout.flush()
@@ -216,7 +219,7 @@ class _Bench:
 
     def suits(self, method: str) -> bool:
         """Whether a method takes so many models."""
-        declared, count = methods()[method], len(self._merged(method)[1])
+        declared, count = method_of(method), len(self._merged(method)[1])
         return declared.min_models <= count <= (declared.max_models or count)
 
     def measure(self, method: str, label: str, split: str, setting: Setting, sequences: int | None = None) -> float:
@@ -224,7 +227,7 @@ class _Bench:
 
         `sequences` is how many a method with data is calibrated on, where it is not the number in config.json.
         """
-        seeds = self._config["seeds"] if methods()[method].random and split == "test" else self._config["seeds"][:1]
+        seeds = self._config["seeds"] if method_of(method).random and split == "test" else self._config["seeds"][:1]
         found = [self._once(method, label, split, setting, seed, self._evaluate_merge, sequences) for seed in seeds]
         return sum(found) / len(found)
 
@@ -259,13 +262,14 @@ class _Bench:
     ) -> float:
         lengths = {key: self._config[key] for key in ("windows", "context")}
         wanted = {"method": method, "label": label, "split": split, "setting": setting, "seed": seed, **lengths}
-        wanted["version"] = methods()[method].version
-        if takes_data(methods()[method]):
+        wanted["version"] = method_of(method).version
+        if takes_data(method_of(method)):
             wanted["calibration"] = self._statistics.settings(sequences)
         for known in self._known:
             if {**{key: known.get(key) for key in wanted}, "version": table.version(known)} == wanted:
                 return _score(known)
-        recipe = self._folder / f"{method}.yaml"
+        # a plus in the name of a model stands before an adapter
+        recipe = self._folder / f"{method.replace('+', '-')}.yaml"
         try:
             recipe.write_text(yaml.safe_dump(self._recipe(method, setting, seed, sequences)), encoding="utf-8")
             result = {**wanted, **measure(recipe, split)}
@@ -299,7 +303,7 @@ class _Bench:
     def _recipe(self, method: str, setting: Setting, seed: int, sequences: int | None) -> dict[str, Any]:
         base, models = self._merged(method)
         recipe: dict[str, Any] = {
-            "merge_method": method,
+            "merge_method": method_of(method).name,
             "models": [
                 {"model": str(path), "parameters": setting["each"]} if setting["each"] else {"model": str(path)}
                 for path in models
@@ -308,9 +312,9 @@ class _Bench:
             "random_seed": seed,
         }
         for entry, path in zip(recipe["models"], models, strict=True):
-            if takes_data(methods()[method]):
+            if takes_data(method_of(method)):
                 domain = next(domain for domain, expert in self._experts.items() if expert == path)
-                entry |= self._statistics.of(domain, methods()[method], sequences)
+                entry |= self._statistics.of(domain, method_of(method), sequences)
         if base:
             recipe["base_model"] = str(base)
         if setting["shared"]:
@@ -319,7 +323,7 @@ class _Bench:
 
     def _merged(self, method: str) -> tuple[Path | None, list[Path]]:
         """Return the base and the models of a recipe: the first expert is the base of methods that take one model."""
-        declared, models = methods()[method], list(self._experts.values())
+        declared, models = method_of(method), list(self._experts.values())
         if declared.base == "required" and declared.max_models == 1:
             return models[0], models[1:]
         return None if declared.base == "unused" else self._zoo.base, models

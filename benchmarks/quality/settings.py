@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merganser.method.registry import methods
+from merganser.method import MergeMethod
+from merganser.method.registry import method_names, methods
 
 Setting = dict[str, Any]
 _FILE = Path(__file__).parent / "config.json"
@@ -17,8 +18,23 @@ def load_config() -> dict[str, Any]:
     return found
 
 
+def rows(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of all rows: the methods that are measured, and their variants, such as `featcal+wudi`."""
+    variants = [name for name in config["methods"] if "+" in name]
+    return [name for name in [*method_names(), *variants] if name not in config["left_out"]]
+
+
+def method_of(row: str) -> MergeMethod:
+    """Return the method of a row; that of a variant stands before the plus.
+
+    Raises:
+        KeyError: There is no such method.
+    """
+    return methods()[row.partition("+")[0]]
+
+
 def published(config: Mapping[str, Any], method: str) -> Setting:
-    """Return the published settings of a method: those of config.json, its own defaults otherwise."""
+    """Return the published settings of a row: those of config.json, the method's own defaults otherwise."""
     given = config["methods"].get(method, {})
     return {"each": dict(given.get("each", {})), "shared": dict(given.get("shared", {}))}
 
@@ -48,7 +64,7 @@ def wider(config: Mapping[str, Any], method: str, tried: Sequence[tuple[Setting,
     best = max(tried, key=lambda one: one[1])[0]
     names = list(_values(config, method))
     name = next((name for name in names if best["shared"].get(name) != first["shared"].get(name)), names[0])
-    parameter = methods()[method].parameters[name]
+    parameter = method_of(method).parameters[name]
     if isinstance(parameter.default, str):
         return None
 
@@ -77,7 +93,7 @@ def is_variant(config: Mapping[str, Any], method: str, setting: Setting) -> bool
 def _values(config: Mapping[str, Any], method: str) -> dict[str, list[Any]]:
     """Return the values that tuning tries first, by the name of the parameter."""
     own = config["methods"].get(method, {}).get("grid")
-    parameters = methods()[method].parameters
+    parameters = method_of(method).parameters
     return own or {key: found for key, found in config["grids"].items() if key in parameters}
 
 

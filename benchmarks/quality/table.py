@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merganser.method.registry import methods
-
 from . import chosen as choices
 from . import factors, plots, routed_table, settings
 
@@ -177,7 +175,7 @@ def _brief(entry: Mapping[str, Any]) -> str:
 
 def _dagger(entry: Mapping[str, Any]) -> str:
     """Return a dagger where the method has a later version than the one that was measured."""
-    return "" if version(entry["result"]) == methods()[entry["method"]].version else "†"
+    return "" if version(entry["result"]) == settings.method_of(entry["method"]).version else "†"
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -330,5 +328,8 @@ def _percent(value: float, error: float | None) -> str:
 
 def _setting(result: Result) -> str:
     setting = {**result["setting"]["each"], **result["setting"]["shared"]}
-    shown = {key: str(value).lower() if isinstance(value, bool) else f"{value:g}" for key, value in setting.items()}
-    return ": " + ", ".join(f"{key} {value}" for key, value in shown.items()) if shown else ""
+    return ": " + ", ".join(f"{key} {_value(value)}" for key, value in setting.items()) if setting else ""
+
+
+def _value(value: bool | float | str) -> str:
+    return str(value).lower() if isinstance(value, bool | str) else f"{value:g}"

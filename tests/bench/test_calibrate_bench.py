@@ -6,10 +6,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.calibrate import peer, regmean
+from benchmarks.calibrate import large, peer, regmean
 from benchmarks.calibrate.__main__ import main
 from benchmarks.calibrate.memory import Shape, make_random
 from benchmarks.calibrate.reference import inputs_of
+from benchmarks.merge.measure import Usage
 from merganser.checkpoint import open_checkpoint
 from tests.evaluation.tiny import make_model
 
@@ -91,10 +92,33 @@ def test_the_random_model_has_the_size_that_is_said(tmp_path):
     assert 1 / 32 < whole.block / whole.parameters < 1 / 29
 
 
+def test_what_all_blocks_take_follows_from_a_few(tmp_path, monkeypatch):
+    zoo = tmp_path / "zoo"
+    make_model(zoo / "base", 0)
+    monkeypatch.setattr(large, "WHOLE", Shape(width=64, inner=96, blocks=32, vocabulary=50))
+    ran = []
+
+    def command(arguments, folder):
+        (folder / "out").mkdir()
+        blocks = json.loads((folder / "model" / "config.json").read_text())["num_hidden_layers"]
+        (folder / "out" / "a").write_bytes(bytes(100 * blocks))
+        ran.append(arguments)
+        return Usage(seconds=9.0, cpu_seconds=10.0 + 2 * blocks, peak_bytes=5000, elsewhere=0, stolen=0)
+
+    monkeypatch.setattr(large, "merganser", command)
+    found = large.measure(zoo, tmp_path / "work", None)
+    assert [own["peak_bytes"] for own in found["blocks"].values()] == [5000, 5000]
+    assert found["of_one_block"] == {"cpu_seconds": 2.0, "seconds": 0.0, "written_bytes": 100.0}
+    assert found["estimate_for_all"] == {"cpu_seconds": 74, "written_bytes": 3200}
+    assert all(arguments[arguments.index("--sequences") + 1] == "2" for arguments in ran)
+    assert not list((tmp_path / "work").iterdir())
+    assert 6.5e9 < Shape(width=4096, inner=11_008, blocks=32).parameters < 7e9
+
+
 def test_what_cannot_be_measured_is_said(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["regmen"])
-    assert "regmen: not measured; there are time, memory, regmean" in capsys.readouterr().err
+    assert "regmen: not measured; there are time, memory, large, regmean" in capsys.readouterr().err
     monkeypatch.setenv("HOME", str(tmp_path))
     assert main(["time"]) == 2
     assert "scripts/demo" in capsys.readouterr().err

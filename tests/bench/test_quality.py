@@ -31,7 +31,7 @@ def result(method, mean, *, seed=0, label="default", worst=0.1, failed=None, set
         "split": "test",
         "setting": setting or settings.published(CONFIG, method),
         "seed": seed,
-        "version": methods()[method].version,
+        "version": settings.method_of(method).version,
         "retention": retention,
         "seconds": {"load": 2.0},
         "failed": failed,
@@ -47,11 +47,44 @@ def write(file, *results):
 def test_every_method_is_measured_or_left_out_with_a_reason():
     known = set(method_names())
     assert set(CONFIG["left_out"]) <= known
-    assert set(CONFIG["methods"]) <= known - set(CONFIG["left_out"])
-    for name in known - set(CONFIG["left_out"]):
-        required = {p.name for p in methods()[name].parameters.values() if p.required}
-        setting = settings.published(CONFIG, name)
-        assert required <= {*setting["each"], *setting["shared"]}, name
+    rows = settings.rows(CONFIG)
+    assert known - set(CONFIG["left_out"]) <= set(rows)
+    assert set(CONFIG["methods"]) <= set(rows)
+    for name in rows:
+        parameters = settings.method_of(name).parameters
+        required = {p.name for p in parameters.values() if p.required}
+        for setting in [settings.published(CONFIG, name), *settings.grid(CONFIG, name)]:
+            assert required <= {*setting["each"], *setting["shared"]} <= set(parameters), name
+
+
+def test_a_variant_of_a_method_is_a_row_of_its_own(tmp_path, capsys):
+    """Its recipe is that of the method at other settings, and its results do not mix with those of the method."""
+    experts = {name: tmp_path / name for name in ("french", "maths")}
+    texts = {domain: {"train": f"{domain}.train.txt"} for domain in experts}
+    zoo = SimpleNamespace(folder=tmp_path, base=tmp_path / "base", texts=texts, retained="novels")
+    statistics = Statistics(CONFIG, zoo, experts, tmp_path / "statistics")
+    bench = quality._Bench(CONFIG, zoo, experts, statistics, tmp_path / "two.jsonl", tmp_path / "work")
+    assert bench.suits("featcal+wudi")
+    made = {}
+    bench.evaluate = lambda model, *_: (
+        made.update({Path(model).name: Path(model).read_text()}) or result("featcal", 0.5)
+    )
+    for row in ("featcal", "featcal+wudi"):
+        bench.measure(row, "default", "test", settings.published(CONFIG, row))
+    # a plus would be read as a base and an adapter
+    assert [*made] == ["featcal.yaml", "featcal-wudi.yaml"]
+    recipe = load_recipe(made["featcal-wudi.yaml"])
+    assert (recipe.merge_method, "start: wudi" in made["featcal-wudi.yaml"]) == ("featcal", True)
+    assert "start" not in made["featcal.yaml"]
+    assert sorted(shown(tmp_path, result("featcal", 0.4), result("featcal+wudi", 0.9))) == [
+        "| featcal | 40 / 10 |",
+        "| featcal+wudi | 90 / 10 |",
+    ]
+    assert "| featcal+wudi | published: start wudi | 90.0" in (tmp_path / "docs" / "quality.md").read_text()
+    for name, why in (("featcal+wud", "is no row of config.json"), ("emr", "is left out: its shared model")):
+        with pytest.raises(SystemExit):
+            quality.main(["run", "--methods", name])
+        assert f"--methods: {name} {why}" in capsys.readouterr().err
 
 
 def test_the_grid_varies_one_value():

@@ -64,6 +64,11 @@ def _misspelt(folder: Path) -> list[Path]:
     return [folder / "text.jsonl"]
 
 
+def _dangling(folder: Path) -> list[Path]:
+    (folder / "d.jsonl").symlink_to("gone.jsonl")
+    return [folder / "d.jsonl"]
+
+
 def _twice(folder: Path) -> list[Path]:
     for name in ("a.jsonl", "b.jsonl"):
         (folder / name).write_text(GOOD)
@@ -75,6 +80,7 @@ BAD: dict[str, tuple[Callable[[Path], list[Path]], str]] = {
     "missing": (lambda folder: [folder / "d.jsonl"], "d.jsonl: there is no such file"),
     "misspelt name": (_misspelt, "text.jsonl: there is no such file. Did you mean 'texts.jsonl'?"),
     "below a file": (lambda folder: [_misspelt(folder)[0].with_name("texts.jsonl") / "x.txt"], "there is no such file"),
+    "a link to nothing": (_dangling, "d.jsonl: is a link to gone.jsonl, which does not exist"),
     "folder": (_folder, "d.jsonl: is a folder; give the files in it"),
     "pipe": (_pipe, "d.jsonl: is not a file but a pipe or a device"),
     "NUL in the name": (lambda folder: [folder / "a\0.txt"], "is not the name of a file"),
@@ -91,7 +97,11 @@ BAD: dict[str, tuple[Callable[[Path], list[Path]], str]] = {
     "broken JSON": (_lines(GOOD, '{"text": "a'), "d.jsonl:2: is not JSON: Unterminated string"),
     "two objects in a line": (_lines(GOOD + GOOD), "d.jsonl:1: is not JSON: Extra data"),
     "one JSON list": (_lines([json.loads(GOOD)]), "d.jsonl:1: must be an object with text"),
-    "deeply nested": (_lines("[" * 100_000), "d.jsonl:1: is not JSON"),
+    "deeply nested": (_lines("[" * 100_000), "d.jsonl:1: is not JSON: it is nested too deeply"),
+    "a huge number": (
+        _lines('{"text": ' + "9" * 5000 + "}"),
+        "d.jsonl:1: is not JSON: it is nested too deeply, or has a huge",
+    ),
     "a number": (_lines(GOOD, 3), "d.jsonl:2: must be an object with text"),
     "no key": (_lines({}), "has neither text, or prompt and completion, or messages. Found: nothing"),
     "other keys": (_lines({"input": "a"}), "d.jsonl:1: has neither text, or prompt"),
@@ -174,6 +184,11 @@ CHATS: dict[str, tuple[list[dict[str, str]], str]] = {
     "refused": ([{"role": "robot", "content": "a"}], "d.jsonl:1: the model's chat template refuses the messages: who?"),
     "nobody answers": ([{"role": "user", "content": "a"}], "no token in the data counts"),
 }
+
+
+def test_an_empty_name_is_no_folder(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data: the name of a file is empty; give \.txt"):
+        merganser.calibrate(model, [""], tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", CHATS)

@@ -22,6 +22,7 @@ from merganser.engine.run import Interrupted
 from merganser.errors import DataError, RecipeError, UnsupportedError
 from merganser.recipe import load_recipe
 from merganser.statistics import Statistics
+from tests.calibration.interrupting import killed_after_removing
 from tests.calibration.merging import LENGTH, Family, choice, make_family
 from tests.reference.adamerging import adamerging_steps
 from tests.reference.dam import dam_steps
@@ -191,6 +192,22 @@ def test_an_interrupted_merge_continues_at_its_step(
     assert taken == [1]
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_run_killed_at_its_very_end_learns_nothing_again(
+    llama: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = learn(llama, "dam", tmp_path / "whole", steps=1)
+    with killed_after_removing(3):
+        learn(llama, "dam", tmp_path / "out", steps=1)
+    # hidden states and one of both states are gone
+    monkeypatch.setattr(learner.Learner, "_forward", None)
+    found = learn(llama, "dam", tmp_path / "out", steps=1)
+    assert losses(found) == losses(expected)
+    for name, own in coefficients(expected).items():
+        assert torch.equal(coefficients(found)[name], own)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model-1", "model-2"]
 
 
 def test_the_plan_says_the_steps_and_what_they_take(llama: Family) -> None:

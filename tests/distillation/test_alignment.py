@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from merganser.distillation.alignment.answers import Reading, answer_groups
+from merganser.distillation.alignment.answers import Reading, answer_groups, spoken_alone
 from merganser.distillation.alignment.chunks import chunks
 from merganser.distillation.alignment.edit_distance import Nearest, edit_distances
 from merganser.distillation.alignment.groups import byte_groups
@@ -227,6 +227,31 @@ def test_answers_are_aligned_apart_from_templates() -> None:
     ((own, others, groups, alike),) = answer_groups(student, other)
     assert (own, others, groups.ends.tolist(), alike) == (4, 1, [3], False)
     assert not [*answer_groups(student, reading([b"x"], [False]))]
+
+
+def test_what_one_template_writes_before_an_answer_is_not_part_of_it() -> None:
+    """Templates of models that reason write an empty block of thoughts, others do not."""
+    student = reading([b"Q", b"", b"it", b" sat", b"", b"\n"], [False, False, True, True, True, True])
+    tokens = [b"[Q]", b"<think>", b"\n\n", b"</think>", b"\n\n", b"it", b" s", b"at", b""]
+    source = reading(tokens, [False] + [True] * 8)
+    found = spoken_alone(source, student)
+    assert found.counted.tolist() == [False] * 5 + [True] * 4
+    assert found.answers() == student.answers() == (b"it sat",)
+    assert spoken_alone(student, source).counted.tolist() == student.counted.tolist()
+    # what the source says behind the block is of the first token of the answer; and the same the other way round
+    n = len(tokens)
+    said = Predictions(np.arange(n)[:, None].astype(np.int32), np.zeros((n, 1), np.float32), np.zeros(n, np.float32))
+    lesson = lesson_by_bytes(student, found, said, np.arange(n), same=False)
+    assert (lesson.positions.tolist(), lesson.ids[:, 0].tolist()) == ([1, 2], [4, 5])
+    n = len(student.ids)
+    said = Predictions(np.arange(n)[:, None].astype(np.int32), np.zeros((n, 1), np.float32), np.zeros(n, np.float32))
+    lesson = lesson_by_bytes(found, spoken_alone(student, source), said, np.arange(n), same=False)
+    assert (lesson.positions.tolist(), lesson.ids[:, 0].tolist()) == ([4, 5], [1, 2])
+    # a token that is of both stays, so that the answers differ, and so do other answers, and another number of them
+    mixed = reading([b"[Q]", b"<think>", b"</think>it", b" sat"], [False, True, True, True])
+    assert spoken_alone(mixed, student).answers() == (b"</think>it sat",)
+    for other in (reading([b"it stood"]), reading([b"it", b"|", b"sat"], [True, False, True])):
+        assert spoken_alone(source, other).counted.tolist() == source.counted.tolist()
 
 
 def test_warping_teaches_behind_equal_tokens() -> None:

@@ -19,6 +19,7 @@ from merganser.calibration.forward import stream
 from merganser.distillation import cache, cache_logits, open_cache
 from merganser.distillation.likelihoods import likelihoods
 from merganser.errors import DataError, MergeError, NonFiniteError, OutputError, UnsupportedError
+from tests.calibration.interrupting import killed_after_removing
 from tests.cli.tiny import run
 from tests.evaluation.tiny import load, make_model, text
 
@@ -132,6 +133,18 @@ def test_a_killed_run_continues(
     assert not list(tmp_path.glob(".cut*"))
     for file in whole.path.iterdir():
         assert (found.path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_run_killed_at_its_very_end_runs_nothing_again(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after_removing(1):
+        cache_logits(model, [data], tmp_path / "cut", length=24)
+    monkeypatch.setattr(stream.Stream, "advance", None)
+    monkeypatch.setattr(stream.Stream, "logits", None)
+    found = cache_logits(model, [data], tmp_path / "cut", length=24)
+    assert found.total("sequences") > 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "data.jsonl"]
 
 
 def test_what_is_refused(model: Path, data: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from merganser.distillation.training.student import load_held_out, open_student
 from merganser.errors import DataError, MergeError, NonFiniteError, OutputError, TaskError, UnsupportedError
 from merganser.record import verify
 from merganser.record.reading import read_record
+from tests.calibration.interrupting import killed_after_removing
 from tests.cli.tiny import run
 from tests.evaluation.tiny import literal_bits_per_byte, load, make_model, text
 from tests.making import read_json, read_model
@@ -229,6 +230,43 @@ def test_states_are_removed_when_nothing_needs_them(
         fuse(own, tmp_path / "out", control=False)
     assert fuse(own, tmp_path / "out", control=False).record["continued"]
     assert verify(tmp_path / "out").ok
+
+
+def test_a_fusion_killed_at_its_very_end_trains_nothing_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from merganser.distillation.training import preparation, run
+
+    own = recipe(folder, held_out={"held": str(folder / "held.txt")})
+    own["training"] |= {"steps": 1}
+    # hidden states of the source, then the caches, which took it long to make
+    with killed_after_removing(2):
+        fuse(own, tmp_path / "out", control=False)
+    monkeypatch.setattr(preparation, "cache_beginnings", None)
+    monkeypatch.setattr(run, "fit", None)
+    found = fuse(own, tmp_path / "out", control=False)
+    assert found.record == json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert verify(tmp_path / "out").ok
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not {"caches", "fused", "texts-0.jsonl"} & {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "alm", "top": None, "temperature": 10}])
+def test_the_parts_of_a_batch_train_as_the_whole(
+    changes: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as models whose own loss takes no number of tokens: the Trainer then divides by the number of parts
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    (tmp_path / "uneven.jsonl").write_text("\n".join(json.dumps({"text": text(i, 3 + 4 * i)}) for i in range(4)))
+    sources = [{"model": str(folder / name)} for name in ("source", "other")]
+    own = recipe(folder, sources=sources, choice="gate", data=str(tmp_path / "uneven.jsonl"), **changes)
+    own["lambda"] = 0.5
+    found = []
+    for parts in (1, 2):
+        own["training"] = {"steps": 2, "batch": 4, "accumulate": parts, "learning_rate": 1e-2}
+        history = fuse(own, tmp_path / str(parts), control=False).record["fused"]["history"]["fused"]
+        found.append([entry[key] for entry in history for key in ("loss", "text", "taught", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_one_device_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from merganser.distillation.alignment.chunks import Chunks
 from merganser.distillation.alignment.transfer import Lesson
 from merganser.distillation.likelihoods import likelihoods
 from merganser.distillation.losses.gate import FusionGate
-from merganser.distillation.training.batches import collate
+from merganser.distillation.training.batches import collate, whole_batch
 from merganser.distillation.training.objective import Objective
 from merganser.distillation.training.sequences import Cached, Example, _take
 from tests.reference import fusion as reference
@@ -100,17 +100,49 @@ def test_the_loss_is_that_of_plain_loops(choice: str, lambda_: float) -> None:
     assert float(objective.total(terms)) == pytest.approx(literal(EXAMPLES, logits, SHARES[choice], lambda_), rel=1e-6)
 
 
-def test_parts_of_a_batch_add_up() -> None:
-    objective = Objective(0.5)
-    batch = collate(EXAMPLES, 2)
-    logits = logits_of(batch)
-    whole = objective(logits, batch["input_ids"], batch["labels"], batch["lesson"])
-    total = 0.0
-    for row, own in enumerate(EXAMPLES):
-        part = collate([own], 2)
-        terms = objective(logits[row : row + 1, : len(own.labels)], part["input_ids"], part["labels"], part["lesson"])
-        total += float(objective.total(terms, whole.tokens))
-    assert total == pytest.approx(float(objective.total(whole)), rel=1e-6)
+CUT = {
+    # a source that teaches everything, one that teaches little, a sequence that nobody teaches
+    "cross_entropy": [*EXAMPLES, example(9, 8, {})],
+    "alm": [
+        example(4, 7, {0: 1.0, 1: 0.4}, alm=True),
+        example(5, 6, {1: 0.3}, alm=True),
+        example(6, 12, {0: 0.6}, alm=True),
+        example(9, 8, {}),
+    ],
+}
+
+
+@pytest.mark.parametrize("cut", [[1, 1, 1, 1], [1, 3], [3, 1]])
+@pytest.mark.parametrize("choice", [*SHARES, "gate"])
+@pytest.mark.parametrize(("loss", "lambda_"), [("cross_entropy", 0.5), ("alm", 0.5), ("alm", 0.0), ("alm", 1.0)])
+def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(
+    loss: str, lambda_: float, choice: str, cut: list[int]
+) -> None:
+    torch.manual_seed(3)
+    examples = CUT[loss]
+    gate = FusionGate(2) if choice == "gate" else None
+    objective = Objective(lambda_, loss, choice, 10.0, gate)
+    batch = collate(examples, 2)
+    logits = logits_of(batch).requires_grad_()
+    own = [logits, *([] if gate is None or lambda_ == 1 else gate.parameters())]
+
+    def gradients(value: torch.Tensor) -> list[torch.Tensor]:
+        return [*torch.autograd.grad(value, own, allow_unused=True, materialize_grads=True)]
+
+    whole = objective.total(objective(logits, batch["input_ids"], batch["labels"], batch["lesson"]))
+    parts = [collate(examples[end - size : end], 2) for size, end in zip(cut, np.cumsum(cut), strict=True)]
+    known = whole_batch(parts)
+    total, sums, row = 0.0, [torch.zeros_like(each) for each in own], 0
+    for part in parts:
+        count, width = part["input_ids"].shape
+        ids, labels, lesson = part["input_ids"], part["labels"], part["lesson"]
+        terms = objective(logits[row : row + count, :width], ids, labels, lesson, known)
+        value = objective.total(terms, known)
+        total, row = total + float(value.detach()), row + count
+        sums = [before + each for before, each in zip(sums, gradients(value), strict=True)]
+    assert total == pytest.approx(float(whole.detach()), rel=1e-6)
+    for found, expected in zip(sums, gradients(whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_order_of_sources_changes_nothing() -> None:
@@ -238,7 +270,7 @@ def test_sources_compare_whether_they_begin_with_a_special_token_or_not() -> Non
     ):
         said: Any = Cached(1, reading, nothing, -np.array(nats, np.float32), nothing)  # type: ignore[arg-type]
         teacher: Any = SimpleNamespace(number=number, lesson=lambda *_: lesson)
-        _take(own, teacher, said)
+        _take(own, own.reading, teacher, said)
     # two tokens of the student, of four bytes
     assert own.cross_entropy == pytest.approx({0: 3 / 2, 1: 3 / 2, 2: 3 * (4 / 3) / 2, 3: 9 * (4 / 6) / 2})
 

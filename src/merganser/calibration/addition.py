@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checkpoint import Reader, TensorInfo
 from ..errors import DataError
 from ..statistics import LOSSES, Statistics, open_statistics
+from .preparation import fingerprint
 from .target import Target
 from .writer import Sum, write_about, write_sums
 
@@ -49,16 +50,18 @@ def add_statistics(folders: Sequence[str | Path], out: str | Path) -> Statistics
     for number, (piece, part) in enumerate(pieces):
         if any(piece == earlier for earlier, _ in pieces[:number]):
             raise DataError(f"{part.path}: is computed from data that another folder covers, too; it would count twice")
-    with Target(Path(out), "addition") as target, Reader() as reader:
-        target.claim(first.about["files"])
-        for file in first.about["files"]:
-            infos = {name: info for name, info in first.sums.items() if info.file.name == file}
-            sums = {
-                name: Sum(_shape(name, parts), info.dtype.name, partial(_added, name, parts, reader))
-                for name, info in infos.items()
-            }
-            write_sums(target.folder / file, sums)
-        write_about(target.folder, {**first.about, "parts": [piece for piece, _ in pieces]})
+    identity = {"addition": [dict(part.about) for part in parts]}
+    with Target(Path(out), fingerprint(identity, 0)) as target, Reader() as reader:
+        if not target.finished:
+            target.claim(first.about["files"])
+            for file in first.about["files"]:
+                infos = {name: info for name, info in first.sums.items() if info.file.name == file}
+                sums = {
+                    name: Sum(_shape(name, parts), info.dtype.name, partial(_added, name, parts, reader))
+                    for name, info in infos.items()
+                }
+                write_sums(target.folder / file, sums)
+            write_about(target.folder, {**first.about, "parts": [piece for piece, _ in pieces]})
         target.publish()
     return open_statistics(out)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import MergeError, OutputError, RecipeError
+from ..errors import DataError, MergeError, OutputError, RecipeError
 from ..method import MergeMethod
 from ..recipe import Inputs, ModelReference, Recipe, Resolver, Slice, Source, check_recipe
 from ..recipe.document.place import Place
@@ -22,6 +22,7 @@ from .plan import lay_out, plan_prepared
 from .preparation import Prepared, prepare
 from .reverse import GRADIENTS
 from .run import Progress, run_prepared
+from .target import remove_earlier, tidy
 from .within.fitting import COEFFICIENTS
 from .within.pairs import CROSS_GRAM
 from .within.zipping import GROUPS
@@ -253,16 +254,17 @@ def make_statistics(
         MergeError: They cannot be made; the message begins with the place in the recipe.
     """
     with prepared_for(wanted, cache_dir) as prepared:
+        tidy(folder)
         if (folder / STATISTICS_NAME).exists():
-            present = open_statistics(folder)
             try:
+                present = open_statistics(folder)
                 check_same(present, prepared, folder, hashing=True)
                 return present
-            except OutputError:
+            except (DataError, OutputError):
+                # others, or what is left of others by a run that was killed while it removed them
                 if kept:
                     raise
-            for name in (STATISTICS_NAME, *present.about["files"]):
-                (folder / name).unlink()
+            remove_earlier(folder)
         return run_prepared(prepared, folder, progress)
 
 

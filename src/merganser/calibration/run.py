@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ __all__ = ["STATISTICS", "calibrate", "run_prepared"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished blocks and the number of all blocks."""
+
+_SPOOL = "hidden"
 
 
 @suggest_keywords
@@ -104,9 +105,10 @@ def run_prepared(prepared: Prepared, out: Path, progress: Progress | None = None
     check_inputs(skeleton, prepared.statistics)
     about, order = prepared.about(), longest_first(prepared.samples)
     with Target(out, fingerprint(about, prepared.batch_tokens)) as target:
-        written = _stream(skeleton, batches, prepared.statistics, loss, order, target, progress)
-        write_about(target.folder, {**about, "without": without(skeleton, written["tensors"]), **written})
-        target.publish()
+        if not target.finished:
+            written = _stream(skeleton, batches, prepared.statistics, loss, order, target, progress)
+            write_about(target.folder, {**about, "without": without(skeleton, written["tensors"]), **written})
+        target.publish([_SPOOL])
     return open_statistics(out)
 
 
@@ -122,7 +124,7 @@ def _stream(
     """Run all blocks forward, and for a loss backward; write the sums of each, and return their description."""
     count = len(skeleton.blocks)
     files = [file_name(number, count) for number in range(1, count + 1)]
-    spool = target.folder / "hidden"
+    spool = target.folder / _SPOOL
     state = StreamState.from_json(target.state["stream"]) if target.state else None
     tensors: dict[str, Any] = dict(target.state.get("tensors", {}))
     stream = Stream(skeleton, batches, spool, state, keep=loss is not None)
@@ -134,7 +136,7 @@ def _stream(
     reverse = None if loss is None else Reverse(skeleton, stream, wanted, loss, target, note, order)
     files += [] if reverse is None else reverse.files
     steps = count + (0 if reverse is None else reverse.steps)
-    target.claim(["hidden/", *files])
+    target.claim([f"{_SPOOL}/", *files])
     spool.mkdir(exist_ok=True)
     for index in range(stream.state.done, count):
         if progress is not None:
@@ -158,7 +160,6 @@ def _stream(
                 progress(count + done, steps)
 
         about |= reverse.run(target.state.get("reverse", {}), told)
-    shutil.rmtree(spool)
     return about
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from ..jsonfile import read_object
 from ..statistics import STATISTICS_NAME
 from .writer import write_json
 
-__all__ = ["LEFT", "Target", "check_absent", "working_names"]
+__all__ = ["LEFT", "Target", "check_absent", "remove_earlier", "tidy", "working_names"]
 
 _STATE = "state.json"
 _DONE = f"{MARKER}.done"
@@ -39,6 +40,7 @@ class Target:
     Attributes:
         folder: Folder for the files.
         state: The state that an earlier run of the same work noted last; empty if there is none.
+        finished: Whether that run had written everything, and was stopped within `publish`, which is all that is left.
 
     Raises:
         OutputError: The target exists, cannot be written, or another run works on it.
@@ -58,8 +60,9 @@ class Target:
                 # killed within publish
                 (self.folder / _DONE).replace(self.folder / MARKER)
             left = survey(self.folder)
-            self.state = self._read_state()
-            if not self.state:
+            self.state, self.finished = self._read_state()
+            self._noted: Mapping[str, Any] = self.state
+            if not self.state and not self.finished:
                 left.remove()
                 self.folder.mkdir(exist_ok=True)
                 claim(self.folder, [_STATE, f".{_STATE}.new", about, f".{about}.new"])
@@ -94,33 +97,49 @@ class Target:
         Raises:
             OutputError: The disk is full or failed.
         """
-        write_json(self.folder / _STATE, {"fingerprint": self._fingerprint, "state": dict(state)})
+        self._noted = dict(state)
+        write_json(self.folder / _STATE, {"fingerprint": self._fingerprint, "state": self._noted})
 
-    def publish(self) -> None:
-        """Rename the working folder to the target.
+    def publish(self, working: Iterable[str] = ()) -> None:
+        """Remove what only the making needed, and rename the working folder to the target.
+
+        The state says first that everything is written: what is removed here would be missing in a run that is stopped
+        meanwhile, and continues.
+
+        Args:
+            working: Names of the folders and files to remove; all were claimed.
 
         Raises:
             OutputError: The target appeared meanwhile, or the disk failed.
         """
         check_absent(self.out)
+        if not self.finished:
+            written = {"fingerprint": self._fingerprint, "state": self._noted, "finished": True}
+            write_json(self.folder / _STATE, written)
+            self.finished = True
         with failures_of(self.out):
+            for name in working:
+                _remove(self.folder / name)
             if self._target.exists():
                 self._target.rmdir()
             # until it has its name, what a run that is killed meanwhile needs stays: the marker, to know its files, and the state
             (self.folder / MARKER).rename(self.folder / _DONE)
             self.folder.rename(self._target)
-            _tidy(self._target)
+            tidy(self._target)
 
-    def _read_state(self) -> dict[str, Any]:
+    def _read_state(self) -> tuple[dict[str, Any], bool]:
+        """Return the state of an earlier run, and whether it had written everything."""
         file = self.folder / _STATE
         if not file.exists():
-            return {}
+            return {}, False
         try:
             found = read_object(file)
         except CheckpointError:
-            return {}
+            return {}, False
         state = found.get("state")
-        return state if found.get("fingerprint") == self._fingerprint and isinstance(state, dict) else {}
+        if found.get("fingerprint") != self._fingerprint or not isinstance(state, dict):
+            return {}, False
+        return state, found.get("finished") is True
 
 
 def working_names(name: str) -> tuple[str, str]:
@@ -128,10 +147,42 @@ def working_names(name: str) -> tuple[str, str]:
     return f".{name}.calibrating", f".{name}.calibrating.lock"
 
 
-def _tidy(target: Path) -> None:
-    """Remove from a finished folder what only its making needed."""
-    for name in LEFT:
-        (target / name).unlink(missing_ok=True)
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with its contents, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tidy(target: Path) -> None:
+    """Remove from a finished folder what a run left that was killed right after it named the folder."""
+    if (target / _DONE).is_file():
+        for name in LEFT:
+            (target / name).unlink(missing_ok=True)
+
+
+def remove_earlier(folder: Path, about: str = STATISTICS_NAME) -> None:
+    """Remove a folder's files of an earlier run, so that others can be written there; the folder itself stays.
+
+    The description goes last: what is left by a kill is removed by the next run.
+
+    Args:
+        folder: The folder, with a description.
+        about: Name of the file that describes the contents.
+
+    Raises:
+        CheckpointError: The description is damaged.
+        OutputError: A file cannot be removed.
+    """
+    tidy(folder)
+    files = read_object(folder / about).get("files")
+    with failures_of(folder):
+        for name in files if isinstance(files, list) else ():
+            # names as our files have them, and no path
+            if isinstance(name, str) and Path(name).name == name:
+                (folder / name).unlink(missing_ok=True)
+        (folder / about).unlink()
 
 
 def check_absent(out: Path) -> None:
@@ -144,8 +195,7 @@ def check_absent(out: Path) -> None:
     """
     try:
         path = out.expanduser()
-        if (path / _DONE).is_file():
-            _tidy(path)
+        tidy(path)
         if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
             raise OutputError(f"{out}: exists; choose another folder, or remove it")
     except OSError as error:

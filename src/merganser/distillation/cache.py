@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -37,6 +36,7 @@ TOP = 32
 # logits are held for a whole batch: with 128 K tokens in the vocabulary this is a quarter of a gigabyte
 BATCH_TOKENS = 512
 _SHARD_TOKENS = 1 << 18
+_SPOOL = "hidden"
 # for models without a limit of positions
 _LONGEST = 1 << 15
 
@@ -168,11 +168,12 @@ class _Run:
         check_streamable(skeleton, self._prepared.probe())
         about = self._about()
         with Target(out, fingerprint(about, self._prepared.batch_tokens), CACHE_NAME) as target:
-            shards = self._stream(target, progress)
-            target.claim([VOCABULARY_NAME])
-            self._write_vocabulary(target.folder / VOCABULARY_NAME)
-            write_json(target.folder / CACHE_NAME, {**about, "shards": shards})
-            target.publish()
+            if not target.finished:
+                shards = self._stream(target, progress)
+                target.claim([VOCABULARY_NAME])
+                self._write_vocabulary(target.folder / VOCABULARY_NAME)
+                write_json(target.folder / CACHE_NAME, {**about, "shards": shards})
+            target.publish([_SPOOL])
         return open_cache(out)
 
     def _about(self) -> dict[str, Any]:
@@ -192,9 +193,9 @@ class _Run:
         """Run all blocks, then the head shard by shard; return what logits.json says of the shards."""
         skeleton, count = self._prepared.skeleton, len(self._shards)
         blocks = len(skeleton.blocks)
-        spool = target.folder / "hidden"
+        spool = target.folder / _SPOOL
         names = [file_name(number, count, "logits") for number in range(1, count + 1)]
-        target.claim(["hidden/", *names])
+        target.claim([f"{_SPOOL}/", *names])
         spool.mkdir(exist_ok=True)
         state = StreamState.from_json(target.state["stream"]) if target.state else None
         done: list[dict[str, Any]] = list(target.state.get("shards", []))
@@ -214,7 +215,6 @@ class _Run:
             done.append({"file": name, **self._write_shard(target.folder / name, stream, numbers)})
             release_freed_memory()
             step(blocks + len(done))
-        shutil.rmtree(spool)
         return done
 
     def _write_shard(self, file: Path, stream: Stream, numbers: Sequence[int]) -> dict[str, Any]:

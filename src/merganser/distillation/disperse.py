@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.data.batches import Sample, make_batches, padding_token
+from ..calibration.data.data import Record
 from ..calibration.data.samples import first_samples
 from ..calibration.preparation import Data, fingerprint, read
 from ..calibration.target import Target, check_absent
@@ -21,6 +22,7 @@ from ..errors import DataError, NonFiniteError
 from ..files import write_whole
 from ..inference.language_model import LanguageModel, open_model
 from ..inference.stored import open_stored
+from ..jsonfile import read_object
 from ..statistics import Choice
 from ..version import __version__
 from .clusters import k_means
@@ -105,21 +107,28 @@ def disperse(
         "seed": seed,
     }
     with Target(out, fingerprint({**about, "clusters": clusters}, 0), CLUSTERS_NAME) as target:
-        found = k_means(_embeddings(opened, samples, progress), clusters, seed).tolist()
-        by_place = {sample.where: number for sample, number in zip(samples, found, strict=True)}
-        kept = [record for record in records if record.where in by_place]
-        names = [f"cluster-{number + 1}.jsonl" for number in range(clusters)]
-        target.claim([*names, *(f".{name}.new" for name in names)])
-        sizes: dict[str, int] = {}
-        with failures_of(out):
-            for number, name in enumerate(names):
-                lines = [json.dumps(contents(own), ensure_ascii=False) for own in kept if by_place[own.where] == number]
-                file = target.folder / name
-                write_whole(file, "".join(f"{line}\n" for line in lines), temporary=file.with_name(f".{name}.new"))
-                sizes[name] = len(lines)
-        write_json(target.folder / CLUSTERS_NAME, {**about, "clusters": sizes})
+        if not target.finished:
+            found = k_means(_embeddings(opened, samples, progress), clusters, seed).tolist()
+            by_place = {sample.where: number for sample, number in zip(samples, found, strict=True)}
+            groups: list[list[Record]] = [[] for _ in range(clusters)]
+            for record in records:
+                if record.where in by_place:
+                    groups[by_place[record.where]].append(record)
+            write_json(target.folder / CLUSTERS_NAME, {**about, "clusters": _write(groups, target)})
+        sizes: dict[str, int] = read_object(target.folder / CLUSTERS_NAME)["clusters"]
         target.publish()
     return Dispersed(out, sizes)
+
+
+def _write(groups: Sequence[Sequence[Record]], target: Target) -> dict[str, int]:
+    """Write the records of each cluster to a file of their own, and return how many each file has."""
+    names = [f"cluster-{number + 1}.jsonl" for number in range(len(groups))]
+    target.claim([*names, *(f".{name}.new" for name in names)])
+    with failures_of(target.out):
+        for name, records in zip(names, groups, strict=True):
+            text = "".join(f"{json.dumps(contents(own), ensure_ascii=False)}\n" for own in records)
+            write_whole(target.folder / name, text, temporary=target.folder / f".{name}.new")
+    return {name: len(records) for name, records in zip(names, groups, strict=True)}
 
 
 def _embeddings(opened: LanguageModel, samples: list[Sample], progress: Callable[[int, int], None] | None) -> Tensor:

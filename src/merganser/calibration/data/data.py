@@ -119,6 +119,8 @@ def _read_file(name: str) -> DataFile:
 
 
 def _bytes(path: Path, name: str) -> bytes:
+    if not name:
+        raise DataError(f"data: the name of a file is empty; give {_known()}")
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -128,6 +130,8 @@ def _bytes(path: Path, name: str) -> bytes:
             raise DataError(f"{name}: is not a file but a pipe or a device; write the data to a file first")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise DataError(f"{name}: is a link to {path.readlink()}, which does not exist") from None
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise DataError(f"{name}: there is no such file.{near}") from None
     except ValueError as error:
@@ -168,7 +172,10 @@ def _object(where: str, line: str) -> dict[str, Any]:
     except _Repeated as error:
         raise DataError(f"{where}: has {_short(str(error))} twice, and only one of them can be meant") from None
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        # of others, such as a number of thousands of digits, Python's own message tells programmers what to do
+        reason = (
+            error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply, or has a huge number"
+        )
         raise DataError(f"{where}: is not JSON: {reason}; each line must hold one object with {_FORMS}") from None
     if not isinstance(found, dict):
         raise DataError(f"{where}: must be an object with {_FORMS}, found {_short(found)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,14 @@ from .plan import coefficient_sums
 from .sequences import lined_up, of_step
 from .teachers import Teachers
 
-__all__ = ["Learner"]
+__all__ = ["WORKING", "Learner"]
 
 # no folder of a model begins with a dot
 _HIDDEN, _TEACHERS = ".hidden", ".teachers"
 # two files in turn, so that a step that is killed half-way still finds what it begins with
 _STATES = (".learning-0.pt", ".learning-1.pt")
+WORKING = (_HIDDEN, _TEACHERS, *_STATES)
+"""Names of what only learning needs."""
 
 
 class Learner:
@@ -182,7 +183,7 @@ class Learner:
         self._losses = found["losses"]
 
     def write(self, about: Sequence[Mapping[str, Any]]) -> None:
-        """Write the coefficients of every model, and remove the hidden states.
+        """Write the coefficients of every model.
 
         Args:
             about: What statistics.json says of each model.
@@ -210,7 +211,3 @@ class Learner:
             }
             missing = without(self._skeleton, tensors)
             write_about(folder, {**own, "without": missing, "files": files, "tensors": tensors, "learning": learning})
-        for kind in (_HIDDEN, _TEACHERS):
-            shutil.rmtree(self._target.folder / kind, ignore_errors=True)
-        for state in _STATES:
-            (self._target.folder / state).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from ..within.walk import Progress, merge_identity, merged_skeleton, merged_sour
 from ..within.weights import ModelTensors
 from .columns import input_axes
 from .field import Field, Weights, chosen
-from .learner import Learner
+from .learner import WORKING, Learner
 from .sequences import usable
 
 __all__ = ["check_learning", "learn_coefficients"]
@@ -82,11 +82,13 @@ def learn_coefficients(
             found = {"statistics": [COUNT, COEFFICIENTS], "inputs": plan.method.data_inputs}
             about = [{**model.about(), **found, "merge": merge_identity(plan)} for model in models]
             with Target(Path(out), fingerprint(plan, {"models": about})) as target:
-                learner = Learner(plan, skeleton, field, learning, target, [usable(own) for own in models], folders)
-                learner.open(sources)
-                learner.run(progress)
-                learner.write(about)
-                target.publish()
+                if not target.finished:
+                    data = [usable(own) for own in models]
+                    learner = Learner(plan, skeleton, field, learning, target, data, folders)
+                    learner.open(sources)
+                    learner.run(progress)
+                    learner.write(about)
+                target.publish(WORKING)
     return [open_statistics(Path(out, name)) for name in folders]
 
 

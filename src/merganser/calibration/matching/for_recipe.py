@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import MergeError, OutputError
+from ...errors import DataError, MergeError, OutputError
 from ...recipe import Recipe
 from ...recipe.fields.align import Align
 from ...statistics import CalibrationPlan
@@ -16,6 +16,7 @@ from ...statistics.correlations import CORRELATIONS_NAME, Correlations, open_cor
 from ..cost import rate_of_sums
 from ..plan import plan_prepared
 from ..preparation import Prepared, prepare
+from ..target import remove_earlier, tidy
 from ..writer import file_name
 from .run import about_pair, correlate, same_tokens, same_units
 from .sums import Correlation, features
@@ -127,16 +128,17 @@ def make_match(
         MergeError: They cannot be made; the message begins with the place in the recipe.
     """
     with _pair(wanted, cache_dir) as (reference, model):
+        tidy(folder)
         if (folder / CORRELATIONS_NAME).exists():
-            present = open_correlations(folder)
             try:
+                present = open_correlations(folder)
                 _check_same(present, reference, model, wanted, hashing=True)
                 return present
-            except OutputError:
+            except (DataError, OutputError):
+                # others, or what is left of others by a run that was killed while it removed them
                 if kept:
                     raise
-            for name in (CORRELATIONS_NAME, *present.about["files"]):
-                (folder / name).unlink()
+            remove_earlier(folder, CORRELATIONS_NAME)
         return correlate(reference, model, wanted.align.units, folder, progress)
 
 

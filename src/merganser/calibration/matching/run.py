@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,6 +36,8 @@ __all__ = ["Progress", "about_pair", "correlate", "same_tokens", "same_units"]
 Progress = Callable[[int, int], None]
 """Called with the number of finished blocks and the number of all blocks."""
 
+_SPOOLS = ("hidden-of-reference", "hidden-of-model")
+
 
 def correlate(
     reference: Prepared, model: Prepared, kinds: Sequence[str], out: Path, progress: Progress | None = None
@@ -66,29 +67,40 @@ def correlate(
         check_streamable(own.skeleton, own.probe())
     about = about_pair(reference, model, kinds)
     with Target(out, fingerprint(about, reference.batch_tokens), about=CORRELATIONS_NAME) as target:
-        count = len(reference.skeleton.blocks)
-        files = [file_name(number, count, "correlations") for number in range(1, count + 1)]
-        spools = [target.folder / name for name in ("hidden-of-reference", "hidden-of-model")]
-        target.claim([*(f"{spool.name}/" for spool in spools), *files])
-        states = target.state.get("streams", [None, None])
-        streams = []
-        for own, spool, state in zip(pair, spools, states, strict=True):
-            spool.mkdir(exist_ok=True)
-            known = None if state is None else StreamState.from_json(state)
-            # both read the same samples, so that a row is the same token in both
-            batches = replace(own, samples=reference.samples, batch_tokens=reference.batch_tokens).batches()
-            streams.append(Stream(own.skeleton, batches, spool, known))
-        for index in range(streams[0].state.done, count):
-            if progress is not None:
-                progress(index, count)
-            write_sums(target.folder / files[index], _compare(streams[0], streams[1], index, units))
-            target.note({"streams": [stream.state.to_json() for stream in streams]})
-            release_freed_memory()
-        for spool in spools:
-            shutil.rmtree(spool)
-        write_json(target.folder / CORRELATIONS_NAME, {**about, "files": files})
-        target.publish()
+        if not target.finished:
+            files = _stream(pair, units, target, progress)
+            write_json(target.folder / CORRELATIONS_NAME, {**about, "files": files})
+        target.publish(_SPOOLS)
     return open_correlations(out)
+
+
+def _stream(
+    pair: tuple[Prepared, Prepared],
+    units: tuple[Sequence[Units], Sequence[Units]],
+    target: Target,
+    progress: Progress | None,
+) -> list[str]:
+    """Run all blocks of both models, or continue; write the correlations, and return the names of their files."""
+    reference = pair[0]
+    count = len(reference.skeleton.blocks)
+    files = [file_name(number, count, "correlations") for number in range(1, count + 1)]
+    target.claim([*(f"{spool}/" for spool in _SPOOLS), *files])
+    states = target.state.get("streams", [None, None])
+    streams = []
+    for own, name, state in zip(pair, _SPOOLS, states, strict=True):
+        spool = target.folder / name
+        spool.mkdir(exist_ok=True)
+        known = None if state is None else StreamState.from_json(state)
+        # both read the same samples, so that a row is the same token in both
+        batches = replace(own, samples=reference.samples, batch_tokens=reference.batch_tokens).batches()
+        streams.append(Stream(own.skeleton, batches, spool, known))
+    for index in range(streams[0].state.done, count):
+        if progress is not None:
+            progress(index, count)
+        write_sums(target.folder / files[index], _compare(streams[0], streams[1], index, units))
+        target.note({"streams": [stream.state.to_json() for stream in streams]})
+        release_freed_memory()
+    return files
 
 
 def same_tokens(reference: Prepared, model: Prepared) -> None:

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
+from ...engine.output.failure import failures_of
 from ...engine.plan.part import treatment_hash
 from ...engine.plan.plan import Plan
-from ...errors import OutputError, RecipeError
+from ...errors import DataError, OutputError, RecipeError
 from ...statistics import STATISTICS_NAME, open_statistics
 from ..for_recipe import Wanted, check_same, prepared_for
 from ..learning import learn_coefficients
 from ..preparation import Prepared
+from ..target import remove_earlier, tidy
 from .walk import Progress, calibrate_within, merged_sources
 
 __all__ = ["make_within"]
@@ -46,13 +48,14 @@ def make_within(
     names = [PurePosixPath(each.name).name for each in wanted]
     with ExitStack() as stack:
         models = [stack.enter_context(prepared_for(each, cache_dir)) for each in wanted]
+        tidy(folder)
         if folder.exists():
             try:
                 return _present(plan, models, [folder / name for name in names])
-            except OutputError:
+            except (DataError, OutputError):
                 if kept:
                     raise
-            _remove(folder, names)
+            _remove(folder)
         end_to_end = plan.method.data_inputs == "end_to_end"
         measure = learn_coefficients if end_to_end else calibrate_within
         measure(plan, models, folder, progress, names=names)
@@ -80,13 +83,15 @@ def _present(plan: Plan, models: Sequence[Prepared], folders: Sequence[Path]) ->
     return list(folders)
 
 
-def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Remove statistics of an earlier recipe, which a run of ours left."""
-    for name in names:
-        own = folder / name
-        if (own / STATISTICS_NAME).exists():
-            files = open_statistics(own).about["files"]
-            for file in (STATISTICS_NAME, *files):
-                (own / file).unlink()
+def _remove(folder: Path) -> None:
+    """Remove statistics of an earlier recipe, or what is left of them, from a folder that is ours.
+
+    Raises:
+        OutputError: Something else is there, or cannot be removed.
+    """
+    with failures_of(folder):
+        for own in sorted(folder.iterdir()):
+            if (own / STATISTICS_NAME).exists():
+                remove_earlier(own)
             own.rmdir()
-    folder.rmdir()
+        folder.rmdir()

@@ -8,7 +8,6 @@ them computes the same blocks again.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,11 +106,12 @@ def calibrate_within(
             ]
             settings = {"models": about, "batch_tokens": [model.batch_tokens for model in models]}
             with Target(Path(out), fingerprint(plan, settings)) as target:
-                walk = _Walk(plan, skeleton, merged, target, statistics)
-                walk.open(models, sources, folders)
-                walk.run(progress)
-                walk.describe(about)
-                target.publish()
+                if not target.finished:
+                    walk = _Walk(plan, skeleton, merged, target, statistics)
+                    walk.open(models, sources, folders)
+                    walk.run(progress)
+                    walk.describe(about)
+                target.publish([_HIDDEN, _OWN])
     return [open_statistics(Path(out, name)) for name in folders]
 
 
@@ -389,10 +389,8 @@ class _Walk:
         )
 
     def describe(self, about: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the folders of all models hold, and remove the hidden states."""
+        """Write what the folders of all models hold."""
         files = [file_name(number, self._count) for number in range(1, self._count + 1)]
         for model, own in zip(self._models, about, strict=True):
             missing = without(self._skeleton, model.tensors)
             write_about(model.folder, {**own, "without": missing, "files": files, "tensors": model.tensors})
-        for kind in (_HIDDEN, _OWN):
-            shutil.rmtree(self._target.folder / kind, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .groups import Groups, byte_groups
 
-__all__ = ["Reading", "Stretch", "answer_groups", "stretches"]
+__all__ = ["Reading", "Stretch", "answer_groups", "spoken_alone", "stretches"]
 
 _WHITE = b" \t\n\r"
 # bytes of a letter of several bytes but its first one: a text that was cut may begin with them
@@ -64,6 +64,27 @@ def stretches(reading: Reading) -> list[tuple[int, int]]:
     """Return the first token of each stretch of tokens that count, and the one after its last."""
     edges = np.flatnonzero(np.diff(reading.counted.astype(np.int8), prepend=0, append=0))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def spoken_alone(reading: Reading, other: Reading) -> Reading:
+    """Return a reading without what its chat template writes before an answer and that of the other one does not.
+
+    Templates of models that reason put a block of thoughts there, empty where nothing is said of it. Its tokens no longer count.
+
+    Args:
+        reading: A reading of a record.
+        other: Another reading of the same record.
+    """
+    own, answers, others = stretches(reading), reading.answers(), other.answers()
+    if len(answers) != len(others) or answers == others:
+        return reading
+    counted = reading.counted.copy()
+    for (start, stop), answer, said in zip(own, answers, others, strict=True):
+        if said and answer != said and answer.endswith(said):
+            text = reading.text[reading.before(start) : reading.ends[stop - 1]]
+            before = len(text.rstrip(_WHITE)) - len(said)
+            counted[start:stop] &= reading.ends[start:stop] - reading.before(start) > before
+    return replace(reading, counted=counted)
 
 
 def answer_groups(one: Reading, other: Reading) -> Iterator[Stretch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..alignment.chunks import Chunks
 from ..alignment.transfer import Lesson
 from .sequences import Example
 
-__all__ = ["Lessons", "collate"]
+__all__ = ["Lessons", "collate", "whole_batch"]
 
 
 class Lessons(torch.utils.data.Dataset[Example]):
@@ -46,6 +46,7 @@ def collate(sequences: Sequence[Example], sources: int) -> dict[str, Any]:
         chunk_shares       int64 [c]       whose chunk it is: b * S + s
         chunks             float32 [c]     the source's log-probability of it
         chunk_ends         int64 [c]       its last token, b * T + t, if chunks are debiased; else -1
+        chunk_counts       int64 [B, S]    number of chunks of each sequence by each source
     """
     width = max(len(own.labels) for own in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
@@ -62,6 +63,20 @@ def collate(sequences: Sequence[Example], sources: int) -> dict[str, Any]:
         "labels": labels,
         "lesson": lesson | _chunks(sequences, width, sources),
     }
+
+
+def whole_batch(parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return what the loss of one part must know of the whole batch, so that it does not matter how that is divided.
+
+    Args:
+        parts: From `collate`.
+
+    Returns:
+        `cross_entropy` and `chunk_counts` of all sequences, as in `collate`, and `tokens`, the number of tokens that are
+        predicted, int64, 0-d.
+    """
+    found = {name: torch.cat([own["lesson"][name] for own in parts]) for name in ("cross_entropy", "chunk_counts")}
+    return {**found, "tokens": torch.stack([(own["labels"][:, 1:] >= 0).sum() for own in parts]).sum()}
 
 
 def _distributions(sequences: Sequence[Example], width: int, sources: int) -> dict[str, Tensor]:
@@ -89,6 +104,7 @@ def _distributions(sequences: Sequence[Example], width: int, sources: int) -> di
 
 def _chunks(sequences: Sequence[Example], width: int, sources: int) -> dict[str, Tensor]:
     numbers = torch.full((sources, len(sequences), width), -1)
+    counts = torch.zeros(len(sequences), sources, dtype=torch.long)
     shares: list[int] = []
     found: list[float] = []
     ends: list[int] = []
@@ -97,6 +113,7 @@ def _chunks(sequences: Sequence[Example], width: int, sources: int) -> dict[str,
             if isinstance(own, Chunks):
                 own_numbers = torch.from_numpy(own.numbers)
                 numbers[s, b, : len(own_numbers)] = torch.where(own_numbers >= 0, own_numbers + len(found), -1)
+                counts[b, s] = len(own.log_probabilities)
                 shares += [b * sources + s] * len(own.log_probabilities)
                 found += own.log_probabilities.tolist()
                 ends += [-1] * len(own.log_probabilities) if own.ends is None else (own.ends + b * width).tolist()
@@ -105,4 +122,5 @@ def _chunks(sequences: Sequence[Example], width: int, sources: int) -> dict[str,
         "chunk_shares": torch.tensor(shares, dtype=torch.long),
         "chunks": torch.tensor(found, dtype=torch.float32),
         "chunk_ends": torch.tensor(ends, dtype=torch.long),
+        "chunk_counts": counts,
     }

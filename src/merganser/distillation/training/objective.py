@@ -24,7 +24,7 @@ class Terms:
     Args:
         text: Cross-entropy of the text's tokens, in nats.
         taught: What the sources add; where none teaches, the text's token does.
-        feedback: Feedback loss of the gate; 0 without one.
+        feedback: Feedback loss of the gate, of a part its share by the tokens; 0 without one. It is no sum.
         tokens: Number of tokens that are predicted.
     """
 
@@ -54,14 +54,22 @@ class Objective:
     gate: FusionGate | None = None
     words: Tensor | None = None
 
-    def __call__(self, logits: Tensor, ids: Tensor, labels: Tensor, lesson: Mapping[str, Tensor]) -> Terms:
-        """Return the terms for a batch.
+    def __call__(
+        self,
+        logits: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        lesson: Mapping[str, Tensor],
+        whole: Mapping[str, Tensor] | None = None,
+    ) -> Terms:
+        """Return the terms for a batch, or for a part of one; the terms of all parts add up to those of the batch.
 
         Args:
             logits: Shape [B, T, vocabulary].
             ids: Input tokens, shape [B, T].
             labels: Tokens to predict, -100 for none, shape [B, T].
             lesson: From `collate`.
+            whole: From `whole_batch`, where this is a part.
         """
         flat = logits.flatten(0, 1)
         targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), -100)], 1).flatten()
@@ -72,8 +80,15 @@ class Objective:
         if self.lambda_ == 1:
             return Terms(text, text.detach(), nothing, len(spoken))
         weights, feedback = self._weights(lesson["cross_entropy"], nothing)
+        of_all, counts, tokens = weights, lesson["chunk_counts"], len(spoken)
+        if whole is not None:
+            of_all, feedback = self._weights(whole["cross_entropy"], nothing)
+            counts, tokens = whole["chunk_counts"], int(whole["tokens"])
+            feedback = feedback * (len(spoken) / max(tokens, 1))
         if self.loss == "alm":
-            taught = self._likelihoods(logits, ids, lesson, weights) * len(spoken)
+            # a mean over the chunks of the whole batch
+            all_shares = (of_all.detach() * counts.flatten()).sum().clamp(min=1e-8)
+            taught = self._likelihoods(logits, ids, lesson, weights) * (tokens / all_shares)
         else:
             by_row = own.new_zeros(len(flat)).index_put((spoken,), own)
             taught = text + self._distributions(flat, by_row, lesson, weights)
@@ -96,7 +111,7 @@ class Objective:
         return (share[some] * (said - text[rows])).sum()
 
     def _likelihoods(self, logits: Tensor, ids: Tensor, lesson: Mapping[str, Tensor], weights: Tensor) -> Tensor:
-        """Return the mean over chunks, each with its source's weight; 0 if there are none."""
+        """Return the sum over chunks, each with its source's weight."""
         count = len(lesson["chunks"])
         own = logits.new_zeros(count, dtype=torch.promote_types(logits.dtype, torch.float32))
         for numbers in lesson["numbers"]:
@@ -106,16 +121,15 @@ class Objective:
             own = own + word_log_probabilities(behind, self.words.to(logits.device))
         share = weights[lesson["chunk_shares"]]
         losses = likelihood_loss(own, lesson["chunks"], self.temperature)
-        return (share * losses).sum() / share.detach().sum().clamp(min=1e-8)
+        return (share * losses).sum()
 
-    def total(self, terms: Terms, tokens: Tensor | int | None = None) -> Tensor:
-        """Return the loss per token.
+    def total(self, terms: Terms, whole: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss per token; those of all parts of a batch add up to that of the batch.
 
         Args:
-            terms: Of a batch, or a part of one.
-            tokens: Number of tokens of the whole batch; None for those of the terms.
+            terms: Of a batch, or of a part of one.
+            whole: From `whole_batch`, where they are of a part.
         """
-        count = terms.tokens if tokens is None else tokens
+        count = terms.tokens if whole is None else int(whole["tokens"])
         mixed = self.lambda_ * terms.text + (1 - self.lambda_) * terms.taught
-        feedback = FEEDBACK * terms.feedback * (terms.tokens / count)
-        return mixed / count + feedback
+        return mixed / count + FEEDBACK * terms.feedback

@@ -205,9 +205,14 @@ class Preparation:
         found = summary(examples, len(teachers))
         for source, taught in zip(recipe.sources, found["taught"], strict=True):
             if not taught:
+                answers = bool(self.choices) and all(own.tokens == "completions" for own in self.choices)
                 raise DataError(
-                    f"{source.place}: {source.name} teaches nothing: none of its texts is read by the student in the same "
-                    "way; where chat templates differ, set tokens: completions"
+                    f"{source.place}: {source.name} teaches nothing: none of its texts is read by the student in the same way; "
+                    + (
+                        "a chat template changes the answers themselves, or other tokens are cut off"
+                        if answers
+                        else "where chat templates differ, set tokens: completions"
+                    )
                 )
         return found
 

@@ -18,6 +18,7 @@ from ...calibration.target import Target, check_absent
 from ...engine.kernels.devices import resolve_devices
 from ...engine.output.failure import failures_of
 from ...errors import UnsupportedError
+from ...jsonfile import read_object
 from ...record.format import RECORD_FORMAT, RECORD_NAME, record_text
 from ...version import __version__
 from . import libraries
@@ -129,8 +130,17 @@ class _Run:
 
     def write(self, about: Mapping[str, Any], *, control: bool, started: float) -> dict[str, Any]:
         """Make what is missing, and publish the folder."""
-        folder, continued = self._target.folder, bool(self._state)
         names = [f"texts-{number}.jsonl" for number in range(len(self._prepared.texts))]
+        if self._target.finished:
+            record = read_object(self._target.folder / RECORD_NAME)
+        else:
+            record = self._make(about, names, control=control, started=started)
+        self._target.publish(["caches", FUSED, CONTROL, *names])
+        return record
+
+    def _make(self, about: Mapping[str, Any], names: list[str], *, control: bool, started: float) -> dict[str, Any]:
+        """Write what is missing, and return the record."""
+        folder, continued = self._target.folder, bool(self._state)
         self._target.claim(["caches/", *names, *(f".{name}.new" for name in names), f"{FUSED}/", f"{CONTROL}/"])
         self._note()
         if "student" not in self._state:
@@ -153,13 +163,7 @@ class _Run:
         seconds = time.monotonic() - started
         record = self._record(about, taught, len(examples), continued=continued, seconds=seconds)
         with failures_of(self._target.out):
-            self._target.claim([RECORD_NAME])
-            for name in ("caches", FUSED, CONTROL):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for file in files:
-                file.unlink()
             (folder / RECORD_NAME).write_text(record_text(record), encoding="utf-8")
-        self._target.publish()
         return record
 
     def _note(self, **more: Any) -> None:

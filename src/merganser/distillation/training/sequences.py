@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...calibration.data.batches import Sample
-from ..alignment.answers import Reading
+from ..alignment.answers import Reading, spoken_alone
 from ..alignment.chunks import Chunks, chunks
 from ..alignment.pairing import PairCounts, lesson_by_pairs
 from ..alignment.tables import Table, byte_table, edit_table
@@ -263,17 +263,23 @@ def teach(sequences: Sequence[Example], teachers: Sequence[Teacher], advance: Pr
     for teacher in teachers:
         if teacher.counts:
             for said in read_cache(teacher.cache):
-                for own in by_record.get(said.record, ()):
-                    if _alike(own.reading, said.reading):
-                        teacher.count(own.reading, said)
+                for _, student, heard in _matching(by_record.get(said.record, ()), said):
+                    teacher.count(student, heard)
             teacher.settle()
         for said in read_cache(teacher.cache):
-            for own in by_record.get(said.record, ()):
-                if _alike(own.reading, said.reading):
-                    _take(own, teacher, said)
+            for own, student, heard in _matching(by_record.get(said.record, ()), said):
+                _take(own, student, teacher, heard)
             done += 1
             if advance is not None:
                 advance(done, total)
+
+
+def _matching(sequences: Sequence[Example], said: Cached) -> Iterator[tuple[Example, Reading, Cached]]:
+    """Yield the sequences with the same answers, and both readings without what one chat template alone writes before them."""
+    for own in sequences:
+        student, source = spoken_alone(own.reading, said.reading), spoken_alone(said.reading, own.reading)
+        if _alike(student, source):
+            yield own, student, replace(said, reading=source)
 
 
 def _alike(one: Reading, other: Reading) -> bool:
@@ -284,14 +290,15 @@ def _alike(one: Reading, other: Reading) -> bool:
     return not own or own[-1].startswith(others[-1]) or others[-1].startswith(own[-1])
 
 
-def _take(own: Example, teacher: Teacher, said: Cached) -> None:
-    lesson = teacher.lesson(own.reading, said)
+def _take(own: Example, student: Reading, teacher: Teacher, said: Cached) -> None:
+    """Add what a source teaches of a sequence, which the student reads as `student`."""
+    lesson = teacher.lesson(student, said)
     if lesson is None or (teacher.number in own.lessons and _size(own.lessons[teacher.number]) >= _size(lesson)):
         return
-    heard, known = _inner(own.reading), _inner(said.reading)
+    heard, known = _inner(student), _inner(said.reading)
     nats = -float(said.token_log_probabilities[known].astype(np.float64).sum())
     # what a source reads may be cut elsewhere, or have more tokens
-    share = _width(own.reading, heard) / max(1, _width(said.reading, known))
+    share = _width(student, heard) / max(1, _width(said.reading, known))
     own.lessons[teacher.number] = lesson
     own.cross_entropy[teacher.number] = nats * share / max(1, int(heard.sum()))
 

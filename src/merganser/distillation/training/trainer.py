@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import NonFiniteError
 from . import libraries
-from .batches import Lessons, collate
+from .batches import Lessons, collate, whole_batch
 from .objective import Objective, Terms
 
 __all__ = ["FusionTrainer"]
@@ -47,6 +47,17 @@ class FusionTrainer(_TRANSFORMERS.Trainer):  # type: ignore[misc,name-defined,un
             callbacks=[_GateKeeper(objective), *callbacks],
         )
         self.remove_callback(_TRANSFORMERS.PrinterCallback)
+        # the loss of a part is divided by the tokens of the whole batch here; the Trainer would divide it by the number of
+        # parts, too, if the model's own loss took no such number
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Tell every part of a batch what its loss must know of the others."""
+        parts, count = super().get_batch_samples(*args, **kwargs)
+        if parts:
+            whole = whole_batch(parts)
+            parts = [{**own, "whole": whole} for own in parts]
+        return parts, count
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Add the parameters of the gate, if there is one, to those of the model."""
@@ -60,14 +71,15 @@ class FusionTrainer(_TRANSFORMERS.Trainer):  # type: ignore[misc,name-defined,un
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
-        """Return the loss of a batch per token.
+        """Return the loss of a batch, or a part of one, per token of the batch.
 
         Raises:
             NonFiniteError: It is NaN or infinite.
         """
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        terms = self._objective(outputs.logits, inputs["input_ids"], inputs["labels"], inputs["lesson"])
-        loss = self._objective.total(terms, num_items_in_batch)
+        whole = inputs["whole"]
+        terms = self._objective(outputs.logits, inputs["input_ids"], inputs["labels"], inputs["lesson"], whole)
+        loss = self._objective.total(terms, whole)
         if not bool(loss.isfinite()):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: the loss is not finite; a lower learning_rate may help"
