@@ -136,6 +136,11 @@ _IN_ANOTHER_FORM = (
         "`merganser route --gates` adds weighted parts of all tasks within one model",
         "gates.md",
     ),
+    Elsewhere(
+        ("BAM", "branch_attend_mix"),
+        "`merganser route --gates bam` mixes the outputs of attention and MLPs within one model, without training them further",
+        "gates.md",
+    ),
     Elsewhere(("MEO",), "`RoutedModel` with `blend` makes one model of several tasks for each text", "sidecars.md"),
     Elsewhere(
         ("MergeME",),
@@ -187,7 +192,6 @@ _NOT_HERE = (
     Elsewhere(
         ("MC-SMoE",), "its low-rank step needs training and an architecture of its own; M-SMoE is in `merganser shrink`"
     ),
-    Elsewhere(("BAM",), "attention as a mixture needs training and an architecture that transformers does not have"),
     Elsewhere(
         ("Reinforced Model Merging",),
         "it chooses layers by reinforcement learning; `merganser search` chooses paths through layers by trials",

@@ -45,7 +45,8 @@ def route(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="Make gates, which add weighted parts of all tasks: wemoe, e-wemoe, mole, self-moe or smile.",
+            help="Make gates, which weight parts of all tasks (wemoe, e-wemoe, mole, self-moe, smile) or their "
+            "attention and MLPs (bam, bam-kv).",
             show_default=False,
         ),
     ] = None,
@@ -85,7 +86,10 @@ def route(
         report = make_gates(
             out, files, settings, length=length, windows=windows, training=training, device=chosen_device
         )
-        _print_gates(report, gates, time.monotonic() - started, quiet=quiet, json=json)
+        held = "parts in {}" if settings.mix == "parts" else "experts in place of {}"
+        unit = "linear layer" if settings.mix == "parts" else "module"
+        what = held.format(plural(report.layers, unit))
+        _print_gates(report, gates, what, time.monotonic() - started, quiet=quiet, json=json)
         return
     for name, given in (("rank", rank), ("density", density), ("steps", steps or None)):
         if given is not None:
@@ -134,7 +138,7 @@ def _print_router(found: Routing, seconds: float, *, quiet: bool, json: bool) ->
     say(f"wrote {found.file}")
 
 
-def _print_gates(report: GateReport, kind: str, seconds: float, *, quiet: bool, json: bool) -> None:
+def _print_gates(report: GateReport, kind: str, what: str, seconds: float, *, quiet: bool, json: bool) -> None:
     """Print what gates do on held-out text."""
     if json:
         say_json({**asdict(report), "file": str(report.file)})
@@ -142,7 +146,7 @@ def _print_gates(report: GateReport, kind: str, seconds: float, *, quiet: bool, 
     if quiet:
         return
     head(f"{kind} gates of {plural(len(report.right), 'task')} · {time_text(seconds)}")
-    say(f"parts in {plural(report.layers, 'linear layer')}, {size_text(report.part_bytes)}")
+    say(f"{what}, {size_text(report.part_bytes)}")
     if report.unused:
         say(f"{plural(report.unused, 'other tensor')} of the tasks are not used: those of the shared model stay")
     if report.trained:

@@ -1,4 +1,4 @@
-"""Parts of several tasks added to one model in shares that gates give, per token or per text: one mechanism, several systems."""
+"""Parts or modules of several tasks in one model, in shares that gates give per token or per text: one mechanism, several systems."""
 
 from .model import GatedModel
 from .settings import KINDS, GateSettings, settings_of

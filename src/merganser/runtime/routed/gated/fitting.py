@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ....errors import NonFiniteError, ParameterError, UnsupportedError
 from ....mixture.fitted import ridge_rows
-from .layers import GatedLayers, Gates
+from .routing import Gates, Routing
 
 __all__ = ["Training", "ridge_gates", "train_gates"]
 
@@ -64,12 +64,12 @@ class Training:
 
 @torch.no_grad()
 def ridge_gates(
-    model: Any, layers: GatedLayers, texts: Sequence[Sequence[Tensor]], ridge: float, advance: Advance | None = None
+    model: Any, layers: Routing, texts: Sequence[Sequence[Tensor]], ridge: float, advance: Advance | None = None
 ) -> Gates:
     """Fit each gate by ridge regression from what it reads to the task of the text; tasks count alike.
 
-    The text of a task passes through the model with that task's parts in full, which is what the gate reads where those
-    before it are right.
+    The text of a task passes through the model with that task's parts in full, or its modules, which is what the gate reads
+    where those before it are right.
 
     Args:
         model: The model in which the layers are.
@@ -119,7 +119,7 @@ def ridge_gates(
 class _Sums:
     """Sums over what some gates read of each task's text."""
 
-    def __init__(self, layers: GatedLayers, keys: Sequence[str]) -> None:
+    def __init__(self, layers: Routing, keys: Sequence[str]) -> None:
         self._layers, self._keys = layers, set(keys)
         self.gram: dict[str, Tensor] = {}
         self.means: dict[str, list[Tensor]] = {key: [] for key in keys}
@@ -148,7 +148,7 @@ class _Sums:
 
 def train_gates(
     model: Any,
-    layers: GatedLayers,
+    layers: Routing,
     texts: Sequence[Sequence[Tensor]],
     training: Training,
     advance: Advance | None = None,
@@ -201,7 +201,7 @@ def train_gates(
     return losses
 
 
-def _loss(model: Any, layers: GatedLayers, ids: Tensor, training: Training) -> Tensor:
+def _loss(model: Any, layers: Routing, ids: Tensor, training: Training) -> Tensor:
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
     if training.objective == "loss":
         found: Tensor = cross_entropy(logits.mT, ids[:, 1:])

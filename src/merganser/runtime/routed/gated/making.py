@@ -31,8 +31,8 @@ class GateReport:
         loss: For each task, nats per token of its held-out windows: "shared" without parts, "told" with the parts of the
             task in full, "gates" with the weights that the gates give.
         length: Tokens of a window.
-        layers: Number of linear layers with parts.
-        part_bytes: Bytes of the parts.
+        layers: Number of linear layers with parts, or of modules with experts.
+        part_bytes: Bytes of the parts or experts.
         unused: Number of other tensors in which tasks may differ, which stay those of the shared model.
         trained: What became less in training, before each step.
     """
@@ -104,7 +104,7 @@ def make_gates(
         shares=shares,
         loss=loss,
         length=texts.length,
-        layers=len(model.parts),
+        layers=model.layers.count,
         part_bytes=model.part_bytes,
         unused=model.unused,
         trained=trained,

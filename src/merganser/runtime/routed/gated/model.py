@@ -1,4 +1,4 @@
-"""A model whose linear layers add the parts of several tasks, weighted by gates."""
+"""A model in which gates weight what several tasks add to its linear layers, or what their modules give."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from ....inference.language_model import open_model
 from ..storing import store_beside
 from ..tasks import TaskSet, placed
 from .belonging import Belonging, open_belonging
+from .experts import collect_experts, find_modules
 from .fitting import Training, ridge_gates, train_gates
 from .layers import GatedLayers
+from .modules import ExpertModules
 from .parts import Part, collect_parts
+from .routing import Routing
 from .settings import GateSettings, settings_of
 from .stored import StoredGates, fits, gates_to_bytes, read_gates
 
@@ -25,10 +28,10 @@ __all__ = ["GatedModel"]
 
 
 class GatedModel:
-    """A shared model and the parts of tasks, which gates weight for every token.
+    """A shared model and the parts of tasks, or their attention and MLPs, which gates weight for every token.
 
-    Memory holds the shared model and the parts. `model` is a model of transformers with hooks in its linear layers: it can be
-    called and can generate as any other, with batches that are padded on either side.
+    Memory holds the shared model and the parts or modules. `model` is a model of transformers with hooks in its layers: it can
+    be called and can generate as any other, with batches that are padded on either side.
 
     Args:
         out: A merge with sidecars, a folder of adapters, `BASE+FOLDER` of adapters or of fine-tunes, or a folder with gates
@@ -41,7 +44,8 @@ class GatedModel:
     Raises:
         NotFoundError: There are no tasks, or no gates and none are named.
         CheckpointError: They are damaged, or do not fit each other.
-        UnsupportedError: No linear layer differs between the tasks.
+        UnsupportedError: No linear layer differs between the tasks; or whole modules are to be mixed in a type of model that
+            was not tried.
     """
 
     def __init__(
@@ -67,10 +71,15 @@ class GatedModel:
         self.model: Any = shared.load(tensors, dtype, self.device)
         self._task: str | None = None
         self.unused = 0
-        self.parts = self._parts(stored, tensors)
+        self.parts: Mapping[str, Part] = {}
+        self.layers: Routing
+        if self.settings.mix == "outputs":
+            self.layers = self._modules(tensors)
+        else:
+            self.parts = self._parts(stored, tensors)
+            moved = {layer: part.to(dtype, self.device) for layer, part in self.parts.items()}
+            self.layers = GatedLayers(self.model, moved, self.settings, len(self.tasks))
         del tensors
-        moved = {layer: part.to(dtype, self.device) for layer, part in self.parts.items()}
-        self.layers = GatedLayers(self.model, moved, self.settings, len(self.tasks))
         if stored is not None:
             fits(stored, self.tasks, shared.source.hash, self.layers.keys(), self._to.file)
             self.layers.gates = stored.gates
@@ -80,15 +89,27 @@ class GatedModel:
     def _parts(self, stored: StoredGates | None, shared: Mapping[str, Tensor]) -> Mapping[str, Part]:
         if stored is not None and stored.parts is not None:
             return stored.parts
-        if self._to.tasks is None:
-            raise NotFoundError(f"{self.out}: the tasks are not there, only gates that were made of them")
         names = list(_linear_layers(self.model, self.settings.where))
-        found, self.unused = collect_parts(self._to.tasks, shared, names, self.settings)
+        found, self.unused = collect_parts(self._tasks(), shared, names, self.settings)
         if not found:
             raise UnsupportedError(
                 f"{self.out}: no task changes a linear layer that may have parts (where: {self.settings.where})"
             )
         return found
+
+    def _modules(self, shared: Mapping[str, Tensor]) -> ExpertModules:
+        modules = find_modules(self.model, self.settings.where)
+        changes, self.unused = collect_experts(self._tasks(), shared, modules)
+        if not changes:
+            raise UnsupportedError(
+                f"{self.out}: no task changes an attention or MLP that may have experts (where: {self.settings.where})"
+            )
+        return ExpertModules(self.model, changes, self.settings, len(self.tasks))
+
+    def _tasks(self) -> TaskSet:
+        if self._to.tasks is None:
+            raise NotFoundError(f"{self.out}: the tasks are not there, only gates that were made of them")
+        return self._to.tasks
 
     @property
     def task(self) -> str | None:
@@ -109,7 +130,9 @@ class GatedModel:
 
     @property
     def part_bytes(self) -> int:
-        """Bytes of the parts, as they are stored."""
+        """Bytes of the parts, as they are stored; or of the experts, as they are in memory."""
+        if isinstance(self.layers, ExpertModules):
+            return self.layers.nbytes
         return sum(part.nbytes for part in self.parts.values())
 
     def fit(

@@ -15,7 +15,7 @@ from ....ops.linalg.spectral import svd
 from ..tasks import Factors, TaskSet, Weights
 from .settings import GateSettings
 
-__all__ = ["Part", "collect_parts"]
+__all__ = ["Part", "collect_parts", "task_tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +171,29 @@ def collect_parts(
     return found, len(others)
 
 
+def task_tensor(tasks: TaskSet, task: str, name: str, base: Tensor) -> Tensor:
+    """Return a tensor of a task.
+
+    Args:
+        tasks: The tasks.
+        task: Its name.
+        name: Name of the tensor.
+        base: That of the shared model.
+
+    Raises:
+        CheckpointError: The task has no such tensor, or another shape.
+    """
+    weights = tasks.weights(task)
+    if name not in weights:
+        raise CheckpointError(f"{tasks.name}: task {task!r} has no tensor {name}")
+    found = weights[name]
+    if found.shape != base.shape:
+        raise CheckpointError(
+            f"{tasks.name}: {name} is {list(found.shape)} in task {task!r}, and {list(base.shape)} in the shared model"
+        )
+    return found
+
+
 _Change = Factors | Tensor
 """What a task adds to a weight: left and right factors, or the whole."""
 
@@ -181,13 +204,7 @@ def _change(tasks: TaskSet, task: str, weights: Weights, name: str, base: Tensor
     factors = tasks.factors(task, name)
     if factors is not None and not settings.reduced:
         return factors
-    if name not in weights:
-        raise CheckpointError(f"{tasks.name}: task {task!r} has no tensor {name}")
-    delta = weights[name].float()
-    if delta.shape != base.shape:
-        raise CheckpointError(
-            f"{tasks.name}: {name} is {list(delta.shape)} in task {task!r}, and {list(base.shape)} in the shared model"
-        )
+    delta = task_tensor(tasks, task, name, base).float()
     delta -= base
     if settings.rank is not None:
         cut = svd(delta, settings.rank)

@@ -1,4 +1,4 @@
-"""What gates are, as data: the linear layers whose parts they weight, what they read, and how scores become weights."""
+"""What gates are, as data: what they weight, what they read, and how scores become weights."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ _CHOICES = {
     "reads": ("input", "outputs", "projection"),
     "pool": ("token", "prefix", "text"),
     "weights": ("softmax", "top_softmax", "scores"),
+    "mix": ("parts", "outputs"),
+    "keys": ("own", "shared"),
+    "top_where": ("all", "mlp", "attention"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class GateSettings:
-    """How the parts of tasks are weighted: a linear layer computes `W x + sum_k g_k part_k x`, and gates give the `g_k`.
+    """How tasks are weighted.
+
+    A linear layer computes `W x + sum_k g_k part_k x`, and gates give the `g_k`; or an attention or MLP computes
+    `sum_k g_k module_k(x)`.
 
     Args:
-        where: Which linear layers of the model's layers have parts: "mlp", "attention", or "all".
+        where: Which of the model's layers have parts or experts: "mlp", "attention", or "all".
         site: What has gates of its own: every "block" (attention or MLP), or every "linear" layer.
         reads: What scores are computed from: the "input" of the site's first linear layer; the "outputs" of all parts, each at
             length 1 and one behind the other; or the "projection" of the input on the leading right singular vectors of each
@@ -37,6 +43,11 @@ class GateSettings:
         top: Only so many of the weights, the largest, stay; None for all.
         rank: Parts are cut to this rank by a singular value decomposition; None leaves them as they are.
         density: Of each part, only this share of its elements is kept, the largest; None for all.
+        mix: What is summed: "parts" of linear layers, or "outputs" of whole modules, the attention and the MLP of each layer
+            with all their tensors, of which every task has its own ("experts").
+        keys: With "outputs", whether every expert of an attention has its "own" keys and values, or all have "shared" ones,
+            the mean over the tasks.
+        top_where: With "outputs", where `top` counts: "all", or only in each "mlp" or "attention".
 
     Raises:
         ParameterError: A setting is not valid, or does not go with another one.
@@ -51,6 +62,9 @@ class GateSettings:
     top: int | None = None
     rank: int | None = None
     density: float | None = None
+    mix: str = "parts"
+    keys: str = "own"
+    top_where: str = "all"
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -73,6 +87,25 @@ class GateSettings:
             )
         if self.reads == "projection" and self.rank is None:
             raise ParameterError("gates that read a projection need the singular vectors of parts: give their rank")
+        self._check_mix()
+
+    def _check_mix(self) -> None:
+        if self.mix == "parts":
+            for name, plain in (("keys", "own"), ("top_where", "all")):
+                if getattr(self, name) != plain:
+                    raise ParameterError(f"{name}: {getattr(self, name)!r} goes with mix 'outputs'")
+            return
+        if self.reduced:
+            name = "rank" if self.rank is not None else "density"
+            raise ParameterError(f"{name}: makes parts smaller, but experts (mix 'outputs') are whole")
+        if self.site != "block" or self.reads != "input":
+            raise ParameterError("experts (mix 'outputs') have a gate per block that reads its input")
+        if self.weights == "scores":
+            raise ParameterError("weights of experts (mix 'outputs') must add up to 1: 'softmax' or 'top_softmax'")
+        if self.weights == "softmax" and self.top is not None:
+            raise ParameterError("weights of experts (mix 'outputs') must add up to 1: with top, give 'top_softmax'")
+        if self.where == "mlp" and self.keys != "own":
+            raise ParameterError("keys: belong to attention, which is not among the experts (where 'mlp')")
 
     @property
     def reduced(self) -> bool:
@@ -108,6 +141,8 @@ KINDS = {
     "mole": GateSettings(site="linear", reads="outputs", pool="prefix"),
     "self-moe": GateSettings(shared=True, top=1),
     "smile": GateSettings(site="linear", reads="projection", weights="top_softmax", top=1, rank=32),
+    "bam": GateSettings(mix="outputs", weights="top_softmax", top=1, top_where="mlp"),
+    "bam-kv": GateSettings(mix="outputs", keys="shared", weights="top_softmax", top=1, top_where="mlp"),
 }
 """Settings by the name of the published system that they are nearest to."""
 

@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ....errors import CheckpointError, NotFoundError, ParameterError, UnsupportedError
-from .layers import Gates
 from .parts import Part
+from .routing import Gates
 from .settings import GateSettings
 
 __all__ = ["GATES_FILE", "StoredGates", "gates_to_bytes", "read_gates"]
@@ -135,6 +135,6 @@ def fits(found: StoredGates, tasks: Sequence[str], shared: str, widths: Mapping[
         odd = min(
             (key for key in wanted.keys() | shapes.keys() if wanted.get(key) != shapes.get(key)), default="a bias"
         )
-        raise CheckpointError(f"{path}: the gate of {odd} does not fit the layers that have parts; {_AGAIN}")
+        raise CheckpointError(f"{path}: the gate of {odd} does not fit the layers that have parts or experts; {_AGAIN}")
     if found.gates.biases.keys() != wanted.keys():
         raise CheckpointError(f"{path}: gates without biases; {_AGAIN}")
