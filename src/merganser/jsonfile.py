@@ -106,7 +106,7 @@ def open_regular(file: Path) -> BufferedReader:
 def _require_regular(mode: int, file: Path) -> None:
     if stat.S_ISREG(mode):
         return
-    code, kind = next(((c, kind) for is_kind, c, kind in _KINDS if is_kind(mode)), (errno.EINVAL, "is no file"))
+    code, kind = next(((c, kind) for is_kind, c, kind in _KINDS if is_kind(mode)), (errno.EINVAL, "is not a file"))
     raise OSError(code, f"{kind}, where a regular file is needed", str(file))
 
 

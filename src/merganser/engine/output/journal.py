@@ -51,7 +51,7 @@ def read_journal(path: Path, fingerprint: str) -> Finished:
         for number, line in enumerate(iter(lambda: lines.readline(_LONGEST), b""), start=1):
             entry = unseal_line(line, "" if number == 1 else fingerprint)
             if entry is None:
-                # an incomplete last line is no damage: the run was killed while it wrote
+                # an incomplete last line is not damage: the run was killed while it wrote
                 return Finished(entries, length, number if line.endswith(b"\n") else None)
             if number > 1:
                 entries[entry["group"], entry["segment"]] = entry

@@ -204,7 +204,7 @@ class SharedJournal(Journal):
         """Take over the lines that other processes wrote since the last call.
 
         Raises:
-            OutputError: The file cannot be read, or is no journal any more.
+            OutputError: The file cannot be read, or is not a journal any more.
         """
         try:
             self._read_on()
