@@ -223,7 +223,7 @@ class _Work:
         weight = self.task.start.tensors.get(f"{module}.weight")
         if not whole.dtype.is_floating_point or last not in ("weight", "bias"):
             raise UnsupportedError(
-                f"{name}: differs, and is not the weight or bias of a module, and an adapter can hold nothing else"
+                f"{name}: differs, and is not the weight or bias of a module; an adapter holds nothing else"
             )
         if last == "bias" and weight is not None and len(weight.shape) == 2:
             self.biases[module] = whole
