@@ -181,7 +181,6 @@ LONGEST = 50
 # longer because they are one clear list: a literal, or steps that end in one constructor call
 LONG = {
     "engine/planner/planner:build_plan",
-    "recipe/load:_recipe",
     "recipe/schema:_properties",
     "recipe/schema:_shared",
 }

@@ -193,12 +193,7 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         raise fields["tokenizer"].error("give 'tokenizer' or 'tokenizer_source', not both")
     body = _body(root, fields)
     reader = PartReader(unknown.warnings, stages, fields.get("data"))
-    modules: tuple[Module, ...] = ()
-    slices: tuple[Slice, ...]
-    if body:
-        slices = tuple(reader.slice(item) for item in body["slices"].items()) if "slices" in body else ()
-    else:
-        modules, slices = read_modules(fields["modules"], reader.model, reader.slice, reader.parameters)
+    modules, slices = _modules_and_slices(body, fields, reader)
     recipe = Recipe(
         name=fields["name"].text() if "name" in fields else None,
         merge_method=canonical_name(fields["merge_method"].text()),
@@ -231,6 +226,15 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
         align = read_align(fields["align"], recipe.references(), reader.reference, reader.common)
         recipe = replace(recipe, align=align)
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
+
+
+def _modules_and_slices(
+    body: dict[str, Entry], fields: dict[str, Entry], reader: PartReader
+) -> tuple[tuple[Module, ...], tuple[Slice, ...]]:
+    """Return the modules of a recipe, and its slices; a recipe of `models` has none of either."""
+    if not body:
+        return read_modules(fields["modules"], reader.model, reader.slice, reader.parameters)
+    return (), tuple(reader.slice(item) for item in body["slices"].items()) if "slices" in body else ()
 
 
 def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:

@@ -211,7 +211,7 @@ def test_the_first_error_of_any_thread_ends_the_run_and_all_threads(tmp_path, mo
     with pytest.raises(ZeroDivisionError, match="a defect"):
         merge(make_recipe("linear", write_llamas(tmp_path, 2)), tmp_path / "out", threads=3, out_shard_size=1)
     assert threading.active_count() == before
-    # a defect of ours is not a reason to lose the work
+    # a defect of ours is no reason to lose the work
     assert (tmp_path / ".out.merging").is_dir()
     assert not (tmp_path / ".out.merging.lock").exists()
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...jsonfile import open_regular, sealed_line, unseal_line
+from ...files import sealed_line, unseal_line
+from ...jsonfile import open_regular
 
 JOURNAL = "journal.jsonl"
 

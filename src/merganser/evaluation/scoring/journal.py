@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import OutputError
-from ...jsonfile import os_reason, sealed_line, unseal_line
+from ...files import sealed_line, unseal_line
+from ...jsonfile import os_reason
 from ...system import lock, lock_within, unlock
 
 FORMAT = 2
