@@ -14,7 +14,7 @@ ROOT = Path(merganser.__file__).parent
 
 # From the ground up: a room imports only from itself and from rooms before it in this list, lazily or not, for types or
 # not. A folder counts as part of the longest entry that its path begins with. (The registry loads the files of methods by
-# name; that is no import, and nothing in `method` knows one of them.)
+# name; that is not an import, and nothing in `method` knows one of them.)
 ROOMS = [
     "version",
     "errors",
@@ -181,7 +181,6 @@ LONGEST = 50
 # longer because they are one clear list: a literal, or steps that end in one constructor call
 LONG = {
     "engine/planner/planner:build_plan",
-    "recipe/load:_recipe",
     "recipe/schema:_properties",
     "recipe/schema:_shared",
 }

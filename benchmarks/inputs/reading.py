@@ -16,7 +16,7 @@ import numpy as np
 
 THREADS = 2
 _LAYERS, _WIDTH, _INNER, _KEYS, _TOKENS = 24, 1024, 4864, 128, 151_936
-"""Qwen2.5-0.5B, but for its width of 896, which is no multiple of the 256 values of a block."""
+"""Qwen2.5-0.5B, but for its width of 896, which is not a multiple of the 256 values of a block."""
 
 
 def shapes() -> Iterator[tuple[str, tuple[int, int]]]:

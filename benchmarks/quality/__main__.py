@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
     chosen = options.methods or known
     if options.set != "factors" and (unknown := [name for name in chosen if name not in known]):
         reason = config["left_out"].get(unknown[0])
-        parser.error(f"--methods: {unknown[0]} is " + (f"left out: {reason}" if reason else "no row of config.json"))
+        parser.error(f"--methods: {unknown[0]} is " + (f"left out: {reason}" if reason else "not a row of config.json"))
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.set == "factors" and (options.what != "run" or options.tune or options.restored or options.tokens):

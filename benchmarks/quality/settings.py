@@ -58,7 +58,7 @@ def wider(config: Mapping[str, Any], method: str, tried: Sequence[tuple[Setting,
 
     Returns:
         None where the best value lies between others, where the next one is out of the parameter's range, and where
-        values are no numbers.
+        values are not numbers.
     """
     first = published(config, method)
     best = max(tried, key=lambda one: one[1])[0]

@@ -1,20 +1,26 @@
-"""Write files atomically, and hash them."""
+"""Write files atomically, and hash them; write and read lines with checksums."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from .errors import OutputError
 from .jsonfile import open_regular, os_reason
 from .system import NO_FOLLOW, open_binary
 
-__all__ = ["sha256_of_file", "write_whole"]
+__all__ = ["sealed_line", "sha256_of_file", "unseal_line", "write_whole"]
 
 _PIECE = 1 << 20
+_CHECK = b'{"check":"'
+_CHECK_DIGITS = 32
 
 
 def sha256_of_file(path: Path, tell: Callable[[int], None] | None = None) -> str:
@@ -68,3 +74,28 @@ def write_whole(path: Path, content: str | bytes, *, temporary: Path | None = No
             raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {os_reason(error)}") from None
+
+
+def sealed_line(entry: Mapping[str, Any], seed: str = "") -> bytes:
+    """Return an object as a line of JSON that begins with a hash of the rest: `{"check":"...", ...}`.
+
+    Args:
+        entry: The object; it has at least one key.
+        seed: Part of the hash, so that a line is valid only with the same seed.
+    """
+    body = json.dumps(entry, separators=(",", ":")).encode()[1:]
+    return _CHECK + _hash(body, seed) + b'",' + body + b"\n"
+
+
+def unseal_line(line: bytes, seed: str = "") -> dict[str, Any] | None:
+    """Parse a line of `sealed_line`; None if the hash does not match, in which case nothing is parsed."""
+    head = len(_CHECK) + _CHECK_DIGITS
+    body = line[head + 2 : -1]
+    if not line.endswith(b"\n") or line[: head + 2] != _CHECK + _hash(body, seed) + b'",':
+        return None
+    entry: dict[str, Any] = json.loads(b"{" + body)
+    return entry
+
+
+def _hash(body: bytes, seed: str) -> bytes:
+    return xxhash.xxh3_128_hexdigest(seed.encode() + body).encode()

@@ -1,4 +1,4 @@
-"""Read files from untrusted sources, and the JSON in them; and write and read our own lines with checksums."""
+"""Read files from untrusted sources, and the JSON in them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
-
-import xxhash
 
 from .errors import CheckpointError, NotFoundError
 from .system import NO_BLOCKING, open_binary
@@ -36,8 +34,6 @@ __all__ = [
     "read_json",
     "read_object",
     "repeated_key",
-    "sealed_line",
-    "unseal_line",
 ]
 
 MAX_JSON_BYTES = 100_000_000
@@ -106,7 +102,7 @@ def open_regular(file: Path) -> BufferedReader:
 def _require_regular(mode: int, file: Path) -> None:
     if stat.S_ISREG(mode):
         return
-    code, kind = next(((c, kind) for is_kind, c, kind in _KINDS if is_kind(mode)), (errno.EINVAL, "is no file"))
+    code, kind = next(((c, kind) for is_kind, c, kind in _KINDS if is_kind(mode)), (errno.EINVAL, "is not a file"))
     raise OSError(code, f"{kind}, where a regular file is needed", str(file))
 
 
@@ -390,32 +386,3 @@ class Entry:
             CheckpointError: Always.
         """
         raise CheckpointError(f"{self.where}: must be {expected}, found {brief(self._value, 60)}")
-
-
-_CHECK = b'{"check":"'
-_CHECK_DIGITS = 32
-
-
-def sealed_line(entry: Mapping[str, Any], seed: str = "") -> bytes:
-    """Return an object as a line of JSON that begins with a hash of the rest: `{"check":"...", ...}`.
-
-    Args:
-        entry: The object; it has at least one key.
-        seed: Part of the hash, so that a line is valid only with the same seed.
-    """
-    body = json.dumps(entry, separators=(",", ":")).encode()[1:]
-    return _CHECK + _hash(body, seed) + b'",' + body + b"\n"
-
-
-def unseal_line(line: bytes, seed: str = "") -> dict[str, Any] | None:
-    """Parse a line of `sealed_line`; None if the hash does not match, in which case nothing is parsed."""
-    head = len(_CHECK) + _CHECK_DIGITS
-    body = line[head + 2 : -1]
-    if not line.endswith(b"\n") or line[: head + 2] != _CHECK + _hash(body, seed) + b'",':
-        return None
-    entry: dict[str, Any] = json.loads(b"{" + body)
-    return entry
-
-
-def _hash(body: bytes, seed: str) -> bytes:
-    return xxhash.xxh3_128_hexdigest(seed.encode() + body).encode()

@@ -81,7 +81,7 @@ def test_a_variant_of_a_method_is_a_row_of_its_own(tmp_path, capsys):
         "| featcal+wudi | 90 / 10 |",
     ]
     assert "| featcal+wudi | published: start wudi | 90.0" in (tmp_path / "docs" / "quality.md").read_text()
-    for name, why in (("featcal+wud", "is no row of config.json"), ("emr", "is left out: its shared model")):
+    for name, why in (("featcal+wud", "is not a row of config.json"), ("emr", "is left out: its shared model")):
         with pytest.raises(SystemExit):
             quality.main(["run", "--methods", name])
         assert f"--methods: {name} {why}" in capsys.readouterr().err

@@ -111,7 +111,7 @@ EXPERTS = {
 def test_experts_are_seen_with_their_own_tokens(family: str, tmp_path: Path) -> None:
     model, data = _model(tmp_path / "model", family), _texts(tmp_path / "data.jsonl")
     found = merganser.calibrate(model, [data], tmp_path / "out", length=24)
-    # the router is no matrix of `nn.Linear`
+    # the router is not a matrix of `nn.Linear`
     assert all("gate.weight" in name for name in found.about["without"])
     rows = rows_of(model, FAMILIES[family][1], _sequences(model, data))
     tokens = sum(inputs["input_ids"].numel() for inputs in _sequences(model, data))
@@ -459,10 +459,10 @@ def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
             open_statistics(folder)
 
     check(tmp_path / "nowhere", "there is no such folder")
-    check(model, "is no folder of statistics")
+    check(model, "is not a folder of statistics")
     kind = fresh("kind")
     _damage(kind, kind="evaluation")
-    check(kind, "is no description of statistics")
+    check(kind, "is not a description of statistics")
     version = fresh("version")
     _damage(version, format=99)
     check(version, "has format 99, this version reads 1")

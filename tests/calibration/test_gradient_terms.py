@@ -94,7 +94,7 @@ def test_what_only_the_head_uses_is_formed_at_once(otherwise: bool) -> None:
     gradients = observed(net, found.square().sum(), uses)
     whole = {name: own.whole(parameters[name]) for name, own in gradients.items()}
     formed, rest = part_gradients(uses, parameters)
-    # `turned` is used before the head, too, and its bias is no matrix
+    # `turned` is used before the head, too, and its bias is not a matrix
     regular = {"regular.weight"}
     assert set(formed) == {"tokens.weight"} | (set() if otherwise else regular)
     assert set(rest) == {"tokens.weight", "turned.weight", "turned.bias"} | (regular if otherwise else set())

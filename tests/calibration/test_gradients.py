@@ -92,7 +92,7 @@ def test_gradients_are_those_of_the_whole_model(family: str, tmp_path: Path) -> 
     assert found.statistics == ("count", "fisher", "gradient", "loss")
     assert found.about["without_gradients"] == []
     stored = load_file(model / "model.safetensors")
-    # the bias that balances DeepSeek's experts is no parameter
+    # the bias that balances DeepSeek's experts is not a parameter
     assert found.gradients.keys() == {name for name in stored if not name.endswith("e_score_correction_bias")}
     gradients, losses = gradients_of(model, FAMILIES[family][1], sequences)
     sums = _read(found)

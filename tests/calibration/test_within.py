@@ -270,7 +270,7 @@ def test_models_on_other_tokens_are_not_compared(llama: Family, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_hidden_units_are_zipped_by_what_they_compute(name: str, tmp_path: Path) -> None:
-    """Compared with whole models in memory; what is no hidden unit is averaged."""
+    """Compared with whole models in memory; what is not a hidden unit is averaged."""
     family = make_family(tmp_path, name)
     written = family.recipe("zipit", beta=0.5) | {"data": {"files": str(family.data[0]), "length": LENGTH}}
     del written["base_model"]

@@ -242,7 +242,7 @@ BAD: list[tuple[str, dict[str, object], type[MergeError], str]] = [
         "adapter",
         {"adapter_config.json": b"{}", "adapter_model.safetensors": A},
         UnsupportedError,
-        r"which is no model by itself; write MODEL\+ADAPTER",
+        r"which is not a model by itself; write MODEL\+ADAPTER",
     ),
     ("adapter beside", {"adapter_config.json": b"{}", "model.safetensors": A}, UnsupportedError, "LoRA adapter"),
     (
@@ -415,7 +415,7 @@ def test_no_such_path(reference: str, message: str) -> None:
     ("name", "kind", "message"),
     [
         ("x.gguf", CheckpointError, r"x\.gguf: truncated: the header goes on after the end"),
-        ("adapter_model.safetensors", UnsupportedError, "which is no model by itself"),
+        ("adapter_model.safetensors", UnsupportedError, "which is not a model by itself"),
         ("config.json", CheckpointError, "not a checkpoint: give a folder, or a file that ends in .safetensors"),
     ],
 )

@@ -243,7 +243,7 @@ BAD: dict[str, tuple[Any, Callable[[list[Tensors]], None] | None, str]] = {
     "no params": (None, None, "put its params.json beside them"),
     "not JSON": ("{", None, "params.json"),
     "no dim": ({"n_layers": 2}, None, "dim must be a whole number above 0, found None"),
-    "heads": ({**LLAMA, "n_heads": 3}, None, "dim 32 is no multiple of n_heads 3"),
+    "heads": ({**LLAMA, "n_heads": 3}, None, "dim 32 is not a multiple of n_heads 3"),
     "heads of rows": ({**LLAMA, "n_heads": 8}, None, "n_kv_heads is 2 with heads of 4"),
     "kv": ({**LLAMA, "n_kv_heads": 4}, None, "n_kv_heads is 4 with heads of 8"),
     "kv kind": ({**LLAMA, "n_kv_heads": "4"}, None, "n_kv_heads must be a whole number"),

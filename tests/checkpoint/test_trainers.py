@@ -62,7 +62,7 @@ def test_lightning(prefix: str, stripped: tuple[str, ...], tmp_path: Path) -> No
 
 
 def test_other_models(tmp_path: Path) -> None:
-    """Names of GPT-2 under a name of the trainer; a tied Llama's own first name is no trainer's."""
+    """Names of GPT-2 under a name of the trainer; a tied Llama's own first name is not a trainer's."""
     gpt2 = {"transformer.wte.weight": torch.ones(4, 2), "transformer.h.0.attn.c_attn.weight": torch.ones(2, 6)}
     file = write(tmp_path / "a", {f"model.{name}": tensor for name, tensor in gpt2.items()})
     assert open_checkpoint(str(file)).tensors.keys() == gpt2.keys()

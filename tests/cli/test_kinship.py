@@ -194,7 +194,7 @@ def test_copies(family: Path) -> None:
         ("copy", [0, 2], "model 2 is a copy of the base: every value that was compared is equal"),
         ("copy", [1, 3], "model 3 is a copy of model 1: every value that was compared is equal"),
     ]
-    # one value apart is no copy
+    # one value apart is not a copy
     base["model.norm.weight"][3] += 1e-6
     write(family / "again", base)
     assert kinship(["again"], "base").same == []

@@ -180,7 +180,7 @@ def test_a_traceback_only_where_it_is_wanted(models: Path, monkeypatch: pytest.M
 
 
 def test_models_that_some_tensors_do_without_are_counted(models: Path) -> None:
-    """What is no matrix stays as it is in the base; and a stack takes each layer from one model."""
+    """What is not a matrix stays as it is in the base; and a stack takes each layer from one model."""
     document = {"merge_method": "wudi", "base_model": "a", "models": [{"model": "b"}, {"model": "c"}]}
     assert run("merge", recipe(models / "r.yaml", document), "out").out.startswith("wudi · a base and 2 models · ")
     slices = [{"sources": [{"model": name, "layer_range": [i, i + 1]}]} for i, name in enumerate("ab")]

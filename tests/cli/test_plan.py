@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from merganser import plan as make_plan
-from merganser.engine.plan.summary import value_text
+from merganser.engine.plan.tensor_groups import value_text
 from merganser.engine.planner import planner as planning
 from merganser.wording import size_text
 from tests.cli.tiny import linear, names, recipe, run, state, write

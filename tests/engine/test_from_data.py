@@ -150,7 +150,7 @@ def test_recipes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             r"models\[0\]: regmean needs statistics of this model from data \(gram\); name a text file as 'data', or write them ",
         ),
         (with_first(statistics="nowhere"), DataError, "nowhere: there is no such folder"),
-        (with_first(statistics=str(tmp_path / "base")), DataError, "is no folder of statistics"),
+        (with_first(statistics=str(tmp_path / "base")), DataError, "is not a folder of statistics"),
         (with_first(statistics=str(tmp_path / "magnitudes")), DataError, "Calibrate again with --statistics gram"),
         (with_first(statistic="x"), RecipeError, "unknown key 'statistic'. Did you mean 'statistics'?"),
         (with_first(statistics=["x"]), RecipeError, "statistics"),

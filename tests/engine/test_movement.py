@@ -184,7 +184,7 @@ def test_what_is_much_longer_or_shorter_than_sums_and_averages_is_warned_of(tmp_
 
 
 def test_what_is_copied_from_the_base_does_not_hide_the_total(tmp_path):
-    """The default of wudi leaves all that is no matrix as it is in the base."""
+    """The default of wudi leaves all that is not a matrix as it is in the base."""
     base, models = close(0.01)
     paths = [write_model(tmp_path / f"m{i}", own, llama_config()) for i, own in enumerate([base, *models[:2]])]
     found = merge(make_recipe("wudi", paths[1:], paths[0]), tmp_path / "out").record["movement"]

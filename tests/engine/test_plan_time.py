@@ -36,7 +36,7 @@ def planned(method: str, **parameters: Any) -> Plan:
 def test_speeds_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = planned("iso_c").seconds
     kept = json.loads(cache.read_text())
-    # one per shape of a matrix, and one of the method for what is no matrix
+    # one per shape of a matrix, and one of the method for what is not a matrix
     assert {name.split()[0] for name in kept} == {"iso_c", "task_arithmetic"}
     assert all(0 < own < 1e-3 for own in kept.values())
     monkeypatch.setattr(work, "measure_speed", lambda *_, **__: pytest.fail("measured again"))

@@ -151,7 +151,7 @@ def test_a_model_in_two_roles_is_measured_once(zoo: Path, words: Path) -> None:
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        ({"word": "a"}, r"experts: 'word' is no task\. Did you mean 'words'\? Tasks here: words"),
+        ({"word": "a"}, r"experts: 'word' is not a task\. Did you mean 'words'\? Tasks here: words"),
         (["a"], "experts: expected DOMAIN=MODEL, got 'a'"),
         (["words=a", "words=b"], "experts: 'words' has two, a and b"),
     ],

@@ -87,7 +87,7 @@ def test_rows_of_tables_stand_for_tokens():
         found = merge_tensor(widen, base, models, {"tokens": tokens}, role=role)
         assert torch.equal(found, expected), (tokens, role)
         assert torch.equal(merge_tensor(widen, base, models, {"tokens": tokens}, location=Location(role=role)), found)
-    # a convolution is no table
+    # a convolution is not a table
     base, models = make_models((8, 5, 3), 2)
     assert torch.equal(merge_tensor(widen, base, models, role="embedding"), merge_tensor(widen, base, models))
 

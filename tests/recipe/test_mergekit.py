@@ -177,9 +177,9 @@ def test_what_mergekit_ignores_is_a_warning_for_it(text: str, key: str, hint: st
     [
         (
             "dtype: bfloat16",
-            "'dtype' is no parameter of ties but a key of the recipe; write it at the top, not indented",
+            "'dtype' is not a parameter of ties but a key of the recipe; write it at the top, not indented",
         ),
-        ("base_model: c", "'base_model' is no parameter of ties but a key of the recipe"),
+        ("base_model: c", "'base_model' is not a parameter of ties but a key of the recipe"),
         ("lamda: 0.2", "unknown parameter 'lamda' of ties. Did you mean 'lambda'?"),
         ("select_topk: 0.5", "unknown parameter 'select_topk' of ties. ties takes density"),
     ],
@@ -251,7 +251,7 @@ def test_the_name_of_a_stage_is_not_split() -> None:
     ("written", "message"),
     [
         (r'"C:\models\base"', "found unknown escape character: in double quotes a backslash starts an escape; use single "),
-        (r'"C:\base"', r"'C:\x08ase' holds the character '\x08', which is no part of a path; in double quotes a backslash"),
+        (r'"C:\base"', r"'C:\x08ase' holds the character '\x08', which is not part of a path; in double quotes a backslash"),
         (r'{path: "C:\base"}', "in double quotes a backslash starts an escape"),
         (r'"C:\0"', "this text holds a NUL character"),
     ],

@@ -4,7 +4,7 @@ import math
 
 
 def razor_attention(query, keys, values, scaling, *, sinks, recent):
-    """The output of a head that is no retrieval head, whose cache holds `recent` last tokens beside the sinks."""
+    """The output of a head that is not a retrieval head, whose cache holds `recent` last tokens beside the sinks."""
     length = len(keys)
     near = [*range(sinks), *range(length - recent, length)]
     far = range(sinks, length - recent)

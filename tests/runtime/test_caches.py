@@ -168,7 +168,7 @@ def test_hooks_go_with_the_cache():
         ("snapkv", {"budget": 36}, "the least is 37"),
         ("snapkv", {"budget": 99.0}, "budget: must be a whole number of at least 1, not 99.0"),
         ("snapkv", {"budget": 99, "sinks": -1}, "sinks: must be a whole number of at least 0, not -1"),
-        ("snapkv", {"budget": 99, "windows": 8}, "'windows' is no option. Did you mean 'window'?"),
+        ("snapkv", {"budget": 99, "windows": 8}, "'windows' is not an option. Did you mean 'window'?"),
         ("snapkv", {"budget": 99, "pool": 4}, "pool: must be odd"),
         ("kvmerger", {"budget": 99, "heavy": 0.6}, "heavy: must be a share from 0 to 0.5, not 0.6"),
         ("kvmerger", {"budget": 99, "mass": "keys"}, "mass: must be 'logits' or 'values'"),
@@ -177,10 +177,10 @@ def test_hooks_go_with_the_cache():
         ("minicache", {"t": 1.1}, "t: must be a share from 0 to 1, not 1.1"),
         ("minicache", {"retained": "all"}, "retained: must be a share from 0 to 1"),
         ("minicache", {"start": -1}, "start: must be a whole number of at least 0"),
-        ("minicache", {"budget": 99}, "minicache: 'budget' is no option"),
+        ("minicache", {"budget": 99}, "minicache: 'budget' is not an option"),
         ("ems", {"budget": 99, "similarity": 2}, "similarity: must be a cosine"),
         ("ems", {"budget": 99, "merge_keys": "no"}, "merge_keys: must be true or false, not 'no'"),
-        (["ems"], {"budget": 99}, "method: ['ems'] is no cache"),
+        (["ems"], {"budget": 99}, "method: ['ems'] is not a cache"),
     ],
 )
 def test_options_are_checked(method, options, message):

@@ -84,10 +84,10 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"layers": []}', "is no file of retrieval heads"),
-        ('{"key_heads": 2, "layers": [], "more": 1}', "is no file of retrieval heads"),
-        ('{"key_heads": true, "layers": []}', "is no file of retrieval heads"),
-        ('{"key_heads": 2, "layers": {}}', "is no file of retrieval heads"),
+        ('{"layers": []}', "is not a file of retrieval heads"),
+        ('{"key_heads": 2, "layers": [], "more": 1}', "is not a file of retrieval heads"),
+        ('{"key_heads": true, "layers": []}', "is not a file of retrieval heads"),
+        ('{"key_heads": 2, "layers": {}}', "is not a file of retrieval heads"),
         ('{"key_heads": 2, "layers": [[], [2]]}', "layer 1: must be a list of different heads below 2"),
         ('{"key_heads": 2, "layers": [[1, 0]]}', "layer 0: must be"),
         ('{"key_heads": 2, "layers": [3]}', "layer 0: must be"),

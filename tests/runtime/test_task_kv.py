@@ -73,7 +73,7 @@ def test_attention_sees_what_stays():
         ({"share": True}, "share: must be a share from 0 to 1, not True"),
         ({"middle": -1}, "middle: must be a whole number of at least 0, not -1"),
         ({"window": 0}, "window: must be a whole number of at least 1, not 0"),
-        ({"budget": 99}, "task_kv: 'budget' is no option"),
+        ({"budget": 99}, "task_kv: 'budget' is not an option"),
     ],
 )
 def test_options_are_checked(options, message):

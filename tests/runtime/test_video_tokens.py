@@ -218,7 +218,7 @@ def test_options_are_checked():
         assert message in str(error.value)
     with (
         merge_frames(made, frames=4, joins={1: 2}),
-        pytest.raises(UnsupportedError, match="6 images are no videos of 4"),
+        pytest.raises(UnsupportedError, match="6 images are not videos of 4"),
     ):
         made(images(6))
     with pytest.raises(UnsupportedError, match="class Linear are not supported"):

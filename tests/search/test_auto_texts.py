@@ -35,7 +35,7 @@ def test_what_is_not_divided(tmp_path: Path, name: str, content: str, message: s
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["calmer=one.jsonl"], "'calmer' is no expert. Did you mean 'calm'"),
+        (["calmer=one.jsonl"], "'calmer' is not an expert. Did you mean 'calm'"),
         (["calm=one.jsonl", "calm=two.jsonl"], "two files for calm"),
         (["calm=one.jsonl"], "no text of cool"),
         (["calm=none.txt", "cool=one.jsonl"], "none.txt: there is no such file"),

@@ -129,7 +129,7 @@ class _Binding:
         plain = self._name(f"{module}.weight")
         if self._holds(plain) and not self._is_parameter(module):
             return plain
-        # parameters that are no modules: their factors have the names of the module that holds them
+        # parameters that are not modules: their factors have the names of the module that holds them
         holder = module
         while holder.endswith(_NESTED):
             holder = holder.removesuffix(_NESTED)

@@ -71,7 +71,7 @@ def partial_snapshot(model: str, *, revision: str | None, cache_dir: Path | None
     Raises:
         NotFoundError: As for `snapshot`.
         CheckpointError: As for `snapshot`.
-        UnsupportedError: The weights are no safetensors.
+        UnsupportedError: The weights are not safetensors.
     """
     listed = None if _offline() else _list_files(model, revision)
     if listed is None or listed.commit is None:

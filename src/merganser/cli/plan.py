@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from ..engine.adapters.plan import AdapterPlan
     from ..engine.plan.plan import Plan
-    from ..engine.plan.summary import InputSummary, PlanSummary, SidecarSummary, TensorGroup, TensorSummary
+    from ..engine.plan.summary import InputSummary, PlanSummary, SidecarSummary, TensorSummary
+    from ..engine.plan.tensor_groups import TensorGroup
 
 _MOST_FILES = 8
 
@@ -202,7 +203,7 @@ def _tensor(tensor: TensorSummary, *, several: bool) -> list[str]:
 
 
 def _texts(tensor: TensorSummary) -> Iterator[tuple[str, str]]:
-    from ..engine.plan.summary import value_text
+    from ..engine.plan.tensor_groups import value_text
 
     for name, value in tensor.parameters.items():
         each = value if isinstance(value, tuple) else (value,)

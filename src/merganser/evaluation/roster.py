@@ -118,7 +118,7 @@ def _domains(experts: Mapping[str, Reference] | Sequence[str], tasks: Sequence[s
             raise TaskError(f"experts: expected DOMAIN=MODEL, got {str(reference)!r}; a domain is the name of a task")
         if domain not in tasks:
             raise TaskError(
-                f"experts: {domain!r} is no task.{did_you_mean(domain, tasks)} Tasks here: {', '.join(tasks)}"
+                f"experts: {domain!r} is not a task.{did_you_mean(domain, tasks)} Tasks here: {', '.join(tasks)}"
             )
         if domain in experts_by_domain:
             raise TaskError(f"experts: {domain!r} has two, {experts_by_domain[domain]} and {reference}; give one")

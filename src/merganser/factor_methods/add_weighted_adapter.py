@@ -113,7 +113,7 @@ def add_weighted_adapter(
     of `linear`; with `_svd` behind their names, to the changes scale_i * B_i A_i, of which the result is decomposed.
 
     Use when:
-        The result of PEFT is wanted. `linear` is no sum of the changes, as it also multiplies factors of different
+        The result of PEFT is wanted. `linear` is not a sum of the changes, as it also multiplies factors of different
         adapters; `cat` and `svd` are.
 
     Args:

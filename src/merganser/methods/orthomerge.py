@@ -1,4 +1,4 @@
-"""OrthoMerge: average the rotations that lead from the base to each model, and add a share of what is no rotation."""
+"""OrthoMerge: average the rotations that lead from the base to each model, and add a share of what is not a rotation."""
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def mean_generator(skews: list[Tensor]) -> Tensor:
     cite="yang2026orthomerge",
     scope="matrix",
     version=2,
-    breaks={"identical": "only a share of what is no rotation is added"},
+    breaks={"identical": "only a share of what is not a rotation is added"},
 )
 def orthomerge(
     base: Tensor,

@@ -85,7 +85,7 @@ def robust_merge(
         of each left vector positive. Factors are not unique, pruning depends on which they are, and so does the
         result: at the default density those of the decomposition keep about 75 % of their squared norm, those of four
         adapters as they were trained 60 %.
-        Singular values that contain only rounding errors of the stored weights are no part of the rank.
+        Singular values that contain only rounding errors of the stored weights are not part of the rank.
         The merged product mixes the factors of different models (B_i A_j), as the paper's does.
         A rank that pruning empties has the scale 0 before it is raised; published code divides by zero.
     """

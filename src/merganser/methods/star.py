@@ -64,7 +64,7 @@ def star(
 
     Differs from the paper:
         The paper merges products of LoRA factors; here any matrix is truncated.
-        Singular values that contain only rounding errors of the stored weights are no part of the nuclear norm.
+        Singular values that contain only rounding errors of the stored weights are not part of the nuclear norm.
         The sums are compared to 1e-6, so that equal singular values do not make k a matter of rounding.
         The paper has no weights; equal ones give its formula.
         Embeddings and head are averaged unless `embeddings: matrix` says otherwise.

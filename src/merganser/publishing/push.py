@@ -78,7 +78,7 @@ def plan_push(
         progress: Called with the number of bytes verified so far and in total.
 
     Raises:
-        ParameterError: `repo` or `licence` is no valid name.
+        ParameterError: `repo` or `licence` is not a valid name.
         NotFoundError: There is no such output.
         CheckpointError: The output is not as it was written.
     """

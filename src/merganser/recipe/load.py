@@ -15,18 +15,16 @@ from ..wording import some
 from .document.parsing import Document, parse_mapping, parse_text
 from .document.place import Entry, Node, Place
 from .document.reading import MAX_BYTES, read_text, shown_path
-from .document.scalar import CONTROL, MAX_INTEGER, shown
+from .document.scalar import CONTROL, shown
 from .fields.align import read_align
-from .fields.data import Data, make_data, read_data_fields
 from .fields.gguf import read_gguf_key
-from .fields.reference import ModelReference
-from .fields.setting import Setting
 from .fields.templates import AUTO, CHAT_TEMPLATES
 from .fields.tokens import read_token_rules
 from .free import refuse_free_values
-from .keys import KEYS, MODEL_KEYS, SLICE_KEYS, SOURCE_KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
-from .model import Module, Recipe, Slice, Source
+from .keys import KEYS, TOKENIZER_KEYS, UnknownKeys, refuse_foreign
+from .model import Module, Recipe, Slice
 from .modules import over, read_module_body, read_modules
+from .parts import PartReader
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 DTYPE_ALIASES = {
@@ -194,13 +192,8 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
     if "tokenizer" in fields and "tokenizer_source" in fields:
         raise fields["tokenizer"].error("give 'tokenizer' or 'tokenizer_source', not both")
     body = _body(root, fields)
-    reader = _Reader(unknown.warnings, stages, fields.get("data"))
-    modules: tuple[Module, ...] = ()
-    slices: tuple[Slice, ...]
-    if body:
-        slices = tuple(reader.slice(item) for item in body["slices"].items()) if "slices" in body else ()
-    else:
-        modules, slices = read_modules(fields["modules"], reader.model, reader.slice, reader.parameters)
+    reader = PartReader(unknown.warnings, stages, fields.get("data"))
+    modules, slices = _modules_and_slices(body, fields, reader)
     recipe = Recipe(
         name=fields["name"].text() if "name" in fields else None,
         merge_method=canonical_name(fields["merge_method"].text()),
@@ -235,6 +228,15 @@ def _recipe(document: Document, stages: Collection[str]) -> Recipe:
     return replace(_with_tokenizer(recipe, fields, reader), warnings=tuple(unknown.warnings))
 
 
+def _modules_and_slices(
+    body: dict[str, Entry], fields: dict[str, Entry], reader: PartReader
+) -> tuple[tuple[Module, ...], tuple[Slice, ...]]:
+    """Return the modules of a recipe, and its slices; a recipe of `models` has none of either."""
+    if not body:
+        return read_modules(fields["modules"], reader.model, reader.slice, reader.parameters)
+    return (), tuple(reader.slice(item) for item in body["slices"].items()) if "slices" in body else ()
+
+
 def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
     """Return the entries that define the merge: the recipe's own, or those of its only module; none for several."""
     given = [key for key in ("models", "slices", "modules") if key in fields]
@@ -246,113 +248,6 @@ def _body(root: Entry, fields: dict[str, Entry]) -> dict[str, Entry]:
     modules = fields["modules"].mapping()
     # mergekit's name for the only part of a language model
     return read_module_body(modules["default"]) if list(modules) == ["default"] else {}
-
-
-class _Reader:
-    """Read the parts of a recipe and collect warnings.
-
-    Args:
-        warnings: Takes the warnings.
-        stages: Names of results that recipes may use as models.
-        data: What the recipe says of the data of all models.
-    """
-
-    def __init__(self, warnings: list[str], stages: Collection[str], data: Entry | None) -> None:
-        self.warnings = warnings
-        self.stages = stages
-        self.data = data
-        self.common = None if data is None else read_data_fields(data)
-
-    def model(self, entry: Entry) -> Source:
-        fields = entry.mapping(MODEL_KEYS, required=["model"])
-        name = fields["name"].text(longest=100) if "name" in fields else None
-        statistics, data = self.from_data(fields)
-        of_base = fields["base_statistics"].text() if "base_statistics" in fields else None
-        return Source(
-            model=self.own(fields),
-            layer_range=None,
-            parameters=self.parameters(fields),
-            place=entry.place,
-            name=name,
-            statistics=statistics,
-            data=data,
-            base_statistics=of_base,
-        )
-
-    def slice(self, entry: Entry) -> Slice:
-        fields = entry.mapping(SLICE_KEYS, required=["sources"])
-        sources = tuple(self.source(item) for item in fields["sources"].items())
-        lengths = {source.layer_range[1] - source.layer_range[0] for source in sources if source.layer_range}
-        if len(lengths) > 1:
-            ranges = ", ".join(str(list(source.layer_range)) for source in sources if source.layer_range)
-            raise fields["sources"].error(f"all sources of a slice must have as many layers, got {ranges}")
-        if "residual_weight" in fields:
-            self.warnings.append(f"{fields['residual_weight'].place}: residual_weight has no effect, as in mergekit")
-        base = self.reference(fields["base_model"]) if "base_model" in fields else None
-        return Slice(sources, self.parameters(fields), base, entry.place)
-
-    def source(self, entry: Entry) -> Source:
-        fields = entry.mapping(SOURCE_KEYS, required=["model", "layer_range"])
-        own, layers, parameters = self.own(fields), _layer_range(fields["layer_range"]), self.parameters(fields)
-        statistics, data = self.from_data(fields)
-        return Source(
-            model=own,
-            layer_range=layers,
-            parameters=parameters,
-            place=entry.place,
-            name=None,
-            statistics=statistics,
-            data=data,
-        )
-
-    def own(self, fields: dict[str, Entry]) -> ModelReference:
-        reference = self.reference(fields["model"])
-        return reference.with_adapter(fields["adapter"], self.stages) if "adapter" in fields else reference
-
-    def from_data(self, fields: dict[str, Entry]) -> tuple[str | None, Data | None]:
-        """Return the folder of a model's statistics, or the data to make them from."""
-        if "statistics" in fields:
-            if "data" in fields:
-                raise fields["data"].error("give 'statistics' that are there, or 'data' to make them from, not both")
-            return fields["statistics"].text(), None
-        entry = fields.get("data", self.data)
-        if entry is None:
-            return None, None
-        own = read_data_fields(fields["data"]) if "data" in fields else None
-        return None, make_data(entry, self.common, own)
-
-    def reference(self, entry: Entry) -> ModelReference:
-        reference = ModelReference.parse(entry, self.stages)
-        if reference.override_architecture:
-            self.warnings.append(f"{entry.place}: override_architecture has no effect: tensors are matched by name")
-        return replace(reference, override_architecture=None)
-
-    def parameters(self, fields: dict[str, Entry]) -> dict[str, Setting]:
-        if "parameters" not in fields:
-            return {}
-        entry = fields["parameters"]
-        settings = {name: Setting.parse(value) for name, value in entry.mapping().items()}
-        for name, node in cast("dict[str, Node]", entry.value).items():
-            if name not in settings:
-                raise RecipeError(
-                    f"{replace(entry.place, line=node.line)}: {shown(name)} has no value; write one, or leave it out"
-                )
-        return settings
-
-
-def _layer_range(entry: Entry) -> tuple[int, int]:
-    ends = entry.items() if isinstance(entry.value, list) and entry.value else []
-    try:
-        first, end = (item.whole_number(lowest=-MAX_INTEGER) for item in ends)
-    except ValueError:
-        raise entry.error("expected [first layer, layer after the last], two whole numbers") from None
-    if first < 0 or end < 0:
-        raise entry.error(f"layers count from 0, got [{first}, {end}]")
-    if first == end:
-        raise entry.error(f"[{first}, {end}] holds no layer: the end is not included")
-    if first > end:
-        raise entry.error(f"[{first}, {end}] runs backwards. Did you mean [{end}, {first}]?")
-    return first, end
 
 
 def _dtype(entry: Entry) -> str:
@@ -394,7 +289,7 @@ def _chat_template(entry: Entry) -> str:
     return text
 
 
-def _with_tokenizer(recipe: Recipe, fields: dict[str, Entry], reader: _Reader) -> Recipe:
+def _with_tokenizer(recipe: Recipe, fields: dict[str, Entry], reader: PartReader) -> Recipe:
     """Return the recipe with what it says of the output's tokenizer."""
     if "tokenizer_source" in fields:
         source, parts = fields["tokenizer_source"], {}

@@ -240,7 +240,7 @@ class Resolver:
             raise RecipeError(f"{piece.place}: {method.name} takes {method.models_text()}, got {found}")
         for source in piece.sources:
             if source.name is not None and (method.sidecar is None or source not in models):
-                why = "the base is no task" if method.sidecar else f"{method.name} keeps nothing for single models"
+                why = "the base is not a task" if method.sidecar else f"{method.name} keeps nothing for single models"
                 self.warnings.append(f"{source.place}: name has no effect: {why}")
         if base is not None and base.parameters:
             self.warnings.append(
@@ -297,7 +297,7 @@ class Resolver:
     def _parameter(self, name: str, where: Place) -> Parameter:
         if name in KEYS and name not in self.method.parameters:
             raise ParameterError(
-                f"{where}: {shown(name)} is no parameter of {self.method.name} but a key of the recipe; "
+                f"{where}: {shown(name)} is not a parameter of {self.method.name} but a key of the recipe; "
                 "write it at the top, not indented"
             )
         return self.method.parameter(name, str(where))

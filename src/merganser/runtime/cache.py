@@ -52,7 +52,7 @@ class MergedCache(cache_utils().Cache):  # type: ignore[misc]
     def __init__(self, method: str, model: Any, **options: Any):
         if not isinstance(method, str) or method not in LAYERS:
             raise ParameterError(
-                f"method: {method!r} is no cache.{did_you_mean(method, LAYERS)} There are {', '.join(sorted(LAYERS))}"
+                f"method: {method!r} is not a cache.{did_you_mean(method, LAYERS)} There are {', '.join(sorted(LAYERS))}"
             )
         kind = LAYERS[method]
         _check_options(method, kind, options)
@@ -107,7 +107,7 @@ def _check_options(method: str, kind: type[RunningLayer], options: dict[str, Any
     for name in options:
         if name not in known:
             raise ParameterError(
-                f"{method}: {name!r} is no option.{did_you_mean(name, known)} There are {', '.join(known)}"
+                f"{method}: {name!r} is not an option.{did_you_mean(name, known)} There are {', '.join(known)}"
             )
     for name, each in known.items():
         if each.default is each.empty and name not in options:

@@ -57,7 +57,7 @@ class RetrievalHeads:
         count, layers = found.get("key_heads"), found.get("layers")
         if found.keys() != {"key_heads", "layers"} or not _whole(count) or not isinstance(layers, list):
             raise DataError(
-                f"{file}: is no file of retrieval heads; it must have key_heads and layers, and nothing else"
+                f"{file}: is not a file of retrieval heads; it must have key_heads and layers, and nothing else"
             )
         for number, heads in enumerate(layers):
             fits = isinstance(heads, list) and all(_whole(each) and each < count for each in heads)

@@ -248,7 +248,7 @@ def _by_command(request: Request, space: Space, start: Sequence[Recipe], folder:
 
 
 def _as_folder(name: str, path: str, folder: Folder) -> Model:
-    """Return a model that a command can read: what is no folder, as of the Hub or with an adapter, is merged alone."""
+    """Return a model that a command can read: what is not a folder, as of the Hub or with an adapter, is merged alone."""
     if Path(path).is_dir():
         return Model(f"model {path}", name, path)
     alone = parse_mapping({"merge_method": "passthrough", "models": [{"model": path}]}, "<input>").text

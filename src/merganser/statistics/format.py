@@ -245,7 +245,7 @@ def open_statistics(folder: str | Path) -> Statistics:
     path = Path(folder).expanduser()
     file = path / STATISTICS_NAME
     if not file.is_file():
-        kind = "is no folder of statistics" if path.exists() else "there is no such folder"
+        kind = "is not a folder of statistics" if path.exists() else "there is no such folder"
         raise DataError(f"{folder}: {kind} (no {STATISTICS_NAME}); merganser calibrate writes one")
     try:
         about = read_object(file)
@@ -259,7 +259,7 @@ def open_statistics(folder: str | Path) -> Statistics:
 def _open(path: Path, about: Mapping[str, Any], entry: Entry) -> Statistics:
     file = path / STATISTICS_NAME
     if entry["kind"].text() != STATISTICS_KIND:
-        raise DataError(f"{file}: is no description of statistics; merganser calibrate writes one")
+        raise DataError(f"{file}: is not a description of statistics; merganser calibrate writes one")
     if entry["format"].whole() != STATISTICS_FORMAT:
         raise DataError(
             f"{file}: has format {about['format']}, this version reads {STATISTICS_FORMAT}; calibrate again"

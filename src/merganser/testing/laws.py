@@ -142,7 +142,7 @@ def describes_itself(method: MergeMethod) -> None:
     for heading in ("Use when", "Differs from the paper"):
         require(bool(doc.sections.get(heading)), f"{method.name}: the section {heading!r} is missing")
     odd = doc.args.keys() - {p.argument for p in method.parameters.values()}
-    require(not odd, f"{method.name}: Args describes {sorted(odd)}, which are no parameters")
+    require(not odd, f"{method.name}: Args describes {sorted(odd)}, which are not parameters")
     for reason in (*method.breaks.values(), *method.ignored.values()):
         require(bool(reason.strip()), f"{method.name}: a reason in breaks or of an ignored parameter is empty")
     overlap = method.ignored.keys() & method.parameters.keys()
@@ -238,7 +238,7 @@ def stays_finite(method: MergeMethod) -> None:
 
 def _cases_of_weak_inputs(method: MergeMethod) -> list[tuple[Case, tuple[int, ...]]]:
     """Return the cases and shapes for degenerate inputs, of which there are many; none computes the same as another one."""
-    # elements do not know their shape, and what is no matrix is merged by another method, whatever the parameters
+    # elements do not know their shape, and what is not a matrix is merged by another method, whatever the parameters
     shapes: dict[str, list[tuple[int, ...]]] = {"element": [(), SHAPE], "matrix": [SHAPE]}
     usual = list(defaults(method))
     tried: list[tuple[Case, tuple[int, ...]]] = [(case, shape) for case in usual for shape in SHAPES]

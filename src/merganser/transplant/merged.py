@@ -93,7 +93,7 @@ def match_merged(
         advance: Called with the number of new tokens, and of all; then with the steps of training.
 
     Raises:
-        UnsupportedError: The model's vocabulary is no byte-pair encoding, a package is missing, or rows cannot be trained.
+        UnsupportedError: The model's vocabulary is not a byte-pair encoding, a package is missing, or rows cannot be trained.
         CheckpointError: Its tokenizer is damaged.
         DataError: No pair of tokens occurs twice in a word.
     """

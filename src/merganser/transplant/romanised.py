@@ -1,6 +1,6 @@
 """Give a model the tokens of its own vocabulary in Latin letters (TransMI).
 
-Every piece of a SentencePiece Unigram vocabulary is romanised; a spelling that is no piece yet becomes one, with a row
+Every piece of a SentencePiece Unigram vocabulary is romanised; a spelling that is not a piece yet becomes one, with a row
 made from those of the pieces that have it. Text of another script can then be read after it was romanised, without
 training. Source: Liu et al. 2024, arXiv:2405.09913, and the authors' code, in which `average` adds rows without dividing;
 here it divides.

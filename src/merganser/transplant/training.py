@@ -264,7 +264,7 @@ def _scale_of(embedding: Any, head: Any, reference: str) -> float:
     plain = isinstance(embedding, nn.Embedding) and isinstance(head, nn.Linear)
     if not plain or embedding.weight.shape != head.weight.shape:
         raise UnsupportedError(
-            f"{reference}: rows cannot be trained: its embedding or head is no plain table; leave --train-steps out"
+            f"{reference}: rows cannot be trained: its embedding or head is not a plain table; leave --train-steps out"
         )
     scale = float(getattr(embedding, "embed_scale", 1.0))
     ids = torch.arange(min(8, embedding.weight.shape[0]))

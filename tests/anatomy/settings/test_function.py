@@ -243,6 +243,6 @@ def test_the_table_of_defaults_says_what_transformers_says(model_type: str) -> N
     written = CONFIG_MAPPING[model_type]().to_dict()
     depth = {key: value for key, value in written.items() if key in COUNT_KEYS}
     found = differences({"model_type": model_type, **depth}, written)
-    # lists and scalings are no part of the table
+    # lists and scalings are not part of the table
     assert [each for each in found if each.kind != "unknown" and each.first is not None] == []
     assert [each.key for each in found if each.kind == "meaning"] == []

@@ -309,7 +309,7 @@ def test_names_without_sidecars_have_no_effect(paths):
     ]
     recipe = make_recipe("emr", paths, paths[0])
     recipe["models"][0]["name"] = "x"
-    assert "<recipe> models[0]: name has no effect: the base is no task" in plan(recipe).warnings
+    assert "<recipe> models[0]: name has no effect: the base is not a task" in plan(recipe).warnings
 
 
 def test_slices_cannot_be_restored(paths):

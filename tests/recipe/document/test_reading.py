@@ -1,4 +1,4 @@
-"""Where a recipe may come from: nothing hangs, and nothing but a message comes of what is no recipe."""
+"""Where a recipe may come from: nothing hangs, and nothing but a message comes of what is not a recipe."""
 
 from __future__ import annotations
 

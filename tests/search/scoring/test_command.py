@@ -55,8 +55,8 @@ def test_what_it_may_print(tmp_path: Path, code: str) -> None:
         ("print('{\"other\": 1}')", "the command gave no number for 'score'; it printed other"),
         ('print(\'{"score": "high"}\')', "the command gave no number for 'score'"),
         ("print('{\"score\": true}')", "the command gave no number for 'score'"),
-        ("print('{\"score\": NaN}')", "the command gave nan for 'score', which is no finite number"),
-        ("print('{\"score\": -Infinity}')", "the command gave -inf for 'score', which is no finite number"),
+        ("print('{\"score\": NaN}')", "the command gave nan for 'score', which is not a finite number"),
+        ("print('{\"score\": -Infinity}')", "the command gave -inf for 'score', which is not a finite number"),
         ("print('[' * 100000)", "the command printed no JSON object"),
     ],
 )

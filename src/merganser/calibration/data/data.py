@@ -268,7 +268,7 @@ def _string(where: str, key: str, value: Any, *, empty: bool = False) -> str:
         # a lone surrogate such as \ud800 is not a character, and no tokenizer accepts it
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{where}: {key} holds half of a surrogate pair, which is no text") from None
+        raise DataError(f"{where}: {key} holds half of a surrogate pair, which is not text") from None
     return value
 
 

@@ -331,7 +331,7 @@ def expert_modules(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def router_modules(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the routers within `module` that are no linear layers of their own class, by name.
+    """Return the routers within `module` that are not linear layers of their own class, by name.
 
     A router stands beside the experts, and has a row of its weight for each of them.
     """

@@ -44,7 +44,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def check_shard_name(index: Path, name: str) -> None:
-    """Refuse the name of a file that is not inside the folder, or is no file of weights.
+    """Refuse the name of a file that is not inside the folder, or is not a file of weights.
 
     Raises:
         CheckpointError: It is such a name.

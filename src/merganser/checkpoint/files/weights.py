@@ -228,4 +228,4 @@ def _listing(names: Sequence[str]) -> str:
 
 
 def _lora(found: str) -> str:
-    return f"{found}, which is no model by itself; write MODEL+ADAPTER for its base model with it"
+    return f"{found}, which is not a model by itself; write MODEL+ADAPTER for its base model with it"

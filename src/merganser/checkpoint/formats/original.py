@@ -161,12 +161,12 @@ def _check_params(file: Path, params: Mapping[str, Any]) -> None:
         if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
             raise CheckpointError(f"{file}: {key} must be a whole number above 0, found {brief(value)}")
     if "head_dim" not in params and params["dim"] % params["n_heads"]:
-        raise CheckpointError(f"{file}: dim {params['dim']} is no multiple of n_heads {params['n_heads']}")
+        raise CheckpointError(f"{file}: dim {params['dim']} is not a multiple of n_heads {params['n_heads']}")
     # what is false or empty changes nothing
     for key, value in params.items():
         if key not in _KNOWN and value not in (None, False, {}, []):
             raise CheckpointError(
-                f"{file}: the setting {key!r} is not known, so this is no text model of Llama or Mistral that can be read; give "
+                f"{file}: the setting {key!r} is not known, so this is not a text model of Llama or Mistral that can be read; give "
                 "the Hugging Face checkpoint"
             )
 

@@ -70,7 +70,7 @@ def why_costly(file: Path, *, zipped: bool) -> str | None:
 
 
 def why_costly_pickle(handle: IO[bytes], most: int = _MOST_VALUES) -> str | None:
-    """Return why reading a pickle would take too long, or None; as `why_costly`, for a pickle that is no file of torch.
+    """Return why reading a pickle would take too long, or None; as `why_costly`, for a pickle that is not a file of torch.
 
     Args:
         handle: The pickle.

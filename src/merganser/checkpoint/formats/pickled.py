@@ -178,7 +178,7 @@ def _state_dict(file: Path, loaded: Any) -> tuple[dict[str, torch.Tensor], bool]
         if not isinstance(name, str):
             raise CheckpointError(f"{file}: the name of a tensor must be a string, found {name!r}")
         if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{file}: entry {name!r} is no tensor, found {type(value).__name__}; {_REMEDY}")
+            raise CheckpointError(f"{file}: entry {name!r} is not a tensor, found {type(value).__name__}; {_REMEDY}")
         tensors[name] = value
     return tensors, around
 

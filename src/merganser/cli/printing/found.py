@@ -92,7 +92,9 @@ def print_found(found: Found) -> None:
     if found.held_out:
         say(f"measured on {plural(found.held_out, 'item')} that no trial saw (± standard error)")
     else:
-        say("as the command says, which scored the trials, too: nothing was held out, so this is no test of the winner")
+        say(
+            "as the command says, which scored the trials, too: nothing was held out, so this is not a test of the winner"
+        )
     for line in table(_rows(found)):
         say(line)
     for line in _verdict(found):

@@ -127,7 +127,7 @@ def _open(
     method = stored.method
     if method.sidecar is None or method.sidecar.factors is None:
         raise UnsupportedError(
-            f"{out}: {method.name} stores no low-rank factors (twin and skillpack do), so its tasks are no adapters. An "
+            f"{out}: {method.name} stores no low-rank factors (twin and skillpack do), so its tasks are not adapters. An "
             f"adapter that approximates one: merganser restore {out} --task {name} --out DIR, then merganser extract "
             f"DIR --base {out} --rank N --out ADAPTER"
         )
@@ -223,7 +223,7 @@ class _Work:
         weight = self.task.start.tensors.get(f"{module}.weight")
         if not whole.dtype.is_floating_point or last not in ("weight", "bias"):
             raise UnsupportedError(
-                f"{name}: differs, and is no module's weight or bias, which alone an adapter can hold"
+                f"{name}: differs, and is not the weight or bias of a module; an adapter holds nothing else"
             )
         if last == "bias" and weight is not None and len(weight.shape) == 2:
             self.biases[module] = whole

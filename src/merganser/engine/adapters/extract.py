@@ -261,8 +261,8 @@ class _Work:
                 self.saved.append(module)
         else:
             raise UnsupportedError(
-                f"{name}: differs from the base's, and is no module's weight or bias, which alone an adapter can hold; "
-                "with --others drop it stays as in the base"
+                f"{name}: differs from the base's. It is not the weight or bias of a module, and an adapter holds nothing "
+                "else; with --others drop it stays as in the base"
             )
         self._note(name, "saved", norm, 0.0, None)
 

@@ -229,7 +229,7 @@ def _open(recipe: Recipe, reference: ModelReference) -> Adapter:
 
 
 def _check_kinds(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
-    """Refuse adapters whose changes are no sums of low rank, or are stored in different ways."""
+    """Refuse adapters whose changes are not sums of low rank, or are stored in different ways."""
     for adapter, name in zip(adapters, names, strict=True):
         config = adapter.config
         if config.kind != "LORA" or config.dora:

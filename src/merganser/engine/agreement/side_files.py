@@ -172,5 +172,5 @@ def _checked(file: Path, template: str) -> str:
     try:
         template.encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"{file}: chat_template: holds half of a surrogate pair, which is no text") from None
+        raise CheckpointError(f"{file}: chat_template: holds half of a surrogate pair, which is not text") from None
     return template

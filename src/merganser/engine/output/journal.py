@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...jsonfile import open_regular, sealed_line, unseal_line
+from ...files import sealed_line, unseal_line
+from ...jsonfile import open_regular
 
 JOURNAL = "journal.jsonl"
 
@@ -51,7 +52,7 @@ def read_journal(path: Path, fingerprint: str) -> Finished:
         for number, line in enumerate(iter(lambda: lines.readline(_LONGEST), b""), start=1):
             entry = unseal_line(line, "" if number == 1 else fingerprint)
             if entry is None:
-                # an incomplete last line is no damage: the run was killed while it wrote
+                # an incomplete last line is not damage: the run was killed while it wrote
                 return Finished(entries, length, number if line.endswith(b"\n") else None)
             if number > 1:
                 entries[entry["group"], entry["segment"]] = entry

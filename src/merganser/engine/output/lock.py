@@ -39,7 +39,7 @@ def lock_target(out: Path, path: Path) -> Lock:
         path: The lock file, in a folder that is created if it does not exist.
 
     Raises:
-        OutputError: Another run holds the lock, the folder cannot be written, or the file is no lock.
+        OutputError: Another run holds the lock, the folder cannot be written, or the file is not a lock.
     """
     with failures_of(out):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def acquire_lock(path: Path) -> Lock | None:
 
 
 def _open(path: Path) -> int:
-    """Open or create the file; refuse one that is not empty: it is no lock, and releasing would delete it."""
+    """Open or create the file; refuse one that is not empty: it is not a lock, and releasing would delete it."""
     try:
         descriptor = open_binary(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW)
     except OSError as error:
@@ -134,7 +134,7 @@ def _remove_stale(file: Path) -> bool:
     """Remove an owner file if its process has ended; return False if it still runs.
 
     Raises:
-        OutputError: The file is no owner file, or names another host, whose processes cannot be checked.
+        OutputError: The file is not an owner file, or names another host, whose processes cannot be checked.
     """
     try:
         text = _read(file)

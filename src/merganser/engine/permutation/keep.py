@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import MergeError, OutputError
-from ...jsonfile import open_regular, sealed_line, unseal_line
+from ...files import sealed_line, unseal_line
+from ...jsonfile import open_regular
 from ..output.failure import failures_of
 from ..output.lock import lock_target
 from ..output.ownership import claim, survey

@@ -136,7 +136,7 @@ class DataOfModels:
                 )
 
     def _axes(self, folders: Sequence[Statistics], tensors: Sequence[TensorInfo]) -> set[int]:
-        """Return the axis along which a matrix takes its inputs; empty for a tensor that is no matrix."""
+        """Return the axis along which a matrix takes its inputs; empty for a tensor that is not a matrix."""
         axes: set[int] = set()
         for folder, source, tensor in zip(folders, self.sources, tensors, strict=True):
             axes |= {folder.tensors[tensor.name].axis} if tensor.name in folder.tensors else set()

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from ...errors import OutputError
-from ...jsonfile import os_reason, sealed_line, unseal_line
+from ...files import sealed_line, unseal_line
+from ...jsonfile import os_reason
 from ...system import lock, lock_within, unlock
 
 FORMAT = 2
@@ -204,7 +205,7 @@ class SharedJournal(Journal):
         """Take over the lines that other processes wrote since the last call.
 
         Raises:
-            OutputError: The file cannot be read, or is no journal any more.
+            OutputError: The file cannot be read, or is not a journal any more.
         """
         try:
             self._read_on()

@@ -195,7 +195,7 @@ def _object(where: str, line: str) -> dict[str, Any]:
         # A lone surrogate such as \\ud800 is not a character, and no tokenizer accepts it.
         json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise TaskError(f"{where}: holds half of a surrogate pair, which is no text") from None
+        raise TaskError(f"{where}: holds half of a surrogate pair, which is not text") from None
     except RecursionError:
         raise TaskError(f"{where}: is not JSON: it is nested too deeply; each line must hold one object") from None
     except ValueError as error:

@@ -128,7 +128,7 @@ def find_layers(skeleton: Skeleton) -> list[Layer]:
 
     Raises:
         CheckpointError: Experts or rows of routers are missing, or shapes differ.
-        UnsupportedError: The model is no mixture, or its experts are of an unknown kind.
+        UnsupportedError: The model is not a mixture, or its experts are of an unknown kind.
     """
     found = [
         _layer(skeleton, index, block, f"{block.name}.{name}", module)

@@ -111,7 +111,7 @@ def shrink(
     Raises:
         DataError: The data, or an option, are not valid.
         CheckpointError: The model is missing or damaged; experts or rows of routers are missing.
-        UnsupportedError: It is no mixture, or cannot be run one block at a time.
+        UnsupportedError: It is not a mixture, or cannot be run one block at a time.
         NonFiniteError: It, or a merged expert, has NaN or infinity.
         OutputError: The target cannot be written.
         Interrupted: Ctrl-C was pressed.

@@ -65,7 +65,7 @@ def why_no_text(text: str) -> str | None:
     if "\0" in text:
         return "this text holds a NUL character (\\0), which no path or name can have"
     if _SURROGATE.search(text):
-        return "this text holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
+        return "this text holds half a surrogate pair (\\ud800 to \\udfff), which is not a character"
     return None
 
 

@@ -60,7 +60,7 @@ def read_align(
         common: What the recipe says of data for all models.
 
     Raises:
-        RecipeError: A key or value is not allowed, data are missing, or the reference is no model of the recipe.
+        RecipeError: A key or value is not allowed, data are missing, or the reference is not a model of the recipe.
     """
     fields = entry.mapping(ALIGN_KEYS)
     to = next(iter(models))

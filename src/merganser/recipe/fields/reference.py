@@ -122,7 +122,7 @@ def _path(entry: Entry) -> str:
     bad = CONTROL.search(text)
     if bad is not None:
         raise entry.error(
-            f"{shown(text)} holds the character {shown(bad[0])}, which is no part of a path; in double quotes a backslash "
+            f"{shown(text)} holds the character {shown(bad[0])}, which is not part of a path; in double quotes a backslash "
             "starts an escape: use single quotes, or '/'"
         )
     return text

@@ -174,7 +174,7 @@ def parallel_figure(study: StoredStudy) -> list[Block]:
         return []
     sign = 1.0 if study.objectives[0][1] == "maximize" else -1.0
     ordered = sorted(trials, key=lambda t: -sign * t.values[0] if t.values else 0.0)[:_MOST_LINES]
-    # a scale of what is not used is no value
+    # a scale of what is not used is not a value
     scales = {name: _scale([t.settings[name] for t in trials if name in t.settings]) for name in names}
     labels = _labels(names)
     data = []

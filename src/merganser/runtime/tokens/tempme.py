@@ -41,7 +41,7 @@ class FrameMerging(TokenMerging):
         """Start with one clip per frame: shape [videos * frames, tokens, hidden size]."""
         if hidden.shape[0] % self._frames:
             raise UnsupportedError(
-                f"merge_frames: {hidden.shape[0]} images are no videos of {self._frames} frames; give all frames of each "
+                f"merge_frames: {hidden.shape[0]} images are not videos of {self._frames} frames; give all frames of each "
                 "video, one after the other"
             )
         super().begin(hidden)
@@ -118,7 +118,7 @@ def merge_frames(
 
     Raises:
         ParameterError: An option is out of range, or `joins` does not divide the frames.
-        UnsupportedError: The model is another one, or already merges tokens. Calls raise it where the images are no whole
+        UnsupportedError: The model is another one, or already merges tokens. Calls raise it where the images are not whole
             videos.
     """
     if type(model).__name__ in QWEN:

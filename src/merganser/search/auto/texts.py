@@ -38,7 +38,7 @@ def read_texts(given: Sequence[str | Path] | Mapping[str, str | Path], experts: 
         own = name or path.name.partition(".")[0]
         if own not in experts:
             raise TaskError(
-                f"data: {own!r} is no expert.{did_you_mean(own, experts)} Give NAME=FILE with the names of the "
+                f"data: {own!r} is not an expert.{did_you_mean(own, experts)} Give NAME=FILE with the names of the "
                 f"experts: {', '.join(experts)}"
             )
         if own in found:

@@ -34,7 +34,9 @@ def read_parameters(path: Path, counts: Mapping[str, int]) -> dict[str, Items]:
     found = read_object(path)
     for task in found:
         if task not in counts:
-            raise TaskError(f"{path}: {task!r} is no task here.{did_you_mean(task, counts)} Tasks: {', '.join(counts)}")
+            raise TaskError(
+                f"{path}: {task!r} is not a task here.{did_you_mean(task, counts)} Tasks: {', '.join(counts)}"
+            )
     items = {}
     for task, count in counts.items():
         entry = found.get(task)
@@ -57,7 +59,7 @@ def _numbers(value: object, count: int, where: str) -> Numbers:
         raise TaskError(f"{where}: has {len(value)} entries, and the task has {count} items here")
     flat = [number for each in value for number in (each if isinstance(each, list) else [each])]
     if not all(isinstance(number, int | float) and not isinstance(number, bool) for number in flat):
-        raise TaskError(f"{where}: holds something that is no number")
+        raise TaskError(f"{where}: holds something that is not a number")
     widths = {len(each) if isinstance(each, list) else -1 for each in value}
     if len(widths) > 1 or 0 in widths:
         raise TaskError(f"{where}: all entries must be numbers, or lists of as many numbers")

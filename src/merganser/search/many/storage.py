@@ -113,7 +113,7 @@ def _knock(address: str, kind: str) -> None:
         parts = urlsplit(address)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise UnsupportedError(f"storage {address.partition('@')[2] or address}: is no address: {error}") from None
+        raise UnsupportedError(f"storage {address.partition('@')[2] or address}: is not an address: {error}") from None
     if kind in _FILES:
         if host:
             raise UnsupportedError(
@@ -143,7 +143,7 @@ def _open_database(address: str, kind: str) -> Any:
         name = getattr(error.__cause__, "name", None) or "a module for this kind of database"
         raise UnsupportedError(f"storage {shown(address)}: needs {name}, which is not installed") from None
     except ArgumentError as error:
-        raise UnsupportedError(f"storage {shown(address)}: is no address: {error}") from None
+        raise UnsupportedError(f"storage {shown(address)}: is not an address: {error}") from None
     except (SQLAlchemyError, OSError, RuntimeError, ValueError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
         raise OutputError(f"storage {shown(address)}: cannot be opened: {reason}") from None
@@ -185,7 +185,7 @@ def _open_journal(path: Path) -> Any:
 
 
 def _check_journal(path: Path) -> None:
-    """Refuse a file that is no journal, before anything is written to it."""
+    """Refuse a file that is not a journal, before anything is written to it."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; give the path of a file")
     if not path.parent.is_dir():
@@ -197,9 +197,9 @@ def _check_journal(path: Path) -> None:
             first = file.readline(_BLOCK)
         # half a line is what a process that was killed at once left
         if first.endswith(b"\n") and "op_code" not in json.loads(first):
-            raise ValueError("its first line is no entry of Optuna")
+            raise ValueError("its first line is not an entry of Optuna")
         if not first.endswith(b"\n") and not first.startswith(b'{"op_code"'[: len(first)]):
-            raise ValueError("it is no journal of Optuna")
+            raise ValueError("it is not a journal of Optuna")
     except (ValueError, TypeError) as error:
         raise OutputError(f"{path}: the journal of the study cannot be read: {error}") from None
     except OSError as error:

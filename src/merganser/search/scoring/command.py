@@ -94,6 +94,6 @@ def _figures(text: str, wanted: Mapping[str, object]) -> dict[str, Estimate]:
             known = ", ".join(map(str, found)) or "nothing"
             raise Failed(f"the command gave no number for {name!r}; it printed {known}"[: 2 * _SHOWN])
         if not math.isfinite(value):
-            raise Failed(f"the command gave {value} for {name!r}, which is no finite number")
+            raise Failed(f"the command gave {value} for {name!r}, which is not a finite number")
         figures[name] = Estimate(float(value))
     return figures

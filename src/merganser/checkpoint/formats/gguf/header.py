@@ -274,7 +274,7 @@ class _Parser:
                     f"tensor {name!r}: rows of {shape[-1]} do not fill blocks of {kind.name}, {kind.values}"
                 )
             if offset % alignment:
-                raise self._flaw(f"tensor {name!r}: offset {offset} is no multiple of the alignment {alignment}")
+                raise self._flaw(f"tensor {name!r}: offset {offset} is not a multiple of the alignment {alignment}")
             if name in found:
                 raise self._flaw(f"tensor {name!r} is there twice")
             nbytes = math.prod(shape) // kind.values * kind.nbytes

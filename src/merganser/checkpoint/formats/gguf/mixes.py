@@ -34,7 +34,7 @@ FILE_TYPES = {
 """Types of files that can be written, with llama.cpp's numbers for them (`general.file_type`)."""
 
 _SMALL = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-"""The type with blocks of 32 values that replaces one of 256, where rows are no multiple of 256."""
+"""The type with blocks of 32 values that replaces one of 256, where rows are not a multiple of 256."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ class Family:
         permuted: Whether the rows of query and key projections were reordered.
         norms_plus_one: Whether one was added to the weights of norms.
         layers: What the names of layers begin with.
-        bare: Names in layers that are no module's weight or bias, by those of the file.
+        bare: Names in layers that are not the weight or bias of a module, by those of the file.
         joined: How several tensors of the file make one; files of such families, and those with `bare` names, can be
             read and not written.
     """

@@ -120,7 +120,7 @@ def _joined(
 
 
 def parts_of(file: Path) -> list[Path]:
-    """Return the files of the model that a file is the first part of; the file alone if it is no first part."""
+    """Return the files of the model that a file is the first part of; the file alone if it is not a first part."""
     match = _SPLIT.fullmatch(file.name)
     if match is None or int(match["number"]) != 1:
         return [file]

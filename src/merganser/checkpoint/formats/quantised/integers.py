@@ -181,14 +181,14 @@ def _stored_shape(info: TensorInfo) -> tuple[int, int]:
     """Return the two numbers that a tensor holds: a shape, which is needed before weights are read.
 
     Raises:
-        CheckpointError: They are no shape.
+        CheckpointError: They are not a shape.
     """
     if info.dtype.name not in ("int64", "int32") or info.shape != (2,):
         raise flaw(info, "must be two int64, the shape of the weight")
     with Reader() as reader:
         rows, columns = read_whole(reader, info).tolist()
     if not all(0 < number < 1 << 31 for number in (rows, columns)):
-        raise flaw(info, f"holds {[rows, columns]}, which is no shape")
+        raise flaw(info, f"holds {[rows, columns]}, which is not a shape")
     return rows, columns
 
 
