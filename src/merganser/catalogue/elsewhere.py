@@ -144,8 +144,8 @@ _IN_ANOTHER_FORM = (
     Elsewhere(("MEO",), "`RoutedModel` with `blend` makes one model of several tasks for each text", "sidecars.md"),
     Elsewhere(
         ("MergeME",),
-        "`merganser mix`, and `RoutedModel` by perplexity; models of other widths need trained projections, which are not available",
-        "sidecars.md",
+        "`merganser route --gates mergeme` mixes models of unequal sizes; `merganser mix` those of one shape",
+        "gates.md",
     ),
     # training
     Elsewhere(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ParameterError
+from ..errors import ParameterError, did_you_mean
 from ..wording import plural, size_text, time_text
 from . import _options as options
+from .printing.mixtures import print_mixture
 from .printing.text import head, say, say_json, table
 
 if TYPE_CHECKING:
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
     from ..runtime.routed.making import Routing
 
 
+_MERGEME = "mergeme"
+
+
 def route(
     out: Annotated[
         str,
         typer.Argument(
             metavar="OUT",
-            help="Folder that a merge with sidecars wrote, a folder of adapters, or BASE+FOLDER of adapters or fine-tunes.",
+            help="Folder that a merge with sidecars wrote, a folder of adapters, or BASE+FOLDER of adapters or fine-tunes; for "
+            "mergeme a folder of models.",
             show_default=False,
         ),
     ],
@@ -46,7 +52,7 @@ def route(
         typer.Option(
             metavar="KIND",
             help="Make gates, which weight parts of all tasks (wemoe, e-wemoe, mole, self-moe, smile) or their "
-            "attention and MLPs (bam, bam-kv).",
+            "attention and MLPs (bam, bam-kv); or mix models of unequal sizes (mergeme).",
             show_default=False,
         ),
     ] = None,
@@ -58,6 +64,28 @@ def route(
         float | None,
         typer.Option(
             metavar="SHARE", help="With --gates: keep this share of elements, the largest.", show_default=False
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --gates mergeme: weights by a router or by perplexity.  [default: router]",
+            show_default=False,
+        ),
+    ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --gates mergeme: experts keep their own embeddings, or have shared ones.  [default: own]",
+            show_default=False,
+        ),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="With --gates mergeme: experts per text.  [default: 1]", show_default=False
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=0, metavar="N", help="With --gates: training steps.")] = 0,
@@ -76,11 +104,28 @@ def route(
 
     started = time.monotonic()
     chosen_device = resolve_devices(device)[0]
+    if gates == _MERGEME:
+        _refuse({"rank": rank, "density": density}, f"is for parts of one model, and {_MERGEME} mixes whole models")
+        from ..runtime.routed.gated.fitting import Training
+        from ..runtime.routed.unequal.making import make_mixture
+        from ..runtime.routed.unequal.settings import MixtureSettings
+
+        mixing = MixtureSettings(by or "router", embeddings or "own", top or 1)
+        training = Training(steps, objective=objective)
+        mixture = make_mixture(
+            out, files, mixing, length=length, windows=windows, training=training, device=chosen_device
+        )
+        print_mixture(mixture, time.monotonic() - started, quiet=quiet, json=json)
+        return
+    _refuse({"by": by, "embeddings": embeddings, "top": top}, f"is for --gates {_MERGEME}")
     if gates is not None:
         from ..runtime.routed.gated.fitting import Training
         from ..runtime.routed.gated.making import make_gates
-        from ..runtime.routed.gated.settings import settings_of
+        from ..runtime.routed.gated.settings import KINDS, settings_of
 
+        if gates not in KINDS:
+            kinds = [*KINDS, _MERGEME]
+            raise ParameterError(f"gates: no kind {gates!r}.{did_you_mean(gates, kinds)} Kinds: {', '.join(kinds)}")
         settings = settings_of(gates, rank=rank, density=density)
         training = Training(steps, objective=objective)
         report = make_gates(
@@ -91,9 +136,7 @@ def route(
         what = held.format(plural(report.layers, unit))
         _print_gates(report, gates, what, time.monotonic() - started, quiet=quiet, json=json)
         return
-    for name, given in (("rank", rank), ("density", density), ("steps", steps or None)):
-        if given is not None:
-            raise ParameterError(f"--{name}: is for gates; name a kind with --gates")
+    _refuse({"rank": rank, "density": density, "steps": steps or None}, "is for gates; name a kind with --gates")
     found = make_router(out, files, length=length, windows=windows, device=chosen_device)
     _print_router(found, time.monotonic() - started, quiet=quiet, json=json)
 
@@ -164,3 +207,14 @@ def _print_gates(report: GateReport, kind: str, what: str, seconds: float, *, qu
     for line in table(rows):
         say(line)
     say(f"wrote {report.file}")
+
+
+def _refuse(options: Mapping[str, Any], reason: str) -> None:
+    """Refuse options that were given and are for something else.
+
+    Raises:
+        ParameterError: One is not None.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise ParameterError(f"--{name}: {reason}")

@@ -22,6 +22,7 @@ from ..jsonfile import os_reason, read_object
 from ..process import peak_memory
 from ..runtime.routed.gated.evaluated import GatedLanguageModel
 from ..runtime.routed.opened import RoutedLanguageModel, open_routed, routed_name
+from ..runtime.routed.unequal.evaluated import UnequalLanguageModel
 from ..version import __version__
 from .result import Evaluation, ModelInfo, TaskInfo
 from .roster import Models, Roster, make_roster
@@ -32,6 +33,8 @@ from .scoring.outcome import Outcome
 from .scoring.precision import DTYPES, choose_formats, given_format
 from .scoring.scorer import Job, Scorer, Settings
 from .scoring.tasks import ChoiceTask, HarnessTask, Task, TextTask, glued, load_tasks
+
+_CHOOSING = RoutedLanguageModel | GatedLanguageModel | UnequalLanguageModel
 
 CONTEXT = 512
 BATCH_TOKENS = 4096
@@ -251,7 +254,7 @@ def _score(
             seconds={name: round(seconds, 3) for name, seconds in found.seconds.items()},
             peak_memory=peak_memory(),
             failed=found.failed,
-            told=dict(model.told) if isinstance(model, RoutedLanguageModel | GatedLanguageModel) else None,
+            told=dict(model.told) if isinstance(model, _CHOOSING) else None,
         )
     return outcomes, infos
 

@@ -1,6 +1,6 @@
 """Score a routed model: a task is chosen for each row, and the rows of one task are scored together by its model.
 
-A model with gates scores all rows at once, and the task with the largest share of a row counts as chosen.
+A model with gates, or of unequal experts, scores all rows at once, and the task with the largest share of a row counts as chosen.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...runtime.routed import RoutedModel
-from ...runtime.routed.gated import GatedModel
 from ...runtime.routed.gated.evaluated import GatedLanguageModel
 from ...runtime.routed.opened import SHARED, RoutedLanguageModel
+from ...runtime.routed.unequal.evaluated import UnequalLanguageModel
 from .batches import Prepared
 
 __all__ = ["CHOSEN", "chosen_of", "measure_gated", "measure_routed"]
@@ -49,12 +49,15 @@ def measure_routed(
 
 
 def measure_gated(
-    opened: GatedLanguageModel, loaded: GatedModel, prepared: Prepared, rows: Sequence[int]
+    opened: GatedLanguageModel | UnequalLanguageModel,
+    loaded: Any,
+    prepared: Prepared,
+    rows: Sequence[int],
 ) -> dict[str, Any]:
     """Score a batch of rows, as `Prepared.measure` does, and say which task has the largest share of each.
 
     Args:
-        opened: The model with gates.
+        opened: The model with gates, or of unequal experts.
         loaded: The same, loaded.
         prepared: The task that is scored.
         rows: Indices of rows.

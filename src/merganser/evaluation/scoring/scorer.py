@@ -13,6 +13,7 @@ from ...errors import TaskError
 from ...inference.language_model import LanguageModel
 from ...runtime.routed.gated.evaluated import GatedLanguageModel
 from ...runtime.routed.opened import RoutedLanguageModel
+from ...runtime.routed.unequal.evaluated import UnequalLanguageModel
 from .batches import Prepared, Refused
 from .choices import prepare_choices
 from .harness import Harness, outcome, rows_of
@@ -102,10 +103,10 @@ class Scorer:
             if place not in self._rows:
                 self._rows[place] = self._own(model, task, vocabulary)
             return Job(task, self._rows[place], dtype, self._key(model, task.hash, dtype))
-        if isinstance(model, RoutedLanguageModel):
+        if isinstance(model, RoutedLanguageModel | UnequalLanguageModel):
             raise TaskError(
                 f"{task.source}: tasks of lm-eval are scored by one model, and {model.source.reference} chooses among several; "
-                "give texts or questions, or name a task: OUT#TASK"
+                "give texts or questions, or name one of them"
             )
         assert self.harness is not None
         return Job(task, None, dtype, self._key(model, self.harness.hash(task), dtype))
@@ -171,7 +172,7 @@ class Scorer:
                 try:
                     if isinstance(model, RoutedLanguageModel):
                         content = measure_routed(model, loaded, job.task.name, prepared, rows)
-                    elif isinstance(model, GatedLanguageModel):
+                    elif isinstance(model, GatedLanguageModel | UnequalLanguageModel):
                         content = measure_gated(model, loaded, prepared, rows)
                     else:
                         content = prepared.measure(loaded, rows)

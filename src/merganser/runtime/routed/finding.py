@@ -44,6 +44,13 @@ def open_tasks(reference: str | Path, *, cache_dir: Path | None = None) -> TaskS
         model = next((entry.name for entry in each if is_model(entry)), None)
         raise NotFoundError(
             f"{path}: has no sidecars (sidecars/index.json) and no folders of adapters (adapter_config.json), so there are "
-            f"no tasks to choose from{'' if model is None else f'; to choose among models such as {model}, name their base: BASE+{path}'}"
+            f"no tasks to choose from{'' if model is None else _of_models(model, path)}"
         )
     return folder_tasks(path, tuple(found), base, text, cache_dir)
+
+
+def _of_models(model: str, path: Path) -> str:
+    return (
+        f"; to choose among models such as {model}, name their base: BASE+{path}; "
+        f"models of unequal sizes need none: merganser route {path} --gates mergeme --data TASK=FILE ..."
+    )

@@ -16,6 +16,7 @@ from .gated.evaluated import open_gated
 from .model import RoutedModel
 from .subspaces import SubspaceSettings
 from .tasks import Mix, TaskSet, padded, told_tasks
+from .unequal.evaluated import has_mixture, open_unequal
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,8 @@ __all__ = ["CHOICES", "SHARED", "RoutedLanguageModel", "open_routed", "routed_na
 
 CHOICES = ("auto", "blend", "gates", "perplexity", "subspaces", "told")
 """How a task is chosen: by the router, one or two in shares; by the perplexity of each task's model; by the subspaces that its value
-projections read; or by the name of what is measured. With gates, parts of all are added in shares, and that with the largest
-share counts as chosen."""
+projections read; or by the name of what is measured. With gates, parts of all are added in shares, or outputs of
+experts of unequal sizes are, and that with the largest share counts as chosen."""
 
 _BY: Mapping[str, Literal["perplexity", "subspaces"]] = {"perplexity": "perplexity", "subspaces": "subspaces"}
 
@@ -104,6 +105,8 @@ def open_routed(
         CheckpointError: They are damaged.
     """
     if choice == "gates":
+        if has_mixture(reference):
+            return open_unequal(reference, told, tokenizers, cache_dir=cache_dir)
         return open_gated(reference, told, tokenizers, cache_dir=cache_dir)
     tasks = open_tasks(reference, cache_dir=cache_dir)
     if choice in ("auto", "blend") and not tasks.router.exists():
