@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import merganser
 from merganser.engine.merge import merge
+from merganser.engine.output import ownership
 from merganser.engine.run import Interrupted
 from merganser.errors import MergeError, NonFiniteError, OutputError, RecipeError
 from tests.calibration.families import save
-from tests.engine.interrupting import die, in_a_process, press_ctrl_c
+from tests.engine.interrupting import Killed, die, in_a_process, press_ctrl_c
 from tests.evaluation.tiny import add_tokenizer, text
 
 LENGTH = 40
@@ -216,6 +217,33 @@ def test_a_killed_merge_continues_at_its_block(zoo: Path, expected: bytes, tmp_p
     assert steps.seen == [("expert2", 2), ("expert2", 3)]
     assert weights(tmp_path / "out") == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_statistics_that_a_kill_left_beside_a_finished_merge_go_with_the_next_call(
+    zoo: Path, expected: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = ownership.Owned.remove
+
+    def killed(self: Any) -> None:
+        if self.folder.name == ".out.statistics.done" and self.files:
+            # in the midst of the removal
+            next(self.folder.rglob("*.safetensors")).unlink()
+            raise Killed
+        remove(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ownership.Owned, "remove", killed)
+        with pytest.raises(Killed):
+            merge(written(zoo), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.statistics.done", "out"]
+    (tmp_path / ".out.statistics.lock").touch()
+    # of others, and of another target
+    (tmp_path / ".out.mine.done").mkdir()
+    (tmp_path / ".out.mine.done" / "mine").touch()
+    with pytest.raises(OutputError, match="out: exists"):
+        merge(written(zoo), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine.done", "out"]
+    assert weights(tmp_path / "out") == expected
 
 
 def test_an_interrupted_merge_says_so_and_may_start_afresh(zoo: Path, expected: bytes, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ..engine.output.failure import failures_of
+from ..engine.output.leftovers import discard
 from ..engine.output.lock import lock_target
 from ..engine.output.ownership import MARKER, claim, survey
 from ..engine.plan.plan import Plan
@@ -189,9 +190,9 @@ def statistics_home(
             yield StatisticsHome(home, cache_dir, plan_merge)
         except MergeError as error:
             if not isinstance(error, OutputError):
-                _remove(home)
+                discard(home)
             raise
-        _remove(home)
+        discard(home)
     finally:
         guard.release()
 
@@ -207,9 +208,3 @@ def _names(plan: CalibrationPlan) -> list[str]:
         *(f"{plan.name}/{file}" for file in plan.files),
         *(f"{first}/{name}" for name in (MARKER, *LEFT)),
     ]
-
-
-def _remove(home: Path) -> None:
-    """Remove the folder, unless it holds anything that merganser did not write."""
-    with contextlib.suppress(OSError):
-        survey(home).remove()

@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +118,10 @@ class Stages:
 
     def remove(self) -> None:
         """Remove the folder, unless it holds anything that merganser did not write."""
+        from .output.leftovers import discard
         from .output.ownership import survey_each
 
-        with contextlib.suppress(OSError):
-            survey_each(self.home, known=self.made).remove()
+        discard(self.home, partial(survey_each, known=self.made))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from ...system import NO_FOLLOW, open_binary, read_at, start_flush, sync, write_
 from ...wording import size_text
 from .failure import failures_of, write_error
 from .journal import JOURNAL, Finished, Journal, read_journal
+from .leftovers import sweep
 from .lock import Lock, lock_target
 from .ownership import MARKER, Owned, claim, survey, unfinished
 from .publish import publish, replaced_folder, take_back, working_names, working_parent
@@ -228,12 +229,15 @@ class Staging:
 def check_target(out: Path, *, overwrite: bool) -> Owned:
     """Refuse a target that must not be replaced.
 
+    What runs that were killed at their very end left beside it is removed.
+
     Returns:
         The present contents of the target, which will be replaced.
 
     Raises:
         OutputError: The target exists and may not be replaced.
     """
+    sweep(out)
     try:
         if out.is_symlink():
             raise OutputError(f"{out}: is a link; choose another target, or the folder that it leads to")

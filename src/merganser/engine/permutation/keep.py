@@ -12,6 +12,7 @@ from ...errors import MergeError, OutputError
 from ...files import sealed_line, unseal_line
 from ...jsonfile import open_regular
 from ..output.failure import failures_of
+from ..output.leftovers import discard
 from ..output.lock import lock_target
 from ..output.ownership import claim, survey
 from .assignment import Order, Orders
@@ -101,14 +102,8 @@ def permutations_home(out: Path, *, fresh: bool) -> Iterator[Path]:
             yield home
         except MergeError as error:
             if not isinstance(error, OutputError):
-                _remove(home)
+                discard(home)
             raise
-        _remove(home)
+        discard(home)
     finally:
         guard.release()
-
-
-def _remove(home: Path) -> None:
-    """Remove the folder, unless it holds anything that merganser did not write."""
-    with contextlib.suppress(OSError):
-        survey(home).remove()
