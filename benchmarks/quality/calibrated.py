@@ -12,8 +12,9 @@ from merganser.method.description import describe
 
 
 def takes_data(method: MergeMethod) -> bool:
-    """Return whether a method needs statistics of data."""
-    return bool(describe(method).from_data)
+    """Return whether a method needs statistics of data, of the models or of the base."""
+    described = describe(method)
+    return bool(described.from_data or described.from_data_of_base)
 
 
 class Statistics:
