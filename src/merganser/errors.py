@@ -7,6 +7,7 @@
     │   ├── NotFoundError      (FileNotFoundError)   a model, file or tensor that is not there
     │   ├── NonFiniteError                    NaN or infinity in an input or result
     │   └── UnreachableError                  the Hub stopped answering; the same command continues
+    ├── MethodError                       a merge method of a third party: what it raises or returns
     ├── TaskError              (ValueError)   an evaluation's task: file, line, name
     ├── DataError              (ValueError)   calibration data and statistics of it: file, line, key
     ├── OutputError            (OSError)      the target: exists, locked, no room, not writable
@@ -29,6 +30,7 @@ __all__ = [
     "DataError",
     "MemoryLimitError",
     "MergeError",
+    "MethodError",
     "NonFiniteError",
     "NotFoundError",
     "OutputError",
@@ -71,6 +73,10 @@ class NonFiniteError(CheckpointError):
 
 class UnreachableError(CheckpointError):
     """The Hub stopped answering while a model was read from it; what was merged by then is kept."""
+
+
+class MethodError(MergeError):
+    """A merge method of a third party raised an error, or returned what it must not."""
 
 
 class TaskError(MergeError, ValueError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..catalogue import FIRST, canonical_name, described, factor_names, own_names, third_party, unknown_method
+from ..engine.fusion.machine import why_not
 from ..errors import RecipeError
 from ._options import Json
 from .printing.text import head, say, say_json, table
@@ -140,6 +141,8 @@ def _page(method: MethodDescription, how: Sequence[Mapping[str, Any]]) -> None:
     head("Passes over the inputs")
     for one in how:
         _wrapped(f"{one['what']}: {_how(one)}", "  ")
+    if any(one["fused"] for one in how) and why_not():
+        _wrapped(f"here all run operation by operation ({why_not()})", "  ")
     cited = "no publication" if method.cite == "-" else method.cite
     _block("Reference", f"{method.citation} [{cited}]" if method.citation else cited)
 

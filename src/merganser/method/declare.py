@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import did_you_mean
 from .docstring import Docstring, parse_docstring
 from .factors import Factors
 from .learning import LEARNING_PARAMETERS
 from .method import Ignored, Law, MergeMethod, Scope
 from .parameter import Embeddings, Others, Parameter, read_parameter
 from .sidecar import Sidecar, for_all_sidecars
-from .statistic import FromData, NumbersFromData, Statistic, When, from_data_complaint
+from .statistic import FromData, NumbersFromData, Statistic, When, from_data_complaint, takes
 
 
 def merge_method(
@@ -134,7 +135,7 @@ def _complaint(method: MergeMethod, hints: Mapping[str, Any]) -> str | None:
         complaint = complaint or "rounding is known of whole matrices; this needs the scope 'matrix'"
     if method.sidecar is not None:
         complaint = complaint or method.sidecar.complaint(method.parameters, scope, base)
-    return complaint
+    return complaint or _names_complaint(method)
 
 
 def factor_method(*, cite: str, version: int = 1) -> Callable[[Callable[..., Factors]], MergeMethod]:
@@ -184,6 +185,33 @@ def _matrix_complaint(
         )
     other = next((name for name, statistic in statistics.items() if statistic.over != "model"), None)
     return f"a method of scope 'matrix' gets whole matrices; let it compute {other} itself" if other else None
+
+
+_GIVEN = ("base", "models", "rng", "rounding")
+
+
+def _names_complaint(method: MergeMethod) -> str | None:
+    """Return a message for an argument for which there will be no value; None if there is none."""
+    given = ("models", "rng", "rank") if method.scope == "factors" else _GIVEN
+    declared = (method.statistics, method.from_data, method.numbers, method.located)
+    known = {
+        *given,
+        *(parameter.argument for parameter in method.parameters.values()),
+        *(n for own in declared for n in own),
+    }
+    taken = [(method.name, name) for name in takes(method.combine)]
+    for statistic, own in method.statistics.items():
+        for one in own.rounds:
+            solved = takes(one.solve)[1:]
+            taken += [(f"the measuring of {statistic}", name) for name in takes(one.measure) if name != "previous"]
+            taken += [(f"the solving of {statistic}", name) for name in solved if name not in ("previous", "size")]
+    for where, name in taken:
+        if name not in known:
+            return (
+                f"{where} takes {name!r}, which is no input, statistic or located number; parameters are keyword-only."
+                f"{did_you_mean(name, known)}"
+            )
+    return None
 
 
 _SETTINGS = {

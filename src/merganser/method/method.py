@@ -75,6 +75,11 @@ class MergeMethod:
         """Whether its operations are fused; a function over a whole tensor or matrix gains nothing from that."""
         return self.scope in ("element", "row") and not self.from_data
 
+    @property
+    def foreign(self) -> bool:
+        """Whether another package declares it."""
+        return self.combine.__module__.partition(".")[0] != __name__.partition(".")[0]
+
     @cached_property
     def data_inputs(self) -> Inputs:
         """What computes the inputs that its statistics from data are of, as in `FromData`."""

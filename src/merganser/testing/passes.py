@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..engine.fusion.machine import why_not
-from ..engine.fusion.run import Program
 from ..engine.kernels.block import Block
 from ..engine.kernels.blocks import TensorRun
 from ..engine.kernels.kernels import Kernel, Kernels, Phase
@@ -17,6 +17,9 @@ from ..method import Location, MergeMethod
 from ..method.method import fill
 from ..ops.random import keys
 from .cases import cases, count_models, make_inputs
+
+if TYPE_CHECKING:
+    from ..engine.fusion.run import Program
 
 __all__ = ["Pass", "passes"]
 

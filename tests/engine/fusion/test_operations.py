@@ -159,7 +159,7 @@ def test_what_loops_do_not_know_is_done_by_torch(function: Callable[[Tensor], Te
     [
         (lambda a: [a * float(a[0])], "looks at values"),
         (lambda a: [a * 2 if a.sum() > 0 else a], "looks at values"),
-        (lambda a: [a.mul_(2)], "changes a part of a tensor, or an input"),
+        (lambda a: [a.mul_(2)], "changes a part of a tensor, or one that it was given"),
         (lambda a: [a * 2 if len(a) > 30 else a * 3], "depend on the size of the block"),
         (lambda a: [a * (1.5 * len(a))], "depend on the size of the block"),
         (lambda a: [a[: len(a) // 2] * 2], "depend on the size of the block"),

@@ -192,25 +192,39 @@ print(merge(sys.argv[1], sys.argv[2]).record["compiled"])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how Linux forbids it")
-def test_without_executable_memory(tmp_path: Path) -> None:
+WITHOUT = """
+import sys
+sys.modules["llvmlite"] = None
+from merganser.engine.fusion.machine import why_not
+print(why_not().partition(" (")[0])
+from merganser.engine.merge import merge
+print(merge(sys.argv[1], sys.argv[2]).record["compiled"])
+from merganser.method import get_method
+from merganser.testing.laws import fuses_to_the_same_bits
+fuses_to_the_same_bits(get_method("linear"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        pytest.param(
+            FORBIDDEN,
+            "this process may not map executable memory",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="how Linux forbids it"),
+        ),
+        (WITHOUT, "llvmlite cannot be imported"),
+    ],
+)
+def test_where_no_machine_code_can_be_made(tmp_path: Path, code: str, reason: str) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(json.dumps(make_recipe("linear", write_llamas(tmp_path, 2), parameters={"weight": 1})))
-    command = [sys.executable, "-c", FORBIDDEN, str(recipe), str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, str(recipe), str(tmp_path / "out")]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode == 3:
         pytest.skip("this kernel of Linux cannot forbid it")
-    assert (found.returncode, found.stdout) == (0, "this process may not map executable memory\nFalse\n")
+    assert (found.returncode, found.stdout) == (0, f"{reason}\nFalse\n")
     assert_equal(read_model(merge(recipe, tmp_path / "fused").out), read_model(tmp_path / "out"))
-
-
-def test_without_llvmlite(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine.why_not.cache_clear()
-    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
-    try:
-        assert str(machine.why_not()).startswith("llvmlite cannot be imported (")
-    finally:
-        machine.why_not.cache_clear()
 
 
 def test_code_stays_as_long_as_its_function() -> None:

@@ -7,6 +7,7 @@ does not round every one correctly) is left out, and runs in torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,10 @@ def computes(node: Node, dtypes: Sequence[torch.dtype | None]) -> bool:
         return False
     operation, rest, dtype = ELEMENTWISE[node.name], node.args[1:], node.dtype
     assert dtype is not None
+    if node.name.split(".")[1] in ("add", "sub", "rsub") and rest[1:] not in ((), (1,)):
+        return False  # alpha, by position
+    if "clamp" in node.name and any(isinstance(one, float) and math.isnan(one) for one in rest):
+        return False
     if node.name == "aten.where.self":
         return dtypes[0] == torch.bool and all(one is None or converts(one, dtype) for one in dtypes[1:])
     if node.name == "aten._to_copy.default":

@@ -7,7 +7,7 @@ rows of the block, and in each row over its columns, 16 at a time:
     entry     what is fixed: read, converted, and whatever follows from it alone
     row       what has one value per row
     column    what has one value per element, and the writing of results
-    end       partial sums become sums
+    end       partial sums become sums, and numbers of the whole block are written
 
 Values are emitted at the outermost of these places where all they need is known. At the end of a row the last 16 columns
 are taken, some of which may have been done before: writing the same again changes nothing, and sums leave them out.
@@ -92,7 +92,7 @@ class _Writer:
         return Source(
             str(module),
             all(value.place == "element" for value in self._arrays)
-            and all(store.place == "element" and store.over == "block" for store in self._stores),
+            and all(store.place in ("element", "scalar") and store.over == "block" for store in self._stores),
             tuple(_source(value) for value in self._scalars),
             tuple(_source(value) for value in self._arrays),
             self._stores,
@@ -107,7 +107,7 @@ class _Writer:
         self._n_rows, self._n_columns = word(block, 0), word(block, 1)
         self._last = b.sub(self._n_columns, ir.Constant(_I64, LANES))
         for i, value in enumerate(self._scalars):
-            self._emitted[id(value)] = _spread(b, _narrow(b, word(block, 2 + i), value.dtype))
+            self._emitted[id(value)] = convert(b, _spread(b, word(block, 2 + i)), torch.int64, value.dtype)
         first = 2 + len(self._scalars)
         addresses = [word(block, first + i, ir.PointerType()) for i in range(len(self._arrays) + len(self._stores))]
         self._read = {id(value): address for value, address in zip(self._arrays, addresses, strict=False)}
@@ -115,8 +115,8 @@ class _Writer:
         # room for the numbers that are counted one by one
         self._room = {i: b.alloca(vector(_I32)) for i, _ in self._counted()}
         for i, value in enumerate(self._fixed):
-            number = word(fixed, i, ir.DoubleType() if value.dtype.is_floating_point else _I64)
-            self._emitted[id(value)] = _spread(b, _narrow(b, number, value.dtype))
+            wide = torch.float64 if value.dtype.is_floating_point else torch.int64
+            self._emitted[id(value)] = convert(b, _spread(b, word(fixed, i, lane(wide))), wide, value.dtype)
         self._emit_all(b, _ENTRY)
 
     def _row(self, b: Any) -> None:
@@ -176,6 +176,10 @@ class _Writer:
         for i, store in self._reductions("block"):
             total = _total(b, store, self._sums[i])
             self._put_one(b, total, _dtype(store), self._written[i], ir.Constant(_I64, 0))
+        for i, store in enumerate(self._stores):
+            if not store.reduce and store.place == "scalar":
+                one = b.extract_element(self._emitted[id(store.value)], ir.Constant(_I32, 0))
+                self._put_one(b, one, _dtype(store), self._written[i], ir.Constant(_I64, 0))
         b.ret_void()
 
     def _reductions(self, over: str) -> list[tuple[int, Store]]:
@@ -349,10 +353,3 @@ def _spread(b: Any, number: Any) -> Any:
 
 def _lanes(whole: Any) -> Any:
     return ir.Constant(vector(whole), [ir.Constant(whole, i) for i in range(LANES)])
-
-
-def _narrow(b: Any, number: Any, dtype: torch.dtype) -> Any:
-    """Return a float64 or int64 as a number of a dtype, which holds it exactly."""
-    if dtype in (torch.float64, torch.int64):
-        return number
-    return b.fptrunc(number, lane(dtype)) if dtype == torch.float32 else b.trunc(number, lane(dtype))

@@ -24,6 +24,7 @@ from .arithmetic import ELEMENTWISE, computes
 from .graph import ROWS, SIZE, Graph, Node, Ref, Symbol, Unfusable
 from .parts import Lowered, Stage, Store, Value
 from .trace import Form
+from .vectors import FLOATS
 
 _STORED = (
     torch.bfloat16,
@@ -329,7 +330,7 @@ class _Lowering:
             index: int = node.args[2]
             return parts[index]
         # a sum of parts is none: torch adds them in an order of its own
-        if node.name != "aten.amax.default" or node.args[1:] != ((0,),) or not place:
+        if node.name != "aten.amax.default" or node.args[1:] != ((0,),) or not place or node.dtype not in FLOATS:
             return None
         total = parts[0]
         for part in parts[1:]:

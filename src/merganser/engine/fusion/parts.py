@@ -40,7 +40,7 @@ class Store:
 
     Args:
         value: The value.
-        place: "element" or "row": what the target has an entry for, or what is reduced.
+        place: "element", "row" or "scalar": what the target has an entry for, or what is reduced.
         target: Node whose tensor receives it.
         part: Index of the part of the target, where that is a stack, or has a histogram for each part.
         reduce: "sum" or "max" of the elements; "count": how often each occurs; "count few": the same, most being negative,

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import MergeError
+from ...errors import MergeError, MethodError
 from .block import Block
 from .data import Data
 from .kernels import Kernel, Kernels, Phase
@@ -173,7 +173,7 @@ class TensorRun:
         """Add a block's measurement to the total of the blocks before it; also return whether the block is finite."""
         block, kernel = self._block(("measure", name, index), known, range_, base, models, data)
         over_rows = name in self.kernels.rows
-        found, finite = kernel(block, None if over_rows else total)
+        found, finite = self._run(kernel, block, None if over_rows else total)
         if not over_rows:
             return self.kernels.measured(name, index, found, total), bool(finite)
         found = self.kernels.measured(name, index, found, None)
@@ -247,11 +247,12 @@ class TensorRun:
     @property
     def together(self) -> Literal["joined", "stacked"] | None:
         """How it can be merged with tensors of the same kernels and parameters, as in `MergeMethod.together`."""
-        return self.values.together if len(self.ranges) == 1 else None
+        how = self.values.together if len(self.ranges) == 1 else None
+        return how if self.kernels.stacks or how == "joined" else None
 
     def merge_several(
         self, runs: Sequence[TensorRun], base: Tensor | None, models: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
         """Measure, solve and combine tensors of this one's size, kernels and parameters at once, stacked.
 
         Args:
@@ -260,8 +261,18 @@ class TensorRun:
             models: The same of the models.
 
         Returns:
-            The merged tensors, shape [k, size], and whether the inputs and the result of each are finite, shape [k].
+            The merged tensors, shape [k, size], and whether the inputs and the result of each are finite, shape [k]. None if
+            that fails: torch cannot stack every operation, and an error of one tensor is found by merging one by one.
         """
+        try:
+            return self._merge_several(runs, base, models)
+        except Exception as error:
+            self.kernels.merge_alone(error)
+            return None
+
+    def _merge_several(
+        self, runs: Sequence[TensorRun], base: Tensor | None, models: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         kernels = self.kernels
         random = torch.stack([run._keys for run in runs]) if kernels.method.random else self._keys
         block = Block(base, models, {}, self._numbers, {}, random, 0)
@@ -289,8 +300,14 @@ class TensorRun:
             data: The statistics from data of the block, or of its matrix, a tensor per model.
         """
         block, kernel = self._block(("combine", "", 0), known, range_, base, models, data)
-        merged, finite = kernel(block, None)
+        merged, finite = self._run(kernel, block, None)
         return (merged.T if self.turned else merged).reshape(-1), bool(finite)
+
+    def _run(self, kernel: Kernel, block: Block, total: Tensor | None) -> tuple[Tensor, Tensor]:
+        try:
+            return kernel(block, total)
+        except MethodError as error:
+            raise MethodError(f"{self.name}: {error}") from error
 
     def matrix(self, start: int) -> int:
         """Return the index of the matrix, in a packed tensor, that holds an element."""

@@ -7,28 +7,33 @@ the output dtype and returns whether all numbers were finite. On a CPU its opera
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ...errors import MergeError, MethodError
 from ...method import MergeMethod, Statistic, takes
 from ...method.statistic import Round
 from ...ops.linalg.rounding import rounding_in
 from ...ops.random import Random
 from ..fusion.graph import Unfusable
-from ..fusion.run import Program
 from ..fusion.trace import Form
 from .block import Block, arguments, rebuild
+from .calls import call
 from .data import Data
 from .sums import join
 from .values import Values
+
+if TYPE_CHECKING:
+    from ..fusion.run import Program
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +55,9 @@ class Kernels:
         device: Where the kernels run.
         fused: Fuse operations: on a CPU into loops in machine code, on a GPU by `torch.compile`.
         check_finite: Whether kernels look for NaN and infinity.
+
+    Attributes:
+        stacks: Whether small tensors are merged in one call where that gives the same bytes.
     """
 
     method: MergeMethod
@@ -59,6 +67,7 @@ class Kernels:
     device: torch.device
     fused: bool = False
     check_finite: bool = True
+    stacks: bool = True
     _functions: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -84,7 +93,7 @@ class Kernels:
     def _settings(self) -> int:
         """The number of these settings, which is the same for all kernels with them."""
         settings = (self.method, tuple(self.static.items()), self.compute, self.output, self.check_finite)
-        return _numbers.setdefault(settings, len(_numbers))
+        return _numbers.setdefault(settings, next(_next))
 
     def round(self, name: str, index: int) -> Round:
         """Return a round of a statistic."""
@@ -132,7 +141,8 @@ class Kernels:
         def measure(inputs: list[Tensor], rows: Any, known: Any) -> Tensor:
             base, models = (None, inputs) if block.base is None else (inputs[0], inputs[1:])
             given = {**static, **block.numbers, **rows, **known}
-            return at_once.measure({**given, **_read(base, models, self.compute, names)})
+            read = {**given, **_read(base, models, self.compute, names)}
+            return call(self.method, partial(at_once.measure, read), {})
 
         earlier = {key: value for key, value in known.items() if key != "size"}
         given = {**static, **values.numbers, "size": known["size"]}
@@ -154,7 +164,13 @@ class Kernels:
         solve = self.round(name, index).solve
         first, *rest = takes(solve)
         given = {**self._unwanted, **self.static, **values.numbers, **known}
-        return solve(**{first: measured}, **{key: given[key] for key in rest})
+        return call(self.method, solve, {first: measured, **{key: given[key] for key in rest}})
+
+    def merge_alone(self, error: Exception) -> None:
+        """Merge small tensors one by one from now on, as a call for several of them has failed."""
+        self.stacks = False
+        if not isinstance(error, MergeError) or isinstance(error, MethodError):
+            self._say(("several", "", 0), f"small tensors are merged one by one: {error}")
 
     def combine_several(self, block: Block) -> tuple[Tensor, Tensor]:
         """Merge several tensors of one shape and the same parameters in one call; also return whether each is finite.
@@ -215,7 +231,7 @@ class Kernels:
             return self._compiled(phase, eager)
         program = self.program(phase, block)
         if isinstance(program, str):
-            self._say(phase, program)
+            self._say(phase, f"a pass cannot be fused: {program}")
             return eager
         if not program.takes(block.models[0].shape):
             return eager
@@ -258,6 +274,9 @@ class Kernels:
         )
         with _lock:
             if key not in _programs:
+                # needs llvmlite, which some machines lack
+                from ..fusion.run import Program
+
                 try:
                     _programs[key] = Program(flat, forms, columns)
                 except Unfusable as reason:
@@ -280,16 +299,16 @@ class Kernels:
             except RuntimeError as error:
                 if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
                     raise
-                self._say(phase, str(error).partition("\n")[0])
+                self._say(phase, f"a pass cannot be fused: {str(error).partition(chr(10))[0]}")
                 return eager(block, total)
 
         return run
 
     def _say(self, phase: Phase, reason: str) -> None:
-        """Tell the user, once, why a pass is not fused."""
+        """Tell the user, once, why something is slower than it might be."""
         if (self.method, phase) not in _said:
             _said.add((self.method, phase))
-            _logger.warning("%s: slower than it might be, as a pass cannot be fused: %s", self.method.name, reason)
+            _logger.warning("%s: slower than it might be, as %s", self.method.name, reason)
 
     def _function(self, phase: Phase) -> Callable[..., Any]:
         if phase not in self._functions:
@@ -303,7 +322,7 @@ class Kernels:
     def _call(self, function: Callable[..., Tensor], *, round_to: torch.dtype | None) -> Callable[..., Any]:
         """Wrap a measure or combine function: conversion, what it takes by name, rounding, finiteness."""
         names = takes(function)
-        compute, static, check = self.compute, dict(self.static), self.check_finite
+        method, compute, static, check = self.method, self.compute, dict(self.static), self.check_finite
         limit = math.inf if round_to is None else _overflow(round_to)
 
         def kernel(
@@ -325,12 +344,16 @@ class Kernels:
                 **_read(base, models, compute, names),
             }
             given["rng"] = Random(keys, offset)
-            result = function(**{name: given.get(name) for name in names})
+            result = call(method, function, {name: given.get(name) for name in names})
             read = [given["base"], *given["models"]] if base is not None else given["models"]
             if round_to is not None:
+                if result.shape != read[0].shape or not result.is_floating_point():
+                    raise MethodError(
+                        f"merge method {method.name}: returned {result.dtype} of shape {list(result.shape)} for a block of "
+                        f"shape {list(read[0].shape)}; it must return floats in the shape of the block"
+                    )
                 # checked before rounding: a fused kernel does not see the rounded numbers
-                wide = result.reshape(read[0].shape)
-                read = [*read, torch.where(wide.abs() < limit, wide, torch.full_like(wide, torch.inf))]
+                read = [*read, torch.where(result.abs() < limit, result, torch.full_like(result, torch.inf))]
                 result = result.to(round_to)
             # x - x is 0 if x is finite, else NaN, which is the largest: cheaper than isfinite
             finite = sum(tensor - tensor for tensor in read).amax() == 0 if check else keys.new_ones(())
@@ -361,6 +384,7 @@ _WORTH_A_PROGRAM = 1 << 17
 
 # settings of kernels by number: hashing the number is much faster than hashing the settings
 _numbers: dict[Any, int] = {}
+_next = itertools.count()
 # programs of this process, for all runs; the lock also keeps two threads from making the same one
 _programs: dict[Any, Program | str] = {}
 _lock = threading.Lock()

@@ -15,6 +15,7 @@ from ...errors import NonFiniteError
 from ...method import Location, MergeMethod
 from ...method.method import fill
 from ...ops.random import keys
+from ..fusion.machine import why_not
 from .assignment import treat
 from .blocks import BLOCK, Inputs, TensorRun, working_shape
 from .data import Data, PerModel
@@ -56,7 +57,7 @@ def merge_tensor(
         dtype: Dtype of the result; by default the promoted dtype of the inputs.
         compute: Dtype of the arithmetic; by default float32, or float64 if an input or `dtype` is.
         block: Elements of a block, at most; by default as for checkpoints.
-        fused: Fuse operations, as merges do; by default they run in torch, one by one.
+        fused: Fuse operations, as merges do, if this process can; by default they run in torch, one by one.
         allow_nonfinite: Merge NaN and infinity instead of raising an error.
         data: Statistics from data that the method takes: by name a tensor per model, as `FromData` says, for packed
             experts with a leading dimension; and numbers from data. Without them, the tensor is merged like one that has
@@ -92,7 +93,8 @@ def merge_tensor(
     method, values = treatment.method, Values.of(treatment.method, treatment.parameters, treatment.located)
     base, models = treatment.inputs(base, models)
     inputs = [*models] if base is None else [base, *models]
-    kernels = Kernels(method, values.static, compute, dtype, device, fused and method.fuse, not allow_nonfinite)
+    fused = fused and method.fuse and (device.type != "cpu" or why_not() is None)
+    kernels = Kernels(method, values.static, compute, dtype, device, fused, not allow_nonfinite)
     worked = working_shape(shape, method.scope, role)
     run = TensorRun(kernels, values, worked, keys(seed, name, len(models)), block or BLOCK, name=name)
     if not run.ranges:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ def peak_per_element(
     compute: torch.dtype,
     *,
     with_base: bool,
+    fused: bool = False,
 ) -> float:
     """Return a method's peak memory besides its inputs, bytes per element of the tensor.
 
@@ -104,9 +105,10 @@ def peak_per_element(
         output: Dtype of the result.
         compute: Dtype of the arithmetic.
         with_base: Whether the first input is the base.
+        fused: Whether operations are fused; loops need no memory.
     """
     fixed = tuple(sorted(parameters.items()))
-    return _measure(method, fixed, _smaller(shape), tuple(dtypes), output, compute, with_base)
+    return _measure(method, fixed, _smaller(shape), tuple(dtypes), output, compute, with_base, fused)
 
 
 def _smaller(shape: Sequence[int]) -> tuple[int, ...]:
@@ -128,6 +130,7 @@ def _measure(
     output: torch.dtype,
     compute: torch.dtype,
     with_base: bool,
+    fused: bool,
 ) -> float:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
@@ -144,8 +147,21 @@ def _measure(
         )
         for name, own in method.from_data.items()
     }
+    run = partial(
+        merge_tensor,
+        method,
+        base,
+        models,
+        dict(parameters),
+        dtype=output,
+        compute=compute,
+        fused=fused,
+        allow_nonfinite=True,
+        data=data,
+    )
+    if fused:
+        # makes the loops
+        run()
     with memory:
-        merge_tensor(
-            method, base, models, dict(parameters), dtype=output, compute=compute, allow_nonfinite=True, data=data
-        )
+        run()
     return memory.peak / max(math.prod(shape), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def memory_needs(tensors: Sequence[PlannedTensor], fused: bool) -> Needs:
             arithmetic = _eager(tensor)
             if fused:
                 # the loops do everything but the order statistics of stacks, which torch finds
-                arithmetic = 12 * len(tensor.inputs) if tensor.together == "stacked" else 0
+                arithmetic = max(12 * len(tensor.inputs) if tensor.together == "stacked" else 0, _fused(tensor))
             bundle = max(bundle, _raw(tensor) + (_raw(tensor) + arithmetic if tensor.together else 0))
     needed = max(largest, _largest_bundle(tensors) * bundle)
     loops = fused and any(tensor.method.fuse and not tensor.copy for tensor in kinds)
@@ -194,7 +195,12 @@ def _raw(tensor: PlannedTensor) -> int:
 
 
 def _fused(tensor: PlannedTensor) -> int:
-    """Return the measured bytes per element of fused kernels' temporaries: 0 unless they rank."""
+    """Return the bytes per element of temporaries beside loops: 0 unless they rank; those of foreign methods are measured."""
+    if tensor.method.foreign and not tensor.copy:
+        # it may refuse random numbers; a plan must not fail for its memory
+        with suppress(Exception):
+            return math.ceil(_probed(tensor, fused=True))
+        return _eager(tensor)
     return 13 * len(tensor.inputs) + 24 if tensor.method.scope == "row" and tensor.method.random else 0
 
 
@@ -205,8 +211,8 @@ def _eager(tensor: PlannedTensor) -> int:
     return eager * tensor.compute_dtype.itemsize // 4
 
 
-def _probed(tensor: PlannedTensor) -> float:
-    """Return the bytes per element of temporaries of a method for whole tensors, measured on small tensors."""
+def _probed(tensor: PlannedTensor, *, fused: bool = False) -> float:
+    """Return the bytes per element of a method's temporaries, measured on small tensors."""
     shape = block_shape(tensor.working_shape, tensor.method.scope, tensor.size)
     return peak_per_element(
         tensor.method,
@@ -216,6 +222,7 @@ def _probed(tensor: PlannedTensor) -> float:
         getattr(torch, tensor.dtype.name),
         getattr(torch, tensor.compute_dtype.name),
         with_base=tensor.base is not None,
+        fused=fused,
     )
 
 

@@ -34,16 +34,24 @@ def merge_alike(
         allow_nonfinite: Merge NaN and infinity; otherwise nothing is returned if there are any.
 
     Returns:
-        The merged tensors, one after the other, on the CPU.
+        The merged tensors, one after the other, on the CPU; None if they have to be merged one by one.
     """
     own = [run for run in runs if run is not None]
     first, size = own[0], sum(run.size for run in own)
-    if first.together == "stacked":
+    how = first.together
+    if how is None:
+        # found out since they were taken for alike
+        return None
+    if how == "stacked":
         stacked = None if base is None else base.view(len(own), -1)
-        merged, each = first.merge_several(own, stacked, [model.view(len(own), -1) for model in models])
+        found = first.merge_several(own, stacked, [model.view(len(own), -1) for model in models])
+        if found is None:
+            return None
+        merged, each = found
         finite = bool(each.all())
     else:
-        joined = TensorRun(first.kernels, first.values, (size,), torch.zeros((1, 2), dtype=torch.int32), size)
+        no_keys, name = torch.zeros((1, 2), dtype=torch.int32), f"{first.name} and others"
+        joined = TensorRun(first.kernels, first.values, (size,), no_keys, size, name=name)
         merged, finite = joined.combine({}, (0, size), base, models)
     return merged.reshape(-1).cpu() if finite or allow_nonfinite else None
 

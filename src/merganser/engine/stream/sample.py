@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, combinations, combinations_with_replacement
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor
 from ...ops.linalg.rounding import rounding_norms, rounding_variance
 from ..fusion.graph import Unfusable
 from ..fusion.machine import why_not
-from ..fusion.run import Program
 from ..fusion.trace import Form
 from ..plan.tensor import PlannedTensor
+
+if TYPE_CHECKING:
+    from ..fusion.run import Program
 
 SAMPLE = 1 << 16
 """Elements at the start of each tensor on which distances are measured."""
@@ -158,6 +160,9 @@ def _measure_in_a_loop(columns: Sequence[Tensor], with_base: bool) -> Tensor | N
     key = (forms, size, with_base)
     with _lock:
         if key not in _programs:
+            # needs llvmlite, which some machines lack
+            from ..fusion.run import Program
+
             try:
                 _programs[key] = Program(partial(_sums_of_rows, with_base=with_base), forms, size)
             except Unfusable:
