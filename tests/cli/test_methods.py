@@ -105,6 +105,16 @@ def test_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_the_page_says_where_no_machine_code_can_be_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[_page.__module__], "why_not", lambda: "this processor lacks AVX2")
+    said = "  here all run operation by operation (this processor lacks AVX2)\n"
+    for fused in (True, False):
+        _page(describe(toy), [asdict(Pass("merges", fused, reason="" if fused else "it looks at values"))])
+        assert (said in capsys.readouterr().out) == fused
+
+
 def test_index_has_every_method_under_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     found = run("methods")

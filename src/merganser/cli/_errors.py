@@ -21,7 +21,7 @@ from ..process import NO_THREADS, data_limit
 from ..version import __version__
 from ..wording import printable
 from ._mergekit import answer, command
-from .printing.text import complain, complain_at_length, discard, writing
+from .printing.text import complain, complain_at_length, discard, telling, writing
 
 STOPPED = 130
 """Exit code after Ctrl-C."""
@@ -154,7 +154,7 @@ class Verb(TyperCommand):
             typer.Exit: With the exit code.
         """
         try:
-            with _interruptible():
+            with _interruptible(), telling():
                 _refuse_deleted_folder()
                 _refuse_little_memory()
                 result = super().invoke(ctx)

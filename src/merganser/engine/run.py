@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from ..checkpoint import Reader
-from ..errors import MergeError, OutputError, UnreachableError, UnsupportedError
+from ..errors import MergeError, MethodError, OutputError, UnreachableError, UnsupportedError
 from ..wording import html_table, plural, size_text
 from .finish import side_file_bytes, write_rest
 from .kernels.devices import resolve_devices
@@ -157,8 +157,9 @@ def _keep_or_remove(staging: Staging) -> Iterator[None]:
         staging.keep()
         raise Interrupted(f"{staging.out}: stopped; run the same command again to continue") from None
     except MergeError as error:
-        # keep the folder after an error of the disk or the network, so that the run can continue; others would repeat
-        (staging.keep if isinstance(error, OutputError | UnreachableError) else staging.remove)()
+        # keep the folder after an error that may not repeat, so that the run can continue: of the disk, of the network, or of a
+        # method, which its author mends
+        (staging.keep if isinstance(error, OutputError | UnreachableError | MethodError) else staging.remove)()
         raise
     except OSError as error:
         staging.keep()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 
 import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merganser.cli.printing.text import fitted, parse_size, table
+from merganser.cli.printing.text import fitted, parse_size, table, telling
 from merganser.wording import count_text, number_text, plural, size_text, some, time_text
 
 
@@ -138,3 +139,12 @@ def test_table_aligns_and_cuts_nothing() -> None:
     long = "x" * 300
     assert table([["a", "1", long], ["bcd", "23"]], right=[1]) == [f"  a     1  {long}", "  bcd  23"]
     assert table([]) == []
+
+
+def test_what_is_logged_is_told_as_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("merganser.engine")
+    with telling():
+        logger.warning("%s: slower than it might be", "toy")
+        logger.info("nothing of interest")
+    logger.warning("nobody listens")
+    assert capsys.readouterr().err == "warning: toy: slower than it might be\n"

@@ -14,7 +14,8 @@ from torch import Tensor
 from merganser.engine.kernels import kernels
 from merganser.engine.kernels.kernels import Kernels
 from merganser.engine.kernels.merge_tensor import merge_tensor
-from merganser.engine.merge import merge
+from merganser.engine.merge import merge, plan
+from merganser.engine.plan import memory
 from merganser.errors import MethodError
 from merganser.method import merge_method, statistic
 from merganser.method.registry import get_method
@@ -118,6 +119,26 @@ def test_what_cannot_be_stacked_is_merged_one_by_one(
         assert torch.equal(found[name], expected), name
     (said,) = (message for message in caplog.messages if "one by one" in message)
     assert said.startswith("blotted: slower than it might be, as small tensors are merged one by one: ")
+
+
+def read_numbers(models: list[Tensor]) -> Tensor:
+    return models[0] * max(models[0].tolist())
+
+
+def twice(models: list[Tensor]) -> Tensor:
+    return models[0] * 2
+
+
+def test_a_plan_knows_that_what_is_not_fused_needs_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toys = {"read_numbers": method(read_numbers), "twice": method(twice)}
+    register(monkeypatch, **toys)
+    models, found = write_llamas(tmp_path, 1), []
+    for name in toys:
+        planned = plan(make_recipe(name, models))
+        assert planned.fused
+        found.append(memory.memory_needs(planned.tensors, True).worker)
+    # blocks of intermediate results
+    assert found[0] > found[1]
 
 
 @pytest.mark.parametrize(

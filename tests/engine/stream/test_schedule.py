@@ -19,7 +19,7 @@ from merganser.engine.merge import merge, plan
 from merganser.engine.plan import memory
 from merganser.engine.stream.groups import BUNDLE_TENSORS, SEGMENT_BLOCKS, Group, make_groups
 from merganser.engine.stream.schedule import GroupState, Schedule
-from merganser.errors import CheckpointError, MemoryLimitError, UnsupportedError
+from merganser.errors import CheckpointError, MemoryLimitError, MethodError, UnsupportedError
 from merganser.method import merge_method
 from tests.engine.interrupting import Counter
 from tests.making import make_recipe, read_model, write_llamas, write_model
@@ -84,8 +84,10 @@ def test_workers_fit_the_memory(tmp_path):
     tight = plan(recipe, threads=4, max_memory=one)
     assert tight.workers == 1
     assert tight.peak_memory <= tight.max_memory == one
-    with pytest.raises(MemoryLimitError, match=r"--max-memory: linear needs \d+ MB for this merge, \d+ MB are allowed"):
+    with pytest.raises(MemoryLimitError, match=r"linear needs ([\d,]+) bytes for this merge, (?!\1)[\d,]+ bytes are"):
         plan(recipe, threads=4, max_memory=one - 1)
+    with pytest.raises(MemoryLimitError, match=r"--max-memory: linear needs \d+ MB for this merge, \d+ MB are allowed"):
+        plan(recipe, threads=4, max_memory=one - 10**7)
 
 
 def test_a_method_that_needs_whole_tensors_says_which_is_too_large(tmp_path, monkeypatch):
@@ -208,10 +210,10 @@ def test_the_first_error_of_any_thread_ends_the_run_and_all_threads(tmp_path, mo
 
     monkeypatch.setattr("merganser.method.registry.get_method", lambda name: broken)
     before = threading.active_count()
-    with pytest.raises(ZeroDivisionError, match="a defect"):
+    with pytest.raises(MethodError, match="merge method broken: ZeroDivisionError: a defect"):
         merge(make_recipe("linear", write_llamas(tmp_path, 2)), tmp_path / "out", threads=3, out_shard_size=1)
     assert threading.active_count() == before
-    # a defect of ours is no reason to lose the work
+    # a defect of a method is no reason to lose the work
     assert (tmp_path / ".out.merging").is_dir()
     assert not (tmp_path / ".out.merging.lock").exists()
 

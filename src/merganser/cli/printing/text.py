@@ -6,6 +6,7 @@ All output of the command line goes through this module, which escapes control c
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -96,6 +97,24 @@ def complain(kind: str, text: str) -> None:
         typer.echo(fitted(printable(text), sys.stderr, len(f"{kind}: ")), err=True)
     except OSError:
         discard(sys.stderr)
+
+
+class _Complaints(logging.Handler):
+    """Prints what is logged as warnings of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain("warning", record.getMessage())
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Print what the package logs."""
+    logger, handler = logging.getLogger(__package__.partition(".")[0]), _Complaints(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def complain_at_length(error: BaseException) -> None:

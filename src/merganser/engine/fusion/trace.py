@@ -23,7 +23,7 @@ from .graph import ROWS, SIZE, Graph, Node, Ref, Symbol, Unfusable
 # Sizes of the two recordings. They are far apart, so that a function that treats small blocks in a way of their own is noticed. A
 # single row is special in some operations of torch, such as a reshape, which is then no copy: if that makes a difference, the
 # graph holds from two rows on.
-_SIZES = ((24, 4040),)
+_SIZES = ((24, 1040),)
 _ROWS = ((1, 3), (2, 5))
 
 # what reads the numbers of a tensor without an operation that could be recorded
@@ -71,11 +71,13 @@ def _trace(
 ) -> Graph:
     recorders = []
     for size, fill in zip(sizes, (_zeros, _numbers), strict=True):
+        # what is read is read in both recordings
+        guard: Any = _NoReading() if fill is _zeros else contextlib.nullcontext()
         shape = (size,) if columns is None else (size, columns)
         inputs = [fill(_shape(form, shape), form.dtype, i) for i, form in enumerate(forms)]
         recorder = _Recorder(inputs)
         try:
-            with recorder, _NoReading():
+            with recorder, guard:
                 outputs = [*function(*inputs)]
             recorders.append((recorder, [recorder.ref(output) for output in outputs]))
         except Unfusable:

@@ -173,7 +173,10 @@ class TensorRun:
         """Add a block's measurement to the total of the blocks before it; also return whether the block is finite."""
         block, kernel = self._block(("measure", name, index), known, range_, base, models, data)
         over_rows = name in self.kernels.rows
-        found, finite = self._run(kernel, block, None if over_rows else total)
+        try:
+            found, finite = kernel(block, None if over_rows else total)
+        except MethodError as error:
+            raise MethodError(f"{self.name}: {error}") from error
         if not over_rows:
             return self.kernels.measured(name, index, found, total), bool(finite)
         found = self.kernels.measured(name, index, found, None)
@@ -300,14 +303,11 @@ class TensorRun:
             data: The statistics from data of the block, or of its matrix, a tensor per model.
         """
         block, kernel = self._block(("combine", "", 0), known, range_, base, models, data)
-        merged, finite = self._run(kernel, block, None)
-        return (merged.T if self.turned else merged).reshape(-1), bool(finite)
-
-    def _run(self, kernel: Kernel, block: Block, total: Tensor | None) -> tuple[Tensor, Tensor]:
         try:
-            return kernel(block, total)
+            merged, finite = kernel(block, None)
         except MethodError as error:
             raise MethodError(f"{self.name}: {error}") from error
+        return (merged.T if self.turned else merged).reshape(-1), bool(finite)
 
     def matrix(self, start: int) -> int:
         """Return the index of the matrix, in a packed tensor, that holds an element."""

@@ -90,9 +90,10 @@ def fit_workers(
     needed = beside + needs.of(1)
     if needed > limit:
         largest = max(tensors, key=lambda tensor: (_held(tensor, fused), tensor.size))
+        told = size_text if size_text(needed) != size_text(limit) else "{:,} bytes".format
         raise MemoryLimitError(
-            f"--max-memory: {largest.method.name} needs {size_text(needed)} for this merge, "
-            f"{size_text(limit)} are allowed; raise it. The largest tensor is {largest.name} {list(largest.shape)}"
+            f"--max-memory: {largest.method.name} needs {told(needed)} for this merge, "
+            f"{told(limit)} are allowed; raise it. The largest tensor is {largest.name} {list(largest.shape)}"
         )
     return min(1 + (limit - needed) // max(each, 1), wanted)
 
