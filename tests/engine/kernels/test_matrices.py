@@ -400,7 +400,7 @@ def test_a_limit_that_is_too_small_names_the_matrix(tmp_path, toys):
     roomy = plan(make_recipe("rank_one", models, base), max_memory=10**11, threads=2)
     one = memory.estimate_memory(roomy.tensors, 1, roomy.fused)
     # one expert is held at a time, so that the matrix is what counts, neither table nor pack
-    expected = rf"rank_one needs {one / 1e6:.0f} MB .* The largest tensor is model\.layers\.0\.mlp\.up_proj\.weight"
+    expected = rf"rank_one needs {one:,} bytes .* The largest tensor is model\.layers\.0\.mlp\.up_proj\.weight"
     with pytest.raises(MemoryLimitError, match=expected):
         plan(make_recipe("rank_one", models, base), max_memory=one - 1)
     assert plan(make_recipe("rank_one", models, base), max_memory=one + 1, threads=3).workers == 1

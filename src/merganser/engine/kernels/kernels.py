@@ -347,7 +347,9 @@ class Kernels:
             result = call(method, function, {name: given.get(name) for name in names})
             read = [given["base"], *given["models"]] if base is not None else given["models"]
             if round_to is not None:
-                if result.shape != read[0].shape or not result.is_floating_point():
+                # a single number may come with any number of dimensions
+                alike = result.shape == read[0].shape or result.numel() == read[0].numel() == 1
+                if not alike or not result.is_floating_point():
                     raise MethodError(
                         f"merge method {method.name}: returned {result.dtype} of shape {list(result.shape)} for a block of "
                         f"shape {list(read[0].shape)}; it must return floats in the shape of the block"
