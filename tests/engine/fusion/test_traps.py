@@ -77,6 +77,10 @@ def test_a_tensor_made_by_the_function_may_be_changed() -> None:
         (lambda a, b: torch.stack([a, b]).amax(0), [torch.int32, torch.int32]),
         (lambda a, b: torch.stack([a, b]).amax(0).float(), [torch.bfloat16, torch.bfloat16]),
         (lambda a, b: torch.stack([a > 0, b > 0]).amax(0), [F32, F32]),
+        (lambda a, b: torch.stack([a, b])[1], [torch.float64, F32]),
+        (lambda a, b: torch.stack([a, b])[1], [F32, torch.int64]),
+        (lambda a, b: torch.stack([a, b]).amax(0), [torch.bool, F32]),
+        (lambda a, b: torch.stack([a, b]), [torch.bfloat16, F32]),
     ],
 )
 def test_rare_forms_of_operations(function: Callable[..., Tensor], dtypes: list[torch.dtype]) -> None:

@@ -24,7 +24,7 @@ from .arithmetic import ELEMENTWISE, computes
 from .graph import ROWS, SIZE, Graph, Node, Ref, Symbol, Unfusable
 from .parts import Lowered, Stage, Store, Value
 from .trace import Form
-from .vectors import FLOATS
+from .vectors import FLOATS, converts
 
 _STORED = (
     torch.bfloat16,
@@ -154,6 +154,9 @@ class _Lowering:
         return node.name not in _SAME and any(self._placed(shape) == "element" for shape in shapes)
 
     def _store(self, store: Store) -> None:
+        # a mistake here would write beyond the tensor
+        counts = store.reduce in ("count", "count few")
+        assert counts or store.value.dtype == self._graph.nodes[store.target].dtype
         self._stage(store.value.stage).stores.append(store)
         for source in _sources(store.value, set()):
             self.need(source)
@@ -317,9 +320,17 @@ class _Lowering:
         dim = node.args[1] if len(node.args) > 1 else (node.kwargs or {}).get("dim", 0)
         parts = node.args[0]
         shapes = {self._graph.nodes[part.index].shape for part in parts}
-        alike = dim == 0 and len(shapes) == 1 and self._placed(shapes.pop()) in ("element", "row")
-        if alike and all(part.index in self._values for part in parts):
-            self._stacks[index] = tuple(self._values[part.index] for part in parts)
+        place = self._placed(shapes.pop()) if dim == 0 and len(shapes) == 1 else ""
+        if place not in ("element", "row") or not all(part.index in self._values for part in parts):
+            return
+        dtype, values = node.dtype, [self._values[part.index] for part in parts]
+        assert dtype is not None
+        if all(converts(value.dtype, dtype) for value in values):
+            # torch stacks numbers of several dtypes in one that holds all
+            self._stacks[index] = tuple(
+                value if value.dtype == dtype else self._made("aten._to_copy.default", (value,), dtype, place)
+                for value in values
+            )
 
     def _folded(self, node: Node, place: str) -> Value | None:
         """Return one part of a stack, or the largest entry of its parts."""
