@@ -105,7 +105,8 @@ def least_squares(shared: Tensor, own: Tensor) -> Tensor:
         mixed += left.T @ right
     scale = gram.diagonal().mean() * _RIDGE
     factor, failed = torch.linalg.cholesky_ex(gram + scale * torch.eye(width, dtype=gram.dtype, device=gram.device))
-    found = torch.cholesky_solve(mixed, factor).float()
+    # in the order in which files are read: products with a matrix in another order differ in their last bits
+    found = torch.cholesky_solve(mixed, factor).float().contiguous()
     if failed or not found.isfinite().all():
         raise NonFiniteError("the least squares between the embeddings or heads of the experts give NaN or infinity")
     return found
