@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..making import cut_texts, texts_of_tasks
+from ..rows import nats, token_rows
 from .belonging import open_belonging
 from .fitting import Training
 from .model import GatedModel
@@ -84,18 +83,14 @@ def make_gates(
     trained = model.fit(texts.fitted, ridge=ridge, training=training, length=texts.length, advance=progress)
     right, shares, loss = {}, {}, {}
     for number, (task, own) in enumerate(texts.held.items()):
-        rows = [
-            torch.tensor([model.tokenizer(w, verbose=False)["input_ids"][: texts.length]], device=model.device)
-            for w in own
-        ]
-        rows = [row for row in rows if row.shape[1] > 1]
+        rows = token_rows(model.tokenizer, own, texts.length, model.device)
         means = torch.cat([model.shares(row) for row in rows])
         right[task] = float((means.argmax(1) == number).float().mean())
         shares[task] = dict(zip(model.tasks, means.mean(0).tolist(), strict=True))
-        loss[task] = {"gates": _nats(model, rows)}
+        loss[task] = {"gates": nats(model.logits, rows)}
         for name, told in (("shared", None), ("told", number)):
             model.layers.tell(told)
-            loss[task][name] = _nats(model, rows)
+            loss[task][name] = nats(model.logits, rows)
             model.layers.ask()
     return GateReport(
         file=model.save(),
@@ -109,9 +104,3 @@ def make_gates(
         unused=model.unused,
         trained=trained,
     )
-
-
-def _nats(model: GatedModel, rows: Sequence[Tensor]) -> float:
-    """Return the mean negative log-likelihood of all tokens that have one before them."""
-    total = sum(float(cross_entropy(model.logits(row)[0, :-1].float(), row[0, 1:], reduction="sum")) for row in rows)
-    return total / sum(row.shape[1] - 1 for row in rows)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ....anatomy import infer_anatomy
 from ....errors import NotFoundError, ParameterError, UnsupportedError, did_you_mean
 from ....inference.language_model import open_model
+from ..rows import token_rows
 from ..storing import store_beside
 from ..tasks import TaskSet, placed
 from .belonging import Belonging, open_belonging
@@ -165,7 +166,7 @@ class GatedModel:
                 raise ParameterError(
                     f"{self.out}: no task {name!r}.{did_you_mean(name, self.tasks)} Tasks: {', '.join(self.tasks)}"
                 )
-        tokens = [self._tokens(texts.get(task, ()), length) for task in self.tasks]
+        tokens = [token_rows(self.tokenizer, texts.get(task, ()), length, self.device) for task in self.tasks]
         if empty := [task for task, own in zip(self.tasks, tokens, strict=True) if not own]:
             raise ParameterError(f"gates need text of every task; that of {empty[0]!r} is empty")
         trained = training is not None and training.steps > 0
@@ -223,10 +224,6 @@ class GatedModel:
         """Return what `generate` of transformers does; prompts are padded on the left."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.model.generate(input_ids=input_ids, attention_mask=mask, **options)
-
-    def _tokens(self, texts: Sequence[str], length: int) -> list[Tensor]:
-        ids = [self.tokenizer(text, verbose=False)["input_ids"][:length] for text in texts]
-        return [torch.tensor([own], device=self.device) for own in ids if len(own) > 1]
 
 
 def _linear_layers(model: Any, where: str) -> Sequence[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..gated.fitting import Training
 from ..making import cut_texts, texts_of_tasks
+from ..rows import nats, token_rows
 from .experts import open_experts
 from .model import UnequalModel
 from .settings import MixtureSettings
@@ -86,11 +86,7 @@ def make_mixture(
     )
     right, shares, loss = {}, {}, {}
     for number, (task, own) in enumerate(texts.held.items()):
-        rows = [
-            torch.tensor([model.tokenizer(w, verbose=False)["input_ids"][: texts.length]], device=model.device)
-            for w in own
-        ]
-        rows = [row for row in rows if row.shape[1] > 1]
+        rows = token_rows(model.tokenizer, own, texts.length, model.device)
         means = torch.cat([model.weights(row) for row in rows])
         right[task] = float((means.argmax(1) == number).float().mean())
         shares[task] = dict(zip(model.tasks, means.mean(0).tolist(), strict=True))
@@ -112,17 +108,11 @@ def make_mixture(
 
 @torch.no_grad()
 def _losses(model: UnequalModel, task: str, rows: Sequence[Tensor]) -> dict[str, float]:
-    found = {"mixture": _nats(model.logits, rows)}
+    found = {"mixture": nats(model.logits, rows)}
     if model.settings.shared:
         model.task = task
-        found["projected"] = _nats(model.logits, rows)
+        found["projected"] = nats(model.logits, rows)
         model.task = None
     for number, name in enumerate(model.tasks):
-        found[f"alone {name}"] = _nats(partial(model.model.alone, number), rows)
+        found[f"alone {name}"] = nats(partial(model.model.alone, number), rows)
     return found
-
-
-def _nats(logits: Callable[[Tensor], Tensor], rows: Sequence[Tensor]) -> float:
-    """Return the mean negative log-likelihood of all tokens that have one before them."""
-    total = sum(float(cross_entropy(logits(row)[0, :-1].float(), row[0, 1:], reduction="sum")) for row in rows)
-    return total / sum(row.shape[1] - 1 for row in rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ....errors import NotFoundError, ParameterError, did_you_mean
 from ..gated.fitting import Training
+from ..rows import token_rows
 from ..storing import store_beside
 from .experts import Experts, open_experts
 from .fitting import ridge_router, train_mixture
@@ -135,7 +136,7 @@ class UnequalModel:
         """
         for name in texts:
             self._known(name)
-        tokens = [self._tokens(texts.get(task, ()), length) for task in self.tasks]
+        tokens = [token_rows(self.tokenizer, texts.get(task, ()), length, self.device) for task in self.tasks]
         if empty := [task for task, own in zip(self.tasks, tokens, strict=True) if not own]:
             raise ParameterError(f"a mixture needs text for every expert; that for {empty[0]!r} is empty")
         self.task = None
@@ -203,10 +204,6 @@ class UnequalModel:
             ParameterError: An option is not possible with a mixture.
         """
         return self.model.generate(input_ids, attention_mask=attention_mask, **options)
-
-    def _tokens(self, texts: Sequence[str], length: int) -> list[Tensor]:
-        ids = [self.tokenizer(text, verbose=False)["input_ids"][:length] for text in texts]
-        return [torch.tensor([own], device=self.device) for own in ids if len(own) > 1]
 
     def _known(self, task: str) -> str:
         if task not in self.tasks:
