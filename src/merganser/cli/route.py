@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from ..runtime.routed.making import Routing
 
 
-_MERGEME = "mergeme"
-
-
 def route(
     out: Annotated[
         str,
@@ -101,11 +98,12 @@ def route(
     files = _files(data)
     from ..engine.kernels.devices import resolve_devices
     from ..runtime.routed.making import make_router
+    from ..runtime.routed.unequal.settings import KIND as MERGEME
 
     started = time.monotonic()
     chosen_device = resolve_devices(device)[0]
-    if gates == _MERGEME:
-        _refuse({"rank": rank, "density": density}, f"is for parts of one model, and {_MERGEME} mixes whole models")
+    if gates == MERGEME:
+        _refuse({"rank": rank, "density": density}, f"is for parts of one model, and {MERGEME} mixes whole models")
         from ..runtime.routed.gated.fitting import Training
         from ..runtime.routed.unequal.making import make_mixture
         from ..runtime.routed.unequal.settings import MixtureSettings
@@ -117,23 +115,24 @@ def route(
         )
         print_mixture(mixture, time.monotonic() - started, quiet=quiet, json=json)
         return
-    _refuse({"by": by, "embeddings": embeddings, "top": top}, f"is for --gates {_MERGEME}")
+    _refuse({"by": by, "embeddings": embeddings, "top": top}, f"is for --gates {MERGEME}")
     if gates is not None:
         from ..runtime.routed.gated.fitting import Training
         from ..runtime.routed.gated.making import make_gates
         from ..runtime.routed.gated.settings import KINDS, settings_of
 
         if gates not in KINDS:
-            kinds = [*KINDS, _MERGEME]
+            kinds = [*KINDS, MERGEME]
             raise ParameterError(f"gates: no kind {gates!r}.{did_you_mean(gates, kinds)} Kinds: {', '.join(kinds)}")
         settings = settings_of(gates, rank=rank, density=density)
         training = Training(steps, objective=objective)
         report = make_gates(
             out, files, settings, length=length, windows=windows, training=training, device=chosen_device
         )
-        held = "parts in {}" if settings.mix == "parts" else "experts in place of {}"
-        unit = "linear layer" if settings.mix == "parts" else "module"
-        what = held.format(plural(report.layers, unit))
+        if settings.mix == "parts":
+            what = f"parts in {plural(report.layers, 'linear layer')}"
+        else:
+            what = f"experts in place of {plural(report.layers, 'module')}"
         _print_gates(report, gates, what, time.monotonic() - started, quiet=quiet, json=json)
         return
     _refuse({"rank": rank, "density": density, "steps": steps or None}, "is for gates; name a kind with --gates")
