@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import ParameterError, did_you_mean
-from ..wording import plural, size_text, time_text
+from ..wording import plural
 from . import _options as options
-from .printing.mixtures import print_mixture
-from .printing.text import head, say, say_json, table
-
-if TYPE_CHECKING:
-    from ..runtime.routed.gated.making import GateReport
-    from ..runtime.routed.making import Routing
+from .printing.routed import print_gates, print_mixture, print_router
 
 
 def route(
@@ -133,11 +127,11 @@ def route(
             what = f"parts in {plural(report.layers, 'linear layer')}"
         else:
             what = f"experts in place of {plural(report.layers, 'module')}"
-        _print_gates(report, gates, what, time.monotonic() - started, quiet=quiet, json=json)
+        print_gates(report, gates, what, time.monotonic() - started, quiet=quiet, json=json)
         return
     _refuse({"rank": rank, "density": density, "steps": steps or None}, "is for gates; name a kind with --gates")
     found = make_router(out, files, length=length, windows=windows, device=chosen_device)
-    _print_router(found, time.monotonic() - started, quiet=quiet, json=json)
+    print_router(found, time.monotonic() - started, quiet=quiet, json=json)
 
 
 def _files(data: list[str]) -> dict[str, list[str]]:
@@ -149,63 +143,6 @@ def _files(data: list[str]) -> dict[str, list[str]]:
             raise ParameterError(f"--data: must be TASK=FILE, got {each!r}")
         files.setdefault(name, []).append(file)
     return files
-
-
-def _print_router(found: Routing, seconds: float, *, quiet: bool, json: bool) -> None:
-    """Print what a router chooses for held-out text."""
-    if json:
-        say_json(
-            {
-                "file": str(found.file),
-                "length": found.length,
-                "tasks": {
-                    task: {"fitted": found.fitted[task], "right": found.right(task), "chosen": chosen}
-                    for task, chosen in found.chosen.items()
-                },
-            }
-        )
-        return
-    if quiet:
-        return
-    head(f"router of {plural(len(found.chosen), 'task')} · {time_text(seconds)}")
-    say(f"choices for held-out windows of {found.length} tokens")
-    rows = [["text of", "made from", "held out", "right", *(f"-> {task}" for task in found.chosen)]]
-    for task, chosen in found.chosen.items():
-        counts = [str(chosen.get(other, 0)) for other in found.chosen]
-        rows.append(
-            [task, str(found.fitted[task]), str(sum(chosen.values())), f"{100 * found.right(task):.1f} %", *counts]
-        )
-    for line in table(rows):
-        say(line)
-    say(f"wrote {found.file}")
-
-
-def _print_gates(report: GateReport, kind: str, what: str, seconds: float, *, quiet: bool, json: bool) -> None:
-    """Print what gates do on held-out text."""
-    if json:
-        say_json({**asdict(report), "file": str(report.file)})
-        return
-    if quiet:
-        return
-    head(f"{kind} gates of {plural(len(report.right), 'task')} · {time_text(seconds)}")
-    say(f"{what}, {size_text(report.part_bytes)}")
-    if report.unused:
-        say(f"{plural(report.unused, 'other tensor')} of the tasks are not used: those of the shared model stay")
-    if report.trained:
-        tenth = max(1, len(report.trained) // 10)
-        first, last = (sum(own) / tenth for own in (report.trained[:tenth], report.trained[-tenth:]))
-        say(f"{plural(len(report.trained), 'step')} of training: from {first:.3f} to {last:.3f}")
-    say(f"held-out windows of {report.length} tokens; nats per token")
-    rows = [
-        ["text of", "made from", "right", "shared", "told", "gates", *(f"share of {task}" for task in report.right)]
-    ]
-    for task, right in report.right.items():
-        losses = [f"{report.loss[task][name]:.3f}" for name in ("shared", "told", "gates")]
-        shares = [f"{share:.2f}" for share in report.shares[task].values()]
-        rows.append([task, str(report.fitted[task]), f"{100 * right:.1f} %", *losses, *shares])
-    for line in table(rows):
-        say(line)
-    say(f"wrote {report.file}")
 
 
 def _refuse(options: Mapping[str, Any], reason: str) -> None:
