@@ -10,11 +10,11 @@ def verbs() -> list[tuple[str, str, list]]:
     """Return the name, help and parameters of every verb; one with parts, such as `fuse cache`, is told by its parts."""
     import typer.main
 
-    from merganser.cli import app
+    from merganser.cli import make_app
 
     return [
         (" ".join(filter(None, [name, part])), inspect.cleandoc(inner.help or "").replace("\f", ""), inner.params)
-        for name, verb in typer.main.get_command(app).commands.items()
+        for name, verb in typer.main.get_command(make_app()).commands.items()
         for part, inner in (getattr(verb, "commands", None) or {"": verb}).items()
     ]
 

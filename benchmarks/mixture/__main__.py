@@ -28,10 +28,10 @@ NAMES = ("linear", "mixture", "mixture, shared parts averaged")
 
 _COMMAND = """
 import sys
-from merganser.cli import app
+from merganser.cli import make_app
 code = 0
 try:
-    app(sys.argv[2:])
+    make_app(sys.argv[2])(sys.argv[2:])
 except SystemExit as ended:
     code = ended.code or 0
 open(sys.argv[1], "w").write(open("/proc/self/io").read())

@@ -48,13 +48,13 @@ class Work:
 
     def run(self, *arguments: str) -> None:
         """Run a command of `merganser`, in this process: its libraries are loaded once."""
-        from merganser.cli import app
+        from merganser.cli import make_app
 
         said = io.StringIO()
         code: int | str | None = 0
         try:
             with contextlib.redirect_stderr(said):
-                app([*arguments, "--quiet"])
+                make_app(arguments[0])([*arguments, "--quiet"])
         except SystemExit as ended:
             code = ended.code
         if code:

@@ -105,12 +105,12 @@ def test_a_model_of_a_slice_is_told_with_its_line(models: Path) -> None:
 def test_the_recipe_may_come_from_standard_input(models: Path) -> None:
     from typer.testing import CliRunner
 
-    from merganser.cli import app
+    from merganser.cli import make_app
 
     text = recipe(models / "r.yaml", linear("a", "b")).read_text()
-    found = CliRunner().invoke(app, ["merge", "-", "out"], input=text)
+    found = CliRunner().invoke(make_app("merge"), ["merge", "-", "out"], input=text)
     assert found.exit_code == 0, found.stderr
-    found = CliRunner().invoke(app, ["plan", "-"], input=text.replace("weight", "wieght"))
+    found = CliRunner().invoke(make_app("plan"), ["plan", "-"], input=text.replace("weight", "wieght"))
     assert found.exit_code == 2
     assert found.stderr.startswith("error: <stdin>:5 models[0].parameters: unknown parameter 'wieght' of linear.")
 

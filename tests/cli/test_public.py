@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +55,9 @@ LIGHT = [
     "import merganser.cli",
     "import merganser; merganser.load_recipe, merganser.open_checkpoint, merganser.verify, merganser.errors",
     "import merganser; merganser.diff, merganser.inspect, merganser.methods, merganser.merge, merganser.plan",
-    "from merganser.cli import app; app(['--help'], standalone_mode=False)",
-    "from merganser.cli import app; app(['merge', '--help'], standalone_mode=False)",
-    "from merganser.cli import app; app(['--version'], standalone_mode=False)",
+    "from merganser.cli import make_app; make_app()(['--help'], standalone_mode=False)",
+    "from merganser.cli import make_app; make_app('merge')(['merge', '--help'], standalone_mode=False)",
+    "from merganser.cli import make_app; make_app()(['--version'], standalone_mode=False)",
 ]
 
 
@@ -64,3 +66,23 @@ def test_neither_torch_nor_transformers_is_loaded(text: str) -> None:
     check = "import sys; print(sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", f"{text}; {check}"], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("verb", ["merge", "eval", "fuse"])
+def test_only_the_files_of_a_verb_are_loaded(verb: str) -> None:
+    """To describe the other verbs would take a tenth of a second of each command."""
+    code = (
+        "import sys; from merganser.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(sorted(name[14:] for name in sys.modules if name.count('.') == 2 and name[:14] == 'merganser.cli.'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, verb, "--help"], capture_output=True, text=True, check=True)
+    loaded = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert sorted({verb, "_errors", "_mergekit", "_options", "printing"}) == loaded
+
+
+def test_garbage_is_looked_for_as_ever_where_it_is_a_library(models: Path) -> None:
+    """The command looks for it later; what else runs in a user's process is not to know of it."""
+    before = gc.get_threshold(), gc.isenabled(), gc.get_freeze_count()
+    merganser.merge(linear("a", "b"), "out")
+    assert (gc.get_threshold(), gc.isenabled(), gc.get_freeze_count()) == before

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from merganser.cli import app
+from merganser.cli import make_app
 
 # making the commands of all verbs takes longer than running most of them
 typer.testing._get_command = lru_cache(typer.testing._get_command)  # type: ignore[attr-defined]
@@ -93,7 +93,8 @@ class Output:
 
 def run(*arguments: object) -> Output:
     """Run `merganser` in this process."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="merganser")
+    given = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(make_app(given[0] if given else None), given, prog_name="merganser")
     return Output(result.exit_code, result.stdout, result.stderr)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer.main
 
-from merganser.cli import app
+from merganser.cli import make_app
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "merganser.1"
@@ -20,7 +20,7 @@ def test_every_verb_and_option() -> None:
             r'^\.SS "merganser ([a-z ]+?)(?: [A-Z[][^\n]*)?"\n(.*?)(?=^\.S[SH] )', text, re.MULTILINE | re.DOTALL
         )
     )
-    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    verbs = typer.main.get_command(make_app()).commands  # type: ignore[attr-defined]
     parts = {
         f"{name} {part}".strip(): inner
         for name, verb in verbs.items()

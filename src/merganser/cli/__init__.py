@@ -6,76 +6,83 @@ Nothing here imports torch until it is needed, so that help appears at once.
 from __future__ import annotations
 
 import atexit
-import gc
+import importlib
 import io
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import OutputError
 from ..version import __version__
 from ._errors import STOPPED, Verb, Verbs
 from ._options import many_values
-from .auto import auto
-from .calibrate import calibrate
-from .diff import diff
-from .eval import evaluate
-from .export import export
-from .extract import extract
-from .fuse import fuse
-from .heal import heal
-from .inspect import inspect
-from .merge import merge
-from .methods import methods
-from .mix import mix
-from .plan import plan
 from .printing.text import complain, writing
-from .push import push
-from .report import report
-from .restore import restore
-from .route import route
-from .schema import schema
-from .search import search
-from .shrink import shrink
-from .transplant import transplant
-from .verify import verify
 
-__all__ = ["app", "main"]
+__all__ = ["main", "make_app"]
 
-app = typer.Typer(
-    cls=Verbs,
-    name="merganser",
-    help="Merge large language models on the machine you have.",
-    add_completion=True,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
-for verb in (merge, plan, methods, schema):
-    app.command(cls=Verb)(verb)
-app.command(cls=many_values("--data"))(inspect)
-app.command(cls=Verb)(diff)
-app.command(cls=many_values("--data"))(calibrate)
-app.command(cls=Verb)(verify)
-app.command(cls=Verb)(restore)
-app.command(cls=many_values("--data"))(route)
-app.command(cls=Verb)(transplant)
-app.command(cls=Verb)(mix)
-app.command(cls=many_values("--data"))(shrink)
-app.command(cls=many_values("--data"))(heal)
-app.command(cls=Verb)(extract)
-app.command(cls=Verb)(export)
-app.command("eval", cls=many_values("--tasks", "--experts"))(evaluate)
-app.command(cls=many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"))(search)
-app.command(cls=many_values("--tasks", "--data"))(auto)
-app.add_typer(fuse, name="fuse")
-app.command(cls=Verb)(report)
-app.command(cls=Verb)(push)
+_VERBS: Mapping[str, type[TyperCommand] | None] = {
+    "merge": Verb,
+    "plan": Verb,
+    "methods": Verb,
+    "schema": Verb,
+    "inspect": many_values("--data"),
+    "diff": Verb,
+    "calibrate": many_values("--data"),
+    "verify": Verb,
+    "restore": Verb,
+    "route": many_values("--data"),
+    "transplant": Verb,
+    "mix": Verb,
+    "shrink": many_values("--data"),
+    "heal": many_values("--data"),
+    "extract": Verb,
+    "export": Verb,
+    "eval": many_values("--tasks", "--experts"),
+    "search": many_values("--tasks", "--experts", "--objective", "--at-least", "--at-most"),
+    "auto": many_values("--tasks", "--data"),
+    "report": Verb,
+    "push": Verb,
+    "fuse": None,
+}
+"""The class of every verb's command, in the order of the help; `fuse` is a group of commands. Each verb has the file of its
+name, and the function or the group of its name in it."""
+
+_FUNCTIONS = {"eval": "evaluate"}
+"""Names of functions that are not those of their verbs."""
+
+
+def make_app(verb: str | None = None) -> typer.Typer:
+    """Return the command line with one verb, or with all.
+
+    Typer takes a tenth of a second to describe all of them, which a command would spend before it begins.
+
+    Args:
+        verb: The verb that will run; another word, or None, adds every verb.
+    """
+    app = typer.Typer(
+        cls=Verbs,
+        name="merganser",
+        help="Merge large language models on the machine you have.",
+        add_completion=True,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback()(_first_options)
+    for name in (verb,) if verb is not None and verb in _VERBS else _VERBS:
+        found = getattr(importlib.import_module(f".{name}", __name__), _FUNCTIONS.get(name, name))
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name, cls=_VERBS[name])(found)
+    return app
 
 
 def _version(wanted: bool) -> None:
@@ -84,8 +91,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def _options(
+def _first_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -110,12 +116,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: Always, with the exit code.
     """
-    # A plan is millions of small objects that all stay alive; scanning them repeatedly took half of a plan's time.
-    gc.set_threshold(200_000, 50, 100)
     _prepare_streams()
     try:
         with writing():
-            app(arguments, prog_name="merganser")
+            given = sys.argv[1:] if arguments is None else arguments
+            make_app(given[0] if given else None)(arguments, prog_name="merganser")
         raise SystemExit(0)
     except OutputError as error:
         # an error while printing help or the version, which run outside any verb
