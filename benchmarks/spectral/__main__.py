@@ -1,4 +1,4 @@
-"""`python -m benchmarks.spectral [options]`: Iso-C, Iso-CTS, TSV-M and WUDI, beside FusionBench.
+"""`python -m benchmarks.spectral [options]`: Iso-C, Iso-CTS, TSV-M, WUDI and SVC, beside FusionBench.
 
 Both sides merge the same task vectors in one process, in turns. With one thread both use one; with more, Merganser
 merges as many matrices at a time, one thread each, as its engine does, and FusionBench one after the other with all

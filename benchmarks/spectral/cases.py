@@ -12,7 +12,7 @@ from torch import Tensor
 from merganser.engine.kernels.merge_tensor import merge_tensor
 from merganser.method.registry import get_method
 
-METHODS = ("iso_c", "iso_cts", "tsv_m", "wudi")
+METHODS = ("iso_c", "iso_cts", "tsv_m", "wudi", "svc")
 
 PUBLISHED_STEPS = 300
 """Of Adam, in WUDI."""

@@ -1,6 +1,6 @@
 """FusionBench's own functions, without the rest of FusionBench.
 
-The package imports Lightning, Hydra, Transformers and more; the functions that are measured need torch. So the three
+The package imports Lightning, Hydra, Transformers and more; the functions that are measured need torch. So the four
 files that hold them are loaded by themselves, and what they import from the rest of the package is stood in for by
 things that do nothing.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 VERSION = "0.2.33"
@@ -26,7 +27,11 @@ _FILES = {
     "iso": _METHODS / "isotropic_merging" / "iso_utils.py",
     "tsv": _METHODS / "task_singular_vector" / "utils" / "TSVM_utils.py",
     "wudi": _METHODS / "wudi" / "wudi.py",
+    "svc": _METHODS / "singular_value_calibration" / "utils.py",
 }
+
+LAMBDA, ALPHA = 0.3, 0.1
+"""Of singular value calibration, which its authors' program takes: the factor of the sum of the task vectors, and the least overshoot."""
 
 Merge = Callable[[Sequence[Tensor]], Tensor]
 
@@ -69,13 +74,24 @@ def load(place: Path) -> dict[str, Callable[[int], Merge]]:
         Each takes the number of Adam's steps, of which only WUDI takes any, and gives the merge.
     """
     with stand_ins(_stood_in()):
-        iso, tsv, wudi = (_module(f"fusion_bench_{name}", place / file) for name, file in _FILES.items())
+        iso, tsv, wudi, svc = (_module(f"fusion_bench_{name}", place / file) for name, file in _FILES.items())
     return {
         "iso_c": lambda _: _quiet(lambda vectors: iso.iso_c(vectors, "cpu")),
         "iso_cts": lambda _: _quiet(lambda vectors: iso.iso_cts(vectors, 0.8, "cpu")),
         "tsv_m": lambda _: _quiet(lambda vectors: tsv.compute_and_sum_svd_mem_reduction(vectors, accelerator="cpu")),
         "wudi": lambda steps: _quiet(lambda vectors: wudi.wudi_merging(vectors, "cpu", steps)),
+        "svc": lambda _: _calibrated(svc.subspace_consistency_spectral_calibration_accelerated),
     }
+
+
+def _calibrated(function: Callable[..., Tensor]) -> Merge:
+    """Wrap the function of singular value calibration, which takes weights; it is for what task arithmetic merged."""
+
+    def merge(vectors: Sequence[Tensor]) -> Tensor:
+        base = torch.zeros_like(vectors[0])
+        return function(base, list(vectors), LAMBDA * sum(vectors, base), ALPHA, accelerator="cpu")
+
+    return merge
 
 
 def _quiet(function: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]) -> Merge:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.reference.iso_c import iso_c
 from tests.reference.iso_cts import iso_cts
+from tests.reference.svc import svc
 from tests.reference.tsv_m import tsv_m
 
 
@@ -31,7 +32,7 @@ def reference(method: str, vectors: Sequence[Tensor], key: str, folder: Path, *,
 
 
 def _literal(method: str) -> Callable[..., Tensor]:
-    found: Callable[..., Tensor] = {"iso_c": iso_c, "iso_cts": iso_cts, "tsv_m": tsv_m}[method]
+    found: Callable[..., Tensor] = {"iso_c": iso_c, "iso_cts": iso_cts, "tsv_m": tsv_m, "svc": svc}[method]
     return found
 
 

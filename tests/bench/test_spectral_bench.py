@@ -52,11 +52,19 @@ class WUDIMerging(LightningFabricMixin, BaseAlgorithm):
 """
 
 
+SVC = """
+def subspace_consistency_spectral_calibration_accelerated(
+    base_weight, task_weights, merged_weight, alpha=1.0, accelerator=None
+):
+    return merged_weight / alpha
+"""
+
+
 @pytest.fixture
 def place(tmp_path):
     """Make a package with the files, names and imports of the other."""
     folder = tmp_path / "peer"
-    for name, text in zip(peer._FILES, (ISO, TSV, WUDI), strict=True):
+    for name, text in zip(peer._FILES, (ISO, TSV, WUDI, SVC), strict=True):
         file = folder / peer._FILES[name]
         file.parent.mkdir(parents=True)
         file.write_text(HEAD + text)
@@ -91,6 +99,7 @@ def test_measures_both_sides_and_says_how_far_they_are_off(place, tmp_path, caps
     assert by_method["iso_c"]["fusion_bench"]["error"] < 1e-5
     # the stand-in takes something else for it
     assert by_method["tsv_m"]["fusion_bench"]["error"] > 0.1
+    assert by_method["svc"]["fusion_bench"]["error"] > 0.1
     assert by_method["wudi"]["filter"]["seconds"] > 0
     said = capsys.readouterr().out
     assert said.count("24 x 30, 3 models") == len(METHODS)

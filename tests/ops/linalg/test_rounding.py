@@ -126,6 +126,29 @@ def test_rounding_around_a_low_rank_change_is_cut_and_many_small_directions_are_
         assert [len(part.values) for part in parts] == [4, few or 120]
 
 
+def test_no_vectors_are_computed_where_nothing_is_cut(monkeypatch):
+    base = 0.04 * draw(160, 120, seed=1)
+    exact = (base + 0.00015 * draw(160, 120, seed=2)).to(torch.bfloat16)
+    adapted = (base.to(torch.bfloat16).double() + low_rank(base, 4, 0.003)).to(torch.bfloat16)
+    tuned, change = ((model.double() - base.to(torch.bfloat16).double()).float() for model in (exact, adapted))
+
+    def refuse(matrix):
+        raise AssertionError
+
+    monkeypatch.setattr(torch.linalg, "eigh", refuse)
+    assert above_rounding(tuned, rounding_in(exact)) is tuned
+    with pytest.raises(AssertionError):
+        above_rounding(change, rounding_in(adapted))
+
+
+def test_wide_and_narrow_strips_have_the_same_rounding(monkeypatch):
+    stored = (0.03 * draw(150, 120)).to(torch.bfloat16)
+    expected = rounding_in(stored)
+    for strip in (1, 1000):
+        monkeypatch.setattr("merganser.ops.linalg.rounding._STRIP", strip)
+        torch.testing.assert_close(rounding_in(stored), expected, rtol=1e-14, atol=0)
+
+
 def test_a_tolerance_of_the_recipe_decides_by_itself():
     base, models = torch.zeros(30, 20), [draw(30, 20, seed=i, dtype=torch.float32) for i in range(2)]
     everything = torch.stack([limits(1e9), limits(0.0)])

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from merganser.ops.linalg.spectral import (
+    has_more_below,
     joined,
     left_basis,
     nuclear_norm,
@@ -226,6 +227,29 @@ def test_frames_are_made_orthogonal_and_what_they_share_is_left_out():
     nearly = torch.linalg.qr(one + 2e-6 * two).Q
     nearly = nearly * (nearly * one).sum(0).sign()
     torch.testing.assert_close(orthogonalised([one, nearly]), twice, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (20, 30)])
+@pytest.mark.parametrize("power", [1, 1.5])
+@pytest.mark.parametrize("bound", [0.15, 0.6])
+def test_what_is_below_a_bound_is_compared_without_vectors(bound, power, shape, scale):
+    values = torch.logspace(0, -power, min(shape), dtype=torch.float64)
+    matrix = with_values(*shape, values) * scale
+    below = float(values[values < bound].square().sum()) * scale**2
+    assert has_more_below(matrix, bound * scale, 0.95 * below)
+    assert not has_more_below(matrix, bound * scale, 1.01 * below)
+
+
+def test_what_float32_does_not_resolve_is_not_compared():
+    values = torch.full((200,), 1e-3, dtype=torch.float64)
+    values[0] = 1
+    matrix = with_values(300, 200, values)
+    assert not has_more_below(matrix, 2e-3, 1e-5)
+    assert not has_more_below(matrix, 2e-9, 0.0)
+    values[0] = 0.05
+    assert has_more_below(with_values(300, 200, values), 2e-3, 1e-5)
+    assert not has_more_below(torch.zeros(30, 20), 1.0, 0.0)
 
 
 def test_joined_parts_keep_their_values():

@@ -23,11 +23,17 @@ import torch
 from torch import Tensor
 
 from ..sum import deltas
-from .spectral import Svd, svd
+from .spectral import Svd, has_more_below, svd
 
 _EXPONENT = 0x7FF << 52
 _EXPLAINED = 1.25**0.5
 """Directions below the bound are removed if their norm is at most this many times the expected norm of rounding."""
+
+_CLEARLY = 1.01
+"""Squared norms that differ by more than this factor differ in whatever way they are computed."""
+
+_STRIP = 1 << 16
+"""Entries whose variances are computed at a time."""
 
 _GRIDS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -49,6 +55,14 @@ def rounding_variance(stored: Tensor, dtype: torch.dtype) -> Tensor:
         stored: Values that the dtype holds, any float dtype and shape.
         dtype: From `grid`.
     """
+    if stored.dtype == dtype and dtype.itemsize == 2 and stored.device.type == "cpu":
+        # there are so few such values that their variances are looked up
+        patterns = (stored.view(torch.int16) & 0x7FFF).int()
+        return _variances(dtype).index_select(0, patterns.reshape(-1)).view(stored.shape)
+    return _computed_variance(stored, dtype)
+
+
+def _computed_variance(stored: Tensor, dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(dtype)
     wide = stored.double()
     # the exponent's bits alone are the power of two at or below |x|; infinite where x is, or NaN
@@ -63,10 +77,9 @@ def rounding_norms(stored: Tensor) -> Tensor:
     Args:
         stored: Shape [k, n]; the grid of each row is found separately.
     """
-    if stored.dtype.itemsize == 2 and stored.device.type == "cpu":
-        # such a dtype has no narrower one here, and so few values that their variances are looked up
-        patterns = stored.view(torch.int16) & 0x7FFF
-        return _variances(stored.dtype)[patterns.long()].sum(1).sqrt()
+    if stored.dtype.itemsize == 2:
+        # such a dtype has no narrower one here
+        return rounding_variance(stored, stored.dtype).sum(1).sqrt()
     norms = stored.new_zeros(len(stored), dtype=torch.float64)
     left = torch.ones_like(norms, dtype=torch.bool)
     for dtype in _narrower(stored.dtype):
@@ -80,7 +93,7 @@ def rounding_norms(stored: Tensor) -> Tensor:
 @cache
 def _variances(dtype: torch.dtype) -> Tensor:
     """Return `rounding_variance` of all values of a 16-bit dtype without a sign, by their bit patterns, shape [32768]."""
-    return rounding_variance(torch.arange(1 << 15, dtype=torch.int16).view(dtype), dtype)
+    return _computed_variance(torch.arange(1 << 15, dtype=torch.int16).view(dtype), dtype)
 
 
 def rounding_in(stored: Tensor) -> Tensor:
@@ -94,11 +107,18 @@ def rounding_in(stored: Tensor) -> Tensor:
         stored: A model's matrix as stored in the checkpoint, shape [m, n].
     """
     dtype = grid(stored)
-    variance = 2 * rounding_variance(stored, dtype)
-    if not variance.numel():
+    if not stored.numel():
         return stored.new_zeros(2, dtype=torch.float64)
-    largest = variance.sum(1).amax().sqrt() + variance.sum(0).amax().sqrt()
-    return torch.stack([largest, (variance.sum() / (2 if dtype == torch.bfloat16 else 1)).sqrt()])
+    m, n = stored.shape
+    rows, columns = (stored.new_zeros(size, dtype=torch.float64) for size in (m, n))
+    # in strips, as float64 variances of a large matrix would go through memory
+    step = max(_STRIP // n, 1)
+    for start in range(0, m, step):
+        variance = 2 * rounding_variance(stored[start : start + step], dtype)
+        rows[start : start + step] = variance.sum(1)
+        columns += variance.sum(0)
+    largest = rows.amax().sqrt() + columns.amax().sqrt()
+    return torch.stack([largest, (rows.sum() / (2 if dtype == torch.bfloat16 else 1)).sqrt()])
 
 
 def above_rounding(delta: Tensor, rounding: Tensor) -> Tensor:
@@ -110,6 +130,11 @@ def above_rounding(delta: Tensor, rounding: Tensor) -> Tensor:
             rounding explains.
     """
     largest, norm = rounding.tolist()
+    whole = float(torch.linalg.vector_norm(delta, dtype=torch.float64))
+    limit = _CLEARLY * _most_explained(norm, whole) ** 2
+    # most task vectors of full fine-tunes are clearly more than rounding, and then no singular vectors are needed
+    if has_more_below(delta, largest, limit):
+        return delta
     left, values, right = svd(delta, noise=largest)
     if len(values) == min(delta.shape):
         return delta
@@ -182,7 +207,17 @@ def _is_rounding(delta: Tensor, kept: Tensor, norm: float) -> bool:
         norm: The expected norm of rounding.
     """
     rest, whole = (float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in (delta - kept, delta))
-    return rest <= max(_EXPLAINED * norm, 2.0**-20 * whole)
+    return rest <= _most_explained(norm, whole)
+
+
+def _most_explained(norm: float, whole: float) -> float:
+    """Return the largest norm of directions below the bound of rounding that rounding explains.
+
+    Args:
+        norm: The expected norm of rounding.
+        whole: The norm of the task vector, in which float32 has rounding errors, too.
+    """
+    return max(_EXPLAINED * norm, 2.0**-20 * whole)
 
 
 def _narrower(dtype: torch.dtype) -> list[torch.dtype]:

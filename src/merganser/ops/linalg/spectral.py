@@ -50,6 +50,12 @@ _NEAR = 64
 
 _BLOCK = 512
 
+_RESOLVED = 2.0**-14
+"""Error of the squared singular values from float32, over the largest: measured are 1e-6, and this is far above."""
+
+_SKETCHED = 8
+"""One of so many columns is taken for an estimate of the leading directions."""
+
 
 class Svd(NamedTuple):
     """Singular triplets, the largest first.
@@ -191,6 +197,37 @@ def left_basis(matrices: Sequence[Tensor], floor: float) -> Tensor:
     kept = (values > floor) & (values > rank_tolerance(matrices[0]) * largest)
     vectors: Tensor = basis[:, kept].flip(1)
     return vectors.to(matrices[0].dtype)
+
+
+def has_more_below(matrix: Tensor, bound: float, limit: float) -> bool:
+    """Return whether the singular values below a bound clearly have a larger sum of squares than a limit.
+
+    This needs no singular vectors, and takes about half of the time of a decomposition. Where a few directions show that
+    it is not so, as of an adapter, it takes less. False is also the answer where float32 cannot decide it.
+
+    Args:
+        matrix: As in `svd`.
+        bound: In the unit of the singular values.
+        limit: In the unit of their squares.
+    """
+    m, n = matrix.shape
+    scale = float(_scale(matrix))
+    if scale == 0:
+        return False
+    bound, limit = bound / scale, limit / scale**2
+    matrix = (matrix.T if m < n else matrix) / scale
+    size, whole = matrix.shape[1], float(matrix.square().sum())
+    # the largest square is at least their mean
+    if whole <= limit or whole / size * _RESOLVED >= bound**2:
+        return False
+    # Ritz values are at most the squares, so that what they leave is at least what the squares leave
+    few = torch.linalg.qr(matrix.T @ matrix[:, : min(size // _SKETCHED, _NEAR)]).Q
+    ritz = torch.linalg.eigvalsh(self_product(matrix @ few))
+    if whole - float(ritz[ritz > bound**2].sum()) <= limit:
+        return False
+    squares = torch.linalg.eigvalsh(self_product(matrix)).double()
+    error = _RESOLVED * squares[-1]
+    return float((squares[squares < bound**2 - error] - error).clamp(min=0).sum()) > limit
 
 
 def nuclear_norm(factor: Tensor, matrix: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""`python -m benchmarks.spectral.whole [options]`: whole merges by methods that decompose matrices, beside FusionBench.
+
+Ours are commands, with loading and writing. FusionBench's time is that of one matrix of each shape times their number,
+without loading and writing; the 300 steps of its WUDI are extrapolated from one and two. What is scaled is marked.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from ..merge import hardware
+from ..merge.checkpoints import Shape
+from . import peer
+from .cases import Case, extrapolated, run_alone
+
+QWEN = Shape(896, 4864, 24, 151936, heads=14)
+TINY = Shape(128, 256, 2, 512, heads=2)
+METHODS = ("iso_c", "tsv_m", "wudi", "svc")
+RELATIVE = 0.003
+"""Norm of a task vector over that of the base."""
+
+EXPERTS = 4
+_RANK = 64
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.spectral.whole", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="for models and outputs")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of both sides (default: 2)")
+    parser.add_argument("--wudi-layers", type=int, default=3, metavar="N", help="layers of WUDI's model (default: 3)")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try this command")
+    parser.add_argument("--peer-folder", type=Path, metavar="DIR", help=f"FusionBench (default: ${peer.VARIABLE})")
+    options = parser.parse_args(arguments)
+    try:
+        place = peer.folder(options.peer_folder)
+    except peer.PeerError as failure:
+        sys.stderr.write(f"bench: {failure}\n")
+        return 2
+    hardware.complain_if_busy()
+    theirs = peer.load(place)
+    shape = TINY if options.tiny else QWEN
+    few = Shape(shape.hidden, shape.ffn, min(options.wudi_layers, shape.layers), shape.vocab, shape.heads)
+    for method in METHODS:
+        one = few if method == "wudi" else shape
+        seconds, cpu = merge(method, make_models(options.folder, one, options.threads), options)
+        scale = shape.layers / one.layers
+        scaled = f" (of {one.layers} of {shape.layers} layers, start-up and the embedding too)" if scale != 1 else ""
+        _say(f"{method:6s} merganser {seconds * scale:.1f} s, processor {cpu * scale:.1f} s{scaled}")
+        found = sum(n * _matrix(theirs[method], method, dims, options.threads) for dims, n in matrices(shape).items())
+        steps = ", 300 steps from 1 and 2" if method == "wudi" else ""
+        _say(f"{method:6s} FusionBench {found:.1f} s (one matrix of each shape, scaled{steps})")
+    return 0
+
+
+def matrices(shape: Shape) -> Counter[tuple[int, int]]:
+    """Return how many matrices of each shape there are in the layers."""
+    found = [dims for name, dims in shape.tensors if name.startswith("model.layers.") and len(dims) == 2]
+    return Counter((dims[0], dims[-1]) for dims in found)
+
+
+def make_models(folder: Path, shape: Shape, threads: int) -> Path:
+    """Make a base and experts of random weights, unless they are there; return their folder.
+
+    Task vectors have as much in leading directions that get smaller as in an even rest.
+    """
+    place = folder / f"{shape.hidden}-{shape.layers}"
+    if (place / "made").exists():
+        return place
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(dims, generator=generator).mul_(0.02).bfloat16() for name, dims in shape.tensors}
+    _save(place / "base", base, shape)
+    falling = torch.arange(3.0, 3 + _RANK) ** -0.6
+    for expert in range(EXPERTS):
+        tensors = dict(base)
+        for name, start in base.items():
+            if start.ndim == 2 and name.startswith("model.layers."):
+                left, right = (torch.randn(size, _RANK, generator=generator) for size in start.shape)
+                change = torch.randn(start.shape, generator=generator)
+                leading = left * falling @ right.T
+                change += leading * (change.norm() / leading.norm())
+                tensors[name] = (start + change * (RELATIVE * start.float().norm() / change.norm())).bfloat16()
+        _save(place / f"expert-{expert}", tensors, shape)
+    (place / "made").touch()
+    return place
+
+
+def merge(method: str, models: Path, options: argparse.Namespace) -> tuple[float, float]:
+    """Run one merge as a command; return its seconds and its processor seconds."""
+    recipe, out = models / f"{method}.yaml", models / "out"
+    experts = [{"model": str(models / f"expert-{i}")} for i in range(EXPERTS)]
+    text = {"merge_method": method, "base_model": str(models / "base"), "models": experts, "dtype": "bfloat16"}
+    recipe.write_text(yaml.safe_dump(text), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    start, before = time.perf_counter(), os.times()
+    command = [sys.executable, "-m", "merganser", "merge", str(recipe), str(out), "--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds, after = time.perf_counter() - start, os.times()
+    if done.returncode:
+        raise RuntimeError(f"{method}: the merge ended with {done.returncode}: {done.stderr}")
+    shutil.rmtree(out)
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return seconds, used
+
+
+def _matrix(theirs: Callable[[int], peer.Merge], method: str, dims: tuple[int, int], threads: int) -> float:
+    vectors = Case(method, dims, EXPERTS).vectors()
+    first = run_alone(theirs(1), vectors, threads)[0]
+    if method != "wudi":
+        return first["seconds"]
+    return extrapolated(first, run_alone(theirs(2), vectors, threads)[0], 2)["seconds"]
+
+
+def _save(place: Path, tensors: dict[str, torch.Tensor], shape: Shape) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    (place / "config.json").write_text(json.dumps(shape.config, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
