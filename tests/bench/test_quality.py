@@ -439,6 +439,23 @@ def test_methods_with_data_are_calibrated_once_on_train_texts(tmp_path, monkeypa
     os.utime(experts["french"] / "model.safetensors", (later, later))
     bench._recipe("regmean", setting, 0, None)
     assert [call[0] for call in calls[4:]] == ["french"]
+    # those of the base are made once, too, not again for every value that tuning tries
+    zoo.base.mkdir()
+    (zoo.base / "model.safetensors").write_bytes(b"")
+    os.utime(experts["french"] / "model.safetensors", (0, 0))
+    led = [bench._recipe("led", settings.published(CONFIG, "led"), 0, 4) for _ in range(2)]
+    assert [Path(entry["base_statistics"]).name for entry in led[0]["models"]] == [
+        f"base-on-{name}-4x256-absolute_gradient" for name in experts
+    ]
+    assert [Path(entry["statistics"]).name for entry in led[1]["models"]] == [
+        f"experts-{name}-4x256-absolute_gradient" for name in experts
+    ]
+    assert [(call[0], *call[1]) for call in calls[5:]] == [
+        ("french", "french.train.txt"),
+        ("base", "french.train.txt"),
+        ("maths", "maths.train.txt"),
+        ("base", "maths.train.txt"),
+    ]
     # what is measured within the merge gets the data
     within = bench._recipe("regmean_plus", settings.published(CONFIG, "regmean_plus"), 0, None)
     assert within["models"][0]["data"] == {"files": "french.train.txt", "sequences": 64, "length": 256}
